@@ -1,0 +1,33 @@
+# make demo    search the bundled emoji gallery on http://127.0.0.1:8000   (PORT=, HOST=, DOMAIN=openmoji)
+# make test    all tests                                                   (ARGS="-k name" for some)
+# make check   lint, format, types, import direction
+# make install the set-up alone
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+DOMAIN ?= twemoji
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test check
+install: $(VENV)/.installed
+
+# PyPI's torch for Linux is the CUDA build, gigabytes of it. A machine without an NVIDIA driver gets the CPU build
+# where pip's own configuration offers one; set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL as usual.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install
+	@$(BIN)/dcar demo --host $(HOST) --port $(PORT) --domain $(DOMAIN)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -1,0 +1,259 @@
+"""A frozen CLIP with two prompted encoders. The only module that imports open_clip.
+
+- Loads a built-in open_clip model (weights by tag or file) or a directory with `open_clip_config.json`.
+- Prompts enter the text tower after SOS and the vision tower after the patches; with none, the result is the
+  stock encoders' (tested bit for bit).
+- A batch of texts is cut to its longest caption: the mask is causal and the result is read at EOT, so the
+  padding behind it changes nothing.
+- Frozen means `requires_grad_(False)` and `eval()`, not `no_grad`: gradients flow through to the prompts.
+
+Letters: B batch, L context length, n tokens in this batch, k prompt vectors, P patches, W_t and W_v widths, E joint
+space.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dcar_core.errors import ModelError
+from dcar_core.preprocess import Preprocess
+
+CONFIG_FILE = "open_clip_config.json"
+SUPPORTED = "open_clip's CLIP with a vision transformer, such as ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14"
+# Text that the tokenizer would read as SOS or EOT; a marker in the middle would move the pooling position.
+_MARKERS = re.compile(r"<\s*/?\s*(start|end)_of_text\s*>", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Where a backbone comes from: an open_clip name or a directory, and for a name its weights (tag or file)."""
+
+    model: str
+    pretrained: str | None = None
+
+
+class Backbone(nn.Module):
+    """Frozen towers, tokenizer and preprocessing. Build with `load_backbone`."""
+
+    def __init__(self, clip: nn.Module, tokenizer: Callable[..., Tensor], source: BackboneSource) -> None:
+        super().__init__()
+        _require_supported(clip)
+        self.clip = clip.eval().requires_grad_(False)
+        self.source = source
+        self._tokenizer = tokenizer
+        self.context_length = int(self.text.context_length)
+        self.text_width = int(self.text.ln_final.weight.shape[0])
+        self.vision_width = int(self.visual.ln_post.weight.shape[0])
+        self.embed_dim = int(self.visual.output_dim)
+        self.preprocess = Preprocess.from_open_clip(self.visual.preprocess_cfg)
+
+    @property
+    def text(self) -> Any:
+        """The text tower: flat in `CLIP`, under `.text` in `CustomTextCLIP`."""
+        return getattr(self.clip, "text", self.clip)
+
+    @property
+    def visual(self) -> Any:
+        return self.clip.visual
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / tau, frozen."""
+        scale: Tensor = self.clip.logit_scale  # type: ignore[assignment]
+        return scale.exp()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """A frozen model stays in eval mode whatever its owner does."""
+        return super().train(False)
+
+    def tokenize(self, texts: Sequence[str], room: int = 0) -> Tensor:
+        """int64 (B, n): SOS, words, EOT, zeros. At most L - room tokens, so that EOT survives when prompts join."""
+        clean = [_MARKERS.sub(" ", text) for text in texts]
+        tokens = self._tokenizer(clean, context_length=self.context_length - room)
+        return tokens[:, : int(tokens.argmax(-1).max()) + 1].to(self.device)
+
+    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Text features (B, E), not normalised.
+
+        Args:
+            tokens: int64 (B, n) with n + k <= L, from `tokenize`.
+            prompts: (depth, k, W_t) for all rows or (depth, B, k, W_t) row by row.
+            weights: (B, n), multiplied onto the token embeddings before positions are added.
+        """
+        x, k = self._text_states(tokens, prompts, weights)
+        pooled = x[torch.arange(len(x), device=x.device), tokens.argmax(-1) + k]  # [B, W_t]
+        return self._project_text(pooled)
+
+    def token_features(self, tokens: Tensor) -> Tensor:
+        """Contextual features of every token (B, n, E), not normalised, without prompts."""
+        x, _ = self._text_states(tokens, None, None)
+        return self._project_text(x)
+
+    def token_embeddings(self, tokens: Tensor) -> Tensor:
+        """The embedding table's rows (B, n, W_t), before positions."""
+        return self.text.token_embedding(tokens)  # type: ignore[no-any-return]
+
+    def _text_states(self, tokens: Tensor, prompts: Tensor | None, weights: Tensor | None) -> tuple[Tensor, int]:
+        text = self.text
+        x = text.token_embedding(tokens)  # [B, n, W_t]
+        if weights is not None:
+            x = x * weights.unsqueeze(-1)
+        k = 0
+        if prompts is not None:
+            k = prompts.shape[-2]
+            x = torch.cat([x[:, :1], _rows(prompts[0], len(x)), x[:, 1:]], 1)  # [B, n + k, W_t]
+        length = x.shape[1]
+        if length > self.context_length:
+            raise ValueError(f"{length} tokens with the prompts, but the context holds {self.context_length}")
+        x = x + text.positional_embedding[:length]
+        mask = text.attn_mask[:length, :length]
+        x = self._run(text.transformer, x, prompts, lambda y, p: torch.cat([y[:, :1], p, y[:, 1 + k :]], 1), mask)
+        return text.ln_final(x), k
+
+    def _project_text(self, x: Tensor) -> Tensor:
+        projection = self.text.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection  # type: ignore[no-any-return]
+
+    def encode_image(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Image features (B, E), not normalised.
+
+        Args:
+            pixels: float32 (B, 3, S, S), normalised as `preprocess.normalize` does.
+            prompts: (depth, k, W_v) for all rows or (depth, B, k, W_v) row by row.
+        """
+        visual = self.visual
+        x = visual._embeds(pixels)  # [B, 1 + P, W_v], positions and ln_pre done
+        n = x.shape[1]
+        if prompts is not None:
+            x = torch.cat([x, _rows(visual.ln_pre(prompts[0]), len(x))], 1)  # [B, 1 + P + k, W_v]
+        x = self._run(visual.transformer, x, prompts, lambda y, p: torch.cat([y[:, :n], p], 1))
+        pooled, _ = visual._pool(x[:, :n])
+        return pooled if visual.proj is None else pooled @ visual.proj  # type: ignore[no-any-return]
+
+    def _run(
+        self,
+        transformer: Any,
+        x: Tensor,
+        prompts: Tensor | None,
+        put: Callable[[Tensor, Tensor], Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The blocks; the first `depth` of them see prompts of their own in the prompts' places."""
+        if prompts is None or len(prompts) == 1:
+            return transformer(x, attn_mask=mask)  # type: ignore[no-any-return]
+        for i, block in enumerate(transformer.resblocks):
+            if 0 < i < len(prompts):
+                x = put(x, _rows(prompts[i], len(x)))
+            x = block(x, attn_mask=mask)
+        return x
+
+    def content_hash(self) -> str:
+        """sha256 over architecture-relevant settings and every weight, as 64 hex digits."""
+        digest = hashlib.sha256(json.dumps(self.preprocess.to_dict(), sort_keys=True).encode())
+        quick = any(isinstance(module, open_clip.transformer.QuickGELU) for module in self.clip.modules())
+        digest.update(f"quick_gelu={quick} heads={self._heads()}".encode())
+        for name, value in sorted(self.clip.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _heads(self) -> list[int]:
+        return [
+            int(block.attn.num_heads)
+            for block in [*self.text.transformer.resblocks, *self.visual.transformer.resblocks]
+        ]
+
+
+def _rows(prompts: Tensor, batch: int) -> Tensor:
+    """(k, W) or (B, k, W) -> (B, k, W)."""
+    return prompts.expand(batch, -1, -1)
+
+
+def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
+    """Load and freeze a CLIP.
+
+    Raises:
+        ModelError: an unknown name, weights that cannot be had or do not fit, an unsupported architecture.
+    """
+    name, pretrained = source.model, source.pretrained
+    directory = Path(name)
+    local = directory.is_dir()
+    if local and not (directory / CONFIG_FILE).is_file():
+        raise ModelError(f"{directory} is no model directory: it has no {CONFIG_FILE}")
+    if not local and name not in open_clip.list_models() and not name.startswith("hf-hub:"):
+        raise ModelError(
+            f"no model is named {name!r}; use an open_clip name ({SUPPORTED}) or a directory with {CONFIG_FILE}"
+        )
+    if pretrained and Path(pretrained).suffix in {".pkl", ".pickle"}:
+        raise ModelError(f"{pretrained} is a pickle, which can run code; use .safetensors or a .pt state dict")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
+            clip, _, _ = open_clip.create_model_and_transforms(
+                f"local-dir:{directory}" if local else name,
+                pretrained=pretrained or None,
+                device=device,
+                weights_only=True,
+            )
+        tokenizer_settings: dict[str, Any] = {}
+        if local:
+            config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+            tokenizer_settings = dict(config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}))
+            if "bpe_path" in tokenizer_settings:
+                tokenizer_settings["bpe_path"] = str(directory / tokenizer_settings["bpe_path"])
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{directory}" if local else name, **tokenizer_settings)
+    except Exception as error:  # open_clip, torch, safetensors and the hub client each raise their own
+        raise ModelError(_explain(source, error)) from error
+    return Backbone(clip, tokenizer, source)
+
+
+def _explain(source: BackboneSource, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    known_tag = source.pretrained in open_clip.list_pretrained_tags_by_model(source.model)
+    if known_tag:
+        return (
+            f"the weights {source.pretrained!r} of {source.model} could not be fetched ({reason}). Either give a local "
+            f"file, --pretrained path/to/weights.safetensors (or a .pt state dict), or use the bundled model, "
+            f"--model examples/emoji/base"
+        )
+    return f"{source.model} with weights {source.pretrained!r} could not be loaded: {reason}"
+
+
+def _require_supported(clip: nn.Module) -> None:
+    """Refuse what the hooks above do not fit."""
+    text: Any = clip.text if hasattr(clip, "text") else clip
+    visual: Any = getattr(clip, "visual", None)
+    pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
+    fits = (
+        type(clip).__name__ in {"CLIP", "CustomTextCLIP"}
+        and isinstance(visual, VisionTransformer)
+        and getattr(visual, "attn_pool", None) is None
+        and getattr(clip, "logit_bias", None) is None
+        and all(
+            hasattr(text, a)
+            for a in ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+        )
+        and pool == "argmax"
+        and getattr(text, "attn_mask", None) is not None
+    )
+    if not fits:
+        towers = f"{type(clip).__name__} with a {type(visual).__name__} image tower"
+        raise ModelError(
+            f"{towers} is not supported (SigLIP, CoCa, ResNet and ConvNeXt are not); supported: {SUPPORTED}"
+        )

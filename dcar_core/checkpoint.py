@@ -1,0 +1,147 @@
+"""A checkpoint is a directory: `trainables.safetensors` (hundreds of KB) and a readable `config.json`.
+
+The fingerprint is a hash over the backbone's weights, the configuration and the trainables. Whatever is made from a
+model's vectors (shards, index, cached queries) carries it, so that a retrained model never meets old vectors.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.config import ModelConfig
+from dcar_core.errors import CheckpointError
+from dcar_core.model import DCAR
+
+CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
+FORMAT = 1
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def fingerprint(backbone_hash: str, config: ModelConfig, trainables: dict[str, Tensor]) -> str:
+    """64 hex digits that stand for one way of turning pictures and queries into vectors.
+
+    What only training needs (the loss, the category adapter) does not count.
+    """
+    serving = {"prompt": config.prompt.to_dict(), "reweight": config.reweight.to_dict()}
+    digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
+    for name in sorted(n for n in trainables if not n.startswith("caa.")):
+        value = trainables[name].detach().cpu().float().contiguous()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(model: DCAR, path: Path, *, training: dict[str, Any] | None = None) -> str:
+    """Write trainables and config; returns the fingerprint. A path given as the model is stored relative."""
+    path.mkdir(parents=True, exist_ok=True)
+    trainables = {name: p.detach().cpu().contiguous() for name, p in model.trainables()}
+    backbone_hash = model.backbone.content_hash()
+    mark = fingerprint(backbone_hash, model.config, trainables)
+    source = model.backbone.source
+    content = {
+        "format": FORMAT,
+        "fingerprint": mark,
+        "backbone": {
+            "model": _relative(source.model, path),
+            "pretrained": _relative(source.pretrained, path),
+            "sha256": backbone_hash,
+        },
+        "model": model.config.to_dict(),
+        "training": training or {},
+    }
+    _replace(path / WEIGHTS, save(trainables, {"format": "pt"}))
+    _replace(path / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+    return mark
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's config.json.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or one of another format.
+    """
+    if not is_checkpoint(path):
+        raise CheckpointError(
+            f"{path} is no checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
+        )
+    try:
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / CONFIG} is not of format {FORMAT}; train again, or use the version that wrote it"
+        )
+    return content
+
+
+def load_checkpoint(path: Path, *, device: str = "cpu", backbone: Backbone | None = None) -> tuple[DCAR, str]:
+    """The model and its fingerprint. Give a `backbone` that is already loaded to share it.
+
+    Raises:
+        CheckpointError: broken, or made on other backbone weights than those found.
+        ModelError: the backbone cannot be loaded.
+    """
+    content = read_config(path)
+    described = content["backbone"]
+    if backbone is None:
+        source = BackboneSource(_absolute(described["model"], path) or "", _absolute(described["pretrained"], path))
+        backbone = load_backbone(source, device)
+    backbone_hash = backbone.content_hash()
+    if backbone_hash != described["sha256"]:
+        raise CheckpointError(
+            f"{path} was trained on other backbone weights ({described['sha256'][:12]}) than {backbone.source.model} "
+            f"has ({backbone_hash[:12]}); train again on these, or point config.json to the right ones"
+        )
+    try:
+        model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
+        weights = load_file(str(path / WEIGHTS))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    expected = {name: tuple(p.shape) for name, p in model.trainables()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != found:
+        odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json: {', '.join(odd)}")
+    with torch.no_grad():
+        for name, parameter in model.trainables():
+            parameter.copy_(weights[name])
+    return model.eval(), fingerprint(backbone_hash, model.config, weights)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint so that it loads from anywhere on this machine: the backbone's path becomes absolute."""
+    content = read_config(source)
+    for key in ("model", "pretrained"):
+        content["backbone"][key] = _absolute(content["backbone"][key], source)
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    _replace(target / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _relative(value: str | None, base: Path) -> str | None:
+    return Path(os.path.relpath(value, base)).as_posix() if value and Path(value).exists() else value
+
+
+def _absolute(value: str | None, base: Path) -> str | None:
+    if value and not Path(value).is_absolute() and (base / value).exists():
+        return str((base / value).resolve())
+    return value
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)

@@ -1,0 +1,97 @@
+"""What can be chosen, as frozen data with a dict round trip. Nothing here reads the environment."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+TrainWeights = Literal["none", "pair", "predicted"]
+QueryWeights = Literal["none", "predicted"]
+
+
+class _Config:
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = set(values) - known
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; it has {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(_Config):
+    """The dual prompts (section 1 of the method).
+
+    length: k, the number of prompt vectors; 0 is plain CLIP.
+    depth: how many transformer blocks get fresh prompts; 1 is the paper's figure, more is MaPLe's.
+    text, image: which towers are prompted. Text alone is CoOp.
+    """
+
+    length: int = 4
+    depth: int = 1
+    text: bool = True
+    image: bool = True
+
+    def __post_init__(self) -> None:
+        if self.length < 0 or self.depth < 1:
+            raise ValueError(f"length must be at least 0 and depth at least 1, not {self.length} and {self.depth}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightConfig(_Config):
+    """Dynamic token re-weighting (section 2).
+
+    train: the weights that captions get in training: "pair" from their own image, as published; "predicted"
+        from the text alone; "none".
+    query: the weights of a query, which has no image. "predicted" or "none", as the validation split prefers.
+    strength, low, high [ours]: 1 + strength * (w / mean - 1), clipped to [low, high].
+    """
+
+    train: TrainWeights = "pair"
+    query: QueryWeights = "none"
+    strength: float = 0.5
+    low: float = 0.5
+    high: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(_Config):
+    """L = L_con + category * L_cate + head * L_head; alpha is the category-matching weight (sections 3 and 4)."""
+
+    category: float = 0.5
+    head: float = 1.0
+    alpha: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Config):
+    """One training run. `patience` counts epochs without a better validation recall; 0 never stops early."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    warmup: float = 0.1
+    patience: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Config):
+    """Everything that rebuilds a method on a backbone."""
+
+    method: str = "dcar"
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    reweight: ReweightConfig = field(default_factory=ReweightConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        parts: dict[str, type[_Config]] = {"prompt": PromptConfig, "reweight": ReweightConfig, "loss": LossConfig}
+        return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
+
+    def with_query_weights(self, query: QueryWeights) -> Self:
+        return replace(self, reweight=replace(self.reweight, query=query))

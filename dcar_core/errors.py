@@ -1,0 +1,51 @@
+"""Every error that this project raises on purpose. Messages say what was given and what would do.
+
+DcarError
+|- DataError             annotations, galleries and their metadata
+|  `- ImageError         one picture that cannot be read
+|- ModelError            a backbone that is unknown, unsupported or cannot be loaded
+|- CheckpointError       trainables that are missing, broken or belong to another backbone
+|- ArtifactError         a published index that is missing, incomplete or corrupted
+|  `- FingerprintError   an index built by another encoder than the one that serves it
+|- LockedError           another writer holds the index
+`- MissingExtraError     an optional dependency is not installed
+"""
+
+
+class DcarError(Exception):
+    """Base of the tree."""
+
+
+class DataError(DcarError):
+    """Annotations or a gallery cannot be used as they are."""
+
+
+class ImageError(DataError):
+    """One picture cannot be read; the message is the reason, without its name."""
+
+
+class ModelError(DcarError):
+    """The backbone is unknown, unsupported or cannot be loaded."""
+
+
+class CheckpointError(DcarError):
+    """The checkpoint is missing, broken or belongs to another backbone."""
+
+
+class ArtifactError(DcarError):
+    """A published index is missing, incomplete or corrupted."""
+
+
+class FingerprintError(ArtifactError):
+    """The index was built by another encoder than the one at hand."""
+
+
+class LockedError(DcarError):
+    """Another writer is at work on the same index."""
+
+
+class MissingExtraError(DcarError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional dependency: pip install 'dcar[{extra}]'")

@@ -1,0 +1,115 @@
+"""From any picture file to RGB, and from a name to its bytes.
+
+- What cannot be a picture is refused before it is decoded: the header gives the size, so a small file that
+  unpacks into gigabytes costs nothing.
+- Transparent pictures are put on white, as people see them on a page.
+- Pictures lie in a folder or in an uncompressed tar; a tar is indexed once and then read by offset.
+"""
+
+import io
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dcar_core.errors import DataError, ImageError
+
+ImageSource = Image.Image | Path | str | bytes
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+MAX_PIXELS = 64_000_000
+
+Image.MAX_IMAGE_PIXELS = None  # our own check comes first, and says more
+
+
+def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture as RGB: orientation applied, alpha over white, 16-bit and CMYK converted.
+
+    Raises:
+        ImageError: not a picture, truncated, empty, or of more than max_pixels pixels; the message is the reason.
+    """
+    if isinstance(source, bytes) and not source:
+        raise ImageError("the file is empty")
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(_readable(source))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(f"{width} x {height} pixels, at most {max_pixels:,} are accepted")
+        image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise ImageError("not an image, or of a kind that cannot be read") from None
+    except FileNotFoundError:
+        raise ImageError("no such file") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError(f"broken or truncated: {error}") from error
+
+
+def _readable(source: Path | str | bytes) -> Path | str | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode != "F" else max(1.0, float(np.nanmax(values, initial=0.0)))
+        gray = np.nan_to_num(np.clip(values / top, 0, 1)) * 255
+        return Image.fromarray(gray.round().astype(np.uint8)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class TarSpan:
+    """Where a member's bytes lie in its tar."""
+
+    offset: int
+    size: int
+
+
+def index_tar(path: Path) -> Mapping[str, TarSpan]:
+    """Member name -> span, for the regular files of an uncompressed tar.
+
+    Raises:
+        DataError: not a tar, or a compressed one, whose members cannot be read by offset.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return {m.name.removeprefix("./"): TarSpan(m.offset_data, m.size) for m in tar if m.isreg()}
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is not an uncompressed tar ({error}); unpack a compressed one first") from error
+
+
+class ImageRoot:
+    """The pictures of a data set by name: files below a folder, and members of the tars that lie in it."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise DataError(f"the image root {path} does not exist")
+        self.path = path
+        tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        self._members = {name: (tar, span) for tar in tars for name, span in index_tar(tar).items()}
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one picture.
+
+        Raises:
+            ImageError: there is no such file or member.
+        """
+        if name in self._members:
+            tar, span = self._members[name]
+            with tar.open("rb") as file:
+                file.seek(span.offset)
+                return file.read(span.size)
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            raise ImageError(f"no file {name} in {self.path}") from None

@@ -1,0 +1,48 @@
+"""The terms of L = L_con + lambda L_cate + mu L_head, as pure functions (section 4 of the method)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(text: Tensor, image: Tensor, same: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE (L_con) in which a row may have several positives.
+
+    Args:
+        text, image: L2-normalised features (B, E) of the pairs.
+        same: bool (B, B), symmetric, true on the diagonal: captions that read the same, or belong to the
+            same image, are positives of each other, never negatives.
+        scale: 1 / tau, CLIP's frozen temperature.
+
+    Each row's target is spread evenly over its positives.
+    """
+    logits = scale * text @ image.T  # (B texts, B images)
+    target = same.float()
+    rows = target / target.sum(1, keepdim=True)
+    columns = target / target.sum(0, keepdim=True)
+    text_to_image = -(rows * logits.log_softmax(1)).sum(1).mean()
+    image_to_text = -(columns * logits.log_softmax(0)).sum(0).mean()
+    return (text_to_image + image_to_text) / 2
+
+
+def category_loss(image: Tensor, captions: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+    """Cross-entropy of an image over its positive caption and its negatives (L_cate).
+
+    Args:
+        image: (B, E), prompted and normalised.
+        captions: (B, 1 + N, E), normalised; the positive comes first.
+        weights: category-matching weights (B, 1 + N): 1 + alpha where a caption is of the image's category,
+            1 where not, 0 for padding.
+
+    Logits are s / tau + log w [ours: the paper's figure gives w, not where it enters].
+    """
+    scores = scale * torch.einsum("be,bne->bn", image, captions) + weights.log()
+    return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
+
+
+def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
+    """Mean squared error of the predicted token weights (L_head [ours]) over real tokens.
+
+    predicted, target: (B, n); real: bool (B, n), the caption's own tokens.
+    """
+    return ((predicted - target) ** 2 * real).sum() / real.sum().clamp(min=1)

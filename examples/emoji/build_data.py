@@ -1,0 +1,118 @@
+"""Rebuild the emoji example's data from the npm packages that package.json pins.
+
+    python examples/emoji/build_data.py
+
+needs Node.js 20 or newer with npm, and takes about two minutes. It leaves in build/renders every vendor style as PNG
+(what train_base.py reads) and writes for each domain, twemoji and openmoji,
+
+    gallery.tar                       every picture of the style, palette PNG, 64 px
+    metadata.jsonl                    a line per picture: caption, category, meta-category, attributes, split
+    train.json val.json test.json     the pairs in FDRD's form, with swapped negatives
+
+Emoji are split by the base emoji, so that all skin tones of one are in the same split. The result is the same bytes
+every time. A killed run goes on with the pictures that are missing.
+"""
+
+import argparse
+import io
+import json
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from captions import domain_caption, plain_label, split_of, tone_words, useful_tags
+from PIL import Image
+
+HERE = Path(__file__).parent
+DOMAINS = ("twemoji", "openmoji")
+COLORS = 64
+GENDERS = {0: "woman", 1: "man"}
+
+
+def render(renders: Path) -> None:
+    for command in (["npm", "ci", "--no-fund", "--no-audit"], ["node", "render.mjs", str(renders.resolve())]):
+        if subprocess.run(command, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
+            sys.exit(f"`{' '.join(command)}` failed; Node.js 20 or newer and npm are needed")
+
+
+def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
+    """A tar without times and owners; palettes keep 4,000 pictures under 8 MB."""
+    part = HERE / domain / "gallery.tar.part"
+    with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            image = Image.open(renders / domain / f"{name}.png").convert("RGBA")
+            buffer = io.BytesIO()
+            image.quantize(COLORS, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
+            member = tarfile.TarInfo(f"{name}.png")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+    part.replace(HERE / domain / "gallery.tar")
+
+
+def negatives(name: str, emoji: dict, siblings: dict, rng: random.Random) -> list[tuple[str, str]]:
+    """(caption, category): two other emoji of the subgroup, then the same emoji with other attributes."""
+    own = emoji[name]
+    others = [k for k in siblings[own["subgroup"]] if emoji[k]["base"] != own["base"]]
+    swapped = [
+        (domain_caption(emoji[k]), plain_label(emoji[k]["base_label"])) for k in rng.sample(others, min(2, len(others)))
+    ]
+    category = plain_label(own["base_label"])
+    toned = [k for k in siblings[own["subgroup"]] if emoji[k]["base"] == own["base"] and k != name]
+    if toned:
+        swapped.append((domain_caption(emoji[rng.choice(toned)]), category))
+    elif others:
+        tags = useful_tags(emoji[rng.choice(others)])[:4]
+        swapped.append((", ".join([plain_label(own["label"]), *tags]), category))
+    caption = domain_caption(own)
+    return [pair for pair in swapped if pair[0] != caption]
+
+
+def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, int]:
+    siblings: dict[str, list[str]] = {}
+    for name in names:
+        siblings.setdefault(emoji[name]["subgroup"], []).append(name)
+    splits: dict[str, dict] = {"train": {}, "val": {}, "test": {}}
+    lines = []
+    for name in names:
+        own = emoji[name]
+        split, category = split_of(own["base"]), plain_label(own["base_label"])
+        swapped = negatives(name, emoji, siblings, random.Random(name))
+        file = f"{name}.png"
+        gender = [GENDERS[own["gender"]]] if own["gender"] in GENDERS else []
+        lines.append({
+            "file_name": file, "id": name, "caption": domain_caption(own), "category": category,
+            "meta_category": own["subgroup"], "attributes": [*tone_words(own["tones"]), *gender, *useful_tags(own)],
+            "char": own["char"], "base": own["base"] == name, "split": split,
+        })  # fmt: skip
+        splits[split][name] = {
+            "file_name": file, "file_path": f"{domain}/{file}", "class_name": category,
+            "positive": domain_caption(own),
+            "negative": [n for n, _ in swapped], "negative_class": [c for _, c in swapped],
+        }  # fmt: skip
+    folder = HERE / domain
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for split, entries in splits.items():
+        (folder / f"{split}.json").write_text(json.dumps(entries, ensure_ascii=False, separators=(",", ":")) + "\n")
+    return {split: len(entries) for split, entries in splits.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--renders", type=Path, default=HERE / "build" / "renders", help="default: %(default)s")
+    parser.add_argument("--no-render", action="store_true", help="the pictures are there already")
+    args = parser.parse_args()
+    if not args.no_render:
+        render(args.renders)
+    emoji = json.loads((args.renders / "emoji.json").read_text())
+    for domain in DOMAINS:
+        (HERE / domain).mkdir(exist_ok=True)
+        names = sorted(k for k in emoji if (args.renders / domain / f"{k}.png").is_file())
+        write_gallery(args.renders, domain, names)
+        print(domain, len(names), write_annotations(domain, names, emoji))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""How an emoji is put into words: one caption for the domains, many for training the base model."""
+
+import hashlib
+import random
+
+TONES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}
+TEMPLATES = ("{}", "{}", "{}", "{} emoji", "a picture of {}", "an emoji of {}", "a photo of a {}")
+
+
+def plain_label(label: str) -> str:
+    """Emoji labels as people would write them: "flag: Japan" -> "flag of Japan"."""
+    if label.startswith("flag: "):
+        return "flag of " + label.removeprefix("flag: ")
+    return label.replace("\u201c", "").replace("\u201d", "").replace(": ", ", ")
+
+
+def tone_words(tones: list[int]) -> list[str]:
+    return [f"{TONES[tone]} skin tone" for tone in dict.fromkeys(tones)]
+
+
+def useful_tags(emoji: dict) -> list[str]:
+    """Tags that add a word to the label."""
+    known = set(plain_label(emoji["label"]).lower().replace(",", "").split())
+    return [tag for tag in emoji["tags"] if tag.lower() not in known]
+
+
+def domain_caption(emoji: dict) -> str:
+    """The one caption of an emoji in a domain: its label, then up to four tags."""
+    return ", ".join([plain_label(emoji["label"]), *useful_tags(emoji)[:4]])
+
+
+def sample_caption(emoji: dict, rng: random.Random) -> str:
+    """One of the ways to say it: label, another name, label and tags, or tags alone."""
+    label, tags = plain_label(emoji["label"]), emoji["tags"]
+    names = [name.replace("_", " ").replace("-", " ").lower() for name in emoji["names"]]
+    tones = tone_words(emoji["tones"])
+    kind = rng.random()
+    if kind < 0.15 and names:
+        text = rng.choice(names)
+        if tones and "tone" not in text:
+            text += ", " + ", ".join(tones)
+        return rng.choice(TEMPLATES).format(text)
+    if kind < 0.30 and tags:
+        words = [*rng.sample(tags, min(len(tags), rng.randint(1, 4))), *tones]
+        return rng.choice((", ", " ")).join(words)
+    if kind < 0.60 and tags:
+        return ", ".join([label, *rng.sample(tags, min(len(tags), rng.randint(1, 5)))])
+    if tones and rng.random() < 0.3:  # "woman running dark skin"
+        base = plain_label(emoji["base_label"])
+        short = [tone.removesuffix(" tone") for tone in tones]
+        label = rng.choice((f"{base} {' '.join(short)}", f"{base} with {' and '.join(tones)}"))
+    elif emoji["label"].startswith("flag: ") and rng.random() < 0.4:
+        country = emoji["label"].removeprefix("flag: ")
+        label = rng.choice((country, f"{country} flag", f"the flag of {country}"))
+    return rng.choice(TEMPLATES).format(label)
+
+
+def split_of(base: str) -> str:
+    """train (50 %), val (10 %) or test (40 %) by a hash of the base emoji: skin tones of one stay together."""
+    slot = int(hashlib.sha256(base.encode()).hexdigest()[:8], 16) % 100
+    return "train" if slot < 50 else "val" if slot < 60 else "test"

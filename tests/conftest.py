@@ -1,0 +1,112 @@
+"""A tiny real CLIP, checkpoints on it, and a small gallery: everything else in the tests is the real thing too."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dcar_core.backbone import CONFIG_FILE, BackboneSource, load_backbone
+from dcar_core.checkpoint import save_checkpoint
+from dcar_core.config import ModelConfig
+from dcar_core.model import DCAR
+
+COLORS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("square", "circle", "triangle", "cross")
+TINY = {
+    "model_cfg": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash", "size": [32, 32]},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a randomly initialised 32 px CLIP in open_clip's form."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("tiny") / "base"
+    path.mkdir()
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**json.loads(json.dumps(TINY["model_cfg"])))
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, str(path / "open_clip_model.safetensors"))
+    (path / CONFIG_FILE).write_text(json.dumps(TINY))
+    return path
+
+
+def _checkpoint(model: Path, path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    dcar = DCAR(load_backbone(BackboneSource(str(model))), ModelConfig())
+    with torch.no_grad():
+        for _, parameter in dcar.trainables():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_checkpoint(dcar, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model: Path) -> Path:
+    return _checkpoint(tiny_model, tiny_model.parent / "checkpoint", 1)
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tiny_model: Path) -> Path:
+    """The same backbone, other trainables: another fingerprint."""
+    return _checkpoint(tiny_model, tiny_model.parent / "other", 2)
+
+
+def draw(color: str, shape: str, side: int = 48) -> Image.Image:
+    image = Image.new("RGB", (side, side), "white")
+    pen, box = ImageDraw.Draw(image), (8, 8, side - 8, side - 8)
+    if shape == "square":
+        pen.rectangle(box, fill=color)
+    elif shape == "circle":
+        pen.ellipse(box, fill=color)
+    elif shape == "triangle":
+        pen.polygon([(side // 2, 8), (8, side - 8), (side - 8, side - 8)], fill=color)
+    else:
+        pen.line((8, 8, side - 8, side - 8), fill=color, width=8)
+        pen.line((8, side - 8, side - 8, 8), fill=color, width=8)
+    return image
+
+
+@pytest.fixture(scope="session")
+def tiny_gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures in a folder per shape, with metadata.jsonl."""
+    root = tmp_path_factory.mktemp("gallery")
+    lines = []
+    for shape in SHAPES:
+        (root / shape).mkdir()
+        for color in COLORS:
+            name = f"{shape}/{color}.png"
+            draw(color, shape).save(root / name)
+            lines.append({"file_name": name, "caption": f"a {color} {shape}", "category": shape, "color": color})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_gallery: Path) -> Path:
+    """The gallery's pictures as annotations in FDRD's form, 12 for training, 6 for validation, 6 for the test."""
+    rows = [json.loads(line) for line in (tiny_gallery / "metadata.jsonl").read_text().splitlines()]
+    order = np.random.default_rng(0).permutation(len(rows))
+    for split, part in (("train", order[:12]), ("val", order[12:18]), ("test", order[18:])):
+        content = {}
+        for i in part:
+            row = rows[i]
+            wrong = [f"a {color} {row['category']}" for color in COLORS[:3] if color != row["color"]]
+            content[f"{row['category']}_{i}"] = {
+                "file_name": row["file_name"],
+                "file_path": f"/somewhere/else/{row['file_name']}",
+                "positive": row["caption"],
+                "negative": wrong,
+                "class_name": row["category"],
+            }
+        (tiny_gallery / f"{split}.json").write_text(json.dumps(content))
+    return tiny_gallery

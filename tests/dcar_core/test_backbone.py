@@ -1,0 +1,143 @@
+"""Parity: the prompted encoders equal the stock ones wherever they must."""
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.config import ModelConfig, PromptConfig
+from dcar_core.errors import ModelError
+from dcar_core.model import DCAR
+
+TEXTS = ["a red square", "x", "a much longer caption of a small green circle beside a wall"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model: Path) -> Backbone:
+    return load_backbone(BackboneSource(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_without_prompts_the_stock_encoders(backbone: Backbone, pixels: torch.Tensor) -> None:
+    stock = backbone.clip
+    full = open_clip.get_tokenizer("ViT-B-32")(TEXTS, context_length=32)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.encode_image(pixels), stock.encode_image(pixels), rtol=0, atol=0)
+        torch.testing.assert_close(backbone.encode_text(full), stock.encode_text(full), rtol=0, atol=0)
+        # cut to the longest caption
+        short = backbone.tokenize(TEXTS)
+        assert short.shape[1] < 32
+        torch.testing.assert_close(backbone.encode_text(short), stock.encode_text(full), rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_from_words_equal_the_prefixed_sentence(backbone: Backbone) -> None:
+    model = DCAR(backbone, ModelConfig(prompt=PromptConfig(image=False)))
+    with torch.no_grad():
+        prompted = model.encode_text(backbone.tokenize(TEXTS, model.room))
+        written = F.normalize(backbone.encode_text(backbone.tokenize([f"a photo of a {t}" for t in TEXTS])), dim=-1)
+    torch.testing.assert_close(prompted, written, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_one_change_nothing_and_others_do(backbone: Backbone) -> None:
+    model = DCAR(backbone, ModelConfig())
+    tokens = backbone.tokenize(TEXTS, model.room)
+    with torch.no_grad():
+        plain = model.encode_text(tokens)
+        torch.testing.assert_close(model.encode_text(tokens, torch.ones(tokens.shape)), plain, rtol=0, atol=0)
+        assert not torch.allclose(model.encode_text(tokens, torch.full(tokens.shape, 1.5)), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prompts_row_by_row_equal_shared_prompts(backbone: Backbone, pixels: torch.Tensor, depth: int) -> None:
+    model = DCAR(backbone, ModelConfig(prompt=PromptConfig(depth=depth)))
+    assert model.prompts is not None
+    text, image = model.prompts.text_prompts(), model.prompts.image_prompts()
+    assert text is not None
+    assert image is not None
+    tokens = backbone.tokenize(TEXTS, 4)
+    with torch.no_grad():
+        per_row = text.unsqueeze(1).expand(-1, 3, -1, -1)
+        torch.testing.assert_close(backbone.encode_text(tokens, per_row), backbone.encode_text(tokens, text))
+        per_row = image.unsqueeze(1).expand(-1, 3, -1, -1)
+        torch.testing.assert_close(backbone.encode_image(pixels, per_row), backbone.encode_image(pixels, image))
+
+
+def test_deep_prompts_reach_the_second_block(backbone: Backbone, pixels: torch.Tensor) -> None:
+    model = DCAR(backbone, ModelConfig(prompt=PromptConfig(depth=2)))
+    assert model.prompts is not None
+    image = model.prompts.image_prompts()
+    assert image is not None
+    changed = image.detach().clone()
+    changed[1] = torch.randn(changed[1].shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert not torch.allclose(
+            backbone.encode_image(pixels, image), backbone.encode_image(pixels, changed), atol=1e-4
+        )
+
+
+def test_end_of_text_survives_a_long_caption_and_a_marker_is_stripped(backbone: Backbone) -> None:
+    tokens = backbone.tokenize(["word " * 100], room=4)
+    assert tokens.shape[1] == 28
+    assert tokens[0, -1] == 49407
+    marked = backbone.tokenize(["a red <end_of_text> square"])
+    assert torch.equal(marked, backbone.tokenize(["a red   square"]))
+
+
+def test_too_many_tokens_for_the_context(backbone: Backbone) -> None:
+    with pytest.raises(ValueError, match="context holds 32"):
+        backbone.encode_text(backbone.tokenize(["word " * 100]), torch.zeros(1, 4, 64))
+
+
+@pytest.mark.slow
+def test_real_architecture_loads_bit_for_bit_from_both_kinds_of_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clip = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
+    state = {name: value.contiguous() for name, value in clip.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pt")
+    save_file(state, str(tmp_path / "weights.safetensors"))
+    for file in ("weights.pt", "weights.safetensors"):
+        backbone = load_backbone(BackboneSource("ViT-B-32-quickgelu", str(tmp_path / file)))
+        loaded = backbone.clip.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in state.items())
+        assert (backbone.text_width, backbone.vision_width, backbone.embed_dim) == (512, 768, 512)
+        with torch.no_grad():
+            tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")(["a dog"])
+            torch.testing.assert_close(backbone.encode_text(tokens), clip.eval().encode_text(tokens), rtol=0, atol=0)
+
+
+def test_unsupported_and_unknown_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model is named 'ViT-Z'"):
+        load_backbone(BackboneSource("ViT-Z"))
+    with pytest.raises(ModelError, match="has no open_clip_config"):
+        load_backbone(BackboneSource(str(tmp_path)))
+    with pytest.raises(ModelError, match=r"not supported.*ViT-B-32"):
+        load_backbone(BackboneSource("RN50"))
+    with pytest.raises(ModelError, match="pickle"):
+        load_backbone(BackboneSource("ViT-B-32", "weights.pkl"))
+
+
+def test_a_hub_out_of_reach_names_two_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise OSError("name resolution failed")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", unreachable)
+    with pytest.raises(ModelError, match=r"--pretrained path/to/weights.*--model examples/emoji/base"):
+        load_backbone(BackboneSource("ViT-B-32-quickgelu", "openai"))
+
+
+def test_a_pickle_in_a_pt_file_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (exec, ("raise SystemExit('ran')",))
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_backbone(BackboneSource("ViT-B-32-quickgelu", str(tmp_path / "evil.pt")))

@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcar_core import Encoder
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
+from dcar_core.config import LossConfig, ModelConfig
+from dcar_core.errors import CheckpointError, ModelError
+from dcar_core.model import DCAR
+
+
+def test_vectors_are_normalised_and_independent_of_the_batch(tiny_checkpoint: Path, tiny_gallery: Path) -> None:
+    encoder = Encoder.load(tiny_checkpoint)
+    texts = ["a red square", "circle", "a long caption that goes on for a while, then ends", ""]
+    together = encoder.encode_text(texts)
+    assert together.shape == (4, 32)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-5)
+    alone = np.concatenate([encoder.encode_text([t]) for t in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    paths = sorted(tiny_gallery.glob("circle/*.png"))
+    by_path = encoder.encode_images(paths)
+    np.testing.assert_allclose(np.linalg.norm(by_path, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(by_path, encoder.encode_images([p.read_bytes() for p in paths], batch_size=2), atol=1e-6)
+    np.testing.assert_allclose(by_path, encoder.encode_images([Image.open(p) for p in paths]), atol=1e-6)
+    assert encoder.encode_text([]).shape == (0, 32)
+
+
+def test_preprocess_equals_open_clips_transform(tiny_model: Path) -> None:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (57, 83, 3), dtype=np.uint8))
+    preprocess = Encoder.load(tiny_model).preprocess
+    for mode in ("squash", "shortest", "longest"):
+        ours = type(preprocess)(32, preprocess.mean, preprocess.std, "bicubic", mode)
+        config = PreprocessCfg(size=32, mean=ours.mean, std=ours.std, resize_mode=mode)
+        theirs = image_transform_v2(config, is_train=False)(picture)
+        np.testing.assert_allclose(ours.normalize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
+
+
+def test_fingerprint_follows_what_serves(tiny_model: Path, tiny_checkpoint: Path, other_checkpoint: Path) -> None:
+    first, again = Encoder.load(tiny_checkpoint), Encoder.load(tiny_checkpoint)
+    assert first.fingerprint == again.fingerprint
+    assert (
+        len({first.fingerprint, Encoder.load(other_checkpoint).fingerprint, Encoder.load(tiny_model).fingerprint}) == 3
+    )
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    model, mark = load_checkpoint(tiny_checkpoint, backbone=backbone)
+    model.config = ModelConfig(loss=LossConfig(alpha=9.0))
+    assert save_checkpoint(model, tiny_checkpoint.parent / "other_loss") == mark
+
+
+def test_a_copied_checkpoint_loads_from_anywhere(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy_checkpoint(tiny_checkpoint, tmp_path / "deep" / "copy")
+    assert Encoder.load(tmp_path / "deep" / "copy").fingerprint == Encoder.load(tiny_checkpoint).fingerprint
+
+
+def test_broken_checkpoints_say_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"needs config\.json"):
+        load_checkpoint(tmp_path)
+    copy_checkpoint(tiny_checkpoint, tmp_path)
+    good = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(good.replace('"depth": 1', '"depth": 2'))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(good.replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(CheckpointError, match="other backbone weights"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(good)
+    (tmp_path / "trainables.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path)
+
+
+def test_only_trainables_are_saved(tiny_checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    names = set(load_file(str(tiny_checkpoint / "trainables.safetensors")))
+    assert "prompts.text" in names
+    assert not any(name.startswith("backbone") for name in names)
+
+
+def test_query_weights_come_from_the_text_alone(tiny_model: Path) -> None:
+    model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig().with_query_weights("predicted"))
+    assert model.head is not None
+    tokens = model.backbone.tokenize(["a red square"], model.room)
+    with torch.no_grad():
+        untrained = model.encode_query(tokens)
+        torch.testing.assert_close(untrained, model.encode_text(tokens))
+        model.head.linear.weight.normal_()
+        weights = model.predicted_weights(tokens)
+        assert weights is not None
+        assert weights[0, 0] == weights[0, -1] == 1  # SOS and EOT
+        torch.testing.assert_close(model.encode_query(tokens), model.encode_text(tokens, weights))
+        assert not torch.allclose(model.encode_query(tokens), untrained, atol=1e-4)
+
+
+def test_a_missing_device_is_named() -> None:
+    with pytest.raises(ModelError, match="no device 'cuda:99'"):
+        Encoder.load("unused", device="cuda:99")

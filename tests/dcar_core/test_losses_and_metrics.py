@@ -1,0 +1,100 @@
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dcar_core.config import ReweightConfig
+from dcar_core.losses import category_loss, contrastive_loss, head_loss
+from dcar_core.metrics import hard_negative_accuracy, recall_at_k
+from dcar_core.reweight import blend, pair_weights, real_tokens
+
+
+def features(n: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_contrastive_loss_is_clips_when_each_row_has_one_positive() -> None:
+    text, image, scale = features(5, 0), features(5, 1), torch.tensor(20.0)
+    logits = scale * text @ image.T
+    target = torch.arange(5)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(contrastive_loss(text, image, torch.eye(5, dtype=torch.bool), scale), expected)
+
+
+def test_equal_captions_are_positives_never_negatives() -> None:
+    image = features(2, 1)
+    image[1] = image[0]
+    text = image.clone()  # a perfect model, two pairs that read the same
+    scale = torch.tensor(50.0)
+    as_negatives = contrastive_loss(text, image, torch.eye(2, dtype=torch.bool), scale)
+    as_positives = contrastive_loss(text, image, torch.ones(2, 2, dtype=torch.bool), scale)
+    gradient = torch.autograd.grad(
+        contrastive_loss(text.requires_grad_(), image, torch.ones(2, 2, dtype=torch.bool), scale), text
+    )[0]
+    torch.testing.assert_close(as_positives, as_negatives)  # both ln 2: the floor when the target is spread
+    assert gradient.abs().max() < 1e-5
+
+
+def test_category_loss_by_hand_and_padding() -> None:
+    image, scale = features(1, 0), torch.tensor(10.0)
+    captions = features(3, 1).unsqueeze(0)
+    weights = torch.tensor([[1.5, 1.5, 1.0]])
+    scores = 10 * captions[0] @ image[0]
+    odds = torch.tensor([1.5, 1.5, 1.0]) * scores.exp()
+    torch.testing.assert_close(category_loss(image, captions, weights, scale), -(odds[0] / odds.sum()).log())
+    padded = torch.cat([captions, torch.zeros(1, 1, 8)], 1)
+    torch.testing.assert_close(
+        category_loss(image, padded, torch.tensor([[1.5, 1.5, 1.0, 0.0]]), scale),
+        category_loss(image, captions, weights, scale),
+    )
+
+
+def test_head_loss_counts_real_tokens_only() -> None:
+    real = torch.tensor([[False, True, True, False]])
+    loss = head_loss(torch.tensor([[9.0, 1.0, 2.0, 9.0]]), torch.tensor([[0.0, 1.0, 0.0, 0.0]]), real)
+    assert loss.item() == 2.0
+
+
+def test_pair_weights_and_blend() -> None:
+    words = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
+    raw = pair_weights(words, image=torch.tensor([[0.0, 2.0]]), blank=torch.tensor([1.0, 1.0]))
+    half = 2**-0.5
+    torch.testing.assert_close(raw, torch.tensor([[half, half, 1 - half, half]]))
+    tokens = torch.tensor([[1, 5, 6, 9]])  # SOS, two words, EOT
+    real = real_tokens(tokens)
+    assert real.tolist() == [[False, True, True, False]]
+    weights = blend(raw, real, ReweightConfig(strength=0.5, low=0.8, high=1.2))
+    assert weights[0, 0] == weights[0, 3] == 1
+    torch.testing.assert_close(weights[0, 1:3], torch.tensor([1.2, 0.8]))  # 1.207 and 0.793, clipped
+    gentle = blend(raw, real, ReweightConfig(strength=0.1))[0, 1:3]
+    torch.testing.assert_close(gentle.mean(), torch.tensor(1.0))
+
+
+def test_recall_counts_ties_against_the_model() -> None:
+    flat = np.ones((10, 4), np.float32) / 2
+    found = recall_at_k(flat, flat, np.arange(10))
+    assert found["t2i_r1"] == found["i2t_r5"] == 0
+    assert found["t2i_r10"] == 100
+
+
+def test_recall_by_hand_with_two_captions_for_an_image() -> None:
+    image = np.eye(3, dtype=np.float32)
+    text = np.array([[1, 0, 0], [0.9, 0.8, 0], [0.1, 0.6, 0.5], [0, 0.9, 0.2]], np.float32)
+    of = np.array([0, 1, 1, 2])
+    found = recall_at_k(text, image, of, ks=(1, 2))
+    assert found["t2i_r1"] == 50  # texts 0 and 2
+    assert found["t2i_r2"] == 100
+    assert round(found["i2t_r1"], 1) == 33.3  # image 0 finds text 0; image 1 finds text 3, image 2 text 2
+    assert found["i2t_r2"] == 100
+
+
+def test_recall_does_not_depend_on_the_chunk() -> None:
+    rng = np.random.default_rng(0)
+    text, image = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
+    of = rng.integers(0, 20, 50)
+    assert recall_at_k(text, image, of) == recall_at_k(text, image, of, chunk=7)
+
+
+def test_hard_negative_accuracy() -> None:
+    image = np.eye(2, dtype=np.float32)
+    negatives = [np.array([[0.5, 0]], np.float32), np.array([[0, 1]], np.float32)]
+    assert hard_negative_accuracy(image, image, negatives) == 50  # the second is a tie

@@ -1,0 +1,79 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.checkpoint import load_checkpoint
+from dcar_core.config import ModelConfig, TrainConfig
+from dcar_core.data import load_split
+from dcar_core.errors import DataError, DcarError
+from dcar_core.evaluate import compare, seeded_model
+from dcar_core.features import prepare
+from dcar_core.methods import METHODS, method
+from dcar_core.train import batch_loss, evaluate, train
+
+QUICK = TrainConfig(epochs=2, batch_size=6)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, tiny_model: Path, tiny_data: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    before = backbone.content_hash()
+    model = seeded_model(backbone, method(name), seed=0)
+    start = {n: p.detach().clone() for n, p in model.trainables()}
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    found = train(model, training, validation, QUICK, progress=False)
+    assert backbone.content_hash() == before
+    assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("backbone."))
+    assert bool(start) == (name != "clip")
+    assert all(not torch.equal(start[n], p) for n, p in model.trainables())  # every part learns
+    assert len(found.history) == (0 if name == "clip" else 2)
+
+
+def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar-deep"), seed=0)
+    training = load_split(tiny_data, "train")[0]
+    data = prepare(training, model, for_training=True, progress=False)
+    rows = np.arange(len(data))
+    before = float(batch_loss(model, data, rows).detach())
+    train(model, training, training, TrainConfig(epochs=40, batch_size=12, lr=1e-2), progress=False)
+    assert float(batch_loss(model, data, rows).detach()) < 0.7 * before
+
+
+def test_a_seed_gives_the_same_result(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    first = compare(backbone, tiny_data, ["clip", "dcar"], 2, tmp_path / "a", QUICK, progress=False)
+    again = compare(backbone, tiny_data, ["dcar"], 1, tmp_path / "b", QUICK, progress=False)
+    assert first["methods"]["dcar"]["runs"][0]["test"] == again["methods"]["dcar"]["runs"][0]["test"]
+    assert len(first["methods"]["clip"]["runs"]) == 1
+    assert json.loads((tmp_path / "a" / "results.json").read_text()) == first
+    assert "| dcar |" in (tmp_path / "a" / "results.md").read_text()
+    # a saved checkpoint reproduces the number that was reported for it
+    model, _ = load_checkpoint(tmp_path / "a" / "dcar" / "seed1")
+    test = prepare(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
+    assert evaluate(model, test) == first["methods"]["dcar"]["runs"][1]["test"]
+
+
+def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: Path) -> None:
+    """Shuffling the pictures of the split must not change a single caption's vector."""
+    from dcar_core.train import encode_captions
+
+    config = ModelConfig().with_query_weights("predicted")
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), config, seed=0)
+    data = prepare(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
+    other = replace(data, pixels=data.pixels[::-1].copy())
+    np.testing.assert_array_equal(encode_captions(model, data), encode_captions(model, other))
+    assert data.pair_weights is None
+
+
+def test_unknown_method_and_missing_pictures(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DcarError, match=r"no method is named 'dcarr'; there are: clip, coop"):
+        method("dcarr")
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
+    elsewhere = load_split(tiny_data, "train", images=tmp_path)[0]
+    with pytest.raises(DataError, match=r"train: no file .*--images"):
+        prepare(elsewhere, model, for_training=False, progress=False)
