@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -207,7 +207,7 @@ def search(
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES
     vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([query])
     scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
-    results = []
+    results: list[dict[str, Any]] = []
     for score, row in zip(np.atleast_2d(scores)[0], np.atleast_2d(rows)[0], strict=True):
         if row >= 0:
             item = artifact.item(int(row))
@@ -259,9 +259,9 @@ def demo(
 
 def _serve(**given: object) -> None:
     from app.main import serve as run
-    from app.settings import Settings
+    from app.settings import load_settings
 
-    run(Settings(**{name: value for name, value in given.items() if value is not None}))
+    run(load_settings(**given))
 
 
 def _backbone(model: str, pretrained: str | None, device: str) -> "Backbone":

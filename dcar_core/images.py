@@ -20,6 +20,8 @@ from dcar_core.errors import DataError, ImageError
 ImageSource = Image.Image | Path | str | bytes
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 MAX_PIXELS = 64_000_000
+# What cameras and browsers make (MPO comes in by JPEG). Pillow knows more, and starts other programs for some of them.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 
 Image.MAX_IMAGE_PIXELS = None  # our own check comes first, and says more
 
@@ -33,7 +35,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if isinstance(source, bytes) and not source:
         raise ImageError("the file is empty")
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(_readable(source))
+        image = source if isinstance(source, Image.Image) else Image.open(_readable(source), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"{width} x {height} pixels, at most {max_pixels:,} are accepted")
@@ -43,8 +45,10 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         raise ImageError("not an image, or of a kind that cannot be read") from None
     except FileNotFoundError:
         raise ImageError("no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"broken or truncated: {error}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise what they like on broken bytes
+        raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
 
 
 def _readable(source: Path | str | bytes) -> Path | str | io.BytesIO:

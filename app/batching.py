@@ -1,0 +1,197 @@
+"""Concurrent queries share forward passes, and identical ones share a single computation.
+
+- `Flights`: callers that ask for the same key while it is being computed wait for the same task. When the last one has
+  gone away (client closed, deadline), the task is cancelled.
+- `Batcher`: one queue, one model thread. While a pass runs, arrivals gather and make the next batch. An idle service
+  starts at once; the short wait for company applies only when the last batch had company.
+- A batch that raises is halved until the culprit is alone: a bad item fails by itself. The same holds for an embedding
+  that is not finite.
+- A job whose caller is gone before its batch starts is dropped. `close` finishes what was accepted.
+
+A `Lane` is what may share a batch: today one encoder and one kind of query. N queries of a lane: list of N payloads ->
+float32 (N, E).
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.problems import NotReady
+from dcar_core.errors import DataError
+
+T = TypeVar("T")
+Vector = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class _Flight(Generic[T]):
+    task: asyncio.Task[T]
+    waiters: int = 0
+
+
+class Flights(Generic[T]):
+    """Shares one computation among all who ask for the same key at the same time."""
+
+    def __init__(self) -> None:
+        self._flights: dict[Hashable, _Flight[T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    async def run(self, key: Hashable, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Wait for the computation of `key`, beginning it with `start()` if none is under way."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = _Flight(asyncio.create_task(start()))
+            self._flights[key] = flight
+            flight.task.add_done_callback(lambda task: self._landed(key, task))
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and not flight.task.done():
+                self._landed(key, flight.task)
+                flight.task.cancel()
+
+    def _landed(self, key: Hashable, task: asyncio.Task[T]) -> None:
+        flight = self._flights.get(key)
+        if flight is not None and flight.task is task:
+            del self._flights[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Queries that may share a forward pass: equal `key`, same `run`."""
+
+    key: Hashable
+    run: Callable[[list[Any]], Vector] = field(compare=False)
+
+
+@dataclass(slots=True)
+class _Job:
+    lane: Lane
+    payload: Any
+    future: asyncio.Future[Vector]
+    arrived: float
+
+
+class Batcher:
+    """Runs the queries of all lanes, batch after batch, in one thread that owns the model."""
+
+    def __init__(self, *, max_batch: int, max_wait_s: float) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, not {max_batch}")
+        self._max_batch = max_batch
+        self._max_wait = max_wait_s
+        self._jobs: deque[_Job] = deque()
+        self._arrived = asyncio.Event()
+        self._full = asyncio.Event()
+        self._closing = False
+        self._last_size = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-model")
+        self._worker: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to work; must be called with the event loop running."""
+        self._worker = asyncio.create_task(self._work(), name="dcar-batcher")
+
+    async def submit(self, lane: Lane, payload: Any) -> Vector:
+        """Embed one query: float32 (E,). Raises what the lane raised for this very item."""
+        if self._closing:
+            raise NotReady("The service is shutting down.")
+        job = _Job(lane, payload, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._jobs.append(job)
+        self._arrived.set()
+        if len(self._jobs) >= self._max_batch:
+            self._full.set()
+        return await job.future
+
+    async def close(self) -> None:
+        """Finish every accepted job, then let the thread go."""
+        self._closing = True
+        self._arrived.set()
+        self._full.set()
+        if self._worker is not None:
+            await self._worker
+        self._thread.shutdown()
+
+    async def _work(self) -> None:
+        while True:
+            while self._jobs and self._jobs[0].future.done():  # its caller is gone
+                self._jobs.popleft()
+            if not self._jobs:
+                if self._closing:
+                    return
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            await self._wait_for_company()
+            if batch := self._take():
+                await self._run(batch)
+
+    async def _wait_for_company(self) -> None:
+        if self._last_size < 2 or len(self._jobs) >= self._max_batch or self._closing:
+            return
+        left = self._jobs[0].arrived + self._max_wait - time.monotonic()
+        if left > 0:
+            self._full.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._full.wait(), left)
+
+    def _take(self) -> list[_Job]:
+        """The oldest job and those that may join it, oldest first; the others keep their places."""
+        batch: list[_Job] = []
+        rest: deque[_Job] = deque()
+        for job in self._jobs:
+            if job.future.done():
+                continue
+            if len(batch) < self._max_batch and (not batch or job.lane == batch[0].lane):
+                batch.append(job)
+            else:
+                rest.append(job)
+        self._jobs = rest
+        return batch
+
+    async def _run(self, batch: list[_Job]) -> None:
+        self._last_size = len(batch)
+        payloads = [job.payload for job in batch]
+        outcomes: list[Vector | Exception]
+        try:
+            outcomes = await asyncio.get_running_loop().run_in_executor(
+                self._thread, _forward, batch[0].lane.run, payloads
+            )
+        except Exception as error:  # the thread itself failed; each caller must hear of it
+            outcomes = [error] * len(batch)
+        for job, outcome in zip(batch, outcomes, strict=True):
+            if job.future.done():
+                continue
+            if isinstance(outcome, Exception):
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome)
+
+
+def _forward(run: Callable[[list[Any]], Vector], payloads: list[Any]) -> list[Vector | Exception]:
+    """One outcome per payload. Rows are copied, so that a cached one does not keep its whole batch alive."""
+    try:
+        vectors = run(payloads)  # [n, E]
+        if len(vectors) != len(payloads):
+            raise RuntimeError(f"{len(vectors)} embeddings for {len(payloads)} queries")
+    except Exception as error:
+        if len(payloads) == 1:
+            return [error]
+        half = len(payloads) // 2
+        return _forward(run, payloads[:half]) + _forward(run, payloads[half:])
+    return [
+        vector.copy() if np.isfinite(vector).all() else DataError("The model finds no finite embedding for this query.")
+        for vector in vectors
+    ]

@@ -1,0 +1,159 @@
+"""Every error of the service becomes `application/problem+json` (RFC 9457), in this one place.
+
+- Routes raise `Problem`, or let the errors of the rooms below pass; `install` maps both, so no route has a try/except.
+- A fault of a field is listed as `errors: [{"field", "message"}]`, under the name that the caller used.
+- 4xx never reaches the log as a traceback. An unforeseen exception answers 500 without its text; Starlette raises it
+  again after the answer, and the server logs it once.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from dcar_core.errors import DataError, ImageError
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+_PLACES = frozenset({"body", "query", "path", "header", "cookie"})
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457 calls it so
+    """An answer other than the one asked for.
+
+    Args:
+        status: HTTP status code.
+        detail: one sentence for the caller: what was given and what would do.
+        errors: (field, message) pairs, when fields are at fault.
+        headers: extra response headers, such as Retry-After.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        errors: Sequence[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.errors = tuple(errors)
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The document of RFC 9457. `about:blank` says that the status code is the whole type."""
+        document: dict[str, Any] = {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        if self.errors:
+            document["type"] = "urn:dcar:problem:invalid-field"
+            document["errors"] = [{"field": field, "message": message} for field, message in self.errors]
+        return document
+
+    def response(self) -> JSONResponse:
+        """The answer, with the headers that every answer carries, since some are sent outside of the middleware."""
+        return JSONResponse(self.body(), self.status, headers={**SAFE_HEADERS, **self.headers}, media_type=MEDIA_TYPE)
+
+
+class NotReady(Problem):
+    """No index is loaded yet."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(503, reason, headers={"Retry-After": "2"})
+
+
+class Overloaded(Problem):
+    """More searches are under way than the service takes on."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "The service is busy. Try again in a second.", headers={"Retry-After": "1"})
+
+
+def field_problem(field: str, message: str, *, status: int = 422) -> Problem:
+    """A problem with one field; the detail repeats it, for callers that read only this."""
+    return Problem(status, f"{field}: {message}", errors=[(field, message)])
+
+
+def from_validation(error: ValidationError | RequestValidationError, *, located: bool = False) -> Problem:
+    """Turn pydantic's findings into one problem.
+
+    Args:
+        error: what pydantic, or FastAPI on its behalf, has found.
+        located: whether each location begins with the part of the request ("query", "path", ...), as FastAPI's do.
+    """
+    found: list[tuple[str, str]] = []
+    for entry in error.errors():
+        place = list(entry["loc"])
+        if located and place and place[0] in _PLACES:
+            place = place[1:]
+        if entry["type"] == "json_invalid":
+            return field_problem("body", "not valid JSON", status=400)
+        message = str(entry["msg"]).removeprefix("Value error, ")
+        found.append((".".join(map(str, place)) or "body", message[:1].lower() + message[1:]))
+    detail = "; ".join(f"{field}: {message}" for field, message in found)
+    return Problem(422, detail, errors=found)
+
+
+async def _on_problem(_: Request, error: Exception) -> Response:
+    return cast(Problem, error).response()
+
+
+async def _on_validation(_: Request, error: Exception) -> Response:
+    return from_validation(cast(RequestValidationError, error), located=True).response()
+
+
+async def _on_image(_: Request, error: Exception) -> Response:
+    return field_problem("file", str(error)).response()
+
+
+async def _on_data(_: Request, error: Exception) -> Response:
+    return Problem(422, str(error)).response()
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    error = cast(HTTPException, error)
+    if error.status_code == 404:
+        detail = f"There is nothing at {request.url.path[:200]}; see /docs for what there is."
+    elif error.status_code == 405:
+        detail = f"{request.method} is not possible here."
+    else:
+        detail = str(error.detail)
+    return Problem(error.status_code, detail, headers=error.headers).response()
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=400)  # nobody is there to read it; the status is for the access log
+
+
+async def _on_anything(_: Request, __: Exception) -> Response:
+    return Problem(500, "Something went wrong on our side; the log of the service has the details.").response()
+
+
+def install(app: FastAPI) -> None:
+    """Register the mapping from exception to answer."""
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(ImageError, _on_image)
+    app.add_exception_handler(DataError, _on_data)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_anything)

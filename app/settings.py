@@ -1,0 +1,75 @@
+"""The service's settings: one frozen, typed object, read from DCAR_* variables and flags, checked before it starts.
+
+- Arguments given to `Settings(...)` (command line flags) win over the environment; nothing reads the environment later.
+- Secrets are SecretStr, so that neither a log line nor a traceback shows them.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dcar_core.errors import DcarError
+
+
+class Settings(BaseSettings):
+    """Every field is also an environment variable: `index` is DCAR_INDEX, `redis_url` is DCAR_REDIS_URL, and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="DCAR_", frozen=True, env_ignore_empty=True)
+
+    index: Path = Field(description="published index directory, the --out of `dcar index build`")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535, description="0 takes a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = Field(None, ge=1, description="cores for the model and the index; unset leaves it to them")
+    batch_size: int = Field(32, ge=1, le=1024, description="most queries in one forward pass")
+    batch_wait_ms: float = Field(2.0, ge=0, le=100, description="longest wait for company, under load only")
+    max_pending: int = Field(512, ge=1, description="searches at a time; more are answered 503 at once")
+
+    redis_url: SecretStr | None = Field(None, description="unset: the cache lives in this process")
+    redis_timeout_ms: int = Field(100, ge=1, description="a slower Redis counts as absent")
+    cache_size: int = Field(10_000, ge=0, description="entries of the in-process cache; 0 turns it off")
+    cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="lifetime of an entry in Redis")
+
+    max_upload_bytes: int = Field(20 * 2**20, ge=1024)
+    max_pixels: int = Field(64_000_000, ge=1, description="of a query picture, checked before it is decoded")
+    max_query_chars: int = Field(1000, ge=1)
+    max_k: int = Field(200, ge=1)
+
+    poll_s: float = Field(2.0, ge=0, description="how often CURRENT is looked at for a new version; 0 never")
+    admin_key: SecretStr | None = Field(None, description="bearer key of POST /admin/reload; unset disables it")
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and value.get_secret_value().split("://")[0] not in ("redis", "rediss", "unix"):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def _is_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 8:
+            raise ValueError("must be at least 8 characters")
+        return value
+
+
+def load_settings(**given: Any) -> Settings:
+    """The settings from flags (None: not given) and the environment.
+
+    Raises:
+        DcarError: a value is wrong or missing; one line names its variable, never the value of a secret.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        faults = [f"DCAR_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
+        raise DcarError("; ".join(faults)) from None

@@ -1,0 +1,84 @@
+"""The command line of `python -m index_jobs.rebuild`, written to teach."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EXIT_CODES = """exit codes:
+  0  published, or nothing had changed (the summary says "reused": true)
+  1  the output cannot be written, an index or shard is corrupted, or another failure
+  2  wrong usage
+  3  the gallery cannot be used, or too many of its pictures are broken
+  4  the checkpoint or its model cannot be loaded
+  5  another job is writing to the same index
+130  interrupted; the same command goes on where it stopped"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; its values are the arguments of `rebuild`, and `quiet`."""
+    command = argparse.ArgumentParser(
+        prog="python -m index_jobs.rebuild",
+        description="Encode a gallery with a checkpoint, build a FAISS index, verify it and publish it as the current "
+        "version. A running service takes it over by itself. Killed or interrupted, the same command goes on where it "
+        "stopped; with nothing changed, it ends at once. Prints a JSON summary on stdout, progress on stderr.",
+        epilog="example:\n  python -m index_jobs.rebuild --gallery pictures/ --checkpoint runs/best --out index\n\n"
+        + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "--gallery", type=Path, required=True, metavar="PATH",
+        help="a folder of pictures and tars, optionally with metadata.jsonl; or one uncompressed .tar; or a .jsonl, "
+        ".csv or .parquet list with a column file_name",
+    )  # fmt: skip
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="what `dcar train --out DIR` wrote")
+    add("--out", type=Path, required=True, metavar="DIR", help="the index directory; made when it is missing")
+    add(
+        "--kind", default="auto",
+        help="auto (by count and memory), flat (exact), hnsw, ivf, or a FAISS index_factory string such as IVF1024,SQ8 "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--workers", type=_at_least(0), metavar="N",
+        help="decoding processes; 0 decodes in threads of the job (default: all cores but one; 0 for a small gallery "
+        "or up to 4 cores)",
+    )  # fmt: skip
+    add(
+        "--batch-size",
+        type=_at_least(1),
+        default=64,
+        metavar="N",
+        help="pictures a forward pass (default: %(default)s)",
+    )
+    add("--keep", type=_at_least(1), default=3, metavar="N", help="versions kept for rollback (default: %(default)s)")
+    add(
+        "--max-failed", type=_share, default=0.05, metavar="SHARE",
+        help="how much of the gallery may be unreadable, 0 to 1; such pictures are listed in the version's "
+        "failed.jsonl (default: %(default)s)",
+    )  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. (default: %(default)s)")
+    add(
+        "--shard-rows", type=_at_least(1), default=4096, metavar="N",
+        help="pictures in a shard, the most that a killed run loses (default: %(default)s)",
+    )  # fmt: skip
+    add("--keep-shards", action="store_true", help="leave the vector shards in DIR/work after publishing")
+    add("--force", action="store_true", help="publish a new version although nothing has changed")
+    add("--quiet", action="store_true", help="no progress on stderr, errors alone")
+    return command
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, not {value}")
+    return value

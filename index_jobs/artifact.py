@@ -1,0 +1,262 @@
+"""A published index as its readers see it: open, search, verify. The only module of this room that the service imports.
+
+INDEX/CURRENT                    one line, the version that is served; replaced atomically
+INDEX/versions/<n>/manifest.json fingerprint, counts, kind, measurements, checksums of the other files and of itself
+INDEX/versions/<n>/index.faiss   vectors, memory-mapped
+INDEX/versions/<n>/items.arrow   ids, captions, metadata and where each picture lies, memory-mapped
+INDEX/versions/<n>/failed.jsonl  pictures that could not be read, with the reason
+INDEX/versions/<n>/checkpoint/   the model that made the vectors
+
+- A version never changes once it has its name, so readers need no lock. One that is removed while it is open stays
+  usable where the system keeps open files, as Linux and macOS do.
+- Opening checks that every file is there at its full length; `verify` also reads them all.
+- An artifact may be used by many threads at once.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.errors import ArtifactError, FingerprintError
+from index_jobs.files import read_picture, sha256_of
+from index_jobs.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, VECTORS, VERSIONS, Manifest
+
+if TYPE_CHECKING:
+    from index_jobs.vectors import VectorIndex
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of the gallery; what was not given is ""."""
+
+    id: str
+    caption: str
+    category: str
+    metadata: dict[str, Any]
+
+
+class Artifact:
+    """One opened version."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the version in directory `path`; see `open_current`.
+
+        Raises:
+            ArtifactError: a file is missing, too short or unreadable, or the files do not fit each other.
+        """
+        from index_jobs.items import Items
+        from index_jobs.vectors import FaissIndex
+
+        self.path = path
+        self.manifest = Manifest.read(path / MANIFEST)
+        self._check_sizes()
+        self._items = Items(path / ITEMS)
+        self._vectors: VectorIndex = FaissIndex.open(path / VECTORS)
+        manifest = self.manifest
+        found = (self._vectors.count, len(self._items), self._vectors.dim)
+        if found != (manifest.count, manifest.count, manifest.dim):
+            raise ArtifactError(
+                f"{path} does not fit together: {found[0]} vectors of {found[2]} and {found[1]} items, but the "
+                f"manifest says {manifest.count} of {manifest.dim}; roll back, or rebuild the index"
+            )
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model that made the vectors, for `Encoder.load`."""
+        return self.path / CHECKPOINT
+
+    def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best rows for each query.
+
+        Args:
+            vectors: float32 (n, E), L2-normalised.
+
+        Returns:
+            scores float32 (n, k), best first, and rows int64 (n, k). Where there are fewer than k, row -1.
+
+        Raises:
+            ArtifactError: the vectors are of another length than the index's.
+            ValueError: k is less than 1.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
+            raise ArtifactError(f"the index holds vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        return self._vectors.search(vectors, k)
+
+    def item(self, row: int) -> Item:
+        """The item of a row.
+
+        Raises:
+            IndexError: no such row.
+        """
+        items = self._items
+        item_id, caption, category = (items.value(row, column) for column in ("id", "caption", "category"))
+        return Item(item_id, caption, category, items.metadata(row))
+
+    def row_of(self, item_id: str) -> int | None:
+        """The row of an id, None when there is no such item."""
+        return self._items.row_of(item_id)
+
+    def vector(self, row: int) -> NDArray[np.float32]:
+        """The row's vector, float32 (E,), normalised; approximate where the kind compresses.
+
+        Raises:
+            IndexError: no such row.
+            ArtifactError: this kind of index cannot give vectors back.
+        """
+        if not 0 <= row < self.manifest.count:
+            raise IndexError(f"row {row} is not in 0..{self.manifest.count - 1}")
+        return self._vectors.vector(row)
+
+    def image_bytes(self, row: int) -> bytes:
+        """The picture's file, from the gallery, at the place noted when the index was built.
+
+        Raises:
+            IndexError: no such row.
+            ArtifactError: the picture is no longer there.
+        """
+        items = self._items
+        location = items.value(row, "location")
+        try:
+            return read_picture(
+                Path(self.manifest.root), location, items.value(row, "offset"), items.value(row, "size")
+            )
+        except OSError as error:
+            raise ArtifactError(
+                f"the picture of item {items.value(row, 'id')!r} cannot be read from the gallery "
+                f"{self.manifest.source}: {error.strerror or error}"
+            ) from error
+
+    def require(self, fingerprint: str) -> None:
+        """Refuse an encoder that did not make this index.
+
+        Raises:
+            FingerprintError: with the command that makes an index for that encoder.
+        """
+        if fingerprint != self.manifest.fingerprint:
+            index = self.path.parent.parent
+            raise FingerprintError(
+                f"version {self.manifest.version} of {index} was built by encoder {self.manifest.fingerprint[:12]}, "
+                f"not by {fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {self.manifest.source} "
+                f"--checkpoint CHECKPOINT_OF_THIS_ENCODER --out {index}"
+            )
+
+    def verify(self) -> None:
+        """Read every file and compare checksums.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        self._check_sizes()
+        for name, info in self.manifest.files.items():
+            try:
+                changed = sha256_of(self.path / name) != info.sha256
+            except OSError as error:
+                raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror or error}") from error
+            if changed:
+                raise ArtifactError(
+                    f"{self.path / name} is corrupted: its checksum differs; roll back, or rebuild the index"
+                )
+
+    def _check_sizes(self) -> None:
+        for name, info in self.manifest.files.items():
+            path = self.path / name
+            try:
+                size = path.stat().st_size
+            except OSError:
+                raise ArtifactError(f"{path} is missing; roll back, or rebuild the index") from None
+            if size != info.size:
+                raise ArtifactError(
+                    f"{path} has {size:,} bytes, but should have {info.size:,}; roll back, or rebuild the index"
+                )
+
+
+def current_version(index: Path) -> int | None:
+    """The version that CURRENT names, None when nothing is published. Reads one line; fit for polling.
+
+    Raises:
+        ArtifactError: CURRENT cannot be read or names no version.
+    """
+    try:
+        text = (index / CURRENT).read_text(encoding="ascii").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{index / CURRENT} cannot be read: {error}") from error
+    if not text.isdigit():
+        raise ArtifactError(f"{index / CURRENT} names no version: {text[:40]!r}; roll back to one of `dcar index list`")
+    return int(text)
+
+
+def open_current(index: Path) -> Artifact:
+    """Open the published version.
+
+    Raises:
+        ArtifactError: nothing is published, or the version is incomplete.
+    """
+    version = current_version(index)
+    if version is None:
+        raise ArtifactError(
+            f"{index} holds no published index; run: dcar index build --gallery GALLERY --checkpoint CHECKPOINT "
+            f"--out {index}"
+        )
+    while True:
+        try:
+            return open_version(index, version)
+        except ArtifactError:  # a writer may have published anew and removed this one in the meantime
+            newest = current_version(index)
+            if newest is None or newest == version:
+                raise
+            version = newest
+
+
+def open_version(index: Path, version: int) -> Artifact:
+    """Open one version.
+
+    Raises:
+        ArtifactError: there is no such version, or it is incomplete.
+    """
+    path = index / VERSIONS / str(version)
+    if not path.is_dir():
+        have = ", ".join(map(str, version_numbers(index))) or "none"
+        raise ArtifactError(f"{index} has no version {version}; it has {have}")
+    return Artifact(path)
+
+
+def version_numbers(index: Path) -> list[int]:
+    """Every version on disk, ascending; unfinished ones have no number yet."""
+    folder = index / VERSIONS
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def list_versions(index: Path) -> list[Manifest]:
+    """The manifests of every version, ascending. One that cannot be read is logged and left out."""
+    manifests = []
+    for version in version_numbers(index):
+        try:
+            manifests.append(Manifest.read(index / VERSIONS / str(version) / MANIFEST))
+        except ArtifactError as error:
+            logger.warning("%s", error)
+    return manifests
+
+
+def verify_index(index: Path, version: int | None = None) -> list[Manifest]:
+    """Verify one version, or CURRENT and every other one. Returns the manifests of what was verified.
+
+    Raises:
+        ArtifactError: the first fault found.
+    """
+    versions = [version] if version is not None else version_numbers(index)
+    if version is None:
+        open_current(index)
+    artifacts = [open_version(index, number) for number in versions]
+    for artifact in artifacts:
+        artifact.verify()
+    return [artifact.manifest for artifact in artifacts]

@@ -1,0 +1,96 @@
+"""Bytes on disk: checksums, durable writes, and the place of one picture.
+
+- A file that others may read appears whole or not at all: written beside its name, flushed to the disk, renamed.
+- Only the standard library is imported, so that a decoding worker starts in a fraction of a second.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+WHOLE_FILE = -1  # the offset of a picture that is a file of its own
+
+
+def read_picture(root: Path, location: str, offset: int, size: int) -> bytes:
+    """The bytes of one picture.
+
+    Args:
+        root: the gallery's root; an absolute location stands for itself.
+        location: a file, or the tar that the picture lies in.
+        offset, size: the span in the tar, in bytes; offset is WHOLE_FILE for a file of its own.
+
+    Raises:
+        OSError: the file cannot be read, or the tar ends before the span does.
+    """
+    path = root / location
+    if offset == WHOLE_FILE:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise OSError(f"{path} ends inside this picture")
+    return data
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file as 64 hex digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """JSON of which equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems cannot sync a directory; none refuses a file without a cause
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file and directory below, and the directory itself."""
+    for path in directory.rglob("*"):
+        sync(path)
+    sync(directory)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that takes the place of `path` at the end, at once and durably; on an error, all stays.
+
+    The caller holds the writer lock, so the temporary name can be a fixed one, and a killed job leaves at most one.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by indented JSON, atomically."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

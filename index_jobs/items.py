@@ -1,0 +1,93 @@
+"""The items of a published index: an Arrow file, memory-mapped, with a row for each vector.
+
+- Rows lie in record batches of one fixed size, so that a row is found by a division.
+- A permutation that sorts the ids is a column of its own: an id is found by binary search, with nothing to load and no
+  table in memory.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dcar_core.errors import ArtifactError
+from index_jobs.files import replacing
+
+_BATCH = 65_536
+_COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata"]
+_BY_ID = "by_id"  # row numbers in the order of the ids
+
+
+def write_items(path: Path, table: pa.Table, rows: NDArray[np.int64]) -> None:
+    """Write the chosen rows of a gallery's table, in order.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    columns = table.select(_COLUMNS)
+    by_id = pc.sort_indices(columns["id"].take(pa.array(rows))).to_numpy().astype(np.int64)
+    schema = columns.schema.append(pa.field(_BY_ID, pa.int64()))
+    with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for start in range(0, len(rows), _BATCH):
+            part = columns.take(pa.array(rows[start : start + _BATCH])).combine_chunks()
+            part = part.append_column(_BY_ID, pa.array(by_id[start : start + _BATCH]))
+            writer.write_table(part, max_chunksize=_BATCH)
+
+
+class Items:
+    """A memory-mapped items file. Safe for concurrent readers."""
+
+    def __init__(self, path: Path) -> None:
+        """Open.
+
+        Raises:
+            ArtifactError: the file is missing or no items file.
+        """
+        try:
+            # The map outlives the file's name, so a version may be removed while it is served.
+            with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+                self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+                self._columns = {name: reader.schema.get_field_index(name) for name in [*_COLUMNS, _BY_ID]}
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from error
+        if -1 in self._columns.values() or any(len(batch) != _BATCH for batch in self._batches[:-1]):
+            raise ArtifactError(f"{path} is no items file of this version")
+        self._count = sum(len(batch) for batch in self._batches)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def value(self, row: int, column: str) -> Any:
+        """One cell.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not 0 <= row < self._count:
+            raise IndexError(f"row {row} is not in 0..{self._count - 1}")
+        return self._batches[row // _BATCH].column(self._columns[column])[row % _BATCH].as_py()
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """The fields that have no column of their own."""
+        value: dict[str, Any] = json.loads(self.value(row, "metadata"))
+        return value
+
+    def row_of(self, item_id: str) -> int | None:
+        """The row of an id, by binary search over UTF-8 bytes, the order that Arrow sorts in."""
+        try:
+            wanted = item_id.encode()
+        except UnicodeEncodeError:
+            return None
+        low, high = 0, self._count
+        while low < high:
+            middle = (low + high) // 2
+            row = self.value(middle, _BY_ID)
+            found = self.value(row, "id").encode()
+            if found == wanted:
+                return int(row)
+            low, high = (middle + 1, high) if found < wanted else (low, middle)
+        return None

@@ -1,0 +1,78 @@
+"""What a version of an index says of itself: `manifest.json`, with a checksum of every file and of itself."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dcar_core.errors import ArtifactError
+from index_jobs.files import canonical
+
+FORMAT = 1
+CURRENT, VERSIONS = "CURRENT", "versions"
+MANIFEST, VECTORS, ITEMS, CHECKPOINT, FAILED = (
+    "manifest.json",
+    "index.faiss",
+    "items.arrow",
+    "checkpoint",
+    "failed.jsonl",
+)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Length in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a version is and how it came to be."""
+
+    version: int
+    fingerprint: str  # of the encoder
+    count: int  # of vectors and items
+    dim: int
+    kind: str  # FAISS index_factory string
+    reason: str  # why this kind
+    requested_kind: str  # as it was asked for, such as "auto"
+    source: str  # the gallery as it was given
+    root: str  # what relative locations of pictures start from
+    checkpoint: str  # where the model was copied from
+    checkpoint_signature: str  # hash over that directory's files
+    gallery_signature: str
+    created: str  # UTC, ISO 8601
+    failed: int  # pictures that could not be read
+    measured: dict[str, Any]  # recall_at_10, parameter, latencies in ms, ..
+    files: dict[str, FileInfo]  # by path relative to the version
+    metric: str = "inner_product"
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """With a checksum over all other values, so that a changed manifest is noticed."""
+        values = asdict(self)
+        return values | {"checksum": hashlib.sha256(canonical(values)).hexdigest()}
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read a manifest.json.
+
+        Raises:
+            ArtifactError: missing, changed, or of another format.
+        """
+        try:
+            values = json.loads(path.read_bytes())
+            checksum = values.pop("checksum", None)
+            if values.get("format") != FORMAT:
+                raise ArtifactError(f"{path} is of format {values.get('format')}, not {FORMAT}; rebuild the index")
+            if checksum != hashlib.sha256(canonical(values)).hexdigest():
+                raise ArtifactError(f"{path} is corrupted: its checksum differs")
+            files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
+            return cls(files=files, **values)
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from error

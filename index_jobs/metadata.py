@@ -1,0 +1,193 @@
+"""What is said about pictures: lists, files beside a folder's pictures, members beside a tar's pictures.
+
+- One reader for .jsonl, .csv and .parquet; a row is a dict of column to value.
+- `caption`, `category` and `id` have a meaning; every other field is kept as it is, as JSON.
+"""
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dcar_core.errors import DataError
+from dcar_core.images import TarSpan
+
+logger = logging.getLogger(__name__)
+
+Fields = dict[str, Any]
+LIST_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
+PATH_COLUMNS = ("file_name", "image", "path")
+_BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+class Metadata:
+    """The rows of one metadata file by `file_name`, each of which remembers whether a picture asked for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fields: dict[str, Fields] = {}
+        self._used: set[str] = set()
+        rows: dict[str, int] = {}
+        for line, record in read_records(path):
+            name = record.get("file_name")
+            if "file_name" not in record:
+                raise DataError(f"{path}, row {line}: no column file_name; it has {', '.join(record) or 'none'}")
+            if not isinstance(name, str) or not name.strip():
+                raise DataError(f"{path}, row {line}: file_name is empty or no text")
+            name = name.replace("\\", "/").removeprefix("./")
+            if name in rows:
+                raise DataError(f"{path}: rows {rows[name]} and {line} both describe {name}; keep one")
+            rows[name] = line
+            self._fields[name] = record
+
+    @classmethod
+    def beside(cls, folder: Path) -> "Metadata | None":
+        """The folder's own metadata file, if it has one.
+
+        Raises:
+            DataError: it has two, or one that cannot be used.
+        """
+        found = [folder / name for name in _BESIDE if (folder / name).is_file()]
+        if len(found) > 1:
+            raise DataError(f"{found[0]} and {found[1].name} are both there; keep one")
+        return cls(found[0]) if found else None
+
+    def of(self, *names: str) -> Fields:
+        """The row of the first of a picture's names that has one."""
+        for name in names:
+            if name in self._fields:
+                self._used.add(name)
+                return self._fields[name]
+        return {}
+
+    def report(self) -> None:
+        """Tell of rows that no picture belongs to.
+
+        Raises:
+            DataError: there are rows, and none has a picture, so that the names must be of another kind.
+        """
+        unused = [name for name in self._fields if name not in self._used]
+        if unused and not self._used:
+            raise DataError(
+                f"no row of {self.path} names a picture of this gallery ({unused[0]!r} is not here); file_name must be "
+                f"the path relative to {self.path.parent}, or a tar member's name"
+            )
+        if unused:
+            logger.warning("%d rows of %s name no picture here, such as %s", len(unused), self.path.name, unused[0])
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Fields]]:
+    """(row number from 1, fields) of a list; for .jsonl and .csv the number is the line's.
+
+    Raises:
+        DataError: the file cannot be parsed; the message names the row.
+    """
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    return readers[path.suffix.lower()](path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Fields]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    record = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, row {line}: not JSON ({error.msg} at column {error.colno})") from error
+                if not isinstance(record, dict):
+                    raise DataError(f"{path}, row {line}: an object is expected, not {type(record).__name__}")
+                yield line, record
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason}") from error
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Fields]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="", strict=True)
+            for record in reader:
+                if None in record:
+                    raise DataError(f"{path}, row {reader.line_num}: more values than columns")
+                yield reader.line_num, dict(record)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 CSV: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, record
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is no parquet file: {error}") from error
+
+
+def sidecars(tar: Path, members: Mapping[str, TarSpan]) -> dict[str, Fields]:
+    """webdataset metadata: the .json, .txt and .cls members of a tar, by stem."""
+    fields: dict[str, Fields] = {}
+    with tar.open("rb") as file:
+        for member, span in members.items():
+            inner = PurePosixPath(member)
+            base, _, extension = inner.name.partition(".")
+            if extension.lower() not in {"json", "txt", "cls"} or not base:
+                continue
+            file.seek(span.offset)
+            of_stem = fields.setdefault((inner.parent / base).as_posix(), {})
+            of_stem.update(_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
+    return fields
+
+
+def _sidecar(where: str, extension: str, data: bytes) -> Fields:
+    try:
+        text = data.decode("utf-8-sig").strip()
+        if extension == "txt":
+            return {"caption": text}
+        if extension == "cls":
+            return {"category": text}
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: an object is expected, not {type(value).__name__}")
+    return value
+
+
+def split_fields(fields: Fields) -> tuple[str, str, str, Fields]:
+    """(id, caption, category, every other field as JSON can hold it); what is missing is "".
+
+    Of a list of captions the first is the caption, and the list stays as `captions`.
+    """
+    rest = {key: _plain(value) for key, value in fields.items() if key not in {"id", "caption", "category"}}
+    caption = fields.get("caption")
+    if isinstance(caption, list):
+        rest.setdefault("captions", _plain(caption))
+        caption = caption[0] if caption else None
+    return _text(fields.get("id")), _text(caption), _text(fields.get("category")), rest
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types; NaN and infinity, which JSON lacks, become null, and what is unknown becomes text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,137 @@
+"""Versions of an index: written aside, verified, given their name, then made current, each step all or nothing.
+
+- One writer at a time, by a lock that the system frees when the writer dies.
+- A version is staged in `versions/.tmp-*`; the rename that gives it its number comes after everything is on the disk
+  and has been read back. `CURRENT` is replaced after that. Killed anywhere, CURRENT names what it named, or the new
+  version whole.
+- What is removed is renamed first: a removal that is killed leaves nothing that looks like a version or a shard, and
+  the next writer clears what a killed one left.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dcar_core.errors import ArtifactError, LockedError
+from index_jobs.artifact import Artifact, current_version, open_version, version_numbers
+from index_jobs.files import replacing, sha256_of, sync, sync_tree, write_json
+from index_jobs.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
+
+LOCK = ".lock"
+_STAGING = ".tmp-"
+
+
+@contextlib.contextmanager
+def writing(index: Path) -> Iterator[Path]:
+    """Be the index's one writer; gives an empty staging directory, which is removed at the end if still there.
+
+    Raises:
+        LockedError: another writer is at work.
+        OSError: the index directory cannot be written.
+    """
+    with _locked(index):
+        versions = index / VERSIONS
+        versions.mkdir(exist_ok=True)
+        for leftover in versions.glob(f"{_STAGING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging = versions / f"{_STAGING}{os.getpid()}"
+        staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(index: Path, staging: Path, manifest: Manifest, *, keep: int = 3) -> Manifest:
+    """Make what lies in `staging` the current version, within `writing`.
+
+    Args:
+        manifest: its version and files are filled in here.
+        keep: how many versions to keep, the new one included.
+
+    Raises:
+        ArtifactError: the staged version does not open, or does not read back as it was written.
+        OSError: the disk is full or cannot be written. CURRENT is then what it was.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    version = max([*version_numbers(index), current_version(index) or 0]) + 1
+    files = {
+        path.relative_to(staging).as_posix(): FileInfo(path.stat().st_size, sha256_of(path))
+        for path in sorted(staging.rglob("*"))
+        if path.is_file()
+    }
+    manifest = replace(manifest, version=version, files=files)
+    write_json(staging / MANIFEST, manifest.to_dict())
+    sync_tree(staging)
+    Artifact(staging).verify()
+    staging.rename(index / VERSIONS / str(version))
+    sync(index / VERSIONS)
+    _point(index, version)
+    _prune(index, keep)
+    return manifest
+
+
+def rollback(index: Path, to: int | None = None) -> int:
+    """Make an earlier version current: the one named, or the newest before the current one. Returns its number.
+
+    Raises:
+        ArtifactError: there is no such version, or it is not whole; CURRENT is then unchanged.
+        LockedError: another writer is at work.
+        OSError: CURRENT cannot be written.
+    """
+    if not index.is_dir():
+        raise ArtifactError(f"{index} holds no published index")
+    with _locked(index):
+        if to is None:
+            current = current_version(index)
+            earlier = [number for number in version_numbers(index) if current is not None and number < current]
+            if not earlier:
+                raise ArtifactError(f"{index} has no version before {current or 'any'} to roll back to")
+            to = earlier[-1]
+        open_version(index, to).verify()
+        _point(index, to)
+    return to
+
+
+@contextlib.contextmanager
+def _locked(index: Path) -> Iterator[None]:
+    index.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(index / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LockedError(
+            f"another job is writing to {index} (it holds {index / LOCK}); wait until it has ended, or "
+            f"give another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _point(index: Path, version: int) -> None:
+    with replacing(index / CURRENT) as file:
+        file.write(f"{version}\n".encode())
+
+
+def discard(index: Path, path: Path) -> None:
+    """Remove a directory of the index, at once for whoever looks; a failure is left to the next writer."""
+    aside = index / VERSIONS / f"{_STAGING}{os.getpid()}-{path.name}"
+    with contextlib.suppress(OSError):
+        path.rename(aside)
+        shutil.rmtree(aside)
+
+
+def _prune(index: Path, keep: int) -> None:
+    """Remove all but the newest versions; never the current one, and never in the way of the publication itself."""
+    current = current_version(index)
+    for number in version_numbers(index)[:-keep]:
+        if number != current:
+            discard(index, index / VERSIONS / str(number))

@@ -1,0 +1,111 @@
+"""Vector shards: what an encoding job has done so far, safe against being killed.
+
+- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the rows that failed and the
+  checksum. The JSON is written last, so a shard counts only when it is whole.
+- A shard's vectors depend on nothing outside its range, so a resumed job's vectors are those of an undisturbed one.
+- The directory's name is a hash of all that the vectors depend on; another model or gallery cannot find them.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.errors import ArtifactError
+from index_jobs.files import canonical, replacing, sha256_of, write_json
+
+FORMAT = 1
+Failed = tuple[int, str]  # gallery row, reason
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A whole shard: the vectors' file, the gallery rows [start, stop) it covers, and the ones that failed."""
+
+    path: Path
+    start: int
+    stop: int
+    failed: tuple[Failed, ...]
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Gallery rows of the vectors, in order, int64 (m,)."""
+        return np.setdiff1d(np.arange(self.start, self.stop), [row for row, _ in self.failed]).astype(np.int64)
+
+    def vectors(self) -> NDArray[np.float32]:
+        """float32 (m, E), memory-mapped."""
+        mapped: NDArray[np.float32] = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return mapped
+
+
+class ShardStore:
+    """The shards of one job in `work/<key>/`."""
+
+    def __init__(
+        self, work: Path, *, fingerprint: str, signature: str, count: int, dim: int, batch: int, rows: int
+    ) -> None:
+        settings = [FORMAT, fingerprint, signature, count, dim, batch, rows]
+        self.path = work / hashlib.sha256(canonical(settings)).hexdigest()[:16]
+        self.count, self.dim, self.shard_rows = count, dim, rows
+
+    def __len__(self) -> int:
+        return -(-self.count // self.shard_rows)
+
+    def span(self, number: int) -> range:
+        """The gallery rows of a shard."""
+        return range(number * self.shard_rows, min(self.count, (number + 1) * self.shard_rows))
+
+    def load(self, number: int) -> Shard | None:
+        """A finished shard, checked against its checksum; None when it is still to do.
+
+        Raises:
+            ArtifactError: the shard is corrupted.
+        """
+        note, path = self._paths(number)
+        if not note.exists():
+            return None
+        span = self.span(number)
+        try:
+            values = json.loads(note.read_bytes())
+            failed = tuple((int(row), str(reason)) for row, reason in values["failed"])
+            shard = Shard(path, span.start, span.stop, failed)
+            whole = (
+                values["rows"] == [span.start, span.stop]
+                and values["sha256"] == sha256_of(path)
+                and shard.vectors().shape == (len(span) - len(failed), self.dim)
+                and shard.vectors().dtype == np.float32
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._corrupted(path, note) from error
+        if not whole:
+            raise self._corrupted(path, note)
+        return shard
+
+    def save(self, number: int, vectors: NDArray[np.float32], failed: list[Failed]) -> Shard:
+        """Write a shard: vectors float32 (m, E) of its rows that did not fail.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        note, path = self._paths(number)
+        span = self.span(number)
+        if vectors.shape != (len(span) - len(failed), self.dim):
+            raise ValueError(f"shard {number} has vectors {vectors.shape}, not {(len(span) - len(failed), self.dim)}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.save(file, np.ascontiguousarray(vectors, np.float32), allow_pickle=False)
+        write_json(note, {"rows": [span.start, span.stop], "failed": failed, "sha256": sha256_of(path)})
+        return Shard(path, span.start, span.stop, tuple(failed))
+
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        return self.path / f"{number:06}.json", self.path / f"{number:06}.npy"
+
+    @staticmethod
+    def _corrupted(path: Path, note: Path) -> ArtifactError:
+        return ArtifactError(
+            f"the vector shard {path} is corrupted; delete it and {note.name}, and run the same command again: only "
+            f"this shard is encoded anew"
+        )

@@ -1,0 +1,109 @@
+"""The search side of an index: a small protocol, and FAISS behind it.
+
+- `VectorIndex` is all that an artifact needs, so that another engine can stand in FAISS's place.
+- FAISS files are memory-mapped, so processes on one machine share the pages, and an index opens at once.
+- Metric is the inner product of normalised vectors, the cosine similarity.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.errors import ArtifactError
+from index_jobs.files import replacing
+
+_WRITE_BYTES = 1 << 20
+
+
+class VectorIndex(Protocol):
+    """Vectors by row number."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """float32 (n, E) -> scores float32 (n, k), rows int64 (n, k); -1 where there are fewer than k."""
+        ...
+
+    def vector(self, row: int) -> NDArray[np.float32]:
+        """float32 (E,), normalised; approximate where the kind compresses."""
+        ...
+
+
+class FaissIndex:
+    """A FAISS index on disk. Safe for concurrent searches."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+        self.count, self.dim = int(index.ntotal), int(index.d)
+
+    @classmethod
+    def open(cls, path: Path) -> "FaissIndex":
+        """Memory-map an index where its kind allows, read it otherwise.
+
+        Raises:
+            ArtifactError: the file is missing, truncated or no index.
+        """
+        import faiss
+
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing")
+        try:
+            try:
+                return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
+            except RuntimeError:
+                return cls(faiss.read_index(str(path)))
+        except RuntimeError as error:
+            raise ArtifactError(f"{path} cannot be read as a FAISS index: {_reason(error)}") from error
+
+    def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        scores, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), k)
+        return scores, rows
+
+    def vector(self, row: int) -> NDArray[np.float32]:
+        try:
+            vector: NDArray[np.float32] = self._index.reconstruct(row)
+        except RuntimeError as error:
+            raise ArtifactError(f"this kind of index cannot give a vector back: {_reason(error)}") from error
+        return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def write_faiss(index: Any, path: Path) -> None:
+    """Write a FAISS index whole or not at all.
+
+    Through Python's own file, since faiss overlooks what fails when a file is closed, as on a full disk.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    import faiss
+
+    library: Any = faiss  # whose type hints know neither of the two writers
+    problem: OSError | None = None
+    with replacing(path) as file:
+
+        def write(data: bytes) -> int:
+            nonlocal problem
+            try:
+                return file.write(data)
+            except OSError as error:  # must not cross faiss, which would lose it
+                problem = error
+                return 0
+
+        writer = library.BufferedIOWriter(library.PyCallbackIOWriter(write), _WRITE_BYTES)
+        try:
+            faiss.write_index(index, writer)
+            del writer  # flushes
+        except RuntimeError as error:
+            raise problem or OSError(_reason(error)) from error
+        if problem:
+            raise problem
+
+
+def _reason(error: Exception) -> str:
+    """faiss's messages start with the C++ function and the source line; the last part is for people."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rsplit("failed: ", 1)[-1]

@@ -1,0 +1,84 @@
+"""The whole application over a real index, called in-process through ASGI; a real redis-server; small pictures."""
+
+import asyncio
+import io
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from app.main import create_app
+from app.settings import Settings
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
+    """Wait for something that happens in the background."""
+    end = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def opened(index: Path, *, ready: bool = True, **given: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """The application, started; its state is at `client.app`."""
+    app = create_app(Settings(index=index, device="cpu", **given))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://testserver") as client,
+    ):
+        client.app = app  # type: ignore[attr-defined]
+
+        async def is_ready() -> bool:
+            return (await client.get("/readyz")).status_code == 200
+
+        if ready:
+            await until(is_ready)
+        yield client
+
+
+def png(color: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:
+    """A picture file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RedisServer:
+    """A real redis-server on loopback, without persistence."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                assert time.monotonic() < end, "redis-server does not start"
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None

@@ -1,0 +1,55 @@
+"""A real index of the tiny gallery, and a real Redis."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from app_harness import RedisServer
+
+from app.settings import Settings
+from index_jobs.rebuild import rebuild
+
+ODD_ID = "été #1?/100%2F.png"
+
+
+@pytest.fixture(scope="session")
+def gallery(tiny_gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny gallery with given ids, the file names; one is as awkward in a URL as can be."""
+    root = Path(shutil.copytree(tiny_gallery, tmp_path_factory.mktemp("app") / "gallery"))
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["id"] = ODD_ID if row["file_name"] == "cross/black.png" else row["file_name"]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="session")
+def built_index(gallery: Path, tiny_checkpoint: Path) -> Path:
+    """Do not change it: take `index` for that."""
+    out = gallery.parent / "index"
+    rebuild(gallery, tiny_checkpoint, out, workers=0, progress=False)
+    return out
+
+
+@pytest.fixture
+def index(built_index: Path, tmp_path: Path) -> Path:
+    """A copy to publish to and to damage."""
+    return Path(shutil.copytree(built_index, tmp_path / "index"))
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"DCAR_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed: apt-get install redis-server")
+    server = RedisServer()
+    server.start()
+    yield server
+    server.stop()

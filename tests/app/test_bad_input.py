@@ -1,0 +1,265 @@
+"""Whatever is sent: a 4xx in the form of RFC 9457 that names the field, and no traceback in the log."""
+
+import asyncio
+import io
+import json
+import logging
+import struct
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from app_harness import opened, png
+from PIL import Image
+
+from app.schemas import ProblemAnswer
+
+JSON = {"Content-Type": "application/json"}
+
+
+def huge_png(side: int) -> bytes:
+    """A few bytes that announce side x side pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def noise_jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((400, 400), 90).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def check(answer: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
+    """The answer is a problem of this status that blames this field."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    body: dict[str, Any] = answer.json()
+    ProblemAnswer.model_validate(body, strict=True)
+    assert body["status"] == status
+    assert body["detail"]
+    if field is not None:
+        assert field in [each["field"] for each in body["errors"]]
+    return body
+
+
+@pytest.fixture(autouse=True)
+def _no_traceback(caplog: pytest.LogCaptureFixture) -> Any:
+    caplog.set_level(logging.DEBUG)
+    yield
+    assert not [r for r in caplog.get_records("call") if r.exc_info], caplog.text
+    assert "Traceback" not in caplog.text
+    assert not [r for r in caplog.get_records("call") if r.levelno >= logging.ERROR], caplog.text
+
+
+TEXTS: list[tuple[bytes, int, str]] = [
+    (b'{"query": ""}', 422, "query"),
+    (b'{"query": " \\t\\n "}', 422, "query"),
+    (b'{"query": "\\u0000\\u200b"}', 422, "query"),
+    (b'{"query": "<end_of_text>"}', 422, "query"),
+    (b'{"query": null}', 422, "query"),
+    (b'{"query": ["a"]}', 422, "query"),
+    (b'{"query": 7}', 422, "query"),
+    (b"{}", 422, "query"),
+    (b'{"k": 3}', 422, "query"),
+    (json.dumps({"query": "x" * 1001}).encode(), 422, "query"),
+    (b'{"query": "x", "k": 0}', 422, "k"),
+    (b'{"query": "x", "k": -1}', 422, "k"),
+    (b'{"query": "x", "k": 201}', 422, "k"),
+    (b'{"query": "x", "k": 1e400}', 422, "k"),
+    (b'{"query": "x", "k": 99999999999999999999999}', 422, "k"),
+    (b'{"query": "x", "k": "10"}', 422, "k"),
+    (b'{"query": "x", "k": true}', 422, "k"),
+    (b'{"query": "x", "limit": 3}', 422, "limit"),
+    (b"[]", 422, "body"),
+    (b'"red"', 422, "body"),
+    (b"", 400, "body"),
+    (b"{", 400, "body"),
+    (b'{"query": "\xff"}', 400, "body"),
+    (b'{"query": "\\ud800"}', 400, "body"),
+    (b"[" * 50_000, 400, "body"),
+    (b" " * 200_000, 413, "body"),
+]
+
+
+def test_text_queries(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for content, status, field in TEXTS:
+                check(await client.post("/search/text", content=content, headers=JSON), status, field)
+            good = b'{"query": "x"}'
+            for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+                answer = await client.post("/search/text", content=good, headers={"Content-Type": kind})
+                check(answer, 415, "Content-Type")
+            check(await client.post("/search/text", content=good), 415, "Content-Type")
+            exact = await client.post("/search/text", json={"query": "x" * 1000, "k": 200})
+            assert exact.status_code == 200
+            charset = {"Content-Type": "application/json; charset=utf-8"}
+            assert (await client.post("/search/text", content=good, headers=charset)).status_code == 200
+
+    asyncio.run(main())
+
+
+def _pictures() -> list[tuple[str, bytes]]:
+    jpeg, picture = noise_jpeg(), png()
+    return [
+        ("empty", b""),
+        ("text", b"this is no picture"),
+        ("svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"),
+        ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"),
+        ("truncated jpeg", jpeg[: len(jpeg) // 2]),
+        ("truncated png", picture[:-30]),
+        ("only a header", picture[:20]),
+        ("only magic", b"\xff\xd8\xff"),
+        ("20,000 x 20,000", huge_png(20_000)),
+        ("noise after magic", b"\x89PNG\r\n\x1a\n" + bytes(range(256))),
+        ("webp of nothing", b"RIFF\x00\x00\x00\x00WEBPVP8 "),
+        ("tiff of nothing", b"II*\x00\xff\xff\xff\xff"),
+        ("gif of nothing", b"GIF89a\xff\xff\xff\xff"),
+    ]
+
+
+def test_pictures(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for name, data in _pictures():
+                body = check(await client.post("/search/image", files={"file": (name, data)}), 422, "file")
+                assert len(body["detail"]) > 10, name
+            huge = await client.post("/search/image", files={"file": ("huge.png", huge_png(20_000))})
+            assert "20000" in huge.text
+            for k in ("0", "-1", "201", "many", "1.5", ""):
+                answer = await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": k})
+                check(answer, 422, "k")
+            check(await client.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
+            check(await client.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file")
+            two = [("file", ("a.png", png())), ("file", ("b.png", png()))]
+            check(await client.post("/search/image", files=two), 400)
+            check(await client.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415)
+            check(await client.post("/search/image", json={"file": "x"}), 415, "Content-Type")
+            check(await client.post("/search/image"), 415, "Content-Type")
+            no_boundary = {"Content-Type": "multipart/form-data"}
+            check(await client.post("/search/image", content=b"x", headers=no_boundary), 400)
+            broken = {"Content-Type": "multipart/form-data; boundary=b"}
+            check(await client.post("/search/image", content=b"--x\r\nbroken", headers=broken), 400)
+            check(await client.post("/search/image", content=b"", headers=broken), 422, "file")
+            good = await client.post("/search/image", files={"file": ("../../etc/passwd", png())})
+            assert good.status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_bad_picture_does_not_harm_its_neighbours(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            sent = [data for _, data in _pictures()[1:]] + [png(color) for color in ("red", "green", "blue")]
+            answers = await asyncio.gather(*(client.post("/search/image", files={"file": data}) for data in sent))
+            assert [a.status_code for a in answers] == [422] * (len(sent) - 3) + [200] * 3
+
+    asyncio.run(main())
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_pixels=1000) as client:
+            assert (await client.post("/search/image", files={"file": png(size=(25, 40))})).status_code == 200
+            check(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
+
+    asyncio.run(main())
+
+
+def test_unknown_items_routes_and_methods(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for item in (
+                "nothing",
+                "..%2f..%2fetc%2fpasswd",
+                "%00",
+                "circle",
+                "a" * 1000,
+                "%F0%9F%98%80",
+                "..%5C..%5Cx",
+            ):
+                for suffix in ("", "/image", "/similar"):
+                    check(await client.get(f"/items/{item}{suffix}"), 404, "id")
+            check(await client.get("/items/" + "a" * 2000), 422, "item_id")
+            for path in (
+                "/nothing",
+                "/ui/nothing.js",
+                "/ui/..%2fmain.py",
+                "/ui/%2e%2e/main.py",
+                "/search",
+                "/search/text/",
+            ):
+                check(await client.get(path, follow_redirects=False), 404)
+            for method, path in (
+                ("GET", "/search/text"),
+                ("PUT", "/search/image"),
+                ("POST", "/healthz"),
+                ("DELETE", "/"),
+            ):
+                answer = await client.request(method, path)
+                check(answer, 405)
+                assert "allow" in answer.headers
+            for k in ("0", "x", "201", "-5"):
+                check(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
+
+    asyncio.run(main())
+
+
+def test_a_large_body_is_refused_while_it_arrives(built_index: Path) -> None:
+    async def main() -> None:
+        sent = 0
+
+        async def chunks() -> AsyncIterator[bytes]:
+            nonlocal sent
+            yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+            for _ in range(1600):
+                sent += 2**16
+                yield bytes(2**16)
+            yield b"\r\n--b--\r\n"
+
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        async with opened(built_index, max_upload_bytes=2**20) as client:
+            check(await client.post("/search/image", content=chunks(), headers=kind), 413, "file")
+            assert sent < 8 * 2**20, "what is too much is not read to its end"
+            announced = kind | {"Content-Length": str(100 * 2**20)}
+            sent = 0
+            check(await client.post("/search/image", content=chunks(), headers=announced), 413, "file")
+            assert sent < 8 * 2**20
+            slightly = {"file": ("x.png", bytes(2**20 + 10))}
+            check(await client.post("/search/image", files=slightly), 413, "file")
+            assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_leaves_while_sending_is_no_error(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            kind = b"multipart/form-data; boundary=b"
+            for path, content_type in (("/search/text", b"application/json"), ("/search/image", kind)):
+                messages = [{"type": "http.request", "body": b"--b", "more_body": True}, {"type": "http.disconnect"}]
+                answered: list[Any] = []
+
+                async def receive(messages: list[Any] = messages) -> Any:
+                    return messages.pop(0)
+
+                async def send(message: Any, answered: list[Any] = answered) -> None:
+                    answered.append(message)
+
+                scope = {
+                    "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+                    "headers": [(b"content-type", content_type)], "http_version": "1.1", "scheme": "http",
+                    "server": ("testserver", 80), "client": ("127.0.0.1", 1), "root_path": "",
+                }  # fmt: skip
+                await client.app(scope, receive, send)
+                assert answered[0]["status"] == 400
+
+    asyncio.run(main())

@@ -1,0 +1,210 @@
+"""Sharing of forward passes and of computations, with plain functions in place of the model."""
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.batching import Batcher, Flights, Lane, Vector
+from app.problems import NotReady
+from dcar_core.errors import DataError
+
+
+class Recorder:
+    """A lane's function that notes its batches; it can be held back, and it fails on some payloads."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.threads: set[str] = set()
+
+    def __call__(self, payloads: list[Any]) -> Vector:
+        self.batches.append(list(payloads))
+        self.threads.add(threading.current_thread().name)
+        assert self.gate.wait(5)
+        if any(payload == "bad" for payload in payloads):
+            raise DataError("bad")
+        return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
+
+
+async def _held(batcher: Batcher, lane: Lane, recorder: Recorder) -> asyncio.Task[Vector]:
+    """Keep the model thread busy, so that what comes next gathers."""
+    recorder.gate.clear()
+    task = asyncio.create_task(batcher.submit(lane, "first"))
+    while not recorder.batches:
+        await asyncio.sleep(0.001)
+    return task
+
+
+async def _submit(batcher: Batcher, lane: Lane, payloads: list[str]) -> list[asyncio.Task[Vector]]:
+    tasks = [asyncio.create_task(batcher.submit(lane, payload)) for payload in payloads]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_arrivals_during_a_pass_make_the_next_batch() -> None:
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=3, max_wait_s=0)
+        batcher.start()
+        lane = Lane("text", recorder)
+        first = await _held(batcher, lane, recorder)
+        rest = await _submit(batcher, lane, ["a", "bb", "ccc", "dddd"])
+        recorder.gate.set()
+        assert [int(v[0]) for v in await asyncio.gather(first, *rest)] == [5, 1, 2, 3, 4]
+        assert recorder.batches == [["first"], ["a", "bb", "ccc"], ["dddd"]]
+        assert len(recorder.threads) == 1
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_lanes_do_not_mix_and_keep_their_order() -> None:
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
+        batcher.start()
+        text, image = Lane("text", recorder), Lane("image", recorder)
+        first = await _held(batcher, text, recorder)
+        tasks = []
+        for lane, payload in [(text, "t1"), (image, "i1"), (text, "t2"), (image, "i2")]:
+            tasks += await _submit(batcher, lane, [payload])
+        recorder.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert recorder.batches[1:] == [["t1", "t2"], ["i1", "i2"]]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("poison", ["bad", "nan"])
+def test_a_bad_item_fails_alone(poison: str) -> None:
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
+        batcher.start()
+        lane = Lane("text", recorder)
+        first = await _held(batcher, lane, recorder)
+        rest = await _submit(batcher, lane, ["a", "bb", poison, "dddd", "eeeee"])
+        recorder.gate.set()
+        await first
+        outcomes = await asyncio.gather(*rest, return_exceptions=True)
+        assert isinstance(outcomes.pop(2), DataError)
+        assert [int(v[0]) for v in outcomes if isinstance(v, np.ndarray)] == [1, 2, 4, 5]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_left_takes_no_place_and_harms_nobody() -> None:
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
+        batcher.start()
+        lane = Lane("text", recorder)
+        first = await _held(batcher, lane, recorder)
+        queued, stays = await _submit(batcher, lane, ["gone", "stays"])
+        queued.cancel()
+        first.cancel()  # its batch runs already
+        await asyncio.sleep(0)
+        recorder.gate.set()
+        assert (await stays)[0] == 5
+        assert recorder.batches == [["first"], ["stays"]]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_close_finishes_what_was_accepted_and_takes_no_more() -> None:
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=1, max_wait_s=0)
+        batcher.start()
+        lane = Lane("text", recorder)
+        first = await _held(batcher, lane, recorder)
+        rest = await _submit(batcher, lane, ["a", "bb"])
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady):
+            await batcher.submit(lane, "late")
+        recorder.gate.set()
+        await closing
+        assert [int((await task)[0]) for task in (first, *rest)] == [5, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_a_busy_batcher_waits_for_company_and_an_idle_one_does_not() -> None:
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0.5)
+        batcher.start()
+        lane = Lane("text", recorder)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await batcher.submit(lane, "alone")
+        assert loop.time() - began < 0.25
+        first = await _held(batcher, lane, recorder)
+        pair = await _submit(batcher, lane, ["a", "bb"])
+        recorder.gate.set()
+        await asyncio.gather(first, *pair)
+        early = await _submit(batcher, lane, ["early"])
+        await asyncio.sleep(0.05)
+        late = await _submit(batcher, lane, ["late"])
+        await asyncio.gather(*early, *late)
+        assert recorder.batches[-1] == ["early", "late"]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_flights_share_one_computation_and_its_failure() -> None:
+    async def main() -> None:
+        flights: Flights[int] = Flights()
+        started = 0
+
+        async def compute() -> int:
+            nonlocal started
+            started += 1
+            await asyncio.sleep(0.01)
+            return 7
+
+        async def fail() -> int:
+            await asyncio.sleep(0.01)
+            raise DataError("no")
+
+        assert await asyncio.gather(*(flights.run("a", compute) for _ in range(5))) == [7] * 5
+        assert started == 1
+        outcomes = await asyncio.gather(*(flights.run("b", fail) for _ in range(3)), return_exceptions=True)
+        assert [type(each) for each in outcomes] == [DataError] * 3
+        assert len(flights) == 0
+
+    asyncio.run(main())
+
+
+def test_a_flight_ends_with_its_last_passenger() -> None:
+    async def main() -> None:
+        flights: Flights[int] = Flights()
+        ended: list[str] = []
+
+        async def compute() -> int:
+            try:
+                await asyncio.sleep(0.05)
+            except asyncio.CancelledError:
+                ended.append("cancelled")
+                raise
+            return 7
+
+        one = asyncio.create_task(flights.run("a", compute))
+        two = asyncio.create_task(flights.run("a", compute))
+        await asyncio.sleep(0)
+        one.cancel()
+        assert await two == 7
+        assert not ended
+        three = asyncio.create_task(flights.run("a", compute))
+        await asyncio.sleep(0.01)
+        three.cancel()
+        await asyncio.sleep(0)
+        four = asyncio.create_task(flights.run("a", compute))  # does not board the one that was called off
+        assert await four == 7
+        assert ended == ["cancelled"]
+        assert len(flights) == 0
+
+    asyncio.run(main())

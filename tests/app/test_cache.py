@@ -1,0 +1,169 @@
+"""The cache, in the process and in a real Redis that is killed, stopped and made to lie."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from app_harness import RedisServer, opened, until
+
+from app.cache import Breaker, MemoryCache, RedisCache, cache_key
+
+VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
+
+
+def test_keys_tell_apart_what_must_not_be_confused() -> None:
+    keys = {
+        cache_key(fingerprint, kind, content)
+        for fingerprint in ("a" * 64, "b" * 64)
+        for kind in ("text", "image")
+        for content in (b"x", b"y")
+    }
+    assert len(keys) == 8
+    assert not any("secret words" in cache_key("a" * 64, "text", b"secret words") for _ in "1")
+
+
+def test_memory_forgets_what_was_longest_unused() -> None:
+    async def main() -> None:
+        cache = MemoryCache(2)
+        cache.put("a", VECTOR)
+        cache.put("b", VECTOR + 1)
+        assert await cache.get("a", 32) is not None
+        cache.put("c", VECTOR)
+        assert await cache.get("b", 32) is None
+        assert len(cache) == 2
+        assert await cache.get("a", 16) is None, "of another size"
+        kept = await cache.get("a", 32)
+        assert kept is not None
+        np.testing.assert_array_equal(kept, VECTOR)
+        with pytest.raises(ValueError, match="read-only"):
+            kept[0] = 5
+
+    asyncio.run(main())
+
+
+def test_breaker() -> None:
+    breaker = Breaker(failures=2, pause_s=0.05)
+    breaker.failed(OSError("x"))
+    assert breaker.allows()
+    breaker.failed(OSError("x"))
+    assert not breaker.allows()
+    time.sleep(0.06)
+    assert breaker.allows(), "one trial"
+    assert not breaker.allows(), "and no stampede"
+    breaker.succeeded()
+    assert breaker.allows()
+
+
+def test_an_absent_redis_costs_little_and_fails_nothing(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, redis_url="redis://127.0.0.1:1/0") as client:
+            for _ in range(5):
+                answer = await client.post("/search/text", json={"query": "red"})
+                assert answer.status_code == 200
+                assert answer.json()["cached"] is False
+            began = time.perf_counter()
+            assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
+            assert time.perf_counter() - began < 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_values_come_back_bit_for_bit_and_expire(redis_server: RedisServer) -> None:
+    async def main() -> None:
+        cache = RedisCache(redis_server.url, ttl_s=1, timeout_s=1)
+        cache.put("key", VECTOR)
+
+        async def stored() -> bool:
+            return await cache.get("key", 32) is not None
+
+        await until(stored)
+        value = await cache.get("key", 32)
+        assert value is not None
+        np.testing.assert_array_equal(value, VECTOR)
+
+        async def expired() -> bool:
+            return await cache.get("key", 32) is None
+
+        await until(expired)
+        assert not cache.breaker.open
+        await cache.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
+    async def main() -> None:
+        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1)
+        nan = np.full(32, np.nan, np.float32).tobytes()
+        for lie in (b"", b"x", VECTOR.tobytes()[:-1], VECTOR.tobytes() * 2, nan):
+            await cache._redis.set("key", lie)
+            assert await cache.get("key", 32) is None
+        await cache._redis.delete("key")
+        await cache._redis.lpush("key", "a list")
+        assert await cache.get("key", 32) is None
+        await cache.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_answers_from_redis_are_the_same_and_survive_its_death(built_index: Path, redis_server: RedisServer) -> None:
+    async def main() -> None:
+        given = {"redis_url": redis_server.url, "redis_timeout_ms": 500}
+        async with opened(built_index, **given) as client:
+
+            async def ask() -> dict:
+                answer = await client.post("/search/text", json={"query": "red circle", "k": 24})
+                assert answer.status_code == 200
+                return answer.json()
+
+            first = await ask()
+            assert first["cached"] is False
+
+            async def cached() -> bool:
+                return (await ask())["cached"]
+
+            await until(cached)
+            assert (await ask())["results"] == first["results"]
+        async with opened(built_index, **given) as client:  # another process would find it, too
+            assert (await ask())["cached"] is True
+            breaker = client.app.state.retriever._cache.breaker
+            breaker._pause = 0.2
+            redis_server.stop()
+            for _ in range(4):
+                answer = await ask()
+                assert answer["cached"] is False
+                assert answer["results"] == first["results"]
+            assert breaker.open
+            redis_server.start()
+            await until(cached)
+            assert not breaker.open
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_server: RedisServer) -> None:
+    async def main() -> None:
+        async with opened(built_index, redis_url=redis_server.url, redis_timeout_ms=100) as client:
+            await client.post("/search/text", json={"query": "warm"})
+            assert redis_server._process is not None
+            os.kill(redis_server._process.pid, signal.SIGSTOP)
+            try:
+                slowest = 0.0
+                for i in range(6):
+                    began = time.perf_counter()
+                    assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
+                    slowest = max(slowest, time.perf_counter() - began)
+                assert slowest < 1
+                assert client.app.state.retriever._cache.breaker.open
+            finally:
+                os.kill(redis_server._process.pid, signal.SIGCONT)
+
+    asyncio.run(main())

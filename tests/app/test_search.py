@@ -1,0 +1,182 @@
+"""Searching: the same answers as the encoder and the index give, however they are asked for."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+from app_harness import opened, png
+
+from app.schemas import ItemAnswer, Readiness, SearchAnswer
+from dcar_core import Encoder
+from index_jobs.artifact import open_current
+
+
+def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float]]:
+    artifact = open_current(index)
+    scores, rows = artifact.search(vectors, k)
+    return [(artifact.item(int(r)).id, float(s)) for r, s in zip(rows[0], scores[0], strict=True)]
+
+
+def _check(body: dict, expected: list[tuple[str, float]]) -> None:
+    SearchAnswer.model_validate(body, strict=True)
+    assert [r["rank"] for r in body["results"]] == list(range(1, len(expected) + 1))
+    np.testing.assert_allclose([r["score"] for r in body["results"]], [s for _, s in expected], atol=1e-5)
+    scores = [s for _, s in expected]
+    if min(abs(np.diff(scores)), default=1) > 1e-5:
+        assert [r["id"] for r in body["results"]] == [i for i, _ in expected]
+
+
+def test_text_search_is_the_encoder_and_the_index(built_index: Path, tiny_checkpoint: Path) -> None:
+    async def main() -> None:
+        encoder = Encoder.load(tiny_checkpoint, device="cpu")
+        async with opened(built_index) as client:
+            for query in ("a red square", "blue circle", "🙂"):
+                body = (await client.post("/search/text", json={"query": query, "k": 5})).json()
+                _check(body, _expected(built_index, encoder.encode_text([query]), 5))
+                assert body["index_version"] == 1
+                assert body["took_ms"] > 0
+            assert len((await client.post("/search/text", json={"query": "x"})).json()["results"]) == 10
+            assert len((await client.post("/search/text", json={"query": "x", "k": 200})).json()["results"]) == 24
+
+    asyncio.run(main())
+
+
+def test_image_search_is_the_encoder_and_the_index(built_index: Path, gallery: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            data = (gallery / "circle/blue.png").read_bytes()
+            answers = [
+                (await client.post("/search/image", files={"file": ("x.png", data)}, data={"k": "3"})).json()
+                for _ in range(2)
+            ]
+            assert [answer["cached"] for answer in answers] == [False, True]
+            assert answers[0]["results"] == answers[1]["results"]
+            assert len(answers[0]["results"]) == 3
+            assert answers[0]["results"][0]["score"] > 0.9999
+            top = [r["id"] for r in answers[0]["results"] if r["score"] > 0.9999]
+            assert any("blue" in item for item in top)
+
+    asyncio.run(main())
+
+
+def test_a_remembered_query_has_the_same_ranks_and_scores(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            first = (await client.post("/search/text", json={"query": "green  triangle", "k": 24})).json()
+            second = (await client.post("/search/text", json={"query": " green triangle\n", "k": 24})).json()
+            assert (first["cached"], second["cached"]) == (False, True)
+            assert first["results"] == second["results"]
+
+    asyncio.run(main())
+
+
+def test_concurrent_queries_share_passes_and_equal_their_single_answers(built_index: Path) -> None:
+    async def main() -> None:
+        queries = [f"query number {i % 12}" for i in range(48)]
+        async with opened(built_index, cache_size=0) as client:
+            encoder = client.app.state.snapshots.live.encoder
+            passes: list[int] = []
+            encode = encoder.encode_text
+
+            def counted(texts: list[str]) -> np.ndarray:
+                passes.append(len(texts))
+                return encode(texts)
+
+            encoder.encode_text = counted
+            answers = await asyncio.gather(
+                *(client.post("/search/text", json={"query": query, "k": 24}) for query in queries)
+            )
+            assert sum(passes) == 12, "identical queries in flight are computed once"
+            assert len(passes) < 12
+            singles = {q: (await client.post("/search/text", json={"query": q, "k": 24})).json() for q in queries[:12]}
+        for query, answer in zip(queries, answers, strict=True):
+            wanted = singles[query]["results"]
+            scores = [r["score"] for r in answer.json()["results"]]
+            np.testing.assert_allclose(scores, [r["score"] for r in wanted], atol=1e-5)
+
+    asyncio.run(main())
+
+
+def test_the_event_loop_answers_while_the_model_works(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            encoder = client.app.state.snapshots.live.encoder
+            encode, gate = encoder.encode_text, threading.Event()
+
+            def held(texts: list[str]) -> np.ndarray:
+                assert gate.wait(10)
+                return encode(texts)
+
+            encoder.encode_text = held
+            search = asyncio.create_task(client.post("/search/text", json={"query": "slow"}))
+            await asyncio.sleep(0.05)
+            assert (await client.get("/healthz")).json() == {"status": "ok"}
+            similar = await client.get("/items/circle%2Fred.png/similar")
+            assert similar.status_code == 200
+            assert not search.done()
+            gate.set()
+            assert (await search).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_more_searches_than_the_service_takes_on_are_refused(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_pending=2) as client:
+            answers = await asyncio.gather(*(client.post("/search/text", json={"query": f"q{i}"}) for i in range(10)))
+            statuses = sorted(answer.status_code for answer in answers)
+            assert statuses == [200] * 2 + [503] * 8
+            assert all("retry-after" in a.headers for a in answers if a.status_code == 503)
+            assert (await client.post("/search/text", json={"query": "q1"})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_items_their_pictures_and_their_neighbours(built_index: Path, gallery: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            found = (await client.post("/search/text", json={"query": "cross", "k": 24})).json()["results"]
+            assert len({r["id"] for r in found}) == 24
+            for result in found:
+                picture = await client.get(result["image_url"])
+                item = (await client.get(result["image_url"].removesuffix("/image"))).json()
+                assert item["id"] == result["id"]
+                assert picture.content == (gallery / item["metadata"]["file_name"]).read_bytes()
+            assert picture.headers["content-type"] == "image/png"
+            assert picture.headers["x-content-type-options"] == "nosniff"
+            assert "max-age" in picture.headers["cache-control"]
+            again = await client.get(result["image_url"], headers={"If-None-Match": picture.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+
+            item = (await client.get("/items/circle%2Fred.png")).json()
+            ItemAnswer.model_validate(item, strict=True)
+            assert item["caption"] == "a red circle"
+            assert item["category"] == "circle"
+            assert item["metadata"]["color"] == "red"
+
+            similar = (await client.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
+            SearchAnswer.model_validate(similar, strict=True)
+            ids = [r["id"] for r in similar["results"]]
+            assert len(ids) == 23
+            assert "circle/red.png" not in ids
+            everything = (await client.get("/items/circle%2Fred.png/similar", params={"k": 200})).json()["results"]
+            assert len(everything) == 23
+
+    asyncio.run(main())
+
+
+def test_readiness_and_root_path(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            ready = (await client.get("/readyz")).json()
+            Readiness.model_validate(ready, strict=True)
+            assert ready == {"status": "ready", "index_version": 1, "count": 24, "reason": None}
+            client._transport.root_path = "/pictures"  # type: ignore[attr-defined]
+            body = (await client.get("/pictures/items/circle%2Fred.png")).json()
+            assert body["image_url"] == "/pictures/items/circle%2Fred.png/image"
+            picture = png("red")
+            answer = await client.post("/pictures/search/image", files={"file": picture})
+            assert answer.status_code == 200
+
+    asyncio.run(main())

@@ -1,0 +1,295 @@
+"""The service around the search: versions swapped under load, start and end, admin, pages, unforeseen errors."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from app_harness import free_port, opened, until
+
+from app.main import serve
+from app.schemas import Reloaded
+from app.settings import Settings
+from dcar_core.errors import DcarError
+from index_jobs.publish import rollback
+from index_jobs.rebuild import rebuild
+
+KEY = {"admin_key": "correct horse"}
+BEARER = {"Authorization": "Bearer correct horse"}
+
+
+def test_versions_are_swapped_without_dropping_a_request(
+    index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path
+) -> None:
+    rebuild(gallery, other_checkpoint, index, workers=0, progress=False)  # version 2, another encoder
+    rebuild(gallery, tiny_checkpoint, index, workers=0, progress=False, force=True)  # version 3, the first again
+    rollback(index, 1)
+
+    async def main() -> None:
+        async with opened(index, poll_s=0, cache_size=100, **KEY) as client:
+            single: dict[int, list] = {}
+            for version in (1, 2, 3):
+                rollback(index, version)
+                reloaded = await client.post("/admin/reload", headers=BEARER)
+                Reloaded.model_validate(reloaded.json(), strict=True)
+                assert reloaded.json() == {"index_version": version, "changed": version != 1}
+                single[version] = (await client.post("/search/text", json={"query": "red", "k": 24})).json()["results"]
+            assert single[1] == single[3]
+            assert [r["score"] for r in single[1]] != [r["score"] for r in single[2]]
+
+            done = False
+            seen: set[int] = set()
+
+            async def load() -> None:
+                while not done:
+                    answer = await client.post("/search/text", json={"query": "red", "k": 24})
+                    assert answer.status_code == 200, answer.text
+                    body = answer.json()
+                    seen.add(body["index_version"])
+                    assert body["results"] == single[body["index_version"]], "answered by one version, whole"
+                    await asyncio.sleep(0)
+
+            clients = [asyncio.create_task(load()) for _ in range(8)]
+            for version in (2, 1, 3, 2, 1, 2):
+                rollback(index, version)
+                assert (await client.post("/admin/reload", headers=BEARER)).json()["index_version"] == version
+                await asyncio.sleep(0.02)
+            done = True
+            await asyncio.gather(*clients)
+            assert seen >= {1, 2, 3}
+
+    asyncio.run(main())
+
+
+def test_a_new_version_is_noticed(index: Path, gallery: Path, other_checkpoint: Path) -> None:
+    async def main() -> None:
+        async with opened(index, poll_s=0.02) as client:
+            before = client.app.state.snapshots.live.encoder.fingerprint
+            await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
+
+            async def swapped() -> bool:
+                return (await client.get("/readyz")).json()["index_version"] == 2
+
+            await until(swapped)
+            live = client.app.state.snapshots.live
+            assert live.encoder.fingerprint == live.artifact.manifest.fingerprint != before
+
+    asyncio.run(main())
+
+
+def test_a_broken_version_leaves_the_old_one(
+    index: Path, gallery: Path, other_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rebuild(gallery, other_checkpoint, index, workers=0, progress=False)
+    rollback(index, 1)
+    weights = index / "versions/2/checkpoint/trainables.safetensors"
+    whole = weights.read_bytes()
+
+    async def main() -> None:
+        async with opened(index, poll_s=0.02, **KEY) as client:
+            weights.write_bytes(whole[:100])
+            (index / "CURRENT").write_text("2\n")
+
+            async def degraded() -> bool:
+                return (await client.get("/readyz")).json()["status"] == "degraded"
+
+            await until(degraded)
+            ready = (await client.get("/readyz")).json()
+            assert ready["index_version"] == 1
+            assert "trainables.safetensors" in ready["reason"]
+            refused = await client.post("/admin/reload", headers=BEARER)
+            assert refused.status_code == 503
+            assert "trainables.safetensors" in refused.json()["detail"]
+            assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
+            weights.write_bytes(whole)
+            assert (await client.post("/admin/reload", headers=BEARER)).json() == {"index_version": 2, "changed": True}
+            assert (await client.get("/readyz")).json()["status"] == "ready"
+            (index / "CURRENT").write_text("junk\n")
+            await until(degraded)
+            (index / "CURRENT").write_text("2\n")
+
+            async def ready_again() -> bool:
+                return (await client.get("/readyz")).json()["status"] == "ready"
+
+            await until(ready_again)
+
+    asyncio.run(main())
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_nothing_is_answered_before_the_model_is_there(index: Path) -> None:
+    async def main() -> None:
+        (index / "versions/1/items.arrow").write_bytes(b"")
+        async with opened(index, ready=False, poll_s=0) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            early = await client.post("/search/text", json={"query": "x"})
+            assert early.status_code == 503
+            assert early.headers["retry-after"]
+            assert early.headers["content-type"] == "application/problem+json"
+            snapshots = client.app.state.snapshots
+
+            async def failed() -> bool:
+                return "items.arrow" in (await client.get("/readyz")).json()["detail"]
+
+            await until(failed)
+            assert (await client.get("/readyz")).status_code == 503
+            assert (await client.get("/items/x")).status_code == 503
+            assert snapshots.live is None
+
+    asyncio.run(main())
+
+
+def test_admin_needs_the_key(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            refused = await client.post("/admin/reload")
+            assert refused.status_code == 403
+            assert "DCAR_ADMIN_KEY" in refused.json()["detail"]
+        async with opened(built_index, **KEY) as client:
+            for given in ("", "Bearer", "Bearer wrong", "Basic correct horse", "Bearer correct horsé"):
+                answer = await client.post("/admin/reload", headers={"Authorization": given.encode()})
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+            answer = await client.post("/admin/reload", headers=BEARER)
+            assert answer.json() == {"index_version": 1, "changed": False}
+
+    asyncio.run(main())
+
+
+def test_a_picture_that_left_the_gallery(index: Path, tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
+    changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
+    rebuild(changing, tiny_checkpoint, tmp_path / "other", workers=0, progress=False)
+    (changing / "circle/red.png").unlink()
+    (changing / "circle/blue.png").write_text("<script>alert(1)</script>")
+
+    async def main() -> None:
+        async with opened(tmp_path / "other") as client:
+            gone = await client.get("/items/circle%2Fred.png/image")
+            assert gone.status_code == 404
+            assert str(changing) not in gone.text
+            changed = await client.get("/items/circle%2Fblue.png/image")
+            if changed.status_code == 200:  # never as a page
+                assert changed.headers["content-type"] == "application/octet-stream"
+                assert changed.headers["content-disposition"] == "attachment"
+
+    asyncio.run(main())
+
+
+def test_an_unforeseen_error_shows_no_internals(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            encoder = client.app.state.snapshots.live.encoder
+
+            def broken(texts: list[str]) -> None:
+                raise RuntimeError("a secret of the house")
+
+            encoder.encode_text = broken
+            answer = await client.post("/search/text", json={"query": "x"})
+            assert answer.status_code == 500
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert "secret" not in answer.text
+            del encoder.encode_text
+            assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_pages_need_nothing_from_elsewhere(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for path in ("/", "/docs"):
+                page = await client.get(path)
+                assert page.headers["content-type"].startswith("text/html")
+                assert "http:" not in page.text
+                assert "https:" not in page.text
+                policy = page.headers["content-security-policy"]
+                assert "script-src 'self';" in policy
+                assert "access-control-allow-origin" not in page.headers
+                again = await client.get(path, headers={"If-None-Match": page.headers["etag"]})
+                assert again.status_code == 304
+                for name in [part.split('"')[0] for part in page.text.split('"ui/')[1:]]:
+                    assert (await client.get(f"/ui/{name}")).status_code == 200, name
+            document = (await client.get("/openapi.json")).json()
+            text = json.dumps(document)
+            for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
+                assert reference in document["components"]["schemas"]
+            assert set(document["paths"]) == {
+                "/search/text", "/search/image", "/items/{item_id}", "/items/{item_id}/image",
+                "/items/{item_id}/similar", "/healthz", "/readyz", "/admin/reload",
+            }  # fmt: skip
+            words = document["paths"]["/search/text"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+            assert words["properties"]["k"]["maximum"] == 200
+
+    asyncio.run(main())
+
+
+def test_it_does_not_start_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
+    with pytest.raises(DcarError, match="dcar index build"):
+        serve(Settings(index=tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DcarError, match=f"port {port} .* is taken") as caught:
+            serve(Settings(index=built_index, port=port))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DcarError, match=r"192\.0\.2\.1"):
+        serve(Settings(index=built_index, host="192.0.2.1"))
+
+
+SERVE = "import sys; from app.main import serve; from app.settings import load_settings; serve(load_settings())"
+
+
+def _started(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
+    return subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_real_server_from_start_to_end(built_index: Path) -> None:
+    port = free_port()
+    process = _started(built_index, port)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            end = time.monotonic() + 60
+            answered_while_loading = False
+            while True:
+                assert time.monotonic() < end
+                try:
+                    assert client.get("/healthz").status_code == 200
+                    status = client.get("/readyz").status_code
+                except httpx.TransportError:
+                    time.sleep(0.05)
+                    continue
+                if status == 200:
+                    break
+                answered_while_loading = True
+                time.sleep(0.05)
+            assert answered_while_loading
+            assert client.post("/search/text", json={"query": "red", "k": 2}).json()["results"][0]["rank"] == 1
+            big = client.post("/search/image", files={"file": ("big.png", bytes(100 * 2**20))})
+            assert big.status_code == 413
+            assert "server" not in big.headers
+            assert client.get("/nothing").status_code == 404
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert "Traceback" not in log
+    assert "POST /search/text" in log
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+def test_a_broken_index_ends_a_starting_server_with_its_reason(index: Path) -> None:
+    (index / "versions/1/checkpoint/trainables.safetensors").unlink()
+    process = _started(index, free_port())
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "trainables.safetensors" in log.splitlines()[-1]
+    assert log.count("trainables.safetensors") == 1, "said once"

@@ -1,0 +1,65 @@
+"""The form in which queries are encoded and remembered, and the settings."""
+
+from pathlib import Path
+
+import pytest
+
+from app.media import media_type
+from app.schemas import normalise
+from app.settings import Settings, load_settings
+from dcar_core.errors import DcarError
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("  red \t apple\n", "red apple"),
+        ("cafe\u0301", "café"),
+        ("a\x00b\x07c", "abc"),
+        ("a\u200bb\u202ec", "abc"),
+        ("a\u00a0b\u3000c", "a b c"),
+        ("👩\u200d🚀", "👩\u200d🚀"),
+        ("cat <end_of_text> dog<|startoftext|>", "cat dog"),
+        ("<END_OF_TEXT>", ""),
+        ("a < b", "a < b"),
+        ("\x00\n", ""),
+    ],
+)
+def test_normalise(given: str, wanted: str) -> None:
+    assert normalise(given) == wanted
+    assert normalise(wanted) == wanted
+
+
+def test_media_type_is_told_by_content() -> None:
+    assert media_type(b"\x89PNG\r\n\x1a\nrest") == "image/png"
+    assert media_type(b"RIFF\x00\x00\x00\x00WEBPVP8 ") == "image/webp"
+    assert media_type(b"<svg xmlns='http://www.w3.org/2000/svg'>") is None
+    assert media_type(b"%!PS-Adobe-3.0 EPSF-3.0") is None
+    assert media_type(b"") is None
+
+
+def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DCAR_PORT", "9000")
+    monkeypatch.setenv("DCAR_MAX_K", "7")
+    monkeypatch.setenv("DCAR_REDIS_URL", "")
+    settings = load_settings(index=tmp_path, port=9001, host=None)
+    assert (settings.port, settings.max_k, settings.host, settings.redis_url) == (9001, 7, "127.0.0.1", None)
+
+
+def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(DcarError, match="DCAR_INDEX"):
+        load_settings()
+    monkeypatch.setenv("DCAR_PORT", "many")
+    with pytest.raises(DcarError, match="DCAR_PORT"):
+        load_settings(index=tmp_path)
+    monkeypatch.delenv("DCAR_PORT")
+    monkeypatch.setenv("DCAR_ADMIN_KEY", "tiny&")
+    with pytest.raises(DcarError, match="DCAR_ADMIN_KEY") as caught:
+        load_settings(index=tmp_path)
+    assert "tiny&" not in str(caught.value)
+    monkeypatch.delenv("DCAR_ADMIN_KEY")
+    with pytest.raises(DcarError, match="redis://"):
+        load_settings(index=tmp_path, redis_url="http://localhost")
+    shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))  # type: ignore[arg-type]
+    assert "a-long-secret" not in shown
+    assert "pass" not in shown

@@ -1,0 +1,70 @@
+"""The bundled example: its model loads, its galleries are whole, and searching by eye convinces."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from index_jobs.artifact import Artifact, open_current
+from index_jobs.rebuild import rebuild
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
+DOMAINS = ("twemoji", "openmoji")
+
+
+@pytest.fixture(scope="module", params=DOMAINS)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Artifact]:
+    domain, out = EXAMPLES / request.param, tmp_path_factory.mktemp(request.param)
+    summary = rebuild(domain, domain / "checkpoint", out, progress=False)
+    assert (summary.count, summary.failed) == (3944, 0)
+    artifact = open_current(out)
+    encoder = Encoder.load(artifact.checkpoint)
+    artifact.require(encoder.fingerprint)
+    return encoder, artifact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("query", "wanted"),
+    [
+        ("crying cat", "crying cat"),
+        ("red apple", "red apple"),
+        ("flag of japan", "flag of japan"),
+        ("woman running dark skin", "woman running, dark skin"),
+        ("birthday", "birthday"),
+        ("angry", "ang"),
+    ],
+)
+def test_the_first_row_shows_what_anyone_would_expect(
+    served: tuple[Encoder, Artifact], query: str, wanted: str
+) -> None:
+    encoder, artifact = served
+    _, rows = artifact.search(encoder.encode_text([query]), 8)
+    captions = [artifact.item(int(row)).caption.lower() for row in np.ravel(rows)]
+    assert any(wanted in caption for caption in captions), captions
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_splits_are_by_emoji(domain: str) -> None:
+    """No test emoji's picture, in any skin tone, is among the training pictures."""
+    lines = [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
+    split_of = {line["file_name"]: line["split"] for line in lines}
+    files = {s: set() for s in ("train", "val", "test")}
+    categories: dict[str, set[str]] = {}
+    for split in files:
+        entries = json.loads((EXAMPLES / domain / f"{split}.json").read_text()).values()
+        files[split] = {entry["file_name"] for entry in entries}
+        categories[split] = {entry["class_name"] for entry in entries}
+        assert all(split_of[name] == split for name in files[split])
+    assert len(set.union(*files.values())) == len(lines) == 3944
+    assert not categories["train"] & categories["test"]
+    assert not categories["train"] & categories["val"]
+
+
+def test_sizes_are_kept() -> None:
+    assert (EXAMPLES / "base" / "open_clip_model.safetensors").stat().st_size < 15e6
+    assert sum((EXAMPLES / d / "gallery.tar").stat().st_size for d in DOMAINS) < 16e6
+    for domain in DOMAINS:
+        assert (EXAMPLES / domain / "checkpoint" / "trainables.safetensors").stat().st_size < 1e6

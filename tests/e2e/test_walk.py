@@ -1,0 +1,144 @@
+"""The whole house by its command line: train, build, list, verify, search, rebuild, roll back, serve."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def dcar(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "app.cli", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert not check or done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def server(*args: object) -> Iterator[tuple[str, int]]:
+    port = free_port()
+    command = [sys.executable, "-m", "app.cli", *map(str, args), "--port", str(port)]
+    env = os.environ | {"DCAR_HOST": "127.0.0.1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(400):
+            try:
+                with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, "the server stopped"
+                time.sleep(0.1)
+        yield url, port
+    finally:
+        process.terminate()
+        assert process.wait(20) in (0, -15)
+
+
+def post(url: str, body: dict[str, object]) -> dict[str, object]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        found: dict[str, object] = json.load(answer)
+        return found
+
+
+@pytest.fixture(scope="module")
+def walked(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A trained checkpoint and an index built with it, both by the command line."""
+    work = tmp_path_factory.mktemp("walk")
+    checkpoint, index = work / "checkpoint", work / "index"
+    done = dcar(
+        "train", "--data", tiny_data, "--model", tiny_model, "--epochs", 2, "--batch-size", 6, "--out", checkpoint
+    )
+    assert "validation text-to-image R@1" in done.stdout
+    assert "batch/s" in done.stderr or "s/batch" in done.stderr  # a rate and the time left
+    done = dcar("index", "build", "--gallery", tiny_data, "--checkpoint", checkpoint, "--out", index)
+    assert "24 pictures" in done.stdout
+    return checkpoint, index
+
+
+def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
+    _, index = walked
+    found = json.loads(dcar("search", "a red circle", "--index", index, "-k", 3, "--json").stdout)
+    assert [hit["rank"] for hit in found["results"]] == [1, 2, 3]
+    picture = tiny_gallery / "circle" / "red.png"
+    found = json.loads(dcar("search", picture, "--index", index, "-k", 1, "--json").stdout)
+    assert found["results"][0]["caption"] == "a red circle"
+    assert found["results"][0]["score"] > 0.999
+    assert "a red circle" in dcar("search", picture, "--index", index).stdout
+
+
+def test_versions(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
+    checkpoint, index = walked
+    again = dcar("index", "build", "--gallery", tiny_gallery, "--checkpoint", checkpoint, "--out", index)
+    assert "version 1 is up to date" in again.stdout
+    command = [sys.executable, "-m", "index_jobs.rebuild", "--gallery", tiny_gallery, "--checkpoint", checkpoint]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(index), "--force"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["version"] == 2
+    listed = dcar("index", "list", index).stdout
+    assert re.search(r"^\* +2 ", listed, re.MULTILINE)
+    assert dcar("index", "verify", index).stdout.count("as published") == 2
+    assert "version 1 is current" in dcar("index", "rollback", index).stdout
+
+
+def test_serve_answers_and_a_taken_port_is_one_line(walked: tuple[Path, Path]) -> None:
+    _, index = walked
+    with server("serve", "--index", index) as (url, port):
+        found = post(f"{url}/search/text", {"query": "a red circle", "k": 2})
+        assert set(found) == {"index_version", "took_ms", "cached", "results"}
+        assert not found["cached"]
+        assert post(f"{url}/search/text", {"query": "a  red circle", "k": 2})["cached"]
+        taken = dcar("serve", "--index", index, "--port", port, check=False)
+        assert taken.returncode == 1
+        assert len(taken.stderr.strip().splitlines()) == 1
+        assert str(port) in taken.stderr
+
+
+def test_evaluate_writes_results(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    done = dcar(
+        "evaluate", "--data", tiny_data, "--model", tiny_model, "--methods", "clip,dcar", "--seeds", 1,
+        "--epochs", 1, "--batch-size", 6, "--out", tmp_path,
+    )  # fmt: skip
+    assert "| dcar |" in done.stdout
+    assert set(json.loads((tmp_path / "results.json").read_text())["methods"]) == {"clip", "dcar"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("search", "dog", "--index", "/nowhere"), "/nowhere"),
+        (("serve", "--index", "/nowhere"), "dcar index build"),
+        (
+            ("evaluate", "--data", "/nowhere", "--methods", "dcarr", "--out", "/tmp/x", "--model", "{model}"),
+            "there are: clip",
+        ),
+        (("train", "--data", "/nowhere", "--out", "/tmp/x"), "/nowhere"),
+        (("demo", "--domain", "notoemoji"), "twemoji"),
+    ],
+)
+def test_mistakes_are_one_line(args: tuple[str, ...], message: str, tiny_model: Path) -> None:
+    done = dcar(*(a.format(model=tiny_model) for a in args), check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2

@@ -1,0 +1,316 @@
+"""Published versions: reading, verifying, rolling back, and everything that may be wrong with them."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from dcar_core import Encoder
+from dcar_core.errors import ArtifactError, DcarError, FingerprintError, LockedError
+from index_jobs import items
+from index_jobs.artifact import (
+    Artifact,
+    current_version,
+    list_versions,
+    open_current,
+    verify_index,
+    version_numbers,
+)
+from index_jobs.gallery import scan
+from index_jobs.publish import publish, rollback, writing
+from index_jobs.rebuild import rebuild
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    return Encoder.load(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def published(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    index = tmp_path_factory.mktemp("published") / "index"
+    rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
+    return index
+
+
+@pytest.fixture
+def index(published: Path, tmp_path: Path) -> Path:
+    """A copy to break things in."""
+    return Path(shutil.copytree(published, tmp_path / "index"))
+
+
+def publish_copy(index: Path, keep: int = 3) -> int:
+    """Publish the current version once more."""
+    current = open_current(index)
+    with writing(index) as staging:
+        for name in current.manifest.files:
+            (staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(current.path / name, staging / name)
+        return publish(index, staging, current.manifest, keep=keep).version
+
+
+def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path) -> None:
+    artifact = open_current(published)
+    vectors = encoder.encode_images([tiny_gallery / "cross" / "red.png", tiny_gallery / "circle" / "blue.png"])
+    scores, rows = artifact.search(vectors, 30)
+    assert (scores.shape, rows.shape) == ((2, 30), (2, 30))
+    assert (rows[:, 24:] == -1).all()
+    item = artifact.item(int(rows[0, 0]))
+    assert (item.caption, item.category) == ("a red cross", "cross")
+    assert item.metadata == {"file_name": "cross/red.png", "color": "red"}
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
+    np.testing.assert_allclose(artifact.vector(int(rows[1, 0])), vectors[1], atol=1e-5)
+    assert artifact.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
+
+
+def test_every_id_leads_to_its_row(published: Path) -> None:
+    artifact = open_current(published)
+    assert [artifact.row_of(artifact.item(row).id) for row in range(24)] == list(range(24))
+    for unknown in ("", "0", "zzz", "../../etc/passwd", "\ud800"):
+        assert artifact.row_of(unknown) is None
+
+
+def test_items_lie_in_many_batches(tmp_path: Path, tiny_gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items, "_BATCH", 5)
+    table = scan(tiny_gallery).table
+    rows = np.array([r for r in range(24) if r != 7])
+    items.write_items(tmp_path / "items.arrow", table, rows)
+    found = items.Items(tmp_path / "items.arrow")
+    ids = table["id"].to_pylist()
+    assert [found.value(i, "id") for i in range(len(found))] == [ids[row] for row in rows]
+    assert [found.row_of(ids[row]) for row in rows] == list(range(23))
+    assert found.row_of(ids[7]) is None
+
+
+def test_rows_and_queries_out_of_range(published: Path) -> None:
+    artifact = open_current(published)
+    for row in (-1, 24):
+        for read in (artifact.item, artifact.vector, artifact.image_bytes):
+            with pytest.raises(IndexError, match=f"row {row} is not in 0..23"):
+                read(row)
+    with pytest.raises(ArtifactError, match=r"the index holds vectors of 32, but the queries are \(1, 16\)"):
+        artifact.search(np.zeros((1, 16), np.float32), 1)
+    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+        artifact.search(np.zeros((1, 32), np.float32), 0)
+
+
+def test_another_encoder_is_refused_with_the_command_to_run(
+    published: Path, encoder: Encoder, tiny_gallery: Path
+) -> None:
+    artifact = open_current(published)
+    artifact.require(encoder.fingerprint)
+    with pytest.raises(FingerprintError) as caught:
+        artifact.require("f" * 64)
+    checkpoint = "--checkpoint CHECKPOINT_OF_THIS_ENCODER"
+    command = f"python -m index_jobs.rebuild --gallery {tiny_gallery} {checkpoint} --out {published}"
+    assert command in str(caught.value)
+
+
+def test_the_version_holds_the_model_that_made_it(published: Path) -> None:
+    artifact = open_current(published)
+    artifact.require(Encoder.load(artifact.checkpoint, device="cpu").fingerprint)
+
+
+def test_threads_share_an_artifact(published: Path, encoder: Encoder) -> None:
+    artifact = open_current(published)
+    vectors = np.stack([artifact.vector(row) for row in range(24)])
+    barrier = threading.Barrier(8)
+
+    def work(seed: int) -> bool:
+        barrier.wait()
+        for row in np.random.default_rng(seed).permutation(24).tolist():
+            found = int(artifact.search(vectors[row : row + 1], 1)[1][0, 0])
+            item = artifact.item(found)
+            if artifact.row_of(item.id) != row or not artifact.image_bytes(row).startswith(b"\x89PNG"):
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_removed_version_stays_usable_while_open(index: Path) -> None:
+    artifact = open_current(index)
+    vector = artifact.vector(3)
+    shutil.rmtree(artifact.path)
+    assert artifact.search(vector[None], 1)[1].tolist() == [[3]]
+    assert artifact.row_of(artifact.item(3).id) == 3
+
+
+def test_picture_that_is_gone_is_an_artifact_error(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
+    artifact = open_current(tmp_path / "index")
+    (gallery / "circle" / "black.png").unlink()
+    with pytest.raises(
+        ArtifactError, match=r"the picture of item '\w+' cannot be read from the gallery .*: No such file"
+    ):
+        artifact.image_bytes(0)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+FILES = ["index.faiss", "items.arrow", "manifest.json", "checkpoint/trainables.safetensors", "checkpoint/config.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+def test_harm_to_any_file_is_found_and_named(index: Path, name: str, harm: Callable[[Path], None]) -> None:
+    verify_index(index)
+    harm(index / "versions" / "1" / name)
+    with pytest.raises(ArtifactError, match=name):
+        verify_index(index)
+    if harm is not flip:  # what is missing or short is found on opening
+        with pytest.raises(ArtifactError, match=name):
+            open_current(index)
+
+
+def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
+    version = index / "versions" / "1"
+    artifact = open_current(index)
+    for wrong in ({"dim": 64}, {"count": 23}):
+        manifest = replace(artifact.manifest, **wrong)  # type: ignore[arg-type]
+        (version / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+        with pytest.raises(ArtifactError, match="does not fit together: 24 vectors of 32 and 24 items"):
+            open_current(index)
+
+
+def test_manifest_of_another_format_says_rebuild(index: Path) -> None:
+    path = index / "versions" / "1" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(ArtifactError, match="is of format 99, not 1; rebuild the index"):
+        open_current(index)
+    assert list_versions(index) == []
+
+
+def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
+    assert current_version(tmp_path / "nowhere") is None
+    assert list_versions(tmp_path / "nowhere") == []
+    for read in (open_current, verify_index):
+        with pytest.raises(ArtifactError, match="holds no published index; run: dcar index build"):
+            read(tmp_path)
+    with pytest.raises(ArtifactError, match="holds no published index"):
+        rollback(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_spoilt_current_is_named(index: Path) -> None:
+    (index / "CURRENT").write_text("two\n")
+    with pytest.raises(ArtifactError, match="CURRENT names no version: 'two'"):
+        open_current(index)
+    (index / "CURRENT").write_text("7\n")
+    with pytest.raises(ArtifactError, match="has no version 7; it has 1"):
+        open_current(index)
+
+
+def test_versions_are_kept_listed_and_rolled_back(index: Path) -> None:
+    assert [publish_copy(index, keep=3) for _ in range(3)] == [2, 3, 4]
+    assert version_numbers(index) == [2, 3, 4]
+    assert [manifest.version for manifest in list_versions(index)] == [2, 3, 4]
+    assert rollback(index) == 3
+    assert current_version(index) == 3
+    assert rollback(index, 2) == 2
+    with pytest.raises(ArtifactError, match="has no version before 2"):
+        rollback(index)
+    with pytest.raises(ArtifactError, match="has no version 9; it has 2, 3, 4"):
+        rollback(index, 9)
+    assert rollback(index, 4) == 4
+    assert publish_copy(index, keep=1) == 5
+    assert version_numbers(index) == [5]
+    assert [manifest.version for manifest in verify_index(index)] == [5]
+
+
+def test_a_number_is_never_used_twice(index: Path) -> None:
+    publish_copy(index)
+    rollback(index)
+    assert publish_copy(index) == 3
+
+
+def test_rollback_to_a_broken_version_changes_nothing(index: Path) -> None:
+    publish_copy(index)
+    flip(index / "versions" / "1" / "index.faiss")
+    with pytest.raises(ArtifactError, match=r"1/index\.faiss is corrupted"):
+        rollback(index)
+    assert current_version(index) == 2
+
+
+def test_second_writer_is_told_at_once(index: Path) -> None:
+    lock = FileLock(index / ".lock")
+    with lock:
+        for write in (lambda: publish_copy(index), lambda: rollback(index)):
+            with pytest.raises(LockedError, match=r"another job is writing to .*; wait until it has ended"):
+                write()
+    assert publish_copy(index) == 2
+
+
+def test_staged_version_that_does_not_read_back_is_not_published(index: Path) -> None:
+    manifest = open_current(index).manifest
+    with writing(index) as staging:
+        shutil.copyfile(index / "versions" / "1" / "index.faiss", staging / "index.faiss")
+        (staging / "items.arrow").write_bytes(b"ARROW1")
+        with pytest.raises(ArtifactError, match=r"items\.arrow"):
+            publish(index, staging, manifest)
+    assert current_version(index) == 1
+    assert [path.name for path in (index / "versions").iterdir()] == ["1"]
+
+
+def test_what_a_killed_writer_left_is_cleared(index: Path) -> None:
+    left = index / "versions" / ".tmp-123"
+    left.mkdir()
+    (left / "index.faiss").write_bytes(b"half")
+    assert version_numbers(index) == [1]
+    publish_copy(index)
+    assert not left.exists()
+
+
+def test_removal_that_stops_halfway_leaves_no_half_version(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(path: Path, **_: object) -> None:
+        (Path(path) / "manifest.json").unlink(missing_ok=True)
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("index_jobs.publish.shutil.rmtree", stop)
+        with pytest.raises(OSError, match="killed"):  # the patched removal of the staging directory
+            publish_copy(index, keep=1)
+    assert [manifest.version for manifest in verify_index(index)] == [2]
+    publish_copy(index, keep=1)
+    assert [path.name for path in (index / "versions").iterdir()] == ["3"]
+
+
+def test_reader_follows_when_its_version_is_removed_under_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CURRENT is read, then a writer publishes and removes that version, then the reader opens it."""
+    opened = Artifact.__init__
+
+    def late(self: Artifact, path: Path) -> None:
+        if path.name == "1" and current_version(index) == 1:
+            monkeypatch.setattr(Artifact, "__init__", opened)
+            publish_copy(index, keep=1)
+        opened(self, path)
+
+    monkeypatch.setattr(Artifact, "__init__", late)
+    assert open_current(index).manifest.version == 2
+
+
+def test_output_that_cannot_be_written_is_one_clear_error(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DcarError, match=r"the index .*file/index cannot be written: Not a directory"):
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "file" / "index", progress=False)
+    with pytest.raises(DcarError, match=r"the index .*file cannot be written: File exists"):
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "file", progress=False)

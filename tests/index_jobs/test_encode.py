@@ -1,0 +1,258 @@
+"""Encoding: order, failures, resuming, corrupted shards; always with a real model."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from dcar_core import Encoder
+from dcar_core.errors import ArtifactError, DataError, DcarError
+from index_jobs.decode import Place, Window, decode, worker_count
+from index_jobs.encode import Encoded, encode
+from index_jobs.gallery import scan
+
+Floats = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    return Encoder.load(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def gallery_path(tiny_gallery: Path, tmp_path: Path) -> Path:
+    """A copy to break things in."""
+    return Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
+
+
+def vectors_of(encoded: Encoded) -> Floats:
+    return np.concatenate(list(encoded.blocks()))
+
+
+class Counting:
+    """A real encoder that counts its forward passes, and can be told to die in one."""
+
+    def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
+        self.encoder, self.die_at, self.calls = encoder, die_at, 0
+        self.fingerprint, self.dim, self.preprocess = encoder.fingerprint, encoder.dim, encoder.preprocess
+
+    def encode_pixels(self, pixels: NDArray[np.uint8]) -> Floats:
+        self.calls += 1
+        if self.calls == self.die_at:
+            raise KeyboardInterrupt
+        return self.encoder.encode_pixels(pixels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_vectors_are_the_encoders_own_in_gallery_order(
+    encoder: Encoder, tiny_gallery: Path, tmp_path: Path, workers: int
+) -> None:
+    gallery = scan(tiny_gallery)
+    encoded = encode(gallery, encoder, tmp_path, workers=workers, batch_size=5, shard_rows=10, progress=False)
+    paths = [tiny_gallery / name for name in gallery.table["name"].to_pylist()]
+    np.testing.assert_allclose(vectors_of(encoded), encoder.encode_images(paths), atol=1e-5)
+    np.testing.assert_array_equal(encoded.rows(), np.arange(24))
+    assert [len(shard.vectors()) for shard in encoded.shards] == [10, 10, 4]
+    assert (encoded.encoded, encoded.resumed, encoded.failed) == (24, 0, [])
+
+
+def test_interrupted_run_goes_on_to_the_same_bits(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
+    gallery = scan(tiny_gallery)
+
+    def run(model: Counting, work: str) -> Encoded:
+        return encode(gallery, model, tmp_path / work, workers=0, batch_size=4, shard_rows=8, progress=False)
+
+    undisturbed = run(Counting(encoder), "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(Counting(encoder, die_at=4), "b")
+    second = Counting(encoder)
+    resumed = run(second, "b")
+    assert (resumed.resumed, resumed.encoded, second.calls) == (8, 16, 4)
+    np.testing.assert_array_equal(vectors_of(resumed), vectors_of(undisturbed))
+    third = Counting(encoder)
+    assert run(third, "b").resumed == 24
+    assert third.calls == 0
+
+
+def test_changed_gallery_model_or_batch_never_meets_old_shards(
+    encoder: Encoder, other_checkpoint: Path, gallery_path: Path, tmp_path: Path
+) -> None:
+    def resumed(model: Encoder = encoder, batch: int = 4) -> int:
+        return encode(scan(gallery_path), model, tmp_path / "w", batch_size=batch, shard_rows=8, progress=False).resumed
+
+    assert resumed() == 0
+    assert resumed() == 24
+    assert resumed(Encoder.load(other_checkpoint, device="cpu")) == 0
+    assert resumed(batch=8) == 0
+    Image.new("RGB", (48, 48), "pink").save(gallery_path / "circle" / "red.png")
+    assert resumed() == 0
+
+
+def break_picture(path: Path, how: str) -> None:
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:60])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("this is no picture")
+    elif how == "dangling link":
+        path.unlink()
+        path.symlink_to("nowhere.png")
+    else:
+        path.unlink()
+        path.mkdir()
+
+
+def test_broken_pictures_are_listed_and_the_others_keep_their_rows(
+    encoder: Encoder, gallery_path: Path, tmp_path: Path
+) -> None:
+    whole = encode(scan(gallery_path), encoder, tmp_path / "a", batch_size=4, shard_rows=8, progress=False)
+    broken = {"circle/black.png": "empty", "cross/red.png": "truncated", "square/blue.png": "text"}
+    for name, how in broken.items():
+        break_picture(gallery_path / name, how)
+    gallery = scan(gallery_path)
+    encoded = encode(gallery, encoder, tmp_path / "b", batch_size=4, shard_rows=8, max_failed=0.2, progress=False)
+    names = gallery.table["name"].to_pylist()
+    assert {names[row] for row, _ in encoded.failed} == set(broken)
+    assert all(reason for _, reason in encoded.failed)
+    expected = [row for row, name in enumerate(names) if name not in broken]
+    assert encoded.rows().tolist() == expected
+    np.testing.assert_allclose(vectors_of(encoded), vectors_of(whole)[expected], atol=1e-5)
+    again = encode(gallery, encoder, tmp_path / "b", batch_size=4, shard_rows=8, max_failed=0.2, progress=False)
+    assert (again.resumed, again.failed) == (24, encoded.failed)
+
+
+def test_a_window_and_a_shard_may_be_broken_throughout(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
+    for path in (gallery_path / "circle").glob("*.png"):
+        break_picture(path, "dangling link")
+    encoded = encode(scan(gallery_path), encoder, tmp_path / "w", batch_size=3, shard_rows=6, max_failed=0.5)
+    assert encoded.rows().tolist() == list(range(6, 24))
+    assert {reason for _, reason in encoded.failed} == {"no such file"}
+
+
+def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
+    for path in (gallery_path / "circle").glob("*.png"):
+        break_picture(path, "empty")
+    model = Counting(encoder)
+    with pytest.raises(DataError) as caught:
+        encode(scan(gallery_path), model, tmp_path / "w", batch_size=2, shard_rows=2, max_failed=0.1, progress=False)
+    message = str(caught.value)
+    assert "4 of 24 failed, at most 10.0% may" in message
+    assert message.count("the file is empty") == 3
+    assert model.calls == 0
+    (listed,) = (tmp_path / "w").rglob("failed.jsonl")
+    assert str(listed) in message
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [line["name"] for line in lines] == [f"circle/{c}.png" for c in ("black", "blue", "green", "orange")]
+    with pytest.raises(DataError, match=r"too few pictures"):  # what an earlier run found counts as well
+        encode(scan(gallery_path), model, tmp_path / "w", batch_size=2, shard_rows=2, max_failed=0.1, progress=False)
+
+
+def test_no_readable_picture_is_an_error_whatever_is_allowed(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "a.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no picture of .* can be read: 1 of 1 failed"):
+        encode(scan(tmp_path / "g"), encoder, tmp_path / "w", max_failed=1.0, progress=False)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+def test_corrupted_shard_is_named_and_mended_by_deleting_it(
+    encoder: Encoder, tiny_gallery: Path, tmp_path: Path, suffix: str, harm: Callable[[Path], None]
+) -> None:
+    def run() -> Encoded:
+        return encode(scan(tiny_gallery), encoder, tmp_path, batch_size=4, shard_rows=8, progress=False)
+
+    first = vectors_of(run()).copy()
+    (path,) = tmp_path.rglob(f"000001{suffix}")
+    harm(path)
+    if (suffix, harm) == (".json", Path.unlink):  # without its JSON, a shard is one that was never finished
+        assert run().resumed == 16
+        return
+    if (suffix, harm) == (".json", flip):
+        path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(ArtifactError, match=r"000001\.npy is corrupted; delete it and 000001\.json"):
+        run()
+    path.with_suffix(".npy").unlink(missing_ok=True)
+    path.with_suffix(".json").unlink()
+    again = run()
+    assert again.encoded == 8
+    np.testing.assert_array_equal(vectors_of(again), first)
+
+
+def test_progress_tells_rate_and_failures(
+    encoder: Encoder, gallery_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_picture(gallery_path / "circle" / "black.png", "empty")
+    encode(scan(gallery_path), encoder, tmp_path / "w", batch_size=4)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "24/24" in err
+    assert "img/s" in err
+    assert "1 failed" in err
+
+
+def test_worker_count_follows_gallery_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index_jobs.decode._cores", lambda: 16)
+    assert worker_count(None, 1999) == 0
+    assert worker_count(None, 2000) == 15
+    assert worker_count(3, 1) == 3
+    monkeypatch.setattr("index_jobs.decode._cores", lambda: 4)
+    assert worker_count(None, 2000) == 0
+    with pytest.raises(ValueError, match="not -1"):
+        worker_count(-1, 10)
+
+
+def die(data: bytes) -> NDArray[np.uint8]:
+    os._exit(9)
+
+
+def test_dead_worker_is_an_error_not_a_hang(tiny_gallery: Path) -> None:
+    windows = iter([Window(tiny_gallery, (Place(0, "circle/red.png", -1, 0),))])
+    with pytest.raises(DcarError, match="a decoding worker died"):
+        list(decode(windows, die, 1))
+
+
+def surprise(data: bytes) -> NDArray[np.uint8]:
+    raise ZeroDivisionError("in a decoder")
+
+
+def test_surprise_in_a_decoder_is_a_failed_picture(tiny_gallery: Path) -> None:
+    windows = iter([Window(tiny_gallery, (Place(5, "circle/red.png", -1, 0),))])
+    (result,) = decode(windows, surprise, 0)
+    assert result.failed == ((5, "ZeroDivisionError: in a decoder"),)
+
+
+def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:
+    windows = (Window(tiny_gallery, (Place(row, "circle/red.png", -1, 0),)) for row in range(100))
+    decoded = decode(windows, encoder.preprocess, 2)
+    next(decoded)
+    assert len(multiprocessing.active_children()) == 2
+    decoded.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard_rows": 0}, {"max_failed": 1.5}])
+def test_wrong_settings_are_named(
+    encoder: Encoder, tiny_gallery: Path, tmp_path: Path, wrong: dict[str, float]
+) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        encode(scan(tiny_gallery), encoder, tmp_path, **wrong)  # type: ignore[arg-type]

@@ -1,0 +1,310 @@
+"""The whole job, as a function and as a command: reuse, exit codes, full disks, and being killed anywhere."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from dcar_core import Encoder
+from index_jobs.artifact import current_version, open_current, verify_index, version_numbers
+from index_jobs.gallery import scan
+from index_jobs.rebuild import RebuildSummary, main, rebuild
+
+
+@pytest.fixture
+def gallery(tiny_gallery: Path, tmp_path: Path) -> Path:
+    """A copy to break things in."""
+    return Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
+
+
+def test_published_vectors_are_the_encoders(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    summary = rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", progress=False)
+    artifact = open_current(tmp_path / "index")
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    artifact.require(encoder.fingerprint)
+    paths = [tiny_gallery / name for name in scan(tiny_gallery).table["name"].to_pylist()]
+    found = np.stack([artifact.vector(row) for row in range(24)])
+    np.testing.assert_allclose(found, encoder.encode_images(paths), atol=1e-5)
+    manifest = artifact.manifest
+    assert (summary.version, summary.count, summary.failed, summary.reused) == (1, 24, 0, False)
+    assert (summary.fingerprint, summary.kind, summary.dim) == (encoder.fingerprint, "Flat", 32)
+    assert summary.images_per_second > 0
+    assert (manifest.metric, manifest.source, manifest.measured["query_source"]) == (
+        "inner_product", str(tiny_gallery), "captions",
+    )  # fmt: skip
+    assert not (tmp_path / "index" / "work").exists()
+
+
+def test_nothing_is_done_twice(gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
+    def run(checkpoint: Path = tiny_checkpoint, kind: str = "auto", force: bool = False) -> RebuildSummary:
+        return rebuild(gallery, checkpoint, tmp_path / "index", kind=kind, force=force, progress=False)
+
+    assert not run().reused
+    again = run()
+    assert (again.reused, again.version, again.encoded) == (True, 1, 0)
+    touched = Path(shutil.copytree(tiny_checkpoint, tiny_checkpoint.parent / f"touched-{tmp_path.name}"))
+    config = json.loads((touched / "config.json").read_text())
+    (touched / "config.json").write_text(json.dumps(config))  # other bytes, the same model
+    assert run(touched).reused
+    assert not run(force=True).reused
+    assert not run(kind="hnsw").reused
+    assert not run(other_checkpoint, kind="hnsw").reused
+    captions = (gallery / "metadata.jsonl").read_text()
+    (gallery / "metadata.jsonl").write_text(captions.replace("a red circle", "a crimson circle"))
+    assert not run(other_checkpoint, kind="hnsw").reused
+    assert version_numbers(tmp_path / "index") == [3, 4, 5]
+    assert open_current(tmp_path / "index").item(5).caption == "a crimson circle"
+
+
+def test_failed_pictures_are_published_with_the_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (gallery / "circle" / "blue.png").write_bytes(b"")
+    summary = rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
+    assert (summary.count, summary.failed) == (23, 1)
+    artifact = open_current(tmp_path / "index")
+    (line,) = (artifact.path / "failed.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "circle/blue.png"
+    assert json.loads(line)["reason"] == "the file is empty"
+    assert [artifact.item(row).metadata["file_name"] for row in (0, 1, 2)] == [
+        "circle/black.png", "circle/green.png", "circle/orange.png",
+    ]  # fmt: skip
+    assert rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False).reused
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "index_jobs.rebuild", *map(str, arguments)]
+
+
+def test_command_prints_json_on_stdout_and_progress_on_stderr(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "--gallery",
+        tiny_gallery,
+        "--checkpoint",
+        tiny_checkpoint,
+        "--out",
+        tmp_path / "index",
+        "--kind",
+        "ivf",
+    )
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=True)
+    summary = json.loads(done.stdout)
+    assert (summary["version"], summary["count"], summary["reused"], summary["kind"]) == (1, 24, False, "IVF1,Flat")
+    assert "24/24" in done.stderr
+    again = subprocess.run(command(*arguments, "--quiet"), capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["reused"] is True
+    assert again.stderr == ""
+
+
+def test_help_teaches_and_loads_nothing_heavy() -> None:
+    code = "import sys; from index_jobs.rebuild import main, rebuild; print(*sys.modules); main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules, _, text = done.stdout.partition("\n")
+    assert not {"torch", "faiss", "pyarrow", "open_clip"} & set(modules.split())
+    for part in ("--gallery", "--checkpoint", "--out", "exit codes:", "metadata.jsonl", "goes on where it stopped"):
+        assert part in text
+
+
+def test_every_failure_has_its_exit_code_and_one_line(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "index"
+
+    def run(
+        *more: object, gallery: Path = gallery, checkpoint: Path = tiny_checkpoint, out: Path = out
+    ) -> tuple[int, str]:
+        arguments = ["--gallery", gallery, "--checkpoint", checkpoint, "--out", out, "--quiet", *more]
+        code = main([str(argument) for argument in arguments])
+        stdout, stderr = capsys.readouterr()
+        assert stdout == ""
+        assert stderr.startswith("error: ")
+        assert stderr.count("\n") == 1
+        return code, stderr
+
+    broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
+    (broken / "trainables.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "file").write_text("")
+    assert run(gallery=tmp_path / "nowhere")[0] == 3
+    assert run("--kind", "nonsense")[0] == 3
+    assert run(checkpoint=tmp_path / "nowhere")[0] == 4
+    assert run(checkpoint=gallery)[0] == 4
+    assert run(checkpoint=broken)[0] == 4
+    assert run("--device", "cuda:99")[0] == 4
+    assert run(out=tmp_path / "file")[0] == 1
+    out.mkdir(exist_ok=True)
+    with FileLock(out / ".lock"):
+        assert run()[0] == 5
+    for name in ("black", "blue", "green"):
+        (gallery / "circle" / f"{name}.png").write_bytes(b"")
+    code, line = run()
+    assert code == 3
+    assert line.count("the file is empty") == 3
+    assert current_version(out) is None
+    assert list((out / "versions").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--batch-size", "0"], ["--workers", "-1"], ["--keep", "0"], ["--max-failed", "2"], ["--unknown"], []]
+)
+def test_wrong_usage_is_exit_code_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    needed = ["--gallery", "g", "--checkpoint", "c", "--out", "o"] if wrong else []
+    with pytest.raises(SystemExit) as caught:
+        main([*needed, *wrong])
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from index_jobs.rebuild import main
+for limit in sys.argv[1].split(","):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    print(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_full_disk_leaves_everything_as_it_was(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a limit: first the checkpoint fails, then the items."""
+    index = tmp_path / "index"
+    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    captions = (gallery / "metadata.jsonl").read_text().replace("a red circle", "red " * 20_000)
+    (gallery / "metadata.jsonl").write_text(captions)
+    before = sorted(path.relative_to(index) for path in (index / "versions").rglob("*"))
+    arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "10000,50000", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["1", "1"], done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "cannot be written: File too large" in line
+        assert "what was published before is unchanged" in line
+    assert sorted(path.relative_to(index) for path in (index / "versions").rglob("*")) == before
+    assert [manifest.version for manifest in verify_index(index)] == [1]
+    summary = rebuild(gallery, tiny_checkpoint, index, progress=False)
+    assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
+
+
+KILLED = """
+# Imports once, then forks a job for each delay on stdin and kills it after so many seconds.
+import os, signal, sys, time
+from pathlib import Path
+import faiss, open_clip, pyarrow.compute, torch
+import dcar_core.encoder, index_jobs.encode, index_jobs.items, index_jobs.publish, index_jobs.vectors
+from index_jobs.rebuild import rebuild
+gallery, checkpoint, index = map(Path, sys.argv[1:])
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        rebuild(gallery, checkpoint, index, workers=0, batch_size=2, shard_rows=2, progress=False, force=True)
+        os._exit(0)
+    time.sleep(float(line))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print("killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", flush=True)
+"""
+
+
+def vectors_of(index: Path) -> np.ndarray:
+    artifact = open_current(index)
+    return np.stack([artifact.vector(row) for row in range(artifact.manifest.count)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks jobs, to kill many in a short time")
+def test_killed_at_random_moments_current_always_verifies(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    undisturbed, index = tmp_path / "undisturbed", tmp_path / "index"
+    settings = {"workers": 0, "batch_size": 2, "shard_rows": 2, "progress": False}
+    rebuild(gallery, tiny_checkpoint, undisturbed, **settings)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    rebuild(gallery, tiny_checkpoint, undisturbed, force=True, **settings)  # type: ignore[arg-type]
+    whole = time.perf_counter() - start
+    delays = np.random.default_rng().uniform(0.05, 1.1 * whole, 8)
+    driver = [sys.executable, "-c", KILLED, str(gallery), str(tiny_checkpoint), str(index)]
+    outcomes, versions = [], [0]
+    with subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for delay in delays:
+            process.stdin.write(f"{delay}\n")
+            process.stdin.flush()
+            outcomes.append(process.stdout.readline().strip())
+            assert outcomes[-1] in {"killed", "exit 0"}
+            version = current_version(index)
+            if version is not None:
+                verify_index(index)
+                assert version >= versions[-1]
+                versions.append(version)
+                assert np.array_equal(vectors_of(index), vectors_of(undisturbed)), f"delays {delays}"
+        process.stdin.close()
+    assert "killed" in outcomes, f"no job was killed with delays {delays}"
+    summary = rebuild(gallery, tiny_checkpoint, index, force=True, **settings)  # type: ignore[arg-type]
+    assert summary.version > versions[-1]
+    assert np.array_equal(vectors_of(index), vectors_of(undisturbed)), f"delays {delays}"
+    assert [path for path in (index / "versions").iterdir() if not path.name.isdigit()] == []
+    assert not (index / "work").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    """Every process that descends from pid."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for known in found:
+        found += [child for child, parent in parents.items() if parent == known]
+    return found[1:]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
+def test_killed_command_takes_its_workers_along_and_resumes(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for copy in range(16):
+        shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
+    index = tmp_path / "index"
+    arguments = [
+        "--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index,
+        "--workers", 2, "--batch-size", 1, "--shard-rows", 1, "--quiet",
+    ]  # fmt: skip
+    with subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL) as process:
+        limit = time.monotonic() + 60
+        while len(list(index.glob("work/*/*.json"))) < 5:
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        workers = children_of(process.pid)
+        assert len(workers) >= 2
+        os.kill(process.pid, signal.SIGKILL)
+    limit = time.monotonic() + 20
+    while any(map(alive, workers)):
+        assert time.monotonic() < limit, "a worker outlived its job"
+        time.sleep(0.05)
+    assert current_version(index) is None
+    summary = rebuild(gallery, tiny_checkpoint, index, workers=0, batch_size=1, shard_rows=1, progress=False)
+    assert summary.resumed >= 5
+    assert (summary.count, summary.resumed + summary.encoded) == (120, 120)
+    verify_index(index)

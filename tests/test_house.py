@@ -1,0 +1,52 @@
+"""Rules of the house that a machine can keep."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("dcar_core", "index_jobs", "app")
+
+
+def modules(room: str) -> list[Path]:
+    return [path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize(("room", "forbidden"), [("dcar_core", ("index_jobs", "app")), ("index_jobs", ("app",))])
+def test_imports_point_one_way(room: str, forbidden: tuple[str, ...]) -> None:
+    pattern = re.compile(rf"^\s*(from|import) ({'|'.join(forbidden)})\b", re.MULTILINE)
+    assert modules(room)
+    assert [path for path in modules(room) if pattern.search(path.read_text())] == []
+
+
+def test_open_clip_is_imported_in_one_place() -> None:
+    importers = {
+        p.name
+        for room in ROOMS
+        for p in modules(room)
+        if re.search(r"^\s*(import|from) open_clip", p.read_text(), re.M)
+    }
+    assert importers == {"backbone.py"}
+
+
+def test_the_readme_tree_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    missing = [str(p.relative_to(ROOT)) for room in ROOMS for p in modules(room) if f"{p.name} " not in readme]
+    assert missing == []
+
+
+def test_help_does_not_load_torch() -> None:
+    script = "import sys; from app import cli; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_help_teaches_and_is_quick() -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "app.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - started < 5  # 0.4 s on an idle machine; this bound is for a busy one
+    for command in ("demo", "train", "evaluate", "index", "serve", "search"):
+        assert command in done.stdout
