@@ -124,13 +124,19 @@ def index_build(
     out: Out,
     kind: Annotated[str, typer.Option(help="auto, flat, hnsw, ivf, or any faiss index_factory string.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes that decode pictures; default: by size.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 64,
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
+    max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
+    device: Device = "auto",
     force: Annotated[bool, typer.Option(help="Build even if nothing changed.")] = False,
 ) -> None:
     """Encode a gallery, build the index and publish it as a new version. Killed, the same command goes on."""
     from index_jobs.rebuild import rebuild
 
-    found = rebuild(gallery, checkpoint, out, kind=kind, workers=workers, keep=keep, force=force)
+    found = rebuild(
+        gallery, checkpoint, out, kind=kind, workers=workers, batch_size=batch_size, keep=keep,
+        max_failed=max_failed, device=device, force=force,
+    )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")
 
@@ -152,10 +158,9 @@ def index_list(index: Annotated[Path, typer.Argument(help="Directory of a publis
 @index_app.command("verify")
 def index_verify(index: Annotated[Path, typer.Argument(help="Directory of a published index.")]) -> None:
     """Check every file of every version against its checksum."""
-    from index_jobs.artifact import list_versions, open_version
+    from index_jobs.artifact import verify_index
 
-    for manifest in list_versions(index):
-        open_version(index, manifest.version).verify()
+    for manifest in verify_index(index):
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")
 
 

@@ -228,20 +228,21 @@ def test_killed_at_random_moments_current_always_verifies(gallery: Path, tiny_ch
     undisturbed, index = tmp_path / "undisturbed", tmp_path / "index"
     settings = {"workers": 0, "batch_size": 2, "shard_rows": 2, "progress": False}
     rebuild(gallery, tiny_checkpoint, undisturbed, **settings)  # type: ignore[arg-type]
-    start = time.perf_counter()
-    rebuild(gallery, tiny_checkpoint, undisturbed, force=True, **settings)  # type: ignore[arg-type]
-    whole = time.perf_counter() - start
-    delays = np.random.default_rng().uniform(0.05, 1.1 * whole, 8)
+    generator, longest, delays = np.random.default_rng(), 3.0, []
     driver = [sys.executable, "-c", KILLED, str(gallery), str(tiny_checkpoint), str(index)]
-    outcomes, versions = [], [0]
+    outcomes: list[str] = []
+    versions = [0]
     with subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        for delay in delays:
-            process.stdin.write(f"{delay}\n")
+        for _ in range(8):
+            delays.append(generator.uniform(0.02, longest))
+            process.stdin.write(f"{delays[-1]}\n")
             process.stdin.flush()
             outcomes.append(process.stdout.readline().strip())
             assert outcomes[-1] in {"killed", "exit 0"}
+            if outcomes[-1] == "exit 0":  # it had ended by then, so that later ones are killed earlier
+                longest = delays[-1]
             version = current_version(index)
             if version is not None:
                 verify_index(index)
