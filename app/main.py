@@ -171,6 +171,15 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _NoProbes(logging.Filter):
+    """Leaves out the accesses of health checks that went well; they come every few seconds."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "uvicorn.access" or not isinstance(record.args, tuple) or len(record.args) < 5:
+            return True
+        return not (record.args[2] in ("/healthz", "/readyz") and record.args[4] == 200)
+
+
 def _log_config(level: str) -> dict[str, Any]:
     """One line an event, on stderr; of uvicorn only the accesses and what went wrong."""
     form = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s", "datefmt": "%Y-%m-%d %H:%M:%S"}
@@ -178,7 +187,8 @@ def _log_config(level: str) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": form},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "filters": {"no_probes": {"()": _NoProbes}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["no_probes"]}},
         "root": {"handlers": ["stderr"], "level": "WARNING"},  # libraries tell much while they load
         "loggers": {
             **{name: {"level": level.upper()} for name in ("app", "dcar_core", "index_jobs", "uvicorn.access")},

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. (default: %(default)s)")
     add(
-        "--shard-rows", type=_at_least(1), default=4096, metavar="N",
+        "--shard-rows", type=_at_least(1), default=1024, metavar="N",
         help="pictures in a shard, the most that a killed run loses (default: %(default)s)",
     )  # fmt: skip
     add("--keep-shards", action="store_true", help="leave the vector shards in DIR/work after publishing")

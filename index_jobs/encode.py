@@ -1,4 +1,4 @@
-"""Encode a gallery into vector shards: decode ahead, a forward pass a window, a shard on disk every few thousand rows.
+"""Encode a gallery into vector shards: decode ahead, a forward pass a window, a shard on disk every thousand rows.
 
 - Windows are fixed ranges of gallery rows inside a shard, whatever fails in them, so that every run makes the same
   forward passes and a resumed job's vectors are bit for bit those of an undisturbed one.
@@ -73,7 +73,7 @@ def encode(
     *,
     workers: int | None = None,
     batch_size: int = 64,
-    shard_rows: int = 4096,
+    shard_rows: int = 1024,
     max_failed: float = 0.05,
     progress: bool = True,
 ) -> Encoded:

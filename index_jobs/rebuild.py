@@ -68,7 +68,7 @@ def rebuild(
     progress: bool = True,
     force: bool = False,
     keep_shards: bool = False,
-    shard_rows: int = 4096,
+    shard_rows: int = 1024,
     device: str = "auto",
 ) -> RebuildSummary:
     """Publish an index of a gallery, made with a checkpoint.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -293,3 +294,16 @@ def test_a_broken_index_ends_a_starting_server_with_its_reason(index: Path) -> N
     assert process.returncode == 1
     assert "trainables.safetensors" in log.splitlines()[-1]
     assert log.count("trainables.safetensors") == 1, "said once"
+
+
+def test_health_checks_that_went_well_do_not_fill_the_log() -> None:
+    from app.main import _NoProbes
+
+    def access(path: str, status: int) -> logging.LogRecord:
+        args = ("127.0.0.1:1", "GET", path, "1.1", status)
+        return logging.LogRecord("uvicorn.access", logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
+
+    keep = _NoProbes().filter
+    assert not keep(access("/readyz", 200))
+    assert keep(access("/readyz", 503))
+    assert keep(access("/search/text", 200))

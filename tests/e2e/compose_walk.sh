@@ -1,0 +1,73 @@
+#!/bin/sh
+# The compose file, walked from outside: up, search by text and by picture, the cache, without Redis, up again, down.
+#
+#   tests/e2e/compose_walk.sh                           with `docker compose`
+#   COMPOSE=podman-compose tests/e2e/compose_walk.sh    with podman-compose (UP_ARGS= for options of its own)
+#
+# A project and volumes of its own, removed at the end; the variables of docker-compose.yml apply. Status 0: all held.
+set -eu
+cd "$(dirname "$0")/../.."
+export DCAR_PORT_PUBLISHED="${DCAR_PORT_PUBLISHED:-18000}"
+URL="http://127.0.0.1:$DCAR_PORT_PUBLISHED"
+compose="${COMPOSE:-docker compose} -p dcar-walk"
+helper=""
+
+finish() {
+    status=$?
+    trap - EXIT
+    [ "$status" = 0 ] || $compose logs || true
+    $compose down --volumes >/dev/null 2>&1 || true
+    [ -z "$helper" ] || kill "$helper" 2>/dev/null || true
+    [ "$status" = 0 ] && echo "all held" || echo "FAILED"
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+# Podman leaves the schedule of healthchecks to systemd; where there is none, this runs them.
+case "$compose" in podman*) if [ ! -d /run/systemd/system ]; then
+    while sleep 2; do
+        podman ps --quiet --filter name=dcar-walk | xargs -r -n 1 podman healthcheck run || true
+    done >/dev/null 2>&1 &
+    helper=$!
+fi ;; esac
+
+hold() { # hold WHAT PATTERN: the pattern is in what is on stdin
+    answer=$(cat)
+    case "$answer" in
+    *"$2"*) echo "ok    $1" ;;
+    *) echo "WRONG $1: no $2 in: $answer"; exit 1 ;;
+    esac
+}
+text() {
+    curl -s --max-time 30 "$URL/search/text" -H 'content-type: application/json' -d "{\"query\": \"$1\", \"k\": 5}"
+}
+ready() {
+    tries=0
+    until curl -fs --max-time 5 "$URL/readyz" >/dev/null; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 120 ] || { echo "WRONG not ready after two minutes"; exit 1; }
+        sleep 1
+    done
+}
+
+$compose up -d ${UP_ARGS:-}
+ready
+curl -s "$URL/readyz" | hold "ready" '"status":"ready"'
+curl -s "$URL/" | hold "the search page" '<html'
+text "crying cat" | hold "text, first" '"cached":false'
+sleep 1 # the cache is written behind the answer
+text "crying cat" | hold "text, from the cache" '"cached":true'
+curl -s "$URL/search/image" -F file=@examples/emoji/query.png -F k=1 | hold "picture" '"rank":1'
+$compose exec -T redis redis-cli --scan | hold "the cache is in Redis" "dcar:"
+$compose exec -T api id | hold "not root" "uid=10001"
+curl -s -o /dev/null -w '%{http_code}' "$URL/search/text" -H 'content-type: application/json' -d '{"query": ""}' |
+    hold "a bad query" 422
+
+$compose kill redis >/dev/null 2>&1
+text "red apple" | hold "without Redis" '"rank":1'
+
+$compose down >/dev/null 2>&1
+$compose up -d ${UP_ARGS:-}
+ready
+curl -s "$URL/readyz" | hold "up again reuses the index" '"index_version":1,'
