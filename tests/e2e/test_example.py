@@ -1,6 +1,12 @@
 """The bundled example: its model loads, its galleries are whole, and searching by eye convinces."""
 
 import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +22,8 @@ DOMAINS = ("twemoji", "openmoji")
 
 @pytest.fixture(scope="module", params=DOMAINS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Artifact]:
-    domain, out = EXAMPLES / request.param, tmp_path_factory.mktemp(request.param)
+    domain = EXAMPLES / request.param
+    out = tmp_path_factory.mktemp("demo") / "index" / request.param
     summary = rebuild(domain, domain / "checkpoint", out, progress=False)
     assert (summary.count, summary.failed) == (3944, 0)
     artifact = open_current(out)
@@ -68,3 +75,40 @@ def test_sizes_are_kept() -> None:
     assert sum((EXAMPLES / d / "gallery.tar").stat().st_size for d in DOMAINS) < 16e6
     for domain in DOMAINS:
         assert (EXAMPLES / domain / "checkpoint" / "trainables.safetensors").stat().st_size < 1e6
+
+
+@pytest.mark.slow
+def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(served: tuple[Encoder, Artifact]) -> None:
+    _, artifact = served
+    index = artifact.path.parents[1]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "app.cli",
+        "demo",
+        "--domain",
+        index.name,
+        "--data",
+        index.parents[1],
+        "--port",
+        port,
+    ]
+    started = time.monotonic()
+    process = subprocess.Popen([str(c) for c in command], cwd=EXAMPLES.parents[1], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        said = "".join(iter(process.stdout.readline, "Stop with Ctrl-C.\n"))
+        assert "already indexed" in said
+        assert re.search(rf"the page +http://127.0.0.1:{port}/", said)
+        curls = [shlex.split(line.split(maxsplit=2)[2]) for line in said.splitlines() if "curl" in line]
+        assert len(curls) == 2
+        for curl in curls:  # retried while the model loads
+            answer = subprocess.run([*curl, "--retry", "60", "--retry-delay", "1"], capture_output=True, text=True)
+            assert len(json.loads(answer.stdout)["results"]) == 3, answer
+        assert time.monotonic() - started < 60  # a few seconds on an idle machine
+    finally:
+        process.terminate()
+        process.wait(20)
