@@ -106,9 +106,11 @@ def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(served: tuple[
         curls = [shlex.split(line.split(maxsplit=2)[2]) for line in said.splitlines() if "curl" in line]
         assert len(curls) == 2
         for curl in curls:  # retried while the model loads
-            answer = subprocess.run([*curl, "--retry", "60", "--retry-delay", "1"], capture_output=True, text=True)
+            answer = subprocess.run(
+                [*curl, "--fail", "--retry", "60", "--retry-delay", "1"], capture_output=True, text=True
+            )
             assert len(json.loads(answer.stdout)["results"]) == 3, answer
         assert time.monotonic() - started < 60  # a few seconds on an idle machine
     finally:
         process.terminate()
-        process.wait(20)
+        process.communicate(timeout=20)
