@@ -5,8 +5,8 @@ A data set is a directory with `train.json`, `val.json` and `test.json` in FDRD'
     key -> {"file_name", "file_path", "positive", "negative": [...], "class_name"?}
 
 or with one `pairs.jsonl` / `pairs.csv` with the columns image, caption, split and, if known, category and negatives.
-Pictures are found by `file_name` below the image root (the directory itself by default), in folders or tars; the
-absolute paths in released files are somebody else's and only tried last.
+Pictures are found by `file_name` below the image root (the directory itself by default), in folders or tars. Of the
+absolute paths in released files, which are somebody else's, only the last part is used, and only without a `file_name`.
 """
 
 import csv

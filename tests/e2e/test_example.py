@@ -32,6 +32,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return encoder, artifact
 
 
+FIRST_ROW = 7  # results in the page's first row
+# What the bundled checkpoints do not do well, as their model card says; strict, so that mending one shows up here.
+WEAK = {("woman running dark skin", "twemoji"), ("birthday", "openmoji"), ("angry", "openmoji")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("query", "wanted"),
@@ -41,16 +46,16 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ("flag of japan", "flag of japan"),
         ("woman running dark skin", "woman running, dark skin"),
         ("birthday", "birthday"),
-        ("angry", "ang"),
+        ("angry", "angry"),
     ],
 )
 def test_the_first_row_shows_what_anyone_would_expect(
-    served: tuple[Encoder, Artifact], query: str, wanted: str
+    served: tuple[Encoder, Artifact], query: str, wanted: str, request: pytest.FixtureRequest
 ) -> None:
     encoder, artifact = served
-    if (query, artifact.path.parents[1].name) == ("birthday", "openmoji"):
-        pytest.skip("a known weakness of the openmoji checkpoint, named in the model card")
-    _, rows = artifact.search(encoder.encode_text([query]), 8)
+    if (query, artifact.path.parents[1].name) in WEAK:
+        request.applymarker(pytest.mark.xfail(reason="named in the model card", strict=True))
+    _, rows = artifact.search(encoder.encode_text([query]), FIRST_ROW)
     captions = [artifact.item(int(row)).caption.lower() for row in np.ravel(rows)]
     assert any(wanted in caption for caption in captions), captions
 
