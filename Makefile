@@ -1,11 +1,12 @@
 # make demo    search the bundled emoji gallery on http://127.0.0.1:8000   (PORT=, HOST=, DOMAIN=openmoji)
 # make test    all tests                                                   (ARGS="-k name" for some)
 # make check   lint, format, types, import direction
-# make install the set-up alone
+# make install the set-up alone                                           (EXTRAS=dev,openvino,ray for more parts)
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 DOMAIN ?= twemoji
+EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -17,7 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: install

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 
 TONES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}
 TEMPLATES = ("{}", "{}", "{}", "{} emoji", "a picture of {}", "an emoji of {}", "a photo of a {}")
@@ -29,8 +30,11 @@ def domain_caption(emoji: dict) -> str:
     return ", ".join([plain_label(emoji["label"]), *useful_tags(emoji)[:4]])
 
 
-def sample_caption(emoji: dict, rng: random.Random) -> str:
-    """One of the ways to say it: label, another name, label and tags, or tags alone."""
+def sample_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str] | None]:
+    """One of the ways to say it: label, another name, label and tags, or tags alone.
+
+    Tags alone may be true of other emoji too: the second value then holds what an emoji must have (`facts`).
+    """
     label, tags = plain_label(emoji["label"]), emoji["tags"]
     names = [name.replace("_", " ").replace("-", " ").lower() for name in emoji["names"]]
     tones = tone_words(emoji["tones"])
@@ -39,12 +43,12 @@ def sample_caption(emoji: dict, rng: random.Random) -> str:
         text = rng.choice(names)
         if tones and "tone" not in text:
             text += ", " + ", ".join(tones)
-        return rng.choice(TEMPLATES).format(text)
-    if kind < 0.30 and tags:
-        words = [*rng.sample(tags, min(len(tags), rng.randint(1, 4))), *tones]
-        return rng.choice((", ", " ")).join(words)
+        return rng.choice(TEMPLATES).format(text), None
+    if kind < 0.40 and tags:
+        words = [*rng.sample(tags, min(len(tags), rng.choice((1, 1, 1, 2, 3)))), *tones]
+        return rng.choice((", ", " ")).join(words), frozenset(word.lower() for word in words)
     if kind < 0.60 and tags:
-        return ", ".join([label, *rng.sample(tags, min(len(tags), rng.randint(1, 5)))])
+        return ", ".join([label, *rng.sample(tags, min(len(tags), rng.randint(1, 5)))]), None
     if tones and rng.random() < 0.3:  # "woman running dark skin"
         base = plain_label(emoji["base_label"])
         short = [tone.removesuffix(" tone") for tone in tones]
@@ -52,7 +56,18 @@ def sample_caption(emoji: dict, rng: random.Random) -> str:
     elif emoji["label"].startswith("flag: ") and rng.random() < 0.4:
         country = emoji["label"].removeprefix("flag: ")
         label = rng.choice((country, f"{country} flag", f"the flag of {country}"))
-    return rng.choice(TEMPLATES).format(label)
+    return rng.choice(TEMPLATES).format(label), None
+
+
+def facts(emoji: dict) -> frozenset[str]:
+    """Tags, skin tones and the words of the label, lower case."""
+    words = plain_label(emoji["label"]).lower().replace(",", "").split()
+    return frozenset([*words, *(tag.lower() for tag in emoji["tags"]), *tone_words(emoji["tones"])])
+
+
+def family(emoji: dict) -> str:
+    """What an emoji shows apart from gender and skin tone: "woman running" and "man running" are one."""
+    return re.sub(r"\b(man|woman|men|women|person|people|boy|girl)s?\b", "", emoji["base_label"]).strip()
 
 
 def split_of(base: str) -> str:

@@ -2,9 +2,10 @@
 
     python examples/emoji/train_base.py --renders build/renders --out build/base
 
-- A batch holds N emoji, one caption each, and two pictures of each in different styles; pictures of
-  an emoji and captions that read the same are positives of each other. A second contrastive term
-  draws the two styles of an emoji together, since the domains are styles never seen here.
+- A batch holds N emoji, one caption each, and two pictures of each in different styles. Half of the batch comes in
+  fours that are hard to tell apart: one family in other genders and skin tones, or one subgroup. Pictures of an emoji,
+  captions that read the same, and bare tags that are true of another emoji in the batch are positives. A second
+  contrastive term draws the two styles of an emoji together, since the domains are styles never seen here.
 - Pictures keep their alpha until the batch: background, outline, colour and geometry are drawn anew
   each time, on the whole batch at once.
 - Hidden matrices learn with Muon, the rest with AdamW; bf16 autocast; half of the patches are
@@ -25,7 +26,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from captions import domain_caption, sample_caption, split_of
+from captions import domain_caption, facts, family, sample_caption, split_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -149,14 +150,22 @@ def plain(rgba: np.ndarray) -> Tensor:
 
 
 class Sampler:
-    """Emoji by emoji: two styles and a caption each; skin tone variants less often than base emoji."""
+    """Emoji by emoji, two styles each: half of a batch at random, half in fours of one family or subgroup."""
+
+    GROUP = 4
 
     def __init__(self, rows: list[str], emoji: dict, seed: int) -> None:
         self.pictures: dict[str, list[int]] = {}
         for row, k in enumerate(rows):
             self.pictures.setdefault(k, []).append(row)
         self.base = [k for k in self.pictures if emoji[k]["base"] == k]
-        self.variants = [k for k in self.pictures if emoji[k]["base"] != k]
+        self.families: dict[str, list[str]] = {}
+        self.subgroups: dict[str, list[str]] = {}
+        for k in self.pictures:
+            self.families.setdefault(family(emoji[k]), []).append(k)
+        for k in self.base:
+            self.subgroups.setdefault(emoji[k]["subgroup"], []).append(k)
+        self.facts = {k: facts(emoji[k]) for k in self.pictures}
         self.emoji, self.rng = emoji, random.Random(seed)
         self.may_flip = {
             k: emoji[k]["subgroup"] not in DIRECTED and not any(s in emoji[k]["label"] for s in SIDED)
@@ -164,7 +173,14 @@ class Sampler:
         }
 
     def draw(self, n: int) -> tuple[list[str], list[int], list[int]]:
-        keys = self.rng.sample(self.base, n * 2 // 3) + self.rng.sample(self.variants, n - n * 2 // 3)
+        chosen = dict.fromkeys(self.rng.sample(self.base, n // 2))
+        wide = [members for members in self.families.values() if len(members) >= self.GROUP]
+        while len(chosen) < n:
+            alike = self.rng.choice(wide)
+            if self.rng.random() < 0.5:
+                alike = self.subgroups[self.emoji[self.rng.choice(self.base)]["subgroup"]]
+            chosen |= dict.fromkeys(self.rng.sample(alike, min(self.GROUP, len(alike))))
+        keys = list(chosen)[:n]
         pairs = [self.rng.sample(p, 2) if len(p) > 1 else p * 2 for p in map(self.pictures.__getitem__, keys)]
         return keys, [a for a, _ in pairs], [b for _, b in pairs]
 
@@ -226,11 +242,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="default: one a core")
     parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule (for trials)")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     emoji = json.loads((args.renders / "emoji.json").read_text())
     pictures, rows = load_pictures(args.renders, STYLES)
     unseen, unseen_rows = load_pictures(args.renders, UNSEEN)
@@ -276,7 +295,8 @@ def main() -> None:
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
         keys, first_rows, second_rows = sampler.draw(n)
-        texts = [sample_caption(emoji[k], sampler.rng).lower() for k in keys]
+        captions = [sample_caption(emoji[k], sampler.rng) for k in keys]
+        texts = [text.lower() for text, _ in captions]
         tokens = tokenizer(texts)
         tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
         raw = torch.from_numpy(pictures[np.array(first_rows + second_rows)]).float().div_(255)
@@ -287,7 +307,9 @@ def main() -> None:
             x = model.token_embedding(tokens) + model.positional_embedding[:length]
             x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
             text = F.normalize(x[torch.arange(n), tokens.argmax(1)] @ model.text_projection, dim=-1).float()
-        same = torch.tensor([[a == b for b in texts] for a in texts]) | eye
+        alike = [[a == b for b in texts] for a in texts]
+        true_of = [[need is not None and need <= sampler.facts[k] for _, need in captions] for k in keys]
+        same = torch.tensor(alike) | torch.tensor(true_of) | eye
         scale = model.logit_scale.exp().clamp(max=100)
         loss = contrastive(image, text, torch.cat([same, same]), scale)
         loss = loss + 0.3 * contrastive(image[:n], image[n:], eye, scale.detach().clamp(max=20))

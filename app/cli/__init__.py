@@ -1,0 +1,37 @@
+"""`dcar`: train, evaluate, index, serve and search from the command line; a module for each group of commands.
+
+Heavy modules are imported by the command that needs them, so that `--help` answers at once. Errors that a user can
+mend are one line on stderr and exit status 1.
+"""
+
+import logging
+import sys
+
+import typer
+
+from app.cli import indexing, serving, training
+from dcar_core.errors import DcarError
+
+app = typer.Typer(
+    name="dcar",
+    help="Image-text retrieval that knows fine-grained differences.\n\n"
+    "Adapt CLIP to your catalogue (train), turn its pictures into an index (index build), and search it from the "
+    "command line (search) or as a service (serve). `dcar demo` shows all of it on a bundled example.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(training.commands)
+app.add_typer(indexing.commands, name="index")
+app.add_typer(serving.commands)
+
+
+def main() -> None:
+    """Entry point: a DcarError is a message for the user, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except DcarError as error:
+        typer.echo(f"dcar: {error}", err=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,27 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    Path,
+    typer.Option(help="Directory with train.json, val.json, test.json in FDRD's form, or pairs.jsonl / pairs.csv."),
+]
+ModelName = Annotated[
+    str, typer.Option("--model", help="An open_clip model such as ViT-B-32-quickgelu, or a model directory.")
+]
+Pretrained = Annotated[
+    str | None,
+    typer.Option(help="Weights for a model name: a tag (openai) or a .safetensors / .pt file. Not for a directory."),
+]
+Images = Annotated[Path | None, typer.Option(help="Where the pictures are, when not beside the annotations.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Epochs = Annotated[int, typer.Option(min=1)]
+BatchSize = Annotated[int, typer.Option(min=2)]
+LearningRate = Annotated[float, typer.Option("--lr", min=0)]
+IndexDir = Annotated[Path, typer.Option("--index", help="Directory of a published index.")]
+Checkpoint = Annotated[Path, typer.Option(help="What `dcar train --out` wrote, or a model directory.")]
+Gallery = Annotated[Path, typer.Option(help="Folder of pictures and tars, or a list: .jsonl, .csv, .parquet.")]
+Out = Annotated[Path, typer.Option(help="Directory to write to.")]

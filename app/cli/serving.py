@@ -1,0 +1,109 @@
+"""`dcar serve`, `dcar search` and `dcar demo`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli.options import Device, IndexDir
+from dcar_core.errors import DcarError
+
+commands = typer.Typer()
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
+
+
+@commands.command()
+def serve(
+    index: Annotated[Path | None, typer.Option(help="Directory of a published index [DCAR_INDEX].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [DCAR_HOST].")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="[DCAR_PORT]")] = None,
+) -> None:
+    """Serve an index over HTTP, with a search page at / and the API's documentation at /docs.
+
+    Every setting can come from the environment: DCAR_REDIS_URL, DCAR_ADMIN_KEY, DCAR_MAX_UPLOAD_BYTES, ...
+    """
+    _serve(index=index, host=host, port=port)
+
+
+@commands.command()
+def search(
+    query: Annotated[str, typer.Argument(help="Words, or the path of a picture.")],
+    index: IndexDir,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many results.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Search an index once, without a service."""
+    import numpy as np
+
+    from dcar_core import Encoder
+    from dcar_core.images import IMAGE_SUFFIXES
+    from index_jobs.artifact import open_current
+
+    if not query.strip():
+        raise DcarError("the query is empty: give words or the path of a picture")
+    artifact = open_current(index)
+    encoder = Encoder.load(artifact.checkpoint, device=device)
+    artifact.require(encoder.fingerprint)
+    path = Path(query)
+    is_picture = path.suffix.lower() in IMAGE_SUFFIXES
+    vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([query])
+    scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
+    results: list[dict[str, Any]] = []
+    for score, row in zip(np.atleast_2d(scores)[0], np.atleast_2d(rows)[0], strict=True):
+        if row >= 0:
+            item = artifact.item(int(row))
+            results.append(
+                {"rank": len(results) + 1, "id": item.id, "score": round(float(score), 4), "caption": item.caption,
+                 "category": item.category}
+            )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps({"index_version": artifact.manifest.version, "results": results}, ensure_ascii=False))
+        return
+    for hit in results:
+        typer.echo(f"{hit['rank']:3}  {hit['score']:.3f}  {hit['id']:24}  {hit['caption']}")
+
+
+@commands.command()
+def demo(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    domain: Annotated[str, typer.Option(help="twemoji or openmoji.")] = "twemoji",
+    data: Annotated[Path, typer.Option(help="Where the demo keeps its index.")] = Path("data"),
+) -> None:
+    """Index the bundled emoji gallery (once) and serve it."""
+    from app.main import require_free_port
+    from index_jobs.rebuild import rebuild
+
+    example = EXAMPLES / domain
+    if not (example / "gallery.tar").is_file():
+        known = (
+            ", ".join(sorted(p.parent.name for p in EXAMPLES.glob("*/gallery.tar"))) or "none: use a source checkout"
+        )
+        raise DcarError(f"no bundled domain is named {domain!r}; there are: {known}")
+    require_free_port(host, port)
+    index = data / "index" / domain
+    found = rebuild(example, example / "checkpoint", index)
+    state = "already indexed" if found.reused else f"indexed in {found.seconds:.0f} s"
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    typer.echo(
+        f"\n{found.count:,} {domain} pictures, {state}. Try:\n"
+        f"  the page    {url}/\n"
+        f"  by text     curl -s {url}/search/text -H 'content-type: application/json' "
+        f"""-d '{{"query": "crying cat", "k": 3}}'\n"""
+        f"  by picture  curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
+        f"Stop with Ctrl-C.\n"
+    )
+    sys.stdout.flush()
+    _serve(index=index, host=host, port=port)
+
+
+def _serve(**given: object) -> None:
+    from app.main import serve as run
+    from app.settings import load_settings
+
+    run(load_settings(**given))
