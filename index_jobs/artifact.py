@@ -24,8 +24,11 @@ from numpy.typing import NDArray
 from dcar_core.errors import ArtifactError, FingerprintError
 from index_jobs.files import read_picture, sha256_of
 from index_jobs.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, VECTORS, VERSIONS, Manifest
+from index_jobs.selecting import as_mask
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from index_jobs.vectors import VectorIndex
 
 logger = logging.getLogger(__name__)
@@ -71,24 +74,50 @@ class Artifact:
         """The model that made the vectors, for `Encoder.load`."""
         return self.path / CHECKPOINT
 
-    def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(
+        self,
+        vectors: NDArray[np.float32],
+        k: int,
+        allowed: NDArray[np.bool_] | NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The k best rows for each query.
 
         Args:
             vectors: float32 (n, E), L2-normalised.
+            allowed: the rows that may be found: their numbers, or bool (rows,); None for all.
 
         Returns:
             scores float32 (n, k), best first, and rows int64 (n, k). Where there are fewer than k, row -1.
 
         Raises:
             ArtifactError: the vectors are of another length than the index's.
-            ValueError: k is less than 1.
+            IndexError: an allowed row does not exist.
+            ValueError: k is less than 1, or not one truth value a row.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
             raise ArtifactError(f"the index holds vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        return self._vectors.search(vectors, k)
+        mask = None if allowed is None else as_mask(allowed, self.rows)
+        return self._vectors.search(vectors, k, mask)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are: row numbers are 0..rows - 1."""
+        return self._vectors.count
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What items can be chosen by: id, caption, category and the metadata's fields, each with its Arrow type."""
+        return self._items.fields
+
+    def column(self, name: str) -> "pa.ChunkedArray":
+        """One field of every row, memory-mapped, null where an item has none. Meant for filters.
+
+        Raises:
+            DataError: no item has such a field.
+        """
+        return self._items.column(name)
 
     def item(self, row: int) -> Item:
         """The item of a row.
@@ -105,15 +134,20 @@ class Artifact:
         return self._items.row_of(item_id)
 
     def vector(self, row: int) -> NDArray[np.float32]:
-        """The row's vector, float32 (E,), normalised; approximate where the kind compresses.
+        """The row's vector, float32 (E,); see `vectors`."""
+        vector: NDArray[np.float32] = self.vectors(np.array([row]))[0]
+        return vector
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some rows, float32 (m, E), normalised; approximate where the kind compresses.
 
         Raises:
             IndexError: no such row.
             ArtifactError: this kind of index cannot give vectors back.
         """
-        if not 0 <= row < self.manifest.count:
-            raise IndexError(f"row {row} is not in 0..{self.manifest.count - 1}")
-        return self._vectors.vector(row)
+        for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
+            raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
+        return self._vectors.vectors(rows)
 
     def image_bytes(self, row: int) -> bytes:
         """The picture's file, from the gallery, at the place noted when the index was built.

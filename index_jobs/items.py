@@ -3,6 +3,7 @@
 - Rows lie in record batches of one fixed size, so that a row is found by a division.
 - A permutation that sorts the ids is a column of its own: an id is found by binary search, with nothing to load and no
   table in memory.
+- Metadata lies there twice: whole, as JSON, to be shown, and a typed column for each field, to be filtered by.
 """
 
 import json
@@ -14,12 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dcar_core.errors import ArtifactError
+from dcar_core.errors import ArtifactError, DataError
+from index_jobs.columns import Fields
 from index_jobs.files import replacing
 
 _BATCH = 65_536
 _COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata"]
 _BY_ID = "by_id"  # row numbers in the order of the ids
+_FIELD = "field:"  # before the name of a metadata field
+_FILTERED = ("id", "caption", "category")
 
 
 def write_items(path: Path, table: pa.Table, rows: NDArray[np.int64]) -> None:
@@ -30,11 +34,17 @@ def write_items(path: Path, table: pa.Table, rows: NDArray[np.int64]) -> None:
     """
     columns = table.select(_COLUMNS)
     by_id = pc.sort_indices(columns["id"].take(pa.array(rows))).to_numpy().astype(np.int64)
+    fields = Fields.of(columns["metadata"])
     schema = columns.schema.append(pa.field(_BY_ID, pa.int64()))
+    for name, kind in fields.types.items():
+        schema = schema.append(pa.field(_FIELD + name, kind))
     with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
         for start in range(0, len(rows), _BATCH):
             part = columns.take(pa.array(rows[start : start + _BATCH])).combine_chunks()
+            values = fields.arrays(part["metadata"])
             part = part.append_column(_BY_ID, pa.array(by_id[start : start + _BATCH]))
+            for name in fields.types:
+                part = part.append_column(_FIELD + name, values[name])
             writer.write_table(part, max_chunksize=_BATCH)
 
 
@@ -51,15 +61,35 @@ class Items:
             # The map outlives the file's name, so a version may be removed while it is served.
             with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
                 self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-                self._columns = {name: reader.schema.get_field_index(name) for name in [*_COLUMNS, _BY_ID]}
+                self._schema = reader.schema
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
+        self._columns = {name: self._schema.get_field_index(name) for name in [*_COLUMNS, _BY_ID]}
         if -1 in self._columns.values() or any(len(batch) != _BATCH for batch in self._batches[:-1]):
             raise ArtifactError(f"{path} is no items file of this version")
         self._count = sum(len(batch) for batch in self._batches)
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The names that `column` knows, with their Arrow types."""
+        own = dict.fromkeys(_FILTERED, "string")
+        given = {f.name.removeprefix(_FIELD): str(f.type) for f in self._schema if f.name.startswith(_FIELD)}
+        return given | own
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """All rows of one field, memory-mapped.
+
+        Raises:
+            DataError: no such field; the message lists the known ones.
+        """
+        place = self._schema.get_field_index(name if name in _FILTERED else _FIELD + name)
+        if place < 0:
+            raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
+        kind = self._schema.field(place).type
+        return pa.chunked_array([batch.column(place) for batch in self._batches], kind)
 
     def value(self, row: int, column: str) -> Any:
         """One cell.

@@ -9,7 +9,7 @@ from typing import Any
 from dcar_core.errors import ArtifactError
 from index_jobs.files import canonical
 
-FORMAT = 1
+FORMAT = 2
 CURRENT, VERSIONS = "CURRENT", "versions"
 MANIFEST, VECTORS, ITEMS, CHECKPOINT, FAILED = (
     "manifest.json",

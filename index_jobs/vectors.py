@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError
 from index_jobs.files import replacing
+from index_jobs.selecting import Found, search_among
 
 _WRITE_BYTES = 1 << 20
 
@@ -24,12 +25,15 @@ class VectorIndex(Protocol):
     def count(self) -> int: ...
     @property
     def dim(self) -> int: ...
-    def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """float32 (n, E) -> scores float32 (n, k), rows int64 (n, k); -1 where there are fewer than k."""
+    def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
+        """float32 (n, E) -> scores float32 (n, k), rows int64 (n, k), best first; -1 where there are fewer than k.
+
+        mask, bool (count,), says which rows may be found.
+        """
         ...
 
-    def vector(self, row: int) -> NDArray[np.float32]:
-        """float32 (E,), normalised; approximate where the kind compresses."""
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """int64 (m,) -> float32 (m, E), normalised; approximate where the kind compresses."""
         ...
 
 
@@ -59,16 +63,20 @@ class FaissIndex:
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {_reason(error)}") from error
 
-    def search(self, vectors: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        scores, rows = self._index.search(np.ascontiguousarray(vectors, np.float32), k)
-        return scores, rows
+    def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        if mask is None or mask.all():
+            scores, rows = self._index.search(vectors, k)
+            return scores, rows
+        return search_among(self._index, vectors, k, mask)
 
-    def vector(self, row: int) -> NDArray[np.float32]:
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         try:
-            vector: NDArray[np.float32] = self._index.reconstruct(row)
+            found: NDArray[np.float32] = self._index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
         except RuntimeError as error:
             raise ArtifactError(f"this kind of index cannot give a vector back: {_reason(error)}") from error
-        return vector / max(float(np.linalg.norm(vector)), 1e-12)
+        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        return found
 
 
 def write_faiss(index: Any, path: Path) -> None:

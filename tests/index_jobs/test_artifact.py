@@ -193,7 +193,7 @@ def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
 def test_manifest_of_another_format_says_rebuild(index: Path) -> None:
     path = index / "versions" / "1" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ArtifactError, match="is of format 99, not 1; rebuild the index"):
+    with pytest.raises(ArtifactError, match="is of format 99, not 2; rebuild the index"):
         open_current(index)
     assert list_versions(index) == []
 

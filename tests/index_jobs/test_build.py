@@ -64,8 +64,8 @@ def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: F
     assert recall >= lowest
     if lowest > 0.9:
         assert built.measured["recall_at_10"] >= lowest
-        assert index.vector(4321) @ gallery[4321] > 0.999
-    assert np.linalg.norm(index.vector(7)) == pytest.approx(1, abs=1e-5)
+        assert index.vectors(np.array([4321]))[0] @ gallery[4321] > 0.999
+    assert np.linalg.norm(index.vectors(np.array([7]))) == pytest.approx(1, abs=1e-5)
     assert built.measured["queries"] == 500
     assert 0 < built.measured["latency_ms_p50"] <= built.measured["latency_ms_p99"]
 

@@ -1,0 +1,133 @@
+"""Searches among some of the rows, for every kind, and the columns that choose them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from numpy.typing import NDArray
+
+from dcar_core.errors import DataError
+from index_jobs import selecting
+from index_jobs.artifact import Artifact, open_current
+from index_jobs.build import Choice, build
+from index_jobs.columns import MOST_FIELDS, Fields
+from index_jobs.rebuild import rebuild
+from index_jobs.vectors import FaissIndex
+
+DIM, COUNT = 32, 6000
+
+
+@pytest.fixture(scope="module")
+def vectors() -> NDArray[np.float32]:
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(60, DIM))
+    vectors = centres[generator.integers(60, size=COUNT)] + 0.5 * generator.normal(size=(COUNT, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lowest"),
+    [
+        ("Flat", 1.0),
+        ("SQ8", 0.95),
+        ("HNSW16", 0.97),
+        ("IVF32,Flat", 0.97),
+        ("IVF32,SQ8", 0.93),
+        ("IVF32,RaBitQ,Refine(SQ8)", 0.93),
+        ("PCA32,IVF32,Flat", 0.8),
+        ("PQ16x4fs,RFlat", 0.97),  # takes no selector, so that it is searched exactly
+    ],
+)
+@pytest.mark.parametrize("exact_up_to", [0, 20_000])
+def test_only_allowed_rows_and_the_nearest_of_them(
+    kind: str, lowest: float, exact_up_to: int, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "EXACT_UP_TO", exact_up_to)
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, Choice(kind, "test")).index)
+    generator = np.random.default_rng(1)
+    queries = vectors[generator.integers(COUNT, size=60)]
+    for share in (0.6, 0.05, 0.003):
+        mask = generator.random(COUNT) < share
+        scores, rows = index.search(queries, 10, mask)
+        assert (scores.dtype, rows.dtype, rows.shape) == (np.float32, np.int64, (60, 10))
+        assert mask[rows[rows >= 0]].all()
+        assert (np.diff(scores[:, :10]) <= 1e-6).all()
+        truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
+        recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)])
+        assert recall >= lowest, f"share {share}"
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
+def test_fewer_allowed_than_asked_for(kind: str, vectors: NDArray[np.float32]) -> None:
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, Choice(kind, "test")).index)
+    few = np.zeros(COUNT, np.bool_)
+    few[[7, 4000]] = True
+    rows = index.search(vectors[:3], 5, few)[1]
+    assert [sorted(found) for found in rows.tolist()] == [[-1, -1, -1, 7, 4000]] * 3
+    assert (rows[:, 2:] == -1).all()
+    assert (index.search(vectors[:2], 5, np.zeros(COUNT, np.bool_))[1] == -1).all()
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    index = tmp_path_factory.mktemp("selected") / "index"
+    rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
+    return open_current(index)
+
+
+def test_a_column_chooses_what_is_found(artifact: Artifact) -> None:
+    assert artifact.fields == {
+        "id": "string", "caption": "string", "category": "string", "color": "string", "file_name": "string",
+    }  # fmt: skip
+    red = pc.equal(artifact.column("color"), "red").to_numpy()
+    rows = np.flatnonzero(red)
+    vectors = artifact.vectors(np.arange(24))
+    assert vectors.shape == (24, 32)
+    for allowed in (red, rows):
+        found = artifact.search(vectors, 24, allowed)[1]
+        assert all(set(line) == {*rows.tolist(), -1} for line in found.tolist())
+    assert all(artifact.item(int(row)).metadata["color"] == "red" for row in rows)
+
+
+def test_wrong_rows_and_fields_are_named(artifact: Artifact) -> None:
+    query = artifact.vectors(np.array([0]))
+    with pytest.raises(
+        DataError, match="no item has the field 'colour'; there are: caption, category, color, file_nam"
+    ):
+        artifact.column("colour")
+    with pytest.raises(IndexError, match=r"allowed rows must be in 0\.\.23, not 3\.\.24"):
+        artifact.search(query, 1, np.array([3, 24]))
+    with pytest.raises(ValueError, match=r"allowed has \(3,\) truth values, but there are 24 rows"):
+        artifact.search(query, 1, np.array([True, False, True]))
+    with pytest.raises(IndexError, match=r"row 24 is not in 0\.\.23"):
+        artifact.vectors(np.array([1, 24]))
+
+
+def test_columns_have_the_narrowest_type_that_holds_all_values() -> None:
+    lines = [
+        '{"price": 3, "year": 1999, "sold": true, "tags": ["a", "b"], "mixed": 1, "huge": 1, "size": {"w": 1}}',
+        '{"price": 2.5, "year": null, "sold": false, "tags": [], "mixed": "x", "huge": 100000000000000000000}',
+        "{}",
+    ]
+    metadata = pa.chunked_array([lines[:1], lines[1:]])
+    fields = Fields.of(metadata)
+    found = {name: (str(array.type), array.to_pylist()) for name, array in fields.arrays(metadata).items()}
+    assert found == {
+        "huge": ("string", ["1", "100000000000000000000", None]),
+        "mixed": ("string", ["1", "x", None]),
+        "price": ("double", [3.0, 2.5, None]),
+        "size": ("string", ['{"w": 1}', None, None]),
+        "sold": ("bool", [True, False, None]),
+        "tags": ("list<item: string>", [["a", "b"], [], None]),
+        "year": ("int64", [1999, None, None]),
+    }
+
+
+def test_more_fields_than_columns_keeps_the_frequent_ones(caplog: pytest.LogCaptureFixture) -> None:
+    rare = [f'{{"often": 1, "rare{number}": 2}}' for number in range(MOST_FIELDS + 5)]
+    types = Fields.of(pa.chunked_array([rare])).types
+    assert len(types) == MOST_FIELDS
+    assert "often" in types
+    assert f"{MOST_FIELDS + 6} metadata fields" in caplog.text
