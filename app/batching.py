@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from app.metrics import Metrics
 from app.problems import NotReady
 from dcar_core.errors import DataError
 
@@ -87,11 +88,12 @@ class _Job:
 class Batcher:
     """Runs the queries of all lanes, batch after batch, in one thread that owns the model."""
 
-    def __init__(self, *, max_batch: int, max_wait_s: float) -> None:
+    def __init__(self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, not {max_batch}")
         self._max_batch = max_batch
         self._max_wait = max_wait_s
+        self._metrics = metrics or Metrics()
         self._jobs: deque[_Job] = deque()
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
@@ -164,6 +166,9 @@ class Batcher:
     async def _run(self, batch: list[_Job]) -> None:
         self._last_size = len(batch)
         payloads = [job.payload for job in batch]
+        began = time.monotonic()
+        for job in batch:
+            self._metrics.stage("queue", began - job.arrived)
         outcomes: list[Vector | Exception]
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(
@@ -171,6 +176,8 @@ class Batcher:
             )
         except Exception as error:  # the thread itself failed; each caller must hear of it
             outcomes = [error] * len(batch)
+        self._metrics.batch(len(batch))
+        self._metrics.stage("encode", time.monotonic() - began)
         for job, outcome in zip(batch, outcomes, strict=True):
             if job.future.done():
                 continue

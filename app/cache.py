@@ -1,34 +1,35 @@
-"""Query embeddings, remembered: in Redis when DCAR_REDIS_URL is set, else in this process.
+"""Query embeddings, remembered: in this process, and behind that in Redis when DCAR_REDIS_URL is set.
 
 - The key carries the encoder's fingerprint, the kind of query and a hash of the normalised text or of the image bytes:
   a retrained model never reads an old embedding, and no query text is stored.
-- The value is the float32 vector, little endian: what comes back is bit for bit what was put in, so a cached answer has
-  the ranks and scores of an uncached one. (float16 would halve 2 KB an entry and could swap near ties.)
-- Redis may be down, slow, full or wrong; a search never fails for it. Short timeouts, one attempt, values checked for
-  size and finiteness, and a `Breaker`: after a few failures in a row Redis is left alone for some seconds.
+- Values are float16, half the memory. A computed embedding is searched with as `rounded`, which is what the cache would
+  give back for it, so an answer is the same to the bit whether it is computed, remembered here or read from Redis.
+- Redis may be down, slow, full or wrong; a search never fails for it. Short timeouts, one attempt, a checksum over key
+  and value, and a `Breaker` each for reading and for writing: a full Redis is still read.
 - Writing does not delay the answer: `put` returns at once and the write goes on in the background, bounded in number.
 """
 
 import asyncio
 import hashlib
-import logging
-import time
+import zlib
 from collections import OrderedDict
 from typing import Literal, Protocol
 
 import numpy as np
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from numpy.typing import NDArray
 from redis.exceptions import RedisError
 
 from app.batching import Vector
+from app.breaker import Breaker
+from app.metrics import Metrics
+from app.redis_client import connect, disconnect
 from app.settings import Settings
 
-log = logging.getLogger(__name__)
+STORE_FAULTS = (RedisError, OSError, TimeoutError, ValueError)
 
-_DTYPE = np.dtype("<f4")
-_FORMAT = 1  # part of the key: raise it when the value's form changes
+_DTYPE = np.dtype("<f2")
+_CHECK_BYTES = 4
+_FORMAT = 2  # part of the key: raise it when the value's form changes
 _MAX_WRITES = 256
 
 
@@ -37,11 +38,24 @@ def cache_key(fingerprint: str, kind: Literal["text", "image"], content: bytes) 
     return f"dcar:{_FORMAT}:{fingerprint}:{kind}:{hashlib.sha256(content).hexdigest()}"
 
 
+def rounded(vector: Vector) -> Vector:
+    """What the cache gives back for a vector: float32 (E,) of unit length, with float16's precision."""
+    return _widened(vector.astype(_DTYPE))
+
+
+def _widened(half: NDArray[np.float16]) -> Vector:
+    vector: Vector = half.astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
 class VectorCache(Protocol):
     """Where embeddings are remembered. No method raises for a fault of the store."""
 
+    def peek(self, key: str, dim: int) -> Vector | None:
+        """The float32 (dim,) vector if it is known in this process."""
+
     async def get(self, key: str, dim: int) -> Vector | None:
-        """The float32 (dim,) vector, or None when it is unknown, unusable or not there in time."""
+        """The float32 (dim,) vector from wherever it is, or None when it is unknown, unusable or not there in time."""
 
     def put(self, key: str, vector: Vector) -> None:
         """Remember the vector, soon and if possible."""
@@ -53,24 +67,35 @@ class VectorCache(Protocol):
 class MemoryCache:
     """Least recently used entries go first, beyond `size` of them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, metrics: Metrics | None = None) -> None:
         self._size = size
-        self._entries: OrderedDict[str, Vector] = OrderedDict()
+        self._metrics = metrics or Metrics()
+        self._entries: OrderedDict[str, NDArray[np.float16]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    async def get(self, key: str, dim: int) -> Vector | None:
-        vector = self._entries.get(key)
-        if vector is None or vector.shape != (dim,):
+    def peek(self, key: str, dim: int) -> Vector | None:
+        entry = self._entries.get(key)
+        if entry is None or entry.shape != (dim,):
+            if self._size:
+                self._metrics.lookup("memory", "miss")
             return None
         self._entries.move_to_end(key)
-        return vector
+        self._metrics.lookup("memory", "hit")
+        return _widened(entry)
+
+    async def get(self, key: str, dim: int) -> Vector | None:
+        return self.peek(key, dim)
 
     def put(self, key: str, vector: Vector) -> None:
-        entry = vector.copy()
-        entry.flags.writeable = False  # it is handed to many
-        self._entries[key] = entry
+        self.keep(key, vector.astype(_DTYPE))
+
+    def keep(self, key: str, half: NDArray[np.float16]) -> None:
+        """Remember what is rounded already: doing it twice could change a bit."""
+        if self._size == 0:
+            return
+        self._entries[key] = half
         self._entries.move_to_end(key)
         while len(self._entries) > self._size:
             self._entries.popitem(last=False)
@@ -79,82 +104,59 @@ class MemoryCache:
         self._entries.clear()
 
 
-class Breaker:
-    """Open after `failures` in a row: then `allows()` is False for `pause_s`, and True once for a trial after that."""
-
-    def __init__(self, failures: int = 3, pause_s: float = 5.0) -> None:
-        self._limit = failures
-        self._pause = pause_s
-        self._failures = 0
-        self._retry_at = 0.0
-
-    @property
-    def open(self) -> bool:
-        """Whether the last word was that the store is out of order."""
-        return self._failures >= self._limit
-
-    def allows(self) -> bool:
-        """Whether to try the store now."""
-        if not self.open:
-            return True
-        now = time.monotonic()
-        if now < self._retry_at:
-            return False
-        self._retry_at = now + self._pause  # one trial, not a stampede
-        return True
-
-    def succeeded(self) -> None:
-        """The store answered."""
-        if self.open:
-            log.info("Redis is back; the cache is in use again")
-        self._failures = 0
-
-    def failed(self, error: Exception) -> None:
-        """The store did not answer, or not in time."""
-        self._failures += 1
-        if self._failures == self._limit:
-            log.warning("Redis fails (%s); searching without the cache", str(error) or type(error).__name__)
-        if self.open:
-            self._retry_at = time.monotonic() + self._pause
-
-
 class RedisCache:
-    """Embeddings in Redis, with a lifetime; shared by all processes that serve the same model."""
+    """Embeddings in Redis, with a lifetime, behind those in this process; shared by all that serve the same model.
 
-    def __init__(self, url: str, *, ttl_s: int, timeout_s: float = 0.1, breaker: Breaker | None = None) -> None:
+    How much Redis holds is its own setting: `maxmemory` with `maxmemory-policy allkeys-lru`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        ttl_s: int,
+        timeout_s: float = 0.1,
+        memory: MemoryCache | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self._ttl = ttl_s
         self._timeout = timeout_s
-        self.breaker = breaker or Breaker()
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=32,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._redis = Redis.from_pool(pool)
+        self._metrics = metrics or Metrics()
+        self._memory = MemoryCache(0) if memory is None else memory
+        self.reading = Breaker(does="cached embeddings")
+        self.writing = Breaker(does="caching new embeddings")
+        self._redis = connect(url, timeout_s=timeout_s)
         self._writes: set[asyncio.Task[None]] = set()
 
+    def peek(self, key: str, dim: int) -> Vector | None:
+        return self._memory.peek(key, dim)
+
     async def get(self, key: str, dim: int) -> Vector | None:
-        if not self.breaker.allows():
+        if not self.reading.allows():
+            self._metrics.lookup("redis", "skipped")
             return None
         try:
             async with asyncio.timeout(self._timeout):
                 value = await self._redis.get(key)
-        except (RedisError, OSError, TimeoutError, ValueError) as error:
-            self.breaker.failed(error)
+        except STORE_FAULTS as error:
+            self.reading.failed(error)
+            self._metrics.lookup("redis", "error")
             return None
-        self.breaker.succeeded()
-        if not isinstance(value, bytes) or len(value) != dim * _DTYPE.itemsize:
+        self.reading.succeeded()
+        half = None if value is None else _unpack(key, value, dim)
+        if half is None:
+            self._metrics.lookup("redis", "miss" if value is None else "wrong")
             return None
-        vector: Vector = np.frombuffer(value, _DTYPE).astype(np.float32, copy=False)
-        return vector if np.isfinite(vector).all() else None
+        self._metrics.lookup("redis", "hit")
+        self._memory.keep(key, half)
+        return _widened(half)
 
     def put(self, key: str, vector: Vector) -> None:
-        if len(self._writes) >= _MAX_WRITES or not self.breaker.allows():
+        self._memory.put(key, vector)
+        if len(self._writes) >= _MAX_WRITES or not self.writing.allows():
+            self._metrics.write("skipped")
             return
-        task = asyncio.create_task(self._write(key, vector.astype(_DTYPE).tobytes()))
+        task = asyncio.create_task(self._write(key, _pack(key, vector)))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
 
@@ -162,21 +164,54 @@ class RedisCache:
         try:
             async with asyncio.timeout(self._timeout):
                 await self._redis.set(key, value, ex=self._ttl)
-        except (RedisError, OSError, TimeoutError, ValueError) as error:
-            self.breaker.failed(error)
+        except STORE_FAULTS as error:
+            self.writing.failed(error)
+            self._metrics.write("error")
         else:
-            self.breaker.succeeded()
+            self.writing.succeeded()
+            self._metrics.write("ok")
 
     async def close(self) -> None:
         if self._writes:
             await asyncio.wait(self._writes, timeout=1.0)
-        await self._redis.aclose()
+        await self._memory.close()
+        await disconnect(self._redis)
 
 
-def make_cache(settings: Settings) -> VectorCache:
+def _pack(key: str, vector: Vector) -> bytes:
+    """crc32 of key and value, little endian, then the value: float16 (E,)."""
+    value = vector.astype(_DTYPE).tobytes()
+    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(_CHECK_BYTES, "little") + value
+
+
+def _unpack(key: str, packed: object, dim: int) -> NDArray[np.float16] | None:
+    """float16 (dim,), None when it is not what was once put under this key."""
+    if not isinstance(packed, bytes) or len(packed) != _CHECK_BYTES + dim * _DTYPE.itemsize:
+        return None
+    check, value = packed[:_CHECK_BYTES], packed[_CHECK_BYTES:]
+    if zlib.crc32(value, zlib.crc32(key.encode())) != int.from_bytes(check, "little"):
+        return None
+    half = np.frombuffer(value, _DTYPE)
+    return half if np.isfinite(half).all() and half.any() else None
+
+
+def make_cache(settings: Settings, metrics: Metrics | None = None) -> VectorCache:
     """The cache that the settings ask for. Does not connect: Redis may come later than the service."""
+    metrics = metrics or Metrics()
+    memory = MemoryCache(settings.cache_size, metrics)
     if settings.redis_url is None:
-        return MemoryCache(settings.cache_size)
-    return RedisCache(
-        settings.redis_url.get_secret_value(), ttl_s=settings.cache_ttl_s, timeout_s=settings.redis_timeout_ms / 1000
+        return memory
+    cache = RedisCache(
+        settings.redis_url.get_secret_value(),
+        ttl_s=settings.cache_ttl_s,
+        timeout_s=settings.redis_timeout_ms / 1000,
+        memory=memory,
+        metrics=metrics,
     )
+    metrics.watch(
+        "dcar_redis_breaker_open",
+        "1 while Redis is left alone because it failed.",
+        ["use"],
+        lambda: [(["read"], float(cache.reading.open)), (["write"], float(cache.writing.open))],
+    )
+    return cache

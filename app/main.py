@@ -19,6 +19,7 @@ from fastapi.openapi.utils import get_openapi
 
 from app import problems
 from app.cache import make_cache
+from app.metrics import Metrics
 from app.middleware import Guard
 from app.pages import make_pages
 from app.queries import JSON_BYTES_PER_CHAR
@@ -44,11 +45,13 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
             503 with the reason, and tries again.
     """
 
+    metrics = Metrics()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         require_index(settings)
         snapshots = Snapshots(settings, on_start_failure=on_start_failure)
-        retriever = Retriever(settings, snapshots, make_cache(settings))
+        retriever = Retriever(settings, snapshots, make_cache(settings, metrics), metrics)
         app.state.snapshots, app.state.retriever = snapshots, retriever
         retriever.start()
         snapshots.start()
@@ -68,7 +71,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
     )
-    app.state.settings = settings
+    app.state.settings, app.state.metrics = settings, metrics
     problems.install(app)
     app.include_router(make_router(settings))
     app.include_router(make_pages())

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.batching import Batcher, Flights, Lane, Vector
-from app.cache import VectorCache, cache_key
+from app.cache import VectorCache, cache_key, rounded
 from app.media import media_type
+from app.metrics import Metrics
 from app.problems import Overloaded, Problem
 from app.settings import Settings
 from app.snapshots import Snapshot, Snapshots
@@ -31,6 +32,8 @@ from dcar_core.errors import ArtifactError, DcarError, ImageError
 from index_jobs.artifact import Item
 
 T = TypeVar("T")
+
+_HASHED_AT_ONCE = 64 * 2**10  # bytes, some 0.1 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,18 @@ class Answer:
 class Retriever:
     """The query path; one per process."""
 
-    def __init__(self, settings: Settings, snapshots: Snapshots, cache: VectorCache) -> None:
+    def __init__(
+        self, settings: Settings, snapshots: Snapshots, cache: VectorCache, metrics: Metrics | None = None
+    ) -> None:
         self._snapshots = snapshots
         self._cache = cache
+        self._metrics = metrics or Metrics()
         self._max_pending = settings.max_pending
         self._pending = 0
         self._flights: Flights[tuple[Vector, bool]] = Flights()
-        self._batcher = Batcher(max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000)
+        self._batcher = Batcher(
+            max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=self._metrics
+        )
         cores = os.cpu_count() or 1
         self._decode_pool = ThreadPoolExecutor(min(4, cores), thread_name_prefix="dcar-decode")
         self._search_pool = ThreadPoolExecutor(
@@ -104,10 +112,11 @@ class Retriever:
             lane = Lane((encoder.fingerprint, "image"), _stacked(encoder.encode_pixels))
 
             async def embed() -> Vector:
-                pixels = await self._in(self._decode_pool, _decode, snapshot, data)
+                with self._metrics.timed("decode"):
+                    pixels = await self._in(self._decode_pool, _decode, snapshot, data)
                 return await self._batcher.submit(lane, pixels)
 
-            key = cache_key(encoder.fingerprint, "image", data)
+            key = await self._image_key(encoder.fingerprint, data)
             vector, cached = await self._embed(key, encoder.dim, embed)
             return Answer(snapshot.version, await self._search(snapshot, vector, k), cached, _since(began))
 
@@ -138,21 +147,32 @@ class Retriever:
         except (ArtifactError, ImageError, OSError):
             raise Problem(404, "The picture of this item is no longer in the gallery.") from None
 
+    async def _image_key(self, fingerprint: str, data: bytes) -> str:
+        """Hashing a large picture takes milliseconds, too long for the event loop."""
+        if len(data) <= _HASHED_AT_ONCE:
+            return cache_key(fingerprint, "image", data)
+        return await self._in(self._decode_pool, cache_key, fingerprint, "image", data)
+
     async def _embed(self, key: str, dim: int, compute: Callable[[], Awaitable[Vector]]) -> tuple[Vector, bool]:
         """The query's vector, and whether it was remembered; equal queries in flight share one computation."""
+        known = self._cache.peek(key, dim)
+        if known is not None:
+            return known, True
 
         async def start() -> tuple[Vector, bool]:
-            known = await self._cache.get(key, dim)
+            with self._metrics.timed("cache"):
+                known = await self._cache.get(key, dim)
             if known is not None:
                 return known, True
             vector = await compute()
             self._cache.put(key, vector)
-            return vector, False
+            return rounded(vector), False
 
         return await self._flights.run(key, start)
 
     async def _search(self, snapshot: Snapshot, vector: Vector, k: int, without: int = -1) -> list[Match]:
-        return await self._in(self._search_pool, _lookup, snapshot, vector, k, without)
+        with self._metrics.timed("search"):
+            return await self._in(self._search_pool, _lookup, snapshot, vector, k, without)
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
@@ -160,12 +180,15 @@ class Retriever:
     @contextmanager
     def _admitted(self) -> Iterator[float]:
         if self._pending >= self._max_pending:
+            self._metrics.refused("queue_full")
             raise Overloaded
         self._pending += 1
+        self._metrics.pending.inc()
         try:
             yield time.perf_counter()
         finally:
             self._pending -= 1
+            self._metrics.pending.dec()
 
 
 def _lookup(snapshot: Snapshot, vector: Vector, k: int, without: int) -> list[Match]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.redis_client import check as check_redis
 from dcar_core.errors import DcarError
 
 
@@ -29,9 +30,9 @@ class Settings(BaseSettings):
     batch_wait_ms: float = Field(2.0, ge=0, le=100, description="longest wait for company, under load only")
     max_pending: int = Field(512, ge=1, description="searches at a time; more are answered 503 at once")
 
-    redis_url: SecretStr | None = Field(None, description="unset: the cache lives in this process")
+    redis_url: SecretStr | None = Field(None, description="unset: the cache lives in this process; see redis_client.py")
     redis_timeout_ms: int = Field(100, ge=1, description="a slower Redis counts as absent")
-    cache_size: int = Field(10_000, ge=0, description="entries of the in-process cache; 0 turns it off")
+    cache_size: int = Field(10_000, ge=0, description="embeddings kept in this process, before Redis; 0 none")
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="lifetime of an entry in Redis")
 
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)
@@ -50,8 +51,8 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _is_redis(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and value.get_secret_value().split("://")[0] not in ("redis", "rediss", "unix"):
-            raise ValueError("must begin with redis://, rediss:// or unix://")
+        if value is not None:
+            check_redis(value.get_secret_value())
         return value
 
     @field_validator("admin_key")

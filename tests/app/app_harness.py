@@ -58,15 +58,21 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """A real redis-server on loopback, without persistence."""
+    """A real redis-server on loopback, without persistence. options: more of its command line."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        at = (
+            ("--tls-port", str(self.port), "--port", "0")
+            if "--tls-cert-file" in self._options
+            else ("--port", str(self.port))
+        )
+        command = ["redis-server", *self._options, *at, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 10
         while True:

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from app_harness import RedisServer, opened, until
 
-from app.cache import Breaker, MemoryCache, RedisCache, cache_key
+from app.breaker import Breaker
+from app.cache import MemoryCache, RedisCache, _pack, cache_key, rounded
+from app.metrics import Metrics
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
+KEPT = rounded(VECTOR)
+
+
+def count(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 def test_keys_tell_apart_what_must_not_be_confused() -> None:
@@ -38,9 +45,11 @@ def test_memory_forgets_what_was_longest_unused() -> None:
         assert await cache.get("a", 16) is None, "of another size"
         kept = await cache.get("a", 32)
         assert kept is not None
-        np.testing.assert_array_equal(kept, VECTOR)
-        with pytest.raises(ValueError, match="read-only"):
-            kept[0] = 5
+        np.testing.assert_array_equal(kept, KEPT)
+        kept[0] = 5
+        again = await cache.get("a", 32)
+        assert again is not None
+        np.testing.assert_array_equal(again, KEPT, "a caller cannot change what is remembered")
 
     asyncio.run(main())
 
@@ -60,7 +69,7 @@ def test_breaker() -> None:
 
 def test_an_absent_redis_costs_little_and_fails_nothing(built_index: Path) -> None:
     async def main() -> None:
-        async with opened(built_index, redis_url="redis://127.0.0.1:1/0") as client:
+        async with opened(built_index, redis_url="redis://127.0.0.1:1/0", cache_size=0) as client:
             for _ in range(5):
                 answer = await client.post("/search/text", json={"query": "red"})
                 assert answer.status_code == 200
@@ -84,13 +93,13 @@ def test_values_come_back_bit_for_bit_and_expire(redis_server: RedisServer) -> N
         await until(stored)
         value = await cache.get("key", 32)
         assert value is not None
-        np.testing.assert_array_equal(value, VECTOR)
+        np.testing.assert_array_equal(value, KEPT)
 
         async def expired() -> bool:
             return await cache.get("key", 32) is None
 
         await until(expired)
-        assert not cache.breaker.open
+        assert not cache.reading.open
         await cache.close()
 
     asyncio.run(main())
@@ -99,14 +108,56 @@ def test_values_come_back_bit_for_bit_and_expire(redis_server: RedisServer) -> N
 @pytest.mark.redis
 def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
     async def main() -> None:
-        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1)
-        nan = np.full(32, np.nan, np.float32).tobytes()
-        for lie in (b"", b"x", VECTOR.tobytes()[:-1], VECTOR.tobytes() * 2, nan):
+        metrics = Metrics()
+        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
+        await cache._write("other", _pack("other", VECTOR))
+        true = await cache._redis.get("other")
+        bent = bytes([*true[:-1], true[-1] ^ 1])
+        nan = _pack("key", np.full(32, np.nan, np.float32))
+        for lie in (b"", b"x", true[:-1], true * 2, bent, nan, true):
             await cache._redis.set("key", lie)
             assert await cache.get("key", 32) is None
+        assert await cache.get("other", 32) is not None
+        assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="wrong") == 7
         await cache._redis.delete("key")
         await cache._redis.lpush("key", "a list")
         assert await cache.get("key", 32) is None
+        assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="error") == 1
+        await cache.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_a_full_redis_is_still_read(redis_server: RedisServer) -> None:
+    async def main() -> None:
+        metrics = Metrics()
+        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
+        await cache._write("key", _pack("key", VECTOR))
+        await cache._redis.config_set("maxmemory", "1")
+        for i in range(5):
+            cache.put(f"more {i}", VECTOR)
+            await asyncio.gather(*cache._writes)
+        assert cache.writing.open
+        assert not cache.reading.open
+        assert await cache.get("key", 32) is not None
+        assert count(metrics, "dcar_cache_writes_total", outcome="error") == 3
+        assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 2
+        await cache.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_what_redis_gave_is_then_known_in_the_process(redis_server: RedisServer) -> None:
+    async def main() -> None:
+        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, memory=MemoryCache(10))
+        await cache._write("key", _pack("key", VECTOR))
+        assert cache.peek("key", 32) is None
+        assert await cache.get("key", 32) is not None
+        known = cache.peek("key", 32)
+        assert known is not None
+        np.testing.assert_array_equal(known, KEPT)
         await cache.close()
 
     asyncio.run(main())
@@ -115,7 +166,7 @@ def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
 @pytest.mark.redis
 def test_answers_from_redis_are_the_same_and_survive_its_death(built_index: Path, redis_server: RedisServer) -> None:
     async def main() -> None:
-        given = {"redis_url": redis_server.url, "redis_timeout_ms": 500}
+        given = {"redis_url": redis_server.url, "redis_timeout_ms": 500, "cache_size": 0}
         async with opened(built_index, **given) as client:
 
             async def ask() -> dict:
@@ -133,7 +184,7 @@ def test_answers_from_redis_are_the_same_and_survive_its_death(built_index: Path
             assert (await ask())["results"] == first["results"]
         async with opened(built_index, **given) as client:  # another process would find it, too
             assert (await ask())["cached"] is True
-            breaker = client.app.state.retriever._cache.breaker
+            breaker = client.app.state.retriever._cache.reading
             breaker._pause = 0.2
             redis_server.stop()
             for _ in range(4):
@@ -162,7 +213,7 @@ def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_serv
                     assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
                     slowest = max(slowest, time.perf_counter() - began)
                 assert slowest < 1
-                assert client.app.state.retriever._cache.breaker.open
+                assert client.app.state.retriever._cache.reading.open
             finally:
                 os.kill(redis_server._process.pid, signal.SIGCONT)
 

@@ -1,0 +1,104 @@
+"""From DCAR_REDIS_URL to a client: one server, a sentinel's master, or a cluster; each with TLS under `rediss`.
+
+    redis://[user:password@]host[:6379][/db]             one server; rediss:// with TLS
+    unix:///path/to/socket[?db=0]                         one server, on this machine
+    redis+sentinel://[user:password@]host[:26379][,host2[:port]..]/service[/db]
+    redis+cluster://[user:password@]host[:6379][,host2[:port]..]
+
+Options of redis-py follow as a query string: `?ssl_ca_certs=/etc/ca.pem&ssl_certfile=..&ssl_keyfile=..`. Sentinels have
+the same TLS as their master, but their own `sentinel_username` and `sentinel_password`.
+
+Whoever calls has its own breaker, so nothing is tried twice here. Nothing connects before the first command.
+"""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
+from redis.backoff import NoBackoff
+
+SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+_PORTS = {"sentinel": 26_379, "cluster": 6379}
+
+Client = Redis | RedisCluster
+
+
+def connect(url: str, *, timeout_s: float, max_connections: int = 32) -> Client:
+    """A client of the Redis that a URL names.
+
+    Args:
+        timeout_s: for connecting, and for each answer.
+        max_connections: at a time, to each server.
+
+    Raises:
+        ValueError: the URL is none of the above; the message does not repeat it, since it may hold a password.
+    """
+    scheme = check(url)
+    limits: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "max_connections": max_connections,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if "+" not in scheme:
+        return Redis.from_pool(BlockingConnectionPool.from_url(url, timeout=timeout_s, **limits))
+    hosts, service, options = _several(url, scheme)
+    if scheme.endswith("cluster"):
+        return RedisCluster(startup_nodes=[ClusterNode(host, port) for host, port in hosts], **options, **limits)
+    auth = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    tls = {name: value for name, value in options.items() if name.startswith("ssl")}
+    sentinel = Sentinel(hosts, sentinel_kwargs={**auth, **tls, **limits}, **options, **limits)  # type: ignore[no-untyped-call]
+    master: Redis = sentinel.master_for(service)
+    return master
+
+
+def check(url: str) -> str:
+    """The scheme of a URL that can be used.
+
+    Raises:
+        ValueError: it cannot; the message says what would do.
+    """
+    scheme = url.partition("://")[0].lower()
+    if scheme not in SCHEMES:
+        raise ValueError(f"must begin with {', '.join(f'{each}://' for each in SCHEMES)}")
+    if "+" in scheme:
+        _several(url, scheme)
+    elif scheme != "unix":
+        urlsplit(url).port  # noqa: B018 - raises ValueError for a port that is none
+    return scheme
+
+
+def _several(url: str, scheme: str) -> tuple[list[tuple[str, int]], str, dict[str, Any]]:
+    """The hosts, the path's first part, and the options of a URL with a list of hosts."""
+    kind = scheme.partition("+")[2]
+    rest = url.partition("://")[2]
+    place, _, query = rest.partition("?")
+    authority, _, path = place.partition("/")
+    user, at, listed = authority.rpartition("@")
+    hosts = []
+    for each in listed.split(","):
+        one = urlsplit(f"//{each}")
+        if not one.hostname:
+            raise ValueError("must name at least one host")
+        hosts.append((one.hostname, one.port or _PORTS[kind]))
+    service, _, db = path.partition("/")
+    if kind == "sentinel" and not service:
+        raise ValueError("must name the sentinels' service after the hosts, as in redis+sentinel://host:26379/mymaster")
+    known = parse_url(f"{scheme.partition('+')[0]}://{user}{at}localhost/{db if kind == 'sentinel' else ''}?{query}")
+    options: dict[str, Any] = {name: value for name, value in known.items() if name not in ("host", "port")}
+    if options.pop("connection_class", None) is SSLConnection:
+        options["ssl"] = True
+    return hosts, service, options
+
+
+async def disconnect(client: Client) -> None:
+    """Close a client, and with it the sentinels that it was found through."""
+    await client.aclose()
+    pool = getattr(client, "connection_pool", None)
+    if isinstance(pool, SentinelConnectionPool):
+        await pool.disconnect()
+        await pool.sentinel_manager.aclose()

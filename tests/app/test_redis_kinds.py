@@ -1,0 +1,134 @@
+"""Every kind of Redis that a URL can name, each a real one: TLS, sentinel, cluster, socket."""
+
+import asyncio
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from app_harness import RedisServer, free_port
+
+from app.cache import RedisCache, rounded
+from app.redis_client import check
+
+VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
+pytestmark = pytest.mark.redis
+
+
+@contextmanager
+def running(*options: str) -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed: apt-get install redis-server")
+    server = RedisServer(*options)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def remembers(url: str, seconds: float = 10) -> None:
+    """An embedding is written through this URL and read back, as soon as the servers have found each other."""
+
+    async def main() -> None:
+        cache = RedisCache(url, ttl_s=60, timeout_s=2)
+        end = time.monotonic() + seconds
+        try:
+            while True:
+                cache.put("key", VECTOR)
+                await asyncio.gather(*cache._writes)
+                found = await cache.get("key", 32)
+                if found is not None:
+                    np.testing.assert_array_equal(found, rounded(VECTOR))
+                    return
+                assert time.monotonic() < end, "nothing is remembered"
+                cache.reading._pause = cache.writing._pause = 0.05
+                await asyncio.sleep(0.1)
+        finally:
+            await cache.close()
+
+    asyncio.run(main())
+
+
+def certificates(folder: Path) -> tuple[Path, Path]:
+    """A key and a certificate of its own for 127.0.0.1."""
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(command, check=True, capture_output=True)
+    return key, certificate
+
+
+def test_tls(tmp_path: Path) -> None:
+    key, certificate = certificates(tmp_path)
+    options = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
+    with running(*options) as server:
+        remembers(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
+        with pytest.raises(AssertionError, match="nothing is remembered"):  # a certificate that nobody vouches for
+            remembers(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
+
+
+def test_password_and_database() -> None:
+    with running("--requirepass", "pass/word") as server:
+        remembers(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
+
+
+def test_socket(tmp_path: Path) -> None:
+    with running("--unixsocket", str(tmp_path / "redis.sock")):
+        remembers(f"unix://{tmp_path / 'redis.sock'}?db=2")
+
+
+def test_cluster() -> None:
+    bus = free_port()
+    with running(
+        "--cluster-enabled",
+        "yes",
+        "--cluster-port",
+        str(bus),
+        "--dir",
+        "/tmp",
+        "--cluster-config-file",
+        f"nodes-{bus}.conf",
+    ) as server:
+        try:
+            ask = ["redis-cli", "-p", str(server.port), "cluster", "addslotsrange", "0", "16383"]
+            subprocess.run(ask, check=True, capture_output=True)
+            remembers(f"redis+cluster://127.0.0.1:1,127.0.0.1:{server.port}")
+        finally:
+            Path(f"/tmp/nodes-{bus}.conf").unlink(missing_ok=True)
+
+
+def test_sentinel(tmp_path: Path) -> None:
+    with running("--requirepass", "word") as master:
+        configuration = tmp_path / "sentinel.conf"
+        configuration.write_text(
+            f"sentinel monitor pictures 127.0.0.1 {master.port} 1\nsentinel auth-pass pictures word\n"
+        )
+        with running(str(configuration), "--sentinel") as sentinel:
+            remembers(f"redis+sentinel://:word@127.0.0.1:1,127.0.0.1:{sentinel.port}/pictures/1")
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("http://localhost", "redis://"),
+        ("localhost:6379", "redis://"),
+        ("redis+sentinel://localhost:26379", "service"),
+        ("redis+cluster://", "host"),
+        ("redis+cluster://a:x", "[Pp]ort"),
+        ("redis://localhost:many", "[Pp]ort"),
+    ],
+)
+def test_a_url_that_is_none_is_refused_without_its_password(url: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=hint):
+        check(url)
+    with pytest.raises(ValueError, match=r"must|Port") as caught:
+        check(url.replace("://", "://:secretword@") if "://" in url else f":secretword@{url}")
+    assert "secretword" not in str(caught.value)
