@@ -1,0 +1,152 @@
+"""Conditions on items' fields, as a search is given them, to the rows that fulfil them.
+
+filter     {field: condition, ...}                  all must hold; a field is id, caption, category or any of metadata
+condition  value | [value, ...]                     equal to it, or to one of them; null: the item has no such field
+           {"in": [...], "gt" "gte" "lt" "lte": value, "not": condition}    all must hold
+
+An item without the field fulfils no condition but `null` and `not`. A field that holds a list fulfils a condition when
+one of its members does.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from index_jobs.artifact import Artifact
+
+Mask = NDArray[np.bool_]
+_RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
+
+
+class FilterError(DataError):
+    """A condition that cannot be checked; `field` is the one at fault."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+def matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
+    """bool (rows,): the items that fulfil every condition.
+
+    Raises:
+        FilterError: no item has such a field, or a condition does not fit it.
+    """
+    mask = np.ones(artifact.rows, np.bool_)
+    for field, condition in filter.items():
+        try:
+            column = artifact.column(field)
+        except DataError:
+            known = ", ".join(sorted(artifact.fields))
+            raise FilterError(field, f"no item has this field; there are: {known}") from None
+        mask &= _fulfilled(column, condition, field)
+    return mask
+
+
+def _fulfilled(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
+    if isinstance(condition, list):
+        return _among(column, condition, field)
+    if not isinstance(condition, dict):
+        return _among(column, [condition], field)
+    if not condition:
+        raise FilterError(field, 'is empty; give a value, a list of values, "in", "not", "gt", "gte", "lt" or "lte"')
+    mask = np.ones(len(column), np.bool_)
+    for name, operand in condition.items():
+        if name == "not":
+            mask &= ~_fulfilled(column, operand, field)
+        elif name == "in" and isinstance(operand, list):
+            mask &= _among(column, operand, field)
+        elif name in _RANGES:
+            mask &= _compared(column, name, operand, field)
+        elif name == "in":
+            raise FilterError(field, '"in" takes a list of values')
+        else:
+            raise FilterError(field, f'{name[:40]!r} is none of "in", "not", "gt", "gte", "lt", "lte"')
+    return mask
+
+
+def _among(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = [_fitting(value, _member_type(column), field) for value in values if value is not None]
+    mask = np.zeros(len(column), np.bool_)
+    if None in values:
+        mask |= _bools(column.is_null())
+    if wanted:
+        members, parents = _members(column)
+        if any(isinstance(value, float) for value in wanted):
+            members = members.cast(pa.float64())
+        mask |= _any(_bools(pc.is_in(members, value_set=pa.array(wanted, members.type))), parents, len(column))
+    return mask
+
+
+def _compared(column: "pa.ChunkedArray", name: str, bound: Any, field: str) -> Mask:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = _member_type(column)
+    if kind == pa.bool_() or isinstance(bound, bool | None):
+        raise FilterError(field, f"{name!r} takes a number or a text, and a field of such")
+    bound = _fitting(bound, kind, field)
+    members, parents = _members(column)
+    if isinstance(bound, float):
+        members = members.cast(pa.float64())
+    found = pc.call_function(_RANGES[name], [members, pa.scalar(bound, members.type)])
+    return _any(_bools(found), parents, len(column))
+
+
+def _fitting(value: Any, kind: "pa.DataType", field: str) -> Any:
+    """The value, if a field of this type can have it."""
+    import pyarrow as pa
+
+    if kind == pa.bool_():
+        fits = isinstance(value, bool)
+    elif kind == pa.string():
+        fits = isinstance(value, str)
+    else:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number and (isinstance(value, float) or -(2**63) <= value < 2**63)
+    if not fits:
+        raise FilterError(field, f"its values are of type {kind}, which {str(value)[:40]!r} is not")
+    return float(value) if kind == pa.float64() else value
+
+
+def _member_type(column: "pa.ChunkedArray") -> "pa.DataType":
+    import pyarrow as pa
+
+    return column.type.value_type if pa.types.is_list(column.type) else column.type
+
+
+def _members(column: "pa.ChunkedArray") -> tuple["pa.ChunkedArray", NDArray[np.int64] | None]:
+    """All values, and for a column of lists the row that each is from."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_list(column.type):
+        return column, None
+    column = pa.chunked_array([column.combine_chunks()], column.type)
+    return pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
+
+
+def _bools(found: "pa.ChunkedArray") -> Mask:
+    import pyarrow.compute as pc
+
+    mask: Mask = pc.fill_null(found, False).to_numpy().astype(np.bool_, copy=False)
+    return mask
+
+
+def _any(found: Mask, parents: NDArray[np.int64] | None, count: int) -> Mask:
+    if parents is None:
+        return found
+    mask = np.zeros(count, np.bool_)
+    mask[parents[found]] = True
+    return mask

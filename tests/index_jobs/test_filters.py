@@ -1,0 +1,91 @@
+"""Filters against the same conditions in plain Python, over a gallery with every type of field."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import draw
+
+from index_jobs.artifact import Artifact, open_current
+from index_jobs.filters import FilterError, matching
+from index_jobs.rebuild import rebuild
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Artifact:
+    root = tmp_path_factory.mktemp("shop")
+    lines: list[Row] = []
+    for i in range(20):
+        draw("red", "circle").save(root / f"{i}.png")
+        row: Row = {"file_name": f"{i}.png", "id": f"p{i:02}", "caption": f"thing {i}", "category": "abcd"[i % 4]}
+        row |= {"price": i * 1.5, "stock": i, "new": i % 3 == 0, "day": f"2024-01-{i + 1:02}"}
+        if i % 5:
+            row["tags"] = ["x", "y"][: i % 3]
+            row["size"] = i % 4
+        lines.append(row)
+    (root / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rebuild(root, tiny_checkpoint, root.parent / "shop_index", workers=0, progress=False)
+    return open_current(root.parent / "shop_index")
+
+
+CASES: list[tuple[Row, Callable[[Row], bool]]] = [
+    ({}, lambda r: True),
+    ({"category": "a"}, lambda r: r["category"] == "a"),
+    ({"category": ["a", "c"]}, lambda r: r["category"] in "ac"),
+    ({"category": {"in": ["a", "c"]}, "new": True}, lambda r: r["category"] in "ac" and r["new"]),
+    ({"category": {"not": ["a", "c"]}}, lambda r: r["category"] in "bd"),
+    ({"category": {"not": {"not": "a"}}}, lambda r: r["category"] == "a"),
+    ({"category": []}, lambda r: False),
+    ({"id": ["p03", "nothing"]}, lambda r: r["id"] == "p03"),
+    ({"price": {"gte": 3, "lt": 9.5}}, lambda r: 3 <= r["price"] < 9.5),
+    ({"price": 3}, lambda r: r["price"] == 3),
+    ({"stock": {"gt": 3.5}}, lambda r: r["stock"] > 3.5),
+    ({"stock": {"lte": 3, "not": 2}}, lambda r: r["stock"] <= 3 and r["stock"] != 2),
+    ({"stock": [1, 2.0, 2.5]}, lambda r: r["stock"] in (1, 2)),
+    ({"day": {"gt": "2024-01-03", "lte": "2024-01-07"}}, lambda r: "2024-01-03" < r["day"] <= "2024-01-07"),
+    ({"tags": "y"}, lambda r: "y" in r.get("tags", ())),
+    ({"tags": {"not": ["y"]}}, lambda r: "y" not in r.get("tags", ())),
+    ({"tags": {"gte": "y"}}, lambda r: "y" in r.get("tags", ())),
+    ({"size": None}, lambda r: "size" not in r),
+    ({"size": {"not": None}}, lambda r: "size" in r),
+    ({"size": [None, 3]}, lambda r: r.get("size", 3) == 3),
+    ({"size": {"lt": 2}}, lambda r: r.get("size", 9) < 2),
+]
+
+
+@pytest.mark.parametrize(("filter", "wanted"), CASES, ids=[json.dumps(case[0]) for case in CASES])
+def test_filters_choose_what_the_same_condition_in_python_does(
+    shop: Artifact, filter: Row, wanted: Callable[[Row], bool]
+) -> None:
+    items = [shop.item(row) for row in range(shop.rows)]
+    rows = [{"id": item.id, "category": item.category} | item.metadata for item in items]
+    assert matching(shop, filter).tolist() == [wanted(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("filter", "field", "said"),
+    [
+        ({"colour": "red"}, "colour", "there are: caption, category, day"),
+        ({"price": "cheap"}, "price", "type double"),
+        ({"stock": True}, "stock", "type int64"),
+        ({"stock": 10**30}, "stock", "type int64"),
+        ({"new": 1}, "new", "type bool"),
+        ({"category": 1}, "category", "type string"),
+        ({"category": {}}, "category", "empty"),
+        ({"category": {"like": "a"}}, "category", "'like' is none of"),
+        ({"category": {"in": "a"}}, "category", "list"),
+        ({"price": {"gt": None}}, "price", "'gt' takes"),
+        ({"price": {"gt": [1]}}, "price", "type double"),
+        ({"new": {"gt": False}}, "new", "'gt' takes"),
+        ({"price": {"not": {"gt": {}}}}, "price", "type double"),
+    ],
+)
+def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, said: str) -> None:
+    with pytest.raises(FilterError) as caught:
+        matching(shop, filter)
+    assert caught.value.field == field
+    assert said in caught.value.message
