@@ -30,14 +30,17 @@ PLAIN_CLIP = ModelConfig(
 class Encoder:
     """A model ready to encode. Build it with `load`; `fingerprint` names what its vectors may be compared with."""
 
-    def __init__(self, model: DCAR, fingerprint: str) -> None:
+    def __init__(self, model: DCAR, fingerprint: str, *, exact: bool = False) -> None:
         self.model = model.eval()
         self.fingerprint = fingerprint
         self.dim = model.backbone.embed_dim
-        self.preprocess = model.backbone.preprocess
+        preprocess = model.backbone.preprocess
+        self.preprocess = preprocess if exact else preprocess.fast()
 
     @classmethod
-    def load(cls, source: str | Path, *, pretrained: str | None = None, device: str = "auto") -> "Encoder":
+    def load(
+        cls, source: str | Path, *, pretrained: str | None = None, device: str = "auto", exact: bool = False
+    ) -> "Encoder":
         """Load a checkpoint directory, a model directory, or an open_clip model by name.
 
         Args:
@@ -45,6 +48,7 @@ class Encoder:
                 such as ViT-B-32-quickgelu.
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
+            exact: pictures to pixels bit for bit as open_clip does it, instead of the fast mode of `Preprocess`.
 
         Raises:
             CheckpointError, ModelError: with what to do.
@@ -52,9 +56,9 @@ class Encoder:
         device = pick_device(device)
         path = Path(source)
         if is_checkpoint(path):
-            return cls(*load_checkpoint(path, device=device))
+            return cls(*load_checkpoint(path, device=device), exact=exact)
         backbone = load_backbone(BackboneSource(str(source), pretrained), device)
-        return cls(DCAR(backbone, PLAIN_CLIP), fingerprint(backbone.content_hash(), PLAIN_CLIP, {}))
+        return cls(DCAR(backbone, PLAIN_CLIP), fingerprint(backbone.content_hash(), PLAIN_CLIP, {}), exact=exact)
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:

@@ -1,11 +1,17 @@
 """From a picture to the model's pixels, without the model: picklable, so that worker processes can do it.
 
-Resizing is PIL's, exactly as open_clip's transform does it; the result stays uint8 until the forward pass, a quarter
-of the bytes to send between processes and to cache.
+- The exact mode is PIL's resizing as open_clip's transform does it, bit for bit; training and evaluation use it.
+- The fast mode skips pixels that would only be averaged away: a large JPEG is decoded at reduced scale, what is still
+  large is halved before it is filtered, and a crop is cut out by the same pass that resizes. Embeddings of 1,000 photos
+  at three sizes stayed within cosine 0.999 of the exact mode's; at five times the model's side it takes half the time,
+  at ten times a third.
+- The result stays uint8 until the forward pass, a quarter of the bytes to send between processes and to cache. Pillow
+  lets go of the interpreter lock while it decodes and resizes.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,12 +20,20 @@ from PIL import Image
 
 from dcar_core.images import MAX_PIXELS, ImageSource, open_image
 
+# The fast mode never leaves the filter fewer pixels a side than so many times the result's. At 2 some textures fall to
+# a cosine of 0.993, at 1 to 0.84.
+_DECODED = 2.5
+_REDUCED = 3.0
+
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """size: S, the side in pixels. resize: "shortest" (then a centre crop), "squash", or "longest" (then padding)."""
+    """size: S, the side in pixels. resize: "shortest" (then a centre crop), "squash", or "longest" (then padding).
+
+    exact: open_clip's pixels bit for bit; False is the fast mode.
+    """
 
     size: int
     mean: tuple[float, float, float]
@@ -28,6 +42,7 @@ class Preprocess:
     resize: Literal["shortest", "squash", "longest"] = "shortest"
     fill: int = 0
     max_pixels: int = MAX_PIXELS
+    exact: bool = True
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> "Preprocess":
@@ -42,7 +57,15 @@ class Preprocess:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields; `exact` only where it is not, since what is hashed over it is older than the fast mode."""
+        fields = asdict(self)
+        if self.exact:
+            del fields["exact"]
+        return fields
+
+    def fast(self) -> "Preprocess":
+        """The same, in the fast mode."""
+        return replace(self, exact=False)
 
     def __call__(self, source: ImageSource) -> NDArray[np.uint8]:
         """uint8 (3, S, S).
@@ -50,7 +73,8 @@ class Preprocess:
         Raises:
             ImageError: the picture cannot be read.
         """
-        image = self._fit(open_image(source, max_pixels=self.max_pixels))
+        at_least = None if self.exact else math.ceil(_DECODED * self.size)
+        image = self._fit(open_image(source, max_pixels=self.max_pixels, at_least=at_least))
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -65,16 +89,21 @@ class Preprocess:
 
     def _fit(self, image: Image.Image) -> Image.Image:
         side, how = self.size, _FILTERS[self.interpolation]
+        gap = None if self.exact else _REDUCED
         width, height = image.size
         if self.resize == "squash" or width == height:
-            return image if (width, height) == (side, side) else image.resize((side, side), how)
+            return image if (width, height) == (side, side) else image.resize((side, side), how, None, gap)
         if self.resize == "shortest":
             shortest = min(width, height)
             scaled = int(side * width / shortest), int(side * height / shortest)  # cut off, as torchvision does
             left, top = round((scaled[0] - side) / 2), round((scaled[1] - side) / 2)
+            if not self.exact:
+                across, down = width / scaled[0], height / scaled[1]  # source pixels a pixel of the result
+                box = (left * across, top * down, (left + side) * across, (top + side) * down)
+                return image.resize((side, side), how, box, gap)
             return image.resize(scaled, how).crop((left, top, left + side, top + side))
         longest = max(width, height)
         scaled = max(1, round(width * side / longest)), max(1, round(height * side / longest))
         page = Image.new("RGB", (side, side), (self.fill,) * 3)
-        page.paste(image.resize(scaled, how), ((side - scaled[0]) // 2, (side - scaled[1]) // 2))
+        page.paste(image.resize(scaled, how, None, gap), ((side - scaled[0]) // 2, (side - scaled[1]) // 2))
         return page

@@ -1,0 +1,69 @@
+"""The fast mode against the exact one, with the bundled model, which is trained and so sees what people see."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcar_core import Encoder
+from dcar_core.images import ImageRoot, index_tar, open_image
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "twemoji"
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder.load(EXAMPLE / "checkpoint", device="cpu")
+
+
+def jpegs(width: int, height: int, count: int) -> list[bytes]:
+    """Pages full of pictures, sharp at every size, as JPEG files."""
+    gallery = EXAMPLE / "gallery.tar"
+    root, names = ImageRoot(gallery), sorted(index_tar(gallery))[:: 3 * count]
+    tiles = [open_image(root.read(name)).resize((70, 70)) for name in names if name.endswith(".png")][: 6 * count]
+    files = []
+    for start in range(count):
+        page, own = Image.new("RGB", (width, height), "white"), tiles[start::count]
+        for i in range(-(-width // 70) * -(-height // 70)):
+            page.paste(own[i % len(own)], (i % -(-width // 70) * 70, i // -(-width // 70) * 70))
+        buffer = io.BytesIO()
+        page.save(buffer, "JPEG", quality=92)
+        files.append(buffer.getvalue())
+    return files
+
+
+@pytest.mark.parametrize(("width", "height"), [(150, 120), (241, 260), (500, 400), (1400, 960)])
+def test_embeddings_of_the_fast_mode_stay_near(encoder: Encoder, width: int, height: int) -> None:
+    exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
+    assert exact.exact
+    assert not fast.exact
+    files = jpegs(width, height, 8)
+    before = encoder.encode_pixels(np.stack([exact(file) for file in files]))
+    after = encoder.encode_pixels(np.stack([fast(file) for file in files]))
+    assert (before * after).sum(1).min() > 0.995
+
+
+def test_a_jpeg_is_decoded_no_larger_than_needed_and_no_smaller() -> None:
+    file = jpegs(1400, 960, 1)[0]
+    assert open_image(file).size == (1400, 960)
+    assert open_image(file, at_least=121).size == (350, 240)  # an eighth would be 175 x 120
+    assert open_image(file, at_least=120).size == (175, 120)
+    assert open_image(file, at_least=961).size == (1400, 960)
+    assert open_image(Image.new("RGB", (900, 900)), at_least=10).size == (900, 900)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+def test_small_pictures_are_the_same_in_both_modes(encoder: Encoder, mode: str) -> None:
+    exact = type(encoder.preprocess)(48, (0.5,) * 3, (0.5,) * 3, "bicubic", mode)
+    rng = np.random.default_rng(0)
+    for width, height in ((110, 70), (97, 131), (48, 48), (30, 20)):
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        assert np.abs(exact(picture).astype(int) - exact.fast()(picture)).mean() < 0.5  # of 255
+
+
+def test_the_mode_does_not_change_what_is_hashed_for_the_exact_one(encoder: Encoder) -> None:
+    exact = encoder.model.backbone.preprocess
+    assert "exact" not in exact.to_dict()
+    assert exact.fast().to_dict()["exact"] is False
