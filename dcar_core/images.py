@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -87,14 +88,14 @@ class TarSpan:
     size: int
 
 
-def index_tar(path: Path) -> Mapping[str, TarSpan]:
-    """Member name -> span, for the regular files of an uncompressed tar.
+def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, TarSpan]:
+    """Member name -> span, for the regular files of an uncompressed tar; `file` is the tar opened, when path is a URL.
 
     Raises:
         DataError: not a tar, or a compressed one, whose members cannot be read by offset.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", fileobj=file) as tar:
             return {m.name.removeprefix("./"): TarSpan(m.offset_data, m.size) for m in tar if m.isreg()}
     except tarfile.TarError as error:
         raise DataError(f"{path} is not an uncompressed tar ({error}); unpack a compressed one first") from error

@@ -27,9 +27,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add(
-        "--gallery", type=Path, required=True, metavar="PATH",
+        "--gallery", required=True, metavar="PLACE",
         help="a folder of pictures and tars, optionally with metadata.jsonl; or one uncompressed .tar; or a .jsonl, "
-        ".csv or .parquet list with a column file_name",
+        ".csv or .parquet list with a column file_name of paths or URLs. A path, or a URL that fsspec reads: "
+        "s3://, gs://, https://, ..",
     )  # fmt: skip
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="what `dcar train --out DIR` wrote")
     add("--out", type=Path, required=True, metavar="DIR", help="the index directory; made when it is missing")

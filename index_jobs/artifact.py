@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, FingerprintError
-from index_jobs.files import read_picture, sha256_of
+from index_jobs.files import sha256_of
 from index_jobs.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, VECTORS, VERSIONS, Manifest
 from index_jobs.selecting import as_mask
+from index_jobs.sources import read_picture
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -159,9 +160,7 @@ class Artifact:
         items = self._items
         location = items.value(row, "location")
         try:
-            return read_picture(
-                Path(self.manifest.root), location, items.value(row, "offset"), items.value(row, "size")
-            )
+            return read_picture(self.manifest.root, location, items.value(row, "offset"), items.value(row, "size"))
         except OSError as error:
             raise ArtifactError(
                 f"the picture of item {items.value(row, 'id')!r} cannot be read from the gallery "

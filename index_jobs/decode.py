@@ -21,13 +21,12 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import DcarError, ImageError
-from index_jobs.files import read_picture
+from index_jobs.sources import Place, read_pictures
 
 Preprocess = Callable[[bytes], NDArray[np.uint8]]
 SMALL_GALLERY = 2_000  # below, threads are done before worker processes have started
@@ -36,20 +35,10 @@ _AHEAD = 2  # windows in flight beyond those that the workers are at
 
 
 @dataclass(frozen=True)
-class Place:
-    """One picture: gallery row and where its bytes lie."""
-
-    row: int
-    location: str
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
 class Window:
     """The pictures of one forward pass."""
 
-    root: Path
+    root: str
     places: tuple[Place, ...]
 
 
@@ -119,9 +108,10 @@ class _Decoder:
 
     def __call__(self, window: Window) -> Pixels:
         pixels, failed = [], []
-        for place in window.places:
+        for place, data in zip(window.places, read_pictures(window.root, window.places), strict=True):
             try:
-                data = read_picture(window.root, place.location, place.offset, place.size)
+                if isinstance(data, Exception):
+                    raise data
                 pixels.append(self.preprocess(data))
             except ImageError as error:
                 failed.append((place.row, str(error)))

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dcar_core.errors import DataError
-from index_jobs.decode import Pixels, Place, Preprocess, Window, decode, worker_count
+from index_jobs.decode import Pixels, Preprocess, Window, decode, worker_count
 from index_jobs.files import replacing
 from index_jobs.gallery import Gallery
 from index_jobs.shards import Failed, Shard, ShardStore
+from index_jobs.sources import Place
 
 logger = logging.getLogger(__name__)
 

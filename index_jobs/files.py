@@ -1,4 +1,4 @@
-"""Bytes on disk: checksums, durable writes, and the place of one picture.
+"""Bytes on disk: checksums and durable writes.
 
 - A file that others may read appears whole or not at all: written beside its name, flushed to the disk, renamed.
 - Only the standard library is imported, so that a decoding worker starts in a fraction of a second.
@@ -11,30 +11,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-
-WHOLE_FILE = -1  # the offset of a picture that is a file of its own
-
-
-def read_picture(root: Path, location: str, offset: int, size: int) -> bytes:
-    """The bytes of one picture.
-
-    Args:
-        root: the gallery's root; an absolute location stands for itself.
-        location: a file, or the tar that the picture lies in.
-        offset, size: the span in the tar, in bytes; offset is WHOLE_FILE for a file of its own.
-
-    Raises:
-        OSError: the file cannot be read, or the tar ends before the span does.
-    """
-    path = root / location
-    if offset == WHOLE_FILE:
-        return path.read_bytes()
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise OSError(f"{path} ends inside this picture")
-    return data
 
 
 def sha256_of(path: Path) -> str:

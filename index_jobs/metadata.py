@@ -5,28 +5,30 @@
 """
 
 import csv
+import io
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
 
 from dcar_core.errors import DataError
 from dcar_core.images import TarSpan
+from index_jobs.sources import open_place, parent_of, place_of, suffix_of
 
 logger = logging.getLogger(__name__)
 
 Fields = dict[str, Any]
 LIST_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
-PATH_COLUMNS = ("file_name", "image", "path")
-_BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PATH_COLUMNS = ("file_name", "image", "path", "url")
+BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class Metadata:
     """The rows of one metadata file by `file_name`, each of which remembers whether a picture asked for it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self._fields: dict[str, Fields] = {}
         self._used: set[str] = set()
@@ -44,16 +46,17 @@ class Metadata:
             self._fields[name] = record
 
     @classmethod
-    def beside(cls, folder: Path) -> "Metadata | None":
-        """The folder's own metadata file, if it has one.
+    def beside(cls, folder: str, names: Iterable[str]) -> "Metadata | None":
+        """The folder's own metadata file, if it has one among the names of its files.
 
         Raises:
             DataError: it has two, or one that cannot be used.
         """
-        found = [folder / name for name in _BESIDE if (folder / name).is_file()]
+        here = set(names)
+        found = [name for name in BESIDE if name in here]
         if len(found) > 1:
-            raise DataError(f"{found[0]} and {found[1].name} are both there; keep one")
-        return cls(found[0]) if found else None
+            raise DataError(f"{place_of(folder, found[0])} and {found[1]} are both there; keep one")
+        return cls(place_of(folder, found[0])) if found else None
 
     def of(self, *names: str) -> Fields:
         """The row of the first of a picture's names that has one."""
@@ -73,25 +76,29 @@ class Metadata:
         if unused and not self._used:
             raise DataError(
                 f"no row of {self.path} names a picture of this gallery ({unused[0]!r} is not here); file_name must be "
-                f"the path relative to {self.path.parent}, or a tar member's name"
+                f"the path relative to {parent_of(self.path)}, or a tar member's name"
             )
         if unused:
-            logger.warning("%d rows of %s name no picture here, such as %s", len(unused), self.path.name, unused[0])
+            logger.warning("%d rows of %s name no picture here, such as %s", len(unused), self.path, unused[0])
 
 
-def read_records(path: Path) -> Iterator[tuple[int, Fields]]:
+def read_records(path: str) -> Iterator[tuple[int, Fields]]:
     """(row number from 1, fields) of a list; for .jsonl and .csv the number is the line's.
 
     Raises:
         DataError: the file cannot be parsed; the message names the row.
     """
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    return readers[path.suffix.lower()](path)
+    return readers[suffix_of(path)](path)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Fields]]:
+def _text_of(path: str, newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_place(path), encoding="utf-8-sig", newline=newline)
+
+
+def _read_jsonl(path: str) -> Iterator[tuple[int, Fields]]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with _text_of(path) as file:
             for line, text in enumerate(file, 1):
                 if not text.strip():
                     continue
@@ -106,9 +113,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Fields]]:
         raise DataError(f"{path} is not UTF-8: {error.reason}") from error
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Fields]]:
+def _read_csv(path: str) -> Iterator[tuple[int, Fields]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _text_of(path, newline="") as file:
             reader = csv.DictReader(file, restval="", strict=True)
             for record in reader:
                 if None in record:
@@ -118,13 +125,13 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Fields]]:
         raise DataError(f"{path} cannot be read as UTF-8 CSV: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
+def _read_parquet(path: str) -> Iterator[tuple[int, Fields]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with open_place(path) as source, pq.ParquetFile(source) as file:
             for batch in file.iter_batches():
                 for record in batch.to_pylist():
                     row += 1
@@ -133,18 +140,17 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Fields]]:
         raise DataError(f"{path} is no parquet file: {error}") from error
 
 
-def sidecars(tar: Path, members: Mapping[str, TarSpan]) -> dict[str, Fields]:
-    """webdataset metadata: the .json, .txt and .cls members of a tar, by stem."""
+def sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Fields]:
+    """webdataset metadata: the .json, .txt and .cls members of a tar, which is open as `file`, by stem."""
     fields: dict[str, Fields] = {}
-    with tar.open("rb") as file:
-        for member, span in members.items():
-            inner = PurePosixPath(member)
-            base, _, extension = inner.name.partition(".")
-            if extension.lower() not in {"json", "txt", "cls"} or not base:
-                continue
-            file.seek(span.offset)
-            of_stem = fields.setdefault((inner.parent / base).as_posix(), {})
-            of_stem.update(_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
+    for member, span in members.items():
+        inner = PurePosixPath(member)
+        base, _, extension = inner.name.partition(".")
+        if extension.lower() not in {"json", "txt", "cls"} or not base:
+            continue
+        file.seek(span.offset)
+        of_stem = fields.setdefault((inner.parent / base).as_posix(), {})
+        of_stem.update(_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
     return fields
 
 

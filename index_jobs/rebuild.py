@@ -56,7 +56,7 @@ class RebuildSummary:
 
 
 def rebuild(
-    gallery: Path,
+    gallery: str | Path,
     checkpoint: Path,
     out: Path,
     *,
@@ -74,7 +74,7 @@ def rebuild(
     """Publish an index of a gallery, made with a checkpoint.
 
     Args:
-        gallery: a folder, an uncompressed tar, or a list; see `index_jobs.gallery`.
+        gallery: a folder, an uncompressed tar, or a list, as a path or URL; see `index_jobs.gallery`.
         checkpoint: a DCAR checkpoint directory.
         out: the index directory; made when it is missing.
         kind: "auto", "flat", "hnsw", "ivf", or a FAISS index_factory string.
@@ -130,7 +130,7 @@ class _Wanted:
             return None
         fits = (
             manifest.gallery_signature == self.gallery.content_signature
-            and manifest.source == str(self.gallery.source)
+            and manifest.source == self.gallery.source
             and manifest.requested_kind == self.kind
             and manifest.failed <= self.max_failed * len(self.gallery)
             and all(getattr(manifest, name) == value for name, value in same.items())
@@ -187,8 +187,8 @@ def _rebuild(
             kind=choice.factory,
             reason=choice.reason,
             requested_kind=wanted.kind,
-            source=str(gallery.source),
-            root=str(gallery.root),
+            source=gallery.source,
+            root=gallery.root,
             checkpoint=str(checkpoint.absolute()),
             checkpoint_signature=signature,
             gallery_signature=gallery.content_signature,

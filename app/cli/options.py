@@ -23,5 +23,10 @@ BatchSize = Annotated[int, typer.Option(min=2)]
 LearningRate = Annotated[float, typer.Option("--lr", min=0)]
 IndexDir = Annotated[Path, typer.Option("--index", help="Directory of a published index.")]
 Checkpoint = Annotated[Path, typer.Option(help="What `dcar train --out` wrote, or a model directory.")]
-Gallery = Annotated[Path, typer.Option(help="Folder of pictures and tars, or a list: .jsonl, .csv, .parquet.")]
+Gallery = Annotated[
+    str,
+    typer.Option(
+        help="Folder of pictures and tars, or a list: .jsonl, .csv, .parquet. A path, or a URL: s3://, https://, .."
+    ),
+]
 Out = Annotated[Path, typer.Option(help="Directory to write to.")]

@@ -14,9 +14,10 @@ from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.errors import ArtifactError, DataError, DcarError
-from index_jobs.decode import Place, Window, decode, worker_count
+from index_jobs.decode import Window, decode, worker_count
 from index_jobs.encode import Encoded, encode
 from index_jobs.gallery import scan
+from index_jobs.sources import Place
 
 Floats = NDArray[np.float32]
 
@@ -225,7 +226,7 @@ def die(data: bytes) -> NDArray[np.uint8]:
 
 
 def test_dead_worker_is_an_error_not_a_hang(tiny_gallery: Path) -> None:
-    windows = iter([Window(tiny_gallery, (Place(0, "circle/red.png", -1, 0),))])
+    windows = iter([Window(str(tiny_gallery), (Place(0, "circle/red.png", -1, 0),))])
     with pytest.raises(DcarError, match="a decoding worker died"):
         list(decode(windows, die, 1))
 
@@ -235,13 +236,13 @@ def surprise(data: bytes) -> NDArray[np.uint8]:
 
 
 def test_surprise_in_a_decoder_is_a_failed_picture(tiny_gallery: Path) -> None:
-    windows = iter([Window(tiny_gallery, (Place(5, "circle/red.png", -1, 0),))])
+    windows = iter([Window(str(tiny_gallery), (Place(5, "circle/red.png", -1, 0),))])
     (result,) = decode(windows, surprise, 0)
     assert result.failed == ((5, "ZeroDivisionError: in a decoder"),)
 
 
 def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:
-    windows = (Window(tiny_gallery, (Place(row, "circle/red.png", -1, 0),)) for row in range(100))
+    windows = (Window(str(tiny_gallery), (Place(row, "circle/red.png", -1, 0),)) for row in range(100))
     decoded = decode(windows, encoder.preprocess, 2)
     next(decoded)
     assert len(multiprocessing.active_children()) == 2

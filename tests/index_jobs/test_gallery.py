@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from dcar_core.errors import DataError
-from index_jobs.files import WHOLE_FILE, read_picture
 from index_jobs.gallery import Gallery, scan
+from index_jobs.sources import WHOLE_FILE, read_picture
 
 
 def png(color: str = "red") -> bytes:
@@ -181,7 +181,7 @@ def test_unmatched_metadata_rows_are_told(tmp_path: Path, caplog: pytest.LogCapt
     write(tmp_path / "a.png", png())
     jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "gone.png"})
     scan(tmp_path)
-    assert "1 rows of metadata.jsonl name no picture here, such as gone.png" in caplog.text
+    assert "/metadata.jsonl name no picture here, such as gone.png" in caplog.text
 
 
 def bad_empty(root: Path) -> Path:
@@ -231,7 +231,7 @@ def bad_parquet(root: Path) -> Path:
 
 
 def bad_url(root: Path) -> Path:
-    return jsonl(root / "l.jsonl", {"path": "https://example.org/a.png"})
+    return jsonl(root / "l.jsonl", {"path": "nosuch://example.org/a.png"})
 
 
 def bad_escape(root: Path) -> Path:
@@ -297,17 +297,17 @@ def bad_name_column(root: Path) -> Path:
         (bad_metadata_only, "is empty"),
         (bad_missing, "nowhere does not exist"),
         (bad_kind, "is no gallery: give a folder"),
-        (bad_column, "no column file_name or image or path with the pictures' paths; it has filename, caption"),
+        (bad_column, "no column file_name or image or path or url with the pictures' paths; it has filename, caption"),
         (bad_empty_list, "has no rows"),
         (bad_blank, "row 2: file_name is empty"),
         (bad_json, "row 2: not JSON"),
         (bad_row, "row 1: an object is expected, not list"),
         (bad_encoding, "cannot be read as UTF-8 CSV"),
         (bad_parquet, "is no parquet file"),
-        (bad_url, "is a URL; download the pictures"),
+        (bad_url, "nosuch://example.org/a.png cannot be read: Protocol not known"),
         (bad_escape, "leads out of the list's folder"),
         (bad_ids, r"a\.png and c\.png both have the id '7'"),
-        (bad_repeat, r"a\.png and a\.png both have the id"),
+        (bad_repeat, r"a\.png is listed twice; keep one row"),
         (bad_gzip, "is a compressed tar.*decompress it first"),
         (bad_hidden_gzip, "is not an uncompressed tar"),
         (bad_cut_tar, "is not an uncompressed tar"),
