@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.config import ModelConfig
+from dcar_core.config import AdapterConfig, ModelConfig
 from dcar_core.errors import CheckpointError
 from dcar_core.model import DCAR
 
@@ -35,6 +35,8 @@ def fingerprint(backbone_hash: str, config: ModelConfig, trainables: dict[str, T
     What only training needs (the loss, the category adapter) does not count.
     """
     serving = {"prompt": config.prompt.to_dict(), "reweight": config.reweight.to_dict()}
+    if config.adapter != AdapterConfig():
+        serving["adapter"] = config.adapter.to_dict()
     digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
     for name in sorted(n for n in trainables if not n.startswith("caa.")):
         value = trainables[name].detach().cpu().float().contiguous()

@@ -58,12 +58,28 @@ class ReweightConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig(_Config):
+    """Residual bottlenecks on the features that leave the towers, part of serving (CLIP-Adapter; dcar+ [ours]).
+
+    With `text`, L_cate uses the same adapter for its captions, in place of a category adapter that serving drops.
+    """
+
+    text: bool = False
+    image: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig(_Config):
-    """L = L_con + category * L_cate + head * L_head; alpha is the category-matching weight (sections 3 and 4)."""
+    """L = L_con + category * L_cate + head * L_head + anchor * L_anchor (sections 3 and 4).
+
+    alpha: the category-matching weight.
+    anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
+    """
 
     category: float = 0.5
     head: float = 1.0
     alpha: float = 0.5
+    anchor: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +102,17 @@ class ModelConfig(_Config):
     method: str = "dcar"
     prompt: PromptConfig = field(default_factory=PromptConfig)
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        parts: dict[str, type[_Config]] = {"prompt": PromptConfig, "reweight": ReweightConfig, "loss": LossConfig}
+        parts: dict[str, type[_Config]] = {
+            "prompt": PromptConfig,
+            "reweight": ReweightConfig,
+            "adapter": AdapterConfig,
+            "loss": LossConfig,
+        }
         return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     def with_query_weights(self, query: QueryWeights) -> Self:

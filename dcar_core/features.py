@@ -28,6 +28,7 @@ class Prepared:
     pair_weights: (N, n) blended factors from each caption's own image, or None.
     caption_features: (N, 1 + M, E) of the frozen text encoder, positive first, or None.
     matching: (N, 1 + M) category-matching weights, 0 for padding, or None.
+    frozen_images, frozen_captions: (I, E) and (N, E) of the frozen encoders, normalised, or None.
     """
 
     pixels: NDArray[np.uint8]
@@ -37,6 +38,8 @@ class Prepared:
     pair_weights: Tensor | None = None
     caption_features: Tensor | None = None
     matching: Tensor | None = None
+    frozen_images: Tensor | None = None
+    frozen_captions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_of)
@@ -70,9 +73,12 @@ def prepare(data: Dataset, model: DCAR, *, for_training: bool, progress: bool = 
     weights = features = matching = None
     if config.reweight.train == "pair" or model.head is not None:
         weights = _pair_weights(backbone, model, pixels, image_of, tokens, progress)
-    if model.caa is not None:
+    if model.category_adapter() is not None:
         features, matching = _captions(backbone, data, config.loss.alpha, progress)
-    return Prepared(pixels, image_of, tokens, group, weights, features, matching)
+    anchors: tuple[Tensor | None, Tensor | None] = (None, None)
+    if config.loss.anchor > 0:
+        anchors = (F.normalize(frozen_images(backbone, pixels), dim=-1), _frozen_captions(backbone, data))
+    return Prepared(pixels, image_of, tokens, group, weights, features, matching, *anchors)
 
 
 @torch.inference_mode()
@@ -120,6 +126,12 @@ def _captions(backbone: Backbone, data: Dataset, alpha: float, progress: bool) -
             same += [False] * (len(texts) - len(same))
             matching[j, : len(texts)] = 1 + alpha * torch.tensor(same, device=backbone.device).float()
     return features, matching
+
+
+@torch.inference_mode()
+def _frozen_captions(backbone: Backbone, data: Dataset, batch: int = 256) -> Tensor:
+    captions = [sample.caption for sample in data.samples]
+    return torch.cat([_frozen_texts(backbone, captions[i : i + batch]) for i in range(0, len(captions), batch)])
 
 
 def _frozen_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The terms of L = L_con + lambda L_cate + mu L_head, as pure functions (section 4 of the method)."""
+"""The terms of L = L_con + lambda L_cate + mu L_head + nu L_anchor, as pure functions (section 4 of the method)."""
 
 import torch
 import torch.nn.functional as F
@@ -46,3 +46,8 @@ def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
     predicted, target: (B, n); real: bool (B, n), the caption's own tokens.
     """
     return ((predicted - target) ** 2 * real).sum() / real.sum().clamp(min=1)
+
+
+def anchor_loss(adapted: Tensor, frozen: Tensor) -> Tensor:
+    """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both (B, E), L2-normalised."""
+    return (1 - (adapted * frozen).sum(-1)).mean()

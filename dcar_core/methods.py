@@ -1,6 +1,6 @@
 """The methods by name: each a configuration of the one model, so that all share data, loop and evaluation."""
 
-from dcar_core.config import LossConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.errors import DcarError
 
 _NO_WEIGHTS = ReweightConfig(train="none")
@@ -18,6 +18,14 @@ METHODS: dict[str, ModelConfig] = {
         _prompts_alone("clip", length=0),
         # text prompts alone
         _prompts_alone("coop", image=False),
+        # bottlenecks on both towers' features
+        ModelConfig(
+            method="clip-adapter",
+            prompt=PromptConfig(length=0),
+            reweight=_NO_WEIGHTS,
+            adapter=AdapterConfig(text=True, image=True),
+            loss=_CONTRASTIVE,
+        ),
         # coupled prompts in several blocks
         _prompts_alone("maple", depth=4),
         # the paper's figure: dual prompts, token weights from the pair in training, category adapter in the loss
@@ -28,6 +36,13 @@ METHODS: dict[str, ModelConfig] = {
         _prompts_alone("dual"),
         # DCAR with fresh prompts in each of the first four blocks [ours]
         ModelConfig(method="dcar-deep", prompt=PromptConfig(depth=4)),
+        # the extension [ours]: deep prompts, adapters on both features (text: CAA, kept for queries), held to CLIP
+        ModelConfig(
+            method="dcar+",
+            prompt=PromptConfig(depth=4),
+            adapter=AdapterConfig(text=True, image=True),
+            loss=LossConfig(anchor=1.0),
+        ),
     )
 }
 

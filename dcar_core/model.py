@@ -4,7 +4,8 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
 
     clip    no prompts                     coop    text prompts
     dcar    dual prompts, token weights, category adapter in the loss
-    maple   dual prompts in several blocks
+    maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
+    dcar+   several blocks of prompts, and bottlenecks on the features
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
 """
@@ -51,8 +52,12 @@ class DualPrompts(nn.Module):
         return self.couple(self.text) + self.residual if self.config.image else None
 
 
-class CategoryAdapter(nn.Module):
-    """CAA: a residual bottleneck on frozen caption features, zero at the start; part of the loss, not of serving."""
+class FeatureAdapter(nn.Module):
+    """A residual bottleneck on features that left a tower, zero at the start.
+
+    On frozen caption features it is the paper's CAA: part of L_cate, not of serving. On the towers' outputs it is
+    CLIP-Adapter's, here without a fixed residual ratio [ours].
+    """
 
     def __init__(self, width: int, bottleneck: int | None = None) -> None:
         super().__init__()
@@ -76,7 +81,10 @@ class DCAR(nn.Module):
         prompt = config.prompt
         self.prompts = DualPrompts(backbone, prompt) if prompt.length and (prompt.text or prompt.image) else None
         self.head = TokenWeightHead(backbone.text_width, config.reweight) if config.reweight.train != "none" else None
-        self.caa = CategoryAdapter(backbone.embed_dim) if config.loss.category > 0 else None
+        self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
+        self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
+        with_caa = config.loss.category > 0 and not config.adapter.text
+        self.caa = FeatureAdapter(backbone.embed_dim) if with_caa else None
         self.to(backbone.device)
 
     def train(self, mode: bool = True) -> "DCAR":
@@ -103,7 +111,8 @@ class DCAR(nn.Module):
     def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
         """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""
         prompts = self.prompts.text_prompts() if self.prompts is not None else None
-        return F.normalize(self.backbone.encode_text(tokens, prompts, weights), dim=-1)
+        features = F.normalize(self.backbone.encode_text(tokens, prompts, weights), dim=-1)
+        return features if self.text_adapter is None else self.text_adapter(features)
 
     def encode_query(self, tokens: Tensor) -> Tensor:
         """As a query is encoded: with the head's weights if validation preferred them, else none. Sees no image."""
@@ -113,4 +122,11 @@ class DCAR(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """float32 (B, 3, S, S), normalised -> (B, E)."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
-        return F.normalize(self.backbone.encode_image(pixels, prompts), dim=-1)
+        features = F.normalize(self.backbone.encode_image(pixels, prompts), dim=-1)
+        return features if self.image_adapter is None else self.image_adapter(features)
+
+    def category_adapter(self) -> FeatureAdapter | None:
+        """What L_cate's captions go through; None when the loss has no such term."""
+        if self.config.loss.category <= 0:
+            return None
+        return self.text_adapter or self.caa

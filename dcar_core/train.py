@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dcar_core.config import QueryWeights, TrainConfig
 from dcar_core.data import Dataset
 from dcar_core.features import Prepared, prepare
-from dcar_core.losses import category_loss, contrastive_loss, head_loss
+from dcar_core.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.metrics import recall_at_k
 from dcar_core.model import DCAR
 from dcar_core.reweight import real_tokens
@@ -118,11 +118,17 @@ def batch_loss(model: DCAR, data: Prepared, rows: NDArray[np.int64]) -> Tensor:
     group, owner = data.caption_group[rows], torch.from_numpy(data.image_of[rows])
     same = (group[:, None] == group[None]) | (owner[:, None] == owner[None])
     loss = contrastive_loss(text, image, same.to(device), scale)
-    if model.caa is not None and data.caption_features is not None and data.matching is not None:
-        captions = model.caa(data.caption_features[rows])
+    adapter = model.category_adapter()
+    if adapter is not None and data.caption_features is not None and data.matching is not None:
+        captions = adapter(data.caption_features[rows])
         loss = loss + config.loss.category * category_loss(image, captions, data.matching[rows], scale)
     if predicted is not None and paired is not None:
         loss = loss + config.loss.head * head_loss(predicted, paired, real_tokens(tokens))
+    if data.frozen_images is not None and data.frozen_captions is not None:
+        held = anchor_loss(image, data.frozen_images[data.image_of[rows]]) + anchor_loss(
+            text, data.frozen_captions[rows]
+        )
+        loss = loss + config.loss.anchor * held
     return loss
 
 

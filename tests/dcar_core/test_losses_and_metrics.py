@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from dcar_core.config import ReweightConfig
-from dcar_core.losses import category_loss, contrastive_loss, head_loss
+from dcar_core.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.metrics import hard_negative_accuracy, recall_at_k
 from dcar_core.reweight import blend, pair_weights, real_tokens
 
@@ -46,6 +46,12 @@ def test_category_loss_by_hand_and_padding() -> None:
         category_loss(image, padded, torch.tensor([[1.5, 1.5, 1.0, 0.0]]), scale),
         category_loss(image, captions, weights, scale),
     )
+
+
+def test_anchor_loss_is_zero_at_the_frozen_features_and_two_opposite_them() -> None:
+    frozen = features(4, 0)
+    assert anchor_loss(frozen, frozen).abs() < 1e-6
+    torch.testing.assert_close(anchor_loss(-frozen, frozen), torch.tensor(2.0))
 
 
 def test_head_loss_counts_real_tokens_only() -> None:

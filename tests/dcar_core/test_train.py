@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import load_checkpoint
+from dcar_core.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.config import ModelConfig, TrainConfig
 from dcar_core.data import load_split
 from dcar_core.errors import DataError, DcarError
 from dcar_core.evaluate import compare, seeded_model
 from dcar_core.features import prepare
 from dcar_core.methods import METHODS, method
-from dcar_core.train import batch_loss, evaluate, train
+from dcar_core.train import batch_loss, encode_captions, evaluate, train
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 
@@ -32,6 +32,30 @@ def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, tiny_m
     assert bool(start) == (name != "clip")
     assert all(not torch.equal(start[n], p) for n, p in model.trainables())  # every part learns
     assert len(found.history) == (0 if name == "clip" else 2)
+
+
+def test_adapters_start_as_plain_clip_and_serve_after(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    plain, adapted = (seeded_model(backbone, method(name), seed=0).eval() for name in ("clip", "clip-adapter"))
+    data = prepare(load_split(tiny_data, "val")[0], plain, for_training=False, progress=False)
+    np.testing.assert_allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-6)
+    before = save_checkpoint(adapted, tmp_path / "start")
+    train(adapted, load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0], QUICK, progress=False)
+    assert not np.allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-4)
+    after = save_checkpoint(adapted, tmp_path / "trained")
+    loaded, mark = load_checkpoint(tmp_path / "trained")
+    assert mark == after
+    np.testing.assert_array_equal(encode_captions(loaded, data), encode_captions(adapted, data))
+    assert before != after  # the adapters are part of what serves, so of the fingerprint
+
+
+def test_the_extension_keeps_its_category_adapter_for_queries(tiny_model: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    published, extended = (seeded_model(backbone, method(name), seed=0) for name in ("dcar", "dcar+"))
+    assert published.category_adapter() is published.caa
+    assert published.text_adapter is None
+    assert extended.category_adapter() is extended.text_adapter
+    assert extended.caa is None
 
 
 def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
@@ -60,8 +84,6 @@ def test_a_seed_gives_the_same_result(tiny_model: Path, tiny_data: Path, tmp_pat
 
 def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: Path) -> None:
     """Shuffling the pictures of the split must not change a single caption's vector."""
-    from dcar_core.train import encode_captions
-
     config = ModelConfig().with_query_weights("predicted")
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), config, seed=0)
     data = prepare(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
