@@ -12,7 +12,7 @@ import io
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
@@ -101,15 +101,43 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
         raise DataError(f"{path} is not an uncompressed tar ({error}); unpack a compressed one first") from error
 
 
+def has_image_suffix(name: str) -> bool:
+    """Whether a name ends like a picture's, in any case."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
 class ImageRoot:
-    """The pictures of a data set by name: files below a folder, and members of the tars that lie in it."""
+    """The pictures of a data set by name: files below a folder, and members of the tars that lie in it.
+
+    A member is known by its own name and by "shard.tar/member", which stays unique when shards repeat names.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise DataError(f"the image root {path} does not exist")
         self.path = path
         tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-        self._members = {name: (tar, span) for tar in tars for name, span in index_tar(tar).items()}
+        self.shards = {tar.name: (tar, index_tar(tar)) for tar in tars}
+        self._members = {name: (tar, span) for tar, members in self.shards.values() for name, span in members.items()}
+
+    def _member(self, name: str) -> tuple[Path, TarSpan] | None:
+        if name in self._members:
+            return self._members[name]
+        shard, _, member = name.partition("/")
+        tar, members = self.shards.get(shard, (None, {}))
+        return (tar, members[member]) if tar is not None and member in members else None
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            return self._member(name) is not None or (self.path / name).is_file()
+        except (OSError, ValueError):  # longer than a name may be, or with a NUL
+            return False
+
+    def names(self) -> list[str]:
+        """Every picture, sorted: files at any depth, then members."""
+        below = self.path.rglob("*") if self.path.is_dir() else ()
+        files = sorted(p.relative_to(self.path).as_posix() for p in below if has_image_suffix(p.name) and p.is_file())
+        return files + sorted(name for name in self._members if has_image_suffix(name))
 
     def read(self, name: str) -> bytes:
         """The bytes of one picture.
@@ -117,8 +145,9 @@ class ImageRoot:
         Raises:
             ImageError: there is no such file or member.
         """
-        if name in self._members:
-            tar, span = self._members[name]
+        member = self._member(name)
+        if member is not None:
+            tar, span = member
             with tar.open("rb") as file:
                 file.seek(span.offset)
                 return file.read(span.size)

@@ -1,59 +1,216 @@
+import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from dcar_core.data import load_split
+from dcar_core.data import load_split, splits_of
 from dcar_core.errors import DataError
 
 
 def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+    return path
+
+
+def picture(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(path)
     return path
 
 
 def entry(**change: object) -> dict[str, object]:
     return {
         "file_name": "a.png",
-        "file_path": "YOUR_IMAGE_PATH/a.png",
+        "file_path": "YOUR_IMAGE_PATH",
         "positive": "a red car",
         "negative": ["a van"],
+        "class_name": "car",
     } | change
 
 
-def test_fdrd_and_what_is_repaired(tmp_path: Path) -> None:
-    write(
-        tmp_path / "train.json",
-        {
-            "sports_car_001": entry(negative=["A Red  Car", "a blue car"]),
-            "sports_car_002": entry(file_name="b.png", negative=[]),
-            "van-3": entry(positive="a van", class_name="big van"),
-        },
-    )
-    data, report = load_split(tmp_path, "train")
-    assert [s.category for s in data.samples] == ["sports car", "sports car", "big van"]
-    assert data.samples[0].negatives == ("a blue car",)
-    assert report.counts["categories derived from the key"] == 2
-    assert report.counts["negatives equal to their positive, left out"] == 2
-    assert sum(report.counts[k] for k in report.counts if k.startswith("captions that another")) == 1
-    assert "2 pairs without a negative" in str(report)
+def older(number: str, **change: object) -> dict[str, object]:
+    """As the first released files have it."""
+    path = f"/home/somebody/DATA/pets/images/{number}.jpg"
+    return {"file_name": number, "file_path": path, "positive": f"a cat, {number}", "negative": []} | change
 
 
-def test_file_name_is_taken_from_a_path_when_missing(tmp_path: Path) -> None:
-    content = {"x": {"file_path": "/home/someone/images/c.png", "positive": "a"}}
-    assert load_split(write(tmp_path / "one.json", content), "train")[0].samples[0].image == "c.png"
-
-
-def test_tables(tmp_path: Path) -> None:
-    lines = [
-        {"image": "a.png", "caption": "a", "split": "train", "category": "x", "negatives": ["b"]},
-        {"image": "b.png", "caption": "b", "split": "test"},
+def test_the_older_fdrd_form(tmp_path: Path) -> None:
+    content = {
+        "Maine_Coon_12": older("Maine_Coon_12", negative=["A CAT,  maine_coon_12", "a dog", "A dog", "a bird"]),
+        "Maine_Coon_13": older("Maine_Coon_13", positive=" a  cat "),
+        "707-320_0001": older("0001", positive="An airplane.The sky is blue."),
+        "monkshood_image_06": older("monkshood_image_06", positive="A monks_hood.", class_name="monks_hood"),
+    }
+    data, report = load_split(write(tmp_path / "pets_train.json", content), "train", pictures="ignore")
+    assert [s.image for s in data.samples] == [
+        "Maine_Coon_12.jpg",
+        "Maine_Coon_13.jpg",
+        "0001.jpg",
+        "monkshood_image_06.jpg",
     ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert load_split(tmp_path, "train")[0].samples[0].negatives == ("b",)
-    (tmp_path / "pairs.jsonl").unlink()
-    (tmp_path / "pairs.csv").write_text("image,caption,split,category\na.png,a,val,x\n")
-    assert load_split(tmp_path, "val")[0].samples[0].category == "x"
+    assert [s.category for s in data.samples] == ["Maine Coon", "Maine Coon", "707-320", "monks hood"]
+    assert data.samples[0].negatives == ("a dog", "a bird")
+    assert [s.caption for s in data.samples[1:3]] == ["a cat", "An airplane. The sky is blue."]
+    assert report.counts == {
+        "absolute paths of another machine, replaced by the image root": 4,
+        "file names without a suffix": 4,
+        "categories derived from the key": 3,
+        "negatives equal to their positive, left out": 1,
+        "negatives that occur twice for one caption, left out once": 1,
+        "pairs without a negative": 3,
+        "captions with stray white space, repaired": 1,
+        "captions with sentences that touch, repaired": 1,
+        "captions with an underscore, kept as written": 2,
+    }
+
+
+def test_a_negative_that_equals_its_repaired_positive_is_left_out(tmp_path: Path) -> None:
+    content = {"a": entry(positive="This is a cat.The cat sits.", negative=["This is a cat.The cat sits.", "a dog"])}
+    data, _ = load_split(write(tmp_path / "train.json", content), "train", pictures="ignore")
+    assert data.samples[0].negatives == ("a dog",)
+
+
+def test_the_newer_fdrd_form(tmp_path: Path) -> None:
+    content = {
+        "a.jpg": entry(file_name="a.jpg", class_name="Apply_Eye_Makeup", negative=[]),
+        "b.jpg": entry(file_name="b.jpg", class_name="", negative=[], file_path="YOUR_IMAGE_PATH/b.jpg"),
+        "v_BoxingSpeedBag_g01_c02.jpg": {k: v for k, v in entry(file_name="c.jpg").items() if k != "class_name"},
+    }
+    data, report = load_split(write(tmp_path / "train.json", content), "train", pictures="ignore")
+    assert [s.category for s in data.samples] == ["Apply Eye Makeup", "b", "Boxing Speed Bag"]
+    assert report.counts["placeholder paths, replaced by the image root"] == 3
+    assert report.counts["pairs without a negative"] == 2
+    assert report.counts["captions that another picture has too (positives of each other in training)"] == 2
+
+
+def test_keys_that_occur_twice_and_several_captions(tmp_path: Path) -> None:
+    one, two = (
+        json.dumps(entry(positive="one")),
+        json.dumps(entry(positive=["two", "Two", "", "three"], negative="One")),
+    )
+    (tmp_path / "train.json").write_text(f'{{"k": {one}, "k": {two}}}', encoding="utf-8-sig")
+    data, report = load_split(tmp_path, "train", pictures="ignore")
+    assert [s.caption for s in data.samples] == ["one", "two", "three"]
+    assert {s.image for s in data.samples} == {"a.png"}
+    assert report.counts["keys that occur twice, both entries kept"] == 1
+    assert report.counts["pairs that occur twice, left out once"] == 1
+    assert report.names["empty captions, left out"] == ["a.png"]
+
+
+def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
+    rows = [
+        {"image": "a.png", "caption": "a", "split": "train", "category": "x", "negatives": ["b", "c"]},
+        {"image": "a.png", "caption": "a, again", "split": "training", "category": "x"},
+        {"image": "b.png", "caption": "b", "split": "validation", "negatives": ["d"], "negative_categories": ["y"]},
+        {"image": "c.png", "caption": "c", "split": "extra"},
+    ]
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j" / "pairs.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "c").mkdir()
+    with (tmp_path / "c" / "pairs.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["image", "caption", "split", "category", "negatives", "negative_categories"])
+        table.writeheader()
+        bars = rows[0] | {"negatives": "b | c"}
+        table.writerows([bars, rows[1], rows[2] | {"negatives": '["d"]', "negative_categories": "y"}, rows[3]])
+    for split in ("train", "val"):
+        one, report = load_split(tmp_path / "j", split, pictures="ignore")
+        other, _ = load_split(tmp_path / "c", split, pictures="ignore")
+        assert one.samples == other.samples
+    assert [s.caption for s in load_split(tmp_path / "j", "train", pictures="ignore")[0].samples] == ["a", "a, again"]
+    assert one.samples[0].negative_categories == ("y",)
+    assert report.counts["pairs of the split 'extra', left out"] == 1
+    assert splits_of(tmp_path / "c") == ["train", "val"]
+
+
+def tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_webdataset_tars(tmp_path: Path) -> None:
+    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    tar(tmp_path / "train-0000.tar", {"0.png": png, "0.txt": b"a red square\nall red", "1.png": png, "2.txt": b"no"})
+    row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
+    tar(tmp_path / "train-0001.tar", {"./0.png": png, "./0.json": row})
+    tar(tmp_path / "val.tar", {"v/0.png": png, "v/0.txt": b"for validation"})
+    data, report = load_split(tmp_path, "train", pictures="skip")
+    assert [(s.image, s.caption) for s in data.samples] == [
+        ("train-0000.tar/0.png", "a red square"),
+        ("train-0000.tar/0.png", "all red"),
+        ("train-0001.tar/0.png", "red"),
+    ]
+    assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",))
+    assert data.read(data.samples[2]) == png
+    assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
+    assert report.names["tar samples without a picture, left out"] == ["train-0000.tar/2"]
+    assert load_split(tmp_path, "val")[0].samples[0].caption == "for validation"
+    assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
+
+
+def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:
+    rows = [{"image": f"{i}.png", "caption": f"{word} {i}"} for i in range(300) for word in ("one", "two")]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    parts = {split: load_split(file, split, pictures="ignore") for split in ("train", "val", "test")}
+    images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
+    assert sum(map(len, images.values())) == 300  # no picture is in two splits
+    assert len(images["train"]) > 210
+    assert min(len(images["val"]), len(images["test"])) > 10
+    assert [n for what, n in parts["val"][1].counts.items() if "cut by a hash" in what] == [2 * len(images["val"])]
+
+
+def test_a_split_is_known_by_the_name_of_its_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "cars_test.json", {"a": entry()})
+    assert len(load_split(file, "test", pictures="ignore")[0]) == 1
+    assert len(load_split(tmp_path, "test", pictures="ignore")[0]) == 1
+    with pytest.raises(DataError, match=r"has no val pairs; it has test"):
+        load_split(file, "val", pictures="ignore")
+    write(tmp_path / "pets_test.json", {"a": entry()})
+    with pytest.raises(DataError, match=r"several files for test \(cars_test.json, pets_test.json\)"):
+        load_split(tmp_path, "test", pictures="ignore")
+
+
+@pytest.mark.parametrize("place", ["Maine_Coon_12.jpg", "pets/images/Maine_Coon_12.jpg", "deep/er/Maine_Coon_12.jpg"])
+def test_pictures_are_found_below_another_root(tmp_path: Path, place: str) -> None:
+    file = write(tmp_path / "train.json", {"Maine_Coon_12": older("Maine_Coon_12")})
+    picture(tmp_path / "photos" / place)
+    data, _ = load_split(file, "train", images=tmp_path / "photos")
+    assert data.samples[0].image == place
+    assert data.read(data.samples[0])
+
+
+def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:
+    file = write(tmp_path / "train.json", {"k": entry(file_name="1.jpg")})
+    picture(tmp_path / "a" / "1.jpg")
+    picture(tmp_path / "b" / "1.jpg")
+    with pytest.raises(DataError, match=r"1 of 1 pictures are not in .*: 1\.jpg\. Point --images .* --skip-broken"):
+        load_split(file, "train")
+
+
+def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:40])
+    rows = {name: entry(file_name=f"{name}.png", positive=f"a {name} one") for name in ("good", "cut", "gone")}
+    write(tmp_path / "train.json", rows)
+    with pytest.raises(DataError, match=r"train: 1 of 3 pictures .*gone\.png"):
+        load_split(tmp_path, "train")
+    data, report = load_split(tmp_path, "train", pictures="skip")
+    assert [s.image for s in data.samples] == ["good.png"]
+    assert report.names["pictures missing, left out"] == ["gone.png"]
+    [broken] = report.names["pictures broken, left out"]
+    assert broken.startswith("cut.png (")
+    assert "gone.png" in str(report)
+    good.unlink()
+    with pytest.raises(DataError, match="no train pairs that can be used"):
+        load_split(tmp_path, "train", pictures="skip")
 
 
 @pytest.mark.parametrize(
@@ -63,15 +220,49 @@ def test_tables(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ('{"k": 3}', "entry 'k': must be an object"),
         ('{"k": {"file_name": "a.png"}}', "entry 'k': field 'positive' is missing"),
+        ('{"k": {"positive": "a"}}', "entry 'k': field 'file_path' is missing"),
+        ('{"k": {"file_name": "a.png", "positive": {"a": 1}}}', "field 'positive' must be text or a list of texts"),
         ("{}", "has no train pairs"),
+        ('{"k": {"file_name": "a.png", "positive": " "}}', "no train pairs that can be used"),
+        ("\udcff", "is not UTF-8"),
     ],
 )
 def test_bad_annotations_name_the_place(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "train.json").write_text(content)
+    (tmp_path / "train.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):
-        load_split(tmp_path, "train")
+        load_split(tmp_path, "train", pictures="ignore")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pairs.jsonl", '{"image": "a.png", "caption": "a"}\n{', r"line 2: not JSON"),
+        ("pairs.jsonl", "[1]", r"line 1: must be an object"),
+        ("pairs.jsonl", '{"caption": "a"}', r"line 1: field 'image' is missing"),
+        ("pairs.jsonl", '{"image": "a.png"}', r"line 1: field 'caption' is missing"),
+        (
+            "pairs.jsonl",
+            '{"image": "a.png", "caption": "a", "split": "train"}\n{"image": "b.png", "caption": "b"}',
+            r"1 rows have no split, such as 'b\.png'",
+        ),
+        ("pairs.csv", "image,caption,split\na.png,one, two,train\n", r"line 2: more cells than the header"),
+        ("notes.txt", "a", r"needs train\.json"),
+    ],
+)
+def test_bad_tables_name_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_split(tmp_path, "train", pictures="ignore")
 
 
 def test_no_annotations(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"neither val\.json"):
+    with pytest.raises(DataError, match=r"no annotations for val: it needs train\.json"):
         load_split(tmp_path, "val")
+    with pytest.raises(DataError, match="does not exist"):
+        load_split(tmp_path / "gone", "val")
+    write(tmp_path / "train.json", {"a": entry()})
+    with pytest.raises(DataError, match="no annotations for val: it has train alone"):
+        load_split(tmp_path, "val")
+    (tmp_path / "a.xml").write_text("<a/>")
+    with pytest.raises(DataError, match=r"read from \.json, \.jsonl, \.csv and \.tar"):
+        load_split(tmp_path / "a.xml", "val")

@@ -1,0 +1,12 @@
+"""Annotations to samples, with a report of what was repaired or left out.
+
+    files --readers--> Entry --clean--> Sample --pictures--> Sample with a name that can be read --> Dataset
+
+The forms that are read are described in docs/data.md.
+"""
+
+from dcar_core.data.load import load_split, splits_of
+from dcar_core.data.report import CleaningReport
+from dcar_core.data.samples import SPLITS, Dataset, Sample
+
+__all__ = ["SPLITS", "CleaningReport", "Dataset", "Sample", "load_split", "splits_of"]

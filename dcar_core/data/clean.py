@@ -1,0 +1,79 @@
+"""Entries to samples: what is broken is repaired or left out, and counted."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+from dcar_core.data.entries import Entry
+from dcar_core.data.report import CleaningReport
+from dcar_core.data.samples import Sample
+
+# "This is a photo of banded.The image": CLIP's tokens are the same with a space.
+_GLUED = re.compile(r"(?<=[\w)\"'])\.(?=[A-Z][a-z]|[A-Z] )")
+
+
+def normalise(text: str) -> str:
+    """For comparison: case, underscores, spacing and Unicode forms folded."""
+    return " ".join(unicodedata.normalize("NFKC", text).replace("_", " ").casefold().split())
+
+
+def clean(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
+    """One sample a caption, in the order of the entries."""
+    seen: set[str] = set()
+    pairs: set[tuple[str, str]] = set()
+    for entry in entries:
+        own = {normalise(tidy(caption)) for caption in entry.captions}
+        category = " ".join(entry.category.replace("_", " ").split())
+        for raw in entry.captions:
+            caption = tidy(raw)
+            normal = normalise(caption)
+            if not normal:
+                report.add("empty captions, left out", names=[entry.image])
+                continue
+            if _spaced(raw) != raw:
+                report.add("captions with stray white space, repaired")
+            if caption != _spaced(raw):
+                report.add("captions with sentences that touch, repaired")
+            if (entry.image, normal) in pairs:
+                report.add("pairs that occur twice, left out once")
+                continue
+            if normal in seen:
+                report.add("captions that another picture has too (positives of each other in training)")
+            seen.add(normal)
+            pairs.add((entry.image, normal))
+            if "_" in caption:
+                report.add("captions with an underscore, kept as written")
+            negatives, categories = _negatives(entry, own, report)
+            yield Sample(entry.image, caption, category, negatives, categories, entry.meta_category)
+
+
+def tidy(text: str) -> str:
+    """White space to single spaces, and one between sentences that touch."""
+    return _GLUED.sub(". ", _spaced(text))
+
+
+def _spaced(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _negatives(entry: Entry, own: set[str], report: CleaningReport) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The negatives that can be used, and their categories if each has one."""
+    matched = len(entry.negative_categories) == len(entry.negatives)
+    if entry.negative_categories and not matched:
+        report.add("entries whose negatives and negative categories differ in number, categories left out")
+    categories = entry.negative_categories if matched else ("",) * len(entry.negatives)
+    kept: dict[str, tuple[str, str]] = {}
+    for raw, category in zip(entry.negatives, categories, strict=True):
+        text = tidy(raw)
+        normal = normalise(text)
+        if not normal:
+            report.add("empty negatives, left out")
+        elif normal in own:
+            report.add("negatives equal to their positive, left out")
+        elif normal in kept:
+            report.add("negatives that occur twice for one caption, left out once")
+        else:
+            kept[normal] = (text, " ".join(category.replace("_", " ").split()))
+    if not kept:
+        report.add("pairs without a negative")
+    return tuple(text for text, _ in kept.values()), tuple(c for _, c in kept.values()) if matched else ()

@@ -1,0 +1,72 @@
+"""What every reader yields, and how fields are checked."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcar_core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One annotated picture as a file gives it, before cleaning.
+
+    image: its name; path: a longer path, perhaps of another machine, or "". split: "" when the file does not say.
+    notes: what its reader repaired, for the report of the split that it belongs to.
+    """
+
+    image: str
+    captions: tuple[str, ...]
+    path: str = ""
+    split: str = ""
+    category: str = ""
+    negatives: tuple[str, ...] = ()
+    negative_categories: tuple[str, ...] = ()
+    meta_category: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def text_of(file: Path) -> str:
+    """The file's text, with or without a byte-order mark.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def required(entry: Mapping[str, Any], name: str, where: str) -> str:
+    """A field that must be there and hold text."""
+    value = entry.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: field {name!r} is missing or empty")
+    return value
+
+
+def strings(value: object, where: str, name: str) -> tuple[str, ...]:
+    """Nothing, a text, or a list of texts."""
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise DataError(f"{where}: field {name!r} must be text or a list of texts, not {json.dumps(value)[:60]}")
+
+
+def captions(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The caption or captions, under the first of these names that is there; an empty one is for the cleaning to count.
+
+    Raises:
+        DataError: none of the names is there, or it holds no text.
+    """
+    for name in names:
+        value = entry.get(name)
+        if value is not None:
+            return strings(value, where, name) or ("",)
+    raise DataError(f"{where}: field {names[0]!r} is missing")

@@ -1,0 +1,91 @@
+"""FDRD's JSON, in the two generations that its authors released.
+
+    key -> {"file_name", "file_path", "positive", "negative": [...], "class_name"?}
+
+The older files give absolute paths of another machine, file names without a suffix and four negatives, and some no
+class_name; the newer ones (`inter_*`) give the placeholder YOUR_IMAGE_PATH, file names with a suffix, class names and
+no negatives. Every departure is noted. Beyond FDRD, `positive` may be a list, and `negative_class` and `meta_category`
+are read.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dcar_core.data.entries import Entry, captions, required, strings, text_of
+from dcar_core.data.report import CleaningReport
+from dcar_core.errors import DataError
+from dcar_core.images import has_image_suffix
+
+_PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)
+_NUMBER = re.compile(r"[_\-/ ]*\d+$")
+_VIDEO = re.compile(r"^v_(\w+)_g\d+_c\d+$")  # UCF101's frames
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that still knows the keys that occurred twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
+def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
+    """The entries of one file; a key that occurs twice gives two.
+
+    Raises:
+        DataError: not JSON, another shape, or an entry without caption or name; names the file and the entry.
+    """
+    try:
+        content = json.loads(text_of(file), object_pairs_hook=_Object)
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, _Object):
+        raise DataError(f"{file} must hold an object, key -> entry, not a {type(content).__name__}")
+    report.add("keys that occur twice, both entries kept", len(content.pairs) - len(content))
+    for key, entry in content.pairs:
+        if not isinstance(entry, dict):
+            raise DataError(f"{file}, entry {key!r}: must be an object, not a {type(entry).__name__}")
+        yield _entry(file, key, entry)
+
+
+def _entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
+    where, notes = f"{file}, entry {key!r}", []
+    path = str(entry.get("file_path") or "").replace("\\", "/")
+    if _PLACEHOLDER.match(path):
+        notes.append("placeholder paths, replaced by the image root")
+        path = path.partition("/")[2]
+    elif path.startswith("/") or path[1:3] == ":/":
+        notes.append("absolute paths of another machine, replaced by the image root")
+    name = entry.get("file_name")
+    if not name:
+        name = PurePosixPath(required(entry, "file_path", where)).name
+        notes.append("missing file names, taken from the path")
+    if not has_image_suffix(str(name)):
+        notes.append("file names without a suffix")
+    category = entry.get("class_name")
+    if not category:
+        category = category_of_key(key)
+        notes.append("categories derived from the key" if category else "entries without a category")
+    return Entry(
+        image=str(name),
+        path=path,
+        captions=captions(entry, ("positive",), where),
+        category=str(category),
+        negatives=strings(entry.get("negative"), where, "negative"),
+        negative_categories=strings(entry.get("negative_class"), where, "negative_class"),
+        meta_category=str(entry.get("meta_category") or ""),
+        notes=tuple(notes),
+    )
+
+
+def category_of_key(key: str) -> str:
+    """ "great_pyrenees_43" -> "great pyrenees", "707-320_1514522" -> "707-320", "1514522" -> ""."""
+    stem = PurePosixPath(key).stem if has_image_suffix(key) else key
+    video = _VIDEO.match(stem)
+    if video:
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", video[1])
+    stem = _NUMBER.sub("", stem).removesuffix("_image")
+    return stem.replace("_", " ").strip()

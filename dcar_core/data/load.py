@@ -1,0 +1,170 @@
+"""Which file holds which split, and one split as a Dataset.
+
+A directory has a file for each split, `train.json` (or cars_train.json), `train.jsonl`, `train.csv`, `train.tar` or
+`train-*.tar`, or one table `pairs.jsonl` / `pairs.csv` for all. A single file may be given instead of a directory. Rows
+say their split in a column, a file in its name; where neither does, a hash of the picture's name decides.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from dcar_core.data.clean import clean
+from dcar_core.data.entries import Entry
+from dcar_core.data.fdrd import read_fdrd
+from dcar_core.data.pictures import locate, named, unreadable
+from dcar_core.data.report import CleaningReport, shorten
+from dcar_core.data.samples import SPLITS, Dataset
+from dcar_core.data.tables import read_table, read_tar
+from dcar_core.errors import DataError
+from dcar_core.images import ImageRoot
+
+Pictures = Literal["require", "skip", "ignore"]
+_ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+_IN_NAME = re.compile(r"(?:^|[_\-.])(train|val|test)(?:$|[_\-.]\d+$)", re.IGNORECASE)
+_FORMS = "train.json (FDRD's form), train.jsonl, train.csv, train.tar, or pairs.jsonl or pairs.csv with a split column"
+_SHARES = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # up to here
+
+
+def load_split(
+    path: Path, split: str, *, images: Path | None = None, pictures: Pictures = "require"
+) -> tuple[Dataset, CleaningReport]:
+    """Read one split of a data set.
+
+    Args:
+        path: the directory that holds the annotations, or one annotation file.
+        split: train, val or test.
+        images: the image root, when it is not `path` (or the file's folder).
+        pictures: "require" that every picture is there; "skip" those that are missing or cannot be decoded, and report
+            their names; "ignore" pictures altogether, and read annotations alone.
+
+    Raises:
+        DataError: no annotations, none for this split, a field that is missing, or missing pictures; names the file
+            and the entry.
+    """
+    report = CleaningReport()
+    entries = [entry for entry in _entries(path, split, report) if entry.split == split]
+    if not entries:
+        others = [name for name in splits_of(path) if name != split]
+        raise DataError(f"{path} has no {split} pairs{'; it has ' + ', '.join(others) if others else ''}")
+    for note in (note for entry in entries for note in entry.notes):
+        report.add(note)
+    root = ImageRoot(images or (path if path.is_dir() or path.suffix == ".tar" else path.parent))
+    if pictures == "ignore":
+        found = [replace(entry, image=named(entry)) for entry in entries]
+    else:
+        found = _with_pictures(entries, root, split, pictures, report)
+    samples = list(clean(found, report))
+    if not samples:
+        raise DataError(f"{path} has no {split} pairs that can be used:\n{report}")
+    return Dataset(split, samples, root), report
+
+
+def splits_of(path: Path) -> list[str]:
+    """The splits that a data set has, of train, val and test.
+
+    Raises:
+        DataError: there are no annotations, or they cannot be read.
+    """
+    found = set()
+    for split in SPLITS:
+        if _files(path, split):
+            found |= {entry.split for entry in _entries(path, split, CleaningReport())}
+    return [split for split in SPLITS if split in found]
+
+
+def _with_pictures(
+    entries: Sequence[Entry], root: ImageRoot, split: str, pictures: Pictures, report: CleaningReport
+) -> list[Entry]:
+    found, missing = [], []
+    for entry, name in locate(entries, root, report):
+        if name is None:
+            missing.append(entry.image)
+        else:
+            found.append(replace(entry, image=name))
+    if missing and pictures == "require":
+        raise DataError(
+            f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {root.path}: {shorten(missing)}. Point "
+            f"--images to the folder or tar that holds them, or leave them out with --skip-broken"
+        )
+    report.add("pictures missing, left out", names=missing)
+    if pictures == "skip":
+        broken = unreadable(list(dict.fromkeys(entry.image for entry in found)), root)
+        report.add("pictures broken, left out", names=[f"{name} ({why})" for name, why in broken.items()])
+        found = [entry for entry in found if entry.image not in broken]
+    return found
+
+
+def _entries(path: Path, split: str, report: CleaningReport) -> Iterator[Entry]:
+    """Every entry of the files that may hold the split, each with its split."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
+    files = _files(path, split)
+    if not files:
+        raise DataError(f"{path} has no annotations for {split}: {_missing(path)}")
+    for file in files:
+        entries = list(_read(file, report))
+        own = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
+        yield from _with_splits(file, entries, own[1].lower() if own else "", report)
+
+
+def _missing(path: Path) -> str:
+    there = [split for split in SPLITS if _files(path, split)]
+    return f"it has {', '.join(there)} alone" if there else f"it needs {_FORMS}"
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for suffix in (".json", ".jsonl", ".csv"):
+        if (path / f"{split}{suffix}").is_file():
+            return [path / f"{split}{suffix}"]
+    shards = sorted(p for p in path.glob("*.tar") if re.fullmatch(rf"{split}([_\-.]\d+)?", p.stem))
+    if shards:
+        return shards
+    named_so = sorted(path.glob(f"*_{split}.json"))
+    if len(named_so) > 1:
+        raise DataError(
+            f"{path} has several files for {split} ({shorten([p.name for p in named_so])}); name one of them"
+        )
+    tables = [path / name for name in ("pairs.jsonl", "pairs.csv") if (path / name).is_file()]
+    return named_so or tables[:1]
+
+
+def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
+    suffix = file.suffix.lower()
+    if suffix == ".json":
+        return read_fdrd(file, report)
+    if suffix in {".jsonl", ".csv"}:
+        return read_table(file)
+    if suffix == ".tar":
+        return read_tar(file, report)
+    raise DataError(f"{file}: annotations are read from .json, .jsonl, .csv and .tar files")
+
+
+def _with_splits(file: Path, entries: list[Entry], own: str, report: CleaningReport) -> Iterator[Entry]:
+    if own:
+        yield from (replace(entry, split=own) for entry in entries)
+        return
+    said = [bool(entry.split) for entry in entries]
+    if any(said) and not all(said):
+        raise DataError(
+            f"{file}: {said.count(False):,} rows have no split, such as {entries[said.index(False)].image!r}"
+        )
+    if not any(said):
+        note = f"entries of {file.name}, which names no splits, cut by a hash of the picture's name (80/10/10)"
+        yield from (replace(e, split=_hashed(e.image), notes=(*e.notes, note)) for e in entries)
+        return
+    for entry in entries:
+        split = _ALIASES.get(entry.split.lower(), entry.split.lower())
+        if split not in SPLITS:
+            report.add(f"pairs of the split {entry.split!r}, left out")
+        yield replace(entry, split=split)
+
+
+def _hashed(image: str) -> str:
+    share = int.from_bytes(hashlib.sha256(image.encode()).digest()[:4]) / 2**32
+    return next(split for split, up_to in _SHARES if share < up_to)

@@ -1,0 +1,85 @@
+"""Where an entry's picture is, and whether it can be read.
+
+A name is tried as it is, with a picture's suffix, then by the last parts of its path, the longest first (so that
+/elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg), then as the only file of that name below the image root.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+
+from dcar_core.data.entries import Entry
+from dcar_core.data.report import CleaningReport
+from dcar_core.errors import ImageError
+from dcar_core.images import IMAGE_SUFFIXES, ImageRoot, has_image_suffix, open_image
+
+_SUFFIXES = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}), ".JPG", ".JPEG", ".PNG")
+_THREADS = 8
+
+
+class Finder:
+    """Names of annotations to names below an image root."""
+
+    def __init__(self, root: ImageRoot) -> None:
+        self.root = root
+        self._by_base: dict[str, list[str]] | None = None
+
+    def find(self, image: str, path: str = "") -> str | None:
+        """The name that `root.read` takes, or None: no such picture, or several in different folders."""
+        for candidate in _candidates(image, path):
+            if candidate in self.root:
+                return candidate
+        if self._by_base is None:
+            self._by_base = {}
+            for name in self.root.names():
+                base = PurePosixPath(name)
+                self._by_base.setdefault(base.name, []).append(name)
+                self._by_base.setdefault(base.stem, []).append(name)
+        found = self._by_base.get(PurePosixPath(image).name, [])
+        return found[0] if len(found) == 1 else None
+
+
+def _candidates(image: str, path: str) -> Iterator[str]:
+    if image and not image.startswith("/"):
+        yield image
+    if not has_image_suffix(image):
+        given = PurePosixPath(path).suffix
+        yield from (image + suffix for suffix in dict.fromkeys((given, *_SUFFIXES)) if suffix)
+    parts = PurePosixPath(path).parts
+    if path in {"", "."}:
+        return
+    yield path
+    for start in range(1, len(parts)):
+        yield "/".join(parts[start:])
+
+
+def locate(entries: Iterable[Entry], root: ImageRoot, report: CleaningReport) -> Iterator[tuple[Entry, str | None]]:
+    """Each entry with its picture's name below the root, or None."""
+    finder = Finder(root)
+    for entry in entries:
+        name = finder.find(entry.image, entry.path)
+        if name is not None and name != entry.image:
+            report.add("pictures found under a name that differs from the annotated one")
+        yield entry, name
+
+
+def named(entry: Entry) -> str:
+    """The picture's name when no picture is looked for: with the suffix of its path, if it lacks one."""
+    suffix = PurePosixPath(entry.path).suffix
+    if has_image_suffix(entry.image) or not has_image_suffix(entry.path):
+        return PurePosixPath(entry.image).name if entry.image.startswith("/") else entry.image
+    return entry.image + suffix
+
+
+def unreadable(names: Sequence[str], root: ImageRoot) -> dict[str, str]:
+    """Decode every picture once; those that cannot be read, with the reason."""
+
+    def reason(name: str) -> str | None:
+        try:
+            open_image(root.read(name))
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return {name: why for name, why in zip(names, pool.map(reason, names), strict=True) if why is not None}

@@ -1,0 +1,48 @@
+"""One image-caption pair, and the pairs of a split."""
+
+from dataclasses import dataclass
+
+from dcar_core.errors import DataError, ImageError
+from dcar_core.images import ImageRoot
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image-caption pair; a picture with several captions has several samples. "" is what is not known.
+
+    image: the picture's name below the image root.
+    negative_categories: the category that each negative speaks of, "" where it is not known, or empty for all.
+    meta_category: the group of similar categories, where the data say so.
+    """
+
+    image: str
+    caption: str
+    category: str = ""
+    negatives: tuple[str, ...] = ()
+    negative_categories: tuple[str, ...] = ()
+    meta_category: str = ""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The pairs of one split and where their pictures are."""
+
+    split: str
+    samples: list[Sample]
+    root: ImageRoot
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, sample: Sample) -> bytes:
+        """The picture's bytes.
+
+        Raises:
+            DataError: it is missing; the message names it.
+        """
+        try:
+            return self.root.read(sample.image)
+        except ImageError as error:
+            raise DataError(f"{self.split}: {error}; point --images to the folder or tar that holds it") from error

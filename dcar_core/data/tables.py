@@ -1,0 +1,135 @@
+"""JSONL, CSV, and webdataset tars of pictures with captions.
+
+- A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives and
+  negative_categories. `file_name` is read for image, `class_name` for category.
+- In a CSV cell, several negatives are a JSON list or stand between bars: "a red van | a blue car".
+- In a tar, members that share a key are one sample: 0001.jpg with 0001.txt (a caption a line) or 0001.json (a row).
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dcar_core.data.entries import Entry, captions, required, strings
+from dcar_core.data.report import CleaningReport
+from dcar_core.errors import DataError
+from dcar_core.images import ImageRoot, has_image_suffix
+
+_LISTS = ("negatives", "negative", "negative_categories", "negative_class", "captions")
+
+
+def read_table(file: Path) -> Iterator[Entry]:
+    """The rows of a .jsonl or .csv file.
+
+    Raises:
+        DataError: a row that is no object, or without image or caption; names the file and the row.
+    """
+    for where, row in _rows(file):
+        yield _entry(row, where, image=row.get("image") or required({"image": row.get("file_name")}, "image", where))
+
+
+def _entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
+    name = required({"image": image}, "image", where).replace("\\", "/").removeprefix("./")
+    return Entry(
+        image=name,
+        path=name if name.startswith("/") or name[1:3] == ":/" else "",
+        captions=captions(row, ("caption", "captions"), where),
+        split=str(row.get("split") or "").strip(),
+        category=str(row.get("category") or row.get("class_name") or ""),
+        negatives=_either(row, "negatives", "negative", where),
+        negative_categories=_either(row, "negative_categories", "negative_class", where),
+        meta_category=str(row.get("meta_category") or ""),
+    )
+
+
+def _either(row: Mapping[str, Any], name: str, other: str, where: str) -> tuple[str, ...]:
+    return strings(row.get(name), where, name) or strings(row.get(other), where, other)
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            yield from (_csv_rows if file.suffix == ".csv" else _jsonl_rows)(file, lines)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error.reason}); convert it first") from error
+    except csv.Error as error:
+        raise DataError(f"{file} is not CSV: {error}") from error
+
+
+def _jsonl_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: must be an object, not a {type(row).__name__}")
+        yield where, row
+
+
+def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    reader = csv.DictReader(lines)
+    for row in reader:
+        where = f"{file}, line {reader.line_num}"
+        if None in row:
+            raise DataError(f"{where}: more cells than the header has columns; quote a caption that has commas")
+        yield where, {name: _cell(value) if name in _LISTS else value for name, value in row.items()}
+
+
+def _cell(value: str | None) -> list[Any] | None:
+    """The texts of a cell that may hold several."""
+    if not value or not value.strip():
+        return None
+    if value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = None
+        if isinstance(found, list):
+            return found
+    return [part.strip() for part in value.split("|") if part.strip()]
+
+
+def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
+    """The samples of one webdataset shard. Pictures are named "shard.tar/member".
+
+    Raises:
+        DataError: not an uncompressed tar, or a .json member that cannot be used.
+    """
+    tar = ImageRoot(file)
+    samples: dict[str, dict[str, str]] = {}
+    for name in tar.shards[file.name][1]:
+        folder, _, base = name.rpartition("/")
+        stem, _, kind = base.partition(".")
+        samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[kind.lower()] = name
+    for key, members in samples.items():
+        where = f"{file}, sample {key!r}"
+        picture = next((name for kind, name in members.items() if has_image_suffix(f"x.{kind}")), None)
+        if picture is None:
+            report.add("tar samples without a picture, left out", names=[f"{file.name}/{key}"])
+            continue
+        row: dict[str, Any] = {}
+        if "json" in members:
+            row = _json_member(tar.read(members["json"]), where)
+        if "txt" in members:
+            text = tar.read(members["txt"]).decode("utf-8", errors="replace")
+            row = {**row, "caption": [line for line in text.splitlines() if line.strip()]}
+        if "caption" not in row and "captions" not in row:
+            report.add("tar samples without a caption, left out", names=[f"{file.name}/{key}"])
+            continue
+        yield _entry(row, where, image=f"{file.name}/{picture}")
+
+
+def _json_member(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{where}: its .json is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: its .json must hold an object, not a {type(row).__name__}")
+    return row
