@@ -86,6 +86,12 @@ class Backbone(nn.Module):
         tokens = self._tokenizer(clean, context_length=self.context_length - room)
         return tokens[:, : int(tokens.argmax(-1).max()) + 1].to(self.device)
 
+    def too_long(self, texts: Sequence[str], room: int = 0) -> list[bool]:
+        """Which texts `tokenize` would cut."""
+        limit = self.context_length - room
+        tokens = self._tokenizer([_MARKERS.sub(" ", text) for text in texts], context_length=limit + 1)
+        return (tokens.argmax(-1) >= limit).tolist()
+
     def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Text features (B, E), not normalised.
 
@@ -183,6 +189,12 @@ class Backbone(nn.Module):
 def _rows(prompts: Tensor, batch: int) -> Tensor:
     """(k, W) or (B, k, W) -> (B, k, W)."""
     return prompts.expand(batch, -1, -1)
+
+
+def clip_token_counts(texts: Sequence[str]) -> list[int]:
+    """How many tokens CLIP's own vocabulary makes of each text, SOS and EOT included; needs no model."""
+    encode = open_clip.get_tokenizer("ViT-B-32").encode
+    return [len(encode(text)) + 2 for text in texts]
 
 
 def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from app.cli import indexing, serving, training
+from app.cli import datasets, indexing, serving, training
 from dcar_core.errors import DcarError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(training.commands)
+app.add_typer(datasets.commands, name="data")
 app.add_typer(indexing.commands, name="index")
 app.add_typer(serving.commands)
 

@@ -7,7 +7,7 @@ import typer
 
 Data = Annotated[
     Path,
-    typer.Option(help="Directory with train.json, val.json, test.json in FDRD's form, or pairs.jsonl / pairs.csv."),
+    typer.Option(help="Directory with train.json, val.json, test.json in FDRD's form, or a table; see docs/data.md."),
 ]
 ModelName = Annotated[
     str, typer.Option("--model", help="An open_clip model such as ViT-B-32-quickgelu, or a model directory.")
@@ -17,6 +17,7 @@ Pretrained = Annotated[
     typer.Option(help="Weights for a model name: a tag (openai) or a .safetensors / .pt file. Not for a directory."),
 ]
 Images = Annotated[Path | None, typer.Option(help="Where the pictures are, when not beside the annotations.")]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that are missing or broken.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Epochs = Annotated[int, typer.Option(min=1)]
 BatchSize = Annotated[int, typer.Option(min=2)]

@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.options import BatchSize, Data, Device, Epochs, Images, LearningRate, ModelName, Out, Pretrained
+from app.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Epochs,
+    Images,
+    LearningRate,
+    ModelName,
+    Out,
+    Pretrained,
+    SkipBroken,
+)
 
 if TYPE_CHECKING:
     from dcar_core.backbone import Backbone
@@ -27,20 +38,22 @@ def train(
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better validation recall.")] = 5,
     seed: int = 0,
     device: Device = "auto",
+    skip_broken: SkipBroken = False,
 ) -> None:
     """Adapt CLIP to a domain: learns prompts of a few hundred KB, keeps the best epoch by validation recall."""
     from dcar_core.checkpoint import save_checkpoint
     from dcar_core.config import TrainConfig
-    from dcar_core.data import load_split
+    from dcar_core.data import describe, load_splits, save_reports
     from dcar_core.evaluate import seeded_model
     from dcar_core.methods import method as method_config
     from dcar_core.train import train as run
 
     chosen = method_config(method)
     config = TrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed)
-    training, report = load_split(data, "train", images=images)
-    validation, _ = load_split(data, "val", images=images)
-    typer.echo(f"{len(training):,} training pairs, {len(validation):,} for validation\n{report}", err=True)
+    splits, reports = load_splits(data, ("train", "val"), images=images, skip_broken=skip_broken)
+    typer.echo(describe(splits, reports), err=True)
+    training, validation = splits["train"], splits["val"]
+    save_reports(reports, out)
     prompted = seeded_model(_backbone(model, pretrained, device), chosen, seed)
     found = run(prompted, training, validation, config)
     mark = save_checkpoint(prompted, out, training={**config.to_dict(), "epoch": found.epoch, "validation": found.best})

@@ -5,8 +5,21 @@
 The forms that are read are described in docs/data.md.
 """
 
-from dcar_core.data.load import load_split, splits_of
-from dcar_core.data.report import CleaningReport
+from dcar_core.data.check import CheckedSplit, check
+from dcar_core.data.load import load_split, load_splits, splits_of
+from dcar_core.data.report import CleaningReport, describe, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
 
-__all__ = ["SPLITS", "CleaningReport", "Dataset", "Sample", "load_split", "splits_of"]
+__all__ = [
+    "SPLITS",
+    "CheckedSplit",
+    "CleaningReport",
+    "Dataset",
+    "Sample",
+    "check",
+    "describe",
+    "load_split",
+    "load_splits",
+    "save_reports",
+    "splits_of",
+]

@@ -46,21 +46,51 @@ def load_split(
             and the entry.
     """
     report = CleaningReport()
-    entries = [entry for entry in _entries(path, split, report) if entry.split == split]
-    if not entries:
-        others = [name for name in splits_of(path) if name != split]
-        raise DataError(f"{path} has no {split} pairs{'; it has ' + ', '.join(others) if others else ''}")
+    entries, root = _chosen(path, split, images, report)
     for note in (note for entry in entries for note in entry.notes):
         report.add(note)
-    root = ImageRoot(images or (path if path.is_dir() or path.suffix == ".tar" else path.parent))
     if pictures == "ignore":
         found = [replace(entry, image=named(entry)) for entry in entries]
     else:
-        found = _with_pictures(entries, root, split, pictures, report)
+        found, missing, broken = _with_pictures(entries, root, report, decode=pictures == "skip")
+        if missing and pictures == "require":
+            raise DataError(
+                f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {root.path}: {shorten(missing)}. "
+                f"Point --images to the folder or tar that holds them, or leave them out with --skip-broken"
+            )
+        report.add("pictures missing, left out", names=missing)
+        report.add("pictures broken, left out", names=broken)
     samples = list(clean(found, report))
     if not samples:
         raise DataError(f"{path} has no {split} pairs that can be used:\n{report}")
     return Dataset(split, samples, root), report
+
+
+def load_splits(
+    path: Path, splits: Sequence[str], *, images: Path | None = None, skip_broken: bool = False
+) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
+    """Several splits with their reports, as `load_split` reads each."""
+    read = {
+        split: load_split(path, split, images=images, pictures="skip" if skip_broken else "require") for split in splits
+    }
+    return {split: data for split, (data, _) in read.items()}, {split: report for split, (_, report) in read.items()}
+
+
+def usable_pictures(path: Path, split: str, images: Path | None = None) -> tuple[list[str], list[str]]:
+    """Decode a split's pictures: the names of those that are missing, and "name (reason)" of those that are broken."""
+    report = CleaningReport()
+    entries, root = _chosen(path, split, images, report)
+    _, missing, broken = _with_pictures(entries, root, report, decode=True)
+    return missing, broken
+
+
+def _chosen(path: Path, split: str, images: Path | None, report: CleaningReport) -> tuple[list[Entry], ImageRoot]:
+    """The split's entries, and the image root."""
+    entries = [entry for entry in _entries(path, split, report) if entry.split == split]
+    if not entries:
+        others = [name for name in splits_of(path) if name != split]
+        raise DataError(f"{path} has no {split} pairs{'; it has ' + ', '.join(others) if others else ''}")
+    return entries, ImageRoot(images or (path if path.is_dir() or path.suffix == ".tar" else path.parent))
 
 
 def splits_of(path: Path) -> list[str]:
@@ -77,25 +107,18 @@ def splits_of(path: Path) -> list[str]:
 
 
 def _with_pictures(
-    entries: Sequence[Entry], root: ImageRoot, split: str, pictures: Pictures, report: CleaningReport
-) -> list[Entry]:
+    entries: Sequence[Entry], root: ImageRoot, report: CleaningReport, *, decode: bool
+) -> tuple[list[Entry], list[str], list[str]]:
+    """Entries whose picture is there (and can be decoded), missing names, broken names with the reason."""
     found, missing = [], []
     for entry, name in locate(entries, root, report):
         if name is None:
             missing.append(entry.image)
         else:
             found.append(replace(entry, image=name))
-    if missing and pictures == "require":
-        raise DataError(
-            f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {root.path}: {shorten(missing)}. Point "
-            f"--images to the folder or tar that holds them, or leave them out with --skip-broken"
-        )
-    report.add("pictures missing, left out", names=missing)
-    if pictures == "skip":
-        broken = unreadable(list(dict.fromkeys(entry.image for entry in found)), root)
-        report.add("pictures broken, left out", names=[f"{name} ({why})" for name, why in broken.items()])
-        found = [entry for entry in found if entry.image not in broken]
-    return found
+    broken = unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
+    whole = [entry for entry in found if entry.image not in broken]
+    return whole, list(dict.fromkeys(missing)), [f"{name} ({why})" for name, why in broken.items()]
 
 
 def _entries(path: Path, split: str, report: CleaningReport) -> Iterator[Entry]:

@@ -1,8 +1,10 @@
 """What was not as it should be: nothing is repaired, left out or made up in silence."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 SHOWN = 5
@@ -46,3 +48,18 @@ def shorten(names: Sequence[str], shown: int = SHOWN) -> str:
     """ "a, b, c and 4 more" """
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+REPORT_FILE = "cleaning.json"
+
+
+def describe(sizes: Mapping[str, Sized], reports: Mapping[str, CleaningReport]) -> str:
+    """A line for each split, and below it what was found there."""
+    return "\n".join(f"{split}: {len(sizes[split]):,} pairs\n{report}" for split, report in reports.items())
+
+
+def save_reports(reports: Mapping[str, CleaningReport], directory: Path) -> None:
+    """Write every split's report, with all names, to cleaning.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {split: report.to_dict() for split, report in reports.items()}
+    (directory / REPORT_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

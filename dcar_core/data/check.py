@@ -1,0 +1,77 @@
+"""All that can be said about a data set before anything is trained on it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcar_core.data.load import load_split, splits_of, usable_pictures
+from dcar_core.data.report import CleaningReport, shorten
+from dcar_core.data.samples import Dataset
+from dcar_core.errors import DataError
+
+
+@dataclass(frozen=True)
+class CheckedSplit:
+    """One split: its pairs, the report, the names of missing pictures and, with the reason, of broken ones."""
+
+    data: Dataset
+    report: CleaningReport
+    missing: list[str]
+    broken: list[str]
+
+    def __str__(self) -> str:
+        samples = self.data.samples
+        categories = {sample.category for sample in samples} - {""}
+        pictures = len({sample.image for sample in samples})
+        lines = [
+            f"{self.data.split}: {len(samples):,} pairs, {pictures:,} pictures, "
+            f"{len(categories) or 'no'} {'category' if len(categories) == 1 else 'categories'}",
+            *str(self.report).splitlines(),
+        ]
+        if self.missing:
+            lines.append(f"{len(self.missing):7,} pictures missing: {shorten(self.missing)}")
+        if self.broken:
+            lines.append(f"{len(self.broken):7,} pictures broken: {shorten(self.broken)}")
+        return "\n".join(lines)
+
+
+def check(
+    path: Path,
+    *,
+    images: Path | None = None,
+    pictures: bool = True,
+    context: int = 0,
+    count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
+) -> list[CheckedSplit]:
+    """Read every split of a data set and, with `pictures`, decode every picture.
+
+    Args:
+        context, count_tokens: captions of more than `context` tokens are counted.
+
+    Raises:
+        DataError: there are no annotations, or they cannot be read.
+    """
+    names = splits_of(path)
+    if not names:
+        raise DataError(f"{path} has no pairs for train, val or test")
+    return [_checked(path, name, images, pictures, context, count_tokens) for name in names]
+
+
+def _checked(
+    path: Path,
+    split: str,
+    images: Path | None,
+    pictures: bool,
+    context: int,
+    count_tokens: Callable[[Sequence[str]], list[int]] | None,
+) -> CheckedSplit:
+    data, report = load_split(path, split, images=images, pictures="ignore")
+    categories = {sample.category for sample in data.samples} - {""}
+    if len(categories) == 1:
+        report.add("splits with one category only: no category can be swapped for another")
+    report.add("pairs without a category", sum(not sample.category for sample in data.samples))
+    if count_tokens is not None:
+        lengths = count_tokens([sample.caption for sample in data.samples])
+        report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
+    missing, broken = usable_pictures(path, split, images) if pictures else ([], [])
+    return CheckedSplit(data, report, missing, broken)

@@ -1,0 +1,80 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dcar_core.backbone import BackboneSource, clip_token_counts, load_backbone
+from dcar_core.data import check
+from dcar_core.errors import DataError
+
+
+def dcar(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_sound_data_set(tiny_data: Path) -> None:
+    splits = check(tiny_data)
+    assert [(s.data.split, len(s.data)) for s in splits] == [("train", 12), ("val", 6), ("test", 6)]
+    assert not any(s.missing or s.broken for s in splits)
+
+
+def test_the_command_names_what_is_wrong(tiny_data: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image": "red.png", "caption": "a red square", "split": "train", "category": "square"},
+        {"image": "cut.png", "caption": "a square that goes " + "on and " * 80 + "on", "split": "train"},
+        {"image": "gone.png", "caption": "a square nobody has", "split": "train", "category": "square"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    photo = (tiny_data / "square" / "red.png").read_bytes()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "red.png").write_bytes(photo)
+    (tmp_path / "photos" / "cut.png").write_bytes(photo[: len(photo) // 2])
+    done = dcar("data", "check", tmp_path, "--images", tmp_path / "photos")
+    assert done.returncode == 1
+    for line in (
+        r"train: 3 pairs, 3 pictures, 1 category",
+        r" 1 pairs without a category",
+        r" 1 splits with one category only",
+        r" 1 captions longer than the context's 77 tokens, cut",
+        r" 1 pictures missing: gone\.png",
+        r" 1 pictures broken: cut\.png \(",
+    ):
+        assert re.search(line, done.stdout), line
+    assert "2 pictures cannot be used: point --images" in done.stderr
+    done = dcar("data", "check", tmp_path, "--annotations-only", "--context", "0")
+    assert done.returncode == 0
+    assert "missing" not in done.stdout
+
+
+def test_nothing_to_check(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no pairs for train, val or test"):
+        check(tmp_path)
+
+
+def test_captions_that_the_context_cuts(tiny_model: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))  # a context of 32
+    texts = ["a " * n for n in (26, 27, 30, 31)]
+    assert clip_token_counts(texts) == [28, 29, 32, 33]
+    assert backbone.too_long(texts) == [False, False, False, True]
+    assert backbone.too_long(texts, room=4) == [False, True, True, True]
+
+
+def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        content = json.loads((tiny_data / f"{split}.json").read_text())
+        content["lost_1"] = {"file_name": "lost.png", "positive": "a lost one", "negative": [], "class_name": "square"}
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    given = ("--data", tmp_path, "--images", tiny_data, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
+    done = dcar("train", *given)
+    assert done.returncode == 1
+    assert re.search(r"^dcar: train: 1 of 13 pictures are not in .*: lost\.png\. Point --images", done.stderr, re.M)
+    done = dcar("train", *given, "--skip-broken")
+    assert done.returncode == 0, done.stderr
+    assert "1 pictures missing, left out: lost.png" in done.stderr
+    saved = json.loads((tmp_path / "c" / "cleaning.json").read_text())
+    assert saved["train"]["names"] == {"pictures missing, left out": ["lost.png"]}
+    assert saved["val"]["counts"]["pictures missing, left out"] == 1
