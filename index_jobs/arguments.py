@@ -1,6 +1,7 @@
 """The command line of `python -m index_jobs.rebuild`, written to teach."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,17 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="the index directory; made when it is missing")
     add(
         "--kind", default="auto",
-        help="auto (by count and memory), flat (exact), hnsw, ivf, or a FAISS index_factory string such as IVF1024,SQ8 "
+        help="auto (by count, dimensions, memory and device), flat (exact), hnsw, hnsw-sq8, ivf, ivf-sq8, ivf-pq, "
+        "ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8 "
         "(default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--memory", type=_bytes, metavar="SIZE",
+        help="what the index may take, such as 800MiB or 4GiB (default: half of the machine's or container's memory)",
+    )  # fmt: skip
+    add(
+        "--target-recall", type=_share, default=0.99, metavar="SHARE",
+        help="recall at 10, against exact search, that search parameters are tuned for (default: %(default)s)",
     )  # fmt: skip
     add(
         "--workers", type=_at_least(0), metavar="N",
@@ -66,6 +76,26 @@ def parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="publish a new version although nothing has changed")
     add("--quiet", action="store_true", help="no progress on stderr, errors alone")
     return command
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_size(text: str) -> int:
+    """ "800MiB" -> bytes; a bare number is bytes.
+
+    Raises:
+        ValueError: no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"{text!r} is no size; give one such as 800MiB or 4GiB")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def _at_least(least: int) -> Any:

@@ -61,7 +61,7 @@ class Artifact:
         self.manifest = Manifest.read(path / MANIFEST)
         self._check_sizes()
         self._items = Items(path / ITEMS)
-        self._vectors: VectorIndex = FaissIndex.open(path / VECTORS)
+        self._vectors: VectorIndex = FaissIndex.open(path / VECTORS, gpu=self.manifest.gpu)
         manifest = self.manifest
         found = (self._vectors.count, len(self._items), self._vectors.dim)
         if found != (manifest.count, manifest.count, manifest.dim):

@@ -38,7 +38,10 @@ class Manifest:
     dim: int
     kind: str  # FAISS index_factory string
     reason: str  # why this kind
+    gpu: bool  # searched on a GPU where there is one
     requested_kind: str  # as it was asked for, such as "auto"
+    requested_memory: int | None  # bytes that the index may take, as asked for
+    target_recall: float  # at 10, against exact search
     source: str  # the gallery as it was given
     root: str  # what relative locations of pictures start from
     checkpoint: str  # where the model was copied from
@@ -46,7 +49,7 @@ class Manifest:
     gallery_signature: str
     created: str  # UTC, ISO 8601
     failed: int  # pictures that could not be read
-    measured: dict[str, Any]  # recall_at_10, parameter, latencies in ms, ..
+    measured: dict[str, Any]  # recall_at_10, parameters, latencies in ms, bytes, ..
     files: dict[str, FileInfo]  # by path relative to the version
     metric: str = "inner_product"
     format: int = FORMAT

@@ -26,9 +26,9 @@ from index_jobs.manifest import CHECKPOINT, FAILED, ITEMS, VECTORS, Manifest
 
 if TYPE_CHECKING:
     from dcar_core import Encoder
-    from index_jobs.build import Queries
     from index_jobs.encode import Encoded
     from index_jobs.gallery import Gallery
+    from index_jobs.tuning import Queries
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def rebuild(
     out: Path,
     *,
     kind: str = "auto",
+    memory: int | None = None,
+    target_recall: float = 0.99,
     workers: int | None = None,
     batch_size: int = 64,
     keep: int = 3,
@@ -77,7 +79,9 @@ def rebuild(
         gallery: a folder, an uncompressed tar, or a list, as a path or URL; see `index_jobs.gallery`.
         checkpoint: a DCAR checkpoint directory.
         out: the index directory; made when it is missing.
-        kind: "auto", "flat", "hnsw", "ivf", or a FAISS index_factory string.
+        kind: "auto", a name of `index_jobs.kinds`, or a FAISS index_factory string.
+        memory: bytes that the index may take, None for half of the machine's or container's.
+        target_recall: at 10 against exact search; what search parameters are tuned for.
         workers: decoding processes; 0 for threads of this process, None to choose.
         batch_size: pictures in one forward pass.
         keep: versions to keep, the new one included.
@@ -101,7 +105,7 @@ def rebuild(
 
         scanned = galleries.scan(gallery)
         signature = _checkpoint_signature(checkpoint)
-        wanted = _Wanted(scanned, kind, max_failed)
+        wanted = _Wanted(scanned, kind, memory, target_recall, max_failed)
         if not force and (same := wanted.published(out, checkpoint_signature=signature)):
             return _summary(out, same, start)
         return _rebuild(
@@ -120,6 +124,8 @@ def rebuild(
 class _Wanted:
     gallery: "Gallery"
     kind: str
+    memory: int | None
+    target_recall: float
     max_failed: float
 
     def published(self, out: Path, **same: str) -> Manifest | None:
@@ -132,6 +138,8 @@ class _Wanted:
             manifest.gallery_signature == self.gallery.content_signature
             and manifest.source == self.gallery.source
             and manifest.requested_kind == self.kind
+            and manifest.requested_memory == self.memory
+            and manifest.target_recall == self.target_recall
             and manifest.failed <= self.max_failed * len(self.gallery)
             and all(getattr(manifest, name) == value for name, value in same.items())
         )
@@ -156,7 +164,7 @@ def _rebuild(
 ) -> RebuildSummary:
     from dcar_core import Encoder
     from dcar_core.checkpoint import copy_checkpoint
-    from index_jobs import build, publish
+    from index_jobs import build, gpu, kinds, publish
     from index_jobs.encode import encode, write_failed
     from index_jobs.items import write_items
     from index_jobs.vectors import write_faiss
@@ -167,15 +175,23 @@ def _rebuild(
         encoder = Encoder.load(staging / CHECKPOINT, device=device)
         if not force and (same := wanted.published(out, fingerprint=encoder.fingerprint)):
             return _summary(out, same, start)
-        build.choose(wanted.kind, len(gallery), encoder.dim)  # an unknown kind is an error now, not after encoding
+        room: dict[str, Any] = {
+            "memory": wanted.memory,
+            "gpu_memory": gpu.memory() if _wants_gpu(wanted.kind, device) else 0,
+        }
+        # An unknown kind is an error now, not after encoding.
+        kinds.choose(wanted.kind, len(gallery), encoder.dim, **room)
         encoded = encode(
             gallery, encoder, out / WORK, workers=workers, batch_size=batch_size, shard_rows=shard_rows,
             max_failed=wanted.max_failed, progress=progress,
         )  # fmt: skip
         rows = encoded.rows()
-        choice = build.choose(wanted.kind, len(rows), encoder.dim)
-        logger.info("%d vectors: %s (%s)", len(rows), choice.factory, choice.reason)
-        built = build.build(encoded.blocks, len(rows), encoder.dim, choice, _caption_queries(gallery, encoded, encoder))
+        choices = kinds.choose(wanted.kind, len(rows), encoder.dim, **room)
+        logger.info("%d vectors: %s (%s)", len(rows), choices[0].factory, choices[0].reason)
+        built = build.build(
+            encoded.blocks, len(rows), encoder.dim, choices, _caption_queries(gallery, encoder),
+            target=wanted.target_recall,
+        )  # fmt: skip
         write_faiss(built.index, staging / VECTORS)
         write_items(staging / ITEMS, gallery.table, rows)
         write_failed(staging / FAILED, gallery, encoded.failed)
@@ -184,9 +200,12 @@ def _rebuild(
             fingerprint=encoder.fingerprint,
             count=len(rows),
             dim=encoder.dim,
-            kind=choice.factory,
-            reason=choice.reason,
+            kind=built.choice.factory,
+            reason=built.choice.reason,
+            gpu=built.choice.gpu,
             requested_kind=wanted.kind,
+            requested_memory=wanted.memory,
+            target_recall=wanted.target_recall,
             source=gallery.source,
             root=gallery.root,
             checkpoint=str(checkpoint.absolute()),
@@ -194,7 +213,7 @@ def _rebuild(
             gallery_signature=gallery.content_signature,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             failed=len(encoded.failed),
-            measured=built.measured,
+            measured=built.measured | {"bytes": (staging / VECTORS).stat().st_size},
             files={},
         )
         manifest = publish.publish(out, staging, manifest, keep=keep)
@@ -203,11 +222,15 @@ def _rebuild(
     return _summary(out, manifest, start, encoded)
 
 
-def _caption_queries(gallery: "Gallery", encoded: "Encoded", encoder: "Encoder") -> "Queries | None":
+def _wants_gpu(kind: str, device: str) -> bool:
+    return kind.startswith("gpu-") or (kind == "auto" and device.startswith("cuda"))
+
+
+def _caption_queries(gallery: "Gallery", encoder: "Encoder") -> "Queries | None":
     """Captions as held-out queries, evenly spread, when half of the pictures have one."""
     import numpy as np
 
-    from index_jobs.build import MAX_QUERIES, Queries
+    from index_jobs.tuning import MAX_QUERIES, Queries
 
     step = max(1, -(-len(gallery) // MAX_QUERIES))
     picked = gallery.table["caption"].take(list(range(0, len(gallery), step))).to_pylist()

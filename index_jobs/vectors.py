@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError
 from index_jobs.files import replacing
+from index_jobs.gpu import GpuSearch
+from index_jobs.gpu import memory as gpu_memory
 from index_jobs.selecting import Found, search_among
 
 _WRITE_BYTES = 1 << 20
@@ -40,13 +42,18 @@ class VectorIndex(Protocol):
 class FaissIndex:
     """A FAISS index on disk. Safe for concurrent searches."""
 
-    def __init__(self, index: Any) -> None:
+    def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
+        """Take an index on the CPU; with on_gpu, a copy on the GPU answers the searches among all rows."""
         self._index = index
+        self._all = GpuSearch(index) if on_gpu else index
         self.count, self.dim = int(index.ntotal), int(index.d)
 
     @classmethod
-    def open(cls, path: Path) -> "FaissIndex":
+    def open(cls, path: Path, *, gpu: bool = False) -> "FaissIndex":
         """Memory-map an index where its kind allows, read it otherwise.
+
+        Args:
+            gpu: search on a GPU when there is one.
 
         Raises:
             ArtifactError: the file is missing, truncated or no index.
@@ -57,16 +64,17 @@ class FaissIndex:
             raise ArtifactError(f"{path} is missing")
         try:
             try:
-                return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
+                index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError:
-                return cls(faiss.read_index(str(path)))
+                index = faiss.read_index(str(path))
+            return cls(index, on_gpu=gpu and gpu_memory() > 0)
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {_reason(error)}") from error
 
     def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
         vectors = np.ascontiguousarray(vectors, np.float32)
         if mask is None or mask.all():
-            scores, rows = self._index.search(vectors, k)
+            scores, rows = self._all.search(vectors, k)
             return scores, rows
         return search_among(self._index, vectors, k, mask)
 

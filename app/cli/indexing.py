@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from app.cli.options import Checkpoint, Device, Gallery, Out
+from index_jobs.arguments import parse_size
 
 commands = typer.Typer(help="Build, list, verify and roll back published indexes.", no_args_is_help=True)
 
@@ -15,7 +16,13 @@ def index_build(
     gallery: Gallery,
     checkpoint: Checkpoint,
     out: Out,
-    kind: Annotated[str, typer.Option(help="auto, flat, hnsw, ivf, or any faiss index_factory string.")] = "auto",
+    kind: Annotated[
+        str, typer.Option(help="auto, flat, hnsw, ivf, .. (docs/index.md), or a faiss factory string.")
+    ] = "auto",
+    memory: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="For the index, as 4GiB.")
+    ] = None,
+    target_recall: Annotated[float, typer.Option(min=0, max=1, help="At 10, to tune searches for.")] = 0.99,
     workers: Annotated[int | None, typer.Option(help="Processes that decode pictures; default: by size.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 64,
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
@@ -27,8 +34,8 @@ def index_build(
     from index_jobs.rebuild import rebuild
 
     found = rebuild(
-        gallery, checkpoint, out, kind=kind, workers=workers, batch_size=batch_size, keep=keep,
-        max_failed=max_failed, device=device, force=force,
+        gallery, checkpoint, out, kind=kind, memory=memory, target_recall=target_recall, workers=workers,
+        batch_size=batch_size, keep=keep, max_failed=max_failed, device=device, force=force,
     )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dcar_core.errors import ArtifactError, DataError
-from index_jobs.build import Blocks, Choice, Queries, build, choose
+from dcar_core.errors import ArtifactError, DataError, MissingExtraError
+from index_jobs import gpu
+from index_jobs.build import build
+from index_jobs.kinds import Choice, choose
+from index_jobs.tuning import Blocks, Queries
 from index_jobs.vectors import FaissIndex, write_faiss
 
 Floats = NDArray[np.float32]
@@ -73,27 +76,26 @@ def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: F
 def test_tuned_parameter_is_kept_in_the_file_and_reaches_the_target(gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
-    built = build(blocks(gallery), len(gallery), DIM, Choice("IVF64,Flat", "test"))
-    assert built.measured["parameter"] == "nprobe"
-    assert built.measured["recall_at_10"] >= 0.99
-    assert built.measured["value"] > 1  # one list is not enough, or the test shows nothing
+    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64,Flat", "test")])
+    assert built.measured["recall_at_10"] >= 0.98  # 0.99 on the queries that tuned it
+    assert built.measured["parameters"]["nprobe"] > 1  # one list is not enough, or the test shows nothing
     write_faiss(built.index, tmp_path / "index.faiss")
-    assert faiss.read_index(str(tmp_path / "index.faiss")).nprobe == built.measured["value"]
+    assert faiss.read_index(str(tmp_path / "index.faiss")).nprobe == built.measured["parameters"]["nprobe"]
 
 
 def test_measured_recall_is_that_of_the_queries_given(gallery: Floats) -> None:
     queries = clustered(80, seed=9)
     asked = Queries(queries, "captions", np.full(80, -1))
-    built = build(blocks(gallery), len(gallery), DIM, Choice("HNSW8", "test"), asked)
+    built = build(blocks(gallery), len(gallery), DIM, [Choice("HNSW8", "test")], asked)
     found = built.index.search(queries, 11)[1][:, :10]
     truth = exact(queries, gallery, 10)
-    recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)])
-    assert built.measured["recall_at_10"] == pytest.approx(recall, abs=0.002)
+    recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)][1::2])
+    assert built.measured["recall_at_10"] == pytest.approx(recall, abs=0.0001)
     assert built.measured["query_source"] == "captions"
 
 
 def test_kind_below_the_target_says_so(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
-    built = build(blocks(gallery), len(gallery), DIM, Choice("PQ4x4", "test"))
+    built = build(blocks(gallery), len(gallery), DIM, [Choice("PQ4x4", "test")])
     assert built.measured["recall_at_10"] < 0.9
     assert "below the target of 0.99; take another kind" in caplog.text
 
@@ -111,27 +113,109 @@ def test_fewer_vectors_than_neighbours(kind: str, count: int, tmp_path: Path) ->
     assert (rows[count:] == -1).all()
 
 
+GIB = 2**30
+
+
+def auto(count: int, memory: float, gpu_memory: int = 0) -> list[Choice]:
+    return choose("auto", count, 512, memory=int(memory * GIB), gpu_memory=gpu_memory)
+
+
 def test_auto_says_why() -> None:
-    small = choose("auto", 4_000, 512, memory=2**30)
+    (small,) = auto(4_000, 1)
     assert small.factory == "Flat"
     assert "4,000 vectors are at most 100,000" in small.reason
-    middle = choose("auto", 1_000_000, 512, memory=16 * 2**30)
-    assert middle.factory == "HNSW32"
-    assert "2.2 GiB" in middle.reason
-    large = choose("auto", 10_000_000, 512, memory=16 * 2**30)
-    assert large.factory == "IVF12649,SQ8"
-    assert "more than half of the 16.0 GiB" in large.reason
+    middle = auto(1_000_000, 8)
+    assert [choice.factory for choice in middle][:2] == ["HNSW32", "HNSW32,SQ8"]
+    assert "take 2.2 GiB of the 8.0 GiB allowed" in middle[0].reason
+    tight = auto(1_000_000, 1)
+    assert tight[0].factory == "HNSW32,SQ8"
+    assert "HNSW32 would take 2.2 GiB" in tight[0].reason
+    assert auto(1_000_000, 0.6)[0].factory == "IVF4000,RaBitQ,Refine(SQ8)"
+    assert auto(100_000_000, 64)[0].factory == "IVF40000_HNSW32,RaBitQ,Refine(SQ8)"
+    (gpu,) = auto(1_000_000, 8, gpu_memory=40 * GIB)
+    assert (gpu.factory, gpu.gpu) == ("Flat", True)
+    with pytest.raises(DataError, match=r"1,000,000 vectors of 512 fit no kind of index in 0\.0 GiB: .*raise --memory"):
+        auto(1_000_000, 0.01)
 
 
-@pytest.mark.parametrize("kind", ["nonsense", "IVFx,Flat", "PQ7", ""])
+def test_auto_goes_on_when_the_recall_is_too_low(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
+    choices = [Choice("PQ4x4", "small"), Choice("IVF16,Flat", "exact in its lists"), Choice("Flat", "never built")]
+    built = build(blocks(gallery), len(gallery), DIM, choices)
+    assert built.choice.factory == "IVF16,Flat"
+    assert built.choice.reason.startswith("exact in its lists; PQ4x4 reached a recall of 0.")
+    assert built.measured["recall_at_10"] >= 0.98
+    assert "another kind is tried" in caplog.text
+
+
+def test_recall_is_that_of_queries_that_did_not_tune(gallery: Floats) -> None:
+    """Half of the queries lie where nobody searches: those that tune must not be those that measure."""
+    queries = clustered(100, seed=9)
+    queries[::2] = clustered(5000)[:50]
+    asked = Queries(queries, "captions", np.full(100, -1))
+    measured = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64,Flat", "test")], asked).measured
+    assert measured["queries"] == 50
+    index = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64,Flat", "test")], asked).index
+    assert index.nprobe == measured["parameters"]["nprobe"]
+    found, truth = index.search(queries[1::2], 11)[1][:, :10], exact(queries[1::2], gallery, 10)
+    recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)])
+    assert measured["recall_at_10"] == pytest.approx(recall, abs=0.0001)
+
+
+def test_lower_target_is_searched_less(gallery: Floats) -> None:
+    def nprobe(target: float) -> int:
+        choices = [Choice("IVF64,Flat", "test")]
+        return int(build(blocks(gallery), len(gallery), DIM, choices, target=target).measured["parameters"]["nprobe"])
+
+    assert nprobe(0.7) < nprobe(0.99)
+
+
+def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Path) -> None:
+    import faiss
+
+    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF16,RaBitQ,Refine(SQ8)", "test")])
+    assert built.measured["parameters"].keys() == {"nprobe", "k_factor"}
+    assert built.measured["recall_at_10"] > 0.95  # 8 bits of 32 dimensions
+    write_faiss(built.index, tmp_path / "index.faiss")
+    assert faiss.read_index(str(tmp_path / "index.faiss")).k_factor == built.measured["parameters"]["k_factor"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gpu-flat", "gpu-ivf", "gpu-cagra"])
+def test_gpu_finds_what_the_cpu_finds(kind: str, gallery: Floats, tmp_path: Path) -> None:
+    import faiss
+
+    if not gpu.memory():
+        pytest.skip("no CUDA device, or FAISS's CPU build: pip install 'dcar[gpu]' in faiss-cpu's place")
+    if kind == "gpu-cagra" and "CUVS" not in faiss.get_compile_options():
+        pytest.skip("FAISS was built without cuVS")
+    choices = choose(kind, len(gallery), DIM, gpu_memory=gpu.memory())
+    built = build(blocks(gallery), len(gallery), DIM, choices)
+    assert built.measured["recall_at_10"] >= 0.98
+    write_faiss(built.index, tmp_path / "index.faiss")
+    on_cpu, on_gpu = (FaissIndex.open(tmp_path / "index.faiss", gpu=where) for where in (False, True))
+    queries = clustered(100, seed=5)
+    for (scores, rows), (gpu_scores, gpu_rows) in [(on_cpu.search(queries, 10), on_gpu.search(queries, 10))]:
+        same = rows == gpu_rows
+        assert same.mean() > 0.95
+        np.testing.assert_allclose(scores[same], gpu_scores[same], atol=1e-3)
+    mask = np.arange(len(gallery)) % 3 == 0
+    assert mask[on_gpu.search(queries, 10, mask)[1]].all()
+
+
+def test_gpu_kind_without_a_gpu_names_the_extra() -> None:
+    with pytest.raises(MissingExtraError, match=r"gpu-flat.*pip install 'dcar\[gpu\]'"):
+        choose("gpu-flat", 1000, DIM, gpu_memory=0)
+
+
+@pytest.mark.parametrize("kind", ["nonsense", "IVFx,Flat", "PQ7", "", "gpu-nonsense"])
 def test_unknown_kind_is_refused_with_the_known_ones(kind: str) -> None:
-    with pytest.raises(DataError, match="use auto, flat, hnsw, ivf or an index_factory string"):
+    with pytest.raises(DataError, match=r"use auto, flat, hnsw, .* or an index_factory string"):
         choose(kind, 1000, DIM)
 
 
 def test_kind_that_needs_more_vectors_says_so(gallery: Floats) -> None:
     with pytest.raises(DataError, match=r"PQ8 cannot be built of 100 vectors: .*256"):
-        build(blocks(gallery[:100]), 100, DIM, Choice("PQ8", "test"))
+        build(blocks(gallery[:100]), 100, DIM, [Choice("PQ8", "test")])
 
 
 @pytest.mark.parametrize("keep", [0, 20, -10])

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from dcar_core.errors import DataError
 from index_jobs import selecting
 from index_jobs.artifact import Artifact, open_current
-from index_jobs.build import Choice, build
+from index_jobs.build import build
 from index_jobs.columns import MOST_FIELDS, Fields
+from index_jobs.kinds import Choice
 from index_jobs.rebuild import rebuild
 from index_jobs.vectors import FaissIndex
 
@@ -45,7 +46,7 @@ def test_only_allowed_rows_and_the_nearest_of_them(
     kind: str, lowest: float, exact_up_to: int, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selecting, "EXACT_UP_TO", exact_up_to)
-    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, Choice(kind, "test")).index)
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
     generator = np.random.default_rng(1)
     queries = vectors[generator.integers(COUNT, size=60)]
     for share in (0.6, 0.05, 0.003):
@@ -61,7 +62,7 @@ def test_only_allowed_rows_and_the_nearest_of_them(
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
 def test_fewer_allowed_than_asked_for(kind: str, vectors: NDArray[np.float32]) -> None:
-    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, Choice(kind, "test")).index)
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
     few = np.zeros(COUNT, np.bool_)
     few[[7, 4000]] = True
     rows = index.search(vectors[:3], 5, few)[1]

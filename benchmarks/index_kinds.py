@@ -1,0 +1,173 @@
+"""Index kinds side by side: build time, memory, latency and recall on clustered vectors.
+
+    python benchmarks/index_kinds.py                                        20,000 vectors, every kind
+    python benchmarks/index_kinds.py --count 1000000 --out kinds-1m         the table of docs/index.md; an hour or more
+    python benchmarks/index_kinds.py --count 1000000 --out kinds-1m --kind hnsw      one kind; --out keeps the others
+
+- Each kind is built, tuned and written by the code that `dcar index build` runs, then opened as the service does, in
+  a process of its own, of which latency (one query at a time, on one core), recall and memory are taken.
+- Vectors lie around clusters of unequal size, each wide in directions of its own, so that the cluster alone does not
+  tell the neighbours. Queries are drawn anew from the same clusters: some to tune, others to measure.
+- Synthetic clusters still flatter inverted lists, whose centres they resemble: `dcar index build` measures on your own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index_jobs.build import build
+from index_jobs.kinds import choose, machine_memory
+from index_jobs.tuning import NEIGHBOURS, Queries, exact_neighbours
+from index_jobs.vectors import FaissIndex, write_faiss
+
+Floats = NDArray[np.float32]
+KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-rabitq", "pq", "auto")
+BLOCK, QUERIES, TIMED = 20_000, 1000, 500
+SPREAD = 24  # directions in which a cluster is wide
+
+
+class Clusters:
+    """sqrt(count) clusters, the largest many times the smallest."""
+
+    def __init__(self, count: int, dim: int) -> None:
+        fixed = np.random.default_rng(0)
+        number = max(20, int(np.sqrt(count)))
+        self.centres = fixed.normal(size=(number, dim)).astype(np.float32)
+        self.basis = fixed.normal(size=(256, dim)).astype(np.float32)
+        self.own = fixed.integers(256, size=(number, SPREAD))
+        self.shares = np.arange(1, number + 1) ** -0.7
+        self.shares /= self.shares.sum()
+
+    def draw(self, size: int, seed: int) -> Floats:
+        """float32 (size, dim), L2-normalised."""
+        draw = np.random.default_rng([7, seed])
+        which = draw.choice(len(self.centres), size, p=self.shares)
+        wide = 0.25 * draw.normal(size=(size, SPREAD)).astype(np.float32)
+        vectors = self.centres[which] + 0.12 * draw.normal(size=(size, self.centres.shape[1])).astype(np.float32)
+        for place in range(SPREAD):
+            vectors += wide[:, place : place + 1] * self.basis[self.own[which, place]]
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
+
+
+def prepare(out: Path, count: int, dim: int) -> tuple[Floats, Queries]:
+    """Vectors, queries and exact neighbours on the disk, made once."""
+    clusters = Clusters(count, dim)
+    path = out / f"vectors-{count}x{dim}.npy"
+    if not path.exists():
+        written = np.lib.format.open_memmap(out / "drawing.npy", "w+", np.float32, (count, dim))
+        for start in range(0, count, BLOCK):
+            written[start : start + BLOCK] = clusters.draw(min(BLOCK, count - start), seed=start)
+        written.flush()
+        (out / "drawing.npy").rename(path)
+    vectors: Floats = np.load(path, mmap_mode="r")
+    queries, measured = clusters.draw(QUERIES, seed=-1 % 2**31), clusters.draw(QUERIES, seed=-2 % 2**31)
+    if not (out / f"truth-{count}x{dim}.npz").exists():
+        truth = exact_neighbours(lambda: blocks(vectors), Queries(measured, "new", np.full(QUERIES, -1)))
+        np.savez(out / f"truth-{count}x{dim}.npz", queries=measured, truth=truth)
+    return vectors, Queries(queries, "new", np.full(QUERIES, -1))
+
+
+def blocks(vectors: Floats) -> Iterator[Floats]:
+    return (vectors[start : start + BLOCK] for start in range(0, len(vectors), BLOCK))
+
+
+def run(kind: str, out: Path, vectors: Floats, queries: Queries, memory: int) -> dict[str, object]:
+    """Build one kind here, and measure it in a fresh process."""
+    count, dim = vectors.shape
+    start = time.perf_counter()
+    built = build(lambda: blocks(vectors), count, dim, choose(kind, count, dim, memory=memory), queries)
+    seconds = time.perf_counter() - start
+    path = out / f"{kind}.faiss"
+    write_faiss(built.index, path)
+    command = [sys.executable, __file__, "--measure", str(path), "--truth", str(out / f"truth-{count}x{dim}.npz")]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    size = path.stat().st_size
+    path.unlink()
+    return {
+        "kind": kind,
+        "factory": built.choice.factory,
+        "reason": built.choice.reason,
+        "parameters": built.measured["parameters"],
+        "build_s": built.measured["build_seconds"],
+        "with_tuning_s": round(seconds, 1),
+        "file_mb": round(size / 1e6, 1),
+        **found,
+    }
+
+
+def measure(path: Path, truth_path: Path) -> dict[str, float]:
+    """Open as the service does; latency, recall, and how much the process has grown."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    with np.load(truth_path) as file:
+        queries, truth = file["queries"], file["truth"]
+    before = resident()
+    index = FaissIndex.open(path)
+    rows, times = [], []
+    for query in queries:
+        start = time.perf_counter()
+        rows.append(index.search(query[None], NEIGHBOURS)[1][0])
+        times.append(1000 * (time.perf_counter() - start))
+    hits = sum(len(np.intersect1d(a, b)) for a, b in zip(rows, truth, strict=True))
+    p50, p99 = np.percentile(times[-TIMED:], [50, 99])  # the first ones warm up
+    grown = (resident() - before) / 1e6
+    return {
+        "p50_ms": round(float(p50), 3),
+        "p99_ms": round(float(p99), 3),
+        "recall_at_10": round(hits / truth.size, 4),
+        "resident_mb": round(grown, 1),
+    }
+
+
+def resident() -> int:
+    """Bytes of this process in memory, shared pages of files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def show(results: dict[str, dict[str, object]]) -> None:
+    print("| kind | factory | searched with | build s | file MB | resident MB | p50 ms | p99 ms | recall@10 |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in results.values():
+        searched = ", ".join(f"{name} {value}" for name, value in r["parameters"].items())  # type: ignore[attr-defined]
+        columns = [r[c] for c in ("build_s", "file_mb", "resident_mb", "p50_ms", "p99_ms", "recall_at_10")]
+        print("|", " | ".join(map(str, [r["kind"], r["factory"], searched, *columns])), "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--kind", action="append", help=f"again for several; default: {', '.join(KINDS)}")
+    parser.add_argument("--memory", type=float, default=0, help="GiB that auto may use (default: half of all)")
+    parser.add_argument("--out", type=Path, help="keeps vectors and results for later kinds (default: nothing is kept)")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--truth", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.measure, given.truth)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        out = given.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        vectors, queries = prepare(out, given.count, given.dim)
+        notes = out / f"results-{given.count}x{given.dim}.json"
+        results = json.loads(notes.read_text()) if notes.exists() else {}
+        memory = int(given.memory * 2**30) or machine_memory() // 2
+        for kind in given.kind or [kind for kind in KINDS if kind not in results]:
+            results[kind] = run(kind, out, vectors, queries, memory)
+            notes.write_text(json.dumps(results, indent=2))
+        show(results)
+
+
+if __name__ == "__main__":
+    main()

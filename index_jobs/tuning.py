@@ -1,0 +1,214 @@
+"""Search parameters by measurement: the fastest that reach a target recall on held-out queries.
+
+- Queries are texts where the gallery has captions, since that is how people search and texts lie elsewhere than
+  pictures; else the gallery's own pictures, each without itself.
+- Half of the queries choose the parameters, the other half says what recall they give; so the manifest's recall was not
+  fitted.
+- The width of a search (nprobe, efSearch) is doubled until the target is reached, then halved in; kinds that rank
+  candidates again (k_factor) are tried with several factors, and the lowest latency wins.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+Blocks = Callable[[], Iterator[Floats]]  # the vectors, float32 (m, E) at a time, as often as asked
+
+TARGET_RECALL = 0.99
+MAX_QUERIES = 1000
+NEIGHBOURS = 10
+_TIMED_QUERIES = 200
+_WIDEST_GRAPH = 4096
+_FACTORS = (1, 2, 4, 8, 16, 32)  # times k candidates are ranked again
+_BISECTIONS = 3
+_RESERVE = 0.25  # of what the target lets be missed, so that other queries reach it too
+_FEW = 40  # queries that are not worth dividing
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Held-out queries: vectors float32 (q, E), where they come from, and for each the row to leave out, or -1."""
+
+    vectors: Floats
+    source: str
+    own_rows: NDArray[np.int64]
+
+
+def own_queries(blocks: Blocks, count: int) -> Queries:
+    """Vectors of the gallery, evenly spread, each to be searched for without itself."""
+    step = max(1, -(-count // MAX_QUERIES))
+    vectors = sample(blocks, count, MAX_QUERIES)
+    return Queries(vectors, "pictures", np.arange(0, count, step)[: len(vectors)])
+
+
+def sample(blocks: Blocks, count: int, size: int) -> Floats:
+    """At most `size` vectors, evenly spread."""
+    step = max(1, -(-count // size))
+    parts, start = [], 0
+    for block in blocks():
+        parts.append(np.array(block[-start % step :: step]))
+        start += len(block)
+    return np.concatenate(parts)
+
+
+class Tuning:
+    """Held-out queries with their exact neighbours, to tune and measure indexes of the same vectors."""
+
+    def __init__(self, blocks: Blocks, queries: Queries, *, target: float = TARGET_RECALL, exact: bool = False) -> None:
+        self._queries, self._target = queries, target
+        self._aim = target + _RESERVE * (1 - target)
+        self._truth = None if exact else exact_neighbours(blocks, queries)  # (q, 10)
+        every = np.arange(len(queries.vectors))
+        divided = len(every) >= _FEW
+        self._tuned = every[::2] if divided else every
+        self._held_out = every[1::2] if divided else every
+
+    def run(self, index: Any, searched: Any = None) -> dict[str, Any]:
+        """Set the index's parameters; what was measured, as it stands in the manifest.
+
+        Args:
+            index: a FAISS index on the CPU.
+            searched: makes what is measured of the tuned index, such as its copy on a GPU; None for itself.
+        """
+        result: dict[str, Any] = {
+            "queries": len(self._held_out),
+            "query_source": self._queries.source,
+            "target_recall": self._target,
+        }
+        if self._truth is None:
+            result |= {"recall_at_10": 1.0, "parameters": {}}
+        else:
+            result["parameters"] = self._tune(index)
+        measured = searched(index) if searched else index
+        if self._truth is not None:
+            result["recall_at_10"] = round(self._recall(measured, self._held_out), 4)
+        return result | latency(measured, self._queries.vectors[self._held_out][:_TIMED_QUERIES])
+
+    def _tune(self, index: Any) -> dict[str, int]:
+        knobs = Knobs(index)
+        points = []
+        for factor in _FACTORS if knobs.refines else (None,):
+            knobs.set("k_factor", factor)
+            reached, width = self._narrowest(index, knobs)
+            parameters = {name: n for name, n in ((knobs.width, width), ("k_factor", factor)) if name and n}
+            time_taken = latency(index, self._queries.vectors[self._tuned][: _TIMED_QUERIES // 2])["latency_ms_p50"]
+            points.append((min(reached, self._aim), -time_taken, parameters))
+        best = max(points, key=lambda point: point[:2])[2]
+        for name, value in best.items():
+            knobs.set(name, value)
+        return best
+
+    def _narrowest(self, index: Any, knobs: "Knobs") -> tuple[float, int | None]:
+        """Set the smallest width that reaches the target; its recall, and the width."""
+        if not knobs.width:
+            return self._recall(index, self._tuned), None
+        low = width = min(knobs.narrowest, knobs.widest)
+        recall = 0.0
+        while True:
+            knobs.set(knobs.width, width)
+            before, recall = recall, self._recall(index, self._tuned)
+            if recall >= self._aim:
+                break
+            stuck = width >= 64 and recall - before < 0.0005  # ranked again too few, or a kind that is too coarse
+            if width >= knobs.widest or stuck:
+                return recall, width
+            low, width = width, min(2 * width, knobs.widest)
+        for _ in range(_BISECTIONS):
+            middle = (low + width) // 2
+            if middle == low:
+                break
+            knobs.set(knobs.width, middle)
+            found = self._recall(index, self._tuned)
+            if found >= self._aim:
+                width, recall = middle, found
+            else:
+                low = middle
+        knobs.set(knobs.width, width)
+        return recall, width
+
+    def _recall(self, index: Any, chosen: NDArray[np.int64]) -> float:
+        assert self._truth is not None
+        queries = self._queries
+        _, rows = index.search(np.ascontiguousarray(queries.vectors[chosen]), NEIGHBOURS + 1)
+        found = without_own(rows, queries.own_rows[chosen])
+        truth = self._truth[chosen]
+        hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(truth, found, strict=True))
+        wanted = int((truth >= 0).sum())
+        return hits / wanted if wanted else 1.0
+
+
+class Knobs:
+    """What an index can be tuned by: the width of its search, and how many candidates are ranked again."""
+
+    def __init__(self, index: Any) -> None:
+        import faiss
+
+        self._space, self._index = faiss.ParameterSpace(), index
+        self.width: str | None = None
+        self.narrowest, self.widest = 1, 0
+        self.refines = self._knows("k_factor_rf", 1)
+        if (inverted := faiss.try_extract_index_ivf(index)) is not None:
+            self.width, self.widest = "nprobe", int(inverted.nlist)
+        elif self._knows("efSearch", 16):
+            self.width, self.narrowest, self.widest = "efSearch", 16, _WIDEST_GRAPH
+
+    def set(self, name: str, value: int | None) -> None:
+        """Set one by its name; None leaves it."""
+        if value is not None:
+            self._space.set_index_parameter(self._index, "k_factor_rf" if name == "k_factor" else name, value)
+
+    def _knows(self, name: str, value: int) -> bool:
+        try:
+            self._space.set_index_parameter(self._index, name, value)
+        except RuntimeError:
+            return False
+        return True
+
+
+def exact_neighbours(blocks: Blocks, queries: Queries) -> NDArray[np.int64]:
+    """Nearest neighbours by brute force, rows int64 (q, 10), without the query's own; -1 where there are fewer."""
+    import faiss
+
+    k = NEIGHBOURS + 1
+    q = len(queries.vectors)
+    best_scores = np.full((q, k), -np.inf, np.float32)
+    best_rows = np.full((q, k), -1, np.int64)
+    start = 0
+    for block in blocks():
+        if not len(block):
+            continue
+        scores, rows = faiss.knn(
+            queries.vectors, np.ascontiguousarray(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+        )
+        best_scores = np.concatenate([best_scores, scores], 1)
+        best_rows = np.concatenate([best_rows, rows + start], 1)
+        order = np.argsort(-best_scores, 1, kind="stable")[:, :k]
+        best_scores = np.take_along_axis(best_scores, order, 1)
+        best_rows = np.take_along_axis(best_rows, order, 1)
+        start += len(block)
+    return without_own(best_rows, queries.own_rows)
+
+
+def without_own(rows: NDArray[np.int64], own_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 (q, 11) -> (q, 10) without the own row of each."""
+    kept = [row[row != own][:NEIGHBOURS] for row, own in zip(rows, own_rows, strict=True)]
+    return np.stack([np.pad(row, (0, NEIGHBOURS - len(row)), constant_values=-1) for row in kept])
+
+
+def latency(index: Any, vectors: Floats) -> dict[str, float]:
+    """One query at a time, as a service without load sees it; milliseconds."""
+    times = []
+    for vector in vectors:
+        start = time.perf_counter()
+        index.search(vector[None], NEIGHBOURS)
+        times.append(1000 * (time.perf_counter() - start))
+    p50, p99 = np.percentile(times, [50, 99])
+    return {"latency_ms_p50": round(float(p50), 3), "latency_ms_p99": round(float(p99), 3)}
