@@ -7,6 +7,8 @@
 - A batch that raises is halved until the culprit is alone: a bad item fails by itself. The same holds for an embedding
   that is not finite.
 - A job whose caller is gone before its batch starts is dropped. `close` finishes what was accepted.
+- A job that would wait longer than `max_queue_s`, by the pace of the last batches, is refused at once: under overload
+  the model goes on with what it can finish in time, and the others hear soon that they should come back.
 
 A `Lane` is what may share a batch: today one encoder and one kind of query. N queries of a lane: list of N payloads ->
 float32 (N, E).
@@ -14,6 +16,7 @@ float32 (N, E).
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable
@@ -25,11 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.metrics import Metrics
-from app.problems import NotReady
+from app.problems import NotReady, Overloaded
 from dcar_core.errors import DataError
 
 T = TypeVar("T")
 Vector = NDArray[np.float32]
+
+_SMOOTH = 0.2  # weight of the newest batch in the pace
 
 
 @dataclass(slots=True)
@@ -83,17 +88,23 @@ class _Job:
     payload: Any
     future: asyncio.Future[Vector]
     arrived: float
+    cost: float  # seconds that it will take the model, as far as is known
 
 
 class Batcher:
     """Runs the queries of all lanes, batch after batch, in one thread that owns the model."""
 
-    def __init__(self, *, max_batch: int, max_wait_s: float, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, *, max_batch: int, max_wait_s: float, max_queue_s: float = math.inf, metrics: Metrics | None = None
+    ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, not {max_batch}")
         self._max_batch = max_batch
         self._max_wait = max_wait_s
+        self._max_queue = max_queue_s
         self._metrics = metrics or Metrics()
+        self._pace: dict[Hashable, float] = {}  # lane -> seconds a query, smoothed
+        self._backlog = 0.0  # seconds that the jobs in the queue will take
         self._jobs: deque[_Job] = deque()
         self._arrived = asyncio.Event()
         self._full = asyncio.Event()
@@ -110,8 +121,13 @@ class Batcher:
         """Embed one query: float32 (E,). Raises what the lane raised for this very item."""
         if self._closing:
             raise NotReady("The service is shutting down.")
-        job = _Job(lane, payload, asyncio.get_running_loop().create_future(), time.monotonic())
+        if self._backlog > self._max_queue:
+            self._metrics.refused("queue_time")
+            raise Overloaded(self._backlog)
+        cost = self._pace.get(lane.key, 0.0)
+        job = _Job(lane, payload, asyncio.get_running_loop().create_future(), time.monotonic(), cost)
         self._jobs.append(job)
+        self._backlog += cost
         self._arrived.set()
         if len(self._jobs) >= self._max_batch:
             self._full.set()
@@ -129,7 +145,7 @@ class Batcher:
     async def _work(self) -> None:
         while True:
             while self._jobs and self._jobs[0].future.done():  # its caller is gone
-                self._jobs.popleft()
+                self._backlog -= self._jobs.popleft().cost
             if not self._jobs:
                 if self._closing:
                     return
@@ -161,6 +177,7 @@ class Batcher:
             else:
                 rest.append(job)
         self._jobs = rest
+        self._backlog = sum(job.cost for job in rest)
         return batch
 
     async def _run(self, batch: list[_Job]) -> None:
@@ -176,8 +193,11 @@ class Batcher:
             )
         except Exception as error:  # the thread itself failed; each caller must hear of it
             outcomes = [error] * len(batch)
+        took = time.monotonic() - began
         self._metrics.batch(len(batch))
-        self._metrics.stage("encode", time.monotonic() - began)
+        self._metrics.stage("encode", took)
+        pace, lane = took / len(batch), batch[0].lane.key
+        self._pace[lane] = _SMOOTH * pace + (1 - _SMOOTH) * self._pace.get(lane, pace)
         for job, outcome in zip(batch, outcomes, strict=True):
             if job.future.done():
                 continue

@@ -1,28 +1,28 @@
-"""The service as a whole: `create_app` puts it together, `serve` runs it.
+"""The service as a whole: `create_app` puts it together; `server` runs it.
 
-- Whatever can be wrong is said before the model is loaded, in one line: no index, a taken port.
+- What can be wrong with the index is said before the model is loaded, in one line.
 - The lifespan starts loading in the background and returns: /healthz answers at once, /readyz when searches can be.
 - Ending: no new connections, requests under way are finished, then the batcher, the cache and the threads.
 """
 
-import logging
-import logging.config
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
 
 from app import problems
+from app.access import Access
 from app.cache import make_cache
 from app.metrics import Metrics
 from app.middleware import Guard
+from app.observe import Observe
 from app.pages import make_pages
 from app.queries import JSON_BYTES_PER_CHAR
+from app.rates import Rates
 from app.retriever import Retriever
 from app.routes import make_router
 from app.schemas import ProblemAnswer
@@ -30,10 +30,7 @@ from app.settings import Settings
 from app.snapshots import Snapshots, require_index
 from dcar_core.errors import DcarError
 
-log = logging.getLogger(__name__)
-
 _FORM_BYTES = 64 * 2**10  # boundaries, headers and the other fields of a form
-_DRAIN_S = 10
 
 
 def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> FastAPI:
@@ -46,6 +43,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
     """
 
     metrics = Metrics()
+    rates = _make_rates(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,6 +51,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         snapshots = Snapshots(settings, on_start_failure=on_start_failure)
         retriever = Retriever(settings, snapshots, make_cache(settings, metrics), metrics)
         app.state.snapshots, app.state.retriever = snapshots, retriever
+        _watch_index(metrics, snapshots)
         retriever.start()
         snapshots.start()
         try:
@@ -60,6 +59,8 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         finally:
             await snapshots.close()
             await retriever.close()
+            if rates is not None:
+                await rates.close()
 
     app = FastAPI(
         title="DCAR image search",
@@ -75,9 +76,56 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
     problems.install(app)
     app.include_router(make_router(settings))
     app.include_router(make_pages())
-    app.add_middleware(Guard, limit=lambda path: _body_limit(settings, path))
+    _add_middleware(app, settings, metrics, rates)
     _document_problems(app)
     return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: Rates | None) -> None:
+    """From the inside out: the last one added is the first that a request meets."""
+    app.add_middleware(
+        Guard,
+        limit=lambda path: _body_limit(settings, path),
+        metrics=metrics,
+        in_flight=settings.max_in_flight_bytes,
+        upload_s=settings.upload_timeout_s,
+    )
+    if settings.api_keys or rates is not None:
+        app.add_middleware(Access, settings=settings, rates=rates, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
+    app.add_middleware(Observe, metrics=metrics)
+
+
+def _make_rates(settings: Settings) -> Rates | None:
+    if settings.rate_limit is None:
+        return None
+    url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    return Rates(settings.rate_limit, redis_url=url, timeout_s=settings.redis_timeout_ms / 1000)
+
+
+def _watch_index(metrics: Metrics, snapshots: Snapshots) -> None:
+    """What is served, read at each scrape."""
+
+    def read(value: Callable[[Any], Any]) -> Callable[[], list[tuple[list[str], float]]]:
+        def now() -> list[tuple[list[str], float]]:
+            found = value(snapshots.live.artifact.manifest) if snapshots.live else None
+            return [] if found is None else [([], float(found))]
+
+        return now
+
+    metrics.watch("dcar_index_version", "The version that answers.", [], read(lambda m: m.version))
+    metrics.watch("dcar_index_items", "Items in it.", [], read(lambda m: m.count))
+    recall = "Its recall at 10 against exact search, as measured when it was built."
+    metrics.watch("dcar_index_recall_at_10", recall, [], read(lambda m: m.measured.get("recall_at_10")))
+    degraded = "1 while a newer version is published that cannot be served."
+    metrics.watch("dcar_index_degraded", degraded, [], lambda: [([], float(snapshots.reason is not None))])
 
 
 def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
@@ -109,93 +157,3 @@ def _document_problems(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def serve(settings: Settings) -> None:
-    """Run until interrupted.
-
-    Raises:
-        DcarError: with one line that says why it cannot start: no index, a taken port, a broken model.
-    """
-    logging.config.dictConfig(_log_config(settings.log_level))
-    failures: list[DcarError] = []
-    require_index(settings)
-    listener = _listen(settings.host, settings.port)
-
-    def fail(error: DcarError) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    with listener:
-        app = create_app(settings, on_start_failure=fail)
-        host, port = listener.getsockname()[:2]
-        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        config = uvicorn.Config(
-            app, log_config=None, ws="none", server_header=False, timeout_graceful_shutdown=_DRAIN_S
-        )  # fmt: skip
-        server = uvicorn.Server(config)
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn raises it again after it has shut down properly
-            log.info("stopped")
-    if failures:
-        raise failures[0]
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Say now that a port is taken, before minutes are spent on what would be served there.
-
-    Raises:
-        DcarError: it cannot be listened on.
-    """
-    _listen(host, port).close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, taken before the model is loaded.
-
-    Raises:
-        DcarError: with a message for the user.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError:
-        raise DcarError(f"{host} is no address of this machine; try --host 127.0.0.1") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(1024)  # claims the port: a second bind to it fails from here on
-    except OSError as error:
-        listener.close()
-        if isinstance(error, PermissionError):
-            raise DcarError(f"port {port} needs more rights; choose one above 1023 with --port") from None
-        raise DcarError(f"port {port} on {host} is taken or not to be had; choose another with --port") from None
-    return listener
-
-
-class _NoProbes(logging.Filter):
-    """Leaves out the accesses of health checks that went well; they come every few seconds."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.name != "uvicorn.access" or not isinstance(record.args, tuple) or len(record.args) < 5:
-            return True
-        return not (record.args[2] in ("/healthz", "/readyz") and record.args[4] == 200)
-
-
-def _log_config(level: str) -> dict[str, Any]:
-    """One line an event, on stderr; of uvicorn only the accesses and what went wrong."""
-    form = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s", "datefmt": "%Y-%m-%d %H:%M:%S"}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"line": form},
-        "filters": {"no_probes": {"()": _NoProbes}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["no_probes"]}},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},  # libraries tell much while they load
-        "loggers": {
-            **{name: {"level": level.upper()} for name in ("app", "dcar_core", "index_jobs", "uvicorn.access")},
-            "uvicorn.error": {"level": "DEBUG" if level == "debug" else "WARNING"},
-            "python_multipart": {"level": "ERROR"},
-        },
-    }

@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-Stage = Literal["admit", "cache", "decode", "queue", "encode", "search"]
+Stage = Literal["cache", "decode", "queue", "encode", "search"]
 Level = Literal["memory", "redis"]
 Outcome = Literal["hit", "miss", "error", "skipped", "wrong"]
 

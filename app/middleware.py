@@ -1,58 +1,95 @@
-"""Pure ASGI, around everything: bodies are limited while they arrive, and every answer carries the safe headers.
+"""Pure ASGI, around the routes: bodies are limited while they arrive, every answer carries the safe headers, and work
+whose caller has left is given up.
 
 - A body that announces too much is refused before a byte of it is read; one that does not say (chunked) is counted, and
   refused at the first byte too many. Nothing of it is kept.
+- A body must be whole in `upload_s`; together, the bodies under way hold at most `in_flight` bytes.
 - The connection is closed after such a refusal. For a short while what the client still sends is read and thrown away,
   since closing on a sender would reset the connection and hide the answer from it.
+- A request that takes long is watched: when its caller closes the connection it is cancelled, and the batcher drops it.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Callable
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.metrics import Metrics
 from app.problems import SAFE_HEADERS, Problem
 
 _LINGER_S = 1.0
 _LINGER_BYTES = 4 * 2**20
+_WATCH_AFTER_S = 0.05
 
 
-class _TooLargeError(Exception):
-    pass
+class _RefusedError(Exception):
+    """Breaks off what reads the body; the problem that is answered lies in the request's `_Body`."""
+
+
+class _Body:
+    """What has come of one body, and why no more of it is wanted."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.held = 0
+        self.whole = False
+        self.refusal: Problem | None = None
 
 
 class Guard:
-    """limit: request path -> (most bytes of a body, the field to blame for more)."""
+    """Args:
+    limit: request path -> (most bytes of a body, the field to blame for more).
+    in_flight: bytes of all bodies under way.
+    upload_s: seconds for one body to arrive.
+    """
 
-    def __init__(self, app: ASGIApp, limit: Callable[[str], tuple[int, str]]) -> None:
+    def __init__(
+        self, app: ASGIApp, limit: Callable[[str], tuple[int, str]], metrics: Metrics, in_flight: int, upload_s: float
+    ) -> None:
         self._app = app
         self._limit = limit
+        self._metrics = metrics
+        self._in_flight = in_flight
+        self._held = 0
+        self._upload_s = upload_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         limit, field = self._limit(scope["path"])
-        received = 0
-        over = False
+        body = _Body()
+        body.whole = _has_none(scope)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + self._upload_s
         started = False
 
         async def counted() -> Message:
-            nonlocal received, over
-            message = await receive()
+            if body.whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(ends):
+                    message = await receive()
+            except TimeoutError:
+                body.refusal = self._slow()
+                raise _RefusedError from None
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                if received > limit:
-                    over = True
-                    raise _TooLargeError
+                body.received += len(message.get("body", b""))
+                body.whole = not message.get("more_body", False)
+                if body.received > limit:
+                    body.refusal = self._large(limit, field)
+                elif body.received > body.held and not self._hold(body, body.received - body.held):
+                    body.refusal = self._full()
+                if body.refusal is not None:
+                    raise _RefusedError
             return message
 
         async def safe(message: Message) -> None:
             nonlocal started
-            if over and not started:
-                return  # whatever the application makes of the broken-off body, the answer is 413
+            if body.refusal is not None and not started:
+                return  # whatever the application makes of the broken-off body, the answer is the refusal
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
@@ -60,39 +97,113 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        announced = _content_length(scope)
-        if announced is None or announced <= limit:
-            try:
-                await self._app(scope, counted, safe)
-            except _TooLargeError:
-                pass
-            except Exception:
-                if not over:
-                    raise
+        announced = _announced(scope)
+        try:
+            if announced > limit:
+                body.refusal = self._large(limit, field)
+            elif not self._hold(body, announced):
+                body.refusal = self._full()
+            else:
+                with _Watch(receive, body):
+                    await self._app(scope, counted, safe)
+        except _RefusedError:
+            pass
+        except Exception:
+            if body.refusal is None:
+                raise
+        finally:
+            self._held -= body.held
+        if body.refusal is not None and not started:
+            await _refuse(body.refusal, receive, send)
+
+    def _hold(self, body: _Body, size: int) -> bool:
+        """Reserve room for so many bytes more of a body. One body alone always has room."""
+        if self._held > body.held and self._held + size > self._in_flight:
+            return False
+        self._held += size
+        body.held += size
+        return True
+
+    def _large(self, limit: int, field: str) -> Problem:
+        self._metrics.refused("body_size")
+        size = f"{limit / 2**20:.0f} MiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB"
+        detail = f"The body is too large; at most {size} are accepted."
+        return _closing(413, detail, errors=[(field, f"at most {limit} bytes")])
+
+    def _full(self) -> Problem:
+        self._metrics.refused("uploads")
+        return _closing(503, "Too many uploads are under way. Try again in a second.", retry_after=1)
+
+    def _slow(self) -> Problem:
+        self._metrics.refused("slow_body")
+        return _closing(408, f"The body did not arrive in {self._upload_s:g} seconds.")
+
+
+class _Watch:
+    """Cancels the request that it surrounds when the caller leaves, once that has taken longer than usual.
+
+    Nothing else may read from the connection then, so it begins only after the whole body has come.
+    """
+
+    def __init__(self, receive: Receive, body: _Body) -> None:
+        self._receive = receive
+        self._body = body
+        self._task = asyncio.current_task()
+        self._watcher: asyncio.Task[None] | None = None
+        self._gone = False
+
+    def __enter__(self) -> None:
+        self._later()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._gone and self._task is not None:
+            self._task.uncancel()
+            return kind is asyncio.CancelledError
+        return False
+
+    def _later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._begin)
+
+    def _begin(self) -> None:
+        if self._body.whole:
+            self._watcher = asyncio.create_task(self._watch())
         else:
-            over = True
-        if over and not started:
-            await _refuse(limit, field, receive, send)
+            self._later()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if self._task is not None and not self._task.done():
+            self._gone = True
+            self._task.cancel()
 
 
-def _content_length(scope: Scope) -> int | None:
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            with contextlib.suppress(ValueError):
-                return int(value)
-    return None
+def _has_none(scope: Scope) -> bool:
+    """Whether it is certain from the head that there is no body."""
+    headers = Headers(scope=scope)
+    return scope["method"] in ("GET", "HEAD") and not {"content-length", "transfer-encoding"} & set(headers)
 
 
-async def _refuse(limit: int, field: str, receive: Receive, send: Send) -> None:
-    size = f"{limit / 2**20:.0f} MiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB"
-    problem = Problem(
-        413,
-        f"The body is too large; at most {size} are accepted.",
-        errors=[(field, f"at most {limit} bytes")],
-        headers={"Connection": "close"},
-    ).response()
-    await send({"type": "http.response.start", "status": 413, "headers": problem.raw_headers})
-    await send({"type": "http.response.body", "body": problem.body, "more_body": True})
+def _announced(scope: Scope) -> int:
+    """The length that the body is said to have, 0 when it is not said."""
+    value = Headers(scope=scope).get("content-length", "")
+    return int(value) if value.isascii() and value.isdigit() else 0
+
+
+def _closing(status: int, detail: str, *, errors: list[tuple[str, str]] | None = None, retry_after: int = 0) -> Problem:
+    headers = {"Connection": "close"}
+    if retry_after:
+        headers["Retry-After"] = str(retry_after)
+    return Problem(status, detail, errors=errors or [], headers=headers)
+
+
+async def _refuse(problem: Problem, receive: Receive, send: Send) -> None:
+    answer = problem.response()
+    await send({"type": "http.response.start", "status": problem.status, "headers": answer.raw_headers})
+    await send({"type": "http.response.body", "body": answer.body, "more_body": True})
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LINGER_S):
             thrown = 0

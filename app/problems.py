@@ -2,11 +2,11 @@
 
 - Routes raise `Problem`, or let the errors of the rooms below pass; `install` maps both, so no route has a try/except.
 - A fault of a field is listed as `errors: [{"field", "message"}]`, under the name that the caller used.
-- 4xx never reaches the log as a traceback. An unforeseen exception answers 500 without its text; Starlette raises it
-  again after the answer, and the server logs it once.
+- 4xx never reaches the log as a traceback. An unforeseen exception passes through; `observe` logs it and answers 500.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, cast
@@ -82,10 +82,19 @@ class NotReady(Problem):
 
 
 class Overloaded(Problem):
-    """More searches are under way than the service takes on."""
+    """More searches are under way than the service takes on. wait_s: when it is worth trying again."""
+
+    def __init__(self, wait_s: float = 1.0) -> None:
+        seconds = max(1, math.ceil(wait_s))
+        detail = f"The service is busy. Try again in {seconds} s."
+        super().__init__(503, detail, headers={"Retry-After": str(seconds)})
+
+
+class Late(Problem):
+    """A search was not done by its deadline."""
 
     def __init__(self) -> None:
-        super().__init__(503, "The service is busy. Try again in a second.", headers={"Retry-After": "1"})
+        super().__init__(503, "The search took too long and was given up. Try again.", headers={"Retry-After": "1"})
 
 
 def field_problem(field: str, message: str, *, status: int = 422) -> Problem:
@@ -135,17 +144,20 @@ async def _on_http(request: Request, error: Exception) -> Response:
         detail = f"There is nothing at {request.url.path[:200]}; see /docs for what there is."
     elif error.status_code == 405:
         detail = f"{request.method} is not possible here."
+        return Problem(405, detail, headers=_with_head(error.headers)).response()
     else:
         detail = str(error.detail)
     return Problem(error.status_code, detail, headers=error.headers).response()
 
 
+def _with_head(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Where GET is allowed, so is HEAD."""
+    allowed = (headers or {}).get("Allow", "")
+    return {"Allow": f"{allowed}, HEAD" if "GET" in allowed and "HEAD" not in allowed else allowed}
+
+
 async def _on_disconnect(_: Request, __: Exception) -> Response:
     return Response(status_code=400)  # nobody is there to read it; the status is for the access log
-
-
-async def _on_anything(_: Request, __: Exception) -> Response:
-    return Problem(500, "Something went wrong on our side; the log of the service has the details.").response()
 
 
 def install(app: FastAPI) -> None:
@@ -156,4 +168,3 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(DataError, _on_data)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_anything)

@@ -4,7 +4,6 @@ The body is read by hand and not by FastAPI: a wrong content type is refused bef
 the JSON in one step, and every fault has the caller's name for the field.
 """
 
-import hmac
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +11,8 @@ from fastapi import Depends, Path, Query, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
+from app.access import unauthorised
+from app.keys import given_key, is_key
 from app.problems import Problem, field_problem, from_validation
 from app.retriever import Retriever
 from app.schemas import DEFAULT_K, ImageForm, K, TextQuery, normalise
@@ -119,13 +120,9 @@ def require_admin(request: Request) -> None:
     key = settings_of(request).admin_key
     if key is None:
         raise Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    wanted = key.get_secret_value().encode()
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted):
-        message = "must be `Bearer` and the admin key"
-        problem = field_problem("Authorization", message, status=401)
-        problem.headers["WWW-Authenticate"] = "Bearer"
-        raise problem
+    given = given_key(request.headers)
+    if given is None or not is_key(given, key.get_secret_value()):
+        raise unauthorised("must be `Bearer` and the admin key")
 
 
 SettingsDep = Annotated[Settings, Depends(settings_of)]

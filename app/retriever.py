@@ -6,15 +6,16 @@
 
 - The event loop only waits: decoding, the model, the index and the gallery's files each have their threads.
 - Each search takes one `Snapshot` and ends on it, whatever is published meanwhile.
-- More than `max_pending` searches at a time are refused at once, so a queue cannot grow without end.
+- More than `max_pending` searches at a time are refused at once, so a queue cannot grow without end; so is one that the
+  batcher could not take up soon. Each search has a deadline, and what is not wanted any more is not computed.
 """
 
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from app.batching import Batcher, Flights, Lane, Vector
 from app.cache import VectorCache, cache_key, rounded
 from app.media import media_type
 from app.metrics import Metrics
-from app.problems import Overloaded, Problem
+from app.problems import Late, Overloaded, Problem
 from app.settings import Settings
 from app.snapshots import Snapshot, Snapshots
 from dcar_core.errors import ArtifactError, DcarError, ImageError
@@ -64,10 +65,14 @@ class Retriever:
         self._cache = cache
         self._metrics = metrics or Metrics()
         self._max_pending = settings.max_pending
+        self._deadline_s = settings.deadline_ms / 1000
         self._pending = 0
         self._flights: Flights[tuple[Vector, bool]] = Flights()
         self._batcher = Batcher(
-            max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=self._metrics
+            max_batch=settings.batch_size,
+            max_wait_s=settings.batch_wait_ms / 1000,
+            max_queue_s=settings.max_queue_ms / 1000,
+            metrics=self._metrics,
         )
         cores = os.cpu_count() or 1
         self._decode_pool = ThreadPoolExecutor(min(4, cores), thread_name_prefix="dcar-decode")
@@ -88,7 +93,7 @@ class Retriever:
 
     async def search_text(self, text: str, k: int) -> Answer:
         """The k items nearest to a normalised text."""
-        with self._admitted() as began:
+        async with self._admitted() as began:
             snapshot = self._snapshots.require()
             encoder = snapshot.encoder
             lane = Lane((encoder.fingerprint, "text"), encoder.encode_text)
@@ -106,7 +111,7 @@ class Retriever:
         Raises:
             ImageError: it cannot be read; the message is the reason.
         """
-        with self._admitted() as began:
+        async with self._admitted() as began:
             snapshot = self._snapshots.require()
             encoder = snapshot.encoder
             lane = Lane((encoder.fingerprint, "image"), _stacked(encoder.encode_pixels))
@@ -122,7 +127,7 @@ class Retriever:
 
     async def search_item(self, item_id: str, k: int) -> Answer:
         """The k items nearest to one of the gallery's own, without itself."""
-        with self._admitted() as began:
+        async with self._admitted() as began:
             snapshot = self._snapshots.require()
             row = _row(snapshot, item_id)
             try:
@@ -177,15 +182,22 @@ class Retriever:
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
 
-    @contextmanager
-    def _admitted(self) -> Iterator[float]:
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[float]:
         if self._pending >= self._max_pending:
             self._metrics.refused("queue_full")
             raise Overloaded
         self._pending += 1
         self._metrics.pending.inc()
+        deadline = asyncio.timeout(self._deadline_s)
         try:
-            yield time.perf_counter()
+            async with deadline:
+                yield time.perf_counter()
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self._metrics.refused("late")
+            raise Late from None
         finally:
             self._pending -= 1
             self._metrics.pending.dec()

@@ -13,7 +13,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from app.media import media_type
-from app.problems import MEDIA_TYPE, Problem
+from app.metrics import CONTENT_TYPE
+from app.problems import MEDIA_TYPE, NotReady, Problem
 from app.queries import ItemId, KDep, PictureDep, RetrieverDep, SnapshotsDep, WordsDep, require_admin
 from app.retriever import Answer
 from app.schemas import (
@@ -97,9 +98,21 @@ def make_router(settings: Settings) -> APIRouter:
     async def readyz(snapshots: SnapshotsDep) -> Response:
         """Searches are answered, or why they are not."""
         live = snapshots.require()
+        if snapshots.draining:
+            raise NotReady("The service is shutting down.")
         state = "ready" if snapshots.reason is None else "degraded"
         status = {"status": state, "index_version": live.version, "count": live.artifact.manifest.count}
         return JSONResponse({**status, "reason": snapshots.reason})
+
+    @router.get(
+        "/metrics",
+        tags=["service"],
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}, "description": "for Prometheus"}, **_problems(401)},
+    )
+    async def metrics(request: Request) -> Response:
+        """What the service measures of itself. With API keys it needs one, or the admin key."""
+        return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE)
 
     @router.post(
         "/admin/reload",

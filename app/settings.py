@@ -5,11 +5,12 @@
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.keys import parse_keys
 from app.redis_client import check as check_redis
 from dcar_core.errors import DcarError
 
@@ -23,12 +24,18 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65_535, description="0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    drain_s: float = Field(
+        0, ge=0, description="at the end, /readyz says no for so long before connections are refused"
+    )
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: int | None = Field(None, ge=1, description="cores for the model and the index; unset leaves it to them")
     batch_size: int = Field(32, ge=1, le=1024, description="most queries in one forward pass")
     batch_wait_ms: float = Field(2.0, ge=0, le=100, description="longest wait for company, under load only")
     max_pending: int = Field(512, ge=1, description="searches at a time; more are answered 503 at once")
+    max_queue_ms: int = Field(2000, ge=1, description="longest expected wait for the model; beyond it 503 at once")
+    deadline_ms: int = Field(10_000, ge=1, description="for a search once it is read; 503 after that")
 
     redis_url: SecretStr | None = Field(None, description="unset: the cache lives in this process; see redis_client.py")
     redis_timeout_ms: int = Field(100, ge=1, description="a slower Redis counts as absent")
@@ -36,17 +43,50 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="lifetime of an entry in Redis")
 
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)
+    max_in_flight_bytes: int = Field(256 * 2**20, ge=1024, description="of all bodies that are arriving or in use")
+    upload_timeout_s: float = Field(30, gt=0, description="for a body to arrive; 408 after that")
     max_pixels: int = Field(64_000_000, ge=1, description="of a query picture, checked before it is decoded")
     max_query_chars: int = Field(1000, ge=1)
     max_k: int = Field(200, ge=1)
 
     poll_s: float = Field(2.0, ge=0, description="how often CURRENT is looked at for a new version; 0 never")
-    admin_key: SecretStr | None = Field(None, description="bearer key of POST /admin/reload; unset disables it")
+    admin_key: SecretStr | None = Field(
+        None, description="bearer key of /admin, or sha256:HASH of it; unset disables it"
+    )
+    api_keys: Annotated[dict[str, str], NoDecode] = Field(
+        {}, description="NAME:HASH,NAME:HASH of the keys that may search, from `dcar key NAME`; unset lets everybody"
+    )
+    rate_limit: str | None = Field(None, description="of each key, or address without keys: 20/second, 600/minute")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="other sites whose pages may search, separated by commas: https://shop.example; unset none"
+    )
 
     @field_validator("log_level", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _are_keys(cls, value: object) -> object:
+        return parse_keys(value) if isinstance(value, str) else value
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _are_origins(cls, value: object) -> object:
+        origins = tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+        if isinstance(origins, tuple) and not all(o == "*" or "://" in o for o in origins):
+            raise ValueError("must be origins such as https://shop.example, or *")
+        return origins
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _is_rate(cls, value: str | None) -> str | None:
+        if value is not None:
+            from app.rates import parse_rate
+
+            parse_rate(value)
+        return value
 
     @field_validator("redis_url")
     @classmethod

@@ -101,6 +101,7 @@ class Snapshots:
         self._retry_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self.reason: str | None = "The model is being loaded."
+        self.draining = False  # about to end: still answers, but says that it is not ready
 
     @property
     def live(self) -> Snapshot | None:

@@ -75,7 +75,7 @@ def demo(
     data: Annotated[Path, typer.Option(help="Where the demo keeps its index.")] = Path("data"),
 ) -> None:
     """Index the bundled emoji gallery (once) and serve it."""
-    from app.main import require_free_port
+    from app.server import require_free_port
     from index_jobs.rebuild import rebuild
 
     example = EXAMPLES / domain
@@ -103,7 +103,7 @@ def demo(
 
 
 def _serve(**given: object) -> None:
-    from app.main import serve as run
+    from app.server import serve as run
     from app.settings import load_settings
 
     run(load_settings(**given))

@@ -4,15 +4,19 @@ import asyncio
 import io
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
+from app.connections import LimitedProtocol
 from app.main import create_app
 from app.settings import Settings
 
@@ -42,6 +46,30 @@ async def opened(index: Path, *, ready: bool = True, **given: Any) -> AsyncItera
         if ready:
             await until(is_ready)
         yield client
+
+
+@contextmanager
+def serving(index: Path, **given: Any) -> Iterator[tuple[FastAPI, int]]:
+    """The application on a real port, in a thread of this process."""
+    app = create_app(Settings(index=index, device="cpu", **given))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        config = uvicorn.Config(app, http=LimitedProtocol, log_config=None, access_log=False, ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        port = int(listener.getsockname()[1])
+        try:
+            end = time.monotonic() + 30
+            while not server.started or httpx.get(f"http://127.0.0.1:{port}/readyz").status_code != 200:
+                assert thread.is_alive()
+                assert time.monotonic() < end, "it does not become ready"
+                time.sleep(0.02)
+            yield app, port
+        finally:
+            server.should_exit = True
+            thread.join(20)
 
 
 def png(color: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import os
 import shutil
 import signal
@@ -16,8 +15,8 @@ import httpx
 import pytest
 from app_harness import free_port, opened, until
 
-from app.main import serve
 from app.schemas import Reloaded
+from app.server import serve
 from app.settings import Settings
 from dcar_core.errors import DcarError
 from index_jobs.publish import rollback
@@ -224,7 +223,7 @@ def test_pages_need_nothing_from_elsewhere(built_index: Path) -> None:
                 assert reference in document["components"]["schemas"]
             assert set(document["paths"]) == {
                 "/search/text", "/search/image", "/items/{item_id}", "/items/{item_id}/image",
-                "/items/{item_id}/similar", "/healthz", "/readyz", "/admin/reload",
+                "/items/{item_id}/similar", "/healthz", "/readyz", "/metrics", "/admin/reload",
             }  # fmt: skip
             words = document["paths"]["/search/text"]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert words["properties"]["k"]["maximum"] == 200
@@ -246,7 +245,7 @@ def test_it_does_not_start_without_an_index_or_on_a_taken_port(tmp_path: Path, b
         serve(Settings(index=built_index, host="192.0.2.1"))
 
 
-SERVE = "import sys; from app.main import serve; from app.settings import load_settings; serve(load_settings())"
+SERVE = "import sys; from app.server import serve; from app.settings import load_settings; serve(load_settings())"
 
 
 def _started(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
@@ -294,16 +293,3 @@ def test_a_broken_index_ends_a_starting_server_with_its_reason(index: Path) -> N
     assert process.returncode == 1
     assert "trainables.safetensors" in log.splitlines()[-1]
     assert log.count("trainables.safetensors") == 1, "said once"
-
-
-def test_health_checks_that_went_well_do_not_fill_the_log() -> None:
-    from app.main import _NoProbes
-
-    def access(path: str, status: int) -> logging.LogRecord:
-        args = ("127.0.0.1:1", "GET", path, "1.1", status)
-        return logging.LogRecord("uvicorn.access", logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
-
-    keep = _NoProbes().filter
-    assert not keep(access("/readyz", 200))
-    assert keep(access("/readyz", 503))
-    assert keep(access("/search/text", 200))

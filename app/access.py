@@ -1,0 +1,71 @@
+"""Pure ASGI, before any body is read: API keys where they are required, and how often a caller may ask.
+
+Everything needs a key except what is listed here, so a new route is protected without a thought. /metrics takes an API
+key or the admin key; /admin has the admin key alone, which its routes check.
+"""
+
+import math
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.keys import given_key, holder, is_key
+from app.metrics import Metrics
+from app.problems import Problem, field_problem
+from app.rates import Rates
+from app.settings import Settings
+
+_OPEN = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
+
+
+class Access:
+    """rates: None when there is no limit."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, rates: Rates | None, metrics: Metrics) -> None:
+        self._app = app
+        self._keys = settings.api_keys
+        self._admin = settings.admin_key
+        self._rates = rates
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            problem = await self._problem(scope)
+            if problem is not None:
+                await problem.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _problem(self, scope: Scope) -> Problem | None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in _OPEN or path.startswith("/ui/") or scope["method"] == "OPTIONS":
+            return None
+        client = scope.get("client")
+        caller = client[0] if client else "unknown"
+        if self._keys and not path.startswith("/admin/"):
+            name = self._name(Headers(scope=scope), metrics=path == "/metrics")
+            if name is None:
+                self._metrics.refused("key")
+                return unauthorised("must be `Bearer` and an API key that is known here")
+            caller = scope["dcar.caller"] = name
+        if self._rates is not None and path != "/metrics" and (wait := await self._rates.wait_for(caller)):
+            self._metrics.refused("rate")
+            seconds = max(1, math.ceil(wait))
+            detail = f"Too many requests from {caller}. Try again in {seconds} s."
+            return Problem(429, detail, headers={"Retry-After": str(seconds)})
+        return None
+
+    def _name(self, headers: Headers, *, metrics: bool) -> str | None:
+        given = given_key(headers)
+        if given is None:
+            return None
+        if metrics and self._admin is not None and is_key(given, self._admin.get_secret_value()):
+            return "admin"
+        return holder(self._keys, given)
+
+
+def unauthorised(message: str) -> Problem:
+    """401, naming the header and the scheme."""
+    problem = field_problem("Authorization", message, status=401)
+    problem.headers["WWW-Authenticate"] = "Bearer"
+    return problem

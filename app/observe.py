@@ -1,0 +1,84 @@
+"""Pure ASGI, outermost: each request gets an id, a line in the log and its place in the metrics; HEAD is answered.
+
+- HEAD is GET without the body, on every route that GET has.
+- What a request raised is logged here, once and with its id, and answered with a 500 that tells nothing of it.
+- Metrics name the route's template; a path that matches none counts as "none", however many of them are tried.
+"""
+
+import logging
+import time
+from typing import Any
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.logs import choose_id, request_id
+from app.metrics import Metrics
+from app.problems import Problem
+
+log = logging.getLogger("app.access")
+
+_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_ID = "X-Request-ID"
+
+
+class Observe:
+    """metrics: where requests are counted."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        method = scope["method"]
+        inner = {**scope, "method": "GET"} if method == "HEAD" else scope
+        known_as = choose_id(Headers(scope=scope).get(_ID))
+        token = request_id.set(known_as)
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[_ID] = known_as
+            elif method == "HEAD":
+                if message.get("more_body", False):
+                    return
+                message = {**message, "body": b""}
+            await send(message)
+
+        try:
+            await self._app(inner, receive, observed)
+        except Exception:
+            self._metrics.error()
+            log.exception("unforeseen error in %s %s", method, quote(scope["path"]))
+            if status == 0:
+                problem = "Something went wrong on our side; the log of the service has the details."
+                await Problem(500, problem).response()(inner, receive, observed)
+        finally:
+            self._note(inner, method, status, time.perf_counter() - began)
+            request_id.reset(token)
+
+    def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+        route: Any = scope.get("route")
+        template = getattr(route, "path", None) or "none"
+        self._metrics.request(template, status or 499, seconds)  # 499: the caller left before the answer
+        if status == 200 and scope["path"] in _PROBES:
+            return  # they come every few seconds
+        if log.isEnabledFor(logging.INFO):
+            client = scope.get("client")
+            path = quote(scope["path"])  # as it was, it could hold line breaks
+            extra = {
+                "method": method,
+                "path": path,
+                "status": status or 499,
+                "ms": round(seconds * 1000, 2),
+                "client": client[0] if client else None,
+                "caller": scope.get("dcar.caller"),
+            }
+            log.info("%s %s %d in %.1f ms", method, path, status or 499, seconds * 1000, extra=extra)

@@ -1,0 +1,82 @@
+"""How much one caller may ask in a time: a sliding window by `limits`, counted in Redis when there is one.
+
+A caller is the name of an API key where keys are required, else an address. While Redis fails, each process counts for
+itself; that is more generous by as many processes as there are, and better than refusing everybody or nobody.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from limits import RateLimitItem, parse
+from limits.aio.storage import MemoryStorage
+from limits.aio.storage.redis import RedisStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+
+from app.breaker import Breaker
+from app.cache import STORE_FAULTS
+from app.redis_client import Client, connect, disconnect
+
+
+def parse_rate(text: str) -> RateLimitItem:
+    """ "20/second", "600/minute", "100 per 10 seconds".
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return parse(text)
+    except ValueError:
+        raise ValueError("must be a rate such as 20/second or 600/minute") from None
+
+
+class Rates:
+    """Counts what callers ask."""
+
+    def __init__(self, rate: str, *, redis_url: str | None = None, timeout_s: float = 0.1) -> None:
+        self._rate = parse_rate(rate)
+        self._timeout = timeout_s
+        self._here = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._client: Client | None = None
+        self._shared: SlidingWindowCounterRateLimiter | None = None
+        self.breaker = Breaker(does="a common count of requests")
+        if redis_url is not None:
+            self._client = connect(redis_url, timeout_s=timeout_s)
+            self._shared = SlidingWindowCounterRateLimiter(_Storage(self._client))
+
+    async def wait_for(self, caller: str) -> float:
+        """Count one request; 0 when it may go on, else the seconds until it is worth trying again."""
+        if self._shared is not None and self.breaker.allows():
+            try:
+                async with asyncio.timeout(self._timeout):
+                    wait = await self._ask(self._shared, caller)
+            except STORE_FAULTS as error:
+                self.breaker.failed(error)
+            else:
+                self.breaker.succeeded()
+                return wait
+        return await self._ask(self._here, caller)
+
+    async def _ask(self, limiter: SlidingWindowCounterRateLimiter, caller: str) -> float:
+        if await limiter.hit(self._rate, caller):
+            return 0.0
+        stats = await limiter.get_window_stats(self._rate, caller)
+        return max(0.1, stats.reset_time - time.time())
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        if self._client is not None:
+            await disconnect(self._client)
+
+
+class _Storage(RedisStorage):
+    """limits' storage on a client of ours, which may be a sentinel's or a cluster's."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        super().__init__("async+redis://", implementation="redispy", key_prefix="dcar:rate")
+
+    def configure_bridge(self) -> None:
+        bridge: Any = self.bridge
+        bridge.storage = self._client
+        bridge.connection_getter = lambda _: self._client

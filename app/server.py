@@ -1,0 +1,117 @@
+"""Runs the service: `serve` is what `dcar serve` calls.
+
+- Whatever can be wrong is said before the model is loaded, in one line: no index, a taken port.
+- Ending: for `drain_s` it goes on but is not ready; then no new connections, and requests under way are finished.
+"""
+
+import logging
+import logging.config
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from app.connections import LimitedProtocol
+from app.logs import log_config
+from app.main import create_app
+from app.settings import Settings
+from app.snapshots import Snapshots, require_index
+from dcar_core.errors import DcarError
+
+log = logging.getLogger(__name__)
+
+_FINISH_S = 10  # for requests under way at the end
+
+
+def serve(settings: Settings) -> None:
+    """Run until interrupted.
+
+    Raises:
+        DcarError: with one line that says why it cannot start: no index, a taken port, a broken model.
+    """
+    logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
+    failures: list[DcarError] = []
+    require_index(settings)
+    listener = _listen(settings.host, settings.port)
+
+    def fail(error: DcarError) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    with listener:
+        app = create_app(settings, on_start_failure=fail)
+        host, port = listener.getsockname()[:2]
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        config = uvicorn.Config(
+            app,
+            http=LimitedProtocol,
+            log_config=None,
+            access_log=False,
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=_FINISH_S,
+        )
+        server = _Server(config, snapshots_of=lambda: getattr(app.state, "snapshots", None), drain_s=settings.drain_s)
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # uvicorn raises it again after it has shut down properly
+            log.info("stopped")
+    if failures:
+        raise failures[0]
+
+
+class _Server(uvicorn.Server):
+    """At the first signal says through /readyz that it is about to end, and goes on for drain_s, so that whoever
+    balances the load can turn to others before connections are refused. A second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, *, snapshots_of: Callable[[], Snapshots | None], drain_s: float) -> None:
+        super().__init__(config)
+        self._snapshots_of = snapshots_of
+        self._drain_s = drain_s
+        self._draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        snapshots = self._snapshots_of()
+        if self._draining or self._drain_s == 0 or snapshots is None or snapshots.live is None:
+            super().handle_exit(sig, frame)
+            return
+        self._draining = True
+        snapshots.draining = True
+        log.info("going on for %g s, then ending", self._drain_s)
+        timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
+        timer.daemon = True
+        timer.start()
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Say now that a port is taken, before minutes are spent on what would be served there.
+
+    Raises:
+        DcarError: it cannot be listened on.
+    """
+    _listen(host, port).close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, taken before the model is loaded.
+
+    Raises:
+        DcarError: with a message for the user.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError:
+        raise DcarError(f"{host} is no address of this machine; try --host 127.0.0.1") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(1024)  # claims the port: a second bind to it fails from here on
+    except OSError as error:
+        listener.close()
+        if isinstance(error, PermissionError):
+            raise DcarError(f"port {port} needs more rights; choose one above 1023 with --port") from None
+        raise DcarError(f"port {port} on {host} is taken or not to be had; choose another with --port") from None
+    return listener

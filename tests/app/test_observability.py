@@ -1,0 +1,146 @@
+"""What an operator sees: metrics by stage, log lines that belong together, and an end that drops nothing."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from app_harness import free_port, opened, png
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.logs import choose_id
+
+SERVE = "from app.server import serve; from app.settings import load_settings; serve(load_settings())"
+
+
+async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_tell_what_was_done(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for _ in range(2):
+                assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
+            assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+            for i in range(20):
+                await client.get(f"/probing/{i}")
+            found = await scrape(client)
+
+            def stage(name: str) -> float:
+                return found["dcar_stage_seconds_count", (("stage", name),)]
+
+            assert {name: stage(name) for name in ("queue", "encode", "decode", "cache", "search")} == {
+                "queue": 2, "encode": 2, "decode": 1, "cache": 2, "search": 3,
+            }  # fmt: skip
+            assert found["dcar_batch_size_sum", ()] == 2
+            assert found["dcar_cache_lookups_total", (("level", "memory"), ("outcome", "hit"))] == 1
+            assert found["dcar_index_version", ()] == 1
+            assert found["dcar_index_items", ()] == 24
+            assert found["dcar_index_degraded", ()] == 0
+            assert found["dcar_errors_total", ()] == 0
+            assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 2
+            assert found["dcar_request_seconds_count", (("route", "none"), ("status", "404"))] == 20
+            assert not any("probing" in value for _, labels in found for _, value in labels)
+            assert found["process_resident_memory_bytes", ()] > 1e6
+
+            encoder = client.app.state.snapshots.live.encoder
+            encoder.encode_text = None
+            assert (await client.post("/search/text", json={"query": "blue"})).status_code == 500
+            assert (await scrape(client))["dcar_errors_total", ()] == 1
+            del encoder.encode_text
+
+    asyncio.run(main())
+
+
+def test_a_request_keeps_its_id(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        caplog.set_level(logging.INFO, "app.access")
+        async with opened(built_index) as client:
+            given = await client.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
+            assert given.headers["x-request-id"] == "shop-7/a"
+            made = await client.post("/search/text", json={"query": "a secret wish"})
+            assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
+            refused = await client.get("/items/nothing%0Aat%20all", headers={"X-Request-ID": "a b\tc"})
+            assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
+
+    asyncio.run(main())
+    lines = [record.getMessage() for record in caplog.records if record.name == "app.access"]
+    lines = [line for line in lines if "/readyz 503" not in line]  # while it was loading
+    assert len(lines) == 3, "probes that went well are left out"
+    assert lines[0].startswith("POST /search/text 200 in ")
+    assert lines[2].startswith("GET /items/nothing%0Aat%20all 404 in ")
+    assert "secret wish" not in caplog.text
+
+
+def test_ids_are_well_formed() -> None:
+    assert choose_id("4bf92f3577b34da6a3ce929d0e0e4736") == "4bf92f3577b34da6a3ce929d0e0e4736"
+    for wrong in (None, "", "x" * 129, "a\nb", "<script>"):
+        assert choose_id(wrong) != wrong
+
+
+def _json_server(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
+    return subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def _until_ready(client: httpx.Client) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("it does not become ready")
+
+
+def test_the_end_drops_nothing_and_the_log_is_json(built_index: Path) -> None:
+    """Told to end, the server first says that it is not ready, still answers, and finishes an upload under way."""
+    port = free_port()
+    process = _json_server(built_index, port, DCAR_LOG_FORMAT="json", DCAR_DRAIN_S="0.5")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            _until_ready(client)
+            picture = png()
+
+            def slowly() -> Any:
+                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + picture
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}") as other:
+                    ready = other.get("/readyz")
+                    assert ready.status_code == 503
+                    assert "shutting down" in ready.json()["detail"]
+                    assert other.post("/search/text", json={"query": "red"}).status_code == 200
+                time.sleep(0.8)
+                with pytest.raises(httpx.ConnectError):
+                    httpx.get(f"http://127.0.0.1:{port}/readyz")
+                yield b"\r\n--b--\r\n"
+
+            kind = {"Content-Type": "multipart/form-data; boundary=b", "X-Request-ID": "the-last"}
+            assert client.post("/search/image", content=slowly(), headers=kind).status_code == 200
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=20)
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert all({"time", "level", "logger", "message", "request_id"} <= line.keys() for line in lines)
+    last = next(line for line in lines if line["request_id"] == "the-last" and line["logger"] == "app.access")
+    assert (last["path"], last["status"], last["method"]) == ("/search/image", 200, "POST")
+    assert last["ms"] > 500
