@@ -4,6 +4,8 @@ INDEX/CURRENT                    one line, the version that is served; replaced 
 INDEX/versions/<n>/manifest.json fingerprint, counts, kind, measurements, checksums of the other files and of itself
 INDEX/versions/<n>/index.faiss   vectors, memory-mapped
 INDEX/versions/<n>/items.arrow   ids, captions, metadata and where each picture lies, memory-mapped
+INDEX/versions/<n>/added-<m>/    vectors and items that were added after it was built; see `parts`
+INDEX/versions/<n>/removed.npy   rows of items that were removed after it was built
 INDEX/versions/<n>/failed.jsonl  pictures that could not be read, with the reason
 INDEX/versions/<n>/checkpoint/   the model that made the vectors
 
@@ -14,6 +16,7 @@ INDEX/versions/<n>/checkpoint/   the model that made the vectors
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +26,8 @@ from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, FingerprintError
 from index_jobs.files import sha256_of
-from index_jobs.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, VECTORS, VERSIONS, Manifest
+from index_jobs.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, REMOVED, VECTORS, VERSIONS, Manifest
+from index_jobs.parts import Part, Parts, read_removed
 from index_jobs.selecting import as_mask
 from index_jobs.sources import read_picture
 
@@ -54,21 +58,36 @@ class Artifact:
         Raises:
             ArtifactError: a file is missing, too short or unreadable, or the files do not fit each other.
         """
-        from index_jobs.items import Items
-        from index_jobs.vectors import FaissIndex
-
         self.path = path
         self.manifest = Manifest.read(path / MANIFEST)
         self._check_sizes()
-        self._items = Items(path / ITEMS)
-        self._vectors: VectorIndex = FaissIndex.open(path / VECTORS, gpu=self.manifest.gpu)
-        manifest = self.manifest
-        found = (self._vectors.count, len(self._items), self._vectors.dim)
-        if found != (manifest.count, manifest.count, manifest.dim):
-            raise ArtifactError(
-                f"{path} does not fit together: {found[0]} vectors of {found[2]} and {found[1]} items, but the "
-                f"manifest says {manifest.count} of {manifest.dim}; roll back, or rebuild the index"
-            )
+        self._parts = self._open()
+
+    def _open(self) -> Parts:
+        from index_jobs.items import Items
+        from index_jobs.vectors import FaissIndex
+
+        path, manifest = self.path, self.manifest
+        vectors: VectorIndex = FaissIndex.open(path / VECTORS, gpu=manifest.gpu)
+        parts = [Part(vectors, Items(path / ITEMS), manifest.root)]
+        for addition in manifest.additions:
+            folder = path / addition.folder
+            parts.append(Part(FaissIndex.open(folder / VECTORS), Items(folder / ITEMS), root=""))
+        removed = read_removed(path / REMOVED) if manifest.removed else np.empty(0, np.int64)
+        total = manifest.count + manifest.removed
+        for part, count in [
+            (parts[0], total - sum(addition.count for addition in manifest.additions)),
+            *[(part, addition.count) for part, addition in zip(parts[1:], manifest.additions, strict=True)],
+        ]:
+            found = (part.vectors.count, len(part.items), part.vectors.dim)
+            if found != (count, count, manifest.dim):
+                raise ArtifactError(
+                    f"{path} does not fit together: {found[0]} vectors of {found[2]} and {found[1]} items, but the "
+                    f"manifest says {count} of {manifest.dim}; roll back, or rebuild the index"
+                )
+        if len(removed) != manifest.removed or (len(removed) and not 0 <= removed.min() <= removed.max() < total):
+            raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
+        return Parts(parts, removed)
 
     @property
     def checkpoint(self) -> Path:
@@ -100,17 +119,22 @@ class Artifact:
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         mask = None if allowed is None else as_mask(allowed, self.rows)
-        return self._vectors.search(vectors, k, mask)
+        return self._parts.search(vectors, k, mask)
 
     @property
     def rows(self) -> int:
-        """How many rows there are: row numbers are 0..rows - 1."""
-        return self._vectors.count
+        """How many rows there are, removed ones included: row numbers are 0..rows - 1."""
+        return self._parts.rows
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """bool (rows,), read-only: false where an item was removed. Searches find live rows alone."""
+        return self._parts.live
 
     @property
     def fields(self) -> dict[str, str]:
         """What items can be chosen by: id, caption, category and the metadata's fields, each with its Arrow type."""
-        return self._items.fields
+        return self._parts.fields
 
     def column(self, name: str) -> "pa.ChunkedArray":
         """One field of every row, memory-mapped, null where an item has none. Meant for filters.
@@ -118,21 +142,21 @@ class Artifact:
         Raises:
             DataError: no item has such a field.
         """
-        return self._items.column(name)
+        return self._parts.column(name)
 
     def item(self, row: int) -> Item:
         """The item of a row.
 
         Raises:
-            IndexError: no such row.
+            IndexError: no such row, or it was removed.
         """
-        items = self._items
-        item_id, caption, category = (items.value(row, column) for column in ("id", "caption", "category"))
-        return Item(item_id, caption, category, items.metadata(row))
+        part, place = self._parts.locate(row)
+        item_id, caption, category = (part.items.value(place, column) for column in ("id", "caption", "category"))
+        return Item(item_id, caption, category, part.items.metadata(place))
 
     def row_of(self, item_id: str) -> int | None:
         """The row of an id, None when there is no such item."""
-        return self._items.row_of(item_id)
+        return self._parts.row_of(item_id)
 
     def vector(self, row: int) -> NDArray[np.float32]:
         """The row's vector, float32 (E,); see `vectors`."""
@@ -146,9 +170,7 @@ class Artifact:
             IndexError: no such row.
             ArtifactError: this kind of index cannot give vectors back.
         """
-        for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
-            raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
-        return self._vectors.vectors(rows)
+        return self._parts.vectors(rows)
 
     def image_bytes(self, row: int) -> bytes:
         """The picture's file, from the gallery, at the place noted when the index was built.
@@ -157,13 +179,13 @@ class Artifact:
             IndexError: no such row.
             ArtifactError: the picture is no longer there.
         """
-        items = self._items
-        location = items.value(row, "location")
+        part, place = self._parts.locate(row)
+        location, offset, size = (part.items.value(place, column) for column in ("location", "offset", "size"))
         try:
-            return read_picture(self.manifest.root, location, items.value(row, "offset"), items.value(row, "size"))
+            return read_picture(part.root, location, offset, size)
         except OSError as error:
             raise ArtifactError(
-                f"the picture of item {items.value(row, 'id')!r} cannot be read from the gallery "
+                f"the picture of item {part.items.value(place, 'id')!r} cannot be read from the gallery "
                 f"{self.manifest.source}: {error.strerror or error}"
             ) from error
 
@@ -181,14 +203,16 @@ class Artifact:
                 f"--checkpoint CHECKPOINT_OF_THIS_ENCODER --out {index}"
             )
 
-    def verify(self) -> None:
-        """Read every file and compare checksums.
+    def verify(self, *, known: Collection[str] = ()) -> None:
+        """Read every file, but the known ones, and compare checksums.
 
         Raises:
             ArtifactError: naming the first file that differs.
         """
         self._check_sizes()
         for name, info in self.manifest.files.items():
+            if name in known:
+                continue
             try:
                 changed = sha256_of(self.path / name) != info.sha256
             except OSError as error:

@@ -39,7 +39,7 @@ class Fields:
                 seen[name] += 1
                 kind = _type(value)
                 known = types.get(name, kind)
-                types[name] = kind if kind == known else _common(known, kind)
+                types[name] = kind if kind == known else common(known, kind)
         kept = [name for name, _ in seen.most_common(MOST_FIELDS)]
         if len(kept) < len(seen):
             logger.warning("items have %d metadata fields; filters know the %d most frequent", len(seen), len(kept))
@@ -72,9 +72,15 @@ def _type(value: Any) -> pa.DataType:
     return _TEXT
 
 
-def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+def common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The narrowest type for the values of both."""
     numbers = (pa.int64(), pa.float64())
     return pa.float64() if one in numbers and other in numbers else _TEXT
+
+
+def converted(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column as a type that is wider than its own."""
+    return pa.chunked_array([[_cast(value, kind) for value in chunk.to_pylist()] for chunk in column.chunks], kind)
 
 
 def _cast(value: Any, kind: pa.DataType) -> Any:

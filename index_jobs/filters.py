@@ -35,12 +35,12 @@ class FilterError(DataError):
 
 
 def matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
-    """bool (rows,): the items that fulfil every condition.
+    """bool (rows,): the items that fulfil every condition and were not removed.
 
     Raises:
         FilterError: no item has such a field, or a condition does not fit it.
     """
-    mask = np.ones(artifact.rows, np.bool_)
+    mask = artifact.live.copy()
     for field, condition in filter.items():
         try:
             column = artifact.column(field)

@@ -20,7 +20,7 @@ from index_jobs.columns import Fields
 from index_jobs.files import replacing
 
 _BATCH = 65_536
-_COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata"]
+COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata"]
 _BY_ID = "by_id"  # row numbers in the order of the ids
 _FIELD = "field:"  # before the name of a metadata field
 _FILTERED = ("id", "caption", "category")
@@ -32,7 +32,7 @@ def write_items(path: Path, table: pa.Table, rows: NDArray[np.int64]) -> None:
     Raises:
         OSError: the disk is full or cannot be written.
     """
-    columns = table.select(_COLUMNS)
+    columns = table.select(COLUMNS)
     by_id = pc.sort_indices(columns["id"].take(pa.array(rows))).to_numpy().astype(np.int64)
     fields = Fields.of(columns["metadata"])
     schema = columns.schema.append(pa.field(_BY_ID, pa.int64()))
@@ -64,7 +64,7 @@ class Items:
                 self._schema = reader.schema
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-        self._columns = {name: self._schema.get_field_index(name) for name in [*_COLUMNS, _BY_ID]}
+        self._columns = {name: self._schema.get_field_index(name) for name in [*COLUMNS, _BY_ID]}
         if -1 in self._columns.values() or any(len(batch) != _BATCH for batch in self._batches[:-1]):
             raise ArtifactError(f"{path} is no items file of this version")
         self._count = sum(len(batch) for batch in self._batches)
@@ -90,6 +90,10 @@ class Items:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
         kind = self._schema.field(place).type
         return pa.chunked_array([batch.column(place) for batch in self._batches], kind)
+
+    def table(self, rows: NDArray[np.int64]) -> pa.Table:
+        """Some rows with all that `write_items` asks for."""
+        return pa.Table.from_batches(self._batches).select(COLUMNS).take(pa.array(rows))
 
     def value(self, row: int, column: str) -> Any:
         """One cell.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ MANIFEST, VECTORS, ITEMS, CHECKPOINT, FAILED = (
     "checkpoint",
     "failed.jsonl",
 )
+REMOVED = "removed.npy"
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,22 @@ class FileInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Addition:
+    """What was added to a version after it was built: a folder beside it with vectors and items of its own."""
+
+    folder: str
+    count: int  # of rows, removed ones included
+    kind: str
+    sources: list[str]  # the galleries as they were given
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a version is and how it came to be."""
 
     version: int
     fingerprint: str  # of the encoder
-    count: int  # of vectors and items
+    count: int  # of items that can be found
     dim: int
     kind: str  # FAISS index_factory string
     reason: str  # why this kind
@@ -51,6 +62,9 @@ class Manifest:
     failed: int  # pictures that could not be read
     measured: dict[str, Any]  # recall_at_10, parameters, latencies in ms, bytes, ..
     files: dict[str, FileInfo]  # by path relative to the version
+    additions: list[Addition] = field(default_factory=list)
+    removed: int = 0  # rows that are never found
+    rebuild: str = ""  # why a rebuild from a gallery is worth it by now
     metric: str = "inner_product"
     format: int = FORMAT
 
@@ -74,7 +88,8 @@ class Manifest:
             if checksum != hashlib.sha256(canonical(values)).hexdigest():
                 raise ArtifactError(f"{path} is corrupted: its checksum differs")
             files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
-            return cls(files=files, **values)
+            additions = [Addition(**addition) for addition in values.pop("additions")]
+            return cls(files=files, additions=additions, **values)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,7 +11,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,12 +47,15 @@ def writing(index: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(index: Path, staging: Path, manifest: Manifest, *, keep: int = 3) -> Manifest:
+def publish(
+    index: Path, staging: Path, manifest: Manifest, *, keep: int = 3, shared: Mapping[str, FileInfo] | None = None
+) -> Manifest:
     """Make what lies in `staging` the current version, within `writing`.
 
     Args:
         manifest: its version and files are filled in here.
         keep: how many versions to keep, the new one included.
+        shared: what is known of files that `share` took over; they are not read again.
 
     Raises:
         ArtifactError: the staged version does not open, or does not read back as it was written.
@@ -61,20 +64,35 @@ def publish(index: Path, staging: Path, manifest: Manifest, *, keep: int = 3) ->
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
     version = max([*version_numbers(index), current_version(index) or 0]) + 1
+    shared = shared or {}
+    names = [path.relative_to(staging).as_posix() for path in sorted(staging.rglob("*")) if path.is_file()]
     files = {
-        path.relative_to(staging).as_posix(): FileInfo(path.stat().st_size, sha256_of(path))
-        for path in sorted(staging.rglob("*"))
-        if path.is_file()
+        name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
     }
     manifest = replace(manifest, version=version, files=files)
     write_json(staging / MANIFEST, manifest.to_dict())
     sync_tree(staging)
-    Artifact(staging).verify()
+    Artifact(staging).verify(known=shared)
     staging.rename(index / VERSIONS / str(version))
     sync(index / VERSIONS)
     _point(index, version)
     _prune(index, keep)
     return manifest
+
+
+def share(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
+    """Files of a published version as files of a staged one, without a copy where the file system has hard links.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    for name in files:
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(version / name, staging / name)
+        except OSError:  # no hard links here, or too many of this file
+            shutil.copyfile(version / name, staging / name)
+    return dict(files)
 
 
 def rollback(index: Path, to: int | None = None) -> int:

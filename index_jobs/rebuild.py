@@ -140,6 +140,8 @@ class _Wanted:
             and manifest.requested_kind == self.kind
             and manifest.requested_memory == self.memory
             and manifest.target_recall == self.target_recall
+            and not manifest.additions
+            and not manifest.removed
             and manifest.failed <= self.max_failed * len(self.gallery)
             and all(getattr(manifest, name) == value for name, value in same.items())
         )

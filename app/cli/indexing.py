@@ -1,4 +1,4 @@
-"""`dcar index`: build, list, verify, roll back."""
+"""`dcar index`: build, add, remove, list, verify, roll back."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,8 @@ import typer
 from app.cli.options import Checkpoint, Device, Gallery, Out
 from index_jobs.arguments import parse_size
 
-commands = typer.Typer(help="Build, list, verify and roll back published indexes.", no_args_is_help=True)
+commands = typer.Typer(help="Build, update, list, verify and roll back published indexes.", no_args_is_help=True)
+Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
 
 
 @commands.command("build")
@@ -42,7 +43,7 @@ def index_build(
 
 
 @commands.command("list")
-def index_list(index: Annotated[Path, typer.Argument(help="Directory of a published index.")]) -> None:
+def index_list(index: Index) -> None:
     """The versions, newest first; * marks the one that is served."""
     from index_jobs.artifact import current_version, list_versions
 
@@ -56,7 +57,7 @@ def index_list(index: Annotated[Path, typer.Argument(help="Directory of a publis
 
 
 @commands.command("verify")
-def index_verify(index: Annotated[Path, typer.Argument(help="Directory of a published index.")]) -> None:
+def index_verify(index: Index) -> None:
     """Check every file of every version against its checksum."""
     from index_jobs.artifact import verify_index
 
@@ -66,10 +67,59 @@ def index_verify(index: Annotated[Path, typer.Argument(help="Directory of a publ
 
 @commands.command("rollback")
 def index_rollback(
-    index: Annotated[Path, typer.Argument(help="Directory of a published index.")],
+    index: Index,
     to: Annotated[int | None, typer.Option(help="Version; default: the one before the current.")] = None,
 ) -> None:
     """Serve an earlier version again."""
     from index_jobs.publish import rollback
 
     typer.echo(f"{index}: version {rollback(index, to)} is current")
+
+
+@commands.command("add")
+def index_add(
+    index: Index,
+    gallery: Gallery,
+    replace: Annotated[bool, typer.Option(help="Pictures take the place of items with their ids.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures; default: by size.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 64,
+    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
+    max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
+    device: Device = "auto",
+) -> None:
+    """Publish a version with another gallery's pictures besides those that are there, without a rebuild."""
+    from index_jobs.updates import add
+
+    found = add(
+        index, gallery, replace_known=replace, workers=workers, batch_size=batch_size, keep=keep,
+        max_failed=max_failed, device=device,
+    )  # fmt: skip
+    what = f"{found.added:,} added" + (f", {found.removed:,} of them replaced" if found.removed else "")
+    typer.echo(f"{index}: version {found.version}, {found.count:,} pictures ({what}, {found.failed} broken)")
+    _advise(found.rebuild)
+
+
+@commands.command("remove")
+def index_remove(
+    index: Index,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of items, as searches show them.")] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A file with an id a line.")
+    ] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
+) -> None:
+    """Publish a version in which these items are never found, without a rebuild."""
+    from index_jobs.updates import remove
+
+    lines = ids_file.read_text(encoding="utf-8").splitlines() if ids_file else []
+    wanted = [*(ids or []), *filter(None, map(str.strip, lines))]
+    if not wanted:
+        raise typer.BadParameter("give ids, or --ids-file with an id a line")
+    found = remove(index, wanted, keep=keep)
+    typer.echo(f"{index}: version {found.version}, {found.count:,} pictures ({found.removed:,} removed)")
+    _advise(found.rebuild)
+
+
+def _advise(rebuild: str) -> None:
+    if rebuild:
+        typer.echo(f"a rebuild is worth it: {rebuild}")

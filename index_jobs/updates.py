@@ -1,0 +1,213 @@
+"""Items added to a published index, or removed from it, without a rebuild.
+
+- An update is a new version: it shares every unchanged file with the one before by hard links, and rolls back like any.
+- What is added is encoded by the version's own model into a part of its own. A small part before it is merged into the
+  new one, so a thousand small additions leave a handful of parts, each searched exactly.
+- What is removed is a list of rows that searches leave out. The vectors stay in the file until a rebuild.
+- The manifest says when a rebuild is worth it: many parts, many rows beside the built index, or many dead ones.
+"""
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dcar_core.errors import DataError
+from index_jobs import kinds, publish
+from index_jobs.artifact import Artifact, open_current
+from index_jobs.build import build
+from index_jobs.encode import encode, write_failed
+from index_jobs.gallery import Gallery, scan
+from index_jobs.items import COLUMNS, Items, write_items
+from index_jobs.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
+from index_jobs.parts import write_removed
+from index_jobs.sources import place_of
+from index_jobs.vectors import write_faiss
+
+WORK = "work-added"
+MOST_PARTS = 8
+DEAD_SHARE = 0.2
+ADDED_SHARE = 0.2
+_MERGED_UP_TO = 2  # times the new rows, which makes parts grow geometrically
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update did."""
+
+    version: int
+    count: int  # of items that can be found now
+    added: int
+    removed: int
+    failed: int  # pictures that could not be read
+    rebuild: str  # why a rebuild is worth it by now, "" while it is not
+
+
+def remove(index: Path, ids: Sequence[str], *, keep: int = 3) -> Update:
+    """Publish a version in which these items are never found.
+
+    Raises:
+        DataError: an id is not in the index, or nothing would be left.
+        ArtifactError: nothing is published.
+        LockedError: another job is writing.
+        OSError: the disk is full or cannot be written; what was published is unchanged.
+    """
+    with publish.writing(index) as staging:
+        current = open_current(index)
+        gone = _rows_of(current, list(dict.fromkeys(ids)))
+        dead = np.union1d(np.flatnonzero(~current.live), gone)
+        if len(dead) == current.rows:
+            raise DataError(f"no item would be left in {index}; delete the directory instead")
+        files = {name: info for name, info in current.manifest.files.items() if name != REMOVED}
+        shared = publish.share(current.path, staging, files)
+        write_removed(staging / REMOVED, dead)
+        manifest = _updated(current.manifest, current.rows, dead, current.manifest.additions)
+        manifest = publish.publish(index, staging, manifest, keep=keep, shared=shared)
+    return Update(manifest.version, manifest.count, 0, len(gone), 0, manifest.rebuild)
+
+
+def add(
+    index: Path,
+    gallery: str | Path,
+    *,
+    replace_known: bool = False,
+    keep: int = 3,
+    workers: int | None = None,
+    batch_size: int = 64,
+    max_failed: float = 0.05,
+    device: str = "auto",
+    progress: bool = True,
+) -> Update:
+    """Publish a version with the pictures of another gallery besides those that are there.
+
+    Args:
+        gallery: a folder, tar or list; see `index_jobs.gallery`.
+        replace_known: an item of the gallery takes the place of the one with its id; else such an id is an error.
+        keep, workers, batch_size, max_failed, device, progress: as in `rebuild`.
+
+    Raises:
+        DataError: the gallery cannot be used, too many pictures are broken, or an id is known already.
+        ArtifactError: nothing is published.
+        LockedError: another job is writing.
+        OSError: the disk is full or cannot be written; what was published is unchanged.
+    """
+    from dcar_core import Encoder
+
+    scanned = scan(gallery)
+    with publish.writing(index) as staging:
+        current = open_current(index)
+        ids = scanned.table["id"].to_pylist()
+        known = [item_id for item_id in ids if current.row_of(item_id) is not None]
+        if known and not replace_known:
+            raise DataError(
+                f"{len(known):,} of the {len(ids):,} pictures of {gallery} have an id that is in the index, the first "
+                f"is {known[0]!r}; --replace puts them in the place of those"
+            )
+        encoder = Encoder.load(current.checkpoint, device=device)
+        current.require(encoder.fingerprint)
+        encoded = encode(
+            scanned, encoder, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,
+            progress=progress,
+        )  # fmt: skip
+        rows = encoded.rows()
+        read = set(scanned.table["id"].take(rows).to_pylist())
+        replaced = [item_id for item_id in known if item_id in read]  # a broken picture replaces nothing
+        dead = np.union1d(np.flatnonzero(~current.live), _rows_of(current, replaced))
+        old, manifest = _Additions(current), current.manifest
+        kept = old.worth_keeping(len(rows))
+        folder = f"added-{manifest.version + 1}"
+        (staging / folder).mkdir()
+        tables, blocks = old.live(kept, dead)
+        tables.append(_absolute(scanned).take(rows))
+        write_failed(staging / folder / FAILED, scanned, encoded.failed)
+        table = pa.concat_tables(tables)
+        built = build(
+            lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
+            kinds.choose("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),
+            target=manifest.target_recall,
+        )  # fmt: skip
+        write_faiss(built.index, staging / folder / VECTORS)
+        write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
+        dead = dead[dead < old.starts[kept]]  # the merged parts have left theirs behind
+        if len(dead):
+            write_removed(staging / REMOVED, dead)
+        sources = [source for addition in manifest.additions[kept:] for source in addition.sources]
+        addition = Addition(
+            folder=folder, count=table.num_rows, kind=built.choice.factory, sources=[*sources, scanned.source]
+        )
+        gone = (*(f"{addition.folder}/" for addition in manifest.additions[kept:]), REMOVED)
+        files = {name: info for name, info in manifest.files.items() if not name.startswith(gone)}
+        shared = publish.share(current.path, staging, files)
+        additions = [*manifest.additions[:kept], addition]
+        manifest = _updated(manifest, int(old.starts[kept]) + table.num_rows, dead, additions)
+        manifest = publish.publish(index, staging, manifest, keep=keep, shared=shared)
+        publish.discard(index, index / WORK)
+    return Update(manifest.version, manifest.count, len(rows), len(replaced), len(encoded.failed), manifest.rebuild)
+
+
+class _Additions:
+    """The additions of a version, and how many of them stay when more is added."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._additions = artifact.manifest.additions
+        counts = [addition.count for addition in self._additions]
+        self.starts = artifact.rows - sum(counts) + np.cumsum([0, *counts])  # first row of each, and the end
+
+    def worth_keeping(self, new: int) -> int:
+        """How many stay as they are; the ones after are merged with `new` rows."""
+        kept = len(self._additions)
+        for addition in reversed(self._additions):
+            if addition.kind != "Flat" or addition.count > min(_MERGED_UP_TO * new, kinds.FLAT_UP_TO - new):
+                break
+            kept, new = kept - 1, new + addition.count
+        return kept
+
+    def live(self, kept: int, dead: NDArray[np.int64]) -> tuple[list[pa.Table], list[NDArray[np.float32]]]:
+        """Items and vectors of the additions that are merged, without the dead ones."""
+        tables, blocks = [], []
+        for addition, start in zip(self._additions[kept:], self.starts[kept:].tolist(), strict=False):
+            rows = np.setdiff1d(np.arange(start, start + addition.count), dead)
+            tables.append(Items(self._artifact.path / addition.folder / ITEMS).table(rows - start))
+            blocks.append(self._artifact.vectors(rows))
+        return tables, blocks
+
+
+def _rows_of(artifact: Artifact, ids: Sequence[str]) -> NDArray[np.int64]:
+    rows = [artifact.row_of(item_id) for item_id in ids]
+    unknown = [item_id for item_id, row in zip(ids, rows, strict=True) if row is None]
+    if unknown:
+        names = ", ".join(map(repr, unknown[:3]))
+        raise DataError(f"{len(unknown):,} of {len(ids):,} ids are not in the index: {names}; nothing was removed")
+    return np.array(rows, np.int64)
+
+
+def _absolute(gallery: Gallery) -> pa.Table:
+    """The gallery's items with locations that need no root, so that items of several galleries can lie together."""
+    places = [place_of(gallery.root, location) for location in gallery.table["location"].to_pylist()]
+    column = gallery.table.schema.get_field_index("location")
+    return gallery.table.set_column(column, "location", pa.array(places, pa.string())).select(COLUMNS)
+
+
+def _updated(manifest: Manifest, rows: int, dead: NDArray[np.int64], additions: list[Addition]) -> Manifest:
+    added = sum(addition.count for addition in additions)
+    reasons = []
+    if len(additions) >= MOST_PARTS:
+        reasons.append(f"every search goes through {len(additions)} additions")
+    if added > max(ADDED_SHARE * (rows - added), kinds.FLAT_UP_TO):
+        reasons.append(f"{added:,} of {rows:,} items are outside the built index")
+    if len(dead) > DEAD_SHARE * rows:
+        reasons.append(f"{len(dead):,} of {rows:,} rows are removed, and passed over in every search")
+    return replace(
+        manifest,
+        count=rows - len(dead),
+        removed=len(dead),
+        additions=additions,
+        rebuild="; ".join(reasons),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )

@@ -1,0 +1,204 @@
+"""Items added and removed without a rebuild: what is found, what is shared, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw
+from filelock import FileLock
+from typer.testing import CliRunner
+
+from app.cli import app
+from dcar_core import Encoder
+from dcar_core.errors import ArtifactError, DataError, LockedError
+from index_jobs import updates
+from index_jobs.artifact import Artifact, current_version, open_current, open_version, verify_index
+from index_jobs.filters import matching
+from index_jobs.publish import rollback
+from index_jobs.rebuild import rebuild
+from index_jobs.updates import add, remove
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    return Encoder.load(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def published(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    index = tmp_path_factory.mktemp("updated") / "index"
+    rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
+    return index
+
+
+@pytest.fixture
+def index(published: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(published, tmp_path / "index"))
+
+
+def more(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:
+    """A gallery with a picture a colour."""
+    path.mkdir()
+    lines = []
+    for color in colors:
+        draw(color, shape).save(path / f"{color}.png")
+        given = {"file_name": f"{color}.png", "id": color, "caption": f"a {color} {shape}", "color": color}
+        lines.append(json.dumps(given | fields) + "\n")
+    (path / "metadata.jsonl").write_text("".join(lines))
+    return path
+
+
+def found(artifact: Artifact, vectors: np.ndarray) -> list[str]:
+    return [artifact.item(int(row)).id for row in artifact.search(vectors, 1)[1][:, 0]]
+
+
+def test_added_items_are_found_beside_the_others(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+    gallery = more(tmp_path / "more", "pink", "cyan", year=1999)
+    before = open_current(index)
+    done = add(index, gallery, progress=False)
+    assert (done.version, done.count, done.added, done.removed, done.failed, done.rebuild) == (2, 26, 2, 0, 0, "")
+    artifact = open_current(index)
+    pictures = [gallery / "pink.png", gallery / "cyan.png", Path(before.manifest.root) / "circle" / "red.png"]
+    vectors = encoder.encode_images(pictures)
+    assert found(artifact, vectors) == ["pink", "cyan", found(before, vectors[2:])[0]]
+    scores, rows = artifact.search(vectors, 30)
+    assert (np.diff(scores[:, :26]) <= 0).all()
+    assert [sorted(line) for line in rows.tolist()] == [[-1] * 4 + list(range(26))] * 3
+    row = artifact.row_of("pink")
+    assert row is not None
+    np.testing.assert_allclose(artifact.vector(row), vectors[0], atol=1e-5)
+    assert artifact.image_bytes(row) == (gallery / "pink.png").read_bytes()
+    assert artifact.item(row).metadata == {"file_name": "pink.png", "color": "pink", "year": 1999}
+    assert artifact.fields["year"] == "int64"
+    assert artifact.column("year").to_pylist() == [None] * 24 + [1999, 1999]
+    assert np.flatnonzero(matching(artifact, {"color": ["pink", "red"]})).tolist()[-1] == row
+
+
+def test_unchanged_files_are_shared(index: Path, tmp_path: Path) -> None:
+    add(index, more(tmp_path / "more", "pink"), progress=False)
+    remove(index, ["pink"])
+    for name in ("index.faiss", "items.arrow", "checkpoint/config.json", "failed.jsonl"):
+        assert len({(index / "versions" / str(n) / name).stat().st_ino for n in (1, 2, 3)}) == 1, name
+    verify_index(index)
+    remove(index, [open_current(index).item(0).id], keep=1)
+    assert [manifest.version for manifest in verify_index(index)] == [4]
+
+
+def test_removed_item_is_never_seen(index: Path) -> None:
+    before = open_current(index)
+    gone = [before.item(row).id for row in (3, 17)]
+    vectors = before.vectors(np.arange(24))
+    assert remove(index, [*gone, gone[0]]).count == 22
+    artifact = open_current(index)
+    assert (artifact.rows, artifact.manifest.count, artifact.manifest.removed) == (24, 22, 2)
+    live = sorted(set(range(24)) - {3, 17})
+    for allowed in (None, np.ones(24, np.bool_), np.arange(24)):
+        rows = artifact.search(vectors, 24, allowed)[1]
+        assert [sorted(line) for line in rows.tolist()] == [[-1, -1, *live]] * 24
+    assert [artifact.row_of(item_id) for item_id in gone] == [None, None]
+    for read in (artifact.item, artifact.image_bytes):
+        with pytest.raises(IndexError, match="row 3 was removed"):
+            read(3)
+    assert not matching(artifact, {})[[3, 17]].any()
+    with pytest.raises(DataError, match=f"1 of 1 ids are not in the index: '{gone[0]}'; nothing was removed"):
+        remove(index, [gone[0]])
+    assert rollback(index) == 1
+    assert open_current(index).row_of(gone[0]) == 3
+
+
+def test_replaced_item_is_the_new_one(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+    gallery = more(tmp_path / "more", "pink", "cyan")
+    add(index, gallery, progress=False)
+    with pytest.raises(DataError, match=r"2 of the 2 pictures of .* the first is 'cyan'; --replace puts them"):
+        add(index, gallery, progress=False)
+    changed = more(tmp_path / "changed", "pink", shape="circle")
+    assert add(index, changed, replace_known=True, progress=False).count == 26
+    artifact = open_current(index)
+    vectors = encoder.encode_images([changed / "pink.png", gallery / "pink.png"])
+    row = artifact.row_of("pink")
+    assert row is not None
+    assert artifact.item(row).caption == "a pink circle"
+    np.testing.assert_allclose(artifact.vector(row), vectors[0], atol=1e-5)
+    rows = artifact.search(vectors[1:], 26)[1][0]
+    assert sum(artifact.item(int(r)).id == "pink" for r in rows if r >= 0) == 1
+
+
+def test_many_small_additions_become_a_few_parts(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+    colors = ["pink", "cyan", "lime", "navy", "teal", "gold"]
+    for color in colors:
+        add(index, more(tmp_path / color, color), progress=False)
+    remove(index, ["lime"])
+    add(index, more(tmp_path / "last", "coral", "gray", "olive"), progress=False)
+    artifact = open_current(index)
+    assert len(artifact.manifest.additions) <= 3
+    assert artifact.manifest.count == 24 + len(colors) - 1 + 3
+    left = [color for color in colors if color != "lime"]
+    vectors = encoder.encode_images([tmp_path / color / f"{color}.png" for color in left])
+    assert found(artifact, vectors) == left
+    assert artifact.row_of("lime") is None
+    assert len(verify_index(index)) == 3
+    sources = [source for addition in artifact.manifest.additions for source in addition.sources]
+    assert sources == [str(tmp_path / name) for name in [*colors, "last"]]
+
+
+def test_manifest_tells_when_a_rebuild_is_worth_it(
+    index: Path, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [open_current(index).item(row).id for row in range(6)]
+    assert remove(index, ids[:4]).rebuild == ""
+    assert remove(index, ids[4:5]).rebuild.startswith("5 of 24 rows are removed")
+    monkeypatch.setattr(updates.kinds, "FLAT_UP_TO", 3)
+    colors = ["pink", "cyan", "lime", "navy", "teal", "gold"]
+    assert (
+        "6 of 30 items are outside the built index" in add(index, more(tmp_path / "6", *colors), progress=False).rebuild
+    )
+    monkeypatch.undo()
+    summary = rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
+    assert not summary.reused  # although neither gallery nor checkpoint has changed
+    artifact = open_current(index)
+    assert (artifact.manifest.count, artifact.manifest.rebuild, artifact.row_of("pink")) == (24, "", None)
+
+
+def test_what_cannot_be_done_changes_nothing(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no item would be left"):
+        remove(index, [open_current(index).item(row).id for row in range(24)])
+    with pytest.raises(DataError, match="does not exist"):
+        add(index, tmp_path / "nowhere", progress=False)
+    broken = more(tmp_path / "broken", "pink")
+    (broken / "pink.png").write_bytes(b"")
+    with pytest.raises(DataError, match="can be read"):
+        add(index, broken, progress=False)
+    with FileLock(index / ".lock"), pytest.raises(LockedError):
+        remove(index, ["x"])
+    with pytest.raises(ArtifactError, match="holds no published index"):
+        remove(tmp_path / "other", ["x"])
+    assert current_version(index) == 1
+    assert [path.name for path in (index / "versions").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("name", ["removed.npy", "added-2/index.faiss", "added-2/items.arrow"])
+def test_harm_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> None:
+    add(index, more(tmp_path / "more", "pink"), progress=False)
+    remove(index, [open_current(index).item(0).id])
+    path = open_current(index).path / name
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ArtifactError, match=name):
+        verify_index(index, 3)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=f"{name} is missing"):
+        open_version(index, 3)
+
+
+def test_commands(index: Path, tmp_path: Path) -> None:
+    def run(*given: object) -> str:
+        result = CliRunner().invoke(app, ["index", *map(str, given)], catch_exceptions=False)
+        return f"{result.exit_code} {result.output}"
+
+    gallery = more(tmp_path / "more", "pink", "cyan", "lime")
+    assert "0 " in (shown := run("add", index, "--gallery", gallery))
+    assert "version 2, 27 pictures (3 added, 0 broken)" in shown
+    (tmp_path / "ids").write_text("lime\n\n cyan \n")
+    assert "version 3, 24 pictures (3 removed)" in run("remove", index, "pink", "--ids-file", tmp_path / "ids")
+    assert run("remove", index).startswith("2 ")
