@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 TrainWeights = Literal["none", "pair", "predicted"]
 QueryWeights = Literal["none", "predicted"]
+Amp = Literal["auto", "off", "bfloat16", "float16"]
 
 
 class _Config:
@@ -84,7 +85,13 @@ class LossConfig(_Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Config):
-    """One training run. `patience` counts epochs without a better validation recall; 0 never stops early."""
+    """One training run.
+
+    warmup: the share of all steps over which the learning rate rises; then it falls as a cosine.
+    patience: how many epochs without a better validation recall end the run; 0 never stops early.
+    accumulate: in how many parts a batch is computed, for small devices; the result is the same.
+    amp: mixed precision; "auto" uses it where a GPU has it.
+    """
 
     epochs: int = 20
     batch_size: int = 64
@@ -93,6 +100,17 @@ class TrainConfig(_Config):
     warmup: float = 0.1
     patience: int = 0
     seed: int = 0
+    accumulate: int = 1
+    amp: Amp = "auto"
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.epochs < 1 or self.batch_size < 2:
+            raise ValueError(
+                f"epochs and accumulate must be at least 1 and batch_size 2, not {self.epochs}, {self.accumulate} and "
+                f"{self.batch_size}"
+            )
+        if self.amp not in get_args(Amp):
+            raise ValueError(f"amp must be {', '.join(get_args(Amp))}, not {self.amp!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ DcarError
 |  `- ImageError         one picture that cannot be read
 |- ModelError            a backbone that is unknown, unsupported or cannot be loaded
 |- CheckpointError       trainables that are missing, broken or belong to another backbone
+|- TrainingError         a run that cannot start, or cannot go on from the state it finds
+|  `- DivergedError      its loss is no number any more
 |- ArtifactError         a published index that is missing, incomplete or corrupted
 |  `- FingerprintError   an index built by another encoder than the one that serves it
 |- LockedError           another writer holds the index
@@ -30,6 +32,14 @@ class ModelError(DcarError):
 
 class CheckpointError(DcarError):
     """The checkpoint is missing, broken or belongs to another backbone."""
+
+
+class TrainingError(DcarError):
+    """A training run cannot start, or cannot go on from the state it finds."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no number any more."""
 
 
 class ArtifactError(DcarError):

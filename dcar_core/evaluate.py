@@ -1,28 +1,29 @@
 """The table: several methods, several seeds, one data set.
 
-Choices are made on validation; each run reads the test split once, at its end.
+Choices are made on validation; each run reads the test split once, at its end. With `tune` every method gets the same
+budget: the same learning rates, tried with seed 0 and judged by validation recall.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dcar_core.backbone import Backbone
-from dcar_core.checkpoint import save_checkpoint
-from dcar_core.config import ModelConfig, TrainConfig
-from dcar_core.data import load_split
+from dcar_core.config import TrainConfig
+from dcar_core.data import load_splits, save_reports
 from dcar_core.errors import DataError
-from dcar_core.features import prepare
+from dcar_core.feature_cache import FeatureCache
 from dcar_core.methods import method
-from dcar_core.model import DCAR
-from dcar_core.train import evaluate, train
+from dcar_core.report import write_report
+from dcar_core.runs import Runs, seeded_model
+from dcar_core.tables import COLUMNS, table
 
-COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
+__all__ = ["COLUMNS", "GRID", "compare", "seeded_model", "summary", "table"]
+
+GRID = (5e-4, 2e-3, 5e-3, 1e-2)
 
 
 def compare(
@@ -34,67 +35,70 @@ def compare(
     config: TrainConfig,
     *,
     images: Path | None = None,
+    skip_broken: bool = False,
+    tune: bool = False,
+    grid: Sequence[float] = GRID,
+    features: Path | None = None,
     progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train and test every method with every seed; writes `results.json`, `results.md` and checkpoints below `out`.
+    """Train and test every method with every seed, and write results.json, .csv, .md and report.html to `out`.
+
+    Args:
+        tune: choose each method's learning rate from `grid` on validation; else all take `config.lr`.
+        features: where frozen features are kept, for other runs on this data; `out`/features by default.
+        say: told what is about to run.
 
     Returns:
         What results.json holds: per method, each seed's recall in percent, their mean and standard deviation.
 
     Raises:
-        DcarError: an unknown method, or data that cannot be read.
+        DcarError: an unknown method, data that cannot be read, or a run that diverged.
     """
     configs = {name: method(name) for name in methods}
+    if not configs:
+        raise DataError("no method was given; try --methods clip,coop,dcar")
     if seeds < 1:
         raise DataError(f"--seeds must be at least 1, not {seeds}")
-    splits = {name: load_split(data, name, images=images) for name in ("train", "val", "test")}
-    training, validation, testing = (splits[name][0] for name in ("train", "val", "test"))
-    report = {name: dict(found.counts) for name, (_, found) in splits.items()}
+    splits, reports = load_splits(data, ("train", "val", "test"), images=images, skip_broken=skip_broken)
+    save_reports(reports, out)
+    cache = FeatureCache(features or out / "features", backbone)
+    runs = Runs(backbone, splits, out, config, cache, progress, say)
     results: dict[str, Any] = {
-        "data": data.name,
-        "pairs": {name: len(split) for name, (split, _) in splits.items()},
-        "cleaning": report,
+        "data": data.resolve().name,
+        "pairs": {name: len(split) for name, split in splits.items()},
+        "cleaning": {name: dict(found.counts) for name, found in reports.items()},
         "backbone": Path(backbone.source.model).name,
         "training": config.to_dict(),
+        "grid": list(grid) if tune else None,
         "methods": {},
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, chosen in configs.items():
-        runs: list[dict[str, Any]] = []
-        for seed in range(seeds if chosen.prompt.length else 1):  # zero-shot has nothing that varies
-            model = seeded_model(backbone, chosen, seed)
-            found = train(model, training, validation, replace(config, seed=seed), progress=progress)
-            save_checkpoint(model, out / name / f"seed{seed}", training={"seed": seed, "validation": found.best})
-            test = evaluate(model, prepare(testing, model, for_training=False, progress=progress))
-            runs.append({"seed": seed, "epoch": found.epoch, "seconds": found.seconds, "val": found.best, "test": test})
-        results["methods"][name] = {"runs": runs, **summary([run["test"] for run in runs])}
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")  # what is done is kept
-    (out / "results.md").write_text(table(results))
+        learns = any(True for _ in seeded_model(backbone, chosen, 0).trainables())
+        lr, tuning = runs.tuned(chosen, tuple(grid)) if tune and learns else (config.lr, None)
+        # zero-shot has nothing that varies
+        found = [runs.tested(chosen, seed, lr) for seed in range(seeds if learns else 1)]
+        accuracy = [run["hard_negative_accuracy"] for run in found if run["hard_negative_accuracy"] is not None]
+        results["methods"][name] = {
+            "lr": lr if learns else None,
+            "tuning": tuning,
+            "trainable": found[0]["trainable"],
+            "hard_negative_accuracy": _spread(accuracy) if accuracy else None,
+            **summary([run["test"] for run in found]),
+            "runs": found,
+        }
+        content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        (out / "results.json").write_text(content, encoding="utf-8")  # what is done is kept
+    write_report(results, splits["test"], out)
     return results
-
-
-def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
-    """A fresh model whose initial trainables follow from the seed."""
-    torch.manual_seed(seed)
-    return DCAR(backbone, config)
 
 
 def summary(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and sample standard deviation over runs, by measure."""
-    return {
-        "mean": {c: float(np.mean([run[c] for run in runs])) for c in COLUMNS},
-        "std": {c: float(np.std([run[c] for run in runs], ddof=1)) if len(runs) > 1 else 0.0 for c in COLUMNS},
-    }
+    spread = {c: _spread([run[c] for run in runs]) for c in COLUMNS}
+    return {key: {c: spread[c][key] for c in COLUMNS} for key in ("mean", "std")}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as a Markdown table, in percent."""
-    lines = [
-        "| method | text-to-image R@1 | R@5 | R@10 | image-to-text R@1 | R@5 | R@10 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, found in results["methods"].items():
-        several = len(found["runs"]) > 1
-        cells = [f"{found['mean'][c]:.1f}" + (f" ± {found['std'][c]:.1f}" if several else "") for c in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}

@@ -1,7 +1,14 @@
-"""What the frozen encoders say of a data set, computed once: nothing of it changes during training."""
+"""What the frozen encoders say of a data set, computed once: nothing of it changes during training.
 
+A tower in which nothing is learned (both of CLIP-Adapter's, CoOp's image tower) takes part in training as these
+features alone; then its pictures are not even decoded once the features are in the cache.
+"""
+
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,126 +20,179 @@ from tqdm import tqdm
 from dcar_core.backbone import Backbone
 from dcar_core.data import Dataset
 from dcar_core.errors import DataError, ImageError
+from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.model import DCAR
 from dcar_core.reweight import blend, pair_weights, real_tokens
 
 MAX_NEGATIVES = 8
+IMAGE_BATCH, TEXT_BATCH = 64, 256
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A split ready for the loop; N pairs, I images.
 
-    pixels: uint8 (I, 3, S, S). image_of: int64 (N,), the row of each pair's image.
+    key: stands for the pictures and texts. image_of: int64 (N,), the row of each pair's image.
     tokens: int64 (N, n), with room for the prompts. caption_group: int64 (N,), equal where captions read the same.
+    pixels: uint8 (I, 3, S, S); None where frozen image features do.
+    images, captions: (I, E) and (N, E) of the frozen encoders, normalised; None where nothing needs them.
     pair_weights: (N, n) blended factors from each caption's own image, or None.
     caption_features: (N, 1 + M, E) of the frozen text encoder, positive first, or None.
     matching: (N, 1 + M) category-matching weights, 0 for padding, or None.
-    frozen_images, frozen_captions: (I, E) and (N, E) of the frozen encoders, normalised, or None.
     """
 
-    pixels: NDArray[np.uint8]
+    key: str
     image_of: NDArray[np.int64]
     tokens: Tensor
     caption_group: Tensor
+    pixels: Pixels | None = None
+    images: Tensor | None = None
+    captions: Tensor | None = None
     pair_weights: Tensor | None = None
     caption_features: Tensor | None = None
     matching: Tensor | None = None
-    frozen_images: Tensor | None = None
-    frozen_captions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_of)
 
 
-def prepare(data: Dataset, model: DCAR, *, for_training: bool, progress: bool = True) -> Prepared:
-    """Decode the pictures, tokenise the captions and, for training, run the frozen encoders once.
+def prepare(
+    data: Dataset, model: DCAR, *, for_training: bool, progress: bool = True, cache: FeatureCache | None = None
+) -> Prepared:
+    """Decode the pictures, tokenise the captions, and run the frozen encoders once for what the method needs.
 
     Raises:
         DataError: a picture is missing or broken; the message names it.
     """
-    names = list(dict.fromkeys(sample.image for sample in data.samples))
-    row_of = {name: row for row, name in enumerate(names)}
-    image_of = np.array([row_of[sample.image] for sample in data.samples])
-    first = {sample.image: sample for sample in reversed(data.samples)}
-    backbone = model.backbone
-    pixels = np.empty((len(names), 3, backbone.preprocess.size, backbone.preprocess.size), np.uint8)
-    for row, name in enumerate(
-        tqdm(names, f"reading {data.split} pictures", unit="img", disable=not progress, leave=False)
-    ):
-        try:
-            pixels[row] = backbone.preprocess(data.read(first[name]))
-        except ImageError as error:
-            raise DataError(f"{data.split}: {name}: {error}") from error
-    tokens = backbone.tokenize([sample.caption for sample in data.samples], model.room)
-    groups: dict[str, int] = {}
-    group = torch.tensor([groups.setdefault(s.caption.casefold(), len(groups)) for s in data.samples])
-    if not for_training:
-        return Prepared(pixels, image_of, tokens, group)
-    config = model.config
-    weights = features = matching = None
-    if config.reweight.train == "pair" or model.head is not None:
-        weights = _pair_weights(backbone, model, pixels, image_of, tokens, progress)
-    if model.category_adapter() is not None:
-        features, matching = _captions(backbone, data, config.loss.alpha, progress)
-    anchors: tuple[Tensor | None, Tensor | None] = (None, None)
-    if config.loss.anchor > 0:
-        anchors = (F.normalize(frozen_images(backbone, pixels), dim=-1), _frozen_captions(backbone, data))
-    return Prepared(pixels, image_of, tokens, group, weights, features, matching, *anchors)
-
-
-@torch.inference_mode()
-def frozen_images(backbone: Backbone, pixels: NDArray[np.uint8], batch: int = 64) -> Tensor:
-    """uint8 (I, 3, S, S) -> (I, E), not normalised, without prompts."""
-    parts = [
-        backbone.encode_image(
-            torch.from_numpy(backbone.preprocess.normalize(pixels[i : i + batch])).to(backbone.device)
-        )
-        for i in range(0, len(pixels), batch)
-    ]
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def _pair_weights(
-    backbone: Backbone,
-    model: DCAR,
-    pixels: NDArray[np.uint8],
-    image_of: NDArray[np.int64],
-    tokens: Tensor,
-    progress: bool,
-) -> Tensor:
-    images = frozen_images(backbone, pixels)
-    blank = frozen_images(backbone, backbone.preprocess.blank()[None])[0]
-    parts = []
-    for i in tqdm(range(0, len(tokens), 256), "token weights", unit="batch", disable=not progress, leave=False):
-        part = tokens[i : i + 256]
-        raw = pair_weights(backbone.token_features(part), images[image_of[i : i + 256]], blank)
-        parts.append(blend(raw, real_tokens(part), model.config.reweight))
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def _captions(backbone: Backbone, data: Dataset, alpha: float, progress: bool) -> tuple[Tensor, Tensor]:
-    """Frozen features of positives and negatives, and their category-matching weights."""
-    most = min(MAX_NEGATIVES, max((len(s.negatives) for s in data.samples), default=0))
-    features = torch.zeros(len(data), 1 + most, backbone.embed_dim, device=backbone.device)
-    matching = torch.zeros(len(data), 1 + most, device=backbone.device)
-    for i in tqdm(range(0, len(data), 64), "frozen captions", unit="batch", disable=not progress, leave=False):
-        for j, sample in enumerate(data.samples[i : i + 64], start=i):
-            texts = [sample.caption, *sample.negatives[:most]]
-            features[j, : len(texts)] = _frozen_texts(backbone, texts)
-            same = [True, *(c == sample.category for c in sample.negative_categories[:most])]
-            same += [False] * (len(texts) - len(same))
-            matching[j, : len(texts)] = 1 + alpha * torch.tensor(same, device=backbone.device).float()
-    return features, matching
-
-
-@torch.inference_mode()
-def _frozen_captions(backbone: Backbone, data: Dataset, batch: int = 256) -> Tensor:
+    backbone, config = model.backbone, model.config
+    work = _Work(data, backbone, cache or FeatureCache(None, backbone), progress)
     captions = [sample.caption for sample in data.samples]
-    return torch.cat([_frozen_texts(backbone, captions[i : i + batch]) for i in range(0, len(captions), batch)])
+    groups: dict[str, int] = {}
+    group = torch.tensor([groups.setdefault(caption.casefold(), len(groups)) for caption in captions])
+    tokens = backbone.tokenize(captions, model.room)
+    anchored = for_training and config.loss.anchor > 0
+    weighted = for_training and (config.reweight.train == "pair" or model.head is not None)
+    features = matching = None
+    if for_training and model.category_adapter() is not None:
+        features, matching = work.negatives(config.loss.alpha)
+    return Prepared(
+        data_key(data, work.cache),
+        work.image_of,
+        tokens,
+        group,
+        pixels=None if model.image_is_frozen else work.pixels(),
+        images=work.images() if model.image_is_frozen or anchored else None,
+        captions=work.texts(captions) if model.text_is_frozen or anchored else None,
+        pair_weights=blend(work.raw_weights(tokens), real_tokens(tokens), config.reweight) if weighted else None,
+        caption_features=features,
+        matching=matching,
+    )
 
 
-def _frozen_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
-    return F.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
+def data_key(data: Dataset, cache: FeatureCache) -> str:
+    """Stands for the pictures and texts of a split: equal where training would learn the same.
+
+    Raises:
+        DataError: a picture is missing; the message names it.
+    """
+    names = list(dict.fromkeys(sample.image for sample in data.samples))
+    texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories] for s in data.samples]
+    return digest(cache.pictures(data, names), texts)
+
+
+class _Work:
+    """The parts of a prepared split, each made when asked for."""
+
+    def __init__(self, data: Dataset, backbone: Backbone, cache: FeatureCache, progress: bool) -> None:
+        self.data, self.backbone, self.cache, self.progress = data, backbone, cache, progress
+        self.names = list(dict.fromkeys(sample.image for sample in data.samples))
+        row_of = {name: row for row, name in enumerate(self.names)}
+        self.image_of = np.array([row_of[sample.image] for sample in data.samples])
+        self.key = cache.pictures(data, self.names)
+        self._pixels: Pixels | None = None
+
+    def pixels(self) -> Pixels:
+        if self._pixels is None:
+            size = self.backbone.preprocess.size
+            self._pixels = self.cache.array("pixels", self.key, (len(self.names), 3, size, size), self._decode)
+        return self._pixels
+
+    def _decode(self, out: Pixels) -> None:
+        first = {sample.image: sample for sample in reversed(self.data.samples)}
+
+        def decode(row: int) -> None:
+            name = self.names[row]
+            try:
+                out[row] = self.backbone.preprocess(self.data.read(first[name]))
+            except ImageError as error:
+                raise DataError(f"{self.data.split}: {name}: {error}") from error
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without the interpreter's lock
+            rows = range(len(self.names))
+            for _ in self._bar(pool.map(decode, rows), f"reading {self.data.split} pictures", len(rows)):
+                pass
+
+    def images(self) -> Tensor:
+        """(I, E), normalised, without prompts."""
+        return self.cache.tensor("images", self.key, lambda: self._encode_images(self.pixels()))
+
+    @torch.no_grad()
+    def _encode_images(self, pixels: Pixels) -> Tensor:
+        backbone, parts = self.backbone, []
+        for i in self._bar(range(0, len(pixels), IMAGE_BATCH), "frozen pictures"):
+            batch = torch.from_numpy(backbone.preprocess.normalize(pixels[i : i + IMAGE_BATCH]))
+            parts.append(F.normalize(backbone.encode_image(batch.to(backbone.device)), dim=-1))
+        return torch.cat(parts)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), E), normalised, without prompts; each different text is encoded once."""
+        unique = list(dict.fromkeys(texts))
+        row_of = {text: row for row, text in enumerate(unique)}
+        features = self.cache.tensor("texts", digest(unique), lambda: self._encode_texts(unique))
+        return features[torch.tensor([row_of[text] for text in texts], device=features.device)]
+
+    @torch.no_grad()
+    def _encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """By length, so that a short text is not padded to a long one's size."""
+        tokens = self.backbone.tokenize(texts)
+        ends = tokens.argmax(-1)
+        order = torch.argsort(ends)
+        out = torch.empty(len(texts), self.backbone.embed_dim, device=tokens.device)
+        for i in self._bar(range(0, len(texts), TEXT_BATCH), "frozen texts"):
+            rows = order[i : i + TEXT_BATCH]
+            part = tokens[rows, : int(ends[rows[-1]]) + 1]
+            out[rows] = F.normalize(self.backbone.encode_text(part), dim=-1)
+        return out
+
+    def raw_weights(self, tokens: Tensor) -> Tensor:
+        """(N, n) weights of the captions' tokens from their own images."""
+        key = digest(self.key, [s.caption for s in self.data.samples], self.image_of.tolist(), tokens.shape[1])
+        return self.cache.tensor("weights", key, lambda: self._raw_weights(tokens))
+
+    @torch.no_grad()
+    def _raw_weights(self, tokens: Tensor) -> Tensor:
+        images, blank = self.images(), self._encode_images(self.backbone.preprocess.blank()[None])[0]
+        parts = []
+        for i in self._bar(range(0, len(tokens), TEXT_BATCH), "token weights"):
+            words = self.backbone.token_features(tokens[i : i + TEXT_BATCH])
+            parts.append(pair_weights(words, images[self.image_of[i : i + TEXT_BATCH]], blank))
+        return torch.cat(parts)
+
+    def negatives(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """Frozen features (N, 1 + M, E) of positives and negatives, and their category-matching weights (N, 1 + M)."""
+        samples, device = self.data.samples, self.backbone.device
+        most = min(MAX_NEGATIVES, max((len(s.negatives) for s in samples), default=0))
+        where = [(i, j) for i, s in enumerate(samples) for j in range(min(most, len(s.negatives)))]
+        features = torch.zeros(len(samples), 1 + most, self.backbone.embed_dim, device=device)
+        matching = torch.zeros(len(samples), 1 + most, device=device)
+        features[:, 0], matching[:, 0] = self.texts([s.caption for s in samples]), 1 + alpha
+        if where:
+            rows, columns = torch.tensor(where, device=device).T
+            features[rows, 1 + columns] = self.texts([samples[i].negatives[j] for i, j in where])
+            same = [samples[i].negative_categories[j : j + 1] == (samples[i].category,) for i, j in where]
+            matching[rows, 1 + columns] = 1 + alpha * torch.tensor(same, device=device).float()
+        return features, matching
+
+    def _bar(self, items: Any, what: str, total: int | None = None) -> Any:
+        return tqdm(items, what, total, disable=not self.progress, leave=False)

@@ -1,11 +1,36 @@
 """Recall@k in both directions and hard-negative accuracy, in chunks, ties counted against the model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many wrong targets score at least as high as a query's best true one; 0 is a hit at once.
+
+    text: (T,) of each text among the images. image: (D,) of each described image among the texts, and described: (D,)
+    those images' rows.
+    """
+
+    text: NDArray[np.int64]
+    image: NDArray[np.int64]
+    described: NDArray[np.int64]
+
+
+def ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64], chunk: int = 1024) -> Ranks:
+    """Ranks both ways; arguments as in `recall_at_k`."""
+    t2i = _ranks(text, image, [np.array([i]) for i in image_of_text], chunk)
+    texts_of: list[list[int]] = [[] for _ in range(len(image))]
+    for t, i in enumerate(image_of_text):
+        texts_of[i].append(t)
+    described = np.array([i for i, texts in enumerate(texts_of) if texts], np.int64)
+    i2t = _ranks(image[described], text, [np.array(texts_of[i]) for i in described], chunk)
+    return Ranks(t2i, i2t, described)
 
 
 def recall_at_k(
@@ -21,14 +46,13 @@ def recall_at_k(
         {"t2i_r1": .., "i2t_r1": .., ...}. Image-to-text counts a hit when any caption of the image is among
         the first k. A score equal to the true one ranks above it.
     """
-    t2i = _ranks(text, image, [np.array([i]) for i in image_of_text], chunk)
-    texts_of: list[list[int]] = [[] for _ in range(len(image))]
-    for t, i in enumerate(image_of_text):
-        texts_of[i].append(t)
-    described = [i for i, texts in enumerate(texts_of) if texts]
-    i2t = _ranks(image[described], text, [np.array(texts_of[i]) for i in described], chunk)
-    found = {f"t2i_r{k}": 100 * float((t2i < k).mean()) for k in ks}
-    return found | {f"i2t_r{k}": 100 * float((i2t < k).mean()) for k in ks}
+    return recall(ranks(text, image, image_of_text, chunk), ks)
+
+
+def recall(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall in percent from ranks."""
+    percent = {f"t2i_r{k}": 100 * float((found.text < k).mean()) for k in ks}
+    return percent | {f"i2t_r{k}": 100 * float((found.image < k).mean()) for k in ks}
 
 
 def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
@@ -40,6 +64,12 @@ def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk:
             best = scores[row, own].max()
             ranks[start + row] = (scores[row] >= best).sum() - (scores[row, own] >= best).sum()
     return ranks
+
+
+def nearest(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int64]:
+    """(Q,) the row of the target that scores highest for each query."""
+    parts = [(query[i : i + chunk] @ target.T).argmax(1) for i in range(0, len(query), chunk)]
+    return np.concatenate(parts)
 
 
 def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float:

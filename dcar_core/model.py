@@ -111,8 +111,7 @@ class DCAR(nn.Module):
     def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
         """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""
         prompts = self.prompts.text_prompts() if self.prompts is not None else None
-        features = F.normalize(self.backbone.encode_text(tokens, prompts, weights), dim=-1)
-        return features if self.text_adapter is None else self.text_adapter(features)
+        return self.adapt_text(F.normalize(self.backbone.encode_text(tokens, prompts, weights), dim=-1))
 
     def encode_query(self, tokens: Tensor) -> Tensor:
         """As a query is encoded: with the head's weights if validation preferred them, else none. Sees no image."""
@@ -122,8 +121,25 @@ class DCAR(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """float32 (B, 3, S, S), normalised -> (B, E)."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
-        features = F.normalize(self.backbone.encode_image(pixels, prompts), dim=-1)
+        return self.adapt_image(F.normalize(self.backbone.encode_image(pixels, prompts), dim=-1))
+
+    def adapt_text(self, features: Tensor) -> Tensor:
+        """What follows the text tower: (B, E) -> (B, E), both normalised."""
+        return features if self.text_adapter is None else self.text_adapter(features)
+
+    def adapt_image(self, features: Tensor) -> Tensor:
+        """What follows the image tower: (B, E) -> (B, E), both normalised."""
         return features if self.image_adapter is None else self.image_adapter(features)
+
+    @property
+    def text_is_frozen(self) -> bool:
+        """Nothing is learned in or before the text tower: its features can be computed once."""
+        return self.head is None and (self.prompts is None or not self.config.prompt.text)
+
+    @property
+    def image_is_frozen(self) -> bool:
+        """Nothing is learned in or before the image tower: its features can be computed once."""
+        return self.prompts is None or not self.config.prompt.image
 
     def category_adapter(self) -> FeatureAdapter | None:
         """What L_cate's captions go through; None when the loss has no such term."""

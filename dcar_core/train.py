@@ -1,33 +1,39 @@
 """Training: one visible loop for every method.
 
-    caption + image -> Batch -> weights -> prompted features -> L = L_con + lambda L_cate + mu L_head -> trainables
+    caption + image -> batch -> weights -> prompted features -> L (see step.py) -> trainables
 
-The best epoch by validation recall (the mean of R@1 both ways, as a query sees it, without pair weights) is kept, and
-validation decides too whether queries use the predicted token weights. The test split is not touched here.
+- The best epoch by validation recall (the mean of R@1 both ways, as a query sees it, without pair weights) is kept,
+  and validation decides too whether queries use the predicted token weights. The test split is not touched here.
+- With a run directory, a killed run goes on exactly where it was: on the CPU its weights become bit for bit those of
+  a run that was never interrupted.
+- Under torchrun the processes share each batch; only the first one writes.
 """
 
 import math
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dcar_core.config import QueryWeights, TrainConfig
+from dcar_core.config import TrainConfig
 from dcar_core.data import Dataset
+from dcar_core.errors import DivergedError
+from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import Prepared, prepare
-from dcar_core.losses import anchor_loss, category_loss, contrastive_loss, head_loss
-from dcar_core.metrics import recall_at_k
+from dcar_core.logs import TensorBoard, write_csv
 from dcar_core.model import DCAR
-from dcar_core.reweight import real_tokens
+from dcar_core.parallel import ALONE, Group
+from dcar_core.resume import Progress, State
+from dcar_core.scoring import Recall, choose_query_weights, evaluate, mean_r1
+from dcar_core.step import Precision, accumulate_gradients
 
-Recall = dict[str, float]
+SAVE_EVERY_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -48,126 +54,104 @@ def train(
     *,
     progress: bool = True,
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    run: Path | None = None,
+    cache: FeatureCache | None = None,
+    tensorboard: bool = False,
+    group: Group = ALONE,
 ) -> TrainResult:
     """Train in place and leave the model at its best epoch, in eval mode.
 
+    Args:
+        on_epoch: told the line of every epoch that is finished here.
+        run: where state.pt (to go on from), log.csv and tensorboard/ are kept; None keeps nothing. `resume.forget`
+            removes the state once the caller has saved the result.
+
     Raises:
         DataError: pictures that cannot be read.
+        DivergedError: the loss is no number any more.
+        TrainingError: `run` holds the state of another run.
     """
     torch.manual_seed(config.seed)
+    shown = progress and group.leads
+    with group.leader_first():
+        data = prepare(training, model, for_training=True, progress=shown, cache=cache)
+        held_out = prepare(validation, model, for_training=False, progress=shown, cache=cache)
     parameters = [p for _, p in model.trainables() if p.requires_grad]
-    data = prepare(training, model, for_training=True, progress=progress)
-    held_out = prepare(validation, model, for_training=False, progress=progress)
     if not parameters:  # plain CLIP
         return TrainResult(evaluate(model, held_out), 0, 0.0, [])
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    precision = Precision(config.amp, model.backbone.device)
+    state = State(run, _identity(model, data, held_out, config) if run is not None else {})
+    at, kept = state.restore(model, optimizer, precision.scaler) or (Progress(), _copy(model))
+    board = TensorBoard(run / "tensorboard", at.epoch) if tensorboard and run is not None and group.leads else None
     batches = math.ceil(len(data) / config.batch_size)
     total = batches * config.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total, config.warmup))
-    rng = np.random.default_rng(config.seed)
-    started, history = time.monotonic(), []
-    best, best_epoch, kept = -1.0, 0, _copy(model)
-    best_recall: Recall = {}
-    bar = tqdm(total=total, desc=f"training {model.config.method}", unit="batch", disable=not progress)
-    for epoch in range(1, config.epochs + 1):
+    bar = tqdm(total=total, initial=at.epoch * batches + at.step, desc=f"training {model.config.method}", unit="batch",
+               disable=not shown)  # fmt: skip
+    started, saved = time.monotonic() - at.seconds, time.monotonic()
+    while at.epoch < config.epochs and not (config.patience and at.epoch - at.best_epoch >= config.patience):
+        epoch = at.epoch + 1
         model.train()
-        losses = []
-        for rows in np.array_split(rng.permutation(len(data)), batches):
-            loss = batch_loss(model, data, np.sort(rows))
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(data))
+        for rows in np.array_split(order, batches)[at.step :]:
+            for options in optimizer.param_groups:
+                options["lr"] = config.lr * _cosine(at.epoch * batches + at.step, total, config.warmup)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = accumulate_gradients(
+                model, data, np.sort(rows), parts=config.accumulate, group=group, precision=precision
+            )
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} in epoch {epoch} of {model.config.method}; use a lower --lr")
+            precision.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
+            precision.scaler.step(optimizer)
+            precision.scaler.update()
+            at.losses.append(loss)
+            at.step += 1
             bar.update()
-        query, recall = _best_query_weights(model, held_out)
-        score = (recall["t2i_r1"] + recall["i2t_r1"]) / 2
-        line = {"epoch": epoch, "loss": float(np.mean(losses)), "query": query, **recall}
-        history.append(line)
-        on_epoch(line)
+            if group.leads and time.monotonic() - saved > SAVE_EVERY_S:
+                at.seconds, saved = time.monotonic() - started, time.monotonic()
+                state.save(model, optimizer, precision.scaler, at, kept)
+        found = choose_query_weights(model, held_out) if group.leads else None
+        chosen = group.agree(found)
+        assert chosen is not None
+        query, recall = chosen
+        score = mean_r1(recall)
+        at.seconds = time.monotonic() - started
+        line = {"epoch": epoch, "loss": float(np.mean(at.losses)), "query": query, **recall, "seconds": at.seconds}
+        at.history.append(line)
+        at.epoch, at.step, at.losses = epoch, 0, []
+        if score > at.best:
+            at.best, at.best_epoch, at.best_recall, at.best_query = score, epoch, recall, query
+            kept = _copy(model)
+        if group.leads:
+            state.save(model, optimizer, precision.scaler, at, kept)
+            if run is not None:
+                write_csv(run, at.history)
+            if board is not None:
+                board.write(line)
+            on_epoch(line)
         bar.set_postfix(loss=f"{line['loss']:.3f}", val_r1=f"{score:.1f}")
-        if score > best:
-            best, best_epoch, best_recall, kept = score, epoch, recall, _copy(model)
-            best_query = query
-        elif config.patience and epoch - best_epoch >= config.patience:
-            break
     bar.close()
+    if board is not None:
+        board.close()
     with torch.no_grad():
         for name, parameter in model.trainables():
             parameter.copy_(kept[name])
-    model.config = model.config.with_query_weights(best_query)
+    model.config = model.config.with_query_weights(at.best_query)
     model.eval()
-    return TrainResult(best_recall, best_epoch, time.monotonic() - started, history)
+    return TrainResult(at.best_recall, at.best_epoch, at.seconds, at.history)
 
 
-def batch_loss(model: DCAR, data: Prepared, rows: NDArray[np.int64]) -> Tensor:
-    """L over the pairs `rows`."""
-    config, backbone = model.config, model.backbone
-    device, scale = backbone.device, backbone.scale
-    tokens = data.tokens[rows]
-    tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
-    length = tokens.shape[1]
-    images, inverse = np.unique(data.image_of[rows], return_inverse=True)
-    pixels = torch.from_numpy(backbone.preprocess.normalize(data.pixels[images])).to(device)
-    image = model.encode_image(pixels)[torch.from_numpy(inverse)]  # [B, E], each picture encoded once
-    paired = data.pair_weights[rows, :length] if data.pair_weights is not None else None
-    predicted = model.predicted_weights(tokens)
-    used = {"none": None, "pair": paired, "predicted": predicted}[config.reweight.train]
-    text = model.encode_text(tokens, used)
-    group, owner = data.caption_group[rows], torch.from_numpy(data.image_of[rows])
-    same = (group[:, None] == group[None]) | (owner[:, None] == owner[None])
-    loss = contrastive_loss(text, image, same.to(device), scale)
-    adapter = model.category_adapter()
-    if adapter is not None and data.caption_features is not None and data.matching is not None:
-        captions = adapter(data.caption_features[rows])
-        loss = loss + config.loss.category * category_loss(image, captions, data.matching[rows], scale)
-    if predicted is not None and paired is not None:
-        loss = loss + config.loss.head * head_loss(predicted, paired, real_tokens(tokens))
-    if data.frozen_images is not None and data.frozen_captions is not None:
-        held = anchor_loss(image, data.frozen_images[data.image_of[rows]]) + anchor_loss(
-            text, data.frozen_captions[rows]
-        )
-        loss = loss + config.loss.anchor * held
-    return loss
-
-
-def evaluate(model: DCAR, data: Prepared) -> Recall:
-    """Recall@1/5/10 both ways over a split, in percent. Queries never see their image."""
-    model.eval()
-    return recall_at_k(encode_captions(model, data), encode_pictures(model, data), data.image_of)
-
-
-@torch.inference_mode()
-def encode_captions(model: DCAR, data: Prepared, batch: int = 128) -> NDArray[np.float32]:
-    """(N, E), each caption encoded as a query."""
-    parts = [model.encode_query(data.tokens[i : i + batch]) for i in range(0, len(data.tokens), batch)]
-    return torch.cat(parts).cpu().numpy()
-
-
-@torch.inference_mode()
-def encode_pictures(model: DCAR, data: Prepared, batch: int = 128) -> NDArray[np.float32]:
-    """(I, E)"""
-    backbone = model.backbone
-    parts = []
-    for i in range(0, len(data.pixels), batch):
-        pixels = backbone.preprocess.normalize(data.pixels[i : i + batch])
-        parts.append(model.encode_image(torch.from_numpy(pixels).to(backbone.device)))
-    return torch.cat(parts).cpu().numpy()
-
-
-def _best_query_weights(model: DCAR, data: Prepared) -> tuple[QueryWeights, Recall]:
-    """Validation's choice between plain queries and predicted token weights; ties go to plain ones."""
-    choices: tuple[QueryWeights, ...] = ("none", "predicted") if model.head is not None else ("none",)
-    model.eval()
-    pictures, found = encode_pictures(model, data), []
-    for query in choices:
-        model.config = model.config.with_query_weights(query)
-        recall = recall_at_k(encode_captions(model, data), pictures, data.image_of)
-        found.append((recall["t2i_r1"] + recall["i2t_r1"], query, recall))
-    _, query, recall = max(found, key=lambda item: item[0])
-    model.config = model.config.with_query_weights(query)
-    return query, recall
+def _identity(model: DCAR, data: Prepared, held_out: Prepared, config: TrainConfig) -> dict[str, Any]:
+    """All that a run follows from: another value of any of these is another run."""
+    return {
+        "backbone": model.backbone.content_hash(),
+        "method": model.config.with_query_weights("none").to_dict(),
+        "training data": data.key,
+        "validation data": held_out.key,
+        **config.to_dict(),
+    }
 
 
 def _cosine(step: int, total: int, warmup: float) -> float:
@@ -178,4 +162,4 @@ def _cosine(step: int, total: int, warmup: float) -> float:
 
 
 def _copy(model: DCAR) -> dict[str, Tensor]:
-    return {name: deepcopy(p.detach()) for name, p in model.trainables()}
+    return {name: p.detach().clone() for name, p in model.trainables()}

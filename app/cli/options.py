@@ -21,6 +21,19 @@ SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out pictu
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Epochs = Annotated[int, typer.Option(min=1)]
 BatchSize = Annotated[int, typer.Option(min=2)]
+Patience = Annotated[
+    int, typer.Option(min=0, help="Stop after so many epochs without a better validation recall; 0 never stops.")
+]
+Accumulate = Annotated[
+    int, typer.Option(min=1, help="Compute a batch in so many parts, for a small device; the result is the same.")
+]
+Amp = Annotated[str, typer.Option(help="Mixed precision: auto (where a GPU has it), off, bfloat16 or float16.")]
+Features = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="DCAR_FEATURES", help="Where frozen features are kept, for other runs too. Default: OUT/features."
+    ),
+]
 LearningRate = Annotated[float, typer.Option("--lr", min=0)]
 IndexDir = Annotated[Path, typer.Option("--index", help="Directory of a published index.")]
 Checkpoint = Annotated[Path, typer.Option(help="What `dcar train --out` wrote, or a model directory.")]

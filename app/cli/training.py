@@ -1,25 +1,28 @@
 """`dcar train` and `dcar evaluate`."""
 
-import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app.cli.options import (
+    Accumulate,
+    Amp,
     BatchSize,
     Data,
     Device,
     Epochs,
+    Features,
     Images,
     LearningRate,
     ModelName,
     Out,
+    Patience,
     Pretrained,
     SkipBroken,
 )
 
 if TYPE_CHECKING:
-    from dcar_core.backbone import Backbone
+    from dcar_core.config import TrainConfig
 
 commands = typer.Typer()
 
@@ -35,29 +38,54 @@ def train(
     epochs: Epochs = 20,
     batch_size: BatchSize = 64,
     lr: LearningRate = 2e-3,
-    patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better validation recall.")] = 5,
+    patience: Patience = 5,
     seed: int = 0,
+    accumulate: Accumulate = 1,
+    amp: Amp = "auto",
+    features: Features = None,
+    tensorboard: Annotated[bool, typer.Option(help="Also write OUT/tensorboard (extra: tensorboard).")] = False,
+    restart: Annotated[bool, typer.Option(help="Forget the state of a run that was killed.")] = False,
     device: Device = "auto",
     skip_broken: SkipBroken = False,
 ) -> None:
-    """Adapt CLIP to a domain: learns prompts of a few hundred KB, keeps the best epoch by validation recall."""
+    """Adapt CLIP to a domain: learns prompts of a few hundred KB, keeps the best epoch by validation recall.
+
+    Killed, the same command goes on where it was. Several processes: torchrun --nproc-per-node N -m app.cli train ...
+    """
+    from dcar_core.backbone import BackboneSource, load_backbone
     from dcar_core.checkpoint import save_checkpoint
-    from dcar_core.config import TrainConfig
     from dcar_core.data import describe, load_splits, save_reports
-    from dcar_core.evaluate import seeded_model
+    from dcar_core.encoder import pick_device
+    from dcar_core.feature_cache import FeatureCache
     from dcar_core.methods import method as method_config
+    from dcar_core.parallel import torchrun_group
+    from dcar_core.resume import forget
+    from dcar_core.runs import seeded_model
     from dcar_core.train import train as run
 
     chosen = method_config(method)
-    config = TrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed)
-    splits, reports = load_splits(data, ("train", "val"), images=images, skip_broken=skip_broken)
-    typer.echo(describe(splits, reports), err=True)
-    training, validation = splits["train"], splits["val"]
-    save_reports(reports, out)
-    prompted = seeded_model(_backbone(model, pretrained, device), chosen, seed)
-    found = run(prompted, training, validation, config)
-    mark = save_checkpoint(prompted, out, training={**config.to_dict(), "epoch": found.epoch, "validation": found.best})
-    (out / "history.json").write_text(json.dumps(found.history, indent=1) + "\n")
+    config = _config(
+        epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
+    )
+    with torchrun_group(pick_device(device)) as (group, here):
+        splits, reports = load_splits(data, ("train", "val"), images=images, skip_broken=skip_broken)
+        if group.leads:
+            typer.echo(describe(splits, reports), err=True)
+            save_reports(reports, out)
+        backbone = load_backbone(BackboneSource(model, pretrained), here)
+        prompted = seeded_model(backbone, chosen, seed)
+        with group.leader_first():
+            if restart and group.leads:
+                forget(out)
+        cache = FeatureCache(features or out / "features", backbone)
+        found = run(
+            prompted, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard, group=group
+        )
+        if not group.leads:
+            return
+        notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
+        mark = save_checkpoint(prompted, out, training=notes)
+        forget(out)
     typer.echo(
         f"{out}: epoch {found.epoch}, validation text-to-image R@1 {found.best['t2i_r1']:.1f}, "
         f"image-to-text R@1 {found.best['i2t_r1']:.1f}, {found.seconds:.0f} s, fingerprint {mark[:12]}"
@@ -70,27 +98,60 @@ def evaluate(
     out: Out,
     model: ModelName = "ViT-B-32-quickgelu",
     pretrained: Pretrained = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated; an unknown name lists all.")] = "clip,coop,maple,dcar",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; an unknown name lists all.")
+    ] = "clip,coop,clip-adapter,maple,dcar,dcar+",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     images: Images = None,
     epochs: Epochs = 20,
     batch_size: BatchSize = 64,
     lr: LearningRate = 2e-3,
-    patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better validation recall.")] = 5,
+    tune: Annotated[bool, typer.Option(help="Choose each method's learning rate on validation, seed 0.")] = False,
+    grid: Annotated[str, typer.Option(help="The learning rates that --tune tries.")] = "5e-4,2e-3,5e-3,1e-2",
+    patience: Patience = 5,
+    accumulate: Accumulate = 1,
+    amp: Amp = "auto",
+    features: Features = None,
     device: Device = "auto",
+    skip_broken: SkipBroken = False,
 ) -> None:
-    """Train and test several methods with several seeds; prints a table and writes results.json to --out."""
-    from dcar_core.config import TrainConfig
-    from dcar_core.evaluate import compare, table
+    """Train and test several methods with several seeds; prints a table, writes results.* and report.html to --out.
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    config = TrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience)
-    results = compare(_backbone(model, pretrained, device), data, names, seeds, out, config, images=images)
-    typer.echo(table(results))
-
-
-def _backbone(model: str, pretrained: str | None, device: str) -> "Backbone":
+    A run that is finished is not run again, so the same command goes on, and another method or seed is added cheaply.
+    """
     from dcar_core.backbone import BackboneSource, load_backbone
     from dcar_core.encoder import pick_device
+    from dcar_core.evaluate import compare
+    from dcar_core.tables import table, tuning
 
-    return load_backbone(BackboneSource(model, pretrained), pick_device(device))
+    names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
+    rates = _rates(grid)
+    backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
+    results = compare(
+        backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, tune=tune, grid=rates,
+        features=features, say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    typer.echo(table(results))
+    if tune:
+        typer.echo(tuning(results))
+    typer.echo(f"{out / 'report.html'} shows more, without a server")
+
+
+def _config(**settings: Any) -> "TrainConfig":
+    from dcar_core.config import TrainConfig
+
+    try:
+        return TrainConfig.from_dict(settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _rates(grid: str) -> list[float]:
+    try:
+        rates = [float(part) for part in grid.split(",") if part.strip()]
+    except ValueError:
+        rates = []
+    if not rates or min(rates) <= 0:
+        raise typer.BadParameter(f"--grid must be learning rates above 0 with commas between, not {grid!r}")
+    return rates

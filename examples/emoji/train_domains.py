@@ -22,7 +22,8 @@ from dcar_core.evaluate import COLUMNS, seeded_model, summary
 from dcar_core.features import prepare
 from dcar_core.methods import method
 from dcar_core.model import DCAR
-from dcar_core.train import evaluate, train
+from dcar_core.scoring import evaluate
+from dcar_core.train import train
 
 HERE = Path(__file__).parent
 DOMAINS = ("twemoji", "openmoji")

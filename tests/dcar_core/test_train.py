@@ -1,4 +1,7 @@
-import json
+import csv
+import importlib.util
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +13,13 @@ from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.config import ModelConfig, TrainConfig
 from dcar_core.data import load_split
-from dcar_core.errors import DataError, DcarError
-from dcar_core.evaluate import compare, seeded_model
+from dcar_core.errors import DataError, DcarError, DivergedError, MissingExtraError
 from dcar_core.features import prepare
 from dcar_core.methods import METHODS, method
-from dcar_core.train import batch_loss, encode_captions, evaluate, train
+from dcar_core.runs import seeded_model
+from dcar_core.scoring import encode_captions
+from dcar_core.step import batch_loss
+from dcar_core.train import TrainResult, train
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 
@@ -68,18 +73,54 @@ def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
     assert float(batch_loss(model, data, rows).detach()) < 0.7 * before
 
 
-def test_a_seed_gives_the_same_result(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-    first = compare(backbone, tiny_data, ["clip", "dcar"], 2, tmp_path / "a", QUICK, progress=False)
-    again = compare(backbone, tiny_data, ["dcar"], 1, tmp_path / "b", QUICK, progress=False)
-    assert first["methods"]["dcar"]["runs"][0]["test"] == again["methods"]["dcar"]["runs"][0]["test"]
-    assert len(first["methods"]["clip"]["runs"]) == 1
-    assert json.loads((tmp_path / "a" / "results.json").read_text()) == first
-    assert "| dcar |" in (tmp_path / "a" / "results.md").read_text()
-    # a saved checkpoint reproduces the number that was reported for it
-    model, _ = load_checkpoint(tmp_path / "a" / "dcar" / "seed1")
-    test = prepare(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
-    assert evaluate(model, test) == first["methods"]["dcar"]["runs"][1]["test"]
+def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tiny_data: Path) -> None:
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    with pytest.raises(DivergedError, match=r"the loss is nan in epoch \d of clip-adapter; use a lower --lr"):
+        train(model, training, validation, TrainConfig(epochs=3, batch_size=6, lr=1e30), progress=False)
+
+
+def test_training_stops_early_and_keeps_the_best_epoch(tiny_model: Path, tiny_data: Path) -> None:
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    config = TrainConfig(epochs=50, batch_size=6, lr=1e-6, patience=2)  # too little for any recall to change
+    found = train(model, training, validation, config, progress=False)
+    assert [line["epoch"] for line in found.history] == [1, 2, 3]
+    assert found.epoch == 1
+    assert found.best == {key: found.history[0][key] for key in found.best}
+
+
+def test_the_log_is_a_line_an_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    found = run_coop(tiny_model, tiny_data, tmp_path)
+    with (tmp_path / "log.csv").open() as lines:
+        logged = list(csv.DictReader(lines))
+    assert [float(line["loss"]) for line in logged] == [line["loss"] for line in found.history]
+    assert [float(line["t2i_r1"]) for line in logged] == [line["t2i_r1"] for line in found.history]
+
+
+def test_tensorboard(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorboardX") is None:
+        if os.environ.get("DCAR_REQUIRE_ALL") == "1":
+            pytest.fail("the tensorboard extra is not installed although everything is required")
+        pytest.skip("the extra is not installed: pip install 'dcar[tensorboard]'")
+    run_coop(tiny_model, tiny_data, tmp_path, tensorboard=True)
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"training/loss" in events
+    assert b"validation/t2i_r1" in events
+
+
+def test_tensorboard_without_its_extra(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(MissingExtraError, match=r"dcar\[tensorboard\]"):
+        run_coop(tiny_model, tiny_data, tmp_path, tensorboard=True)
+
+
+def run_coop(tiny_model: Path, tiny_data: Path, run: Path, *, tensorboard: bool = False) -> TrainResult:
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    return train(model, training, validation, QUICK, progress=False, run=run, tensorboard=tensorboard)
 
 
 def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: Path) -> None:

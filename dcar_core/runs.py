@@ -1,0 +1,131 @@
+"""The runs behind a table, each in a directory of its own that is kept and never run twice.
+
+    runs/<method>/seed0-lr0.002-1a2b3c4d/    trainables.safetensors, config.json, log.csv, training.json, test.json
+
+The name ends in a digest of everything that the run follows from (weights, method, settings, data), so other settings
+are other directories, and a table never mixes them. A run that was killed goes on from its last state.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcar_core.analysis import analyse
+from dcar_core.backbone import Backbone
+from dcar_core.checkpoint import load_checkpoint, save_checkpoint
+from dcar_core.config import ModelConfig, TrainConfig
+from dcar_core.data import Dataset
+from dcar_core.errors import DivergedError
+from dcar_core.feature_cache import FeatureCache, digest
+from dcar_core.features import data_key, prepare
+from dcar_core.model import DCAR
+from dcar_core.resume import forget
+from dcar_core.scoring import mean_r1
+from dcar_core.train import train
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Trains and tests methods on one data set. `splits` are train, val and test."""
+
+    backbone: Backbone
+    splits: Mapping[str, Dataset]
+    out: Path
+    config: TrainConfig
+    cache: FeatureCache
+    progress: bool = True
+    say: Callable[[str], None] = lambda line: None
+
+    def trained(self, chosen: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
+        """Train, unless it was done: the run's record, by validation alone.
+
+        Raises:
+            DivergedError: the run diverged. That is recorded too and raised again the next time.
+        """
+        directory, config = self._directory(chosen, seed, lr), replace(self.config, seed=seed, lr=lr)
+        done = directory / "training.json"
+        if not done.is_file():
+            self.say(f"{chosen.method}, seed {seed}, learning rate {lr:g}")
+            model = seeded_model(self.backbone, chosen, seed)
+            record: dict[str, Any] = {"seed": seed, "lr": lr, "run": str(directory.relative_to(self.out))}
+            try:
+                found = train(
+                    model, self.splits["train"], self.splits["val"], config, progress=self.progress, run=directory,
+                    cache=self.cache,
+                )  # fmt: skip
+            except DivergedError as error:
+                record |= {"diverged": str(error)}
+            else:
+                notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
+                mark = save_checkpoint(model, directory, training=notes)
+                record |= {
+                    "fingerprint": mark,
+                    "trainable": sum(p.numel() for _, p in model.trainables() if p.requires_grad),
+                    "epoch": found.epoch,
+                    "seconds": round(found.seconds, 1),
+                    "query": model.config.reweight.query,
+                    "val": found.best,
+                    "history": found.history,
+                }
+            _write(done, record)
+            forget(directory)
+        record = json.loads(done.read_text(encoding="utf-8"))
+        if "diverged" in record:
+            raise DivergedError(record["diverged"])
+        return record
+
+    def tested(self, chosen: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
+        """The record with the test split's results, which is read here, once a run.
+
+        Raises:
+            DivergedError: the run diverged.
+        """
+        record, directory = self.trained(chosen, seed, lr), self._directory(chosen, seed, lr)
+        done = directory / "test.json"
+        if not done.is_file():
+            model, _ = load_checkpoint(directory, backbone=self.backbone)
+            testing = self.splits["test"]
+            prepared = prepare(testing, model, for_training=False, progress=self.progress, cache=self.cache)
+            _write(done, analyse(model, testing, prepared))
+        test = json.loads(done.read_text(encoding="utf-8"))
+        return record | {"test": test.pop("recall"), **test}
+
+    def tuned(self, chosen: ModelConfig, grid: tuple[float, ...]) -> tuple[float, dict[str, float | None]]:
+        """The learning rate with the best validation recall at seed 0, and what each one reached; None: it diverged.
+
+        Raises:
+            DivergedError: all of them diverged.
+        """
+        reached: dict[str, float | None] = {}
+        for lr in grid:
+            try:
+                reached[f"{lr:g}"] = mean_r1(self.trained(chosen, 0, lr)["val"])
+            except DivergedError:
+                reached[f"{lr:g}"] = None
+        scores = {lr: score for lr in grid if (score := reached[f"{lr:g}"]) is not None}
+        if not scores:
+            raise DivergedError(f"{chosen.method} diverged with every learning rate of {', '.join(reached)}")
+        return max(scores, key=lambda lr: scores[lr]), reached
+
+    def _directory(self, chosen: ModelConfig, seed: int, lr: float) -> Path:
+        config = replace(self.config, seed=seed, lr=lr)
+        keys = [data_key(split, self.cache) for split in self.splits.values()]
+        key = digest(self.cache.backbone_hash, chosen.to_dict(), config.to_dict(), keys)[:8]
+        return self.out / "runs" / chosen.method / f"seed{seed}-lr{lr:g}-{key}"
+
+
+def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
+    """A fresh model whose initial trainables follow from the seed."""
+    torch.manual_seed(seed)
+    return DCAR(backbone, config)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)

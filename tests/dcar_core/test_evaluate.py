@@ -1,0 +1,216 @@
+"""The table and the report, from real runs on a tiny CLIP."""
+
+import base64
+import csv
+import io
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcar_core.analysis import analyse
+from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.checkpoint import load_checkpoint
+from dcar_core.config import TrainConfig
+from dcar_core.data import Dataset, load_split
+from dcar_core.errors import DataError, DcarError
+from dcar_core.evaluate import COLUMNS, compare
+from dcar_core.features import prepare
+from dcar_core.methods import method
+from dcar_core.runs import seeded_model
+from dcar_core.scoring import evaluate
+
+QUICK = TrainConfig(epochs=2, batch_size=6)
+Compared = tuple[Path, dict[str, Any]]
+METHODS = ["clip", "clip-adapter", "dcar"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model: Path) -> Backbone:
+    return load_backbone(BackboneSource(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def compared(backbone: Backbone, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    out = tmp_path_factory.mktemp("compared")
+    return out, compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)
+
+
+def test_the_table(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
+    out, results = compared
+    assert json.loads((out / "results.json").read_text()) == results
+    assert [len(found["runs"]) for found in results["methods"].values()] == [1, 2, 2]
+    for found in results["methods"].values():
+        for column in COLUMNS:
+            values = [run["test"][column] for run in found["runs"]]
+            assert found["mean"][column] == pytest.approx(np.mean(values))
+            assert found["std"][column] == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0)
+        assert 0 <= found["hard_negative_accuracy"]["mean"] <= 100
+    assert results["methods"]["clip"]["trainable"] == 0
+    text = (out / "results.md").read_text()
+    assert "| dcar |" in text
+    assert "± " in text
+    with (out / "results.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("clip", "0"), ("clip-adapter", "0"), ("clip-adapter", "1"), ("dcar", "0"), ("dcar", "1"),
+    ]  # fmt: skip
+    # a saved checkpoint reproduces the number that was reported for it
+    run = results["methods"]["dcar"]["runs"][1]
+    model, mark = load_checkpoint(out / run["run"], backbone=backbone)
+    test = prepare(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
+    assert evaluate(model, test) == run["test"]
+    assert mark == run["fingerprint"]
+
+
+def test_a_seed_gives_the_same_result_anywhere(
+    compared: Compared, backbone: Backbone, tiny_data: Path, tmp_path: Path
+) -> None:
+    again = compare(backbone, tiny_data, ["dcar"], 1, tmp_path, QUICK, progress=False)
+    first, second = (found["methods"]["dcar"]["runs"][0] for found in (compared[1], again))
+    assert first["fingerprint"] == second["fingerprint"]
+    assert first["test"] == second["test"]
+
+
+def test_a_finished_run_is_not_run_again(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
+    out, results = compared
+    said: list[str] = []
+    again = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False, say=said.append)
+    assert said == []
+    assert again == results
+    compare(backbone, tiny_data, [*METHODS, "coop"], 1, out, QUICK, progress=False, say=said.append)
+    assert said == ["coop, seed 0, learning rate 0.002"]  # one method more, one run more
+    compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), progress=False, say=said.append)
+    assert len(said) == 2  # other settings are another run
+    assert len(list((out / "runs" / "coop").iterdir())) == 2
+
+
+def test_tuning_has_one_budget_and_looks_at_validation_alone(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    grid = (1e-4, 1e-2, 1e30)
+    results = compare(
+        backbone, tiny_data, ["clip", "coop", "clip-adapter"], 2, tmp_path, QUICK, progress=False, tune=True, grid=grid,
+        say=said.append,
+    )  # fmt: skip
+    assert len(said) == 1 + 2 * (len(grid) + 1)  # the run with the chosen rate and seed 0 serves twice
+    for name in ("coop", "clip-adapter"):
+        found = results["methods"][name]
+        scores = {lr: score for lr, score in found["tuning"].items() if score is not None}
+        assert set(found["tuning"]) == {"0.0001", "0.01", "1e+30"}
+        assert scores[f"{found['lr']:g}"] == max(scores.values())
+        # what was not chosen never saw the test split
+        tested = {path.parent.name for path in (tmp_path / "runs" / name).rglob("test.json")}
+        assert tested == {Path(run["run"]).name for run in found["runs"]}
+    assert results["methods"]["clip-adapter"]["tuning"]["1e+30"] is None
+    assert "diverged" in (tmp_path / "results.md").read_text()
+    assert "diverged" in (tmp_path / "report.html").read_text()
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "action", "xlink:href"}]
+
+
+def test_the_report_needs_nothing_but_itself(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
+    out = compared[0]
+    results = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)  # nothing is run again
+    page = Page()
+    text = (out / "report.html").read_text()
+    page.feed(text)
+    assert page.tags.count("svg") == 3  # recall both ways, training curves
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.addresses  # the example pictures
+    for address in page.addresses:
+        head, _, content = address.partition(",")
+        assert head == "data:image/jpeg;base64"
+        assert max(Image.open(io.BytesIO(base64.b64decode(content))).size) <= 96
+    assert "url(" not in text
+    for name in results["methods"]:
+        assert f">{name}<" in text
+    assert text.count('class="best"') >= 7
+
+
+def test_names_from_data_are_text_in_the_report(
+    backbone: Backbone, tiny_data: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "<b>data"
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        content = json.loads((tiny_data / f"{split}.json").read_text())
+        for i, entry in enumerate(content.values()):
+            entry["class_name"] = f"<img src=x>{i % 2}"
+            entry["positive"] += " <script>alert(1)</script>"
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    compare(backbone, folder, ["clip"], 1, tmp_path / "out", QUICK, images=tiny_gallery, progress=False)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;img src=x&gt;0" in text
+    for wrong in ("<img src=x", "<script", "<b>data"):
+        assert wrong not in text
+
+
+@pytest.fixture
+def sample_split(tiny_data: Path) -> Dataset:
+    return load_split(tiny_data, "train")[0]
+
+
+def test_analysis_by_hand(backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors that are known: two pictures of one category, one of another that takes the second's caption."""
+    import dcar_core.analysis as module
+
+    one, two, three = (replace(s, category=c) for s, c in zip(sample_split.samples[:3], "aab", strict=True))
+    data = replace(sample_split, samples=[one, two, three])
+    model = seeded_model(backbone, method("clip"), 0)
+    prepared = prepare(data, model, for_training=False, progress=False)
+    image = np.eye(3, dtype=np.float32)
+    text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
+    monkeypatch.setattr(module, "encode_captions", lambda *_: text)
+    monkeypatch.setattr(module, "_negatives", lambda *_: [image[2:], image[:0], image[:1]])
+    monkeypatch.setattr(module, "encode_pictures", lambda *_: image)
+    found = analyse(model, data, prepared)
+    assert found["recall"]["t2i_r1"] == pytest.approx(200 / 3)
+    assert found["hard_negative_accuracy"] == 100  # the second pair has none
+    assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
+    assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
+    assert found["confusions"] == [
+        {"category": "a", "taken_for": "b", "count": 1, "of": 2,
+         "examples": [{"caption": two.caption, "image": two.image, "found": three.image}]}
+    ]  # fmt: skip
+
+
+def test_hard_negatives_are_encoded_as_queries(backbone: Backbone, sample_split: Dataset) -> None:
+    model = seeded_model(backbone, method("coop"), 0)
+    prepared = prepare(sample_split, model, for_training=False, progress=False)
+    found = analyse(model, sample_split, prepared)["hard_negative_accuracy"]
+    hits = []
+    for sample in sample_split.samples:
+        pixels = backbone.preprocess(sample_split.read(sample))[None]
+        image = model.encode_image(torch.from_numpy(backbone.preprocess.normalize(pixels))).detach()
+        texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.room)).detach()
+        scores = (texts @ image.T).flatten()
+        hits.append(bool(scores[0] > scores[1:].max()))
+    assert found == pytest.approx(100 * np.mean(hits))
+    bare = [replace(sample, negatives=(), negative_categories=()) for sample in sample_split.samples]
+    assert analyse(model, replace(sample_split, samples=bare), prepared)["hard_negative_accuracy"] is None
+
+
+def test_wrong_arguments(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DcarError, match="no method is named 'clipp'"):
+        compare(backbone, tiny_data, ["clipp"], 1, tmp_path, QUICK)
+    with pytest.raises(DataError, match="no method was given"):
+        compare(backbone, tiny_data, [], 1, tmp_path, QUICK)
+    with pytest.raises(DataError, match="--seeds must be at least 1"):
+        compare(backbone, tiny_data, ["clip"], 0, tmp_path, QUICK)

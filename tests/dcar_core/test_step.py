@@ -1,0 +1,164 @@
+"""One step: parts, cached features and mixed precision against the plain pass."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.config import Amp
+from dcar_core.data import Dataset, load_split
+from dcar_core.evaluate import seeded_model
+from dcar_core.feature_cache import FeatureCache
+from dcar_core.features import Prepared, prepare
+from dcar_core.methods import METHODS, method
+from dcar_core.model import DCAR
+from dcar_core.scoring import encode_captions, encode_pictures
+from dcar_core.step import Precision, accumulate_gradients, batch_loss
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model: Path) -> Backbone:
+    return load_backbone(BackboneSource(str(tiny_model)))
+
+
+@pytest.fixture
+def training(tiny_data: Path) -> Dataset:
+    return load_split(tiny_data, "train")[0]
+
+
+def ready(backbone: Backbone, data: Dataset, name: str) -> tuple[DCAR, Prepared]:
+    """A model away from its start, where some gradients are zero."""
+    model = seeded_model(backbone, method(name), 0)
+    with torch.no_grad():
+        for _, parameter in model.trainables():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model, prepare(data, model, for_training=True, progress=False)
+
+
+def gradients(model: DCAR) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.trainables() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 20])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "clip"])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(
+    name: str, parts: int, backbone: Backbone, training: Dataset
+) -> None:
+    model, data = ready(backbone, training, name)
+    rows = np.arange(len(data))
+    whole = batch_loss(model, data, rows)
+    whole.backward()  # type: ignore[no-untyped-call]
+    expected = gradients(model)
+    value = accumulate_gradients(model, data, rows, parts=parts)
+    found = gradients(model)
+    assert expected.keys() == found.keys()
+    assert value == pytest.approx(float(whole.detach()), rel=1e-5)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["clip", "coop", "clip-adapter"])
+def test_frozen_towers_take_part_as_cached_features(
+    name: str, backbone: Backbone, training: Dataset, tiny_model: Path
+) -> None:
+    model, data = ready(backbone, training, name)
+    assert data.pixels is None
+    pixels = np.stack([backbone.preprocess(training.read(sample)) for sample in training.samples])
+    forwards = replace(data, pixels=pixels, images=None, captions=None)
+    np.testing.assert_allclose(encode_pictures(model, data), encode_pictures(model, forwards), atol=1e-5)
+    np.testing.assert_allclose(encode_captions(model, data), encode_captions(model, forwards), atol=1e-5)
+    if name != "clip":
+        rows = np.arange(len(data))
+        cached, whole = batch_loss(model, data, rows), batch_loss(model, forwards, rows)
+        torch.testing.assert_close(cached, whole)
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training: Dataset) -> None:
+    model, data = ready(backbone, training, "dcar")
+    rows = np.arange(len(data))
+    full = accumulate_gradients(model, data, rows)
+    expected = gradients(model)
+    precision = Precision(amp, torch.device("cpu"))
+    mixed = accumulate_gradients(model, data, rows, precision=precision)
+    scale = precision.scaler.get_scale()
+    assert mixed != full  # it really was another precision
+    assert mixed == pytest.approx(full, rel=0.02)
+    for key, gradient in gradients(model).items():
+        similar = torch.cosine_similarity((gradient / scale).flatten(), expected[key].flatten(), dim=0)
+        assert similar > 0.9, key
+
+
+def test_precision_is_full_where_the_device_has_nothing_better() -> None:
+    assert Precision("auto", torch.device("cpu")).name == "off"
+
+
+def test_the_cache_gives_what_was_computed(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
+    for name in ("dcar", "clip-adapter"):
+        model, plain = ready(backbone, training, name)
+        for _ in range(2):  # the second time from the disk
+            cached = prepare(training, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
+            for field in ("tokens", "images", "captions", "pair_weights", "caption_features", "matching"):
+                one, other = getattr(plain, field), getattr(cached, field)
+                assert (one is None) == (other is None)
+                assert one is None or torch.equal(one, other), field
+            assert (plain.pixels is None) == (cached.pixels is None)
+            assert plain.pixels is None or np.array_equal(plain.pixels, cached.pixels)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_cache_knows_other_pictures_texts_and_weights(
+    backbone: Backbone, training: Dataset, tiny_gallery: Path, other_backbone: Backbone, tmp_path: Path
+) -> None:
+    def entries(backbone: Backbone, data: Dataset) -> int:
+        model = seeded_model(backbone, method("clip-adapter"), 0)
+        prepare(data, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
+        return len([path for path in tmp_path.rglob("*") if path.is_file()])
+
+    assert entries(backbone, training) == entries(backbone, training) == 3  # pixels, images, texts
+    renamed = replace(training, samples=[replace(s, caption=s.caption + "!") for s in training.samples])
+    assert entries(backbone, renamed) == 4
+    first = tiny_gallery / training.samples[0].image
+    content = first.read_bytes()
+    try:
+        first.write_bytes((tiny_gallery / training.samples[1].image).read_bytes())
+        assert entries(backbone, training) == 6
+    finally:
+        first.write_bytes(content)
+    assert entries(other_backbone, training) == 9
+
+
+@pytest.fixture(scope="module")
+def other_backbone(tiny_model: Path) -> Backbone:
+    other = load_backbone(BackboneSource(str(tiny_model)))
+    with torch.no_grad():
+        other.visual.proj.mul_(1.001)
+    return other
+
+
+def test_a_failed_computation_leaves_no_entry(backbone: Backbone, tmp_path: Path) -> None:
+    def fails() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    cache = FeatureCache(tmp_path, backbone)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.tensor("images", "key", fails)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert torch.equal(cache.tensor("images", "key", lambda: torch.ones(2)), torch.ones(2))
+
+
+def test_negatives_are_encoded_as_one_by_one(backbone: Backbone, training: Dataset) -> None:
+    _, data = ready(backbone, training, "dcar")
+    assert data.caption_features is not None
+    assert data.matching is not None
+    for i, sample in enumerate(training.samples):
+        texts = [sample.caption, *sample.negatives]
+        alone = torch.nn.functional.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
+        torch.testing.assert_close(data.caption_features[i, : len(texts)], alone)
+        assert (data.matching[i] > 0).sum() == len(texts)
