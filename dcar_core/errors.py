@@ -9,6 +9,7 @@ DcarError
 |  `- DivergedError      its loss is no number any more
 |- ArtifactError         a published index that is missing, incomplete or corrupted
 |  `- FingerprintError   an index built by another encoder than the one that serves it
+|- GateError             a rebuilt index ranks worse than the one that is served
 |- LockedError           another writer holds the index
 `- MissingExtraError     an optional dependency is not installed
 """
@@ -48,6 +49,10 @@ class ArtifactError(DcarError):
 
 class FingerprintError(ArtifactError):
     """The index was built by another encoder than the one at hand."""
+
+
+class GateError(DcarError):
+    """A rebuilt index ranks worse than the one that is served."""
 
 
 class LockedError(DcarError):

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from index_jobs.notify import KINDS
+
 EXIT_CODES = """exit codes:
   0  published, or nothing had changed (the summary says "reused": true)
   1  the output cannot be written, an index or shard is corrupted, or another failure
@@ -12,6 +14,7 @@ EXIT_CODES = """exit codes:
   3  the gallery cannot be used, or too many of its pictures are broken
   4  the checkpoint or its model cannot be loaded
   5  another job is writing to the same index
+  6  not published: it ranks worse than the index that is served (the summary's "gate" says by how much)
 130  interrupted; the same command goes on where it stopped"""
 
 
@@ -72,10 +75,33 @@ def parser() -> argparse.ArgumentParser:
         "--shard-rows", type=_at_least(1), default=1024, metavar="N",
         help="pictures in a shard, the most that a killed run loses (default: %(default)s)",
     )  # fmt: skip
-    add("--keep-shards", action="store_true", help="leave the vector shards in DIR/work after publishing")
-    add("--force", action="store_true", help="publish a new version although nothing has changed")
+    add(
+        "--validation", type=Path, metavar="DATA",
+        help="a data set as `dcar train --data` takes it: its val pairs whose pictures are in the gallery compare the "
+        "new index with the one that is served (default: captions of the gallery)",
+    )  # fmt: skip
+    add(
+        "--margin", type=_share, default=0.02, metavar="SHARE",
+        help="how much lower recall at 1 or at 10 may be than the served index's (default: %(default)s)",
+    )  # fmt: skip
+    add("--force", action="store_true", help="publish although nothing has changed, or although it ranks worse")
+    add(
+        "--notify", action="append", type=_service, default=[], metavar="URL",
+        help="tell services, again for several: redis://HOST tells all that use this Redis, http://HOST:PORT one, with "
+        "the key in DCAR_ADMIN_KEY (default: none; services look for new versions themselves)",
+    )  # fmt: skip
+    add(
+        "--keep-shards", action=argparse.BooleanOptionalAction, default=True,
+        help="keep the vectors in DIR/work after publishing, so that another --kind needs no encoding",
+    )  # fmt: skip
     add("--quiet", action="store_true", help="no progress on stderr, errors alone")
     return command
+
+
+def _service(text: str) -> str:
+    if not text.startswith(KINDS):
+        raise argparse.ArgumentTypeError(f"must begin with one of {', '.join(KINDS)}, not {text!r}")
+    return text
 
 
 def _bytes(text: str) -> int:

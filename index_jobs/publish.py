@@ -11,7 +11,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +48,13 @@ def writing(index: Path) -> Iterator[Path]:
 
 
 def publish(
-    index: Path, staging: Path, manifest: Manifest, *, keep: int = 3, shared: Mapping[str, FileInfo] | None = None
+    index: Path,
+    staging: Path,
+    manifest: Manifest,
+    *,
+    keep: int = 3,
+    shared: Mapping[str, FileInfo] | None = None,
+    accept: Callable[[Artifact], None] = lambda staged: None,
 ) -> Manifest:
     """Make what lies in `staging` the current version, within `writing`.
 
@@ -56,6 +62,7 @@ def publish(
         manifest: its version and files are filled in here.
         keep: how many versions to keep, the new one included.
         shared: what is known of files that `share` took over; they are not read again.
+        accept: is given the staged version, verified; what it raises keeps it from being published.
 
     Raises:
         ArtifactError: the staged version does not open, or does not read back as it was written.
@@ -72,7 +79,9 @@ def publish(
     manifest = replace(manifest, version=version, files=files)
     write_json(staging / MANIFEST, manifest.to_dict())
     sync_tree(staging)
-    Artifact(staging).verify(known=shared)
+    staged = Artifact(staging)
+    staged.verify(known=shared)
+    accept(staged)
     staging.rename(index / VERSIONS / str(version))
     sync(index / VERSIONS)
     _point(index, version)

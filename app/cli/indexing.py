@@ -29,14 +29,17 @@ def index_build(
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
     max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
     device: Device = "auto",
-    force: Annotated[bool, typer.Option(help="Build even if nothing changed.")] = False,
+    validation: Annotated[Path | None, typer.Option(help="Data whose val pairs compare with what is served.")] = None,
+    margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = 0.02,
+    force: Annotated[bool, typer.Option(help="Publish even if nothing changed, or if it ranks worse.")] = False,
 ) -> None:
     """Encode a gallery, build the index and publish it as a new version. Killed, the same command goes on."""
     from index_jobs.rebuild import rebuild
 
     found = rebuild(
         gallery, checkpoint, out, kind=kind, memory=memory, target_recall=target_recall, workers=workers,
-        batch_size=batch_size, keep=keep, max_failed=max_failed, device=device, force=force,
+        batch_size=batch_size, keep=keep, max_failed=max_failed, device=device,
+        validation=validation, margin=margin, force=force,
     )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")

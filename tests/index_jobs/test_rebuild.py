@@ -40,12 +40,39 @@ def test_published_vectors_are_the_encoders(tiny_gallery: Path, tiny_checkpoint:
     assert (manifest.metric, manifest.source, manifest.measured["query_source"]) == (
         "inner_product", str(tiny_gallery), "captions",
     )  # fmt: skip
-    assert not (tmp_path / "index" / "work").exists()
+    assert (summary.published, summary.gate) == (True, None)  # there was nothing to compare with
+
+
+def test_another_kind_or_other_captions_need_no_encoding(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+
+    def run(**options: object) -> tuple[int, int]:
+        summary = rebuild(gallery, tiny_checkpoint, index, progress=False, **options)
+        assert summary.published
+        return summary.encoded, summary.resumed
+
+    assert run() == (24, 0)
+    assert run(kind="hnsw") == (0, 24)
+    captions = (gallery / "metadata.jsonl").read_text()
+    (gallery / "metadata.jsonl").write_text(captions.replace("a red circle", "a crimson circle"))
+    assert run(kind="hnsw") == (0, 24)
+    assert open_current(index).item(5).caption == "a crimson circle"
+    assert run(kind="ivf", keep_shards=False) == (0, 24)
+    assert not (index / "work").exists()
+    assert run(kind="flat") == (24, 0)
+
+
+def test_only_the_newest_vectors_are_kept(
+    gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    for checkpoint in (tiny_checkpoint, other_checkpoint):
+        rebuild(gallery, checkpoint, tmp_path / "index", progress=False, margin=1)
+    assert len(list((tmp_path / "index" / "work").iterdir())) == 1
 
 
 def test_nothing_is_done_twice(gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     def run(checkpoint: Path = tiny_checkpoint, kind: str = "auto", force: bool = False) -> RebuildSummary:
-        return rebuild(gallery, checkpoint, tmp_path / "index", kind=kind, force=force, progress=False)
+        return rebuild(gallery, checkpoint, tmp_path / "index", kind=kind, force=force, margin=1, progress=False)
 
     assert not run().reused
     again = run()

@@ -1,0 +1,222 @@
+"""The steps of one rebuild: encode, build, compare with what is served, publish, tell.
+
+- The checkpoint is copied first and loaded from the copy, so the model in the version is the one that encoded it.
+- What can be wrong is found early: lock, output, checkpoint, kind and validation pairs before the first picture.
+- Another kind or other captions need no encoding: the vectors of the last version are kept, unless they are not wanted.
+"""
+
+import datetime
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dcar_core.errors import ArtifactError
+from index_jobs.artifact import open_current
+from index_jobs.manifest import CHECKPOINT, FAILED, ITEMS, VECTORS, Manifest
+from index_jobs.options import Options, RebuildSummary, RejectedError
+
+if TYPE_CHECKING:
+    from dcar_core import Encoder
+    from index_jobs.artifact import Artifact
+    from index_jobs.encode import Encoded
+    from index_jobs.gallery import Gallery
+    from index_jobs.gate import Verdict
+    from index_jobs.kinds import Choice
+    from index_jobs.tuning import Queries
+
+logger = logging.getLogger(__name__)
+
+WORK = "work"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rebuild."""
+
+    gallery: "Gallery"
+    checkpoint: Path
+    signature: str  # of the checkpoint
+    out: Path
+    options: Options
+    start: float
+
+    def published(self, **same: str) -> Manifest | None:
+        """The current version's manifest if it is what is wanted."""
+        try:
+            manifest = open_current(self.out).manifest
+        except ArtifactError:
+            return None
+        options = self.options
+        fits = (
+            manifest.gallery_signature == self.gallery.content_signature
+            and manifest.source == self.gallery.source
+            and manifest.requested_kind == options.kind
+            and manifest.requested_memory == options.memory
+            and manifest.target_recall == options.target_recall
+            and not manifest.additions
+            and not manifest.removed
+            and manifest.failed <= options.max_failed * len(self.gallery)
+            and all(getattr(manifest, name) == value for name, value in same.items())
+        )
+        return manifest if fits else None
+
+    def run(self) -> RebuildSummary:
+        """Do all steps that are needed; see `rebuild`."""
+        from dcar_core import Encoder
+        from dcar_core.checkpoint import copy_checkpoint
+        from index_jobs import gate, gpu, kinds, publish
+        from index_jobs.encode import encode
+        from index_jobs.notify import notify
+
+        options, gallery = self.options, self.gallery
+        pairs = gate.pairs_of(gallery, options.validation)
+        with publish.writing(self.out) as staging:
+            copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
+            encoder = Encoder.load(staging / CHECKPOINT, device=options.device)
+            if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
+                return self.summary(same)
+            memory: dict[str, Any] = {
+                "memory": options.memory,
+                "gpu_memory": gpu.memory() if _wants_gpu(options.kind, options.device) else 0,
+            }
+            # An unknown kind is an error now, not after encoding.
+            kinds.choose(options.kind, len(gallery), encoder.dim, **memory)
+            serving = self._serving()
+            encoded = encode(
+                gallery, encoder, self.out / WORK, workers=options.workers, batch_size=options.batch_size,
+                shard_rows=options.shard_rows, max_failed=options.max_failed, progress=options.progress,
+            )  # fmt: skip
+            choices = kinds.choose(options.kind, len(encoded), encoder.dim, **memory)
+            manifest = self._stage(staging, encoder, encoded, choices)
+            verdict: gate.Verdict | None = None
+
+            def accept(staged: "Artifact") -> None:
+                nonlocal verdict
+                if serving is None:
+                    return
+                same_model = serving.manifest.fingerprint == encoder.fingerprint
+                old = encoder if same_model else Encoder.load(serving.checkpoint, device=options.device)
+                verdict = gate.compare(serving, old, staged, encoder, pairs, options.margin)
+                logger.info("compared with version %d: %s", serving.manifest.version, verdict.reason)
+                if not verdict.passed and not options.force:
+                    kept = replace(serving.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
+                    raise RejectedError(self.summary(kept, encoded, verdict, published=False), verdict.reason)
+
+            manifest = publish.publish(self.out, staging, manifest, keep=options.keep, accept=accept)
+            if serving is not None and (serving.manifest.additions or serving.manifest.removed):
+                logger.warning(
+                    "version %d holds the gallery as it is; what was added to or removed from version %d by hand is "
+                    "not in it", manifest.version, serving.manifest.version,
+                )  # fmt: skip
+            self._clear_work(encoded)
+        told = notify(options.notify, self.out, manifest.version)
+        return self.summary(manifest, encoded, verdict, notified=told)
+
+    def _serving(self) -> "Artifact | None":
+        """What is served now, whole; None where there is nothing to compare with."""
+        try:
+            return open_current(self.out)
+        except ArtifactError as error:
+            logger.info("there is nothing to compare with: %s", error)
+            return None
+
+    def _stage(self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]") -> Manifest:
+        """Write vectors, items and failures; the manifest that goes with them."""
+        from index_jobs.build import build
+        from index_jobs.encode import write_failed
+        from index_jobs.items import write_items
+        from index_jobs.vectors import write_faiss
+
+        options, gallery = self.options, self.gallery
+        logger.info("%d vectors: %s (%s)", len(encoded), choices[0].factory, choices[0].reason)
+        built = build(
+            encoded.blocks, len(encoded), encoder.dim, choices, _caption_queries(gallery, encoder),
+            target=options.target_recall,
+        )  # fmt: skip
+        write_faiss(built.index, staging / VECTORS)
+        write_items(staging / ITEMS, gallery.table, encoded.rows())
+        write_failed(staging / FAILED, gallery, encoded.failed)
+        return Manifest(
+            version=0,
+            fingerprint=encoder.fingerprint,
+            count=len(encoded),
+            dim=encoder.dim,
+            kind=built.choice.factory,
+            reason=built.choice.reason,
+            gpu=built.choice.gpu,
+            requested_kind=options.kind,
+            requested_memory=options.memory,
+            target_recall=options.target_recall,
+            source=gallery.source,
+            root=gallery.root,
+            checkpoint=str(self.checkpoint.absolute()),
+            checkpoint_signature=self.signature,
+            gallery_signature=gallery.content_signature,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            failed=len(encoded.failed),
+            measured=built.measured | {"bytes": (staging / VECTORS).stat().st_size},
+            files={},
+        )
+
+    def _clear_work(self, encoded: "Encoded") -> None:
+        """Only this version's vectors are worth their room on the disk, and only if they are wanted."""
+        from index_jobs.publish import discard
+
+        work = self.out / WORK
+        if not self.options.keep_shards:
+            discard(self.out, work)
+            return
+        own = {shard.path.parent for shard in encoded.shards}
+        for folder in work.iterdir():
+            if folder not in own:
+                discard(self.out, folder)
+
+    def summary(
+        self,
+        manifest: Manifest,
+        encoded: "Encoded | None" = None,
+        verdict: "Verdict | None" = None,
+        *,
+        published: bool = True,
+        notified: dict[str, str] | None = None,
+    ) -> RebuildSummary:
+        """What the command prints."""
+        return RebuildSummary(
+            index=str(self.out),
+            version=manifest.version,
+            published=published and encoded is not None,
+            reused=encoded is None,
+            count=manifest.count,
+            failed=manifest.failed,
+            encoded=encoded.encoded if encoded else 0,
+            resumed=encoded.resumed if encoded else 0,
+            seconds=round(time.perf_counter() - self.start, 3),
+            images_per_second=round(encoded.encoded / encoded.seconds, 1) if encoded and encoded.encoded else 0.0,
+            fingerprint=manifest.fingerprint,
+            dim=manifest.dim,
+            kind=manifest.kind,
+            reason=manifest.reason,
+            measured=manifest.measured,
+            gate=verdict.to_dict() if verdict else None,
+            notified=notified or {},
+        )
+
+
+def _wants_gpu(kind: str, device: str) -> bool:
+    return kind.startswith("gpu-") or (kind == "auto" and device.startswith("cuda"))
+
+
+def _caption_queries(gallery: "Gallery", encoder: "Encoder") -> "Queries | None":
+    """Captions as held-out queries, evenly spread, when half of the pictures have one."""
+    import numpy as np
+
+    from index_jobs.tuning import MAX_QUERIES, Queries
+
+    step = max(1, -(-len(gallery) // MAX_QUERIES))
+    picked = gallery.table["caption"].take(list(range(0, len(gallery), step))).to_pylist()
+    captions = [caption for caption in picked if caption]
+    if 2 * len(captions) < len(picked):
+        return None
+    return Queries(encoder.encode_text(captions), "captions", np.full(len(captions), -1))

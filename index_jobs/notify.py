@@ -1,0 +1,63 @@
+"""Tell running services that a version was published, so that they need not look for it.
+
+- `redis://..` publishes on a channel that services with the same Redis listen to; `http(s)://..` posts to one service's
+  admin route, with the key of DCAR_ADMIN_KEY.
+- Nobody being there is no failure: the version is published, and services look at CURRENT by themselves.
+"""
+
+import json
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+CHANNEL = "dcar:published"
+RELOAD = "/admin/reload"
+_TIMEOUT_S = 10.0
+_REDIS = ("redis://", "rediss://", "unix://")
+KINDS = (*_REDIS, "http://", "https://")
+
+
+def notify(targets: Sequence[str], index: Path, version: int) -> dict[str, str]:
+    """Tell each target; what came of it by target, without secrets. Never raises for a target that cannot be reached.
+
+    Args:
+        targets: URLs that begin with one of KINDS.
+    """
+    told = {}
+    for target in targets:
+        shown = target.rsplit("@", 1)[-1]
+        try:
+            told[shown] = _redis(target, index, version) if target.startswith(_REDIS) else _http(target)
+        except Exception as error:
+            told[shown] = f"not reached: {error or type(error).__name__}"
+            logger.warning("%s could not be told of version %d: %s", shown, version, told[shown])
+    return told
+
+
+def _redis(url: str, index: Path, version: int) -> str:
+    import redis
+
+    client = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    try:
+        message = json.dumps({"index": str(index.absolute()), "version": version})
+        return f"heard by {client.publish(CHANNEL, message)}"
+    finally:
+        client.close()
+
+
+def _http(url: str) -> str:
+    request = urllib.request.Request(url.rstrip("/") + RELOAD, method="POST")
+    request.add_header("Authorization", f"Bearer {os.environ.get('DCAR_ADMIN_KEY', '')}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            served = json.loads(answer.read())["index_version"]
+    except urllib.error.HTTPError as error:
+        with error:
+            detail = error.read().decode(errors="replace")[:200]
+        raise OSError(f"{error.code} {error.reason}: {detail}") from None
+    return f"serves version {served}"
