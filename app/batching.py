@@ -89,6 +89,7 @@ class _Job:
     future: asyncio.Future[Vector]
     arrived: float
     cost: float  # seconds that it will take the model, as far as is known
+    context: Any = None  # of the trace that it is part of
 
 
 class Batcher:
@@ -125,7 +126,8 @@ class Batcher:
             self._metrics.refused("queue_time")
             raise Overloaded(self._backlog)
         cost = self._pace.get(lane.key, 0.0)
-        job = _Job(lane, payload, asyncio.get_running_loop().create_future(), time.monotonic(), cost)
+        future: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
+        job = _Job(lane, payload, future, time.monotonic(), cost, self._metrics.trace_context())
         self._jobs.append(job)
         self._backlog += cost
         self._arrived.set()
@@ -184,8 +186,6 @@ class Batcher:
         self._last_size = len(batch)
         payloads = [job.payload for job in batch]
         began = time.monotonic()
-        for job in batch:
-            self._metrics.stage("queue", began - job.arrived)
         outcomes: list[Vector | Exception]
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(
@@ -193,10 +193,9 @@ class Batcher:
             )
         except Exception as error:  # the thread itself failed; each caller must hear of it
             outcomes = [error] * len(batch)
-        took = time.monotonic() - began
-        self._metrics.batch(len(batch))
-        self._metrics.stage("encode", took)
-        pace, lane = took / len(batch), batch[0].lane.key
+        ended = time.monotonic()
+        self._metrics.passed(batch, began, ended)
+        pace, lane = (ended - began) / len(batch), batch[0].lane.key
         self._pace[lane] = _SMOOTH * pace + (1 - _SMOOTH) * self._pace.get(lane, pace)
         for job, outcome in zip(batch, outcomes, strict=True):
             if job.future.done():

@@ -5,6 +5,7 @@
 - Ending: no new connections, requests under way are finished, then the batcher, the cache and the threads.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -28,21 +29,28 @@ from app.routes import make_router
 from app.schemas import ProblemAnswer
 from app.settings import Settings
 from app.snapshots import Snapshots, require_index
+from app.tracing import Tracer
 from dcar_core.errors import DcarError
 
 _FORM_BYTES = 64 * 2**10  # boundaries, headers and the other fields of a form
 
 
-def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    *,
+    on_start_failure: Callable[[DcarError], None] | None = None,
+    tracer: Tracer | None = None,
+) -> FastAPI:
     """The ASGI application.
 
     Args:
         settings: checked already; nothing else is read from the environment.
         on_start_failure: told when the first version cannot be loaded. Without it the application stays up, answers
             503 with the reason, and tries again.
+        tracer: makes spans of the stages of a search.
     """
 
-    metrics = Metrics()
+    metrics = Metrics(tracer)
     rates = _make_rates(settings)
 
     @asynccontextmanager
@@ -61,6 +69,8 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
             await retriever.close()
             if rates is not None:
                 await rates.close()
+            if tracer is not None:  # now, since the signal that ends the server ends the process after this
+                await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="DCAR image search",

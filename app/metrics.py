@@ -7,14 +7,16 @@
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
+
+from app.tracing import Tracer
 
 Stage = Literal["cache", "decode", "queue", "encode", "search"]
 Level = Literal["memory", "redis"]
@@ -25,10 +27,18 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics:
-    """Every metric of one application."""
+class Timed(Protocol):
+    """A job of the batcher: when it came, and the trace that it belongs to."""
 
-    def __init__(self) -> None:
+    arrived: float
+    context: Any
+
+
+class Metrics:
+    """Every metric of one application. tracer: also makes spans of the stages, None for no traces."""
+
+    def __init__(self, tracer: Tracer | None = None) -> None:
+        self.tracer = tracer
         self.registry = CollectorRegistry(auto_describe=False)
         self._stages = Histogram(
             "dcar_stage_seconds",
@@ -63,22 +73,29 @@ class Metrics:
         self.pending = Gauge("dcar_pending_searches", "Searches under way.", registry=self.registry)
         ProcessCollector(registry=self.registry)
 
-    def stage(self, stage: Stage, seconds: float) -> None:
-        """A search has spent this long in a stage."""
-        self._stage[stage].observe(seconds)
-
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
         """Measure a stage, whether it ends well or not."""
         began = time.perf_counter()
         try:
-            yield
+            with nullcontext() if self.tracer is None else self.tracer.span(stage):
+                yield
         finally:
             self._stage[stage].observe(time.perf_counter() - began)
 
-    def batch(self, size: int) -> None:
-        """A forward pass has had this many queries."""
-        self._batches.observe(size)
+    def trace_context(self) -> Any:
+        """What a job takes along, so that its stages become part of the trace that it is for."""
+        return None if self.tracer is None else self.tracer.current()
+
+    def passed(self, jobs: Sequence["Timed"], began: float, ended: float) -> None:
+        """A forward pass has been made, for jobs that waited for it. Times are of time.monotonic."""
+        self._batches.observe(len(jobs))
+        self._stage["encode"].observe(ended - began)
+        for job in jobs:
+            self._stage["queue"].observe(began - job.arrived)
+            if self.tracer is not None:
+                self.tracer.past("queue", job.context, job.arrived, began)
+                self.tracer.past("encode", job.context, began, ended, **{"dcar.batch_size": len(jobs)})
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """A request was answered. route: the template, never the path as it was sent."""

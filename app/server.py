@@ -18,6 +18,7 @@ from app.logs import log_config
 from app.main import create_app
 from app.settings import Settings
 from app.snapshots import Snapshots, require_index
+from app.tracing import start_tracing
 from dcar_core.errors import DcarError
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def serve(settings: Settings) -> None:
     logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
     failures: list[DcarError] = []
     require_index(settings)
+    tracer = start_tracing() if settings.tracing else None
     listener = _listen(settings.host, settings.port)
 
     def fail(error: DcarError) -> None:
@@ -41,7 +43,7 @@ def serve(settings: Settings) -> None:
         server.should_exit = True
 
     with listener:
-        app = create_app(settings, on_start_failure=fail)
+        app = create_app(settings, on_start_failure=fail, tracer=tracer)
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         config = uvicorn.Config(

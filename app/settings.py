@@ -25,6 +25,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65_535, description="0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    tracing: bool = Field(False, description="OpenTelemetry traces, sent where OTEL_EXPORTER_OTLP_ENDPOINT says")
     drain_s: float = Field(
         0, ge=0, description="at the end, /readyz says no for so long before connections are refused"
     )

@@ -100,14 +100,14 @@ def _json_server(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
 
 
 def _until_ready(client: httpx.Client) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while time.monotonic() < end:
         try:
             if client.get("/readyz").status_code == 200:
                 return
         except httpx.TransportError:
             pass
-        time.sleep(0.05)
+        time.sleep(0.5)  # each answer is a line in a pipe that nobody empties yet
     raise AssertionError("it does not become ready")
 
 

@@ -258,7 +258,7 @@ def test_a_real_server_from_start_to_end(built_index: Path) -> None:
     process = _started(built_index, port)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 150
             answered_while_loading = False
             while True:
                 assert time.monotonic() < end

@@ -1,0 +1,249 @@
+"""HTTP load over loopback: closed loops (the next request when the last was answered) and open ones (a fixed rate).
+
+A small asyncio client with keep-alive: it must cost less than what it measures. Latencies are from the first byte
+written to the whole answer; an open loop counts from when a request was due, so waiting for a free connection shows.
+"""
+
+import asyncio
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Requests = Callable[[], bytes]
+
+
+@dataclass
+class Tally:
+    """What came back. seconds: how long the load lasted."""
+
+    latencies: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    good: list[float] = field(default_factory=list)  # latencies of 200s
+    broken: int = 0  # connections that ended without an answer
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """200s a second."""
+        return len(self.good) / self.seconds
+
+    def percentile(self, share: float) -> float:
+        """Of the 200s' latencies, in ms."""
+        return float(np.percentile(self.good, share)) * 1000 if self.good else float("nan")
+
+    def __str__(self) -> str:
+        others = {status: count for status, count in sorted(self.statuses.items()) if status != 200}
+        tail = f", others {others}" if others else ""
+        lost = f", {self.broken} broken" if self.broken else ""
+        return (
+            f"{self.rate:8.1f} q/s   p50 {self.percentile(50):7.2f} ms   p99 {self.percentile(99):7.2f} ms{tail}{lost}"
+        )
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._wanted: int | None = None
+        self._answer: asyncio.Future[int] | None = None
+        self._status = 0
+        self.alive = True
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, request: bytes) -> "asyncio.Future[int]":
+        self._answer = asyncio.get_running_loop().create_future()
+        self._data.clear()
+        self._wanted = None
+        self.transport.write(request)
+        return self._answer
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if self._wanted is None:
+            end = self._data.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self._data[:end]).lower()
+            at = head.find(b"content-length:")
+            self._status = int(head[9:12])
+            length = 0 if at < 0 else int(head[at + 15 : head.find(b"\r", at) if b"\r" in head[at:] else None])
+            self._wanted = end + 4 + length
+            if b"connection: close" in head:
+                self.alive = False
+        if len(self._data) >= self._wanted and self._answer is not None and not self._answer.done():
+            self._answer.set_result(self._status)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.alive = False
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(ConnectionError("closed without an answer"))
+
+
+async def _connect(port: int) -> _Connection:
+    _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
+    return connection
+
+
+async def _once(
+    port: int, connection: _Connection | None, request: bytes, tally: Tally, due: float
+) -> _Connection | None:
+    try:
+        if connection is None or not connection.alive:
+            connection = await _connect(port)
+        status = await connection.ask(request)
+    except OSError:
+        tally.broken += 1
+        return None
+    took = time.perf_counter() - due
+    tally.statuses[status] += 1
+    tally.latencies.append(took)
+    if status == 200:
+        tally.good.append(took)
+    return connection
+
+
+async def closed_loop(
+    port: int, requests: Requests, *, connections: int, seconds: float, pause_s: float = 0.0
+) -> Tally:
+    """So many callers, each asking again as soon as it has its answer, or after a pause."""
+    tally = Tally()
+    began = time.perf_counter()
+
+    async def caller() -> None:
+        connection: _Connection | None = None
+        while time.perf_counter() - began < seconds:
+            connection = await _once(port, connection, requests(), tally, time.perf_counter())
+            if pause_s:
+                await asyncio.sleep(pause_s)
+        if connection is not None:
+            connection.transport.close()
+
+    await asyncio.gather(*(caller() for _ in range(connections)))
+    tally.seconds = time.perf_counter() - began
+    return tally
+
+
+async def open_loop(port: int, requests: Requests, *, rate: float, seconds: float, most: int = 1000) -> Tally:
+    """So many requests a second, whether the earlier ones are answered or not; at most `most` at a time."""
+    tally = Tally()
+    idle: list[_Connection] = []
+    running: set[asyncio.Task[None]] = set()
+    began = time.perf_counter()
+
+    async def one(due: float) -> None:
+        connection = await _once(port, idle.pop() if idle else None, requests(), tally, due)
+        if connection is not None and connection.alive:
+            idle.append(connection)
+
+    for i in range(int(rate * seconds)):
+        due = began + i / rate
+        if (early := due - time.perf_counter()) > 0:
+            await asyncio.sleep(early)
+        if len(running) >= most:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.create_task(one(due))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    tally.seconds = time.perf_counter() - began
+    if running:
+        await asyncio.wait(running, timeout=30)
+    for connection in idle:
+        with suppress(OSError):
+            connection.transport.close()
+    return tally
+
+
+def text_request(query: str, k: int = 10) -> bytes:
+    """POST /search/text."""
+    import json
+
+    return post("/search/text", "application/json", json.dumps({"query": query, "k": k}).encode())
+
+
+def image_request(picture: bytes, k: int = 10) -> bytes:
+    """POST /search/image."""
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="k"\r\n\r\n%d\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%b\r\n--b--\r\n' % (k, picture)
+    )
+    return post("/search/image", "multipart/form-data; boundary=b", body)
+
+
+def post(path: str, kind: str, body: bytes) -> bytes:
+    """A whole request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+_WORDS = [
+    "red",
+    "blue",
+    "green",
+    "dark",
+    "bright",
+    "small",
+    "large",
+    "old",
+    "new",
+    "round",
+    "square",
+    "wooden",
+    "metal",
+    "glass",
+    "plastic",
+    "cotton",
+    "shiny",
+    "worn",
+    "dog",
+    "cat",
+    "horse",
+    "bird",
+    "car",
+    "truck",
+    "bicycle",
+    "boat",
+    "house",
+    "tree",
+    "flower",
+    "chair",
+    "table",
+    "lamp",
+    "shoe",
+    "jacket",
+    "bag",
+    "cup",
+    "knife",
+    "phone",
+    "running",
+    "sitting",
+    "standing",
+    "lying",
+    "seen",
+    "from",
+    "behind",
+    "side",
+    "above",
+    "with",
+    "two",
+    "three",
+    "wheels",
+    "buttons",
+    "handles",
+    "windows",
+]
+
+
+def unique_texts(seed: int = 0) -> Iterator[str]:
+    """Captions of five to ten words, none twice."""
+    rng = np.random.default_rng(seed)
+    i = 0
+    while True:
+        i += 1
+        yield " ".join([*rng.choice(_WORDS, rng.integers(4, 9)), str(i)])

@@ -1,0 +1,212 @@
+"""The service under load over loopback; prints what docs/operations.md quotes.
+
+    python benchmarks/serve.py cached       remembered queries on one core: in the process, and from Redis
+    python benchmarks/serve.py uncached     unique texts and pictures at 1, 8, 32, 128 connections, and the bare encoder
+    python benchmarks/serve.py overload     four times as many requests as can be answered
+    python benchmarks/serve.py poison       truncated pictures and bombs between good ones
+
+- In `cached`, `overload` and `poison` the server has core 0 to itself, and the load comes from another; in `uncached`
+  it has every core, since that is how a model is served. Each figure is the median of `--rounds`.
+- `uncached` runs on a random ViT-B/32 with 100,000 vectors; --index takes any other index.
+"""
+
+import argparse
+import asyncio
+import io
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from load import Requests, Tally, closed_loop, image_request, open_loop, text_request, unique_texts
+from PIL import Image
+from service import Redis, emoji, random_vit, serving
+
+LOAD_CORES = set(range(1, os.cpu_count() or 1)) or {0}
+
+
+def run(loop: Any) -> Tally:
+    """On the fast event loop, so that the load does not wait for itself."""
+    import uvloop
+
+    tally: Tally = uvloop.run(loop)
+    return tally
+
+
+def median(tallies: list[Tally]) -> Tally:
+    """The round in the middle, by rate."""
+    return sorted(tallies, key=lambda tally: tally.rate)[len(tallies) // 2]
+
+
+def pictures(count: int, side: int = 500) -> list[bytes]:
+    """JPEGs of about 40 KB, no two alike."""
+    made = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        small = Image.fromarray(rng.integers(0, 255, (side // 8, side // 8, 3), np.uint8))
+        buffer = io.BytesIO()
+        small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=88)
+        made.append(buffer.getvalue())
+    return made
+
+
+def fresh_pictures() -> Requests:
+    """Picture searches that no cache knows: each file ends in bytes of its own, after the picture's end."""
+    known, number = pictures(16), itertools.count()
+    return lambda: image_request(known[(n := next(number)) % 16] + n.to_bytes(8, "big"))
+
+
+def fresh_texts(seed: int) -> Requests:
+    texts = unique_texts(seed)
+    return lambda: text_request(next(texts))
+
+
+def cached(index: Path, seconds: float, rounds: int) -> None:
+    texts = list(itertools.islice(unique_texts(1), 500))
+    asked = itertools.cycle([text_request(text) for text in texts])
+    redis = Redis()
+    try:
+        for name, settings in (
+            ("in the process", {}),
+            ("in the process, Redis behind", {"redis_url": redis.url}),
+            ("from Redis alone", {"redis_url": redis.url, "cache_size": 0}),
+        ):
+            with serving(index, cores={0}, threads=1, **settings) as server:
+                run(closed_loop(server.port, lambda: next(asked), connections=2, seconds=max(2.0, seconds / 2)))
+                for connections in (1, 4, 8):
+                    began = server.cpu_s()
+                    tallies = [
+                        run(closed_loop(server.port, lambda: next(asked), connections=connections, seconds=seconds))
+                        for _ in range(rounds)
+                    ]
+                    cpu = (server.cpu_s() - began) / sum(len(tally.latencies) for tally in tallies)
+                    print(f"{name:30} c={connections}  {median(tallies)}   {cpu * 1e6:.0f} us of CPU each", flush=True)
+    finally:
+        redis.kill()
+
+
+def bare(index: Path) -> None:
+    """The encoder alone, in batches of the sizes that connections make."""
+    from dcar_core import Encoder
+    from index_jobs.artifact import open_current
+
+    encoder = Encoder.load(open_current(index).checkpoint, device="cpu")
+    texts = unique_texts(9)
+    pixels = np.stack([encoder.preprocess(each) for each in pictures(32)])
+    for size in (1, 8, 32):
+        for name, call in (
+            ("text", lambda size=size: encoder.encode_text(list(itertools.islice(texts, size)))),
+            ("image", lambda size=size: encoder.encode_pixels(pixels[:size])),
+        ):
+            call()
+            took = []
+            for _ in range(max(5, 64 // size)):
+                began = time.perf_counter()
+                call()
+                took.append(time.perf_counter() - began)
+            print(f"bare encoder, {name:5} batch {size:3}: {size / statistics.median(took):8.1f} /s", flush=True)
+
+
+def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any]) -> None:
+    with serving(index, cache_size=0, **settings) as server:
+        print(f"ready after {server.ready_s:.1f} s, {server.rss_mb():.0f} MB", flush=True)
+        for name, make in (("text", lambda: fresh_texts(time.time_ns())), ("image", fresh_pictures)):
+            run(closed_loop(server.port, make(), connections=8, seconds=min(2.0, seconds)))
+            for connections in (1, 8, 32, 128):
+                tallies = [
+                    run(closed_loop(server.port, make(), connections=connections, seconds=seconds))
+                    for _ in range(rounds)
+                ]
+                print(f"{name:5} c={connections:3}  {median(tallies)}", flush=True)
+        print(f"afterwards {server.rss_mb():.0f} MB", flush=True)
+    bare(index)
+
+
+def overload(index: Path, seconds: float, rounds: int) -> None:
+    with serving(index, cores={0}, threads=1, cache_size=0, max_queue_ms=500) as server:
+        run(closed_loop(server.port, fresh_texts(1), connections=8, seconds=2))
+        peaks = [
+            run(closed_loop(server.port, fresh_texts(10 + i), connections=32, seconds=seconds)) for i in range(rounds)
+        ]
+        peak = median(peaks)
+        print(f"peak, 32 connections      {peak}", flush=True)
+        loads = [
+            run(open_loop(server.port, fresh_texts(20 + i), rate=4 * peak.rate, seconds=seconds)) for i in range(rounds)
+        ]
+        loaded = median(loads)
+        print(f"4 x that, open loop       {loaded}")
+        print(f"goodput under overload: {loaded.rate / peak.rate:.0%} of the peak", flush=True)
+
+
+def bomb(side: int = 60_000) -> bytes:
+    """A PNG of a few bytes that announces side x side pixels."""
+    import struct
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+async def _beside(port: int, good: Requests, bad: Requests | None, seconds: float) -> tuple[Tally, Tally]:
+    loads = [closed_loop(port, good, connections=4, seconds=seconds)]
+    if bad is not None:
+        loads.append(closed_loop(port, bad, connections=2, seconds=seconds))
+    tallies = await asyncio.gather(*loads)
+    return tallies[0], tallies[1] if bad is not None else Tally()
+
+
+def poison(index: Path, seconds: float, rounds: int) -> None:
+    import uvloop
+
+    whole = pictures(4)
+    kinds: dict[str, Callable[[int], bytes]] = {
+        "nothing else": lambda n: b"",
+        "truncated": lambda n: whole[n % 4][: 9000 + n % 3000],
+        "bombs": lambda n: bomb(60_000 + n % 1000),
+        "good ones": lambda n: whole[n % 4] + n.to_bytes(8, "big"),
+    }
+    with serving(index, cores={0}, threads=1, cache_size=0) as server:
+        run(closed_loop(server.port, fresh_pictures(), connections=4, seconds=2))
+        for name, make in kinds.items():
+            number = itertools.count()
+            bad = None if name == "nothing else" else (lambda make=make, n=number: image_request(make(next(n))))
+            pairs = [uvloop.run(_beside(server.port, fresh_pictures(), bad, seconds)) for _ in range(rounds)]
+            good = median([pair[0] for pair in pairs])
+            took = [x * 1000 for pair in pairs for x in pair[1].latencies]
+            answered = f"; they are answered in {np.median(took):.1f} ms" if took else ""
+            print(f"beside {name:14} {good}{answered}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cached", "uncached", "overload", "poison"])
+    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where indexes are kept")
+    parser.add_argument("--index", type=Path, help="serve this one instead")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached`"
+    )
+    given = parser.parse_args()
+    index = given.index or (random_vit(given.work) if given.what == "uncached" else emoji(given.work))
+    os.sched_setaffinity(0, LOAD_CORES)
+    if given.what == "cached":
+        cached(index, given.seconds, given.rounds)
+    elif given.what == "uncached":
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        uncached(index, given.seconds, given.rounds, dict(each.split("=", 1) for each in given.set))
+    elif given.what == "overload":
+        overload(index, given.seconds, given.rounds)
+    else:
+        poison(index, given.seconds, given.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What the service benchmarks run against: a server in a process of its own, a Redis, and galleries to serve.
+
+- `emoji`: the bundled example, indexed once by `dcar index build`.
+- `random_vit`: ViT-B/32 with random weights over 100,000 clustered vectors: the size and speed of a real model, without
+  its meaning. Published by the code that publishes every index.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`dcar serve`. cores: those it may run on; settings: as in DCAR_*."""
+
+    def __init__(self, index: Path, *, cores: set[int] | None = None, **settings: Any) -> None:
+        self.port = free_port()
+        given = {f"DCAR_{name.upper()}": str(value) for name, value in settings.items()}
+        environment = {"DCAR_LOG_LEVEL": "warning", "DCAR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)} | given
+        command = [sys.executable, "-m", "app.cli", "serve", "--index", str(index), "--port", str(self.port)]
+        began = time.perf_counter()
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+        )
+        while not self._ready():
+            if self.process.poll() is not None or time.perf_counter() - began > 300:
+                self.stop()
+                raise SystemExit("the server does not become ready")
+            time.sleep(0.05)
+        self.ready_s = time.perf_counter() - began
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def rss_mb(self) -> float:
+        """Resident memory now."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.split("VmRSS:")[1].split()[0]) / 1024
+
+    def cpu_s(self) -> float:
+        """Seconds of processor time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(30)
+
+
+@contextmanager
+def serving(index: Path, *, cores: set[int] | None = None, **settings: Any) -> Iterator[Server]:
+    """A server, stopped at the end."""
+    server = Server(index, cores=cores, **settings)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Redis:
+    """A redis-server without persistence, which can be killed and started again."""
+
+    def __init__(self) -> None:
+        if shutil.which("redis-server") is None:
+            raise SystemExit("redis-server is not installed: apt-get install redis-server")
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def emoji(work: Path) -> Path:
+    """An index of the bundled twemoji gallery."""
+    out = work / "twemoji"
+    example = ROOT / "examples" / "emoji" / "twemoji"
+    command = [sys.executable, "-m", "app.cli", "index", "build", "--gallery", str(example)]
+    command += ["--checkpoint", str(example / "checkpoint"), "--out", str(out)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return out
+
+
+def random_vit(work: Path, count: int = 100_000) -> Path:
+    """An index of `count` random vectors under a random ViT-B/32; made once."""
+    out = work / f"vit-{count}"
+    if (out / "CURRENT").exists():
+        return out
+    import datetime
+
+    import numpy as np
+    import open_clip
+    import torch
+    from index_kinds import Clusters
+    from safetensors.torch import save_file
+
+    from dcar_core import Encoder
+    from dcar_core.backbone import BackboneSource, load_backbone
+    from dcar_core.checkpoint import copy_checkpoint, save_checkpoint
+    from dcar_core.config import ModelConfig
+    from dcar_core.model import DCAR
+    from index_jobs import kinds, publish
+    from index_jobs.build import build
+    from index_jobs.gallery import scan
+    from index_jobs.items import write_items
+    from index_jobs.manifest import CHECKPOINT, ITEMS, VECTORS, Manifest
+    from index_jobs.vectors import write_faiss
+
+    base = work / "vit-base"
+    base.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32", pretrained=None)
+    save_file({n: v.contiguous() for n, v in model.state_dict().items()}, base / "open_clip_model.safetensors")
+    config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {"size": [224, 224]}}
+    config["preprocess_cfg"] |= {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
+    (base / "open_clip_config.json").write_text(json.dumps(config))
+    checkpoint = work / "vit-checkpoint"
+    save_checkpoint(DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), checkpoint)
+
+    listed = work / "vit-gallery.jsonl"
+    rows = (
+        {"file_name": f"{i}.jpg", "id": f"{i}", "caption": f"item {i}", "category": f"c{i % 50}"} for i in range(count)
+    )
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gallery = scan(listed)
+    vectors = Clusters(count, 512).draw(count, seed=1)
+    choices = kinds.choose("auto", count, 512)
+    built = build(lambda: iter([vectors]), count, 512, choices)
+    with publish.writing(out) as staging:
+        copy_checkpoint(checkpoint, staging / CHECKPOINT)
+        encoder = Encoder.load(staging / CHECKPOINT, device="cpu")
+        write_faiss(built.index, staging / VECTORS)
+        write_items(staging / ITEMS, gallery.table, np.arange(count))
+        manifest = Manifest(
+            version=0, fingerprint=encoder.fingerprint, count=count, dim=512, kind=built.choice.factory,
+            reason=built.choice.reason, gpu=False, requested_kind="auto", requested_memory=None, target_recall=0.99,
+            source=gallery.source, root=gallery.root, checkpoint=str(checkpoint), checkpoint_signature="random",
+            gallery_signature=gallery.content_signature,
+            created=datetime.datetime.now(datetime.UTC).isoformat(), failed=0, measured=built.measured, files={},
+        )  # fmt: skip
+        publish.publish(out, staging, manifest)
+    return out

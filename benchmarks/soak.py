@@ -1,0 +1,189 @@
+"""A long mixed load in which things go wrong: does the service stay whole, and its memory flat?
+
+    python benchmarks/soak.py --minutes 10
+
+- Callers ask by remembered and fresh texts, good pictures, items and their pictures; others send broken pictures,
+  bombs, bodies that are too large, JSON that is none, ids that do not exist, and leave before the answer.
+- Meanwhile the index is swapped between two versions every `--swap` seconds, and Redis is killed, started again, and
+  stopped for a while without dying.
+- Ends with status 1 when an answer had an unexpected status, a connection broke, or memory grew.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from load import Requests, closed_loop, image_request, post, text_request, unique_texts
+from serve import bomb, fresh_pictures, fresh_texts, pictures
+from service import ROOT, Redis, Server, emoji
+
+from index_jobs.artifact import version_numbers
+from index_jobs.publish import rollback
+
+PAUSE_S = 0.01  # of each caller between two requests: enough load for everybody to be heard
+GROWTH = 1.10  # most that the median of the last quarter may exceed that of the second
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+
+def callers(item: str) -> dict[str, tuple[Requests, set[int]]]:
+    """Name -> what is sent, and the statuses that are right for it. 503 is a deliberate one: overload or a deadline."""
+    known = itertools.cycle([text_request(text) for text in itertools.islice(unique_texts(1), 300)])
+    whole, number = pictures(4), itertools.count()
+    kind = "multipart/form-data; boundary=b"
+    wrong = itertools.cycle(
+        [
+            post("/search/text", "application/json", b'{"query": '),
+            post("/search/text", "application/json", json.dumps({"query": "x", "k": -1}).encode()),
+            post("/search/text", "text/plain", b"red"),
+            post("/search/image", kind, b"no form at all"),
+        ]
+    )
+    absent = itertools.cycle([get("/items/..%2f..%2fetc%2fpasswd"), get("/nothing"), get("/items/x/image")])
+    found = itertools.cycle([get(f"/items/{item}"), get(f"/items/{item}/image"), get(f"/items/{item}/similar?k=5")])
+    return {
+        "known texts": (lambda: next(known), {200}),
+        "fresh texts": (fresh_texts(2), {200, 503}),
+        "pictures": (fresh_pictures(), {200, 503}),
+        "items": (lambda: next(found), {200, 503}),
+        "broken pictures": (lambda: image_request(whole[0][: 2000 + next(number) % 9000]), {422, 503}),
+        "bombs": (lambda: image_request(bomb(30_000 + next(number) % 1000)), {422, 503}),
+        "large bodies": (lambda: post("/search/text", "application/json", bytes(300_000)), {413}),
+        "wrong requests": (lambda: next(wrong), {400, 415, 422}),
+        "absent things": (lambda: next(absent), {404}),
+        "health": (lambda: get("/readyz"), {200}),
+    }
+
+
+async def leavers(port: int, until: float) -> None:
+    """Callers that close the connection before, while or after they send, and without reading."""
+    texts = fresh_texts(3)
+    for n in itertools.count():
+        if time.monotonic() > until:
+            return
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            request = texts()
+            writer.write(request[: (0, 30, len(request) - 5, len(request))[n % 4]])
+            await writer.drain()
+            await asyncio.sleep(0.02)
+            writer.close()
+            await writer.wait_closed()
+        except OSError:
+            pass
+        await asyncio.sleep(0.05)
+
+
+async def swaps(index: Path, until: float, every: float, log: list[str]) -> None:
+    versions = itertools.cycle(version_numbers(index))
+    while time.monotonic() + every < until:
+        await asyncio.sleep(every)
+        version = next(versions)
+        await asyncio.to_thread(rollback, index, version)
+        log.append(f"version {version}")
+
+
+async def troubles(redis: Redis, began: float, seconds: float, log: list[str]) -> None:
+    async def at(share: float) -> None:
+        await asyncio.sleep(max(0.0, began + share * seconds - time.monotonic()))
+
+    await at(0.2)
+    redis.kill()
+    log.append("redis killed")
+    await at(0.4)
+    await asyncio.to_thread(redis.start)
+    log.append("redis started")
+    await at(0.6)
+    redis.process.send_signal(signal.SIGSTOP)
+    log.append("redis stopped")
+    await at(0.7)
+    redis.process.send_signal(signal.SIGCONT)
+    log.append("redis goes on")
+
+
+async def watch(server: Server, until: float, samples: list[float]) -> None:
+    while time.monotonic() < until:
+        samples.append(server.rss_mb())
+        await asyncio.sleep(2)
+
+
+async def soak(server: Server, redis: Redis, index: Path, seconds: float, every: float) -> bool:
+    began = time.monotonic()
+    until = began + seconds
+    samples: list[float] = []
+    log: list[str] = []
+    statuses: dict[str, Counter[int]] = defaultdict(Counter)
+    broken: Counter[str] = Counter()
+    slowest: dict[str, float] = {}
+    everyone = callers("1f63f")
+
+    async def load(name: str) -> None:
+        requests, _ = everyone[name]
+        while time.monotonic() < until:
+            part = min(5.0, until - time.monotonic())
+            tally = await closed_loop(server.port, requests, connections=1, seconds=part, pause_s=PAUSE_S)
+            statuses[name] += tally.statuses
+            broken[name] += tally.broken
+            slowest[name] = max(slowest.get(name, 0.0), *tally.latencies, 0.0)
+
+    await asyncio.gather(
+        *(load(name) for name in everyone),
+        leavers(server.port, until),
+        swaps(index, until, every, log),
+        troubles(redis, began, seconds, log),
+        watch(server, until, samples),
+    )
+    whole = True
+    for name, counts in statuses.items():
+        wrong = {status: n for status, n in counts.items() if status not in everyone[name][1]}
+        whole &= not wrong and not broken[name]
+        verdict = f"WRONG {wrong}, {broken[name]} broken" if wrong or broken[name] else "as it should be"
+        print(f"{name:16} {dict(sorted(counts.items()))}, slowest {slowest[name] * 1000:.0f} ms: {verdict}")
+    quarter = len(samples) // 4
+    early, late = statistics.median(samples[quarter : 2 * quarter]), statistics.median(samples[-quarter:])
+    whole &= late < GROWTH * early
+    print(f"memory: {early:.0f} MB in the second quarter, {late:.0f} MB in the last, at most {max(samples):.0f} MB")
+    print(
+        f"{sum(sum(c.values()) for c in statuses.values())} answers; {len(log)} events: {', '.join(dict.fromkeys(log))}"
+    )
+    return whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where the index is kept")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--swap", type=float, default=15.0, help="seconds between swaps of the index")
+    given = parser.parse_args()
+    import uvloop
+
+    index = emoji(given.work)
+    if len(version_numbers(index)) < 2:  # a second version, of the same gallery
+        from index_jobs.rebuild import rebuild
+
+        example = ROOT / "examples" / "emoji" / "twemoji"
+        rebuild(example, example / "checkpoint", index, force=True, progress=False)
+    redis = Redis()
+    server = Server(index, redis_url=redis.url, poll_s=0.5, cache_size=100, max_upload_bytes=2**20)
+    try:
+        whole = uvloop.run(soak(server, redis, index, 60 * given.minutes, given.swap))
+    finally:
+        server.stop()
+        redis.kill()
+    print("whole" if whole else "NOT WHOLE", f"(server ended with {server.process.returncode})")
+    sys.exit(0 if whole and server.process.returncode in (0, -signal.SIGTERM) else 1)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

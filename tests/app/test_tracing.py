@@ -1,0 +1,92 @@
+"""Traces of a real server, received by a collector of OTLP over HTTP."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from app_harness import free_port
+
+SERVE = "from app.server import serve; from app.settings import load_settings; serve(load_settings())"
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+if os.environ.get("DCAR_REQUIRE_ALL") != "1":
+    pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel: pip install 'dcar[otel]'")
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[str, list[Any]]]:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            import gzip
+
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                data = gzip.decompress(data)
+            for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
+                for scope in resource.scope_spans:
+                    spans.extend(scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", spans
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_stages_are_spans_in_the_callers_trace(built_index: Path, collector: tuple[str, list[Any]]) -> None:
+    url, spans = collector
+    port = free_port()
+    environment = os.environ | {
+        "DCAR_INDEX": str(built_index),
+        "DCAR_PORT": str(port),
+        "DCAR_DEVICE": "cpu",
+        "DCAR_TRACING": "true",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+    }
+    process = subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            end = time.monotonic() + 150
+            while True:
+                assert time.monotonic() < end
+                try:
+                    if client.get("/readyz").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.5)
+            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+            assert client.post("/search/text", json={"query": "red"}, headers=headers).status_code == 200
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert "Traceback" not in log
+    ours = {span.name: span for span in spans if span.trace_id.hex() == TRACE}
+    request = next(span for span in ours.values() if span.parent_span_id.hex() == PARENT)
+    assert "/search/text" in request.name
+    assert {"cache", "queue", "encode", "search"} <= ours.keys()
+    for stage in ("cache", "queue", "encode", "search"):
+        assert request.start_time_unix_nano <= ours[stage].start_time_unix_nano
+        assert ours[stage].end_time_unix_nano <= request.end_time_unix_nano
+    assert ours["queue"].end_time_unix_nano <= ours["encode"].end_time_unix_nano
+    assert ours["encode"].attributes[0].key == "dcar.batch_size"
