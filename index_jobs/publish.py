@@ -17,13 +17,30 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dcar_core.errors import ArtifactError, LockedError
+from dcar_core.errors import ArtifactError, DcarError, LockedError
 from index_jobs.artifact import Artifact, current_version, open_version, version_numbers
 from index_jobs.files import replacing, sha256_of, sync, sync_tree, write_json
 from index_jobs.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
 
 LOCK = ".lock"
 _STAGING = ".tmp-"
+
+
+@contextlib.contextmanager
+def reporting(index: Path) -> Iterator[None]:
+    """What the system refuses, such as a full disk, as one line for people.
+
+    Raises:
+        DcarError: in an OSError's place.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise DcarError(
+            f"the index {index} cannot be written: {error.strerror or error}{place}; what was published before is "
+            f"unchanged, and the same command goes on where it stopped"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from index_jobs.arguments import parser
 from index_jobs.files import canonical, sha256_of
 from index_jobs.job import Job
 from index_jobs.options import Options, RebuildSummary, RejectedError
+from index_jobs.publish import reporting
 
 
 def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) -> RebuildSummary:
@@ -42,7 +43,7 @@ def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) ->
     """
     start = time.perf_counter()
     chosen = Options(**options)
-    try:
+    with reporting(out):
         from index_jobs import gallery as galleries
 
         scanned = galleries.scan(gallery)
@@ -50,12 +51,6 @@ def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) ->
         if not chosen.force and (same := job.published(checkpoint_signature=job.signature)):
             return job.summary(same)
         return job.run()
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        raise DcarError(
-            f"the index {out} cannot be written: {error.strerror or error}{place}; what was published before is "
-            f"unchanged, and the same command goes on where it stopped"
-        ) from error
 
 
 def _checkpoint_signature(checkpoint: Path) -> str:

@@ -55,9 +55,9 @@ def remove(index: Path, ids: Sequence[str], *, keep: int = 3) -> Update:
         DataError: an id is not in the index, or nothing would be left.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
-        OSError: the disk is full or cannot be written; what was published is unchanged.
+        DcarError: the disk is full or cannot be written; what was published is unchanged.
     """
-    with publish.writing(index) as staging:
+    with publish.reporting(index), publish.writing(index) as staging:
         current = open_current(index)
         gone = _rows_of(current, list(dict.fromkeys(ids)))
         dead = np.union1d(np.flatnonzero(~current.live), gone)
@@ -94,12 +94,12 @@ def add(
         DataError: the gallery cannot be used, too many pictures are broken, or an id is known already.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
-        OSError: the disk is full or cannot be written; what was published is unchanged.
+        DcarError: the disk is full or cannot be written; what was published is unchanged.
     """
     from dcar_core import Encoder
 
     scanned = scan(gallery)
-    with publish.writing(index) as staging:
+    with publish.reporting(index), publish.writing(index) as staging:
         current = open_current(index)
         ids = scanned.table["id"].to_pylist()
         known = [item_id for item_id in ids if current.row_of(item_id) is not None]

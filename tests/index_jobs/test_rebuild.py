@@ -224,63 +224,80 @@ def test_full_disk_leaves_everything_as_it_was(gallery: Path, tiny_checkpoint: P
 
 
 KILLED = """
-# Imports once, then forks a job for each delay on stdin and kills it after so many seconds.
+# Imports once, then forks a job for each line of stdin and kills it after so many seconds.
 import os, signal, sys, time
 from pathlib import Path
 import faiss, open_clip, pyarrow.compute, torch
-import dcar_core.encoder, index_jobs.encode, index_jobs.items, index_jobs.publish, index_jobs.vectors
+import dcar_core.encoder, index_jobs.gate, index_jobs.job, index_jobs.updates
+from index_jobs.artifact import open_current
 from index_jobs.rebuild import rebuild
-gallery, checkpoint, index = map(Path, sys.argv[1:])
+from index_jobs.updates import add, remove
+gallery, more, checkpoint, index = map(Path, sys.argv[1:])
+settings = {"workers": 0, "batch_size": 2, "progress": False}
 for line in sys.stdin:
+    delay, what = line.split()
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
-        rebuild(gallery, checkpoint, index, workers=0, batch_size=2, shard_rows=2, progress=False, force=True)
+        if what == "rebuild":
+            rebuild(gallery, checkpoint, index, shard_rows=2, force=True, keep_shards=False, **settings)
+        elif what == "add":
+            add(index, more, replace_known=True, **settings)
+        else:
+            remove(index, [open_current(index).item(int(open_current(index).live.argmax())).id])
         os._exit(0)
-    time.sleep(float(line))
+    time.sleep(float(delay))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     print("killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", flush=True)
 """
 
 
-def vectors_of(index: Path) -> np.ndarray:
+def vectors_of(index: Path) -> dict[str, np.ndarray]:
+    """The vector of every item that can be found, by its id."""
     artifact = open_current(index)
-    return np.stack([artifact.vector(row) for row in range(artifact.manifest.count)])
+    return {artifact.item(row).id: artifact.vector(row) for row in np.flatnonzero(artifact.live).tolist()}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks jobs, to kill many in a short time")
-def test_killed_at_random_moments_current_always_verifies(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    undisturbed, index = tmp_path / "undisturbed", tmp_path / "index"
+def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index, more = tmp_path / "index", tmp_path / "more"
+    shutil.copytree(gallery / "circle", more / "round")  # other names, other ids
     settings = {"workers": 0, "batch_size": 2, "shard_rows": 2, "progress": False}
-    rebuild(gallery, tiny_checkpoint, undisturbed, **settings)  # type: ignore[arg-type]
-    generator, longest, delays = np.random.default_rng(), 3.0, []
-    driver = [sys.executable, "-c", KILLED, str(gallery), str(tiny_checkpoint), str(index)]
+    undisturbed = {}
+    for number, source in enumerate((gallery, more)):
+        rebuild(source, tiny_checkpoint, tmp_path / str(number), **settings)
+        undisturbed |= vectors_of(tmp_path / str(number))
+    rebuild(gallery, tiny_checkpoint, index, **settings)
+    generator, delays, versions = np.random.default_rng(), [], [1]
+    longest = {"rebuild": 3.0, "add": 3.0, "remove": 3.0}
     outcomes: list[str] = []
-    versions = [0]
+    driver = [sys.executable, "-c", KILLED, *map(str, (gallery, more, tiny_checkpoint, index))]
     with subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        for _ in range(8):
-            delays.append(generator.uniform(0.02, longest))
-            process.stdin.write(f"{delays[-1]}\n")
+        while outcomes.count("killed") < 50:
+            what = ("rebuild", "add", "rebuild", "remove")[len(outcomes) % 4]
+            delays.append((what, generator.uniform(0.005, longest[what])))
+            process.stdin.write(f"{delays[-1][1]} {what}\n")
             process.stdin.flush()
             outcomes.append(process.stdout.readline().strip())
-            assert outcomes[-1] in {"killed", "exit 0"}
+            assert outcomes[-1] in {"killed", "exit 0"}, f"delays {delays}"
             if outcomes[-1] == "exit 0":  # it had ended by then, so that later ones are killed earlier
-                longest = delays[-1]
-            version = current_version(index)
-            if version is not None:
-                verify_index(index)
-                assert version >= versions[-1]
-                versions.append(version)
-                assert np.array_equal(vectors_of(index), vectors_of(undisturbed)), f"delays {delays}"
+                longest[what] = min(longest[what], delays[-1][1])
+            assert {manifest.version for manifest in verify_index(index)} >= {current_version(index)}
+            versions.append(open_current(index).manifest.version)
+            assert versions[-1] >= versions[-2]
+            found = vectors_of(index)
+            assert len(found) >= 18, f"delays {delays}"
+            assert all(np.allclose(undisturbed[name], found[name], atol=1e-6) for name in found), f"delays {delays}"
         process.stdin.close()
-    assert "killed" in outcomes, f"no job was killed with delays {delays}"
-    summary = rebuild(gallery, tiny_checkpoint, index, force=True, **settings)  # type: ignore[arg-type]
+    assert "exit 0" in outcomes, "no job got to its end, so nothing was published under threat"
+    summary = rebuild(gallery, tiny_checkpoint, index, force=True, keep_shards=False, **settings)
     assert summary.version > versions[-1]
-    assert np.array_equal(vectors_of(index), vectors_of(undisturbed)), f"delays {delays}"
+    assert len(vectors_of(index)) == 24
     assert [path for path in (index / "versions").iterdir() if not path.name.isdigit()] == []
     assert not (index / "work").exists()
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +191,37 @@ def test_harm_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> N
     path.unlink()
     with pytest.raises(ArtifactError, match=f"{name} is missing"):
         open_version(index, 3)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from app.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a limit, below that of the manifest and of what is added."""
+    gallery = more(tmp_path / "more", "pink", caption="pink " * 1000)
+    before = sorted(path.relative_to(index) for path in index.rglob("*"))
+    for limit, command in (
+        (100, ["remove", index, open_current(index).item(0).id]),
+        (3000, ["add", index, "--gallery", gallery]),
+    ):
+        given = [sys.executable, "-c", FULL_DISK, limit, "index", *command]
+        done = subprocess.run([str(part) for part in given], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "cannot be written: File too large" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert [path for path in before if not (index / path).exists()] == []
+        assert sorted(path.relative_to(index) for path in (index / "versions").rglob("*")) == [
+            path for path in before if path.parts[0] == "versions" and len(path.parts) > 1
+        ]
+        assert [manifest.version for manifest in verify_index(index)] == [1]
+    assert add(index, gallery, progress=False).version == 2
 
 
 def test_commands(index: Path, tmp_path: Path) -> None:
