@@ -45,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )  # fmt: skip
     add(
+        "--milvus", metavar="URI",
+        help="put the vectors into this Milvus (kinds auto, flat, hnsw), with the token in DCAR_MILVUS_TOKEN; a file "
+        "is Milvus Lite (default: a FAISS file)",
+    )  # fmt: skip
+    add(
         "--memory", type=_bytes, metavar="SIZE",
         help="what the index may take, such as 800MiB or 4GiB (default: half of the machine's or container's memory)",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 INDEX/CURRENT                    one line, the version that is served; replaced atomically
 INDEX/versions/<n>/manifest.json fingerprint, counts, kind, measurements, checksums of the other files and of itself
 INDEX/versions/<n>/index.faiss   vectors, memory-mapped
+INDEX/versions/<n>/milvus.json   in its place: which collection of which Milvus holds them
 INDEX/versions/<n>/items.arrow   ids, captions, metadata and where each picture lies, memory-mapped
 INDEX/versions/<n>/added-<m>/    vectors and items that were added after it was built; see `parts`
 INDEX/versions/<n>/removed.npy   rows of items that were removed after it was built
@@ -68,7 +69,13 @@ class Artifact:
         from index_jobs.vectors import FaissIndex
 
         path, manifest = self.path, self.manifest
-        vectors: VectorIndex = FaissIndex.open(path / VECTORS, gpu=manifest.gpu)
+        vectors: VectorIndex
+        if manifest.milvus:
+            from index_jobs.milvus import MILVUS, MilvusIndex, Place
+
+            vectors = MilvusIndex(Place.read(path / MILVUS))
+        else:
+            vectors = FaissIndex.open(path / VECTORS, gpu=manifest.gpu)
         parts = [Part(vectors, Items(path / ITEMS), manifest.root)]
         for addition in manifest.additions:
             folder = path / addition.folder

@@ -53,6 +53,7 @@ class Job:
             manifest.gallery_signature == self.gallery.content_signature
             and manifest.source == self.gallery.source
             and manifest.requested_kind == options.kind
+            and manifest.milvus == (options.milvus or "")
             and manifest.requested_memory == options.memory
             and manifest.target_recall == options.target_recall
             and not manifest.additions
@@ -66,7 +67,7 @@ class Job:
         """Do all steps that are needed; see `rebuild`."""
         from dcar_core import Encoder
         from dcar_core.checkpoint import copy_checkpoint
-        from index_jobs import gate, gpu, kinds, publish
+        from index_jobs import gate, gpu, publish
         from index_jobs.encode import encode
         from index_jobs.notify import notify
 
@@ -82,13 +83,13 @@ class Job:
                 "gpu_memory": gpu.memory() if _wants_gpu(options.kind, options.device) else 0,
             }
             # An unknown kind is an error now, not after encoding.
-            kinds.choose(options.kind, len(gallery), encoder.dim, **memory)
+            self._choose(len(gallery), encoder.dim, **memory)
             serving = self._serving()
             encoded = encode(
                 gallery, encoder, self.out / WORK, workers=options.workers, batch_size=options.batch_size,
                 shard_rows=options.shard_rows, max_failed=options.max_failed, progress=options.progress,
             )  # fmt: skip
-            choices = kinds.choose(options.kind, len(encoded), encoder.dim, **memory)
+            choices = self._choose(len(encoded), encoder.dim, **memory)
             manifest = self._stage(staging, encoder, encoded, choices)
             verdict: gate.Verdict | None = None
 
@@ -124,18 +125,16 @@ class Job:
 
     def _stage(self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]") -> Manifest:
         """Write vectors, items and failures; the manifest that goes with them."""
-        from index_jobs.build import build
         from index_jobs.encode import write_failed
         from index_jobs.items import write_items
-        from index_jobs.vectors import write_faiss
 
         options, gallery = self.options, self.gallery
         logger.info("%d vectors: %s (%s)", len(encoded), choices[0].factory, choices[0].reason)
-        built = build(
-            encoded.blocks, len(encoded), encoder.dim, choices, _caption_queries(gallery, encoder),
-            target=options.target_recall,
-        )  # fmt: skip
-        write_faiss(built.index, staging / VECTORS)
+        queries = _caption_queries(gallery, encoder)
+        if options.milvus:
+            choice, measured = self._stage_milvus(staging, options.milvus, encoder, encoded, choices[0], queries)
+        else:
+            choice, measured = self._stage_faiss(staging, encoder, encoded, choices, queries)
         write_items(staging / ITEMS, gallery.table, encoded.rows())
         write_failed(staging / FAILED, gallery, encoded.failed)
         return Manifest(
@@ -143,9 +142,10 @@ class Job:
             fingerprint=encoder.fingerprint,
             count=len(encoded),
             dim=encoder.dim,
-            kind=built.choice.factory,
-            reason=built.choice.reason,
-            gpu=built.choice.gpu,
+            kind=choice.factory,
+            reason=choice.reason,
+            gpu=choice.gpu,
+            milvus=options.milvus or "",
             requested_kind=options.kind,
             requested_memory=options.memory,
             target_recall=options.target_recall,
@@ -156,9 +156,50 @@ class Job:
             gallery_signature=gallery.content_signature,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             failed=len(encoded.failed),
-            measured=built.measured | {"bytes": (staging / VECTORS).stat().st_size},
+            measured=measured,
             files={},
         )
+
+    def _stage_faiss(
+        self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]", queries: "Queries | None"
+    ) -> "tuple[Choice, dict[str, Any]]":
+        from index_jobs.build import build
+        from index_jobs.vectors import write_faiss
+
+        target = self.options.target_recall
+        built = build(encoded.blocks, len(encoded), encoder.dim, choices, queries, target=target)
+        write_faiss(built.index, staging / VECTORS)
+        return built.choice, built.measured | {"bytes": (staging / VECTORS).stat().st_size}
+
+    def _stage_milvus(
+        self,
+        staging: Path,
+        uri: str,
+        encoder: "Encoder",
+        encoded: "Encoded",
+        choice: "Choice",
+        queries: "Queries | None",
+    ) -> "tuple[Choice, dict[str, Any]]":
+        from index_jobs import milvus
+        from index_jobs.publish import next_version
+        from index_jobs.tuning import Tuning, own_queries
+
+        number, kind = next_version(self.out), self.options.kind
+        place = milvus.create(uri, self.out, number, encoder.fingerprint, kind, encoded.blocks, encoder.dim)
+        milvus.write_place(staging / milvus.MILVUS, place)
+        tuning = Tuning(
+            encoded.blocks, queries or own_queries(encoded.blocks, len(encoded)), target=self.options.target_recall
+        )
+        return choice, tuning.measure(milvus.MilvusIndex(place))
+
+    def _choose(self, count: int, dim: int, **memory: Any) -> "list[Choice]":
+        from index_jobs import kinds, milvus
+
+        options = self.options
+        if not options.milvus:
+            return kinds.choose(options.kind, count, dim, **memory)
+        milvus.require_kind(options.kind)
+        return [kinds.Choice(f"milvus {options.kind}", f"asked for: {options.kind} in Milvus")]
 
     def _clear_work(self, encoded: "Encoded") -> None:
         """Only this version's vectors are worth their room on the disk, and only if they are wanted."""

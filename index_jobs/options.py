@@ -51,6 +51,7 @@ class Options:
     """How to rebuild.
 
     kind: "auto", a name of `index_jobs.kinds`, or a FAISS index_factory string.
+    milvus: URI of a Milvus that is to hold the vectors, or a file for Milvus Lite; None for a FAISS file.
     memory: bytes that the index may take, None for half of the machine's or container's.
     target_recall: at 10 against exact search; what search parameters are tuned for.
     workers: decoding processes; 0 for threads of this process, None to choose.
@@ -68,6 +69,7 @@ class Options:
     """
 
     kind: str = "auto"
+    milvus: str | None = None
     memory: int | None = None
     target_recall: float = 0.99
     workers: int | None = None

@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dcar_core.errors import ArtifactError, DcarError, LockedError
+from index_jobs import milvus
 from index_jobs.artifact import Artifact, current_version, open_version, version_numbers
 from index_jobs.files import replacing, sha256_of, sync, sync_tree, write_json
 from index_jobs.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
@@ -87,7 +88,7 @@ def publish(
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    version = max([*version_numbers(index), current_version(index) or 0]) + 1
+    version = next_version(index)
     shared = shared or {}
     names = [path.relative_to(staging).as_posix() for path in sorted(staging.rglob("*")) if path.is_file()]
     files = {
@@ -103,6 +104,7 @@ def publish(
     sync(index / VERSIONS)
     _point(index, version)
     _prune(index, keep)
+    milvus.follow(index, version)
     return manifest
 
 
@@ -140,6 +142,7 @@ def rollback(index: Path, to: int | None = None) -> int:
             to = earlier[-1]
         open_version(index, to).verify()
         _point(index, to)
+        milvus.follow(index, to)
     return to
 
 
@@ -163,6 +166,11 @@ def _locked(index: Path) -> Iterator[None]:
 def _point(index: Path, version: int) -> None:
     with replacing(index / CURRENT) as file:
         file.write(f"{version}\n".encode())
+
+
+def next_version(index: Path) -> int:
+    """The number that a version published now will get."""
+    return max([*version_numbers(index), current_version(index) or 0]) + 1
 
 
 def discard(index: Path, path: Path) -> None:

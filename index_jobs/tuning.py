@@ -92,6 +92,18 @@ class Tuning:
             result["recall_at_10"] = round(self._recall(measured, self._held_out), 4)
         return result | latency(measured, self._queries.vectors[self._held_out][:_TIMED_QUERIES])
 
+    def measure(self, index: Any) -> dict[str, Any]:
+        """As `run`, for what is not tuned here; index needs a `search` alone."""
+        assert self._truth is not None
+        return {
+            "queries": len(self._held_out),
+            "query_source": self._queries.source,
+            "target_recall": self._target,
+            "parameters": {},
+            "recall_at_10": round(self._recall(index, self._held_out), 4),
+            **latency(index, self._queries.vectors[self._held_out][:_TIMED_QUERIES]),
+        }
+
     def _tune(self, index: Any) -> dict[str, int]:
         knobs = Knobs(index)
         points = []

@@ -20,6 +20,7 @@ def index_build(
     kind: Annotated[
         str, typer.Option(help="auto, flat, hnsw, ivf, .. (docs/index.md), or a faiss factory string.")
     ] = "auto",
+    milvus: Annotated[str | None, typer.Option(help="URI of a Milvus for the vectors, or a Milvus Lite file.")] = None,
     memory: Annotated[
         int | None, typer.Option(parser=parse_size, metavar="SIZE", help="For the index, as 4GiB.")
     ] = None,
@@ -37,7 +38,7 @@ def index_build(
     from index_jobs.rebuild import rebuild
 
     found = rebuild(
-        gallery, checkpoint, out, kind=kind, memory=memory, target_recall=target_recall, workers=workers,
+        gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall, workers=workers,
         batch_size=batch_size, keep=keep, max_failed=max_failed, device=device,
         validation=validation, margin=margin, force=force,
     )  # fmt: skip

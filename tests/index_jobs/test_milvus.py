@@ -1,0 +1,133 @@
+"""The same job, searches and checks with the vectors in Milvus; here Milvus Lite, which runs in this process."""
+
+import importlib.util
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw
+
+from dcar_core.errors import ArtifactError, DataError, FingerprintError
+from index_jobs import milvus
+from index_jobs.artifact import open_current, verify_index
+from index_jobs.publish import rollback
+from index_jobs.rebuild import rebuild
+from index_jobs.updates import add, remove
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("milvus_lite") is None and os.environ.get("DCAR_REQUIRE_ALL") != "1",
+        reason="needs the extra milvus: pip install 'dcar[milvus]'",
+    ),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what pymilvus imports
+]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("milvus") / "vectors.db")
+
+
+@pytest.fixture(scope="module")
+def index(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("index") / "in milvus"
+    rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plain") / "index"
+    rebuild(tiny_gallery, tiny_checkpoint, out, progress=False)
+    return out
+
+
+def test_searches_are_those_of_faiss(index: Path, plain: Path) -> None:
+    here, there = open_current(index), open_current(plain)
+    assert not (here.path / "index.faiss").exists()
+    assert (here.manifest.count, here.manifest.kind, here.manifest.measured["recall_at_10"]) == (24, "milvus auto", 1.0)
+    rows = np.arange(24)
+    np.testing.assert_allclose(here.vectors(rows), there.vectors(rows), atol=1e-6)
+    np.testing.assert_allclose(here.vectors(rows[[5, 3]]), there.vectors(rows[[5, 3]]), atol=1e-6)
+    queries = there.vectors(rows)
+    few = np.array([2, 3, 5, 7])
+    for allowed in (None, few, rows % 2 == 0, np.zeros(24, np.bool_)):
+        scores, found = here.search(queries, 30, allowed)
+        expected, truth = there.search(queries, 30, allowed)
+        np.testing.assert_allclose(np.where(found < 0, -9, scores), np.where(truth < 0, -9, expected), atol=1e-5)
+        assert (found[:, 0] == truth[:, 0]).all()
+    assert [here.row_of(here.item(row).id) for row in (0, 23)] == [0, 23]
+
+
+def test_long_filters_are_asked_in_pieces(index: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milvus, "_LISTED", 3)
+    allowed = np.arange(24) % 3 != 0
+    queries = open_current(plain).vectors(np.arange(24))
+    found, truth = (open_current(path).search(queries, 16, allowed)[1] for path in (index, plain))
+    assert [set(row) for row in found.tolist()] == [set(row) for row in truth.tolist()]
+    assert (found >= 0).all()
+
+
+def test_versions_alias_rollback_and_updates(
+    tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, uri: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "versions"
+    client = milvus.connect(uri)
+    name = milvus.prefix(out)
+
+    def state() -> tuple[list[str], str]:
+        collections = sorted(entry for entry in client.list_collections() if entry.startswith(name))
+        return collections, client.describe_alias(f"{name}_current")["collection_name"]
+
+    versions = {}
+    for number, checkpoint in enumerate((tiny_checkpoint, other_checkpoint), 1):
+        summary = rebuild(tiny_gallery, checkpoint, out, milvus=uri, margin=1, progress=False)
+        versions[number] = f"{name}_v{number}_{summary.fingerprint[:16]}"
+    assert state() == ([versions[1], versions[2]], versions[2])
+    assert rollback(out) == 1
+    assert state()[1] == versions[1]
+    gone = open_current(out).item(4).id
+    remove(out, [gone])
+    more = tmp_path / "more"
+    more.mkdir()
+    draw("pink", "circle").save(more / "pink.png")
+    add(out, more, progress=False)
+    artifact = open_current(out)
+    assert (artifact.manifest.count, artifact.row_of(gone)) == (24, None)
+    rows = artifact.search(artifact.vectors(np.array([24])), 25)[1][0]
+    assert (rows[0], sorted(rows.tolist())) == (24, [-1, *(row for row in range(25) if row != 4)])
+    assert state()[1] == versions[1]  # an update shares the collection of the version before
+    rebuild(tiny_gallery, other_checkpoint, out, milvus=uri, margin=1, keep=1, progress=False)
+    assert len(state()[0]) == 1
+    assert len(verify_index(out)) == 1
+
+
+def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: str) -> None:
+    place = milvus.Place.read(open_current(index).path / milvus.MILVUS)
+    with pytest.raises(FingerprintError, match="was not made by encoder ffffffffffff"):
+        milvus.MilvusIndex(replace(place, fingerprint="f" * 64))
+    with pytest.raises(ArtifactError, match="holds 24 vectors, not 25; roll back"):
+        milvus.MilvusIndex(replace(place, count=25))
+    with pytest.raises(ArtifactError, match=r"has no collection other_v1_.*; roll back"):
+        milvus.MilvusIndex(replace(place, collection=f"other_v1_{place.fingerprint[:16]}"))
+    with pytest.raises(ArtifactError, match=r"milvus\.json cannot be read"):
+        milvus.Place.read(index / "nowhere" / milvus.MILVUS)
+
+
+def test_kind_that_milvus_is_not_asked_for(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can be of kind auto, flat, hnsw, not 'ivf-pq'"):
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, kind="ivf-pq", progress=False)
+    assert not list((tmp_path / "index" / "versions").iterdir())
+
+
+def test_token_is_never_written(
+    tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(milvus.TOKEN, "user:hidden-word")
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, progress=False)
+    path = open_current(tmp_path / "index").path
+    assert json.loads((path / "milvus.json").read_text())["uri"] == uri
+    assert not [file for file in path.rglob("*") if file.is_file() and b"hidden-word" in file.read_bytes()]
