@@ -10,7 +10,7 @@
 - A job that would wait longer than `max_queue_s`, by the pace of the last batches, is refused at once: under overload
   the model goes on with what it can finish in time, and the others hear soon that they should come back.
 
-A `Lane` is what may share a batch: today one encoder and one kind of query. N queries of a lane: list of N payloads ->
+A `Lane` is what may share a batch: one backbone and one kind of query. N queries of a lane: list of N payloads ->
 float32 (N, E).
 """
 
@@ -79,7 +79,7 @@ class Lane:
     """Queries that may share a forward pass: equal `key`, same `run`."""
 
     key: Hashable
-    run: Callable[[list[Any]], Vector] = field(compare=False)
+    run: Callable[[list[Any]], Vector | list[Vector]] = field(compare=False)
 
 
 @dataclass(slots=True)
@@ -206,7 +206,7 @@ class Batcher:
                 job.future.set_result(outcome)
 
 
-def _forward(run: Callable[[list[Any]], Vector], payloads: list[Any]) -> list[Vector | Exception]:
+def _forward(run: Callable[[list[Any]], Vector | list[Vector]], payloads: list[Any]) -> list[Vector | Exception]:
     """One outcome per payload. Rows are copied, so that a cached one does not keep its whole batch alive."""
     try:
         vectors = run(payloads)  # [n, E]

@@ -13,11 +13,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app import problems
 from app.access import Access
 from app.cache import make_cache
+from app.collections import Collections
 from app.metrics import Metrics
 from app.middleware import Guard
 from app.observe import Observe
@@ -28,7 +30,7 @@ from app.retriever import Retriever
 from app.routes import make_router
 from app.schemas import ProblemAnswer
 from app.settings import Settings
-from app.snapshots import Snapshots, require_index
+from app.snapshots import require_index
 from app.tracing import Tracer
 from dcar_core.errors import DcarError
 
@@ -55,17 +57,18 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        require_index(settings)
-        snapshots = Snapshots(settings, on_start_failure=on_start_failure)
-        retriever = Retriever(settings, snapshots, make_cache(settings, metrics), metrics)
-        app.state.snapshots, app.state.retriever = snapshots, retriever
-        _watch_index(metrics, snapshots)
+        for index in settings.indexes.values():
+            require_index(index)
+        collections = Collections(settings, on_start_failure=on_start_failure)
+        retriever = Retriever(settings, collections, make_cache(settings, metrics), metrics)
+        app.state.collections, app.state.retriever = collections, retriever
+        _watch_indexes(metrics, collections)
         retriever.start()
-        snapshots.start()
+        collections.start()
         try:
             yield
         finally:
-            await snapshots.close()
+            await collections.close()
             await retriever.close()
             if rates is not None:
                 await rates.close()
@@ -79,7 +82,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        generate_unique_id_function=lambda route: route.name,
+        generate_unique_id_function=_operation,
         lifespan=lifespan,
     )
     app.state.settings, app.state.metrics = settings, metrics
@@ -120,29 +123,40 @@ def _make_rates(settings: Settings) -> Rates | None:
     return Rates(settings.rate_limit, redis_url=url, timeout_s=settings.redis_timeout_ms / 1000)
 
 
-def _watch_index(metrics: Metrics, snapshots: Snapshots) -> None:
+def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
     """What is served, read at each scrape."""
 
     def read(value: Callable[[Any], Any]) -> Callable[[], list[tuple[list[str], float]]]:
         def now() -> list[tuple[list[str], float]]:
-            found = value(snapshots.live.artifact.manifest) if snapshots.live else None
-            return [] if found is None else [([], float(found))]
+            served = [(name, value(s.live.artifact.manifest)) for name, s in collections if s.live]
+            return [([name], float(found)) for name, found in served if found is not None]
 
         return now
 
-    metrics.watch("dcar_index_version", "The version that answers.", [], read(lambda m: m.version))
-    metrics.watch("dcar_index_items", "Items in it.", [], read(lambda m: m.count))
+    label = ["collection"]
+    metrics.watch("dcar_index_version", "The version that answers.", label, read(lambda m: m.version))
+    metrics.watch("dcar_index_items", "Items in it.", label, read(lambda m: m.count))
     recall = "Its recall at 10 against exact search, as measured when it was built."
-    metrics.watch("dcar_index_recall_at_10", recall, [], read(lambda m: m.measured.get("recall_at_10")))
+    metrics.watch("dcar_index_recall_at_10", recall, label, read(lambda m: m.measured.get("recall_at_10")))
     degraded = "1 while a newer version is published that cannot be served."
-    metrics.watch("dcar_index_degraded", degraded, [], lambda: [([], float(snapshots.reason is not None))])
+    metrics.watch(
+        "dcar_index_degraded",
+        degraded,
+        label,
+        lambda: [([name], float(s.reason is not None)) for name, s in collections],
+    )
+
+
+def _operation(route: APIRoute) -> str:
+    return f"{route.name}_in" if route.path.startswith("/collections/") else route.name
 
 
 def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
     """The most bytes that a body may have, and the field that is at fault when it has more."""
     if path.endswith("/search/image"):
         return settings.max_upload_bytes + _FORM_BYTES, "file"
-    return max(_FORM_BYTES, settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024), "body"
+    queries = settings.max_queries if path.endswith("/search/batch") else 1
+    return max(_FORM_BYTES, queries * (settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)), "body"
 
 
 def _document_problems(app: FastAPI) -> None:

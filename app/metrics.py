@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from app.tracing import Tracer
 
-Stage = Literal["cache", "decode", "queue", "encode", "search"]
+Stage = Literal["cache", "decode", "queue", "encode", "search", "rerank", "explain"]
 Level = Literal["memory", "redis"]
 Outcome = Literal["hit", "miss", "error", "skipped", "wrong"]
 

@@ -56,6 +56,11 @@ class Problem(Exception):  # noqa: N818 - RFC 9457 calls it so
         self.errors = tuple(errors)
         self.headers = dict(headers or {})
 
+    def within(self, place: str) -> "Problem":
+        """The same with a part of a request: its fields are named below `place`."""
+        errors = [(f"{place}.{field}", message) for field, message in self.errors]
+        return Problem(self.status, f"{place}: {self.detail}", errors=errors, headers=self.headers)
+
     def body(self) -> dict[str, Any]:
         """The document of RFC 9457. `about:blank` says that the status code is the whole type."""
         document: dict[str, Any] = {

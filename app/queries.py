@@ -4,39 +4,27 @@ The body is read by hand and not by FastAPI: a wrong content type is refused bef
 the JSON in one step, and every fault has the caller's name for the field.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+import json
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Path, Query, Request
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import FormData, UploadFile
 
 from app.access import unauthorised
+from app.collections import Collections
 from app.keys import given_key, is_key
 from app.problems import Problem, field_problem, from_validation
-from app.retriever import Retriever
-from app.schemas import DEFAULT_K, ImageForm, K, TextQuery, normalise
+from app.requests import DEFAULT_K, BatchQuery, ImageForm, K, Options, TextQuery, normalise
+from app.retriever import Retriever, Search
 from app.settings import Settings
-from app.snapshots import Snapshots
 
 # text/search bodies: a character takes at most 12 bytes of JSON
 JSON_BYTES_PER_CHAR = 12
+_PART_BYTES = 16 * 2**10  # of a form's field
 
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """A text query, normalised."""
-
-    text: str
-    k: int
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture query, as the bytes of the file."""
-
-    data: bytes
-    k: int
+M = TypeVar("M", bound=BaseModel)
+ItemId = Annotated[str, Path(description="an item's id, as the results give it", max_length=1024)]
 
 
 def settings_of(request: Request) -> Settings:
@@ -49,9 +37,15 @@ def retriever_of(request: Request) -> Retriever:
     return retriever
 
 
-def snapshots_of(request: Request) -> Snapshots:
-    snapshots: Snapshots = request.app.state.snapshots
-    return snapshots
+def collections_of(request: Request) -> Collections:
+    collections: Collections = request.app.state.collections
+    return collections
+
+
+def collection_of(request: Request) -> str | None:
+    """The name in the path; None on the routes that have none, and mean the default."""
+    name: str | None = request.path_params.get("collection")
+    return name
 
 
 def _check_type(request: Request, wanted: str) -> None:
@@ -61,40 +55,66 @@ def _check_type(request: Request, wanted: str) -> None:
         raise field_problem("Content-Type", message, status=415)
 
 
-def _check_k(k: int, settings: Settings) -> int:
-    if k > settings.max_k:
-        raise field_problem("k", f"at most {settings.max_k}, not {k}")
-    return k
+def _check(options: Options, settings: Settings) -> None:
+    if options.k > settings.max_k:
+        raise field_problem("k", f"at most {settings.max_k}, not {options.k}")
+    if options.offset + options.k > settings.max_window:
+        raise field_problem("offset", f"together with k at most {settings.max_window}")
 
 
-async def read_words(request: Request) -> Words:
-    """The query of POST /search/text."""
+def _words(query: str, settings: Settings) -> str:
+    if len(query) > settings.max_query_chars:
+        raise field_problem("query", f"at most {settings.max_query_chars} characters, not {len(query)}")
+    return normalise(query)
+
+
+def _text_search(given: TextQuery, settings: Settings) -> Search:
+    text = _words(given.query, settings)
+    if not text and (given.query or not given.more_like):
+        raise field_problem("query", "must not be empty")
+    _check(given, settings)
+    return Search(given, text)
+
+
+async def _json(request: Request, model: type[M]) -> M:
     _check_type(request, "application/json")
-    settings = settings_of(request)
     try:
-        given = TextQuery.model_validate_json(await request.body())
+        return model.model_validate_json(await request.body())
     except ValidationError as error:
         raise from_validation(error) from None
-    if len(given.query) > settings.max_query_chars:
-        message = f"at most {settings.max_query_chars} characters, not {len(given.query)}"
-        raise field_problem("query", message)
-    text = normalise(given.query)
-    if not text:
-        raise field_problem("query", "must not be empty")
-    return Words(text, _check_k(given.k, settings))
 
 
-async def read_picture(request: Request) -> Picture:
+async def read_words(request: Request) -> Search:
+    """The query of POST /search/text."""
+    return _text_search(await _json(request, TextQuery), settings_of(request))
+
+
+async def read_batch(request: Request) -> list[Search]:
+    """The queries of POST /search/batch."""
+    given = (await _json(request, BatchQuery)).queries
+    settings = settings_of(request)
+    if len(given) > settings.max_queries:
+        raise field_problem("queries", f"at most {settings.max_queries}, not {len(given)}")
+    searches = []
+    for number, each in enumerate(given):
+        try:
+            searches.append(_text_search(each, settings))
+        except Problem as problem:
+            raise problem.within(f"queries.{number}") from None
+    return searches
+
+
+async def read_picture(request: Request) -> Search:
     """The picture of POST /search/image. Large parts are spooled to a file by the parser, not kept in memory."""
     _check_type(request, "multipart/form-data")
     settings = settings_of(request)
-    async with request.form(max_files=1, max_fields=8, max_part_size=4096) as form:
-        fields: dict[str, Any] = {"k": form["k"]} if "k" in form else {}
+    async with request.form(max_files=1, max_fields=64, max_part_size=_PART_BYTES) as form:
         try:
-            k = ImageForm.model_validate(fields).k
+            given = ImageForm.model_validate(_fields(form))
         except ValidationError as error:
             raise from_validation(error) from None
-        _check_k(k, settings)
+        _check(given, settings)
+        text = _words(given.query, settings)
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise field_problem("file", "a picture is required, as the form field `file`")
@@ -104,12 +124,37 @@ async def read_picture(request: Request) -> Picture:
         data = await file.read()
     if not data:
         raise field_problem("file", "the file is empty")
-    return Picture(data, k)
+    return Search(given, text, data)
 
 
-def read_k(request: Request, k: Annotated[K, Query()] = DEFAULT_K) -> int:
-    """k as a parameter of the URL."""
-    return _check_k(k, settings_of(request))
+def _fields(form: FormData) -> dict[str, Any]:
+    """A form's fields as the options of JSON have them: texts as they are, lists by repetition, all else as JSON."""
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name not in ImageForm.model_fields or not isinstance(value, str):
+            continue
+        if name in ("more_like", "less_like"):
+            fields.setdefault(name, []).append(value)
+        elif name == "query":
+            fields[name] = value
+        else:
+            try:
+                fields[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                fields[name] = value
+    return fields
+
+
+def read_similar(
+    request: Request,
+    item_id: ItemId,
+    k: Annotated[K, Query()] = DEFAULT_K,
+    offset: Annotated[int, Query(ge=0)] = 0,
+) -> Search:
+    """The query of GET /items/{id}/similar."""
+    options = Options(k=k, offset=offset)
+    _check(options, settings_of(request))
+    return Search(options, item=item_id)
 
 
 def require_admin(request: Request) -> None:
@@ -125,10 +170,10 @@ def require_admin(request: Request) -> None:
         raise unauthorised("must be `Bearer` and the admin key")
 
 
-SettingsDep = Annotated[Settings, Depends(settings_of)]
 RetrieverDep = Annotated[Retriever, Depends(retriever_of)]
-SnapshotsDep = Annotated[Snapshots, Depends(snapshots_of)]
-WordsDep = Annotated[Words, Depends(read_words)]
-PictureDep = Annotated[Picture, Depends(read_picture)]
-KDep = Annotated[int, Depends(read_k)]
-ItemId = Annotated[str, Path(description="an item's id, as the results give it", max_length=1024)]
+CollectionsDep = Annotated[Collections, Depends(collections_of)]
+CollectionDep = Annotated[str | None, Depends(collection_of)]
+WordsDep = Annotated[Search, Depends(read_words)]
+BatchDep = Annotated[list[Search], Depends(read_batch)]
+PictureDep = Annotated[Search, Depends(read_picture)]
+SimilarDep = Annotated[Search, Depends(read_similar)]

@@ -1,10 +1,8 @@
 """From a query to ranked items.
 
-    text  -> normalise ------------------> cache? -> model thread (batched) -\
-    image -> hash --> cache? -> decode in a pool --> model thread (batched) --+-> index search in a thread -> items
-    item  -> its vector in the index ----------------------------------------/
+    words, picture, items  -> vectors (`embedding`) -> their weighted sum -> rows (`finding`) -> re-ranking and
+    explanations where asked for (`pairing`) -> items
 
-- The event loop only waits: decoding, the model, the index and the gallery's files each have their threads.
 - Each search takes one `Snapshot` and ends on it, whatever is published meanwhile.
 - More than `max_pending` searches at a time are refused at once, so a queue cannot grow without end; so is one that the
   batcher could not take up soon. Each search has a deadline, and what is not wanted any more is not computed.
@@ -13,226 +11,256 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from app.batching import Batcher, Flights, Lane, Vector
-from app.cache import VectorCache, cache_key, rounded
-from app.media import media_type
+from app.batching import Vector
+from app.cache import VectorCache
+from app.collections import Collections
+from app.embedding import Embedder
+from app.finding import Hit, find, vectors_of
 from app.metrics import Metrics
-from app.problems import Late, Overloaded, Problem
+from app.pairing import Explanation, Pairing, Words
+from app.problems import Late, Overloaded, Problem, field_problem
+from app.requests import Options
 from app.settings import Settings
-from app.snapshots import Snapshot, Snapshots
-from dcar_core.errors import ArtifactError, DcarError, ImageError
+from app.snapshots import Snapshot
+from dcar_core.errors import ArtifactError, ImageError
 from index_jobs.artifact import Item
 
 T = TypeVar("T")
 
-_HASHED_AT_ONCE = 64 * 2**10  # bytes, some 0.1 ms
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One search: normalised words, a picture's file, an item's id, the options; something says what to look for."""
+
+    options: Options
+    text: str = ""
+    picture: bytes | None = None
+    item: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One result; score is the inner product of unit vectors, the cosine."""
+    """One result; score is the inner product of unit vectors, the cosine. folded: ids of its near-duplicates."""
 
     item: Item
     score: float
+    folded: list[str]
+    reranked: float | None
+    explanation: Explanation | None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a search found, by which version, and whether the query's embedding came from the cache."""
+    """What a search found, by which version, and whether the query's embedding came from the cache.
+
+    offset: results before these. next_offset: where the next page begins, None after the last. min_score: the cut-off
+    that was applied.
+    """
 
     version: int
     matches: list[Match]
     cached: bool
     took_ms: float
+    offset: int
+    next_offset: int | None
+    min_score: float | None
+    words: Words | None
 
 
 class Retriever:
     """The query path; one per process."""
 
     def __init__(
-        self, settings: Settings, snapshots: Snapshots, cache: VectorCache, metrics: Metrics | None = None
+        self, settings: Settings, collections: Collections, cache: VectorCache, metrics: Metrics | None = None
     ) -> None:
-        self._snapshots = snapshots
-        self._cache = cache
+        self._collections = collections
         self._metrics = metrics or Metrics()
-        self._max_pending = settings.max_pending
-        self._deadline_s = settings.deadline_ms / 1000
+        self._settings = settings
         self._pending = 0
-        self._flights: Flights[tuple[Vector, bool]] = Flights()
-        self._batcher = Batcher(
-            max_batch=settings.batch_size,
-            max_wait_s=settings.batch_wait_ms / 1000,
-            max_queue_s=settings.max_queue_ms / 1000,
-            metrics=self._metrics,
-        )
-        cores = os.cpu_count() or 1
-        self._decode_pool = ThreadPoolExecutor(min(4, cores), thread_name_prefix="dcar-decode")
-        self._search_pool = ThreadPoolExecutor(
-            min(4, cores), thread_name_prefix="dcar-search", initializer=_limit_faiss, initargs=(settings.threads,)
+        self._embedder = Embedder(settings, cache, self._metrics)
+        self._pairing = Pairing(self._embedder)
+        self._pool = ThreadPoolExecutor(
+            min(4, os.cpu_count() or 1),
+            thread_name_prefix="dcar-search",
+            initializer=_limit_faiss,
+            initargs=(settings.threads,),
         )
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""
-        self._batcher.start()
+        self._embedder.start()
 
     async def close(self) -> None:
         """Finish what was accepted, then let threads and connections go."""
-        await self._batcher.close()
-        await self._cache.close()
-        self._decode_pool.shutdown()
-        self._search_pool.shutdown()
+        await self._embedder.close()
+        self._pool.shutdown()
 
-    async def search_text(self, text: str, k: int) -> Answer:
-        """The k items nearest to a normalised text."""
-        async with self._admitted() as began:
-            snapshot = self._snapshots.require()
-            encoder = snapshot.encoder
-            lane = Lane((encoder.fingerprint, "text"), encoder.encode_text)
-
-            async def embed() -> Vector:
-                return await self._batcher.submit(lane, text)
-
-            key = cache_key(encoder.fingerprint, "text", text.encode())
-            vector, cached = await self._embed(key, encoder.dim, embed)
-            return Answer(snapshot.version, await self._search(snapshot, vector, k), cached, _since(began))
-
-    async def search_image(self, data: bytes, k: int) -> Answer:
-        """The k items nearest to a picture, given as the bytes of its file.
+    async def search(self, collection: str | None, search: Search) -> Answer:
+        """The items of a collection that a search is for; None is the default collection.
 
         Raises:
-            ImageError: it cannot be read; the message is the reason.
+            ImageError: the picture cannot be read; the message is the reason.
+            Problem: what is asked for cannot be done.
         """
-        async with self._admitted() as began:
-            snapshot = self._snapshots.require()
-            encoder = snapshot.encoder
-            lane = Lane((encoder.fingerprint, "image"), _stacked(encoder.encode_pixels))
+        async with self._admitted():
+            return await self._answer(self._collections[collection].require(), search)
 
-            async def embed() -> Vector:
-                with self._metrics.timed("decode"):
-                    pixels = await self._in(self._decode_pool, _decode, snapshot, data)
-                return await self._batcher.submit(lane, pixels)
+    async def search_all(self, collection: str | None, searches: Sequence[Search]) -> list[Answer]:
+        """Several searches, answered by one version; one that cannot be answered fails them all, under its number."""
+        async with self._admitted(len(searches)):
+            snapshot = self._collections[collection].require()
+            answers = await asyncio.gather(*(self._answer(snapshot, each) for each in searches), return_exceptions=True)
+        for number, answer in enumerate(answers):
+            if isinstance(answer, Problem):
+                raise answer.within(f"queries.{number}")
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, Answer)]
 
-            key = await self._image_key(encoder.fingerprint, data)
-            vector, cached = await self._embed(key, encoder.dim, embed)
-            return Answer(snapshot.version, await self._search(snapshot, vector, k), cached, _since(began))
-
-    async def search_item(self, item_id: str, k: int) -> Answer:
-        """The k items nearest to one of the gallery's own, without itself."""
-        async with self._admitted() as began:
-            snapshot = self._snapshots.require()
-            row = _row(snapshot, item_id)
-            try:
-                vector = await self._in(self._search_pool, snapshot.artifact.vector, row)
-            except ArtifactError as error:  # a kind of index that keeps no vectors
-                raise Problem(409, f"Search by item is not possible: {error}") from None
-            matches = await self._search(snapshot, vector, k, without=row)
-            return Answer(snapshot.version, matches, False, _since(began))
-
-    async def item(self, item_id: str) -> tuple[int, Item]:
+    async def item(self, collection: str | None, item_id: str) -> tuple[int, Item]:
         """An item and the version that knows it."""
-        snapshot = self._snapshots.require()
-        row = _row(snapshot, item_id)
-        return snapshot.version, await self._in(self._search_pool, snapshot.artifact.item, row)
+        snapshot = self._collections[collection].require()
+        row = _row(snapshot, item_id, "id")
+        return snapshot.version, await self._in_pool(snapshot.artifact.item, row)
 
-    async def picture(self, item_id: str) -> bytes:
+    async def picture(self, collection: str | None, item_id: str) -> bytes:
         """The bytes of an item's picture, from the gallery."""
-        snapshot = self._snapshots.require()
-        row = _row(snapshot, item_id)
+        snapshot = self._collections[collection].require()
+        row = _row(snapshot, item_id, "id")
         try:
-            return await self._in(self._search_pool, snapshot.artifact.image_bytes, row)
+            return await self._in_pool(snapshot.artifact.image_bytes, row)
         except (ArtifactError, ImageError, OSError):
             raise Problem(404, "The picture of this item is no longer in the gallery.") from None
 
-    async def _image_key(self, fingerprint: str, data: bytes) -> str:
-        """Hashing a large picture takes milliseconds, too long for the event loop."""
-        if len(data) <= _HASHED_AT_ONCE:
-            return cache_key(fingerprint, "image", data)
-        return await self._in(self._decode_pool, cache_key, fingerprint, "image", data)
-
-    async def _embed(self, key: str, dim: int, compute: Callable[[], Awaitable[Vector]]) -> tuple[Vector, bool]:
-        """The query's vector, and whether it was remembered; equal queries in flight share one computation."""
-        known = self._cache.peek(key, dim)
-        if known is not None:
-            return known, True
-
-        async def start() -> tuple[Vector, bool]:
-            with self._metrics.timed("cache"):
-                known = await self._cache.get(key, dim)
-            if known is not None:
-                return known, True
-            vector = await compute()
-            self._cache.put(key, vector)
-            return rounded(vector), False
-
-        return await self._flights.run(key, start)
-
-    async def _search(self, snapshot: Snapshot, vector: Vector, k: int, without: int = -1) -> list[Match]:
+    async def _answer(self, snapshot: Snapshot, search: Search) -> Answer:
+        began = time.perf_counter()
+        options = search.options
+        more = [_row(snapshot, each, "more_like") for each in options.more_like]
+        if search.item is not None:
+            more.append(_row(snapshot, search.item, "id"))
+        less = [_row(snapshot, each, "less_like") for each in options.less_like]
+        vector, cached = await self._vector(snapshot, search, more, less)
+        end = options.offset + options.k
+        reranked = self._settings.rerank_depth if options.rerank else 0
+        min_score = _min_score(snapshot, search)
         with self._metrics.timed("search"):
-            return await self._in(self._search_pool, _lookup, snapshot, vector, k, without)
+            hits = await self._in_pool(
+                lambda: find(
+                    snapshot,
+                    vector,
+                    max(end + 1, reranked),
+                    without={*more, *less},
+                    filter=options.filter,
+                    min_score=min_score,
+                    fold=options.fold,
+                )
+            )
+        if reranked and options.offset < reranked:
+            if not search.text:
+                raise field_problem("rerank", "weighs the words of a query, and there are none")
+            with self._metrics.timed("rerank"):
+                hits = await self._pairing.rerank(snapshot, search.text, hits[:reranked]) + hits[reranked:]
+        shown = hits[options.offset : end]
+        words, explanations = None, []
+        if options.explain:
+            with self._metrics.timed("explain"):
+                words = await self._pairing.words(snapshot, search.text) if search.text else None
+                for hit in shown[: self._settings.explain_results]:  # one after the other: others get their turn
+                    explanations.append(await self._pairing.explain(snapshot, search.text, vector, hit))
+        matches = await self._in_pool(_matches, snapshot, shown, explanations)
+        following = end if len(hits) > end and end < self._settings.max_window else None
+        took_ms = (time.perf_counter() - began) * 1000
+        return Answer(snapshot.version, matches, cached, took_ms, options.offset, following, min_score, words)
 
-    async def _in(self, pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+    async def _vector(
+        self, snapshot: Snapshot, search: Search, more: list[int], less: list[int]
+    ) -> tuple[Vector, bool]:
+        """The query as one vector (E,): the weighted sum of its parts, or its only part as it is."""
+        weights = search.options.weights
+        parts: list[tuple[float, Vector]] = []
+        cached = bool(search.text or search.picture)
+        if search.text:
+            vector, known = await self._embedder.text(snapshot, search.text)
+            parts.append((weights.text, vector))
+            cached &= known
+        if search.picture is not None:
+            vector, known = await self._embedder.picture(snapshot, search.picture)
+            parts.append((weights.image, vector))
+            cached &= known
+        for weight, rows in ((weights.more, more), (-weights.less, less)):
+            if rows:
+                vectors = await self._in_pool(vectors_of, snapshot, rows)
+                parts.append((weight, vectors.mean(0)))
+        if len(parts) == 1 and len(more) < 2:
+            return parts[0][1], cached
+        total = np.sum([weight * vector for weight, vector in parts], 0)
+        length = float(np.linalg.norm(total))
+        if length < 1e-4:
+            raise field_problem("weights", "the parts of this query cancel each other out")
+        return (total / length).astype(np.float32), cached
+
+    async def _in_pool(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
 
     @asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[float]:
-        if self._pending >= self._max_pending:
+    async def _admitted(self, count: int = 1) -> AsyncIterator[None]:
+        if self._pending + count > self._settings.max_pending:
             self._metrics.refused("queue_full")
             raise Overloaded
-        self._pending += 1
-        self._metrics.pending.inc()
-        deadline = asyncio.timeout(self._deadline_s)
+        self._pending += count
+        self._metrics.pending.inc(count)
+        deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
         try:
             async with deadline:
-                yield time.perf_counter()
+                yield
         except TimeoutError:
             if not deadline.expired():
                 raise
             self._metrics.refused("late")
             raise Late from None
         finally:
-            self._pending -= 1
-            self._metrics.pending.dec()
+            self._pending -= count
+            self._metrics.pending.dec(count)
 
 
-def _lookup(snapshot: Snapshot, vector: Vector, k: int, without: int) -> list[Match]:
-    artifact = snapshot.artifact
-    scores, rows = artifact.search(vector[None], k + (without >= 0))  # [1, k], [1, k]
-    found = [(int(r), float(s)) for r, s in zip(rows[0], scores[0], strict=True) if r >= 0 and r != without]
-    return [Match(artifact.item(row), score) for row, score in found[:k]]
+def _matches(snapshot: Snapshot, hits: Sequence[Hit], explanations: Sequence[Explanation]) -> list[Match]:
+    item = snapshot.artifact.item
+    explained = [*explanations, *[None] * len(hits)]
+    return [
+        Match(item(hit.row), hit.score, [item(row).id for row in hit.folded], hit.reranked, explanation)
+        for hit, explanation in zip(hits, explained, strict=False)
+    ]
 
 
-def _row(snapshot: Snapshot, item_id: str) -> int:
+def _min_score(snapshot: Snapshot, search: Search) -> float | None:
+    wanted = search.options.min_score
+    if wanted != "auto":
+        return wanted
+    if search.picture is not None or search.item or search.options.more_like or search.options.less_like:
+        raise field_problem("min_score", '"auto" is calibrated for searches by words alone; give a number')
+    if snapshot.cutoff is None:
+        raise Problem(
+            409,
+            "The model of this index was not calibrated; run `dcar calibrate` on its checkpoint and rebuild the index.",
+            errors=[("min_score", "this index has no calibrated cut-off")],
+        )
+    return snapshot.cutoff.min_score
+
+
+def _row(snapshot: Snapshot, item_id: str, field: str) -> int:
     row = snapshot.artifact.row_of(item_id)
     if row is None:
-        raise Problem(404, "There is no such item in the index.", errors=[("id", f"unknown: {item_id[:200]!r}")])
+        status = 404 if field == "id" else 422
+        raise Problem(status, "There is no such item in the index.", errors=[(field, f"unknown: {item_id[:200]!r}")])
     return row
-
-
-def _decode(snapshot: Snapshot, data: bytes) -> NDArray[np.uint8]:
-    """uint8 (3, S, S). Only kinds that a browser or a camera makes reach the decoders."""
-    if not data:
-        raise ImageError("the file is empty")
-    if media_type(data) is None:
-        raise ImageError("not an image, or of a kind that cannot be read")
-    try:
-        return snapshot.preprocess(data)
-    except DcarError:
-        raise
-    except Exception as error:  # decoders meet hostile bytes; whatever they raise is the picture's fault
-        raise ImageError(f"broken: {type(error).__name__}") from error
-
-
-def _stacked(run: Callable[[NDArray[np.uint8]], Vector]) -> Callable[[list[Any]], Vector]:
-    return lambda pixels: run(np.stack(pixels))  # n of (3, S, S) -> (n, 3, S, S) -> (n, E)
 
 
 def _limit_faiss(threads: int | None) -> None:
@@ -240,7 +268,3 @@ def _limit_faiss(threads: int | None) -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
-
-
-def _since(began: float) -> float:
-    return (time.perf_counter() - began) * 1000

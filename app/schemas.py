@@ -1,51 +1,37 @@
-"""What goes in and out, as pydantic models: the documentation of the API and the check of its requests.
+"""What comes back, as pydantic models: the documentation of the API's answers.
 
-Answers are built as plain dicts by the routes and not validated again; the tests check them against these models.
-Limits that are settings (characters, k) are checked when a query is read, and written into the OpenAPI document.
+Answers are built as plain dicts (see `answers`) and not validated again; the tests check them against these models.
+What is only there when it was asked for is absent otherwise, not null.
 """
 
-import re
-import unicodedata
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
-DEFAULT_K = 10
-K = Annotated[int, Field(ge=1, description="how many results")]
-
-_CONTROL_TOKENS = re.compile(r"<\|?(?:start_of_text|end_of_text|startoftext|endoftext)\|?>", re.IGNORECASE)
-_JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # inside emoji and some scripts: they carry meaning
+from pydantic import BaseModel, Field
 
 
-def normalise(text: str) -> str:
-    """The form in which a query is encoded and remembered: NFC, single spaces, nothing invisible, no control token."""
-    text = unicodedata.normalize("NFC", text)
-    if not text.isascii() or not text.isprintable():
-        text = "".join(
-            " " if char.isspace() else char
-            for char in text
-            if char.isspace() or ord(char) in _JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
-        )
-    return " ".join(_CONTROL_TOKENS.sub(" ", text).split())
+class Word(BaseModel):
+    """A word of the query and its weight; 1 is the average."""
+
+    word: str = Field(examples=["crying"])
+    weight: float = Field(examples=[1.21])
 
 
-class TextQuery(BaseModel):
-    """A search by words."""
+class Explanation(BaseModel):
+    """Why a result has its score.
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"query": "crying cat", "k": 10}]})
+    relevance: patch by patch, what that part of the picture, as the model sees it, adds to the score.
+    words: the query's words with their exact weights for this picture.
+    """
 
-    query: str = Field(min_length=1, description="what the picture shows")
-    k: Annotated[int, Field(ge=1, strict=True, description="how many results")] = DEFAULT_K
-
-
-class ImageForm(BaseModel):
-    """The fields beside the picture in a search by picture."""
-
-    k: K = DEFAULT_K
+    relevance: list[list[float]]
+    words: list[Word] | None = None
 
 
 class Result(BaseModel):
-    """One result. score is the cosine between query and item, at most 1."""
+    """One result. score is the cosine between query and item, at most 1.
+
+    rerank_score: the cosine under the pair's exact weights, which results are then sorted by. folded: near-duplicates.
+    """
 
     rank: int = Field(examples=[1])
     id: str = Field(examples=["1f63f.png"])
@@ -53,15 +39,47 @@ class Result(BaseModel):
     caption: str = Field(examples=["crying cat"])
     category: str = Field(examples=["cat face"])
     image_url: str = Field(examples=["/items/1f63f.png/image"])
+    rerank_score: float | None = None
+    folded: list[str] | None = None
+    explanation: Explanation | None = None
 
 
 class SearchAnswer(BaseModel):
-    """Results, best first, and the index version that they are from."""
+    """Results, best first, and the index version that they are from.
+
+    next_offset: where the next page begins; absent after the last. min_score: the cut-off that was applied.
+    words: the query's words, weighed by the text alone.
+    """
 
     index_version: int
     took_ms: float = Field(description="from the parsed query to the results, in milliseconds")
     cached: bool = Field(description="whether the query's embedding was remembered")
     results: list[Result]
+    next_offset: int | None = None
+    min_score: float | None = None
+    words: list[Word] | None = None
+
+
+class BatchAnswer(BaseModel):
+    """The answers to several searches, in their order, all by one version."""
+
+    index_version: int
+    answers: list[SearchAnswer]
+
+
+class Collection(BaseModel):
+    """One domain that is served. count is 0 until it is loaded."""
+
+    name: str = Field(examples=["twemoji"])
+    default: bool
+    count: int
+    index_version: int | None
+
+
+class CollectionList(BaseModel):
+    """All that is served, the default one first."""
+
+    collections: list[Collection]
 
 
 class ItemAnswer(BaseModel):
@@ -82,7 +100,10 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """ready: searches are answered. degraded: they are, by an older version than the published one; reason says why."""
+    """ready: searches are answered. degraded: they are, by an older version than the published one; reason says why.
+
+    index_version and count are the default collection's.
+    """
 
     status: str = Field(examples=["ready", "degraded"])
     index_version: int
@@ -91,7 +112,7 @@ class Readiness(BaseModel):
 
 
 class Reloaded(BaseModel):
-    """What is served after a reload."""
+    """The version of the default collection after a reload, and whether any collection has changed."""
 
     index_version: int
     changed: bool

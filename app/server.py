@@ -13,11 +13,12 @@ from types import FrameType
 
 import uvicorn
 
+from app.collections import Collections
 from app.connections import LimitedProtocol
 from app.logs import log_config
 from app.main import create_app
 from app.settings import Settings
-from app.snapshots import Snapshots, require_index
+from app.snapshots import require_index
 from app.tracing import start_tracing
 from dcar_core.errors import DcarError
 
@@ -34,7 +35,8 @@ def serve(settings: Settings) -> None:
     """
     logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
     failures: list[DcarError] = []
-    require_index(settings)
+    for index in settings.indexes.values():
+        require_index(index)
     tracer = start_tracing() if settings.tracing else None
     listener = _listen(settings.host, settings.port)
 
@@ -55,7 +57,9 @@ def serve(settings: Settings) -> None:
             server_header=False,
             timeout_graceful_shutdown=_FINISH_S,
         )
-        server = _Server(config, snapshots_of=lambda: getattr(app.state, "snapshots", None), drain_s=settings.drain_s)
+        server = _Server(
+            config, collections_of=lambda: getattr(app.state, "collections", None), drain_s=settings.drain_s
+        )
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after it has shut down properly
@@ -68,19 +72,21 @@ class _Server(uvicorn.Server):
     """At the first signal says through /readyz that it is about to end, and goes on for drain_s, so that whoever
     balances the load can turn to others before connections are refused. A second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, *, snapshots_of: Callable[[], Snapshots | None], drain_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, collections_of: Callable[[], Collections | None], drain_s: float
+    ) -> None:
         super().__init__(config)
-        self._snapshots_of = snapshots_of
+        self._collections_of = collections_of
         self._drain_s = drain_s
         self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        snapshots = self._snapshots_of()
-        if self._draining or self._drain_s == 0 or snapshots is None or snapshots.live is None:
+        collections = self._collections_of()
+        if self._draining or self._drain_s == 0 or collections is None or collections[None].live is None:
             super().handle_exit(sig, frame)
             return
         self._draining = True
-        snapshots.draining = True
+        collections.draining = True
         log.info("going on for %g s, then ending", self._drain_s)
         timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
         timer.daemon = True

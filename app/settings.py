@@ -4,10 +4,11 @@
 - Secrets are SecretStr, so that neither a log line nor a traceback shows them.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.keys import parse_keys
@@ -21,6 +22,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DCAR_", frozen=True, env_ignore_empty=True)
 
     index: Path = Field(description="published index directory, the --out of `dcar index build`")
+    collections: dict[str, Path] = Field(
+        {}, description='more indexes, each by its name: {"openmoji": "data/index/openmoji"}'
+    )
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65_535, description="0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -49,6 +53,10 @@ class Settings(BaseSettings):
     max_pixels: int = Field(64_000_000, ge=1, description="of a query picture, checked before it is decoded")
     max_query_chars: int = Field(1000, ge=1)
     max_k: int = Field(200, ge=1)
+    max_window: int = Field(1000, ge=1, description="deepest result that paging reaches: offset + k")
+    max_queries: int = Field(32, ge=1, description="in one request to /search/batch")
+    rerank_depth: int = Field(20, ge=1, le=200, description="results that `rerank` scores again")
+    explain_results: int = Field(8, ge=1, le=200, description="results on a page that `explain` explains")
 
     poll_s: float = Field(2.0, ge=0, description="how often CURRENT is looked at for a new version; 0 never")
     admin_key: SecretStr | None = Field(
@@ -61,6 +69,22 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="other sites whose pages may search, separated by commas: https://shop.example; unset none"
     )
+
+    @property
+    def indexes(self) -> dict[str, Path]:
+        """Every index by the name of its collection; the default one first, named after its directory."""
+        return {self.index.resolve().name: self.index, **self.collections}
+
+    @field_validator("collections")
+    @classmethod
+    def _are_names(cls, value: dict[str, Path], info: ValidationInfo) -> dict[str, Path]:
+        taken = info.data["index"].resolve().name if "index" in info.data else None
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+                raise ValueError(f"{name[:80]!r} is no name for a collection: letters, digits, '.', '_' and '-'")
+            if name == taken:
+                raise ValueError(f"{name!r} is the name of the default collection already, after its directory")
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -5,81 +5,111 @@
 - `Snapshots` opens a new version beside the old one, warms it, and then replaces one reference. The encoder stays when
   the fingerprint is the same; otherwise the checkpoint that lies in the new version is loaded.
 - A version that cannot be loaded changes nothing: the old one goes on, `reason` says why, and it is tried again later.
-- `CURRENT` is polled; `POST /admin/reload` does the same at once.
+- `CURRENT` is polled; `look` does the same at once, for `POST /admin/reload` and for announcements.
+- Whoever serves several indexes gives each a `Snapshots` and lets them share: an encoder made on a backbone that is in
+  memory already is loaded onto that one.
 """
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from app.problems import NotReady
 from app.settings import Settings
 from dcar_core.errors import ArtifactError, DcarError
+from index_jobs import filters
 from index_jobs.artifact import Artifact, current_version, open_current
+from index_jobs.filters import Mask
 
 if TYPE_CHECKING:  # torch takes seconds; the health check need not wait for it
     from dcar_core import Encoder
+    from dcar_core.calibrate import Cutoff
+    from dcar_core.pairs import Pairs
     from dcar_core.preprocess import Preprocess
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
+_FILTERS = 16  # kept for each version; a byte an item each
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One version, ready to search. preprocess is the encoder's, with this service's limit of pixels."""
+    """One version, ready to search.
+
+    preprocess: the encoder's, with this service's limit of pixels.
+    matching: a filter in JSON -> bool (rows,); see `index_jobs.filters`. The last ones are kept.
+    frozen: by row, a picture's feature (E,) from the frozen encoder; filled as re-ranking needs them.
+    """
 
     encoder: "Encoder"
     artifact: Artifact
     preprocess: "Preprocess"
+    backbone: str
+    pairs: "Pairs"
+    cutoff: "Cutoff | None"
+    matching: Callable[[str], Mask]
+    frozen: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
         return self.artifact.manifest.version
 
 
-def require_index(settings: Settings) -> int:
+def require_index(index: Path) -> int:
     """The version that CURRENT names.
 
     Raises:
         ArtifactError: nothing is published there; the message says what to run.
     """
-    version = current_version(settings.index)
+    version = current_version(index)
     if version is None:
         raise ArtifactError(
-            f"there is no index in {settings.index}; make one with "
-            f"`dcar index build --gallery PATH --checkpoint DIR --out {settings.index}`"
+            f"there is no index in {index}; make one with "
+            f"`dcar index build --gallery PATH --checkpoint DIR --out {index}`"
         )
     return version
 
 
-def load_snapshot(settings: Settings, old: Snapshot | None = None) -> Snapshot:
+def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:
     """Open the current version with its encoder, and search once, so that the first caller does not wait.
+
+    Args:
+        loaded: what is served now; its encoders and backbones are used again where they fit.
 
     Raises:
         DcarError: the index or its checkpoint is missing, broken, or they do not belong together.
     """
     from dcar_core import Encoder
+    from dcar_core.calibrate import Cutoff
+    from dcar_core.checkpoint import read_config
+    from dcar_core.pairs import Pairs
 
-    require_index(settings)
+    require_index(index)
     _limit_threads(settings.threads)
-    artifact = open_current(settings.index)
-    if old is not None and old.encoder.fingerprint == artifact.manifest.fingerprint:
-        encoder = old.encoder
-    else:
-        encoder = Encoder.load(artifact.checkpoint, device=settings.device)
+    artifact = open_current(index)
+    backbone = read_config(artifact.checkpoint)["backbone"]["sha256"]
+    loaded = list(loaded)
+    encoder = next((s.encoder for s in loaded if s.encoder.fingerprint == artifact.manifest.fingerprint), None)
+    if encoder is None:
+        shared = next((s.encoder.model.backbone for s in loaded if s.backbone == backbone), None)
+        encoder = Encoder.load(artifact.checkpoint, device=settings.device, backbone=shared)
     artifact.require(encoder.fingerprint)
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
     encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
     artifact.search(encoder.encode_text(["warm up"]), 1)
-    return Snapshot(encoder, artifact, preprocess)
+    matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
+    return Snapshot(encoder, artifact, preprocess, backbone, Pairs(encoder), Cutoff.of(artifact.checkpoint), matching)
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -90,18 +120,34 @@ def _limit_threads(threads: int | None) -> None:
 
 
 class Snapshots:
-    """Holds the live snapshot and replaces it."""
+    """Holds the live snapshot of one index and replaces it.
 
-    def __init__(self, settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> None:
+    Args:
+        index: the published index directory.
+        loaded: what is in memory already, from this index and others.
+        turn: held while a version is loaded, so that one is at a time.
+        on_start_failure: told when the first version cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        index: Path,
+        settings: Settings,
+        *,
+        loaded: Callable[[], Iterable[Snapshot]],
+        turn: asyncio.Lock,
+        on_start_failure: Callable[[DcarError], None] | None = None,
+    ) -> None:
+        self.index = index
         self._settings = settings
+        self._loaded = loaded
+        self._turn = turn
         self._on_start_failure = on_start_failure
         self._live: Snapshot | None = None
-        self._turn = asyncio.Lock()
         self._failed: int | None = None
         self._retry_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self.reason: str | None = "The model is being loaded."
-        self.draining = False  # about to end: still answers, but says that it is not ready
 
     @property
     def live(self) -> Snapshot | None:
@@ -138,22 +184,22 @@ class Snapshots:
             version: int | None = None
             began = time.perf_counter()
             try:
-                version = await asyncio.to_thread(require_index, self._settings)
+                version = await asyncio.to_thread(require_index, self.index)
                 if self._live is not None and self._live.version == version:
                     self.reason = None
                     return False
-                fresh = await asyncio.to_thread(load_snapshot, self._settings, self._live)
+                fresh = await asyncio.to_thread(load_snapshot, self.index, self._settings, self._loaded())
             except Exception as error:
                 known = error if isinstance(error, DcarError) else ArtifactError(f"it cannot be loaded: {error}")
                 handled = self._live is None and self._on_start_failure is not None  # whoever it is will tell
                 if str(known) != self.reason and not handled:  # said once, however often it is looked at
-                    log.error("index version %s is not served: %s", version or "?", known)
+                    log.error("version %s of %s is not served: %s", version or "?", self.index, known)
                 self.reason = str(known)
                 self._failed, self._retry_at = version, time.monotonic() + _RETRY_S
                 raise known from (None if known is error else error)
             self._live, self.reason, self._failed = fresh, None, None
             count, seconds = fresh.artifact.manifest.count, time.perf_counter() - began
-            log.info("serving index version %d, %d items (loaded in %.1f s)", fresh.version, count, seconds)
+            log.info("serving version %d of %s, %d items (in %.1f s)", fresh.version, self.index, count, seconds)
             return True
 
     async def _watch(self) -> None:
@@ -165,14 +211,14 @@ class Snapshots:
         while self._settings.poll_s > 0:
             await asyncio.sleep(self._settings.poll_s)
             with contextlib.suppress(DcarError):  # reload has logged it, and readiness tells it
-                version = await asyncio.to_thread(_peek, self._settings)
+                version = await asyncio.to_thread(_peek, self.index)
                 if version is None or version != self._failed or time.monotonic() >= self._retry_at:
                     await self.reload()
 
 
-def _peek(settings: Settings) -> int | None:
+def _peek(index: Path) -> int | None:
     """The published version, None when that cannot be told; `reload` finds out why."""
     try:
-        return current_version(settings.index)
+        return current_version(index)
     except ArtifactError:
         return None

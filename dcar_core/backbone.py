@@ -45,7 +45,7 @@ class BackboneSource:
 class Backbone(nn.Module):
     """Frozen towers, tokenizer and preprocessing. Build with `load_backbone`."""
 
-    def __init__(self, clip: nn.Module, tokenizer: Callable[..., Tensor], source: BackboneSource) -> None:
+    def __init__(self, clip: nn.Module, tokenizer: Any, source: BackboneSource) -> None:
         super().__init__()
         _require_supported(clip)
         self.clip = clip.eval().requires_grad_(False)
@@ -55,6 +55,7 @@ class Backbone(nn.Module):
         self.text_width = int(self.text.ln_final.weight.shape[0])
         self.vision_width = int(self.visual.ln_post.weight.shape[0])
         self.embed_dim = int(self.visual.output_dim)
+        self.patches = int(self.visual.grid_size[0])  # a side
         self.preprocess = Preprocess.from_open_clip(self.visual.preprocess_cfg)
 
     @property
@@ -83,14 +84,24 @@ class Backbone(nn.Module):
     def tokenize(self, texts: Sequence[str], room: int = 0) -> Tensor:
         """int64 (B, n): SOS, words, EOT, zeros. At most L - room tokens, so that EOT survives when prompts join."""
         clean = [_MARKERS.sub(" ", text) for text in texts]
-        tokens = self._tokenizer(clean, context_length=self.context_length - room)
+        tokens: Tensor = self._tokenizer(clean, context_length=self.context_length - room)
         return tokens[:, : int(tokens.argmax(-1).max()) + 1].to(self.device)
 
     def too_long(self, texts: Sequence[str], room: int = 0) -> list[bool]:
         """Which texts `tokenize` would cut."""
         limit = self.context_length - room
-        tokens = self._tokenizer([_MARKERS.sub(" ", text) for text in texts], context_length=limit + 1)
+        tokens: Tensor = self._tokenizer([_MARKERS.sub(" ", text) for text in texts], context_length=limit + 1)
         return (tokens.argmax(-1) >= limit).tolist()
+
+    def words(self, tokens: Tensor) -> list[tuple[str, slice]]:
+        """The words of one tokenised text, int64 (n,), as the tokenizer splits it, each with its places in `tokens`."""
+        ids, found, start = tokens[1 : int(tokens.argmax())].tolist(), [], 1
+        for end, piece in enumerate(ids, start=2):
+            if self._tokenizer.decode([piece]).endswith(" ") or end > len(ids):  # a word's end, or the text's
+                place = slice(start, end)
+                found.append((self._tokenizer.decode(ids[start - 1 : end - 1]).strip(), place))
+                start = end
+        return found
 
     def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Text features (B, E), not normalised.

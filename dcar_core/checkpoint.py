@@ -64,7 +64,7 @@ def save_checkpoint(model: DCAR, path: Path, *, training: dict[str, Any] | None 
         "training": training or {},
     }
     _replace(path / WEIGHTS, save(trainables, {"format": "pt"}))
-    _replace(path / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+    write_config(path, content)
     return mark
 
 
@@ -87,6 +87,11 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG} is not of format {FORMAT}; train again, or use the version that wrote it"
         )
     return content
+
+
+def write_config(path: Path, content: dict[str, Any]) -> None:
+    """Replace the checkpoint's config.json."""
+    _replace(path / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def load_checkpoint(path: Path, *, device: str = "cpu", backbone: Backbone | None = None) -> tuple[DCAR, str]:
@@ -130,7 +135,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         content["backbone"][key] = _absolute(content["backbone"][key], source)
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
-    _replace(target / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+    write_config(target, content)
 
 
 def _relative(value: str | None, base: Path) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.checkpoint import fingerprint, is_checkpoint, load_checkpoint
 from dcar_core.config import LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.errors import ModelError
@@ -39,7 +39,13 @@ class Encoder:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, pretrained: str | None = None, device: str = "auto", exact: bool = False
+        cls,
+        source: str | Path,
+        *,
+        pretrained: str | None = None,
+        device: str = "auto",
+        exact: bool = False,
+        backbone: Backbone | None = None,
     ) -> "Encoder":
         """Load a checkpoint directory, a model directory, or an open_clip model by name.
 
@@ -49,6 +55,7 @@ class Encoder:
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: pictures to pixels bit for bit as open_clip does it, instead of the fast mode of `Preprocess`.
+            backbone: one that is loaded already, for a checkpoint made on the same weights to share.
 
         Raises:
             CheckpointError, ModelError: with what to do.
@@ -56,7 +63,7 @@ class Encoder:
         device = pick_device(device)
         path = Path(source)
         if is_checkpoint(path):
-            return cls(*load_checkpoint(path, device=device), exact=exact)
+            return cls(*load_checkpoint(path, device=device, backbone=backbone), exact=exact)
         backbone = load_backbone(BackboneSource(str(source), pretrained), device)
         return cls(DCAR(backbone, PLAIN_CLIP), fingerprint(backbone.content_hash(), PLAIN_CLIP, {}), exact=exact)
 

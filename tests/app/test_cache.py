@@ -184,7 +184,7 @@ def test_answers_from_redis_are_the_same_and_survive_its_death(built_index: Path
             assert (await ask())["results"] == first["results"]
         async with opened(built_index, **given) as client:  # another process would find it, too
             assert (await ask())["cached"] is True
-            breaker = client.app.state.retriever._cache.reading
+            breaker = client.app.state.retriever._embedder._cache.reading
             breaker._pause = 0.2
             redis_server.stop()
             for _ in range(4):
@@ -213,7 +213,7 @@ def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_serv
                     assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
                     slowest = max(slowest, time.perf_counter() - began)
                 assert slowest < 1
-                assert client.app.state.retriever._cache.reading.open
+                assert client.app.state.retriever._embedder._cache.reading.open
             finally:
                 os.kill(redis_server._process.pid, signal.SIGCONT)
 

@@ -50,16 +50,16 @@ def test_metrics_tell_what_was_done(built_index: Path) -> None:
             }  # fmt: skip
             assert found["dcar_batch_size_sum", ()] == 2
             assert found["dcar_cache_lookups_total", (("level", "memory"), ("outcome", "hit"))] == 1
-            assert found["dcar_index_version", ()] == 1
-            assert found["dcar_index_items", ()] == 24
-            assert found["dcar_index_degraded", ()] == 0
+            assert found["dcar_index_version", (("collection", "index"),)] == 1
+            assert found["dcar_index_items", (("collection", "index"),)] == 24
+            assert found["dcar_index_degraded", (("collection", "index"),)] == 0
             assert found["dcar_errors_total", ()] == 0
             assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 2
             assert found["dcar_request_seconds_count", (("route", "none"), ("status", "404"))] == 20
             assert not any("probing" in value for _, labels in found for _, value in labels)
             assert found["process_resident_memory_bytes", ()] > 1e6
 
-            encoder = client.app.state.snapshots.live.encoder
+            encoder = client.app.state.collections[None].live.encoder
             encoder.encode_text = None
             assert (await client.post("/search/text", json={"query": "blue"})).status_code == 500
             assert (await scrape(client))["dcar_errors_total", ()] == 1

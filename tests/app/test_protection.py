@@ -143,7 +143,7 @@ def test_rates_are_read() -> None:
 def test_a_search_has_a_deadline_and_is_not_computed_after_it(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index, deadline_ms=100) as client:
-            encoder = client.app.state.snapshots.live.encoder
+            encoder = client.app.state.collections[None].live.encoder
             encode, gate, seen = encoder.encode_text, threading.Event(), []
 
             def held(texts: list[str]) -> np.ndarray:
@@ -315,7 +315,7 @@ def test_connections_without_a_request_and_callers_that_leave(
             time.sleep(0.5)
             assert client.get("/healthz").status_code == 200, "an idle connection that was used is kept a while"
 
-            encoder = app.state.snapshots.live.encoder
+            encoder = app.state.collections[None].live.encoder
             encode, gate, seen = encoder.encode_text, threading.Event(), []
 
             def held(texts: list[str]) -> np.ndarray:

@@ -75,7 +75,7 @@ def test_concurrent_queries_share_passes_and_equal_their_single_answers(built_in
     async def main() -> None:
         queries = [f"query number {i % 12}" for i in range(48)]
         async with opened(built_index, cache_size=0) as client:
-            encoder = client.app.state.snapshots.live.encoder
+            encoder = client.app.state.collections[None].live.encoder
             passes: list[int] = []
             encode = encoder.encode_text
 
@@ -101,7 +101,7 @@ def test_concurrent_queries_share_passes_and_equal_their_single_answers(built_in
 def test_the_event_loop_answers_while_the_model_works(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
-            encoder = client.app.state.snapshots.live.encoder
+            encoder = client.app.state.collections[None].live.encoder
             encode, gate = encoder.encode_text, threading.Event()
 
             def held(texts: list[str]) -> np.ndarray:

@@ -72,14 +72,14 @@ def test_versions_are_swapped_without_dropping_a_request(
 def test_a_new_version_is_noticed(index: Path, gallery: Path, other_checkpoint: Path) -> None:
     async def main() -> None:
         async with opened(index, poll_s=0.02) as client:
-            before = client.app.state.snapshots.live.encoder.fingerprint
+            before = client.app.state.collections[None].live.encoder.fingerprint
             await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
 
             async def swapped() -> bool:
                 return (await client.get("/readyz")).json()["index_version"] == 2
 
             await until(swapped)
-            live = client.app.state.snapshots.live
+            live = client.app.state.collections[None].live
             assert live.encoder.fingerprint == live.artifact.manifest.fingerprint != before
 
     asyncio.run(main())
@@ -134,7 +134,7 @@ def test_nothing_is_answered_before_the_model_is_there(index: Path) -> None:
             assert early.status_code == 503
             assert early.headers["retry-after"]
             assert early.headers["content-type"] == "application/problem+json"
-            snapshots = client.app.state.snapshots
+            snapshots = client.app.state.collections[None]
 
             async def failed() -> bool:
                 return "items.arrow" in (await client.get("/readyz")).json()["detail"]
@@ -186,7 +186,7 @@ def test_a_picture_that_left_the_gallery(index: Path, tmp_path: Path, gallery: P
 def test_an_unforeseen_error_shows_no_internals(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
-            encoder = client.app.state.snapshots.live.encoder
+            encoder = client.app.state.collections[None].live.encoder
 
             def broken(texts: list[str]) -> None:
                 raise RuntimeError("a secret of the house")
@@ -221,10 +221,16 @@ def test_pages_need_nothing_from_elsewhere(built_index: Path) -> None:
             text = json.dumps(document)
             for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
                 assert reference in document["components"]["schemas"]
-            assert set(document["paths"]) == {
-                "/search/text", "/search/image", "/items/{item_id}", "/items/{item_id}/image",
-                "/items/{item_id}/similar", "/healthz", "/readyz", "/metrics", "/admin/reload",
+            of_items = {
+                "/search/text", "/search/image", "/search/batch", "/items/{item_id}", "/items/{item_id}/image",
+                "/items/{item_id}/similar",
             }  # fmt: skip
+            assert set(document["paths"]) == {
+                *of_items, *(f"/collections/{{collection}}{path}" for path in of_items),
+                "/collections", "/healthz", "/readyz", "/metrics", "/admin/reload",
+            }  # fmt: skip
+            operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
+            assert len(set(operations)) == len(operations) == 17
             words = document["paths"]["/search/text"]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert words["properties"]["k"]["maximum"] == 200
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.media import media_type
-from app.schemas import normalise
+from app.requests import normalise
 from app.settings import Settings, load_settings
 from dcar_core.errors import DcarError
 

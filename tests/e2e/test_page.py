@@ -232,7 +232,7 @@ def test_an_error_is_told_in_words(page: Page, site: str, tmp_path: Path) -> Non
 
 def test_documentation(page: Page, site: str) -> None:
     page.open(f"{site}/docs")
-    until(lambda: len(page.all(".opblock")) == 8)
+    until(lambda: len(page.all(".opblock")) == 17)
     page.one("#operations-search-search_text .opblock-summary-control").click()
     until(lambda: "crying cat" in page.one("#operations-search-search_text").text)
     page.one("#operations-search-search_image .opblock-summary-control").click()

@@ -106,7 +106,7 @@ def test_serve_answers_and_a_taken_port_is_one_line(walked: tuple[Path, Path]) -
     _, index = walked
     with server("serve", "--index", index) as (url, port):
         found = post(f"{url}/search/text", {"query": "a red circle", "k": 2})
-        assert set(found) == {"index_version", "took_ms", "cached", "results"}
+        assert set(found) == {"index_version", "took_ms", "cached", "results", "next_offset"}
         assert not found["cached"]
         assert post(f"{url}/search/text", {"query": "a  red circle", "k": 2})["cached"]
         taken = dcar("serve", "--index", index, "--port", port, check=False)

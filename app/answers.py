@@ -1,0 +1,80 @@
+"""What was found, as the plain dicts of the answers; `schemas` documents them."""
+
+import math
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import Request
+
+from app.pairing import Words
+from app.queries import collection_of
+from app.retriever import Answer, Match
+from index_jobs.artifact import Item
+
+
+def search_answer(request: Request, answer: Answer) -> dict[str, Any]:
+    """As `SearchAnswer`; what was not asked for is absent."""
+    body: dict[str, Any] = {
+        "index_version": answer.version,
+        "took_ms": round(answer.took_ms, 2),
+        "cached": answer.cached,
+        "results": [_result(request, rank, match) for rank, match in enumerate(answer.matches, answer.offset + 1)],
+    }
+    if answer.next_offset is not None:
+        body["next_offset"] = answer.next_offset
+    if answer.min_score is not None:
+        body["min_score"] = answer.min_score
+    if answer.words is not None:
+        body["words"] = _words(answer.words)
+    return body
+
+
+def item_answer(request: Request, version: int, item: Item) -> dict[str, Any]:
+    """As `ItemAnswer`."""
+    return {
+        "index_version": version,
+        "id": item.id,
+        "caption": item.caption,
+        "category": item.category,
+        "metadata": _finite(item.metadata),
+        "image_url": _image_url(request, item.id),
+    }
+
+
+def _result(request: Request, rank: int, match: Match) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "rank": rank,
+        "id": match.item.id,
+        "score": round(match.score, 6),
+        "caption": match.item.caption,
+        "category": match.item.category,
+        "image_url": _image_url(request, match.item.id),
+    }
+    if match.reranked is not None:
+        result["rerank_score"] = round(match.reranked, 6)
+    if match.folded:
+        result["folded"] = match.folded
+    if match.explanation is not None:
+        result["explanation"] = {"relevance": match.explanation.relevance}
+        if match.explanation.words is not None:
+            result["explanation"]["words"] = _words(match.explanation.words)
+    return result
+
+
+def _words(words: Words) -> list[dict[str, Any]]:
+    return [{"word": word, "weight": round(weight, 4)} for word, weight in words]
+
+
+def _image_url(request: Request, item_id: str) -> str:
+    collection = collection_of(request)
+    prefix = "" if collection is None else f"/collections/{quote(collection, safe='')}"
+    return f"{request.scope.get('root_path', '')}{prefix}/items/{quote(item_id, safe='')}/image"
+
+
+def _finite(value: Any) -> Any:
+    """Metadata without NaN and infinities, which JSON has no words for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list) else value

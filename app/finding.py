@@ -1,0 +1,105 @@
+"""From a query's vector to ranked rows of an index, in one call that a thread can make.
+
+- A filter is applied inside the index's own search, so as many results come back as were asked for, where they exist.
+- Near-duplicates fold into the best of them. The search is widened until there are enough different ones.
+"""
+
+import json
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.batching import Vector
+from app.problems import Problem, field_problem
+from app.snapshots import Snapshot
+from dcar_core.errors import ArtifactError
+from index_jobs.filters import FilterError
+
+_WIDEST = 10_000  # rows looked at for one page of different results
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A row, its cosine to the query, the rows that were folded into it, and its score after re-ranking."""
+
+    row: int
+    score: float
+    folded: tuple[int, ...] = ()
+    reranked: float | None = None
+
+
+def find(
+    snapshot: Snapshot,
+    vector: Vector,
+    count: int,
+    *,
+    without: Set[int] = frozenset(),
+    filter: dict[str, Any] | None = None,
+    min_score: float | None = None,
+    fold: float | None = None,
+) -> list[Hit]:
+    """The `count` best rows, best first.
+
+    Args:
+        vector: (E,), L2-normalised.
+        without: rows to leave out.
+        filter: see `index_jobs.filters`.
+        min_score: lower ones are left out.
+        fold: cosine from which on two items are shown as one.
+
+    Raises:
+        Problem: the filter does not fit the index, or its kind keeps no vectors to fold by.
+    """
+    artifact = snapshot.artifact
+    allowed = None
+    if filter:
+        try:
+            allowed = snapshot.matching(json.dumps(filter, sort_keys=True))
+        except FilterError as error:
+            raise field_problem(f"filter.{error.field}", error.message) from None
+    wide = min(count + len(without), artifact.rows)
+    while True:
+        scores, rows = artifact.search(vector[None], wide, allowed)  # [1, wide], [1, wide]
+        least = -np.inf if min_score is None else min_score
+        found = [
+            Hit(int(row), float(score))
+            for row, score in zip(rows[0], scores[0], strict=True)
+            if row >= 0 and row not in without and score >= least
+        ]
+        if fold is None:
+            return found[:count]
+        hits = _folded(snapshot, found, fold)
+        ended = wide >= min(artifact.rows, _WIDEST) or rows[0, -1] < 0 or scores[0, -1] < least
+        if len(hits) >= count or ended:
+            return hits[:count]
+        wide = min(2 * wide, artifact.rows)
+
+
+def vectors_of(snapshot: Snapshot, rows: list[int]) -> Vector:
+    """float32 (m, E), as the index keeps them.
+
+    Raises:
+        Problem: this kind of index keeps none.
+    """
+    try:
+        return snapshot.artifact.vectors(np.array(rows, np.int64))
+    except ArtifactError as error:
+        raise Problem(409, f"This needs the items' vectors, which the index does not keep: {error}") from None
+
+
+def _folded(snapshot: Snapshot, found: list[Hit], fold: float) -> list[Hit]:
+    if not found:
+        return []
+    vectors = vectors_of(snapshot, [hit.row for hit in found])
+    shown: list[int] = []  # places in `found`
+    members: dict[int, list[int]] = {}
+    for place, hit in enumerate(found):
+        alike = vectors[shown] @ vectors[place]
+        if len(shown) and alike.max() >= fold:
+            members[shown[int(alike.argmax())]].append(hit.row)
+        else:
+            shown.append(place)
+            members[place] = []
+    return [Hit(found[place].row, found[place].score, tuple(members[place])) for place in shown]

@@ -1,0 +1,60 @@
+"""Exact pair weights outside of training: for re-ranking and explaining, where query and candidate are both known.
+
+The weight of a word comes from the frozen encoders without prompts (section 2 of the method), so a candidate needs one
+feature beside its vector: the frozen image encoder's. Every candidate of a query is weighed the same way.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dcar_core.features import frozen_images
+from dcar_core.reweight import blend, pair_weights, real_tokens
+
+if TYPE_CHECKING:
+    from dcar_core.encoder import Encoder
+
+Floats = NDArray[np.float32]
+
+
+class Pairs:
+    """The weights of one encoder's queries for given pictures."""
+
+    def __init__(self, encoder: "Encoder") -> None:
+        self._model = encoder.model
+        backbone = self._model.backbone
+        self._blank = frozen_images(backbone, backbone.preprocess.blank()[None])[0]  # [E]
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the model was trained with token weights, so that they mean something to it."""
+        return self._model.config.reweight.train != "none"
+
+    def frozen(self, pixels: NDArray[np.uint8]) -> Floats:
+        """uint8 (C, 3, S, S), from `preprocess` -> float32 (C, E), not normalised, without prompts."""
+        return frozen_images(self._model.backbone, pixels).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def weights(self, text: str, frozen: Floats) -> Floats:
+        """Factors around 1 for each token of a text, with each picture: (C, E) from `frozen` -> (C, n)."""
+        backbone = self._model.backbone
+        tokens = backbone.tokenize([text], self._model.room)  # [1, n]
+        images = torch.from_numpy(frozen).to(tokens.device)
+        features = backbone.token_features(tokens).expand(len(images), -1, -1)  # [C, n, E]
+        real = real_tokens(tokens).expand(len(images), -1)
+        factors = blend(pair_weights(features, images, self._blank), real, self._model.config.reweight)
+        return factors.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def predicted(self, text: str) -> Floats:
+        """Factors (n,) from the text alone, as the head predicts them; 1 where the model has no head."""
+        tokens = self._model.backbone.tokenize([text], self._model.room)
+        factors = self._model.predicted_weights(tokens)
+        return np.ones(tokens.shape[1], np.float32) if factors is None else factors[0].float().cpu().numpy()
+
+    def words(self, text: str, factors: Floats) -> list[tuple[str, float]]:
+        """The words of a text as the tokenizer splits it, each with the mean of its tokens' factors (n,)."""
+        tokens = self._model.backbone.tokenize([text], self._model.room)[0]
+        return [(word, float(factors[place].mean())) for word, place in self._model.backbone.words(tokens)]
