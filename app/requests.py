@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 DEFAULT_K = 10
 K = Annotated[int, Field(ge=1, description="how many results")]
 Ids = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=32)]
-Weight = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 
 _CONTROL_TOKENS = re.compile(r"<\|?(?:start_of_text|end_of_text|startoftext|endoftext)\|?>", re.IGNORECASE)
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # inside emoji and some scripts: they carry meaning
@@ -60,7 +60,7 @@ class Options(BaseModel):
         ),
     ] = None
     min_score: Annotated[
-        Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] | None,
+        Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None,
         Field(description='only results that score at least this; "auto": as calibrated, for searches by words alone'),
     ] = None
     more_like: Annotated[Ids, Field(description="ids of items that results should be like; they are left out")] = []
@@ -68,7 +68,12 @@ class Options(BaseModel):
     weights: Weights = Weights()
     fold: Annotated[
         float | None,
-        Field(gt=0, le=1, description="show items whose cosine is at least this as one, the others under `folded`"),
+        Field(
+            strict=True,
+            gt=0,
+            le=1,
+            description="show items whose cosine is at least this as one, the others under `folded`",
+        ),
     ] = None
     rerank: Annotated[
         bool, Field(strict=True, description="score the first results again, with exact pair weights")

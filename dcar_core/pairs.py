@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dcar_core.features import frozen_images
 from dcar_core.reweight import blend, pair_weights, real_tokens
 
 if TYPE_CHECKING:
@@ -25,16 +24,19 @@ class Pairs:
     def __init__(self, encoder: "Encoder") -> None:
         self._model = encoder.model
         backbone = self._model.backbone
-        self._blank = frozen_images(backbone, backbone.preprocess.blank()[None])[0]  # [E]
+        self._blank = torch.from_numpy(self.frozen(backbone.preprocess.blank()[None])[0]).to(backbone.device)  # [E]
 
     @property
     def weighs(self) -> bool:
         """Whether the model was trained with token weights, so that they mean something to it."""
         return self._model.config.reweight.train != "none"
 
+    @torch.inference_mode()
     def frozen(self, pixels: NDArray[np.uint8]) -> Floats:
         """uint8 (C, 3, S, S), from `preprocess` -> float32 (C, E), not normalised, without prompts."""
-        return frozen_images(self._model.backbone, pixels).float().cpu().numpy()
+        backbone = self._model.backbone
+        batch = torch.from_numpy(backbone.preprocess.normalize(pixels)).to(backbone.device)
+        return backbone.encode_image(batch).float().cpu().numpy()
 
     @torch.inference_mode()
     def weights(self, text: str, frozen: Floats) -> Floats:

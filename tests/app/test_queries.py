@@ -1,0 +1,410 @@
+"""Richer queries, each against what the same thing computed by hand gives."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from app_harness import opened, png
+from test_bad_input import check
+
+from app.schemas import BatchAnswer, SearchAnswer
+from dcar_core import Encoder
+from dcar_core.config import ModelConfig
+from index_jobs.artifact import Artifact, open_current
+from index_jobs.rebuild import rebuild
+
+
+class Client:
+    """Posts searches and checks the form of what comes back."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+
+    async def text(self, **body: Any) -> dict[str, Any]:
+        answer = await self.client.post("/search/text", json=body)
+        assert answer.status_code == 200, answer.text
+        SearchAnswer.model_validate(answer.json(), strict=True)
+        return dict(answer.json())
+
+    async def image(self, data: bytes, **fields: Any) -> dict[str, Any]:
+        answer = await self.client.post("/search/image", files={"file": data}, data=fields)
+        assert answer.status_code == 200, answer.text
+        SearchAnswer.model_validate(answer.json(), strict=True)
+        return dict(answer.json())
+
+
+def ids(body: dict[str, Any]) -> list[str]:
+    return [result["id"] for result in body["results"]]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    return Encoder.load(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def artifact(built_index: Path) -> Artifact:
+    return open_current(built_index)
+
+
+def ranked(artifact: Artifact, vector: np.ndarray) -> list[tuple[str, float]]:
+    vector = vector / np.linalg.norm(vector)
+    scores, rows = artifact.search(vector[None].astype(np.float32), artifact.rows)
+    return [(artifact.item(int(row)).id, float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+
+
+def close(body: dict[str, Any], wanted: list[tuple[str, float]]) -> None:
+    """float16 in the cache moves a score by up to 1e-3, so close neighbours may change places."""
+    assert len(body["results"]) == len(wanted)
+    np.testing.assert_allclose([r["score"] for r in body["results"]], [s for _, s in wanted], atol=2e-3)
+    score_of = dict(wanted)
+    np.testing.assert_allclose([r["score"] for r in body["results"]], [score_of[i] for i in ids(body)], atol=2e-3)
+
+
+def test_pages_put_together_are_the_whole(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_window=20) as http:
+            client = Client(http)
+            whole = await client.text(query="red", k=20)
+            assert "next_offset" not in whole, "the window ends there"
+            pages, offset = [], 0
+            while offset is not None:
+                page = await client.text(query="red", k=6, offset=offset) if offset < 18 else None
+                if page is None:
+                    break
+                assert [r["rank"] for r in page["results"]] == list(range(offset + 1, offset + 7))
+                pages += ids(page)
+                offset = page.get("next_offset")
+            assert pages == ids(whole)[:18]
+            check(await http.post("/search/text", json={"query": "red", "k": 6, "offset": 15}), 422, "offset")
+        async with opened(built_index) as http:
+            client = Client(http)
+            last = await client.text(query="red", k=10, offset=20)
+            assert len(last["results"]) == 4
+            assert "next_offset" not in last
+            assert "next_offset" not in await client.text(query="red", k=24)
+            assert (await client.text(query="red", k=23))["next_offset"] == 23
+            assert (await client.text(query="red", offset=500))["results"] == []
+            similar = (await http.get("/items/circle%2Fred.png/similar", params={"k": 5, "offset": 5})).json()
+            first = (await http.get("/items/circle%2Fred.png/similar", params={"k": 10})).json()
+            assert ids(similar) == ids(first)[5:]
+
+    asyncio.run(main())
+
+
+def test_filters_give_k_results_where_they_exist(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as http:
+            client = Client(http)
+            order = ids(await client.text(query="red square", k=24))
+
+            async def found(**filter: Any) -> list[str]:
+                return ids(await client.text(query="red square", k=6, filter=filter))
+
+            crosses = [item for item in order if item.startswith(("cross", "été"))]
+            assert await found(category="cross") == crosses, "all six, however far down they are"
+            both = [i for i in order if i.startswith(("circle", "square"))]
+            assert await found(category=["circle", "square"]) == both[:6]
+            assert await found(category={"not": ["circle", "square", "triangle"]}) == crosses
+            assert sorted(await found(color="red")) == [
+                f"{s}/red.png" for s in ("circle", "cross", "square", "triangle")
+            ]
+            assert await found(color="red", category="circle") == ["circle/red.png"]
+            assert await found(color={"gt": "green", "lt": "purple"}) == [i for i in order if "orange" in i]
+            assert await found(color="pink") == []
+            form = await client.image(png(), k="4", filter='{"color": "red"}')
+            assert len(form["results"]) == 4
+            for wrong, field in (
+                ({"price": 3}, "filter.price"),
+                ({"color": 3}, "filter.color"),
+                ({"color": {"near": "red"}}, "filter.color"),
+            ):
+                body = {"query": "x", "filter": wrong}
+                check(await http.post("/search/text", json=body), 422, field)
+            check(await http.post("/search/text", json={"query": "x", "filter": ["red"]}), 422, "filter")
+            bad = await http.post("/search/image", files={"file": png()}, data={"filter": "red"})
+            check(bad, 422, "filter")
+
+    asyncio.run(main())
+
+
+def test_a_cut_off_leaves_out_what_scores_less(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as http:
+            client = Client(http)
+            whole = await client.text(query="red", k=24)
+            cut = whole["results"][9]["score"]
+            some = await client.text(query="red", k=24, min_score=cut - 1e-6)
+            assert ids(some) == ids(whole)[:10]
+            assert some["min_score"] == cut - 1e-6
+            assert (await client.text(query="red", min_score=1.0))["results"] == []
+            assert "min_score" not in whole
+            for wrong in (2, -2, "high", True):
+                check(await http.post("/search/text", json={"query": "x", "min_score": wrong}), 422)
+            never = check(await http.post("/search/text", json={"query": "x", "min_score": "auto"}), 409, "min_score")
+            assert "dcar calibrate" in never["detail"]
+            by_picture = await http.post("/search/image", files={"file": png()}, data={"min_score": "auto"})
+            check(by_picture, 422, "min_score")
+
+    asyncio.run(main())
+
+
+def test_the_calibrated_cut_off_travels_with_the_index(index: Path) -> None:
+    config = index / "versions/1/checkpoint/config.json"
+    content = json.loads(config.read_text())
+    found = {"min_score": 0.25, "kept": 0.9, "refused": 0.8, "pairs": 50}
+    config.write_text(json.dumps(content | {"cutoff": found}))
+    manifest = index / "versions/1/manifest.json"
+    _restamp(manifest, "checkpoint/config.json")
+
+    async def main() -> None:
+        async with opened(index) as http:
+            client = Client(http)
+            whole = await client.text(query="red", k=24)
+            auto = await client.text(query="red", k=24, min_score="auto")
+            assert auto["min_score"] == 0.25
+            assert ids(auto) == [r["id"] for r in whole["results"] if r["score"] >= 0.25]
+
+    asyncio.run(main())
+
+
+def _restamp(manifest: Path, name: str) -> None:
+    """Write down the changed file's size and checksum, as if it had been published so."""
+    from dataclasses import replace
+
+    from index_jobs.files import sha256_of, write_json
+    from index_jobs.manifest import FileInfo, Manifest
+
+    known = Manifest.read(manifest)
+    path = manifest.parent / name
+    info = FileInfo(path.stat().st_size, sha256_of(path))
+    write_json(manifest, replace(known, files=known.files | {name: info}).to_dict())
+
+
+def test_words_and_picture_are_weighed(built_index: Path, gallery: Path, encoder: Encoder, artifact: Artifact) -> None:
+    data = (gallery / "circle/blue.png").read_bytes()
+    text, image = encoder.encode_text(["a red square"])[0], encoder.encode_images([data])[0]
+
+    async def main() -> None:
+        async with opened(built_index) as http:
+            client = Client(http)
+            both = await client.image(data, k="24", query="a red square")
+            close(both, ranked(artifact, text + image))
+            words = await client.image(data, k="24", query="a red square", weights='{"text": 3, "image": 0.5}')
+            close(words, ranked(artifact, 3 * text + 0.5 * image))
+            alone = await client.image(data, k="24", query="a red square", weights='{"text": 0}')
+            close(alone, ranked(artifact, image))
+            for wrong in ('{"text": -1}', '{"text": "a"}', '{"colour": 1}', "3", '{"text": NaN}'):
+                answer = await http.post("/search/image", files={"file": data}, data={"weights": wrong})
+                assert answer.status_code == 422, wrong
+            nothing = {"query": "x", "weights": json.dumps({"text": 0, "image": 0})}
+            check(await http.post("/search/image", files={"file": data}, data=nothing), 422, "weights")
+
+    asyncio.run(main())
+
+
+def test_like_and_unlike(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
+    def vector(item: str) -> np.ndarray:
+        row = artifact.row_of(item)
+        assert row is not None
+        return artifact.vector(row)
+
+    text = encoder.encode_text(["red"])[0]
+    a, b, c = (vector(item) for item in ("circle/red.png", "cross/blue.png", "square/green.png"))
+
+    async def main() -> None:
+        async with opened(built_index) as http:
+            client = Client(http)
+            more = await client.text(more_like=["circle/red.png"], k=23)
+            similar = (await http.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
+            assert more["results"] == similar["results"]
+            two = await client.text(more_like=["circle/red.png", "cross/blue.png"], k=24)
+            given = {"circle/red.png", "cross/blue.png", "square/green.png"}
+            close(two, [each for each in ranked(artifact, a + b) if each[0] not in given - {"square/green.png"}])
+            all_of_it = await client.text(
+                query="red", k=24, more_like=["circle/red.png", "cross/blue.png"], less_like=["square/green.png"],
+                weights={"more": 2, "less": 0.25},
+            )  # fmt: skip
+            wanted = ranked(artifact, text + 2 * (a + b) / 2 - 0.25 * c)
+            close(all_of_it, [each for each in wanted if each[0] not in given])
+            check(await http.post("/search/text", json={"more_like": ["nothing"]}), 422, "more_like")
+            check(await http.post("/search/text", json={"query": "x", "less_like": ["nothing"]}), 422, "less_like")
+            check(await http.post("/search/text", json={"less_like": ["circle/red.png"]}), 422, "query")
+            check(await http.post("/search/text", json={"query": "x", "more_like": ["a"] * 40}), 422, "more_like")
+            form = await client.image(png(), less_like=["circle/red.png", "cross/blue.png"], k="24")
+            assert not {"circle/red.png", "cross/blue.png"} & set(ids(form))
+
+    asyncio.run(main())
+
+
+def test_near_duplicates_are_shown_as_one(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(gallery, tmp_path / "gallery"))
+    lines = (root / "metadata.jsonl").read_text().splitlines()
+    for copy in range(5):
+        shutil.copy(root / "circle/red.png", root / f"circle/red{copy}.png")
+        row = json.loads(next(line for line in lines if "circle/red.png" in line))
+        lines.append(json.dumps(row | {"file_name": f"circle/red{copy}.png", "id": f"copy {copy}"}))
+    (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    rebuild(root, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+    same = {"circle/red.png", *(f"copy {copy}" for copy in range(5))}
+
+    async def main() -> None:
+        async with opened(tmp_path / "index") as http:
+            client = Client(http)
+            plain = await client.text(query="x", k=24)
+            assert len(same & set(ids(plain))) > 1
+            folded = await client.text(query="x", k=24, fold=0.99999)
+            shown = same & set(ids(folded))
+            assert len(shown) == 1
+            assert len(folded["results"]) == 24, "others take their places"
+            (one,) = (result for result in folded["results"] if result["id"] in same)
+            assert {one["id"], *one["folded"]} == same
+            assert [r["id"] for r in folded["results"] if "folded" in r] == [one["id"]]
+            first = await client.text(query="x", k=5, fold=0.99999)
+            second = await client.text(query="x", k=5, offset=5, fold=0.99999)
+            assert ids(first) + ids(second) == ids(folded)[:10]
+            everything = await client.text(query="x", k=24, fold=0.01)
+            assert len(everything["results"]) < 24
+            for wrong in (0, 1.5, "much"):
+                check(await http.post("/search/text", json={"query": "x", "fold": wrong}), 422, "fold")
+
+    asyncio.run(main())
+
+
+def test_several_queries_in_one_request(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_queries=4, cache_size=0) as http:
+            client = Client(http)
+            queries: list[dict[str, Any]] = [
+                {"query": "red", "k": 3},
+                {"query": "blue circle", "filter": {"category": "circle"}},
+                {"more_like": ["cross/blue.png"], "k": 2, "offset": 1},
+                {"query": "red", "k": 3},
+            ]
+            answer = await http.post("/search/batch", json={"queries": queries})
+            body = answer.json()
+            BatchAnswer.model_validate(body, strict=True)
+            assert [len(each["results"]) for each in body["answers"]] == [3, 6, 2, 3]
+            for query, each in zip(queries, body["answers"], strict=True):
+                alone = await client.text(**query)
+                np.testing.assert_allclose(
+                    [r["score"] for r in each["results"]], [r["score"] for r in alone["results"]], atol=1e-5
+                )
+            for wrong, field in (
+                ({"queries": []}, "queries"),
+                ({"queries": [{"query": "x"}] * 5}, "queries"),
+                ({"queries": [{"query": "x"}, {"query": ""}]}, "queries.1.query"),
+                ({"queries": [{"query": "x"}, {"query": "y", "k": 0}]}, "queries.1.k"),
+                ({"queries": [{"query": "x", "filter": {"a": 1}}]}, "queries.0.filter.a"),
+            ):
+                check(await http.post("/search/batch", json=wrong), 422, field)
+            check(await http.post("/search/batch", content=b"{}"), 415)
+
+    asyncio.run(main())
+
+
+def test_reranking_is_the_exact_weights_for_every_candidate(
+    built_index: Path, gallery: Path, encoder: Encoder, artifact: Artifact
+) -> None:
+    import torch
+
+    from dcar_core.reweight import blend, pair_weights, real_tokens
+
+    model = encoder.model
+    tokens = model.backbone.tokenize(["a red square"], model.room)
+    wanted: dict[str, float] = {}
+    with torch.inference_mode():
+
+        def frozen(pixels: np.ndarray) -> torch.Tensor:
+            return model.backbone.encode_image(torch.from_numpy(encoder.preprocess.normalize(pixels[None])))
+
+        blank = frozen(encoder.preprocess.blank())[0]
+        for row in range(artifact.rows):
+            pixels = encoder.preprocess(artifact.image_bytes(row))
+            image = frozen(pixels)
+            raw = pair_weights(model.backbone.token_features(tokens), image, blank)
+            vector = model.encode_text(tokens, blend(raw, real_tokens(tokens), model.config.reweight))[0].numpy()
+            wanted[artifact.item(row).id] = float(vector @ artifact.vector(row))
+
+    async def main() -> None:
+        async with opened(built_index, rerank_depth=8) as http:
+            client = Client(http)
+            plain = await client.text(query="a red square", k=24)
+            again = await client.text(query="a red square", k=24, rerank=True)
+            assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
+            assert ids(again)[8:] == ids(plain)[8:]
+            rescored = [r["rerank_score"] for r in again["results"][:8]]
+            assert rescored == sorted(rescored, reverse=True)
+            np.testing.assert_allclose(rescored, [wanted[i] for i in ids(again)[:8]], atol=1e-5)
+            assert all("rerank_score" not in r for r in again["results"][8:])
+            assert {r["id"]: r["score"] for r in again["results"]} == {r["id"]: r["score"] for r in plain["results"]}
+            pages = [ids(await client.text(query="a red square", k=4, offset=o, rerank=True)) for o in (0, 4, 8)]
+            assert [each for page in pages for each in page] == ids(again)[:12]
+            check(
+                await http.post("/search/text", json={"more_like": ["circle/red.png"], "rerank": True}), 422, "rerank"
+            )
+
+    asyncio.run(main())
+
+
+def test_reranking_needs_weights_and_pictures(
+    tmp_path: Path, gallery: Path, tiny_model: Path, tiny_checkpoint: Path
+) -> None:
+    from dcar_core.backbone import BackboneSource, load_backbone
+    from dcar_core.checkpoint import save_checkpoint
+    from dcar_core.config import PromptConfig, ReweightConfig
+    from dcar_core.model import DCAR
+
+    plain = ModelConfig(prompt=PromptConfig(length=0), reweight=ReweightConfig(train="none"))
+    save_checkpoint(DCAR(load_backbone(BackboneSource(str(tiny_model))), plain), tmp_path / "clip")
+    changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
+    rebuild(changing, tmp_path / "clip", tmp_path / "plain", workers=0, progress=False)
+    rebuild(changing, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+
+    async def main() -> None:
+        body = {"query": "red", "rerank": True, "k": 24}
+        async with opened(tmp_path / "plain") as http:
+            assert "token weights" in check(await http.post("/search/text", json=body), 409)["detail"]
+            explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
+            assert explained["words"] == [{"word": "red", "weight": 1.0}]
+            assert "words" not in explained["results"][0]["explanation"]
+        (changing / "circle/red.png").unlink()
+        async with opened(tmp_path / "index", rerank_depth=24) as http:
+            assert "picture" in check(await http.post("/search/text", json=body), 409)["detail"]
+            assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_explanations_are_measured(built_index: Path, gallery: Path, encoder: Encoder) -> None:
+    async def main() -> None:
+        async with opened(built_index, explain_results=2) as http:
+            client = Client(http)
+            body = await client.text(query="a red square", k=4, explain=True)
+            assert [each["word"] for each in body["words"]] == ["a", "red", "square"]
+            assert ["explanation" in result for result in body["results"]] == [True, True, False, False]
+            first = body["results"][0]
+            words = first["explanation"]["words"]
+            assert [each["word"] for each in words] == ["a", "red", "square"]
+            assert len({each["weight"] for each in words}) > 1
+            relevance = np.array(first["explanation"]["relevance"])
+            assert relevance.shape == (4, 4), "32 pixels, patches of 8"
+
+            item = (await http.get(f"/items/{first['id'].replace('/', '%2F')}")).json()
+            pixels = encoder.preprocess(gallery / item["metadata"]["file_name"])
+            hidden = pixels.copy()
+            hidden[:, 8:16, 24:32] = 255
+            whole, without = encoder.encode_pixels(np.stack([pixels, hidden]))
+            text = encoder.encode_text(["a red square"])[0]
+            np.testing.assert_allclose(relevance[1, 3], text @ whole - text @ without, atol=1e-3)
+            by_picture = await client.image((gallery / "circle/blue.png").read_bytes(), k="1", explain="true")
+            assert "words" not in by_picture
+            assert by_picture["results"][0]["explanation"].keys() == {"relevance"}
+            assert np.ptp(by_picture["results"][0]["explanation"]["relevance"]) > 0.001
+
+    asyncio.run(main())
