@@ -98,9 +98,17 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass."""
-        batch = torch.from_numpy(self.preprocess.normalize(pixels)).to(self.model.backbone.device)
-        return self.model.encode_image(batch).float().cpu().numpy()
+        """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass.
+
+        A GPU is sent bytes, a quarter of the floats, and computes in half precision where that loses nothing.
+        """
+        device = self.model.backbone.device
+        mean, std = (
+            torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std)
+        )
+        batch = torch.from_numpy(pixels).to(device).float().div_(255).sub_(mean).div_(std)
+        with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):
+            return self.model.encode_image(batch).float().cpu().numpy()
 
 
 def pick_device(device: str) -> str:

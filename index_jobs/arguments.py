@@ -69,13 +69,26 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pictures a forward pass (default: %(default)s)",
     )
+    add(
+        "--ray", metavar="ADDRESS",
+        help="encode on a Ray cluster: its address, auto for the one this machine is part of, local to start one here; "
+        "--workers is then the number of its workers",
+    )  # fmt: skip
     add("--keep", type=_at_least(1), default=3, metavar="N", help="versions kept for rollback (default: %(default)s)")
     add(
         "--max-failed", type=_share, default=0.05, metavar="SHARE",
         help="how much of the gallery may be unreadable, 0 to 1; such pictures are listed in the version's "
         "failed.jsonl (default: %(default)s)",
     )  # fmt: skip
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, .. (default: %(default)s)")
+    add(
+        "--device", default="auto",
+        help="auto (every GPU, or the CPU), cpu, cuda:1, or several: cuda:0,cuda:1 (default: %(default)s)",
+    )  # fmt: skip
+    add("--exact", action="store_true", help="decode every JPEG whole, as open_clip does it, bit for bit")
+    add(
+        "--pixel-cache", type=Path, metavar="DIR",
+        help="keep decoded pictures there, for the next rebuild; 150 KB a picture at 224 pixels",
+    )  # fmt: skip
     add(
         "--shard-rows", type=_at_least(1), default=1024, metavar="N",
         help="pictures in a shard, the most that a killed run loses (default: %(default)s)",

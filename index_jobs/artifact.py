@@ -8,6 +8,7 @@ INDEX/versions/<n>/items.arrow   ids, captions, metadata and where each picture 
 INDEX/versions/<n>/added-<m>/    vectors and items that were added after it was built; see `parts`
 INDEX/versions/<n>/removed.npy   rows of items that were removed after it was built
 INDEX/versions/<n>/failed.jsonl  pictures that could not be read, with the reason
+INDEX/versions/<n>/duplicates.jsonl  pictures whose pixels an earlier one has
 INDEX/versions/<n>/checkpoint/   the model that made the vectors
 
 - A version never changes once it has its name, so readers need no lock. One that is removed while it is open stays

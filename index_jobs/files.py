@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,12 +49,13 @@ def sync_tree(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """A file to write into that takes the place of `path` at the end, at once and durably; on an error, all stays.
 
     The caller holds the writer lock, so the temporary name can be a fixed one, and a killed job leaves at most one.
+    `shared` is for a file that two machines may write at once: each has a name of its own.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -66,7 +68,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by indented JSON, atomically."""
-    with replacing(path) as file:
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
+    """Replace `path` by indented JSON, atomically; `shared` as in `replacing`."""
+    with replacing(path, shared=shared) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from dcar_core.errors import ArtifactError
 from index_jobs.artifact import open_current
-from index_jobs.manifest import CHECKPOINT, FAILED, ITEMS, VECTORS, Manifest
+from index_jobs.manifest import CHECKPOINT, DUPLICATES, FAILED, ITEMS, VECTORS, VERSIONS, Manifest
 from index_jobs.options import Options, RebuildSummary, RejectedError
 
 if TYPE_CHECKING:
     from dcar_core import Encoder
     from index_jobs.artifact import Artifact
-    from index_jobs.encode import Encoded
     from index_jobs.gallery import Gallery
     from index_jobs.gate import Verdict
     from index_jobs.kinds import Choice
+    from index_jobs.progress import Encoded
     from index_jobs.tuning import Queries
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Job:
             and manifest.milvus == (options.milvus or "")
             and manifest.requested_memory == options.memory
             and manifest.target_recall == options.target_recall
+            and manifest.exact == options.exact
             and not manifest.additions
             and not manifest.removed
             and manifest.failed <= options.max_failed * len(self.gallery)
@@ -68,14 +69,15 @@ class Job:
         from dcar_core import Encoder
         from dcar_core.checkpoint import copy_checkpoint
         from index_jobs import gate, gpu, publish
-        from index_jobs.encode import encode
+        from index_jobs.devices import load_encoders
         from index_jobs.notify import notify
 
         options, gallery = self.options, self.gallery
         pairs = gate.pairs_of(gallery, options.validation)
         with publish.writing(self.out) as staging:
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
-            encoder = Encoder.load(staging / CHECKPOINT, device=options.device)
+            lanes = load_encoders(staging / CHECKPOINT, options.device, exact=options.exact)
+            encoder = lanes[0]
             if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
                 return self.summary(same)
             memory: dict[str, Any] = {
@@ -85,10 +87,7 @@ class Job:
             # An unknown kind is an error now, not after encoding.
             self._choose(len(gallery), encoder.dim, **memory)
             serving = self._serving()
-            encoded = encode(
-                gallery, encoder, self.out / WORK, workers=options.workers, batch_size=options.batch_size,
-                shard_rows=options.shard_rows, max_failed=options.max_failed, progress=options.progress,
-            )  # fmt: skip
+            encoded = self._encode(lanes, staging / CHECKPOINT)
             choices = self._choose(len(encoded), encoder.dim, **memory)
             manifest = self._stage(staging, encoder, encoded, choices)
             verdict: gate.Verdict | None = None
@@ -98,7 +97,7 @@ class Job:
                 if serving is None:
                     return
                 same_model = serving.manifest.fingerprint == encoder.fingerprint
-                old = encoder if same_model else Encoder.load(serving.checkpoint, device=options.device)
+                old = encoder if same_model else Encoder.load(serving.checkpoint, device=options.device.split(",")[0])
                 verdict = gate.compare(serving, old, staged, encoder, pairs, options.margin)
                 logger.info("compared with version %d: %s", serving.manifest.version, verdict.reason)
                 if not verdict.passed and not options.force:
@@ -123,9 +122,29 @@ class Job:
             logger.info("there is nothing to compare with: %s", error)
             return None
 
+    def _encode(self, lanes: "list[Encoder]", checkpoint: Path) -> "Encoded":
+        from index_jobs.pixels import PixelCache
+
+        options, folder = self.options, self.options.pixel_cache
+        cache = PixelCache.open(folder, lanes[0].preprocess) if folder else None
+        how: dict[str, Any] = {
+            "workers": options.workers, "batch_size": options.batch_size, "shard_rows": options.shard_rows,
+            "max_failed": options.max_failed, "progress": options.progress,
+        }  # fmt: skip
+        if options.ray:
+            from index_jobs.cluster import encode_on_ray
+
+            return encode_on_ray(
+                self.gallery, lanes[0], self.out / WORK, address=options.ray, checkpoint=checkpoint,
+                device=options.device, exact=options.exact, pixel_cache=folder, **how,
+            )  # fmt: skip
+        from index_jobs.encode import encode
+
+        return encode(self.gallery, lanes, self.out / WORK, cache=cache, **how)
+
     def _stage(self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]") -> Manifest:
         """Write vectors, items and failures; the manifest that goes with them."""
-        from index_jobs.encode import write_failed
+        from index_jobs.failures import write_duplicates, write_failed
         from index_jobs.items import write_items
 
         options, gallery = self.options, self.gallery
@@ -137,6 +156,10 @@ class Job:
             choice, measured = self._stage_faiss(staging, encoder, encoded, choices, queries)
         write_items(staging / ITEMS, gallery.table, encoded.rows())
         write_failed(staging / FAILED, gallery, encoded.failed)
+        duplicates = encoded.duplicates()
+        write_duplicates(staging / DUPLICATES, gallery, duplicates)
+        if duplicates:
+            logger.info("%d pictures are the same as earlier ones; %s lists them", len(duplicates), DUPLICATES)
         return Manifest(
             version=0,
             fingerprint=encoder.fingerprint,
@@ -156,6 +179,7 @@ class Job:
             gallery_signature=gallery.content_signature,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             failed=len(encoded.failed),
+            exact=options.exact,
             measured=measured,
             files={},
         )
@@ -201,6 +225,13 @@ class Job:
         milvus.require_kind(options.kind)
         return [kinds.Choice(f"milvus {options.kind}", f"asked for: {options.kind} in Milvus")]
 
+    def _duplicates_of(self, manifest: Manifest) -> int:
+        try:
+            lines = (self.out / VERSIONS / str(manifest.version) / DUPLICATES).read_bytes()
+        except FileNotFoundError:  # of a version that is older than the list
+            return 0
+        return lines.count(b"\n")
+
     def _clear_work(self, encoded: "Encoded") -> None:
         """Only this version's vectors are worth their room on the disk, and only if they are wanted."""
         from index_jobs.publish import discard
@@ -231,6 +262,7 @@ class Job:
             reused=encoded is None,
             count=manifest.count,
             failed=manifest.failed,
+            duplicates=len(encoded.duplicates()) if encoded else self._duplicates_of(manifest),
             encoded=encoded.encoded if encoded else 0,
             resumed=encoded.resumed if encoded else 0,
             seconds=round(time.perf_counter() - self.start, 3),

@@ -11,6 +11,7 @@ from index_jobs.files import canonical
 
 FORMAT = 2
 CURRENT, VERSIONS = "CURRENT", "versions"
+DUPLICATES = "duplicates.jsonl"
 MANIFEST, VECTORS, ITEMS, CHECKPOINT, FAILED = (
     "manifest.json",
     "index.faiss",
@@ -66,6 +67,7 @@ class Manifest:
     additions: list[Addition] = field(default_factory=list)
     removed: int = 0  # rows that are never found
     rebuild: str = ""  # why a rebuild from a gallery is worth it by now
+    exact: bool = False  # pictures to pixels bit for bit as open_clip does it
     metric: str = "inner_product"
     format: int = FORMAT
 

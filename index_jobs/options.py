@@ -22,6 +22,7 @@ class RebuildSummary:
     reused: bool
     count: int
     failed: int
+    duplicates: int
     encoded: int
     resumed: int
     seconds: float
@@ -64,7 +65,10 @@ class Options:
     notify: URLs of services to tell; see `notify.notify`.
     keep_shards: leave the vectors in `out/work` after publishing, so that another kind needs no encoding.
     shard_rows: pictures in a shard, the most that a killed run loses.
-    device: where to encode: "auto", "cpu", "cuda", ..
+    device: where to encode: "auto" (every GPU, or the CPU), "cpu", "cuda:1", "cuda:0,cuda:1", ..
+    exact: pictures to pixels bit for bit as open_clip does it, instead of decoding JPEGs at reduced scale.
+    pixel_cache: a directory where decoded pictures are kept, so that the next rebuild need not decode them.
+    ray: the address of a Ray cluster to encode on, "auto" or "local"; see `index_jobs.cluster`.
     progress: a bar on stderr.
     """
 
@@ -83,4 +87,7 @@ class Options:
     keep_shards: bool = True
     shard_rows: int = 1024
     device: str = "auto"
+    exact: bool = False
+    pixel_cache: Path | None = None
+    ray: str | None = None
     progress: bool = True

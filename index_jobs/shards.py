@@ -1,15 +1,17 @@
 """Vector shards: what an encoding job has done so far, safe against being killed.
 
-- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the rows that failed and the
-  checksum. The JSON is written last, so a shard counts only when it is whole.
+- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the rows that failed,
+  hashes of the others' pixels and the checksum. The JSON is written last, so a shard counts only when it is whole.
 - A shard's vectors depend on nothing outside its range, so a resumed job's vectors are those of an undisturbed one.
 - The directory's name is a hash of all that the vectors depend on; another model or gallery cannot find them.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +19,22 @@ from numpy.typing import NDArray
 from dcar_core.errors import ArtifactError
 from index_jobs.files import canonical, replacing, sha256_of, write_json
 
-FORMAT = 1
+FORMAT = 2
 Failed = tuple[int, str]  # gallery row, reason
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A whole shard: the vectors' file, the gallery rows [start, stop) it covers, and the ones that failed."""
+    """A whole shard: the vectors' file, the gallery rows [start, stop) it covers, and the ones that failed.
+
+    digests: a hash of each vector's pixels, uint64 (m,).
+    """
 
     path: Path
     start: int
     stop: int
     failed: tuple[Failed, ...]
+    digests: NDArray[np.uint64]
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -45,9 +51,18 @@ class ShardStore:
     """The shards of one job in `work/<key>/`."""
 
     def __init__(
-        self, work: Path, *, fingerprint: str, signature: str, count: int, dim: int, batch: int, rows: int
+        self,
+        work: Path,
+        *,
+        fingerprint: str,
+        pixels: Mapping[str, Any],
+        signature: str,
+        count: int,
+        dim: int,
+        batch: int,
+        rows: int,
     ) -> None:
-        settings = [FORMAT, fingerprint, signature, count, dim, batch, rows]
+        settings = [FORMAT, fingerprint, pixels, signature, count, dim, batch, rows]
         self.path = work / hashlib.sha256(canonical(settings)).hexdigest()[:16]
         self.count, self.dim, self.shard_rows = count, dim, rows
 
@@ -71,12 +86,14 @@ class ShardStore:
         try:
             values = json.loads(note.read_bytes())
             failed = tuple((int(row), str(reason)) for row, reason in values["failed"])
-            shard = Shard(path, span.start, span.stop, failed)
+            digests = np.frombuffer(bytes.fromhex(values["pixels"]), ">u8").astype(np.uint64)
+            shard = Shard(path, span.start, span.stop, failed, digests)
             whole = (
                 values["rows"] == [span.start, span.stop]
                 and values["sha256"] == sha256_of(path)
                 and shard.vectors().shape == (len(span) - len(failed), self.dim)
                 and shard.vectors().dtype == np.float32
+                and len(digests) == len(span) - len(failed)
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._corrupted(path, note) from error
@@ -84,8 +101,10 @@ class ShardStore:
             raise self._corrupted(path, note)
         return shard
 
-    def save(self, number: int, vectors: NDArray[np.float32], failed: list[Failed]) -> Shard:
-        """Write a shard: vectors float32 (m, E) of its rows that did not fail.
+    def save(
+        self, number: int, vectors: NDArray[np.float32], failed: list[Failed], digests: NDArray[np.uint64]
+    ) -> Shard:
+        """Write a shard: vectors float32 (m, E) of its rows that did not fail, and the hashes of their pixels.
 
         Raises:
             OSError: the disk is full or cannot be written.
@@ -95,10 +114,12 @@ class ShardStore:
         if vectors.shape != (len(span) - len(failed), self.dim):
             raise ValueError(f"shard {number} has vectors {vectors.shape}, not {(len(span) - len(failed), self.dim)}")
         self.path.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with replacing(path, shared=True) as file:
             np.save(file, np.ascontiguousarray(vectors, np.float32), allow_pickle=False)
-        write_json(note, {"rows": [span.start, span.stop], "failed": failed, "sha256": sha256_of(path)})
-        return Shard(path, span.start, span.stop, tuple(failed))
+        pixels = digests.astype(">u8").tobytes().hex()
+        whole = {"rows": [span.start, span.stop], "failed": failed, "pixels": pixels, "sha256": sha256_of(path)}
+        write_json(note, whole, shared=True)
+        return Shard(path, span.start, span.stop, tuple(failed), digests)
 
     def _paths(self, number: int) -> tuple[Path, Path]:
         return self.path / f"{number:06}.json", self.path / f"{number:06}.npy"

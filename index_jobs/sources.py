@@ -26,12 +26,13 @@ _GONE = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # a
 
 @dataclass(frozen=True)
 class Place:
-    """One picture: gallery row, and where its bytes lie."""
+    """One picture: gallery row, where its bytes lie, and a number that changes when they do."""
 
     row: int
     location: str
     offset: int
     size: int
+    version: int = 0
 
 
 def is_url(place: str) -> bool:

@@ -21,7 +21,9 @@ from dcar_core.errors import DataError
 from index_jobs import kinds, publish
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.build import build
-from index_jobs.encode import encode, write_failed
+from index_jobs.devices import load_encoders
+from index_jobs.encode import encode
+from index_jobs.failures import write_failed
 from index_jobs.gallery import Gallery, scan
 from index_jobs.items import COLUMNS, Items, write_items
 from index_jobs.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
@@ -96,8 +98,6 @@ def add(
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; what was published is unchanged.
     """
-    from dcar_core import Encoder
-
     scanned = scan(gallery)
     with publish.reporting(index), publish.writing(index) as staging:
         current = open_current(index)
@@ -108,10 +108,10 @@ def add(
                 f"{len(known):,} of the {len(ids):,} pictures of {gallery} have an id that is in the index, the first "
                 f"is {known[0]!r}; --replace puts them in the place of those"
             )
-        encoder = Encoder.load(current.checkpoint, device=device)
-        current.require(encoder.fingerprint)
+        lanes = load_encoders(current.checkpoint, device, exact=current.manifest.exact)
+        current.require(lanes[0].fingerprint)
         encoded = encode(
-            scanned, encoder, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,
+            scanned, lanes, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,
             progress=progress,
         )  # fmt: skip
         rows = encoded.rows()

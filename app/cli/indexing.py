@@ -30,6 +30,9 @@ def index_build(
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
     max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
     device: Device = "auto",
+    exact: Annotated[bool, typer.Option(help="Decode JPEGs whole, bit for bit as open_clip does.")] = False,
+    pixel_cache: Annotated[Path | None, typer.Option(help="Keep decoded pictures there for the next build.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Encode on a Ray cluster: its address, auto, or local.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Data whose val pairs compare with what is served.")] = None,
     margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = 0.02,
     force: Annotated[bool, typer.Option(help="Publish even if nothing changed, or if it ranks worse.")] = False,
@@ -39,8 +42,8 @@ def index_build(
 
     found = rebuild(
         gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall, workers=workers,
-        batch_size=batch_size, keep=keep, max_failed=max_failed, device=device,
-        validation=validation, margin=margin, force=force,
+        batch_size=batch_size, keep=keep, max_failed=max_failed, device=device, exact=exact, pixel_cache=pixel_cache,
+        ray=ray, validation=validation, margin=margin, force=force,
     )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")

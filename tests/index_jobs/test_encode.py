@@ -15,8 +15,9 @@ from PIL import Image
 from dcar_core import Encoder
 from dcar_core.errors import ArtifactError, DataError, DcarError
 from index_jobs.decode import Window, decode, worker_count
-from index_jobs.encode import Encoded, encode
+from index_jobs.encode import encode
 from index_jobs.gallery import scan
+from index_jobs.progress import Encoded
 from index_jobs.sources import Place
 
 Floats = NDArray[np.float32]

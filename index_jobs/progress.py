@@ -1,0 +1,129 @@
+"""What every way of encoding a gallery shares: which shards are there, which are to do, and when to give up.
+
+- Whole shards are skipped, after their checksum was checked.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from index_jobs.devices import ImageEncoder
+from index_jobs.failures import Guard
+from index_jobs.gallery import Gallery
+from index_jobs.shards import Failed, Shard, ShardStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A gallery in shards. `encoded` pictures were encoded by this run in `seconds`, `resumed` by an earlier one."""
+
+    shards: list[Shard]
+    failed: list[Failed]
+    encoded: int
+    resumed: int
+    seconds: float
+
+    def __len__(self) -> int:
+        return sum(shard.stop - shard.start - len(shard.failed) for shard in self.shards)
+
+    def rows(self) -> NDArray[np.int64]:
+        """Gallery row of every vector, int64 (n,)."""
+        return np.concatenate([shard.rows for shard in self.shards])
+
+    def duplicates(self) -> list[tuple[int, int]]:
+        """(gallery row, the first row with the same pixels) of every picture that was there before."""
+        rows, digests = self.rows(), np.concatenate([shard.digests for shard in self.shards])
+        _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+        same = first[group]
+        return [(int(rows[i]), int(rows[same[i]])) for i in np.flatnonzero(same != np.arange(len(rows)))]
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """The vectors, float32 (m, E) at a time."""
+        return (shard.vectors() for shard in self.shards)
+
+
+class Encoding:
+    """One gallery on its way into shards: fill `shards` for every number in `todo`, then take `encoded`."""
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        encoder: ImageEncoder,
+        work: Path,
+        *,
+        batch_size: int,
+        shard_rows: int,
+        max_failed: float,
+        progress: bool,
+    ) -> None:
+        """See `encode`, whose arguments these are.
+
+        Raises:
+            DataError: too many pictures of an earlier run could not be read.
+            ArtifactError: a shard of an earlier run is corrupted.
+        """
+        if batch_size < 1 or shard_rows < 1:
+            raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
+        if not 0 <= max_failed <= 1:
+            raise ValueError(f"max_failed is a share from 0 to 1, not {max_failed}")
+        self.store = ShardStore(
+            work,
+            fingerprint=encoder.fingerprint,
+            pixels=encoder.preprocess.to_dict(),
+            signature=gallery.vectors_signature,
+            count=len(gallery),
+            dim=encoder.dim,
+            batch=batch_size,
+            rows=-(-shard_rows // batch_size) * batch_size,
+        )
+        numbers = range(len(self.store))
+        self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
+        self.todo = [number for number in numbers if number not in self.shards]
+        self.resumed = sum(shard.stop - shard.start for shard in self.shards.values())
+        self.left = len(gallery) - self.resumed
+        if self.resumed:
+            logger.info("%d of %d pictures were encoded by an earlier run", self.resumed, len(gallery))
+        failed = [failure for shard in self.shards.values() for failure in shard.failed]
+        self.guard = Guard(gallery, self.store.path, max_failed, failed)
+        self.guard.check()
+        self._start = time.perf_counter()
+        self._progress = progress
+
+    def bar(self) -> "tqdm[NoReturn]":
+        """Rate, time left and failures on stderr: on a terminal twice a second, in a log file every ten seconds."""
+        return tqdm(
+            total=self.left + self.resumed,
+            initial=self.resumed,
+            desc="encode",
+            unit="img",
+            file=sys.stderr,
+            disable=not self._progress,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+        )
+
+    def advance(self, bar: "tqdm[NoReturn]", pictures: int) -> None:
+        """Move the bar."""
+        bar.set_postfix_str(f"{len(self.guard.failed)} failed", refresh=False)
+        bar.update(pictures)
+
+    def encoded(self) -> Encoded:
+        """The gallery in shards, once none is to do.
+
+        Raises:
+            DataError: no picture can be read.
+        """
+        seconds = time.perf_counter() - self._start
+        self.guard.check(final=True)
+        shards = [self.shards[number] for number in sorted(self.shards)]
+        return Encoded(shards, sorted(self.guard.failed), self.left, self.resumed, seconds)

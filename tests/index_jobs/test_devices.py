@@ -1,0 +1,102 @@
+"""Several devices give the vectors of one; a GPU gives the CPU's within tolerance."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from dcar_core import Encoder
+from dcar_core.errors import ModelError
+from index_jobs.decode import Pixels
+from index_jobs.devices import forward, load_encoders
+from index_jobs.encode import encode
+from index_jobs.gallery import scan
+
+
+def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    gallery_path = Path(shutil.copytree(tiny_gallery, tmp_path / "g", copy_function=shutil.copy2))
+    (gallery_path / "circle" / "blue.png").write_bytes(b"")
+    lanes = load_encoders(tiny_checkpoint, "cpu,cpu")
+    assert len(lanes) == 2
+    assert lanes[0] is not lanes[1]
+
+    def run(encoders: list[Encoder], work: str) -> tuple[NDArray[np.float32], object]:
+        encoded = encode(
+            scan(gallery_path), encoders, tmp_path / work, batch_size=3, shard_rows=6, max_failed=0.5, progress=False
+        )
+        return np.concatenate(list(encoded.blocks())), encoded.failed
+
+    one, two = run(lanes[:1], "a"), run(lanes, "b")
+    np.testing.assert_array_equal(one[0], two[0])
+    assert one[1] == two[1]
+    assert len(one[0]) == 23
+
+
+class Barrier(Encoder):
+    """A real encoder whose forward passes go on only when as many are under way as there are lanes."""
+
+    barrier: threading.Barrier
+
+    def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.barrier.wait(20)
+        return super().encode_pixels(pixels)
+
+
+def windows(count: int, taken: list[int]) -> Iterator[Pixels]:
+    for number in range(count):
+        taken.append(number)
+        pixels = np.full((1, 3, 32, 32), number, np.uint8)
+        yield Pixels(pixels, (), np.zeros(1, np.uint64), 1)
+
+
+def test_lanes_work_at_the_same_time_and_in_order(tiny_checkpoint: Path) -> None:
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    lanes = [Barrier(encoder.model, "f"), Barrier(encoder.model, "f")]
+    lanes[0].barrier = lanes[1].barrier = threading.Barrier(2)
+    taken: list[int] = []
+    expected = encoder.encode_pixels(np.stack([window.pixels[0] for window in windows(8, [])]))
+    for number, (window, vectors) in enumerate(forward(windows(8, taken), lanes)):
+        assert window.pixels[0, 0, 0, 0] == number
+        np.testing.assert_allclose(vectors[0], expected[number], atol=1e-5)
+        assert len(taken) <= number + 5  # decoded windows do not pile up
+
+
+def test_a_failing_device_ends_the_job(tiny_checkpoint: Path) -> None:
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    wrong = Pixels(np.zeros((1, 3, 7, 7), np.uint8), (), np.zeros(1, np.uint64), 1)
+    with pytest.raises(RuntimeError):
+        list(forward(iter([*windows(3, []), wrong]), [encoder, encoder]))
+
+
+def test_a_device_that_is_not_there_is_named(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match="no device 'cuda:99'"):
+        load_encoders(tiny_checkpoint, "cpu,cuda:99")
+
+
+def test_half_precision_stays_close(tiny_checkpoint: Path) -> None:
+    """What a GPU does by autocast, on this machine's CPU in its half precision."""
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = encoder.encode_pixels(pixels)
+    full = encoder.encode_pixels(pixels)
+    assert np.abs((half * full).sum(1) - 1).max() < 0.01  # of random weights; half's length is rounded as well
+    assert not np.array_equal(half, full)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def run(device: str) -> NDArray[np.float32]:
+        lanes = load_encoders(tiny_checkpoint, device)
+        encoded = encode(scan(tiny_gallery), lanes, tmp_path / device, batch_size=4, shard_rows=8, progress=False)
+        return np.concatenate(list(encoded.blocks()))
+
+    assert len(load_encoders(tiny_checkpoint, "auto")) == 2 * torch.cuda.device_count()
+    on_cpu, on_gpu = run("cpu"), run("auto")
+    assert (on_cpu * on_gpu).sum(1).min() > 0.999  # float16 has three bits more than bfloat16
