@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app import problems
 from app.access import Access
+from app.announcements import Announcements
 from app.cache import make_cache
 from app.collections import Collections
 from app.metrics import Metrics
@@ -65,9 +66,12 @@ def create_app(
         _watch_indexes(metrics, collections)
         retriever.start()
         collections.start()
+        announcements = _listen(settings, collections)
         try:
             yield
         finally:
+            if announcements is not None:
+                await announcements.close()
             await collections.close()
             await retriever.close()
             if rates is not None:
@@ -114,6 +118,14 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: R
             expose_headers=["Retry-After", "X-Request-ID"],
         )
     app.add_middleware(Observe, metrics=metrics)
+
+
+def _listen(settings: Settings, collections: Collections) -> Announcements | None:
+    if settings.redis_url is None:
+        return None
+    announcements = Announcements(settings.redis_url.get_secret_value(), collections)
+    announcements.start()
+    return announcements
 
 
 def _make_rates(settings: Settings) -> Rates | None:
