@@ -60,7 +60,11 @@ def index_list(index: Index) -> None:
         typer.echo(
             f"{mark} {manifest.version:4}  {manifest.created}  {manifest.count:9,} x {manifest.dim}  "
             f"{manifest.kind:16}  {manifest.fingerprint[:12]}"
+            + (f"  +{len(manifest.additions)} additions" if manifest.additions else "")
+            + (f"  -{manifest.removed:,} removed" if manifest.removed else "")
         )
+        if manifest.version == current:
+            _advise(manifest.rebuild)
 
 
 @commands.command("verify")

@@ -234,4 +234,5 @@ def test_commands(index: Path, tmp_path: Path) -> None:
     assert "version 2, 27 pictures (3 added, 0 broken)" in shown
     (tmp_path / "ids").write_text("lime\n\n cyan \n")
     assert "version 3, 24 pictures (3 removed)" in run("remove", index, "pink", "--ids-file", tmp_path / "ids")
+    assert "-3 removed" in run("list", index).splitlines()[0]
     assert run("remove", index).startswith("2 ")
