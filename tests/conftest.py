@@ -15,6 +15,9 @@ from dcar_core.checkpoint import save_checkpoint
 from dcar_core.config import ModelConfig
 from dcar_core.model import DCAR
 
+# A tiny model gains nothing from several threads, and loses much to them where other processes run.
+torch.set_num_threads(1)
+
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("square", "circle", "triangle", "cross")
 TINY = {

@@ -1,0 +1,73 @@
+"""What does it cost a query that something was learned? Text encoding with prompts and head, over plain CLIP's time.
+
+    python benchmarks/query_time.py                     # random ViT-B/32, one query at a time and a batch of 32
+
+Weights do not matter for time, so they are random. Methods take turns within each round, so that a busy moment of the
+machine meets all of them, and the ratio is the median of the rounds' ratios.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.encoder import Encoder, pick_device
+from dcar_core.methods import METHODS, method
+from dcar_core.runs import seeded_model
+
+QUERIES = (
+    "crying cat",
+    "red sports car seen from behind",
+    "a small brown dog with long ears lying on a blue blanket next to a window",
+    "a pink flower with five pointed petals, a dark red centre and serrated green leaves, photographed from above on a "
+    "cloudy day in a garden",
+)
+
+
+def seconds(encoder: Encoder, texts: list[str], repeat: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeat):
+        encoder.encode_text(texts)  # copies to the CPU, so a GPU is waited for
+    return (time.perf_counter() - started) / repeat
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-32-quickgelu")
+    parser.add_argument("--methods", default="coop,dcar,dcar+", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    backbone = load_backbone(BackboneSource(args.model), pick_device(args.device))
+    names = ["clip", *args.methods.split(",")]
+    encoders = {}
+    for name in names:
+        config = method(name)
+        if config.reweight.train != "none":
+            config = config.with_query_weights("predicted")  # the dearer choice
+        encoders[name] = Encoder(seeded_model(backbone, config, 0), name)
+    print(f"{args.model}, {backbone.device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
+    print("| queries | words | plain CLIP, ms |", " | ".join(f"{n}, ratio" for n in names[1:]), "|")
+    print("| --- " * (2 + len(names)) + "|")
+    for batch in (1, 32):
+        for query in QUERIES:
+            texts, repeat = [query] * batch, 5 if batch == 1 else 1
+            for encoder in encoders.values():
+                seconds(encoder, texts, 2)
+            rounds = [
+                {name: seconds(encoder, texts, repeat) for name, encoder in encoders.items()}
+                for _ in range(args.rounds)
+            ]
+            plain = statistics.median(found["clip"] for found in rounds)
+            ratios = [statistics.median(found[name] / found["clip"] for found in rounds) for name in names[1:]]
+            cells = [f"{batch}", f"{len(query.split())}", f"{1000 * plain:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
