@@ -1,0 +1,40 @@
+"""The benchmark scripts run, on a tiny CLIP; their figures are for a quiet machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *arguments], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_training_cost(tiny_model: Path) -> None:
+    done = run("training_cost.py", "--model", tiny_model, "--methods", "clip-adapter", "--pairs", "8", "--batch-size", "4")
+    assert done.returncode == 0, done.stderr
+    assert "| clip-adapter | 2,144 |" in done.stdout  # two bottlenecks of 32 -> 16 -> 32
+
+
+def test_query_time(tiny_model: Path) -> None:
+    done = run("query_time.py", "--model", tiny_model, "--methods", "dcar", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| ") == 10  # a head, a line, and four queries alone and in batches
+
+
+def test_the_papers_table_beside_ours(tmp_path: Path) -> None:
+    found = {"data": "dtd", "methods": {"dcar": {"mean": {"i2t_r1": 12.345, "t2i_r1": 6.7}}}}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    done = run("paper_table.py", tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    assert "| dtd |  / 37.94 |  / 40.19 |  / 45.93 |  / 44.39 | 12.35 / 47.10 |" in done.stdout
+    assert "| average of nine |  / 20.62 |" in done.stdout  # of one data set there is no such average
+    found["data"] = "emoji"
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert "emoji is not in the paper's table" in run("paper_table.py", tmp_path / "results.json").stderr
