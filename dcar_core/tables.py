@@ -40,7 +40,8 @@ def markdown(results: Results) -> str:
     best = best_method(results)
     categories = mean_categories(results, best)
     if categories:
-        weakest = sorted(categories.items(), key=lambda item: (item[1]["t2i_r1"] + item[1]["i2t_r1"], item[0]))[:10]
+        telling = {n: c for n, c in categories.items() if c["pairs"] >= 3} or categories  # of one pair, R@1 says little
+        weakest = sorted(telling.items(), key=lambda item: (item[1]["t2i_r1"] + item[1]["i2t_r1"], item[0]))[:10]
         rows = [["category", "pairs", "text-to-image R@1", "image-to-text R@1"]]
         rows += [[n, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"] for n, c in weakest]
         parts += [f"## Weakest categories of {best}", _markdown(rows)]
