@@ -17,7 +17,8 @@ def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
 
 
 def test_training_cost(tiny_model: Path) -> None:
-    done = run("training_cost.py", "--model", tiny_model, "--methods", "clip-adapter", "--pairs", "8", "--batch-size", "4")
+    small = ("--pairs", "8", "--batch-size", "4")
+    done = run("training_cost.py", "--model", tiny_model, "--methods", "clip-adapter", *small)
     assert done.returncode == 0, done.stderr
     assert "| clip-adapter | 2,144 |" in done.stdout  # two bottlenecks of 32 -> 16 -> 32
 
