@@ -8,11 +8,14 @@ machine meets all of them, and the ratio is the median of the rounds' ratios.
 
 import argparse
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.checkpoint import save_checkpoint
 from dcar_core.encoder import Encoder, pick_device
 from dcar_core.methods import METHODS, method
 from dcar_core.runs import seeded_model
@@ -46,11 +49,13 @@ def main() -> None:
     backbone = load_backbone(BackboneSource(args.model), pick_device(args.device))
     names = ["clip", *args.methods.split(",")]
     encoders = {}
-    for name in names:
-        config = method(name)
-        if config.reweight.train != "none":
-            config = config.with_query_weights("predicted")  # the dearer choice
-        encoders[name] = Encoder(seeded_model(backbone, config, 0), name)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            config = method(name)
+            if config.reweight.train != "none":
+                config = config.with_query_weights("predicted")  # the dearer choice
+            save_checkpoint(seeded_model(backbone, config, 0), Path(folder) / name)
+            encoders[name] = Encoder.load(Path(folder) / name, device=str(backbone.device), backbone=backbone)
     print(f"{args.model}, {backbone.device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
     print("| queries | words | plain CLIP, ms |", " | ".join(f"{n}, ratio" for n in names[1:]), "|")
     print("| --- " * (2 + len(names)) + "|")
