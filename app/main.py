@@ -12,11 +12,10 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app import problems
+from app import openapi, problems
 from app.access import Access
 from app.announcements import Announcements
 from app.cache import make_cache
@@ -29,7 +28,6 @@ from app.queries import JSON_BYTES_PER_CHAR
 from app.rates import Rates
 from app.retriever import Retriever
 from app.routes import make_router
-from app.schemas import ProblemAnswer
 from app.settings import Settings
 from app.snapshots import require_index
 from app.tracing import Tracer
@@ -94,7 +92,7 @@ def create_app(
     app.include_router(make_router(settings))
     app.include_router(make_pages())
     _add_middleware(app, settings, metrics, rates)
-    _document_problems(app)
+    openapi.complete(app)
     return app
 
 
@@ -169,27 +167,3 @@ def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
         return settings.max_upload_bytes + _FORM_BYTES, "file"
     queries = settings.max_queries if path.endswith("/search/batch") else 1
     return max(_FORM_BYTES, queries * (settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)), "body"
-
-
-def _document_problems(app: FastAPI) -> None:
-    """Put the form of the errors into the OpenAPI document, in place of FastAPI's own, which is never sent."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                openapi_version=app.openapi_version,
-                routes=app.routes,
-            )
-            schemas = document["components"]["schemas"]
-            for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)
-            problem = ProblemAnswer.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(problem.pop("$defs", {}))
-            schemas[ProblemAnswer.__name__] = problem
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

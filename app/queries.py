@@ -2,6 +2,8 @@
 
 The body is read by hand and not by FastAPI: a wrong content type is refused before anything is read, pydantic parses
 the JSON in one step, and every fault has the caller's name for the field.
+
+All dependencies are coroutines: FastAPI runs a plain function in a thread of its own, which costs more than a search.
 """
 
 import json
@@ -32,12 +34,12 @@ def settings_of(request: Request) -> Settings:
     return settings
 
 
-def retriever_of(request: Request) -> Retriever:
+async def retriever_of(request: Request) -> Retriever:
     retriever: Retriever = request.app.state.retriever
     return retriever
 
 
-def collections_of(request: Request) -> Collections:
+async def collections_of(request: Request) -> Collections:
     collections: Collections = request.app.state.collections
     return collections
 
@@ -46,6 +48,10 @@ def collection_of(request: Request) -> str | None:
     """The name in the path; None on the routes that have none, and mean the default."""
     name: str | None = request.path_params.get("collection")
     return name
+
+
+async def _collection(request: Request) -> str | None:
+    return collection_of(request)
 
 
 def _check_type(request: Request, wanted: str) -> None:
@@ -145,7 +151,7 @@ def _fields(form: FormData) -> dict[str, Any]:
     return fields
 
 
-def read_similar(
+async def read_similar(
     request: Request,
     item_id: ItemId,
     k: Annotated[K, Query()] = DEFAULT_K,
@@ -157,7 +163,7 @@ def read_similar(
     return Search(options, item=item_id)
 
 
-def require_admin(request: Request) -> None:
+async def require_admin(request: Request) -> None:
     """Let only the holder of the admin key pass.
 
     The caller's address is no proof: behind a proxy everybody comes from loopback.
@@ -172,7 +178,7 @@ def require_admin(request: Request) -> None:
 
 RetrieverDep = Annotated[Retriever, Depends(retriever_of)]
 CollectionsDep = Annotated[Collections, Depends(collections_of)]
-CollectionDep = Annotated[str | None, Depends(collection_of)]
+CollectionDep = Annotated[str | None, Depends(_collection)]
 WordsDep = Annotated[Search, Depends(read_words)]
 BatchDep = Annotated[list[Search], Depends(read_batch)]
 PictureDep = Annotated[Search, Depends(read_picture)]

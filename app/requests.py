@@ -94,6 +94,8 @@ class TextQuery(Options):
 class ImageForm(Options):
     """The fields beside the picture in a search by picture."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"query": "but red", "k": 10}]})
+
     query: Annotated[str, Field(description="words that count as well")] = ""
 
 

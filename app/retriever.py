@@ -151,18 +151,22 @@ class Retriever:
         end = options.offset + options.k
         reranked = self._settings.rerank_depth if options.rerank else 0
         min_score = _min_score(snapshot, search)
-        with self._metrics.timed("search"):
-            hits = await self._in_pool(
-                lambda: find(
-                    snapshot,
-                    vector,
-                    max(end + 1, reranked),
-                    without={*more, *less},
-                    filter=options.filter,
-                    min_score=min_score,
-                    fold=options.fold,
-                )
+
+        def look() -> tuple[list[Hit], list[Match]]:
+            hits = find(
+                snapshot,
+                vector,
+                max(end + 1, reranked),
+                without={*more, *less},
+                filter=options.filter,
+                min_score=min_score,
+                fold=options.fold,
             )
+            final = not (reranked or options.explain)  # most searches: the thread is asked once
+            return hits, _matches(snapshot, hits[options.offset : end], []) if final else []
+
+        with self._metrics.timed("search"):
+            hits, matches = await self._in_pool(look)
         if reranked and options.offset < reranked:
             if not search.text:
                 raise field_problem("rerank", "weighs the words of a query, and there are none")
@@ -175,7 +179,8 @@ class Retriever:
                 words = await self._pairing.words(snapshot, search.text) if search.text else None
                 for hit in shown[: self._settings.explain_results]:  # one after the other: others get their turn
                     explanations.append(await self._pairing.explain(snapshot, search.text, vector, hit))
-        matches = await self._in_pool(_matches, snapshot, shown, explanations)
+        if reranked or options.explain:
+            matches = await self._in_pool(_matches, snapshot, shown, explanations)
         following = end if len(hits) > end and end < self._settings.max_window else None
         took_ms = (time.perf_counter() - began) * 1000
         return Answer(snapshot.version, matches, cached, took_ms, options.offset, following, min_score, words)

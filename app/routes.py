@@ -52,7 +52,7 @@ def make_router(settings: Settings) -> APIRouter:
     return router
 
 
-def _named_collection(collection: Annotated[str, Path(description="a name from GET /collections")]) -> None:
+async def _named_collection(collection: Annotated[str, Path(description="a name from GET /collections")]) -> None:
     """Puts the parameter into the documentation; `collection_of` reads it."""
 
 

@@ -1,0 +1,80 @@
+"""The client against the whole service on a real port."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from app_harness import free_port, png, serving
+from conftest import ODD_ID
+
+from app.client import Client, ServiceError
+from app.keys import key_hash, new_key
+
+ADMIN = "correct horse battery"
+
+
+def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> None:
+    key = new_key()
+    with serving(built_index, api_keys=f"shop:{key_hash(key)}", admin_key=ADMIN) as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        with Client(url, key=key) as client:
+            assert client.ready().count == 24
+            (collection,) = client.collections()
+            found = client.search_text("a red circle", k=3, filter={"category": "circle"})
+            assert [result.rank for result in found.results] == [1, 2, 3]
+            assert {result.category for result in found.results} == {"circle"}
+            assert client.search_text("a red circle", k=3, offset=3).results[0].rank == 4
+            answers = client.search_batch(["red", "blue"], k=2)
+            assert [len(answer.results) for answer in answers] == [2, 2]
+            file = gallery / "circle/blue.png"
+            by_file = client.search_image(file, k=2, filter={"category": "circle"}, less_like=["circle/red.png"])
+            assert by_file.results[0].id == "circle/blue.png"
+            assert client.search_image(file.read_bytes(), "red", weights={"image": 0.5}).results
+            assert client.similar("circle/red.png", k=4).results
+            assert client.item(ODD_ID).id == ODD_ID
+            assert client.image("circle/blue.png") == file.read_bytes()
+            with pytest.raises(ServiceError, match="no such item") as caught:
+                client.item("nothing")
+            assert caught.value.status == 404
+            assert caught.value.problem is not None
+            assert caught.value.problem.errors is not None
+            assert caught.value.problem.errors[0].field == "id"
+            assert caught.value.request_id
+            with pytest.raises(ServiceError, match="k: "):
+                client.search_image(png(), k=0)
+        with Client(url, key=key, collection=collection.name) as client:
+            assert client.search_text("red").results[0].image_url.startswith(f"/collections/{collection.name}/")
+        with Client(url, key=ADMIN) as admin:
+            assert not admin.reload().changed
+        with Client(url) as stranger, pytest.raises(ServiceError) as caught:
+            stranger.search_text("red")
+        assert caught.value.status == 401
+
+
+def test_it_waits_as_it_is_told_and_gives_up_in_the_end(built_index: Path) -> None:
+    with serving(built_index, rate_limit="2/minute") as (_, port):
+        waited: list[float] = []
+        with Client(f"http://127.0.0.1:{port}", sleep=waited.append, retries=3) as client:
+            client.search_text("red")
+            client.search_text("red")
+            with pytest.raises(ServiceError) as caught:
+                client.search_text("red")
+        assert caught.value.status == 429
+        assert len(waited) == 3
+        assert all(1 <= pause <= 30 for pause in waited)
+
+
+def test_a_service_that_is_not_there_or_is_none() -> None:
+    waited: list[float] = []
+    with Client(f"http://127.0.0.1:{free_port()}", sleep=waited.append) as client, pytest.raises(httpx.ConnectError):
+        client.ready()
+    assert len(waited) == 2
+
+    def other(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(502, text="<html>Bad Gateway</html>")
+
+    transport: Any = httpx.MockTransport(other)
+    with Client("http://proxy", transport=transport) as client, pytest.raises(ServiceError, match="502") as caught:
+        client.ready()
+    assert caught.value.problem is None

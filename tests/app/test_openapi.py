@@ -1,0 +1,95 @@
+"""The service against its own OpenAPI document: schemathesis makes requests up from it, good ones and bad ones."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from app_harness import serving
+
+if os.environ.get("DCAR_REQUIRE_ALL") != "1":
+    pytest.importorskip("schemathesis", reason="needs the extra dev: pip install 'dcar[dev]'")
+
+EXAMPLES = 12
+KEY = "correct horse battery"
+
+
+@pytest.fixture(scope="module")
+def url(built_index: Path) -> Iterator[str]:
+    with serving(built_index, admin_key=KEY, cache_size=1000) as (_, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def document(url: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{url}/openapi.json").json()
+    return found
+
+
+def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, each) for path, methods in document["paths"].items() for method, each in methods.items()]
+
+
+def test_every_operation_names_its_errors_and_has_examples(document: dict[str, Any]) -> None:
+    for path, method, operation in operations(document):
+        assert operation["summary"], path
+        assert operation["responses"]["200"]["description"], path
+        errors = {status: each for status, each in operation["responses"].items() if status != "200"}
+        if path not in ("/healthz", "/readyz"):
+            assert {"401", "429"} <= errors.keys(), path
+        for status, each in errors.items():
+            problem = each["content"]["application/problem+json"]
+            assert problem["schema"] == {"$ref": "#/components/schemas/ProblemAnswer"}, (path, status)
+            assert problem["example"]["status"] == int(status), (path, status)
+            assert each["description"] != "problem"
+        if method == "post" and "requestBody" in operation:
+            (body,) = operation["requestBody"]["content"].values()
+            assert body["schema"]["examples"], path
+    ids = [operation["operationId"] for _, _, operation in operations(document)]
+    assert len(set(ids)) == len(ids)
+    assert set(document["components"]["securitySchemes"]) == {"key", "admin"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of schemathesis and hypothesis about themselves
+def test_no_request_made_from_the_document_has_an_unexpected_answer(url: str) -> None:
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_headers_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    checks = [
+        not_a_server_error,
+        status_code_conformance,
+        content_type_conformance,
+        response_headers_conformance,
+        response_schema_conformance,
+    ]
+    tried: set[str] = set()
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+
+            @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                answer = case.call(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
+                case.validate_response(answer, checks=checks)
+
+            try:
+                check()
+            except Exception as error:
+                if "Unsatisfiable" in type(error).__name__:
+                    continue  # nothing can be wrong with an operation that takes nothing
+                raise
+            tried.add(operation.label)
+    assert "POST /search/text" in tried
+    assert len(tried) > 6
