@@ -103,7 +103,10 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     encoder = next((s.encoder for s in loaded if s.encoder.fingerprint == artifact.manifest.fingerprint), None)
     if encoder is None:
         shared = next((s.encoder.model.backbone for s in loaded if s.backbone == backbone), None)
-        encoder = Encoder.load(artifact.checkpoint, device=settings.device, backbone=shared)
+        encoder = Encoder.load(
+            artifact.checkpoint, device=settings.device, runtime=settings.runtime, cache=settings.runtime_cache,
+            backbone=shared,
+        )  # fmt: skip
     artifact.require(encoder.fingerprint)
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
     encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))

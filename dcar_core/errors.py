@@ -4,6 +4,7 @@ DcarError
 |- DataError             annotations, galleries and their metadata
 |  `- ImageError         one picture that cannot be read
 |- ModelError            a backbone that is unknown, unsupported or cannot be loaded
+|  `- RuntimeUnavailableError  an encoder runtime that cannot be had here
 |- CheckpointError       trainables that are missing, broken or belong to another backbone
 |- TrainingError         a run that cannot start, or cannot go on from the state it finds
 |  `- DivergedError      its loss is no number any more
@@ -29,6 +30,10 @@ class ImageError(DataError):
 
 class ModelError(DcarError):
     """The backbone is unknown, unsupported or cannot be loaded."""
+
+
+class RuntimeUnavailableError(ModelError):
+    """An encoder runtime cannot be had here, or its cached export cannot be used; the message is the reason."""
 
 
 class CheckpointError(DcarError):

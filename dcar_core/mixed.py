@@ -2,7 +2,7 @@
 
 - Prompts are inputs: each row brings its encoder's own, so rows of different encoders stand in one batch. The result
   is that of each encoder by itself (tested).
-- Rows go together where their prompts have one shape; others follow in a pass of their own.
+- Rows go together where their prompts have one shape and one runtime runs them; others follow in a pass of their own.
 - What comes after a tower is applied encoder by encoder.
 
 Letters: B rows, k prompt vectors, W a tower's width, n tokens, E joint space.
@@ -14,11 +14,11 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dcar_core.encoder import Encoder
+from dcar_core.runtimes.lengths import batches
+from dcar_core.runtimes.protocol import Prefix
 
 Vectors = NDArray[np.float32]
 
@@ -48,70 +48,58 @@ class ImageRow:
     pixels: NDArray[np.uint8]
 
 
-@torch.inference_mode()
 def encode_text_rows(rows: Sequence[TextRow]) -> Vectors:
     """float32 (B, E), L2-normalised. All encoders must share one backbone."""
     first = rows[0].encoder
     if all(row.encoder is first and row.weights is None for row in rows):
         return first.encode_text([row.text for row in rows])
-    return _in_groups(rows, _text_prompts, _encode_texts)
+    return _in_groups(rows, lambda encoder: encoder.domain.prefix.shape, _encode_texts)
 
 
-@torch.inference_mode()
 def encode_image_rows(rows: Sequence[ImageRow]) -> Vectors:
     """float32 (B, E), L2-normalised. All encoders must share one backbone."""
     first = rows[0].encoder
     if all(row.encoder is first for row in rows):
         return first.encode_pixels(np.stack([row.pixels for row in rows]))
-    return _in_groups(rows, _image_prompts, _encode_images)
+    return _in_groups(rows, _image_shape, _encode_images)
 
 
-def _encode_texts(rows: Sequence[TextRow]) -> Tensor:
+@torch.inference_mode()
+def _encode_texts(rows: Sequence[TextRow]) -> Vectors:
     backbone = rows[0].encoder.model.backbone
     tokens = backbone.tokenize([row.text for row in rows], rows[0].encoder.model.room)  # [B, n]
     weights = torch.ones(tokens.shape, device=tokens.device)
-    for _, places in _by_encoder(rows):
-        model = rows[places[0]].encoder.model
-        if (
-            model.config.reweight.query == "predicted"
-            and (predicted := model.predicted_weights(tokens[places])) is not None
-        ):
+    for encoder, places in _by_encoder(rows):
+        if (predicted := encoder.domain.query_weights(tokens[places])) is not None:
             weights[places] = predicted
     for place, row in enumerate(rows):
         if row.weights is not None:
             weights[place] = 1
             weights[place, : len(row.weights)] = torch.from_numpy(row.weights).to(weights.device)
-    features = F.normalize(backbone.encode_text(tokens, _stacked(rows, _text_prompts), weights), dim=-1)
+    given, factors = tokens[:, 1:].cpu().numpy(), weights[:, 1:].float().cpu().numpy()
+    lengths = given.argmax(-1) + 1
+    out = np.empty((len(rows), rows[0].encoder.dim), np.float32)
+    for part in batches(lengths, len(rows)):
+        n = int(lengths[part[-1]])
+        prefix = Prefix.rows([rows[place].encoder.domain.prefix for place in part])
+        out[part] = rows[0].encoder.runtime.text(given[part, :n], factors[part, :n], prefix)
     for encoder, places in _by_encoder(rows):
-        features[places] = encoder.model.adapt_text(features[places])
-    return features
+        out[places] = encoder.domain.finish_text(out[places])
+    return out
 
 
-def _encode_images(rows: Sequence[ImageRow]) -> Tensor:
-    backbone = rows[0].encoder.model.backbone
-    pixels = torch.from_numpy(backbone.preprocess.normalize(np.stack([row.pixels for row in rows])))
-    features = backbone.encode_image(pixels.to(backbone.device), _stacked(rows, _image_prompts))
-    features = F.normalize(features, dim=-1)
+def _encode_images(rows: Sequence[ImageRow]) -> Vectors:
+    each = [prompts for row in rows if (prompts := row.encoder.domain.image_prompts) is not None]
+    pixels = np.stack([row.pixels for row in rows])
+    out = rows[0].encoder.runtime.image(pixels, np.concatenate(each, 1) if each else None)
     for encoder, places in _by_encoder(rows):
-        features[places] = encoder.model.adapt_image(features[places])
-    return features
+        out[places] = encoder.domain.finish_image(out[places])
+    return out
 
 
-def _text_prompts(encoder: Encoder) -> Tensor | None:
-    prompts = encoder.model.prompts
-    return None if prompts is None else prompts.text_prompts()
-
-
-def _image_prompts(encoder: Encoder) -> Tensor | None:
-    prompts = encoder.model.prompts
-    return None if prompts is None else prompts.image_prompts()
-
-
-def _stacked(rows: Sequence[R], prompts_of: Callable[[Encoder], Tensor | None]) -> Tensor | None:
-    """(depth, B, k, W), row by row; None when no row has prompts."""
-    known = {id(encoder): prompts_of(encoder) for encoder, _ in _by_encoder(rows)}
-    each = [prompts for row in rows if (prompts := known[id(row.encoder)]) is not None]
-    return torch.stack(each, 1) if each else None
+def _image_shape(encoder: Encoder) -> Hashable:
+    prompts = encoder.domain.image_prompts
+    return None if prompts is None else prompts.shape
 
 
 def _by_encoder(rows: Sequence[R]) -> list[tuple[Encoder, list[int]]]:
@@ -122,13 +110,12 @@ def _by_encoder(rows: Sequence[R]) -> list[tuple[Encoder, list[int]]]:
 
 
 def _in_groups(
-    rows: Sequence[R], prompts_of: Callable[[Encoder], Tensor | None], encode: Callable[[Sequence[R]], Tensor]
+    rows: Sequence[R], shape_of: Callable[[Encoder], Hashable], encode: Callable[[Sequence[R]], Vectors]
 ) -> Vectors:
     groups: dict[Hashable, list[int]] = {}
     for encoder, places in _by_encoder(rows):
-        prompts = prompts_of(encoder)
-        groups.setdefault(None if prompts is None else tuple(prompts.shape), []).extend(places)
+        groups.setdefault((id(encoder.runtime), shape_of(encoder)), []).extend(places)
     out = np.empty((len(rows), rows[0].encoder.dim), np.float32)
     for places in groups.values():
-        out[places] = encode([rows[place] for place in places]).float().cpu().numpy()
+        out[places] = encode([rows[place] for place in places])
     return out

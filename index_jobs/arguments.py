@@ -1,6 +1,7 @@
 """The command line of `python -m index_jobs.rebuild`, written to teach."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--pixel-cache", type=Path, metavar="DIR",
         help="keep decoded pictures there, for the next rebuild; 150 KB a picture at 224 pixels",
+    )  # fmt: skip
+    add(
+        "--runtime", default=os.environ.get("DCAR_RUNTIME") or "auto",
+        help="what runs the encoder: auto (the fastest that is right here, measured once), torch, openvino-bf16, .. "
+        "(default: %(default)s, from DCAR_RUNTIME)",
     )  # fmt: skip
     add(
         "--shard-rows", type=_at_least(1), default=1024, metavar="N",

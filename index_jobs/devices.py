@@ -37,15 +37,16 @@ class ImageEncoder(Protocol):
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> Floats: ...
 
 
-def load_encoders(checkpoint: Path, device: str, *, exact: bool = False) -> list["Encoder"]:
+def load_encoders(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list["Encoder"]:
     """The lanes of `forward`: an encoder for each device, twice where it is a GPU.
 
     Args:
         device: "auto" for every GPU, or what else there is; or devices by name with commas between: cuda:0,cuda:1.
         exact: pictures to pixels as open_clip does it, bit for bit.
+        runtime: what runs the encoder, as `Encoder.load` takes it.
 
     Raises:
-        CheckpointError, ModelError: the model cannot be loaded, or a device is not there.
+        CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device is not there.
     """
     import torch
 
@@ -54,7 +55,7 @@ def load_encoders(checkpoint: Path, device: str, *, exact: bool = False) -> list
     names = [name.strip() for name in device.split(",")]
     if names == ["auto"] and torch.cuda.is_available():
         names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    encoders = [Encoder.load(checkpoint, device=name, exact=exact) for name in names]
+    encoders = [Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime) for name in names]
     on_gpu = any(name.startswith("cuda") for name in names)
     return encoders * 2 if on_gpu else encoders
 

@@ -76,7 +76,7 @@ class Job:
         pairs = gate.pairs_of(gallery, options.validation)
         with publish.writing(self.out) as staging:
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
-            lanes = load_encoders(staging / CHECKPOINT, options.device, exact=options.exact)
+            lanes = load_encoders(staging / CHECKPOINT, options.device, exact=options.exact, runtime=options.runtime)
             encoder = lanes[0]
             if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
                 return self.summary(same)

@@ -69,6 +69,7 @@ class Options:
     exact: pictures to pixels bit for bit as open_clip does it, instead of decoding JPEGs at reduced scale.
     pixel_cache: a directory where decoded pictures are kept, so that the next rebuild need not decode them.
     ray: the address of a Ray cluster to encode on, "auto" or "local"; see `index_jobs.cluster`.
+    runtime: what runs the encoder: "torch", "auto" (the fastest that is right here), or another name; docs/runtimes.md.
     progress: a bar on stderr.
     """
 
@@ -90,4 +91,5 @@ class Options:
     exact: bool = False
     pixel_cache: Path | None = None
     ray: str | None = None
+    runtime: str = "torch"
     progress: bool = True

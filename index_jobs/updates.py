@@ -83,6 +83,7 @@ def add(
     batch_size: int = 64,
     max_failed: float = 0.05,
     device: str = "auto",
+    runtime: str = "torch",
     progress: bool = True,
 ) -> Update:
     """Publish a version with the pictures of another gallery besides those that are there.
@@ -90,7 +91,7 @@ def add(
     Args:
         gallery: a folder, tar or list; see `index_jobs.gallery`.
         replace_known: an item of the gallery takes the place of the one with its id; else such an id is an error.
-        keep, workers, batch_size, max_failed, device, progress: as in `rebuild`.
+        keep, workers, batch_size, max_failed, device, runtime, progress: as in `rebuild`.
 
     Raises:
         DataError: the gallery cannot be used, too many pictures are broken, or an id is known already.
@@ -108,7 +109,7 @@ def add(
                 f"{len(known):,} of the {len(ids):,} pictures of {gallery} have an id that is in the index, the first "
                 f"is {known[0]!r}; --replace puts them in the place of those"
             )
-        lanes = load_encoders(current.checkpoint, device, exact=current.manifest.exact)
+        lanes = load_encoders(current.checkpoint, device, exact=current.manifest.exact, runtime=runtime)
         current.require(lanes[0].fingerprint)
         encoded = encode(
             scanned, lanes, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,

@@ -1,7 +1,10 @@
 """A tiny real CLIP, checkpoints on it, and a small gallery: everything else in the tests is the real thing too."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -28,6 +31,11 @@ TINY = {
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash", "size": [32, 32]},
 }
+
+# What `auto` would measure and export belongs into no user's cache, and most tests are not about it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dcar-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+os.environ.setdefault("DCAR_RUNTIME", "torch")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from app.cli import datasets, indexing, keys, serving, training
+from app.cli import benchmarking, datasets, indexing, keys, serving, training
 from dcar_core.errors import DcarError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(training.commands)
 app.add_typer(datasets.commands, name="data")
 app.add_typer(indexing.commands, name="index")
 app.add_typer(serving.commands)
+app.add_typer(benchmarking.commands)
 app.add_typer(keys.commands)
 
 

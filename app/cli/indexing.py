@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli.options import Checkpoint, Device, Gallery, Out
+from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime
 from index_jobs.arguments import parse_size
 
 commands = typer.Typer(help="Build, update, list, verify and roll back published indexes.", no_args_is_help=True)
@@ -33,6 +33,7 @@ def index_build(
     exact: Annotated[bool, typer.Option(help="Decode JPEGs whole, bit for bit as open_clip does.")] = False,
     pixel_cache: Annotated[Path | None, typer.Option(help="Keep decoded pictures there for the next build.")] = None,
     ray: Annotated[str | None, typer.Option(help="Encode on a Ray cluster: its address, auto, or local.")] = None,
+    runtime: Runtime = "auto",
     validation: Annotated[Path | None, typer.Option(help="Data whose val pairs compare with what is served.")] = None,
     margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = 0.02,
     force: Annotated[bool, typer.Option(help="Publish even if nothing changed, or if it ranks worse.")] = False,
@@ -43,7 +44,7 @@ def index_build(
     found = rebuild(
         gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall, workers=workers,
         batch_size=batch_size, keep=keep, max_failed=max_failed, device=device, exact=exact, pixel_cache=pixel_cache,
-        ray=ray, validation=validation, margin=margin, force=force,
+        ray=ray, runtime=runtime, validation=validation, margin=margin, force=force,
     )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")
@@ -97,13 +98,14 @@ def index_add(
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
     max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
     device: Device = "auto",
+    runtime: Runtime = "auto",
 ) -> None:
     """Publish a version with another gallery's pictures besides those that are there, without a rebuild."""
     from index_jobs.updates import add
 
     found = add(
         index, gallery, replace_known=replace, workers=workers, batch_size=batch_size, keep=keep,
-        max_failed=max_failed, device=device,
+        max_failed=max_failed, device=device, runtime=runtime,
     )  # fmt: skip
     what = f"{found.added:,} added" + (f", {found.removed:,} of them replaced" if found.removed else "")
     typer.echo(f"{index}: version {found.version}, {found.count:,} pictures ({what}, {found.failed} broken)")

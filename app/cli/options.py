@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
+
 Data = Annotated[
     Path,
     typer.Option(help="Directory with train.json, val.json, test.json in FDRD's form, or a table; see docs/data.md."),
@@ -19,6 +21,13 @@ Pretrained = Annotated[
 Images = Annotated[Path | None, typer.Option(help="Where the pictures are, when not beside the annotations.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that are missing or broken.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        envvar="DCAR_RUNTIME",
+        help="What runs the encoder: auto (the fastest that is right here, measured once), torch, openvino-bf16, ..",
+    ),
+]
 Epochs = Annotated[int, typer.Option(min=1)]
 BatchSize = Annotated[int, typer.Option(min=2)]
 Patience = Annotated[

@@ -7,12 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli.options import Device, IndexDir
+from app.cli.options import EXAMPLES, Device, IndexDir, Runtime
 from dcar_core.errors import DcarError
 
 commands = typer.Typer()
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
 
 @commands.command()
@@ -20,12 +18,15 @@ def serve(
     index: Annotated[Path | None, typer.Option(help="Directory of a published index [DCAR_INDEX].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [DCAR_HOST].")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="[DCAR_PORT]")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="What runs the encoder: auto, torch, openvino-bf16, .. [DCAR_RUNTIME]")
+    ] = None,
 ) -> None:
     """Serve an index over HTTP, with a search page at / and the API's documentation at /docs.
 
     Every setting can come from the environment: DCAR_REDIS_URL, DCAR_ADMIN_KEY, DCAR_MAX_UPLOAD_BYTES, ...
     """
-    _serve(index=index, host=host, port=port)
+    _serve(index=index, host=host, port=port, runtime=runtime)
 
 
 @commands.command()
@@ -73,6 +74,7 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     domain: Annotated[str, typer.Option(help="twemoji or openmoji.")] = "twemoji",
     data: Annotated[Path, typer.Option(help="Where the demo keeps its index.")] = Path("data"),
+    runtime: Runtime = "auto",
 ) -> None:
     """Index the bundled emoji gallery (once) and serve it."""
     from app.server import require_free_port
@@ -86,7 +88,7 @@ def demo(
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {known}")
     require_free_port(host, port)
     index = data / "index" / domain
-    found = rebuild(example, example / "checkpoint", index)
+    found = rebuild(example, example / "checkpoint", index, runtime=runtime)
     state = "already indexed" if found.reused else f"indexed in {found.seconds:.0f} s"
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
@@ -99,7 +101,7 @@ def demo(
         f"Stop with Ctrl-C.\n"
     )
     sys.stdout.flush()
-    _serve(index=index, host=host, port=port)
+    _serve(index=index, host=host, port=port, runtime=runtime)
 
 
 def _serve(**given: object) -> None:

@@ -1,0 +1,42 @@
+"""What this processor can do, by the names that the operating system gives its instructions."""
+
+from functools import cache
+from pathlib import Path
+
+# Any one of them will do. The first group is x86's, the second Arm's.
+_NEEDED = {
+    "bf16": ({"avx512_bf16", "amx_bf16"}, {"bf16"}),
+    "int8": ({"avx512_vnni", "avx_vnni", "amx_int8"}, {"i8mm", "asimddp"}),
+}
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@cache
+def instructions() -> frozenset[str]:
+    """The processor's instruction sets; empty where the system does not tell."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    found = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
+    return frozenset(next(found, "").split())
+
+
+@cache
+def processor() -> str:
+    """What distinguishes this processor from another one, for remembering what was measured on it."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{model} {'+'.join(sorted(each for each in _NEEDED if lacks(each) is None))}"
+
+
+def lacks(kind: str) -> str | None:
+    """Why this processor cannot compute in "bf16" or "int8" by itself; None when it can."""
+    needed = _NEEDED[kind]
+    if any(group & instructions() for group in needed):
+        return None
+    names = ", ".join(sorted(needed[0] | needed[1]))
+    return f"this processor has no {kind} instructions ({names})"

@@ -1,0 +1,73 @@
+"""PyTorch as a runtime: as it is, with converted weights, or compiled; on the processor or on a GPU."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dcar_core.backbone import Backbone
+from dcar_core.runtimes.protocol import Floats, Prefix
+from dcar_core.runtimes.towers import ImageTower, TextTower, converted
+
+
+class PlainRuntime:
+    """The backbone's own encoders, for blocks that `towers` does not know."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.name = "torch"
+        self._backbone = backbone
+
+    @torch.inference_mode()
+    def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
+        backbone = self._backbone
+        start = backbone.tokenize([""])[0, :1].expand(len(tokens), 1)
+        whole = torch.cat([start, self._given(tokens)], 1)  # [B, 1 + n]
+        factors = torch.cat([torch.ones_like(start, dtype=torch.float32), self._given(weights)], 1)
+        prompts = None if prefix.prompts is None else self._given(prefix.prompts)
+        return _floats(backbone.encode_text(whole, prompts, factors))
+
+    @torch.inference_mode()
+    def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
+        batch = self._given(self._backbone.preprocess.normalize(pixels))
+        return _floats(self._backbone.encode_image(batch, None if prompts is None else self._given(prompts)))
+
+    def _given(self, values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(self._backbone.device)
+
+
+class TowerRuntime:
+    """The towers, with weights of a type; optionally compiled, which takes seconds for each new shape."""
+
+    def __init__(
+        self, name: str, text: TextTower, image: ImageTower, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
+        self.name = name
+        self._device, self._dtype = text.mask.device, dtype
+        same = dtype == torch.float32
+        self._text: nn.Module = text if same else converted(text, dtype)
+        self._image: nn.Module = image if same else converted(image, dtype)
+        if compiled:
+            # On a GPU, graphs of the kernels spare most of the launching; shapes are then few, see `_rounded`.
+            mode = "reduce-overhead" if self._device.type == "cuda" else "default"
+            self._text.compile(dynamic=self._device.type != "cuda", mode=mode)
+            self._image.compile(dynamic=self._device.type != "cuda", mode=mode)
+
+    @torch.inference_mode()
+    def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
+        keys, values = self._halved(prefix.keys), self._halved(prefix.values)
+        return _floats(self._text(self._given(tokens), self._halved(weights), keys, values))
+
+    @torch.inference_mode()
+    def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
+        given = self._given(pixels)
+        return _floats(self._image(given) if prompts is None else self._image(given, self._halved(prompts)))
+
+    def _given(self, values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def _halved(self, values: Floats) -> Tensor:
+        return self._given(values).to(self._dtype)
+
+
+def _floats(features: Tensor) -> Floats:
+    return features.float().cpu().numpy()

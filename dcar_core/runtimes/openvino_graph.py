@@ -1,0 +1,83 @@
+"""OpenVINO: the towers converted once, then compiled for this processor in float32, bfloat16 or int8.
+
+- float32 and bfloat16 are one export: the type is a hint at compilation. int8 is one of its own, see `calibration`.
+- Shapes are dynamic; a few kernels are built when a shape comes for the first time.
+"""
+
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
+from dcar_core.runtimes.protocol import Floats, Prefix
+from dcar_core.runtimes.towers import ImageTower, TextTower, example_inputs
+
+TEXT, IMAGE = "text.xml", "image.xml"
+
+
+def library() -> Any:
+    """The module.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError("the runtime openvino", "openvino") from None
+    return openvino
+
+
+def version() -> str:
+    """Of the library and of what it converts from; an export belongs to both."""
+    return f"{library().__version__.split('-')[0]} torch {torch.__version__.split('+')[0]}"
+
+
+def write(directory: Path, text: TextTower, image: ImageTower) -> None:
+    """Convert and save both towers, weights in float32."""
+    openvino = library()
+    for name, tower in ((TEXT, text), (IMAGE, image)):
+        inputs, shapes = example_inputs(tower)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # remarks of the tracer on its own future
+            model = openvino.convert_model(
+                tower, example_input=inputs, input=[openvino.PartialShape(s) for s in shapes]
+            )
+        openvino.save_model(model, directory / name, compress_to_fp16=False)
+
+
+class OpenVinoRuntime:
+    """Both towers, compiled. hint: "f32" or "bf16", for whatever is not int8 already."""
+
+    def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
+        openvino = library()
+        self.name = name
+        config = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(threads),
+        }
+        core = openvino.Core()
+        try:
+            self._text = core.compile_model(directory / TEXT, "CPU", config)
+            self._image = core.compile_model(directory / IMAGE, "CPU", config)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeUnavailableError(f"OpenVINO cannot compile the export in {directory}: {reason}") from error
+        self._turn = threading.Lock()
+
+    def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
+        with self._turn:
+            result: Floats = self._text([tokens, weights, prefix.keys, prefix.values])[0]
+            return result.copy()  # it is the library's own memory, written again by the next call
+
+    def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
+        with self._turn:
+            result: Floats = self._image([pixels] if prompts is None else [pixels, prompts])[0]
+            return result.copy()

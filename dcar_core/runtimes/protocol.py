@@ -1,0 +1,65 @@
+"""What a runtime is: the two frozen towers, tensors of whole batches in, features out. And what a domain gives to it.
+
+A runtime belongs to a backbone and knows no domain: prompts and token weights are inputs, adapters come after it.
+
+Letters as in `towers`: B batch, n tokens without SOS, p = 1 + k length of the prefix, R = 1 or B, D blocks, H heads,
+d width of a head, W_v width, E joint space, S side in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """What stands before a caption, SOS and the text prompts, as every block's keys and values.
+
+    keys, values: (D, R, H, p, d). prompts: (depth, R, k, W_t) or None, for a runtime that cannot take the former.
+    """
+
+    keys: Floats
+    values: Floats
+    prompts: Floats | None
+
+    @property
+    def length(self) -> int:
+        return int(self.keys.shape[3])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What must be equal in one batch: the length, and for a runtime that takes prompts, how they are shaped."""
+        return (self.length,) if self.keys.size or self.prompts is None else self.prompts.shape
+
+    @staticmethod
+    def rows(prefixes: Sequence["Prefix"]) -> "Prefix":
+        """One prefix for each row of a batch; all of one shape."""
+        first = prefixes[0]
+        if all(each is first for each in prefixes):
+            return first
+        stacked = [each.prompts for each in prefixes if each.prompts is not None and not each.keys.size]
+        return Prefix(
+            np.concatenate([each.keys for each in prefixes], 1),
+            np.concatenate([each.values for each in prefixes], 1),
+            np.concatenate(stacked, 1) if stacked else None,
+        )
+
+
+class Runtime(Protocol):
+    """May be used by one thread at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
+        """tokens (B, n) without SOS, weights (B, n) -> text features (B, E), not normalised."""
+        ...
+
+    def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
+        """pixels (B, 3, S, S), prompts (depth, R, k, W_v) -> image features (B, E), not normalised."""
+        ...

@@ -1,0 +1,166 @@
+"""The runtimes by name, what each needs, and how one is opened for a model.
+
+A runtime belongs to a backbone: encoders that share one share it as well, so that their queries can share a batch.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dcar_core.backbone import Backbone
+from dcar_core.errors import RuntimeUnavailableError
+from dcar_core.runtimes import capabilities
+from dcar_core.runtimes.exports import ExportKey, exported
+from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.towers import ImageTower, TextTower
+
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """needs: "bf16" or "int8" of the processor. on: where it runs. live: has no export on disk."""
+
+    name: str
+    precision: Precision
+    about: str
+    on: Literal["any", "cpu", "cuda"] = "cpu"
+    needs: Literal["bf16", "int8"] | None = None
+    extra: str | None = None
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("torch", "fp32", "PyTorch, float32", "any"),
+        Kind("torch-bf16", "bf16", "PyTorch, bfloat16 weights", needs="bf16"),
+        Kind("torch-compile", "bf16", "PyTorch, bfloat16 weights, compiled at start", needs="bf16"),
+        Kind("onnx", "fp32", "ONNX Runtime, float32", extra="onnx"),
+        Kind("onnx-int8", "int8", "ONNX Runtime, int8 with ranges taken from each batch", needs="int8", extra="onnx"),
+        Kind("openvino", "fp32", "OpenVINO, float32", extra="openvino"),
+        Kind("openvino-bf16", "bf16", "OpenVINO, bfloat16", needs="bf16", extra="openvino"),
+        Kind("openvino-int8", "int8", "OpenVINO, int8 calibrated on your data", needs="int8", extra="openvino"),
+        Kind("cuda-fp16", "fp16", "PyTorch on a GPU, float16, CUDA graphs", "cuda"),
+        Kind("cuda-bf16", "bf16", "PyTorch on a GPU, bfloat16, CUDA graphs", "cuda"),
+    )
+}
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a runtime is opened for. backbone_hash: as `Backbone.content_hash`; depth: of the image prompts."""
+
+    backbone: Backbone
+    backbone_hash: str
+    depth: int
+    fingerprint: str
+    cache: Path
+
+    def key(self, runtime: str, library: str, *, calibrated: bool = False) -> ExportKey:
+        mark = self.fingerprint if calibrated else ""
+        return ExportKey(runtime, self.backbone_hash, self.depth, library, mark)
+
+
+def require_known(name: str) -> None:
+    """
+    Raises:
+        RuntimeUnavailableError: there is no such runtime; the message lists those that exist.
+    """
+    if name != AUTO and name not in KINDS:
+        raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(KINDS)}")
+
+
+_open: "weakref.WeakKeyDictionary[Backbone, dict[str, Runtime]]" = weakref.WeakKeyDictionary()
+
+
+def open_runtime(name: str, target: Target) -> Runtime:
+    """A runtime by name; the one that is open for this backbone already, if there is one.
+
+    Raises:
+        RuntimeUnavailableError: it cannot be had here; the message is the reason.
+        MissingExtraError: an optional dependency is not installed.
+    """
+    require_known(name)
+    kind, opened = KINDS[name], _open.setdefault(target.backbone, {})
+    device = target.backbone.device.type
+    if kind.on not in ("any", device):
+        where = "a GPU (--device cuda)" if kind.on == "cuda" else "the processor (--device cpu)"
+        raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
+    if kind.needs is not None and (reason := capabilities.lacks(kind.needs)):
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {reason}")
+    depth = target.depth if kind.extra else "any"
+    key = f"{name} {depth} {target.fingerprint if name == 'openvino-int8' else ''}"
+    if key not in opened:
+        opened[key] = _OPENERS[name.partition("-")[0]](kind, target)
+    return opened[key]
+
+
+def towers(target: Target) -> tuple[TextTower, ImageTower]:
+    """
+    Raises:
+        RuntimeUnavailableError: the backbone's blocks are of a kind that only `torch` runs.
+    """
+    return TextTower(target.backbone).eval(), ImageTower(target.backbone, target.depth).eval()
+
+
+def _open_torch(kind: Kind, target: Target) -> Runtime:
+    from dcar_core.runtimes.eager import PlainRuntime, TowerRuntime
+
+    try:
+        text, image = towers(target)
+    except RuntimeUnavailableError:
+        if kind.name != "torch":
+            raise
+        return PlainRuntime(target.backbone)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind.precision, torch.float32)
+    compiled = kind.name == "torch-compile" or kind.on == "cuda"
+    return TowerRuntime(kind.name, text, image, dtype, compiled=compiled)
+
+
+def _open_openvino(kind: Kind, target: Target) -> Runtime:
+    from dcar_core.runtimes import openvino_graph as graph
+
+    version = graph.version()
+    int8 = kind.precision == "int8"
+    if int8:
+        directory = _calibrated(kind, target, version)
+    else:
+        directory = exported(
+            target.key("openvino", version), target.cache, lambda path: graph.write(path, *towers(target))
+        )
+    hint = "bf16" if capabilities.lacks("bf16") is None and kind.precision != "fp32" else "f32"
+    return graph.OpenVinoRuntime(kind.name, directory, hint=hint, threads=torch.get_num_threads())
+
+
+def _calibrated(kind: Kind, target: Target, version: str) -> Path:
+    key = target.key(kind.name, version, calibrated=True)
+    if not key.directory(target.cache).is_dir():
+        raise RuntimeUnavailableError(
+            f"the runtime {kind.name} must first be calibrated on your pictures and captions: "
+            f"dcar benchmark --checkpoint DIR --data PATH"
+        )
+    return exported(key, target.cache, None)
+
+
+def _open_onnx(kind: Kind, target: Target) -> Runtime:
+    from dcar_core.runtimes import onnx_graph as graph
+
+    version = graph.version()
+    directory = exported(target.key("onnx", version), target.cache, lambda path: graph.write(path, *towers(target)))
+    if kind.precision == "int8":
+        exact = directory
+        directory = exported(target.key(kind.name, version), target.cache, lambda path: graph.write_int8(path, exact))
+    return graph.OnnxRuntime(kind.name, directory, threads=torch.get_num_threads())
+
+
+_OPENERS: dict[str, Callable[[Kind, Target], Runtime]] = {
+    "torch": _open_torch,
+    "cuda": _open_torch,
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+}

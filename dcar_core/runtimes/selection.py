@@ -1,0 +1,166 @@
+"""`auto`: the fastest runtime that is right on this machine. It measures, and does not guess.
+
+- The first time, what is installed and can be had without the user's data is exported and measured, and the ranking is
+  remembered by processor, threads and library versions. `dcar benchmark` measures more and remembers it in the same
+  place; only there can int8 enter, since it must also keep the recall.
+- At every start the chosen one must still give the vectors of PyTorch in float32, on a small probe.
+- What cannot be used any more is skipped with one warning that names the reason; `torch` is always left.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcar_core.domain import Domain
+from dcar_core.errors import DcarError, MissingExtraError
+from dcar_core.runtimes import capabilities
+from dcar_core.runtimes.exports import GRAPHS
+from dcar_core.runtimes.proof import Probe, prove, reference
+from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.registry import AUTO, KINDS, Target, open_runtime
+from dcar_core.runtimes.trial import Trial, try_out
+
+log = logging.getLogger(__name__)
+
+_LIBRARIES = ("torch", "openvino", "onnxruntime")
+FALLBACK = "torch"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Runtimes, best first, without those that were wrong, and the libraries that were there."""
+
+    names: tuple[str, ...]
+    libraries: dict[str, str]
+    trials: tuple[Trial, ...]
+
+
+def load_runtime(name: str, domain: Domain, target: Target) -> Runtime:
+    """A runtime by name, or the best by `auto`.
+
+    Raises:
+        RuntimeUnavailableError, MissingExtraError: one that was asked for by name cannot be had; never for `auto`.
+    """
+    return open_runtime(name, target) if name != AUTO else _best(domain, target)
+
+
+def _best(domain: Domain, target: Target) -> Runtime:
+    probe = Probe.synthetic(target.backbone.preprocess.size)
+    wanted = reference(domain, probe)
+    ranking = remembered(target) or measure(domain, target, probe, candidates(target))
+    for i, name in enumerate(ranking.names):
+        following = ranking.names[i + 1] if i + 1 < len(ranking.names) else FALLBACK
+        try:
+            runtime = open_runtime(name, target)
+            if (proof := prove(domain, runtime, probe, wanted)).holds:
+                return runtime
+            reason = f"its vectors are not those of float32 here: {proof}"
+        except DcarError as error:
+            reason = str(error)
+        if name != FALLBACK:
+            log.warning("the runtime %s, the fastest here, is not used: %s; using %s instead", name, reason, following)
+    return open_runtime(FALLBACK, target)
+
+
+def candidates(target: Target) -> list[str]:
+    """What `auto` may try by itself: no int8, nothing that compiles for minutes, nothing that is not installed."""
+    installed = _libraries()
+    if target.backbone.device.type == "cuda":
+        return ["torch", "cuda-fp16", "cuda-bf16"]
+    if target.backbone.device.type != "cpu":
+        return ["torch"]
+    fast = capabilities.lacks("bf16") is None
+    names = ["torch", "torch-bf16"] if fast else ["torch"]
+    if "openvino" in installed:
+        names.append("openvino-bf16" if fast else "openvino")
+    elif "onnxruntime" in installed:
+        names.append("onnx")
+    return names
+
+
+def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) -> Ranking:
+    """Try runtimes out and remember their ranking; what cannot be had is left out, with a warning."""
+    wanted, trials = reference(domain, probe), []
+    for name in names:
+        try:
+            trials.append(try_out(domain, open_runtime(name, target), probe, wanted))
+        except MissingExtraError as error:
+            log.info("the runtime %s is not tried: %s", name, error)
+        except DcarError as error:
+            log.warning("the runtime %s is not tried: %s", name, error)
+    ranking = rank(trials)
+    remember(target, ranking)
+    log.info("runtimes here, best first: %s", ", ".join(ranking.names))
+    return ranking
+
+
+def rank(trials: Iterable[Trial]) -> Ranking:
+    """Best first; those whose vectors are wrong are left out."""
+    kept = tuple(sorted(trials, key=lambda trial: -trial.score))
+    return Ranking(tuple(trial.name for trial in kept if trial.holds), _libraries(), kept)
+
+
+def remember(target: Target, ranking: Ranking) -> None:
+    """Write a ranking for later starts; a cache that cannot be written costs them the measuring, nothing else."""
+    path = _path(target, target.fingerprint if any("int8" in name for name in ranking.names) else "")
+    content = {
+        **_circumstances(),
+        "libraries": ranking.libraries,
+        "best_first": ranking.names,
+        "trials": [trial.to_dict() for trial in ranking.trials],
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(path)
+    except OSError as error:
+        log.warning("what was measured cannot be remembered in %s: %s", path.parent, error.strerror or error)
+
+
+def remembered(target: Target) -> Ranking | None:
+    """What an earlier start or `dcar benchmark` measured here; None when circumstances have changed since."""
+    for fingerprint in (target.fingerprint, ""):
+        path = _path(target, fingerprint)
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            names = tuple(name for name in content["best_first"] if name in KINDS)
+            libraries = dict(content["libraries"])
+            same = all(content.get(name) == value for name, value in _circumstances().items())
+            trials = tuple(Trial(**trial) for trial in content["trials"])
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read (%s), so the runtimes are measured again", path, error)
+            continue
+        now = _libraries()
+        # A library that is gone keeps the ranking: its runtime is then skipped with a warning.
+        if same and names and all(libraries.get(name) == now[name] for name in now):
+            return Ranking(names, libraries, trials)
+    return None
+
+
+def _path(target: Target, fingerprint: str) -> Path:
+    device = target.backbone.device.type
+    name = f"{target.backbone_hash[:16]}_d{target.depth}_{device}_{torch.get_num_threads()}"
+    return target.cache / "rankings" / (f"{name}_{fingerprint[:16]}.json" if fingerprint else f"{name}.json")
+
+
+def _circumstances() -> dict[str, Any]:
+    return {"graphs": GRAPHS, "processor": capabilities.processor(), "threads": torch.get_num_threads()}
+
+
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,193 @@
+"""What a runtime can lack: an error when it was asked for by name, one warning and another runtime with `auto`."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
+from dcar_core.runtimes import capabilities, selection
+
+pytest.importorskip("openvino", reason="needs the extra [openvino]")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which `auto` remembers OpenVINO as the fastest."""
+    cache = tmp_path_factory.mktemp("measured")
+    Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=cache)
+    (path,) = (cache / "rankings").glob("*.json")
+    content = json.loads(path.read_text())
+    content["best_first"] = [NAME, "torch"]
+    path.write_text(json.dumps(content))
+    return cache
+
+
+@pytest.fixture
+def chosen(measured: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break. Each load has a backbone of its own, so exports are opened as at a start."""
+    return shutil.copytree(measured, tmp_path / "cache")
+
+
+NAME = "openvino" if capabilities.lacks("bf16") else "openvino-bf16"
+
+
+def auto(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, list[str]]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "dcar_core"):
+        encoder = Encoder.load(checkpoint, device="cpu", runtime="auto", cache=cache)
+    assert encoder.encode_text(["a red square"]).shape == (1, 32)
+    return encoder.runtime.name, [record.getMessage() for record in caplog.records]
+
+
+def by_name(checkpoint: Path, cache: Path, name: str = NAME) -> Encoder:
+    return Encoder.load(checkpoint, device="cpu", runtime=name, cache=cache)
+
+
+def export(cache: Path) -> Path:
+    (found,) = (path for path in (cache / "exports").iterdir() if path.is_dir())
+    return found
+
+
+def test_all_is_well(tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert auto(tiny_checkpoint, chosen, caplog) == (NAME, [])
+    assert by_name(tiny_checkpoint, chosen).runtime.name == NAME
+
+
+def test_an_unknown_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"no runtime is named 'tensorrt'; there are: auto, torch, "):
+        by_name(tiny_checkpoint, tmp_path, "tensorrt")
+
+
+def test_a_missing_extra(
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it does when it is not installed
+    monkeypatch.setattr(selection, "_LIBRARIES", ("torch",))
+    name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+    assert name == "torch"
+    assert "pip install 'dcar[openvino]'; using torch instead" in warning
+    with pytest.raises(MissingExtraError, match=r"dcar\[openvino\]"):
+        by_name(tiny_checkpoint, chosen)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("backbone", "0" * 64, "is of backbone 000000000000, not"),
+        ("library", "openvino 2019.1", "is of library openvino 2019.1, not"),
+        ("graphs", 0, "is of graphs 0, not"),
+    ],
+)
+def test_an_export_of_something_else(
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, field: str, value: object, reason: str
+) -> None:
+    path = export(chosen) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+    assert name == "torch"
+    assert reason in warning
+    with pytest.raises(RuntimeUnavailableError, match=f"{reason}.*delete .* made again"):
+        by_name(tiny_checkpoint, chosen)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "gone", "no manifest", "no json"])
+def test_a_corrupted_export(tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+    weights, manifest = export(chosen) / "text.bin", export(chosen) / "manifest.json"
+    if fault == "flipped":
+        content = bytearray(weights.read_bytes())
+        content[1000] ^= 1
+        weights.write_bytes(content)
+    elif fault == "gone":
+        weights.unlink()
+    elif fault == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text("{")
+    name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+    assert name == "torch"
+    assert "corrupted" in warning or "no readable manifest.json" in warning
+    with pytest.raises(RuntimeUnavailableError, match=r"delete .* made again"):
+        by_name(tiny_checkpoint, chosen)
+
+
+def test_a_processor_without_the_instructions(
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = capabilities.processor()
+    monkeypatch.setattr(capabilities, "processor", lambda: processor)  # as if the ranking came with this machine
+    monkeypatch.setattr(capabilities, "instructions", lambda: frozenset({"avx2"}))
+    with pytest.raises(RuntimeUnavailableError, match=r"no bf16 instructions \(.*avx512_bf16"):
+        by_name(tiny_checkpoint, chosen, "openvino-bf16")
+    if NAME == "openvino-bf16":
+        name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+        assert name == "torch"
+        assert "this processor has no bf16 instructions" in warning
+
+
+def test_a_model_whose_export_fails(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("aten::something is not supported\nand a long story")
+
+    monkeypatch.setattr(openvino, "convert_model", fails)
+    name, warnings = auto(tiny_checkpoint, tmp_path, caplog)
+    assert name.startswith("torch")
+    reason = "this model cannot be exported for openvino: aten::something is not supported"
+    assert [warning for warning in warnings if reason in warning] == warnings
+    with pytest.raises(RuntimeUnavailableError, match=reason):
+        by_name(tiny_checkpoint, tmp_path)
+    assert [path.name for path in (tmp_path / "exports").iterdir() if path.is_dir()] == []
+
+
+def test_a_cache_that_cannot_be_written(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    name, warnings = auto(tiny_checkpoint, blocked, caplog)
+    assert name.startswith("torch")
+    assert len(warnings) == 2  # no export, and nothing remembered
+    with pytest.raises(RuntimeUnavailableError, match=r"cannot be used: .* name another directory"):
+        by_name(tiny_checkpoint, blocked)
+
+
+def test_int8_wants_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    if capabilities.lacks("int8"):
+        pytest.skip(str(capabilities.lacks("int8")))
+    with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your pictures and captions: dcar"):
+        by_name(tiny_checkpoint, tmp_path, "openvino-int8")
+
+
+def test_a_runtime_for_another_device(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="cuda-fp16 needs a GPU"):
+        by_name(tiny_checkpoint, tmp_path, "cuda-fp16")
+
+
+def test_auto_never_takes_one_that_is_wrong_here(
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+
+    right = OpenVinoRuntime.text
+    monkeypatch.setattr(OpenVinoRuntime, "text", lambda *given: right(*given)[:, ::-1].copy())
+    name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+    assert name == "torch"
+    assert "its vectors are not those of float32 here: cosine" in warning
+
+
+def test_a_broken_ranking_is_measured_again(
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = (chosen / "rankings").glob("*.json")
+    path.write_text("[]")
+    _, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+    assert "so the runtimes are measured again" in warning
+    assert json.loads(path.read_text())["best_first"]

@@ -1,0 +1,177 @@
+"""Every runtime gives the vectors of PyTorch in float32, with prompts of any number and depth, alone or in company."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dcar_core import Encoder
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig
+from dcar_core.domain import Domain
+from dcar_core.model import DCAR
+from dcar_core.runtimes import capabilities
+from dcar_core.runtimes.calibration import CalibrationData, calibrate
+from dcar_core.runtimes.lengths import PASS, batches
+from dcar_core.runtimes.proof import Probe, prove, reference
+from dcar_core.runtimes.protocol import Prefix
+from dcar_core.runtimes.registry import KINDS, Target, open_runtime
+from dcar_core.runtimes.selection import candidates, load_runtime, measure, remembered
+
+PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
+
+
+def require(extra: str | None) -> None:
+    if extra is None or importlib.util.find_spec(PACKAGES[extra]) is not None:
+        return
+    if os.environ.get("DCAR_REQUIRE_ALL") == "1":
+        pytest.fail(f"the extra [{extra}] is not installed although everything is required")
+    pytest.skip(f"needs the extra [{extra}]")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def moved(model_dir: Path, config: ModelConfig, seed: int = 3) -> Domain:
+    """A domain whose every trainable differs from its start."""
+    torch.manual_seed(seed)
+    model = DCAR(load_backbone(BackboneSource(str(model_dir))), config).eval()
+    with torch.no_grad():
+        for _, parameter in model.trainables():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return Domain(model)
+
+
+def target(domain: Domain, cache: Path, fingerprint: str = "f" * 64) -> Target:
+    backbone = domain.model.backbone
+    return Target(backbone, backbone.content_hash(), domain.depth, fingerprint, cache)
+
+
+PLAIN = ModelConfig(prompt=PromptConfig(length=0))
+DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=AdapterConfig(text=True, image=True))
+DEEP = DEEP.with_query_weights("predicted")
+
+
+@pytest.mark.parametrize("config", [PLAIN, ModelConfig(), DEEP], ids=["plain", "dcar", "deep"])
+@pytest.mark.parametrize("name", ["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
+def test_vectors_are_those_of_the_model(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
+    kind = KINDS[name]
+    require(kind.extra)
+    if kind.needs and capabilities.lacks(kind.needs):
+        pytest.skip(str(capabilities.lacks(kind.needs)))
+    domain = moved(tiny_model, config)
+    probe = Probe.synthetic(32)
+    wanted = reference(domain, probe)
+    proof = prove(domain, open_runtime(name, target(domain, cache)), probe, wanted)
+    assert proof.holds, str(proof)
+    assert min(proof.text, proof.image) > (0.99999 if kind.precision == "fp32" else 0.999)
+
+
+def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
+    """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
+    require("int8")
+    require("openvino")
+    domain = moved(tiny_model, ModelConfig())
+    where, probe = target(domain, cache), Probe.synthetic(32, 24)
+    directory = calibrate(domain, where, CalibrationData(probe.texts, probe.pixels))
+    assert "Fake" in (directory / "text.xml").read_text()
+    proof = prove(domain, open_runtime("openvino-int8", where), probe, reference(domain, probe))
+    assert min(proof.text, proof.image) > 0.98
+
+
+def test_onnx_int8_is_near(tiny_model: Path, cache: Path) -> None:
+    require("onnx")
+    domain = moved(tiny_model, ModelConfig())
+    probe = Probe.synthetic(32)
+    proof = prove(domain, open_runtime("onnx-int8", target(domain, cache)), probe, reference(domain, probe))
+    assert min(proof.text, proof.image) > 0.98
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_rows_of_several_domains_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
+    require(KINDS[name].extra)
+    one, other = moved(tiny_model, ModelConfig(), 1), moved(tiny_model, ModelConfig(), 2)
+    runtime = open_runtime(name, target(one, cache))
+    tokens, weights = one.tokens(["a red square", "a green circle", "a red square"])
+    mixed = runtime.text(tokens, weights, Prefix.rows([one.prefix, other.prefix, other.prefix]))
+    np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.prefix), atol=1e-5)
+    np.testing.assert_allclose(mixed[1:], runtime.text(tokens[1:], weights[1:], other.prefix), atol=1e-5)
+    assert np.abs(mixed[0] - mixed[2]).max() > 0.01
+    assert one.image_prompts is not None
+    assert other.image_prompts is not None
+    pixels = Probe.synthetic(32, 2).pixels
+    both = runtime.image(pixels, np.concatenate([one.image_prompts, other.image_prompts], 1))
+    np.testing.assert_allclose(both[:1], runtime.image(pixels[:1], one.image_prompts), atol=1e-5)
+    np.testing.assert_allclose(both[1:], runtime.image(pixels[1:], other.image_prompts), atol=1e-5)
+
+
+def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path) -> None:
+    require("openvino")
+    domain, longer = moved(tiny_model, ModelConfig()), moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)))
+    assert (domain.prefix.length, longer.prefix.length) == (5, 7)
+    first, second = target(domain, cache), target(longer, cache)
+    assert first.key("openvino", "x").directory(cache) == second.key("openvino", "x").directory(cache)
+    probe = Probe.synthetic(32)
+    assert prove(longer, open_runtime("openvino", first), probe, reference(longer, probe)).holds
+
+
+def test_batches_waste_little() -> None:
+    rng = np.random.default_rng(0)
+    for lengths in (rng.integers(5, 60, 32), rng.integers(5, 60, 300), np.full(10, 7), np.array([3])):
+        groups = batches(lengths, 32)
+        assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+        assert max(map(len, groups)) <= 32
+        cost = sum(PASS + len(group) * lengths[group].max() for group in groups)
+        together = -(-len(lengths) // 32) * PASS + len(lengths) * lengths.max()
+        assert cost <= together
+    assert len(batches(np.array([5, 5, 60]), 32)) == 2
+    assert len(batches(np.full(10, 7), 32)) == 1
+
+
+def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = moved(tiny_model, ModelConfig())
+    where = target(domain, tmp_path)
+    assert remembered(where) is None
+    chosen = load_runtime("auto", domain, where)
+    ranking = remembered(where)
+    assert ranking is not None
+    assert chosen.name == ranking.names[0]
+    assert {trial.name for trial in ranking.trials} == set(candidates(where))
+    assert all(trial.holds and trial.texts_per_s > 0 for trial in ranking.trials)
+    monkeypatch.setattr("dcar_core.runtimes.selection.measure", None)  # a second measurement would fail
+    assert load_runtime("auto", domain, where) is chosen
+
+
+def test_the_encoder_takes_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plain = Encoder.load(tiny_checkpoint, device="cpu")
+    auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=tmp_path)
+    assert plain.runtime.name == "torch"
+    assert auto.fingerprint == plain.fingerprint
+    texts = ["a red square", "a long caption that goes on for a while", ""]
+    assert (auto.encode_text(texts) * plain.encode_text(texts)).sum(1).min() > 0.999
+    pixels = Probe.synthetic(32).pixels
+    assert (auto.encode_pixels(pixels) * plain.encode_pixels(pixels)).sum(1).min() > 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["torch", "cuda-fp16", "cuda-bf16"])
+def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+    wanted = Encoder.load(tiny_checkpoint, device="cpu")
+    given = Encoder.load(tiny_checkpoint, device="cuda", runtime=name, cache=tmp_path)
+    assert (given.encode_text(["a red square"]) * wanted.encode_text(["a red square"])).sum() > 0.999
+
+
+def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = moved(tiny_model, ModelConfig())
+    where = target(domain, tmp_path)
+    runtime = open_runtime("torch-bf16", where) if not capabilities.lacks("bf16") else open_runtime("torch", where)
+    monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
+    ranking = measure(domain, where, Probe.synthetic(32), [runtime.name])
+    assert ranking.names == ()
+    assert not ranking.trials[0].holds
