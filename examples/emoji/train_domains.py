@@ -100,9 +100,10 @@ def card(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="dcar-deep", help="default: %(default)s")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="some of them; default: all")
+    parser.add_argument("--method", default="dcar+", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
@@ -110,8 +111,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.restart:
         shutil.rmtree(args.work, ignore_errors=True)
-    results = {domain: adapt(domain, args) for domain in DOMAINS}
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    file = HERE / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    results |= {domain: adapt(domain, args) for domain in args.domains}
+    file.write_text(json.dumps(results, indent=1) + "\n")
     print(card(results))
 
 
