@@ -9,6 +9,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -175,11 +176,14 @@ def _ray(address: str, workers: int) -> Iterator[None]:
         cores = 1 + max(workers, os.cpu_count() or 1)  # one for Ray Data itself
         own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         own["_node_ip_address"] = "127.0.0.1"  # nobody else is to reach it
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # Ray, and what it starts, write remarks to stdout, which is the summary's alone
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise DcarError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
-    try:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise DcarError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = _BLOCK_BYTES
@@ -187,3 +191,6 @@ def _ray(address: str, workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)

@@ -1,0 +1,215 @@
+"""Encoding a gallery against the bare encoder, and the memory that it takes.
+
+    python benchmarks/encode.py                                  ViT-B-32, a minute or two
+    python benchmarks/encode.py --pictures 2048 --rounds 4       for a figure to quote
+    python benchmarks/encode.py --memory 100000                  peak memory over 100,000 pictures, minutes
+
+- The bare encoder is the model's forward pass over one batch of pixels that lies in memory. It and the job take turns
+  in rounds, so that what else the machine does falls on both; the ratio is the figure, the rates are the machine's.
+- The job is all of `dcar index build` up to the vectors: scan, read, decode, resize, encode, and shards with checksums
+  on the disk.
+- Processor time is compared as well: on a shared machine, whose other work comes and goes, it is the steadier measure.
+- ViT-B-32 has random weights, which cost what trained ones do. Pictures are JPEGs of 500 x 375 pixels, drawn here.
+- Memory is that of the job and its worker processes together, sampled as it goes; a small encoder leaves the most to
+  the rest. Of the pictures 256 are drawn, the others are hard links to them.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dcar_core import Encoder
+from index_jobs.decode import worker_count
+from index_jobs.encode import encode
+from index_jobs.gallery import scan
+from index_jobs.pixels import PixelCache
+
+DRAWN = 256
+BASE = Path(__file__).resolve().parents[1] / "examples" / "emoji" / "base"
+
+
+def picture(seed: int, size: tuple[int, int]) -> bytes:
+    """A JPEG with what photos have: large shapes, texture, and grain."""
+    draw = np.random.default_rng(seed)
+    width, height = size
+
+    def cells(side: int) -> np.ndarray:
+        small = draw.integers(0, 256, (height // side, width // side, 3), dtype=np.uint8)
+        return np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), np.float32)
+
+    values = cells(40) + 0.25 * cells(3) - 32 + draw.normal(0, 4, (height, width, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def gallery(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """`count` pictures, a thousand in a folder."""
+    drawn = []
+    for number in range(min(DRAWN, count)):
+        drawn.append(folder / f"{number // 1000:04}" / f"{number:07}.jpg")
+        drawn[-1].parent.mkdir(parents=True, exist_ok=True)
+        drawn[-1].write_bytes(picture(number, size))
+    for number in range(len(drawn), count):
+        path = folder / f"{number // 1000:04}" / f"{number:07}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        os.link(drawn[number % len(drawn)], path)
+    return folder
+
+
+def random_model(folder: Path, name: str) -> Path:
+    """An open_clip model with random weights, as a model directory."""
+    torch.manual_seed(0)
+    config = open_clip.get_model_config(name)
+    model = open_clip.create_model(name, pretrained=None)
+    preprocess = {k: v for k, v in model.visual.preprocess_cfg.items() if k != "mode"}
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(folder / "open_clip_model.safetensors"))
+    return folder
+
+
+class Clock:
+    """Seconds by the wall, and by the processors for this process and those it has ended."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), sum(os.times()[:4])
+
+    def stop(self) -> np.ndarray:
+        """(wall, processor) since the start."""
+        return np.array([time.perf_counter() - self.wall, sum(os.times()[:4]) - self.cpu])
+
+
+def bare(encoder: Encoder, batch: int, batches: int) -> np.ndarray:
+    """Seconds a picture of the forward pass alone, over floats in memory."""
+    side = encoder.preprocess.size
+    pixels = torch.randn(batch, 3, side, side, device=encoder.model.backbone.device)
+    clock = Clock()
+    with torch.inference_mode():
+        for _ in range(batches):
+            encoder.model.encode_image(pixels).float().cpu()
+    return clock.stop() / (batch * batches)
+
+
+def throughput(arguments: argparse.Namespace, folder: Path) -> None:
+    encoder = Encoder.load(random_model(folder / "model", arguments.model), exact=arguments.exact)
+    source = gallery(folder / "pictures", arguments.pictures, tuple(arguments.size))
+    batches = -(-arguments.pictures // arguments.batch_size)
+    cache = PixelCache.open(folder / "cache", encoder.preprocess) if arguments.pixel_cache else None
+    bare(encoder, arguments.batch_size, 1)
+    ratios = []
+    for number in range(arguments.rounds):
+        before = bare(encoder, arguments.batch_size, -(-batches // 2))
+        clock = Clock()
+        encoded = encode(
+            scan(source), encoder, folder / f"work{number}", workers=arguments.workers,
+            batch_size=arguments.batch_size, progress=False, cache=cache,
+        )  # fmt: skip
+        job = clock.stop() / len(encoded)
+        alone = (before + bare(encoder, arguments.batch_size, -(-batches // 2))) / 2
+        ratios.append(alone / job)
+        print(
+            f"round {number + 1}: bare {1 / alone[0]:6.1f}/s, {alone[1] * 1e3:6.1f} ms of processor   "
+            f"job {1 / job[0]:6.1f}/s, {job[1] * 1e3:6.1f} ms   ratio {ratios[-1][0]:.3f}, {ratios[-1][1]:.3f}",
+            flush=True,
+        )
+    sizes = np.mean([path.stat().st_size for path in itertools.islice(source.rglob("*.jpg"), DRAWN)])
+    workers = worker_count(arguments.workers, arguments.pictures) or "threads"
+    print(f"{arguments.model}, {torch.get_num_threads()} cores, workers: {workers}, JPEGs of {sizes / 1000:.0f} KB")
+    wall, cpu = np.mean(ratios, 0)
+    print(f"the job reaches {wall:.1%} of the bare encoder's images per second; by processor time, {cpu:.1%}")
+
+
+def resident(pid: int) -> int:
+    """Bytes that a process and those it started have in memory, without what only mirrors a file."""
+    total, pids = 0, [pid]
+    for process in pids:
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+            threads = list(Path(f"/proc/{process}/task").iterdir())
+            pids += [int(child) for t in threads for child in (t / "children").read_text().split()]
+        except OSError:
+            continue
+        total += 1024 * sum(
+            int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem"))
+        )
+    return total
+
+
+@contextmanager
+def sampled(samples: list[tuple[float, int]]) -> Iterator[None]:
+    """Memory twice a second, (seconds, bytes)."""
+    ended, start = threading.Event(), time.perf_counter()
+
+    def sample() -> None:
+        while not ended.wait(0.5):
+            samples.append((time.perf_counter() - start, resident(os.getpid())))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def memory(arguments: argparse.Namespace, folder: Path) -> None:
+    source = gallery(folder / "pictures", arguments.memory, (160, 120))
+    encoder = Encoder.load(BASE)
+    encoder.encode_pixels(np.zeros((arguments.batch_size, 3, 48, 48), np.uint8))
+    start = time.perf_counter()
+    scanned = scan(source)
+    mib = 1 / 2**20
+    print(f"scanned {len(scanned):,} pictures in {time.perf_counter() - start:.1f} s; the table is "
+          f"{scanned.table.nbytes / len(scanned):.0f} bytes a picture", flush=True)  # fmt: skip
+    samples: list[tuple[float, int]] = []
+    with sampled(samples):
+        encoded = encode(
+            scanned, encoder, folder / "work", workers=arguments.workers, batch_size=arguments.batch_size,
+            progress=False,
+        )  # fmt: skip
+    for tenth in range(10):
+        part = [size for t, size in samples if tenth <= 10 * t / samples[-1][0] < tenth + 1]
+        if part:
+            print(f"pictures up to {(tenth + 1) * len(encoded) // 10:8,}: peak {max(part) * mib:6.0f} MiB")
+    rate = len(encoded) / encoded.seconds
+    print(f"encoded {len(encoded):,} pictures, {rate:.0f}/s, peak {max(s for _, s in samples) * mib:.0f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--pictures", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, help="decoding processes, 0 for threads; as the job does by default")
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--exact", action="store_true", help="decode every JPEG whole")
+    parser.add_argument("--pixel-cache", action="store_true", help="keep decoded pictures for the later rounds")
+    parser.add_argument("--memory", type=int, metavar="PICTURES", help="measure memory instead")
+    parser.add_argument("--dir", type=Path, help="where pictures and shards are put for the while (default: temporary)")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+        (memory if arguments.memory else throughput)(arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
