@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from drawing import draw
 
 from dcar_core.backbone import CONFIG_FILE, BackboneSource, load_backbone
 from dcar_core.checkpoint import save_checkpoint
@@ -83,21 +83,6 @@ def tiny_checkpoint(tiny_model: Path) -> Path:
 def other_checkpoint(tiny_model: Path) -> Path:
     """The same backbone, other trainables: another fingerprint."""
     return _checkpoint(tiny_model, tiny_model.parent / "other", 2)
-
-
-def draw(color: str, shape: str, side: int = 48) -> Image.Image:
-    image = Image.new("RGB", (side, side), "white")
-    pen, box = ImageDraw.Draw(image), (8, 8, side - 8, side - 8)
-    if shape == "square":
-        pen.rectangle(box, fill=color)
-    elif shape == "circle":
-        pen.ellipse(box, fill=color)
-    elif shape == "triangle":
-        pen.polygon([(side // 2, 8), (8, side - 8), (side - 8, side - 8)], fill=color)
-    else:
-        pen.line((8, 8, side - 8, side - 8), fill=color, width=8)
-        pen.line((8, side - 8, side - 8, 8), fill=color, width=8)
-    return image
 
 
 @pytest.fixture(scope="session")

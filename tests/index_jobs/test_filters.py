@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import draw
+from drawing import draw
 
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.filters import FilterError, matching

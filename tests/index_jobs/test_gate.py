@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw
+from drawing import draw
 
 from dcar_core import Encoder
 from dcar_core.errors import DataError

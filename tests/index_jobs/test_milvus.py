@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw
+from drawing import draw
 
 from dcar_core.errors import ArtifactError, DataError, FingerprintError
 from index_jobs import milvus

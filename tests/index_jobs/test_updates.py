@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw
+from drawing import draw
 from filelock import FileLock
 from typer.testing import CliRunner
 
