@@ -254,7 +254,7 @@ def _min_score(snapshot: Snapshot, search: Search) -> float | None:
     if snapshot.cutoff is None:
         raise Problem(
             409,
-            "The model of this index was not calibrated; run `dcar calibrate` on its checkpoint and rebuild the index.",
+            "The model of this index was not calibrated; give min_score as a number.",
             errors=[("min_score", "this index has no calibrated cut-off")],
         )
     return snapshot.cutoff.min_score

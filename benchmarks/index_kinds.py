@@ -1,7 +1,7 @@
 """Index kinds side by side: build time, memory, latency and recall on clustered vectors.
 
     python benchmarks/index_kinds.py                                        20,000 vectors, every kind
-    python benchmarks/index_kinds.py --count 1000000 --out kinds-1m         the table of docs/index.md; an hour or more
+    python benchmarks/index_kinds.py --count 1000000 --out kinds-1m         an hour or more
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m --kind hnsw      one kind; --out keeps the others
 
 - Each kind is built, tuned and written by the code that `dcar index build` runs, then opened as the service does, in

@@ -1,4 +1,4 @@
-"""The service under load over loopback; prints what docs/operations.md quotes.
+"""The service under load over loopback.
 
     python benchmarks/serve.py cached       remembered queries on one core: in the process, and from Redis
     python benchmarks/serve.py uncached     unique texts and pictures at 1, 8, 32, 128 connections, and the bare encoder

@@ -3,7 +3,7 @@
 - `auto` lists what could serve the gallery, fastest first, drops what does not fit the memory, and takes the first. A
   build whose measured recall stays below the target goes on with the next of the list.
 - Up to 100,000 vectors exact search takes milliseconds and needs no training, so nothing else is considered.
-- Every estimate of memory is bytes a vector; `docs/index.md` has the measured ones beside them.
+- Every estimate of memory is bytes a vector; `benchmarks/index_kinds.py` prints measured ones.
 """
 
 import math
