@@ -117,30 +117,19 @@ def emoji(work: Path) -> Path:
     return out
 
 
-def random_vit(work: Path, count: int = 100_000) -> Path:
-    """An index of `count` random vectors under a random ViT-B/32; made once."""
-    out = work / f"vit-{count}"
-    if (out / "CURRENT").exists():
-        return out
-    import datetime
-
-    import numpy as np
+def vit_checkpoint(work: Path) -> Path:
+    """A ViT-B/32 with random weights and DCAR's prompts; made once."""
+    checkpoint = work / "vit-checkpoint"
+    if (checkpoint / "config.json").exists():
+        return checkpoint
     import open_clip
     import torch
-    from index_kinds import Clusters
     from safetensors.torch import save_file
 
-    from dcar_core import Encoder
     from dcar_core.backbone import BackboneSource, load_backbone
-    from dcar_core.checkpoint import copy_checkpoint, save_checkpoint
+    from dcar_core.checkpoint import save_checkpoint
     from dcar_core.config import ModelConfig
     from dcar_core.model import DCAR
-    from index_jobs import kinds, publish
-    from index_jobs.build import build
-    from index_jobs.gallery import scan
-    from index_jobs.items import write_items
-    from index_jobs.manifest import CHECKPOINT, ITEMS, VECTORS, Manifest
-    from index_jobs.vectors import write_faiss
 
     base = work / "vit-base"
     base.mkdir(parents=True, exist_ok=True)
@@ -150,9 +139,30 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {"size": [224, 224]}}
     config["preprocess_cfg"] |= {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
     (base / "open_clip_config.json").write_text(json.dumps(config))
-    checkpoint = work / "vit-checkpoint"
     save_checkpoint(DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), checkpoint)
+    return checkpoint
 
+
+def random_vit(work: Path, count: int = 100_000) -> Path:
+    """An index of `count` random vectors under a random ViT-B/32; made once."""
+    out = work / f"vit-{count}"
+    if (out / "CURRENT").exists():
+        return out
+    import datetime
+
+    import numpy as np
+    from index_kinds import Clusters
+
+    from dcar_core import Encoder
+    from dcar_core.checkpoint import copy_checkpoint
+    from index_jobs import kinds, publish
+    from index_jobs.build import build
+    from index_jobs.gallery import scan
+    from index_jobs.items import write_items
+    from index_jobs.manifest import CHECKPOINT, ITEMS, VECTORS, Manifest
+    from index_jobs.vectors import write_faiss
+
+    checkpoint = vit_checkpoint(work)
     listed = work / "vit-gallery.jsonl"
     rows = (
         {"file_name": f"{i}.jpg", "id": f"{i}", "caption": f"item {i}", "category": f"c{i % 50}"} for i in range(count)

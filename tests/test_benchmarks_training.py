@@ -39,3 +39,12 @@ def test_the_papers_table_beside_ours(tmp_path: Path) -> None:
     found["data"] = "emoji"
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert "emoji is not in the paper's table" in run("paper_table.py", tmp_path / "results.json").stderr
+
+
+def test_runtimes_as_ratios(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    small = ("--runtimes", "torch", "--pictures", "4", "--work", tmp_path)
+    done = run("runtimes.py", "--checkpoint", tiny_checkpoint, *small)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines] == ["| runtime", "| ---", "| reference", "| torch"]
+    assert "(1.0 x)" in lines[2]
