@@ -1,0 +1,156 @@
+"""Train a small CLIP from nothing on the training pairs of data sets, for machines that reach no pretrained weights.
+
+    python benchmarks/small_clip.py --data photos/cars photos/textures --out small-clip
+    dcar evaluate --data photos/cars --model small-clip ...
+
+A few thousand pairs make no general CLIP: it ranks far above chance within its own domains and knows nothing else. It
+serves to compare ways of adapting one and the same frozen model. Only training splits are read. Killed, the same
+command goes on from its last epoch.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from service import ROOT
+from torch import Tensor
+from tqdm import tqdm
+
+from dcar_core.data import Dataset, load_split
+from dcar_core.images import open_image
+from dcar_core.losses import contrastive_loss
+
+MEAN = STD = (0.5, 0.5, 0.5)
+VOCABULARY = ROOT / "examples" / "emoji" / "base" / "bpe.txt.gz"  # CLIP's, cut to its most frequent merges
+
+
+def model_config(side: int) -> dict:
+    return {
+        "embed_dim": 256,
+        "vision_cfg": {"image_size": side, "layers": 6, "width": 192, "head_width": 64, "patch_size": 8},
+        "text_cfg": {
+            "context_length": 64,
+            "vocab_size": 8514,
+            "width": 192,
+            "heads": 3,
+            "layers": 4,
+            "tokenizer_kwargs": {"bpe_path": VOCABULARY.name},
+        },
+    }
+
+
+def read_pictures(data: Dataset, side: int) -> np.ndarray:
+    """uint8 (N, side, side, 3): squeezed to a square."""
+
+    def read(i: int) -> np.ndarray:
+        picture = open_image(data.read(data.samples[i])).convert("RGB")
+        return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+
+    with ThreadPoolExecutor(4) as pool:
+        return np.stack(list(tqdm(pool.map(read, range(len(data.samples))), "reading", len(data.samples))))
+
+
+def augmented(pictures: Tensor, side: int) -> Tensor:
+    """uint8 (B, S, S, 3) -> float32 (B, 3, side, side): a random crop, mirrored or not, with other light."""
+    n = len(pictures)
+    x = pictures.permute(0, 3, 1, 2).float() / 255
+    zoom = torch.empty(n).uniform_(0.7, 1.0)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = zoom * torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
+    theta[:, 1, 1] = zoom
+    theta[:, :, 2] = torch.empty(n, 2).uniform_(-1, 1) * (1 - zoom)[:, None]
+    x = F.grid_sample(x, F.affine_grid(theta, [n, 3, side, side], align_corners=False), align_corners=False)
+    x = (x - 0.5) * torch.empty(n, 1, 1, 1).uniform_(0.7, 1.3) + torch.empty(n, 3, 1, 1).uniform_(-0.1, 0.1)
+    return x.clamp(-0.5, 0.5) / 0.5
+
+
+def save(model: open_clip.CLIP, out: Path, side: int) -> None:
+    weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, str(out / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    shape = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash", "size": [side, side]}
+    config = {"model_cfg": model_config(side), "preprocess_cfg": shape}
+    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(VOCABULARY, out / VOCABULARY.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="data sets; their training splits are read")
+    parser.add_argument("--out", type=Path, required=True, help="what --model of dcar train and evaluate takes")
+    parser.add_argument("--side", type=int, default=64, help="pixels; default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+
+    splits = [load_split(data, "train")[0] for data in args.data]
+    pictures = torch.from_numpy(np.concatenate([read_pictures(split, args.side + args.side // 4) for split in splits]))
+    captions = [sample.caption for split in splits for sample in split.samples]
+    tokenizer = open_clip.SimpleTokenizer(bpe_path=str(VOCABULARY), context_length=64)
+    tokens = tokenizer(captions)
+    groups: dict[str, int] = {}
+    group = torch.tensor([groups.setdefault(caption.casefold(), len(groups)) for caption in captions])
+
+    config = model_config(args.side)
+    text = {key: value for key, value in config["text_cfg"].items() if key != "tokenizer_kwargs"}
+    model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text).train()
+    model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, betas=(0.9, 0.98))
+    state_file, start = args.out / "resume.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["epoch"]
+    batches = math.ceil(len(captions) / args.batch_size)
+    total = batches * args.epochs
+    bar = tqdm(total=total, initial=start * batches, desc="training", unit="batch")
+    for epoch in range(start, args.epochs):
+        if epoch >= 0.85 * args.epochs:
+            model.visual.patch_dropout.prob = 0.0
+        losses = []
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(captions))
+        for rows in np.array_split(order, batches):
+            step = bar.n
+            optimizer.param_groups[0]["lr"] = (
+                args.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / total))
+            )
+            taken = tokens[rows]
+            taken = taken[:, : int(taken.argmax(1).max()) + 1]
+            with torch.autocast("cpu", torch.bfloat16):
+                image = model.encode_image(augmented(pictures[rows], args.side), normalize=True).float()
+                x = model.token_embedding(taken) + model.positional_embedding[: taken.shape[1]]
+                mask = model.attn_mask[: taken.shape[1], : taken.shape[1]]
+                x = model.ln_final(model.transformer(x, attn_mask=mask))
+                pooled = x[torch.arange(len(taken)), taken.argmax(1)] @ model.text_projection
+            same = group[rows][:, None] == group[rows][None]
+            scale = model.logit_scale.exp().clamp(max=100)
+            loss = contrastive_loss(F.normalize(pooled.float(), dim=-1), image, same, scale)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            bar.update()
+        bar.set_postfix(loss=f"{np.mean(losses):.3f}")
+        part = state_file.with_suffix(".part")
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+        torch.save(state, part)
+        part.replace(state_file)
+    save(model, args.out, args.side)
+
+
+if __name__ == "__main__":
+    main()
