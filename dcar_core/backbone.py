@@ -208,6 +208,12 @@ def clip_token_counts(texts: Sequence[str]) -> list[int]:
     return [len(encode(text)) + 2 for text in texts]
 
 
+def clip_tokens(texts: Sequence[str], room: int = 0) -> list[list[int]]:
+    """The tokens that CLIP's own vocabulary and context of 77 leave of each text, without SOS and EOT."""
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    return [tokenizer.encode(text)[: 75 - room] for text in texts]
+
+
 def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
     """Load and freeze a CLIP.
 

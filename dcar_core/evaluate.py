@@ -16,7 +16,9 @@ from dcar_core.config import TrainConfig
 from dcar_core.data import load_splits, save_reports
 from dcar_core.errors import DataError
 from dcar_core.feature_cache import FeatureCache
+from dcar_core.features import note_cut_captions
 from dcar_core.methods import method
+from dcar_core.negatives import complete
 from dcar_core.report import write_report
 from dcar_core.runs import Runs, seeded_model
 from dcar_core.tables import COLUMNS, table
@@ -36,6 +38,8 @@ def compare(
     *,
     images: Path | None = None,
     skip_broken: bool = False,
+    negatives: str = "auto",
+    taxonomy: Path | None = None,
     tune: bool = False,
     grid: Sequence[float] = GRID,
     features: Path | None = None,
@@ -45,6 +49,8 @@ def compare(
     """Train and test every method with every seed, and write results.json, .csv, .md and report.html to `out`.
 
     Args:
+        negatives, taxonomy: which pairs get negative captions made, and what says which categories are alike; see
+            `negatives.complete`.
         tune: choose each method's learning rate from `grid` on validation; else all take `config.lr`.
         features: where frozen features are kept, for other runs on this data; `out`/features by default.
         say: told what is about to run.
@@ -61,6 +67,9 @@ def compare(
     if seeds < 1:
         raise DataError(f"--seeds must be at least 1, not {seeds}")
     splits, reports = load_splits(data, ("train", "val", "test"), images=images, skip_broken=skip_broken)
+    splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
+    room = max(chosen.prompt.length for chosen in configs.values())
+    note_cut_captions(splits, reports, backbone, room)
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
     runs = Runs(backbone, splits, out, config, cache, progress, say)

@@ -5,7 +5,7 @@ features alone; then its pictures are not even decoded once the features are in 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcar_core.backbone import Backbone
-from dcar_core.data import Dataset
+from dcar_core.data import CleaningReport, Dataset
 from dcar_core.errors import DataError, ImageError
 from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.model import DCAR
@@ -99,6 +99,17 @@ def data_key(data: Dataset, cache: FeatureCache) -> str:
     names = list(dict.fromkeys(sample.image for sample in data.samples))
     texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories] for s in data.samples]
     return digest(cache.pictures(data, names), texts)
+
+
+def note_cut_captions(
+    splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], backbone: Backbone, room: int
+) -> None:
+    """Count in each report the captions that do not fit when prompts take `room` tokens of the context."""
+    what = f"captions longer than the {backbone.context_length - room} tokens that the prompts leave them, cut"
+    for name, data in splits.items():
+        captions = [sample.caption for sample in data.samples]
+        for start in range(0, len(captions), 1024):
+            reports[name].add(what, sum(backbone.too_long(captions[start : start + 1024], room)))
 
 
 class _Work:

@@ -20,6 +20,17 @@ Pretrained = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="Where the pictures are, when not beside the annotations.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that are missing or broken.")]
+Negatives = Annotated[
+    str,
+    typer.Option(
+        help="Make negative captions: auto (where most pairs of a split have none), missing (for every pair without), "
+        "all (also in place of the data's own), off."
+    ),
+]
+Taxonomy = Annotated[
+    Path | None,
+    typer.Option(help="JSON that says which categories are alike, for the negatives that are made; see docs/data.md."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Runtime = Annotated[
     str,

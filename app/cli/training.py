@@ -15,10 +15,12 @@ from app.cli.options import (
     Images,
     LearningRate,
     ModelName,
+    Negatives,
     Out,
     Patience,
     Pretrained,
     SkipBroken,
+    Taxonomy,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def train(
     restart: Annotated[bool, typer.Option(help="Forget the state of a run that was killed.")] = False,
     device: Device = "auto",
     skip_broken: SkipBroken = False,
+    negatives: Negatives = "auto",
+    taxonomy: Taxonomy = None,
 ) -> None:
     """Adapt CLIP to a domain: learns prompts of a few hundred KB, keeps the best epoch by validation recall.
 
@@ -57,7 +61,9 @@ def train(
     from dcar_core.data import describe, load_splits, save_reports
     from dcar_core.encoder import pick_device
     from dcar_core.feature_cache import FeatureCache
+    from dcar_core.features import note_cut_captions
     from dcar_core.methods import method as method_config
+    from dcar_core.negatives import complete
     from dcar_core.parallel import torchrun_group
     from dcar_core.resume import forget
     from dcar_core.runs import seeded_model
@@ -69,11 +75,13 @@ def train(
     )
     with torchrun_group(pick_device(device)) as (group, here):
         splits, reports = load_splits(data, ("train", "val"), images=images, skip_broken=skip_broken)
+        backbone = load_backbone(BackboneSource(model, pretrained), here)
+        prompted = seeded_model(backbone, chosen, seed)
+        splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
+        note_cut_captions(splits, reports, backbone, prompted.room)
         if group.leads:
             typer.echo(describe(splits, reports), err=True)
             save_reports(reports, out)
-        backbone = load_backbone(BackboneSource(model, pretrained), here)
-        prompted = seeded_model(backbone, chosen, seed)
         with group.leader_first():
             if restart and group.leads:
                 forget(out)
@@ -114,6 +122,8 @@ def evaluate(
     features: Features = None,
     device: Device = "auto",
     skip_broken: SkipBroken = False,
+    negatives: Negatives = "auto",
+    taxonomy: Taxonomy = None,
 ) -> None:
     """Train and test several methods with several seeds; prints a table, writes results.* and report.html to --out.
 
@@ -129,8 +139,8 @@ def evaluate(
     rates = _rates(grid)
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     results = compare(
-        backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, tune=tune, grid=rates,
-        features=features, say=lambda line: typer.echo(line, err=True),
+        backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
+        taxonomy=taxonomy, tune=tune, grid=rates, features=features, say=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(table(results))
     if tune:

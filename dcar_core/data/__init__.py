@@ -9,6 +9,7 @@ from dcar_core.data.check import CheckedSplit, check
 from dcar_core.data.load import load_split, load_splits, splits_of
 from dcar_core.data.report import CleaningReport, describe, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
+from dcar_core.data.write import write_splits
 
 __all__ = [
     "SPLITS",
@@ -22,4 +23,5 @@ __all__ = [
     "load_splits",
     "save_reports",
     "splits_of",
+    "write_splits",
 ]

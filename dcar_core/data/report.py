@@ -17,9 +17,10 @@ class CleaningReport:
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, what: str, number: int = 1, *, names: Sequence[str] = ()) -> None:
-        """Count `number` cases, or one for each name."""
-        number = len(names) or number
+    def add(self, what: str, number: int = 1, *, names: Sequence[str] | None = None) -> None:
+        """Count `number` cases, or one for each name: none where the names are empty."""
+        if names is not None:
+            number = len(names)
         if number:
             self.counts[what] += number
         if names:

@@ -1,0 +1,40 @@
+"""Samples as a table that the readers take."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from dcar_core.data.samples import Dataset, Sample
+from dcar_core.errors import DataError
+
+
+def write_splits(splits: Mapping[str, Dataset], directory: Path) -> list[Path]:
+    """Write a JSONL file for each split; picture names stay relative to the image root.
+
+    Raises:
+        DataError: the directory already holds annotations, which would be mixed up with these.
+    """
+    for pattern in ("*.json", "*.jsonl", "*.csv", "*.tar"):
+        there = sorted(directory.glob(pattern))
+        if there:
+            raise DataError(f"{directory} holds {there[0].name} already; give --out an empty or a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, data in splits.items():
+        file = directory / f"{name}.jsonl"
+        file.write_text("".join(_lines(data.samples)), encoding="utf-8")
+        written.append(file)
+    return written
+
+
+def _lines(samples: Iterable[Sample]) -> Iterable[str]:
+    for sample in samples:
+        row = {
+            "image": sample.image,
+            "caption": sample.caption,
+            "category": sample.category,
+            "meta_category": sample.meta_category,
+            "negatives": sample.negatives,
+            "negative_categories": sample.negative_categories,
+        }
+        yield json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n"

@@ -1,0 +1,8 @@
+"""Hard negative captions from two perspectives, for pairs that have none (section 3 of the method).
+
+samples --taxonomy--> categories, most similar first --generate--> negatives --complete--> samples with negatives
+"""
+
+from dcar_core.negatives.complete import complete, fill, views
+
+__all__ = ["complete", "fill", "views"]

@@ -1,0 +1,207 @@
+"""A data set's pairs, given negatives where they have none, with every count in the cleaning report.
+
+- `auto` (the default) makes negatives in a split where most pairs have none, for the pairs without: FDRD's newer files
+  come so. Where the data bring their own, it changes nothing. `missing` gives every pair without negatives some, `all`
+  replaces the data's own, `off` makes none.
+- A split takes other categories from itself and from the training split, so no test category is seen in training.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dcar_core.backbone import Backbone, BackboneSource, clip_tokens, load_backbone
+from dcar_core.data import CleaningReport, Dataset, Sample
+from dcar_core.encoder import pick_device
+from dcar_core.errors import DataError
+from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, Generator, Negative
+from dcar_core.negatives.taxonomy import Floats, NameFeatures, Taxonomy, letters, load_taxonomy, rank_categories
+from dcar_core.negatives.words import fold
+
+Mode = Literal["auto", "missing", "all", "off"]
+Cut = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+COUNT, ROOM = 4, 8
+_KINDS = {
+    CATEGORY: "negatives made: the caption with another category",
+    CAPTION: "negatives made: another caption of the category",
+    ATTRIBUTE: "negatives made: the caption with another attribute",
+}
+
+
+def complete(
+    splits: Mapping[str, Dataset],
+    reports: Mapping[str, CleaningReport],
+    backbone: Backbone,
+    *,
+    mode: str = "auto",
+    taxonomy: Path | None = None,
+) -> dict[str, Dataset]:
+    """`fill` with CLIP's own view of which category names are alike, and of where a text is cut.
+
+    Raises:
+        DataError: as `fill`.
+    """
+    return fill(splits, reports, features=_clip(backbone), cut=_tokens(backbone), mode=mode, taxonomy=taxonomy)
+
+
+def fill(
+    splits: Mapping[str, Dataset],
+    reports: Mapping[str, CleaningReport],
+    *,
+    features: NameFeatures,
+    cut: Cut,
+    mode: str = "auto",
+    taxonomy: Path | None = None,
+    count: int = COUNT,
+    seed: int = 0,
+) -> dict[str, Dataset]:
+    """The splits with negatives as `mode` wants them; what was made is added to the reports.
+
+    Args:
+        features: names -> (n, d), L2-normalised, for the order of categories and their clusters.
+        cut: texts -> the tokens that the encoder would read.
+        taxonomy: a file with meta-categories; see docs/data.md.
+        count: the most negatives of a pair. seed: which of the possible attribute swaps are taken.
+
+    Raises:
+        DataError: an unknown mode, an unusable taxonomy, an empty split, or negatives demanded (`missing`, `all`) of
+            data without categories.
+    """
+    if mode not in get_args(Mode):
+        raise DataError(f"--negatives must be {', '.join(get_args(Mode))}, not {mode!r}")
+    tree = load_taxonomy(taxonomy) if taxonomy is not None else None
+    done = {}
+    for name, data in splits.items():
+        wanted = _wanted(data, cast(Mode, mode), reports[name])
+        if wanted:
+            known = [*data.samples, *(splits["train"].samples if "train" in splits and name != "train" else ())]
+            data = _filled(data, known, wanted, tree, features, cut, count, seed, reports[name])
+        done[name] = data
+    return done
+
+
+def _wanted(data: Dataset, mode: Mode, report: CleaningReport) -> set[int]:
+    """The rows that are to get negatives."""
+    if not data.samples:
+        raise DataError(f"the split {data.split} has no pairs")
+    without = {row for row, sample in enumerate(data.samples) if not sample.negatives}
+    if mode == "off" or (mode == "auto" and 2 * len(without) <= len(data)):
+        return set()
+    rows = set(range(len(data))) if mode == "all" else without
+    known = {row for row in rows if data.samples[row].category}
+    if rows and not known and mode != "auto":
+        raise DataError(
+            f"{data.split}: negatives need categories, and none of its {len(rows):,} pairs without negatives has one; "
+            f"give class_name (or a column category), or --negatives off"
+        )
+    report.add("pairs without a category, for which no negatives are made", len(rows - known))
+    return known
+
+
+def _filled(
+    data: Dataset,
+    known: Sequence[Sample],
+    rows: set[int],
+    taxonomy: Taxonomy | None,
+    features: NameFeatures,
+    cut: Cut,
+    count: int,
+    seed: int,
+    report: CleaningReport,
+) -> Dataset:
+    ranked = rank_categories(known, taxonomy, features, report)
+    own = {fold(sample.category): sample.category for sample in data.samples if sample.category}
+    if len(own) == 1 and not any(ranked.values()):
+        report.add("splits with one category only: no category can be swapped for another")
+    else:
+        outside = report.names.get("categories missing from the taxonomy, not swapped for others", [])
+        alone = sorted(name for key, name in own.items() if not ranked.get(key) and name not in outside)
+        report.add("categories alone in their meta-category, not swapped for others", names=alone)
+    generator = Generator(data.samples, ranked, count=count, seed=seed)
+    made = {row: generator.negatives(data.samples[row]) for row in sorted(rows)}
+    made = _told_apart(data, made, cut, report)
+    samples = list(data.samples)
+    for row, negatives in made.items():
+        if negatives or samples[row].negatives:
+            samples[row] = replace(
+                samples[row],
+                negatives=tuple(negative.text for negative in negatives),
+                negative_categories=tuple(negative.category for negative in negatives),
+            )
+    report.add("pairs for which negatives were made", sum(bool(negatives) for negatives in made.values()))
+    for kind, number in Counter(n.kind for negatives in made.values() for n in negatives).items():
+        report.add(_KINDS[kind], number)
+    report.add("captions that do not name their category, so that it could not be swapped", len(generator.unnamed))
+    empty = [samples[row].image for row, negatives in made.items() if not negatives]
+    report.add("pairs for which no negative could be made", names=empty)
+    return replace(data, samples=samples)
+
+
+def _told_apart(
+    data: Dataset, made: Mapping[int, list[Negative]], cut: Cut, report: CleaningReport
+) -> dict[int, list[Negative]]:
+    """Without the negatives that an encoder cannot tell from their caption, because it reads only so far."""
+    rows = list(made)
+    texts = [[data.samples[row].caption, *(negative.text for negative in made[row])] for row in rows]
+    tokens = iter(cut([text for several in texts for text in several]))
+    kept: dict[int, list[Negative]] = {}
+    for row in rows:
+        seen = {tuple(next(tokens))}
+        kept[row] = []
+        for negative in made[row]:
+            read = tuple(next(tokens))
+            if read in seen:
+                report.add("negatives that differ only where the context has ended, left out")
+            else:
+                kept[row].append(negative)
+            seen.add(read)
+    return kept
+
+
+def views(model: str | None, pretrained: str | None = None, device: str = "cpu") -> tuple[NameFeatures, Cut]:
+    """What `fill` needs from a CLIP by name; without a model, from letters and CLIP's own vocabulary.
+
+    Raises:
+        ModelError: a model that cannot be loaded.
+    """
+    if model is None:
+        return letters, lambda texts: clip_tokens(texts, ROOM)
+    backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
+    return _clip(backbone), _tokens(backbone)
+
+
+def _clip(backbone: Backbone) -> NameFeatures:
+    """CLIP's text features of category names, without prompts."""
+
+    @torch.no_grad()
+    def features(names: Sequence[str]) -> Floats:
+        parts = []
+        for i in range(0, len(names), 256):
+            tokens = backbone.tokenize([f"a photo of a {name}" for name in names[i : i + 256]])
+            parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
+        return np.concatenate(parts)
+
+    return features
+
+
+def _tokens(backbone: Backbone) -> Cut:
+    """The tokens that are left of texts when prompts of up to ROOM vectors join them."""
+
+    def cut(texts: Sequence[str]) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for i in range(0, len(texts), 1024):
+            rows += [_stripped(row) for row in backbone.tokenize(texts[i : i + 1024], ROOM).tolist()]
+        return rows
+
+    return cut
+
+
+def _stripped(row: list[int]) -> list[int]:
+    """Up to EOT: padding depends on what else was tokenised."""
+    return row[: row.index(max(row)) + 1]

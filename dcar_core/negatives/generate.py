@@ -1,0 +1,115 @@
+"""Negative captions of one sample, from two perspectives (section 3 of the method), FDRD's number of them: four.
+
+- Category swap: the caption's words with another category of the same meta-category, the most similar first.
+- Attribute swap: another caption of the category, or the caption with an attribute word replaced.
+- Half of each, by turns between the two kinds of attribute swap; what one cannot give, the other does [ours].
+
+None equals a caption of its picture, nor another negative of it, after normalisation. The same seed gives the same
+negatives whatever else is in the split but captions of the category.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
+from random import Random
+from typing import NamedTuple
+
+from dcar_core.data import Sample
+from dcar_core.data.clean import normalise
+from dcar_core.negatives.lexicon import swaps
+from dcar_core.negatives.words import fold, mentions, replace_name
+
+OTHERS_TRIED = 16
+CATEGORY, CAPTION, ATTRIBUTE = "category", "caption", "attribute"
+
+
+class Negative(NamedTuple):
+    """A text, the category that it speaks of, and how it was made."""
+
+    text: str
+    category: str
+    kind: str
+
+
+class Generator:
+    """Makes negatives for the samples of one split.
+
+    Args:
+        samples: the split, whose captions may be taken for one another.
+        ranked: folded category -> other categories of its meta-category, most similar first.
+    """
+
+    def __init__(self, samples: Sequence[Sample], ranked: Mapping[str, list[str]], *, count: int, seed: int) -> None:
+        self.ranked, self.count, self.seed = ranked, count, seed
+        self.unnamed: list[str] = []  # captions without their category
+        self._captions: dict[str, list[Sample]] = defaultdict(list)
+        self._own: dict[str, set[str]] = defaultdict(set)
+        for sample in samples:
+            self._captions[fold(sample.category)].append(sample)
+            self._own[sample.image].add(_same(sample.caption))
+        self._longer = _contained([*self._captions, *(fold(name) for names in ranked.values() for name in names)])
+
+    def negatives(self, sample: Sample) -> list[Negative]:
+        """At most `count` negatives of a sample that has a category; swapped categories come first."""
+        random = Random(f"{self.seed}\n{sample.image}\n{sample.caption}")
+        taken = set(self._own[sample.image])
+        swapped, changed = self._category_swaps(sample), self._attribute_swaps(sample, random)
+        half = self.count - self.count // 2
+        found = _take(swapped, half, taken)
+        others = _take(changed, self.count - len(found), taken)
+        more = _take(swapped, self.count - len(found) - len(others), taken)
+        return [*found, *more, *others]
+
+    def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
+        key, caption = fold(sample.category), sample.caption
+        others = self.ranked.get(key, [])
+        places = mentions(caption, sample.category, self._longer.get(key, ()))
+        if others and not places:
+            self.unnamed.append(caption)
+            return
+        for other in others:
+            if fold(other) != key and not mentions(caption, other):  # else it may still be true
+                yield Negative(replace_name(caption, places, sample.category, other), other, CATEGORY)
+
+    def _attribute_swaps(self, sample: Sample, random: Random) -> Iterator[Negative]:
+        pool = self._captions[fold(sample.category)]
+        picked = random.sample(range(len(pool)), min(len(pool), OTHERS_TRIED))
+        captions = (Negative(pool[i].caption, sample.category, CAPTION) for i in picked)
+        kept = [(place.start, place.end) for place in mentions(sample.caption, sample.category)]
+        words = (Negative(text, sample.category, ATTRIBUTE) for text in swaps(sample.caption, kept, random))
+        turns = chain.from_iterable(zip_longest(captions, words))
+        return (negative for negative in turns if negative is not None)
+
+
+def _take(negatives: Iterator[Negative], number: int, taken: set[str]) -> list[Negative]:
+    """The first `number` whose text is not taken yet; they are taken then."""
+    found: list[Negative] = []
+    while len(found) < number:
+        negative = next(negatives, None)
+        if negative is None:
+            break
+        if _same(negative.text) not in taken:
+            taken.add(_same(negative.text))
+            found.append(negative)
+    return found
+
+
+def _same(text: str) -> str:
+    """Equal for texts that differ in writing alone."""
+    return normalise(text.replace("-", " ")).rstrip(".! ")
+
+
+def _contained(categories: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Folded category -> longer categories that contain its words: "shorthair" -> ("british shorthair",)."""
+    unique = sorted(set(categories) - {""})
+    by_word: dict[str, list[str]] = defaultdict(list)
+    for name in unique:
+        for word in Counter(name.split()):
+            by_word[word].append(name)
+    found = {}
+    for name in unique:
+        rarest = min((by_word[word] for word in name.split()), key=len)
+        longer = tuple(other for other in rarest if other != name and f" {name} " in f" {other} ")
+        if longer:
+            found[name] = longer
+    return found

@@ -1,0 +1,198 @@
+"""Which categories are alike: meta-categories, and inside them the most similar first.
+
+A category's meta-category is said by the taxonomy file, else by the data; where neither says anything, categories are
+clustered by CLIP's text features of their names [ours]. Inside a meta-category the order is the taxonomy file's, then
+that in which the data's own negatives prefer other categories, then the cosine of the same features.
+"""
+
+import json
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.data import CleaningReport, Sample
+from dcar_core.errors import DataError
+from dcar_core.negatives.words import fold
+
+Floats = NDArray[np.float64]
+NameFeatures = Callable[[Sequence[str]], Floats]  # names -> (n, d), L2-normalised
+CLUSTER = 8  # categories in a cluster, about
+_FORM = (
+    '{"meta_categories": {"cats": ["Sphynx", "Ragdoll"]}, "similar": {"Sphynx": ["Ragdoll"]}}; either may be left out'
+)
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """meta_categories: folded category -> its group. similar: folded category -> others, most similar first.
+
+    names: folded category -> as the file writes it.
+    """
+
+    meta_categories: Mapping[str, str] = field(default_factory=dict)
+    similar: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_taxonomy(file: Path) -> Taxonomy:
+    """Read a taxonomy file.
+
+    Raises:
+        DataError: it is missing, is no JSON or has another shape, or puts a category into two groups.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"the taxonomy {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"the taxonomy {file} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not content or set(content) - {"meta_categories", "similar"}:
+        raise DataError(f"the taxonomy {file} must look like {_FORM}")
+    groups, similar = (_lists(file, name, content.get(name, {})) for name in ("meta_categories", "similar"))
+    names: dict[str, str] = {}
+    of: dict[str, str] = {}
+    for group, members in groups.items():
+        for category in members:
+            key = fold(category)
+            if of.setdefault(key, group) != group:
+                raise DataError(f"the taxonomy {file} has {category!r} in both {of[key]!r} and {group!r}")
+            names.setdefault(key, category)
+    for category, others in similar.items():
+        for name in (category, *others):
+            names.setdefault(fold(name), name)
+    return Taxonomy(of, {fold(c): tuple(map(fold, others)) for c, others in similar.items()}, names)
+
+
+def _lists(file: Path, part: str, value: object) -> dict[str, list[str]]:
+    if not isinstance(value, dict):
+        raise DataError(f"the taxonomy {file}: {part!r} must be an object, name -> list; like {_FORM}")
+    for name, members in value.items():
+        if not isinstance(members, list) or not all(isinstance(m, str) and m.strip() for m in members):
+            raise DataError(f"the taxonomy {file}: {part!r}, {name!r} must be a list of category names")
+    return value
+
+
+def rank_categories(
+    samples: Iterable[Sample], taxonomy: Taxonomy | None, features: NameFeatures, report: CleaningReport
+) -> dict[str, list[str]]:
+    """Folded category -> the names of others of its meta-category, most similar first.
+
+    Raises:
+        DataError: the taxonomy has none of the data's categories.
+    """
+    samples = [sample for sample in samples if sample.category]
+    names: dict[str, str] = {}
+    for sample in samples:
+        names.setdefault(fold(sample.category), sample.category)
+    groups = _groups(samples, names, taxonomy, features, report)
+    similar = dict(taxonomy.similar) if taxonomy is not None else {}
+    for key, order in _preferred(samples).items():
+        similar.setdefault(key, order)
+    if taxonomy is not None:
+        names = {**taxonomy.names, **names}
+    ranked: dict[str, list[str]] = {}
+    for members in groups.values():
+        vectors = features([names[key] for key in members])
+        for row, key in enumerate(members):
+            near = np.round(vectors @ vectors[row], 4)  # equal on every device
+            asked = {other: place for place, other in enumerate(similar.get(key, ()))}
+            others = sorted(
+                (other for other in range(len(members)) if other != row),
+                key=lambda i: (asked.get(members[i], len(asked)), -near[i], members[i]),
+            )
+            ranked[key] = [names[members[other]] for other in others]
+    for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
+        said = [names[other] for other in order if other != key]  # what the file names comes first, of any group
+        ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold(name) not in order)]
+    return ranked
+
+
+def _groups(
+    samples: Sequence[Sample],
+    names: Mapping[str, str],
+    taxonomy: Taxonomy | None,
+    features: NameFeatures,
+    report: CleaningReport,
+) -> dict[str, list[str]]:
+    """Group -> folded categories, in a stable order. A category without a group is in none."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    if taxonomy is not None:
+        known = {*taxonomy.meta_categories, *taxonomy.similar}
+        missing = [name for key, name in names.items() if key not in known]
+        if names and len(missing) == len(names):
+            raise DataError(
+                f"the taxonomy has none of the data's {len(names):,} categories, such as {missing[0]!r}; it has "
+                f"{', '.join(map(repr, list(taxonomy.names.values())[:3])) or 'no categories at all'}"
+            )
+        report.add("categories missing from the taxonomy, not swapped for others", names=sorted(missing))
+        for key, group in taxonomy.meta_categories.items():
+            groups[group].append(key)
+        return groups
+    said: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        if sample.meta_category:
+            said[fold(sample.category)][sample.meta_category] += 1
+    if not said:
+        keys = sorted(names)
+        for key, cluster in zip(keys, clusters(features([names[key] for key in keys])), strict=True):
+            groups[str(cluster)].append(key)
+        return groups
+    report.add("categories with several meta-categories, the most frequent taken",
+               names=sorted(names[key] for key, metas in said.items() if len(metas) > 1))  # fmt: skip
+    report.add("categories without a meta-category, swapped for one another",
+               names=sorted(name for key, name in names.items() if key not in said))  # fmt: skip
+    for key in sorted(names):
+        metas = said.get(key, Counter([""]))
+        groups[min(metas, key=lambda meta: (-metas[meta], meta))].append(key)
+    return groups
+
+
+def _preferred(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
+    """Folded category -> the categories of the data's own negatives, the most frequent first."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        others = {fold(other) for other in sample.negative_categories if other}
+        found[fold(sample.category)].update(others - {fold(sample.category)})
+    return {key: tuple(sorted(c, key=lambda other: (-c[other], other))) for key, c in found.items() if c}
+
+
+def clusters(features: Floats) -> list[int]:
+    """A cluster for each of (n, d) normalised rows: spherical k-means from rows far apart; none has one row alone."""
+    n = len(features)
+    k = max(1, round(n / CLUSTER))
+    chosen = [int(np.argmax(features @ features.mean(0)))]
+    while len(chosen) < k:
+        chosen.append(int(np.argmin((features @ features[chosen].T).max(1))))
+    centres = features[chosen]
+    of = np.zeros(n, np.int64)
+    for _ in range(30):
+        before, of = of, np.argmax(np.round(features @ centres.T, 6), axis=1)
+        if np.array_equal(before, of):
+            break
+        centres = np.stack([_unit(features[of == c].sum(0)) if (of == c).any() else centres[c] for c in range(k)])
+    for row in range(n):
+        if k > 1 and (of == of[row]).sum() == 1:
+            near = features @ features[row]
+            near[row] = -np.inf
+            of[row] = of[int(np.argmax(near))]
+    return [int(cluster) for cluster in of]
+
+
+def letters(names: Sequence[str]) -> Floats:
+    """(n, 512) from the letters of names alone, three by three, where there is no CLIP at hand."""
+    found = np.zeros((len(names), 512))
+    for row, name in enumerate(names):
+        text = f"  {fold(name)} "
+        for i in range(len(text) - 2):
+            found[row, zlib.crc32(text[i : i + 3].encode()) % 512] += 1
+    return np.stack([_unit(row) for row in found]) if len(found) else found
+
+
+def _unit(vector: Floats) -> Floats:
+    length = float(np.linalg.norm(vector))
+    return vector / length if length else vector

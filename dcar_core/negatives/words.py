@@ -1,0 +1,180 @@
+"""Names in captions: found as whole words, replaced with article, number and way of writing kept right.
+
+- Case, underscores and hyphens are folded: "A morning_glory" names the category "Morning glory". "catalogue" and
+  "cat-like" do not name "cat".
+- The singular and the plural of a name are found too, and replaced by the same number of the new one.
+- "a" and "an" right before what is replaced follow the new word's sound, as far as spelling tells it.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+_GAP = r"[\s_\-]+"
+_NOT_BEFORE = r"(?<![^\W_])(?<![^\W_]-)"
+_NOT_AFTER = r"(?!-?[^\W_])"
+_ARTICLE = re.compile(r"(?<![^\W_])(a|an)([\s_]+)$", re.IGNORECASE)
+_SENTENCE_START = re.compile(r"(^|[.!?][\s\"']+)$")
+_PREPOSITION = re.compile(r"\s(?:of|in|on|with|at|de|du|la|over|under)\s", re.IGNORECASE)
+
+_IRREGULAR = {
+    "man": "men", "woman": "women", "child": "children", "person": "people", "foot": "feet", "tooth": "teeth",
+    "goose": "geese", "mouse": "mice", "ox": "oxen", "leaf": "leaves", "loaf": "loaves", "knife": "knives",
+    "wolf": "wolves", "calf": "calves", "shelf": "shelves", "half": "halves", "scarf": "scarves", "wife": "wives",
+    "life": "lives", "thief": "thieves", "hoof": "hooves", "elf": "elves", "potato": "potatoes", "tomato": "tomatoes",
+    "hero": "heroes", "mango": "mangoes", "volcano": "volcanoes", "buffalo": "buffaloes", "mosquito": "mosquitoes",
+    "fungus": "fungi", "cactus": "cacti", "quiz": "quizzes",
+}  # fmt: skip
+_SINGULAR_OF = {plural: singular for singular, plural in _IRREGULAR.items()}
+_UNCHANGED = frozenset({
+    "aircraft", "binoculars", "bison", "clothes", "corn", "deer", "fish", "glasses", "goggles", "jeans", "moose",
+    "news", "offspring", "pants", "pliers", "salmon", "scissors", "series", "sheep", "shorts", "shrimp", "spacecraft",
+    "species", "sunglasses", "swine", "tongs", "trousers", "trout",
+})  # fmt: skip
+# Spelled with a vowel and spoken with a consonant, and the other way round.
+_A = re.compile(r"(uni(?!n|m)|use|usu|usa|ut[ei]|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo)", re.IGNORECASE)
+_AN = re.compile(r"(hour|honest|honou?r|heir)", re.IGNORECASE)
+_VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
+
+
+class Mention(NamedTuple):
+    """Where a name stands in a caption, and whether as given, or as its singular or plural."""
+
+    start: int
+    end: int
+    number: str
+
+
+def fold(name: str) -> str:
+    """For comparison of names: case, underscores, hyphens, spacing and Unicode forms folded."""
+    return " ".join(re.split(_GAP, unicodedata.normalize("NFKC", name).casefold().strip()))
+
+
+def mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[Mention]:
+    """Every place where a caption names `name`, but not as a part of one of the `longer` names that contain it."""
+    taken = [match.span() for other in longer for match in _pattern(other).finditer(caption)]
+    found = []
+    for match in _pattern(name).finditer(caption):
+        if not any(start <= match.start() and match.end() <= end for start, end in taken):
+            found.append(Mention(*match.span(), _number(match[0], name)))
+    return found
+
+
+def replace_name(caption: str, places: Sequence[Mention], name: str, new: str) -> str:
+    """The caption with `new` where `name` stands at `places`."""
+    for start, end, number in sorted(places, reverse=True):
+        text = {"given": new, "plural": plural(new), "singular": singular(new)}[number]
+        caption = splice(caption, start, end, _written_like(caption[start:end], name, text))
+    return caption
+
+
+def splice(caption: str, start: int, end: int, new: str) -> str:
+    """Put `new` in place of caption[start:end]: capital at a sentence's start kept, the article before it set right."""
+    head, old = caption[:start], caption[start:end]
+    if _SENTENCE_START.search(head) and old[:1].isupper():
+        new = new[:1].upper() + new[1:]
+    before = _ARTICLE.search(head)
+    if before:
+        said = article(new)
+        said = said.upper() if before[1] == "AN" else said.capitalize() if before[1][0].isupper() else said
+        head = head[: before.start()] + said + before[2]
+    return head + new + caption[end:]
+
+
+def article(phrase: str) -> str:
+    """ "a" or "an", by the first word's spelling; numbers and spelled-out letters as they are spoken: an 8, an MX-5."""
+    first = re.match(r"\W*([^\W_]+)([.\-]?)", phrase)
+    if first is None:
+        return "a"
+    word = first[1]
+    if word[0].isdigit():
+        eighteen = word.startswith(("11", "18")) and len(re.match(r"\d*", word)[0]) in {2, 4, 5}  # type: ignore[index]
+        return "an" if word[0] == "8" or eighteen else "a"
+    spelled = word.isupper() and (len(word) < 3 or not _VOWELS & set(word.casefold()[1:]))
+    if (spelled and len(phrase) > 1) or re.match(r"[A-Z]\d", word):
+        return "an" if word[0] in _SPOKEN_WITH_A_VOWEL else "a"
+    if _AN.match(word):
+        return "an"
+    return "an" if word[0].casefold() in _VOWELS and not _A.match(word + first[2]) else "a"
+
+
+@lru_cache(maxsize=65536)
+def plural(name: str) -> str:
+    """The plural of a name's head word: "birds of paradise", "wolves"; a plural stays as it is."""
+    return name if singular(name) != name else _with_head(name, _plural_word)
+
+
+@lru_cache(maxsize=65536)
+def singular(name: str) -> str:
+    """The singular of a name that looks like a plural, else the name."""
+    return _with_head(name, _singular_word)
+
+
+def _with_head(name: str, change: Callable[[str], str]) -> str:
+    cut = _PREPOSITION.search(name)
+    end = cut.start() if cut else len(name)
+    word = re.search(r"[^\W_]+$", name[:end])
+    return name[: word.start()] + change(word[0]) + name[end:] if word else name
+
+
+def _plural_word(word: str) -> str:
+    low = word.casefold()
+    if low in _UNCHANGED:
+        return word
+    if low in _IRREGULAR:
+        return word[0] + _IRREGULAR[low][1:]
+    if re.search(r"(s|x|z|ch|sh)$", low):
+        return word + "es"
+    if re.search(r"[^aeiou\d]y$", low) and word[0].islower():  # names of people and makes keep it: two Camrys
+        return word[:-1] + "ies"
+    return word + "s"
+
+
+def _singular_word(word: str) -> str:
+    low = word.casefold()
+    if low in _UNCHANGED or len(low) < 4:
+        return word
+    if low in _SINGULAR_OF:
+        return word[0] + _SINGULAR_OF[low][1:]
+    if low.endswith("ies") and len(low) > 4:
+        return word[:-3] + "y"
+    if re.search(r"(ch|sh|x|ss|zz|[^eo]us)es$", low):
+        return word[:-2]
+    if low.endswith("s") and not low.endswith(("ss", "us", "is", "as", "os")):
+        return word[:-1]
+    return word
+
+
+@lru_cache(maxsize=65536)
+def _pattern(name: str) -> re.Pattern[str]:
+    forms = {name, plural(name), singular(name)}
+    parts = {_GAP.join(map(re.escape, re.split(_GAP, unicodedata.normalize("NFC", form).strip()))) for form in forms}
+    either = "|".join(sorted(parts, key=lambda part: (-len(part), part)))
+    return re.compile(f"{_NOT_BEFORE}(?:{either}){_NOT_AFTER}", re.IGNORECASE)
+
+
+def _number(found: str, name: str) -> str:
+    if fold(found) == fold(name):
+        return "given"
+    return "plural" if fold(found) == fold(plural(name)) else "singular"
+
+
+def _written_like(found: str, name: str, new: str) -> str:
+    """`new` with the capitals and separators that the caption uses for the old name."""
+    spaced = " ".join(re.split(r"[\s_]+", found))
+    if spaced[: len(name)] != " ".join(name.split())[: len(spaced)]:
+        if found.islower():
+            new = new.lower()
+        elif found.isupper() and len(found) > 1:
+            new = new.upper()
+        elif all(word[:1].isupper() for word in spaced.split()) and len(spaced.split()) > 1:
+            new = " ".join(word[:1].upper() + word[1:] for word in new.split())
+        elif found[:1].isupper():
+            new = new[:1].upper() + new[1:]
+    if "_" in found:
+        return "_".join(new.split())
+    if "-" in found and " " not in found and " " in name.strip() and "-" not in name:
+        return "-".join(new.split())
+    return new
