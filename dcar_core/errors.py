@@ -3,6 +3,8 @@
 DcarError
 |- DataError             annotations, galleries and their metadata
 |  `- ImageError         one picture that cannot be read
+|- CaptionError          captions cannot be asked for: the key, the model, the address, or another run's journal
+|  `- EndpointError      one request that was refused or never answered
 |- ModelError            a backbone that is unknown, unsupported or cannot be loaded
 |  `- RuntimeUnavailableError  an encoder runtime that cannot be had here
 |- CheckpointError       trainables that are missing, broken or belong to another backbone
@@ -26,6 +28,14 @@ class DataError(DcarError):
 
 class ImageError(DataError):
     """One picture cannot be read; the message is the reason, without its name."""
+
+
+class CaptionError(DcarError):
+    """Captions cannot be asked for: the key, the model, the address, or the journal of another run."""
+
+
+class EndpointError(CaptionError):
+    """One request was refused, or never answered; the message is the reason."""
 
 
 class ModelError(DcarError):

@@ -1,5 +1,7 @@
 """`dcar data`: look at annotations before training on them, or make some."""
 
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -76,3 +78,68 @@ def data_negatives(
     if out is not None:
         write_splits(made, out)
         typer.echo(f"{out}: {', '.join(f'{name}.jsonl' for name in made)}; train with --data {out} --images IMAGES")
+
+
+@commands.command("caption")
+def data_caption(
+    images: Annotated[Path, typer.Option(help="A folder with a folder of pictures for each category.")],
+    out: Annotated[Path, typer.Option(help="The annotations to write, such as captions.json.")],
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")],
+    model: Annotated[str, typer.Option(help="A vision model there, which writes the drafts.")],
+    judge_model: Annotated[str | None, typer.Option(help="What judges the drafts; default: the same model.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Where the judge is; default: at --url.")] = None,
+    judge: Annotated[bool, typer.Option(help="Whether drafts are judged at all.")] = True,
+    dataset: Annotated[
+        str, typer.Option(help="What the pictures are of, for the questions; default: the folder.")
+    ] = "",
+    templates: Annotated[
+        Path | None,
+        typer.Option(help="Questions of your own, one a line, with {category} and maybe {dataset}, {words}."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=16, help="Most CLIP tokens of a caption.")] = 73,
+    rounds: Annotated[int, typer.Option(min=1, help="Most drafts of a picture.")] = 3,
+    concurrency: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 4,
+    side: Annotated[int, typer.Option(min=64, help="Pixels of the longer side of what is sent.")] = 768,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Most tokens of an answer.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.2,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 120,
+    tries: Annotated[int, typer.Option(min=1, help="Of one request.")] = 6,
+    price: Annotated[str, typer.Option(help="IN,OUT of a million tokens, to show the cost.")] = "",
+    judge_price: Annotated[str, typer.Option(help="The judge's; default: --price, if it is the same model.")] = "",
+    restart: Annotated[bool, typer.Option(help="Forget what was answered before.")] = False,
+) -> None:
+    """Have a vision model caption your pictures, and write annotations to train on.
+
+    Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY where the judge is elsewhere. Killed,
+    the same command goes on, and asks nothing twice.
+    """
+    from dcar_core.backbone import clip_token_counts
+    from dcar_core.captioning.options import CaptionOptions, Model
+    from dcar_core.captioning.questions import TEMPLATES, load_templates
+    from dcar_core.captioning.run import caption
+    from dcar_core.captioning.summary import summary
+
+    drafter = Model(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_price(price))
+    second = drafter.judge(judge_url, judge_model, os.environ.get("DCAR_JUDGE_API_KEY"), _price(judge_price))
+    options = CaptionOptions(
+        dataset=dataset or images.resolve().name.replace("_", " "),
+        templates=load_templates(templates) if templates is not None else TEMPLATES,
+        context=context, rounds=rounds, side=side, max_tokens=max_tokens, temperature=temperature,
+        concurrency=concurrency, timeout_s=timeout, tries=tries,
+    )  # fmt: skip
+    found = caption(images, out, drafter, second if judge else None, options, clip_token_counts, restart=restart)
+    typer.echo(summary(found))
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _price(given: str) -> tuple[float, float] | None:
+    if not given.strip():
+        return None
+    try:
+        into, out = (float(part) for part in given.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"a price is IN,OUT of a million tokens, such as 0.15,0.60, not {given!r}") from None
+    if not (0 <= into < math.inf and 0 <= out < math.inf):
+        raise typer.BadParameter(f"a price cannot be {given!r}")
+    return into, out

@@ -82,7 +82,8 @@ def test_a_or_an(phrase: str) -> None:
 @pytest.mark.parametrize(
     ("one", "many"),
     [("cat", "cats"), ("box", "boxes"), ("cherry", "cherries"), ("toy", "toys"), ("Camry", "Camrys"),
-     ("wolf", "wolves"), ("sheep", "sheep"), ("glass jar", "glass jars"), ("bird of prey", "birds of prey"), ("woman", "women")],
+     ("wolf", "wolves"), ("sheep", "sheep"), ("glass jar", "glass jars"), ("bird of prey", "birds of prey"),
+     ("woman", "women")],
 )  # fmt: skip
 def test_plurals(one: str, many: str) -> None:
     assert (plural(one), singular(many), plural(many), singular(one)) == (many, one, many, one)
@@ -95,8 +96,7 @@ def test_attributes_are_replaced_one_at_a_time_and_never_in_the_name() -> None:
     assert "A red car in front of two blue oranges, on the left" in found
     assert "An orange car behind two blue oranges, on the left" in found
     assert "An orange car in front of two blue oranges, on the right" in found
-    assert "An orange car in front of six blue oranges, on the left" in found
-    assert not any("blue" not in text and "two" not in text for text in found)
+    assert all(" two " in text for text in found)  # it stands in the span that is kept
     assert not any(" gray " in text for text in swaps("a grey cat", [], Random(0)))  # the same colour
     assert list(swaps("one cat left the room", [], Random(0))) == []
 

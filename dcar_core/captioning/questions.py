@@ -1,0 +1,121 @@
+"""What is asked of the models, and how their answers are read (the paper's Figure 3, in our words).
+
+The question names the data set and the category and asks for main object, scene and background; the judge sees picture
+and draft, and answers with a verdict and what to mend; the draft is then asked for again with that feedback.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dcar_core.errors import DataError
+
+TEMPLATES = (
+    "This picture of {dataset} shows: {category}. Write one caption of at most {words} words that contains the words "
+    '"{category}". Say what it looks like and does, then the scene and the background. Only what can be seen.',
+    'The picture belongs to the category "{category}" of {dataset}. Describe it in one or two short sentences, at most '
+    '{words} words, and call the main object "{category}". Name its colours, number and position, and what is behind '
+    "it. Nothing that cannot be seen.",
+    'Caption this picture from {dataset} in at most {words} words. The main object is "{category}": use that name, '
+    "and tell this picture from others of its kind by attributes, scene and background.",
+)
+_ONLY = " Answer with the caption alone, without quotation marks, lists or remarks."
+_AGAIN = 'Your caption was: "{draft}" It cannot be used: {feedback} Write it anew.' + _ONLY
+_JUDGE = (
+    'A caption for the picture, which is of the category "{category}" of {dataset}: "{draft}" Is every statement in it '
+    "true of the picture, is the main object described by what sets it apart, and is nothing invented? Answer with "
+    'JSON alone: {{"accept": true or false, "feedback": "what is wrong and how to mend it, in one sentence"}}'
+)
+_THOUGHT = re.compile(r"<think(ing)?>.*?</think(ing)?>", re.DOTALL | re.IGNORECASE)
+_LABEL = re.compile(r"^\W*(sure|certainly|here('s| is)[^:\n]{0,60}|(the )?caption)\W*:\s*", re.IGNORECASE)
+_WORD = re.compile(r"^[^\w{]*(?:verdict\W+)?(accept(?:ed)?|yes|reject(?:ed)?|no)\b[\s:,.\-]*", re.IGNORECASE)
+_FIELDS = frozenset({"category", "dataset", "words"})
+
+
+class Verdict(NamedTuple):
+    """The judge's answer; feedback says what to mend."""
+
+    accept: bool
+    feedback: str
+
+
+def load_templates(file: Path) -> tuple[str, ...]:
+    """A question a line, with {category} in it, and {dataset} and {words} where wanted; empty lines are skipped.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no such question.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the templates {file} cannot be read: {error}") from error
+    if not lines:
+        raise DataError(f"the templates {file} hold no line")
+    for line in lines:
+        names = set(re.findall(r"{(\w*)}", line))
+        if "category" not in names or names - _FIELDS or re.search(r"[{}]", re.sub(r"{\w+}", "", line)):
+            raise DataError(
+                f"{file}: a template needs {{category}}, may have {{dataset}} and {{words}}, and no other braces: "
+                f"{line!r}"
+            )
+    return tuple(lines)
+
+
+def question(templates: Sequence[str], *, image: str, category: str, dataset: str, context: int) -> str:
+    """The question for a picture: one of the templates, always the same one for the same picture."""
+    template = templates[zlib.crc32(image.encode()) % len(templates)]
+    return template.format(category=category, dataset=dataset, words=words_within(context)) + _ONLY
+
+
+def words_within(context: int) -> int:
+    """So many words fit the context, nearly always."""
+    return max(8, int(0.6 * context))
+
+
+def draft_messages(asked: str, picture: str, before: tuple[str, str] | None) -> list[dict[str, Any]]:
+    """The chat that asks for a draft; before: the last draft, and why it cannot be used."""
+    messages = [_with_picture(asked, picture)]
+    if before is not None:
+        draft, feedback = before
+        messages.append({"role": "assistant", "content": draft})
+        messages.append({"role": "user", "content": _AGAIN.format(draft=draft, feedback=feedback)})
+    return messages
+
+
+def judge_messages(draft: str, picture: str, *, category: str, dataset: str) -> list[dict[str, Any]]:
+    return [_with_picture(_JUDGE.format(draft=draft, category=category, dataset=dataset), picture)]
+
+
+def _with_picture(text: str, picture: str) -> dict[str, Any]:
+    content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": picture}}]
+    return {"role": "user", "content": content}
+
+
+def tidy_draft(answer: str) -> str:
+    """The caption in an answer: without thoughts, labels, marks and quotation marks, on one line."""
+    text = _THOUGHT.sub(" ", answer).strip()
+    text = _LABEL.sub("", text)
+    text = " ".join(re.sub(r"[*#`]+", "", text).split())
+    quoted = re.fullmatch(r"[\"'\u201c\u2018](.*)[\"'\u201d\u2019]", text)
+    return quoted[1].strip() if quoted else text
+
+
+def read_verdict(answer: str) -> Verdict | None:
+    """JSON, alone or inside other text, or an answer that begins with yes, accept, no or reject; None: no verdict."""
+    text = _THOUGHT.sub(" ", answer).strip()
+    for start in (match.start() for match in re.finditer("{", text)):
+        try:
+            found, _ = json.JSONDecoder().raw_decode(text[start:])
+        except ValueError:
+            continue
+        if isinstance(found, dict) and "accept" in found:
+            said = found["accept"]
+            accept = said if isinstance(said, bool) else str(said).strip().casefold() in {"true", "yes", "1"}
+            return Verdict(accept, " ".join(str(found.get("feedback") or "").split()))
+    word = _WORD.match(text)
+    if word is None:
+        return None
+    return Verdict(word[1].casefold()[0] in "ay", " ".join(text[word.end() :].split()))

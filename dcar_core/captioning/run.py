@@ -1,0 +1,302 @@
+"""A folder per category becomes annotations in FDRD's form, as FDRD was made (the paper's Figure 3).
+
+    picture --question--> draft --filters--> --judge--> caption; or the draft with its reason, and the question again
+
+- captions.json gets the accepted captions, captions.rejected.jsonl every other draft with its reason, and
+  captions.journal.jsonl every answer: killed, the same run goes on with what is not answered yet.
+- A picture whose drafts are all rejected is given up and not asked for again; one whose requests fail is, next time.
+"""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from PIL import Image
+from tqdm import tqdm
+
+from dcar_core.captioning.endpoint import Answer, Endpoint
+from dcar_core.captioning.filters import DUPLICATE, JUDGED, Filters, Rejection
+from dcar_core.captioning.journal import Journal, Picture
+from dcar_core.captioning.options import CaptionOptions, Model, Outcome, Usage
+from dcar_core.captioning.questions import (
+    draft_messages,
+    judge_messages,
+    question,
+    read_verdict,
+    tidy_draft,
+    words_within,
+)
+from dcar_core.data import SPLITS
+from dcar_core.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
+from dcar_core.images import has_image_suffix, open_image
+
+CountTokens = Callable[[Sequence[str]], list[int]]
+
+
+def caption(
+    images: Path,
+    out: Path,
+    drafter: Model,
+    judge: Model | None,
+    options: CaptionOptions,
+    count_tokens: CountTokens,
+    *,
+    restart: bool = False,
+    progress: bool = True,
+) -> Outcome:
+    """Have captions written for every picture of a folder per category, and write them to `out`.
+
+    Args:
+        judge: None accepts what the filters let through.
+        count_tokens: CLIP's tokens of texts, SOS and EOT included.
+        restart: forget what an earlier run to `out` was answered.
+
+    Raises:
+        DataError: no pictures in folders, or an `out` that is not this command's.
+        CaptionError: nothing can be asked (key, model, address), or `out` belongs to a run with other settings.
+        LockedError: another run writes to `out`.
+    """
+    journal_file = _beside(out, "journal")
+    if out.suffix != ".json":
+        raise DataError(f"{out}: the annotations are JSON; give --out a name that ends in .json")
+    if out.exists() and not journal_file.exists():
+        raise DataError(f"{out} is there already and not from this command; give another --out")
+    names, loose = _listed(images)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        with lock.acquire(timeout=0):
+            if restart:
+                journal_file.unlink(missing_ok=True)
+            journal = Journal(journal_file, options.settings(drafter, judge))
+            run = _Run(images, out, drafter, judge, options, count_tokens, journal)
+            run.outcome.loose = loose
+            try:
+                asyncio.run(run.all(names, progress))
+            except BaseExceptionGroup as group:
+                error = _first(group)
+                raise (error if isinstance(error, DcarError) else group) from None
+            finally:
+                run.write(names)
+                journal.close()
+    except Timeout:
+        raise LockedError(f"another run is writing to {out}") from None
+    return run.outcome
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.stem}.{what}.jsonl")
+
+
+def _listed(images: Path) -> tuple[list[str], list[str]]:
+    """Names of pictures in categories' folders, and of those in none."""
+    if not images.is_dir():
+        raise DataError(f"{images} is no directory; --images takes one with a folder for each category")
+    files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
+    shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
+    inside = [name for name in shown if "/" in name]
+    if not inside:
+        raise DataError(f"{images} has no pictures in folders; put each category's into a folder of its name")
+    return inside, [name for name in shown if "/" not in name]
+
+
+def _category(name: str) -> tuple[str, str]:
+    """The folder that a picture lies in, and the one above, which groups similar categories."""
+    folders = name.split("/")[:-1]
+    meta = folders[-2] if len(folders) > 1 and folders[-2] not in SPLITS else ""
+    return folders[-1], meta
+
+
+class _Run:
+    def __init__(
+        self,
+        images: Path,
+        out: Path,
+        drafter: Model,
+        judge: Model | None,
+        options: CaptionOptions,
+        count_tokens: CountTokens,
+        journal: Journal,
+    ) -> None:
+        self.images, self.out, self.options, self.journal = images, out, options, journal
+        self.models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
+        self.endpoints: dict[str, Endpoint] = {}
+        self.filters = Filters(options.context, words_within(options.context), count_tokens)
+        for (image, _), said in journal.finished.items():
+            if said:
+                self.filters.accept(said, image)
+        self.outcome = Outcome(out)
+        self._captions = journal.latest()
+        self._in_a_row = 0
+
+    async def all(self, names: Sequence[str], progress: bool) -> None:
+        """Every picture, `concurrency` of them at a time."""
+        self.endpoints = {asked: Endpoint(model, self.options) for asked, model in self.models.items()}
+        left = iter(names)
+        with tqdm(total=len(names), unit="picture", desc="captions", disable=not progress) as bar:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for _ in range(self.options.concurrency):
+                        tasks.create_task(self._worker(left, bar))
+            finally:
+                for endpoint in self.endpoints.values():
+                    await endpoint.close()
+
+    async def _worker(self, left: Iterator[str], bar: Any) -> None:
+        for name in left:
+            await self._picture(name)
+            bar.set_postfix_str(self.spent(), refresh=False)
+            bar.update()
+
+    async def _picture(self, name: str) -> None:
+        try:
+            content = await asyncio.to_thread((self.images / name).read_bytes)
+            picture = Picture(name, *_category(name), hashlib.sha256(content).hexdigest()[:32])
+            if (name, picture.sha) not in self.journal.finished:
+                self._captions.pop(name, None)  # that of another picture of this name
+                uri = await asyncio.to_thread(data_uri, content, self.options.side)
+                await self._converse(picture, uri)
+        except (ImageError, OSError) as error:
+            self.outcome.broken[name] = str(error)
+            return
+        except EndpointError as error:
+            self.outcome.failed[name] = str(error)
+            self._in_a_row += 1
+            if self._in_a_row >= self.options.give_up_after:
+                raise CaptionError(
+                    f"{self._in_a_row} pictures in a row failed; the last, {name}: {error}. What was answered is kept: "
+                    f"the same command goes on"
+                ) from error
+            return
+        self._captions[name] = self.journal.finished[name, picture.sha]
+        if self._captions[name]:
+            self.outcome.accepted += 1
+        else:
+            self.outcome.given_up.append(name)
+
+    async def _converse(self, picture: Picture, uri: str) -> None:
+        """Drafts until one is accepted, or the rounds are over."""
+        options, category = self.options, picture.category.replace("_", " ")
+        asked = question(
+            options.templates,
+            image=picture.image, category=category, dataset=options.dataset, context=options.context,
+        )  # fmt: skip
+        before: tuple[str, str] | None = None
+        for turn in range(options.rounds):
+            answer = await self._ask("draft", picture, turn, draft_messages(asked, uri, before))
+            draft = tidy_draft(answer.text)
+            why = self.filters.rejected(draft, image=picture.image, category=category, finish=answer.finish)
+            if why is None and "judge" in self.models:
+                why = await self._judged(picture, turn, draft, uri, category)
+            if why is None:
+                self.filters.accept(draft, picture.image)
+                self.journal.finish(picture, draft)
+                return
+            self.journal.rejected(picture, turn, draft, why)
+            before = (draft or "(nothing)", why.feedback)
+        self.journal.finish(picture, "")
+
+    async def _judged(self, picture: Picture, turn: int, draft: str, uri: str, category: str) -> Rejection | None:
+        messages = judge_messages(draft, uri, category=category, dataset=self.options.dataset)
+        answer = await self._ask("judge", picture, turn, messages, usable=lambda text: read_verdict(text) is not None)
+        verdict = read_verdict(answer.text)
+        assert verdict is not None  # `usable` saw to it
+        if not verdict.accept:
+            return Rejection(JUDGED, verdict.feedback or "it does not fit the picture.")
+        if self.filters.owner(draft) not in {None, picture.image}:  # accepted while the judge was thinking
+            return Rejection(DUPLICATE, "another picture has the very same caption; say what sets this one apart.")
+        return None
+
+    async def _ask(
+        self,
+        asked: str,
+        picture: Picture,
+        turn: int,
+        messages: list[dict[str, object]],
+        usable: Callable[[str], bool] = lambda text: True,
+    ) -> Answer:
+        before = self.journal.answer(picture, asked, turn)
+        if before is not None:
+            return before
+        endpoint = self.endpoints[asked]
+        try:
+            answer = await endpoint.ask(messages, usable)
+        except EndpointError:
+            self.journal.wasted(asked, endpoint.take_wasted())
+            raise
+        self.journal.answered(picture, asked, turn, answer)
+        self._in_a_row = 0
+        return answer
+
+    def spent(self) -> str:
+        """Accepted, rejected, tokens and cost so far, earlier runs included."""
+        usage = self.journal.usage.values()
+        tokens = sum(u.tokens_in + u.tokens_out for u in usage)
+        cost = self._cost()
+        rejected = self.journal.rejected_drafts
+        return f"{self.outcome.accepted:,} accepted, {rejected:,} drafts rejected, {tokens:,} tokens" + (
+            f", cost {cost:.4f}" if cost is not None else ""
+        )
+
+    def _cost(self) -> float | None:
+        if all(model.price is None for model in self.models.values()):
+            return None
+        return sum(self.journal.usage.get(asked, Usage()).cost(model.price) for asked, model in self.models.items())
+
+    def write(self, names: Sequence[str]) -> None:
+        """The annotations, and the rejected drafts, as far as the run has come."""
+        entries = {}
+        for name in names:
+            if self._captions.get(name):
+                category, meta = _category(name)
+                entries[name] = {
+                    "file_name": name,
+                    "file_path": name,
+                    "class_name": category,
+                    **({"meta_category": meta} if meta else {}),
+                    "positive": self._captions[name],
+                    "negative": [],
+                }
+        _replace(self.out, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+        rejections = list(self.journal.rejections())
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in rejections)
+        _replace(_beside(self.out, "rejected"), "".join(lines))
+        self.outcome.rejected = Counter(line["reason"] for line in rejections)
+        self.outcome.given_up.sort()
+        self.outcome.usage, self.outcome.cost = self.journal.usage, self._cost()
+
+
+def data_uri(content: bytes, side: int) -> str:
+    """A picture as endpoints take it: JPEG, its longer side at most `side` pixels.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    image = open_image(content, at_least=side)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_name(f"{file.name}.part")
+    with part.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(file)
