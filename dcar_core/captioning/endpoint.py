@@ -85,8 +85,9 @@ class Endpoint:
         for attempt in range(self._options.tries):
             await self._pause()
             try:
-                reply = await self._client.post(self._url, json=self._body(messages))
-            except httpx.HTTPError as error:
+                async with asyncio.timeout(self._options.timeout_s):  # httpx's own starts anew with every byte
+                    reply = await self._client.post(self._url, json=self._body(messages))
+            except (httpx.HTTPError, TimeoutError) as error:
                 why = f"{type(error).__name__}: {error}".rstrip(": ")
                 await self._back_off(attempt, None)
                 continue

@@ -8,9 +8,7 @@
 """
 
 import asyncio
-import base64
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -19,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from PIL import Image
 from tqdm import tqdm
 
 from dcar_core.captioning.endpoint import Answer, Endpoint
 from dcar_core.captioning.filters import DUPLICATE, JUDGED, Filters, Rejection
 from dcar_core.captioning.journal import Journal, Picture
 from dcar_core.captioning.options import CaptionOptions, Model, Outcome, Usage
+from dcar_core.captioning.pictures import category_of, data_uri, listed
 from dcar_core.captioning.questions import (
     draft_messages,
     judge_messages,
@@ -34,9 +32,7 @@ from dcar_core.captioning.questions import (
     tidy_draft,
     words_within,
 )
-from dcar_core.data import SPLITS
 from dcar_core.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
-from dcar_core.images import has_image_suffix, open_image
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
@@ -69,7 +65,7 @@ def caption(
         raise DataError(f"{out}: the annotations are JSON; give --out a name that ends in .json")
     if out.exists() and not journal_file.exists():
         raise DataError(f"{out} is there already and not from this command; give another --out")
-    names, loose = _listed(images)
+    names, loose = listed(images)
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
@@ -100,25 +96,6 @@ def _first(error: BaseException) -> BaseException:
 
 def _beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.stem}.{what}.jsonl")
-
-
-def _listed(images: Path) -> tuple[list[str], list[str]]:
-    """Names of pictures in categories' folders, and of those in none."""
-    if not images.is_dir():
-        raise DataError(f"{images} is no directory; --images takes one with a folder for each category")
-    files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
-    shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
-    inside = [name for name in shown if "/" in name]
-    if not inside:
-        raise DataError(f"{images} has no pictures in folders; put each category's into a folder of its name")
-    return inside, [name for name in shown if "/" not in name]
-
-
-def _category(name: str) -> tuple[str, str]:
-    """The folder that a picture lies in, and the one above, which groups similar categories."""
-    folders = name.split("/")[:-1]
-    meta = folders[-2] if len(folders) > 1 and folders[-2] not in SPLITS else ""
-    return folders[-1], meta
 
 
 class _Run:
@@ -165,7 +142,7 @@ class _Run:
     async def _picture(self, name: str) -> None:
         try:
             content = await asyncio.to_thread((self.images / name).read_bytes)
-            picture = Picture(name, *_category(name), hashlib.sha256(content).hexdigest()[:32])
+            picture = Picture(name, *category_of(name), hashlib.sha256(content).hexdigest()[:32])
             if (name, picture.sha) not in self.journal.finished:
                 self._captions.pop(name, None)  # that of another picture of this name
                 uri = await asyncio.to_thread(data_uri, content, self.options.side)
@@ -262,7 +239,7 @@ class _Run:
         entries = {}
         for name in names:
             if self._captions.get(name):
-                category, meta = _category(name)
+                category, meta = category_of(name)
                 entries[name] = {
                     "file_name": name,
                     "file_path": name,
@@ -278,19 +255,6 @@ class _Run:
         self.outcome.rejected = Counter(line["reason"] for line in rejections)
         self.outcome.given_up.sort()
         self.outcome.usage, self.outcome.cost = self.journal.usage, self._cost()
-
-
-def data_uri(content: bytes, side: int) -> str:
-    """A picture as endpoints take it: JPEG, its longer side at most `side` pixels.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    image = open_image(content, at_least=side)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _replace(file: Path, text: str) -> None:

@@ -28,7 +28,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Raw:
-    """An answer that is not simply a message. cut: promise all of the body and send half; silent: close at once."""
+    """An answer that is not simply a message.
+
+    cut: promise all of the body and send half; silent: close at once; drip: seconds between bytes.
+    """
 
     status: int = 200
     body: str = ""
@@ -36,6 +39,7 @@ class Raw:
     cut: bool = False
     silent: bool = False
     wait: float = 0.0
+    drip: float = 0.0
 
 
 Behave = Callable[[Asked, int], "str | Raw | dict[str, Any]"]
@@ -59,6 +63,7 @@ class VisionServer:
 
     def __init__(self, behave: Behave = good) -> None:
         self.behave, self.asked = behave, list[Asked]()
+        self.at_once = self._under_way = 0  # the most requests at a time, and those now
         self._lock = threading.Lock()
         outer = self
 
@@ -67,7 +72,14 @@ class VisionServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                outer._answer(self, body)
+                with outer._lock:
+                    outer._under_way += 1
+                    outer.at_once = max(outer.at_once, outer._under_way)
+                try:
+                    outer._answer(self, body)
+                finally:
+                    with outer._lock:
+                        outer._under_way -= 1
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -119,5 +131,9 @@ class VisionServer:
         for name, value in (("content-type", "application/json"), ("content-length", str(len(content))), *raw.headers):
             handler.send_header(name, value)
         handler.end_headers()
-        handler.wfile.write(content[: len(content) // 2] if raw.cut else content)
+        for byte in content if raw.drip else b"":
+            handler.wfile.write(bytes([byte]))
+            time.sleep(raw.drip)
+        if not raw.drip:
+            handler.wfile.write(content[: len(content) // 2] if raw.cut else content)
         handler.close_connection = handler.close_connection or raw.cut

@@ -1,0 +1,43 @@
+"""Pictures in a folder for each category, and one of them as endpoints take it."""
+
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from dcar_core.data import SPLITS
+from dcar_core.errors import DataError
+from dcar_core.images import has_image_suffix, open_image
+
+
+def listed(images: Path) -> tuple[list[str], list[str]]:
+    """Names of pictures in categories' folders, and of those in none."""
+    if not images.is_dir():
+        raise DataError(f"{images} is no directory; --images takes one with a folder for each category")
+    files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
+    shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
+    inside = [name for name in shown if "/" in name]
+    if not inside:
+        raise DataError(f"{images} has no pictures in folders; put each category's into a folder of its name")
+    return inside, [name for name in shown if "/" not in name]
+
+
+def category_of(name: str) -> tuple[str, str]:
+    """The folder that a picture lies in, and the one above, which groups similar categories."""
+    folders = name.split("/")[:-1]
+    meta = folders[-2] if len(folders) > 1 and folders[-2] not in SPLITS else ""
+    return folders[-1], meta
+
+
+def data_uri(content: bytes, side: int) -> str:
+    """A picture as endpoints take it: JPEG, its longer side at most `side` pixels.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    image = open_image(content, at_least=side)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
