@@ -7,7 +7,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -20,12 +20,11 @@ from dcar_core.backbone import Backbone, BackboneSource, clip_tokens, load_backb
 from dcar_core.data import CleaningReport, Dataset, Sample
 from dcar_core.encoder import pick_device
 from dcar_core.errors import DataError
-from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, Generator, Negative
+from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, Cut, Generator
 from dcar_core.negatives.taxonomy import Floats, NameFeatures, Taxonomy, letters, load_taxonomy, rank_categories
 from dcar_core.negatives.words import fold
 
 Mode = Literal["auto", "missing", "all", "off"]
-Cut = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 COUNT, ROOM = 4, 8
 _KINDS = {
     CATEGORY: "negatives made: the caption with another category",
@@ -123,9 +122,8 @@ def _filled(
         outside = report.names.get("categories missing from the taxonomy, not swapped for others", [])
         alone = sorted(name for key, name in own.items() if not ranked.get(key) and name not in outside)
         report.add("categories alone in their meta-category, not swapped for others", names=alone)
-    generator = Generator(data.samples, ranked, count=count, seed=seed)
+    generator = Generator(data.samples, ranked, cut, count=count, seed=seed)
     made = {row: generator.negatives(data.samples[row]) for row in sorted(rows)}
-    made = _told_apart(data, made, cut, report)
     samples = list(data.samples)
     for row, negatives in made.items():
         if negatives or samples[row].negatives:
@@ -137,31 +135,11 @@ def _filled(
     report.add("pairs for which negatives were made", sum(bool(negatives) for negatives in made.values()))
     for kind, number in Counter(n.kind for negatives in made.values() for n in negatives).items():
         report.add(_KINDS[kind], number)
-    report.add("captions that do not name their category, so that it could not be swapped", len(generator.unnamed))
+    report.add("captions that do not name their category, so that it could not be swapped", generator.unnamed)
+    report.add("negatives that differ only where the context has ended, left out", generator.unread)
     empty = [samples[row].image for row, negatives in made.items() if not negatives]
     report.add("pairs for which no negative could be made", names=empty)
     return replace(data, samples=samples)
-
-
-def _told_apart(
-    data: Dataset, made: Mapping[int, list[Negative]], cut: Cut, report: CleaningReport
-) -> dict[int, list[Negative]]:
-    """Without the negatives that an encoder cannot tell from their caption, because it reads only so far."""
-    rows = list(made)
-    texts = [[data.samples[row].caption, *(negative.text for negative in made[row])] for row in rows]
-    tokens = iter(cut([text for several in texts for text in several]))
-    kept: dict[int, list[Negative]] = {}
-    for row in rows:
-        seen = {tuple(next(tokens))}
-        kept[row] = []
-        for negative in made[row]:
-            read = tuple(next(tokens))
-            if read in seen:
-                report.add("negatives that differ only where the context has ended, left out")
-            else:
-                kept[row].append(negative)
-            seen.add(read)
-    return kept
 
 
 def views(model: str | None, pretrained: str | None = None, device: str = "cpu") -> tuple[NameFeatures, Cut]:

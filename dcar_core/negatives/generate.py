@@ -4,12 +4,13 @@
 - Attribute swap: another caption of the category, or the caption with an attribute word replaced.
 - Half of each, by turns between the two kinds of attribute swap; what one cannot give, the other does [ours].
 
-None equals a caption of its picture, nor another negative of it, after normalisation. The same seed gives the same
-negatives whatever else is in the split but captions of the category.
+None equals a caption of its picture, nor another negative of it, after normalisation; nor does one differ only behind
+the end of the context, where the encoder does not read. The same seed gives the same negatives whatever else is in the
+split but captions of the category.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from random import Random
 from typing import NamedTuple
@@ -31,6 +32,9 @@ class Negative(NamedTuple):
     kind: str
 
 
+Cut = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the tokens that the encoder reads
+
+
 class Generator:
     """Makes negatives for the samples of one split.
 
@@ -39,9 +43,16 @@ class Generator:
         ranked: folded category -> other categories of its meta-category, most similar first.
     """
 
-    def __init__(self, samples: Sequence[Sample], ranked: Mapping[str, list[str]], *, count: int, seed: int) -> None:
-        self.ranked, self.count, self.seed = ranked, count, seed
-        self.unnamed: list[str] = []  # captions without their category
+    def __init__(
+        self, samples: Sequence[Sample], ranked: Mapping[str, list[str]], cut: Cut, *, count: int, seed: int
+    ) -> None:
+        self.ranked, self.count, self.seed, self._cut = ranked, count, seed, cut
+        self.unnamed = 0  # captions without their category
+        self.unread = 0  # negatives that read like another text of their picture, as far as the encoder reads
+        captions = list(dict.fromkeys(sample.caption for sample in samples))
+        more = cut([f"{caption} and more" for caption in captions])
+        # one more word would not be read
+        self._full = {c for c, read, further in zip(captions, cut(captions), more, strict=True) if read == further}
         self._captions: dict[str, list[Sample]] = defaultdict(list)
         self._own: dict[str, set[str]] = defaultdict(set)
         for sample in samples:
@@ -52,20 +63,42 @@ class Generator:
     def negatives(self, sample: Sample) -> list[Negative]:
         """At most `count` negatives of a sample that has a category; swapped categories come first."""
         random = Random(f"{self.seed}\n{sample.image}\n{sample.caption}")
-        taken = set(self._own[sample.image])
+        taken: set[Hashable] = set(self._own[sample.image])
+        if sample.caption in self._full:
+            taken.add(self._read(sample.caption))
         swapped, changed = self._category_swaps(sample), self._attribute_swaps(sample, random)
         half = self.count - self.count // 2
-        found = _take(swapped, half, taken)
-        others = _take(changed, self.count - len(found), taken)
-        more = _take(swapped, self.count - len(found) - len(others), taken)
+        full = sample.caption in self._full
+        found = self._take(swapped, half, taken, full)
+        others = self._take(changed, self.count - len(found), taken, full)
+        more = self._take(swapped, self.count - len(found) - len(others), taken, full)
         return [*found, *more, *others]
+
+    def _take(self, negatives: Iterator[Negative], number: int, taken: set[Hashable], full: bool) -> list[Negative]:
+        """The first `number` that are not taken yet; they are taken then."""
+        found: list[Negative] = []
+        while len(found) < number:
+            negative = next(negatives, None)
+            if negative is None:
+                break
+            same = _same(negative.text)
+            read = self._read(negative.text) if full else same
+            if same not in taken and read in taken:
+                self.unread += 1
+            elif same not in taken:
+                taken |= {same, read}
+                found.append(negative)
+        return found
+
+    def _read(self, text: str) -> Hashable:
+        return tuple(self._cut([text])[0])
 
     def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
         key, caption = fold(sample.category), sample.caption
         others = self.ranked.get(key, [])
         places = mentions(caption, sample.category, self._longer.get(key, ()))
         if others and not places:
-            self.unnamed.append(caption)
+            self.unnamed += 1
             return
         for other in others:
             if fold(other) != key and not mentions(caption, other):  # else it may still be true
@@ -79,19 +112,6 @@ class Generator:
         words = (Negative(text, sample.category, ATTRIBUTE) for text in swaps(sample.caption, kept, random))
         turns = chain.from_iterable(zip_longest(captions, words))
         return (negative for negative in turns if negative is not None)
-
-
-def _take(negatives: Iterator[Negative], number: int, taken: set[str]) -> list[Negative]:
-    """The first `number` whose text is not taken yet; they are taken then."""
-    found: list[Negative] = []
-    while len(found) < number:
-        negative = next(negatives, None)
-        if negative is None:
-            break
-        if _same(negative.text) not in taken:
-            taken.add(_same(negative.text))
-            found.append(negative)
-    return found
 
 
 def _same(text: str) -> str:
