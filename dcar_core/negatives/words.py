@@ -49,11 +49,13 @@ class Mention(NamedTuple):
 
 def fold(name: str) -> str:
     """For comparison of names: case, underscores, hyphens, spacing and Unicode forms folded."""
-    return " ".join(re.split(_GAP, unicodedata.normalize("NFKC", name).casefold().strip()))
+    return " ".join(filter(None, re.split(_GAP, unicodedata.normalize("NFKC", name).casefold())))
 
 
 def mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[Mention]:
     """Every place where a caption names `name`, but not as a part of one of the `longer` names that contain it."""
+    if not fold(name):
+        return []
     taken = [match.span() for other in longer for match in _pattern(other).finditer(caption)]
     found = []
     for match in _pattern(name).finditer(caption):

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,17 @@ def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, t
     saved = json.loads((tmp_path / "c" / "cleaning.json").read_text())
     assert saved["train"]["names"] == {"pictures missing, left out": ["lost.png"]}
     assert saved["val"]["counts"]["pictures missing, left out"] == 1
+
+
+def test_training_names_a_broken_picture(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(tiny_data, photos)
+    name = next(iter(json.loads((photos / "train.json").read_text()).values()))["file_name"]
+    (photos / name).write_bytes((photos / name).read_bytes()[:60])
+    given = ("--data", photos, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
+    done = dcar("train", *given)
+    assert done.returncode == 1
+    assert re.search(rf"^dcar: train: {re.escape(name)}: broken or truncated", done.stderr, re.M)
+    done = dcar("train", *given, "--skip-broken")
+    assert done.returncode == 0, done.stderr
+    assert f"1 pictures broken, left out: {name} (" in done.stderr

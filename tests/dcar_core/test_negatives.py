@@ -55,6 +55,8 @@ def backbone(tiny_model: Path) -> Backbone:
         ("An A321 airplane, the A321", "A321", "737-300", "A 737-300 airplane, the 737-300"),
         ("the 737-300, not the 737-300ER", "737-300", "MD-11", "the MD-11, not the 737-300ER"),
         ("keycap, *", "keycap, *", "keycap, #", "keycap, #"),
+        ("a well-known cat - asleep", "-", "dog", None),
+        ("a C++ (old) book", "C++ (old)", "[x]", "a [x] book"),
     ],
 )
 def test_a_name_is_replaced_as_a_whole_word(caption: str, name: str, new: str, expected: str | None) -> None:
@@ -149,6 +151,12 @@ def test_both_perspectives(tmp_path: Path) -> None:
         "negatives made: another caption of the category": 2,
         "negatives made: the caption with another attribute": 6,
     }
+
+
+def test_a_category_that_is_no_word_harms_nothing(tmp_path: Path) -> None:
+    samples, report = made([*CATS, sample("8", "a dash - here", "-")], tmp_path)
+    assert samples[-1].negatives == ()
+    assert report.names["pairs for which no negative could be made"] == ["8"]
 
 
 def test_the_same_seed_gives_the_same_and_none_equals_its_caption(tmp_path: Path) -> None:
