@@ -5,12 +5,13 @@ picture is its name and the hash of its bytes, so a picture that was replaced is
 cut off by a kill is dropped.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from dcar_core.captioning.endpoint import Answer
 from dcar_core.captioning.filters import Rejection
@@ -33,7 +34,7 @@ class Journal:
     """Append-only; `finished` and `usage` hold what earlier runs did too.
 
     Raises:
-        CaptionError: it is of a run with other settings, or no journal at all.
+        CaptionError: it is of a run with other settings, no journal at all, or cannot be written.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ class Journal:
         if started:
             self._load(settings)
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._out: BinaryIO = file.open("ab")
+        self._out = file.open("ab", buffering=0)
         if self._out.tell() == 0:
             self._write({"captions": VERSION, "settings": settings})
 
@@ -101,9 +102,14 @@ class Journal:
         self._apply(line)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self._out.flush()
-        os.fsync(self._out.fileno())
+        content = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        try:
+            if self._out.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._out.fileno())
+        except OSError as error:
+            self._out.close()
+            raise CaptionError(f"{self.file} cannot be written: {error.strerror}; what was answered is kept") from error
 
     def _apply(self, line: dict[str, Any]) -> None:
         picture = (line.get("image", ""), line.get("sha", ""))

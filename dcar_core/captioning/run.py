@@ -143,13 +143,16 @@ class _Run:
         try:
             content = await asyncio.to_thread((self.images / name).read_bytes)
             picture = Picture(name, *category_of(name), hashlib.sha256(content).hexdigest()[:32])
-            if (name, picture.sha) not in self.journal.finished:
-                self._captions.pop(name, None)  # that of another picture of this name
-                uri = await asyncio.to_thread(data_uri, content, self.options.side)
-                await self._converse(picture, uri)
+            known = (name, picture.sha) in self.journal.finished
+            uri = "" if known else await asyncio.to_thread(data_uri, content, self.options.side)
         except (ImageError, OSError) as error:
             self.outcome.broken[name] = str(error)
+            self._captions.pop(name, None)
             return
+        try:
+            if not known:
+                self._captions.pop(name, None)  # that of another picture of this name
+                await self._converse(picture, uri)
         except EndpointError as error:
             self.outcome.failed[name] = str(error)
             self._in_a_row += 1

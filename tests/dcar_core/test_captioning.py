@@ -330,6 +330,11 @@ def test_a_replaced_picture_is_asked_for_anew(photos: Path) -> None:
         assert server.kinds()[8:] == ["draft", "judge"]
     changed = {name for name, entry in captions(photos).items() if entry != before[name]}
     assert changed == {"owl/1.png"}
+    (photos / "owl" / "1.png").write_bytes(b"")
+    with VisionServer() as server:
+        assert list(ask(photos, server).broken) == ["owl/1.png"]
+        assert server.asked == []
+    assert "owl/1.png" not in captions(photos)
 
 
 def test_killed_it_goes_on_and_asks_nothing_twice(photos: Path) -> None:
@@ -376,6 +381,15 @@ def test_a_run_with_other_settings_is_another_run(photos: Path) -> None:
             pytest.raises(LockedError, match="another run is writing"),
         ):
             ask(photos, server)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_run_before_anything_is_asked(photos: Path) -> None:
+    (photos.parent / "captions.journal.jsonl").symlink_to("/dev/full")
+    with VisionServer() as server:
+        with pytest.raises(CaptionError, match="cannot be written: No space left"):
+            ask(photos, server)
+        assert server.asked == []
 
 
 def test_places_that_cannot_be_used(photos: Path) -> None:
