@@ -2,7 +2,8 @@
 
 A directory has a file for each split, `train.json` (or cars_train.json), `train.jsonl`, `train.csv`, `train.tar` or
 `train-*.tar`, or one table `pairs.jsonl` / `pairs.csv` for all. A single file may be given instead of a directory. Rows
-say their split in a column, a file in its name; where neither does, a hash of the picture's name decides.
+say their split in a column, a file in its name; where neither does, a hash of the picture's name decides. Data with a
+train split but no val gives a tenth of its training pictures to validation.
 """
 
 import hashlib
@@ -86,11 +87,34 @@ def usable_pictures(path: Path, split: str, images: Path | None = None) -> tuple
 
 def _chosen(path: Path, split: str, images: Path | None, report: CleaningReport) -> tuple[list[Entry], ImageRoot]:
     """The split's entries, and the image root."""
-    entries = [entry for entry in _entries(path, split, report) if entry.split == split]
+    entries = _held_out(path, split, report)
+    if entries is None:
+        entries = [entry for entry in _entries(path, split, report) if entry.split == split]
     if not entries:
         others = [name for name in splits_of(path) if name != split]
         raise DataError(f"{path} has no {split} pairs{'; it has ' + ', '.join(others) if others else ''}")
     return entries, ImageRoot(images or (path if path.is_dir() or path.suffix == ".tar" else path.parent))
+
+
+def _held_out(path: Path, split: str, report: CleaningReport) -> list[Entry] | None:
+    """Pairs for training or validation of data with a train split but no val; None where nothing has to be held out.
+
+    A tenth of the training pictures, by a hash of their names, goes to validation.
+    """
+    if split not in {"train", "val"} or _has(path, "val") or not _has(path, "train"):
+        return None
+    training = [entry for entry in _entries(path, "train", report) if entry.split == "train"]
+    kept = [entry for entry in training if (_hashed(entry.image) == "val") == (split == "val")]
+    if split == "train":
+        report.add("pairs held out for validation, as the data has no val split", len(training) - len(kept))
+    else:
+        report.add("pairs taken from the training split, as the data has no val split", len(kept))
+    return kept
+
+
+def _has(path: Path, split: str) -> bool:
+    files = _files(path, split) if path.exists() else []
+    return bool(files) and any(entry.split == split for entry in _entries(path, split, CleaningReport()))
 
 
 def splits_of(path: Path) -> list[str]:

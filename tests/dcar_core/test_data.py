@@ -167,6 +167,22 @@ def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:
     assert [n for what, n in parts["val"][1].counts.items() if "cut by a hash" in what] == [2 * len(images["val"])]
 
 
+def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: Path) -> None:
+    train = {f"{i}_{j}": entry(file_name=f"{i}.jpg", positive=f"a cat {i} {j}") for i in range(200) for j in range(2)}
+    write(tmp_path / "pets_train.json", train)
+    write(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
+    parts = {split: load_split(tmp_path, split, pictures="ignore") for split in ("train", "val", "test")}
+    images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
+    assert not images["train"] & images["val"]
+    assert len(images["train"] | images["val"]) == 200
+    assert 10 < len(images["val"]) < 40
+    assert images["test"] == {"x.jpg"}
+    held = 2 * len(images["val"])
+    assert parts["train"][1].counts["pairs held out for validation, as the data has no val split"] == held
+    write(tmp_path / "val.json", {"a": entry(file_name="y.jpg")})
+    assert len(load_split(tmp_path, "train", pictures="ignore")[0]) == 400
+
+
 def test_a_split_is_known_by_the_name_of_its_file(tmp_path: Path) -> None:
     file = write(tmp_path / "cars_test.json", {"a": entry()})
     assert len(load_split(file, "test", pictures="ignore")[0]) == 1
@@ -261,7 +277,9 @@ def test_no_annotations(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_split(tmp_path / "gone", "val")
     write(tmp_path / "train.json", {"a": entry()})
-    with pytest.raises(DataError, match="no annotations for val: it has train alone"):
+    with pytest.raises(DataError, match="no annotations for test: it has train alone"):
+        load_split(tmp_path, "test")
+    with pytest.raises(DataError, match="has no val pairs; it has train"):  # one pair, and it is needed for training
         load_split(tmp_path, "val")
     (tmp_path / "a.xml").write_text("<a/>")
     with pytest.raises(DataError, match=r"read from \.json, \.jsonl, \.csv and \.tar"):
