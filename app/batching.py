@@ -155,8 +155,7 @@ class Batcher:
                 await self._arrived.wait()
                 continue
             await self._wait_for_company()
-            if batch := self._take():
-                await self._run(batch)
+            await self._run(self._take())  # no name for it here: it would keep a replaced model until the next batch
 
     async def _wait_for_company(self) -> None:
         if self._last_size < 2 or len(self._jobs) >= self._max_batch or self._closing:
@@ -183,6 +182,8 @@ class Batcher:
         return batch
 
     async def _run(self, batch: list[_Job]) -> None:
+        if not batch:
+            return
         self._last_size = len(batch)
         payloads = [job.payload for job in batch]
         began = time.monotonic()

@@ -1,0 +1,113 @@
+"""Twenty swaps under load: nothing is dropped, each answer is one version's, and what was replaced is let go."""
+
+import asyncio
+import gc
+import itertools
+import weakref
+from pathlib import Path
+from typing import Any
+
+import httpx
+from app_harness import opened, png
+
+from index_jobs.publish import rollback
+from index_jobs.rebuild import rebuild
+
+KEY = {"admin_key": "correct horse"}
+BEARER = {"Authorization": "Bearer correct horse"}
+SWAPS = 20
+WARM = 8  # swaps after which the process has the size that it keeps
+ROOM = 24 * 2**20  # bytes; a backbone has 13 MB
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+class Kept:
+    """Which of the encoders and indexes that were served are still in memory."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, weakref.ref[Any]]] = {}
+
+    def note(self, client: httpx.AsyncClient) -> None:
+        live = client.app.state.collections[None].live  # type: ignore[attr-defined]
+        for part in (live.encoder, live.encoder.model, live.artifact):
+            self._seen[id(part)] = live.version, weakref.ref(part)
+
+    def alive(self) -> list[tuple[int, str]]:
+        """The version and the type of each."""
+        found = [(version, part()) for version, part in self._seen.values()]
+        return [(version, type(part).__name__) for version, part in found if part is not None]
+
+
+async def swap(client: httpx.AsyncClient, version: int) -> None:
+    reloaded = await client.post("/admin/reload", headers=BEARER)
+    assert reloaded.json() == {"index_version": version, "changed": True}
+
+
+def test_twenty_swaps_and_rollbacks_under_load(
+    index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path
+) -> None:
+    checkpoints = {1: tiny_checkpoint}
+    kept, sizes = Kept(), []
+    words = (f"a red square {number}" for number in itertools.count())  # never remembered
+
+    async def main() -> None:
+        async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **KEY) as client:
+
+            async def ask() -> tuple[int, list[dict[str, Any]]]:
+                answer = await client.post("/search/text", json={"query": "a red square", "k": 24})
+                assert answer.status_code == 200, answer.text
+                return answer.json()["index_version"], answer.json()["results"]
+
+            expected = {tiny_checkpoint: (await ask())[1]}
+            asked, done = 0, False
+
+            async def same() -> None:
+                while not done:
+                    version, results = await ask()
+                    assert results == expected.setdefault(checkpoints[version], results), "by one version, whole"
+
+            async def other(send: Any) -> None:
+                nonlocal asked
+                while not done:
+                    answer = await send()
+                    assert answer.status_code == 200, answer.text
+                    assert answer.json()["index_version"] in checkpoints
+                    asked += 1
+
+            sent = [
+                lambda: client.post("/search/text", json={"query": next(words)}),
+                lambda: client.post("/search/text", json={"query": next(words), "explain": True, "k": 2}),
+                lambda: client.post("/search/image", files={"file": png(size=(40 + asked % 50, 40))}),
+                lambda: client.get("/items/circle%2Fred.png/similar"),
+            ]
+            load = [asyncio.create_task(same()) for _ in range(4)] + [asyncio.create_task(other(send)) for send in sent]
+            for number in range(1, SWAPS // 2 + 1):  # each is a new version, and then a rollback to the one before
+                version = number + 1
+                checkpoints[version] = other_checkpoint if number % 2 else tiny_checkpoint
+                await asyncio.to_thread(
+                    rebuild, gallery, checkpoints[version], index, workers=0, progress=False, force=True
+                )
+                await swap(client, version)
+                kept.note(client)
+                await asyncio.to_thread(rollback, index, number)
+                await swap(client, number)
+                kept.note(client)
+                sizes.append(resident())
+            done = True
+            await asyncio.gather(*load)
+            assert asked > SWAPS
+            assert len(expected) == 2
+            await sent[0]()  # the model's last work is for the version that is replaced
+            await asyncio.to_thread(rollback, index, SWAPS // 2 + 1)
+            await swap(client, SWAPS // 2 + 1)  # no search follows that would push anything out
+            kept.note(client)
+            gc.collect()
+            assert sorted(kept.alive()) == [(SWAPS // 2 + 1, name) for name in ("Artifact", "DCAR", "Encoder")]
+
+    asyncio.run(main())
+    assert sizes[-1] - sizes[WARM // 2 - 1] < ROOM, sizes
