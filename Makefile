@@ -1,4 +1,4 @@
-# make demo    search the bundled emoji gallery on http://127.0.0.1:8000   (PORT=, HOST=, DOMAIN=openmoji)
+# make demo    search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
 # make test    all tests                                                   (ARGS="-k name" for some)
 # make check   lint, format, types, import direction
 # make install the set-up alone                                           (EXTRAS=dev,openvino,ray for more parts)

@@ -33,7 +33,6 @@ from index_jobs.filters import Mask
 
 if TYPE_CHECKING:  # torch takes seconds; the health check need not wait for it
     from dcar_core import Encoder
-    from dcar_core.calibrate import Cutoff
     from dcar_core.pairs import Pairs
     from dcar_core.preprocess import Preprocess
 
@@ -57,7 +56,6 @@ class Snapshot:
     preprocess: "Preprocess"
     backbone: str
     pairs: "Pairs"
-    cutoff: "Cutoff | None"
     matching: Callable[[str], Mask]
     frozen: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -91,7 +89,6 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
         DcarError: the index or its checkpoint is missing, broken, or they do not belong together.
     """
     from dcar_core import Encoder
-    from dcar_core.calibrate import Cutoff
     from dcar_core.checkpoint import read_config
     from dcar_core.pairs import Pairs
 
@@ -112,7 +109,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
     artifact.search(encoder.encode_text(["warm up"]), 1)
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
-    return Snapshot(encoder, artifact, preprocess, backbone, Pairs(encoder), Cutoff.of(artifact.checkpoint), matching)
+    return Snapshot(encoder, artifact, preprocess, backbone, Pairs(encoder), matching)
 
 
 def _limit_threads(threads: int | None) -> None:

@@ -133,6 +133,13 @@ class ImageRoot:
         except (OSError, ValueError):  # longer than a name may be, or with a NUL
             return False
 
+    def place(self, name: str) -> Path:
+        """Where a picture lies: its file, or the tar and behind that the member."""
+        member = self._member(name)
+        if member is None:
+            return self.path / name
+        return member[0] / (name if name in self._members else name.partition("/")[2])
+
     def names(self) -> list[str]:
         """Every picture, sorted: files at any depth, then members."""
         below = self.path.rglob("*") if self.path.is_dir() else ()

@@ -102,7 +102,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--validation", type=Path, metavar="DATA",
         help="a data set as `dcar train --data` takes it: its val pairs whose pictures are in the gallery compare the "
-        "new index with the one that is served (default: captions of the gallery)",
+        "new index with the one that is served, and give the cut-off for `min_score: \"auto\"` (default: captions of "
+        "the gallery, no cut-off)",
     )  # fmt: skip
     add(
         "--margin", type=_share, default=0.02, metavar="SHARE",

@@ -73,8 +73,7 @@ def _validation(gallery: "Gallery", data: Path) -> Pairs:
     split, _ = load_split(data, "val")
     names = gallery.table["name"].to_pylist()
     known = {place_of(gallery.root, name): row for row, name in enumerate(names)}
-    start = split.root.path.absolute()
-    found = [(sample.caption, known.get(str(start / sample.image))) for sample in split.samples]
+    found = [(sample.caption, known.get(str(split.root.place(sample.image).absolute()))) for sample in split.samples]
     kept = [(text, row) for text, row in found if row is not None]
     if not kept:
         raise DataError(

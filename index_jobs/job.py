@@ -9,6 +9,7 @@ import datetime
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dcar_core import Encoder
     from index_jobs.artifact import Artifact
     from index_jobs.gallery import Gallery
-    from index_jobs.gate import Verdict
+    from index_jobs.gate import Pairs, Verdict
     from index_jobs.kinds import Choice
     from index_jobs.progress import Encoded
     from index_jobs.tuning import Queries
@@ -59,10 +60,25 @@ class Job:
             and manifest.exact == options.exact
             and not manifest.additions
             and not manifest.removed
+            and self._is_calibrated(manifest)
             and manifest.failed <= options.max_failed * len(self.gallery)
             and all(getattr(manifest, name) == value for name, value in same.items())
         )
         return manifest if fits else None
+
+    @cached_property
+    def pairs(self) -> "Pairs | None":
+        """What indexes are compared by; see `gate.pairs_of`."""
+        from index_jobs import gate
+
+        return gate.pairs_of(self.gallery, self.options.validation)
+
+    def _is_calibrated(self, manifest: Manifest) -> bool:
+        from index_jobs.cutoff import SIGNATURE, signature
+
+        if self.options.validation is None or self.pairs is None:
+            return True
+        return manifest.cutoff.get(SIGNATURE) == signature(self.pairs)
 
     def run(self) -> RebuildSummary:
         """Do all steps that are needed; see `rebuild`."""
@@ -73,7 +89,7 @@ class Job:
         from index_jobs.notify import notify
 
         options, gallery = self.options, self.gallery
-        pairs = gate.pairs_of(gallery, options.validation)
+        pairs = self.pairs
         with publish.writing(self.out) as staging:
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
             lanes = load_encoders(staging / CHECKPOINT, options.device, exact=options.exact, runtime=options.runtime)
@@ -181,8 +197,16 @@ class Job:
             failed=len(encoded.failed),
             exact=options.exact,
             measured=measured,
+            cutoff=self._calibrated(encoder, encoded),
             files={},
         )
+
+    def _calibrated(self, encoder: "Encoder", encoded: "Encoded") -> dict[str, Any]:
+        from index_jobs.cutoff import calibrate
+
+        if self.options.validation is None or self.pairs is None:
+            return {}
+        return calibrate(self.gallery, self.pairs, encoder, encoded)
 
     def _stage_faiss(
         self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]", queries: "Queries | None"

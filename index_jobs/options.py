@@ -59,7 +59,8 @@ class Options:
     batch_size: pictures in one forward pass.
     keep: versions to keep, the new one included.
     max_failed: the share of pictures that may be unreadable, 0 to 1.
-    validation: a data set whose val pairs compare the new index with the served one; None for the gallery's captions.
+    validation: a data set whose val pairs compare the new index with the served one and give the cut-off that
+        `min_score: "auto"` means; None for the gallery's captions, and no cut-off.
     margin: how much worse its recall may be.
     force: publish although nothing has changed, or although the new index is worse.
     notify: URLs of services to tell; see `notify.notify`.

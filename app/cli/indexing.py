@@ -34,7 +34,9 @@ def index_build(
     pixel_cache: Annotated[Path | None, typer.Option(help="Keep decoded pictures there for the next build.")] = None,
     ray: Annotated[str | None, typer.Option(help="Encode on a Ray cluster: its address, auto, or local.")] = None,
     runtime: Runtime = "auto",
-    validation: Annotated[Path | None, typer.Option(help="Data whose val pairs compare with what is served.")] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Data whose val pairs judge it, and give the auto min_score.")
+    ] = None,
     margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = 0.02,
     force: Annotated[bool, typer.Option(help="Publish even if nothing changed, or if it ranks worse.")] = False,
 ) -> None:

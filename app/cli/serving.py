@@ -72,36 +72,41 @@ def search(
 def demo(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    domain: Annotated[str, typer.Option(help="twemoji or openmoji.")] = "twemoji",
-    data: Annotated[Path, typer.Option(help="Where the demo keeps its index.")] = Path("data"),
+    domain: Annotated[str, typer.Option(help="The default collection: twemoji or openmoji.")] = "twemoji",
+    data: Annotated[Path, typer.Option(help="Where the demo keeps its indexes.")] = Path("data"),
     runtime: Runtime = "auto",
 ) -> None:
-    """Index the bundled emoji gallery (once) and serve it."""
+    """Index the bundled emoji galleries (once) and serve them as two collections over one backbone.
+
+    Routes without a collection, such as /search/text, search the default one, /collections/NAME/search/text the other.
+    """
     from app.server import require_free_port
     from index_jobs.rebuild import rebuild
 
-    example = EXAMPLES / domain
-    if not (example / "gallery.tar").is_file():
-        known = (
-            ", ".join(sorted(p.parent.name for p in EXAMPLES.glob("*/gallery.tar"))) or "none: use a source checkout"
-        )
-        raise DcarError(f"no bundled domain is named {domain!r}; there are: {known}")
+    known = sorted(path.parent.name for path in EXAMPLES.glob("*/gallery.tar"))
+    if domain not in known:
+        there = ", ".join(known) or "none: use a source checkout"
+        raise DcarError(f"no bundled domain is named {domain!r}; there are: {there}")
     require_free_port(host, port)
-    index = data / "index" / domain
-    found = rebuild(example, example / "checkpoint", index, runtime=runtime)
-    state = "already indexed" if found.reused else f"indexed in {found.seconds:.0f} s"
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{port}"
-    typer.echo(
-        f"\n{found.count:,} {domain} pictures, {state}. Try:\n"
-        f"  the page    {url}/\n"
-        f"  by text     curl -s {url}/search/text -H 'content-type: application/json' "
-        f"""-d '{{"query": "crying cat", "k": 3}}'\n"""
-        f"  by picture  curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
-        f"Stop with Ctrl-C.\n"
-    )
+    others = [each for each in known if each != domain]
+    typer.echo()
+    for name in (domain, *others):
+        example = EXAMPLES / name
+        found = rebuild(example, example / "checkpoint", data / "index" / name, validation=example, runtime=runtime)
+        state = "already indexed" if found.reused else f"indexed in {found.seconds:.0f} s"
+        typer.echo(f"{found.count:,} {name} pictures, {state}")
+    typer.echo(_hints(f"http://{f'[{host}]' if ':' in host else host}:{port}", others))
     sys.stdout.flush()
-    _serve(index=index, host=host, port=port, runtime=runtime)
+    collections = {name: data / "index" / name for name in others}
+    _serve(index=data / "index" / domain, collections=collections, host=host, port=port, runtime=runtime)
+
+
+def _hints(url: str, others: list[str]) -> str:
+    ask = """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
+    places = ["", *(f"/collections/{name}" for name in others)]
+    texts = "".join(f"  by text     curl -s {url}{place}/search/text {ask}\n" for place in places)
+    picture = f"  by picture  curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
+    return f"Try:\n  the page    {url}/\n{texts}{picture}Stop with Ctrl-C.\n"
 
 
 def _serve(**given: object) -> None:

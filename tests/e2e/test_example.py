@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,20 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 DOMAINS = ("twemoji", "openmoji")
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both domains, indexed where `dcar demo --data` looks for them."""
+    path = tmp_path_factory.mktemp("demo")
+    for domain in DOMAINS:
+        example = EXAMPLES / domain
+        summary = rebuild(example, example / "checkpoint", path / "index" / domain, validation=example, progress=False)
+        assert (summary.count, summary.failed) == (3944, 0)
+    return path
+
+
 @pytest.fixture(scope="module", params=DOMAINS)
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, Artifact]:
-    domain = EXAMPLES / request.param
-    out = tmp_path_factory.mktemp("demo") / "index" / request.param
-    summary = rebuild(domain, domain / "checkpoint", out, progress=False)
-    assert (summary.count, summary.failed) == (3944, 0)
-    artifact = open_current(out)
+def served(request: pytest.FixtureRequest, data: Path) -> tuple[Encoder, Artifact]:
+    artifact = open_current(data / "index" / request.param)
     encoder = Encoder.load(artifact.checkpoint)
     artifact.require(encoder.fingerprint)
     return encoder, artifact
@@ -85,38 +93,44 @@ def test_sizes_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(served: tuple[Encoder, Artifact]) -> None:
+def test_the_cut_off_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]) -> None:
     _, artifact = served
-    index = artifact.path.parents[1]
+    cutoff = artifact.manifest.cutoff
+    assert cutoff["pairs"] == 413
+    assert 0.9 < cutoff["kept"] < 1
+
+
+@pytest.mark.slow
+def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(data: Path) -> None:
+    """Both domains in one process, openmoji the default."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "app.cli",
-        "demo",
-        "--domain",
-        index.name,
-        "--data",
-        index.parents[1],
-        "--port",
-        port,
-    ]
+    command = [sys.executable, "-m", "app.cli", "demo", "--domain", "openmoji", "--data", data, "--port", port]
     started = time.monotonic()
     process = subprocess.Popen([str(c) for c in command], cwd=EXAMPLES.parents[1], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         said = "".join(iter(process.stdout.readline, "Stop with Ctrl-C.\n"))
-        assert "already indexed" in said
+        assert said.count("already indexed") == 2
         assert re.search(rf"the page +http://127.0.0.1:{port}/", said)
         curls = [shlex.split(line.split(maxsplit=2)[2]) for line in said.splitlines() if "curl" in line]
-        assert len(curls) == 2
+        assert len(curls) == 3
+        answers = []
         for curl in curls:  # retried while the model loads
-            answer = subprocess.run(
+            done = subprocess.run(
                 [*curl, "--fail", "--retry", "60", "--retry-delay", "1"], capture_output=True, text=True
             )
-            assert len(json.loads(answer.stdout)["results"]) == 3, answer
+            answers.append(json.loads(done.stdout)["results"])
+            assert len(answers[-1]) == 3, done
+        assert answers[1][0]["image_url"].startswith("/collections/twemoji/items/")
+        assert answers[0] != answers[1], "another domain's answer"
+        auto = {"query": "crying cat", "min_score": "auto"}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/search/text", json.dumps(auto).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            assert json.load(answer)["min_score"] > 0
         assert time.monotonic() - started < 60  # a few seconds on an idle machine
     finally:
         process.terminate()

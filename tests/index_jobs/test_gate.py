@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from drawing import draw
 
 from dcar_core import Encoder
+from dcar_core.data import load_split
 from dcar_core.errors import DataError
 from index_jobs import gate
 from index_jobs.artifact import current_version, open_current
@@ -107,6 +109,46 @@ def test_validation_pairs_are_found_in_the_gallery(
     elsewhere = Path(shutil.copytree(tiny_data, tmp_path / "elsewhere"))
     with pytest.raises(DataError, match=r"none of the 6 validation pairs of .* has its picture in the gallery"):
         gate.pairs_of(scan(tiny_data), elsewhere)
+
+
+def test_validation_pairs_are_found_in_a_tar(tiny_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "gallery.tar", "w") as tar:
+        for picture in sorted(tiny_data.glob("*/*.png")):
+            tar.add(picture, picture.relative_to(tiny_data))
+    shutil.copy(tiny_data / "val.json", tmp_path)
+    for place in (tmp_path, tmp_path / "gallery.tar"):
+        pairs = gate.pairs_of(scan(place), tmp_path)
+        assert pairs is not None
+        assert len(pairs.texts) == 6
+        name_of = dict(zip(*scan(place).table.select(["id", "name"]).to_pydict().values(), strict=True))
+        for text, item_id in zip(pairs.texts, pairs.ids, strict=True):
+            shape, color = Path(name_of[item_id]).parts[-2:]
+            assert text == f"a {color.removesuffix('.png')} {shape}"
+
+
+def test_validation_pairs_give_the_cut_off(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    index = tmp_path / "index"
+    assert rebuild(data, tiny_checkpoint, index, progress=False).published
+    assert open_current(index).manifest.cutoff == {}
+    assert rebuild(data, tiny_checkpoint, index, progress=False, validation=data).published, "it was not calibrated"
+    found = open_current(index).manifest.cutoff
+
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    samples = load_split(data, "val")[0].samples
+    texts = encoder.encode_text([sample.caption for sample in samples])
+    pictures = encoder.encode_images([data / sample.image for sample in samples])
+    scores = (texts * pictures).sum(1)
+    assert found["min_score"] == pytest.approx(np.quantile(scores, 0.05), abs=1e-4)
+    assert found["pairs"] == 6
+
+    assert rebuild(data, tiny_checkpoint, index, progress=False, validation=data).reused
+    assert rebuild(data, tiny_checkpoint, index, progress=False).reused, "nothing else is asked for"
+    content = json.loads((data / "val.json").read_text())
+    (data / "val.json").write_text(json.dumps(dict(list(content.items())[:4])))
+    again = rebuild(data, tiny_checkpoint, index, progress=False, validation=data)
+    assert (again.published, again.encoded) == (True, 0)
+    assert open_current(index).manifest.cutoff["pairs"] == 4
 
 
 def test_gallery_without_captions_is_published_uncompared(
