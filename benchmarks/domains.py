@@ -1,0 +1,59 @@
+"""What one more domain costs a process that serves one already, in memory.
+
+    python benchmarks/domains.py data/index/twemoji data/index/openmoji
+
+Opens the indexes one after the other as the service does, asks each a few hundred queries, and prints by how much the
+resident memory grew: what is private to the process, and what it maps from files, which the kernel may drop.
+The last line opens the last index once more with a backbone of its own, which is what a process a domain would take.
+"""
+
+import argparse
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.settings import Settings
+from app.snapshots import Snapshot, load_snapshot
+
+MIB = 2**20
+QUERIES = 300
+
+
+def memory() -> dict[str, int]:
+    """Bytes that are resident: private ("anon") and mapped from files ("file")."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[key].split()[0]) * 1024 for name, key in (("anon", "RssAnon"), ("file", "RssFile"))}
+
+
+def opened(index: Path, loaded: Sequence[Snapshot], runtime: str) -> Snapshot:
+    snapshot = load_snapshot(index, Settings(index=index, device="cpu", threads=1, runtime=runtime), loaded)
+    for start in range(0, QUERIES, 30):
+        vectors = snapshot.encoder.encode_text([f"a picture of thing number {start + n}" for n in range(30)])
+        scores, rows = snapshot.artifact.search(vectors, 50)
+        assert len(scores) == 30
+        for row in rows[:, 0]:
+            snapshot.artifact.item(int(row))
+    gc.collect()
+    return snapshot
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("indexes", type=Path, nargs="+", help="published indexes over one backbone")
+    parser.add_argument("--runtime", default="torch", help="what runs the encoders (default: %(default)s)")
+    args = parser.parse_args()
+    loaded: list[Snapshot] = []
+    print(f"{'':34}{'private':>10}{'mapped':>10}{'items':>10}")
+    shared = [(index, True) for index in args.indexes] + [(args.indexes[-1], False)]
+    for index, sharing in shared:
+        before = memory()
+        loaded.append(opened(index, loaded if sharing else [], args.runtime))
+        grown = {name: value - before[name] for name, value in memory().items()}
+        what = "everything" if not loaded[1:] else "shared backbone" if sharing else "its own backbone"
+        count = loaded[-1].artifact.manifest.count
+        print(f"{index.name + ', ' + what:34}{grown['anon'] / MIB:7.1f} MB{grown['file'] / MIB:7.1f} MB{count:>10,}")
+    assert loaded[1].encoder.model.backbone is loaded[0].encoder.model.backbone or len(args.indexes) == 1
+
+
+if __name__ == "__main__":
+    main()
