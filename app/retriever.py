@@ -251,14 +251,13 @@ def _min_score(snapshot: Snapshot, search: Search) -> float | None:
         return wanted
     if search.picture is not None or search.item or search.options.more_like or search.options.less_like:
         raise field_problem("min_score", '"auto" is calibrated for searches by words alone; give a number')
-    found: float | None = snapshot.artifact.manifest.cutoff.get("min_score")
-    if found is None:
+    if snapshot.min_score is None:
         raise Problem(
             409,
             "This index was built without --validation, so it is not calibrated; give min_score as a number.",
             errors=[("min_score", "this index has no calibrated cut-off")],
         )
-    return found
+    return snapshot.min_score
 
 
 def _row(snapshot: Snapshot, item_id: str, field: str) -> int:

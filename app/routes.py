@@ -141,6 +141,7 @@ def _service_routes() -> APIRouter:
                 "default": name == collections.default,
                 "count": snapshots.live.artifact.manifest.count if snapshots.live else 0,
                 "index_version": snapshots.live.version if snapshots.live else None,
+                "min_score": snapshots.live.min_score if snapshots.live else None,
             }
             for name, snapshots in collections
         ]

@@ -68,12 +68,16 @@ class BatchAnswer(BaseModel):
 
 
 class Collection(BaseModel):
-    """One domain that is served. count is 0 until it is loaded."""
+    """One domain that is served. count is 0 until it is loaded.
+
+    min_score: what "auto" means there; null where the index was not calibrated.
+    """
 
     name: str = Field(examples=["twemoji"])
     default: bool
     count: int
     index_version: int | None
+    min_score: float | None
 
 
 class CollectionList(BaseModel):

@@ -63,6 +63,11 @@ class Snapshot:
     def version(self) -> int:
         return self.artifact.manifest.version
 
+    @property
+    def min_score(self) -> float | None:
+        """The calibrated cut-off; None where the index has none."""
+        return self.artifact.manifest.cutoff.get("min_score")
+
 
 def require_index(index: Path) -> int:
     """The version that CURRENT names.

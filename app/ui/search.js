@@ -1,20 +1,26 @@
-// The search page. The address holds the query (#q=words&k=24 or #item=id&k=24), so it can be shared and "back" works;
-// a picture cannot be put into an address and is kept in memory by number (#picture=1) as long as the page lives.
+// The search page. The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), a category and
+// whether to explain, so it can be shared and "back" works; a picture cannot be put into an address and is kept in memory
+// by number (#picture=1) as long as the page lives.
 // Every request aborts the one before; an answer that is no longer wanted is never shown.
 
+import { drawMap, drawWords } from "./explain.js";
+
 const $ = (id) => document.getElementById(id);
-const form = $("form"), query = $("query"), file = $("file"), count = $("k");
-const results = $("results"), status = $("status"), error = $("error"), empty = $("empty");
+const form = $("form"), query = $("query"), file = $("file"), count = $("k"), explain = $("explain");
+const results = $("results"), status = $("status"), error = $("error"), empty = $("empty"), nothing = $("nothing");
+const collection = $("collection");
 const TYPING_MS = 180;
 
 const pictures = new Map(); // number -> {file, url}
 const captions = new Map(); // id -> caption of the items seen so far
+let collections = []; // as GET /collections lists them, the default one first
 let typing = 0;
 let running = null;
 
 function read() {
   const given = new URLSearchParams(location.hash.slice(1));
-  const wanted = { q: given.get("q") ?? "", item: given.get("item"), picture: given.get("picture"), k: given.get("k") };
+  const wanted = { q: given.get("q") ?? "", explain: given.get("explain") };
+  for (const name of ["item", "picture", "k", "in", "category"]) wanted[name] = given.get(name);
   if (wanted.picture !== null && !pictures.has(wanted.picture)) wanted.picture = null; // the page was reloaded
   return wanted;
 }
@@ -22,23 +28,32 @@ function read() {
 function go(wanted, { replace = false } = {}) {
   const parts = new URLSearchParams();
   for (const name of ["q", "item", "picture"]) if (wanted[name]) parts.set(name, wanted[name]);
-  if ([...parts].length) parts.set("k", count.value);
+  if ([...parts].length) {
+    parts.set("k", count.value);
+    if (wanted.category) parts.set("category", wanted.category);
+    if (explain.checked) parts.set("explain", "1");
+  }
+  if (collection.value && collection.value !== collections[0]?.name) parts.set("in", collection.value);
   const address = [...parts].length ? `#${parts}` : location.pathname + location.search;
   if (`#${parts}` !== location.hash) history[replace ? "replaceState" : "pushState"](null, "", address);
   show();
 }
 
+const base = () => (collection.selectedIndex > 0 ? `collections/${encodeURIComponent(collection.value)}/` : "");
+
 function ask(wanted, signal) {
-  const k = Number(count.value);
+  const options = { k: Number(count.value) };
+  if (wanted.category) options.filter = { category: wanted.category };
+  if (explain.checked) options.explain = true;
   if (wanted.picture) {
     const body = new FormData();
     body.append("file", pictures.get(wanted.picture).file);
-    body.append("k", k);
-    return fetch("search/image", { method: "POST", body, signal });
+    for (const [name, value] of Object.entries(options)) body.append(name, JSON.stringify(value));
+    return fetch(`${base()}search/image`, { method: "POST", body, signal });
   }
-  if (wanted.item) return fetch(`items/${encodeURIComponent(wanted.item)}/similar?k=${k}`, { signal });
   const headers = { "Content-Type": "application/json" };
-  return fetch("search/text", { method: "POST", headers, body: JSON.stringify({ query: wanted.q, k }), signal });
+  const body = JSON.stringify({ ...options, ...(wanted.item ? { more_like: [wanted.item] } : { query: wanted.q }) });
+  return fetch(`${base()}search/text`, { method: "POST", headers, body, signal });
 }
 
 async function show() {
@@ -46,6 +61,10 @@ async function show() {
   running?.abort();
   const wanted = read();
   if (wanted.k && [...count.options].some((option) => option.value === wanted.k)) count.value = wanted.k;
+  collection.value = collections.some(({ name }) => name === wanted.in) ? wanted.in : (collections[0]?.name ?? "");
+  if (wanted.q || wanted.item || wanted.picture) explain.checked = wanted.explain === "1";
+  $("category").hidden = !wanted.category;
+  $("category").textContent = wanted.category ?? "";
   if (document.activeElement !== query || query.value.trim() !== wanted.q) query.value = wanted.q;
   chip(wanted);
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === wanted.q);
@@ -59,7 +78,7 @@ async function show() {
     if (wanted.item && !captions.has(wanted.item)) await name(wanted, mine.signal);
     const body = await answer.json().catch(() => ({}));
     if (mine.signal.aborted) return;
-    if (answer.ok) draw(body);
+    if (answer.ok) draw(body, wanted);
     else fail(body.errors?.map((fault) => `${fault.field}: ${fault.message}`).join("; ") || body.detail || `Error ${answer.status}`);
   } catch (reason) {
     if (!mine.signal.aborted) fail("The service cannot be reached.");
@@ -69,15 +88,16 @@ async function show() {
 }
 
 async function name(wanted, signal) { // the address was opened from elsewhere, so the item has not been seen yet
-  const item = await fetch(`items/${encodeURIComponent(wanted.item)}`, { signal });
+  const item = await fetch(`${base()}items/${encodeURIComponent(wanted.item)}`, { signal });
   if (!item.ok) return;
   captions.set(wanted.item, (await item.json()).caption || wanted.item);
   if (!signal.aborted) chip(wanted);
 }
 
-function draw(answer) {
-  error.hidden = true;
+function draw(answer, wanted) {
+  error.hidden = nothing.hidden = true;
   empty.hidden = answer !== null;
+  drawWords($("words"), answer?.words);
   if (answer === null) {
     results.removeAttribute("aria-busy");
     results.replaceChildren();
@@ -87,37 +107,76 @@ function draw(answer) {
   const scores = answer.results.map((result) => result.score);
   const top = Math.max(...scores), span = Math.max(top - Math.min(...scores), 1e-6);
   const share = (score) => 1 - (0.9 * (top - score)) / span; // 1 for the best, 0.1 for the last one shown
-  results.replaceChildren(...answer.results.map((result) => card(result, share(result.score))));
-  const n = answer.results.length;
+  const least = leastScore(wanted);
+  const cards = answer.results.map((result) => card(result, share(result.score), result.score < least));
+  const fitting = scores.filter((score) => score >= least).length;
+  if (fitting && fitting < cards.length) cards.splice(fitting, 0, divider());
+  results.replaceChildren(...cards);
+  if (!fitting) tellNothing(wanted, scores.length);
+  const n = scores.length;
   const facts = [`${n} ${n === 1 ? "result" : "results"}`, `${answer.took_ms.toFixed(1)} ms`];
+  if (fitting < n) facts[0] += `, ${fitting || "none"} that ${fitting === 1 ? "fits" : "fit"}`;
   if (answer.cached) facts.push("cached");
   status.textContent = [...facts, `index version ${answer.index_version}`].join(" · ");
+}
+
+// The calibrated cut-off, which holds for searches by words alone; without one everything counts as fitting.
+function leastScore(wanted) {
+  const found = wanted.q && !wanted.item && !wanted.picture ? collections[collection.selectedIndex]?.min_score : null;
+  return found ?? -Infinity;
+}
+
+function tellNothing(wanted, shown) {
+  const where = wanted.category ? ` in the category “${wanted.category}”` : "";
+  nothing.querySelector(".lead").textContent = wanted.q ? `Nothing fits “${wanted.q}”${where}` : `Nothing is there${where}`;
+  nothing.querySelector(".why").textContent = shown
+    ? "These come nearest, but score less than nearly all queries do with the picture that they mean."
+    : "";
+  nothing.hidden = false;
+}
+
+function divider() {
+  const node = document.createElement("li");
+  node.className = "divider";
+  node.textContent = "Less likely";
+  return node;
 }
 
 function fail(message) {
   error.textContent = message;
   error.hidden = false;
-  empty.hidden = true;
+  empty.hidden = nothing.hidden = true;
+  drawWords($("words"), null);
   status.textContent = "";
   results.replaceChildren();
 }
 
-function card(result, share) {
+function card(result, share, weak) {
   const node = $("card").content.cloneNode(true);
   const find = (name) => node.querySelector(name);
   captions.set(result.id, result.caption || result.id);
+  find(".card").classList.toggle("weak", weak);
   find("img").src = result.image_url;
-  find(".caption").textContent = result.caption || result.id;
-  find(".category").textContent = result.category;
   find(".number").textContent = result.score.toFixed(3);
   find(".fill").style.setProperty("--share", share);
   find(".score").title = `cosine ${result.score.toFixed(4)}; the bar compares the results shown`;
-  const button = find("button");
-  button.title = `${result.caption || result.id}\nFind more like this`;
-  button.addEventListener("click", () => {
+  const caption = find(".caption"), category = find(".category");
+  caption.textContent = result.caption || result.id;
+  caption.title = `${result.caption || result.id}\nFind more like this`;
+  caption.addEventListener("click", () => {
     scrollTo({ top: 0 });
     go({ item: result.id });
   });
+  category.textContent = result.category;
+  category.title = `Only the category “${result.category}”`;
+  category.hidden = !result.category;
+  category.addEventListener("click", () => go({ ...read(), category: result.category }));
+  if (result.explanation) {
+    find(".card").classList.add("explained");
+    drawMap(find(".map"), result.explanation.relevance);
+    drawWords(find(".words"), result.explanation.words);
+    find(".picture").title = "orange: this part adds to the score; blue: it takes away";
+  }
   return node;
 }
 
@@ -128,7 +187,7 @@ function chip(wanted) {
     $("chip-image").src = url;
     $("chip-label").textContent = file.name || "pasted picture";
   } else if (wanted.item) {
-    $("chip-image").src = `items/${encodeURIComponent(wanted.item)}/image`;
+    $("chip-image").src = `${base()}items/${encodeURIComponent(wanted.item)}/image`;
     const label = `more like ${captions.get(wanted.item) ?? wanted.item}`;
     $("chip-label").textContent = label;
     $("chip").title = label;
@@ -142,22 +201,29 @@ function searchBy(chosen) {
   if (!chosen) return;
   const number = String(pictures.size + 1);
   pictures.set(number, { file: chosen, url: URL.createObjectURL(chosen) });
-  go({ picture: number });
+  go({ ...read(), q: "", item: null, picture: number });
 }
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (query.value.trim()) go({ q: query.value.trim() });
+  if (query.value.trim()) go({ q: query.value.trim(), category: read().category });
 });
 query.addEventListener("input", () => {
   clearTimeout(typing);
   const before = read();
   typing = setTimeout(() => {
     const q = query.value.trim();
-    if (q !== before.q) go({ q }, { replace: Boolean(before.q && q) });
+    if (q !== before.q) go({ q, category: before.category }, { replace: Boolean(before.q && q) });
   }, TYPING_MS);
 });
 count.addEventListener("change", () => go(read(), { replace: true }));
+explain.addEventListener("change", () => go(read(), { replace: true }));
+collection.addEventListener("change", () => {
+  captions.clear(); // ids are the collection's own
+  const { q, picture } = read();
+  go({ q, picture });
+});
+$("category").addEventListener("click", () => go({ ...read(), category: null }));
 $("examples").addEventListener("click", (event) => {
   if (event.target instanceof HTMLButtonElement) go({ q: event.target.textContent });
 });
@@ -199,4 +265,16 @@ addEventListener("drop", (event) => {
   searchBy(event.dataTransfer.files[0]);
 });
 
-show();
+async function begin() {
+  try {
+    const answer = await fetch("collections");
+    if (answer.ok) collections = (await answer.json()).collections;
+  } catch {
+    // the first search will tell
+  }
+  collection.replaceChildren(...collections.map(({ name }) => new Option(name, name)));
+  $("where").hidden = collections.length < 2;
+  show();
+}
+
+begin();

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import pytest
 import uvicorn
 
@@ -43,18 +45,33 @@ def served(settings: Settings) -> Iterator[str]:
         listener.close()
 
 
+def ready(address: str) -> str:
+    end = time.monotonic() + 60
+    while httpx.get(f"{address}/readyz").status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return address
+
+
 @pytest.fixture(scope="module")
 def site(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     index = tmp_path_factory.mktemp("page") / "index"
     rebuild(tiny_gallery, tiny_checkpoint, index, workers=0, progress=False)
     with served(Settings(index=index, device="cpu")) as address:
-        import httpx
+        yield ready(address)
 
-        end = time.monotonic() + 60
-        while httpx.get(f"{address}/readyz").status_code != 200:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        yield address
+
+@pytest.fixture(scope="module")
+def two(
+    tiny_data: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Two collections; in the default one a cut-off is calibrated."""
+    path = tmp_path_factory.mktemp("two")
+    rebuild(tiny_data, tiny_checkpoint, path / "shapes", workers=0, progress=False, validation=tiny_data)
+    rebuild(tiny_data / "circle", other_checkpoint, path / "circles", workers=0, progress=False)
+    settings = Settings(index=path / "shapes", collections={"circles": path / "circles"}, device="cpu")
+    with served(settings) as address:
+        yield ready(address)
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +245,122 @@ def test_an_error_is_told_in_words(page: Page, site: str, tmp_path: Path) -> Non
     refused = page.errors()  # Chromium itself notes every 4xx
     assert len(refused) == 1
     assert "422" in refused[0]
+
+
+def test_the_collection_is_chosen(page: Page, site: str, two: str) -> None:
+    page.open(site)
+    assert not page.one("#where").is_displayed(), "there is nothing to choose"
+    page.open(two)
+    until(lambda: page.one("#where").is_displayed())
+    assert [option.text for option in page.all("#collection option")] == ["shapes", "circles"]
+    page.one("#query").send_keys("red")
+    page.settled(24)
+    page.all("#collection option")[1].click()
+    cards = page.settled(6)
+    assert "in=circles" in page.driver.current_url
+    assert page.one("#query").get_attribute("value") == "red"
+    cards[0].click()
+    page.settled(5)
+    assert "/collections/circles/" in page.one("#chip-image").get_attribute("src")
+    address = page.driver.current_url
+    page.driver.back()
+    page.settled(6)
+    page.driver.back()
+    page.settled(24)
+    assert page.one("#collection").get_attribute("value") == "shapes"
+    page.open(address)  # shared with somebody else
+    page.settled(5)
+    assert page.one("#collection").get_attribute("value") == "circles"
+    assert page.errors() == []
+
+
+def test_a_category_filters(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=red&k=24")
+    cards = page.settled(24)
+    category = cards[0].find_element("css selector", ".category")
+    name = category.text
+    category.click()
+    cards = page.settled(6)
+    assert {card.find_element("css selector", ".category").text for card in cards} == {name}
+    assert page.one("#category").text == name
+    query = page.one("#query")
+    query.clear()
+    query.send_keys("green")  # the filter stays
+    until(lambda: "q=green" in page.driver.current_url)
+    page.settled(6)
+    page.one("#category").click()
+    page.settled(24)
+    assert not page.one("#category").is_displayed()
+    page.open(f"{site}/#q=red&k=24&category=nothing")
+    until(lambda: page.one("#nothing").is_displayed())
+    assert "in the category “nothing”" in page.one("#nothing").text
+    assert page.errors() == []
+
+
+def test_explanations_are_drawn(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=a+red+square&k=24")
+    page.settled(24)
+    assert not page.one("#words").is_displayed()
+    page.one("#explain").click()
+    until(lambda: page.one("#words").is_displayed())
+    page.settled(24)
+    assert "explain=1" in page.driver.current_url
+    assert [word.text.split()[0] for word in page.all("#words .word")] == ["a", "red", "square"]
+    explained = page.all("#results .card.explained")
+    assert len(explained) == 8
+    assert len(explained[0].find_elements("css selector", ".words .word")) == 3
+    colors = page.driver.execute_script("""
+        const map = document.querySelector('#results .map');
+        const data = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
+        return [map.width, map.height, new Set(Array.from({length: data.length / 4}, (_, i) => data[4 * i + 3])).size];
+    """)
+    assert colors[:2] == [4, 4], "a value a patch"
+    assert colors[2] > 3, "not all alike"
+    page.one("#explain").click()
+    until(lambda: not page.all("#results .explained"))
+    assert not page.one("#words").is_displayed()
+    assert page.errors() == []
+
+
+def test_what_does_not_fit_is_told_apart(page: Page, two: str) -> None:
+    cut = httpx.get(f"{two}/collections").json()["collections"][0]["min_score"]
+    best: dict[str, float] = {}
+    fitting: dict[str, int] = {}
+    for query in (
+        "a red circle",
+        "blue",
+        "xkqz",
+        "a",
+        "wiring plan",
+        "tax report",
+        "square",
+        "cathedral",
+        "!",
+        "9 9 9",
+    ):
+        found = httpx.post(f"{two}/search/text", json={"query": query, "k": 24}).json()["results"]
+        best[query] = found[0]["score"]
+        fitting[query] = sum(result["score"] >= cut for result in found)
+    some = next(query for query, count in fitting.items() if 0 < count < 24)
+    none = next((query for query, score in best.items() if score < cut), None)
+
+    page.open(f"{two}/#q={quote(some)}&k=24")
+    page.settled(24)
+    assert len(page.all("#results .weak")) == 24 - fitting[some]
+    assert len(page.all("#results .divider")) == 1
+    assert f"{fitting[some]} that fit" in page.one("#status").text
+    assert not page.one("#nothing").is_displayed()
+    assert none is not None, (best, cut)
+    page.open(f"{two}/#q={quote(none)}&k=24")
+    page.settled(24)
+    assert f"Nothing fits “{none}”" in page.one("#nothing").text
+    assert len(page.all("#results .weak")) == 24
+    assert page.all("#results .divider") == []
+    page.all("#results .card")[0].click()  # a search by an item knows no cut-off
+    page.settled(23)
+    assert page.all("#results .weak") == []
+    assert not page.one("#nothing").is_displayed()
+    assert page.errors() == []
 
 
 def test_documentation(page: Page, site: str) -> None:
