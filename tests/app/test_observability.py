@@ -49,10 +49,19 @@ def test_metrics_tell_what_was_done(built_index: Path) -> None:
                 "queue": 2, "encode": 2, "decode": 1, "cache": 2, "search": 3,
             }  # fmt: skip
             assert found["dcar_batch_size_sum", ()] == 2
+            assert found["dcar_batch_size_count", ()] == 2
             assert found["dcar_cache_lookups_total", (("level", "memory"), ("outcome", "hit"))] == 1
             assert found["dcar_index_version", (("collection", "index"),)] == 1
             assert found["dcar_index_items", (("collection", "index"),)] == 24
             assert found["dcar_index_degraded", (("collection", "index"),)] == 0
+            measured = client.app.state.collections[None].live.artifact.manifest.measured
+            assert found["dcar_index_recall_at_10", (("collection", "index"),)] == measured["recall_at_10"] > 0.9
+            explained = {"query": "red", "rerank": True, "explain": True, "k": 1}
+            assert (await client.post("/search/text", json=explained)).status_code == 200
+            later = await scrape(client)
+            for name in ("rerank", "explain"):
+                assert stage(name) == 0
+                assert later["dcar_stage_seconds_count", (("stage", name),)] == 1
             assert found["dcar_errors_total", ()] == 0
             assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 2
             assert found["dcar_request_seconds_count", (("route", "none"), ("status", "404"))] == 20
