@@ -55,7 +55,7 @@ class Options(BaseModel):
         dict[str, Any] | None,
         Field(
             description="conditions on id, caption, category and metadata fields: a value, a list of values, or "
-            '{"in", "not", "gt", "gte", "lt", "lte"}; see docs/queries.md',
+            '{"in", "not", "gt", "gte", "lt", "lte"}; see docs/search.md',
             examples=[{"category": ["cat face"], "base": True}],
         ),
     ] = None
