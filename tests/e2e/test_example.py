@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from dcar_core import Encoder
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.rebuild import rebuild
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples" / "emoji"
 DOMAINS = ("twemoji", "openmoji")
 
 
@@ -100,38 +102,66 @@ def test_the_cut_off_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]
     assert 0.9 < cutoff["kept"] < 1
 
 
-@pytest.mark.slow
-def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(data: Path) -> None:
-    """Both domains in one process, openmoji the default."""
+@pytest.fixture(scope="module")
+def demo(data: Path) -> Iterator[tuple[str, str, float]]:
+    """`dcar demo` for the second time, openmoji the default: its address, what it says, when it was started."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     command = [sys.executable, "-m", "app.cli", "demo", "--domain", "openmoji", "--data", data, "--port", port]
     started = time.monotonic()
-    process = subprocess.Popen([str(c) for c in command], cwd=EXAMPLES.parents[1], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         said = "".join(iter(process.stdout.readline, "Stop with Ctrl-C.\n"))
-        assert said.count("already indexed") == 2
-        assert re.search(rf"the page +http://127.0.0.1:{port}/", said)
-        curls = [shlex.split(line.split(maxsplit=2)[2]) for line in said.splitlines() if "curl" in line]
-        assert len(curls) == 3
-        answers = []
-        for curl in curls:  # retried while the model loads
-            done = subprocess.run(
-                [*curl, "--fail", "--retry", "60", "--retry-delay", "1"], capture_output=True, text=True
-            )
-            answers.append(json.loads(done.stdout)["results"])
-            assert len(answers[-1]) == 3, done
-        assert answers[1][0]["image_url"].startswith("/collections/twemoji/items/")
-        assert answers[0] != answers[1], "another domain's answer"
-        auto = {"query": "crying cat", "min_score": "auto"}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/search/text", json.dumps(auto).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            assert json.load(answer)["min_score"] > 0
-        assert time.monotonic() - started < 60  # a few seconds on an idle machine
+        yield f"http://127.0.0.1:{port}", said, started
     finally:
         process.terminate()
         process.communicate(timeout=20)
+
+
+def curl(command: str) -> dict[str, Any]:
+    """Runs a command of the documentation; it is tried again while the model loads."""
+    arguments = [*shlex.split(command), "--fail-with-body", "--retry", "60", "--retry-delay", "1"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.mark.slow
+def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[str, str, float]) -> None:
+    url, said, started = demo
+    assert said.count("already indexed") == 2
+    assert re.search(rf"the page +{url}/", said)
+    commands = [line.split(maxsplit=2)[2] for line in said.splitlines() if "curl" in line]
+    assert len(commands) == 3
+    answers = [curl(command)["results"] for command in commands]
+    assert time.monotonic() - started < 60  # a few seconds on an idle machine
+    assert [len(results) for results in answers] == [3, 3, 3]
+    assert answers[1][0]["image_url"].startswith("/collections/twemoji/items/")
+    assert answers[0] != answers[1], "another domain's answer"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/search.md"])
+def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -> None:
+    """Each on the collection that it is written for: twemoji, which is not the default here."""
+    url, _, _ = demo
+    text = (ROOT / page).read_text()
+    commands = [line for line in text.splitlines() if line.startswith("curl -s http://127.0.0.1:8000/")]
+    assert len(commands) >= (3 if page == "README.md" else 14)
+    for command in commands:
+        path = command.removeprefix("curl -s http://127.0.0.1:8000")
+        prefix = "" if path.startswith("/collections") else "/collections/twemoji"
+        answer = curl(f"curl -s {url}{prefix}{path}")
+        if "gjrkel" in command:
+            assert answer["results"] == [], "the page says that nothing fits"
+        else:
+            found = answer.get("results") or answer.get("answers") or answer.get("collections")
+            assert found, command
+        if '"filter"' in command or '"offset"' in command:
+            assert len(answer["results"]) >= 5, command
+        for option, field in (("rerank", "rerank_score"), ("explain", "explanation"), ("fold", "folded")):
+            if f'"{option}"' in command:
+                assert any(field in result for result in answer["results"]), command
