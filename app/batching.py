@@ -19,7 +19,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -120,20 +120,33 @@ class Batcher:
 
     async def submit(self, lane: Lane, payload: Any) -> Vector:
         """Embed one query: float32 (E,). Raises what the lane raised for this very item."""
+        self._admit()
+        return await self._enqueue(lane, payload)
+
+    async def submit_all(self, lane: Lane, payloads: Sequence[Any]) -> list[Vector]:
+        """Embed what one request needs together: admitted or refused as a whole, by what waits already.
+
+        An idle service so takes it on, however many there are and however slow it was before.
+        """
+        self._admit()
+        return await asyncio.gather(*(self._enqueue(lane, payload) for payload in payloads))
+
+    def _admit(self) -> None:
         if self._closing:
             raise NotReady("The service is shutting down.")
         if self._backlog > self._max_queue:
             self._metrics.refused("queue_time")
             raise Overloaded(self._backlog)
+
+    def _enqueue(self, lane: Lane, payload: Any) -> asyncio.Future[Vector]:
         cost = self._pace.get(lane.key, 0.0)
         future: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
-        job = _Job(lane, payload, future, time.monotonic(), cost, self._metrics.trace_context())
-        self._jobs.append(job)
+        self._jobs.append(_Job(lane, payload, future, time.monotonic(), cost, self._metrics.trace_context()))
         self._backlog += cost
         self._arrived.set()
         if len(self._jobs) >= self._max_batch:
             self._full.set()
-        return await job.future
+        return future
 
     async def close(self) -> None:
         """Finish every accepted job, then let the thread go."""

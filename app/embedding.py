@@ -89,7 +89,7 @@ class Embedder:
 
         lane = Lane(_lane(snapshot.encoder, "text"), encode_text_rows)
         rows = [TextRow(snapshot.encoder, text, each) for each in factors]
-        return np.stack(await asyncio.gather(*(self._batcher.submit(lane, row) for row in rows)))
+        return np.stack(await self._batcher.submit_all(lane, rows))
 
     async def pixels(self, snapshot: Snapshot, pictures: Sequence[Pixels]) -> list[Vector]:
         """The vectors (E,) of decoded pictures. Not remembered."""
@@ -97,7 +97,7 @@ class Embedder:
 
         lane = Lane(_lane(snapshot.encoder, "image"), encode_image_rows)
         rows = [ImageRow(snapshot.encoder, each) for each in pictures]
-        return await asyncio.gather(*(self._batcher.submit(lane, row) for row in rows))
+        return await self._batcher.submit_all(lane, rows)
 
     async def decode(self, snapshot: Snapshot, data: bytes) -> Pixels:
         """uint8 (3, S, S), from a picture's file.

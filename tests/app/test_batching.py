@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from app.batching import Batcher, Flights, Lane, Vector
-from app.problems import NotReady
+from app.problems import NotReady, Overloaded
 from dcar_core.errors import DataError
 
 
@@ -150,6 +151,29 @@ def test_a_busy_batcher_waits_for_company_and_an_idle_one_does_not() -> None:
         late = await _submit(batcher, lane, ["late"])
         await asyncio.gather(*early, *late)
         assert recorder.batches[-1] == ["early", "late"]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_what_one_request_needs_is_admitted_as_a_whole() -> None:
+    """However slow single queries were: an idle service does not refuse a request for its own sake."""
+
+    def slowly(payloads: list[str]) -> Vector:
+        time.sleep(0.1)
+        return np.ones((len(payloads), 2), np.float32)
+
+    async def main() -> None:
+        batcher = Batcher(max_batch=32, max_wait_s=0, max_queue_s=0.5)
+        batcher.start()
+        lane = Lane("image", slowly)
+        await batcher.submit(lane, "alone")  # a tenth of a second a query, as far as is known
+        parts = asyncio.create_task(batcher.submit_all(lane, ["part"] * 20))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):  # two seconds of work wait, it seems
+            await batcher.submit(lane, "another")
+        assert len(await parts) == 20
+        assert len(await batcher.submit_all(lane, ["part"] * 20)) == 20
         await batcher.close()
 
     asyncio.run(main())

@@ -122,7 +122,7 @@ def demo(data: Path) -> Iterator[tuple[str, str, float]]:
 
 def curl(command: str) -> dict[str, Any]:
     """Runs a command of the documentation; it is tried again while the model loads."""
-    arguments = [*shlex.split(command), "--fail-with-body", "--retry", "60", "--retry-delay", "1"]
+    arguments = [*shlex.split(command), "--fail", "--retry", "60", "--retry-delay", "1"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, (command, done.stdout, done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -137,7 +137,7 @@ def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[st
     commands = [line.split(maxsplit=2)[2] for line in said.splitlines() if "curl" in line]
     assert len(commands) == 3
     answers = [curl(command)["results"] for command in commands]
-    assert time.monotonic() - started < 60  # a few seconds on an idle machine
+    assert time.monotonic() - started < 90  # a few seconds on an idle machine
     assert [len(results) for results in answers] == [3, 3, 3]
     assert answers[1][0]["image_url"].startswith("/collections/twemoji/items/")
     assert answers[0] != answers[1], "another domain's answer"
