@@ -39,6 +39,7 @@ def seconds(encoder: Encoder, texts: list[str], repeat: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
+    parser.add_argument("--pretrained", default="random", help="default: random weights, since speed alone is measured")
     parser.add_argument("--methods", default="coop,dcar,dcar+", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
@@ -46,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    backbone = load_backbone(BackboneSource(args.model), pick_device(args.device))
+    backbone = load_backbone(BackboneSource(args.model, args.pretrained), pick_device(args.device))
     names = ["clip", *args.methods.split(",")]
     encoders = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -77,7 +77,7 @@ def timed_prepare(training: Dataset, model: DCAR, cache: FeatureCache) -> tuple[
 
 
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, float | str | None]:
-    backbone = load_backbone(BackboneSource(args.model), pick_device(args.device))
+    backbone = load_backbone(BackboneSource(args.model, args.pretrained), pick_device(args.device))
     model = seeded_model(backbone, method(name), 0).train()
     training = load_split(folder, "train")[0]
     cache = folder / f"features-{name}"
@@ -104,6 +104,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
+    parser.add_argument("--pretrained", default="random", help="default: random weights, since speed alone is measured")
     parser.add_argument("--methods", default=METHODS, help="default: %(default)s")
     parser.add_argument("--pairs", type=int, default=1000, help="pairs of an epoch; two batches are really made")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -131,7 +132,7 @@ def main() -> None:
         for name in args.methods.split(","):
             command = [sys.executable, __file__, "--methods", name, "--only", folder]
             command += ["--wall"] if args.wall else []
-            for option in ("threads", "model", "pairs", "batch_size", "batches", "amp", "device"):
+            for option in ("threads", "model", "pretrained", "pairs", "batch_size", "batches", "amp", "device"):
                 command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             m = json.loads(done.stdout.splitlines()[-1])

@@ -29,6 +29,7 @@ from dcar_core.errors import ModelError
 from dcar_core.preprocess import Preprocess
 
 CONFIG_FILE = "open_clip_config.json"
+RANDOM = "random"
 SUPPORTED = "open_clip's CLIP with a vision transformer, such as ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14"
 # Text that the tokenizer would read as SOS or EOT; a marker in the middle would move the pooling position.
 _MARKERS = re.compile(r"<\s*/?\s*(start|end)_of_text\s*>", re.IGNORECASE)
@@ -36,7 +37,10 @@ _MARKERS = re.compile(r"<\s*/?\s*(start|end)_of_text\s*>", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """Where a backbone comes from: an open_clip name or a directory, and for a name its weights (tag or file)."""
+    """Where a backbone comes from: an open_clip name or a directory, and for a name its weights.
+
+    pretrained: a tag, a file, or "random", which is fit to measure speed alone.
+    """
 
     model: str
     pretrained: str | None = None
@@ -236,7 +240,7 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
             warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
             clip, _, _ = open_clip.create_model_and_transforms(
                 f"local-dir:{directory}" if local else name,
-                pretrained=pretrained or None,
+                pretrained=None if pretrained == RANDOM else pretrained or None,
                 device=device,
                 weights_only=True,
             )
@@ -249,7 +253,14 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{directory}" if local else name, **tokenizer_settings)
     except Exception as error:  # open_clip, torch, safetensors and the hub client each raise their own
         raise ModelError(_explain(source, error)) from error
-    return Backbone(clip, tokenizer, source)
+    backbone = Backbone(clip, tokenizer, source)
+    if not local and not name.startswith("hf-hub:") and not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is known"
+        raise ModelError(
+            f"{name} alone is an architecture with random weights; give --pretrained a tag ({tags}) or a "
+            f".safetensors or .pt file"
+        )
+    return backbone
 
 
 def _explain(source: BackboneSource, error: Exception) -> str:

@@ -120,6 +120,8 @@ def test_unsupported_and_unknown_models(tmp_path: Path) -> None:
         load_backbone(BackboneSource(str(tmp_path)))
     with pytest.raises(ModelError, match=r"not supported.*ViT-B-32"):
         load_backbone(BackboneSource("RN50"))
+    with pytest.raises(ModelError, match=r"random weights; give --pretrained a tag \(openai"):
+        load_backbone(BackboneSource("ViT-B-32-quickgelu"))
     with pytest.raises(ModelError, match="pickle"):
         load_backbone(BackboneSource("ViT-B-32", "weights.pkl"))
 
