@@ -92,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--runtime", default=os.environ.get("DCAR_RUNTIME") or "auto",
-        help="what runs the encoder: auto (the fastest that is right here, measured once), torch, openvino-bf16, .. "
+        help="what runs the encoder: auto (the fastest that is right here, measured once), torch, openvino-bf16, ..; "
+        "with auto a job that has begun goes on with the one that began it, and Ray's workers take torch "
         "(default: %(default)s, from DCAR_RUNTIME)",
     )  # fmt: skip
     add(

@@ -3,6 +3,7 @@
 - A worker makes whole shards, out of the windows that one machine would take, and leaves them where one machine would:
   resuming, checksums and everything after are the same, and a job may go on with or without Ray.
 - A worker that dies is Ray's to replace; a shard counts only when it is whole, so what it had begun is made again.
+- All workers encode with one runtime, plain PyTorch where none is named: what is fastest here may not run there.
 - Every machine sees the output directory under one path, as on a shared file system; the gallery too, or by its URL.
 - Workers read where pictures lie from one memory-mapped file; nothing but shard numbers travels through Ray.
 """
@@ -44,6 +45,7 @@ class Task:
     checkpoint: Path
     fingerprint: str
     device: str
+    runtime: str
     exact: bool
     batch_size: int
     pixel_cache: Path | None
@@ -54,7 +56,7 @@ class Worker:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.lanes = load_encoders(task.checkpoint, task.device, exact=task.exact)
+        self.lanes = load_encoders(task.checkpoint, task.device, exact=task.exact, runtime=task.runtime)
         if self.lanes[0].fingerprint != task.fingerprint:
             raise DcarError(f"a worker loaded another model from {task.checkpoint}; is it the same file everywhere?")
         with pa.memory_map(str(task.store.path / PLACES)) as source:
@@ -84,6 +86,7 @@ def encode_on_ray(
     address: str,
     checkpoint: Path,
     device: str = "auto",
+    runtime: str = "torch",
     exact: bool = False,
     workers: int | None = None,
     batch_size: int = 64,
@@ -99,6 +102,7 @@ def encode_on_ray(
         address: of the cluster, "auto" for the one that this machine is part of, "local" to start one here.
         checkpoint: the same model, for the workers.
         device: "auto" and "cuda" give each worker a GPU where the cluster has any.
+        runtime: by name, what every worker encodes with.
         workers: how many; by default one for each GPU, or one for four cores.
         work, exact, batch_size, shard_rows, max_failed, progress: as `encode` and `load_encoders` take them.
 
@@ -107,12 +111,12 @@ def encode_on_ray(
         DcarError: the cluster cannot be reached, or a worker failed by an error of its own.
         DataError, ArtifactError, OSError: as `encode`.
     """
-    job = Encoding(gallery, encoder, work, batch_size=batch_size, shard_rows=shard_rows, max_failed=max_failed,
-              progress=progress)  # fmt: skip
+    job = Encoding(gallery, encoder, work, runtime=runtime, batch_size=batch_size, shard_rows=shard_rows,
+                   max_failed=max_failed, progress=progress)  # fmt: skip
     if job.todo:
         _write_places(job.store.path / PLACES, gallery.table)
-        task = Task(job.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, device, exact, batch_size,
-                    pixel_cache and pixel_cache.absolute())  # fmt: skip
+        task = Task(job.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, device, runtime, exact,
+                    batch_size, pixel_cache and pixel_cache.absolute())  # fmt: skip
         with _ray(address, workers or 1), job.bar() as bar:
             for number in _made(job.todo, task, workers):
                 job.shards[number] = shard = _load(job.store, number)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.preprocess import Preprocess
+from dcar_core.runtimes.protocol import Runtime
 from index_jobs.decode import Pixels
 
 if TYPE_CHECKING:
@@ -34,11 +35,13 @@ class ImageEncoder(Protocol):
     def dim(self) -> int: ...
     @property
     def preprocess(self) -> Preprocess: ...
+    @property
+    def runtime(self) -> Runtime: ...
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> Floats: ...
 
 
 def load_encoders(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list["Encoder"]:
-    """The lanes of `forward`: an encoder for each device, twice where it is a GPU.
+    """The lanes of `forward`: an encoder for each device, twice where it is a GPU; all on one kind of runtime.
 
     Args:
         device: "auto" for every GPU, or what else there is; or devices by name with commas between: cuda:0,cuda:1.
@@ -55,7 +58,12 @@ def load_encoders(checkpoint: Path, device: str, *, exact: bool = False, runtime
     names = [name.strip() for name in device.split(",")]
     if names == ["auto"] and torch.cuda.is_available():
         names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    encoders = [Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime) for name in names]
+    if runtime == "auto" and len({name.partition(":")[0] for name in names}) > 1:
+        runtime = "torch"  # which runs on all of them
+    encoders = list[Encoder]()
+    for name in names:
+        encoders.append(Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime))
+        runtime = encoders[0].runtime.name  # what "auto" took for the first
     on_gpu = any(name.startswith("cuda") for name in names)
     return encoders * 2 if on_gpu else encoders
 

@@ -53,8 +53,9 @@ def encode(
     """
     lanes = list(encoder) if isinstance(encoder, Sequence) else [encoder]
     job = Encoding(
-        gallery, lanes[0], work, batch_size=batch_size, shard_rows=shard_rows, max_failed=max_failed, progress=progress
-    )
+        gallery, lanes[0], work, runtime=lanes[0].runtime.name, batch_size=batch_size, shard_rows=shard_rows,
+        max_failed=max_failed, progress=progress,
+    )  # fmt: skip
     spans = (job.store.span(number) for number in job.todo)
     windows = (window for span in spans for window in windows_of(gallery.root, gallery.table, span, batch_size))
     decoded = decode(windows, lanes[0].preprocess, worker_count(workers, job.left), cache)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORK = "work"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Job:
             and manifest.requested_memory == options.memory
             and manifest.target_recall == options.target_recall
             and manifest.exact == options.exact
+            and options.runtime in {AUTO, manifest.runtime}
             and not manifest.additions
             and not manifest.removed
             and self._is_calibrated(manifest)
@@ -85,14 +87,13 @@ class Job:
         from dcar_core import Encoder
         from dcar_core.checkpoint import copy_checkpoint
         from index_jobs import gate, gpu, publish
-        from index_jobs.devices import load_encoders
         from index_jobs.notify import notify
 
         options, gallery = self.options, self.gallery
         pairs = self.pairs
         with publish.writing(self.out) as staging:
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
-            lanes = load_encoders(staging / CHECKPOINT, options.device, exact=options.exact, runtime=options.runtime)
+            lanes, runtime = self._lanes(staging / CHECKPOINT)
             encoder = lanes[0]
             if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
                 return self.summary(same)
@@ -103,9 +104,9 @@ class Job:
             # An unknown kind is an error now, not after encoding.
             self._choose(len(gallery), encoder.dim, **memory)
             serving = self._serving()
-            encoded = self._encode(lanes, staging / CHECKPOINT)
+            encoded = self._encode(lanes, runtime, staging / CHECKPOINT)
             choices = self._choose(len(encoded), encoder.dim, **memory)
-            manifest = self._stage(staging, encoder, encoded, choices)
+            manifest = replace(self._stage(staging, encoder, encoded, choices), runtime=runtime)
             verdict: gate.Verdict | None = None
 
             def accept(staged: "Artifact") -> None:
@@ -138,7 +139,24 @@ class Job:
             logger.info("there is nothing to compare with: %s", error)
             return None
 
-    def _encode(self, lanes: "list[Encoder]", checkpoint: Path) -> "Encoded":
+    def _lanes(self, checkpoint: Path) -> "tuple[list[Encoder], str]":
+        """The encoders, and the name of the runtime that makes the vectors, which on a cluster is not theirs."""
+        from index_jobs.devices import load_encoders
+        from index_jobs.lanes import begun_with, choose_lanes
+
+        options, work = self.options, self.out / WORK
+        device, exact, batch, rows = options.device, options.exact, options.batch_size, options.shard_rows
+        if options.ray:
+            lanes = load_encoders(checkpoint, device, exact=exact)
+            known = options.runtime != AUTO
+            return lanes, options.runtime if known else begun_with(self.gallery, lanes[0], "torch", work, batch, rows)
+        lanes = choose_lanes(
+            self.gallery, checkpoint, work, device=device, exact=exact, runtime=options.runtime, batch_size=batch,
+            shard_rows=rows,
+        )  # fmt: skip
+        return lanes, lanes[0].runtime.name
+
+    def _encode(self, lanes: "list[Encoder]", runtime: str, checkpoint: Path) -> "Encoded":
         from index_jobs.pixels import PixelCache
 
         options, folder = self.options, self.options.pixel_cache
@@ -152,7 +170,7 @@ class Job:
 
             return encode_on_ray(
                 self.gallery, lanes[0], self.out / WORK, address=options.ray, checkpoint=checkpoint,
-                device=options.device, exact=options.exact, pixel_cache=folder, **how,
+                device=options.device, runtime=runtime, exact=options.exact, pixel_cache=folder, **how,
             )  # fmt: skip
         from index_jobs.encode import encode
 

@@ -52,6 +52,29 @@ class Encoded:
         return (shard.vectors() for shard in self.shards)
 
 
+def store_of(
+    gallery: Gallery, encoder: ImageEncoder, runtime: str, work: Path, batch_size: int, shard_rows: int
+) -> ShardStore:
+    """Where the shards of a gallery lie that a runtime makes of it.
+
+    Raises:
+        ValueError: no pictures in a batch or a shard.
+    """
+    if batch_size < 1 or shard_rows < 1:
+        raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
+    return ShardStore(
+        work,
+        fingerprint=encoder.fingerprint,
+        runtime=runtime,
+        pixels=encoder.preprocess.to_dict(),
+        signature=gallery.vectors_signature,
+        count=len(gallery),
+        dim=encoder.dim,
+        batch=batch_size,
+        rows=-(-shard_rows // batch_size) * batch_size,
+    )
+
+
 class Encoding:
     """One gallery on its way into shards: fill `shards` for every number in `todo`, then take `encoded`."""
 
@@ -61,31 +84,21 @@ class Encoding:
         encoder: ImageEncoder,
         work: Path,
         *,
+        runtime: str,
         batch_size: int,
         shard_rows: int,
         max_failed: float,
         progress: bool,
     ) -> None:
-        """See `encode`, whose arguments these are.
+        """See `encode`, whose arguments these are; runtime: the name of what the vectors will be made with.
 
         Raises:
             DataError: too many pictures of an earlier run could not be read.
             ArtifactError: a shard of an earlier run is corrupted.
         """
-        if batch_size < 1 or shard_rows < 1:
-            raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
         if not 0 <= max_failed <= 1:
             raise ValueError(f"max_failed is a share from 0 to 1, not {max_failed}")
-        self.store = ShardStore(
-            work,
-            fingerprint=encoder.fingerprint,
-            pixels=encoder.preprocess.to_dict(),
-            signature=gallery.vectors_signature,
-            count=len(gallery),
-            dim=encoder.dim,
-            batch=batch_size,
-            rows=-(-shard_rows // batch_size) * batch_size,
-        )
+        self.store = store_of(gallery, encoder, runtime, work, batch_size, shard_rows)
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
         self.todo = [number for number in numbers if number not in self.shards]

@@ -3,7 +3,7 @@
 - A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the rows that failed,
   hashes of the others' pixels and the checksum. The JSON is written last, so a shard counts only when it is whole.
 - A shard's vectors depend on nothing outside its range, so a resumed job's vectors are those of an undisturbed one.
-- The directory's name is a hash of all that the vectors depend on; another model or gallery cannot find them.
+- The directory's name is a hash of all that the vectors depend on; another model, gallery or runtime cannot find them.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dcar_core.errors import ArtifactError
 from index_jobs.files import canonical, replacing, sha256_of, write_json
 
-FORMAT = 2
+FORMAT = 3
 Failed = tuple[int, str]  # gallery row, reason
 
 
@@ -55,6 +55,7 @@ class ShardStore:
         work: Path,
         *,
         fingerprint: str,
+        runtime: str,
         pixels: Mapping[str, Any],
         signature: str,
         count: int,
@@ -62,12 +63,17 @@ class ShardStore:
         batch: int,
         rows: int,
     ) -> None:
-        settings = [FORMAT, fingerprint, pixels, signature, count, dim, batch, rows]
+        settings = [FORMAT, fingerprint, runtime, pixels, signature, count, dim, batch, rows]
         self.path = work / hashlib.sha256(canonical(settings)).hexdigest()[:16]
         self.count, self.dim, self.shard_rows = count, dim, rows
 
     def __len__(self) -> int:
         return -(-self.count // self.shard_rows)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a shard, whole or not looked at yet."""
+        return next(self.path.glob("*.npy"), None) is not None
 
     def span(self, number: int) -> range:
         """The gallery rows of a shard."""

@@ -21,11 +21,11 @@ from dcar_core.errors import DataError
 from index_jobs import kinds, publish
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.build import build
-from index_jobs.devices import load_encoders
 from index_jobs.encode import encode
 from index_jobs.failures import write_failed
 from index_jobs.gallery import Gallery, scan
 from index_jobs.items import COLUMNS, Items, write_items
+from index_jobs.lanes import choose_lanes
 from index_jobs.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
 from index_jobs.parts import write_removed
 from index_jobs.sources import place_of
@@ -109,7 +109,10 @@ def add(
                 f"{len(known):,} of the {len(ids):,} pictures of {gallery} have an id that is in the index, the first "
                 f"is {known[0]!r}; --replace puts them in the place of those"
             )
-        lanes = load_encoders(current.checkpoint, device, exact=current.manifest.exact, runtime=runtime)
+        lanes = choose_lanes(
+            scanned, current.checkpoint, index / WORK, device=device, exact=current.manifest.exact, runtime=runtime,
+            batch_size=batch_size,
+        )  # fmt: skip
         current.require(lanes[0].fingerprint)
         encoded = encode(
             scanned, lanes, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,

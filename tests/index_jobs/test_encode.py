@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.errors import ArtifactError, DataError, DcarError
+from dcar_core.runtimes.eager import TowerRuntime
+from dcar_core.runtimes.registry import towers
 from index_jobs.decode import Window, decode, worker_count
 from index_jobs.encode import encode
 from index_jobs.gallery import scan
@@ -44,6 +47,7 @@ class Counting:
     def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
         self.encoder, self.die_at, self.calls = encoder, die_at, 0
         self.fingerprint, self.dim, self.preprocess = encoder.fingerprint, encoder.dim, encoder.preprocess
+        self.runtime = encoder.runtime
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> Floats:
         self.calls += 1
@@ -95,6 +99,23 @@ def test_changed_gallery_model_or_batch_never_meets_old_shards(
     assert resumed(batch=8) == 0
     Image.new("RGB", (48, 48), "pink").save(gallery_path / "circle" / "red.png")
     assert resumed() == 0
+
+
+def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
+    runtime = TowerRuntime("torch-bf16", *towers(encoder.target), torch.bfloat16)
+    other = Encoder(encoder.domain, encoder.target, runtime)
+
+    def run(model: Counting, work: str) -> Encoded:
+        return encode(scan(tiny_gallery), model, tmp_path / work, batch_size=4, shard_rows=8, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Counting(encoder, die_at=4), "a")
+    resumed = run(Counting(other), "a")
+    assert resumed.resumed == 0
+    alone = vectors_of(run(Counting(other), "b"))
+    np.testing.assert_array_equal(vectors_of(resumed), alone)
+    assert (alone != vectors_of(run(Counting(encoder), "c"))).any(1).all()  # or the test shows nothing
+    assert run(Counting(encoder), "a").resumed == 8  # nothing that was made is lost either
 
 
 def break_picture(path: Path, how: str) -> None:
