@@ -1,9 +1,11 @@
 """Which index, and why: a FAISS index_factory string chosen by count, dimensions, memory and device.
 
-- `auto` lists what could serve the gallery, fastest first, drops what does not fit the memory, and takes the first. A
-  build whose measured recall stays below the target goes on with the next of the list.
-- Up to 100,000 vectors exact search takes milliseconds and needs no training, so nothing else is considered.
-- Every estimate of memory is bytes a vector; `benchmarks/index_kinds.py` prints measured ones.
+- `auto` lists what could serve the gallery, fastest at the target recall first, drops what does not fit the memory, and
+  takes the first. A build whose measured recall stays below the target goes on with the next of the list; see `build`.
+- The order is that of measured latencies, one query on one core; `benchmarks/index_kinds.py` prints them. Lists of
+  whole vectors reach any recall, so where they fit, one kind does.
+- Up to 20,000 vectors exact search takes two milliseconds and needs no training, so nothing else is considered.
+- Every estimate of memory is bytes a vector; the benchmark prints measured ones.
 """
 
 import math
@@ -14,7 +16,8 @@ from pathlib import Path
 
 from dcar_core.errors import DataError, MissingExtraError
 
-FLAT_UP_TO = 100_000
+FLAT_UP_TO = 20_000
+_GRAPH_UP_TO = 10_000_000  # beyond, `auto` builds no graph: it takes most of a day
 _GRAPH = 4 * 2 * 32 + 16  # bytes of a vector's links in a graph of degree 32
 _ENTRY = 16  # bytes of a vector's number, in its list and in the map from row to list
 _COARSE_GRAPH_FROM = 16_384  # so many lists are themselves found by a graph
@@ -31,31 +34,43 @@ class Choice:
     reason: str
     gpu: bool = False
 
+    @property
+    def lists(self) -> bool:
+        """Whether a search goes through some of many lists."""
+        return "IVF" in self.factory
+
 
 @dataclass(frozen=True)
 class _Kind:
-    factory: Callable[[int], str]  # of the count
+    factory: Callable[[int, int], str]  # of count and dimensions
     bytes: Callable[[int], float]  # a vector of so many dimensions
     trait: str
 
 
 _KINDS = {
-    "flat": _Kind(lambda n: "Flat", lambda d: 4 * d, "exact"),
-    "hnsw": _Kind(lambda n: "HNSW32", lambda d: 4 * d + _GRAPH, "a graph over whole vectors is fastest"),
-    "hnsw-sq8": _Kind(lambda n: "HNSW32,SQ8", lambda d: d + _GRAPH, "a graph over 8-bit vectors"),
-    "ivf": _Kind(lambda n: f"{_ivf(n)},Flat", lambda d: 4 * d + _ENTRY, "inverted lists of whole vectors"),
-    "ivf-sq8": _Kind(lambda n: f"{_ivf(n)},SQ8", lambda d: d + _ENTRY, "inverted lists of 8-bit vectors"),
+    "flat": _Kind(lambda n, d: "Flat", lambda d: 4 * d, "exact"),
+    "hnsw": _Kind(lambda n, d: "HNSW32", lambda d: 4 * d + _GRAPH, "a graph over whole vectors"),
+    "hnsw-sq8": _Kind(lambda n, d: "HNSW32,SQ8", lambda d: d + _GRAPH, "a graph over 8-bit vectors"),
+    "ivf": _Kind(lambda n, d: f"{_ivf(n)},Flat", lambda d: 4 * d + _ENTRY, "inverted lists of whole vectors"),
+    "ivf-sq8": _Kind(lambda n, d: f"{_ivf(n)},SQ8", lambda d: d + _ENTRY, "inverted lists of 8-bit vectors"),
     "ivf-pq": _Kind(
-        lambda n: f"{_ivf(n)},PQ64x4fs,Refine(SQ8)", lambda d: d + 32 + _ENTRY, "product codes, ranked again by 8 bits"
+        lambda n, d: f"{_ivf(n)},PQ{_parts(d)}x4fs,Refine(SQ8)",
+        lambda d: d + _parts(d) / 2 + _ENTRY,
+        "inverted lists of product codes, ranked again by 8-bit vectors",
     ),
     "ivf-rabitq": _Kind(
-        lambda n: f"{_ivf(n)},RaBitQ,Refine(SQ8)",
+        lambda n, d: f"{_ivf(n)},RaBitQ,Refine(SQ8)",
         lambda d: d + d / 8 + 8 + _ENTRY,
         "inverted lists of bits, ranked again by 8-bit vectors",
     ),
-    "pq": _Kind(lambda n: f"{_ivf(n)},PQ64", lambda d: 64 + _ENTRY, "the only kind that fits; its recall is low"),
+    "pq": _Kind(
+        lambda n, d: f"{_ivf(n)},PQ{_parts(d)}",
+        lambda d: _parts(d) + _ENTRY,
+        "the only kind that fits; its recall is low",
+    ),
 }
-_FASTEST_FIRST = ("hnsw", "hnsw-sq8", "ivf-rabitq", "ivf-sq8", "pq")
+_FASTEST_FIRST = ("ivf-pq", "ivf-rabitq", "ivf", "ivf-sq8", "hnsw", "hnsw-sq8", "pq")
+_GRAPHS = ("hnsw", "hnsw-sq8")
 
 
 def choose(kind: str, count: int, dim: int, *, memory: int | None = None, gpu_memory: int = 0) -> list[Choice]:
@@ -79,7 +94,7 @@ def choose(kind: str, count: int, dim: int, *, memory: int | None = None, gpu_me
         factory = {"gpu-flat": "Flat", "gpu-ivf": f"{_ivf(count)},Flat", "gpu-cagra": "CAGRA"}[kind]
         return [Choice(factory, reason, gpu=True)]
     known = _KINDS.get(kind.lower())
-    choice = Choice(known.factory(count) if known else kind, reason)
+    choice = Choice(known.factory(count, dim) if known else kind, reason)
     create(choice.factory, dim)
     return [choice]
 
@@ -88,19 +103,21 @@ def _auto(count: int, dim: int, memory: int, gpu_memory: int) -> list[Choice]:
     if gpu_memory and (size := 4 * dim * count) <= gpu_memory:
         return [Choice("Flat", f"{_size(count, dim)} take {_gib(size)}, which the GPU searches exactly", gpu=True)]
     if count <= FLAT_UP_TO:
-        reason = f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes milliseconds"
+        reason = f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes two milliseconds"
         return [Choice("Flat", reason)]
     choices = []
     too_large = []
     for name in _FASTEST_FIRST:
+        if (name in _GRAPHS and count > _GRAPH_UP_TO) or (name == "pq" and choices):
+            continue
         known = _KINDS[name]
         size = int(count * known.bytes(dim))
         if size > memory:
-            too_large.append(f"{known.factory(count)} would take {_gib(size)}")
+            too_large.append(f"{known.factory(count, dim)} would take {_gib(size)}")
             continue
         rest = f"; {', '.join(too_large)}" if too_large else ""
         reason = f"{_size(count, dim)} take {_gib(size)} of the {_gib(memory)} allowed: {known.trait}{rest}"
-        choices.append(Choice(known.factory(count), reason))
+        choices.append(Choice(known.factory(count, dim), reason))
     if not choices:
         raise DataError(
             f"{_size(count, dim)} fit no kind of index in {_gib(memory)}: {too_large[-1]}; raise --memory, or split "
@@ -129,6 +146,11 @@ def create(factory: str, dim: int) -> object:
 def lists(count: int) -> int:
     """4 sqrt(n) inverted lists, as FAISS advises, each with at least the 39 vectors that training wants."""
     return max(1, min(int(4 * math.sqrt(count)), count // 39))
+
+
+def _parts(dim: int) -> int:
+    """Into how many parts a product code divides a vector: 64, or one for eight dimensions, where that divides it."""
+    return max(parts for parts in range(1, max(64, dim // 8) + 1) if dim % parts == 0)
 
 
 def _ivf(count: int) -> str:

@@ -50,7 +50,7 @@ class Manifest:
     dim: int
     kind: str  # FAISS index_factory string
     reason: str  # why this kind
-    milvus: str  # URI of the Milvus that holds the vectors, "" where index.faiss does
+    milvus: str = ""  # URI of the Milvus that holds the vectors, "" where index.faiss does
     gpu: bool  # searched on a GPU where there is one
     requested_kind: str  # as it was asked for, such as "auto"
     requested_memory: int | None  # bytes that the index may take, as asked for

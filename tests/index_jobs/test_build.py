@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from dcar_core.errors import ArtifactError, DataError, MissingExtraError
 from index_jobs import gpu
 from index_jobs.build import build
-from index_jobs.kinds import Choice, choose
-from index_jobs.tuning import Blocks, Queries
+from index_jobs.kinds import Choice, choose, create
+from index_jobs.tuning import Blocks, Queries, latency
 from index_jobs.vectors import FaissIndex, write_faiss
 
 Floats = NDArray[np.float32]
@@ -123,19 +123,40 @@ def auto(count: int, memory: float, gpu_memory: int = 0) -> list[Choice]:
 def test_auto_says_why() -> None:
     (small,) = auto(4_000, 1)
     assert small.factory == "Flat"
-    assert "4,000 vectors are at most 100,000" in small.reason
+    assert "4,000 vectors are at most 20,000" in small.reason
     middle = auto(1_000_000, 8)
-    assert [choice.factory for choice in middle][:2] == ["HNSW32", "HNSW32,SQ8"]
-    assert "take 2.2 GiB of the 8.0 GiB allowed" in middle[0].reason
-    tight = auto(1_000_000, 1)
-    assert tight[0].factory == "HNSW32,SQ8"
-    assert "HNSW32 would take 2.2 GiB" in tight[0].reason
-    assert auto(1_000_000, 0.6)[0].factory == "IVF4000,RaBitQ,Refine(SQ8)"
-    assert auto(100_000_000, 64)[0].factory == "IVF40000_HNSW32,RaBitQ,Refine(SQ8)"
+    assert [choice.factory for choice in middle] == [
+        "IVF4000,PQ64x4fs,Refine(SQ8)", "IVF4000,RaBitQ,Refine(SQ8)", "IVF4000,Flat", "IVF4000,SQ8", "HNSW32",
+        "HNSW32,SQ8",
+    ]  # fmt: skip
+    assert "take 0.5 GiB of the 8.0 GiB allowed" in middle[0].reason
+    tight = auto(1_000_000, 0.6)
+    assert [choice.factory for choice in tight] == [
+        "IVF4000,PQ64x4fs,Refine(SQ8)",
+        "IVF4000,RaBitQ,Refine(SQ8)",
+        "IVF4000,SQ8",
+    ]
+    assert "IVF4000,Flat would take 1.9 GiB" in tight[-1].reason
+    (codes,) = auto(1_000_000, 0.1)
+    assert codes.factory == "IVF4000,PQ64"
+    assert "the only kind that fits; its recall is low; IVF4000,PQ64x4fs,Refine(SQ8) would take 0.5 GiB" in codes.reason
+    large = [choice.factory for choice in auto(100_000_000, 256)]
+    assert large[0] == "IVF40000_HNSW32,PQ64x4fs,Refine(SQ8)"
+    assert not any(factory.startswith("HNSW") for factory in large)  # a graph of so many takes days
     (gpu,) = auto(1_000_000, 8, gpu_memory=40 * GIB)
     assert (gpu.factory, gpu.gpu) == ("Flat", True)
     with pytest.raises(DataError, match=r"1,000,000 vectors of 512 fit no kind of index in 0\.0 GiB: .*raise --memory"):
         auto(1_000_000, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts"), [(512, 64), (256, 64), (768, 96), (1024, 128), (640, 80), (48, 48), (49, 49)]
+)
+def test_product_codes_divide_any_dimensions(dim: int, parts: int) -> None:
+    factories = [choice.factory for choice in choose("auto", 50_000, dim, memory=GIB)]
+    assert factories[0] == f"IVF894,PQ{parts}x4fs,Refine(SQ8)"
+    for factory in factories:
+        create(factory, dim)
 
 
 def test_auto_goes_on_when_the_recall_is_too_low(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,6 +166,58 @@ def test_auto_goes_on_when_the_recall_is_too_low(gallery: Floats, caplog: pytest
     assert built.choice.reason.startswith("exact in its lists; PQ4x4 reached a recall of 0.")
     assert built.measured["recall_at_10"] >= 0.98
     assert "another kind is tried" in caplog.text
+
+
+def test_auto_takes_the_faster_where_lists_suit_badly(caplog: pytest.LogCaptureFixture) -> None:
+    """Vectors without clusters, and few lists of them: a search goes through most of the lists, a graph does not."""
+    vectors = np.random.default_rng(0).normal(size=(8000, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    choices = [Choice("IVF32,Flat", "lists"), Choice("IVF32,SQ8", "never built"), Choice("HNSW32", "a graph")]
+    with caplog.at_level("INFO"):
+        built = build(blocks(vectors), len(vectors), DIM, choices)
+    assert "IVF32,Flat: 8000 vectors" in caplog.text
+    assert "HNSW32: 8000 vectors" in caplog.text
+    assert "IVF32,SQ8" not in caplog.text
+    assert built.measured["recall_at_10"] >= 0.99
+    told = {"HNSW32": "a graph; IVF32,Flat takes 0.", "IVF32,Flat": "lists; HNSW32 takes 0."}
+    assert built.choice.reason.startswith(told[built.choice.factory])
+    other = next(choice for choice in choices if choice.factory in told and choice is not built.choice)
+    slower = build(blocks(vectors), len(vectors), DIM, [other])
+    assert built.measured["latency_ms_p50"] < 1.5 * slower.measured["latency_ms_p50"]
+
+
+def test_latency_is_that_of_one_core(gallery: Floats) -> None:
+    import faiss
+
+    threads = []
+
+    class Watched:
+        def search(self, vectors: Floats, k: int) -> None:
+            threads.append(faiss.omp_get_max_threads())
+
+    before = faiss.omp_get_max_threads()
+    try:
+        faiss.omp_set_num_threads(3)
+        latency(Watched(), gallery[:2])
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)
+    assert threads == [1, 1]
+
+
+def test_lists_that_a_graph_finds_are_found(gallery: Floats, tmp_path: Path) -> None:
+    """FAISS's own width of that graph's search, 16, would lose lists that hold neighbours."""
+    import faiss
+
+    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF512_HNSW32,Flat", "test")])
+    write_faiss(built.index, tmp_path / "index.faiss")
+    index = faiss.read_index(str(tmp_path / "index.faiss"))
+    inverted = faiss.try_extract_index_ivf(index)
+    assert inverted.nprobe == built.measured["parameters"]["nprobe"]
+    assert faiss.downcast_index(inverted.quantizer).hnsw.efSearch >= max(64, 2 * inverted.nprobe)
+    exactly = build(blocks(gallery), len(gallery), DIM, [Choice("IVF512,Flat", "test")])
+    assert built.measured["recall_at_10"] >= 0.98
+    assert built.measured["parameters"]["nprobe"] <= 2 * exactly.measured["parameters"]["nprobe"]
 
 
 def test_recall_is_that_of_queries_that_did_not_tune(gallery: Floats) -> None:
