@@ -3,6 +3,7 @@
     python benchmarks/encode.py                                  ViT-B-32, a minute or two
     python benchmarks/encode.py --pictures 2048 --rounds 4       for a figure to quote
     python benchmarks/encode.py --memory 100000                  peak memory over 100,000 pictures, minutes
+    python benchmarks/encode.py --memory 100000 --tars           the same from webdataset tars of 10,000 each
 
 - The bare encoder is the model's forward pass over one batch of pixels that lies in memory. It and the job take turns
   in rounds, so that what else the machine does falls on both; the ratio is the figure, the rates are the machine's.
@@ -11,7 +12,8 @@
 - Processor time is compared as well: on a shared machine, whose other work comes and goes, it is the steadier measure.
 - ViT-B-32 has random weights, which cost what trained ones do. Pictures are JPEGs of 500 x 375 pixels, drawn here.
 - Memory is that of the job and its worker processes together, sampled as it goes; a small encoder leaves the most to
-  the rest. Of the pictures 256 are drawn, the others are hard links to them.
+  the rest. Of the pictures 256 are drawn, the others are hard links to them, or their bytes again. What the gallery's
+  table takes is told beside it, since it alone may grow with the gallery.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import io
 import itertools
 import json
 import os
+import tarfile
 import tempfile
 import threading
 import time
@@ -39,6 +42,8 @@ from index_jobs.gallery import scan
 from index_jobs.pixels import PixelCache
 
 DRAWN = 256
+IN_A_TAR = 10_000
+SHARD_ROWS = 1024
 BASE = Path(__file__).resolve().parents[1] / "examples" / "emoji" / "base"
 
 
@@ -68,6 +73,21 @@ def gallery(folder: Path, count: int, size: tuple[int, int]) -> Path:
         path = folder / f"{number // 1000:04}" / f"{number:07}.jpg"
         path.parent.mkdir(exist_ok=True)
         os.link(drawn[number % len(drawn)], path)
+    return folder
+
+
+def tars(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """`count` pictures with a caption each, 10,000 in a webdataset tar."""
+    drawn = [picture(number, size) for number in range(min(DRAWN, count))]
+    folder.mkdir(parents=True)
+    for start in range(0, count, IN_A_TAR):
+        with tarfile.open(folder / f"{start // IN_A_TAR:05}.tar", "w") as tar:
+            for number in range(start, min(count, start + IN_A_TAR)):
+                members = {"jpg": drawn[number % len(drawn)], "txt": f"picture number {number}".encode()}
+                for suffix, data in members.items():
+                    member = tarfile.TarInfo(f"{number:07}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
     return folder
 
 
@@ -151,13 +171,14 @@ def resident(pid: int) -> int:
 
 
 @contextmanager
-def sampled(samples: list[tuple[float, int]]) -> Iterator[None]:
-    """Memory twice a second, (seconds, bytes)."""
-    ended, start = threading.Event(), time.perf_counter()
+def sampled(shards: Path, samples: list[tuple[int, int]]) -> Iterator[None]:
+    """Memory twice a second: (pictures that have their shard, bytes)."""
+    ended = threading.Event()
 
     def sample() -> None:
         while not ended.wait(0.5):
-            samples.append((time.perf_counter() - start, resident(os.getpid())))
+            done = sum(1 for _ in shards.glob("*/*.json")) * SHARD_ROWS
+            samples.append((done, resident(os.getpid())))
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -169,26 +190,34 @@ def sampled(samples: list[tuple[float, int]]) -> Iterator[None]:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    source = gallery(folder / "pictures", arguments.memory, (160, 120))
+    make = tars if arguments.tars else gallery
+    source, work, count = make(folder / "pictures", arguments.memory, (160, 120)), folder / "work", arguments.memory
     encoder = Encoder.load(BASE)
     encoder.encode_pixels(np.zeros((arguments.batch_size, 3, 48, 48), np.uint8))
-    start = time.perf_counter()
-    scanned = scan(source)
-    mib = 1 / 2**20
-    print(f"scanned {len(scanned):,} pictures in {time.perf_counter() - start:.1f} s; the table is "
-          f"{scanned.table.nbytes / len(scanned):.0f} bytes a picture", flush=True)  # fmt: skip
-    samples: list[tuple[float, int]] = []
-    with sampled(samples):
+    before, start = resident(os.getpid()), time.perf_counter()
+    samples: list[tuple[int, int]] = []
+    with sampled(work, samples):
+        scanned = scan(source)
+        table = scanned.table.nbytes
+        print(f"scanned {count:,} pictures in {time.perf_counter() - start:.1f} s; the table takes {_mib(table)}, "
+              f"{table / count:.0f} bytes a picture; the process {_mib(resident(os.getpid()))}, {_mib(before)} before",
+              flush=True)  # fmt: skip
         encoded = encode(
-            scanned, encoder, folder / "work", workers=arguments.workers, batch_size=arguments.batch_size,
-            progress=False,
+            scanned, encoder, work, workers=arguments.workers, batch_size=arguments.batch_size,
+            shard_rows=SHARD_ROWS, progress=False,
         )  # fmt: skip
     for tenth in range(10):
-        part = [size for t, size in samples if tenth <= 10 * t / samples[-1][0] < tenth + 1]
-        if part:
-            print(f"pictures up to {(tenth + 1) * len(encoded) // 10:8,}: peak {max(part) * mib:6.0f} MiB")
-    rate = len(encoded) / encoded.seconds
-    print(f"encoded {len(encoded):,} pictures, {rate:.0f}/s, peak {max(s for _, s in samples) * mib:.0f} MiB")
+        low, high = tenth * count // 10, (tenth + 1) * count // 10
+        if part := [size for done, size in samples if low <= done < high]:
+            print(f"pictures {low:8,} to {high:8,}: peak {_mib(max(part))}")
+    first = max((size for done, size in samples if done < count // 10), default=0)
+    whole = max(size for _, size in samples)
+    print(f"encoded {len(encoded):,} pictures, {len(encoded) / encoded.seconds:.0f}/s; peak {_mib(whole)} in all, "
+          f"{_mib(first)} over the first tenth")  # fmt: skip
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
 
 
 def main() -> None:
@@ -203,6 +232,7 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="decode every JPEG whole")
     parser.add_argument("--pixel-cache", action="store_true", help="keep decoded pictures for the later rounds")
     parser.add_argument("--memory", type=int, metavar="PICTURES", help="measure memory instead")
+    parser.add_argument("--tars", action="store_true", help="with --memory, pictures in tars instead of a folder")
     parser.add_argument("--dir", type=Path, help="where pictures and shards are put for the while (default: temporary)")
     arguments = parser.parse_args()
     if arguments.threads:

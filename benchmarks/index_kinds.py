@@ -85,6 +85,9 @@ class Material:
     def truth(self) -> Path:
         return self.out / f"truth-{self.mark}.npz"
 
+    def index(self, kind: str) -> Path:
+        return self.out / f"{kind}-{self.mark}.faiss"
+
     def prepare(self) -> tuple[Floats, Queries]:
         """The vectors, memory-mapped, and queries to tune with."""
         path = self.out / f"vectors-{self.mark}.npy"
@@ -122,13 +125,12 @@ def blocks(vectors: Floats) -> Iterator[Floats]:
     return (vectors[start : start + BLOCK] for start in range(0, len(vectors), BLOCK))
 
 
-def make(kind: str, out: Path, vectors: Floats, queries: Queries, memory: int) -> dict[str, object]:
+def make(kind: str, path: Path, vectors: Floats, queries: Queries, memory: int) -> dict[str, object]:
     """Build one kind, tune it and write it. `built_s`, seconds, is with the tuning, and for auto with what it tried."""
     count, dim = vectors.shape
     start, worked = time.perf_counter(), time.process_time()
     built = build(lambda: blocks(vectors), count, dim, choose(kind, count, dim, memory=memory), queries)
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
-    path = out / f"{kind}.faiss"
     write_faiss(built.index, path)
     return {
         "kind": kind,
@@ -143,7 +145,7 @@ def make(kind: str, out: Path, vectors: Floats, queries: Queries, memory: int) -
 
 def try_out(kind: str, material: Material) -> dict[str, object]:
     """Measure what was made, in a fresh process."""
-    path = material.out / f"{kind}.faiss"
+    path = material.index(kind)
     command = [sys.executable, __file__, "--measure", str(path), "--truth", str(material.truth)]
     found: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     path.unlink()
@@ -236,8 +238,8 @@ def main() -> None:
         memory = int(given.memory * 2**30) or machine_memory() // 2
         for kind in given.kind or [kind for kind in KINDS if "p50_ms" not in results.get(kind, {})]:
             print(f"{kind} ..", file=sys.stderr, flush=True)
-            if not (out / f"{kind}.faiss").exists():
-                results[kind] = make(kind, out, vectors, queries, memory)
+            if kind not in results or not material.index(kind).exists():
+                results[kind] = make(kind, material.index(kind), vectors, queries, memory)
             notes.write_text(json.dumps(results, indent=2))
             if not given.build_only:
                 results[kind] |= try_out(kind, material)

@@ -133,18 +133,16 @@ class ImageRoot:
         except (OSError, ValueError):  # longer than a name may be, or with a NUL
             return False
 
-    def place(self, name: str) -> Path:
-        """Where a picture lies: its file, or the tar and behind that the member."""
-        member = self._member(name)
-        if member is None:
-            return self.path / name
-        return member[0] / (name if name in self._members else name.partition("/")[2])
-
     def names(self) -> list[str]:
         """Every picture, sorted: files at any depth, then members."""
         below = self.path.rglob("*") if self.path.is_dir() else ()
         files = sorted(p.relative_to(self.path).as_posix() for p in below if has_image_suffix(p.name) and p.is_file())
         return files + sorted(name for name in self._members if has_image_suffix(name))
+
+    def locate(self, name: str) -> tuple[Path, int | None]:
+        """The file that holds a picture, and where it begins in it; None for a file of its own, there or not."""
+        member = self._member(name)
+        return (self.path / name, None) if member is None else (member[0], member[1].offset)
 
     def read(self, name: str) -> bytes:
         """The bytes of one picture.

@@ -7,6 +7,7 @@
 """
 
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from dcar_core.errors import DataError
 from index_jobs.artifact import Artifact
-from index_jobs.sources import place_of
+from index_jobs.sources import WHOLE_FILE, place_of
 
 if TYPE_CHECKING:
     from dcar_core import Encoder
@@ -71,10 +72,9 @@ def _validation(gallery: "Gallery", data: Path) -> Pairs:
     from dcar_core.data import load_split
 
     split, _ = load_split(data, "val")
-    names = gallery.table["name"].to_pylist()
-    known = {place_of(gallery.root, name): row for row, name in enumerate(names)}
-    found = [(sample.caption, known.get(str(split.root.place(sample.image).absolute()))) for sample in split.samples]
-    kept = [(text, row) for text, row in found if row is not None]
+    found = [(sample.caption, _key(*split.root.locate(sample.image))) for sample in split.samples]
+    rows = _rows_of(gallery, {key for _, key in found})
+    kept = [(text, rows[key]) for text, key in found if key in rows]
     if not kept:
         raise DataError(
             f"none of the {len(found):,} validation pairs of {data} has its picture in the gallery {gallery.source}, "
@@ -85,6 +85,21 @@ def _validation(gallery: "Gallery", data: Path) -> Pairs:
     kept = kept[:: -(-len(kept) // MOST_PAIRS)]
     ids = gallery.table["id"].take([row for _, row in kept]).to_pylist()
     return Pairs([text for text, _ in kept], ids, "validation")
+
+
+def _key(path: Path, offset: int | None) -> tuple[str, int]:
+    return os.path.abspath(path), WHOLE_FILE if offset is None else offset  # noqa: PTH100  as a gallery's source is
+
+
+def _rows_of(gallery: "Gallery", wanted: set[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """The rows of pictures, which are known by the file that holds them and where they begin in it."""
+    rows, row = {}, 0
+    for batch in gallery.table.select(["location", "offset"]).to_batches():
+        for location, offset in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if (key := (place_of(gallery.root, location), offset)) in wanted:
+                rows[key] = row
+            row += 1
+    return rows
 
 
 def _captions(gallery: "Gallery") -> Pairs | None:

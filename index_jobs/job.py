@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcar_core.errors import ArtifactError
 from index_jobs.artifact import open_current
-from index_jobs.manifest import CHECKPOINT, DUPLICATES, FAILED, ITEMS, VECTORS, VERSIONS, Manifest
+from index_jobs.manifest import CHECKPOINT, DUPLICATES, VERSIONS, Manifest
 from index_jobs.options import Options, RebuildSummary, RejectedError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from index_jobs.gate import Pairs, Verdict
     from index_jobs.kinds import Choice
     from index_jobs.progress import Encoded
-    from index_jobs.tuning import Queries
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +87,8 @@ class Job:
         from dcar_core.checkpoint import copy_checkpoint
         from index_jobs import gate, gpu, publish
         from index_jobs.notify import notify
+        from index_jobs.progress import store_of
+        from index_jobs.staging import choose, require_room
 
         options, gallery = self.options, self.gallery
         pairs = self.pairs
@@ -97,15 +98,14 @@ class Job:
             encoder = lanes[0]
             if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
                 return self.summary(same)
-            memory: dict[str, Any] = {
-                "memory": options.memory,
-                "gpu_memory": gpu.memory() if _wants_gpu(options.kind, options.device) else 0,
-            }
-            # An unknown kind is an error now, not after encoding.
-            self._choose(len(gallery), encoder.dim, **memory)
+            gpu_memory = gpu.memory() if _wants_gpu(options.kind, options.device) else 0
+            # An unknown kind or a disk that is too small is an error now, not after encoding.
+            expected = choose(options, len(gallery), encoder.dim, gpu_memory)[0]
+            store = store_of(gallery, encoder, runtime, self.out / WORK, options.batch_size, options.shard_rows)
+            require_room(self.out, gallery, store, expected)
             serving = self._serving()
             encoded = self._encode(lanes, runtime, staging / CHECKPOINT)
-            choices = self._choose(len(encoded), encoder.dim, **memory)
+            choices = choose(options, len(encoded), encoder.dim, gpu_memory)
             manifest = replace(self._stage(staging, encoder, encoded, choices), runtime=runtime)
             verdict: gate.Verdict | None = None
 
@@ -178,22 +178,13 @@ class Job:
 
     def _stage(self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]") -> Manifest:
         """Write vectors, items and failures; the manifest that goes with them."""
-        from index_jobs.failures import write_duplicates, write_failed
-        from index_jobs.items import write_items
+        from index_jobs.staging import caption_queries, stage_items, stage_vectors
 
         options, gallery = self.options, self.gallery
         logger.info("%d vectors: %s (%s)", len(encoded), choices[0].factory, choices[0].reason)
-        queries = _caption_queries(gallery, encoder)
-        if options.milvus:
-            choice, measured = self._stage_milvus(staging, options.milvus, encoder, encoded, choices[0], queries)
-        else:
-            choice, measured = self._stage_faiss(staging, encoder, encoded, choices, queries)
-        write_items(staging / ITEMS, gallery.table, encoded.rows())
-        write_failed(staging / FAILED, gallery, encoded.failed)
-        duplicates = encoded.duplicates()
-        write_duplicates(staging / DUPLICATES, gallery, duplicates)
-        if duplicates:
-            logger.info("%d pictures are the same as earlier ones; %s lists them", len(duplicates), DUPLICATES)
+        queries = caption_queries(gallery.table, encoder)
+        choice, measured = stage_vectors(staging, self.out, options, encoder, encoded, choices, queries)
+        stage_items(staging, gallery, encoded)
         return Manifest(
             version=0,
             fingerprint=encoder.fingerprint,
@@ -225,47 +216,6 @@ class Job:
         if self.options.validation is None or self.pairs is None:
             return {}
         return calibrate(self.gallery, self.pairs, encoder, encoded)
-
-    def _stage_faiss(
-        self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]", queries: "Queries | None"
-    ) -> "tuple[Choice, dict[str, Any]]":
-        from index_jobs.build import build
-        from index_jobs.vectors import write_faiss
-
-        target = self.options.target_recall
-        built = build(encoded.blocks, len(encoded), encoder.dim, choices, queries, target=target)
-        write_faiss(built.index, staging / VECTORS)
-        return built.choice, built.measured | {"bytes": (staging / VECTORS).stat().st_size}
-
-    def _stage_milvus(
-        self,
-        staging: Path,
-        uri: str,
-        encoder: "Encoder",
-        encoded: "Encoded",
-        choice: "Choice",
-        queries: "Queries | None",
-    ) -> "tuple[Choice, dict[str, Any]]":
-        from index_jobs import milvus
-        from index_jobs.publish import next_version
-        from index_jobs.tuning import Tuning, own_queries
-
-        number, kind = next_version(self.out), self.options.kind
-        place = milvus.create(uri, self.out, number, encoder.fingerprint, kind, encoded.blocks, encoder.dim)
-        milvus.write_place(staging / milvus.MILVUS, place)
-        tuning = Tuning(
-            encoded.blocks, queries or own_queries(encoded.blocks, len(encoded)), target=self.options.target_recall
-        )
-        return choice, tuning.measure(milvus.MilvusIndex(place))
-
-    def _choose(self, count: int, dim: int, **memory: Any) -> "list[Choice]":
-        from index_jobs import kinds, milvus
-
-        options = self.options
-        if not options.milvus:
-            return kinds.choose(options.kind, count, dim, **memory)
-        milvus.require_kind(options.kind)
-        return [kinds.Choice(f"milvus {options.kind}", f"asked for: {options.kind} in Milvus")]
 
     def _duplicates_of(self, manifest: Manifest) -> int:
         try:
@@ -321,17 +271,3 @@ class Job:
 
 def _wants_gpu(kind: str, device: str) -> bool:
     return kind.startswith("gpu-") or (kind == "auto" and device.startswith("cuda"))
-
-
-def _caption_queries(gallery: "Gallery", encoder: "Encoder") -> "Queries | None":
-    """Captions as held-out queries, evenly spread, when half of the pictures have one."""
-    import numpy as np
-
-    from index_jobs.tuning import MAX_QUERIES, Queries
-
-    step = max(1, -(-len(gallery) // MAX_QUERIES))
-    picked = gallery.table["caption"].take(list(range(0, len(gallery), step))).to_pylist()
-    captions = [caption for caption in picked if caption]
-    if 2 * len(captions) < len(picked):
-        return None
-    return Queries(encoder.encode_text(captions), "captions", np.full(len(captions), -1))

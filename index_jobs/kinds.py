@@ -33,6 +33,7 @@ class Choice:
     factory: str
     reason: str
     gpu: bool = False
+    bytes: int = 0  # estimated; 0 where nothing is known
 
     @property
     def lists(self) -> bool:
@@ -94,18 +95,22 @@ def choose(kind: str, count: int, dim: int, *, memory: int | None = None, gpu_me
         factory = {"gpu-flat": "Flat", "gpu-ivf": f"{_ivf(count)},Flat", "gpu-cagra": "CAGRA"}[kind]
         return [Choice(factory, reason, gpu=True)]
     known = _KINDS.get(kind.lower())
-    choice = Choice(known.factory(count, dim) if known else kind, reason)
+    if known:
+        choice = Choice(known.factory(count, dim), reason, bytes=int(count * known.bytes(dim)))
+    else:
+        choice = Choice(kind, reason)
     create(choice.factory, dim)
     return [choice]
 
 
 def _auto(count: int, dim: int, memory: int, gpu_memory: int) -> list[Choice]:
     if gpu_memory and (size := 4 * dim * count) <= gpu_memory:
-        return [Choice("Flat", f"{_size(count, dim)} take {_gib(size)}, which the GPU searches exactly", gpu=True)]
+        reason = f"{_size(count, dim)} take {_gib(size)}, which the GPU searches exactly"
+        return [Choice("Flat", reason, gpu=True, bytes=size)]
     if count <= FLAT_UP_TO:
         reason = f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes two milliseconds"
-        return [Choice("Flat", reason)]
-    choices = []
+        return [Choice("Flat", reason, bytes=4 * dim * count)]
+    choices = list[Choice]()
     too_large = []
     for name in _FASTEST_FIRST:
         if (name in _GRAPHS and count > _GRAPH_UP_TO) or (name == "pq" and choices):
@@ -117,7 +122,7 @@ def _auto(count: int, dim: int, memory: int, gpu_memory: int) -> list[Choice]:
             continue
         rest = f"; {', '.join(too_large)}" if too_large else ""
         reason = f"{_size(count, dim)} take {_gib(size)} of the {_gib(memory)} allowed: {known.trait}{rest}"
-        choices.append(Choice(known.factory(count, dim), reason))
+        choices.append(Choice(known.factory(count, dim), reason, bytes=size))
     if not choices:
         raise DataError(
             f"{_size(count, dim)} fit no kind of index in {_gib(memory)}: {too_large[-1]}; raise --memory, or split "

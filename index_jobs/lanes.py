@@ -55,6 +55,6 @@ def begun_with(
 ) -> str:
     """The runtime whose shards of this gallery are there; `fastest` where none are, or some of several."""
     for name in (fastest, *KINDS):
-        if store_of(gallery, encoder, name, work, batch_size, shard_rows).begun:
+        if store_of(gallery, encoder, name, work, batch_size, shard_rows).rows_there():
             return name
     return fastest

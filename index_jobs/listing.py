@@ -19,7 +19,7 @@ from index_jobs.sources import WHOLE_FILE, file_system, is_url, open_place, pare
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """`version` changes when the file does: its time of change in ns, or a hash of what its store says; 0 unknown."""
 
@@ -31,7 +31,7 @@ class Picture:
     fields: Fields = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     name: str  # relative, with forward slashes
     size: int

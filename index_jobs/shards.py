@@ -70,10 +70,9 @@ class ShardStore:
     def __len__(self) -> int:
         return -(-self.count // self.shard_rows)
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is a shard, whole or not looked at yet."""
-        return next(self.path.glob("*.npy"), None) is not None
+    def rows_there(self) -> int:
+        """How many gallery rows have their shard, none of them looked at yet."""
+        return sum(len(self.span(int(note.stem))) for note in self.path.glob("[0-9]*.json"))
 
     def span(self, number: int) -> range:
         """The gallery rows of a shard."""

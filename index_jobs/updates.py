@@ -29,6 +29,7 @@ from index_jobs.lanes import choose_lanes
 from index_jobs.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
 from index_jobs.parts import write_removed
 from index_jobs.sources import place_of
+from index_jobs.staging import caption_queries
 from index_jobs.vectors import write_faiss
 
 WORK = "work-added"
@@ -133,7 +134,7 @@ def add(
         built = build(
             lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
             kinds.choose("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),
-            target=manifest.target_recall,
+            caption_queries(table, lanes[0]), target=manifest.target_recall,
         )  # fmt: skip
         write_faiss(built.index, staging / folder / VECTORS)
         write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))

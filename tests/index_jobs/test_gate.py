@@ -111,21 +111,6 @@ def test_validation_pairs_are_found_in_the_gallery(
         gate.pairs_of(scan(tiny_data), elsewhere)
 
 
-def test_validation_pairs_are_found_in_a_tar(tiny_data: Path, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "gallery.tar", "w") as tar:
-        for picture in sorted(tiny_data.glob("*/*.png")):
-            tar.add(picture, picture.relative_to(tiny_data))
-    shutil.copy(tiny_data / "val.json", tmp_path)
-    for place in (tmp_path, tmp_path / "gallery.tar"):
-        pairs = gate.pairs_of(scan(place), tmp_path)
-        assert pairs is not None
-        assert len(pairs.texts) == 6
-        name_of = dict(zip(*scan(place).table.select(["id", "name"]).to_pydict().values(), strict=True))
-        for text, item_id in zip(pairs.texts, pairs.ids, strict=True):
-            shape, color = Path(name_of[item_id]).parts[-2:]
-            assert text == f"a {color.removesuffix('.png')} {shape}"
-
-
 def test_validation_pairs_give_the_cut_off(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     index = tmp_path / "index"
@@ -149,6 +134,27 @@ def test_validation_pairs_give_the_cut_off(tiny_data: Path, tiny_checkpoint: Pat
     again = rebuild(data, tiny_checkpoint, index, progress=False, validation=data)
     assert (again.published, again.encoded) == (True, 0)
     assert open_current(index).manifest.cutoff["pairs"] == 4
+
+
+def test_validation_pairs_are_found_in_tars(tiny_data: Path, tmp_path: Path) -> None:
+    """A member goes by its own name, or by its tar's and its own; the gallery is the folder, or the tar itself."""
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for picture in sorted(tiny_data.rglob("*.png")):
+            tar.add(picture, picture.relative_to(tiny_data).as_posix())
+    shutil.copy(tiny_data / "val.json", tmp_path)
+    captions = set()
+    for place in (tmp_path, tmp_path / "shard.tar"):
+        gallery = scan(place)
+        pairs = gate.pairs_of(gallery, tmp_path)
+        assert pairs is not None
+        names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
+        found = {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
+        assert len(found) == 6
+        for name, text in found.items():
+            shape, color = Path(name).parts[-2:]
+            assert text == f"a {color.removesuffix('.png')} {shape}"
+        captions |= set(pairs.texts)
+    assert len(captions) == 6
 
 
 def test_gallery_without_captions_is_published_uncompared(

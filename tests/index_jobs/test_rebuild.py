@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from dcar_core import Encoder
+from dcar_core.errors import DcarError
 from index_jobs.artifact import current_version, open_current, verify_index, version_numbers
 from index_jobs.gallery import scan
 from index_jobs.rebuild import RebuildSummary, main, rebuild
@@ -221,6 +222,27 @@ def test_full_disk_leaves_everything_as_it_was(gallery: Path, tiny_checkpoint: P
     assert [manifest.version for manifest in verify_index(index)] == [1]
     summary = rebuild(gallery, tiny_checkpoint, index, progress=False)
     assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
+
+
+def test_disk_without_room_is_known_before_encoding(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 vectors of 32 take 3,072 bytes as shards, and as many again in the index."""
+    index = tmp_path / "index"
+    usage = shutil.disk_usage(tmp_path)
+
+    def left(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    table = scan(gallery).table.nbytes
+    left(table + 2 * 3072 - 1)
+    with pytest.raises(DcarError, match=r"takes at least 0\.0 GB more, of which 0\.0 are vectors.* GB left; make room"):
+        rebuild(gallery, tiny_checkpoint, index, progress=False)
+    assert list(index.glob("work*")) == list((index / "versions").iterdir()) == []
+    left(table + 2 * 3072)
+    assert rebuild(gallery, tiny_checkpoint, index, progress=False).encoded == 24
+    left(table + 3072)  # the vectors are there already
+    assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).encoded == 0
 
 
 KILLED = """
