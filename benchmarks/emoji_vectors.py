@@ -42,7 +42,8 @@ def captions(count: int) -> list[str]:
 
 def vectors(model: Encoder, count: int) -> Iterator[Floats]:
     """float32 (m, E) at a time, L2-normalised, `count` in all."""
-    images = [open_image(data) for style in STYLES for data in _files(EMOJI / style)]
+    files = (data for style in STYLES for data in _files(EMOJI / style))
+    images = [open_image(data) for data in itertools.islice(files, count)]
     drawn = (_varied(images[i % len(images)], i, i < len(images)) for i in range(count))
     while batch := list(itertools.islice(drawn, BATCH)):
         yield model.encode_images(batch, batch_size=BATCH)

@@ -123,16 +123,14 @@ def fill(choice: Choice, dim: int, blocks: Blocks, count: int) -> Any:
     if hasattr(index, "hnsw"):
         index.hnsw.efConstruction = _EF_CONSTRUCTION
     Knobs(index)  # sets the width in which a graph looks for lists, which adding vectors needs as well
-    if not index.is_trained:
-        try:
+    try:
+        if not index.is_trained:
             index.train(sample(blocks, count, 64 * max(lists(count), 1024)))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0].rsplit("failed: ", 1)[-1]
-            raise DataError(
-                f"an index of kind {choice.factory} cannot be built of {count:,} vectors: {reason}"
-            ) from error
-    for block in blocks():
-        index.add(np.ascontiguousarray(block))
+        for block in blocks():
+            index.add(np.ascontiguousarray(block))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0].rsplit("failed: ", 1)[-1].rsplit(": ", 1)[-1]
+        raise DataError(f"an index of kind {choice.factory} cannot be built of {count:,} vectors: {reason}") from error
     if inverted is not None:
         inverted.make_direct_map()  # a vector by its row, for searches by a clicked item
     return index

@@ -302,3 +302,8 @@ def test_broken_file_is_named(gallery: Floats, tmp_path: Path, keep: int) -> Non
     path.unlink()
     with pytest.raises(ArtifactError, match=r"index\.faiss is missing"):
         FaissIndex.open(path)
+
+
+def test_kind_without_rows_of_its_own_says_so(gallery: Floats) -> None:
+    with pytest.raises(DataError, match=r"IDMap,Flat cannot be built of 5,000 vectors: add does not make sense"):
+        build(blocks(gallery), len(gallery), DIM, [Choice("IDMap,Flat", "test")])

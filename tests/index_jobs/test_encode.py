@@ -118,6 +118,48 @@ def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path,
     assert run(Counting(encoder), "a").resumed == 8  # nothing that was made is lost either
 
 
+def seen() -> Image.Image:
+    """Large enough to be decoded at a reduced scale; no side and no corner is like another."""
+    picture = Image.new("RGB", (640, 480), "white")
+    for box, color in {(0, 0, 320, 160): "navy", (320, 0, 640, 320): "orange", (0, 320, 200, 480): "gray"}.items():
+        picture.paste(color, box)
+    return picture
+
+
+def made(how: str, path: Path) -> Path:
+    """The same picture as cameras, scanners and printers leave it."""
+    picture, turned = seen(), Image.Exif()
+    turned[0x0112] = 6  # to be seen, it is to be turned by 90 degrees
+    if how == "turned":
+        picture.transpose(Image.Transpose.ROTATE_90).save(path, "JPEG", exif=turned, quality=95)
+    elif how == "cmyk":
+        picture.convert("CMYK").save(path, "JPEG", quality=95)
+    elif how == "16 bit":
+        Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(path, "PNG")
+    elif how == "palette":
+        picture.quantize(8).save(path, "PNG")
+    elif how == "alpha":
+        alpha = Image.fromarray((np.asarray(picture).min(-1) < 255).astype(np.uint8) * 255)
+        clear = Image.composite(picture, Image.new("RGB", picture.size, "black"), alpha)  # black where nothing is seen
+        clear.putalpha(alpha)
+        clear.save(path, "PNG")
+    return path
+
+
+@pytest.mark.parametrize("how", ["turned", "cmyk", "16 bit", "palette", "alpha"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_pictures_give_the_pixels_that_people_see(how: str, exact: bool, encoder: Encoder, tmp_path: Path) -> None:
+    preprocess = encoder.model.backbone.preprocess if exact else encoder.preprocess
+    path = made(how, tmp_path / "picture")
+    window = Window(str(tmp_path), (Place(0, path.name, -1, 0),))
+    (decoded,) = decode(iter([window]), preprocess, 0)
+    wanted = preprocess(seen().convert("L").convert("RGB") if how == "16 bit" else seen())
+    assert decoded.failed == ()
+    assert np.abs(decoded.pixels[0].astype(int) - wanted).mean() < 4  # of 255; JPEG is not exact
+    upside = preprocess(seen().rotate(180))
+    assert np.abs(upside.astype(int) - wanted).mean() > 20  # or the test shows nothing
+
+
 def break_picture(path: Path, how: str) -> None:
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:60])

@@ -1,0 +1,43 @@
+"""The benchmark scripts of this room run; their figures are for a quiet machine."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *arguments], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", [("--dim", "32"), ("--emoji",)])
+def test_the_table_of_kinds(vectors: tuple[str, ...], tmp_path: Path) -> None:
+    kinds = ("--kind", "flat", "--kind", "IVF8,Flat", "--kind", "auto")
+    table = run("index_kinds.py", "--count", "300", "--out", tmp_path, *kinds, *vectors).splitlines()
+    rows = [line.split(" | ") for line in table if line.startswith("| `")]
+    assert [row[0] for row in rows] == ["| `--kind`", "| `flat`", "| `IVF8,Flat`", "| `auto`"]
+    assert len({len(row) for row in rows}) == 1
+    assert rows[1][-1] == "1.0 |"
+    assert float(rows[2][-1].strip(" |")) >= 0.95
+    assert table[-1].startswith("`auto` takes `Flat`: 300 vectors are at most 20,000")
+    kept = run("index_kinds.py", "--count", "300", "--out", tmp_path, *vectors, "--kind", "flat")
+    assert kept.count("| `IVF8,Flat` |") == 2  # its kind and its factory, from the results that are kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tars", [(), ("--tars",)])
+def test_memory_of_encoding(tars: tuple[str, ...]) -> None:
+    told = run("encode.py", "--memory", "3000", "--threads", "1", *tars)
+    assert re.search(r"scanned 3,000 pictures in .*; the table takes \d+ MiB, 1\d\d bytes a picture", told)
+    assert re.search(r"encoded 3,000 pictures, \d+/s; peak \d+ MiB in all, \d+ MiB over the first tenth", told)
