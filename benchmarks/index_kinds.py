@@ -93,13 +93,14 @@ class Material:
         path = self.out / f"vectors-{self.mark}.npy"
         if not (path.exists() and self.truth.exists()):
             drawn, queries = self._emoji() if self.name == "emoji" else self._clusters()
-            written = np.lib.format.open_memmap(self.out / "drawing.npy", "w+", np.float32, (self.count, self.dim))
+            drawing = self.out / f"drawing-{os.getpid()}.npy"  # its own, should another run be at the same
+            written = np.lib.format.open_memmap(drawing, "w+", np.float32, (self.count, self.dim))
             start = 0
             for block in drawn:
                 written[start : start + len(block)] = block
                 start += len(block)
             written.flush()
-            (self.out / "drawing.npy").rename(path)
+            drawing.rename(path)
             vectors: Floats = np.load(path, mmap_mode="r")
             truth = exact_neighbours(lambda: blocks(vectors), _queries(queries[1::2]))
             np.savez(self.truth, tuning=queries[::2], queries=queries[1::2], truth=truth)

@@ -36,6 +36,7 @@ WORK = "work-added"
 MOST_PARTS = 8
 DEAD_SHARE = 0.2
 ADDED_SHARE = 0.2
+ADDED_ROWS = kinds.FLAT_UP_TO  # that searches compare one by one, beside the built index
 _MERGED_UP_TO = 2  # times the new rows, which makes parts grow geometrically
 
 
@@ -168,7 +169,7 @@ class _Additions:
         """How many stay as they are; the ones after are merged with `new` rows."""
         kept = len(self._additions)
         for addition in reversed(self._additions):
-            if addition.kind != "Flat" or addition.count > min(_MERGED_UP_TO * new, kinds.FLAT_UP_TO - new):
+            if addition.kind != "Flat" or addition.count > min(_MERGED_UP_TO * new, ADDED_ROWS - new):
                 break
             kept, new = kept - 1, new + addition.count
         return kept
@@ -204,7 +205,7 @@ def _updated(manifest: Manifest, rows: int, dead: NDArray[np.int64], additions: 
     reasons = []
     if len(additions) >= MOST_PARTS:
         reasons.append(f"every search goes through {len(additions)} additions")
-    if added > max(ADDED_SHARE * (rows - added), kinds.FLAT_UP_TO):
+    if added > max(ADDED_SHARE * (rows - added), ADDED_ROWS):
         reasons.append(f"{added:,} of {rows:,} items are outside the built index")
     if len(dead) > DEAD_SHARE * rows:
         reasons.append(f"{len(dead):,} of {rows:,} rows are removed, and passed over in every search")

@@ -151,7 +151,7 @@ def test_manifest_tells_when_a_rebuild_is_worth_it(
     ids = [open_current(index).item(row).id for row in range(6)]
     assert remove(index, ids[:4]).rebuild == ""
     assert remove(index, ids[4:5]).rebuild.startswith("5 of 24 rows are removed")
-    monkeypatch.setattr(updates.kinds, "FLAT_UP_TO", 3)
+    monkeypatch.setattr(updates, "ADDED_ROWS", 3)
     colors = ["pink", "cyan", "lime", "navy", "teal", "gold"]
     assert (
         "6 of 30 items are outside the built index" in add(index, more(tmp_path / "6", *colors), progress=False).rebuild
