@@ -40,6 +40,7 @@ Floats = NDArray[np.float32]
 KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-rabitq", "pq", "auto")
 BLOCK, QUERIES, TIMED = 20_000, 1000, 500
 LONGEST_S = 30  # of queries, for slow kinds
+NOISE = 0.002  # of a recall over so many queries
 EMOJI_DIM = 256
 SPREAD = 24  # directions in which a cluster is wide
 
@@ -201,7 +202,8 @@ def show(results: dict[str, dict[str, Any]], material: Material, memory: int) ->
         columns = [r[c] for c in ("built_s", "file_mb", "resident_mb", "p50_ms", "p99_ms", "recall_at_10")]
         print("|", " | ".join(map(str, [f"`{r['kind']}`", f"`{r['factory']}`", searched, *columns])), "|")
     if auto := results.get("auto"):
-        fits = [r for r in results.values() if r["recall_at_10"] >= TARGET_RECALL and r["file_mb"] * 1e6 <= memory]
+        enough = TARGET_RECALL - NOISE
+        fits = [r for r in results.values() if r["recall_at_10"] >= enough and r["file_mb"] * 1e6 <= memory]
         best = min(fits, key=lambda r: r["p50_ms"], default=None)
         print(f"\n`auto` takes `{auto['factory']}`: {auto['reason']}.", end=" ")
         if best:
