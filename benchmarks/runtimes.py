@@ -42,7 +42,7 @@ def catalogue(work: Path, count: int) -> Path:
                 member = tar.extractfile(pair["file_name"])
                 assert member is not None
                 name = f"{split}-{Path(pair['file_name']).stem}.jpg"
-                photo(member.read(), seed=len(rows)).save(out / name, "JPEG", quality=90)
+                photo(member.read(), seed=len(rows)).save(out / name, "JPEG", quality=88)
                 rows.append(
                     {"image": name, "caption": pair["positive"], "category": pair["class_name"], "split": split}
                 )
@@ -54,7 +54,7 @@ def photo(picture: bytes, seed: int) -> Image.Image:
     """A gallery picture, large, on a textured background: as much detail for the JPEG decoder as a photo has."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
-    grain = rng.normal(0, 7, (SIZE[1], SIZE[0], 1))
+    grain = rng.normal(0, 5, (SIZE[1], SIZE[0], 1))
     ground = Image.fromarray(np.clip(np.asarray(coarse, np.float32) + grain, 0, 255).astype(np.uint8))
     front = Image.open(io.BytesIO(picture)).convert("RGBA").resize((320, 320), Image.Resampling.BICUBIC)
     ground.paste(front, (int(rng.integers(0, 180)), int(rng.integers(0, 80))), front)
