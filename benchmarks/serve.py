@@ -91,12 +91,12 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
         redis.kill()
 
 
-def bare(index: Path) -> None:
-    """The encoder alone, in batches of the sizes that connections make."""
+def bare(index: Path, runtime: str) -> None:
+    """The encoder alone, in the same runtime, in batches of the sizes that connections make."""
     from dcar_core import Encoder
     from index_jobs.artifact import open_current
 
-    encoder = Encoder.load(open_current(index).checkpoint, device="cpu")
+    encoder = Encoder.load(open_current(index).checkpoint, device="cpu").with_runtime(runtime)
     texts = unique_texts(9)
     pixels = np.stack([encoder.preprocess(each) for each in pictures(32)])
     for size in (1, 8, 32):
@@ -125,7 +125,7 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
                 ]
                 print(f"{name:5} c={connections:3}  {median(tallies)}", flush=True)
         print(f"afterwards {server.rss_mb():.0f} MB", flush=True)
-    bare(index)
+    bare(index, str(settings.get("runtime", "auto")))
 
 
 def overload(index: Path, seconds: float, rounds: int) -> None:
