@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcar_core.errors import ArtifactError
 from index_jobs.artifact import open_current
-from index_jobs.manifest import CHECKPOINT, DUPLICATES, VERSIONS, Manifest
+from index_jobs.manifest import CHECKPOINT, CURRENT, DUPLICATES, VERSIONS, Manifest
 from index_jobs.options import Options, RebuildSummary, RejectedError
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ class Job:
 
     def _serving(self) -> "Artifact | None":
         """What is served now, whole; None where there is nothing to compare with."""
+        if not (self.out / CURRENT).exists():
+            return None  # the first version
         try:
             return open_current(self.out)
         except ArtifactError as error:
