@@ -21,12 +21,16 @@ def serve(
     runtime: Annotated[
         str | None, typer.Option(help="What runs the encoder: auto, torch, openvino-bf16, .. [DCAR_RUNTIME]")
     ] = None,
+    collection: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="One more index, under /collections/NAME/; may be repeated."),
+    ] = None,
 ) -> None:
     """Serve an index over HTTP, with a search page at / and the API's documentation at /docs.
 
     Every setting can come from the environment: DCAR_REDIS_URL, DCAR_ADMIN_KEY, DCAR_MAX_UPLOAD_BYTES, ...
     """
-    _serve(index=index, host=host, port=port, runtime=runtime)
+    _serve(index=index, host=host, port=port, runtime=runtime, collections=_collections(collection or []))
 
 
 @commands.command()
@@ -107,6 +111,14 @@ def _hints(url: str, others: list[str]) -> str:
     texts = "".join(f"  by text     curl -s {url}{place}/search/text {ask}\n" for place in places)
     picture = f"  by picture  curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
     return f"Try:\n  the page    {url}/\n{texts}{picture}Stop with Ctrl-C.\n"
+
+
+def _collections(given: list[str]) -> dict[str, Path] | None:
+    """None leaves them to the environment."""
+    pairs = [each.partition("=") for each in given]
+    if wrong := [each for each, (name, _, place) in zip(given, pairs, strict=True) if not (name and place)]:
+        raise DcarError(f"--collection is NAME=DIR, not {wrong[0]!r}")
+    return {name: Path(place) for name, _, place in pairs} or None
 
 
 def _serve(**given: object) -> None:

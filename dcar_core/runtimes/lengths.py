@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-# What a forward pass costs before its first token, in tokens: reading every weight once. Measured on a ViT-B/32: with AMX,
-# where a token costs little, 128 is up to a fifth faster than 32; without it, from 16 to 64 the result hardly changed.
+# What a forward pass costs before its first token, in tokens: reading every weight once. Measured on a ViT-B/32: with
+# AMX, where a token costs little, 128 is up to a fifth faster than 32; without it, 16 to 64 made hardly a difference.
 PASS = 128
 
 

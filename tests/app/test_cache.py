@@ -77,6 +77,8 @@ def test_an_absent_redis_costs_little_and_fails_nothing(built_index: Path) -> No
             began = time.perf_counter()
             assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
             assert time.perf_counter() - began < 1
+            metrics = (await client.get("/metrics")).text
+            assert 'dcar_redis_breaker_open{use="read"} 1.0' in metrics
 
     asyncio.run(main())
 

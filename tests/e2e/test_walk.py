@@ -104,11 +104,13 @@ def test_versions(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
 
 def test_serve_answers_and_a_taken_port_is_one_line(walked: tuple[Path, Path]) -> None:
     _, index = walked
-    with server("serve", "--index", index) as (url, port):
+    with server("serve", "--index", index, "--collection", f"again={index}") as (url, port):
         found = post(f"{url}/search/text", {"query": "a red circle", "k": 2})
         assert set(found) == {"index_version", "took_ms", "cached", "results", "next_offset"}
         assert not found["cached"]
         assert post(f"{url}/search/text", {"query": "a  red circle", "k": 2})["cached"]
+        again = post(f"{url}/collections/again/search/text", {"query": "a red circle", "k": 2})
+        assert [each["id"] for each in again["results"]] == [each["id"] for each in found["results"]]
         taken = dcar("serve", "--index", index, "--port", port, check=False)
         assert taken.returncode == 1
         assert len(taken.stderr.strip().splitlines()) == 1
@@ -129,6 +131,7 @@ def test_evaluate_writes_results(tiny_model: Path, tiny_data: Path, tmp_path: Pa
     [
         (("search", "dog", "--index", "/nowhere"), "/nowhere"),
         (("serve", "--index", "/nowhere"), "dcar index build"),
+        (("serve", "--index", "/nowhere", "--collection", "one"), "--collection is NAME=DIR, not 'one'"),
         (
             ("evaluate", "--data", "/nowhere", "--methods", "dcarr", "--out", "/tmp/x", "--model", "{model}"),
             "there are: clip",
