@@ -50,3 +50,8 @@ def test_help_teaches_and_is_quick() -> None:
     assert time.monotonic() - started < 5  # 0.4 s on an idle machine; this bound is for a busy one
     for command in ("demo", "train", "evaluate", "index", "serve", "search"):
         assert command in done.stdout
+
+
+def test_the_image_has_what_the_compose_file_names() -> None:
+    assert "--validation examples/emoji/" in (ROOT / "docker-compose.yml").read_text()
+    assert "!examples/emoji/*/val.json" in (ROOT / ".dockerignore").read_text().splitlines()
