@@ -101,10 +101,9 @@ def _held_out(path: Path, split: str, report: CleaningReport) -> list[Entry] | N
 
     A tenth of the training pictures, by a hash of their names, goes to validation.
     """
-    if split not in {"train", "val"} or _has(path, "val") or not _has(path, "train"):
+    if split not in {"train", "val"} or _of(path, "val") or not (training := _of(path, "train", report)):
         return None
-    training = [entry for entry in _entries(path, "train", report) if entry.split == "train"]
-    kept = [entry for entry in training if (_hashed(entry.image) == "val") == (split == "val")]
+    kept = [entry for entry in training if _is_held_out(entry) == (split == "val")]
     if split == "train":
         report.add("pairs held out for validation, as the data has no val split", len(training) - len(kept))
     else:
@@ -112,22 +111,26 @@ def _held_out(path: Path, split: str, report: CleaningReport) -> list[Entry] | N
     return kept
 
 
-def _has(path: Path, split: str) -> bool:
-    files = _files(path, split) if path.exists() else []
-    return bool(files) and any(entry.split == split for entry in _entries(path, split, CleaningReport()))
+def _of(path: Path, split: str, report: CleaningReport | None = None) -> list[Entry]:
+    """The entries that say they are of a split; none where there is no file for it."""
+    if not path.exists() or not _files(path, split):
+        return []
+    return [entry for entry in _entries(path, split, report or CleaningReport()) if entry.split == split]
+
+
+def _is_held_out(entry: Entry) -> bool:
+    return _hashed(entry.image) == "val"
 
 
 def splits_of(path: Path) -> list[str]:
-    """The splits that a data set has, of train, val and test.
+    """The splits that a data set has, of train, val and test; a val that is held out from training counts.
 
     Raises:
         DataError: there are no annotations, or they cannot be read.
     """
-    found = set()
-    for split in SPLITS:
-        if _files(path, split):
-            found |= {entry.split for entry in _entries(path, split, CleaningReport())}
-    return [split for split in SPLITS if split in found]
+    found = {split: entries for split in SPLITS if (entries := _of(path, split))}
+    has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
+    return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
 
 def _with_pictures(

@@ -173,6 +173,7 @@ def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: 
     write(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
     parts = {split: load_split(tmp_path, split, pictures="ignore") for split in ("train", "val", "test")}
     images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
+    assert splits_of(tmp_path) == ["train", "val", "test"]
     assert not images["train"] & images["val"]
     assert len(images["train"] | images["val"]) == 200
     assert 10 < len(images["val"]) < 40
