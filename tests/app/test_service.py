@@ -1,6 +1,7 @@
 """The service around the search: versions swapped under load, start and end, admin, pages, unforeseen errors."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -10,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from app_harness import free_port, opened, until
 
 from app.schemas import Reloaded
-from app.server import serve
+from app.server import _Server, serve
 from app.settings import Settings
 from dcar_core.errors import DcarError
 from index_jobs.publish import rollback
@@ -299,3 +303,18 @@ def test_a_broken_index_ends_a_starting_server_with_its_reason(index: Path) -> N
     assert process.returncode == 1
     assert "trainables.safetensors" in log.splitlines()[-1]
     assert log.count("trainables.safetensors") == 1, "said once"
+
+
+def test_libraries_are_out_of_the_garbage_collectors_sight_once_all_is_loaded() -> None:
+    loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
+    config = uvicorn.Config(lambda: None, log_config=None)
+    server = _Server(config, collections_of=lambda: loaded.items(), drain_s=0)  # type: ignore[arg-type, return-value]
+    before = gc.get_freeze_count()
+    try:
+        asyncio.run(server.on_tick(1))
+        assert gc.get_freeze_count() == before
+        loaded["one"].live = object()
+        asyncio.run(server.on_tick(2))
+        assert gc.get_freeze_count() > before + 10_000
+    finally:
+        gc.unfreeze()
