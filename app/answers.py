@@ -5,11 +5,22 @@ from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
+from fastapi.responses import Response
+from pydantic_core import to_json
 
 from app.pairing import Words
 from app.queries import collection_of
 from app.retriever import Answer, Match
 from index_jobs.artifact import Item
+
+
+class JsonAnswer(Response):
+    """Plain data as JSON, several times as fast as by the standard library."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content, inf_nan_mode="null")
 
 
 def search_answer(request: Request, answer: Answer) -> dict[str, Any]:

@@ -52,6 +52,9 @@ class Flights(Generic[T]):
     def __len__(self) -> int:
         return len(self._flights)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._flights
+
     async def run(self, key: Hashable, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Wait for the computation of `key`, beginning it with `start()` if none is under way."""
         flight = self._flights.get(key)
@@ -120,7 +123,7 @@ class Batcher:
 
     async def submit(self, lane: Lane, payload: Any) -> Vector:
         """Embed one query: float32 (E,). Raises what the lane raised for this very item."""
-        self._admit()
+        self.require_room()
         return await self._enqueue(lane, payload)
 
     async def submit_all(self, lane: Lane, payloads: Sequence[Any]) -> list[Vector]:
@@ -128,10 +131,14 @@ class Batcher:
 
         An idle service so takes it on, however many there are and however slow it was before.
         """
-        self._admit()
+        self.require_room()
         return await asyncio.gather(*(self._enqueue(lane, payload) for payload in payloads))
 
-    def _admit(self) -> None:
+    def require_room(self) -> None:
+        """Raises:
+        NotReady: the service ends.
+        Overloaded: what waits already would keep another job too long.
+        """
         if self._closing:
             raise NotReady("The service is shutting down.")
         if self._backlog > self._max_queue:

@@ -123,6 +123,8 @@ class Embedder:
         known = self._cache.peek(key, dim)
         if known is not None:
             return known, True
+        if not self._cache.shared and key not in self._flights:
+            self._batcher.require_room()  # before a task is made for what would be refused
 
         async def start() -> tuple[Vector, bool]:
             with self._metrics.timed("cache"):

@@ -5,20 +5,23 @@
 """
 
 import contextvars
+import itertools
 import logging
+import os
 import re
-import uuid
 from typing import Any
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
+_PROCESS = os.urandom(8).hex()
+_numbers = itertools.count()
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _OURS = ("app", "dcar_core", "index_jobs")
 
 
 def choose_id(given: str | None) -> str:
-    """The id of a request."""
-    return given if given is not None and _WELL_FORMED.fullmatch(given) else uuid.uuid4().hex
+    """The id of a request: the given one, or a number after what is random for each process."""
+    return given if given is not None and _WELL_FORMED.fullmatch(given) else f"{_PROCESS}{next(_numbers):016x}"
 
 
 class _WithId(logging.Filter):

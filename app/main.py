@@ -20,6 +20,7 @@ from app.access import Access
 from app.announcements import Announcements
 from app.cache import make_cache
 from app.collections import Collections
+from app.express import Express
 from app.metrics import Metrics
 from app.middleware import Guard
 from app.observe import Observe
@@ -41,6 +42,7 @@ def create_app(
     *,
     on_start_failure: Callable[[DcarError], None] | None = None,
     tracer: Tracer | None = None,
+    express: bool = True,
 ) -> FastAPI:
     """The ASGI application.
 
@@ -49,6 +51,8 @@ def create_app(
         on_start_failure: told when the first version cannot be loaded. Without it the application stays up, answers
             503 with the reason, and tries again.
         tracer: makes spans of the stages of a search.
+        express: searches by words do without FastAPI's routing; with a tracer they never do, since FastAPI makes the
+            span of a request.
     """
 
     metrics = Metrics(tracer)
@@ -59,7 +63,7 @@ def create_app(
         for index in settings.indexes.values():
             require_index(index)
         collections = Collections(settings, on_start_failure=on_start_failure)
-        retriever = Retriever(settings, collections, make_cache(settings, metrics), metrics)
+        retriever = Retriever(settings, make_cache(settings, metrics), metrics)
         app.state.collections, app.state.retriever = collections, retriever
         _watch_indexes(metrics, collections)
         retriever.start()
@@ -91,6 +95,8 @@ def create_app(
     problems.install(app)
     app.include_router(make_router(settings))
     app.include_router(make_pages())
+    if express and tracer is None:
+        app.add_middleware(Express)
     _add_middleware(app, settings, metrics, rates)
     openapi.complete(app)
     return app

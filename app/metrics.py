@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from app.tracing import Tracer
 
 Stage = Literal["cache", "decode", "queue", "encode", "search", "rerank", "explain"]
-Level = Literal["memory", "redis"]
+Level = Literal["answers", "memory", "redis"]
 Outcome = Literal["hit", "miss", "error", "skipped", "wrong"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

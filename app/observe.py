@@ -21,6 +21,7 @@ log = logging.getLogger("app.access")
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _ID = "X-Request-ID"
+_NAMED = "/collections/{collection}"
 
 
 class Observe:
@@ -65,8 +66,7 @@ class Observe:
             request_id.reset(token)
 
     def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
-        route: Any = scope.get("route")
-        template = getattr(route, "path", None) or "none"
+        template = _template(scope)
         self._metrics.request(template, status or 499, seconds)  # 499: the caller left before the answer
         if status == 200 and scope["path"] in _PROBES:
             return  # they come every few seconds
@@ -82,3 +82,11 @@ class Observe:
                 "caller": scope.get("dcar.caller"),
             }
             log.info("%s %s %d in %.1f ms", method, path, status or 499, seconds * 1000, extra=extra)
+
+
+def _template(scope: Scope) -> str:
+    route: Any = scope.get("route")
+    template: str = getattr(route, "path", None) or "none"
+    if "collection" in scope.get("path_params", {}) and not template.startswith(_NAMED):
+        return _NAMED + template  # some versions of FastAPI tell the path without its router's prefix
+    return template

@@ -7,7 +7,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -165,11 +165,29 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
     return Response(status_code=400)  # nobody is there to read it; the status is for the access log
 
 
+_HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    Problem: _on_problem,
+    RequestValidationError: _on_validation,
+    ImageError: _on_image,
+    DataError: _on_data,
+    HTTPException: _on_http,
+    ClientDisconnect: _on_disconnect,
+}
+
+
 def install(app: FastAPI) -> None:
     """Register the mapping from exception to answer."""
-    app.add_exception_handler(Problem, _on_problem)
-    app.add_exception_handler(RequestValidationError, _on_validation)
-    app.add_exception_handler(ImageError, _on_image)
-    app.add_exception_handler(DataError, _on_data)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    for kind, handler in _HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+
+
+async def answer_to(request: Request, error: Exception) -> Response:
+    """The answer that an exception is turned into, for what does not go through the routes.
+
+    Raises:
+        Exception: the error itself, where it is none of those foreseen.
+    """
+    for kind in type(error).__mro__:
+        if kind in _HANDLERS:
+            return await _HANDLERS[kind](request, error)
+    raise error

@@ -16,10 +16,12 @@ from starlette.datastructures import FormData, UploadFile
 from app.access import unauthorised
 from app.collections import Collections
 from app.keys import given_key, is_key
+from app.metrics import Metrics
 from app.problems import Problem, field_problem, from_validation
 from app.requests import DEFAULT_K, BatchQuery, ImageForm, K, Options, TextQuery, normalise
 from app.retriever import Retriever, Search
 from app.settings import Settings
+from app.snapshots import Snapshot
 
 # text/search bodies: a character takes at most 12 bytes of JSON
 JSON_BYTES_PER_CHAR = 12
@@ -32,6 +34,11 @@ ItemId = Annotated[str, Path(description="an item's id, as the results give it",
 def settings_of(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
+
+
+def metrics_of(request: Request) -> Metrics:
+    metrics: Metrics = request.app.state.metrics
+    return metrics
 
 
 async def retriever_of(request: Request) -> Retriever:
@@ -50,8 +57,13 @@ def collection_of(request: Request) -> str | None:
     return name
 
 
-async def _collection(request: Request) -> str | None:
-    return collection_of(request)
+async def snapshot_of(request: Request) -> Snapshot:
+    """The version that answers now, in the collection that the path names.
+
+    Raises:
+        Problem: there is no such collection, or it is not loaded.
+    """
+    return (await collections_of(request))[collection_of(request)].require()
 
 
 def _check_type(request: Request, wanted: str) -> None:
@@ -178,7 +190,7 @@ async def require_admin(request: Request) -> None:
 
 RetrieverDep = Annotated[Retriever, Depends(retriever_of)]
 CollectionsDep = Annotated[Collections, Depends(collections_of)]
-CollectionDep = Annotated[str | None, Depends(_collection)]
+SnapshotDep = Annotated[Snapshot, Depends(snapshot_of)]
 WordsDep = Annotated[Search, Depends(read_words)]
 BatchDep = Annotated[list[Search], Depends(read_batch)]
 PictureDep = Annotated[Search, Depends(read_picture)]

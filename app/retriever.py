@@ -21,7 +21,6 @@ import numpy as np
 
 from app.batching import Vector
 from app.cache import VectorCache
-from app.collections import Collections
 from app.embedding import Embedder
 from app.finding import Hit, find, vectors_of
 from app.metrics import Metrics
@@ -78,10 +77,7 @@ class Answer:
 class Retriever:
     """The query path; one per process."""
 
-    def __init__(
-        self, settings: Settings, collections: Collections, cache: VectorCache, metrics: Metrics | None = None
-    ) -> None:
-        self._collections = collections
+    def __init__(self, settings: Settings, cache: VectorCache, metrics: Metrics | None = None) -> None:
         self._metrics = metrics or Metrics()
         self._settings = settings
         self._pending = 0
@@ -103,20 +99,19 @@ class Retriever:
         await self._embedder.close()
         self._pool.shutdown()
 
-    async def search(self, collection: str | None, search: Search) -> Answer:
-        """The items of a collection that a search is for; None is the default collection.
+    async def search(self, snapshot: Snapshot, search: Search) -> Answer:
+        """The items that a search is for.
 
         Raises:
             ImageError: the picture cannot be read; the message is the reason.
             Problem: what is asked for cannot be done.
         """
         async with self._admitted():
-            return await self._answer(self._collections[collection].require(), search)
+            return await self._answer(snapshot, search)
 
-    async def search_all(self, collection: str | None, searches: Sequence[Search]) -> list[Answer]:
+    async def search_all(self, snapshot: Snapshot, searches: Sequence[Search]) -> list[Answer]:
         """Several searches, answered by one version; one that cannot be answered fails them all, under its number."""
         async with self._admitted(len(searches)):
-            snapshot = self._collections[collection].require()
             answers = await asyncio.gather(*(self._answer(snapshot, each) for each in searches), return_exceptions=True)
         for number, answer in enumerate(answers):
             if isinstance(answer, Problem):
@@ -125,15 +120,13 @@ class Retriever:
                 raise answer
         return [answer for answer in answers if isinstance(answer, Answer)]
 
-    async def item(self, collection: str | None, item_id: str) -> tuple[int, Item]:
+    async def item(self, snapshot: Snapshot, item_id: str) -> tuple[int, Item]:
         """An item and the version that knows it."""
-        snapshot = self._collections[collection].require()
         row = _row(snapshot, item_id, "id")
         return snapshot.version, await self._in_pool(snapshot.artifact.item, row)
 
-    async def picture(self, collection: str | None, item_id: str) -> bytes:
+    async def picture(self, snapshot: Snapshot, item_id: str) -> bytes:
         """The bytes of an item's picture, from the gallery."""
-        snapshot = self._collections[collection].require()
         row = _row(snapshot, item_id, "id")
         try:
             return await self._in_pool(snapshot.artifact.image_bytes, row)

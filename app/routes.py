@@ -8,21 +8,21 @@ import hashlib
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from app.answers import item_answer, search_answer
+from app.answers import JsonAnswer, item_answer, search_answer
 from app.documented import batch_body, documented, image_body, problem_answers, text_body
 from app.media import media_type
 from app.metrics import CONTENT_TYPE
 from app.problems import NotReady, Problem
 from app.queries import (
     BatchDep,
-    CollectionDep,
     CollectionsDep,
     ItemId,
     PictureDep,
     RetrieverDep,
     SimilarDep,
+    SnapshotDep,
     WordsDep,
     require_admin,
 )
@@ -65,10 +65,10 @@ def _item_routes(settings: Settings) -> APIRouter:
         **documented(SearchAnswer, 400, 404, 409, 413, 415, 422, 503, body=text_body(settings)),
     )
     async def search_text(
-        query: WordsDep, retriever: RetrieverDep, collection: CollectionDep, request: Request
+        snapshot: SnapshotDep, query: WordsDep, retriever: RetrieverDep, request: Request
     ) -> Response:
         """Find the pictures that a text describes."""
-        return JSONResponse(search_answer(request, await retriever.search(collection, query)))
+        return JsonAnswer(search_answer(request, await retriever.search(snapshot, query)))
 
     @router.post(
         "/search/image",
@@ -76,10 +76,10 @@ def _item_routes(settings: Settings) -> APIRouter:
         **documented(SearchAnswer, 400, 404, 409, 413, 415, 422, 503, body=image_body(settings)),
     )
     async def search_image(
-        query: PictureDep, retriever: RetrieverDep, collection: CollectionDep, request: Request
+        snapshot: SnapshotDep, query: PictureDep, retriever: RetrieverDep, request: Request
     ) -> Response:
         """Find the pictures that look like, or mean, the same as the one sent."""
-        return JSONResponse(search_answer(request, await retriever.search(collection, query)))
+        return JsonAnswer(search_answer(request, await retriever.search(snapshot, query)))
 
     @router.post(
         "/search/batch",
@@ -87,19 +87,17 @@ def _item_routes(settings: Settings) -> APIRouter:
         **documented(BatchAnswer, 400, 404, 409, 413, 415, 422, 503, body=batch_body(settings)),
     )
     async def search_batch(
-        queries: BatchDep, retriever: RetrieverDep, collection: CollectionDep, request: Request
+        snapshot: SnapshotDep, queries: BatchDep, retriever: RetrieverDep, request: Request
     ) -> Response:
         """Several searches by words in one request."""
-        answers = await retriever.search_all(collection, queries)
+        answers = await retriever.search_all(snapshot, queries)
         found = [search_answer(request, answer) for answer in answers]
-        return JSONResponse({"index_version": answers[0].version, "answers": found})
+        return JsonAnswer({"index_version": answers[0].version, "answers": found})
 
     @router.get("/items/{item_id:path}/similar", tags=["items"], **documented(SearchAnswer, 404, 409, 422, 503))
-    async def similar(
-        query: SimilarDep, retriever: RetrieverDep, collection: CollectionDep, request: Request
-    ) -> Response:
+    async def similar(snapshot: SnapshotDep, query: SimilarDep, retriever: RetrieverDep, request: Request) -> Response:
         """Find the items nearest to one of the gallery's own; itself is left out."""
-        return JSONResponse(search_answer(request, await retriever.search(collection, query)))
+        return JsonAnswer(search_answer(request, await retriever.search(snapshot, query)))
 
     @router.get(
         "/items/{item_id:path}/image",
@@ -107,11 +105,9 @@ def _item_routes(settings: Settings) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"image/*": {}}, "description": "the picture"}, **problem_answers(404, 422, 503)},
     )
-    async def picture(
-        item_id: ItemId, retriever: RetrieverDep, collection: CollectionDep, request: Request
-    ) -> Response:
+    async def picture(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
         """The picture of an item, as it lies in the gallery."""
-        data = await retriever.picture(collection, item_id)
+        data = await retriever.picture(snapshot, item_id)
         tag = f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
         headers = {"Cache-Control": f"public, max-age={_PICTURE_AGE_S}", "ETag": tag}
         if tag in request.headers.get("if-none-match", ""):
@@ -122,9 +118,9 @@ def _item_routes(settings: Settings) -> APIRouter:
         return Response(data, media_type=kind or "application/octet-stream", headers=headers)
 
     @router.get("/items/{item_id:path}", tags=["items"], **documented(ItemAnswer, 404, 422, 503))
-    async def item(item_id: ItemId, retriever: RetrieverDep, collection: CollectionDep, request: Request) -> Response:
+    async def item(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
         """Everything that is known about an item."""
-        return JSONResponse(item_answer(request, *await retriever.item(collection, item_id)))
+        return JsonAnswer(item_answer(request, *await retriever.item(snapshot, item_id)))
 
     return router
 
@@ -145,12 +141,12 @@ def _service_routes() -> APIRouter:
             }
             for name, snapshots in collections
         ]
-        return JSONResponse({"collections": found})
+        return JsonAnswer({"collections": found})
 
     @router.get("/healthz", tags=["service"], **documented(Health))
     async def healthz() -> Response:
         """The process lives; says nothing of the index."""
-        return JSONResponse({"status": "ok"})
+        return JsonAnswer({"status": "ok"})
 
     @router.get("/readyz", tags=["service"], **documented(Readiness, 503))
     async def readyz(collections: CollectionsDep) -> Response:
@@ -160,7 +156,7 @@ def _service_routes() -> APIRouter:
             raise NotReady("The service is shutting down.")
         live, reason = collections[None].require(), collections.reason
         status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
-        return JSONResponse({**status, "count": live.artifact.manifest.count, "reason": reason})
+        return JsonAnswer({**status, "count": live.artifact.manifest.count, "reason": reason})
 
     @router.get(
         "/metrics",
@@ -184,6 +180,6 @@ def _service_routes() -> APIRouter:
             changed = await collections.reload()
         except DcarError as error:
             raise Problem(503, f"What is published cannot be served: {error}") from None
-        return JSONResponse({"index_version": collections[None].require().version, "changed": any(changed.values())})
+        return JsonAnswer({"index_version": collections[None].require().version, "changed": any(changed.values())})
 
     return router

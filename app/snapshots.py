@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.problems import NotReady
+from app.remembered import Answers
 from app.settings import Settings
 from dcar_core.errors import ArtifactError, DcarError
 from index_jobs import filters
@@ -48,6 +49,7 @@ class Snapshot:
 
     preprocess: the encoder's, with this service's limit of pixels.
     matching: a filter in JSON -> bool (rows,); see `index_jobs.filters`. The last ones are kept.
+    answers: given by this version, for those who ask the same again.
     frozen: by row, a picture's feature (E,) from the frozen encoder; filled as re-ranking needs them.
     """
 
@@ -57,6 +59,7 @@ class Snapshot:
     backbone: str
     pairs: "Pairs"
     matching: Callable[[str], Mask]
+    answers: Answers
     frozen: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
@@ -114,7 +117,8 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
     artifact.search(encoder.encode_text(["warm up"]), 1)
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
-    return Snapshot(encoder, artifact, preprocess, backbone, Pairs(encoder), matching)
+    answers = Answers(settings.answer_cache_bytes if settings.cache_size else 0)
+    return Snapshot(encoder, artifact, preprocess, backbone, Pairs(encoder), matching, answers)
 
 
 def _limit_threads(threads: int | None) -> None:

@@ -1,6 +1,6 @@
 """The service under load over loopback.
 
-    python benchmarks/serve.py cached       remembered queries on one core: in the process, and from Redis
+    python benchmarks/serve.py cached       remembered queries on one core: answers, embeddings here and from Redis
     python benchmarks/serve.py uncached     unique texts and pictures at 1, 8, 32, 128 connections, and the bare encoder
     python benchmarks/serve.py overload     four times as many requests as can be answered
     python benchmarks/serve.py poison       truncated pictures and bombs between good ones
@@ -71,8 +71,8 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
     redis = Redis()
     try:
         for name, settings in (
-            ("in the process", {}),
-            ("in the process, Redis behind", {"redis_url": redis.url}),
+            ("whole answers", {"redis_url": redis.url}),
+            ("embeddings in the process", {"redis_url": redis.url, "answer_cache_bytes": 0}),
             ("from Redis alone", {"redis_url": redis.url, "cache_size": 0}),
         ):
             with serving(index, cores={0}, threads=1, **settings) as server:

@@ -30,9 +30,11 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -
 
 
 @asynccontextmanager
-async def opened(index: Path, *, ready: bool = True, **given: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def opened(
+    index: Path, *, ready: bool = True, express: bool = True, **given: Any
+) -> AsyncIterator[httpx.AsyncClient]:
     """The application, started; its state is at `client.app`."""
-    app = create_app(Settings(index=index, device="cpu", **given))
+    app = create_app(Settings(index=index, device="cpu", **given), express=express)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),

@@ -35,8 +35,8 @@ async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, 
 def test_metrics_tell_what_was_done(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
-            for _ in range(2):
-                assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
+            for k in (3, 4, 4):  # computed, its embedding remembered, its answer remembered
+                assert (await client.post("/search/text", json={"query": "red", "k": k})).status_code == 200
             assert (await client.post("/search/image", files={"file": png()})).status_code == 200
             for i in range(20):
                 await client.get(f"/probing/{i}")
@@ -50,7 +50,8 @@ def test_metrics_tell_what_was_done(built_index: Path) -> None:
             }  # fmt: skip
             assert found["dcar_batch_size_sum", ()] == 2
             assert found["dcar_batch_size_count", ()] == 2
-            assert found["dcar_cache_lookups_total", (("level", "memory"), ("outcome", "hit"))] == 1
+            for level in ("memory", "answers"):
+                assert found["dcar_cache_lookups_total", (("level", level), ("outcome", "hit"))] == 1
             assert found["dcar_index_version", (("collection", "index"),)] == 1
             assert found["dcar_index_items", (("collection", "index"),)] == 24
             assert found["dcar_index_degraded", (("collection", "index"),)] == 0
@@ -63,7 +64,7 @@ def test_metrics_tell_what_was_done(built_index: Path) -> None:
                 assert stage(name) == 0
                 assert later["dcar_stage_seconds_count", (("stage", name),)] == 1
             assert found["dcar_errors_total", ()] == 0
-            assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 2
+            assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 3
             assert found["dcar_request_seconds_count", (("route", "none"), ("status", "404"))] == 20
             assert not any("probing" in value for _, labels in found for _, value in labels)
             assert found["process_resident_memory_bytes", ()] > 1e6
