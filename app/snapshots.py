@@ -118,7 +118,9 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     artifact.search(encoder.encode_text(["warm up"]), 1)
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
     answers = Answers(settings.answer_cache_bytes if settings.cache_size else 0)
-    return Snapshot(encoder, artifact, preprocess, backbone, Pairs(encoder), matching, answers)
+    pairs = Pairs(encoder)
+    encoder.release()
+    return Snapshot(encoder, artifact, preprocess, backbone, pairs, matching, answers)
 
 
 def _limit_threads(threads: int | None) -> None:

@@ -26,6 +26,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dcar_core.errors import ModelError
+from dcar_core.mapped import WEIGHTS, map_weights
 from dcar_core.preprocess import Preprocess
 
 CONFIG_FILE = "open_clip_config.json"
@@ -244,6 +245,8 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
                 device=device,
                 weights_only=True,
             )
+        if device == "cpu":
+            map_weights(clip, directory / WEIGHTS if local else Path(pretrained or ""))
         tokenizer_settings: dict[str, Any] = {}
         if local:
             config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from dcar_core.config import LossConfig, ModelConfig, PromptConfig, ReweightConf
 from dcar_core.domain import Domain
 from dcar_core.errors import ModelError
 from dcar_core.images import ImageSource
+from dcar_core.mapped import release
 from dcar_core.model import DCAR
 from dcar_core.runtimes.exports import default_cache
 from dcar_core.runtimes.protocol import Runtime
@@ -121,6 +122,10 @@ class Encoder:
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass."""
         return self.domain.encode_pixels(self.runtime, pixels)
+
+    def release(self) -> None:
+        """Let go of what only loading needed, as far as it can be read again from its file: see `mapped`."""
+        release([Path(self.model.backbone.source.model), self.target.cache])
 
 
 def pick_device(device: str) -> str:

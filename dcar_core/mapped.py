@@ -1,0 +1,65 @@
+"""Weights stay in their file and are mapped from there, so that memory holds only what is really read.
+
+A service that runs exported graphs needs the model's own weights for a check at the start and for explanations, seldom
+afterwards; and processes that serve the same file share its pages. A file that is mapped must be replaced by renaming
+another one onto its name, never written into.
+"""
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+WEIGHTS = "open_clip_model.safetensors"
+
+
+def map_weights(model: nn.Module, file: Path) -> bool:
+    """Put the file's tensors into a model that was loaded from it; False, and nothing done, where they are others.
+
+    Tensors of another name, shape or type (half precision in the file, float32 in the model) cannot be used as they lie.
+    """
+    if (
+        sys.platform == "win32" or file.suffix != ".safetensors" or not file.is_file()
+    ):  # Windows keeps a mapped file from being replaced
+        return False
+    lying, loaded = load_file(str(file)), model.state_dict()
+    if {name: (t.shape, t.dtype) for name, t in lying.items()} != {n: (t.shape, t.dtype) for n, t in loaded.items()}:
+        return False
+    model.load_state_dict(lying, assign=True)
+    return True
+
+
+def release(directories: Iterable[Path]) -> int:
+    """Let go of the pages mapped from files below these directories, where they are as the file is; they are read again
+    when they are needed. Returns the bytes; 0 where the system cannot do it.
+    """
+    advise = getattr(mmap, "MADV_DONTNEED", None)
+    if advise is None or not Path("/proc/self/smaps").is_file():
+        return 0
+    roots = [f"{directory.resolve()}/" for directory in directories]
+    libc, released = ctypes.CDLL(None, use_errno=True), 0
+    for start, end, path, fields in _mappings():
+        written = fields.get("Anonymous")  # pages of our own, which would be lost
+        if written or not fields.get("Rss") or not any(path.startswith(root) for root in roots):
+            continue
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advise) == 0:
+            released += fields["Rss"]
+    return released
+
+
+def _mappings() -> list[tuple[int, int, str, dict[str, int]]]:
+    """Start, end, file and sizes in bytes of every mapping of a file."""
+    found: list[tuple[int, int, str, dict[str, int]]] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split(maxsplit=5)
+        if name.endswith(":"):
+            if found and rest[-1:] == ["kB"]:
+                found[-1][3][name[:-1]] = int(rest[0]) * 1024
+        else:
+            start, end = (int(part, 16) for part in name.split("-"))
+            found.append((start, end, rest[4] if len(rest) > 4 else "", {}))
+    return found
