@@ -58,6 +58,10 @@ class Embedder:
         await self._cache.close()
         self._pool.shutdown()
 
+    def require_room(self) -> None:
+        """See `Batcher.require_room`."""
+        self._batcher.require_room()
+
     async def text(self, snapshot: Snapshot, text: str) -> tuple[Vector, bool]:
         """The vector (E,) of a normalised text, and whether it was remembered."""
         encoder = snapshot.encoder
@@ -78,6 +82,7 @@ class Embedder:
         encoder = snapshot.encoder
 
         async def embed() -> Vector:
+            self._batcher.require_room()  # before it is decoded for nothing
             (vector,) = await self.pixels(snapshot, [await self.decode(snapshot, data)])
             return vector
 

@@ -123,8 +123,13 @@ async def read_batch(request: Request) -> list[Search]:
 
 
 async def read_picture(request: Request) -> Search:
-    """The picture of POST /search/image. Large parts are spooled to a file by the parser, not kept in memory."""
+    """The picture of POST /search/image. Large parts are spooled to a file by the parser, not kept in memory.
+
+    When the model has too much to do already, the picture is not even read: receiving and decoding it costs more than
+    many searches by words.
+    """
     _check_type(request, "multipart/form-data")
+    (await retriever_of(request)).require_room()
     settings = settings_of(request)
     async with request.form(max_files=1, max_fields=64, max_part_size=_PART_BYTES) as form:
         try:

@@ -86,8 +86,7 @@ class Retriever:
         self._pool = ThreadPoolExecutor(
             min(4, os.cpu_count() or 1),
             thread_name_prefix="dcar-search",
-            initializer=_limit_faiss,
-            initargs=(settings.threads,),
+            initializer=_one_thread,
         )
 
     def start(self) -> None:
@@ -98,6 +97,13 @@ class Retriever:
         """Finish what was accepted, then let threads and connections go."""
         await self._embedder.close()
         self._pool.shutdown()
+
+    def require_room(self) -> None:
+        """Raises:
+        Overloaded: the model has more to do than a new query could wait for.
+        NotReady: the service ends.
+        """
+        self._embedder.require_room()
 
     async def search(self, snapshot: Snapshot, search: Search) -> Answer:
         """The items that a search is for.
@@ -261,8 +267,8 @@ def _row(snapshot: Snapshot, item_id: str, field: str) -> int:
     return row
 
 
-def _limit_faiss(threads: int | None) -> None:
-    if threads is not None:
-        import faiss
+def _one_thread() -> None:
+    """One query gains nothing from more threads inside FAISS, and they would take the encoder's cores to wait on."""
+    import faiss
 
-        faiss.omp_set_num_threads(threads)
+    faiss.omp_set_num_threads(1)

@@ -20,11 +20,10 @@ WEIGHTS = "open_clip_model.safetensors"
 def map_weights(model: nn.Module, file: Path) -> bool:
     """Put the file's tensors into a model that was loaded from it; False, and nothing done, where they are others.
 
-    Tensors of another name, shape or type (half precision in the file, float32 in the model) cannot be used as they lie.
+    Tensors of another name, shape or type (half precision in the file, float32 in the model) cannot be used as they
+    lie, and Windows keeps a mapped file from being replaced.
     """
-    if (
-        sys.platform == "win32" or file.suffix != ".safetensors" or not file.is_file()
-    ):  # Windows keeps a mapped file from being replaced
+    if sys.platform == "win32" or file.suffix != ".safetensors" or not file.is_file():
         return False
     lying, loaded = load_file(str(file)), model.state_dict()
     if {name: (t.shape, t.dtype) for name, t in lying.items()} != {n: (t.shape, t.dtype) for n, t in loaded.items()}:

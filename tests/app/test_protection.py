@@ -192,6 +192,27 @@ def test_a_queue_that_cannot_be_worked_off_in_time_takes_no_more() -> None:
     asyncio.run(main())
 
 
+def test_a_full_queue_takes_no_picture_and_still_answers_what_is_remembered(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_queue_ms=1) as client:
+            known = {"query": "a red square", "k": 3}
+            assert (await client.post("/search/text", json=known)).status_code == 200
+            batcher = client.app.state.retriever._embedder._batcher  # type: ignore[attr-defined]
+            batcher._backlog = 5.0
+            for answer in (
+                await client.post("/search/image", files={"file": png()}),
+                await client.post("/search/image", files={"file": b"not even a picture"}),
+                await client.post("/search/text", json={"query": "new words"}),
+            ):
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            for k in (3, 4):  # the answer is remembered; the embedding is
+                assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
+            batcher._backlog = 0.0
+            assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+
+    asyncio.run(main())
+
+
 def test_an_upload_that_does_not_come_is_given_up(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index, upload_timeout_s=0.2) as client:
