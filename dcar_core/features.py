@@ -35,6 +35,8 @@ class Prepared:
 
     key: stands for the pictures and texts. image_of: int64 (N,), the row of each pair's image.
     tokens: int64 (N, n), with room for the prompts. caption_group: int64 (N,), equal where captions read the same.
+    true_of: int64, sorted: caption_group * I + image where a caption is true of an image, by that image's own captions
+        and attributes.
     pixels: uint8 (I, 3, S, S); None where frozen image features do.
     images, captions: (I, E) and (N, E) of the frozen encoders, normalised; None where nothing needs them.
     pair_weights: (N, n) blended factors from each caption's own image, or None.
@@ -45,7 +47,8 @@ class Prepared:
     key: str
     image_of: NDArray[np.int64]
     tokens: Tensor
-    caption_group: Tensor
+    caption_group: NDArray[np.int64]
+    true_of: NDArray[np.int64]
     pixels: Pixels | None = None
     images: Tensor | None = None
     captions: Tensor | None = None
@@ -55,6 +58,14 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.image_of)
+
+    def positives(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool (B, B): whether the caption of the one pair is true of the image of the other."""
+        images = self.image_of.max() + 1
+        asked = self.caption_group[rows][:, None] * images + self.image_of[rows][None]
+        places = np.searchsorted(self.true_of, asked).clip(max=len(self.true_of) - 1)
+        found: NDArray[np.bool_] = self.true_of[places] == asked
+        return found
 
 
 def prepare(
@@ -69,7 +80,7 @@ def prepare(
     work = _Work(data, backbone, cache or FeatureCache(None, backbone), progress)
     captions = [sample.caption for sample in data.samples]
     groups: dict[str, int] = {}
-    group = torch.tensor([groups.setdefault(caption.casefold(), len(groups)) for caption in captions])
+    group = np.array([groups.setdefault(caption.casefold(), len(groups)) for caption in captions])
     tokens = backbone.tokenize(captions, model.room)
     anchored = for_training and config.loss.anchor > 0
     weighted = for_training and (config.reweight.train == "pair" or model.head is not None)
@@ -81,6 +92,7 @@ def prepare(
         work.image_of,
         tokens,
         group,
+        _true_of(data, groups, work.image_of),
         pixels=None if model.image_is_frozen else work.pixels(),
         images=work.images() if model.image_is_frozen or anchored else None,
         captions=work.texts(captions) if model.text_is_frozen or anchored else None,
@@ -90,6 +102,17 @@ def prepare(
     )
 
 
+def _true_of(data: Dataset, groups: Mapping[str, int], image_of: NDArray[np.int64]) -> NDArray[np.int64]:
+    images = int(image_of.max()) + 1
+    found = {
+        group * images + int(image)
+        for sample, image in zip(data.samples, image_of, strict=True)
+        for text in (sample.caption, *sample.attributes)
+        if (group := groups.get(text.casefold())) is not None
+    }
+    return np.array(sorted(found), np.int64)
+
+
 def data_key(data: Dataset, cache: FeatureCache) -> str:
     """Stands for the pictures and texts of a split: equal where training would learn the same.
 
@@ -97,7 +120,7 @@ def data_key(data: Dataset, cache: FeatureCache) -> str:
         DataError: a picture is missing; the message names it.
     """
     names = list(dict.fromkeys(sample.image for sample in data.samples))
-    texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories] for s in data.samples]
+    texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories, s.attributes] for s in data.samples]
     return digest(cache.pictures(data, names), texts)
 
 

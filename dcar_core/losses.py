@@ -10,8 +10,8 @@ def contrastive_loss(text: Tensor, image: Tensor, same: Tensor, scale: Tensor) -
 
     Args:
         text, image: L2-normalised features (B, E) of the pairs.
-        same: bool (B, B), symmetric, true on the diagonal: captions that read the same, or belong to the
-            same image, are positives of each other, never negatives.
+        same: bool (B, B), true on the diagonal: caption i is true of image j (it is one of that image's captions, or
+            reads like one, or like one of its attributes), so it is a positive and never a negative.
         scale: 1 / tau, CLIP's frozen temperature.
 
     Each row's target is spread evenly over its positives.

@@ -55,7 +55,7 @@ class _Forward:
 def batch_loss(model: DCAR, data: Prepared, rows: Rows) -> Tensor:
     """L over the pairs `rows` in one pass: what `accumulate_gradients` equals."""
     found = _forward(model, data, rows, rows)
-    return contrastive_loss(found.text, found.image, _same(model, data, rows), model.backbone.scale) + found.rest
+    return contrastive_loss(found.text, found.image, _positives(model, data, rows), model.backbone.scale) + found.rest
 
 
 def accumulate_gradients(
@@ -77,7 +77,7 @@ def accumulate_gradients(
     empty = torch.empty(0, model.backbone.embed_dim, device=model.backbone.device)
     text = group.gather(torch.cat([empty, *(f.text.detach() for f in found)]), sizes).requires_grad_()
     image = group.gather(torch.cat([empty, *(f.image.detach() for f in found)]), sizes).requires_grad_()
-    contrast = contrastive_loss(text, image, _same(model, data, rows), model.backbone.scale)
+    contrast = contrastive_loss(text, image, _positives(model, data, rows), model.backbone.scale)
     pull_text, pull_image = torch.autograd.grad(contrast, (text, image))
     at, rest = sum(sizes[: group.rank]), empty.new_zeros(())
     for i, part in enumerate(mine):
@@ -91,10 +91,8 @@ def accumulate_gradients(
     return float(contrast.detach() + group.sum(rest))
 
 
-def _same(model: DCAR, data: Prepared, rows: Rows) -> Tensor:
-    """bool (B, B): captions that read the same, or belong to the same image."""
-    group, owner = data.caption_group[rows], torch.from_numpy(data.image_of[rows])
-    return ((group[:, None] == group[None]) | (owner[:, None] == owner[None])).to(model.backbone.device)
+def _positives(model: DCAR, data: Prepared, rows: Rows) -> Tensor:
+    return torch.from_numpy(data.positives(rows)).to(model.backbone.device)
 
 
 def _forward(model: DCAR, data: Prepared, part: Rows, batch: Rows) -> _Forward:

@@ -15,6 +15,7 @@ class Sample:
     image: the picture's name below the image root.
     negative_categories: the category that each negative speaks of, "" where it is not known, or empty for all.
     meta_category: the group of similar categories, where the data say so.
+    attributes: short texts that are true of the picture: a caption that reads like one is no negative of it.
     """
 
     image: str
@@ -23,6 +24,7 @@ class Sample:
     negatives: tuple[str, ...] = ()
     negative_categories: tuple[str, ...] = ()
     meta_category: str = ""
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -162,3 +162,36 @@ def test_negatives_are_encoded_as_one_by_one(backbone: Backbone, training: Datas
         alone = torch.nn.functional.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
         torch.testing.assert_close(data.caption_features[i, : len(texts)], alone)
         assert (data.matching[i] > 0).sum() == len(texts)
+
+
+def test_a_caption_is_no_negative_of_a_picture_that_it_is_true_of(backbone: Backbone, training: Dataset) -> None:
+    """It is true of its own picture, of one that has a caption or an attribute that reads the same, and of no other."""
+    gift, popper, cat, other = (
+        replace(sample, negatives=(), negative_categories=()) for sample in training.samples[:4]
+    )
+    samples = [
+        replace(gift, caption="Birthday"),
+        replace(gift, caption="a wrapped gift"),
+        replace(popper, caption="a party popper", attributes=("birthday", "loud")),
+        replace(cat, caption="a cat"),
+        replace(other, caption="birthday"),
+        replace(other, caption="loud"),
+    ]
+    data = prepare(
+        replace(training, samples=samples), DCAR(backbone, method("coop")), for_training=True, progress=False
+    )
+    found = data.positives(np.arange(6))
+    wanted = np.array(
+        [  # of the image of:  gift gift popper cat other other
+            [1, 1, 1, 0, 1, 1],
+            [1, 1, 0, 0, 0, 0],
+            [0, 0, 1, 0, 0, 0],
+            [0, 0, 0, 1, 0, 0],
+            [1, 1, 1, 0, 1, 1],
+            [0, 0, 1, 0, 1, 1],
+        ],
+        bool,
+    )
+    np.testing.assert_array_equal(found, wanted)
+    some = np.array([5, 0, 2])
+    np.testing.assert_array_equal(data.positives(some), wanted[np.ix_(some, some)])
