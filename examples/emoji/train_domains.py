@@ -10,6 +10,7 @@ A finished run is not repeated; `--restart` forgets them.
 
 import argparse
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,34 @@ DOMAINS = ("twemoji", "openmoji")
 
 
 def base_only(data: Dataset, domain: str) -> Dataset:
-    lines = (HERE / domain / "metadata.jsonl").read_text().splitlines()
-    base = {row["file_name"] for row in map(json.loads, lines) if row["base"]}
+    base = {row["file_name"] for row in map(json.loads, metadata(domain)) if row["base"]}
     return replace(data, samples=[sample for sample in data.samples if sample.image in base])
+
+
+def with_tags(data: Dataset, domain: str, count: int) -> Dataset:
+    """Beside each caption, up to `count` of the emoji's tags as captions of their own: people search for "birthday".
+
+    A tag is true of every picture that has it, which the attributes say. Half of the tags of a picture with skin tones
+    name those as well.
+    """
+    rng = random.Random(0)
+    known = {row["file_name"]: row for row in map(json.loads, metadata(domain))}
+    samples = []
+    for sample in data.samples:
+        row = known[sample.image]
+        tones = [tag for tag in row["attributes"] if tag.endswith("skin tone")]
+        tags = [tag for tag in row["attributes"] if tag not in tones]
+        toned = [", ".join([tag, *tones]) for tag in tags] if tones else tags
+        sample = replace(sample, attributes=tuple(dict.fromkeys([*tags, *toned, row["category"]])))
+        samples.append(sample)
+        for place in rng.sample(range(len(tags)), min(len(tags), count)):
+            caption = rng.choice((tags, toned))[place]
+            samples.append(replace(sample, caption=caption, negatives=(), negative_categories=()))
+    return replace(data, samples=samples)
+
+
+def metadata(domain: str) -> list[str]:
+    return (HERE / domain / "metadata.jsonl").read_text().splitlines()
 
 
 def test_recall(model: DCAR, domain: str) -> dict[str, dict[str, float]]:
@@ -44,7 +70,8 @@ def test_recall(model: DCAR, domain: str) -> dict[str, dict[str, float]]:
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     work = args.work / domain
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
-    training, validation = load_split(HERE / domain, "train")[0], load_split(HERE / domain, "val")[0]
+    training = with_tags(load_split(HERE / domain, "train")[0], domain, args.tags)
+    validation = load_split(HERE / domain, "val")[0]
     runs = []
     for name, seeds in (("clip", 1), (args.method, args.seeds)):
         for seed in range(seeds):
@@ -105,6 +132,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--tags", type=int, default=2, help="of each picture, as further captions; default: %(default)s")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true")
