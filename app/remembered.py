@@ -5,24 +5,27 @@ answers, so they go when it goes. What differs from one answer to the next is wr
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import to_json
 
+Key = tuple[str | bytes | None, ...]
+
 
 class Answers:
-    """Rendered answers, the least recently used ones dropped beyond `size` bytes of them; 0 remembers none."""
+    """Rendered answers, the least recently used ones dropped beyond `size` bytes of them and their keys; 0 remembers
+    none."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._held = 0
-        self._rest: OrderedDict[Hashable, bytes] = OrderedDict()  # of the JSON, from "cached" on
+        self._rest: OrderedDict[Key, bytes] = OrderedDict()  # of the JSON, from "cached" on
 
     def __len__(self) -> int:
         return len(self._rest)
 
-    def get(self, key: Hashable, version: int, took_ms: float) -> bytes | None:
+    def get(self, key: Key, version: int, took_ms: float) -> bytes | None:
         """The answer as JSON, None when it is not known."""
         rest = self._rest.get(key)
         if rest is None:
@@ -30,15 +33,19 @@ class Answers:
         self._rest.move_to_end(key)
         return b'{"index_version":%d,"took_ms":%.2f,%b' % (version, took_ms, rest)
 
-    def put(self, key: Hashable, answer: Mapping[str, Any]) -> None:
+    def put(self, key: Key, answer: Mapping[str, Any]) -> None:
         """Remember an answer (see `answers.search_answer`) for those who ask the same again."""
         if self._size == 0 or key in self._rest:
             return
         again = {name: value for name, value in answer.items() if name not in ("index_version", "took_ms")}
         rest = to_json(again | {"cached": True}, inf_nan_mode="null")[1:]
-        if len(rest) > self._size:
+        if _bytes(key, rest) > self._size:
             return
         self._rest[key] = rest
-        self._held += len(rest)
+        self._held += _bytes(key, rest)
         while self._held > self._size:
-            self._held -= len(self._rest.popitem(last=False)[1])
+            self._held -= _bytes(*self._rest.popitem(last=False))
+
+
+def _bytes(key: Key, rest: bytes) -> int:
+    return len(rest) + sum(len(part) for part in key if part is not None)

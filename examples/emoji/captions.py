@@ -59,6 +59,15 @@ def sample_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]
     return rng.choice(TEMPLATES).format(label), None
 
 
+def short_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]]:
+    """What somebody types: one tag or two, half of the time with the skin tones; and what an emoji must have for it."""
+    if not emoji["tags"]:
+        return plain_label(emoji["label"]), facts(emoji)
+    words = rng.sample(emoji["tags"], min(len(emoji["tags"]), rng.choice((1, 1, 1, 2))))
+    words += tone_words(emoji["tones"]) if rng.random() < 0.5 else []
+    return rng.choice((", ", " ")).join(words), frozenset(word.lower() for word in words)
+
+
 def facts(emoji: dict) -> frozenset[str]:
     """Tags, skin tones and the words of the label, lower case."""
     words = plain_label(emoji["label"]).lower().replace(",", "").split()

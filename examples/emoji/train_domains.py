@@ -15,6 +15,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from captions import TONES, facts, short_caption
+
 from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import save_checkpoint
 from dcar_core.config import TrainConfig
@@ -35,26 +37,30 @@ def base_only(data: Dataset, domain: str) -> Dataset:
     return replace(data, samples=[sample for sample in data.samples if sample.image in base])
 
 
-def with_tags(data: Dataset, domain: str, count: int) -> Dataset:
-    """Beside each caption, up to `count` of the emoji's tags as captions of their own: people search for "birthday".
+def with_short_captions(data: Dataset, domain: str, count: int) -> Dataset:
+    """Beside each caption `count` short ones, a tag or two: people search for "birthday".
 
-    A tag is true of every picture that has it, which the attributes say. Half of the tags of a picture with skin tones
-    name those as well.
+    They are true of more pictures than their own, which the attributes say, so that none is held to be false there.
     """
     rng = random.Random(0)
-    known = {row["file_name"]: row for row in map(json.loads, metadata(domain))}
+    known = {row["file_name"]: emoji_of(row) for row in map(json.loads, metadata(domain))}
+    short = [[short_caption(known[sample.image], rng) for _ in range(count)] for sample in data.samples]
+    needed = {text: need for each in short for text, need in each}
     samples = []
-    for sample in data.samples:
-        row = known[sample.image]
-        tones = [tag for tag in row["attributes"] if tag.endswith("skin tone")]
-        tags = [tag for tag in row["attributes"] if tag not in tones]
-        toned = [", ".join([tag, *tones]) for tag in tags] if tones else tags
-        sample = replace(sample, attributes=tuple(dict.fromkeys([*tags, *toned, row["category"]])))
-        samples.append(sample)
-        for place in rng.sample(range(len(tags)), min(len(tags), count)):
-            caption = rng.choice((tags, toned))[place]
-            samples.append(replace(sample, caption=caption, negatives=(), negative_categories=()))
+    for sample, each in zip(data.samples, short, strict=True):
+        true = facts(known[sample.image])
+        sample = replace(sample, attributes=tuple(text for text, need in needed.items() if need <= true))
+        further = replace(sample, negatives=(), negative_categories=())
+        samples += [sample, *(replace(further, caption=text) for text, _ in each)]
     return replace(data, samples=samples)
+
+
+def emoji_of(row: dict) -> dict:
+    """A line of metadata.jsonl in the form that `captions` takes."""
+    numbers = {f"{name} skin tone": number for number, name in TONES.items()}
+    tones = [numbers[attribute] for attribute in row["attributes"] if attribute in numbers]
+    tags = [attribute for attribute in row["attributes"] if attribute not in numbers]
+    return {"label": row["category"], "tags": tags, "tones": tones}
 
 
 def metadata(domain: str) -> list[str]:
@@ -70,7 +76,7 @@ def test_recall(model: DCAR, domain: str) -> dict[str, dict[str, float]]:
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     work = args.work / domain
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
-    training = with_tags(load_split(HERE / domain, "train")[0], domain, args.tags)
+    training = with_short_captions(load_split(HERE / domain, "train")[0], domain, args.short)
     validation = load_split(HERE / domain, "val")[0]
     runs = []
     for name, seeds in (("clip", 1), (args.method, args.seeds)):
@@ -78,7 +84,10 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
             done = work / f"{name}-{seed}" / "run.json"
             if not done.is_file():
                 config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
-                model = seeded_model(backbone, method(name), seed)
+                chosen = method(name)
+                if chosen.loss.anchor:
+                    chosen = replace(chosen, loss=replace(chosen.loss, anchor=args.anchor))
+                model = seeded_model(backbone, chosen, seed)
                 found = train(model, training, validation, config)
                 notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
                 save_checkpoint(model, done.parent, training=notes)
@@ -132,7 +141,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--tags", type=int, default=2, help="of each picture, as further captions; default: %(default)s")
+    parser.add_argument("--short", type=int, default=2, help="further captions of a picture; default: %(default)s")
+    parser.add_argument("--anchor", type=float, default=3.0, help="weight of the loss that holds features near CLIP's")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true")

@@ -121,10 +121,11 @@ def test_the_least_recently_used_answers_are_dropped() -> None:
     one = {"index_version": 3, "took_ms": 5.0, "cached": False, "results": ["x" * 100]}
     answers = Answers(size=300)
     for key in ("a", "b"):
-        answers.put(key, one)
-    assert json.loads(answers.get("a", 3, 0.125) or b"") == one | {"cached": True, "took_ms": 0.12}
-    answers.put("c", one)
-    assert answers.get("b", 3, 0.0) is None
-    assert answers.get("a", 3, 0.0) is not None
-    answers.put("large", {"results": "x" * 1000})
+        answers.put((key, None), one)
+    assert json.loads(answers.get(("a", None), 3, 0.125) or b"") == one | {"cached": True, "took_ms": 0.12}
+    answers.put(("c", None), one)
+    assert answers.get(("b", None), 3, 0.0) is None
+    assert answers.get(("a", None), 3, 0.0) is not None
+    answers.put(("large", None), {"results": "x" * 1000})
+    answers.put(("d" * 1000, None), one)
     assert len(answers) == 2
