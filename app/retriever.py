@@ -3,6 +3,7 @@
     words, picture, items  -> vectors (`embedding`) -> their weighted sum -> rows (`finding`) -> re-ranking and
     explanations where asked for (`pairing`) -> items
 
+- A search that takes less time than handing it to a thread is made at once; all others have threads.
 - Each search takes one `Snapshot` and ends on it, whatever is published meanwhile.
 - More than `max_pending` searches at a time are refused at once, so a queue cannot grow without end; so is one that the
   batcher could not take up soon. Each search has a deadline, and what is not wanted any more is not computed.
@@ -33,6 +34,8 @@ from dcar_core.errors import ArtifactError, ImageError
 from index_jobs.artifact import Item
 
 T = TypeVar("T")
+
+_QUICK_DEPTH = 50  # results
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class Retriever:
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""
+        _one_thread()
         self._embedder.start()
 
     async def close(self) -> None:
@@ -165,7 +169,7 @@ class Retriever:
             return hits, _matches(snapshot, hits[options.offset : end], []) if final else []
 
         with self._metrics.timed("search"):
-            hits, matches = await self._in_pool(look)
+            hits, matches = look() if _is_quick(snapshot, options, end) else await self._in_pool(look)
         if reranked and options.offset < reranked:
             if not search.text:
                 raise field_problem("rerank", "weighs the words of a query, and there are none")
@@ -233,6 +237,11 @@ class Retriever:
         finally:
             self._pending -= count
             self._metrics.pending.dec(count)
+
+
+def _is_quick(snapshot: Snapshot, options: Options, end: int) -> bool:
+    plain = options.filter is None and options.fold is None and end <= _QUICK_DEPTH
+    return plain and snapshot.quick
 
 
 def _matches(snapshot: Snapshot, hits: Sequence[Hit], explanations: Sequence[Explanation]) -> list[Match]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds; the health check need not wait for it
 log = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
+_QUICK_MS, _QUICK_ITEMS = 0.3, 1_000_000  # beyond so many items a page of the index may have to be read first
 _FILTERS = 16  # kept for each version; a byte an item each
 
 
@@ -65,6 +66,13 @@ class Snapshot:
     @property
     def version(self) -> int:
         return self.artifact.manifest.version
+
+    @property
+    def quick(self) -> bool:
+        """Whether a plain search takes less time than a thread's turn, as measured when the index was built."""
+        manifest = self.artifact.manifest
+        took_ms = manifest.measured.get("latency_ms_p50")
+        return took_ms is not None and took_ms <= _QUICK_MS and manifest.count <= _QUICK_ITEMS
 
     @property
     def min_score(self) -> float | None:

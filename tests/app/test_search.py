@@ -3,8 +3,10 @@
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from app_harness import opened, png
 
 from app.schemas import ItemAnswer, Readiness, SearchAnswer
@@ -180,3 +182,36 @@ def test_readiness_and_root_path(built_index: Path) -> None:
             assert answer.status_code == 200
 
     asyncio.run(main())
+
+
+def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: list[dict[str, Any]] = [
+        {"query": "a red square"},
+        {"query": "a blue circle", "k": 3, "offset": 4, "min_score": -0.5},
+        {"query": "red", "less_like": ["circle/red.png"], "explain": True},
+        {"query": "red", "fold": 0.9},
+        {"query": "red", "filter": {"category": "circle"}},
+    ]
+
+    async def main() -> tuple[list[Any], int]:
+        async with opened(built_index, cache_size=0) as client:
+            in_threads = 0
+            pool = client.app.state.retriever._pool  # type: ignore[attr-defined]
+            submit = pool.submit
+
+            def counted(*given: Any, **more: Any) -> Any:
+                nonlocal in_threads
+                in_threads += 1
+                return submit(*given, **more)
+
+            pool.submit = counted
+            answers = [(await client.post("/search/text", json=question)).json() for question in questions]
+            return [answer["results"] for answer in answers], in_threads
+
+    monkeypatch.setattr("app.snapshots._QUICK_MS", 1000)
+    quick, few = asyncio.run(main())
+    monkeypatch.setattr("app.snapshots._QUICK_MS", -1)
+    slow, many = asyncio.run(main())
+    assert quick == slow
+    assert all(quick)
+    assert many == few + 3, "the first three are plain"
