@@ -1,6 +1,7 @@
 """Adapt the base model to both domains and measure what it brought: the checkpoints and figures of the model card.
 
-    python examples/emoji/train_domains.py
+    python examples/emoji/train_domains.py --domains twemoji
+    python examples/emoji/train_domains.py --domains openmoji --epochs 16 --short 1 --anchor 3
 
 For each domain: zero-shot, then the method with three seeds. The best epoch of a run is chosen on the validation
 emoji, and so is the seed whose checkpoint is bundled; the test emoji are read once a run. Figures are given on all
@@ -85,7 +86,7 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
             if not done.is_file():
                 config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
                 chosen = method(name)
-                if chosen.loss.anchor:
+                if name != "clip" and args.anchor is not None:
                     chosen = replace(chosen, loss=replace(chosen.loss, anchor=args.anchor))
                 model = seeded_model(backbone, chosen, seed)
                 found = train(model, training, validation, config)
@@ -141,8 +142,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--short", type=int, default=2, help="further captions of a picture; default: %(default)s")
-    parser.add_argument("--anchor", type=float, default=3.0, help="weight of the loss that holds features near CLIP's")
+    parser.add_argument("--short", type=int, default=0, help="short captions beside each; default: %(default)s")
+    parser.add_argument("--anchor", type=float, help="weight of the loss that holds features near CLIP's; default: the "
+                        "method's")  # fmt: skip
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true")
