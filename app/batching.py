@@ -135,9 +135,11 @@ class Batcher:
         return await asyncio.gather(*(self._enqueue(lane, payload) for payload in payloads))
 
     def require_room(self) -> None:
-        """Raises:
-        NotReady: the service ends.
-        Overloaded: what waits already would keep another job too long.
+        """Nothing happens when another job would be taken on.
+
+        Raises:
+            NotReady: the service ends.
+            Overloaded: what waits already would keep it too long.
         """
         if self._closing:
             raise NotReady("The service is shutting down.")

@@ -103,10 +103,7 @@ class Retriever:
         self._pool.shutdown()
 
     def require_room(self) -> None:
-        """Raises:
-        Overloaded: the model has more to do than a new query could wait for.
-        NotReady: the service ends.
-        """
+        """See `Batcher.require_room`."""
         self._embedder.require_room()
 
     async def search(self, snapshot: Snapshot, search: Search) -> Answer:
