@@ -29,13 +29,21 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -
         await asyncio.sleep(0.02)
 
 
+class _Transport(httpx.ASGITransport):
+    """Takes the time of a network, in which other tasks and threads get their turn: a remembered answer takes none."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(0.001)
+        return await super().handle_async_request(request)
+
+
 @asynccontextmanager
 async def opened(
     index: Path, *, ready: bool = True, express: bool = True, **given: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The application, started; its state is at `client.app`."""
     app = create_app(Settings(index=index, device="cpu", **given), express=express)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    transport = _Transport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://testserver") as client,

@@ -72,7 +72,6 @@ def test_twenty_swaps_and_rollbacks_under_load(
 
             async def same() -> None:
                 while not done:
-                    await asyncio.sleep(0)  # a remembered answer waits for nothing
                     version, results = await ask()
                     assert results == expected.setdefault(checkpoints[version], results), "by one version, whole"
 
