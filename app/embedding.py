@@ -82,7 +82,6 @@ class Embedder:
         encoder = snapshot.encoder
 
         async def embed() -> Vector:
-            self._batcher.require_room()  # before it is decoded for nothing
             (vector,) = await self.pixels(snapshot, [await self.decode(snapshot, data)])
             return vector
 
@@ -136,6 +135,7 @@ class Embedder:
                 known = await self._cache.get(key, dim)
             if known is not None:
                 return known, True
+            self._batcher.require_room()  # before a picture is decoded for nothing
             vector = await compute()
             self._cache.put(key, vector)
             return rounded(vector), False

@@ -94,7 +94,6 @@ class Retriever:
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""
-        _one_thread()
         self._embedder.start()
 
     async def close(self) -> None:
@@ -166,7 +165,7 @@ class Retriever:
             return hits, _matches(snapshot, hits[options.offset : end], []) if final else []
 
         with self._metrics.timed("search"):
-            hits, matches = look() if _is_quick(snapshot, options, end) else await self._in_pool(look)
+            hits, matches = _at_once(look) if _is_quick(snapshot, options, end) else await self._in_pool(look)
         if reranked and options.offset < reranked:
             if not search.text:
                 raise field_problem("rerank", "weighs the words of a query, and there are none")
@@ -239,6 +238,11 @@ class Retriever:
 def _is_quick(snapshot: Snapshot, options: Options, end: int) -> bool:
     plain = options.filter is None and options.fold is None and end <= _QUICK_DEPTH
     return plain and snapshot.quick
+
+
+def _at_once(call: Callable[[], T]) -> T:
+    _one_thread()  # each thread has a setting of its own; asking for it again costs less than remembering
+    return call()
 
 
 def _matches(snapshot: Snapshot, hits: Sequence[Hit], explanations: Sequence[Explanation]) -> list[Match]:

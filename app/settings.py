@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     runtime: str = Field("auto", description="what runs the encoder: auto, torch, openvino-bf16, ..: docs/runtimes.md")
     runtime_cache: Path | None = Field(None, description="exports and measurements; unset: the user's cache directory")
-    threads: int | None = Field(None, ge=1, description="cores for the model and the index; unset leaves it to them")
+    threads: int | None = Field(None, ge=1, description="cores for the model; unset leaves it to PyTorch")
     batch_size: int = Field(32, ge=1, le=1024, description="most queries in one forward pass")
     batch_wait_ms: float = Field(2.0, ge=0, le=100, description="longest wait for company, under load only")
     max_pending: int = Field(512, ge=1, description="searches at a time; more are answered 503 at once")

@@ -72,7 +72,8 @@ class Snapshot:
         """Whether a plain search takes less time than a thread's turn, as measured when the index was built."""
         manifest = self.artifact.manifest
         took_ms = manifest.measured.get("latency_ms_p50")
-        return took_ms is not None and took_ms <= _QUICK_MS and manifest.count <= _QUICK_ITEMS
+        here = not manifest.milvus  # another machine's answer may take any time
+        return here and took_ms is not None and took_ms <= _QUICK_MS and manifest.count <= _QUICK_ITEMS
 
     @property
     def min_score(self) -> float | None:
@@ -122,12 +123,12 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
         )  # fmt: skip
     artifact.require(encoder.fingerprint)
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
+    pairs = Pairs(encoder)
+    encoder.release()  # and then what queries need is read again, before the first of them comes
     encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
     artifact.search(encoder.encode_text(["warm up"]), 1)
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
     answers = Answers(settings.answer_cache_bytes if settings.cache_size else 0)
-    pairs = Pairs(encoder)
-    encoder.release()
     return Snapshot(encoder, artifact, preprocess, backbone, pairs, matching, answers)
 
 

@@ -125,7 +125,8 @@ class Encoder:
 
     def release(self) -> None:
         """Let go of what only loading needed, as far as it can be read again from its file: see `mapped`."""
-        release([Path(self.model.backbone.source.model), self.target.cache])
+        source = self.model.backbone.source
+        release([Path(source.model), Path(source.pretrained or source.model), self.target.cache])
 
 
 def pick_device(device: str) -> str:

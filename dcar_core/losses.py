@@ -5,19 +5,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def contrastive_loss(text: Tensor, image: Tensor, same: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss(text: Tensor, image: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE (L_con) in which a row may have several positives.
 
     Args:
         text, image: L2-normalised features (B, E) of the pairs.
-        same: bool (B, B), true on the diagonal: caption i is true of image j (it is one of that image's captions, or
-            reads like one, or like one of its attributes), so it is a positive and never a negative.
+        positives: bool (B, B), true on the diagonal: caption i is true of image j (it is one of that image's captions,
+            or reads like one, or like one of its attributes), so it is never a negative.
         scale: 1 / tau, CLIP's frozen temperature.
 
     Each row's target is spread evenly over its positives.
     """
     logits = scale * text @ image.T  # (B texts, B images)
-    target = same.float()
+    target = positives.float()
     rows = target / target.sum(1, keepdim=True)
     columns = target / target.sum(0, keepdim=True)
     text_to_image = -(rows * logits.log_softmax(1)).sum(1).mean()

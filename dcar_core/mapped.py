@@ -17,37 +17,32 @@ from torch import nn
 WEIGHTS = "open_clip_model.safetensors"
 
 
-def map_weights(model: nn.Module, file: Path) -> bool:
-    """Put the file's tensors into a model that was loaded from it; False, and nothing done, where they are others.
+def map_weights(model: nn.Module, file: Path) -> None:
+    """Put the file's tensors into a model that was loaded from it; nothing is done where they are others.
 
     Tensors of another name, shape or type (half precision in the file, float32 in the model) cannot be used as they
     lie, and Windows keeps a mapped file from being replaced.
     """
     if sys.platform == "win32" or file.suffix != ".safetensors" or not file.is_file():
-        return False
+        return
     lying, loaded = load_file(str(file)), model.state_dict()
-    if {name: (t.shape, t.dtype) for name, t in lying.items()} != {n: (t.shape, t.dtype) for n, t in loaded.items()}:
-        return False
-    model.load_state_dict(lying, assign=True)
-    return True
+    if {name: (t.shape, t.dtype) for name, t in lying.items()} == {n: (t.shape, t.dtype) for n, t in loaded.items()}:
+        model.load_state_dict(lying, assign=True)
 
 
-def release(directories: Iterable[Path]) -> int:
-    """Let go of the pages mapped from files below these directories, where they are as the file is; they are read again
-    when they are needed. Returns the bytes; 0 where the system cannot do it.
+def release(places: Iterable[Path]) -> None:
+    """Let go of the pages mapped from these files, or files below these directories, where they are as the file is;
+    they are read again when they are needed. Nothing is done where the system cannot.
     """
     advise = getattr(mmap, "MADV_DONTNEED", None)
     if advise is None or not Path("/proc/self/smaps").is_file():
-        return 0
-    roots = [f"{directory.resolve()}/" for directory in directories]
-    libc, released = ctypes.CDLL(None, use_errno=True), 0
+        return
+    known = {place.resolve() for place in places}
+    libc = ctypes.CDLL(None)
     for start, end, path, fields in _mappings():
         written = fields.get("Anonymous")  # pages of our own, which would be lost
-        if written or not fields.get("Rss") or not any(path.startswith(root) for root in roots):
-            continue
-        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advise) == 0:
-            released += fields["Rss"]
-    return released
+        if path.startswith("/") and not written and not known.isdisjoint([Path(path), *Path(path).parents]):
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advise)
 
 
 def _mappings() -> list[tuple[int, int, str, dict[str, int]]]:
