@@ -124,9 +124,14 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     artifact.require(encoder.fingerprint)
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
     pairs = Pairs(encoder)
-    encoder.release()  # and then what queries need is read again, before the first of them comes
-    encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
-    artifact.search(encoder.encode_text(["warm up"]), 1)
+
+    def warm_up() -> None:
+        encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
+        artifact.search(encoder.encode_text(["warm up"]), 1)
+
+    warm_up()  # runtimes make their own form of the weights now
+    encoder.release()
+    warm_up()  # and what they still read from the file is in memory before the first query
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
     answers = Answers(settings.answer_cache_bytes if settings.cache_size else 0)
     return Snapshot(encoder, artifact, preprocess, backbone, pairs, matching, answers)
