@@ -147,7 +147,7 @@ class Embedder:
 
 
 def _lane(encoder: "Encoder", kind: str) -> tuple[int, str]:
-    return id(encoder.model.backbone), kind
+    return id(encoder.runtime), kind  # which those of one backbone share
 
 
 _CALLS = Lane("calls", lambda payloads: [call(*args) for call, args in payloads])

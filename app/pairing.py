@@ -6,6 +6,8 @@
 - A picture's relevance map is measured: how much the score falls when a part of it is blanked. It needs nothing but the
   encoder, and holds for whatever the query consists of.
 
+The model itself is loaded when the first query needs it: see `Snapshot.pairs`.
+
 A candidate's feature from the frozen image encoder is computed from its picture at first need and kept for the
 version's life: see `Snapshot.frozen`.
 """
@@ -14,6 +16,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +26,10 @@ from app.embedding import Embedder, Pixels
 from app.finding import Hit, vectors_of
 from app.problems import Problem
 from app.snapshots import Snapshot
-from dcar_core.errors import ArtifactError, ImageError
+from dcar_core.errors import ArtifactError, DcarError, ImageError
+
+if TYPE_CHECKING:
+    from dcar_core.pairs import Pairs
 
 Words = list[tuple[str, float]]
 
@@ -51,12 +57,13 @@ class Pairing:
         Raises:
             Problem: the model knows no token weights, or a picture is gone.
         """
-        if not snapshot.pairs.weighs:
+        if not snapshot.encoder.domain.weighs:
             raise Problem(409, "This model was trained without token weights, so there is nothing to re-rank by.")
         if not hits:
             return []
+        pairs = await _pairs(snapshot)
         frozen = await self._frozen(snapshot, [hit.row for hit in hits])  # [C, E]
-        factors = await self._embedder.with_model(snapshot.pairs.weights, text, frozen)  # [C, n]
+        factors = await self._embedder.with_model(pairs.weights, text, frozen)  # [C, n]
         texts = await self._embedder.weighted(snapshot, text, factors)  # [C, E]
         images = await asyncio.to_thread(vectors_of, snapshot, [hit.row for hit in hits])  # [C, E]
         scores = np.einsum("ce,ce->c", texts, images)
@@ -65,20 +72,22 @@ class Pairing:
 
     async def words(self, snapshot: Snapshot, text: str) -> Words:
         """The query's words with the weights that the text alone gives them."""
-        factors = await self._embedder.with_model(snapshot.pairs.predicted, text)
-        return snapshot.pairs.words(text, factors)
+        pairs = await _pairs(snapshot)
+        factors = await self._embedder.with_model(pairs.predicted, text)
+        return pairs.words(text, factors)
 
     async def explain(self, snapshot: Snapshot, text: str, vector: Vector, hit: Hit) -> Explanation:
         """Why a result has its score: by the query's vector (E,), and by its words if it has any."""
         (pixels,) = await self._pictures(snapshot, [hit.row])
-        parts, part_of = blanked(pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.model.backbone.patches)
+        parts, part_of = blanked(pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.domain.patches)
         whole, *without = await self._embedder.pixels(snapshot, [pixels, *parts])
         falls = np.array([float(vector @ (whole - each)) for each in without])
         words = None
-        if text and snapshot.pairs.weighs:
+        if text and snapshot.encoder.domain.weighs:
+            pairs = await _pairs(snapshot)
             frozen = await self._frozen(snapshot, [hit.row])
-            factors = await self._embedder.with_model(snapshot.pairs.weights, text, frozen)
-            words = snapshot.pairs.words(text, factors[0])
+            factors = await self._embedder.with_model(pairs.weights, text, frozen)
+            words = pairs.words(text, factors[0])
         return Explanation(np.round(falls[part_of], 4).tolist(), words)
 
     async def _frozen(self, snapshot: Snapshot, rows: Sequence[int]) -> Vector:
@@ -86,7 +95,8 @@ class Pairing:
         missing = [row for row in rows if row not in known]
         if missing:
             pixels = await self._pictures(snapshot, missing)
-            features = await self._embedder.with_model(snapshot.pairs.frozen, np.stack(pixels))
+            pairs = await _pairs(snapshot)
+            features = await self._embedder.with_model(pairs.frozen, np.stack(pixels))
             known.update(zip(missing, features, strict=True))
         stacked = np.stack([known[row] for row in rows])
         while len(known) > _KEPT:
@@ -102,6 +112,13 @@ class Pairing:
             return await asyncio.gather(*map(picture, rows))
         except (ArtifactError, ImageError, OSError):
             raise Problem(409, "This needs the results' pictures, and one is no longer in the gallery.") from None
+
+
+async def _pairs(snapshot: Snapshot) -> "Pairs":
+    try:
+        return await asyncio.to_thread(snapshot.pairs)
+    except DcarError as error:
+        raise Problem(503, f"This needs the model itself, and it cannot be loaded: {error}") from None
 
 
 def blanked(pixels: Pixels, blank: Pixels, patches: int) -> tuple[list[Pixels], NDArray[np.int64]]:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,8 @@ class Snapshot:
     """One version, ready to search.
 
     preprocess: the encoder's, with this service's limit of pixels.
+    pairs: what re-ranking and explaining weigh words by. The first call may load the model, which takes seconds: not to
+    be made in the event loop.
     matching: a filter in JSON -> bool (rows,); see `index_jobs.filters`. The last ones are kept.
     answers: given by this version, for those who ask the same again.
     frozen: by row, a picture's feature (E,) from the frozen encoder; filled as re-ranking needs them.
@@ -58,7 +61,7 @@ class Snapshot:
     artifact: Artifact
     preprocess: "Preprocess"
     backbone: str
-    pairs: "Pairs"
+    pairs: "Callable[[], Pairs]"
     matching: Callable[[str], Mask]
     answers: Answers
     frozen: dict[int, NDArray[np.float32]] = field(default_factory=dict)
@@ -107,23 +110,20 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     """
     from dcar_core import Encoder
     from dcar_core.checkpoint import read_config
-    from dcar_core.pairs import Pairs
 
     require_index(index)
-    _limit_threads(settings.threads)
     artifact = open_current(index)
     backbone = read_config(artifact.checkpoint)["backbone"]["sha256"]
     loaded = list(loaded)
     encoder = next((s.encoder for s in loaded if s.encoder.fingerprint == artifact.manifest.fingerprint), None)
     if encoder is None:
-        shared = next((s.encoder.model.backbone for s in loaded if s.backbone == backbone), None)
+        shared = next((s.encoder.backbone for s in loaded if s.backbone == backbone and s.encoder.backbone), None)
         encoder = Encoder.load(
             artifact.checkpoint, device=settings.device, runtime=settings.runtime, cache=settings.runtime_cache,
-            backbone=shared,
+            backbone=shared, threads=settings.threads,
         )  # fmt: skip
     artifact.require(encoder.fingerprint)
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
-    pairs = Pairs(encoder)
 
     def warm_up() -> None:
         encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
@@ -134,14 +134,22 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     warm_up()  # and what they still read from the file is in memory before the first query
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
     answers = Answers(settings.answer_cache_bytes if settings.cache_size else 0)
-    return Snapshot(encoder, artifact, preprocess, backbone, pairs, matching, answers)
+    return Snapshot(encoder, artifact, preprocess, backbone, _once(encoder), matching, answers)
 
 
-def _limit_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
+def _once(encoder: "Encoder") -> "Callable[[], Pairs]":
+    turn = threading.Lock()
+    made: list[Pairs] = []
 
-        torch.set_num_threads(threads)
+    def pairs() -> "Pairs":
+        with turn:
+            if not made:
+                from dcar_core.pairs import Pairs
+
+                made.append(Pairs(encoder))
+            return made[0]
+
+    return pairs
 
 
 class Snapshots:

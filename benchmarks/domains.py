@@ -52,7 +52,7 @@ def main() -> None:
         what = "everything" if not loaded[1:] else "shared backbone" if sharing else "its own backbone"
         count = loaded[-1].artifact.manifest.count
         print(f"{index.name + ', ' + what:34}{grown['anon'] / MIB:7.1f} MB{grown['file'] / MIB:7.1f} MB{count:>10,}")
-    assert loaded[1].encoder.model.backbone is loaded[0].encoder.model.backbone or len(args.indexes) == 1
+    assert loaded[1].encoder.runtime is loaded[0].encoder.runtime or len(args.indexes) == 1
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ class Server:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def batches(self) -> tuple[float, float]:
+        """Queries that went through forward passes so far, and how many passes those were."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        values = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("dcar_batch_size_")}
+        return values["dcar_batch_size_sum"], values["dcar_batch_size_count"]
+
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

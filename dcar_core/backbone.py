@@ -13,7 +13,6 @@ space.
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,12 +27,11 @@ from torch import Tensor, nn
 from dcar_core.errors import ModelError
 from dcar_core.mapped import WEIGHTS, map_weights
 from dcar_core.preprocess import Preprocess
+from dcar_core.tokens import Tokens, clean
 
 CONFIG_FILE = "open_clip_config.json"
 RANDOM = "random"
 SUPPORTED = "open_clip's CLIP with a vision transformer, such as ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14"
-# Text that the tokenizer would read as SOS or EOT; a marker in the middle would move the pooling position.
-_MARKERS = re.compile(r"<\s*/?\s*(start|end)_of_text\s*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -88,14 +86,17 @@ class Backbone(nn.Module):
 
     def tokenize(self, texts: Sequence[str], room: int = 0) -> Tensor:
         """int64 (B, n): SOS, words, EOT, zeros. At most L - room tokens, so that EOT survives when prompts join."""
-        clean = [_MARKERS.sub(" ", text) for text in texts]
-        tokens: Tensor = self._tokenizer(clean, context_length=self.context_length - room)
+        tokens: Tensor = self._tokenizer([clean(text) for text in texts], context_length=self.context_length - room)
         return tokens[:, : int(tokens.argmax(-1).max()) + 1].to(self.device)
+
+    def own_tokens(self, room: int) -> Tokens | None:
+        """What gives the numbers of `tokenize` without PyTorch; None where this tokenizer has no such form."""
+        return Tokens.of(self._tokenizer, self.context_length - room)
 
     def too_long(self, texts: Sequence[str], room: int = 0) -> list[bool]:
         """Which texts `tokenize` would cut."""
         limit = self.context_length - room
-        tokens: Tensor = self._tokenizer([_MARKERS.sub(" ", text) for text in texts], context_length=limit + 1)
+        tokens: Tensor = self._tokenizer([clean(text) for text in texts], context_length=limit + 1)
         return (tokens.argmax(-1) >= limit).tolist()
 
     def words(self, tokens: Tensor) -> list[tuple[str, slice]]:

@@ -121,7 +121,7 @@ def benchmark(
     say(f"reading {min(limit, len(test)):,} captions and their pictures")
     material, decoding = _material(encoder, test, limit)
     rows = [_baseline(encoder, material)]
-    wanted = reference(encoder.domain, material.probe())
+    wanted = reference(encoder.model, material.probe())
     for name in names:
         say(f"measuring {name}")
         try:

@@ -8,18 +8,23 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.numpy import load_file, save
 
-from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.config import AdapterConfig, ModelConfig
 from dcar_core.errors import CheckpointError
-from dcar_core.model import DCAR
+
+if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint needs none of it
+    from dcar_core.backbone import Backbone
+    from dcar_core.model import DCAR
+
+Trainables = dict[str, NDArray[np.float32]]
 
 CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
 FORMAT = 1
@@ -29,7 +34,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def fingerprint(backbone_hash: str, config: ModelConfig, trainables: dict[str, Tensor]) -> str:
+def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str, NDArray[np.float32]]) -> str:
     """64 hex digits that stand for one way of turning pictures and queries into vectors.
 
     What only training needs (the loss, the category adapter) does not count.
@@ -39,16 +44,16 @@ def fingerprint(backbone_hash: str, config: ModelConfig, trainables: dict[str, T
         serving["adapter"] = config.adapter.to_dict()
     digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
     for name in sorted(n for n in trainables if not n.startswith("caa.")):
-        value = trainables[name].detach().cpu().float().contiguous()
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.numpy().tobytes())
+        value = np.ascontiguousarray(trainables[name], np.float32)
+        digest.update(f"{name} {trainables[name].shape}".encode())
+        digest.update(value.tobytes())
     return digest.hexdigest()
 
 
-def save_checkpoint(model: DCAR, path: Path, *, training: dict[str, Any] | None = None) -> str:
+def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | None = None) -> str:
     """Write trainables and config; returns the fingerprint. A path given as the model is stored relative."""
     path.mkdir(parents=True, exist_ok=True)
-    trainables = {name: p.detach().cpu().contiguous() for name, p in model.trainables()}
+    trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.trainables()}
     backbone_hash = model.backbone.content_hash()
     mark = fingerprint(backbone_hash, model.config, trainables)
     source = model.backbone.source
@@ -94,13 +99,40 @@ def write_config(path: Path, content: dict[str, Any]) -> None:
     _replace(path / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def load_checkpoint(path: Path, *, device: str = "cpu", backbone: Backbone | None = None) -> tuple[DCAR, str]:
+def backbone_files(path: Path) -> list[Path]:
+    """The files on this machine that the checkpoint's backbone is loaded from; none where it comes from a hub."""
+    described, found = read_config(path)["backbone"], list[Path]()
+    for given in filter(None, (described["model"], described["pretrained"])):
+        place = Path(_absolute(given, path) or given)
+        found += sorted(each for each in place.iterdir() if each.is_file()) if place.is_dir() else [place]
+    return [each for each in found if each.is_file()]
+
+
+def read_trainables(path: Path) -> Trainables:
+    """What was trained.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    try:
+        found: Trainables = load_file(str(path / WEIGHTS))
+        return found
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | None" = None) -> "tuple[DCAR, str]":
     """The model and its fingerprint. Give a `backbone` that is already loaded to share it.
 
     Raises:
         CheckpointError: broken, or made on other backbone weights than those found.
         ModelError: the backbone cannot be loaded.
     """
+    import torch
+
+    from dcar_core.backbone import BackboneSource, load_backbone
+    from dcar_core.model import DCAR
+
     content = read_config(path)
     described = content["backbone"]
     if backbone is None:
@@ -112,10 +144,10 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: Backbone | Non
             f"{path} was trained on other backbone weights ({described['sha256'][:12]}) than {backbone.source.model} "
             f"has ({backbone_hash[:12]}); train again on these, or point config.json to the right ones"
         )
+    weights = read_trainables(path)
     try:
         model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
-        weights = load_file(str(path / WEIGHTS))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     expected = {name: tuple(p.shape) for name, p in model.trainables()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
@@ -124,7 +156,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: Backbone | Non
         raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json: {', '.join(odd)}")
     with torch.no_grad():
         for name, parameter in model.trainables():
-            parameter.copy_(weights[name])
+            parameter.copy_(torch.from_numpy(weights[name]))
     return model.eval(), fingerprint(backbone_hash, model.config, weights)
 
 

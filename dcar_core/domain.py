@@ -1,57 +1,82 @@
-"""What one checkpoint adds to the backbone that it shares, in the form that runtimes take.
+"""What one checkpoint adds to the backbone that it shares, in the form that runtimes take. Needs no PyTorch.
 
 texts -> tokens and weights ----> runtime.text  --> normalise --> text adapter  --> vectors
 pixels -------------------------> runtime.image --> normalise --> image adapter --> vectors
 
-Prefix and prompts are computed once. Adapters are small, and are applied here, outside of any exported graph.
+All of it is arrays: `extract` computes them from a model once, `sealed` keeps them for the next start. Adapters are
+small, and are applied here, outside of any exported graph.
+
+Letters: V tokens of the vocabulary, H an adapter's bottleneck; others as in `runtimes.protocol`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dcar_core.errors import RuntimeUnavailableError
-from dcar_core.model import DCAR
+from dcar_core.preprocess import Preprocess
 from dcar_core.runtimes.lengths import batches
 from dcar_core.runtimes.protocol import Floats, Prefix, Runtime
-from dcar_core.runtimes.towers import TextTower
 
 Pixels = NDArray[np.uint8]
+TokenIds = NDArray[np.int64]
 
 
+@dataclass(frozen=True, eq=False)
+class Bottleneck:
+    """`model.FeatureAdapter` as arrays. down: (H, E), down_bias: (H,), up: (E, H), up_bias: (E,)."""
+
+    down: Floats
+    down_bias: Floats
+    up: Floats
+    up_bias: Floats
+
+    def __call__(self, features: Floats) -> Floats:
+        """(n, E) -> (n, E), normalised."""
+        inner = np.maximum(features @ self.down.T + self.down_bias, 0)
+        return normalised(features + inner @ self.up.T + self.up_bias)
+
+
+@dataclass(frozen=True, eq=False)
 class Domain:
-    """One model's prompts, token weights and adapters. Build it when the model does not change any more."""
+    """One model's prompts, token weights and adapters, and what else a query needs beside a runtime.
 
-    @torch.inference_mode()
-    def __init__(self, model: DCAR) -> None:
-        self.model = model
-        self.dim = model.backbone.embed_dim
-        prompts = model.prompts
-        text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
-        self.prefix = _prefix(model, text)
-        self.image_prompts = None if image is None else _floats(image.unsqueeze(1))  # (depth, 1, k, W_v)
+    fingerprint: of the encoder. dim: E. patches: of the image tower, a side.
+    weighs: whether the model was trained with token weights, so that they mean something to it.
+    tokenize: texts -> int64 (n, L) with SOS, with room for the prompts.
+    image_prompts: (depth, 1, k, W_v). factors: (V,), a query's weight of each token; None where all are 1.
+    """
+
+    fingerprint: str
+    dim: int
+    patches: int
+    weighs: bool
+    preprocess: Preprocess
+    tokenize: Callable[[Sequence[str]], TokenIds]
+    prefix: Prefix
+    image_prompts: Floats | None = None
+    factors: Floats | None = None
+    text_adapter: Bottleneck | None = None
+    image_adapter: Bottleneck | None = None
 
     @property
     def depth(self) -> int:
         """Blocks of the image tower that get prompts; 0 without any."""
         return 0 if self.image_prompts is None else len(self.image_prompts)
 
-    @torch.inference_mode()
-    def tokens(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], Floats]:
+    def tokens(self, texts: Sequence[str]) -> tuple[TokenIds, Floats]:
         """Tokens (n, L) without SOS, as short as the longest text, and the weights of a query (n, L)."""
-        model = self.model
-        tokens = model.backbone.tokenize(texts, model.room)
-        predicted = self.query_weights(tokens)
-        weights = torch.ones(tokens.shape) if predicted is None else predicted
-        return tokens[:, 1:].cpu().numpy(), _floats(weights[:, 1:])
+        tokens = self.tokenize(texts)
+        return tokens[:, 1:], self.query_weights(tokens)[:, 1:]
 
-    def query_weights(self, tokens: Tensor) -> Tensor | None:
-        """Factors (n, L) of a query's tokens; None where all are 1."""
-        return self.model.predicted_weights(tokens) if self.model.config.reweight.query == "predicted" else None
+    def query_weights(self, tokens: TokenIds) -> Floats:
+        """Factors (n, L) of a query's tokens; 1 for SOS, EOT and padding."""
+        if self.factors is None:
+            return np.ones(tokens.shape, np.float32)
+        place = np.arange(tokens.shape[1])
+        real = (place > 0) & (place < tokens.argmax(-1)[:, None])
+        return np.where(real, self.factors[tokens], np.float32(1))
 
     def encode_text(self, runtime: Runtime, texts: Sequence[str], most: int) -> Floats:
         """(n, E), L2-normalised, at most `most` texts in a forward pass."""
@@ -71,27 +96,20 @@ class Domain:
 
     def finish_text(self, features: Floats) -> Floats:
         """A text tower's features (n, E) to vectors (n, E)."""
-        return self._finished(features, self.model.adapt_text)
+        return _finished(features, self.text_adapter)
 
     def finish_image(self, features: Floats) -> Floats:
         """An image tower's features (n, E) to vectors (n, E)."""
-        return self._finished(features, self.model.adapt_image)
-
-    @torch.inference_mode()
-    def _finished(self, features: Floats, adapt: Callable[[Tensor], Tensor]) -> Floats:
-        device = self.model.backbone.device
-        return _floats(adapt(F.normalize(torch.from_numpy(features).to(device), dim=-1)))
+        return _finished(features, self.image_adapter)
 
 
-def _prefix(model: DCAR, prompts: Tensor | None) -> Prefix:
-    rows = None if prompts is None else _floats(prompts.unsqueeze(1))
-    try:
-        keys, values = TextTower(model.backbone).prefix(prompts)
-    except RuntimeUnavailableError:  # blocks that only the plain runtime can run, and it takes the prompts
-        empty = np.empty((0, 1, 0, 1 + model.room, 0), np.float32)
-        return Prefix(empty, empty, rows)
-    return Prefix(_floats(keys), _floats(values), rows)
+def normalised(vectors: Floats) -> Floats:
+    """(n, E) at length 1; zeros stay zeros."""
+    lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
+    found: Floats = vectors / np.maximum(lengths, np.float32(1e-12))[:, None]
+    return found
 
 
-def _floats(values: Tensor) -> Floats:
-    return values.float().cpu().contiguous().numpy()
+def _finished(features: Floats, adapter: Bottleneck | None) -> Floats:
+    vectors = normalised(features)
+    return vectors if adapter is None else adapter(vectors)

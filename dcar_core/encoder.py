@@ -5,27 +5,31 @@ encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
 vectors = encoder.encode_text(["crying cat"])          # float32 (1, E)
 
 What one checkpoint has of its own is a `Domain`; what runs the towers is a `Runtime`, chosen by name or by measuring.
+The model itself is loaded where these two do not exist yet, and for whoever asks for it.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core import sealed
 from dcar_core.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.config import LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.domain import Domain
 from dcar_core.errors import ModelError
 from dcar_core.images import ImageSource
 from dcar_core.mapped import release
-from dcar_core.model import DCAR
 from dcar_core.runtimes.exports import default_cache
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import Target, require_known
-from dcar_core.runtimes.selection import load_runtime
+
+if TYPE_CHECKING:
+    from dcar_core.backbone import Backbone
+    from dcar_core.model import DCAR
 
 PLAIN_CLIP = ModelConfig(
     method="clip",
@@ -38,15 +42,38 @@ PLAIN_CLIP = ModelConfig(
 class Encoder:
     """A model ready to encode. Build it with `load`; `fingerprint` names what its vectors may be compared with."""
 
-    def __init__(self, domain: Domain, target: Target, runtime: Runtime, *, exact: bool = False) -> None:
+    def __init__(
+        self, domain: Domain, target: Target | Callable[[], Target], runtime: Runtime, *, exact: bool = False
+    ) -> None:
         self.domain = domain
-        self.target = target
         self.runtime = runtime
-        self.model = domain.model
-        self.fingerprint = target.fingerprint
+        self.fingerprint = domain.fingerprint
         self.dim = domain.dim
-        preprocess = self.model.backbone.preprocess
-        self.preprocess = preprocess if exact else preprocess.fast()
+        self.preprocess = domain.preprocess if exact else domain.preprocess.fast()
+        self._target = target
+        self._turn = threading.Lock()
+
+    @property
+    def target(self) -> Target:
+        """The model and what belongs to it; loaded now if nothing has needed it so far, which takes seconds.
+
+        Raises:
+            CheckpointError, ModelError: it cannot be loaded any more.
+        """
+        with self._turn:
+            if not isinstance(self._target, Target):
+                self._target = self._target()
+            return self._target
+
+    @property
+    def model(self) -> "DCAR":
+        """See `target`."""
+        return self.target.model
+
+    @property
+    def backbone(self) -> "Backbone | None":
+        """The model's, if it is in memory."""
+        return self._target.backbone if isinstance(self._target, Target) else None
 
     @classmethod
     def load(
@@ -58,9 +85,13 @@ class Encoder:
         exact: bool = False,
         runtime: str = "torch",
         cache: Path | None = None,
-        backbone: Backbone | None = None,
+        backbone: "Backbone | None" = None,
+        threads: int | None = None,
     ) -> "Encoder":
         """Load a checkpoint directory, a model directory, or an open_clip model by name.
+
+        A checkpoint whose towers an exported graph runs is kept for later starts: they need neither the model nor
+        PyTorch until something asks for them.
 
         Args:
             source: a directory with config.json (DCAR checkpoint) or open_clip_config.json (plain CLIP), or a name
@@ -72,24 +103,36 @@ class Encoder:
                 name of `runtimes.registry.KINDS`.
             cache: where exports and measurements are kept; default: the user's cache directory.
             backbone: one that is loaded already, for a checkpoint made on the same weights to share.
+            threads: of the towers; default: PyTorch's own number.
 
         Raises:
             CheckpointError, ModelError: with what to do.
             RuntimeUnavailableError, MissingExtraError: the runtime that was named cannot be had here.
         """
         require_known(runtime)
-        device = pick_device(device)
-        path = Path(source)
-        if is_checkpoint(path):
-            model, mark = load_checkpoint(path, device=device, backbone=backbone)
-            backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
-        else:
-            model = DCAR(load_backbone(BackboneSource(str(source), pretrained), device), PLAIN_CLIP)
-            backbone_hash = model.backbone.content_hash()
-            mark = fingerprint(backbone_hash, PLAIN_CLIP, {})
-        domain = Domain(model.eval())
-        target = Target(model.backbone, backbone_hash, domain.depth, mark, cache or default_cache())
-        return cls(domain, target, load_runtime(runtime, domain, target), exact=exact)
+        path, cache = Path(source), cache or default_cache()
+
+        def whole() -> Target:
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            return _load(path, str(source), pretrained, pick_device(device), cache, backbone)
+
+        wanted = sealed.Wanted(path, device, runtime, threads, cache) if is_checkpoint(path) else None
+        if wanted is not None and (found := sealed.unseal(wanted)) is not None:
+            domain, graph = found
+            return cls(domain, whole, graph, exact=exact)
+
+        from dcar_core.extract import extract
+        from dcar_core.runtimes.selection import load_runtime
+
+        target = whole()
+        domain = extract(target.model, target.fingerprint)
+        encoder = cls(domain, target, load_runtime(runtime, domain, target), exact=exact)
+        if wanted is not None:
+            sealed.seal(wanted, domain, target, encoder.runtime)
+        return encoder
 
     def with_runtime(self, name: str) -> "Encoder":
         """The same encoder on another runtime.
@@ -97,6 +140,8 @@ class Encoder:
         Raises:
             RuntimeUnavailableError, MissingExtraError: it cannot be had here.
         """
+        from dcar_core.runtimes.selection import load_runtime
+
         runtime = load_runtime(name, self.domain, self.target)
         return Encoder(self.domain, self.target, runtime, exact=self.preprocess.exact)
 
@@ -125,8 +170,30 @@ class Encoder:
 
     def release(self) -> None:
         """Let go of what only loading needed, as far as it can be read again from its file: see `mapped`."""
-        source = self.model.backbone.source
-        release([Path(source.model), Path(source.pretrained or source.model), self.target.cache])
+        directory = getattr(self.runtime, "directory", None)
+        places = [] if directory is None else [directory]
+        if self.backbone is not None:
+            source = self.backbone.source
+            places += [Path(source.model), Path(source.pretrained or source.model)]
+        release(places)
+
+
+def _load(
+    path: Path, name: str, pretrained: str | None, device: str, cache: Path, backbone: "Backbone | None"
+) -> Target:
+    if is_checkpoint(path):
+        model, mark = load_checkpoint(path, device=device, backbone=backbone)
+        backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
+    else:
+        from dcar_core.backbone import BackboneSource, load_backbone
+        from dcar_core.model import DCAR
+
+        model = DCAR(load_backbone(BackboneSource(name, pretrained), device), PLAIN_CLIP)
+        backbone_hash = model.backbone.content_hash()
+        mark = fingerprint(backbone_hash, PLAIN_CLIP, {})
+    prompts = model.config.prompt
+    depth = prompts.depth if model.prompts is not None and prompts.image else 0
+    return Target(model.eval(), backbone_hash, depth, mark, cache)
 
 
 def pick_device(device: str) -> str:
@@ -135,6 +202,8 @@ def pick_device(device: str) -> str:
     Raises:
         ModelError: the device that was named is not there.
     """
+    import torch
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -10,14 +10,15 @@ import mmap
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 WEIGHTS = "open_clip_model.safetensors"
 
 
-def map_weights(model: nn.Module, file: Path) -> None:
+def map_weights(model: "nn.Module", file: Path) -> None:
     """Put the file's tensors into a model that was loaded from it; nothing is done where they are others.
 
     Tensors of another name, shape or type (half precision in the file, float32 in the model) cannot be used as they
@@ -25,6 +26,8 @@ def map_weights(model: nn.Module, file: Path) -> None:
     """
     if sys.platform == "win32" or file.suffix != ".safetensors" or not file.is_file():
         return
+    from safetensors.torch import load_file
+
     lying, loaded = load_file(str(file)), model.state_dict()
     if {name: (t.shape, t.dtype) for name, t in lying.items()} == {n: (t.shape, t.dtype) for n, t in loaded.items()}:
         model.load_state_dict(lying, assign=True)

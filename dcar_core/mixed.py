@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dcar_core.encoder import Encoder
@@ -64,19 +63,16 @@ def encode_image_rows(rows: Sequence[ImageRow]) -> Vectors:
     return _in_groups(rows, _image_shape, _encode_images)
 
 
-@torch.inference_mode()
 def _encode_texts(rows: Sequence[TextRow]) -> Vectors:
-    backbone = rows[0].encoder.model.backbone
-    tokens = backbone.tokenize([row.text for row in rows], rows[0].encoder.model.room)  # [B, n]
-    weights = torch.ones(tokens.shape, device=tokens.device)
+    tokens = rows[0].encoder.domain.tokenize([row.text for row in rows])  # [B, n]; all have the same room
+    weights = np.ones(tokens.shape, np.float32)
     for encoder, places in _by_encoder(rows):
-        if (predicted := encoder.domain.query_weights(tokens[places])) is not None:
-            weights[places] = predicted
+        weights[places] = encoder.domain.query_weights(tokens[places])
     for place, row in enumerate(rows):
         if row.weights is not None:
             weights[place] = 1
-            weights[place, : len(row.weights)] = torch.from_numpy(row.weights).to(weights.device)
-    given, factors = tokens[:, 1:].cpu().numpy(), weights[:, 1:].float().cpu().numpy()
+            weights[place, : len(row.weights)] = row.weights
+    given, factors = tokens[:, 1:], weights[:, 1:]
     lengths = given.argmax(-1) + 1
     out = np.empty((len(rows), rows[0].encoder.dim), np.float32)
     for part in batches(lengths, len(rows)):

@@ -19,17 +19,12 @@ Floats = NDArray[np.float32]
 
 
 class Pairs:
-    """The weights of one encoder's queries for given pictures."""
+    """The weights of one encoder's queries for given pictures. The encoder's model is loaded if it is not."""
 
     def __init__(self, encoder: "Encoder") -> None:
         self._model = encoder.model
         backbone = self._model.backbone
         self._blank = torch.from_numpy(self.frozen(backbone.preprocess.blank()[None])[0]).to(backbone.device)  # [E]
-
-    @property
-    def weighs(self) -> bool:
-        """Whether the model was trained with token weights, so that they mean something to it."""
-        return self._model.config.reweight.train != "none"
 
     @torch.inference_mode()
     def frozen(self, pixels: NDArray[np.uint8]) -> Floats:

@@ -17,6 +17,7 @@ INDEX/versions/<n>/checkpoint/   the model that made the vectors
 - An artifact may be used by many threads at once.
 """
 
+import json
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -43,12 +44,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of the gallery; what was not given is ""."""
+    """One picture of the gallery; what was not given is "". fields: the metadata as JSON, which results do not show."""
 
     id: str
     caption: str
     category: str
-    metadata: dict[str, Any]
+    fields: str
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The fields that have no column of their own."""
+        value: dict[str, Any] = json.loads(self.fields)
+        return value
 
 
 class Artifact:
@@ -159,8 +166,7 @@ class Artifact:
             IndexError: no such row, or it was removed.
         """
         part, place = self._parts.locate(row)
-        item_id, caption, category = (part.items.value(place, column) for column in ("id", "caption", "category"))
-        return Item(item_id, caption, category, part.items.metadata(place))
+        return Item(*(part.items.value(place, column) for column in ("id", "caption", "category", "metadata")))
 
     def row_of(self, item_id: str) -> int | None:
         """The row of an id, None when there is no such item."""

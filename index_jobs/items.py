@@ -6,7 +6,6 @@
 - Metadata lies there twice: whole, as JSON, to be shown, and a typed column for each field, to be filtered by.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +103,6 @@ class Items:
         if not 0 <= row < self._count:
             raise IndexError(f"row {row} is not in 0..{self._count - 1}")
         return self._batches[row // _BATCH].column(self._columns[column])[row % _BATCH].as_py()
-
-    def metadata(self, row: int) -> dict[str, Any]:
-        """The fields that have no column of their own."""
-        value: dict[str, Any] = json.loads(self.value(row, "metadata"))
-        return value
 
     def row_of(self, item_id: str) -> int | None:
         """The row of an id, by binary search over UTF-8 bytes, the order that Arrow sorts in."""

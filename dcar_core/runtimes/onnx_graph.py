@@ -2,16 +2,18 @@
 
 import threading
 import warnings
+from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
-from dcar_core.runtimes.protocol import Floats, Prefix
-from dcar_core.runtimes.towers import INPUTS, ImageTower, TextTower, example_inputs
+from dcar_core.runtimes.protocol import IMAGE_INPUTS, TEXT_INPUTS, Floats, Prefix
+
+if TYPE_CHECKING:
+    from dcar_core.runtimes.towers import ImageTower, TextTower
 
 TEXT, IMAGE = "text.onnx", "image.onnx"
 _OPSET = 17
@@ -32,10 +34,10 @@ def library() -> Any:
 
 def version() -> str:
     """Of the library and of what it converts from; an export belongs to both."""
-    return f"{library().__version__} torch {torch.__version__.split('+')[0]}"
+    return f"{library().__version__} torch {version_of('torch').split('+')[0]}"
 
 
-def write(directory: Path, text: TextTower, image: ImageTower) -> None:
+def write(directory: Path, text: "TextTower", image: "ImageTower") -> None:
     """Export both towers in float32.
 
     PyTorch's newer exporter wants a package more and fixed numbers of prompts, so this is the older one.
@@ -45,9 +47,13 @@ def write(directory: Path, text: TextTower, image: ImageTower) -> None:
         import onnx  # noqa: F401
     except ImportError:
         raise MissingExtraError("exporting to ONNX", "onnx") from None
-    for name, tower in ((TEXT, text), (IMAGE, image)):
+    import torch
+
+    from dcar_core.runtimes.towers import example_inputs
+
+    for name, tower, known in ((TEXT, text, TEXT_INPUTS), (IMAGE, image, IMAGE_INPUTS)):
         inputs, shapes = example_inputs(tower)
-        names = INPUTS[type(tower)][: len(inputs)]
+        names = list(known[: len(inputs)])
         axes = {n: {i: f"{n}_{i}" for i, size in enumerate(s) if size < 0} for n, s in zip(names, shapes, strict=True)}
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # remarks of the exporter on its own future
@@ -75,7 +81,7 @@ class OnnxRuntime:
 
     def __init__(self, name: str, directory: Path, *, threads: int) -> None:
         onnxruntime = library()
-        self.name = name
+        self.name, self.directory, self.threads = name, directory, threads
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -88,12 +94,12 @@ class OnnxRuntime:
         self._turn = threading.Lock()
 
     def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
-        return self._run(self._text, TextTower, tokens, weights, prefix.keys, prefix.values)
+        return self._run(self._text, TEXT_INPUTS, tokens, weights, prefix.keys, prefix.values)
 
     def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
-        return self._run(self._image, ImageTower, pixels, *(() if prompts is None else (prompts,)))
+        return self._run(self._image, IMAGE_INPUTS, pixels, *(() if prompts is None else (prompts,)))
 
-    def _run(self, session: Any, tower: type, *given: NDArray[np.generic]) -> Floats:
+    def _run(self, session: Any, names: tuple[str, ...], *given: NDArray[np.generic]) -> Floats:
         with self._turn:
-            result: Floats = session.run(None, dict(zip(INPUTS[tower], given, strict=False)))[0]
+            result: Floats = session.run(None, dict(zip(names, given, strict=False)))[0]
             return result

@@ -6,16 +6,19 @@
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.runtimes.protocol import Floats, Prefix
-from dcar_core.runtimes.towers import ImageTower, TextTower, example_inputs
+
+if TYPE_CHECKING:
+    from dcar_core.runtimes.towers import ImageTower, TextTower
 
 TEXT, IMAGE = "text.xml", "image.xml"
 
@@ -35,11 +38,15 @@ def library() -> Any:
 
 def version() -> str:
     """Of the library and of what it converts from; an export belongs to both."""
-    return f"{library().__version__.split('-')[0]} torch {torch.__version__.split('+')[0]}"
+    return f"{library().__version__.split('-')[0]} torch {version_of('torch').split('+')[0]}"
 
 
-def write(directory: Path, text: TextTower, image: ImageTower) -> None:
+def write(directory: Path, text: "TextTower", image: "ImageTower") -> None:
     """Convert and save both towers, weights in float32."""
+    import torch
+
+    from dcar_core.runtimes.towers import example_inputs
+
     openvino = library()
     for name, tower in ((TEXT, text), (IMAGE, image)):
         inputs, shapes = example_inputs(tower)
@@ -56,7 +63,7 @@ class OpenVinoRuntime:
 
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
         openvino = library()
-        self.name = name
+        self.name, self.directory, self.threads = name, directory, threads
         config = {
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
@@ -65,8 +72,9 @@ class OpenVinoRuntime:
         }
         core = openvino.Core()
         try:
-            self._text = core.compile_model(directory / TEXT, "CPU", config)
-            self._image = core.compile_model(directory / IMAGE, "CPU", config)
+            with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
+                compiled = pool.map(lambda name: core.compile_model(directory / name, "CPU", config), (TEXT, IMAGE))
+                self._text, self._image = compiled
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeUnavailableError(f"OpenVINO cannot compile the export in {directory}: {reason}") from error

@@ -4,14 +4,17 @@ The reference is `DCAR.encode_query` and `encode_image`, the path that training 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dcar_core.domain import Domain
 from dcar_core.runtimes.protocol import Floats, Runtime
 from dcar_core.runtimes.registry import KINDS
+
+if TYPE_CHECKING:
+    from dcar_core.model import DCAR
 
 _TEXTS = (
     "a red sports car seen from behind",
@@ -59,19 +62,20 @@ class Proof:
         return f"cosine {self.text:.5f} (text), {self.image:.5f} (image), at least {self.least} is asked for"
 
 
-@torch.inference_mode()
-def reference(domain: Domain, probe: Probe, batch: int = 32) -> tuple[Floats, Floats]:
+def reference(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Floats, Floats]:
     """The probe's vectors by PyTorch in float32, eager: texts (n, E), pictures (m, E)."""
-    model = domain.model
+    import torch
+
     backbone = model.backbone
-    tokens = backbone.tokenize(probe.texts, model.room)
-    texts = [model.encode_query(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
-    pixels = backbone.preprocess.normalize(probe.pixels)
-    images = [
-        model.encode_image(torch.from_numpy(pixels[i : i + batch]).to(backbone.device))
-        for i in range(0, len(pixels), batch)
-    ]
-    return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
+    with torch.inference_mode():
+        tokens = backbone.tokenize(probe.texts, model.room)
+        texts = [model.encode_query(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
+        pixels = backbone.preprocess.normalize(probe.pixels)
+        images = [
+            model.encode_image(torch.from_numpy(pixels[i : i + batch]).to(backbone.device))
+            for i in range(0, len(pixels), batch)
+        ]
+        return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
 
 
 def prove(domain: Domain, runtime: Runtime, probe: Probe, wanted: tuple[Floats, Floats]) -> Proof:

@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
+# The towers' inputs by name, as exports have them.
+TEXT_INPUTS = ("tokens", "weights", "keys", "values")
+IMAGE_INPUTS = ("pixels", "prompts")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:

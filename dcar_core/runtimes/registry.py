@@ -1,22 +1,26 @@
 """The runtimes by name, what each needs, and how one is opened for a model.
 
-A runtime belongs to a backbone: encoders that share one share it as well, so that their queries can share a batch.
+- A runtime belongs to a backbone: encoders that share one share it as well, so that their queries can share a batch.
+- One that runs an export needs only that to be opened, neither the model nor PyTorch: see `open_export`.
 """
 
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from dcar_core.backbone import Backbone
 from dcar_core.errors import RuntimeUnavailableError
 from dcar_core.runtimes import capabilities
 from dcar_core.runtimes.exports import ExportKey, exported
 from dcar_core.runtimes.protocol import Runtime
-from dcar_core.runtimes.towers import ImageTower, TextTower
+
+if TYPE_CHECKING:
+    from dcar_core.backbone import Backbone
+    from dcar_core.model import DCAR
+    from dcar_core.runtimes.onnx_graph import OnnxRuntime
+    from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+    from dcar_core.runtimes.towers import ImageTower, TextTower
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
@@ -55,11 +59,15 @@ AUTO = "auto"
 class Target:
     """What a runtime is opened for. backbone_hash: as `Backbone.content_hash`; depth: of the image prompts."""
 
-    backbone: Backbone
+    model: "DCAR"
     backbone_hash: str
     depth: int
     fingerprint: str
     cache: Path
+
+    @property
+    def backbone(self) -> "Backbone":
+        return self.model.backbone
 
     def key(self, runtime: str, library: str, *, calibrated: bool = False) -> ExportKey:
         mark = self.fingerprint if calibrated else ""
@@ -76,6 +84,9 @@ def require_known(name: str) -> None:
 
 
 _open: "weakref.WeakKeyDictionary[Backbone, dict[str, Runtime]]" = weakref.WeakKeyDictionary()
+_exports: "weakref.WeakValueDictionary[tuple[str, Path, int], OpenVinoRuntime | OnnxRuntime]" = (
+    weakref.WeakValueDictionary()
+)
 
 
 def open_runtime(name: str, target: Target) -> Runtime:
@@ -91,8 +102,7 @@ def open_runtime(name: str, target: Target) -> Runtime:
     if kind.on not in ("any", device):
         where = "a GPU (--device cuda)" if kind.on == "cuda" else "the processor (--device cpu)"
         raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
-    if kind.needs is not None and (reason := capabilities.lacks(kind.needs)):
-        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {reason}")
+    _require_instructions(kind)
     depth = target.depth if kind.extra else "any"
     key = f"{name} {depth} {target.fingerprint if name == 'openvino-int8' else ''}"
     if key not in opened:
@@ -100,15 +110,47 @@ def open_runtime(name: str, target: Target) -> Runtime:
     return opened[key]
 
 
-def towers(target: Target) -> tuple[TextTower, ImageTower]:
+def open_export(name: str, directory: Path, threads: int) -> "OpenVinoRuntime | OnnxRuntime":
+    """A runtime on an export that has been checked; the one that is open already, if there is one.
+
+    Raises:
+        RuntimeUnavailableError, MissingExtraError: it cannot be had here; the message is the reason.
+    """
+    kind, key = KINDS[name], (name, directory.resolve(), threads)
+    _require_instructions(kind)
+    found = _exports.get(key)
+    if found is None:
+        if kind.name.startswith("onnx"):
+            from dcar_core.runtimes.onnx_graph import OnnxRuntime
+
+            found = OnnxRuntime(name, directory, threads=threads)
+        else:
+            from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+
+            hint = "bf16" if capabilities.lacks("bf16") is None and kind.precision != "fp32" else "f32"
+            found = OpenVinoRuntime(name, directory, hint=hint, threads=threads)
+        _exports[key] = found
+    return found
+
+
+def _require_instructions(kind: Kind) -> None:
+    if kind.needs is not None and (reason := capabilities.lacks(kind.needs)):
+        raise RuntimeUnavailableError(f"the runtime {kind.name} cannot be used: {reason}")
+
+
+def towers(target: Target) -> "tuple[TextTower, ImageTower]":
     """
     Raises:
         RuntimeUnavailableError: the backbone's blocks are of a kind that only `torch` runs.
     """
+    from dcar_core.runtimes.towers import ImageTower, TextTower
+
     return TextTower(target.backbone).eval(), ImageTower(target.backbone, target.depth).eval()
 
 
 def _open_torch(kind: Kind, target: Target) -> Runtime:
+    import torch
+
     from dcar_core.runtimes.eager import PlainRuntime, TowerRuntime
 
     try:
@@ -133,8 +175,13 @@ def _open_openvino(kind: Kind, target: Target) -> Runtime:
         directory = exported(
             target.key("openvino", version), target.cache, lambda path: graph.write(path, *towers(target))
         )
-    hint = "bf16" if capabilities.lacks("bf16") is None and kind.precision != "fp32" else "f32"
-    return graph.OpenVinoRuntime(kind.name, directory, hint=hint, threads=torch.get_num_threads())
+    return open_export(kind.name, directory, _threads())
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _calibrated(kind: Kind, target: Target, version: str) -> Path:
@@ -155,7 +202,7 @@ def _open_onnx(kind: Kind, target: Target) -> Runtime:
     if kind.precision == "int8":
         exact = directory
         directory = exported(target.key(kind.name, version), target.cache, lambda path: graph.write_int8(path, exact))
-    return graph.OnnxRuntime(kind.name, directory, threads=torch.get_num_threads())
+    return open_export(kind.name, directory, _threads())
 
 
 _OPENERS: dict[str, Callable[[Kind, Target], Runtime]] = {

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dcar_core import sealed
 from dcar_core.domain import Domain
 from dcar_core.errors import DcarError, MissingExtraError
 from dcar_core.runtimes import capabilities
@@ -42,7 +43,7 @@ class Ranking:
 
 
 def load_runtime(name: str, domain: Domain, target: Target) -> Runtime:
-    """A runtime by name, or the best by `auto`.
+    """A runtime by name, or the best by `auto`. domain: what `extract` makes of the target's model.
 
     Raises:
         RuntimeUnavailableError, MissingExtraError: one that was asked for by name cannot be had; never for `auto`.
@@ -52,7 +53,7 @@ def load_runtime(name: str, domain: Domain, target: Target) -> Runtime:
 
 def _best(domain: Domain, target: Target) -> Runtime:
     probe = Probe.synthetic(target.backbone.preprocess.size)
-    wanted = reference(domain, probe)
+    wanted = reference(target.model, probe)
     ranking = remembered(target) or measure(domain, target, probe, candidates(target))
     for i, name in enumerate(ranking.names):
         following = ranking.names[i + 1] if i + 1 < len(ranking.names) else FALLBACK
@@ -86,7 +87,7 @@ def candidates(target: Target) -> list[str]:
 
 def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) -> Ranking:
     """Try runtimes out and remember their ranking; what cannot be had is left out, with a warning."""
-    wanted, trials = reference(domain, probe), []
+    wanted, trials = reference(target.model, probe), []
     for name in names:
         try:
             trials.append(try_out(domain, open_runtime(name, target), probe, wanted))
@@ -108,6 +109,7 @@ def rank(trials: Iterable[Trial]) -> Ranking:
 
 def remember(target: Target, ranking: Ranking) -> None:
     """Write a ranking for later starts; a cache that cannot be written costs them the measuring, nothing else."""
+    sealed.forget(target.cache)  # by the ranking before this one
     path = _path(target, target.fingerprint if any("int8" in name for name in ranking.names) else "")
     content = {
         **_circumstances(),

@@ -168,12 +168,6 @@ class ImageTower(nn.Module):
         return pooled if visual.proj is None else pooled @ visual.proj  # type: ignore[no-any-return]
 
 
-INPUTS: dict[type, list[str]] = {
-    TextTower: ["tokens", "weights", "keys", "values"],
-    ImageTower: ["pixels", "prompts"],
-}
-
-
 def example_inputs(tower: TextTower | ImageTower) -> tuple[tuple[Tensor, ...], list[list[int]]]:
     """Inputs to trace a tower with, and their shapes with -1 for what may change."""
     if isinstance(tower, TextTower):

@@ -11,12 +11,12 @@ import torch
 from dcar_core import Encoder
 from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig
-from dcar_core.domain import Domain
+from dcar_core.extract import extract
 from dcar_core.model import DCAR
 from dcar_core.runtimes import capabilities
 from dcar_core.runtimes.calibration import CalibrationData, calibrate
 from dcar_core.runtimes.lengths import PASS, batches
-from dcar_core.runtimes.proof import Probe, prove, reference
+from dcar_core.runtimes.proof import Probe, Proof, prove, reference
 from dcar_core.runtimes.protocol import Prefix
 from dcar_core.runtimes.registry import KINDS, Target, open_runtime
 from dcar_core.runtimes.selection import candidates, load_runtime, measure, remembered
@@ -37,19 +37,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def moved(model_dir: Path, config: ModelConfig, seed: int = 3) -> Domain:
-    """A domain whose every trainable differs from its start."""
+class Case:
+    """A model, its domain, and what runtimes are opened for."""
+
+    def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
+        self.model = model
+        self.domain = extract(model, fingerprint)
+        self.target = Target(model, model.backbone.content_hash(), self.domain.depth, fingerprint, cache)
+
+    def proof(self, name: str, probe: Probe) -> Proof:
+        return prove(self.domain, open_runtime(name, self.target), probe, reference(self.model, probe))
+
+
+def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> Case:
+    """A case whose every trainable differs from its start."""
     torch.manual_seed(seed)
     model = DCAR(load_backbone(BackboneSource(str(model_dir))), config).eval()
     with torch.no_grad():
         for _, parameter in model.trainables():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return Domain(model)
-
-
-def target(domain: Domain, cache: Path, fingerprint: str = "f" * 64) -> Target:
-    backbone = domain.model.backbone
-    return Target(backbone, backbone.content_hash(), domain.depth, fingerprint, cache)
+    return Case(model, cache)
 
 
 PLAIN = ModelConfig(prompt=PromptConfig(length=0))
@@ -64,10 +71,7 @@ def test_vectors_are_those_of_the_model(tiny_model: Path, cache: Path, name: str
     require(kind.extra)
     if kind.needs and capabilities.lacks(kind.needs):
         pytest.skip(str(capabilities.lacks(kind.needs)))
-    domain = moved(tiny_model, config)
-    probe = Probe.synthetic(32)
-    wanted = reference(domain, probe)
-    proof = prove(domain, open_runtime(name, target(domain, cache)), probe, wanted)
+    proof = moved(tiny_model, config, cache).proof(name, Probe.synthetic(32))
     assert proof.holds, str(proof)
     assert min(proof.text, proof.image) > (0.99999 if kind.precision == "fp32" else 0.999)
 
@@ -76,11 +80,11 @@ def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
     """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
     require("int8")
     require("openvino")
-    domain = moved(tiny_model, ModelConfig())
-    where, probe = target(domain, cache), Probe.synthetic(32, 24)
+    case, probe = moved(tiny_model, ModelConfig(), cache), Probe.synthetic(32, 24)
+    domain, where = case.domain, case.target
     directory = calibrate(domain, where, CalibrationData(probe.texts, probe.pixels))
     assert "Fake" in (directory / "text.xml").read_text()
-    runtime, (texts, pictures) = open_runtime("openvino-int8", where), reference(domain, probe)
+    runtime, (texts, pictures) = open_runtime("openvino-int8", where), reference(case.model, probe)
     text = (domain.encode_text(runtime, probe.texts, 1) * texts).sum(1)
     picture = (domain.encode_pixels(runtime, probe.pixels) * pictures).sum(1)
     assert picture.min() > 0.98
@@ -93,17 +97,15 @@ def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
 
 def test_onnx_int8_is_near(tiny_model: Path, cache: Path) -> None:
     require("onnx")
-    domain = moved(tiny_model, ModelConfig())
-    probe = Probe.synthetic(32)
-    proof = prove(domain, open_runtime("onnx-int8", target(domain, cache)), probe, reference(domain, probe))
+    proof = moved(tiny_model, ModelConfig(), cache).proof("onnx-int8", Probe.synthetic(32))
     assert min(proof.text, proof.image) > 0.98
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 def test_rows_of_several_domains_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
     require(KINDS[name].extra)
-    one, other = moved(tiny_model, ModelConfig(), 1), moved(tiny_model, ModelConfig(), 2)
-    runtime = open_runtime(name, target(one, cache))
+    first, second = (moved(tiny_model, ModelConfig(), cache, seed) for seed in (1, 2))
+    one, other, runtime = first.domain, second.domain, open_runtime(name, first.target)
     tokens, weights = one.tokens(["a red square", "a green circle", "a red square"])
     mixed = runtime.text(tokens, weights, Prefix.rows([one.prefix, other.prefix, other.prefix]))
     np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.prefix), atol=1e-5)
@@ -119,12 +121,13 @@ def test_rows_of_several_domains_share_a_batch(tiny_model: Path, cache: Path, na
 
 def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path) -> None:
     require("openvino")
-    domain, longer = moved(tiny_model, ModelConfig()), moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)))
-    assert (domain.prefix.length, longer.prefix.length) == (5, 7)
-    first, second = target(domain, cache), target(longer, cache)
-    assert first.key("openvino", "x").directory(cache) == second.key("openvino", "x").directory(cache)
+    first = moved(tiny_model, ModelConfig(), cache)
+    longer = moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
+    assert (first.domain.prefix.length, longer.domain.prefix.length) == (5, 7)
+    assert first.target.key("openvino", "x").directory(cache) == longer.target.key("openvino", "x").directory(cache)
     probe = Probe.synthetic(32)
-    assert prove(longer, open_runtime("openvino", first), probe, reference(longer, probe)).holds
+    runtime = open_runtime("openvino", first.target)
+    assert prove(longer.domain, runtime, probe, reference(longer.model, probe)).holds
 
 
 def test_batches_waste_little() -> None:
@@ -142,8 +145,8 @@ def test_batches_waste_little() -> None:
 
 
 def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    domain = moved(tiny_model, ModelConfig())
-    where = target(domain, tmp_path)
+    case = moved(tiny_model, ModelConfig(), tmp_path)
+    domain, where = case.domain, case.target
     assert remembered(where) is None
     chosen = load_runtime("auto", domain, where)
     ranking = remembered(where)
@@ -176,8 +179,8 @@ def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) 
 
 
 def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    domain = moved(tiny_model, ModelConfig())
-    where = target(domain, tmp_path)
+    case = moved(tiny_model, ModelConfig(), tmp_path)
+    domain, where = case.domain, case.target
     runtime = open_runtime("torch-bf16", where) if not capabilities.lacks("bf16") else open_runtime("torch", where)
     monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
     ranking = measure(domain, where, Probe.synthetic(32), [runtime.name])
