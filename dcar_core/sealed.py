@@ -37,7 +37,7 @@ from dcar_core.domain import Bottleneck, Domain
 from dcar_core.errors import DcarError
 from dcar_core.preprocess import Preprocess
 from dcar_core.runtimes import capabilities
-from dcar_core.runtimes.exports import GRAPHS, ExportKey, exported
+from dcar_core.runtimes.exports import GRAPHS, ExportKey, default_cache, exported
 from dcar_core.runtimes.proof import Probe, prove, reference
 from dcar_core.runtimes.protocol import Prefix, Runtime
 from dcar_core.runtimes.registry import AUTO, KINDS, open_export
@@ -143,6 +143,15 @@ def unseal(wanted: Wanted) -> tuple[Domain, Runtime] | None:
     except (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         log.debug("nothing that was sealed for %s can be used: %s", wanted.checkpoint, error)
         return None
+
+
+def is_kept(checkpoint: Path, mark: str, device: str) -> bool:
+    """Whether `auto` has something to start from in the default cache, so that it need not measure.
+
+    mark: the checkpoint's fingerprint.
+    """
+    wanted = Wanted(checkpoint, device, AUTO, None, default_cache())
+    return wanted.possible and wanted.file(mark).is_file()
 
 
 def forget(cache: Path) -> None:

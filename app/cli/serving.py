@@ -44,14 +44,15 @@ def search(
     """Search an index once, without a service."""
     import numpy as np
 
-    from dcar_core import Encoder
+    from dcar_core import Encoder, sealed
     from dcar_core.images import IMAGE_SUFFIXES
     from index_jobs.artifact import open_current
 
     if not query.strip():
         raise DcarError("the query is empty: give words or the path of a picture")
     artifact = open_current(index)
-    encoder = Encoder.load(artifact.checkpoint, device=device)
+    kept = sealed.is_kept(artifact.checkpoint, artifact.manifest.fingerprint, device)
+    encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if kept else "torch")
     artifact.require(encoder.fingerprint)
     path = Path(query)
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES

@@ -2,7 +2,10 @@
 
 import asyncio
 import importlib.util
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,20 @@ import pytest
 from app_harness import opened
 from test_bad_input import check
 
-from dcar_core import Encoder
+from dcar_core import Encoder, sealed
 from index_jobs.rebuild import rebuild
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the extra [openvino]")
 
 PLAIN = {"query": "a red square", "k": 5}
 DEEP = PLAIN | {"rerank": True, "explain": True}
+
+
+def exported(checkpoint: Path, cache: Path) -> Path:
+    """A cache with the graphs, which may take longer than a test waits for a service, and nothing sealed."""
+    Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache)
+    sealed.forget(cache)
+    return cache
 
 
 def live(http: httpx.AsyncClient) -> Encoder:
@@ -31,9 +41,10 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.json().items() if name not in ("took_ms", "cached")}
 
 
-def test_a_later_start_answers_the_same(built_index: Path, tmp_path: Path) -> None:
+def test_a_later_start_answers_the_same(built_index: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    settings = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path)}
+
     async def main() -> None:
-        settings = {"runtime": "openvino", "runtime_cache": tmp_path}
         async with opened(built_index, **settings) as http:
             assert live(http).backbone is not None
             first = await ask(http, PLAIN), await ask(http, DEEP)
@@ -52,9 +63,9 @@ def test_a_model_that_is_gone_fails_only_who_needs_it(
 ) -> None:
     model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
     rebuild(gallery, model / tiny_checkpoint.name, tmp_path / "index", workers=0, progress=False)
+    settings = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path / "cache")}
 
     async def main() -> None:
-        settings = {"runtime": "openvino", "runtime_cache": tmp_path / "cache"}
         async with opened(tmp_path / "index", **settings) as http:
             await ask(http, PLAIN)
         async with opened(tmp_path / "index", **settings) as http:
@@ -65,3 +76,25 @@ def test_a_model_that_is_gone_fails_only_who_needs_it(
             await ask(http, PLAIN | {"k": 3})
 
     asyncio.run(main())
+
+
+def test_a_search_from_the_command_line_needs_no_pytorch(
+    built_index: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = "import sys, app.cli\ntry: app.cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", program, "search", "a red square", "--index", str(built_index), "--json"]
+
+    def search() -> tuple[str, str]:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr.split()[-1]
+
+    whole, with_torch = search()
+    assert with_torch == "True"
+    Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino")
+    (kept,) = sealed.directory(tmp_path / "dcar").iterdir()
+    kept.rename(kept.with_name(kept.name.replace("openvino", "auto")))  # as if it had been the fastest
+    quick, with_torch = search()
+    assert with_torch == "False"
+    wanted, found = json.loads(whole), json.loads(quick)
+    assert [each["id"] for each in found["results"]] == [each["id"] for each in wanted["results"]]
