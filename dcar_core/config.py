@@ -115,18 +115,13 @@ class TrainConfig(_Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Config):
-    """Everything that rebuilds a method on a backbone.
-
-    near [ours, dcar+]: every other epoch takes pairs in groups of so many whose captions are near each other by the
-        frozen text encoder; 1 never does. See `order`.
-    """
+    """Everything that rebuilds a method on a backbone."""
 
     method: str = "dcar"
     prompt: PromptConfig = field(default_factory=PromptConfig)
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    near: int = 1
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -83,7 +83,6 @@ def prepare(
     group = np.array([groups.setdefault(caption.casefold(), len(groups)) for caption in captions])
     tokens = backbone.tokenize(captions, model.room)
     anchored = for_training and config.loss.anchor > 0
-    grouped = for_training and config.near > 1
     weighted = for_training and (config.reweight.train == "pair" or model.head is not None)
     features = matching = None
     if for_training and model.category_adapter() is not None:
@@ -96,7 +95,7 @@ def prepare(
         _true_of(data, groups, work.image_of),
         pixels=None if model.image_is_frozen else work.pixels(),
         images=work.images() if model.image_is_frozen or anchored else None,
-        captions=work.texts(captions) if model.text_is_frozen or anchored or grouped else None,
+        captions=work.texts(captions) if model.text_is_frozen or anchored else None,
         pair_weights=blend(work.raw_weights(tokens), real_tokens(tokens), config.reweight) if weighted else None,
         caption_features=features,
         matching=matching,

@@ -36,14 +36,12 @@ METHODS: dict[str, ModelConfig] = {
         _prompts_alone("dual"),
         # DCAR with fresh prompts in each of the first four blocks [ours]
         ModelConfig(method="dcar-deep", prompt=PromptConfig(depth=4)),
-        # the extension [ours]: deep prompts, adapters on both features (text: CAA, kept for queries), held to CLIP; in
-        # every other epoch, near captions meet in a batch
+        # the extension [ours]: deep prompts, adapters on both features (text: CAA, kept for queries), held to CLIP
         ModelConfig(
             method="dcar+",
             prompt=PromptConfig(depth=4),
             adapter=AdapterConfig(text=True, image=True),
             loss=LossConfig(anchor=1.0),
-            near=4,
         ),
     )
 }

@@ -28,7 +28,6 @@ from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import Prepared, prepare
 from dcar_core.logs import TensorBoard, write_csv
 from dcar_core.model import DCAR
-from dcar_core.order import epoch_order, neighbours_of
 from dcar_core.parallel import ALONE, Group
 from dcar_core.resume import Progress, State
 from dcar_core.scoring import Recall, choose_query_weights, evaluate, mean_r1
@@ -85,7 +84,6 @@ def train(
     state = State(run, _identity(model, data, held_out, config) if run is not None else {})
     at, kept = state.restore(model, optimizer, precision.scaler) or (Progress(), _copy(model))
     board = TensorBoard(run / "tensorboard", at.epoch) if tensorboard and run is not None and group.leads else None
-    neighbours = neighbours_of(data.captions) if model.config.near > 1 and data.captions is not None else None
     batches = math.ceil(len(data) / config.batch_size)
     total = batches * config.epochs
     bar = tqdm(total=total, initial=at.epoch * batches + at.step, desc=f"training {model.config.method}", unit="batch",
@@ -94,7 +92,7 @@ def train(
     while at.epoch < config.epochs and not (config.patience and at.epoch - at.best_epoch >= config.patience):
         epoch = at.epoch + 1
         model.train()
-        order = epoch_order(len(data), config.seed, epoch, neighbours, model.config.near)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(data))
         for rows in np.array_split(order, batches)[at.step :]:
             for options in optimizer.param_groups:
                 options["lr"] = config.lr * _cosine(at.epoch * batches + at.step, total, config.warmup)

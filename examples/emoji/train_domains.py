@@ -88,8 +88,6 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
                 chosen = method(name)
                 if name != "clip" and args.anchor is not None:
                     chosen = replace(chosen, loss=replace(chosen.loss, anchor=args.anchor))
-                if name != "clip":
-                    chosen = replace(chosen, near=args.near)
                 model = seeded_model(backbone, chosen, seed)
                 found = train(model, training, validation, config)
                 notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
@@ -147,8 +145,6 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=0, help="short captions beside each; default: %(default)s")
     parser.add_argument("--anchor", type=float, help="weight of the loss that holds features near CLIP's; default: the "
                         "method's")  # fmt: skip
-    parser.add_argument("--near", type=int, default=1, help="pairs of near captions in a batch, in every other "
-                        "epoch; default: %(default)s, with which the bundled checkpoints were trained")  # fmt: skip
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true")
