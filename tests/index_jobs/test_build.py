@@ -242,6 +242,23 @@ def test_lower_target_is_searched_less(gallery: Floats) -> None:
     assert nprobe(0.7) < nprobe(0.99)
 
 
+def test_a_ceiling_below_the_aim_is_no_reason_to_search_everything(gallery: Floats) -> None:
+    """Four bits a dimension miss some neighbours however many lists are gone through."""
+    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF256,SQ4", "test")])
+    assert built.measured["recall_at_10"] < 0.98
+    assert built.measured["parameters"]["nprobe"] < 128
+    queries = gallery[1:400:2] + 0.02 * np.random.default_rng(5).normal(size=(200, DIM)).astype(np.float32)
+    truth = exact(queries, gallery, 10)
+
+    def recall() -> float:
+        found = built.index.search(queries, 10)[1]
+        return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)]))
+
+    narrow = recall()
+    built.index.nprobe = 256
+    assert narrow > recall() - 0.005
+
+
 def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
