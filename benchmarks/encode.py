@@ -6,8 +6,8 @@
     python benchmarks/encode.py --memory 100000                  peak memory over 100,000 pictures, minutes
     python benchmarks/encode.py --memory 100000 --tars           the same from webdataset tars of 10,000 each
 
-- The bare encoder is the same runtime's forward pass over one batch of pixels that lies in memory. It and the job take turns
-  in rounds, so that what else the machine does falls on both; the ratio is the figure, the rates are the machine's.
+- The bare encoder is the same runtime's forward pass over one batch of pixels that lies in memory. It and the job take
+  turns in rounds, so that what else the machine does falls on both; the ratio is the figure, the rates the machine's.
 - The job is all of `dcar index build` up to the vectors: scan, read, decode, resize, encode, and shards with checksums
   on the disk.
 - Processor time is compared as well: on a shared machine, whose other work comes and goes, it is the steadier measure.
@@ -150,9 +150,8 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
         )
     sizes = np.mean([path.stat().st_size for path in itertools.islice(source.rglob("*.jpg"), DRAWN)])
     workers = worker_count(arguments.workers, arguments.pictures) or "threads"
-    print(
-        f"{arguments.model} by {arguments.runtime}, {torch.get_num_threads()} cores, workers: {workers}, JPEGs of {sizes / 1000:.0f} KB"
-    )
+    cores = f"{torch.get_num_threads()} cores, workers: {workers}"
+    print(f"{arguments.model} by {arguments.runtime}, {cores}, JPEGs of {sizes / 1000:.0f} KB")
     wall, cpu = np.mean(ratios, 0)
     print(f"the job reaches {wall:.1%} of the bare encoder's images per second; by processor time, {cpu:.1%}")
 
