@@ -140,7 +140,8 @@ class Tuning:
             if recall >= self._aim or width >= knobs.widest or stuck:
                 break
             width = min(2 * width, knobs.widest)
-        goal = self._aim if recall >= self._aim else max(tried.values()) - _NOISE
+        top = max(tried.values())
+        goal = self._aim if recall >= self._aim else max(top - _NOISE, min(top, self._target))
         width = min(each for each, reached in tried.items() if reached >= goal)
         low = max((each for each in tried if each < width), default=width)
         for _ in range(_BISECTIONS):
