@@ -4,11 +4,13 @@ The weight of a word comes from the frozen encoders without prompts (section 2 o
 feature beside its vector: the frozen image encoder's. Every candidate of a query is weighed the same way.
 """
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dcar_core.reweight import blend, pair_weights, real_tokens
 
@@ -23,8 +25,12 @@ class Pairs:
 
     def __init__(self, encoder: "Encoder") -> None:
         self._model = encoder.model
+
+    @cached_property
+    def _blank(self) -> Tensor:
+        """(E,), at first need, by whoever owns the model."""
         backbone = self._model.backbone
-        self._blank = torch.from_numpy(self.frozen(backbone.preprocess.blank()[None])[0]).to(backbone.device)  # [E]
+        return torch.from_numpy(self.frozen(backbone.preprocess.blank()[None])[0]).to(backbone.device)
 
     @torch.inference_mode()
     def frozen(self, pixels: NDArray[np.uint8]) -> Floats:

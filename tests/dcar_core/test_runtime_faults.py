@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core import Encoder
+from dcar_core import Encoder, sealed
 from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.runtimes import capabilities, selection
 
@@ -24,6 +24,7 @@ def measured(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     content = json.loads(path.read_text())
     content["best_first"] = [NAME, "torch"]
     path.write_text(json.dumps(content))
+    sealed.forget(cache)  # or a start would look at nothing of this
     return cache
 
 
