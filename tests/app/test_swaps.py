@@ -17,7 +17,7 @@ KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 SWAPS = 20
 WARM = 8  # swaps after which the process has the size that it keeps
-ROOM = 8 * 2**20  # bytes; a backbone alone has 13 MB
+ROOM = 12 * 2**20  # bytes: a thread that comes late brings 8 MB once; a backbone alone has 13 MB
 
 
 def resident() -> int:
