@@ -14,11 +14,10 @@ import asyncio
 import contextlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,6 +124,12 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     artifact.require(encoder.fingerprint)
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
 
+    @cache
+    def pairs() -> "Pairs":
+        from dcar_core.pairs import Pairs
+
+        return Pairs(encoder)
+
     def warm_up() -> None:
         encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
         artifact.search(encoder.encode_text(["warm up"]), 1)
@@ -134,22 +139,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     warm_up()  # and what they still read from the file is in memory before the first query
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
     answers = Answers(settings.answer_cache_bytes if settings.cache_size else 0)
-    return Snapshot(encoder, artifact, preprocess, backbone, _once(encoder), matching, answers)
-
-
-def _once(encoder: "Encoder") -> "Callable[[], Pairs]":
-    turn = threading.Lock()
-    made: list[Pairs] = []
-
-    def pairs() -> "Pairs":
-        with turn:
-            if not made:
-                from dcar_core.pairs import Pairs
-
-                made.append(Pairs(encoder))
-            return made[0]
-
-    return pairs
+    return Snapshot(encoder, artifact, preprocess, backbone, pairs, matching, answers)
 
 
 class Snapshots:

@@ -24,7 +24,7 @@ from dcar_core.errors import ModelError
 from dcar_core.images import ImageSource
 from dcar_core.mapped import release
 from dcar_core.runtimes.exports import default_cache
-from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.protocol import ExportRuntime, Runtime
 from dcar_core.runtimes.registry import Target, require_known
 
 if TYPE_CHECKING:
@@ -170,8 +170,7 @@ class Encoder:
 
     def release(self) -> None:
         """Let go of what only loading needed, as far as it can be read again from its file: see `mapped`."""
-        directory = getattr(self.runtime, "directory", None)
-        places = [] if directory is None else [directory]
+        places = [self.runtime.directory] if isinstance(self.runtime, ExportRuntime) else []
         if self.backbone is not None:
             source = self.backbone.source
             places += [Path(source.model), Path(source.pretrained or source.model)]

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +36,9 @@ from dcar_core.domain import Bottleneck, Domain
 from dcar_core.errors import DcarError
 from dcar_core.preprocess import Preprocess
 from dcar_core.runtimes import capabilities
-from dcar_core.runtimes.exports import GRAPHS, ExportKey, default_cache, exported
+from dcar_core.runtimes.exports import GRAPHS, MANIFEST, ExportKey, default_cache, exported
 from dcar_core.runtimes.proof import Probe, prove, reference
-from dcar_core.runtimes.protocol import Prefix, Runtime
+from dcar_core.runtimes.protocol import ExportRuntime, Prefix, Runtime
 from dcar_core.runtimes.registry import AUTO, KINDS, open_export
 
 if TYPE_CHECKING:
@@ -88,20 +87,21 @@ def seal(wanted: Wanted, domain: Domain, target: "Target", runtime: Runtime) -> 
 
     A cache that cannot be written costs later starts their time, nothing else.
     """
-    graphs = getattr(runtime, "directory", None)
-    tokens = target.backbone.own_tokens(target.model.room) if graphs is not None and wanted.possible else None
-    if graphs is None or tokens is None:
+    if not wanted.possible or not isinstance(runtime, ExportRuntime):
+        return
+    tokens = target.backbone.own_tokens(target.model.room)
+    if tokens is None:
         return
     probe = Probe.synthetic(domain.preprocess.size)
     texts, images = reference(target.model, probe)
     if not prove(domain, runtime, probe, (texts, images)).holds:
         return
-    manifest = json.loads((graphs / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((runtime.directory / MANIFEST).read_text(encoding="utf-8"))
     content = {
         "circumstances": _circumstances(wanted),
         "fingerprint": domain.fingerprint,
         "runtime": runtime.name,
-        "threads": runtime.threads,  # type: ignore[attr-defined]
+        "threads": runtime.threads,
         "export": {name: manifest[name] for name in ("runtime", "backbone", "depth", "library", "fingerprint")},
         "dim": domain.dim,
         "patches": domain.patches,
@@ -215,16 +215,10 @@ def _domain(content: Mapping[str, Any], arrays: Arrays) -> Domain:
 
 
 def _circumstances(wanted: Wanted) -> dict[str, Any]:
-    libraries = {}
-    for name in _LIBRARIES:
-        try:
-            libraries[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "format": FORMAT,
         "graphs": GRAPHS,
-        "libraries": libraries,
+        "libraries": capabilities.versions(_LIBRARIES),
         "processor": capabilities.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "omp": os.environ.get("OMP_NUM_THREADS"),

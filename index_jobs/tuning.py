@@ -141,7 +141,8 @@ class Tuning:
                 break
             width = min(2 * width, knobs.widest)
         top = max(tried.values())
-        goal = self._aim if recall >= self._aim else max(top - _NOISE, min(top, self._target))
+        near = max(top - _NOISE, self._target) if top >= self._target else top - _NOISE
+        goal = self._aim if recall >= self._aim else near
         width = min(each for each, reached in tried.items() if reached >= goal)
         low = max((each for each in tried if each < width), default=width)
         for _ in range(_BISECTIONS):

@@ -1,6 +1,8 @@
-"""What this processor can do, by the names that the operating system gives its instructions."""
+"""What this processor can do, by the names that the operating system gives its instructions; what is installed."""
 
+from collections.abc import Iterable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Any one of them will do. The first group is x86's, the second Arm's.
@@ -9,6 +11,17 @@ _NEEDED = {
     "int8": ({"avx512_vnni", "avx_vnni", "amx_int8"}, {"i8mm", "asimddp"}),
 }
 _CPUINFO = Path("/proc/cpuinfo")
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed, by name."""
+    found = {}
+    for name in libraries:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 @cache

@@ -8,7 +8,8 @@ d width of a head, W_v width, E joint space, S side in pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,3 +68,11 @@ class Runtime(Protocol):
     def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
         """pixels (B, 3, S, S), prompts (depth, R, k, W_v) -> image features (B, E), not normalised."""
         ...
+
+
+@runtime_checkable
+class ExportRuntime(Runtime, Protocol):
+    """One that runs a graph on disk, and needs neither the model nor PyTorch for it."""
+
+    directory: Path
+    threads: int

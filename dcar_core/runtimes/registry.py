@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Literal
 from dcar_core.errors import RuntimeUnavailableError
 from dcar_core.runtimes import capabilities
 from dcar_core.runtimes.exports import ExportKey, exported
-from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.protocol import ExportRuntime, Runtime
 
 if TYPE_CHECKING:
     from dcar_core.backbone import Backbone
     from dcar_core.model import DCAR
-    from dcar_core.runtimes.onnx_graph import OnnxRuntime
-    from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
     from dcar_core.runtimes.towers import ImageTower, TextTower
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -84,9 +82,7 @@ def require_known(name: str) -> None:
 
 
 _open: "weakref.WeakKeyDictionary[Backbone, dict[str, Runtime]]" = weakref.WeakKeyDictionary()
-_exports: "weakref.WeakValueDictionary[tuple[str, Path, int], OpenVinoRuntime | OnnxRuntime]" = (
-    weakref.WeakValueDictionary()
-)
+_exports: "weakref.WeakValueDictionary[tuple[str, Path, int], ExportRuntime]" = weakref.WeakValueDictionary()
 
 
 def open_runtime(name: str, target: Target) -> Runtime:
@@ -110,7 +106,7 @@ def open_runtime(name: str, target: Target) -> Runtime:
     return opened[key]
 
 
-def open_export(name: str, directory: Path, threads: int) -> "OpenVinoRuntime | OnnxRuntime":
+def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
     """A runtime on an export that has been checked; the one that is open already, if there is one.
 
     Raises:

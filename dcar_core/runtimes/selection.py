@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def _best(domain: Domain, target: Target) -> Runtime:
 
 def candidates(target: Target) -> list[str]:
     """What `auto` may try by itself: no int8, nothing that compiles for minutes, nothing that is not installed."""
-    installed = _libraries()
+    installed = capabilities.versions(_LIBRARIES)
     if target.backbone.device.type == "cuda":
         return ["torch", "cuda-fp16", "cuda-bf16"]
     if target.backbone.device.type != "cpu":
@@ -104,7 +103,7 @@ def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) 
 def rank(trials: Iterable[Trial]) -> Ranking:
     """Best first; those whose vectors are wrong are left out."""
     kept = tuple(sorted(trials, key=lambda trial: -trial.score))
-    return Ranking(tuple(trial.name for trial in kept if trial.holds), _libraries(), kept)
+    return Ranking(tuple(trial.name for trial in kept if trial.holds), capabilities.versions(_LIBRARIES), kept)
 
 
 def remember(target: Target, ranking: Ranking) -> None:
@@ -141,7 +140,7 @@ def remembered(target: Target) -> Ranking | None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read (%s), so the runtimes are measured again", path, error)
             continue
-        now = _libraries()
+        now = capabilities.versions(_LIBRARIES)
         # A library that is gone keeps the ranking: its runtime is then skipped with a warning.
         if same and names and all(libraries.get(name) == now[name] for name in now):
             return Ranking(names, libraries, trials)
@@ -156,13 +155,3 @@ def _path(target: Target, fingerprint: str) -> Path:
 
 def _circumstances() -> dict[str, Any]:
     return {"graphs": GRAPHS, "processor": capabilities.processor(), "threads": torch.get_num_threads()}
-
-
-def _libraries() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

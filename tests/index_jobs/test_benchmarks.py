@@ -28,7 +28,7 @@ def test_the_table_of_kinds(vectors: tuple[str, ...], tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in table if line.startswith("| `")]
     assert [row[0] for row in rows] == ["| `--kind`", "| `flat`", "| `IVF8,Flat`", "| `auto`"]
     assert len({len(row) for row in rows}) == 1
-    assert float(rows[1][-1].strip(" |")) >= 0.995  # where scores are equal, either may be found
+    assert float(rows[1][-1].strip(" |")) >= 0.998  # where scores are equal, either may be found
     assert float(rows[2][-1].strip(" |")) >= 0.95
     assert table[-1].startswith("`auto` takes `Flat`: 300 vectors are at most 20,000")
     kept = run("index_kinds.py", "--count", "300", "--out", tmp_path, *vectors, "--kind", "flat")
