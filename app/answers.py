@@ -25,11 +25,12 @@ class JsonAnswer(Response):
 
 def search_answer(request: Request, answer: Answer) -> dict[str, Any]:
     """As `SearchAnswer`; what was not asked for is absent."""
+    items = _items(request)
     body: dict[str, Any] = {
         "index_version": answer.version,
         "took_ms": round(answer.took_ms, 2),
         "cached": answer.cached,
-        "results": [_result(request, rank, match) for rank, match in enumerate(answer.matches, answer.offset + 1)],
+        "results": [_result(items, rank, match) for rank, match in enumerate(answer.matches, answer.offset + 1)],
     }
     if answer.next_offset is not None:
         body["next_offset"] = answer.next_offset
@@ -48,18 +49,18 @@ def item_answer(request: Request, version: int, item: Item) -> dict[str, Any]:
         "caption": item.caption,
         "category": item.category,
         "metadata": _finite(item.metadata),
-        "image_url": _image_url(request, item.id),
+        "image_url": _image_url(_items(request), item.id),
     }
 
 
-def _result(request: Request, rank: int, match: Match) -> dict[str, Any]:
+def _result(items: str, rank: int, match: Match) -> dict[str, Any]:
     result: dict[str, Any] = {
         "rank": rank,
         "id": match.item.id,
         "score": round(match.score, 6),
         "caption": match.item.caption,
         "category": match.item.category,
-        "image_url": _image_url(request, match.item.id),
+        "image_url": _image_url(items, match.item.id),
     }
     if match.reranked is not None:
         result["rerank_score"] = round(match.reranked, 6)
@@ -76,10 +77,15 @@ def _words(words: Words) -> list[dict[str, Any]]:
     return [{"word": word, "weight": round(weight, 4)} for word, weight in words]
 
 
-def _image_url(request: Request, item_id: str) -> str:
+def _items(request: Request) -> str:
+    """Where the items of the request's collection are, as a path."""
     collection = collection_of(request)
     prefix = "" if collection is None else f"/collections/{quote(collection, safe='')}"
-    return f"{request.scope.get('root_path', '')}{prefix}/items/{quote(item_id, safe='')}/image"
+    return f"{request.scope.get('root_path', '')}{prefix}/items"
+
+
+def _image_url(items: str, item_id: str) -> str:
+    return f"{items}/{quote(item_id, safe='')}/image"
 
 
 def _finite(value: Any) -> Any:

@@ -134,6 +134,11 @@ class Batcher:
         self.require_room()
         return await asyncio.gather(*(self._enqueue(lane, payload) for payload in payloads))
 
+    @property
+    def full(self) -> bool:
+        """Whether what waits already would keep another job too long."""
+        return self._backlog > self._max_queue
+
     def require_room(self) -> None:
         """Nothing happens when another job would be taken on.
 
@@ -143,7 +148,7 @@ class Batcher:
         """
         if self._closing:
             raise NotReady("The service is shutting down.")
-        if self._backlog > self._max_queue:
+        if self.full:
             self._metrics.refused("queue_time")
             raise Overloaded(self._backlog)
 

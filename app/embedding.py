@@ -62,6 +62,16 @@ class Embedder:
         """See `Batcher.require_room`."""
         self._batcher.require_room()
 
+    def require_room_for(self, snapshot: Snapshot, text: str) -> None:
+        """As `require_room`, for a text that may be remembered. Asked before anything is begun for a search: under
+        overload most of what the service does is to refuse, and that takes time from those it accepted."""
+        if not self._batcher.full or self._cache.shared:
+            return
+        encoder = snapshot.encoder
+        key = cache_key(encoder.fingerprint, "text", text.encode())
+        if key not in self._flights and self._cache.peek(key, encoder.dim) is None:
+            self._batcher.require_room()
+
     async def text(self, snapshot: Snapshot, text: str) -> tuple[Vector, bool]:
         """The vector (E,) of a normalised text, and whether it was remembered."""
         encoder = snapshot.encoder
@@ -127,9 +137,6 @@ class Embedder:
         known = self._cache.peek(key, dim)
         if known is not None:
             return known, True
-        if not self._cache.shared and key not in self._flights:
-            self._batcher.require_room()  # before a task is made for what would be refused
-
         async def start() -> tuple[Vector, bool]:
             with self._metrics.timed("cache"):
                 known = await self._cache.get(key, dim)

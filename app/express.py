@@ -9,14 +9,14 @@
 import time
 from dataclasses import dataclass
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.answers import JsonAnswer, search_answer
 from app.problems import answer_to
-from app.queries import metrics_of, read_words, retriever_of, snapshot_of
+from app.queries import metrics_of, retriever_of, settings_of, snapshot_of, words_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +50,31 @@ class Express:
 
 
 async def _answer(request: Request) -> Response:
-    body = await request.body()
+    body = await _body(request.receive)
     began = time.perf_counter()
     snapshot = await snapshot_of(request)
-    key = request.scope["path"], request.scope.get("root_path"), request.headers.get("content-type"), body
+    content_type = request.headers.get("content-type", "")
+    key = request.scope["path"], request.scope.get("root_path"), content_type, body
     known = snapshot.answers.get(key, snapshot.version, (time.perf_counter() - began) * 1000)
     if known is not None:
         metrics_of(request).lookup("answers", "hit")
         return Response(known, media_type=JsonAnswer.media_type)
-    retriever = await retriever_of(request)
-    answer = search_answer(request, await retriever.search(snapshot, await read_words(request)))
+    words = words_in(content_type, body, settings_of(request))
+    answer = search_answer(request, await (await retriever_of(request)).search(snapshot, words))
     snapshot.answers.put(key, answer)
     return JsonAnswer(answer)
+
+
+async def _body(receive: Receive) -> bytes:
+    """As Starlette's `Request.body`, without the two generators that each part passes through there."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 def _claim(scope: Scope) -> bool:

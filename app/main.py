@@ -55,7 +55,7 @@ def create_app(
             span of a request.
     """
 
-    metrics = Metrics(tracer)
+    metrics, traced = Metrics(tracer), tracer is not None
     rates = _make_rates(settings)
 
     @asynccontextmanager
@@ -88,6 +88,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": traced, "metrics": traced, "logs": traced},
         generate_unique_id_function=_operation,
         lifespan=lifespan,
     )

@@ -13,12 +13,12 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.metrics import Metrics
 from app.problems import SAFE_HEADERS, Problem
 
+_SAFE = [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 _LINGER_S = 1.0
 _LINGER_BYTES = 4 * 2**20
 _WATCH_AFTER_S = 0.05
@@ -61,21 +61,12 @@ class Guard:
             return
         limit, field = self._limit(scope["path"])
         body = _Body()
-        body.whole = _has_none(scope)
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + self._upload_s
+        announced, body.whole = _announced(scope)
         started = False
 
         async def counted() -> Message:
-            if body.whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(ends):
-                    message = await receive()
-            except TimeoutError:
-                body.refusal = self._slow()
-                raise _RefusedError from None
-            if message["type"] == "http.request":
+            message = await receive()
+            if message["type"] == "http.request" and not body.whole:
                 body.received += len(message.get("body", b""))
                 body.whole = not message.get("more_body", False)
                 if body.received > limit:
@@ -92,19 +83,21 @@ class Guard:
                 return  # whatever the application makes of the broken-off body, the answer is the refusal
             if message["type"] == "http.response.start":
                 started = True
-                headers = MutableHeaders(scope=message)
-                for name, value in SAFE_HEADERS.items():
-                    headers.setdefault(name, value)
+                given = message["headers"]
+                names = {name for name, _ in given}
+                message = {**message, "headers": [*given, *(each for each in _SAFE if each[0] not in names)]}
             await send(message)
 
-        announced = _announced(scope)
+        def late() -> None:
+            body.refusal = self._slow()
+
         try:
             if announced > limit:
                 body.refusal = self._large(limit, field)
             elif not self._hold(body, announced):
                 body.refusal = self._full()
             else:
-                with _Watch(receive, body):
+                with _Watch(receive, body, self._upload_s, late):
                     await self._app(scope, counted, safe)
         except _RefusedError:
             pass
@@ -140,57 +133,66 @@ class Guard:
 
 
 class _Watch:
-    """Cancels the request that it surrounds when the caller leaves, once that has taken longer than usual.
+    """Cancels the request that it surrounds, once that has taken longer than usual: when its body is still not whole
+    after `upload_s`, having called `late`, or when the caller leaves.
 
-    Nothing else may read from the connection then, so it begins only after the whole body has come.
+    One timer for both, since most requests are answered before it rings. While the body comes nothing else may read
+    from the connection, so whether the caller is there is only watched afterwards.
     """
 
-    def __init__(self, receive: Receive, body: _Body) -> None:
+    def __init__(self, receive: Receive, body: _Body, upload_s: float, late: Callable[[], None]) -> None:
         self._receive = receive
         self._body = body
+        self._late = late
+        self._loop = asyncio.get_running_loop()
+        self._ends = self._loop.time() + upload_s
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._gone = False
+        self._given_up = False
 
     def __enter__(self) -> None:
-        self._later()
+        self._timer = self._loop.call_later(_WATCH_AFTER_S, self._look)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._gone and self._task is not None:
+        if self._given_up and self._task is not None:
             self._task.uncancel()
             return kind is asyncio.CancelledError
         return False
 
-    def _later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._begin)
-
-    def _begin(self) -> None:
+    def _look(self) -> None:
+        now = self._loop.time()
         if self._body.whole:
-            self._watcher = asyncio.create_task(self._watch())
+            self._watcher = self._loop.create_task(self._watch())
+        elif now < self._ends:
+            self._timer = self._loop.call_at(min(now + _WATCH_AFTER_S, self._ends), self._look)
         else:
-            self._later()
+            self._late()
+            self._give_up()
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._give_up()
+
+    def _give_up(self) -> None:
         if self._task is not None and not self._task.done():
-            self._gone = True
+            self._given_up = True
             self._task.cancel()
 
 
-def _has_none(scope: Scope) -> bool:
-    """Whether it is certain from the head that there is no body."""
-    headers = Headers(scope=scope)
-    return scope["method"] in ("GET", "HEAD") and not {"content-length", "transfer-encoding"} & set(headers)
-
-
-def _announced(scope: Scope) -> int:
-    """The length that the body is said to have, 0 when it is not said."""
-    value = Headers(scope=scope).get("content-length", "")
-    return int(value) if value.isascii() and value.isdigit() else 0
+def _announced(scope: Scope) -> tuple[int, bool]:
+    """The length that the body is said to have, 0 when it is not said, and whether it is certain that there is none."""
+    length, silent = 0, scope["method"] in ("GET", "HEAD")
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            silent = False
+            length = int(value) if value.isdigit() else 0
+        elif name == b"transfer-encoding":
+            silent = False
+    return length, silent
 
 
 def _closing(status: int, detail: str, *, errors: list[tuple[str, str]] | None = None, retry_after: int = 0) -> Problem:

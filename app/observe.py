@@ -10,7 +10,6 @@ import time
 from typing import Any
 from urllib.parse import quote
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.logs import choose_id, request_id
@@ -20,7 +19,7 @@ from app.problems import Problem
 log = logging.getLogger("app.access")
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
-_ID = "X-Request-ID"
+_ID = b"x-request-id"
 _NAMED = "/collections/{collection}"
 
 
@@ -38,7 +37,7 @@ class Observe:
         began = time.perf_counter()
         method = scope["method"]
         inner = {**scope, "method": "GET"} if method == "HEAD" else scope
-        known_as = choose_id(Headers(scope=scope).get(_ID))
+        known_as = choose_id(_given_id(scope))
         token = request_id.set(known_as)
         status = 0
 
@@ -46,7 +45,7 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[_ID] = known_as
+                message = {**message, "headers": [*message["headers"], (_ID, known_as.encode())]}
             elif method == "HEAD":
                 if message.get("more_body", False):
                     return
@@ -82,6 +81,10 @@ class Observe:
                 "caller": scope.get("dcar.caller"),
             }
             log.info("%s %s %d in %.1f ms", method, path, status or 499, seconds * 1000, extra=extra)
+
+
+def _given_id(scope: Scope) -> str | None:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == _ID), None)
 
 
 def _template(scope: Scope) -> str:

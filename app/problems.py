@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -74,9 +74,10 @@ class Problem(Exception):  # noqa: N818 - RFC 9457 calls it so
             document["errors"] = [{"field": field, "message": message} for field, message in self.errors]
         return document
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """The answer, with the headers that every answer carries, since some are sent outside of the middleware."""
-        return JSONResponse(self.body(), self.status, headers={**SAFE_HEADERS, **self.headers}, media_type=MEDIA_TYPE)
+        headers = {**SAFE_HEADERS, **self.headers}
+        return Response(to_json(self.body()), self.status, headers=headers, media_type=MEDIA_TYPE)
 
 
 class NotReady(Problem):

@@ -1,7 +1,7 @@
 """Requests become checked queries here, as dependencies, so that the routes read like sentences.
 
-The body is read by hand and not by FastAPI: a wrong content type is refused before anything is read, pydantic parses
-the JSON in one step, and every fault has the caller's name for the field.
+The body is read by hand and not by FastAPI: pydantic parses the JSON in one step, a form of a wrong content type is
+refused before anything of it is read, and every fault has the caller's name for the field.
 
 All dependencies are coroutines: FastAPI runs a plain function in a thread of its own, which costs more than a search.
 """
@@ -66,8 +66,12 @@ async def snapshot_of(request: Request) -> Snapshot:
     return (await collections_of(request))[collection_of(request)].require()
 
 
-def _check_type(request: Request, wanted: str) -> None:
-    given = request.headers.get("content-type", "").split(";")[0].strip().lower()
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "")
+
+
+def _check_type(content_type: str, wanted: str) -> None:
+    given = content_type.split(";")[0].strip().lower()
     if given != wanted:
         message = f"must be {wanted}, not {given or 'absent'}"
         raise field_problem("Content-Type", message, status=415)
@@ -94,22 +98,27 @@ def _text_search(given: TextQuery, settings: Settings) -> Search:
     return Search(given, text)
 
 
-async def _json(request: Request, model: type[M]) -> M:
-    _check_type(request, "application/json")
+def _json(content_type: str, body: bytes, model: type[M]) -> M:
+    _check_type(content_type, "application/json")
     try:
-        return model.model_validate_json(await request.body())
+        return model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
 
 
+def words_in(content_type: str, body: bytes, settings: Settings) -> Search:
+    """The query that a body of POST /search/text holds."""
+    return _text_search(_json(content_type, body, TextQuery), settings)
+
+
 async def read_words(request: Request) -> Search:
     """The query of POST /search/text."""
-    return _text_search(await _json(request, TextQuery), settings_of(request))
+    return words_in(_content_type(request), await request.body(), settings_of(request))
 
 
 async def read_batch(request: Request) -> list[Search]:
     """The queries of POST /search/batch."""
-    given = (await _json(request, BatchQuery)).queries
+    given = _json(_content_type(request), await request.body(), BatchQuery).queries
     settings = settings_of(request)
     if len(given) > settings.max_queries:
         raise field_problem("queries", f"at most {settings.max_queries}, not {len(given)}")
@@ -128,7 +137,7 @@ async def read_picture(request: Request) -> Search:
     When the model has too much to do already, the picture is not even read: receiving and decoding it costs more than
     many searches by words.
     """
-    _check_type(request, "multipart/form-data")
+    _check_type(_content_type(request), "multipart/form-data")
     (await retriever_of(request)).require_room()
     settings = settings_of(request)
     async with request.form(max_files=1, max_fields=64, max_part_size=_PART_BYTES) as form:

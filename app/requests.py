@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 DEFAULT_K = 10
 K = Annotated[int, Field(ge=1, description="how many results")]
-Ids = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=32)]
+Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32)]
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 
 _CONTROL_TOKENS = re.compile(r"<\|?(?:start_of_text|end_of_text|startoftext|endoftext)\|?>", re.IGNORECASE)
@@ -63,8 +63,8 @@ class Options(BaseModel):
         Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None,
         Field(description='only results that score at least this; "auto": as calibrated, for searches by words alone'),
     ] = None
-    more_like: Annotated[Ids, Field(description="ids of items that results should be like; they are left out")] = []
-    less_like: Annotated[Ids, Field(description="ids of items that results should not be like; left out")] = []
+    more_like: Annotated[Ids, Field(description="ids of items that results should be like; they are left out")] = ()
+    less_like: Annotated[Ids, Field(description="ids of items that results should not be like; left out")] = ()
     weights: Weights = Weights()
     fold: Annotated[
         float | None,

@@ -112,6 +112,8 @@ class Retriever:
             ImageError: the picture cannot be read; the message is the reason.
             Problem: what is asked for cannot be done.
         """
+        if search.text:
+            self._embedder.require_room_for(snapshot, search.text)
         async with self._admitted():
             return await self._answer(snapshot, search)
 

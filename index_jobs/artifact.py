@@ -19,8 +19,9 @@ INDEX/versions/<n>/checkpoint/   the model that made the vectors
 
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,19 +43,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
-    """One picture of the gallery; what was not given is "". fields: the metadata as JSON, which results do not show."""
+    """One picture of the gallery; what was not given is "". fields: reads the metadata, which results do not show."""
 
     id: str
     caption: str
     category: str
-    fields: str
+    fields: Callable[[], str]
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The fields that have no column of their own."""
-        value: dict[str, Any] = json.loads(self.fields)
+        value: dict[str, Any] = json.loads(self.fields())
         return value
 
 
@@ -166,7 +167,10 @@ class Artifact:
             IndexError: no such row, or it was removed.
         """
         part, place = self._parts.locate(row)
-        return Item(*(part.items.value(place, column) for column in ("id", "caption", "category", "metadata")))
+        value = part.items.value
+        return Item(
+            value(place, "id"), value(place, "caption"), value(place, "category"), partial(value, place, "metadata")
+        )
 
     def row_of(self, item_id: str) -> int | None:
         """The row of an id, None when there is no such item."""

@@ -63,9 +63,11 @@ class Items:
                 self._schema = reader.schema
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-        self._columns = {name: self._schema.get_field_index(name) for name in [*COLUMNS, _BY_ID]}
-        if -1 in self._columns.values() or any(len(batch) != _BATCH for batch in self._batches[:-1]):
+        own = [*COLUMNS, _BY_ID]
+        if not {*own} <= {*self._schema.names} or any(len(batch) != _BATCH for batch in self._batches[:-1]):
             raise ArtifactError(f"{path} is no items file of this version")
+        # Taken out once: a batch makes a new object of a column each time it is asked for one.
+        self._cells = {name: [batch.column(name) for batch in self._batches] for name in own}
         self._count = sum(len(batch) for batch in self._batches)
 
     def __len__(self) -> int:
@@ -102,7 +104,7 @@ class Items:
         """
         if not 0 <= row < self._count:
             raise IndexError(f"row {row} is not in 0..{self._count - 1}")
-        return self._batches[row // _BATCH].column(self._columns[column])[row % _BATCH].as_py()
+        return self._cells[column][row // _BATCH][row % _BATCH].as_py()
 
     def row_of(self, item_id: str) -> int | None:
         """The row of an id, by binary search over UTF-8 bytes, the order that Arrow sorts in."""

@@ -5,10 +5,11 @@
 - Rows are numbered through all parts. A removed row keeps its number and is never found, by a search or by its id.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,8 @@ class Parts:
 
     def __init__(self, parts: Sequence[Part], removed: NDArray[np.int64]) -> None:
         self._parts = parts
-        self._starts = np.concatenate([[0], np.cumsum([part.vectors.count for part in parts])])
-        self.rows = int(self._starts[-1])
+        self._starts = [0, *accumulate(part.vectors.count for part in parts)]
+        self.rows = self._starts[-1]
         self._removed = removed
 
     @cached_property
@@ -59,7 +60,7 @@ class Parts:
         if len(self._parts) == 1:
             return self._parts[0].vectors.search(vectors, k, mask)
         scores, rows = [], []
-        for part, (start, stop) in zip(self._parts, pairwise(self._starts.tolist()), strict=True):
+        for part, (start, stop) in zip(self._parts, pairwise(self._starts), strict=True):
             found, places = part.vectors.search(vectors, k, None if mask is None else mask[start:stop])
             scores.append(found)
             rows.append(np.where(places >= 0, places + start, -1))
@@ -70,7 +71,7 @@ class Parts:
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
             self.locate(int(row))
         found = np.empty((len(rows), self._parts[0].vectors.dim), np.float32)
-        for part, (start, stop) in zip(self._parts, pairwise(self._starts.tolist()), strict=True):
+        for part, (start, stop) in zip(self._parts, pairwise(self._starts), strict=True):
             here = (rows >= start) & (rows < stop)
             if here.any():
                 found[here] = part.vectors.vectors(rows[here] - start)
@@ -86,12 +87,12 @@ class Parts:
             raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
         if len(self._removed) and not self.live[row]:
             raise IndexError(f"row {row} was removed")
-        number = int(np.searchsorted(self._starts, row, "right")) - 1
-        return self._parts[number], row - int(self._starts[number])
+        number = bisect_right(self._starts, row) - 1
+        return self._parts[number], row - self._starts[number]
 
     def row_of(self, item_id: str) -> int | None:
         """The row of an id that was not removed; the newest first, since an item may have been replaced."""
-        for part, start in zip(reversed(self._parts), reversed(self._starts[:-1].tolist()), strict=True):
+        for part, start in zip(reversed(self._parts), reversed(self._starts[:-1]), strict=True):
             row = part.items.row_of(item_id)
             if row is not None and (not len(self._removed) or self.live[row + start]):
                 return int(row + start)
