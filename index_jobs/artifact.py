@@ -21,7 +21,7 @@ import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ITEMS = 4096  # kept as objects, some 2 MB: what is found once is often found again
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -59,6 +61,14 @@ class Item:
         return value
 
 
+def _read_item(parts: Parts, row: int) -> Item:
+    part, place = parts.locate(row)
+    value = part.items.value
+    return Item(
+        value(place, "id"), value(place, "caption"), value(place, "category"), partial(value, place, "metadata")
+    )
+
+
 class Artifact:
     """One opened version."""
 
@@ -72,6 +82,7 @@ class Artifact:
         self.manifest = Manifest.read(path / MANIFEST)
         self._check_sizes()
         self._parts = self._open()
+        self._item = lru_cache(_ITEMS)(partial(_read_item, self._parts))
 
     def _open(self) -> Parts:
         from index_jobs.items import Items
@@ -166,11 +177,7 @@ class Artifact:
         Raises:
             IndexError: no such row, or it was removed.
         """
-        part, place = self._parts.locate(row)
-        value = part.items.value
-        return Item(
-            value(place, "id"), value(place, "caption"), value(place, "category"), partial(value, place, "metadata")
-        )
+        return self._item(row)
 
     def row_of(self, item_id: str) -> int | None:
         """The row of an id, None when there is no such item."""
