@@ -135,19 +135,20 @@ async def open_loop(port: int, requests: Requests, *, rate: float, seconds: floa
     tally = Tally()
     idle: list[_Connection] = []
     running: set[asyncio.Task[None]] = set()
+    free = asyncio.Semaphore(most)
     began = time.perf_counter()
 
     async def one(due: float) -> None:
         connection = await _once(port, idle.pop() if idle else None, requests(), tally, due)
         if connection is not None and connection.alive:
             idle.append(connection)
+        free.release()
 
     for i in range(int(rate * seconds)):
         due = began + i / rate
         if (early := due - time.perf_counter()) > 0:
             await asyncio.sleep(early)
-        if len(running) >= most:
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        await free.acquire()
         task = asyncio.create_task(one(due))
         running.add(task)
         task.add_done_callback(running.discard)

@@ -2,8 +2,9 @@
 
 - Shards stream through; beyond the index itself, memory does not grow with the gallery.
 - Of several choices the first that reaches the target recall is kept; when none does, the best, with a warning.
-- One that must go through much of its lists for that is slow, as where texts lie far from the pictures they ask for.
-  Then a graph is built as well, where one is among the choices, and the faster is kept.
+- A rival of it is built as well, and the faster is kept. The lists, whose training takes most of the time, are shared.
+- One that must go through much of its lists is slow, as where texts lie far from the pictures they ask for. Then a
+  graph is built as well, where one is among the choices, and the faster is kept.
 """
 
 import logging
@@ -78,23 +79,26 @@ def build(
     best: Built | None = None
     tried = list[Built]()
     for choice in choices:
-        if best is not None and best.recall >= target and choice.lists:
-            continue  # which would have to go through as many of them
-        built = _build(blocks, count, dim, choice, tuning)
+        if best is not None and best.recall >= target and not _may_be_faster(choice, best):
+            continue
+        built = _build(blocks, count, dim, choice, tuning, best)
         tried.append(replace(built, index=None))
         if best is None or built.beats(best, target):
             best = built
-        if built.recall < target:
+        if best.recall < target:
             logger.warning(
                 "%s: recall@10 is %.3f, below the target of %.2f; %s",
                 choice.factory, built.recall, target,
                 "take another kind" if choice is choices[-1] else "another kind is tried",
             )  # fmt: skip
-        if best.recall >= target and not best.laborious:
-            break
     assert best is not None
     reasons = [best.choice.reason, *(_told(one, target) for one in tried if one.choice is not best.choice)]
     return replace(best, choice=replace(best.choice, reason="; ".join(reasons)))
+
+
+def _may_be_faster(choice: Choice, best: Built) -> bool:
+    """Than what reaches the target. Where that goes through much of its lists, other lists would have to as well."""
+    return not choice.lists if best.laborious else choice.rival
 
 
 def _told(built: Built, target: float) -> str:
@@ -103,23 +107,29 @@ def _told(built: Built, target: float) -> str:
     return f"{built.choice.factory} takes {built.measured['latency_ms_p50']:.2f} ms"
 
 
-def _build(blocks: Blocks, count: int, dim: int, choice: Choice, tuning: Tuning) -> Built:
+def _build(blocks: Blocks, count: int, dim: int, choice: Choice, tuning: Tuning, other: Built | None) -> Built:
     start = time.perf_counter()
-    index = gpu.fill(choice, dim, blocks, count) if choice.gpu else fill(choice, dim, blocks, count)
+    if choice.gpu:
+        index = gpu.fill(choice, dim, blocks, count)
+    else:
+        index = fill(choice, dim, blocks, count, None if other is None else other.index)
     seconds = time.perf_counter() - start
     logger.info("%s: %d vectors in %.1f s", choice.factory, count, seconds)
     measured = tuning.run(index, gpu.GpuSearch if choice.gpu else None) | {"build_seconds": round(seconds, 1)}
     return Built(index, choice, measured)
 
 
-def fill(choice: Choice, dim: int, blocks: Blocks, count: int) -> Any:
-    """Train and fill an index on the CPU."""
+def fill(choice: Choice, dim: int, blocks: Blocks, count: int, other: Any = None) -> Any:
+    """Train and fill an index on the CPU. other: an index of the same vectors, whose lists are used where they fit."""
     import faiss
 
     index: Any = create(choice.factory, dim)
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.cp.min_points_per_centroid = 1  # a small gallery is no cause for warnings on stderr
+        known = None if other is None else faiss.try_extract_index_ivf(other)
+        if known is not None and known.nlist == inverted.nlist:
+            inverted.quantizer.add(known.quantizer.reconstruct_n(0, known.nlist))  # training leaves them as they are
     if hasattr(index, "hnsw"):
         index.hnsw.efConstruction = _EF_CONSTRUCTION
     Knobs(index)  # sets the width in which a graph looks for lists, which adding vectors needs as well

@@ -2,8 +2,8 @@
 
 - `auto` lists what could serve the gallery, fastest at the target recall first, drops what does not fit the memory, and
   takes the first. A build whose measured recall stays below the target goes on with the next of the list; see `build`.
-- The order is that of measured latencies, one query on one core; `benchmarks/index_kinds.py` prints them. Lists of
-  whole vectors reach any recall, so where they fit, one kind does.
+- The order is that of measured latencies, one query on one core; `benchmarks/index_kinds.py` prints them. Which of the
+  first two is the faster depends on the vectors, so both are built and measured where memory allows: rivals.
 - Up to 20,000 vectors exact search takes two milliseconds and needs no training, so nothing else is considered.
 - Every estimate of memory is bytes a vector; the benchmark prints measured ones.
 """
@@ -18,6 +18,7 @@ from dcar_core.errors import DataError, MissingExtraError
 
 FLAT_UP_TO = 20_000
 _GRAPH_UP_TO = 10_000_000  # beyond, `auto` builds no graph: it takes most of a day
+_RIVALS_UP_TO = 10_000_000  # beyond, filling a second index takes hours
 _GRAPH = 4 * 2 * 32 + 16  # bytes of a vector's links in a graph of degree 32
 _ENTRY = 16  # bytes of a vector's number, in its list and in the map from row to list
 _COARSE_GRAPH_FROM = 16_384  # so many lists are themselves found by a graph
@@ -28,12 +29,16 @@ GPU_NAMED = ("gpu-flat", "gpu-ivf", "gpu-cagra")
 
 @dataclass(frozen=True)
 class Choice:
-    """A FAISS index_factory string, why it was taken, and whether it is built and searched on a GPU."""
+    """A FAISS index_factory string, why it was taken, and whether it is built and searched on a GPU.
+
+    rival: to be measured even where the choice before it serves well, and taken where it is faster.
+    """
 
     factory: str
     reason: str
     gpu: bool = False
     bytes: int = 0  # estimated; 0 where nothing is known
+    rival: bool = False
 
     @property
     def lists(self) -> bool:
@@ -72,6 +77,7 @@ _KINDS = {
 }
 _FASTEST_FIRST = ("ivf-pq", "ivf-rabitq", "ivf", "ivf-sq8", "hnsw", "hnsw-sq8", "pq")
 _GRAPHS = ("hnsw", "hnsw-sq8")
+_RIVAL = "ivf-rabitq"  # of the one before it
 
 
 def choose(kind: str, count: int, dim: int, *, memory: int | None = None, gpu_memory: int = 0) -> list[Choice]:
@@ -122,7 +128,10 @@ def _auto(count: int, dim: int, memory: int, gpu_memory: int) -> list[Choice]:
             continue
         rest = f"; {', '.join(too_large)}" if too_large else ""
         reason = f"{_size(count, dim)} take {_gib(size)} of the {_gib(memory)} allowed: {known.trait}{rest}"
-        choices.append(Choice(known.factory(count, dim), reason, bytes=size))
+        # Both are in memory until it is known which of them is kept.
+        fits = bool(choices) and size + choices[-1].bytes <= memory
+        rival = name == _RIVAL and fits and count <= _RIVALS_UP_TO
+        choices.append(Choice(known.factory(count, dim), reason, bytes=size, rival=rival))
     if not choices:
         raise DataError(
             f"{_size(count, dim)} fit no kind of index in {_gib(memory)}: {too_large[-1]}; raise --memory, or split "

@@ -1,7 +1,9 @@
 """Index kinds: choice, recall by measurement, and every kind through its file."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, DataError, MissingExtraError
 from index_jobs import gpu
-from index_jobs.build import build
+from index_jobs.build import build, fill
 from index_jobs.kinds import Choice, choose, create
 from index_jobs.tuning import Blocks, Queries, latency
 from index_jobs.vectors import FaissIndex, write_faiss
@@ -130,7 +132,10 @@ def test_auto_says_why() -> None:
         "HNSW32,SQ8",
     ]  # fmt: skip
     assert "take 0.5 GiB of the 8.0 GiB allowed" in middle[0].reason
+    assert [choice.rival for choice in middle] == [False, True, False, False, False, False]
     tight = auto(1_000_000, 0.6)
+    assert not any(choice.rival for choice in tight), "two do not fit"
+    assert not any(choice.rival for choice in auto(100_000_000, 256)), "filling takes hours"
     assert [choice.factory for choice in tight] == [
         "IVF4000,PQ64x4fs,Refine(SQ8)",
         "IVF4000,RaBitQ,Refine(SQ8)",
@@ -184,6 +189,39 @@ def test_auto_takes_the_faster_where_lists_suit_badly(caplog: pytest.LogCaptureF
     other = next(choice for choice in choices if choice.factory in told and choice is not built.choice)
     slower = build(blocks(vectors), len(vectors), DIM, [other])
     assert built.measured["latency_ms_p50"] < 1.5 * slower.measured["latency_ms_p50"]
+
+
+def test_a_rival_is_built_as_well_and_the_faster_is_kept(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
+    choices = [
+        Choice("IVF64,SQfp16", "the first"),
+        Choice("IVF64,Flat", "its rival", rival=True),
+        Choice("IVF64,SQ8", "never built"),
+        Choice("PQ4x4", "too coarse", rival=True),
+    ]
+    with caplog.at_level("INFO"):
+        built = build(blocks(gallery), len(gallery), DIM, choices)
+    assert "IVF64,SQ8" not in caplog.text
+    assert "below the target" not in caplog.text, "one that loses is no cause for a warning"
+    winner, loser = (0, 1) if built.choice.factory == choices[0].factory else (1, 0)
+    start = f"{choices[winner].reason}; {choices[loser].factory} takes"
+    told = re.fullmatch(rf"{start} (0\.\d\d) ms; PQ4x4 reached a recall of 0\.\d+ only", built.choice.reason)
+    assert told is not None, built.choice.reason
+    assert built.measured["latency_ms_p50"] <= float(told[1]) + 0.005
+
+
+def test_the_lists_of_a_rival_are_those_of_the_first(gallery: Floats) -> None:
+    import faiss
+
+    def centres(index: Any) -> Floats:
+        found: Floats = faiss.try_extract_index_ivf(index).quantizer.reconstruct_n(0, 64)
+        return found
+
+    first = fill(Choice("IVF64,SQfp16", "test"), DIM, blocks(gallery), len(gallery))
+    rival = fill(Choice("IVF64,RaBitQ,Refine(SQ8)", "test"), DIM, blocks(gallery), len(gallery), first)
+    np.testing.assert_array_equal(centres(rival), centres(first))
+    assert rival.ntotal == len(gallery)
+    others = fill(Choice("IVF32,Flat", "test"), DIM, blocks(gallery), len(gallery), first)
+    assert faiss.try_extract_index_ivf(others).nlist == 32
 
 
 def test_latency_is_that_of_one_core(gallery: Floats) -> None:
