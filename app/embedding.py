@@ -137,6 +137,7 @@ class Embedder:
         known = self._cache.peek(key, dim)
         if known is not None:
             return known, True
+
         async def start() -> tuple[Vector, bool]:
             with self._metrics.timed("cache"):
                 known = await self._cache.get(key, dim)

@@ -305,7 +305,7 @@ def test_a_broken_index_ends_a_starting_server_with_its_reason(index: Path) -> N
     assert log.count("trainables.safetensors") == 1, "said once"
 
 
-def test_libraries_are_out_of_the_garbage_collectors_sight_once_all_is_loaded() -> None:
+def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_model_alone() -> None:
     loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
     config = uvicorn.Config(lambda: None, log_config=None)
     server = _Server(config, collections_of=lambda: loaded.items(), drain_s=0)  # type: ignore[arg-type, return-value]
@@ -313,8 +313,11 @@ def test_libraries_are_out_of_the_garbage_collectors_sight_once_all_is_loaded() 
     try:
         asyncio.run(server.on_tick(1))
         assert gc.get_freeze_count() == before
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
         loaded["one"].live = object()
         asyncio.run(server.on_tick(2))
         assert gc.get_freeze_count() > before + 10_000
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
     finally:
         gc.unfreeze()
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
