@@ -1,8 +1,8 @@
 """The service under load over loopback.
 
     python benchmarks/serve.py cached       remembered queries on one core: answers, embeddings here and from Redis
-    python benchmarks/serve.py uncached     unique texts and pictures at 1, 8, 32, 128 connections, and the bare encoder
-                                            in batches of the size that the service made of them
+    python benchmarks/serve.py uncached     unique texts and pictures at 1, 8, 32, 128 connections, in turns with the
+                                            bare encoder in batches of the size that the service made of them
     python benchmarks/serve.py overload     four times as many requests as can be answered
     python benchmarks/serve.py poison       truncated pictures and bombs between good ones
 
@@ -95,14 +95,15 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
 class Bare:
     """The encoder alone, in the same runtime, on as many cores."""
 
-    def __init__(self, index: Path, runtime: str) -> None:
+    def __init__(self, index: Path, runtime: str, cache: str | None) -> None:
         from dcar_core import Encoder
         from index_jobs.artifact import open_current
 
-        self.encoder = Encoder.load(open_current(index).checkpoint, device="cpu", runtime=runtime)
+        self.encoder = Encoder.load(
+            open_current(index).checkpoint, device="cpu", runtime=runtime, cache=Path(cache) if cache else None
+        )
         self._texts = unique_texts(9)
         self._pixels = np.stack([self.encoder.preprocess(each) for each in pictures(32)])
-        self._took: dict[tuple[str, int], float] = {}
 
     def rate(self, kind: str, size: float) -> float:
         """Items a second in batches of `size`; between two whole sizes, what lies between their times."""
@@ -111,41 +112,37 @@ class Bare:
         return size / took
 
     def _seconds(self, kind: str, size: int) -> float:
-        if (kind, size) not in self._took:
-            took = []
-            for _ in range(max(7, 96 // size)):
-                texts = list(itertools.islice(self._texts, size))
-                began = time.perf_counter()
-                if kind == "text":
-                    self.encoder.encode_text(texts)
-                else:
-                    self.encoder.encode_pixels(self._pixels[np.arange(size) % len(self._pixels)])
-                took.append(time.perf_counter() - began)
-            self._took[kind, size] = statistics.median(took[1:])
-        return self._took[kind, size]
+        """For one batch, the median over a second."""
+        took: list[float] = []
+        end = time.perf_counter() + 1
+        while len(took) < 5 or time.perf_counter() < end:
+            texts = list(itertools.islice(self._texts, size))
+            began = time.perf_counter()
+            if kind == "text":
+                self.encoder.encode_text(texts)
+            else:
+                self.encoder.encode_pixels(self._pixels[np.arange(size) % len(self._pixels)])
+            took.append(time.perf_counter() - began)
+        return statistics.median(took[1:])
 
 
 def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any]) -> None:
-    found = []
     with serving(index, cache_size=0, **settings) as server:
         print(f"ready after {server.ready_s:.1f} s, {server.rss_mb():.0f} MB", flush=True)
+        bare = Bare(index, settings.get("runtime", "auto"), settings.get("runtime_cache"))
         for kind, make in (("text", lambda: fresh_texts(time.time_ns())), ("image", fresh_pictures)):
             run(closed_loop(server.port, make(), connections=8, seconds=min(2.0, seconds)))
             for connections in (1, 8, 32, 128):
-                before = server.batches()
-                tallies = [
-                    run(closed_loop(server.port, make(), connections=connections, seconds=seconds))
-                    for _ in range(rounds)
-                ]
-                queries, passes = (now - then for now, then in zip(server.batches(), before, strict=True))
-                found.append((kind, connections, median(tallies).rate, queries / passes))
-                print(f"{kind:5} c={connections:3}  {median(tallies)}   batches of {queries / passes:.1f}", flush=True)
+                tallies, sizes, shares = [], [], []
+                for _ in range(rounds):
+                    before = server.batches()
+                    tallies.append(run(closed_loop(server.port, make(), connections=connections, seconds=seconds)))
+                    queries, passes = (now - then for now, then in zip(server.batches(), before, strict=True))
+                    sizes.append(queries / passes)
+                    shares.append(tallies[-1].rate / bare.rate(kind, sizes[-1]))
+                print(f"{kind:5} c={connections:3}  {median(tallies)}   batches of {statistics.median(sizes):4.1f}, "
+                      f"{statistics.median(shares):.0%} of the bare encoder's rate in such", flush=True)  # fmt: skip
         print(f"afterwards {server.rss_mb():.0f} MB", flush=True)
-    bare = Bare(index, str(settings.get("runtime", "auto")))
-    for kind, connections, rate, size in found:
-        alone = bare.rate(kind, size)
-        print(f"bare encoder, {kind:5} in batches of {size:4.1f}: {alone:7.1f} /s; the service at c={connections}: "
-              f"{rate / alone:.0%}", flush=True)  # fmt: skip
 
 
 def overload(index: Path, seconds: float, rounds: int) -> None:
