@@ -8,7 +8,7 @@
 
 - In `cached`, `overload` and `poison` the server has core 0 to itself, and the load comes from another; in `uncached`
   it has every core, since that is how a model is served. Each figure is the median of `--rounds`.
-- `uncached` runs on a random ViT-B/32 with 100,000 vectors; --index takes any other index.
+- `uncached` runs on a random ViT-B/32 with 100,000 vectors, or --count; --index takes any other index.
 """
 
 import argparse
@@ -208,13 +208,14 @@ def main() -> None:
     parser.add_argument("what", choices=["cached", "uncached", "overload", "poison"])
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where indexes are kept")
     parser.add_argument("--index", type=Path, help="serve this one instead")
+    parser.add_argument("--count", type=int, default=100_000, help="vectors of the index that `uncached` makes")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached`"
     )
     given = parser.parse_args()
-    index = given.index or (random_vit(given.work) if given.what == "uncached" else emoji(given.work))
+    index = given.index or (random_vit(given.work, given.count) if given.what == "uncached" else emoji(given.work))
     os.sched_setaffinity(0, LOAD_CORES)
     if given.what == "cached":
         cached(index, given.seconds, given.rounds)

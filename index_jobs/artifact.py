@@ -19,7 +19,7 @@ INDEX/versions/<n>/checkpoint/   the model that made the vectors
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,26 +47,23 @@ _ITEMS = 4096  # kept as objects, some 2 MB: what is found once is often found a
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture of the gallery; what was not given is "". fields: reads the metadata, which results do not show."""
+    """One picture of the gallery; what was not given is "". fields: the metadata as JSON, which results do not show."""
 
     id: str
     caption: str
     category: str
-    fields: Callable[[], str]
+    fields: str
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The fields that have no column of their own."""
-        value: dict[str, Any] = json.loads(self.fields())
+        value: dict[str, Any] = json.loads(self.fields)
         return value
 
 
 def _read_item(parts: Parts, row: int) -> Item:
     part, place = parts.locate(row)
-    value = part.items.value
-    return Item(
-        value(place, "id"), value(place, "caption"), value(place, "category"), partial(value, place, "metadata")
-    )
+    return Item(*(part.items.value(place, column) for column in ("id", "caption", "category", "metadata")))
 
 
 class Artifact:
