@@ -3,7 +3,8 @@
 - `Flights`: callers that ask for the same key while it is being computed wait for the same task. When the last one has
   gone away (client closed, deadline), the task is cancelled.
 - `Batcher`: one queue, one model thread. While a pass runs, arrivals gather and make the next batch. An idle service
-  starts at once; the short wait for company applies only when the last batch had company.
+  starts at once. Under load, those whom a pass has answered ask again within milliseconds: the next pass waits for
+  them, a short while from the end of the last, and makes one batch of what would else be two that take turns.
 - A batch that raises is halved until the culprit is alone: a bad item fails by itself. The same holds for an embedding
   that is not finite.
 - A job whose caller is gone before its batch starts is dropped. `close` finishes what was accepted.
@@ -111,9 +112,11 @@ class Batcher:
         self._backlog = 0.0  # seconds that the jobs in the queue will take
         self._jobs: deque[_Job] = deque()
         self._arrived = asyncio.Event()
-        self._full = asyncio.Event()
+        self._together = asyncio.Event()
         self._closing = False
-        self._last_size = 0
+        self._ended = -math.inf  # the last pass
+        self._company: dict[Hashable, int] = {}  # lane -> jobs that were in its last pass, or waited when it ended
+        self._missing: tuple[Lane, int] | None = None  # jobs of a lane that the next pass waits for
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-model")
         self._worker: asyncio.Task[None] | None = None
 
@@ -158,15 +161,17 @@ class Batcher:
         self._jobs.append(_Job(lane, payload, future, time.monotonic(), cost, self._metrics.trace_context()))
         self._backlog += cost
         self._arrived.set()
-        if len(self._jobs) >= self._max_batch:
-            self._full.set()
+        if self._missing is not None and self._missing[0] == lane:
+            self._missing = lane, self._missing[1] - 1
+            if self._missing[1] == 0:
+                self._together.set()
         return future
 
     async def close(self) -> None:
         """Finish every accepted job, then let the thread go."""
         self._closing = True
         self._arrived.set()
-        self._full.set()
+        self._together.set()
         if self._worker is not None:
             await self._worker
         self._thread.shutdown()
@@ -185,13 +190,19 @@ class Batcher:
             await self._run(self._take())  # no name for it here: it would keep a replaced model until the next batch
 
     async def _wait_for_company(self) -> None:
-        if self._last_size < 2 or len(self._jobs) >= self._max_batch or self._closing:
+        lane = self._jobs[0].lane
+        missing = min(self._company.get(lane.key, 1), self._max_batch) - self._waiting(lane)
+        left = max(self._jobs[0].arrived, self._ended) + self._max_wait - time.monotonic()
+        if missing <= 0 or left <= 0 or self._closing:
             return
-        left = self._jobs[0].arrived + self._max_wait - time.monotonic()
-        if left > 0:
-            self._full.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._full.wait(), left)
+        self._together.clear()
+        self._missing = lane, missing
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._together.wait(), left)
+        self._missing = None
+
+    def _waiting(self, lane: Lane) -> int:
+        return sum(job.lane == lane and not job.future.done() for job in self._jobs)
 
     def _take(self) -> list[_Job]:
         """The oldest job and those that may join it, oldest first; the others keep their places."""
@@ -211,7 +222,6 @@ class Batcher:
     async def _run(self, batch: list[_Job]) -> None:
         if not batch:
             return
-        self._last_size = len(batch)
         payloads = [job.payload for job in batch]
         began = time.monotonic()
         outcomes: list[Vector | Exception]
@@ -221,10 +231,11 @@ class Batcher:
             )
         except Exception as error:  # the thread itself failed; each caller must hear of it
             outcomes = [error] * len(batch)
-        ended = time.monotonic()
+        self._ended = ended = time.monotonic()
         self._metrics.passed(batch, began, ended)
-        pace, lane = (ended - began) / len(batch), batch[0].lane.key
-        self._pace[lane] = _SMOOTH * pace + (1 - _SMOOTH) * self._pace.get(lane, pace)
+        pace, lane = (ended - began) / len(batch), batch[0].lane
+        self._pace[lane.key] = _SMOOTH * pace + (1 - _SMOOTH) * self._pace.get(lane.key, pace)
+        self._company[lane.key] = len(batch) + self._waiting(lane)
         for job, outcome in zip(batch, outcomes, strict=True):
             if job.future.done():
                 continue

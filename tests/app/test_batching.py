@@ -156,6 +156,41 @@ def test_a_busy_batcher_waits_for_company_and_an_idle_one_does_not() -> None:
     asyncio.run(main())
 
 
+def test_two_groups_that_would_take_turns_become_one_batch() -> None:
+    """The next batch waits for those whom the last one answered, and starts as soon as the last of them is back."""
+
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0.5)
+        batcher.start()
+
+        def slow(payloads: list[Any]) -> Vector:
+            time.sleep(0.02)
+            return recorder(payloads)
+
+        lane = Lane("text", slow)
+
+        async def caller(name: str) -> None:
+            for _ in range(5):
+                await batcher.submit(lane, name)
+
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        callers = [asyncio.create_task(caller(name)) for name in "abcd"]
+        await asyncio.sleep(0.03)  # the second pass is under way
+        callers += [asyncio.create_task(caller(name)) for name in "efg"]
+        await asyncio.gather(*callers[:4])
+        assert loop.time() - began < 0.4
+        assert [len(batch) for batch in recorder.batches[2:5]] == [7, 7, 7]
+        await asyncio.gather(*callers)
+        began = loop.time()
+        for name in ("alone", "again", "still"):  # that the company is gone is found out once
+            await batcher.submit(lane, name)
+        assert 0.4 < loop.time() - began < 0.9
+        await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_what_one_request_needs_is_admitted_as_a_whole() -> None:
     """However slow single queries were: an idle service does not refuse a request for its own sake."""
 
