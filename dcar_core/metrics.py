@@ -1,4 +1,6 @@
-"""Recall@k in both directions and hard-negative accuracy, in chunks, ties counted against the model."""
+"""Recall@k in both directions and hard-negative accuracy, in chunks; ties, and scores that are no number, count against
+the model.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,13 +58,13 @@ def recall(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 
 
 def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
-    """How many wrong targets score at least as high as the query's best true one."""
+    """How many wrong targets do not score below the query's best true one."""
     ranks = np.empty(len(query), np.int64)
     for start in range(0, len(query), chunk):
         scores = query[start : start + chunk] @ target.T
         for row, own in enumerate(truth[start : start + chunk]):
-            best = scores[row, own].max()
-            ranks[start + row] = (scores[row] >= best).sum() - (scores[row, own] >= best).sum()
+            below = scores[row] < scores[row, own].max()  # false where either is no number
+            ranks[start + row] = (~below).sum() - (~below[own]).sum()
     return ranks
 
 

@@ -5,6 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core.config import QueryWeights
+from dcar_core.errors import DivergedError
 from dcar_core.features import Prepared
 from dcar_core.metrics import recall_at_k
 from dcar_core.model import DCAR
@@ -52,6 +53,9 @@ def choose_query_weights(model: DCAR, data: Prepared) -> tuple[QueryWeights, Rec
     """Validation's choice between plain queries and predicted token weights; ties go to plain ones.
 
     The model's configuration is left at the choice.
+
+    Raises:
+        DivergedError: a vector is no number any more: the last step can do that after a loss that was one.
     """
     choices: tuple[QueryWeights, ...] = ("none", "predicted") if model.head is not None else ("none",)
     model.eval()
@@ -59,7 +63,10 @@ def choose_query_weights(model: DCAR, data: Prepared) -> tuple[QueryWeights, Rec
     found: dict[QueryWeights, Recall] = {}
     for query in choices:
         model.config = model.config.with_query_weights(query)
-        found[query] = recall_at_k(encode_captions(model, data), pictures, data.image_of)
+        captions = encode_captions(model, data)
+        if not (np.isfinite(captions).all() and np.isfinite(pictures).all()):
+            raise DivergedError(f"the vectors of {model.config.method} are no numbers any more; use a lower --lr")
+        found[query] = recall_at_k(captions, pictures, data.image_of)
     best = max(choices, key=lambda query: mean_r1(found[query]))
     model.config = model.config.with_query_weights(best)
     return best, found[best]

@@ -68,7 +68,7 @@ def train(
 
     Raises:
         DataError: pictures that cannot be read.
-        DivergedError: the loss is no number any more.
+        DivergedError: the loss, or what the model makes of the validation split, is no number any more.
         TrainingError: `run` holds the state of another run.
     """
     torch.manual_seed(config.seed)

@@ -82,6 +82,17 @@ def test_recall_counts_ties_against_the_model() -> None:
     assert found["t2i_r10"] == 100
 
 
+def test_vectors_that_are_no_numbers_are_no_hits() -> None:
+    rng = np.random.default_rng(0)
+    text, image = rng.normal(size=(2, 20, 8)).astype(np.float32)
+    assert set(recall_at_k(np.full_like(text, np.nan), image, np.arange(20)).values()) == {0}
+    assert set(recall_at_k(text, np.full_like(image, np.nan), np.arange(20)).values()) == {0}
+    text, image = np.eye(20, dtype=np.float32), np.eye(20, dtype=np.float32)
+    image[0] = np.nan
+    found = recall_at_k(text, image, np.arange(20), ks=(1,))
+    assert found == {"t2i_r1": 0, "i2t_r1": 95}  # the broken picture may stand before any other
+
+
 def test_recall_by_hand_with_two_captions_for_an_image() -> None:
     image = np.eye(3, dtype=np.float32)
     text = np.array([[1, 0, 0], [0.9, 0.8, 0], [0.1, 0.6, 0.5], [0, 0.9, 0.2]], np.float32)

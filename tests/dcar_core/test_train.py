@@ -80,6 +80,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tiny_data: Pat
         train(model, training, validation, TrainConfig(epochs=3, batch_size=6, lr=1e30), progress=False)
 
 
+def test_a_last_step_that_leaves_no_numbers_is_no_result(tiny_model: Path, tiny_data: Path) -> None:
+    """The loss of the only step was a number; what the step made of the model is none."""
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    with pytest.raises(DivergedError, match="the vectors of clip-adapter are no numbers any more; use a lower --lr"):
+        train(model, training, validation, TrainConfig(epochs=1, batch_size=64, lr=1e25), progress=False)
+
+
 def test_training_stops_early_and_keeps_the_best_epoch(tiny_model: Path, tiny_data: Path) -> None:
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
