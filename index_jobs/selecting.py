@@ -1,10 +1,13 @@
 """FAISS searches among some of the rows.
 
 - The rows that may be found are a bit each in an IDSelector, which faiss asks during its own search. A graph or lists
-  must then be searched wider, since part of what they reach may not count: by the inverse of the allowed share.
+  must then be searched wider, since part of what they reach does not count: as wide as it takes to reach as many
+  allowed rows as an unfiltered search reaches rows. How wide that is differs from query to query: what a filter
+  allows may lie anywhere but near the query.
 - Few rows, or a search that would have to grow too wide, are compared exactly. So are kinds that take no selector.
 """
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,14 @@ from numpy.typing import NDArray
 
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 _VISITS = 4  # what a vector reached through the graph costs, in vectors compared in a row
+_LIKELY, _FURTHER = 0.5, 4  # less than half as many allowed near a query as elsewhere: search four times as wide
 _BLOCK = 65_536
 
+Mask = NDArray[np.bool_]
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
-def as_mask(allowed: NDArray[np.bool_] | NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+def as_mask(allowed: NDArray[np.bool_] | NDArray[np.int64], count: int) -> Mask:
     """Row numbers, or a truth value a row, to bool (count,).
 
     Raises:
@@ -35,52 +40,135 @@ def as_mask(allowed: NDArray[np.bool_] | NDArray[np.int64], count: int) -> NDArr
     return mask
 
 
-def search_among(index: Any, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_]) -> Found:
-    """As `VectorIndex.search`, among the rows where mask is true."""
+class Selection:
+    """The rows that may be found, as a search needs them: worth keeping for the next search among the same."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask, self.allowed = mask, int(np.count_nonzero(mask))
+
+    @property
+    def whole(self) -> bool:
+        return self.allowed == len(self.mask)
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self.mask)
+
+    @cached_property
+    def selector(self) -> Any:
+        import faiss
+
+        library: Any = faiss  # whose type hints know the C++ signatures alone
+        return library.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
+
+
+def search_among(index: Any, vectors: NDArray[np.float32], k: int, among: Selection) -> Found:
+    """As `VectorIndex.search`, among some of the rows."""
     import faiss
 
-    allowed = int(mask.sum())
-    if allowed == 0:
+    if among.allowed == 0:
         return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
-    if allowed <= EXACT_UP_TO or _too_wide(index, allowed):
-        return _exact(index, vectors, k, np.flatnonzero(mask))
-    library: Any = faiss  # whose type hints know the C++ signatures alone
-    selector = library.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
+    if among.allowed <= EXACT_UP_TO:
+        return _exact(index, vectors, k, among.rows)
+    inner, seen = _inside(index, vectors)
     try:
-        scores, rows = index.search(vectors, k, params=_parameters(index, selector, allowed / len(mask)))
+        if isinstance(inner, faiss.IndexIVF):
+            return _among_lists(index, inner, vectors, seen, k, among)
+        if isinstance(inner, faiss.IndexHNSW):
+            return _along_graph(index, inner, vectors, k, among)
+        scores, rows = index.search(vectors, k, params=_parameters(index, among.selector))
     except RuntimeError:  # a kind that knows no selectors, such as PQ or NSG
-        return _exact(index, vectors, k, np.flatnonzero(mask))
+        return _exact(index, vectors, k, among.rows)
     return scores, rows
 
 
-def _parameters(index: Any, selector: Any, share: float) -> Any:
-    """The parameters of a kind, and of the kinds inside it, with what was tuned made wider by the share of rows."""
+def _inside(index: Any, vectors: NDArray[np.float32]) -> tuple[Any, NDArray[np.float32]]:
+    """The innermost index, and the vectors as it sees them."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain
+        for place in range(chain.size()):
+            vectors = faiss.downcast_VectorTransform(chain.at(place)).apply(vectors)
+        return _inside(index.index, vectors)
+    return _inside(index.base_index, vectors) if isinstance(index, faiss.IndexRefine) else (index, vectors)
+
+
+def _parameters(index: Any, selector: Any, wide: int = 0) -> Any:
+    """The parameters of a kind, and of the kinds inside it. wide: nprobe or efSearch."""
     import faiss
 
     library: Any = faiss
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        return library.SearchParametersPreTransform(index_params=_parameters(index.index, selector, share))
+        return library.SearchParametersPreTransform(index_params=_parameters(index.index, selector, wide))
     if isinstance(index, faiss.IndexRefine):
-        inner = _parameters(index.base_index, selector, share)
+        inner = _parameters(index.base_index, selector, wide)
         return library.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
     if isinstance(index, faiss.IndexIVF):
-        return library.SearchParametersIVF(sel=selector, nprobe=min(index.nlist, round(index.nprobe / share)))
+        return library.SearchParametersIVF(sel=selector, nprobe=wide)
     if isinstance(index, faiss.IndexHNSW):
-        return library.SearchParametersHNSW(sel=selector, efSearch=round(index.hnsw.efSearch / share))
+        return library.SearchParametersHNSW(sel=selector, efSearch=wide)
     return library.SearchParameters(sel=selector)
 
 
-def _too_wide(index: Any, allowed: int) -> bool:
+def _among_lists(
+    index: Any, lists: Any, vectors: NDArray[np.float32], seen: NDArray[np.float32], k: int, among: Selection
+) -> Found:
+    found = []
+    for vector, as_seen in zip(vectors[:, None], seen[:, None], strict=True):
+        probes = _probes(lists, as_seen, among)
+        found.append(index.search(vector, k, params=_parameters(index, among.selector, probes)))
+    return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+
+def _probes(lists: Any, vector: NDArray[np.float32], among: Selection) -> int:
+    """How many lists hold as many allowed rows as the tuned number of lists holds rows; vector: (1, E).
+
+    Where few of a query's neighbours are allowed, the nearest that are lie further out, each in another list: it takes
+    `_FURTHER` times as many.
+    """
     import faiss
 
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _too_wide(index.index, allowed)
-    if isinstance(index, faiss.IndexRefine):
-        return _too_wide(index.base_index, allowed)
-    reached: float = index.hnsw.efSearch * index.ntotal / allowed if isinstance(index, faiss.IndexHNSW) else 0
-    return _VISITS * reached > allowed
+    kept, tuned, share = lists.invlists, int(lists.nprobe), among.allowed / len(among.mask)
+    first = min(lists.nlist, 4 * round(tuned / share))
+    allowed = wanted = done = 0
+    for most in (first, lists.nlist):
+        nearest = lists.quantizer.search(vector, most)[1][0].tolist()
+        for number in nearest[done:]:
+            size = kept.list_size(number) if number >= 0 else 0
+            if size:
+                allowed += int(np.count_nonzero(among.mask[faiss.rev_swig_ptr(kept.get_ids(number), size)]))
+            done += 1
+            if done < tuned:
+                wanted += size
+            elif done == tuned:
+                wanted += size
+                wanted *= 1 if allowed >= _LIKELY * share * wanted else _FURTHER
+            if done >= tuned and allowed >= wanted:
+                return done
+    return int(lists.nlist)
+
+
+def _along_graph(index: Any, graph: Any, vectors: NDArray[np.float32], k: int, among: Selection) -> Found:
+    """As wide as the share of the query's neighbours that are allowed asks for, and wider until enough are met."""
+    tuned = int(graph.hnsw.efSearch)
+    share, count = among.allowed / len(among.mask), max(k, tuned)
+    near = among.mask[index.search(vectors, count)[1]].mean(1)  # (n,)
+    found = []
+    for vector, nearby in zip(vectors[:, None], near, strict=True):
+        further = 1 if nearby >= _LIKELY * share else _FURTHER**2  # a graph's way there is long
+        wide = round(further * tuned / share)
+        while _VISITS * wide <= among.allowed:
+            scores, rows = index.search(vector, count, params=_parameters(index, among.selector, wide))
+            if rows[0, -1] >= 0:
+                found.append((scores[:, :k], rows[:, :k]))
+                break
+            wide *= _FURTHER
+        else:
+            found.append(_exact(index, vector, k, among.rows))
+    return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
 
 def _exact(index: Any, vectors: NDArray[np.float32], k: int, allowed: NDArray[np.int64]) -> Found:

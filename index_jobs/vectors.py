@@ -15,7 +15,7 @@ from dcar_core.errors import ArtifactError
 from index_jobs.files import replacing
 from index_jobs.gpu import GpuSearch
 from index_jobs.gpu import memory as gpu_memory
-from index_jobs.selecting import Found, search_among
+from index_jobs.selecting import Found, Selection, search_among
 
 _WRITE_BYTES = 1 << 20
 
@@ -47,6 +47,7 @@ class FaissIndex:
         self._index = index
         self._all = GpuSearch(index) if on_gpu else index
         self.count, self.dim = int(index.ntotal), int(index.d)
+        self._last: Selection | None = None
 
     @classmethod
     def open(cls, path: Path, *, gpu: bool = False) -> "FaissIndex":
@@ -73,10 +74,20 @@ class FaissIndex:
 
     def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
         vectors = np.ascontiguousarray(vectors, np.float32)
-        if mask is None or mask.all():
+        among = None if mask is None else self._selection(mask)
+        if among is None or among.whole:
             scores, rows = self._all.search(vectors, k)
             return scores, rows
-        return search_among(self._index, vectors, k, mask)
+        return search_among(self._index, vectors, k, among)
+
+    def _selection(self, mask: NDArray[np.bool_]) -> Selection:
+        """Of a mask that cannot change, as that of the rows that are left after removals, the one made last time."""
+        last = self._last
+        if mask.flags.writeable:
+            return Selection(mask)
+        if last is None or (mask.ctypes.data, len(mask)) != (last.mask.ctypes.data, len(last.mask)):
+            self._last = last = Selection(mask)
+        return last
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         try:

@@ -37,6 +37,7 @@ def vectors() -> NDArray[np.float32]:
         ("IVF32,Flat", 0.97),
         ("IVF32,SQ8", 0.93),
         ("IVF32,RaBitQ,Refine(SQ8)", 0.93),
+        ("IVF32,PQ16x4fs,Refine(SQ8)", 0.93),
         ("PCA32,IVF32,Flat", 0.8),
         ("PQ16x4fs,RFlat", 0.97),  # takes no selector, so that it is searched exactly
     ],
@@ -58,6 +59,46 @@ def test_only_allowed_rows_and_the_nearest_of_them(
         truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
         recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)])
         assert recall >= lowest, f"share {share}"
+
+
+@pytest.mark.parametrize("kind", ["HNSW16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
+def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pictures of one category do, asked with words for another: the nearest of them are found all the same."""
+    monkeypatch.setattr(selecting, "EXACT_UP_TO", 100)
+    generator = np.random.default_rng(2)
+    centres = generator.normal(size=(120, DIM))
+    centres[:60, 0] += 9
+    centres[60:, 0] -= 9
+    found = centres[np.repeat(np.arange(120), 100)] + 0.5 * generator.normal(size=(12_000, DIM))
+    vectors = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    index = FaissIndex(build(lambda: iter([vectors]), len(vectors), DIM, [Choice(kind, "test")]).index)
+    far = np.arange(len(vectors)) >= 6000
+    side = vectors[:, 1] > np.quantile(vectors[:, 1], 0.7)  # what is allowed begins near some queries, not at others
+    queries = vectors[generator.integers(6000, size=60)]
+    lowest = 0.85 if "PQ" in kind else 0.9
+    for mask in (far, side):
+        rows = index.search(queries, 10, mask)[1]
+        assert (rows >= 0).all()
+        assert mask[rows].all()
+        truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
+        assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)]) >= lowest
+
+
+def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(vectors: NDArray[np.float32]) -> None:
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice("IVF32,Flat", "test")]).index)
+    mask = np.arange(COUNT) >= 10
+    mask.flags.writeable = False
+    index.search(vectors[:1], 5, mask)
+    kept = index._last
+    assert kept is not None
+    index.search(vectors[:1], 5, mask[:])  # a part's view of the same bits
+    assert index._last is kept
+    other = ~mask
+    assert other[index.search(vectors[:1], 5, other)[1]].all()  # may change, so it is looked at anew
+    assert index._last is kept
+    other.flags.writeable = False
+    assert other[index.search(vectors[:1], 5, other)[1]].all()
+    assert index._last is not kept
 
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
