@@ -4,8 +4,9 @@
   more than one row.
 - The reference is PyTorch in float32, eager, texts padded to the whole context: what a plain use of CLIP does.
 - int8 is calibrated on the training split (or validation, if there is none) and measured on the test split.
-- A runtime holds when its vectors are near enough to the reference's and recall@1 on the test split is not lower by
-  more than half a point. What holds is ranked and remembered for `auto`.
+- A runtime holds when its vectors are near enough to the reference's and recall@1 on the test split is not lower than
+  `torch`'s, which is always measured, by more than half a point. What holds is ranked and remembered for `auto`. Some
+  runtimes alone make no ranking, but one that failed is struck from what `auto` knows.
 """
 
 import multiprocessing
@@ -30,8 +31,8 @@ from dcar_core.errors import DcarError
 from dcar_core.metrics import recall_at_k
 from dcar_core.preprocess import Preprocess
 from dcar_core.runtimes.proof import Probe, reference
-from dcar_core.runtimes.registry import KINDS, require_known
-from dcar_core.runtimes.selection import candidates, rank, remember
+from dcar_core.runtimes.registry import KINDS, Target, require_known
+from dcar_core.runtimes.selection import FALLBACK, candidates, rank, remember, remembered
 from dcar_core.runtimes.trial import Trial, try_out
 
 PROBE = 32  # pictures and captions that are compared one by one, and that speed is measured with
@@ -75,7 +76,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured. chosen: what `auto` will take."""
+    """Everything that was measured. chosen: what `auto` will take, "" if it has still to find out."""
 
     rows: tuple[Row, ...]
     decoding: Decoding
@@ -106,7 +107,7 @@ def benchmark(
     Args:
         checkpoint: as `Encoder.load` takes it.
         data: annotations with a test split, as for training.
-        runtimes: names; default: what `auto` tries, and int8.
+        runtimes: names, `torch` beside them; default: what `auto` tries, and int8.
         limit: most captions of the test split.
         say: told what is going on.
 
@@ -116,7 +117,7 @@ def benchmark(
     for name in runtimes:
         require_known(name)
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
-    names = list(runtimes) or [*candidates(encoder.target), *_quantised(encoder)]
+    names = list(dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.target), *_quantised(encoder)])]))
     test = load_split(data, "test", images=images)[0]
     say(f"reading {min(limit, len(test)):,} captions and their pictures")
     material, decoding = _material(encoder, test, limit)
@@ -127,22 +128,35 @@ def benchmark(
         try:
             if name == "openvino-int8":
                 _calibrate(encoder, data, images, say)
-            job = (checkpoint, pretrained, device, name, encoder.target.cache, material, wanted)
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-                rows.append(alone.submit(_measure, *job).result())
+            rows.append(_alone(checkpoint, pretrained, device, name, encoder.target.cache, material, wanted))
         except BrokenProcessPool:
             rows.append(Row(name, reason="its process died, perhaps for want of memory"))
         except DcarError as error:
             rows.append(Row(name, reason=str(error)))
+        except Exception as error:  # whatever a library raises costs its row, not the others
+            rows.append(Row(name, reason=f"{type(error).__name__}: {error}".strip().splitlines()[0]))
     judged = _judged(rows)
-    ranking = rank([row.trial for row in judged[1:] if row.trial is not None and row.name != "torch-compile"])
-    if ranking.names:
-        remember(encoder.target, ranking)
     lengths = encoder.domain.tokens(material.texts)[0].argmax(-1) + 2 + encoder.model.room
     return Report(
-        tuple(judged), decoding, ranking.names[0] if ranking.names else "torch", torch.get_num_threads(),
+        tuple(judged), decoding, _tell_auto(encoder.target, judged[1:]), torch.get_num_threads(),
         len(material.texts), round(float(lengths.mean()), 1), len(material.pixels),
     )  # fmt: skip
+
+
+def _tell_auto(target: Target, rows: Sequence[Row]) -> str:
+    """Remember what was found, as far as it can be compared; returns what `auto` will take, "" if it is not known."""
+    if set(candidates(target)) <= {row.name for row in rows}:
+        ranking = rank([row.trial for row in rows if row.trial is not None and row.name != "torch-compile"])
+        remember(target, ranking, own=True)
+        return ranking.names[0] if ranking.names else FALLBACK
+    before = remembered(target)
+    if before is None:
+        return ""
+    failed = {row.name for row in rows if row.trial is None or not row.trial.holds}
+    kept = tuple(name for name in before.names if name not in failed) or (FALLBACK,)
+    if kept != before.names:
+        remember(target, replace(before, names=kept), own=True)
+    return kept[0]
 
 
 def _quantised(encoder: Encoder) -> list[str]:
@@ -229,6 +243,12 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     calibrate(encoder.domain, encoder.target, CalibrationData([sample.caption for sample in part], pixels))
 
 
+def _alone(*job: Any) -> Row:
+    """`_measure` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure, *job).result()
+
+
 def _measure(
     checkpoint: str,
     pretrained: str | None,
@@ -238,7 +258,6 @@ def _measure(
     material: Material,
     wanted: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> Row:
-    """In a process of its own."""
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
     start = time.perf_counter()
     encoder = encoder.with_runtime(name)
@@ -262,6 +281,9 @@ def _judged(rows: list[Row]) -> list[Row]:
             lost = max(exact[key] - row.recall[key] for key in exact)
             if lost > LOST:
                 row = replace(row, trial=replace(row.trial, holds=False), reason=f"recall@1 is {lost:.1f} points lower")
+        if row.trial is not None and row.recall is not None and exact is None:
+            why = "there is no recall of torch to compare its recall with"
+            row = replace(row, trial=replace(row.trial, holds=False), reason=why)
         if row.trial is not None and not row.trial.holds and not row.reason:
             row = replace(row, reason="its vectors are too far from the reference's")
         judged.append(row)
@@ -292,7 +314,7 @@ def table(report: Report) -> str:
         f"{report.pictures:,} pictures; {report.threads} threads; medians of three",
         f"decoding {decoding.width} x {decoding.height}, one thread: {decoding.exact_ms:.2f} ms exact, "
         f"{decoding.fast_ms:.2f} ms fast, whose embeddings stay within cosine {decoding.cosine:.5f}",
-        f"auto takes {report.chosen}",
+        f"auto takes {report.chosen}" if report.chosen else "auto has still to measure: run this without --runtimes",
     ]
     return "\n".join(lines)
 

@@ -95,7 +95,10 @@ class Endpoint:
                 found = _read(reply, usage)
                 if isinstance(found, Answer) and usable(found.text):
                     return found
-                why = found if isinstance(found, str) else f"an answer that cannot be used: {found.text[:80]!r}"
+                if isinstance(found, str):
+                    why = f"{found}: {self._said(reply)}"
+                else:
+                    why = f"an answer that cannot be used: {self._shown(found.text)!r}"
                 useless += isinstance(found, Answer)
                 if useless == _USELESS:
                     raise EndpointError(why)
@@ -124,8 +127,12 @@ class Endpoint:
 
     def _said(self, reply: httpx.Response) -> str:
         """What an error answer says, short, and never with the key in it."""
-        text = " ".join(reply.text.split())[:200]
-        return text.replace(self.model.key, "***") if self.model.key else text
+        return self._shown(reply.text)
+
+    def _shown(self, text: str) -> str:
+        """Short; the key is taken out first, so that no part of it stays at the cut."""
+        text = text.replace(self.model.key, "***") if self.model.key else text
+        return " ".join(text.split())[:200]
 
     async def _pause(self) -> None:
         while (wait := self._not_before - time.monotonic()) > 0:
@@ -157,11 +164,12 @@ def _read(reply: httpx.Response, usage: Usage) -> Answer | str:
         text = message.get("content") or message.get("refusal") or ""
         if not isinstance(text, str):
             text = " ".join(part.get("text", "") for part in text)  # some give the parts of a message
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         usage.add(Usage(1, unknown=1))
         return "an answer that is no JSON, or ends in the middle"
     except (AttributeError, IndexError, KeyError, TypeError):
-        return f"an answer without choices: {' '.join(reply.text.split())[:80]}"
+        return "an answer without choices"
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be read but not written
     return Answer(text, str(choice.get("finish_reason") or ""), usage)
 
 

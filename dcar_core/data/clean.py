@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from dcar_core.data.entries import Entry
@@ -21,8 +22,12 @@ def clean(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
     """One sample a caption, in the order of the entries."""
     seen: set[str] = set()
     pairs: set[tuple[str, str]] = set()
+    entries = list(entries)
+    captions = defaultdict[str, set[str]](set)  # of a picture, whichever entries they stand in
     for entry in entries:
-        own = {normalise(tidy(caption)) for caption in entry.captions}
+        captions[entry.image] |= {normalise(tidy(caption)) for caption in entry.captions}
+    for entry in entries:
+        own = captions[entry.image]
         category = " ".join(entry.category.replace("_", " ").split())
         for raw in entry.captions:
             caption = tidy(raw)
@@ -69,7 +74,7 @@ def _negatives(entry: Entry, own: set[str], report: CleaningReport) -> tuple[tup
         if not normal:
             report.add("empty negatives, left out")
         elif normal in own:
-            report.add("negatives equal to their positive, left out")
+            report.add("negatives equal to a caption of their picture, left out")
         elif normal in kept:
             report.add("negatives that occur twice for one caption, left out once")
         else:

@@ -25,17 +25,26 @@ _IRREGULAR = {
     "wolf": "wolves", "calf": "calves", "shelf": "shelves", "half": "halves", "scarf": "scarves", "wife": "wives",
     "life": "lives", "thief": "thieves", "hoof": "hooves", "elf": "elves", "potato": "potatoes", "tomato": "tomatoes",
     "hero": "heroes", "mango": "mangoes", "volcano": "volcanoes", "buffalo": "buffaloes", "mosquito": "mosquitoes",
-    "fungus": "fungi", "cactus": "cacti", "quiz": "quizzes",
+    "fungus": "fungi", "cactus": "cacti", "quiz": "quizzes", "cookie": "cookies", "zombie": "zombies",
+    "genie": "genies", "selfie": "selfies", "movie": "movies", "hoodie": "hoodies", "brownie": "brownies",
+    "smoothie": "smoothies", "magpie": "magpies", "collie": "collies", "headache": "headaches",
+    "moustache": "moustaches", "mustache": "mustaches", "avalanche": "avalanches", "cache": "caches", "niche": "niches",
+    "axe": "axes", "ache": "aches", "porsche": "porsches", "lens": "lenses", "gas": "gases",
+    "bus": "buses", "canvas": "canvases",
 }  # fmt: skip
 _SINGULAR_OF = {plural: singular for singular, plural in _IRREGULAR.items()}
 _UNCHANGED = frozenset({
-    "aircraft", "binoculars", "bison", "clothes", "corn", "deer", "fish", "glasses", "goggles", "jeans", "moose",
-    "news", "offspring", "pants", "pliers", "salmon", "scissors", "series", "sheep", "shorts", "shrimp", "spacecraft",
-    "species", "sunglasses", "swine", "tongs", "trousers", "trout",
+    "aircraft", "binoculars", "bison", "clothes", "corn", "deer", "fish", "glasses", "goggles", "jeans", "mercedes",
+    "moose", "news", "offspring", "pants", "pliers", "salmon", "scissors", "series", "sheep", "shorts", "shrimp",
+    "spacecraft", "species", "sunglasses", "swine", "tongs", "trousers", "trout",
 })  # fmt: skip
 # Spelled with a vowel and spoken with a consonant, and the other way round.
-_A = re.compile(r"(uni(?!n|m)|use|usu|usa|ut[ei]|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo)", re.IGNORECASE)
+_A = re.compile(
+    r"(uni(?!n|m|dent|ron)|use|usu|usa|ut[ei]|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo|ur[aiu])", re.IGNORECASE
+)
 _AN = re.compile(r"(hour|honest|honou?r|heir)", re.IGNORECASE)
+# Capitals with a vowel behind the first that are spoken letter by letter all the same.
+_SPELLED = frozenset({"FBI", "HDMI", "LED", "MRI", "NBA", "OLED", "RAF", "SUV", "UAV", "USB"})
 _VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
 
 
@@ -94,7 +103,7 @@ def article(phrase: str) -> str:
     if word[0].isdigit():
         eighteen = word.startswith(("11", "18")) and len(re.match(r"\d*", word)[0]) in {2, 4, 5}  # type: ignore[index]
         return "an" if word[0] == "8" or eighteen else "a"
-    spelled = word.isupper() and (len(word) < 3 or not _VOWELS & set(word.casefold()[1:]))
+    spelled = word.isupper() and (len(word) < 3 or word in _SPELLED or not _VOWELS & set(word.casefold()[1:]))
     if (spelled and len(phrase) > 1) or re.match(r"[A-Z]\d", word):
         return "an" if word[0] in _SPOKEN_WITH_A_VOWEL else "a"
     if _AN.match(word):
@@ -136,7 +145,7 @@ def _plural_word(word: str) -> str:
 
 def _singular_word(word: str) -> str:
     low = word.casefold()
-    if low in _UNCHANGED or len(low) < 4:
+    if low in _UNCHANGED or low in _IRREGULAR or len(low) < 4:
         return word
     if low in _SINGULAR_OF:
         return word[0] + _SINGULAR_OF[low][1:]

@@ -36,7 +36,12 @@ class PlainRuntime:
 
 
 class TowerRuntime:
-    """The towers, with weights of a type; optionally compiled, which takes seconds for each new shape."""
+    """The towers, with weights of a type; optionally compiled.
+
+    One compilation, of seconds or a minute, serves every batch and every length, but for the sizes 1 and not 1, which
+    PyTorch tells apart: a handful of graphs in all. One for each shape would be dozens, and after eight PyTorch gives up.
+    CUDA graphs are not used, for the same reason, and as they belong to the thread that recorded them.
+    """
 
     def __init__(
         self, name: str, text: TextTower, image: ImageTower, dtype: torch.dtype, *, compiled: bool = False
@@ -47,10 +52,8 @@ class TowerRuntime:
         self._text: nn.Module = text if same else converted(text, dtype)
         self._image: nn.Module = image if same else converted(image, dtype)
         if compiled:
-            # On a GPU, graphs of the kernels spare most of the launching; shapes are then few, see `_rounded`.
-            mode = "reduce-overhead" if self._device.type == "cuda" else "default"
-            self._text.compile(dynamic=self._device.type != "cuda", mode=mode)
-            self._image.compile(dynamic=self._device.type != "cuda", mode=mode)
+            self._text.compile(dynamic=True)
+            self._image.compile(dynamic=True)
 
     @torch.inference_mode()
     def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:

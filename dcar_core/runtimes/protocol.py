@@ -56,7 +56,7 @@ class Prefix:
 
 
 class Runtime(Protocol):
-    """May be used by one thread at a time."""
+    """May be used by several threads; what cannot run twice at once lets them take turns."""
 
     @property
     def name(self) -> str: ...

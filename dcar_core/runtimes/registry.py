@@ -46,8 +46,8 @@ KINDS: dict[str, Kind] = {
         Kind("openvino", "fp32", "OpenVINO, float32", extra="openvino"),
         Kind("openvino-bf16", "bf16", "OpenVINO, bfloat16", needs="bf16", extra="openvino"),
         Kind("openvino-int8", "int8", "OpenVINO, int8 calibrated on your data", needs="int8", extra="openvino"),
-        Kind("cuda-fp16", "fp16", "PyTorch on a GPU, float16, CUDA graphs", "cuda"),
-        Kind("cuda-bf16", "bf16", "PyTorch on a GPU, bfloat16, CUDA graphs", "cuda"),
+        Kind("cuda-fp16", "fp16", "PyTorch on a GPU, float16, compiled", "cuda"),
+        Kind("cuda-bf16", "bf16", "PyTorch on a GPU, bfloat16, compiled", "cuda"),
     )
 }
 AUTO = "auto"

@@ -1,8 +1,9 @@
 """`auto`: the fastest runtime that is right on this machine. It measures, and does not guess.
 
 - The first time, what is installed and can be had without the user's data is exported and measured, and the ranking is
-  remembered by processor, threads and library versions. `dcar benchmark` measures more and remembers it in the same
-  place; only there can int8 enter, since it must also keep the recall.
+  remembered by processor, threads and library versions, for every encoder on the backbone. `dcar benchmark` measures
+  more, and what it finds is remembered for its encoder alone and comes first; only there can int8 enter, since it
+  must also keep the recall.
 - At every start the chosen one must still give the vectors of PyTorch in float32, on a small probe.
 - What cannot be used any more is skipped with one warning that names the reason; `torch` is always left.
 """
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dcar_core import sealed
 from dcar_core.domain import Domain
-from dcar_core.errors import DcarError, MissingExtraError
+from dcar_core.errors import DcarError, MissingExtraError, RuntimeUnavailableError
 from dcar_core.runtimes import capabilities
 from dcar_core.runtimes.exports import GRAPHS
 from dcar_core.runtimes.proof import Probe, prove, reference
@@ -47,7 +49,29 @@ def load_runtime(name: str, domain: Domain, target: Target) -> Runtime:
     Raises:
         RuntimeUnavailableError, MissingExtraError: one that was asked for by name cannot be had; never for `auto`.
     """
-    return open_runtime(name, target) if name != AUTO else _best(domain, target)
+    return _opened(name, domain, target) if name != AUTO else _best(domain, target)
+
+
+def _opened(name: str, domain: Domain, target: Target) -> Runtime:
+    """A runtime whose towers have run, with one row and with several: some compile only then, or fail.
+
+    They may fail with whatever their library raises.
+    """
+    try:
+        runtime = open_runtime(name, target)
+        for texts in (["a"], ["a", "a b", "a b c d e"]):
+            domain.encode_text(runtime, texts, len(texts))
+            domain.encode_pixels(runtime, np.stack([domain.preprocess.blank()] * len(texts)))
+    except DcarError:
+        raise
+    except Exception as error:
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {_said(error)}") from error
+    return runtime
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _best(domain: Domain, target: Target) -> Runtime:
@@ -57,12 +81,14 @@ def _best(domain: Domain, target: Target) -> Runtime:
     for i, name in enumerate(ranking.names):
         following = ranking.names[i + 1] if i + 1 < len(ranking.names) else FALLBACK
         try:
-            runtime = open_runtime(name, target)
+            runtime = _opened(name, domain, target)
             if (proof := prove(domain, runtime, probe, wanted)).holds:
                 return runtime
             reason = f"its vectors are not those of float32 here: {proof}"
         except DcarError as error:
             reason = str(error)
+        except Exception as error:  # of a larger batch than the first
+            reason = _said(error)
         if name != FALLBACK:
             log.warning("the runtime %s, the fastest here, is not used: %s; using %s instead", name, reason, following)
     return open_runtime(FALLBACK, target)
@@ -89,11 +115,13 @@ def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) 
     wanted, trials = reference(target.model, probe), []
     for name in names:
         try:
-            trials.append(try_out(domain, open_runtime(name, target), probe, wanted))
+            trials.append(try_out(domain, _opened(name, domain, target), probe, wanted))
         except MissingExtraError as error:
             log.info("the runtime %s is not tried: %s", name, error)
         except DcarError as error:
             log.warning("the runtime %s is not tried: %s", name, error)
+        except Exception as error:
+            log.warning("the runtime %s is not used: %s", name, _said(error))
     ranking = rank(trials)
     remember(target, ranking)
     log.info("runtimes here, best first: %s", ", ".join(ranking.names))
@@ -106,10 +134,14 @@ def rank(trials: Iterable[Trial]) -> Ranking:
     return Ranking(tuple(trial.name for trial in kept if trial.holds), capabilities.versions(_LIBRARIES), kept)
 
 
-def remember(target: Target, ranking: Ranking) -> None:
-    """Write a ranking for later starts; a cache that cannot be written costs them the measuring, nothing else."""
+def remember(target: Target, ranking: Ranking, *, own: bool = False) -> None:
+    """Write a ranking for later starts; a cache that cannot be written costs them the measuring, nothing else.
+
+    Args:
+        own: for this encoder alone, whatever holds for others on its backbone: its recall was measured.
+    """
     sealed.forget(target.cache)  # by the ranking before this one
-    path = _path(target, target.fingerprint if any("int8" in name for name in ranking.names) else "")
+    path = _path(target, target.fingerprint if own else "")
     content = {
         **_circumstances(),
         "libraries": ranking.libraries,

@@ -119,6 +119,7 @@ BAD: dict[str, Raw | dict[str, Any]] = {
     "null choices": {"choices": None},
     "no message": {"choices": [{"finish_reason": "stop"}]},
     "an error in a 200": {"error": {"message": "out of memory"}},
+    "too deep": Raw(body="[" * 200_000),
 }
 
 
@@ -284,6 +285,28 @@ def test_what_no_request_can_mend_ends_the_run(photos: Path, status: int, says: 
     assert says in str(caught.value)
     assert KEY not in str(caught.value)
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Raw(400, "x" * 190 + KEY), {"error": {"message": f"Incorrect API key: {KEY}"}}, Raw(body=f"key: {KEY}"), f"It is {KEY}"],
+    ids=["over the cut of a long error", "error in a 200", "no JSON", "in a judge's answer"],
+)  # fmt: skip
+def test_no_message_shows_the_key_or_a_part_of_it(photos: Path, answer: Raw | str | dict[str, Any]) -> None:
+    def behave(asked: Asked, n: int) -> Raw | str | dict[str, Any]:
+        return good(asked) if isinstance(answer, str) and asked.kind == "draft" else answer
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server, key=KEY, concurrency=1, tries=2)
+    assert len(found.failed) == 4
+    assert not any(KEY[:8] in why for why in found.failed.values())
+
+
+def test_half_of_a_surrogate_pair_is_replaced(photos: Path) -> None:
+    """JSON can say it, a file cannot hold it."""
+    with VisionServer(lambda asked, n: good(asked) + (" \ud83d" if asked.kind == "draft" else "")) as server:
+        found = ask(one_picture(photos), server)
+    assert found.accepted == 1
 
 
 def test_a_refused_request_fails_its_picture_alone(photos: Path) -> None:

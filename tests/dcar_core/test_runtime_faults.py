@@ -184,6 +184,30 @@ def test_auto_never_takes_one_that_is_wrong_here(
     assert "its vectors are not those of float32 here: cosine" in warning
 
 
+def test_one_that_fails_in_its_first_forward_pass(
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiler that is not there, or a GPU without memory: it opens, and raises what its library pleases."""
+    from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+
+    def fails(*given: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nand a long story")
+
+    monkeypatch.setattr(OpenVinoRuntime, "image", fails)
+    name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+    assert name == "torch"
+    assert "cannot be used: RuntimeError: Failed to find C compiler.; using torch instead" in warning
+    with pytest.raises(
+        RuntimeUnavailableError, match=f"{NAME} cannot be used: RuntimeError: Failed to find C compiler"
+    ):
+        by_name(tiny_checkpoint, chosen)
+    for path in (chosen / "rankings").glob("*.json"):
+        path.unlink()
+    name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
+    assert name.startswith("torch")
+    assert "is not tried: the runtime" in warning
+
+
 def test_a_broken_ranking_is_measured_again(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

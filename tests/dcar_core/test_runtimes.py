@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dcar_core import Encoder
 from dcar_core.backbone import BackboneSource, load_backbone
@@ -15,10 +18,11 @@ from dcar_core.extract import extract
 from dcar_core.model import DCAR
 from dcar_core.runtimes import capabilities
 from dcar_core.runtimes.calibration import CalibrationData, calibrate
+from dcar_core.runtimes.eager import TowerRuntime
 from dcar_core.runtimes.lengths import PASS, batches
 from dcar_core.runtimes.proof import Probe, Proof, prove, reference
 from dcar_core.runtimes.protocol import Prefix
-from dcar_core.runtimes.registry import KINDS, Target, open_runtime
+from dcar_core.runtimes.registry import KINDS, Target, open_runtime, towers
 from dcar_core.runtimes.selection import candidates, load_runtime, measure, remembered
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
@@ -59,6 +63,12 @@ def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> C
     return Case(model, cache)
 
 
+def require_instructions(name: str) -> None:
+    kind = KINDS[name]
+    if kind.needs and capabilities.lacks(kind.needs):
+        pytest.skip(str(capabilities.lacks(kind.needs)))
+
+
 PLAIN = ModelConfig(prompt=PromptConfig(length=0))
 DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=AdapterConfig(text=True, image=True))
 DEEP = DEEP.with_query_weights("predicted")
@@ -69,8 +79,7 @@ DEEP = DEEP.with_query_weights("predicted")
 def test_vectors_are_those_of_the_model(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
     kind = KINDS[name]
     require(kind.extra)
-    if kind.needs and capabilities.lacks(kind.needs):
-        pytest.skip(str(capabilities.lacks(kind.needs)))
+    require_instructions(name)
     proof = moved(tiny_model, config, cache).proof(name, Probe.synthetic(32))
     assert proof.holds, str(proof)
     assert min(proof.text, proof.image) > (0.99999 if kind.precision == "fp32" else 0.999)
@@ -80,6 +89,7 @@ def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
     """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
     require("int8")
     require("openvino")
+    require_instructions("openvino-int8")
     case, probe = moved(tiny_model, ModelConfig(), cache), Probe.synthetic(32, 24)
     domain, where = case.domain, case.target
     directory = calibrate(domain, where, CalibrationData(probe.texts, probe.pixels))
@@ -97,6 +107,7 @@ def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
 
 def test_onnx_int8_is_near(tiny_model: Path, cache: Path) -> None:
     require("onnx")
+    require_instructions("onnx-int8")
     proof = moved(tiny_model, ModelConfig(), cache).proof("onnx-int8", Probe.synthetic(32))
     assert min(proof.text, proof.image) > 0.98
 
@@ -169,13 +180,51 @@ def test_the_encoder_takes_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert (auto.encode_pixels(pixels) * plain.encode_pixels(pixels)).sum(1).min() > 0.999
 
 
+def test_a_compiled_runtime_needs_a_handful_of_graphs(
+    tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the batches and the lengths: a graph for each shape would be a wait in the middle of a request."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend=backend, **given))
+    case = moved(tiny_model, DEEP, cache)
+    plain, domain = open_runtime("torch", case.target), case.domain
+    runtime = TowerRuntime("torch-compile", *towers(case.target), torch.float32, compiled=True)
+    texts = [" ".join("abcdefghijklmnopqrstuvw"[: 1 + i % 20]) for i in range(40)]
+    groups = [texts[:n] for n in (1, 2, 3, 7, 32)] + [[text] for text in texts] + [[""], ["", ""]]
+    for group in groups:
+        vectors = domain.encode_text(runtime, group, 32)
+        np.testing.assert_allclose(vectors, domain.encode_text(plain, group, 32), atol=1e-5)
+    assert len(graphs) <= 6
+    pixels = Probe.synthetic(32, 33).pixels
+    for n in (1, 2, 3, 8, 33):
+        np.testing.assert_allclose(
+            domain.encode_pixels(runtime, pixels[:n]), domain.encode_pixels(plain, pixels[:n]), atol=1e-5
+        )
+    assert len(graphs) <= 9
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["torch", "cuda-fp16", "cuda-bf16"])
 def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     wanted = Encoder.load(tiny_checkpoint, device="cpu")
     given = Encoder.load(tiny_checkpoint, device="cuda", runtime=name, cache=tmp_path)
-    assert (given.encode_text(["a red square"]) * wanted.encode_text(["a red square"])).sum() > 0.999
+    texts, pixels = [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)], Probe.synthetic(32, 40).pixels
+
+    def both(encoder: Encoder) -> NDArray[np.float32]:
+        parts = [encoder.encode_pixels(pixels[:n]) for n in (1, 7, 40)]
+        return np.concatenate([encoder.encode_text(texts), encoder.encode_text(texts[:1]), *parts])
+
+    with ThreadPoolExecutor(2) as pool:  # as the service and the index job do, not in the thread that loaded it
+        found = list(pool.map(both, [given, given]))
+    for vectors in found:
+        assert (vectors * both(wanted)).sum(1).min() > 0.999
 
 
 def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
