@@ -289,9 +289,13 @@ def test_what_no_request_can_mend_ends_the_run(photos: Path, status: int, says: 
 
 @pytest.mark.parametrize(
     "answer",
-    [Raw(400, "x" * 190 + KEY), {"error": {"message": f"Incorrect API key: {KEY}"}}, Raw(body=f"key: {KEY}"), f"It is {KEY}"],
-    ids=["over the cut of a long error", "error in a 200", "no JSON", "in a judge's answer"],
-)  # fmt: skip
+    [
+        Raw(400, "x" * 190 + KEY),  # over the place where a long message is cut
+        {"error": {"message": f"Incorrect API key: {KEY}"}},  # with status 200
+        Raw(body=f"key: {KEY}"),  # no JSON
+        f"It is {KEY}",  # what the judge says
+    ],
+)
 def test_no_message_shows_the_key_or_a_part_of_it(photos: Path, answer: Raw | str | dict[str, Any]) -> None:
     def behave(asked: Asked, n: int) -> Raw | str | dict[str, Any]:
         return good(asked) if isinstance(answer, str) and asked.kind == "draft" else answer
