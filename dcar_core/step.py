@@ -111,18 +111,19 @@ def _forward(model: DCAR, data: Prepared, part: Rows, batch: Rows) -> _Forward:
         text = model.encode_text(tokens, used)
     image = _images(model, data, part)
     text, image = text.float(), image.float()
-    rest = scale.new_zeros(())
-    adapter = model.category_adapter()
-    if adapter is not None and data.caption_features is not None and data.matching is not None:
+    adapter, captions, rest = model.category_adapter(), None, scale.new_zeros(())
+    if adapter is not None and data.caption_features is not None:
         captions = adapter(data.caption_features[part]).float()
-        rest = rest + share * config.loss.category * category_loss(image, captions, data.matching[part], scale)
-    if predicted is not None and paired is not None:
-        real = real_tokens(tokens)
-        words = real.sum() / real_tokens(data.tokens[batch]).sum().clamp(min=1)
-        rest = rest + words * config.loss.head * head_loss(predicted.float(), paired, real)
-    if config.loss.anchor > 0 and data.images is not None and data.captions is not None:
-        held = anchor_loss(image, data.images[data.image_of[part]]) + anchor_loss(text, data.captions[part])
-        rest = rest + share * config.loss.anchor * held
+    with torch.autocast(image.device.type, enabled=False):  # bfloat16 tells logits at CLIP's scale apart by 0.1 to 0.5
+        if captions is not None and data.matching is not None:
+            rest = rest + share * config.loss.category * category_loss(image, captions, data.matching[part], scale)
+        if predicted is not None and paired is not None:
+            real = real_tokens(tokens)
+            words = real.sum() / real_tokens(data.tokens[batch]).sum().clamp(min=1)
+            rest = rest + words * config.loss.head * head_loss(predicted.float(), paired, real)
+        if config.loss.anchor > 0 and data.images is not None and data.captions is not None:
+            held = anchor_loss(image, data.images[data.image_of[part]]) + anchor_loss(text, data.captions[part])
+            rest = rest + share * config.loss.anchor * held
     return _Forward(text, image, rest)
 
 

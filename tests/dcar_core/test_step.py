@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcar_core import step
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.config import Amp
 from dcar_core.data import Dataset, load_split
@@ -93,6 +94,23 @@ def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training
     for key, gradient in gradients(model).items():
         similar = torch.cosine_similarity((gradient / scale).flatten(), expected[key].flatten(), dim=0)
         assert similar > 0.9, key
+
+
+@pytest.mark.parametrize("loss", ["category_loss", "head_loss", "anchor_loss", "contrastive_loss"])
+def test_losses_are_full_precision_in_a_mixed_pass(
+    loss: str, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = getattr(step, loss), []
+
+    def spy(*given: Tensor) -> Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), {each.dtype for each in given if each.is_floating_point()}))
+        return whole(*given)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(step, loss, spy)
+    model, data = ready(backbone, training, "dcar+")
+    accumulate_gradients(model, data, np.arange(len(data)), precision=Precision("bfloat16", torch.device("cpu")))
+    assert seen
+    assert all(each == (False, {torch.float32}) for each in seen)
 
 
 def test_precision_is_full_where_the_device_has_nothing_better() -> None:
