@@ -18,7 +18,10 @@ def benchmark(
     ] = str(EXAMPLES / "twemoji" / "checkpoint"),
     data: Annotated[Path, typer.Option(help="Annotations with a test split, as for training.")] = EXAMPLES / "twemoji",
     runtimes: Annotated[
-        str, typer.Option(help="Comma-separated, for a look at some; default: what `auto` tries, and int8. An unknown name lists all.")
+        str,
+        typer.Option(
+            help="For a look at some, with commas; default: what `auto` tries and int8; an unknown name lists all."
+        ),
     ] = "",
     out: Annotated[Path | None, typer.Option(help="A JSON file for everything that was measured.")] = None,
     images: Images = None,

@@ -39,7 +39,7 @@ class TowerRuntime:
     """The towers, with weights of a type; optionally compiled.
 
     One compilation, of seconds or a minute, serves every batch and every length, but for the sizes 1 and not 1, which
-    PyTorch tells apart: a handful of graphs in all. One for each shape would be dozens, and after eight PyTorch gives up.
+    PyTorch tells apart: a handful of graphs in all. One for each shape would be dozens, of which it takes eight.
     CUDA graphs are not used, for the same reason, and as they belong to the thread that recorded them.
     """
 
