@@ -3,7 +3,8 @@ whose caller has left is given up.
 
 - A body that announces too much is refused before a byte of it is read; one that does not say (chunked) is counted, and
   refused at the first byte too many. Nothing of it is kept.
-- A body must be whole in `upload_s`; together, the bodies under way hold at most `in_flight` bytes.
+- A body must be whole in `upload_s`; what has come of all bodies under way is at most `in_flight` bytes together. What
+  is only announced counts for nothing: it costs its sender nothing either.
 - The connection is closed after such a refusal. For a short while what the client still sends is read and thrown away,
   since closing on a sender would reset the connection and hide the answer from it.
 - A request that takes long is watched: when its caller closes the connection it is cancelled, and the batcher drops it.
@@ -66,12 +67,12 @@ class Guard:
 
         async def counted() -> Message:
             message = await receive()
-            if message["type"] == "http.request" and not body.whole:
+            if message["type"] == "http.request":
                 body.received += len(message.get("body", b""))
                 body.whole = not message.get("more_body", False)
                 if body.received > limit:
                     body.refusal = self._large(limit, field)
-                elif body.received > body.held and not self._hold(body, body.received - body.held):
+                elif not self._hold(body):
                     body.refusal = self._full()
                 if body.refusal is not None:
                     raise _RefusedError
@@ -94,8 +95,6 @@ class Guard:
         try:
             if announced > limit:
                 body.refusal = self._large(limit, field)
-            elif not self._hold(body, announced):
-                body.refusal = self._full()
             else:
                 with _Watch(receive, body, self._upload_s, late):
                     await self._app(scope, counted, safe)
@@ -109,12 +108,13 @@ class Guard:
         if body.refusal is not None and not started:
             await _refuse(body.refusal, receive, send)
 
-    def _hold(self, body: _Body, size: int) -> bool:
-        """Reserve room for so many bytes more of a body. One body alone always has room."""
-        if self._held > body.held and self._held + size > self._in_flight:
+    def _hold(self, body: _Body) -> bool:
+        """Take room for what has come of a body. One body alone always has room."""
+        more = body.received - body.held
+        if more and self._held > body.held and self._held + more > self._in_flight:
             return False
-        self._held += size
-        body.held += size
+        self._held += more
+        body.held += more
         return True
 
     def _large(self, limit: int, field: str) -> Problem:
@@ -184,15 +184,17 @@ class _Watch:
 
 
 def _announced(scope: Scope) -> tuple[int, bool]:
-    """The length that the body is said to have, 0 when it is not said, and whether it is certain that there is none."""
-    length, silent = 0, scope["method"] in ("GET", "HEAD")
+    """The length that the body is said to have, 0 when it is not said, and whether it is certain that there is none.
+
+    HTTP tells by one of two headers that a body comes, whatever the method.
+    """
+    length, chunked = 0, False
     for name, value in scope["headers"]:
         if name == b"content-length":
-            silent = False
             length = int(value) if value.isdigit() else 0
         elif name == b"transfer-encoding":
-            silent = False
-    return length, silent
+            chunked = True
+    return length, not (length or chunked)
 
 
 def _closing(status: int, detail: str, *, errors: list[tuple[str, str]] | None = None, retry_after: int = 0) -> Problem:

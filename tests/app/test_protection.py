@@ -1,6 +1,8 @@
 """Keys, rates, deadlines and limits: who may ask, how often, how much at a time, and what overload looks like."""
 
 import asyncio
+import contextlib
+import hashlib
 import socket
 import threading
 import time
@@ -257,6 +259,85 @@ def test_bodies_under_way_share_a_limit(built_index: Path) -> None:
             go.set()
             assert (await first).status_code == 200
             assert (await client.post("/search/image", files={"file": picture})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_what_is_only_announced_takes_no_room(built_index: Path) -> None:
+    with serving(built_index, max_in_flight_bytes=2**20) as (_, port), contextlib.ExitStack() as idle:
+        head = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        connections = [idle.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(5)]
+        for connection in connections:
+            connection.sendall(head + b"Content-Length: 1048576\r\n\r\n--b\r\n")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            time.sleep(0.2)
+            assert client.post("/search/text", json=WORDS).status_code == 200
+            assert client.post("/search/image", files={"file": png()}).status_code == 200
+
+
+@pytest.mark.parametrize("length", [{}, {"Content-Length": "0"}])
+def test_a_request_without_a_body_is_whole_from_the_start(built_index: Path, length: dict[str, str]) -> None:
+    async def main() -> None:
+        async with opened(built_index, upload_timeout_s=0.1, poll_s=0, **KEYS) as client:
+            collections = client.app.state.collections  # type: ignore[attr-defined]
+            left = asyncio.Event()
+
+            async def slow() -> dict[str, bool]:
+                try:
+                    await asyncio.sleep(0.5)
+                except asyncio.CancelledError:
+                    left.set()
+                    raise
+                return {}
+
+            collections.reload = slow
+            request = client.build_request("POST", "/admin/reload", headers=bearer(ADMIN))
+            del request.headers["content-length"]
+            request.headers.update(length)
+            assert (await client.send(request)).status_code == 200
+            assert not left.is_set()
+            hollow = client.build_request("POST", "/search/text", headers={"Content-Type": "application/json"} | length)
+            hollow.headers.update(bearer(ALICE))
+            assert (await client.send(hollow)).status_code == 400
+
+    asyncio.run(main())
+
+
+def test_pictures_that_need_a_key_are_for_no_shared_cache(built_index: Path) -> None:
+    async def main() -> None:
+        path = "/items/circle%2Fred.png/image"
+        for given, who, wanted in (({}, {}, "public"), (KEYS, bearer(ALICE), "private")):
+            async with opened(built_index, cors_origins="https://shop.example", **given) as client:
+                headers = {**who, "Origin": "https://shop.example"}
+                whole = await client.get(path, headers=headers)
+                again = await client.get(path, headers={**headers, "If-None-Match": whole.headers["etag"]})
+                assert (whole.status_code, again.status_code) == (200, 304)
+                for answer in (whole, again):
+                    assert answer.headers["cache-control"].startswith(f"{wanted}, max-age=")
+                    vary = {each.strip() for each in answer.headers.get("vary", "").split(",")}
+                    assert ({"Authorization", "X-API-Key"} <= vary) == bool(given)
+                    assert "Origin" in vary
+
+    asyncio.run(main())
+
+
+def test_a_large_picture_is_not_hashed_in_the_event_loop(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[int, bool]] = []
+    hash_of = hashlib.blake2b
+
+    def seen(data: bytes, **given: int) -> Any:
+        hashed.append((len(data), threading.current_thread() is threading.main_thread()))
+        return hash_of(data, **given)
+
+    monkeypatch.setattr("app.routes.hashlib.blake2b", seen)
+
+    async def main() -> None:
+        async with opened(built_index) as client:
+            artifact = type(client.app.state.collections[None].live.artifact)  # type: ignore[attr-defined]
+            size = 5 * 2**20
+            monkeypatch.setattr(artifact, "image_bytes", lambda *_: bytes(size))
+            assert len((await client.get("/items/circle%2Fred.png/image")).content) == size
+            assert [each for each in hashed if each[0] == size] == [(size, False)]
 
     asyncio.run(main())
 

@@ -1,0 +1,156 @@
+"""What a connection may do before and after its request: trailers, bodies that were answered already, idling."""
+
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_harness import serving
+
+from app.connections import HEAD_BYTES, LimitedProtocol
+from app.keys import key_hash, new_key
+
+KEY = new_key()
+CHUNKED = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+UNKNOWN = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+AUTHORIZATION = b"Authorization: Bearer " + KEY.encode() + b"\r\n"
+
+
+@pytest.fixture(scope="module")
+def port(built_index: Path) -> Iterator[int]:
+    with serving(built_index, api_keys=f"shop:{key_hash(KEY)}", runtime="torch") as (_, port):
+        yield port
+
+
+@pytest.fixture
+def connection(port: int) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(10)
+        yield connection
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = LimitedProtocol.__init__
+
+    def hasty(self: LimitedProtocol, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.timeout_keep_alive = 0.4  # type: ignore[assignment]
+
+    monkeypatch.setattr(LimitedProtocol, "__init__", hasty)
+    monkeypatch.setattr("app.connections.HEAD_S", 0.4)
+    monkeypatch.setattr("app.connections.LINGER_S", 0.4, raising=False)
+
+
+def answer(connection: socket.socket) -> bytes:
+    """One answer with its body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        part = connection.recv(65536)
+        assert part, "closed without an answer"
+        data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head
+
+
+def is_closed(connection: socket.socket, within: float = 3) -> bool:
+    """Whether the other side ends the connection; what it still says is read."""
+    connection.settimeout(within)
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+def breaks_off(connection: socket.socket, pieces: Iterable[bytes], every: float = 0) -> bool:
+    """Whether the other side ends the connection before it has taken all that is sent."""
+    try:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(every)
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_trailers_are_no_headers(connection: socket.socket) -> None:
+    body = b'12\r\n{"query": "a cat"}\r\n0\r\n'
+    connection.sendall(CHUNKED + b"\r\n" + body + AUTHORIZATION + b"\r\n")
+    assert answer(connection).startswith(b"HTTP/1.1 401")
+    connection.sendall(CHUNKED + AUTHORIZATION + b"\r\n" + body + b"X-Checksum: 7\r\n\r\n")
+    assert answer(connection).startswith(b"HTTP/1.1 200"), "they do no harm either"
+
+
+@pytest.mark.parametrize("piece", [b"X-Y: z\r\n", b"x"], ids=["many", "one long"])
+def test_trailers_without_end_are_refused(connection: socket.socket, piece: bytes) -> None:
+    head = CHUNKED + AUTHORIZATION + b"\r\n"
+    connection.sendall(head + b"0\r\n")
+    left = HEAD_BYTES + 1 - len(head) - len(b"0\r\n")
+    connection.sendall((piece * left)[:left])
+    assert answer(connection).startswith(b"HTTP/1.1 431")
+    assert is_closed(connection)
+
+
+def test_a_body_may_come_in_many_small_chunks(connection: socket.socket) -> None:
+    body = b'{"query": "a cat"}' + b" " * 12_000
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    assert len(chunks) > HEAD_BYTES
+    connection.sendall(CHUNKED + AUTHORIZATION + b"\r\n")
+    for start in range(0, len(chunks), 5000):
+        connection.sendall(chunks[start : start + 5000])
+    connection.sendall(b"0\r\n\r\n")
+    assert answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_dripping_body_that_was_answered_ends(connection: socket.socket) -> None:
+    connection.sendall(UNKNOWN + b"Content-Length: 1000000\r\n\r\n")
+    assert answer(connection).startswith(b"HTTP/1.1 401")
+    assert breaks_off(connection, [b"x"] * 30, every=0.1)
+
+
+def test_an_endless_body_that_was_answered_ends(connection: socket.socket) -> None:
+    connection.sendall(UNKNOWN + b"Transfer-Encoding: chunked\r\n\r\n")
+    assert answer(connection).startswith(b"HTTP/1.1 401")
+    assert breaks_off(connection, [b"100000\r\n" + bytes(2**20) + b"\r\n"] * 200)
+
+
+def test_a_body_that_was_answered_and_comes_nevertheless_costs_no_connection(connection: socket.socket) -> None:
+    for _ in range(2):
+        connection.sendall(UNKNOWN + b"Content-Length: 1000000\r\n\r\n")
+        assert answer(connection).startswith(b"HTTP/1.1 401")
+        connection.sendall(bytes(1_000_000))
+        connection.sendall(HEALTH)
+        assert answer(connection).startswith(b"HTTP/1.1 200")
+    connection.sendall(UNKNOWN + b"Content-Length: 3\r\n\r\n")
+    assert answer(connection).startswith(b"HTTP/1.1 401")
+    connection.sendall(b"abc")
+    assert is_closed(connection), "an idle one ends, here too"
+
+
+def test_line_breaks_do_not_keep_a_connection(connection: socket.socket) -> None:
+    connection.sendall(HEALTH)
+    assert answer(connection).startswith(b"HTTP/1.1 200")
+    connection.sendall(b"\r\n" + HEALTH)
+    assert answer(connection).startswith(b"HTTP/1.1 200")
+    connection.sendall(b"\r\n")
+    assert is_closed(connection)
+
+
+def test_requests_in_one_go_are_answered_in_turn(connection: socket.socket) -> None:
+    early = UNKNOWN + b"Content-Length: 3\r\n\r\nabc"
+    connection.sendall(HEALTH + early + HEALTH + UNKNOWN + b"Content-Length: 3\r\n\r\n")
+    data = b""
+    while data.count(b"HTTP/1.1 ") < 4:
+        data += connection.recv(65536)
+    assert [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]] == [b"200", b"401", b"200", b"401"]
+    assert is_closed(connection), "what the last one announced never comes"
