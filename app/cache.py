@@ -17,7 +17,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from redis.exceptions import RedisError
 
 from app.batching import Vector
 from app.breaker import Breaker
@@ -25,7 +24,7 @@ from app.metrics import Metrics
 from app.redis_client import connect, disconnect
 from app.settings import Settings
 
-STORE_FAULTS = (RedisError, OSError, TimeoutError, ValueError)
+STORE_FAULTS = Exception  # beside its own errors, redis-py raises whatever its parser stumbles over: TypeError, ..
 
 _DTYPE = np.dtype("<f2")
 _CHECK_BYTES = 4
@@ -57,11 +56,14 @@ class VectorCache(Protocol):
 
     shared: bool
 
-    def peek(self, key: str, dim: int) -> Vector | None:
-        """The float32 (dim,) vector if it is known in this process."""
+    def peek(self, key: str, dim: int, *, counted: bool = True) -> Vector | None:
+        """The float32 (dim,) vector if it is known in this process. counted: as a hit or a miss, once a query."""
 
     async def get(self, key: str, dim: int) -> Vector | None:
-        """The float32 (dim,) vector from wherever it is, or None when it is unknown, unusable or not there in time."""
+        """The float32 (dim,) vector from wherever it is, or None when it is unknown, unusable or not there in time.
+
+        To be asked after `peek`, which has counted the look into this process.
+        """
 
     def put(self, key: str, vector: Vector) -> None:
         """Remember the vector, soon and if possible."""
@@ -83,18 +85,18 @@ class MemoryCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def peek(self, key: str, dim: int) -> Vector | None:
+    def peek(self, key: str, dim: int, *, counted: bool = True) -> Vector | None:
         entry = self._entries.get(key)
-        if entry is None or entry.shape != (dim,):
-            if self._size:
-                self._metrics.lookup("memory", "miss")
+        known = entry is not None and entry.shape == (dim,)
+        if counted and self._size:
+            self._metrics.lookup("memory", "hit" if known else "miss")
+        if entry is None or not known:
             return None
         self._entries.move_to_end(key)
-        self._metrics.lookup("memory", "hit")
         return _widened(entry)
 
     async def get(self, key: str, dim: int) -> Vector | None:
-        return self.peek(key, dim)
+        return self.peek(key, dim, counted=False)
 
     def put(self, key: str, vector: Vector) -> None:
         self.keep(key, vector.astype(_DTYPE))
@@ -138,8 +140,8 @@ class RedisCache:
         self._redis = connect(url, timeout_s=timeout_s)
         self._writes: set[asyncio.Task[None]] = set()
 
-    def peek(self, key: str, dim: int) -> Vector | None:
-        return self._memory.peek(key, dim)
+    def peek(self, key: str, dim: int, *, counted: bool = True) -> Vector | None:
+        return self._memory.peek(key, dim, counted=counted)
 
     async def get(self, key: str, dim: int) -> Vector | None:
         if not self.reading.allows():

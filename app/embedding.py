@@ -69,7 +69,7 @@ class Embedder:
             return
         encoder = snapshot.encoder
         key = cache_key(encoder.fingerprint, "text", text.encode())
-        if key not in self._flights and self._cache.peek(key, encoder.dim) is None:
+        if key not in self._flights and self._cache.peek(key, encoder.dim, counted=False) is None:
             self._batcher.require_room()
 
     async def text(self, snapshot: Snapshot, text: str) -> tuple[Vector, bool]:

@@ -59,7 +59,10 @@ async def _answer(request: Request) -> Response:
     if known is not None:
         metrics_of(request).lookup("answers", "hit")
         return Response(known, media_type=JsonAnswer.media_type)
-    words = words_in(content_type, body, settings_of(request))
+    settings = settings_of(request)
+    words = words_in(content_type, body, settings)
+    if settings.answer_cache_bytes and settings.cache_size:
+        metrics_of(request).lookup("answers", "miss")
     answer = search_answer(request, await (await retriever_of(request)).search(snapshot, words))
     snapshot.answers.put(key, answer)
     return JsonAnswer(answer)

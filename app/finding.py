@@ -18,6 +18,7 @@ from dcar_core.errors import ArtifactError
 from index_jobs.filters import FilterError
 
 _WIDEST = 10_000  # rows looked at for one page of different results
+_BLOCK = 128  # rows compared at once for near-duplicates
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,10 @@ def find(
         ]
         if fold is None:
             return found[:count]
-        hits = _folded(snapshot, found, fold)
+        hits = _folded(snapshot, found, fold, count)
         ended = wide >= min(artifact.rows, _WIDEST) or rows[0, -1] < 0 or scores[0, -1] < least
         if len(hits) >= count or ended:
-            return hits[:count]
+            return hits
         wide = min(2 * wide, artifact.rows)
 
 
@@ -89,17 +90,35 @@ def vectors_of(snapshot: Snapshot, rows: list[int]) -> Vector:
         raise Problem(409, f"This needs the items' vectors, which the index does not keep: {error}") from None
 
 
-def _folded(snapshot: Snapshot, found: list[Hit], fold: float) -> list[Hit]:
+def _folded(snapshot: Snapshot, found: list[Hit], fold: float, count: int) -> list[Hit]:
+    """The best `count` that differ, each with those that are folded into it: the most like it of all that are shown.
+
+    Rows are compared by the block, since a product of matrices takes a fraction of the time of one for each row.
+    """
     if not found:
         return []
-    vectors = vectors_of(snapshot, [hit.row for hit in found])
+    vectors = vectors_of(snapshot, [hit.row for hit in found])  # (m, E)
+    kept = np.empty_like(vectors)  # of what is shown
     shown: list[int] = []  # places in `found`
-    members: dict[int, list[int]] = {}
-    for place, hit in enumerate(found):
-        alike = vectors[shown] @ vectors[place]
-        if len(shown) and alike.max() >= fold:
-            members[shown[int(alike.argmax())]].append(hit.row)
-        else:
-            shown.append(place)
-            members[place] = []
-    return [Hit(found[place].row, found[place].score, tuple(members[place])) for place in shown]
+    members: list[list[int]] = []
+    start, end = 0, len(found)
+    while start < end:
+        block, known = vectors[start : min(start + _BLOCK, end)], len(shown)
+        fresh: list[int] = []  # places in the block
+        for place, (before, within) in enumerate(zip(block @ kept[:known].T, block @ block.T, strict=True)):
+            alike = np.concatenate((before, within[fresh]))
+            if len(alike) and alike.max() >= fold:
+                members[int(alike.argmax())].append(found[start + place].row)
+            else:
+                kept[len(shown)] = block[place]
+                fresh.append(place)
+                shown.append(start + place)
+                members.append([])
+        start += len(block)
+        if known < count <= len(shown):  # enough: to the end comes only what folds into these
+            alike = vectors[start:end] @ kept[:count].T
+            end = start + 1 + int(np.flatnonzero((alike >= fold).any(1)).max(initial=-1))
+    return [
+        Hit(found[place].row, found[place].score, tuple(rows))
+        for place, rows in zip(shown[:count], members, strict=False)
+    ]

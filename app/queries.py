@@ -6,11 +6,12 @@ refused before anything of it is read, and every fault has the caller's name for
 All dependencies are coroutines: FastAPI runs a plain function in a thread of its own, which costs more than a search.
 """
 
-import json
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Path, Query, Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
 from app.access import unauthorised
@@ -26,6 +27,7 @@ from app.snapshots import Snapshot
 # text/search bodies: a character takes at most 12 bytes of JSON
 JSON_BYTES_PER_CHAR = 12
 _PART_BYTES = 16 * 2**10  # of a form's field
+_CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})
 
 M = TypeVar("M", bound=BaseModel)
 ItemId = Annotated[str, Path(description="an item's id, as the results give it", max_length=1024)]
@@ -75,6 +77,14 @@ def _check_type(content_type: str, wanted: str) -> None:
     if given != wanted:
         message = f"must be {wanted}, not {given or 'absent'}"
         raise field_problem("Content-Type", message, status=415)
+
+
+def _check_charset(content_type: str) -> None:
+    """Starlette's parser would decode a form's texts by whatever codec of Python the caller names."""
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8")
+    if charset.lower() not in _CHARSETS:
+        message = f"charset must be utf-8, not {charset.decode('latin-1')[:80]!r}"
+        raise field_problem("Content-Type", message, status=400)
 
 
 def _check(options: Options, settings: Settings) -> None:
@@ -138,6 +148,7 @@ async def read_picture(request: Request) -> Search:
     many searches by words.
     """
     _check_type(_content_type(request), "multipart/form-data")
+    _check_charset(_content_type(request))
     (await retriever_of(request)).require_room()
     settings = settings_of(request)
     async with request.form(max_files=1, max_fields=64, max_part_size=_PART_BYTES) as form:
@@ -171,8 +182,8 @@ def _fields(form: FormData) -> dict[str, Any]:
             fields[name] = value
         else:
             try:
-                fields[name] = json.loads(value)
-            except (ValueError, RecursionError):
+                fields[name] = from_json(value)  # as bodies in JSON are read; half a surrogate pair is an error to both
+            except ValueError:
                 fields[name] = value
     return fields
 

@@ -11,7 +11,9 @@ the same TLS as their master, but their own `sentinel_username` and `sentinel_pa
 Whoever calls has its own breaker, so nothing is tried twice here. Nothing connects before the first command.
 """
 
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
@@ -25,14 +27,15 @@ SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redi
 _PORTS = {"sentinel": 26_379, "cluster": 6379}
 
 Client = Redis | RedisCluster
+C = TypeVar("C", Redis, RedisCluster)
 
 
-def connect(url: str, *, timeout_s: float, max_connections: int = 32) -> Client:
+def connect(url: str, *, timeout_s: float, max_commands: int = 32) -> Client:
     """A client of the Redis that a URL names.
 
     Args:
         timeout_s: for connecting, and for each answer.
-        max_connections: at a time, to each server.
+        max_commands: at a time; more wait for their turn.
 
     Raises:
         ValueError: the URL is none of the above; the message does not repeat it, since it may hold a password.
@@ -41,19 +44,37 @@ def connect(url: str, *, timeout_s: float, max_connections: int = 32) -> Client:
     limits: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
-        "max_connections": max_connections,
+        "max_connections": max_commands,
         "retry": Retry(NoBackoff(), 0),
     }
     if "+" not in scheme:
         return Redis.from_pool(BlockingConnectionPool.from_url(url, timeout=timeout_s, **limits))
     hosts, service, options = _several(url, scheme)
+    options = limits | options  # the URL's own win, as with one server
     if scheme.endswith("cluster"):
-        return RedisCluster(startup_nodes=[ClusterNode(host, port) for host, port in hosts], **options, **limits)
+        nodes = [ClusterNode(host, port) for host, port in hosts]
+        return _in_turn(RedisCluster(startup_nodes=nodes, **options), options["max_connections"])
     auth = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     tls = {name: value for name, value in options.items() if name.startswith("ssl")}
-    sentinel = Sentinel(hosts, sentinel_kwargs={**auth, **tls, **limits}, **options, **limits)  # type: ignore[no-untyped-call]
+    sentinel = Sentinel(hosts, sentinel_kwargs={**limits, **auth, **tls}, **options)  # type: ignore[no-untyped-call]
     master: Redis = sentinel.master_for(service)
-    return master
+    return _in_turn(master, options["max_connections"])
+
+
+def _in_turn(client: C, most: int) -> C:
+    """The client, with so many commands under way at most: the pools of sentinels and clusters refuse what is beyond.
+
+    Whoever bounds the time of a command bounds the wait with it.
+    """
+    turns = asyncio.Semaphore(most)
+    execute: Callable[..., Awaitable[Any]] = client.execute_command
+
+    async def execute_command(*args: Any, **options: Any) -> Any:
+        async with turns:
+            return await execute(*args, **options)
+
+    client.execute_command = execute_command  # type: ignore[method-assign]
+    return client
 
 
 def check(url: str) -> str:

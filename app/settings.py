@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="lifetime of an entry in Redis")
 
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)
-    max_in_flight_bytes: int = Field(256 * 2**20, ge=1024, description="of all bodies that are arriving or in use")
+    max_in_flight_bytes: int = Field(256 * 2**20, ge=1024, description="come of all bodies that are arriving or in use")
     upload_timeout_s: float = Field(30, gt=0, description="for a body to arrive; 408 after that")
     max_pixels: int = Field(64_000_000, ge=1, description="of a query picture, checked before it is decoded")
     max_query_chars: int = Field(1000, ge=1)
@@ -127,9 +127,12 @@ class Settings(BaseSettings):
 
     @field_validator("admin_key")
     @classmethod
-    def _is_long(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and len(value.get_secret_value()) < 8:
+    def _is_key(cls, value: SecretStr | None) -> SecretStr | None:
+        given = "" if value is None else value.get_secret_value()
+        if value is not None and len(given) < 8:
             raise ValueError("must be at least 8 characters")
+        if given.startswith("sha256:") and not re.fullmatch("sha256:[0-9A-Fa-f]{64}", given):
+            raise ValueError("must be sha256: and the 64 hexadecimal digits of the key's hash; no key could match this")
         return value
 
 

@@ -38,7 +38,7 @@ def index_build(
         Path | None, typer.Option(help="Data whose val pairs judge it, and give the auto min_score.")
     ] = None,
     margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = 0.02,
-    force: Annotated[bool, typer.Option(help="Publish even if nothing changed, or if it ranks worse.")] = False,
+    force: Annotated[bool, typer.Option(help="Publish even if nothing changed or it is worse; retry reads.")] = False,
 ) -> None:
     """Encode a gallery, build the index and publish it as a new version. Killed, the same command goes on."""
     from index_jobs.rebuild import rebuild
@@ -50,6 +50,8 @@ def index_build(
     )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")
+    if found.hint:
+        typer.echo(found.hint)
 
 
 @commands.command("list")

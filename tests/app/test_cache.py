@@ -1,6 +1,7 @@
 """The cache, in the process and in a real Redis that is killed, stopped and made to lie."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from app_harness import RedisServer, opened, until
 from app.breaker import Breaker
 from app.cache import MemoryCache, RedisCache, _pack, cache_key, rounded
 from app.metrics import Metrics
+from app.rates import Rates
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
 KEPT = rounded(VECTOR)
@@ -128,6 +130,86 @@ def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
         await cache.close()
 
     asyncio.run(main())
+
+
+NONSENSE = {
+    "nested": b"*1\r\n" * 20_000,
+    "a key that is a list": b"%1\r\n*1\r\n+a\r\n+b\r\n",
+    "a set of lists": b"~1\r\n*1\r\n+a\r\n",
+    "an empty line": b"\r\n",
+    "an empty push": b">0\r\n",
+    "no length": b"$x\r\n",
+    "negative": b"$-7\r\n",
+    "no number": b",abc\r\n",
+    "another type": b":1\r\n",
+    "html": b"<html>\r\n",
+    "moved": b"-MOVED 1 h\r\n",
+}
+
+
+@pytest.mark.parametrize("reply", NONSENSE.values(), ids=NONSENSE)
+def test_a_redis_that_talks_nonsense_fails_nothing(reply: bytes) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while await reader.readline():
+                writer.write(reply)
+                await writer.drain()
+                await reader.read(4096)
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        for options in ("", "?protocol=2"):
+            cache = RedisCache(f"redis://127.0.0.1:{port}/0{options}", ttl_s=60)
+            for _ in range(4):
+                assert await cache.get("key", 32) is None
+                cache.put("key", VECTOR)
+                assert await asyncio.gather(*cache._writes, return_exceptions=True) in ([None], [])
+            await cache.close()
+        rates = Rates("2/minute", redis_url=f"redis://127.0.0.1:{port}/0", timeout_s=0.1)
+        assert min([await rates.wait_for("alice") for _ in range(3)]) >= 0
+        await rates.close()
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_each_query_is_counted_once(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            metrics = client.app.state.metrics
+
+            def counted(level: str) -> tuple[float, float]:
+                hit, miss = (
+                    count(metrics, "dcar_cache_lookups_total", level=level, outcome=outcome)
+                    for outcome in ("hit", "miss")
+                )
+                return hit, miss
+
+            for ask, answers, memory in (
+                ({"query": "new"}, (0, 1), (0, 1)),
+                ({"query": "newer"}, (0, 2), (0, 2)),
+                ({"query": "new"}, (1, 2), (0, 2)),
+                ({"query": "new", "k": 3}, (1, 3), (1, 2)),
+            ):
+                assert (await client.post("/search/text", json=ask)).status_code == 200
+                assert (counted("answers"), counted("memory")) == (answers, memory)
+            assert (await client.post("/search/text", json={"query": ""})).status_code == 422
+            assert counted("answers") == (1, 3), "what is no query was not looked for"
+
+    asyncio.run(main())
+
+
+def test_a_look_need_not_be_counted() -> None:
+    metrics = Metrics()
+    cache = MemoryCache(2, metrics)
+    assert cache.peek("key", 32, counted=False) is None
+    cache.put("key", VECTOR)
+    assert cache.peek("key", 32, counted=False) is not None
+    assert metrics.registry.get_sample_value("dcar_cache_lookups_total", {"level": "memory", "outcome": "miss"}) is None
+    assert cache.peek("key", 32) is not None
+    assert count(metrics, "dcar_cache_lookups_total", level="memory", outcome="hit") == 1
 
 
 @pytest.mark.redis

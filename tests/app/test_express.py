@@ -75,7 +75,8 @@ def test_a_remembered_answer_says_so_and_tells_its_own_time(built_index: Path) -
             assert (first.json()["cached"], second.json()["cached"]) == (False, True)
             assert second.json()["took_ms"] < first.json()["took_ms"]
             metrics = (await client.get("/metrics")).text
-            assert 'dcar_cache_lookups_total{level="answers",outcome="hit"} 1.0' in metrics
+            for outcome in ("hit", "miss"):
+                assert f'dcar_cache_lookups_total{{level="answers",outcome="{outcome}"}} 1.0' in metrics
 
     asyncio.run(main())
 

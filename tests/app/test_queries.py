@@ -133,6 +133,35 @@ def test_filters_give_k_results_where_they_exist(built_index: Path) -> None:
     asyncio.run(main())
 
 
+def test_what_a_form_cannot_hold_is_named(built_index: Path) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="query"\r\n\r\nxn--a\r\n'
+    body += b'--b\r\nContent-Disposition: form-data; name="file"; filename="p"\r\n\r\n' + png() + b"\r\n--b--\r\n"
+
+    async def main() -> None:
+        async with opened(built_index) as http:
+            for name, value in (
+                ("filter", r'{"category": "\ud800"}'),
+                ("filter", r'{"\ud800": 1}'),
+                ("filter", '{"category": ' + "[" * 5000 + "]" * 5000 + "}"),
+                ("weights", r'{"\udfff": 1}'),
+                ("min_score", r'"\ud800"'),
+            ):
+                answer = await http.post("/search/image", files={"file": png()}, data={name: value})
+                problem = check(answer, 422)
+                assert all(each["field"].startswith(name) for each in problem["errors"])
+            for charset, status in (
+                *((codec, 400) for codec in ("idna", "punycode", "undefined", "utf-7", "rot13", "zlib", "no-such", "")),
+                *((codec, 200) for codec in ("utf-8", "UTF-8", '"utf-8"', "us-ascii", "iso-8859-1")),
+            ):
+                kind = {"Content-Type": f"multipart/form-data; boundary=b; charset={charset}"}
+                answer = await http.post("/search/image", content=body, headers=kind)
+                assert answer.status_code == status, charset
+                if status == 400:
+                    check(answer, 400, "Content-Type")
+
+    asyncio.run(main())
+
+
 def test_a_cut_off_leaves_out_what_scores_less(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as http:

@@ -32,7 +32,8 @@ def running(*options: str) -> Iterator[RedisServer]:
 
 
 def remembers(url: str, seconds: float = 10) -> None:
-    """An embedding is written through this URL and read back, as soon as the servers have found each other."""
+    """An embedding is written through this URL and read back, as soon as the servers have found each other; then many
+    are at once."""
 
     async def main() -> None:
         cache = RedisCache(url, ttl_s=60, timeout_s=2)
@@ -44,10 +45,17 @@ def remembers(url: str, seconds: float = 10) -> None:
                 found = await cache.get("key", 32)
                 if found is not None:
                     np.testing.assert_array_equal(found, rounded(VECTOR))
-                    return
+                    break
                 assert time.monotonic() < end, "nothing is remembered"
                 cache.reading._pause = cache.writing._pause = 0.05
                 await asyncio.sleep(0.1)
+            for key in range(100):
+                cache.put(str(key), VECTOR)
+            await asyncio.gather(*cache._writes)
+            found_by = await asyncio.gather(*(cache.get(str(key), 32) for key in range(100)))
+            assert all(each is not None for each in found_by)
+            assert not cache.reading.open
+            assert not cache.writing.open
         finally:
             await cache.close()
 
@@ -101,6 +109,7 @@ def test_cluster() -> None:
             ask = ["redis-cli", "-p", str(server.port), "cluster", "addslotsrange", "0", "16383"]
             subprocess.run(ask, check=True, capture_output=True)
             remembers(f"redis+cluster://127.0.0.1:1,127.0.0.1:{server.port}")
+            remembers(f"redis+cluster://127.0.0.1:{server.port}?max_connections=3")
         finally:
             Path(f"/tmp/nodes-{bus}.conf").unlink(missing_ok=True)
 
