@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.metrics import Metrics
+from app.priority import compute
 from app.problems import NotReady, Overloaded
 from dcar_core.errors import DataError
 
@@ -117,7 +118,7 @@ class Batcher:
         self._ended = -math.inf  # the last pass
         self._company: dict[Hashable, int] = {}  # lane -> jobs that were in its last pass, or waited when it ended
         self._missing: tuple[Lane, int] | None = None  # jobs of a lane that the next pass waits for
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-model")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-model", initializer=compute)
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:

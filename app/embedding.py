@@ -20,12 +20,14 @@ from app.batching import Batcher, Flights, Lane, Vector
 from app.cache import VectorCache, cache_key, rounded
 from app.media import media_type
 from app.metrics import Metrics
+from app.priority import compute
 from app.settings import Settings
 from app.snapshots import Snapshot
 from dcar_core.errors import DcarError, ImageError
 
 if TYPE_CHECKING:  # torch takes seconds
     from dcar_core.encoder import Encoder
+    from dcar_core.preprocess import Preprocess
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
@@ -46,7 +48,9 @@ class Embedder:
             max_queue_s=settings.max_queue_ms / 1000,
             metrics=metrics,
         )
-        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dcar-decode")
+        self._pool = ThreadPoolExecutor(
+            min(4, os.cpu_count() or 1), thread_name_prefix="dcar-decode", initializer=compute
+        )
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""
@@ -92,7 +96,7 @@ class Embedder:
         encoder = snapshot.encoder
 
         async def embed() -> Vector:
-            (vector,) = await self.pixels(snapshot, [await self.decode(snapshot, data)])
+            (vector,) = await self.pixels(snapshot, [await self.decode(data, snapshot.preprocess)])
             return vector
 
         return await self._remembered(await self._image_key(encoder.fingerprint, data), encoder.dim, embed)
@@ -113,14 +117,14 @@ class Embedder:
         rows = [ImageRow(snapshot.encoder, each) for each in pictures]
         return await self._batcher.submit_all(lane, rows)
 
-    async def decode(self, snapshot: Snapshot, data: bytes) -> Pixels:
+    async def decode(self, data: bytes, preprocess: "Preprocess") -> Pixels:
         """uint8 (3, S, S), from a picture's file.
 
         Raises:
             ImageError: it cannot be read.
         """
         with self._metrics.timed("decode"):
-            return await self._in_pool(_decode, snapshot, data)
+            return await self._in_pool(_decode, data, preprocess)
 
     async def with_model(self, call: Callable[..., Vector], *args: Any) -> Vector:
         """Anything else that needs the model, in its thread, when its turn has come."""
@@ -161,14 +165,14 @@ def _lane(encoder: "Encoder", kind: str) -> tuple[int, str]:
 _CALLS = Lane("calls", lambda payloads: [call(*args) for call, args in payloads])
 
 
-def _decode(snapshot: Snapshot, data: bytes) -> Pixels:
+def _decode(data: bytes, preprocess: "Preprocess") -> Pixels:
     """Only kinds that a browser or a camera makes reach the decoders."""
     if not data:
         raise ImageError("the file is empty")
     if media_type(data) is None:
         raise ImageError("not an image, or of a kind that cannot be read")
     try:
-        return snapshot.preprocess(data)
+        return preprocess(data)
     except DcarError:
         raise
     except Exception as error:  # decoders meet hostile bytes; whatever they raise is the picture's fault

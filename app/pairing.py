@@ -91,22 +91,24 @@ class Pairing:
         return Explanation(np.round(falls[part_of], 4).tolist(), words)
 
     async def _frozen(self, snapshot: Snapshot, rows: Sequence[int]) -> Vector:
-        known = snapshot.frozen
+        kept = snapshot.frozen
+        known = {row: kept[row] for row in rows if row in kept}  # what others let go of meanwhile is still here
         missing = [row for row in rows if row not in known]
         if missing:
             pixels = await self._pictures(snapshot, missing)
             pairs = await _pairs(snapshot)
             features = await self._embedder.with_model(pairs.frozen, np.stack(pixels))
-            known.update(zip(missing, features, strict=True))
-        stacked = np.stack([known[row] for row in rows])
-        while len(known) > _KEPT:
-            del known[next(iter(known))]
-        return stacked
+            found = dict(zip(missing, features, strict=True))
+            known |= found
+            kept.update(found)
+            while len(kept) > _KEPT:
+                del kept[next(iter(kept))]
+        return np.stack([known[row] for row in rows])
 
     async def _pictures(self, snapshot: Snapshot, rows: Sequence[int]) -> list[Pixels]:
         async def picture(row: int) -> Pixels:
             data = await asyncio.to_thread(snapshot.artifact.image_bytes, row)
-            return await self._embedder.decode(snapshot, data)
+            return await self._embedder.decode(data, snapshot.encoder.preprocess)
 
         try:
             return await asyncio.gather(*map(picture, rows))

@@ -7,11 +7,15 @@
 - Each search takes one `Snapshot` and ends on it, whatever is published meanwhile.
 - More than `max_pending` searches at a time are refused at once, so a queue cannot grow without end; so is one that the
   batcher could not take up soon. Each search has a deadline, and what is not wanted any more is not computed.
+- Items' pictures have the same limits and threads of their own: a gallery may be a slow disk or another machine, and no
+  search waits behind it.
 """
 
 import asyncio
+import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -26,6 +30,7 @@ from app.embedding import Embedder
 from app.finding import Hit, find, vectors_of
 from app.metrics import Metrics
 from app.pairing import Explanation, Pairing, Words
+from app.priority import compute
 from app.problems import Late, Overloaded, Problem, field_problem
 from app.requests import Options
 from app.settings import Settings
@@ -36,6 +41,7 @@ from index_jobs.artifact import Item
 T = TypeVar("T")
 
 _QUICK_DEPTH = 50  # results
+_PICTURES = 8  # read from the gallery at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +89,15 @@ class Retriever:
     def __init__(self, settings: Settings, cache: VectorCache, metrics: Metrics | None = None) -> None:
         self._metrics = metrics or Metrics()
         self._settings = settings
-        self._pending = 0
+        self._pending = Counter[str]()
         self._embedder = Embedder(settings, cache, self._metrics)
         self._pairing = Pairing(self._embedder)
         self._pool = ThreadPoolExecutor(
             min(4, os.cpu_count() or 1),
             thread_name_prefix="dcar-search",
-            initializer=_one_thread,
+            initializer=_search_thread,
         )
+        self._pictures = ThreadPoolExecutor(_PICTURES, thread_name_prefix="dcar-picture")
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""
@@ -100,6 +107,7 @@ class Retriever:
         """Finish what was accepted, then let threads and connections go."""
         await self._embedder.close()
         self._pool.shutdown()
+        self._pictures.shutdown(wait=False, cancel_futures=True)
 
     def require_room(self) -> None:
         """See `Batcher.require_room`."""
@@ -133,11 +141,17 @@ class Retriever:
         row = _row(snapshot, item_id, "id")
         return snapshot.version, await self._in_pool(snapshot.artifact.item, row)
 
-    async def picture(self, snapshot: Snapshot, item_id: str) -> bytes:
-        """The bytes of an item's picture, from the gallery."""
+    async def picture(self, snapshot: Snapshot, item_id: str) -> tuple[bytes, str]:
+        """The bytes of an item's picture, from the gallery, and what tells them from others: 32 hex digits."""
         row = _row(snapshot, item_id, "id")
+
+        def read() -> tuple[bytes, str]:
+            data = snapshot.artifact.image_bytes(row)
+            return data, hashlib.blake2b(data, digest_size=16).hexdigest()
+
         try:
-            return await self._in_pool(snapshot.artifact.image_bytes, row)
+            async with self._admitted(to="pictures"):
+                return await asyncio.get_running_loop().run_in_executor(self._pictures, read)
         except (ArtifactError, ImageError, OSError):
             raise Problem(404, "The picture of this item is no longer in the gallery.") from None
 
@@ -217,11 +231,11 @@ class Retriever:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
 
     @asynccontextmanager
-    async def _admitted(self, count: int = 1) -> AsyncIterator[None]:
-        if self._pending + count > self._settings.max_pending:
+    async def _admitted(self, count: int = 1, *, to: str = "search") -> AsyncIterator[None]:
+        if self._pending[to] + count > self._settings.max_pending:
             self._metrics.refused("queue_full")
             raise Overloaded
-        self._pending += count
+        self._pending[to] += count
         self._metrics.pending.inc(count)
         deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
         try:
@@ -233,7 +247,7 @@ class Retriever:
             self._metrics.refused("late")
             raise Late from None
         finally:
-            self._pending -= count
+            self._pending[to] -= count
             self._metrics.pending.dec(count)
 
 
@@ -277,6 +291,11 @@ def _row(snapshot: Snapshot, item_id: str, field: str) -> int:
         status = 404 if field == "id" else 422
         raise Problem(status, "There is no such item in the index.", errors=[(field, f"unknown: {item_id[:200]!r}")])
     return row
+
+
+def _search_thread() -> None:
+    compute()
+    _one_thread()
 
 
 def _one_thread() -> None:

@@ -4,8 +4,6 @@ Everything about items is there twice: for the default collection, and below /co
 URLs percent-encoded and are looked up in the index; no part of a URL is ever used as a path of the file system.
 """
 
-import asyncio
-import hashlib
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request
@@ -41,7 +39,6 @@ from app.settings import Settings
 from dcar_core.errors import DcarError
 
 _PICTURE_AGE_S = 3600
-_HASHED_AT_ONCE = 64 * 2**10  # bytes, some 0.1 ms; more would stop the event loop
 
 
 def make_router(settings: Settings) -> APIRouter:
@@ -110,8 +107,8 @@ def _item_routes(settings: Settings) -> APIRouter:
     )
     async def picture(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
         """The picture of an item, as it lies in the gallery."""
-        data = await retriever.picture(snapshot, item_id)
-        tag = _tag(data) if len(data) <= _HASHED_AT_ONCE else await asyncio.to_thread(_tag, data)
+        data, mark = await retriever.picture(snapshot, item_id)
+        tag = f'"{mark}"'
         headers = {"Cache-Control": f"public, max-age={_PICTURE_AGE_S}", "ETag": tag}
         if settings_of(request).api_keys:  # a cache that others share would show it to those who have none
             headers |= {"Cache-Control": f"private, max-age={_PICTURE_AGE_S}", "Vary": "Authorization, X-API-Key"}
@@ -128,11 +125,6 @@ def _item_routes(settings: Settings) -> APIRouter:
         return JsonAnswer(item_answer(request, *await retriever.item(snapshot, item_id)))
 
     return router
-
-
-def _tag(data: bytes) -> str:
-    """A strong ETag."""
-    return f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
 
 
 def _service_routes() -> APIRouter:

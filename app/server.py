@@ -4,11 +4,9 @@
 - Ending: for `drain_s` it goes on but is not ready; then no new connections, and requests under way are finished.
 """
 
-import contextlib
 import gc
 import logging
 import logging.config
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from app.collections import Collections
 from app.connections import LimitedProtocol
 from app.logs import log_config
 from app.main import create_app
+from app.priority import give_way
 from app.settings import Settings
 from app.snapshots import require_index
 from app.tracing import start_tracing
@@ -78,7 +77,7 @@ class _Server(uvicorn.Server):
       balances the load can turn to others before connections are refused. A second signal ends it at once.
     - When all is loaded, the hundreds of thousands of objects of the libraries are taken out of the garbage collector's
       sight: looking through them stops every request for a third of a second, again and again under load.
-    - From then on the event loop does not interrupt the model: see `_give_way`.
+    - From then on the event loop does not interrupt the model: see `priority`.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class _Server(uvicorn.Server):
         collections = self._collections_of()
         if not self._settled and collections is not None and all(each.live is not None for _, each in collections):
             gc.freeze()
-            _give_way()
+            give_way()
             self._settled = True
         return await super().on_tick(counter)
 
@@ -109,18 +108,6 @@ class _Server(uvicorn.Server):
         timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
         timer.daemon = True
         timer.start()
-
-
-def _give_way() -> None:
-    """Let this thread, the event loop's, wait for its turn where all cores are busy, some milliseconds at most.
-
-    As Linux has it by default, each arrival takes the core from the model at once. That costs the model what it had in
-    the core's caches, many times what reading a request takes; and one of its threads that was interrupted keeps the
-    others waiting. Where a core is idle nothing is different.
-    """
-    if hasattr(os, "SCHED_BATCH"):
-        with contextlib.suppress(OSError):  # forbidden in some containers
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -121,6 +121,8 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
             artifact.checkpoint, device=settings.device, runtime=settings.runtime, cache=settings.runtime_cache,
             backbone=shared, threads=settings.threads,
         )  # fmt: skip
+    else:
+        encoder.moved(artifact.checkpoint)  # old versions are deleted, and their copies of the checkpoint with them
     artifact.require(encoder.fingerprint)
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
 
@@ -170,6 +172,8 @@ class Snapshots:
         self._failed: int | None = None
         self._retry_at = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._loads: set[asyncio.Task[bool]] = set()
+        self._closing = False
         self.reason: str | None = "The model is being loaded."
 
     @property
@@ -193,17 +197,30 @@ class Snapshots:
 
     async def close(self) -> None:
         """Stop polling. A load under way is waited for, since its thread cannot be stopped."""
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.gather(*self._loads, return_exceptions=True)
 
     async def reload(self) -> bool:
         """Serve the version that CURRENT names; False when it is the live one already.
 
+        A load that has begun goes on to its end, and keeps its turn, whether its caller waits for it or not.
+
         Raises:
             DcarError: it cannot be loaded; what was live still is.
         """
+        load = asyncio.create_task(self._load(), name="dcar-load")
+        self._loads.add(load)
+        load.add_done_callback(self._loads.discard)
+        load.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard, if nobody waits any more
+        return await asyncio.shield(load)
+
+    async def _load(self) -> bool:
         async with self._turn:
+            if self._closing:
+                return False
             version: int | None = None
             began = time.perf_counter()
             try:

@@ -31,6 +31,7 @@ from dcar_core.tokens import Tokens, clean
 
 CONFIG_FILE = "open_clip_config.json"
 RANDOM = "random"
+_WORDS = 100_000  # that a tokenizer remembers
 SUPPORTED = "open_clip's CLIP with a vision transformer, such as ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14"
 
 
@@ -86,6 +87,9 @@ class Backbone(nn.Module):
 
     def tokenize(self, texts: Sequence[str], room: int = 0) -> Tensor:
         """int64 (B, n): SOS, words, EOT, zeros. At most L - room tokens, so that EOT survives when prompts join."""
+        known = getattr(self._tokenizer, "cache", {})  # of every word that it has ever seen
+        while len(known) > _WORDS:
+            known.popitem()  # the newest; the first two are the control tokens
         tokens: Tensor = self._tokenizer([clean(text) for text in texts], context_length=self.context_length - room)
         return tokens[:, : int(tokens.argmax(-1).max()) + 1].to(self.device)
 

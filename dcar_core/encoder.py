@@ -10,6 +10,7 @@ The model itself is loaded where these two do not exist yet, and for whoever ask
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +40,18 @@ PLAIN_CLIP = ModelConfig(
 )
 
 
+@dataclass(frozen=True)
+class Unloaded:
+    """A model that is not in memory: where its checkpoint lies, and what loads it from there."""
+
+    path: Path
+    load: Callable[[Path], Target]
+
+
 class Encoder:
     """A model ready to encode. Build it with `load`; `fingerprint` names what its vectors may be compared with."""
 
-    def __init__(
-        self, domain: Domain, target: Target | Callable[[], Target], runtime: Runtime, *, exact: bool = False
-    ) -> None:
+    def __init__(self, domain: Domain, target: Target | Unloaded, runtime: Runtime, *, exact: bool = False) -> None:
         self.domain = domain
         self.runtime = runtime
         self.fingerprint = domain.fingerprint
@@ -61,9 +68,15 @@ class Encoder:
             CheckpointError, ModelError: it cannot be loaded any more.
         """
         with self._turn:
-            if not isinstance(self._target, Target):
-                self._target = self._target()
+            if isinstance(self._target, Unloaded):
+                self._target = self._target.load(self._target.path)
             return self._target
+
+    def moved(self, path: Path) -> None:
+        """Its checkpoint lies there now; where it was it may be deleted before anything asks for the model."""
+        with self._turn:
+            if isinstance(self._target, Unloaded):
+                self._target = replace(self._target, path=path)
 
     @property
     def model(self) -> "DCAR":
@@ -112,7 +125,7 @@ class Encoder:
         require_known(runtime)
         path, cache = Path(source), cache or default_cache()
 
-        def whole() -> Target:
+        def whole(path: Path) -> Target:
             if threads is not None:
                 import torch
 
@@ -122,12 +135,12 @@ class Encoder:
         wanted = sealed.Wanted(path, device, runtime, threads, cache) if is_checkpoint(path) else None
         if wanted is not None and (found := sealed.unseal(wanted)) is not None:
             domain, graph = found
-            return cls(domain, whole, graph, exact=exact)
+            return cls(domain, Unloaded(path, whole), graph, exact=exact)
 
         from dcar_core.extract import extract
         from dcar_core.runtimes.selection import load_runtime
 
-        target = whole()
+        target = whole(path)
         domain = extract(target.model, target.fingerprint)
         encoder = cls(domain, target, load_runtime(runtime, domain, target), exact=exact)
         if wanted is not None:

@@ -26,7 +26,8 @@ INITIAL_TEXT = "a photo of a"
 class DualPrompts(nn.Module):
     """Text prompts V and the image prompts E generated from them (section 1).
 
-    e_i = Linear(v_i) [ours, as MaPLe couples them] + residual_i [ours; the figure marks both v and e as trained].
+    e_i = Linear(v_i) [ours, as MaPLe couples them] + residual_i [ours; the figure marks both v and e as trained]. The
+    layer is one for all depths, and `maple` has the residual too [ours; MaPLe has a layer for each depth and none].
     """
 
     def __init__(self, backbone: Backbone, config: PromptConfig) -> None:

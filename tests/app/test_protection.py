@@ -21,6 +21,7 @@ from app.problems import Overloaded
 from app.rates import Rates, parse_rate
 from app.settings import load_settings
 from dcar_core.errors import DcarError
+from index_jobs.artifact import Artifact
 
 ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
 KEYS = {"api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}", "admin_key": f"sha256:{key_hash(ADMIN)}"}
@@ -329,7 +330,7 @@ def test_a_large_picture_is_not_hashed_in_the_event_loop(built_index: Path, monk
         hashed.append((len(data), threading.current_thread() is threading.main_thread()))
         return hash_of(data, **given)
 
-    monkeypatch.setattr("app.routes.hashlib.blake2b", seen)
+    monkeypatch.setattr("app.retriever.hashlib.blake2b", seen)
 
     async def main() -> None:
         async with opened(built_index) as client:
@@ -340,6 +341,35 @@ def test_a_large_picture_is_not_hashed_in_the_event_loop(built_index: Path, monk
             assert [each for each in hashed if each[0] == size] == [(size, False)]
 
     asyncio.run(main())
+
+
+def test_a_slow_gallery_holds_up_no_search(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def slow(artifact: Artifact, row: int) -> bytes:
+        assert gate.wait(20)
+        return b""
+
+    monkeypatch.setattr(Artifact, "image_bytes", slow)
+
+    async def main() -> None:
+        async with opened(built_index, deadline_ms=3000, max_pending=20) as client:
+            pictures = [asyncio.create_task(client.get("/items/circle%2Fred.png/image")) for _ in range(30)]
+            await asyncio.sleep(0.1)
+            body = {"query": "red", "k": 3, "filter": {"category": "circle"}}
+            began = time.monotonic()
+            assert (await client.post("/search/text", json=body)).status_code == 200
+            assert (await client.get("/items/circle%2Fred.png")).status_code == 200
+            assert time.monotonic() - began < 1.5
+            answers = await asyncio.gather(*pictures)
+            assert {answer.status_code for answer in answers} == {503}
+            assert all("retry-after" in answer.headers for answer in answers)
+            gate.set()
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()
 
 
 def test_head_is_get_without_the_body(built_index: Path) -> None:
@@ -430,9 +460,9 @@ def test_connections_without_a_request_and_callers_that_leave(
                 with pytest.raises(httpx.ReadTimeout):
                     httpx.post(f"http://127.0.0.1:{port}/search/text", json={"query": query}, timeout=0.3)
             end = time.monotonic() + 5
-            while app.state.retriever._pending and time.monotonic() < end:
+            while app.state.retriever._pending.total() and time.monotonic() < end:
                 time.sleep(0.02)
-            assert app.state.retriever._pending == 0, "their searches are given up"
+            assert app.state.retriever._pending.total() == 0, "their searches are given up"
             gate.set()
             assert client.post("/search/text", json={"query": "stays"}).status_code == 200
             assert seen == ["first", "stays"]

@@ -12,6 +12,7 @@ import pytest
 from app_harness import opened, png
 from test_bad_input import check
 
+from app import pairing
 from app.schemas import BatchAnswer, SearchAnswer
 from dcar_core import Encoder
 from dcar_core.config import ModelConfig
@@ -361,6 +362,23 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
             check(
                 await http.post("/search/text", json={"more_like": ["circle/red.png"], "rerank": True}), 422, "rerank"
             )
+
+    asyncio.run(main())
+
+
+def test_reranking_side_by_side_with_little_room(
+    built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one request lets go of is still there for another; the gallery's pictures may be larger than a query's."""
+    monkeypatch.setattr(pairing, "_KEPT", 3)
+
+    async def main() -> None:
+        async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
+            bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
+            answers = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
+            assert {answer.status_code for answer in answers} == {200}, answers[0].text
+            check(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
+            assert len(http.app.state.collections[None].live.frozen) <= 3  # type: ignore[attr-defined]
 
     asyncio.run(main())
 

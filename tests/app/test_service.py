@@ -19,6 +19,9 @@ import pytest
 import uvicorn
 from app_harness import free_port, opened, until
 
+from app.cache import MemoryCache
+from app.embedding import Embedder
+from app.metrics import Metrics
 from app.schemas import Reloaded
 from app.server import _Server, serve
 from app.settings import Settings
@@ -318,6 +321,10 @@ def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_m
         asyncio.run(server.on_tick(2))
         assert gc.get_freeze_count() > before + 10_000
         assert os.sched_getscheduler(0) == os.SCHED_BATCH
+        embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())
+        for pool in (embedder._batcher._thread, embedder._pool):  # their threads begin with the first query
+            assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_OTHER
+            pool.shutdown()
     finally:
         gc.unfreeze()
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from dcar_core import backbone as module
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.config import ModelConfig, PromptConfig
 from dcar_core.errors import ModelError
@@ -89,6 +90,15 @@ def test_end_of_text_survives_a_long_caption_and_a_marker_is_stripped(backbone: 
     assert tokens[0, -1] == 49407
     marked = backbone.tokenize(["a red <end_of_text> square"])
     assert torch.equal(marked, backbone.tokenize(["a red   square"]))
+
+
+def test_a_tokenizer_remembers_no_more_than_so_many_words(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WORDS", 50)
+    wanted = backbone.tokenize(["a red square"])
+    for i in range(200):
+        backbone.tokenize([f"word{'x' * i}y"])
+    assert len(backbone._tokenizer.cache) <= 60
+    assert torch.equal(backbone.tokenize(["a red square"]), wanted)
 
 
 def test_too_many_tokens_for_the_context(backbone: Backbone) -> None:

@@ -1,0 +1,84 @@
+"""Loads that take long: each is the only one, whoever waits for it; and a model that is needed long after its start."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from app_harness import opened
+
+from app import snapshots
+from dcar_core import sealed
+from index_jobs.publish import rollback
+from index_jobs.rebuild import rebuild
+from index_jobs.updates import remove
+
+KEY = {"admin_key": "correct horse"}
+BEARER = {"Authorization": "Bearer correct horse"}
+
+
+@pytest.fixture
+def index(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    for force in (False, True):
+        kind = "IVF2,Flat" if force else "flat"
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", kind=kind, workers=0, progress=False, force=force)
+    rollback(tmp_path / "index", 1)
+    return tmp_path / "index"
+
+
+def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, lock = snapshots.load_snapshot, threading.Lock()
+    under_way = most = 0
+
+    def slow(*given: object) -> object:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.5)
+        with lock:
+            under_way -= 1
+        return whole(*given)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        async with opened(index, poll_s=0, **KEY) as client:
+            monkeypatch.setattr(snapshots, "load_snapshot", slow)
+            rollback(index, 2)
+            first = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+            await asyncio.sleep(0.2)
+            first.cancel()
+            again = await client.post("/admin/reload", headers=BEARER)
+            assert again.json() == {"index_version": 2, "changed": False}, "the first load was not thrown away"
+            assert most == 1
+            rollback(index, 1)
+            last = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+            await asyncio.sleep(0.2)
+            last.cancel()
+        assert under_way == 0, "the end waits for a load"
+
+    asyncio.run(main())
+
+
+def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, tmp_path: Path) -> None:
+    """A start without the model, and updates until the version that it began with is deleted."""
+    pytest.importorskip("openvino", reason="needs the extra [openvino]")
+    cache = tmp_path / "cache"
+
+    async def main() -> None:
+        for start in range(2):
+            async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **KEY) as client:
+                if start == 0:
+                    assert list(sealed.directory(cache).iterdir())
+                    continue
+                live = client.app.state.collections[None].live  # type: ignore[attr-defined]
+                assert live.encoder.backbone is None
+                for row in range(4):
+                    await asyncio.to_thread(remove, index, [live.artifact.item(row).id])
+                    assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+                assert not live.artifact.checkpoint.exists()
+                for what in ("rerank", "explain"):
+                    answer = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
+                    assert answer.status_code == 200, answer.text
+
+    asyncio.run(main())
