@@ -3,6 +3,8 @@
 - What cannot be a picture is refused before it is decoded: the header gives the size, so a small file that
   unpacks into gigabytes costs nothing.
 - Transparent pictures are put on white, as people see them on a page.
+- What would be converted under the interpreter lock is converted tile by tile: another thread waits for a tile at most,
+  and memory holds the picture and its result, not every step between.
 - A JPEG that is much larger than what is wanted of it can be decoded at 1/2, 1/4 or 1/8 of its size, which skips most
   of the work: the decoder leaves out the fine frequencies instead of computing pixels that are averaged away again.
 - Pictures lie in a folder or in an uncompressed tar; a tar is indexed once and then read by offset.
@@ -10,13 +12,13 @@
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dcar_core.errors import DataError, ImageError
@@ -26,6 +28,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
 MAX_PIXELS = 64_000_000
 # What cameras and browsers make (MPO comes in by JPEG). Pillow knows more, and starts other programs for some of them.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+_TILE = 2**18  # pixels, a few milliseconds
+_BLOCK = 2**20  # bytes
+_LARGE = 2**22  # pixels, from which on a picture that is wanted small is reduced before its colours are blended
 
 Image.MAX_IMAGE_PIXELS = None  # our own check comes first, and says more
 
@@ -34,7 +39,8 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
     """A picture as RGB: orientation applied, alpha over white, 16-bit and CMYK converted.
 
     Args:
-        at_least: pixels that the shorter side must keep; a JPEG is then decoded at the smallest scale that keeps them.
+        at_least: pixels that the shorter side must keep; a JPEG is then decoded at the smallest scale that keeps them,
+            and a large picture that is transparent or of more than 8 bits averaged to it.
 
     Raises:
         ImageError: not a picture, truncated, empty, or of more than max_pixels pixels; the message is the reason.
@@ -48,8 +54,11 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
             raise ImageError(f"{width} x {height} pixels, at most {max_pixels:,} are accepted")
         if at_least is not None and isinstance(image, JpegImageFile):
             image.draft(None, (at_least, at_least))
-        image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        if image.mode == "RGB" or image is source:
+            image = ImageOps.exif_transpose(image)
+        else:  # without a copy, since the conversion makes one
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, at_least)
     except UnidentifiedImageError:
         raise ImageError("not an image, or of a kind that cannot be read") from None
     except FileNotFoundError:
@@ -64,20 +73,56 @@ def _readable(source: Path | str | bytes) -> Path | str | io.BytesIO:
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, at_least: int | None) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode != "F" else max(1.0, float(np.nanmax(values, initial=0.0)))
-        gray = np.nan_to_num(np.clip(values / top, 0, 1)) * 255
-        return Image.fromarray(gray.round().astype(np.uint8)).convert("RGB")
+    width, height = image.size
+    factor = max(1, min(width, height) // at_least) if at_least and width * height > _LARGE else 1
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return _by_tiles(image, factor, lambda tile: _of_16_bits(tile).reduce(factor))
+    if image.mode == "F":
+        tops = (np.nanmax(np.asarray(image.crop(box)), initial=0.0) for box in _tiles(image.size, 1))
+        top = max(1.0, *map(float, tops))
+        return _by_tiles(image, factor, lambda tile: _of_floats(tile, top).reduce(factor))
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _by_tiles(image, factor, lambda tile: _on_white(tile.convert("RGBA"), factor))
     return image.convert("RGB")
+
+
+def _tiles(size: tuple[int, int], factor: int) -> Iterator[tuple[int, int, int, int]]:
+    width, height = size
+    across = min(width, max(1, _TILE // factor**2) * factor)
+    down = max(1, _TILE // (across * factor)) * factor
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            yield left, top, min(left + across, width), min(top + down, height)
+
+
+def _by_tiles(image: Image.Image, factor: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    width, height = image.size
+    page = Image.new("RGB", (-(-width // factor), -(-height // factor)), None)
+    for box in _tiles(image.size, factor):
+        page.paste(convert(image.crop(box)), (box[0] // factor, box[1] // factor))
+    return page
+
+
+def _of_16_bits(tile: Image.Image) -> Image.Image:
+    values = np.clip(np.asarray(tile, np.int32), 0, 65535)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounds value / 65535 * 255
+
+
+def _of_floats(tile: Image.Image, top: float) -> Image.Image:
+    gray = np.nan_to_num(np.clip(np.asarray(tile, np.float64) / top, 0, 1)) * 255
+    return Image.fromarray(gray.round().astype(np.uint8))
+
+
+def _on_white(tile: Image.Image, factor: int) -> Image.Image:
+    if factor == 1:
+        return Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile).convert("RGB")
+    *colours, alpha = tile.convert("RGBa").reduce(factor).split()  # premultiplied, so that averages are those on white
+    white = ImageChops.invert(alpha)
+    return Image.merge("RGB", [ImageChops.add(colour, white) for colour in colours])
 
 
 @dataclass(frozen=True)
@@ -92,13 +137,41 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
     """Member name -> span, for the regular files of an uncompressed tar; `file` is the tar opened, when path is a URL.
 
     Raises:
-        DataError: not a tar, or a compressed one, whose members cannot be read by offset.
+        DataError: not a tar, or a compressed one, whose members cannot be read by offset, or one that goes on where its
+            members end.
     """
+    members: dict[str, TarSpan] = {}
+    last = ""
     try:
         with tarfile.open(path, "r:", fileobj=file) as tar:
-            return {m.name.removeprefix("./"): TarSpan(m.offset_data, m.size) for m in tar if m.isreg()}
+            for member in tar:
+                last = member.name
+                if member.isreg():
+                    members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
+            _require_end(path, tar, last)
+            return members
     except tarfile.TarError as error:
         raise DataError(f"{path} is not an uncompressed tar ({error}); unpack a compressed one first") from error
+
+
+def _require_end(path: Path | str, tar: tarfile.TarFile, last: str) -> None:
+    """Refuse a tar with more behind its members than zeros: tarfile takes a damaged header for the end."""
+    assert tar.fileobj is not None
+    at = end = tar.offset
+    tar.fileobj.seek(end)
+    while block := tar.fileobj.read(_BLOCK):
+        if rest := block.lstrip(b"\0"):
+            at += len(block) - len(rest)
+            if at < end + tarfile.BLOCKSIZE:
+                raise DataError(
+                    f"{path} is damaged or cut off at byte {end:,}, behind {last}: what follows cannot be read; make "
+                    f"or copy it anew"
+                )
+            raise DataError(
+                f"{path} ends at byte {end:,}, behind {last}, and goes on at byte {at:,}, as two tars put together do; "
+                f"unpack it with `tar -xi` and make it anew, or use the two as they were"
+            )
+        at += len(block)
 
 
 def has_image_suffix(name: str) -> bool:

@@ -24,6 +24,9 @@ from dcar_core.images import MAX_PIXELS, ImageSource, open_image
 # a cosine of 0.993, at 1 to 0.84.
 _DECODED = 2.5
 _REDUCED = 3.0
+# The exact mode scales a whole picture and then cuts, as open_clip does, up to so many pixels: a line of 10,000 pixels
+# would become 500 million. What is longer is cut while it is scaled, which may round otherwise between the directions.
+_SCALED = 2**24
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -97,7 +100,7 @@ class Preprocess:
             shortest = min(width, height)
             scaled = int(side * width / shortest), int(side * height / shortest)  # cut off, as torchvision does
             left, top = round((scaled[0] - side) / 2), round((scaled[1] - side) / 2)
-            if not self.exact:
+            if not self.exact or scaled[0] * scaled[1] > _SCALED:
                 across, down = width / scaled[0], height / scaled[1]  # source pixels a pixel of the result
                 box = (left * across, top * down, (left + side) * across, (top + side) * down)
                 return image.resize((side, side), how, box, gap)

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -8,8 +10,65 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcar_core import images
 from dcar_core.errors import DataError, ImageError
-from dcar_core.images import ImageRoot, open_image
+from dcar_core.images import ImageRoot, index_tar, open_image
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from dcar_core.preprocess import Preprocess
+
+
+def peak():  # of this program; what getrusage tells begins with the parent's
+    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+
+
+data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
+chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
+before = peak()
+(chosen if mode == "exact" else chosen.fast())(data)
+print(peak() - before)
+"""
+
+
+def peak(data: bytes, mode: str, folder: Path) -> int:
+    """Bytes that preprocessing a file adds to a process."""
+    (folder / "picture").write_bytes(data)
+    given = [sys.executable, "-c", PEAK, str(folder / "picture"), mode]
+    return int(subprocess.run(given, check=True, capture_output=True, text=True).stdout)
+
+
+def whole(image: Image.Image) -> np.ndarray:
+    """What a picture that is transparent or deep is as RGB, in one piece."""
+    if image.mode in {"I;16", "I;16B", "I", "F"}:
+        values = np.asarray(image, np.float64)
+        top = 65535.0 if image.mode != "F" else max(1.0, float(np.nanmax(values)))
+        gray = np.nan_to_num(np.clip(values / top, 0, 1)) * 255
+        return np.repeat(gray.round()[:, :, None], 3, axis=2).astype(int)
+    rgba = image.convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")).astype(int)
+
+
+def deep_or_clear(mode: str, width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
+    deep = rng.integers(0, 65536, (height, width), dtype=np.uint16)
+    if mode == "I;16":
+        return Image.fromarray(deep)
+    if mode == "I;16B":
+        return Image.frombytes("I;16B", (width, height), deep.astype(">u2").tobytes())
+    if mode == "I":
+        return Image.fromarray(deep.astype(np.int32) * 2 - 30_000)
+    if mode == "F":
+        values = deep.astype(np.float32) / 20_000
+        values[0, 0] = np.nan
+        return Image.fromarray(values)
+    if mode == "P":
+        palette = rgba.convert("RGB").quantize(32)
+        palette.info["transparency"] = bytes(range(0, 256, 8))
+        return palette
+    return rgba.convert(mode)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -82,3 +141,80 @@ def test_pictures_in_folders_and_tars(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="uncompressed"):
         ImageRoot(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "I;16B", "I", "F"])
+@pytest.mark.parametrize("tile", [2**18, 1000, 50])
+def test_a_picture_in_tiles_is_the_same_as_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_TILE", tile)
+    for width, height in ((131, 97), (300, 1), (1, 300)):
+        image = deep_or_clear(mode, width, height)
+        np.testing.assert_array_equal(np.asarray(open_image(image)), whole(image))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
+def test_a_large_picture_that_is_wanted_small_is_its_average(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = deep_or_clear(mode, 131, 97)
+    assert open_image(image, at_least=10).size == (131, 97)  # not large
+    monkeypatch.setattr(images, "_LARGE", 131 * 97 - 1)
+    monkeypatch.setattr(images, "_TILE", 1000)
+    for at_least, factor in ((10, 9), (31, 3), (49, 1)):
+        found = np.asarray(open_image(image, at_least=at_least)).astype(int)
+        averaged = np.asarray(Image.fromarray(whole(image).astype(np.uint8)).reduce(factor))
+        assert min(found.shape[:2]) >= at_least
+        assert np.abs(found - averaged).max() <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
+@pytest.mark.parametrize(("mode", "own"), [("RGBA", 4), ("I;16", 2), ("F", 4)])
+def test_a_large_picture_is_in_memory_once_and_its_result_once(mode: str, own: int, tmp_path: Path) -> None:
+    side = 4000
+    plain = {
+        "RGBA": Image.new("RGBA", (side, side), (1, 2, 3, 9)),
+        "I;16": Image.fromarray(np.full((side, side), 30_000, np.uint16)),
+        "F": Image.fromarray(np.full((side, side), 0.5, np.float32)),
+    }
+    data = encoded(plain[mode], "TIFF" if mode == "F" else "PNG")
+    room = 30 * 2**20 + (len(data) if mode == "F" else 0)
+    assert peak(data, "fast", tmp_path) < own * side**2 + room
+    assert peak(data, "exact", tmp_path) < (own + 4) * side**2 + room
+
+
+def tar_bytes(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 700  # with its header 1536 bytes
+            tar.addfile(member, io.BytesIO(b"x" * 700))
+    return buffer.getvalue()
+
+
+TAR = tar_bytes(*(f"pic{i}.p" for i in range(5)))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (TAR[:3082] + b"?" + TAR[3083:], r"t\.tar is damaged or cut off at byte 3,072, behind pic1\.p: what follows"),
+        (TAR[: 3072 + 300], r"t\.tar is damaged or cut off at byte 3,072, behind pic1\.p"),
+        (TAR[:3072] + bytes(512) + TAR[3584:], r"t\.tar ends at byte 3,072, behind pic1\.p, and goes on at byte 3,584"),
+        (
+            TAR + tar_bytes("more.p"),
+            r"t\.tar ends at byte 7,680, behind pic4\.p, and goes on at byte 10,240, as two tars",
+        ),
+        (TAR[:4000], "unexpected end of data"),
+    ],
+)
+def test_a_tar_that_goes_on_where_its_members_end_is_refused(data: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "t.tar").write_bytes(data)
+    with pytest.raises(DataError, match=says):
+        index_tar(tmp_path / "t.tar")
+    with pytest.raises(DataError, match=says):
+        index_tar("memory://t.tar", io.BytesIO(data))
+
+
+@pytest.mark.parametrize("end", [0, 512, 1024, 10_240, 3_000_000])
+def test_a_tar_may_end_with_any_number_of_zeros(end: int, tmp_path: Path) -> None:
+    (tmp_path / "t.tar").write_bytes(TAR[:7680] + bytes(end))
+    assert list(index_tar(tmp_path / "t.tar")) == [f"pic{i}.p" for i in range(5)]

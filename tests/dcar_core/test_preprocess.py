@@ -1,13 +1,15 @@
 """The fast mode against the exact one, with the bundled model, which is trained and so sees what people see."""
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_images import encoded, peak
 
-from dcar_core import Encoder
+from dcar_core import Encoder, preprocess
 from dcar_core.images import ImageRoot, index_tar, open_image
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "twemoji"
@@ -67,3 +69,18 @@ def test_the_mode_does_not_change_what_is_hashed_for_the_exact_one(encoder: Enco
     exact = encoder.model.backbone.preprocess
     assert "exact" not in exact.to_dict()
     assert exact.fast().to_dict()["exact"] is False
+
+
+def test_a_long_picture_is_cut_by_the_pass_that_scales_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = preprocess.Preprocess(48, (0.5,) * 3, (0.5,) * 3)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(90, 160, size, dtype=np.uint8)) for size in ((3, 500, 3), (700, 20, 3))]
+    before = [exact(picture).astype(int) for picture in pictures]
+    monkeypatch.setattr(preprocess, "_SCALED", 48 * 48)
+    after = [exact(picture) for picture in pictures]
+    assert max(np.abs(one - other).max() for one, other in zip(before, after, strict=True)) <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
+def test_a_line_of_pixels_takes_no_gigabytes(tmp_path: Path) -> None:
+    assert peak(encoded(Image.new("RGB", (1, 10_000))), "exact", tmp_path) < 50 * 2**20
