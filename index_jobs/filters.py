@@ -8,6 +8,7 @@ An item without the field fulfils no condition but `null` and `not`. A field tha
 one of its members does.
 """
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import DataError
+from index_jobs.metadata import encodable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.bool_]
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
+_INTS = range(-(2**63), 2**63)  # of int64
 
 
 class FilterError(DataError):
@@ -77,14 +80,15 @@ def _among(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    wanted = [_fitting(value, _member_type(column), field) for value in values if value is not None]
+    kind = _member_type(column)
+    wanted = [_fitting(value, kind, field) for value in values if value is not None]
+    if kind == pa.int64():
+        wanted = [int(value) for value in wanted if _INTS.start <= value < _INTS.stop and value == int(value)]
     mask = np.zeros(len(column), np.bool_)
     if None in values:
         mask |= _bools(column.is_null())
     if wanted:
         members, parents = _members(column)
-        if any(isinstance(value, float) for value in wanted):
-            members = members.cast(pa.float64())
         mask |= _any(_bools(pc.is_in(members, value_set=pa.array(wanted, members.type))), parents, len(column))
     return mask
 
@@ -98,10 +102,23 @@ def _compared(column: "pa.ChunkedArray", name: str, bound: Any, field: str) -> M
         raise FilterError(field, f"{name!r} takes a number or a text, and a field of such")
     bound = _fitting(bound, kind, field)
     members, parents = _members(column)
-    if isinstance(bound, float):
-        members = members.cast(pa.float64())
+    if kind == pa.int64():
+        name, bound = _whole(name, bound)
     found = pc.call_function(_RANGES[name], [members, pa.scalar(bound, members.type)])
     return _any(_bools(found), parents, len(column))
+
+
+def _whole(name: str, bound: float) -> tuple[str, int]:
+    """A condition on whole numbers, the bound one too: beyond 2^53 a float would stand for several of them."""
+    if math.isnan(bound):
+        return "gt", _INTS.stop - 1  # nothing is
+    up = name in {"gt", "gte"}
+    if _INTS.start <= bound < _INTS.stop:
+        return name, math.floor(bound) if name in {"gt", "lte"} else math.ceil(bound)
+    everything = (bound < 0) == up
+    if everything:
+        return ("gte", _INTS.start) if up else ("lte", _INTS.stop - 1)
+    return ("gt", _INTS.stop - 1) if up else ("lt", _INTS.start)
 
 
 def _fitting(value: Any, kind: "pa.DataType", field: str) -> Any:
@@ -114,9 +131,11 @@ def _fitting(value: Any, kind: "pa.DataType", field: str) -> Any:
         fits = isinstance(value, str)
     else:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and (isinstance(value, float) or -(2**63) <= value < 2**63)
+        fits = number and (isinstance(value, float) or value in _INTS)
     if not fits:
         raise FilterError(field, f"its values are of type {kind}, which {str(value)[:40]!r} is not")
+    if isinstance(value, str):
+        return encodable(value)
     return float(value) if kind == pa.float64() else value
 
 

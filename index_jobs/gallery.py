@@ -126,7 +126,10 @@ def _row(picture: Picture) -> dict[str, Any]:
         digest = hashlib.sha256(picture.name.encode()).hexdigest()
     except UnicodeEncodeError:
         raise DataError(f"the name {picture.name!r} is not UTF-8; rename the file") from None
-    given, caption, category, metadata = split_fields(picture.fields)
+    try:
+        given, caption, category, metadata = split_fields(picture.fields)
+    except RecursionError:
+        raise DataError(f"the metadata of {picture.name} are nested too deeply; flatten them") from None
     return {
         "id": given or digest[:_ID_DIGITS],
         "caption": caption,
@@ -141,7 +144,7 @@ def _row(picture: Picture) -> dict[str, Any]:
 
 
 def _require_unique_ids(table: pa.Table) -> None:
-    ids = table["id"]
+    ids = table["id"].cast(pa.large_string())  # of the others Arrow counts no more than 2 GiB
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counts = pc.value_counts(ids)

@@ -25,21 +25,41 @@ _FIELD = "field:"  # before the name of a metadata field
 _FILTERED = ("id", "caption", "category")
 
 
+def taken(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
+    """The chosen rows of a table, ascending, taken batch by batch.
+
+    Arrow's own `take` joins a whole column of texts first: that costs all of the table for a few of its rows, and fails
+    where the texts are more than 2 GiB.
+
+    Raises:
+        ValueError: the rows do not ascend.
+    """
+    if (np.diff(rows) < 0).any():
+        raise ValueError("rows must ascend")
+    first = int(rows[0]) if len(rows) else 0
+    chosen, start = [], first
+    for batch in table.slice(first, int(rows[-1]) + 1 - first if len(rows) else 0).to_batches():
+        low, high = np.searchsorted(rows, [start, start + len(batch)])
+        chosen.append(batch.take(pa.array(rows[low:high] - start)))
+        start += len(batch)
+    return pa.Table.from_batches(chosen, table.schema)
+
+
 def write_items(path: Path, table: pa.Table, rows: NDArray[np.int64]) -> None:
-    """Write the chosen rows of a gallery's table, in order.
+    """Write the chosen rows of a gallery's table, ascending.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
     columns = table.select(COLUMNS)
-    by_id = pc.sort_indices(columns["id"].take(pa.array(rows))).to_numpy().astype(np.int64)
+    by_id = pc.sort_indices(taken(columns.select(["id"]), rows)["id"]).to_numpy().astype(np.int64)
     fields = Fields.of(columns["metadata"])
     schema = columns.schema.append(pa.field(_BY_ID, pa.int64()))
     for name, kind in fields.types.items():
         schema = schema.append(pa.field(_FIELD + name, kind))
     with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
         for start in range(0, len(rows), _BATCH):
-            part = columns.take(pa.array(rows[start : start + _BATCH])).combine_chunks()
+            part = taken(columns, rows[start : start + _BATCH]).combine_chunks()
             values = fields.arrays(part["metadata"])
             part = part.append_column(_BY_ID, pa.array(by_id[start : start + _BATCH]))
             for name in fields.types:
@@ -93,8 +113,8 @@ class Items:
         return pa.chunked_array([batch.column(place) for batch in self._batches], kind)
 
     def table(self, rows: NDArray[np.int64]) -> pa.Table:
-        """Some rows with all that `write_items` asks for."""
-        return pa.Table.from_batches(self._batches).select(COLUMNS).take(pa.array(rows))
+        """Some rows, ascending, with all that `write_items` asks for."""
+        return taken(pa.Table.from_batches(self._batches).select(COLUMNS), rows)
 
     def value(self, row: int, column: str) -> Any:
         """One cell.

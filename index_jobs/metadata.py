@@ -1,6 +1,7 @@
 """What is said about pictures: lists, files beside a folder's pictures, members beside a tar's pictures.
 
 - One reader for .jsonl, .csv and .parquet; a row is a dict of column to value.
+- A CSV's cells are texts. A column in which every filled cell is a number becomes numbers, so that filters know ranges.
 - `caption`, `category` and `id` have a meaning; every other field is kept as it is, as JSON.
 """
 
@@ -9,20 +10,31 @@ import io
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dcar_core.errors import DataError
 from dcar_core.images import TarSpan
 from index_jobs.sources import open_place, parent_of, place_of, suffix_of
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 logger = logging.getLogger(__name__)
 
 Fields = dict[str, Any]
+_Number = type[int] | type[float]
 LIST_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 PATH_COLUMNS = ("file_name", "image", "path", "url")
 BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_TEXTS = frozenset({"id", "caption", "category", *PATH_COLUMNS})  # of a CSV, whatever they look like
+# Numbers as programs write them; "007", "+1" and "1_000" are codes of something.
+_INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Metadata:
@@ -103,9 +115,11 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Fields]]:
                 if not text.strip():
                     continue
                 try:
-                    record = json.loads(text)
+                    record = _json(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, row {line}: not JSON ({error.msg} at column {error.colno})") from error
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list in lists in ..
+                    raise DataError(f"{path}, row {line} cannot be read: {error}") from error
                 if not isinstance(record, dict):
                     raise DataError(f"{path}, row {line}: an object is expected, not {type(record).__name__}")
                 yield line, record
@@ -113,16 +127,62 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Fields]]:
         raise DataError(f"{path} is not UTF-8: {error.reason}") from error
 
 
+def _json(text: str) -> Any:
+    """Half of a surrogate pair, which JSON can hold and no file, becomes U+FFFD."""
+    value = json.loads(text)
+    return _mended(value) if _ESCAPED_SURROGATE.search(text) else value
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, dict):
+        return {encodable(key): _mended(item) for key, item in value.items()}
+    return [_mended(item) for item in value] if isinstance(value, list) else value
+
+
+def encodable(text: str) -> str:
+    """The text, with U+FFFD for what UTF-8 cannot hold."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
 def _read_csv(path: str) -> Iterator[tuple[int, Fields]]:
-    try:
-        with _text_of(path, newline="") as file:
-            reader = csv.DictReader(file, restval="", strict=True)
+    """Twice through the file: what a column is, only its last row can tell."""
+    kinds: dict[str, _Number | None] = dict.fromkeys(_TEXTS)
+    for _, record in _csv_rows(path):
+        for name, cell in record.items():
+            kinds[name] = _kind(kinds.get(name, int), cell)
+    numbers = [(name, kind) for name, kind in kinds.items() if kind is not None]
+    for line, record in _csv_rows(path):
+        try:
+            values = {name: kind(record[name]) if record[name] else None for name, kind in numbers}
+        except (KeyError, ValueError):
+            raise DataError(f"{path}, row {line} was changed while it was read; run again") from None
+        yield line, record | values
+
+
+def _kind(before: _Number | None, cell: str) -> _Number | None:
+    """What makes numbers of the cells of a CSV's column, with one cell more; None of texts."""
+    if before is None or not cell:
+        return before
+    if _INT.fullmatch(cell):
+        return before if -(2**63) <= int(cell) < 2**63 else None
+    return float if _FLOAT.fullmatch(cell) and math.isfinite(float(cell)) else None
+
+
+def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    with _text_of(path, newline="") as file:
+        reader, line = csv.DictReader(file, restval="", strict=True), 0
+        try:
             for record in reader:
+                line = reader.line_num
                 if None in record:
-                    raise DataError(f"{path}, row {reader.line_num}: more values than columns")
-                yield reader.line_num, dict(record)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 CSV: {error}") from error
+                    raise DataError(f"{path}, row {line}: more values than columns")
+                yield line, record
+        except csv.Error as error:
+            raise DataError(f"{path}, row {line + 1} cannot be read as UTF-8 CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} cannot be read as UTF-8 CSV: {error}") from error
 
 
 def _read_parquet(path: str) -> Iterator[tuple[int, Fields]]:
@@ -133,11 +193,25 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Fields]]:
     try:
         with open_place(path) as source, pq.ParquetFile(source) as file:
             for batch in file.iter_batches():
-                for record in batch.to_pylist():
+                for record in _records(path, batch, row):
                     row += 1
                     yield row, record
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise DataError(f"{path} is no parquet file: {error}") from error
+
+
+def _records(path: str, batch: "pa.RecordBatch", before: int) -> list[Fields]:
+    try:
+        records: list[Fields] = batch.to_pylist()
+    except Exception:  # Python has no year 10000 and no nanoseconds; what else it lacks says the value
+        for row in range(len(batch)):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    column[row].as_py()
+                except Exception as error:
+                    raise DataError(f"{path}, row {before + row + 1}: {name} cannot be read: {error}") from error
+        raise
+    return records
 
 
 def sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Fields]:
@@ -161,8 +235,8 @@ def _sidecar(where: str, extension: str, data: bytes) -> Fields:
             return {"caption": text}
         if extension == "cls":
             return {"category": text}
-        value = json.loads(text)
-    except ValueError as error:
+        value = _json(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: an object is expected, not {type(value).__name__}")

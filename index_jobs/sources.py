@@ -134,6 +134,8 @@ def read_pictures(root: str, places: Sequence[Place], pauses: Sequence[float] = 
             found[i] = _read(path, place)
         except OSError as error:
             found[i] = error
+        except ValueError as error:  # a NUL in it, or what the file system's encoding lacks
+            found[i] = OSError(f"no path: {error}")
     for pause in (0.0, *pauses):
         if not remote:
             break

@@ -21,10 +21,11 @@ from dcar_core.errors import DataError
 from index_jobs import kinds, publish
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.build import build
+from index_jobs.columns import Fields
 from index_jobs.encode import encode
 from index_jobs.failures import write_failed
 from index_jobs.gallery import Gallery, scan
-from index_jobs.items import COLUMNS, Items, write_items
+from index_jobs.items import COLUMNS, Items, taken, write_items
 from index_jobs.lanes import choose_lanes
 from index_jobs.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
 from index_jobs.parts import write_removed
@@ -96,7 +97,8 @@ def add(
         keep, workers, batch_size, max_failed, device, runtime, progress: as in `rebuild`.
 
     Raises:
-        DataError: the gallery cannot be used, too many pictures are broken, or an id is known already.
+        DataError: the gallery cannot be used, too many pictures are broken, an id is known already, or a field
+            of numbers, truth values or lists would become one of texts.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; what was published is unchanged.
@@ -111,6 +113,7 @@ def add(
                 f"{len(known):,} of the {len(ids):,} pictures of {gallery} have an id that is in the index, the first "
                 f"is {known[0]!r}; --replace puts them in the place of those"
             )
+        _require_fitting(current, scanned, str(gallery))
         lanes = choose_lanes(
             scanned, current.checkpoint, index / WORK, device=device, exact=current.manifest.exact, runtime=runtime,
             batch_size=batch_size,
@@ -121,7 +124,7 @@ def add(
             progress=progress,
         )  # fmt: skip
         rows = encoded.rows()
-        read = set(scanned.table["id"].take(rows).to_pylist())
+        read = {ids[row] for row in rows.tolist()}
         replaced = [item_id for item_id in known if item_id in read]  # a broken picture replaces nothing
         dead = np.union1d(np.flatnonzero(~current.live), _rows_of(current, replaced))
         old, manifest = _Additions(current), current.manifest
@@ -129,7 +132,7 @@ def add(
         folder = f"added-{manifest.version + 1}"
         (staging / folder).mkdir()
         tables, blocks = old.live(kept, dead)
-        tables.append(_absolute(scanned).take(rows))
+        tables.append(taken(_absolute(scanned), rows))
         write_failed(staging / folder / FAILED, scanned, encoded.failed)
         table = pa.concat_tables(tables)
         built = build(
@@ -193,11 +196,25 @@ def _rows_of(artifact: Artifact, ids: Sequence[str]) -> NDArray[np.int64]:
     return np.array(rows, np.int64)
 
 
+def _require_fitting(artifact: Artifact, gallery: Gallery, given: str) -> None:
+    """Refuse values that a field could only hold as text, which would end its ranges and members for every item."""
+    known = artifact.fields
+    for name, kind in Fields.of(gallery.table["metadata"]).types.items():
+        have = known.get(name, str(kind))
+        if have not in {str(kind), "string"} and {have, str(kind)} != {"int64", "double"}:
+            raise DataError(
+                f"the field {name!r} is {have} in the index and {kind} in {given}: as both it would become text, and "
+                f"filters by range or member would end for the whole index; give values of type {have}, rename the "
+                f"field, or rebuild the index from all galleries"
+            )
+
+
 def _absolute(gallery: Gallery) -> pa.Table:
     """The gallery's items with locations that need no root, so that items of several galleries can lie together."""
-    places = [place_of(gallery.root, location) for location in gallery.table["location"].to_pylist()]
+    locations = gallery.table["location"]
+    places = [[place_of(gallery.root, location) for location in chunk.to_pylist()] for chunk in locations.chunks]
     column = gallery.table.schema.get_field_index("location")
-    return gallery.table.set_column(column, "location", pa.array(places, pa.string())).select(COLUMNS)
+    return gallery.table.set_column(column, "location", pa.chunked_array(places, pa.string())).select(COLUMNS)
 
 
 def _updated(manifest: Manifest, rows: int, dead: NDArray[np.int64], additions: list[Addition]) -> Manifest:

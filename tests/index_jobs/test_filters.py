@@ -1,15 +1,17 @@
 """Filters against the same conditions in plain Python, over a gallery with every type of field."""
 
 import json
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from drawing import draw
 
 from index_jobs.artifact import Artifact, open_current
-from index_jobs.filters import FilterError, matching
+from index_jobs.filters import FilterError, _fulfilled, matching
 from index_jobs.rebuild import rebuild
 
 Row = dict[str, Any]
@@ -23,6 +25,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Art
         draw("red", "circle").save(root / f"{i}.png")
         row: Row = {"file_name": f"{i}.png", "id": f"p{i:02}", "caption": f"thing {i}", "category": "abcd"[i % 4]}
         row |= {"price": i * 1.5, "stock": i, "new": i % 3 == 0, "day": f"2024-01-{i + 1:02}"}
+        row["serial"] = 2**60 + i - 10
         if i % 5:
             row["tags"] = ["x", "y"][: i % 3]
             row["size"] = i % 4
@@ -46,6 +49,9 @@ CASES: list[tuple[Row, Callable[[Row], bool]]] = [
     ({"stock": {"gt": 3.5}}, lambda r: r["stock"] > 3.5),
     ({"stock": {"lte": 3, "not": 2}}, lambda r: r["stock"] <= 3 and r["stock"] != 2),
     ({"stock": [1, 2.0, 2.5]}, lambda r: r["stock"] in (1, 2)),
+    ({"serial": {"gt": float(2**60)}}, lambda r: r["serial"] > 2**60),
+    ({"serial": [float(2**60), 1.5]}, lambda r: r["serial"] == 2**60),
+    ({"caption": ["thing 1", "\ud800"]}, lambda r: r["id"] == "p01"),
     ({"day": {"gt": "2024-01-03", "lte": "2024-01-07"}}, lambda r: "2024-01-03" < r["day"] <= "2024-01-07"),
     ({"tags": "y"}, lambda r: "y" in r.get("tags", ())),
     ({"tags": {"not": ["y"]}}, lambda r: "y" not in r.get("tags", ())),
@@ -89,3 +95,21 @@ def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, sai
         matching(shop, filter)
     assert caught.value.field == field
     assert said in caught.value.message
+
+
+TOP = 2**63
+WHOLE = [-TOP, -TOP + 1, -(2**53) - 1, -(2**53), -3, -2, -1, 0, 1, 2, 3, 2**53, 2**53 + 1, 2**53 + 2, TOP - 2, TOP - 1]
+BOUNDS = [
+    -2.5, -2.0, -0.5, -0.0, 0.5, 2.0, 2.5, 2.0**53, -(2.0**53), 2.0**53 + 2, 2.0**63, -(2.0**63), 2.0**63 - 1024,
+    1e300, -1e300, float("inf"), float("-inf"), float("nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_fraction_and_whole_numbers_compare_exactly(bound: float) -> None:
+    column = pa.chunked_array([[*WHOLE, None]], pa.int64())
+    for name, holds in (("gt", operator.gt), ("gte", operator.ge), ("lt", operator.lt), ("lte", operator.le)):
+        found = _fulfilled(column, {name: bound}, "n").tolist()
+        assert found == [*(holds(value, bound) for value in WHOLE), False], name  # as Python does, exactly
+    for condition in (bound, [bound], {"in": [bound, 0.25]}):
+        assert _fulfilled(column, condition, "n").tolist() == [*(value == bound for value in WHOLE), False]

@@ -212,3 +212,12 @@ def test_a_local_file_url_is_a_path(tmp_path: Path) -> None:
     write(tmp_path / "a.png", png())
     assert scan(f"file://{tmp_path}").source == str(tmp_path)
     assert json.loads(scan(f"file://{tmp_path}").table["metadata"][0].as_py()) == {"file_name": "a.png"}
+
+
+def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    names = ["a.png", "b\0.png", "\ud800.png", "memory://g/b.png", "memory://g/b\0.png", "x" * 5000]
+    found = read_pictures(str(tmp_path), [Place(i, name, WHOLE_FILE, 0) for i, name in enumerate(names)], pauses=())
+    assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]
+    with pytest.raises(OSError, match="no path: embedded null byte"):
+        read_picture(str(tmp_path), names[1], WHOLE_FILE, 0)

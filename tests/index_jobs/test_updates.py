@@ -163,6 +163,31 @@ def test_manifest_tells_when_a_rebuild_is_worth_it(
     assert (artifact.manifest.count, artifact.manifest.rebuild, artifact.row_of("pink")) == (24, "", None)
 
 
+def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) -> None:
+    given = {"price": 5, "new": True, "tags": ["x"], "note": "7"}
+    add(index, more(tmp_path / "typed", "pink", **given), progress=False)
+    before = open_current(index).fields
+    for name, value, said in (
+        ("price", "5 EUR", "the field 'price' is int64 in the index and string in"),
+        ("new", "true", "the field 'new' is bool in the index and string in"),
+        ("tags", "x", "the field 'tags' is list"),
+        ("price", [1, 2], "give values of type int64, rename the field, or rebuild"),
+    ):
+        gallery = more(tmp_path / f"{name}{len(value)}", "cyan", **(given | {name: value}))
+        (gallery / "cyan.png").write_bytes(b"")  # which would be the error if it were encoded first
+        with pytest.raises(DataError, match=said):
+            add(index, gallery, progress=False)
+    assert current_version(index) == 2
+    gallery = more(tmp_path / "csv", "lime", "navy")
+    (gallery / "metadata.jsonl").unlink()
+    (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,x\n")
+    add(index, gallery, progress=False)
+    artifact = open_current(index)
+    assert artifact.fields == before | {"price": "double"}
+    assert artifact.column("price").to_pylist()[-3:] == [5.0, 6.5, None]
+    assert matching(artifact, {"price": {"gt": 5}}).sum() == 1
+
+
 def test_what_cannot_be_done_changes_nothing(index: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no item would be left"):
         remove(index, [open_current(index).item(row).id for row in range(24)])

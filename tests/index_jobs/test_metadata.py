@@ -1,0 +1,121 @@
+"""What lists and sidecars say, in odd rows too, and what a CSV's texts are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_gallery import png, rows_of, tar_of, write
+
+from dcar_core.errors import DataError
+from index_jobs.artifact import open_current
+from index_jobs.filters import matching
+from index_jobs.gallery import scan
+from index_jobs.metadata import read_records
+from index_jobs.rebuild import rebuild
+
+
+@pytest.mark.parametrize(
+    ("cells", "values"),
+    [
+        (["1", "-20", "0", ""], [1, -20, 0, None]),
+        (["1", "2.5", "", "-0.25"], [1.0, 2.5, None, -0.25]),
+        (["1e-05", "2.5e+20", "3", ""], [1e-05, 2.5e20, 3.0, None]),
+        ([str(2**63 - 1), str(-(2**63)), "", "1"], [2**63 - 1, -(2**63), None, 1]),
+        (["", "", "", ""], [None] * 4),
+        *((["1", "2", cell, ""], ["1", "2", cell, ""]) for cell in (
+            "007", "+1", "1_000", "1,5", "1e5", "0x1", "inf", "nan", "x", " 1", ".5", "5.", "\u0661", str(2**63),
+            "9" * 5000,
+        )),
+    ],
+)  # fmt: skip
+def test_a_column_of_numbers_is_numbers(cells: list[str], values: list[Any], tmp_path: Path) -> None:
+    lines = [f'{i}.png,7,7,7,"{cell}"\n' for i, cell in enumerate(cells)]
+    path = write(tmp_path / "l.csv", ("file_name,id,caption,category,n\n" + "".join(lines)).encode())
+    records = [record for _, record in read_records(str(path))]
+    assert [record["n"] for record in records] == values
+    assert [type(record["n"]) for record in records] == [type(value) for value in values]
+    assert {record[name] for record in records for name in ("id", "caption", "category")} == {"7"}
+
+
+def test_numbers_of_a_csv_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for i in range(4):
+        write(tmp_path / "g" / f"{i}.png", png())
+    write(tmp_path / "g" / "metadata.csv", b"file_name,price,stock\n0.png,9.5,9\n1.png,10,10\n2.png,,100\n3.png,2,\n")
+    rebuild(tmp_path / "g", tiny_checkpoint, tmp_path / "index", progress=False)
+    artifact = open_current(tmp_path / "index")
+    assert (artifact.fields["price"], artifact.fields["stock"]) == ("double", "int64")
+    assert matching(artifact, {"price": {"gte": 9.5}}).tolist() == [True, True, False, False]
+    assert matching(artifact, {"stock": {"gt": 9}}).tolist() == [False, True, True, False]
+    assert matching(artifact, {"stock": None}).tolist() == [False, False, False, True]
+
+
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    lines = [
+        r'{"path": "a.png", "caption": "x\ud800y", "\udfff": ["\uDABC", {"a": "\ud83d\ude00"}]}',
+        r'{"path": "b\udcff.png", "caption": "\ud83d\ude00"}',
+    ]
+    rows = rows_of(scan(write(tmp_path / "l.jsonl", "\n".join(lines).encode())))
+    assert rows["a.png"]["caption"] == "x\ufffdy"
+    assert rows["a.png"]["metadata"]["\ufffd"] == ["\ufffd", {"a": "\U0001f600"}]
+    assert rows["b\ufffd.png"]["caption"] == "\U0001f600"
+    tar = tar_of(tmp_path / "t.tar", {"a.png": png(), "a.json": rb'{"caption": "x\ud800y"}'})
+    assert rows_of(scan(tar))["t.tar/a.png"]["caption"] == "x\ufffdy"
+
+
+def year_10000(path: Path) -> None:
+    days = pa.array([0, 253_402_300_800_000], pa.timestamp("ms"))
+    pq.write_table(pa.table({"path": ["a.png", "b.png"], "day": days}), path)
+
+
+def no_utf8(path: Path) -> None:
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff"]).buffers())
+    pq.write_table(pa.table({"path": ["a.png", "b.png"], "text": texts}), path)
+
+
+def lines(*rows: str) -> Any:
+    return lambda path: path.write_text("".join(f"{row}\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "says"),
+    [
+        ("l.parquet", year_10000, r"l\.parquet, row 2: day cannot be read: .*out of range"),
+        ("l.parquet", no_utf8, r"l\.parquet, row 2: text cannot be read: 'utf-8' codec"),
+        (
+            "l.jsonl",
+            lines('{"path": "a.png"}', f'{{"path": "b.png", "n": {"9" * 5000}}}'),
+            r"l\.jsonl, row 2 cannot be read",
+        ),
+        ("l.jsonl", lines(f'{{"path": "a.png", "n": {"[" * 5000}{"]" * 5000}}}'), r"l\.jsonl, row 1 cannot be read"),
+        (
+            "l.jsonl",
+            lines(f'{{"path": "a.png", "n": {"[" * 800}{"]" * 800}}}'),
+            r"a\.png.* nested too deeply|row 1 cannot",
+        ),
+        ("l.csv", lines("path,n", "a.png,1", f"b.png,{'9' * 200_000}"), r"l\.csv, row 3 cannot be read"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(name: str, make: Any, says: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
+    with pytest.raises(DataError, match=says):
+        scan(tmp_path / name)
+
+
+def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for text in (b"9" * 5000, b"[" * 5000 + b"]" * 5000):
+        tar = tar_of(tmp_path / "t.tar", {"a.png": png(), "a.json": b'{"n": ' + text + b"}"})
+        with pytest.raises(DataError, match=r"t\.tar, a\.json cannot be read"):
+            scan(tar)
+
+
+def test_an_odd_path_costs_one_picture(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    rows = [r'{"path": "a.png"}', r'{"path": "b\u0000.png"}', r'{"path": "c\udcff.png"}']
+    path = write(tmp_path / "l.jsonl", "\n".join(rows).encode())
+    done = rebuild(path, tiny_checkpoint, tmp_path / "index", progress=False, max_failed=0.9, workers=0)
+    assert (done.count, done.failed) == (1, 2)
+    failed = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in failed] == ["no path: embedded null byte", "no such file"]
