@@ -13,7 +13,7 @@ EXIT_CODES = """exit codes:
   1  the output cannot be written, an index or shard is corrupted, or another failure
   2  wrong usage
   3  the gallery cannot be used, or too many of its pictures are broken
-  4  the checkpoint or its model cannot be loaded
+  4  the checkpoint or its model cannot be loaded, or the model of the index that is served
   5  another job is writing to the same index
   6  not published: it ranks worse than the index that is served (the summary's "gate" says by how much)
 130  interrupted; the same command goes on where it stopped"""
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max-failed", type=_share, default=0.05, metavar="SHARE",
         help="how much of the gallery may be unreadable, 0 to 1; such pictures are listed in the version's "
-        "failed.jsonl (default: %(default)s)",
+        "failed.jsonl, each with its reason and its kind: reading or picture (default: %(default)s)",
     )  # fmt: skip
     add(
         "--device", default="auto",
@@ -102,15 +102,20 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--validation", type=Path, metavar="DATA",
-        help="a data set as `dcar train --data` takes it: its val pairs whose pictures are in the gallery compare the "
-        "new index with the one that is served, and give the cut-off for `min_score: \"auto\"` (default: captions of "
+        help="a data set as `dcar train --data` takes it: its val pairs whose pictures are in the gallery (the same "
+        "files, or in a gallery elsewhere the same names) compare the new index with the one that is served, and give "
+        "the cut-off for `min_score: \"auto\"` (default: captions of "
         "the gallery, no cut-off)",
     )  # fmt: skip
     add(
         "--margin", type=_share, default=0.02, metavar="SHARE",
         help="how much lower recall at 1 or at 10 may be than the served index's (default: %(default)s)",
     )  # fmt: skip
-    add("--force", action="store_true", help="publish although nothing has changed, or although it ranks worse")
+    add(
+        "--force", action="store_true",
+        help="publish although nothing has changed, or although it ranks worse or cannot be compared; pictures that "
+        "could not be read are tried again",
+    )  # fmt: skip
     add(
         "--notify", action="append", type=_service, default=[], metavar="URL",
         help="tell services, again for several: redis://HOST tells all that use this Redis, http://HOST:PORT one, with "
@@ -118,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--keep-shards", action=argparse.BooleanOptionalAction, default=True,
-        help="keep the vectors in DIR/work after publishing, so that another --kind needs no encoding",
+        help="keep the vectors in DIR/work, also of what was not published, so that another --kind needs no encoding",
     )  # fmt: skip
     add("--quiet", action="store_true", help="no progress on stderr, errors alone")
     return command

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from index_jobs.files import canonical
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from dcar_core import Encoder
     from index_jobs.gallery import Gallery
     from index_jobs.gate import Pairs
@@ -34,7 +36,7 @@ def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "
     """
     from dcar_core.calibrate import cutoff
 
-    place = {item_id: n for n, item_id in enumerate(gallery.table["id"].take(encoded.rows()).to_pylist())}
+    place = _places(gallery.table["id"], pairs.ids, encoded.rows())
     known = [(text, place[item_id]) for text, item_id in zip(pairs.texts, pairs.ids, strict=True) if item_id in place]
     if not known:
         return {SIGNATURE: signature(pairs)}
@@ -42,6 +44,21 @@ def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "
     pictures = _vectors(encoded, np.array([n for _, n in known]), encoder.dim)  # [N, E]
     found = cutoff(np.einsum("ne,ne->n", texts, pictures))
     return asdict(found) | {SIGNATURE: signature(pairs)}
+
+
+def _places(column: "pa.ChunkedArray", ids: list[str], rows: NDArray[np.int64]) -> dict[str, int]:
+    """Where the vectors of some ids lie, of those that have one; rows: the gallery row of each vector, ascending.
+
+    Only these ids are taken out of the column: a take from a whole column of text joins its chunks first, and a joined
+    one holds 2 GiB at most.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    held = np.flatnonzero(pc.is_in(column, pa.array(ids, pa.string())).to_numpy())
+    held = held[np.isin(held, rows)]
+    places = np.searchsorted(rows, held)
+    return {column[row].as_py(): place for row, place in zip(held.tolist(), places.tolist(), strict=True)}
 
 
 def _vectors(encoded: "Encoded", places: NDArray[np.int64], dim: int) -> NDArray[np.float32]:

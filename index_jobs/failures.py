@@ -12,7 +12,7 @@ from typing import Any
 from dcar_core.errors import DataError
 from index_jobs.files import replacing
 from index_jobs.gallery import Gallery
-from index_jobs.shards import Failed
+from index_jobs.shards import Failed, kind_of
 
 FAILED_FILE = "failed.jsonl"
 
@@ -46,8 +46,9 @@ class Guard:
 
 
 def write_failed(path: Path, gallery: Gallery, failed: list[Failed]) -> None:
-    """`failed.jsonl`: a line for each unreadable picture with its id, name and reason, in gallery order."""
-    _write_lines(path, ({**_named(gallery, row), "reason": reason} for row, reason in sorted(failed)))
+    """`failed.jsonl`: a line for each picture without a vector: id, name, reason and kind, in gallery order."""
+    lines = ({**_named(gallery, row), "reason": why, "kind": kind_of(why)} for row, why in sorted(failed))
+    _write_lines(path, lines)
 
 
 def write_duplicates(path: Path, gallery: Gallery, duplicates: list[tuple[int, int]]) -> None:

@@ -1,11 +1,16 @@
 """The steps of one rebuild: encode, build, compare with what is served, publish, tell.
 
 - The checkpoint is copied first and loaded from the copy, so the model in the version is the one that encoded it.
-- What can be wrong is found early: lock, output, checkpoint, kind and validation pairs before the first picture.
-- Another kind or other captions need no encoding: the vectors of the last version are kept, unless they are not wanted.
+- What can be wrong is found early: lock, output, checkpoint, kind, validation pairs and the model that is served, with
+  which the new one is to be compared, before the first picture.
+- Another kind or other captions need no encoding: the served version's vectors are kept, unless they are not wanted.
+  Beside them lie those of one version that was not published, until a job makes others.
 """
 
+import contextlib
 import datetime
+import hashlib
+import json
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -13,12 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcar_core.errors import ArtifactError
+from dcar_core.errors import ArtifactError, CheckpointError, ModelError
 from index_jobs.artifact import open_current
-from index_jobs.manifest import CHECKPOINT, CURRENT, DUPLICATES, VERSIONS, Manifest
+from index_jobs.files import canonical
+from index_jobs.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, VERSIONS, Manifest
 from index_jobs.options import Options, RebuildSummary, RejectedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcar_core import Encoder
     from index_jobs.artifact import Artifact
     from index_jobs.gallery import Gallery
@@ -30,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 WORK = "work"
 AUTO = "auto"
+_OF = "of-"  # begins the name of an empty file among the shards, which says of which versions they are
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,6 @@ class Job:
 
     def run(self) -> RebuildSummary:
         """Do all steps that are needed; see `rebuild`."""
-        from dcar_core import Encoder
         from dcar_core.checkpoint import copy_checkpoint
         from index_jobs import gate, gpu, publish
         from index_jobs.notify import notify
@@ -99,11 +107,14 @@ class Job:
             if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
                 return self.summary(same)
             gpu_memory = gpu.memory() if _wants_gpu(options.kind, options.device) else 0
-            # An unknown kind or a disk that is too small is an error now, not after encoding.
+            # An unknown kind, a served model that is gone or a disk that is too small is an error now, not after hours.
             expected = choose(options, len(gallery), encoder.dim, gpu_memory)[0]
             store = store_of(gallery, encoder, runtime, self.out / WORK, options.batch_size, options.shard_rows)
-            require_room(self.out, gallery, store, expected)
             serving = self._serving()
+            if serving is not None:
+                self._require_model(serving, encoder.fingerprint, pairs)
+            publish.clear(self.out, self.out / WORK, self._wanted(store.path, serving))
+            require_room(self.out, gallery, store, expected)
             encoded = self._encode(lanes, runtime, staging / CHECKPOINT)
             choices = choose(options, len(encoded), encoder.dim, gpu_memory)
             manifest = replace(self._stage(staging, encoder, encoded, choices), runtime=runtime)
@@ -113,13 +124,14 @@ class Job:
                 nonlocal verdict
                 if serving is None:
                     return
-                same_model = serving.manifest.fingerprint == encoder.fingerprint
-                old = encoder if same_model else Encoder.load(serving.checkpoint, device=options.device.split(",")[0])
-                verdict = gate.compare(serving, old, staged, encoder, pairs, options.margin)
+                verdict = self._compare(serving, staged, encoder, pairs)
                 logger.info("compared with version %d: %s", serving.manifest.version, verdict.reason)
                 if not verdict.passed and not options.force:
+                    if not options.keep_shards:
+                        publish.discard(self.out, self.out / WORK)
                     kept = replace(serving.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
-                    raise RejectedError(self.summary(kept, encoded, verdict, published=False), verdict.reason)
+                    summary = self.summary(kept, encoded, verdict, published=False)
+                    raise RejectedError(summary, verdict.reason, kept=options.keep_shards)
 
             manifest = publish.publish(self.out, staging, manifest, keep=options.keep, accept=accept)
             if serving is not None and (serving.manifest.additions or serving.manifest.removed):
@@ -127,7 +139,7 @@ class Job:
                     "version %d holds the gallery as it is; what was added to or removed from version %d by hand is "
                     "not in it", manifest.version, serving.manifest.version,
                 )  # fmt: skip
-            self._clear_work(encoded)
+            self._keep_work(store.path, manifest)
         told = notify(options.notify, self.out, manifest.version)
         return self.summary(manifest, encoded, verdict, notified=told)
 
@@ -140,6 +152,47 @@ class Job:
         except ArtifactError as error:
             logger.info("there is nothing to compare with: %s", error)
             return None
+
+    def _require_model(self, serving: "Artifact", fingerprint: str, pairs: "Pairs | None") -> None:
+        """Load the served version's model where it will be asked, and let it go: encoding may need the memory.
+
+        Raises:
+            CheckpointError: it cannot be loaded, and force is not set.
+        """
+        from dcar_core import Encoder
+
+        if pairs is None or serving.manifest.fingerprint == fingerprint:
+            return
+        try:
+            Encoder.load(serving.checkpoint, device="cpu")
+        except (CheckpointError, ModelError) as error:
+            if not self.options.force:
+                raise self._incomparable(serving, error) from error
+            logger.warning("%s", _without_model(serving, error))
+
+    def _compare(self, serving: "Artifact", staged: "Artifact", encoder: "Encoder", pairs: "Pairs | None") -> "Verdict":
+        """How the staged version ranks beside the served one.
+
+        Raises:
+            CheckpointError: the served version's model cannot be loaded any more, and force is not set.
+        """
+        from dcar_core import Encoder
+        from index_jobs import gate
+
+        options, old = self.options, encoder
+        if pairs is not None and serving.manifest.fingerprint != encoder.fingerprint:
+            try:
+                old = Encoder.load(serving.checkpoint, device=options.device.split(",")[0])
+            except (CheckpointError, ModelError) as error:
+                if not options.force:
+                    raise self._incomparable(serving, error) from error
+                return gate.uncompared(_without_model(serving, error), options.margin)
+        return gate.compare(serving, old, staged, encoder, pairs, options.margin)
+
+    def _incomparable(self, serving: "Artifact", error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{_without_model(serving, error)}; bring back what it was made on, or --force publishes without comparing"
+        )
 
     def _lanes(self, checkpoint: Path) -> "tuple[list[Encoder], str]":
         """The encoders, and the name of the runtime that makes the vectors, which on a cluster is not theirs."""
@@ -219,6 +272,17 @@ class Job:
             return {}
         return calibrate(self.gallery, self.pairs, encoder, encoded)
 
+    def _unread_of(self, manifest: Manifest) -> int:
+        """How many pictures of a version could not be read; versions older than the kinds have reasons alone."""
+        from index_jobs.shards import READING, kind_of
+
+        try:
+            lines = (self.out / VERSIONS / str(manifest.version) / FAILED).read_bytes().splitlines()
+            rows = [json.loads(line) for line in lines]
+            return sum((row.get("kind") or kind_of(row["reason"])) == READING for row in rows)
+        except (OSError, ValueError, KeyError):  # it is a hint that is lost, which is no cause for an error
+            return 0
+
     def _duplicates_of(self, manifest: Manifest) -> int:
         try:
             lines = (self.out / VERSIONS / str(manifest.version) / DUPLICATES).read_bytes()
@@ -226,18 +290,22 @@ class Job:
             return 0
         return lines.count(b"\n")
 
-    def _clear_work(self, encoded: "Encoded") -> None:
-        """Only this version's vectors are worth their room on the disk, and only if they are wanted."""
-        from index_jobs.publish import discard
+    def _wanted(self, own: Path, serving: "Artifact | None") -> "Callable[[Path], bool]":
+        """Which vectors this job leaves: those that it goes on with, and those of the version that is served."""
+        mark = None if serving is None else _mark(serving.manifest)
+        return lambda folder: folder == own or (mark is not None and (folder / mark).exists())
+
+    def _keep_work(self, own: Path, manifest: Manifest) -> None:
+        """Only the published version's vectors are worth their room on the disk, and only if they are wanted."""
+        from index_jobs import publish
 
         work = self.out / WORK
         if not self.options.keep_shards:
-            discard(self.out, work)
+            publish.discard(self.out, work)
             return
-        own = {shard.path.parent for shard in encoded.shards}
-        for folder in work.iterdir():
-            if folder not in own:
-                discard(self.out, folder)
+        with contextlib.suppress(OSError):  # it is published; without the mark, it is encoded again at worst
+            (own / _mark(manifest)).touch()
+        publish.clear(self.out, work, lambda folder: folder == own)
 
     def summary(
         self,
@@ -249,6 +317,8 @@ class Job:
         notified: dict[str, str] | None = None,
     ) -> RebuildSummary:
         """What the command prints."""
+        unread = encoded.unread if encoded else self._unread_of(manifest)
+        hint = f"pictures that could not be read: {unread:,} ({FAILED} says why); once they can be, give --force"
         return RebuildSummary(
             index=str(self.out),
             version=manifest.version,
@@ -256,6 +326,7 @@ class Job:
             reused=encoded is None,
             count=manifest.count,
             failed=manifest.failed,
+            unread=unread,
             duplicates=len(encoded.duplicates()) if encoded else self._duplicates_of(manifest),
             encoded=encoded.encoded if encoded else 0,
             resumed=encoded.resumed if encoded else 0,
@@ -268,7 +339,19 @@ class Job:
             measured=manifest.measured,
             gate=verdict.to_dict() if verdict else None,
             notified=notified or {},
+            hint=hint if unread and published else "",
         )
+
+
+def _mark(manifest: Manifest) -> str:
+    """The name of the file that says whose vectors lie beside it; the same for versions that differ in kind alone."""
+    made_of = [manifest.fingerprint, manifest.gallery_signature, manifest.runtime]
+    return _OF + hashlib.sha256(canonical(made_of)).hexdigest()[:16]
+
+
+def _without_model(serving: "Artifact", error: Exception) -> str:
+    version = serving.manifest.version
+    return f"there is no comparing with version {version}, which is served, since its model cannot be loaded: {error}"
 
 
 def _wants_gpu(kind: str, device: str) -> bool:

@@ -13,7 +13,8 @@ class RebuildSummary:
     """What a rebuild did. `encoded` pictures by this run, `resumed` from vectors that an earlier one left.
 
     version: the new one, or the one that goes on being served. gate: how both compare; see `gate.Verdict`. notified:
-    what came of telling each service.
+    what came of telling each service. unread: those of the failed whose bytes could not be had. hint: what to do next,
+    "" for nothing.
     """
 
     index: str
@@ -22,6 +23,7 @@ class RebuildSummary:
     reused: bool
     count: int
     failed: int
+    unread: int
     duplicates: int
     encoded: int
     resumed: int
@@ -34,16 +36,19 @@ class RebuildSummary:
     measured: dict[str, Any]
     gate: dict[str, Any] | None
     notified: dict[str, str]
+    hint: str
 
 
 class RejectedError(GateError):
     """The rebuilt index is worse than the one that is served; `summary` tells by how much."""
 
-    def __init__(self, summary: RebuildSummary, reason: str) -> None:
+    def __init__(self, summary: RebuildSummary, reason: str, *, kept: bool) -> None:
+        """kept: whether its vectors are, until another job needs their room."""
         super().__init__(
-            f"not published, since the rebuilt index ranks worse than version {summary.version}: {reason}; its vectors "
-            f"are kept, so that --force publishes it without encoding again"
-        )
+            f"not published, since the rebuilt index ranks worse than version {summary.version}: {reason}; "
+            + ("its vectors are kept, so that --force publishes it without encoding again" if kept else
+               "--force publishes it all the same; its vectors were not to be kept, so that it is encoded again")
+        )  # fmt: skip
         self.summary = summary
 
 
@@ -62,9 +67,11 @@ class Options:
     validation: a data set whose val pairs compare the new index with the served one and give the cut-off that
         `min_score: "auto"` means; None for the gallery's captions, and no cut-off.
     margin: how much worse its recall may be.
-    force: publish although nothing has changed, or although the new index is worse.
+    force: publish although nothing has changed, or although the new index is worse or cannot be compared with the one
+        that is served. Pictures that could not be read are tried again.
     notify: URLs of services to tell; see `notify.notify`.
-    keep_shards: leave the vectors in `out/work` after publishing, so that another kind needs no encoding.
+    keep_shards: leave the vectors in `out/work`, also of an index that was not published, so that another kind needs no
+        encoding.
     shard_rows: pictures in a shard, the most that a killed run loses.
     device: where to encode: "auto" (every GPU, or the CPU), "cpu", "cuda:1", "cuda:0,cuda:1", ..
     exact: pictures to pixels bit for bit as open_clip does it, instead of decoding JPEGs at reduced scale.

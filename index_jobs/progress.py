@@ -1,12 +1,16 @@
 """What every way of encoding a gallery shares: which shards are there, which are to do, and when to give up.
 
 - Whole shards are skipped, after their checksum was checked.
+- But a shard that lacks a picture for want of its bytes, where these can be read by now, is encoded again, so that a
+  store that was down for a while costs no picture for good. Those that are still missing cost nothing but the question:
+  a list with dead links is not encoded anew for another kind of index. Windows are fixed, so that what comes of it is
+  what an undisturbed job would have made.
 """
 
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,8 +23,11 @@ from index_jobs.devices import ImageEncoder
 from index_jobs.failures import Guard
 from index_jobs.gallery import Gallery
 from index_jobs.shards import Failed, Shard, ShardStore
+from index_jobs.sources import Place, read_pictures
 
 logger = logging.getLogger(__name__)
+
+_ASKED = 32  # pictures at a time, whose bytes are in memory together
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,13 @@ class Encoded:
     def __len__(self) -> int:
         return sum(shard.stop - shard.start - len(shard.failed) for shard in self.shards)
 
+    @property
+    def unread(self) -> int:
+        """How many of the failed could not be read, and may be another time."""
+        return sum(len(shard.unread) for shard in self.shards)
+
     def rows(self) -> NDArray[np.int64]:
-        """Gallery row of every vector, int64 (n,)."""
+        """Gallery row of every vector, int64 (n,), ascending."""
         return np.concatenate([shard.rows for shard in self.shards])
 
     def duplicates(self) -> list[tuple[int, int]]:
@@ -75,6 +87,16 @@ def store_of(
     )
 
 
+def can_read(gallery: Gallery, rows: Sequence[int]) -> bool:
+    """Whether the bytes of any of these pictures can be had. Each is asked for once, and none is decoded."""
+    columns = [gallery.table[name] for name in ("location", "offset", "size", "mtime_ns")]
+    for start in range(0, len(rows), _ASKED):
+        places = [Place(row, *(column[row].as_py() for column in columns)) for row in rows[start : start + _ASKED]]
+        if any(isinstance(data, bytes) for data in read_pictures(gallery.root, places, pauses=())):
+            return True
+    return False
+
+
 class Encoding:
     """One gallery on its way into shards: fill `shards` for every number in `todo`, then take `encoded`."""
 
@@ -101,6 +123,12 @@ class Encoding:
         self.store = store_of(gallery, encoder, runtime, work, batch_size, shard_rows)
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
+        mended = [number for number, shard in self.shards.items() if shard.unread and can_read(gallery, shard.unread)]
+        for number in mended:
+            del self.shards[number]
+            self.store.reopen(number)
+        if mended:
+            logger.info("%d shards lack pictures that can be read by now, and are encoded again", len(mended))
         self.todo = [number for number in numbers if number not in self.shards]
         self.resumed = sum(shard.stop - shard.start for shard in self.shards.values())
         self.left = len(gallery) - self.resumed

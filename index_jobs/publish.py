@@ -181,6 +181,13 @@ def discard(index: Path, path: Path) -> None:
         shutil.rmtree(aside)
 
 
+def clear(index: Path, work: Path, wanted: Callable[[Path], bool]) -> None:
+    """Remove the folders of `work` that are not wanted, within `writing`; a failure is left to the next writer."""
+    for folder in sorted(work.iterdir()) if work.is_dir() else ():
+        if folder.is_dir() and not wanted(folder):
+            discard(index, folder)
+
+
 def _prune(index: Path, keep: int) -> None:
     """Remove all but the newest versions; never the current one, and never in the way of the publication itself."""
     current = current_version(index)

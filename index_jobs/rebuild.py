@@ -35,7 +35,8 @@ def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) ->
 
     Raises:
         DataError: the gallery cannot be used, too many pictures are broken, or the kind is unknown.
-        CheckpointError, ModelError: the model cannot be loaded.
+        CheckpointError, ModelError: the model cannot be loaded; or that of the served version, to compare with, while
+            force is not set.
         LockedError: another job is writing to `out`.
         RejectedError: the rebuilt index ranks worse than the one that is served, which goes on being served.
         ArtifactError: a shard is corrupted, or what was written does not read back.

@@ -4,10 +4,12 @@
   hashes of the others' pixels and the checksum. The JSON is written last, so a shard counts only when it is whole.
 - A shard's vectors depend on nothing outside its range, so a resumed job's vectors are those of an undisturbed one.
 - The directory's name is a hash of all that the vectors depend on; another model, gallery or runtime cannot find them.
+- A failure is of the picture, which no other attempt mends, or of reading it, which is tried again by the next job.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,17 @@ from index_jobs.files import canonical, replacing, sha256_of, write_json
 
 FORMAT = 3
 Failed = tuple[int, str]  # gallery row, reason
+PICTURE, READING = "picture", "reading"  # the kinds of failures
+_OF_THE_PICTURE = re.compile(r"the file is empty|\d+ x \d+ pixels|not an image|broken or truncated")
+
+
+def kind_of(reason: str) -> str:
+    """PICTURE where the bytes were read and are no picture; READING where another attempt may get them.
+
+    Told by the words of `dcar_core.images.open_image`, since shards keep nothing else. A reason that is not among them
+    is READING: to try once more in vain is cheap, never to try again loses a picture.
+    """
+    return PICTURE if _OF_THE_PICTURE.match(reason) else READING
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,11 @@ class Shard:
     def rows(self) -> NDArray[np.int64]:
         """Gallery rows of the vectors, in order, int64 (m,)."""
         return np.setdiff1d(np.arange(self.start, self.stop), [row for row, _ in self.failed]).astype(np.int64)
+
+    @property
+    def unread(self) -> list[int]:
+        """Gallery rows of the pictures that could not be read, which says nothing of the pictures themselves."""
+        return [row for row, reason in self.failed if kind_of(reason) == READING]
 
     def vectors(self) -> NDArray[np.float32]:
         """float32 (m, E), memory-mapped."""
@@ -125,6 +143,14 @@ class ShardStore:
         whole = {"rows": [span.start, span.stop], "failed": failed, "pixels": pixels, "sha256": sha256_of(path)}
         write_json(note, whole, shared=True)
         return Shard(path, span.start, span.stop, tuple(failed), digests)
+
+    def reopen(self, number: int) -> None:
+        """Make a finished shard one that is still to do, for every machine that sees the store.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
+        self._paths(number)[0].unlink(missing_ok=True)
 
     def _paths(self, number: int) -> tuple[Path, Path]:
         return self.path / f"{number:06}.json", self.path / f"{number:06}.npy"

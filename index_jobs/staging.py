@@ -103,7 +103,8 @@ def stage_items(staging: Path, gallery: Gallery, encoded: Encoded) -> None:
 def caption_queries(table: "pa.Table", encoder: "Encoder") -> Queries | None:
     """Captions of a table of items as held-out queries, evenly spread, when half of the pictures have one."""
     step = max(1, -(-table.num_rows // MAX_QUERIES))
-    picked = table["caption"].take(list(range(0, table.num_rows, step))).to_pylist()
+    column = table["caption"]  # one by one, since `take` joins the chunks of text first, which fails at 2 GiB
+    picked = [column[row].as_py() for row in range(0, table.num_rows, step)]
     captions = [caption for caption in picked if caption]
     if 2 * len(captions) < len(picked):
         return None

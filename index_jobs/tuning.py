@@ -4,6 +4,8 @@
   pictures; else the gallery's own pictures, each without itself.
 - Half of the queries choose the parameters, the other half says what recall they give; so the manifest's recall was not
   fitted.
+- A neighbour counts as found by its score, not by its row: of pictures that are the same, such as placeholders, any is
+  as good as another, and which of them a search gives is chance.
 - Latency is that of one query on one core: a service answers others on the other cores.
 - The width of a search (nprobe, efSearch) is doubled until the target is reached, then halved in; kinds that rank
   candidates again (k_factor) are tried with several factors, and the lowest latency wins.
@@ -29,6 +31,7 @@ Blocks = Callable[[], Iterator[Floats]]  # the vectors, float32 (m, E) at a time
 TARGET_RECALL = 0.99
 MAX_QUERIES = 1000
 NEIGHBOURS = 10
+SAME_SCORE = 1e-6  # so little lower is no other score; sums of 512 products in float32 differ by a tenth of it
 _TIMED_QUERIES = 200
 _WIDEST_GRAPH = 4096
 _FACTORS = (1, 2, 4, 8, 16, 32, 64)  # times k candidates are ranked again
@@ -36,6 +39,7 @@ _BISECTIONS = 3
 _NOISE = 0.0005  # of a recall: so little more is no gain
 _RESERVE = 0.25  # of what the target lets be missed, so that other queries reach it too
 _FEW = 40  # queries that are not worth dividing
+_SCORED = 1024  # vectors that are copied at a time
 _COARSE_WIDTH = 64  # of the search for lists by a graph; its default of 16 misses some of the nearest
 
 
@@ -71,7 +75,8 @@ class Tuning:
     def __init__(self, blocks: Blocks, queries: Queries, *, target: float = TARGET_RECALL, exact: bool = False) -> None:
         self._queries, self._target = queries, target
         self._aim = target + _RESERVE * (1 - target)
-        self._truth = None if exact else exact_neighbours(blocks, queries)  # (q, 10)
+        self._blocks = blocks
+        self._truth = None if exact else neighbours(blocks, queries)
         every = np.arange(len(queries.vectors))
         divided = len(every) >= _FEW
         self._tuned = every[::2] if divided else every
@@ -163,10 +168,8 @@ class Tuning:
         queries = self._queries
         _, rows = index.search(np.ascontiguousarray(queries.vectors[chosen]), NEIGHBOURS + 1)
         found = without_own(rows, queries.own_rows[chosen])
-        truth = self._truth[chosen]
-        hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(truth, found, strict=True))
-        wanted = int((truth >= 0).sum())
-        return hits / wanted if wanted else 1.0
+        wanted = int((self._truth.rows[chosen] >= 0).sum())
+        return int(self._truth.hits(self._blocks, queries, chosen, found).sum()) / wanted if wanted else 1.0
 
 
 class Knobs:
@@ -200,11 +203,50 @@ class Knobs:
         return True
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """Exact neighbours of queries: rows int64 (q, 10), -1 where there are fewer.
+
+    lowest: the score of the last, float32 (q,), -inf where there are fewer. tied: whether others may have it as well.
+    """
+
+    rows: NDArray[np.int64]
+    lowest: Floats
+    tied: NDArray[np.bool_]
+
+    def hits(
+        self, blocks: Blocks, queries: Queries, chosen: NDArray[np.int64], found: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which of the rows found, int64 (n, k), for the chosen queries are neighbours: bool (n, k).
+
+        Those of the exact ten are, and where others have the score of the last of them, each that reaches it. Scores
+        are computed from the vectors themselves, whatever the index made of them, one block in memory at a time.
+        """
+        hits: NDArray[np.bool_] = (found[:, :, None] == self.rows[chosen][:, None, :]).any(2) & (found >= 0)
+        asked, place = np.nonzero(~hits & (found >= 0) & self.tied[chosen][:, None])
+        rows, begin = found[asked, place], 0
+        if not len(rows):
+            return hits
+        for block in blocks():
+            here = np.flatnonzero((rows >= begin) & (rows < begin + len(block)))
+            for part in np.split(here, range(_SCORED, len(here), _SCORED)):
+                numbers = chosen[asked[part]]
+                scores = np.einsum("ne,ne->n", queries.vectors[numbers], block[rows[part] - begin])
+                hits[asked[part], place[part]] = scores >= self.lowest[numbers] - SAME_SCORE
+            begin += len(block)
+        return hits
+
+
 def exact_neighbours(blocks: Blocks, queries: Queries) -> NDArray[np.int64]:
-    """Nearest neighbours by brute force, rows int64 (q, 10), without the query's own; -1 where there are fewer."""
+    """The rows of `neighbours`."""
+    return neighbours(blocks, queries).rows
+
+
+def neighbours(blocks: Blocks, queries: Queries) -> Neighbours:
+    """Nearest neighbours by brute force, without the query's own row."""
     import faiss
 
-    k = NEIGHBOURS + 1
+    k = NEIGHBOURS + 2  # its own, and one more that tells whether the last is tied
     q = len(queries.vectors)
     best_scores = np.full((q, k), -np.inf, np.float32)
     best_rows = np.full((q, k), -1, np.int64)
@@ -221,7 +263,10 @@ def exact_neighbours(blocks: Blocks, queries: Queries) -> NDArray[np.int64]:
         best_scores = np.take_along_axis(best_scores, order, 1)
         best_rows = np.take_along_axis(best_rows, order, 1)
         start += len(block)
-    return without_own(best_rows, queries.own_rows)
+    others = np.argsort(best_rows == queries.own_rows[:, None], 1, kind="stable")[:, : NEIGHBOURS + 1]  # its own last
+    scores, rows = np.take_along_axis(best_scores, others, 1), np.take_along_axis(best_rows, others, 1)
+    lowest = scores[:, NEIGHBOURS - 1]
+    return Neighbours(rows[:, :NEIGHBOURS], lowest, scores[:, NEIGHBOURS] >= lowest - 2 * SAME_SCORE)
 
 
 def without_own(rows: NDArray[np.int64], own_rows: NDArray[np.int64]) -> NDArray[np.int64]:

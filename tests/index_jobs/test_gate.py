@@ -3,20 +3,26 @@
 import json
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from drawing import draw
+from test_gallery import jsonl
 
 from dcar_core import Encoder
 from dcar_core.data import load_split
 from dcar_core.errors import DataError
 from index_jobs import gate
 from index_jobs.artifact import current_version, open_current
-from index_jobs.gallery import scan
+from index_jobs.gallery import Gallery, scan
 from index_jobs.options import RejectedError
 from index_jobs.rebuild import main, rebuild
+
+ELSEWHERE = ("https://pictures.example/a/", "https://pictures.example/b/")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +117,83 @@ def test_validation_pairs_are_found_in_the_gallery(
         gate.pairs_of(scan(tiny_data), elsewhere)
 
 
+def named(gallery: Gallery, data: Path) -> dict[str, str]:
+    """The pairs that are found: the name of a picture in the gallery -> its text."""
+    pairs = gate.pairs_of(gallery, data)
+    assert pairs is not None
+    names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
+    return {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
+
+
+def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:
+    """The folder by another name, on either side, and pictures that are links themselves."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (tmp_path / "alias").symlink_to(data)
+    expected = named(scan(data), data)
+    assert len(expected) == 6
+    assert named(scan(tmp_path / "alias"), data) == expected
+    assert named(scan(data), tmp_path / "alias") == expected
+    linked = tmp_path / "linked"
+    for path in data.rglob("*.png"):
+        (linked / path.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
+        (linked / path.relative_to(data)).symlink_to(path)
+    assert named(scan(linked), data) == expected
+
+
+def zipped(folder: Path, path: Path, below: str = "") -> str:
+    with zipfile.ZipFile(path, "w") as file:
+        for picture in sorted(folder.rglob("*.png")):
+            file.write(picture, below + picture.relative_to(folder).as_posix())
+    return f"zip://::{path}"
+
+
+def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
+    expected = named(scan(tiny_data), tiny_data)
+    gallery = scan(zipped(tiny_data, tmp_path / "g.zip"))
+    assert named(gallery, tiny_data) == expected
+    with pytest.raises(DataError, match="a picture there is known by its name below it"):
+        gate.pairs_of(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
+    lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
+    by_url = named(scan(jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
+    assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
+    here = [{"file_name": f"file://{tiny_data}/{name}"} for name in gallery.table["name"].to_pylist()]
+    assert len(named(scan(jsonl(tmp_path / "here.jsonl", *here)), tiny_data)) == 6
+
+
+def test_validation_pairs_are_found_by_name_in_tars_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
+    expected = named(scan(tiny_data), tiny_data)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name in expected:
+            tar.add(tiny_data / name, name)
+    shutil.copy(tiny_data / "val.json", tmp_path)
+    store = fsspec.filesystem("memory")
+    store.pipe("/validation/shard.tar", (tmp_path / "shard.tar").read_bytes())
+    try:
+        found = named(scan("memory://validation"), tmp_path)
+    finally:
+        store.rm("/validation", recursive=True)
+    assert found == {f"shard.tar/{name}": text for name, text in expected.items()}
+
+
+def test_a_name_that_several_pictures_have_is_nobodys(tiny_data: Path, tmp_path: Path) -> None:
+    expected = named(scan(tiny_data), tiny_data)
+    twice, *once = expected
+    lines = [{"file_name": ELSEWHERE[0] + name} for name in expected] + [{"file_name": ELSEWHERE[1] + twice}]
+    found = named(scan(jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
+    assert found == {ELSEWHERE[0] + name: expected[name] for name in once}
+
+
+def test_few_captions_are_taken_out_of_very_many(tmp_path: Path) -> None:
+    """More text than one array of Arrow's holds: 2.6 GB, of which every chunk but the last is the same memory."""
+    chunk = pa.array([f"{number:02}" + "x" * 1_000_000 for number in range(64)])
+    last = pa.array([f"picture {number}" for number in range(10)])
+    captions = pa.chunked_array([chunk] * 40 + [last])
+    ids = pa.array([str(row) for row in range(len(captions))])
+    gallery = Gallery("", str(tmp_path), pa.table({"caption": captions, "id": ids}), "", "")
+    assert gate.pairs_of(gallery, None) == gate.Pairs(last.to_pylist(), ids[-10:].to_pylist(), "captions")
+
+
 def test_validation_pairs_give_the_cut_off(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     index = tmp_path / "index"
@@ -155,6 +238,75 @@ def test_validation_pairs_are_found_in_tars(tiny_data: Path, tmp_path: Path) -> 
             assert text == f"a {color.removesuffix('.png')} {shape}"
         captions |= set(pairs.texts)
     assert len(captions) == 6
+
+
+@pytest.fixture
+def moved(tiny_model: Path, tiny_checkpoint: Path, tiny_gallery: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """An index whose model was made on a backbone that is gone by now, and where that was."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name))
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "models" / tiny_checkpoint.name)
+    rebuild(tiny_gallery, checkpoint, tmp_path / "index", progress=False)
+    base.rename(tmp_path / "gone")
+    return tmp_path / "index", base
+
+
+def test_served_model_that_is_gone_is_known_before_encoding(
+    tiny_gallery: Path, other_checkpoint: Path, moved: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    index, base = moved
+    before = sorted((index / "work").iterdir())
+    arguments = ["--gallery", tiny_gallery, "--checkpoint", other_checkpoint, "--out", index, "--quiet"]
+    assert main([str(argument) for argument in arguments]) == 4
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("error: there is no comparing with version 1, which is served")
+    assert "--force publishes without comparing" in stderr
+    assert sorted((index / "work").iterdir()) == before, "nothing was encoded, and nothing removed"
+    assert main([*map(str, arguments), "--force"]) == 0
+    verdict = json.loads(capsys.readouterr().out)["gate"]
+    assert (verdict["passed"], verdict["compared"], current_version(index)) == (True, False, 2)
+    assert verdict["reason"].startswith("there is no comparing with version 1")
+    (tmp_path / "gone").rename(base)
+    assert rebuild(tiny_gallery, base.parent / "checkpoint", index, progress=False, margin=1).published
+
+
+def test_served_model_that_nobody_asks_may_be_gone(
+    tiny_gallery: Path, other_checkpoint: Path, moved: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_gallery / "circle", tmp_path / "bare")
+    summary = rebuild(tmp_path / "bare", other_checkpoint, moved[0], progress=False)
+    assert summary.gate is not None
+    assert (summary.published, summary.gate["compared"]) == (True, False)
+
+
+def test_rejected_rebuilds_leave_one_set_of_vectors(
+    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
+) -> None:
+    """Beside the vectors of what is served; so the disk does not fill by retraining."""
+    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
+    captions = (gallery / "metadata.jsonl").read_text()
+    assert rebuild(gallery, better_and_worse[0], index, progress=False).published
+    (served,) = (index / "work").iterdir()
+    kept = set[Path]()
+    for size in (64, 5, 7):
+        with pytest.raises(RejectedError, match="its vectors are kept"):
+            rebuild(gallery, better_and_worse[1], index, progress=False, margin=0, batch_size=size)
+        (rejected,) = set((index / "work").iterdir()) - {served}
+        kept.add(rejected)
+    assert len(kept) == 3, "or the test shows nothing"
+    (gallery / "metadata.jsonl").write_text(captions.replace("a red circle", "a crimson circle"))
+    assert rebuild(gallery, better_and_worse[0], index, progress=False, kind="hnsw", margin=1).encoded == 0
+    assert list((index / "work").iterdir()) == [served]
+
+
+def test_rejected_vectors_that_are_not_to_be_kept_are_not(
+    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
+) -> None:
+    with pytest.raises(RejectedError, match="its vectors were not to be kept"):
+        rebuild(tiny_gallery, better_and_worse[1], index, progress=False, margin=0, keep_shards=False)
+    assert not (index / "work").exists()
+    assert current_version(index) == 1
 
 
 def test_gallery_without_captions_is_published_uncompared(

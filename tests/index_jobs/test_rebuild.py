@@ -17,6 +17,9 @@ from dcar_core import Encoder
 from dcar_core.errors import DcarError
 from index_jobs.artifact import current_version, open_current, verify_index, version_numbers
 from index_jobs.gallery import scan
+from index_jobs.job import Job
+from index_jobs.manifest import Manifest
+from index_jobs.options import Options
 from index_jobs.rebuild import RebuildSummary, main, rebuild
 
 
@@ -104,6 +107,84 @@ def test_failed_pictures_are_published_with_the_version(gallery: Path, tiny_chec
         "circle/black.png", "circle/green.png", "circle/orange.png",
     ]  # fmt: skip
     assert rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False).reused
+
+
+@pytest.fixture
+def listed(gallery: Path, tmp_path: Path) -> Path:
+    """The gallery as a list of URLs, of which nothing is known but what they are."""
+    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"file_name": f"file://{gallery}/{row['file_name']}"}) for row in rows]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    return tmp_path / "list.jsonl"
+
+
+def test_pictures_that_could_not_be_read_are_tried_again(
+    gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Rows 3 and 20 are missing for a while, row 10 is no picture; of three shards only those of the first two."""
+    names = [json.loads(line)["file_name"].partition(f"{gallery}/")[2] for line in listed.read_text().splitlines()]
+
+    def run(index: str = "index", **options: object) -> RebuildSummary:
+        return rebuild(listed, tiny_checkpoint, tmp_path / index, batch_size=4, shard_rows=8, max_failed=0.2,
+                       progress=False, **options)  # fmt: skip
+
+    (gallery / names[10]).write_bytes(b"no picture")
+    undisturbed = run("other")
+    assert (undisturbed.failed, undisturbed.unread, undisturbed.hint) == (1, 0, "")
+    away = {row: (gallery / names[row]).rename(tmp_path / f"{row}.png") for row in (3, 20)}
+    first = run()
+    assert (first.count, first.failed, first.unread) == (21, 3, 2)
+    lines = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["reading", "picture", "reading"]
+    assert (run(force=True).encoded, run(kind="hnsw").encoded) == (0, 0), "what is still missing costs no encoding"
+    again = run(kind="hnsw")
+    assert (again.reused, again.unread) == (True, 2)
+    assert again.hint.startswith("pictures that could not be read: 2")
+    assert again.hint.endswith("give --force")
+
+    away[3].rename(gallery / names[3])
+    assert run(kind="hnsw").reused, "nobody looks into a gallery for a job that has nothing to do"
+    second = run(kind="hnsw", force=True)
+    assert (second.count, second.unread, second.encoded, second.resumed) == (22, 1, 8, 16)
+    away[20].rename(gallery / names[20])
+    third = run(force=True)
+    assert (third.count, third.failed, third.unread, third.hint) == (23, 1, 0, "")
+    assert (third.encoded, third.resumed) == (8, 16)
+    ours, theirs = open_current(tmp_path / "index"), open_current(tmp_path / "other")
+    np.testing.assert_array_equal(ours.vectors(np.arange(23)), theirs.vectors(np.arange(23)))
+    assert [ours.item(row) for row in range(23)] == [theirs.item(row) for row in range(23)]
+    assert run(force=True).encoded == 0, "what is no picture is not tried again"
+
+
+def test_a_gallery_that_was_away_does_not_keep_its_job_from_going_on(
+    gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Some of it encoded, then too much of it away: once it is back, the same command goes on."""
+    settings = {"batch_size": 2, "shard_rows": 2, "max_failed": 0.3, "progress": False}
+    shutil.move(gallery / "triangle", tmp_path / "triangle")
+    shutil.move(gallery / "cross", tmp_path / "cross")
+    with pytest.raises(DcarError, match="too few pictures"):
+        rebuild(listed, tiny_checkpoint, tmp_path / "index", **settings)
+    for name in ("triangle", "cross"):
+        shutil.move(tmp_path / name, gallery / name)
+    summary = rebuild(listed, tiny_checkpoint, tmp_path / "index", **settings)
+    assert (summary.count, summary.failed) == (24, 0)
+
+
+def test_failures_of_older_versions_have_their_kind_from_the_reason(
+    gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (gallery / "circle" / "blue.png").unlink()
+    rebuild(listed, tiny_checkpoint, tmp_path / "index", progress=False)
+    path = open_current(tmp_path / "index").path / "failed.jsonl"
+    line = json.loads(path.read_text())
+    del line["kind"]
+    path.write_text(json.dumps(line))
+    job = Job(scan(listed), tiny_checkpoint, "", tmp_path / "index", Options(), 0.0)
+    manifest = Manifest.read(path.with_name("manifest.json"))
+    assert job.summary(manifest).unread == 1
+    path.unlink()
+    assert job.summary(manifest).hint == ""
 
 
 def command(*arguments: object) -> list[str]:

@@ -1,0 +1,73 @@
+"""What a shard's failures are of: the picture, or reading it."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcar_core.errors import ImageError
+from dcar_core.images import open_image
+from index_jobs.decode import Window, decode
+from index_jobs.shards import PICTURE, READING, ShardStore, kind_of
+from index_jobs.sources import Place
+
+
+def encoded(form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", encoded("PNG")[:300], encoded("JPEG")[:300], encoded("GIF")[:40]])
+def test_what_is_no_picture_is_not_worth_another_attempt(data: bytes) -> None:
+    with pytest.raises(ImageError) as caught:
+        open_image(data)
+    assert kind_of(str(caught.value)) == PICTURE
+
+
+def test_what_is_too_large_is_not_worth_another_attempt() -> None:
+    with pytest.raises(ImageError) as caught:
+        open_image(encoded("PNG"), max_pixels=100)
+    assert kind_of(str(caught.value)) == PICTURE
+
+
+def cut(path: Path) -> Place:
+    path.write_bytes(b"x" * 10)
+    return Place(0, path.name, 5, 20)
+
+
+def folder(path: Path) -> Place:
+    path.mkdir()
+    return Place(0, path.name, -1, 0)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda path: Place(0, path.name, -1, 0), cut, folder, lambda path: Place(0, f"file://{path}", -1, 0)]
+)
+def test_what_cannot_be_read_is(made: Callable[[Path], Place], tmp_path: Path) -> None:
+    window = Window(str(tmp_path), (made(tmp_path / "picture.png"),))
+    ((decoded),) = decode(iter([window]), lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    ((_, reason),) = decoded.failed
+    assert kind_of(reason) == READING
+
+
+@pytest.mark.parametrize("reason", ["Input/output error", "ClientResponseError: 503, message='x'", "TimeoutError: "])
+def test_an_unknown_reason_is_worth_another_attempt(reason: str) -> None:
+    assert kind_of(reason) == READING
+
+
+def test_a_reopened_shard_is_still_to_do(tmp_path: Path) -> None:
+    store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
+                       rows=2)  # fmt: skip
+    store.save(0, np.zeros((1, 2), np.float32), [(1, "no such file")], np.zeros(1, np.uint64))
+    store.save(1, np.zeros((1, 2), np.float32), [], np.zeros(1, np.uint64))
+    shard = store.load(0)
+    assert shard is not None
+    assert shard.unread == [1]
+    store.reopen(0)
+    assert store.load(0) is None
+    assert store.load(1) is not None
+    assert store.rows_there() == 1

@@ -1,0 +1,115 @@
+"""Recall where vectors are there several times: what counts is how near a result is, not which of the same it is."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_build import DIM, Floats, blocks, clustered
+
+from index_jobs.build import build
+from index_jobs.kinds import Choice
+from index_jobs.tuning import NEIGHBOURS, Queries, Tuning, exact_neighbours, neighbours, own_queries
+
+
+class Found:
+    """An index that gives these rows."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def search(self, vectors: Floats, k: int) -> tuple[Floats, np.ndarray]:
+        rows = np.pad(self.rows[:, :k], ((0, 0), (0, max(0, k - self.rows.shape[1]))), constant_values=-1)
+        return np.zeros((len(vectors), k), np.float32)[: len(rows)], rows[: len(vectors)]
+
+
+def placeholders(count: int, share: float) -> Floats:
+    """A gallery of which so much is one and the same picture."""
+    vectors = clustered(count)
+    vectors[np.random.default_rng(1).random(count) < share] = vectors[0]
+    return vectors
+
+
+@pytest.mark.parametrize("kind", ["IVF64,RaBitQ,Refine(SQ8)", "IVF64,PQ16x4fs,Refine(SQ8)"])
+def test_pictures_that_are_the_same_are_no_misses(kind: str) -> None:
+    """A tenth of the queries are the placeholder, and find ten of five hundred."""
+
+    def recall(share: float) -> float:
+        vectors = placeholders(5000, share)
+        return build(blocks(vectors), len(vectors), DIM, [Choice(kind, "test")]).recall
+
+    assert recall(0.1) > recall(0) - 0.01
+
+
+def test_a_good_kind_is_not_discarded_for_duplicates() -> None:
+    vectors = placeholders(5000, 0.1)
+    choices = [Choice("IVF64,RaBitQ,Refine(SQ8)", "the first"), Choice("HNSW32", "never built")]
+    built = build(blocks(vectors), len(vectors), DIM, choices, target=0.94)
+    assert built.choice.reason == "the first"
+
+
+def asked_of(vectors: Floats, found: Any) -> float:
+    queries = Queries(clustered(len(found), seed=3), "captions", np.full(len(found), -1))
+    return float(Tuning(blocks(vectors), queries).measure(Found(found))["recall_at_10"])
+
+
+def test_what_is_only_near_is_a_miss() -> None:
+    """Ten of the nearest and ten of the next ones, where no vector is there twice."""
+    vectors = clustered(2000)
+    order = np.argsort(-(clustered(30, seed=3) @ vectors.T), axis=1, kind="stable")
+    assert asked_of(vectors, order[:, :10]) == 1.0
+    assert asked_of(vectors, order[:, 3:13]) == 0.7
+    assert asked_of(vectors, order[:, 10:20]) == 0.0
+    assert asked_of(vectors, np.full((30, 11), -1)) == 0.0
+
+
+def test_the_twins_of_neighbours_are_hits_and_nothing_else_is() -> None:
+    """Each vector twice: of the tenth score there are five pairs, in two blocks; the next pair is lower."""
+    once = clustered(2000)
+    vectors = np.concatenate([once, once])
+    order = np.argsort(-(clustered(30, seed=3) @ once.T), axis=1, kind="stable")
+    twins = np.concatenate([order[:, :5], order[:, :5] + 2000], 1)
+    assert asked_of(vectors, twins) == 1.0
+    assert asked_of(vectors, order[:, :10]) == 0.5
+    assert asked_of(vectors, np.concatenate([order[:, :5], order[:, 5:10] + 2000], 1)) == 0.5
+    thrice = np.concatenate([once, once, once])
+    three = np.concatenate([order[:, :3] + start for start in (0, 2000, 4000)], 1)
+    for start in (0, 2000, 4000):  # nine of three, and any of the three that share the tenth score
+        assert asked_of(thrice, np.concatenate([three, order[:, 3:4] + start], 1)) == 1.0
+    assert asked_of(thrice, np.concatenate([three, order[:, 4:5]], 1)) == 0.9
+
+
+def test_ties_are_known_and_neighbours_are_exact() -> None:
+    once = clustered(500)
+    queries = Queries(clustered(50, seed=3), "captions", np.full(50, -1))
+    alone = neighbours(blocks(once), queries)
+    assert not alone.tied.any()
+    scores = queries.vectors @ once.T
+    np.testing.assert_array_equal(alone.rows, np.argsort(-scores, axis=1, kind="stable")[:, :NEIGHBOURS])
+    np.testing.assert_allclose(alone.lowest, -np.sort(-scores, axis=1)[:, NEIGHBOURS - 1], atol=1e-6)
+    np.testing.assert_array_equal(exact_neighbours(blocks(once), queries), alone.rows)
+    thrice = neighbours(blocks(np.concatenate([once, once, once])), queries)
+    assert thrice.tied.all()
+
+
+def test_a_query_of_the_gallery_is_not_its_own_neighbour() -> None:
+    vectors = placeholders(1500, 0.3)
+    queries = own_queries(blocks(vectors), len(vectors))
+    found = neighbours(blocks(vectors), queries)
+    assert (found.rows != queries.own_rows[:, None]).all()
+    assert (found.rows >= 0).all()
+
+
+def test_scores_are_those_of_the_vectors_in_bounded_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Many hits by score in one memory-mapped block, a few at a time, give what all at once give."""
+    vectors = placeholders(3000, 0.5)
+    np.save(tmp_path / "v.npy", vectors)
+    mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
+    queries = Queries(np.repeat(vectors[:1], 60, 0), "captions", np.full(60, -1))
+    same = np.flatnonzero((vectors == vectors[0]).all(1))
+    found = np.random.default_rng(0).permuted(np.tile(same, (60, 1)), axis=1)[:, :10]
+    monkeypatch.setattr("index_jobs.tuning._SCORED", 7)
+    truth = neighbours(blocks(mapped), queries)
+    assert truth.hits(blocks(mapped), queries, np.arange(60), found).all()
+    other = np.flatnonzero((vectors != vectors[0]).any(1))[:10]
+    assert not truth.hits(blocks(mapped), queries, np.arange(60), np.tile(other, (60, 1))).any()
