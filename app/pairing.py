@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Words = list[tuple[str, float]]
 
 PARTS = 6  # a map has at most so many parts a side
-_KEPT = 20_000  # features; 40 MB at 512 dimensions
+_KEPT = 40 * 2**20  # bytes of features: 20,000 of 512 dimensions, fewer where each patch has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,8 @@ class Pairing:
             found = dict(zip(missing, features, strict=True))
             known |= found
             kept.update(found)
-            while len(kept) > _KEPT:
+            most = _KEPT // features[0].nbytes
+            while len(kept) > most:
                 del kept[next(iter(kept))]
         return np.stack([known[row] for row in rows])
 

@@ -53,7 +53,7 @@ class Snapshot:
     be made in the event loop.
     matching: a filter in JSON -> bool (rows,); see `index_jobs.filters`. The last ones are kept.
     answers: given by this version, for those who ask the same again.
-    frozen: by row, a picture's feature (E,) from the frozen encoder; filled as re-ranking needs them.
+    frozen: by row, a picture's features from the frozen encoder; filled as re-ranking needs them.
     """
 
     encoder: "Encoder"

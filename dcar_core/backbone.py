@@ -130,6 +130,13 @@ class Backbone(nn.Module):
         x, _ = self._text_states(tokens, None, None)
         return self._project_text(x)
 
+    def lone_token_features(self, tokens: Tensor) -> Tensor:
+        """Features of every token as a text of its own (B, n, E), not normalised, without prompts."""
+        found, place = torch.unique(tokens, return_inverse=True)  # [V], [B, n]
+        sos, eot = self.tokenize([""])[0]
+        alone = torch.stack([sos.expand_as(found), found, eot.expand_as(found)], 1)  # [V, 3]
+        return self.encode_text(alone)[place]
+
     def token_embeddings(self, tokens: Tensor) -> Tensor:
         """The embedding table's rows (B, n, W_t), before positions."""
         return self.text.token_embedding(tokens)  # type: ignore[no-any-return]
@@ -172,6 +179,12 @@ class Backbone(nn.Module):
         x = self._run(visual.transformer, x, prompts, lambda y, p: torch.cat([y[:, :n], p], 1))
         pooled, _ = visual._pool(x[:, :n])
         return pooled if visual.proj is None else pooled @ visual.proj  # type: ignore[no-any-return]
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Each patch's feature in the joint space (B, P, E), not normalised, without prompts; pixels as above."""
+        visual = self.visual
+        x = visual.ln_post(visual.transformer(visual._embeds(pixels))[:, 1:])
+        return x if visual.proj is None else x @ visual.proj  # type: ignore[no-any-return]
 
     def _run(
         self,

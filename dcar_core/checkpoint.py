@@ -37,9 +37,10 @@ def is_checkpoint(path: Path) -> bool:
 def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str, NDArray[np.float32]]) -> str:
     """64 hex digits that stand for one way of turning pictures and queries into vectors.
 
-    What only training needs (the loss, the category adapter) does not count.
+    What no vector depends on (the loss, the category adapter, how pairs are weighed) does not count.
     """
-    serving = {"prompt": config.prompt.to_dict(), "reweight": config.reweight.to_dict()}
+    reweight = {name: value for name, value in config.reweight.to_dict().items() if name not in ("word", "picture")}
+    serving = {"prompt": config.prompt.to_dict(), "reweight": reweight}
     if config.adapter != AdapterConfig():
         serving["adapter"] = config.adapter.to_dict()
     digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self, get_args
 
 TrainWeights = Literal["none", "pair", "predicted"]
 QueryWeights = Literal["none", "predicted"]
+WordSide = Literal["context", "alone"]
+PictureSide = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
 
 
@@ -49,6 +51,8 @@ class ReweightConfig(_Config):
         from the text alone; "none".
     query: the weights of a query, which has no image. "predicted" or "none", as the validation split prefers.
     strength, low, high [ours]: 1 + strength * (w / mean - 1), clipped to [low, high].
+    word, picture: between what a pair weight's cosines are: the token's feature in its caption, or alone; the picture's
+        pooled feature, or that of the patch most like the token (FILIP's). Queries never have a pair weight.
     """
 
     train: TrainWeights = "pair"
@@ -56,6 +60,8 @@ class ReweightConfig(_Config):
     strength: float = 0.5
     low: float = 0.5
     high: float = 2.0
+    word: WordSide = "context"
+    picture: PictureSide = "pooled"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcar_core.backbone import Backbone
+from dcar_core.config import ReweightConfig
 from dcar_core.data import CleaningReport, Dataset
 from dcar_core.errors import DataError, ImageError
 from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.model import DCAR
-from dcar_core.reweight import blend, pair_weights, real_tokens
+from dcar_core.reweight import blend, pair_weights, picture_features, real_tokens, word_features
 
 MAX_NEGATIVES = 8
 IMAGE_BATCH, TEXT_BATCH = 64, 256
@@ -96,10 +97,14 @@ def prepare(
         pixels=None if model.image_is_frozen else work.pixels(),
         images=work.images() if model.image_is_frozen or anchored else None,
         captions=work.texts(captions) if model.text_is_frozen or anchored else None,
-        pair_weights=blend(work.raw_weights(tokens), real_tokens(tokens), config.reweight) if weighted else None,
+        pair_weights=work.pair_weights(tokens, config.reweight) if weighted else None,
         caption_features=features,
         matching=matching,
     )
+
+
+def _parts(rows: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
+    return [rows[i : i + most] for i in range(0, len(rows), most)]
 
 
 def _true_of(data: Dataset, groups: Mapping[str, int], image_of: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -199,19 +204,29 @@ class _Work:
             out[rows] = F.normalize(self.backbone.encode_text(part), dim=-1)
         return out
 
-    def raw_weights(self, tokens: Tensor) -> Tensor:
-        """(N, n) weights of the captions' tokens from their own images."""
-        key = digest(self.key, [s.caption for s in self.data.samples], self.image_of.tolist(), tokens.shape[1])
-        return self.cache.tensor("weights", key, lambda: self._raw_weights(tokens))
+    def pair_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
+        """(N, n) factors of the captions' tokens from their own images."""
+        texts = [s.caption for s in self.data.samples]
+        key = digest(self.key, texts, self.image_of.tolist(), tokens.shape[1], config.word, config.picture)
+        raw = self.cache.tensor("weights", key, lambda: self._raw_weights(tokens, config))
+        return blend(raw, real_tokens(tokens), config)
 
     @torch.no_grad()
-    def _raw_weights(self, tokens: Tensor) -> Tensor:
-        images, blank = self.images(), self._encode_images(self.backbone.preprocess.blank()[None])[0]
-        parts = []
+    def _raw_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
+        blank, parts = self._frozen(self.backbone.preprocess.blank()[None], config)[0], []
         for i in self._bar(range(0, len(tokens), TEXT_BATCH), "token weights"):
-            words = self.backbone.token_features(tokens[i : i + TEXT_BATCH])
-            parts.append(pair_weights(words, images[self.image_of[i : i + TEXT_BATCH]], blank))
+            words = word_features(self.backbone, tokens[i : i + TEXT_BATCH], config)
+            rows = self.image_of[i : i + TEXT_BATCH]
+            if config.picture == "pooled":
+                images = self.images()[rows]
+            else:  # too many to keep: a picture has dozens of patches
+                images = torch.cat([self._frozen(self.pixels()[part], config) for part in _parts(rows, IMAGE_BATCH)])
+            parts.append(pair_weights(words, images, blank))
         return torch.cat(parts)
+
+    def _frozen(self, pixels: Pixels, config: ReweightConfig) -> Tensor:
+        batch = torch.from_numpy(self.backbone.preprocess.normalize(pixels)).to(self.backbone.device)
+        return picture_features(self.backbone, batch, config)
 
     def negatives(self, alpha: float) -> tuple[Tensor, Tensor]:
         """Frozen features (N, 1 + M, E) of positives and negatives, and their category-matching weights (N, 1 + M)."""

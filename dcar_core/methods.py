@@ -30,6 +30,9 @@ METHODS: dict[str, ModelConfig] = {
         _prompts_alone("maple", depth=4),
         # the paper's figure: dual prompts, token weights from the pair in training, category adapter in the loss
         ModelConfig(method="dcar"),
+        # its options: a token's feature apart from its caption; the patch most like it in place of the whole picture
+        ModelConfig(method="dcar-alone", reweight=ReweightConfig(word="alone")),
+        ModelConfig(method="dcar-patches", reweight=ReweightConfig(picture="patches")),
         # its ablations
         ModelConfig(method="dcar-no-weights", reweight=_NO_WEIGHTS),
         ModelConfig(method="dcar-no-category", loss=LossConfig(category=0)),

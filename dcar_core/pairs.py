@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dcar_core.reweight import blend, pair_weights, real_tokens
+from dcar_core.reweight import blend, pair_weights, picture_features, real_tokens, word_features
 
 if TYPE_CHECKING:
     from dcar_core.encoder import Encoder
@@ -28,26 +28,26 @@ class Pairs:
 
     @cached_property
     def _blank(self) -> Tensor:
-        """(E,), at first need, by whoever owns the model."""
+        """As one of `frozen`, at first need, by whoever owns the model."""
         backbone = self._model.backbone
         return torch.from_numpy(self.frozen(backbone.preprocess.blank()[None])[0]).to(backbone.device)
 
     @torch.inference_mode()
     def frozen(self, pixels: NDArray[np.uint8]) -> Floats:
-        """uint8 (C, 3, S, S), from `preprocess` -> float32 (C, E), not normalised, without prompts."""
+        """uint8 (C, 3, S, S), from `preprocess` -> float32 (C, E), or (C, P, E) where patches count; not normalised."""
         backbone = self._model.backbone
         batch = torch.from_numpy(backbone.preprocess.normalize(pixels)).to(backbone.device)
-        return backbone.encode_image(batch).float().cpu().numpy()
+        return picture_features(backbone, batch, self._model.config.reweight).float().cpu().numpy()
 
     @torch.inference_mode()
     def weights(self, text: str, frozen: Floats) -> Floats:
-        """Factors around 1 for each token of a text, with each picture: (C, E) from `frozen` -> (C, n)."""
-        backbone = self._model.backbone
+        """Factors around 1 for each token of a text, with each picture: what `frozen` gave -> (C, n)."""
+        backbone, config = self._model.backbone, self._model.config.reweight
         tokens = backbone.tokenize([text], self._model.room)  # [1, n]
         images = torch.from_numpy(frozen).to(tokens.device)
-        features = backbone.token_features(tokens).expand(len(images), -1, -1)  # [C, n, E]
+        features = word_features(backbone, tokens, config).expand(len(images), -1, -1)  # [C, n, E]
         real = real_tokens(tokens).expand(len(images), -1)
-        factors = blend(pair_weights(features, images, self._blank), real, self._model.config.reweight)
+        factors = blend(pair_weights(features, images, self._blank), real, config)
         return factors.float().cpu().numpy()
 
     @torch.inference_mode()

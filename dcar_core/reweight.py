@@ -4,11 +4,16 @@
 - `TokenWeightHead` [ours] predicts the weight from the word alone. It is what a query may use: a query has no image.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.config import ReweightConfig
+
+if TYPE_CHECKING:
+    from dcar_core.backbone import Backbone
 
 
 def real_tokens(tokens: Tensor) -> Tensor:
@@ -17,20 +22,32 @@ def real_tokens(tokens: Tensor) -> Tensor:
     return (position > 0) & (position < tokens.argmax(-1, keepdim=True))
 
 
+def word_features(backbone: "Backbone", tokens: Tensor, config: ReweightConfig) -> Tensor:
+    """(B, n) -> (B, n, E), not normalised, of the frozen text encoder without prompts."""
+    return backbone.lone_token_features(tokens) if config.word == "alone" else backbone.token_features(tokens)
+
+
+def picture_features(backbone: "Backbone", pixels: Tensor, config: ReweightConfig) -> Tensor:
+    """(B, 3, S, S), normalised -> (B, E), or (B, P, E) of P patches; not normalised, of the frozen image encoder."""
+    return backbone.patch_features(pixels) if config.picture == "patches" else backbone.encode_image(pixels)
+
+
 def pair_weights(token_features: Tensor, image: Tensor, blank: Tensor) -> Tensor:
     """w_j = | S(t_j, I_blank) - S(t_j, I) |, S the cosine (the paper's equation for the token weight).
 
     Args:
-        token_features: (B, n, E) of the frozen text encoder without prompts.
-        image: (B, E) pooled features of the frozen image encoder without prompts.
-        blank: (E,) the same of a white picture [ours].
+        token_features: (B, n, E) from `word_features`.
+        image: (B, E) from `picture_features`, or (B, P, E): then S is that of the patch most like the token.
+        blank: (E,) or (P, E), the same of a white picture [ours].
 
     Returns:
         Raw weights (B, n), about 0.02 in size; see `blend`.
     """
     words = F.normalize(token_features, dim=-1)
-    to_image = torch.einsum("bne,be->bn", words, F.normalize(image, dim=-1))
-    to_blank = words @ F.normalize(blank, dim=-1)
+    patches = F.normalize(image if image.ndim == 3 else image[:, None], dim=-1)  # [B, P, E]
+    white = F.normalize(blank if blank.ndim == 2 else blank[None], dim=-1)  # [P, E]
+    to_image = torch.einsum("bne,bpe->bnp", words, patches).amax(-1)
+    to_blank = (words @ white.T).amax(-1)
     return (to_blank - to_image).abs()
 
 

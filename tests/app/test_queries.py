@@ -370,7 +370,7 @@ def test_reranking_side_by_side_with_little_room(
     built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one request lets go of is still there for another; the gallery's pictures may be larger than a query's."""
-    monkeypatch.setattr(pairing, "_KEPT", 3)
+    monkeypatch.setattr(pairing, "_KEPT", 3 * 4 * encoder.dim)
 
     async def main() -> None:
         async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:

@@ -92,6 +92,22 @@ def test_end_of_text_survives_a_long_caption_and_a_marker_is_stripped(backbone: 
     assert torch.equal(marked, backbone.tokenize(["a red   square"]))
 
 
+def test_a_token_alone_is_a_text_of_its_own(backbone: Backbone) -> None:
+    tokens = backbone.tokenize(["a red square", "red"])
+    found = backbone.lone_token_features(tokens)
+    assert found.shape == (2, 5, backbone.embed_dim)
+    torch.testing.assert_close(found[0, 2], backbone.encode_text(backbone.tokenize(["red"]))[0])
+    torch.testing.assert_close(found[0, 2], found[1, 1])
+
+
+def test_patches_are_the_tokens_that_the_pooled_one_is_taken_from(backbone: Backbone, pixels: torch.Tensor) -> None:
+    patches = backbone.patch_features(pixels)
+    assert patches.shape == (len(pixels), backbone.patches**2, backbone.embed_dim)
+    visual = backbone.visual
+    tokens = visual._pool(visual.transformer(visual._embeds(pixels)))[1]
+    torch.testing.assert_close(patches, tokens @ visual.proj)
+
+
 def test_a_tokenizer_remembers_no_more_than_so_many_words(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WORDS", 50)
     wanted = backbone.tokenize(["a red square"])

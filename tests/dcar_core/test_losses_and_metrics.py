@@ -75,6 +75,16 @@ def test_pair_weights_and_blend() -> None:
     torch.testing.assert_close(gentle.mean(), torch.tensor(1.0))
 
 
+def test_a_pair_weight_may_look_at_the_patch_most_like_the_word() -> None:
+    words = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    patches = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]])
+    white = torch.tensor([[1.0, 0.0], [5.0, 12.0]])
+    found = pair_weights(words, patches, white)
+    torch.testing.assert_close(found, torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
+    same = pair_weights(words, patches[:, :1], white[:1])
+    torch.testing.assert_close(same, pair_weights(words, patches[:, 0], white[0]))
+
+
 def test_recall_counts_ties_against_the_model() -> None:
     flat = np.ones((10, 4), np.float32) / 2
     found = recall_at_k(flat, flat, np.arange(10))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 
 from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import save_checkpoint
-from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig
+from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.data import load_split
 from dcar_core.encoder import Encoder
+from dcar_core.features import prepare
 from dcar_core.mixed import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.model import DCAR
 from dcar_core.pairs import Pairs
@@ -130,6 +133,27 @@ def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> Non
     words_found = pairs.words(text, found)
     assert [word for word, _ in words_found] == ["a", "red", "square"]
     np.testing.assert_allclose([weight for _, weight in words_found], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"word": "alone"}, {"picture": "patches"}])
+def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
+    option: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=ReweightConfig(**option)))
+    training = load_split(tiny_data, "train")[0]
+    trained = prepare(training, model, for_training=True, progress=False).pair_weights
+    plain = DCAR(model.backbone, ModelConfig())
+    usual = prepare(training, plain, for_training=True, progress=False).pair_weights
+    save_checkpoint(model, tmp_path / "checkpoint")
+    encoder = Encoder.load(tmp_path / "checkpoint", device="cpu", exact=True)
+    pairs = Pairs(encoder)
+    assert trained is not None
+    for sample, wanted in zip(training.samples, trained, strict=True):
+        frozen = pairs.frozen(encoder.preprocess(training.read(sample))[None])
+        found = pairs.weights(sample.caption, frozen)[0]
+        np.testing.assert_allclose(found, wanted[: len(found)], atol=1e-4)
+    assert usual is not None
+    assert (trained - usual).abs().max() > 0.01
 
 
 def test_words_of_several_tokens_and_of_none(encoders: dict[str, Encoder]) -> None:
