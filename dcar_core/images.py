@@ -54,9 +54,9 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
             raise ImageError(f"{width} x {height} pixels, at most {max_pixels:,} are accepted")
         if at_least is not None and isinstance(image, JpegImageFile):
             image.draft(None, (at_least, at_least))
-        if image.mode == "RGB" or image is source:
+        if image is source:
             image = ImageOps.exif_transpose(image)
-        else:  # without a copy, since the conversion makes one
+        else:  # our own, so that no copy is needed
             ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image, at_least)
     except UnidentifiedImageError:

@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),  # or what else tells one version of the file from another; 0 unknown
     ]
 )
+_ADDRESSES = ("image", "similar")  # /items/{id}/image is an item's picture, not the item {id}/image
 _PICTURE_COLUMNS = ["id", "name", "location", "offset", "size", "mtime_ns"]
 _TABLE_ROWS = 65_536
 _ID_DIGITS = 20  # of sha256: 80 bits, so that a billion names do not collide
@@ -83,6 +84,7 @@ def scan(place: str | Path) -> Gallery:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"the gallery {place} is empty: no file or tar member with one of the suffixes {suffixes}")
     _require_unique_ids(table)
+    _require_addressable_ids(table)
     vectors = _signature(table, _PICTURE_COLUMNS)
     return Gallery(source, root, table, vectors, _signature(table, SCHEMA.names))
 
@@ -154,6 +156,14 @@ def _require_unique_ids(table: pa.Table) -> None:
     if names[0] == names[1]:
         raise DataError(f"{names[0]} is listed twice; keep one row, with its captions as a list, or give ids{more}")
     raise DataError(f"{names[0]} and {names[1]} both have the id {repeated[0]!r}; ids must be unique{more}")
+
+
+def _require_addressable_ids(table: pa.Table) -> None:
+    for word in _ADDRESSES:
+        taken = pc.ends_with(table["id"], "/" + word)
+        if pc.any(taken).as_py():
+            first = table["id"].filter(taken)[0].as_py()
+            raise DataError(f"the id {first!r} ends in /{word}, as addresses of items' parts do; give it another")
 
 
 def _signature(table: pa.Table, columns: list[str]) -> str:

@@ -271,6 +271,12 @@ def bad_join(root: Path) -> Path:
     return root
 
 
+def bad_address(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "shop/7/image"})
+    return root
+
+
 def bad_twice(root: Path) -> Path:
     write(root / "a.png", png())
     jsonl(root / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "./a.png"})
@@ -307,6 +313,7 @@ def bad_name_column(root: Path) -> Path:
         (bad_url, "nosuch://example.org/a.png cannot be read: Protocol not known"),
         (bad_escape, "leads out of the list's folder"),
         (bad_ids, r"a\.png and c\.png both have the id '7'"),
+        (bad_address, "the id 'shop/7/image' ends in /image, as addresses of items' parts do"),
         (bad_repeat, r"a\.png is listed twice; keep one row"),
         (bad_gzip, "is a compressed tar.*decompress it first"),
         (bad_hidden_gzip, "is not an uncompressed tar"),
