@@ -11,11 +11,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: install demo test check
-install: $(VENV)/.installed
+comma := ,
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
-# PyPI's torch for Linux is the CUDA build, gigabytes of it. A machine without an NVIDIA driver gets the CPU build
-# where pip's own configuration offers one; set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL as usual.
-$(VENV)/.installed: pyproject.toml
+install: $(INSTALLED)
+
+# PyPI's torch for Linux is the CUDA build, gigabytes of it. Where pip's own configuration offers a CPU build, pip takes
+# that; set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL as usual.
+$(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'

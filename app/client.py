@@ -8,6 +8,7 @@
 
 - Answers are the models of `app.schemas`; every error of the service is a `ServiceError` with its problem document.
 - 429 and 503 are tried again after the time that the service names, a few times; nothing else is.
+- What answers but is not the service, such as a proxy's page, is a `ServiceError` too.
 - Nothing of the service itself is imported: no model, no index.
 """
 
@@ -94,7 +95,7 @@ class Client:
     ) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, transport=transport)
-        self._prefix = "" if collection is None else f"/collections/{quote(collection, safe='')}"
+        self._prefix = "" if collection is None else f"/collections/{_segment(collection)}"
         self._retries = retries
         self._sleep = sleep
 
@@ -155,10 +156,14 @@ class Client:
         return self._ask(Reloaded, "POST", "/admin/reload")
 
     def _item(self, item_id: str, what: str = "") -> str:
-        return f"{self._prefix}/items/{quote(item_id, safe='')}{what}"
+        return f"{self._prefix}/items/{_segment(item_id)}{what}"
 
     def _ask(self, model: type[M], method: str, path: str, **given: Any) -> M:
-        return model.model_validate_json(self._send(method, path, **given).content)
+        answer = self._send(method, path, **given)
+        try:
+            return model.model_validate_json(answer.content)
+        except ValidationError:
+            raise _error(answer) from None
 
     def _send(self, method: str, path: str, **given: Any) -> httpx.Response:
         left = self._retries
@@ -179,11 +184,23 @@ class Client:
             self._sleep(min(pause, _LONGEST_PAUSE_S))
 
 
+def _segment(name: str) -> str:
+    """A name as one part of a URL's path.
+
+    Raises:
+        ValueError: no part of a path can be it, since "." and ".." mean others.
+    """
+    if name in {".", ".."}:
+        raise ValueError(f"{name!r} is no name of an item or a collection")
+    return quote(name, safe="")
+
+
 def _pause(answer: httpx.Response) -> float:
     try:
-        return float(answer.headers.get("retry-after", "1"))
+        seconds = float(answer.headers.get("retry-after", "1"))
     except ValueError:
         return 1.0
+    return seconds if 0 <= seconds <= _LONGEST_PAUSE_S else _LONGEST_PAUSE_S if seconds > 0 else 1.0
 
 
 def _error(answer: httpx.Response) -> ServiceError:

@@ -121,7 +121,8 @@ async def _pairs(snapshot: Snapshot) -> "Pairs":
     try:
         return await asyncio.to_thread(snapshot.pairs)
     except DcarError as error:
-        raise Problem(503, f"This needs the model itself, and it cannot be loaded: {error}") from None
+        detail = f"This needs the model itself, and it cannot be loaded: {error}"
+        raise Problem(503, detail, headers={"Retry-After": "30"}) from None
 
 
 def blanked(pixels: Pixels, blank: Pixels, patches: int) -> tuple[list[Pixels], NDArray[np.int64]]:

@@ -39,6 +39,7 @@ from app.settings import Settings
 from dcar_core.errors import DcarError
 
 _PICTURE_AGE_S = 3600
+_LATER = {"Retry-After": "30"}  # what does not load now will not load a second later
 
 
 def make_router(settings: Settings) -> APIRouter:
@@ -181,7 +182,7 @@ def _service_routes() -> APIRouter:
         try:
             changed = await collections.reload()
         except DcarError as error:
-            raise Problem(503, f"What is published cannot be served: {error}") from None
+            raise Problem(503, f"What is published cannot be served: {error}", headers=_LATER) from None
         return JsonAnswer({"index_version": collections[None].require().version, "changed": any(changed.values())})
 
     return router

@@ -1,4 +1,4 @@
-"""A published index as its readers see it: open, search, verify. The only module of this room that the service imports.
+"""A published index as its readers see it: open, search, verify. What the service has of this room.
 
 INDEX/CURRENT                    one line, the version that is served; replaced atomically
 INDEX/versions/<n>/manifest.json fingerprint, counts, kind, measurements, checksums of the other files and of itself

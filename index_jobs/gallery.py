@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
     ]
 )
 _ADDRESSES = ("image", "similar")  # /items/{id}/image is an item's picture, not the item {id}/image
+_LONGEST_ID = 1024
 _PICTURE_COLUMNS = ["id", "name", "location", "offset", "size", "mtime_ns"]
 _TABLE_ROWS = 65_536
 _ID_DIGITS = 20  # of sha256: 80 bits, so that a billion names do not collide
@@ -159,11 +160,17 @@ def _require_unique_ids(table: pa.Table) -> None:
 
 
 def _require_addressable_ids(table: pa.Table) -> None:
+    """Refuse ids that the service could not be asked for."""
+    ids = table["id"]
     for word in _ADDRESSES:
-        taken = pc.ends_with(table["id"], "/" + word)
-        if pc.any(taken).as_py():
-            first = table["id"].filter(taken)[0].as_py()
-            raise DataError(f"the id {first!r} ends in /{word}, as addresses of items' parts do; give it another")
+        _require_none(ids, pc.ends_with(ids, "/" + word), f"ends in /{word}, as addresses of items' parts do")
+    _require_none(ids, pc.is_in(ids, pa.array([".", ".."])), "means another place in an address")
+    _require_none(ids, pc.greater(pc.utf8_length(ids), _LONGEST_ID), f"is longer than {_LONGEST_ID} characters")
+
+
+def _require_none(ids: pa.ChunkedArray, bad: pa.ChunkedArray, why: str) -> None:
+    if pc.any(bad).as_py():
+        raise DataError(f"the id {ids.filter(bad)[0].as_py()[:80]!r} {why}; give another")
 
 
 def _signature(table: pa.Table, columns: list[str]) -> str:

@@ -33,6 +33,7 @@ TINY = {
 }
 
 # What `auto` would measure and export belongs into no user's cache, and most tests are not about it.
+os.environ.pop("DCAR_RUNTIME_CACHE", None)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dcar-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("DCAR_RUNTIME", "torch")

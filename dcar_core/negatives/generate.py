@@ -12,6 +12,7 @@ split but captions of the category.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
+from pathlib import PurePosixPath
 from random import Random
 from typing import NamedTuple
 
@@ -62,7 +63,8 @@ class Generator:
 
     def negatives(self, sample: Sample) -> list[Negative]:
         """At most `count` negatives of a sample that has a category; swapped categories come first."""
-        random = Random(f"{self.seed}\n{sample.image}\n{sample.caption}")
+        name = PurePosixPath(sample.image).name  # without its folder, which depends on how the pictures are looked for
+        random = Random(f"{self.seed}\n{name}\n{sample.caption}")
         taken: set[Hashable] = set(self._own[sample.image])
         if sample.caption in self._full:
             taken.add(self._read(sample.caption))

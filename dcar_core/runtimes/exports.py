@@ -27,7 +27,9 @@ GRAPHS = 1
 
 
 def default_cache() -> Path:
-    """The user's cache directory, as the platform has it."""
+    """What DCAR_RUNTIME_CACHE says, for jobs, commands and the service alike; else the user's cache directory."""
+    if named := os.environ.get("DCAR_RUNTIME_CACHE"):
+        return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dcar"
 

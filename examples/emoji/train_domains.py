@@ -79,10 +79,11 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
     training = with_short_captions(load_split(HERE / domain, "train")[0], domain, args.short)
     validation = load_split(HERE / domain, "val")[0]
+    settings = f"{args.epochs}-{args.batch_size}-{args.lr:g}-{args.short}-{args.anchor}"
     runs = []
     for name, seeds in (("clip", 1), (args.method, args.seeds)):
         for seed in range(seeds):
-            done = work / f"{name}-{seed}" / "run.json"
+            done = work / f"{name}-{seed}-{settings}" / "run.json"
             if not done.is_file():
                 config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
                 chosen = method(name)
@@ -105,7 +106,7 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
             runs.append(json.loads(done.read_text()))
     adapted = [run for run in runs if run["method"] == args.method]
     best = max(adapted, key=lambda run: run["val"]["t2i_r1"] + run["val"]["i2t_r1"])
-    bundle(work / f"{args.method}-{best['seed']}", HERE / domain / "checkpoint")
+    bundle(work / f"{args.method}-{best['seed']}-{settings}", HERE / domain / "checkpoint")
     return {
         "runs": runs,
         "bundled_seed": best["seed"],

@@ -78,3 +78,29 @@ def test_a_service_that_is_not_there_or_is_none() -> None:
     with Client("http://proxy", transport=transport) as client, pytest.raises(ServiceError, match="502") as caught:
         client.ready()
     assert caught.value.problem is None
+
+    page: Any = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Please log in</html>"))
+    with Client("http://portal", transport=page) as client, pytest.raises(ServiceError, match="200"):
+        client.ready()
+
+
+@pytest.mark.parametrize(("said", "pause"), [("-5", 1), ("nan", 1), ("soon", 1), ("7", 7), ("1e9", 30), ("inf", 30)])
+def test_it_waits_no_odd_time(said: str, pause: float) -> None:
+    waited: list[float] = []
+    busy: Any = httpx.MockTransport(lambda request: httpx.Response(503, headers={"retry-after": said}))
+    with (
+        Client("http://busy", transport=busy, sleep=waited.append, retries=1) as client,
+        pytest.raises(ServiceError, match="503"),
+    ):
+        client.ready()
+    assert waited == [pause]
+
+
+def test_dots_are_no_names() -> None:
+    asked: list[str] = []
+    seen: Any = httpx.MockTransport(lambda request: asked.append(str(request.url)) or httpx.Response(404))
+    with Client("http://service", transport=seen) as client, pytest.raises(ValueError, match=r"'\.\.' is no name"):
+        client.item("..")
+    with pytest.raises(ValueError, match=r"'\.' is no name"):
+        Client("http://service", collection=".")
+    assert asked == []

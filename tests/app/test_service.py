@@ -115,6 +115,7 @@ def test_a_broken_version_leaves_the_old_one(
             refused = await client.post("/admin/reload", headers=BEARER)
             assert refused.status_code == 503
             assert "trainables.safetensors" in refused.json()["detail"]
+            assert int(refused.headers["retry-after"]) > 0
             assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
             weights.write_bytes(whole)
             assert (await client.post("/admin/reload", headers=BEARER)).json() == {"index_version": 2, "changed": True}

@@ -185,6 +185,8 @@ def test_the_same_seed_gives_the_same_and_none_equals_its_caption(tmp_path: Path
     shuffled = made([samples[i] for i in np.random.default_rng(0).permutation(len(samples))], tmp_path)[0]
     swapped = lambda found: {s.image + s.caption: s.negatives[:1] for s in found}  # noqa: E731
     assert swapped(shuffled) == swapped(one)
+    found = made([replace(s, image=f"pictures/{s.image}") for s in samples], tmp_path)[0]
+    assert [s.negatives for s in found] == [s.negatives for s in one], "wherever the pictures lie"
 
 
 def test_modes(tmp_path: Path) -> None:

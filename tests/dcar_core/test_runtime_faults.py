@@ -11,6 +11,7 @@ import pytest
 from dcar_core import Encoder, sealed
 from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.runtimes import capabilities, selection
+from dcar_core.runtimes.exports import default_cache
 
 pytest.importorskip("openvino", reason="needs the extra [openvino]")
 
@@ -158,6 +159,14 @@ def test_a_cache_that_cannot_be_written(
     assert len(warnings) == 2  # no export, and nothing remembered
     with pytest.raises(RuntimeUnavailableError, match=r"cannot be used: .* name another directory"):
         by_name(tiny_checkpoint, blocked)
+
+
+def test_one_variable_names_the_cache_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("DCAR_RUNTIME_CACHE", raising=False)
+    assert default_cache() == tmp_path / "user" / "dcar"
+    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(tmp_path / "named"))
+    assert default_cache() == tmp_path / "named"
 
 
 def test_int8_wants_data(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -277,6 +277,18 @@ def bad_address(root: Path) -> Path:
     return root
 
 
+def bad_dots(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": ".."})
+    return root
+
+
+def bad_long(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "x" * 1025})
+    return root
+
+
 def bad_twice(root: Path) -> Path:
     write(root / "a.png", png())
     jsonl(root / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "./a.png"})
@@ -314,6 +326,8 @@ def bad_name_column(root: Path) -> Path:
         (bad_escape, "leads out of the list's folder"),
         (bad_ids, r"a\.png and c\.png both have the id '7'"),
         (bad_address, "the id 'shop/7/image' ends in /image, as addresses of items' parts do"),
+        (bad_dots, r"the id '\.\.' means another place in an address; give another"),
+        (bad_long, r"the id 'x{80}' is longer than 1024 characters; give another"),
         (bad_repeat, r"a\.png is listed twice; keep one row"),
         (bad_gzip, "is a compressed tar.*decompress it first"),
         (bad_hidden_gzip, "is not an uncompressed tar"),
