@@ -22,7 +22,7 @@ from index_jobs.gallery import Gallery, scan
 from index_jobs.options import RejectedError
 from index_jobs.rebuild import main, rebuild
 
-ELSEWHERE = ("https://pictures.example/a/", "https://pictures.example/b/")
+ELSEWHERE = ("memory://pictures/a/", "memory://pictures/b/")  # needs no extra
 
 
 @pytest.fixture(scope="module")
