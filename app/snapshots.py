@@ -121,9 +121,8 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
             artifact.checkpoint, device=settings.device, runtime=settings.runtime, cache=settings.runtime_cache,
             backbone=shared, threads=settings.threads,
         )  # fmt: skip
-    else:
-        encoder.moved(artifact.checkpoint)  # old versions are deleted, and their copies of the checkpoint with them
     artifact.require(encoder.fingerprint)
+    encoder.moved(artifact.checkpoint)  # old versions are deleted, and their copies of the checkpoint with them
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
 
     @cache

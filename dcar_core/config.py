@@ -63,6 +63,15 @@ class ReweightConfig(_Config):
     word: WordSide = "context"
     picture: PictureSide = "pooled"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without the options that are as published: what was made before there were any keeps its name."""
+        usual = ReweightConfig()
+        return {
+            name: value
+            for name, value in super().to_dict().items()
+            if name not in {"word", "picture"} or value != getattr(usual, name)
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(_Config):
@@ -138,6 +147,9 @@ class ModelConfig(_Config):
             "loss": LossConfig,
         }
         return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"reweight": self.reweight.to_dict()}
 
     def with_query_weights(self, query: QueryWeights) -> Self:
         return replace(self, reweight=replace(self.reweight, query=query))

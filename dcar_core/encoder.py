@@ -42,9 +42,9 @@ PLAIN_CLIP = ModelConfig(
 
 @dataclass(frozen=True)
 class Unloaded:
-    """A model that is not in memory: where its checkpoint lies, and what loads it from there."""
+    """A model that is not in memory: the places where its checkpoint lies, and what loads it from one of them."""
 
-    path: Path
+    paths: tuple[Path, ...]
     load: Callable[[Path], Target]
 
 
@@ -69,14 +69,16 @@ class Encoder:
         """
         with self._turn:
             if isinstance(self._target, Unloaded):
-                self._target = self._target.load(self._target.path)
+                paths = self._target.paths
+                self._target = self._target.load(next(filter(is_checkpoint, paths), paths[0]))
             return self._target
 
     def moved(self, path: Path) -> None:
-        """Its checkpoint lies there now; where it was it may be deleted before anything asks for the model."""
+        """Its checkpoint lies there as well; where it was it may be deleted before anything asks for the model."""
         with self._turn:
             if isinstance(self._target, Unloaded):
-                self._target = replace(self._target, path=path)
+                others = (other for other in self._target.paths if other != path and is_checkpoint(other))
+                self._target = replace(self._target, paths=(path, *others))
 
     @property
     def model(self) -> "DCAR":
@@ -135,7 +137,7 @@ class Encoder:
         wanted = sealed.Wanted(path, device, runtime, threads, cache) if is_checkpoint(path) else None
         if wanted is not None and (found := sealed.unseal(wanted)) is not None:
             domain, graph = found
-            return cls(domain, Unloaded(path, whole), graph, exact=exact)
+            return cls(domain, Unloaded((path,), whole), graph, exact=exact)
 
         from dcar_core.extract import extract
         from dcar_core.runtimes.selection import load_runtime

@@ -214,11 +214,12 @@ class _Work:
     @torch.no_grad()
     def _raw_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
         blank, parts = self._frozen(self.backbone.preprocess.blank()[None], config)[0], []
+        pooled = self.images() if config.picture == "pooled" else None
         for i in self._bar(range(0, len(tokens), TEXT_BATCH), "token weights"):
             words = word_features(self.backbone, tokens[i : i + TEXT_BATCH], config)
             rows = self.image_of[i : i + TEXT_BATCH]
-            if config.picture == "pooled":
-                images = self.images()[rows]
+            if pooled is not None:
+                images = pooled[rows]
             else:  # too many to keep: a picture has dozens of patches
                 images = torch.cat([self._frozen(self.pixels()[part], config) for part in _parts(rows, IMAGE_BATCH)])
             parts.append(pair_weights(words, images, blank))

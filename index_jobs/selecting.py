@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 _VISITS = 4  # what a vector reached through the graph costs, in vectors compared in a row
+_SCANNED = 16  # rows passed over in lists cost what one costs that is compared exactly
 _LIKELY, _FURTHER = 0.5, 4  # less than half as many allowed near a query as elsewhere: search four times as wide
 _BLOCK = 65_536
 
@@ -116,6 +117,9 @@ def _parameters(index: Any, selector: Any, wide: int = 0) -> Any:
 def _among_lists(
     index: Any, lists: Any, vectors: NDArray[np.float32], seen: NDArray[np.float32], k: int, among: Selection
 ) -> Found:
+    visited = lists.nprobe * len(among.mask) / among.allowed * lists.ntotal / lists.nlist  # rows, if all is as likely
+    if visited > _SCANNED * among.allowed:
+        return _exact(index, vectors, k, among.rows)
     found = []
     for vector, as_seen in zip(vectors[:, None], seen[:, None], strict=True):
         probes = _probes(lists, as_seen, among)

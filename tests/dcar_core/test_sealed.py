@@ -103,6 +103,19 @@ def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> 
     np.testing.assert_array_equal(pairs.weights(TEXTS[0], frozen), wanted.weights(TEXTS[0], frozen))
 
 
+def test_the_model_is_found_wherever_its_checkpoint_still_lies(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    """Two indexes hold a copy each; one of them lets go of its own."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for place in (one, other):
+        copy_checkpoint(checkpoint, place)
+    quick = load(one, cache)
+    assert from_seal(quick)
+    quick.moved(other)
+    quick.moved(other)
+    shutil.rmtree(other)
+    assert isinstance(quick.target, Target)
+
+
 def test_encoders_share_an_open_export(checkpoint: Path, cache: Path) -> None:
     assert load(checkpoint, cache).runtime is not None
     one, other = load(checkpoint, cache), load(checkpoint, cache)

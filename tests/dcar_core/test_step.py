@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcar_core import step
+from dcar_core import features, step
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.config import Amp
 from dcar_core.data import Dataset, load_split
@@ -115,6 +115,20 @@ def test_losses_are_full_precision_in_a_mixed_pass(
 
 def test_precision_is_full_where_the_device_has_nothing_better() -> None:
     assert Precision("auto", torch.device("cpu")).name == "off"
+
+
+def test_pictures_are_encoded_once_however_many_captions(
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "TEXT_BATCH", 2)
+    seen: list[int] = []
+    whole = features._Work._encode_images
+    monkeypatch.setattr(
+        features._Work, "_encode_images", lambda self, given: seen.append(len(given)) or whole(self, given)
+    )
+    prepare(training, seeded_model(backbone, method("dcar"), 0), for_training=True, progress=False)
+    assert len(training) > 2
+    assert len(seen) == 1
 
 
 def test_the_cache_gives_what_was_computed(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ def test_the_extension_keeps_its_category_adapter_for_queries(tiny_model: Path) 
     assert extended.caa is None
 
 
+def test_options_as_published_leave_no_trace_in_what_names_a_run() -> None:
+    assert not {"word", "picture"} & method("dcar").to_dict()["reweight"].keys()
+    for name in ("dcar", "dcar-alone", "dcar-patches", "dcar+"):
+        assert ModelConfig.from_dict(method(name).to_dict()) == method(name)
+
+
 def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar-deep"), seed=0)
     training = load_split(tiny_data, "train")[0]
