@@ -200,7 +200,7 @@ def _pause(answer: httpx.Response) -> float:
         seconds = float(answer.headers.get("retry-after", "1"))
     except ValueError:
         return 1.0
-    return seconds if 0 <= seconds <= _LONGEST_PAUSE_S else _LONGEST_PAUSE_S if seconds > 0 else 1.0
+    return seconds if seconds >= 0 else 1.0  # nor is NaN a time
 
 
 def _error(answer: httpx.Response) -> ServiceError:

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="lifetime of an entry in Redis")
 
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)
-    max_in_flight_bytes: int = Field(256 * 2**20, ge=1024, description="come of all bodies that are arriving or in use")
+    max_in_flight_bytes: int = Field(256 * 2**20, ge=1024, description="that have come of all bodies under way")
     upload_timeout_s: float = Field(30, gt=0, description="for a body to arrive; 408 after that")
     max_pixels: int = Field(64_000_000, ge=1, description="of a query picture, checked before it is decoded")
     max_query_chars: int = Field(1000, ge=1)

@@ -28,6 +28,7 @@ from index_jobs.sources import Place, read_pictures
 logger = logging.getLogger(__name__)
 
 _ASKED = 32  # pictures at a time, whose bytes are in memory together
+_PATIENCE_S = 60.0  # for asking again in all: a host that swallows every question must not keep a job for hours
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,15 @@ def store_of(
     )
 
 
-def can_read(gallery: Gallery, rows: Sequence[int]) -> bool:
-    """Whether the bytes of any of these pictures can be had. Each is asked for once, and none is decoded."""
+def can_read(gallery: Gallery, rows: Sequence[int], until: float) -> bool:
+    """Whether the bytes of any of these pictures can be had. Each is asked for once, and none is decoded.
+
+    until: by `time.monotonic`, when to ask for no more.
+    """
     columns = [gallery.table[name] for name in ("location", "offset", "size", "mtime_ns")]
     for start in range(0, len(rows), _ASKED):
+        if time.monotonic() >= until:
+            return False
         places = [Place(row, *(column[row].as_py() for column in columns)) for row in rows[start : start + _ASKED]]
         if any(isinstance(data, bytes) for data in read_pictures(gallery.root, places, pauses=())):
             return True
@@ -123,7 +129,10 @@ class Encoding:
         self.store = store_of(gallery, encoder, runtime, work, batch_size, shard_rows)
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
-        mended = [number for number, shard in self.shards.items() if shard.unread and can_read(gallery, shard.unread)]
+        unread, until = {n: s.unread for n, s in self.shards.items() if s.unread}, time.monotonic() + _PATIENCE_S
+        if unread:
+            logger.info("asking again for %d pictures that could not be read", sum(map(len, unread.values())))
+        mended = [number for number, rows in unread.items() if can_read(gallery, rows, until)]
         for number in mended:
             del self.shards[number]
             self.store.reopen(number)

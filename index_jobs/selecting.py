@@ -145,11 +145,9 @@ def _probes(lists: Any, vector: NDArray[np.float32], among: Selection) -> int:
             if size:
                 allowed += int(np.count_nonzero(among.mask[faiss.rev_swig_ptr(kept.get_ids(number), size)]))
             done += 1
-            if done < tuned:
-                wanted += size
-            elif done == tuned:
-                wanted += size
-                wanted *= 1 if allowed >= _LIKELY * share * wanted else _FURTHER
+            wanted += size if done <= tuned else 0
+            if done == tuned and allowed < _LIKELY * share * wanted:
+                wanted *= _FURTHER
             if done >= tuned and allowed >= wanted:
                 return done
     return int(lists.nlist)

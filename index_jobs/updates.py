@@ -98,7 +98,7 @@ def add(
 
     Raises:
         DataError: the gallery cannot be used, too many pictures are broken, an id is known already, or a field
-            of numbers, truth values or lists would become one of texts.
+            would get values of another type.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; what was published is unchanged.
@@ -197,14 +197,14 @@ def _rows_of(artifact: Artifact, ids: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _require_fitting(artifact: Artifact, gallery: Gallery, given: str) -> None:
-    """Refuse values that a field could only hold as text, which would end its ranges and members for every item."""
+    """Refuse values of another type than a field's: as both it would be text, in which 19.90 is not 19.9."""
     known = artifact.fields
     for name, kind in Fields.of(gallery.table["metadata"]).types.items():
         have = known.get(name, str(kind))
-        if have not in {str(kind), "string"} and {have, str(kind)} != {"int64", "double"}:
+        if have != str(kind) and {have, str(kind)} != {"int64", "double"}:
             raise DataError(
-                f"the field {name!r} is {have} in the index and {kind} in {given}: as both it would become text, and "
-                f"filters by range or member would end for the whole index; give values of type {have}, rename the "
+                f"the field {name!r} is {have} in the index and {kind} in {given}: as both it would be text, and "
+                f"filters would find other items or none; give values of type {have}, rename the "
                 f"field, or rebuild the index from all galleries"
             )
 

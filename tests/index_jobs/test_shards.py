@@ -1,6 +1,7 @@
 """What a shard's failures are of: the picture, or reading it."""
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from PIL import Image
 from dcar_core.errors import ImageError
 from dcar_core.images import open_image
 from index_jobs.decode import Window, decode
+from index_jobs.gallery import scan
+from index_jobs.progress import can_read
 from index_jobs.shards import PICTURE, READING, ShardStore, kind_of
 from index_jobs.sources import Place
 
@@ -71,3 +74,10 @@ def test_a_reopened_shard_is_still_to_do(tmp_path: Path) -> None:
     assert store.load(0) is None
     assert store.load(1) is not None
     assert store.rows_there() == 1
+
+
+def test_asking_again_has_an_end(tiny_gallery: Path) -> None:
+    """A host that answers nothing takes as long as its time-out for each question."""
+    gallery = scan(tiny_gallery)
+    assert can_read(gallery, [0, 1], time.monotonic() + 60)
+    assert not can_read(gallery, [0, 1], time.monotonic())

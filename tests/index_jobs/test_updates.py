@@ -171,6 +171,7 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
         ("price", "5 EUR", "the field 'price' is int64 in the index and string in"),
         ("new", "true", "the field 'new' is bool in the index and string in"),
         ("tags", "x", "the field 'tags' is list"),
+        ("note", ["x"], "the field 'note' is string in the index and list"),
         ("price", [1, 2], "give values of type int64, rename the field, or rebuild"),
     ):
         gallery = more(tmp_path / f"{name}{len(value)}", "cyan", **(given | {name: value}))
@@ -180,6 +181,9 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
     assert current_version(index) == 2
     gallery = more(tmp_path / "csv", "lime", "navy")
     (gallery / "metadata.jsonl").unlink()
+    (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,9\n")
+    with pytest.raises(DataError, match="the field 'note' is string in the index and int64 in"):
+        add(index, gallery, progress=False)
     (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,x\n")
     add(index, gallery, progress=False)
     artifact = open_current(index)
