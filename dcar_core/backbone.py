@@ -225,18 +225,6 @@ def _rows(prompts: Tensor, batch: int) -> Tensor:
     return prompts.expand(batch, -1, -1)
 
 
-def clip_token_counts(texts: Sequence[str]) -> list[int]:
-    """How many tokens CLIP's own vocabulary makes of each text, SOS and EOT included; needs no model."""
-    encode = open_clip.get_tokenizer("ViT-B-32").encode
-    return [len(encode(text)) + 2 for text in texts]
-
-
-def clip_tokens(texts: Sequence[str], room: int = 0) -> list[list[int]]:
-    """The tokens that CLIP's own vocabulary and context of 77 leave of each text, without SOS and EOT."""
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    return [tokenizer.encode(text)[: 75 - room] for text in texts]
-
-
 def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
     """Load and freeze a CLIP.
 

@@ -22,8 +22,8 @@ def data_check(
     context: Annotated[int, typer.Option(min=0, help="Count captions of more CLIP tokens than this; 0: do not.")] = 77,
 ) -> None:
     """Print what a data set holds and what was repaired or left out; fails if pictures are missing or broken."""
-    from dcar_core.backbone import clip_token_counts
     from dcar_core.data import check
+    from dcar_core.tokens import clip_token_counts
 
     count = clip_token_counts if context else None
     unusable = 0
@@ -113,11 +113,11 @@ def data_caption(
     Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY where the judge is elsewhere. Killed,
     the same command goes on, and asks nothing twice.
     """
-    from dcar_core.backbone import clip_token_counts
     from dcar_core.captioning.options import CaptionOptions, Model
     from dcar_core.captioning.questions import TEMPLATES, load_templates
     from dcar_core.captioning.run import caption
     from dcar_core.captioning.summary import summary
+    from dcar_core.tokens import clip_token_counts
 
     drafter = Model(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_price(price))
     second = drafter.judge(judge_url, judge_model, os.environ.get("DCAR_JUDGE_API_KEY"), _price(judge_price))

@@ -3,6 +3,7 @@
 samples --taxonomy--> categories, most similar first --generate--> negatives --complete--> samples with negatives
 """
 
-from dcar_core.negatives.complete import complete, fill, views
+from dcar_core.negatives.complete import complete, fill
+from dcar_core.negatives.views import views
 
 __all__ = ["complete", "fill", "views"]

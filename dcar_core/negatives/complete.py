@@ -10,22 +10,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-from dcar_core.backbone import Backbone, BackboneSource, clip_tokens, load_backbone
 from dcar_core.data import CleaningReport, Dataset, Sample
-from dcar_core.encoder import pick_device
 from dcar_core.errors import DataError
 from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, Cut, Generator
-from dcar_core.negatives.taxonomy import Floats, NameFeatures, Taxonomy, letters, load_taxonomy, rank_categories
+from dcar_core.negatives.taxonomy import NameFeatures, Taxonomy, load_taxonomy, rank_categories
+from dcar_core.negatives.views import of_backbone
 from dcar_core.negatives.words import fold
 
+if TYPE_CHECKING:  # torch takes seconds
+    from dcar_core.backbone import Backbone
+
 Mode = Literal["auto", "missing", "all", "off"]
-COUNT, ROOM = 4, 8
+COUNT = 4
 _KINDS = {
     CATEGORY: "negatives made: the caption with another category",
     CAPTION: "negatives made: another caption of the category",
@@ -36,7 +34,7 @@ _KINDS = {
 def complete(
     splits: Mapping[str, Dataset],
     reports: Mapping[str, CleaningReport],
-    backbone: Backbone,
+    backbone: "Backbone",
     *,
     mode: str = "auto",
     taxonomy: Path | None = None,
@@ -46,7 +44,8 @@ def complete(
     Raises:
         DataError: as `fill`.
     """
-    return fill(splits, reports, features=_clip(backbone), cut=_tokens(backbone), mode=mode, taxonomy=taxonomy)
+    features, cut = of_backbone(backbone)
+    return fill(splits, reports, features=features, cut=cut, mode=mode, taxonomy=taxonomy)
 
 
 def fill(
@@ -140,46 +139,3 @@ def _filled(
     empty = [samples[row].image for row, negatives in made.items() if not negatives]
     report.add("pairs for which no negative could be made", names=empty)
     return replace(data, samples=samples)
-
-
-def views(model: str | None, pretrained: str | None = None, device: str = "cpu") -> tuple[NameFeatures, Cut]:
-    """What `fill` needs from a CLIP by name; without a model, from letters and CLIP's own vocabulary.
-
-    Raises:
-        ModelError: a model that cannot be loaded.
-    """
-    if model is None:
-        return letters, lambda texts: clip_tokens(texts, ROOM)
-    backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
-    return _clip(backbone), _tokens(backbone)
-
-
-def _clip(backbone: Backbone) -> NameFeatures:
-    """CLIP's text features of category names, without prompts."""
-
-    @torch.no_grad()
-    def features(names: Sequence[str]) -> Floats:
-        parts = []
-        for i in range(0, len(names), 256):
-            tokens = backbone.tokenize([f"a photo of a {name}" for name in names[i : i + 256]])
-            parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
-        return np.concatenate(parts)
-
-    return features
-
-
-def _tokens(backbone: Backbone) -> Cut:
-    """The tokens that are left of texts when prompts of up to ROOM vectors join them."""
-
-    def cut(texts: Sequence[str]) -> list[list[int]]:
-        rows: list[list[int]] = []
-        for i in range(0, len(texts), 1024):
-            rows += [_stripped(row) for row in backbone.tokenize(texts[i : i + 1024], ROOM).tolist()]
-        return rows
-
-    return cut
-
-
-def _stripped(row: list[int]) -> list[int]:
-    """Up to EOT: padding depends on what else was tokenised."""
-    return row[: row.index(max(row)) + 1]

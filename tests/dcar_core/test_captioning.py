@@ -18,7 +18,6 @@ from filelock import FileLock
 from PIL import Image
 from vision_server import Asked, Behave, Raw, VisionServer, good, message
 
-from dcar_core.backbone import clip_token_counts
 from dcar_core.captioning.endpoint import seconds_of
 from dcar_core.captioning.options import CaptionOptions, Model, Outcome
 from dcar_core.captioning.questions import TEMPLATES, Verdict, load_templates, read_verdict, tidy_draft
@@ -26,6 +25,7 @@ from dcar_core.captioning.run import caption
 from dcar_core.captioning.summary import summary
 from dcar_core.data import load_split
 from dcar_core.errors import CaptionError, DataError, LockedError
+from dcar_core.tokens import clip_token_counts
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-very-secret"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.backbone import BackboneSource, clip_token_counts, load_backbone
+from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.data import check
 from dcar_core.errors import DataError
+from dcar_core.tokens import clip_token_counts
 
 
 def dcar(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -2,15 +2,18 @@
 
 import json
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import ftfy
 import numpy as np
+import open_clip
 import pytest
 
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.tokens import Tokens, clean
+from dcar_core.tokens import Tokens, clean, clip_token_counts, clip_tokens
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -63,6 +66,21 @@ def test_numbers_are_open_clips(backbone: Backbone, room: int) -> None:
     assert not set(odd) & {*HARD, *CONTROL}
     np.testing.assert_array_equal(tokens(HARD), backbone.tokenize(HARD, room).numpy())
     assert tokens([]).shape[0] == 0
+
+
+def test_clips_vocabulary_needs_no_open_clip() -> None:
+    reference = open_clip.get_tokenizer("ViT-B-32")
+    texts = [*HARD, *CONTROL]
+    wanted = reference([clean(text) for text in texts]).numpy()
+    found = Tokens.clip()(texts)
+    np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
+    assert not wanted[:, found.shape[1] :].any()
+    assert clip_tokens(["a red car"], 8) == [reference("a red car")[0, :5].tolist()]
+    assert clip_token_counts(["a red car", "a " * 5000]) == [5, 5002]
+    assert len(clip_tokens(["a " * 5000], 8)[0]) == 69
+    code = "import sys, dcar_core.negatives as n; n.views(None)[1](['a']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("text", CONTROL)

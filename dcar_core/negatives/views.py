@@ -1,0 +1,67 @@
+"""How negatives see names and captions, by a CLIP or without one: which names are alike, where a caption is cut."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dcar_core.negatives.generate import Cut
+from dcar_core.negatives.taxonomy import Floats, NameFeatures, letters
+from dcar_core.tokens import clip_tokens
+
+if TYPE_CHECKING:  # torch takes seconds, and letters need none
+    from dcar_core.backbone import Backbone
+
+ROOM = 8
+
+
+def views(model: str | None, pretrained: str | None = None, device: str = "cpu") -> tuple[NameFeatures, Cut]:
+    """What `fill` needs from a CLIP by name; without a model, from letters and CLIP's own vocabulary.
+
+    Raises:
+        ModelError: a model that cannot be loaded.
+    """
+    if model is None:
+        return letters, lambda texts: clip_tokens(texts, ROOM)
+    from dcar_core.backbone import BackboneSource, load_backbone
+    from dcar_core.encoder import pick_device
+
+    return of_backbone(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
+
+
+def of_backbone(backbone: "Backbone") -> tuple[NameFeatures, Cut]:
+    """The same from a CLIP that is loaded."""
+    return _features(backbone), _tokens(backbone)
+
+
+def _features(backbone: "Backbone") -> NameFeatures:
+    """CLIP's text features of category names, without prompts."""
+    import torch
+    import torch.nn.functional as F
+
+    @torch.no_grad()
+    def features(names: Sequence[str]) -> Floats:
+        parts = []
+        for i in range(0, len(names), 256):
+            tokens = backbone.tokenize([f"a photo of a {name}" for name in names[i : i + 256]])
+            parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
+        return np.concatenate(parts)
+
+    return features
+
+
+def _tokens(backbone: "Backbone") -> Cut:
+    """The tokens that are left of texts when prompts of up to ROOM vectors join them."""
+
+    def cut(texts: Sequence[str]) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for i in range(0, len(texts), 1024):
+            rows += [_stripped(row) for row in backbone.tokenize(texts[i : i + 1024], ROOM).tolist()]
+        return rows
+
+    return cut
+
+
+def _stripped(row: list[int]) -> list[int]:
+    """Up to EOT: padding depends on what else was tokenised."""
+    return row[: row.index(max(row)) + 1]
