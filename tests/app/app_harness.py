@@ -17,8 +17,17 @@ from fastapi import FastAPI
 from PIL import Image
 
 from app.connections import LimitedProtocol
+from app.keys import key_hash, new_key
 from app.main import create_app
 from app.settings import Settings
+
+ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
+KEYS = {"api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}", "admin_key": f"sha256:{key_hash(ADMIN)}"}
+WORDS = {"query": "red"}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:

@@ -1,13 +1,17 @@
-"""What a connection may do before and after its request: trailers, bodies that were answered already, idling."""
+"""What a connection may do beside its request: trailers, bodies that were answered already, idling, leaving."""
 
+import asyncio
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
-from app_harness import serving
+from app_harness import opened, serving
 
 from app.connections import HEAD_BYTES, LimitedProtocol
 from app.keys import key_hash, new_key
@@ -154,3 +158,79 @@ def test_requests_in_one_go_are_answered_in_turn(connection: socket.socket) -> N
         data += connection.recv(65536)
     assert [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]] == [b"200", b"401", b"200", b"401"]
     assert is_closed(connection), "what the last one announced never comes"
+
+
+def test_head_is_get_without_the_body(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for path in (
+                "/",
+                "/docs",
+                "/openapi.json",
+                "/healthz",
+                "/readyz",
+                "/metrics",
+                "/items/circle%2Fred.png",
+                "/items/circle%2Fred.png/image",
+                "/items/nothing",
+            ):
+                get, head = await client.get(path), await client.head(path)
+                assert head.status_code == get.status_code, path
+                assert head.content == b""
+                assert head.headers["content-type"] == get.headers["content-type"]
+                if path != "/metrics":
+                    assert head.headers["content-length"] == get.headers["content-length"]
+            wrong = await client.head("/search/text")
+            assert wrong.status_code == 405
+            assert wrong.headers["allow"] == "POST"
+            assert (await client.delete("/healthz")).headers["allow"] == "GET, HEAD"
+
+    asyncio.run(main())
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    connection.settimeout(10)
+    data = b""
+    while part := connection.recv(65536):
+        data += part
+    return data
+
+
+def test_connections_without_a_request_and_callers_that_leave(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.connections.HEAD_S", 0.3)
+    with serving(built_index) as (app, port):
+        at = ("127.0.0.1", port)
+        with socket.create_connection(at) as silent, socket.create_connection(at) as slow:
+            slow.sendall(b"GET /healthz HTTP/1.1\r\nHo")
+            assert _read_all(silent).startswith(b"HTTP/1.1 408")
+            assert _read_all(slow).startswith(b"HTTP/1.1 408")
+        with socket.create_connection(at) as endless:
+            endless.sendall(b"GET /healthz HTTP/1.1\r\n")
+            with pytest.raises(ConnectionError):  # broken off long before this
+                endless.sendall((b"X-Y: " + b"x" * 1000 + b"\r\n") * 50_000)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            assert client.get("/healthz").status_code == 200
+            time.sleep(0.5)
+            assert client.get("/healthz").status_code == 200, "an idle connection that was used is kept a while"
+
+            encoder = app.state.collections[None].live.encoder
+            encode, gate, seen = encoder.encode_text, threading.Event(), []
+
+            def held(texts: list[str]) -> np.ndarray:
+                seen.extend(texts)
+                assert gate.wait(10)
+                return encode(texts)
+
+            encoder.encode_text = held
+            for query in ("first", "left"):
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(f"http://127.0.0.1:{port}/search/text", json={"query": query}, timeout=0.3)
+            end = time.monotonic() + 5
+            while app.state.retriever._pending.total() and time.monotonic() < end:
+                time.sleep(0.02)
+            assert app.state.retriever._pending.total() == 0, "their searches are given up"
+            gate.set()
+            assert client.post("/search/text", json={"query": "stays"}).status_code == 200
+            assert seen == ["first", "stays"]

@@ -1,0 +1,162 @@
+"""Who may ask, how often, and from which pages: keys, rates, other sites."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from app_harness import ADMIN, ALICE, BOB, KEYS, WORDS, RedisServer, bearer, opened, until
+
+from app.keys import holder, is_key, key_hash, new_key, parse_keys
+from app.rates import Rates, parse_rate
+from app.settings import load_settings
+from dcar_core.errors import DcarError
+
+
+def test_keys_are_told_apart_by_their_hashes() -> None:
+    keys = parse_keys(f"alice:{key_hash(ALICE)}\nbob:{key_hash(BOB).upper()}")
+    assert (holder(keys, ALICE), holder(keys, BOB), holder(keys, ALICE[:-1]), holder(keys, "")) == (
+        "alice",
+        "bob",
+        None,
+        None,
+    )
+    assert is_key(ADMIN, ADMIN)
+    assert is_key(ADMIN, f"sha256:{key_hash(ADMIN)}")
+    assert not is_key(f"sha256:{key_hash(ADMIN)}", f"sha256:{key_hash(ADMIN)}"), "the hash is no key"
+    for wrong in ("alice", "alice:00", f":{key_hash(BOB)}", f"a:{key_hash(BOB)},a:{key_hash(ALICE)}"):
+        with pytest.raises(ValueError, match=r"NAME:HASH|two keys") as caught:
+            parse_keys(wrong)
+        assert key_hash(BOB) not in str(caught.value)
+    assert len({new_key() for _ in range(100)}) == 100
+
+
+def test_settings_name_what_is_wrong_with_keys_rates_and_origins(tmp_path: Path) -> None:
+    for given, name in (
+        ({"api_keys": "x"}, "API_KEYS"),
+        ({"rate_limit": "fast"}, "RATE_LIMIT"),
+        ({"cors_origins": "shop"}, "CORS"),
+    ):
+        with pytest.raises(DcarError, match=f"DCAR_{name}"):
+            load_settings(index=tmp_path, **given)
+
+
+def test_every_route_but_pages_and_probes_needs_a_key(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, **KEYS) as client:
+            for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz", "/ui/search.js", "/favicon.ico"):
+                assert (await client.get(path)).status_code == 200, path
+            document = (await client.get("/openapi.json")).json()
+            for path, methods in document["paths"].items():
+                if path in ("/healthz", "/readyz"):
+                    continue
+                for method in methods:
+                    answer = await client.request(method, path.replace("{item_id}", "circle%2Fred.png"))
+                    assert answer.status_code == 401, path
+                    assert answer.headers["www-authenticate"] == "Bearer"
+            assert (await client.get("/nothing")).status_code == 401, "a stranger does not learn what there is"
+            for wrong in (
+                bearer("wrong"),
+                {"Authorization": ALICE},
+                {"X-API-Key": ""},
+                bearer(key_hash(ALICE)),
+                bearer("é"),
+            ):
+                headers = {name: value.encode() for name, value in wrong.items()}
+                assert (await client.post("/search/text", json=WORDS, headers=headers)).status_code == 401
+            for right in (bearer(ALICE), bearer(BOB), {"X-API-Key": BOB}):
+                assert (await client.post("/search/text", json=WORDS, headers=right)).status_code == 200
+            assert (await client.post("/search/text", json=WORDS, headers=bearer(ADMIN))).status_code == 401
+            assert (await client.post("/admin/reload", headers=bearer(ALICE))).status_code == 401
+            assert (await client.post("/admin/reload", headers=bearer(ADMIN))).status_code == 200
+            assert (await client.get("/metrics", headers=bearer(ADMIN))).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_asks_too_often_waits(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, rate_limit="3/minute", **KEYS) as client:
+
+            async def ask(key: str) -> httpx.Response:
+                return await client.post("/search/text", json=WORDS, headers=bearer(key))
+
+            assert [(await ask(ALICE)).status_code for _ in range(5)] == [200, 200, 200, 429, 429]
+            refused = await ask(ALICE)
+            assert refused.headers["content-type"] == "application/problem+json"
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert "alice" in refused.json()["detail"]
+            assert (await ask(BOB)).status_code == 200
+            assert (await client.get("/healthz")).status_code == 200
+        async with opened(built_index, rate_limit="1/second") as client:
+
+            async def allowed() -> bool:
+                return (await client.post("/search/text", json=WORDS)).status_code == 200
+
+            await until(allowed)
+            assert not await allowed()
+            await until(allowed)
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_processes_count_together_in_redis_and_alone_without(redis_server: RedisServer) -> None:
+    async def main() -> None:
+        first, second = (Rates("4/minute", redis_url=redis_server.url, timeout_s=1) for _ in range(2))
+        waits = [await rates.wait_for("alice") for rates in (first, second, first, second, first, second)]
+        assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
+        assert all(0 < wait <= 60 for wait in waits[4:])
+        redis_server.stop()
+        assert [await first.wait_for("alice") == 0 for _ in range(6)] == [True] * 4 + [False] * 2
+        assert first.breaker.open
+        await first.close()
+        await second.close()
+
+    asyncio.run(main())
+
+
+def test_rates_are_read() -> None:
+    assert parse_rate("20/second").amount == 20
+    assert parse_rate("100 per 10 seconds").get_expiry() == 10
+    for wrong in ("", "20", "-1/second", "20/blink"):
+        with pytest.raises(ValueError, match="20/second"):
+            parse_rate(wrong)
+
+
+def test_pictures_that_need_a_key_are_for_no_shared_cache(built_index: Path) -> None:
+    async def main() -> None:
+        path = "/items/circle%2Fred.png/image"
+        for given, who, wanted in (({}, {}, "public"), (KEYS, bearer(ALICE), "private")):
+            async with opened(built_index, cors_origins="https://shop.example", **given) as client:
+                headers = {**who, "Origin": "https://shop.example"}
+                whole = await client.get(path, headers=headers)
+                again = await client.get(path, headers={**headers, "If-None-Match": whole.headers["etag"]})
+                assert (whole.status_code, again.status_code) == (200, 304)
+                for answer in (whole, again):
+                    assert answer.headers["cache-control"].startswith(f"{wanted}, max-age=")
+                    vary = {each.strip() for each in answer.headers.get("vary", "").split(",")}
+                    assert ({"Authorization", "X-API-Key"} <= vary) == bool(given)
+                    assert "Origin" in vary
+
+    asyncio.run(main())
+
+
+def test_other_sites_may_search_only_when_they_are_named(built_index: Path) -> None:
+    async def main() -> None:
+        origin = {"Origin": "https://shop.example"}
+        asks = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        async with opened(built_index) as client:
+            assert "access-control-allow-origin" not in (await client.get("/readyz", headers=origin)).headers
+            assert (await client.options("/search/text", headers=asks)).status_code == 405
+        async with opened(built_index, cors_origins="https://shop.example", **KEYS) as client:
+            asked = await client.options("/search/text", headers=asks)
+            assert asked.status_code == 200
+            assert asked.headers["access-control-allow-origin"] == "https://shop.example"
+            refused = await client.post("/search/text", json=WORDS, headers=origin)
+            assert refused.status_code == 401
+            assert refused.headers["access-control-allow-origin"] == "https://shop.example", "its page can read why"
+            other = await client.get("/readyz", headers={"Origin": "https://evil.example"})
+            assert "access-control-allow-origin" not in other.headers
+
+    asyncio.run(main())

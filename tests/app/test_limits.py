@@ -1,0 +1,231 @@
+"""How much is taken on at a time, for how long, and what overload looks like."""
+
+import asyncio
+import contextlib
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from app_harness import ADMIN, ALICE, KEYS, WORDS, bearer, opened, png, serving, until
+
+from app.batching import Batcher, Lane
+from app.problems import Overloaded
+from index_jobs.artifact import Artifact
+
+
+def test_a_search_has_a_deadline_and_is_not_computed_after_it(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, deadline_ms=100) as client:
+            encoder = client.app.state.collections[None].live.encoder
+            encode, gate, seen = encoder.encode_text, threading.Event(), []
+
+            def held(texts: list[str]) -> np.ndarray:
+                seen.extend(texts)
+                assert gate.wait(10)
+                return encode(texts)
+
+            encoder.encode_text = held
+            first = asyncio.create_task(client.post("/search/text", json={"query": "q0"}))
+
+            async def begun() -> bool:
+                return bool(seen)
+
+            await until(begun)
+            late = await asyncio.gather(first, *(client.post("/search/text", json={"query": q}) for q in ("q1", "q2")))
+            assert [answer.status_code for answer in late] == [503] * 3
+            assert all(answer.headers["retry-after"] == "1" for answer in late)
+            gate.set()
+            del encoder.encode_text
+            assert (await client.post("/search/text", json=WORDS)).status_code == 200
+            assert seen == ["q0"], "what nobody waits for any more is not computed"
+            text = (await client.get("/metrics")).text
+            assert 'dcar_refused_total{reason="late"} 3.0' in text
+            assert "dcar_pending_searches 0.0" in text
+
+    asyncio.run(main())
+
+
+def test_a_queue_that_cannot_be_worked_off_in_time_takes_no_more() -> None:
+    async def main() -> None:
+        batcher = Batcher(max_batch=1, max_wait_s=0, max_queue_s=0.1)
+        batcher.start()
+
+        def slow(payloads: list[Any]) -> np.ndarray:
+            time.sleep(0.03)
+            return np.ones((len(payloads), 2), np.float32)
+
+        lane = Lane("text", slow)
+        await batcher.submit(lane, "the pace is known now")
+        answers = await asyncio.gather(*(batcher.submit(lane, i) for i in range(20)), return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+        assert 12 <= len(refused) <= 17, "about 0.1 s of work is taken on"
+        assert isinstance(await batcher.submit(lane, "again"), np.ndarray)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_takes_no_picture_and_still_answers_what_is_remembered(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_queue_ms=1) as client:
+            known = {"query": "a red square", "k": 3}
+            assert (await client.post("/search/text", json=known)).status_code == 200
+            batcher = client.app.state.retriever._embedder._batcher  # type: ignore[attr-defined]
+            batcher._backlog = 5.0
+            for answer in (
+                await client.post("/search/image", files={"file": png()}),
+                await client.post("/search/image", files={"file": b"not even a picture"}),
+                await client.post("/search/text", json={"query": "new words"}),
+            ):
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            for k in (3, 4):  # the answer is remembered; the embedding is
+                assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
+            batcher._backlog = 0.0
+            assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_an_upload_that_does_not_come_is_given_up(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, upload_timeout_s=0.2) as client:
+
+            async def trickle() -> AsyncIterator[bytes]:
+                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+                while True:
+                    await asyncio.sleep(0.05)
+                    yield b"x"
+
+            kind = {"Content-Type": "multipart/form-data; boundary=b"}
+            began = time.monotonic()
+            answer = await client.post("/search/image", content=trickle(), headers=kind)
+            assert answer.status_code == 408
+            assert answer.headers["connection"] == "close"
+            assert time.monotonic() - began < 3
+            assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_bodies_under_way_share_a_limit(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_in_flight_bytes=2**20) as client:
+            arrived, go = asyncio.Event(), asyncio.Event()
+            picture = png()
+
+            async def slowly(size: int) -> AsyncIterator[bytes]:
+                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + picture
+                yield bytes(size)
+                arrived.set()
+                await go.wait()
+                yield b"\r\n--b--\r\n"
+
+            kind = {"Content-Type": "multipart/form-data; boundary=b"}
+            first = asyncio.create_task(client.post("/search/image", content=slowly(900 * 2**10), headers=kind))
+            await arrived.wait()
+            go_on = await client.post("/search/image", content=slowly(500 * 2**10), headers=kind)
+            assert go_on.status_code == 503
+            assert go_on.headers["retry-after"] == "1"
+            assert (await client.post("/search/image", files={"file": picture})).status_code == 200, "small ones fit in"
+            go.set()
+            assert (await first).status_code == 200
+            assert (await client.post("/search/image", files={"file": picture})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_what_is_only_announced_takes_no_room(built_index: Path) -> None:
+    with serving(built_index, max_in_flight_bytes=2**20) as (_, port), contextlib.ExitStack() as idle:
+        head = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        connections = [idle.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(5)]
+        for connection in connections:
+            connection.sendall(head + b"Content-Length: 1048576\r\n\r\n--b\r\n")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            time.sleep(0.2)
+            assert client.post("/search/text", json=WORDS).status_code == 200
+            assert client.post("/search/image", files={"file": png()}).status_code == 200
+
+
+@pytest.mark.parametrize("length", [{}, {"Content-Length": "0"}])
+def test_a_request_without_a_body_is_whole_from_the_start(built_index: Path, length: dict[str, str]) -> None:
+    async def main() -> None:
+        async with opened(built_index, upload_timeout_s=0.1, poll_s=0, **KEYS) as client:
+            collections = client.app.state.collections  # type: ignore[attr-defined]
+            left = asyncio.Event()
+
+            async def slow() -> dict[str, bool]:
+                try:
+                    await asyncio.sleep(0.5)
+                except asyncio.CancelledError:
+                    left.set()
+                    raise
+                return {}
+
+            collections.reload = slow
+            request = client.build_request("POST", "/admin/reload", headers=bearer(ADMIN))
+            del request.headers["content-length"]
+            request.headers.update(length)
+            assert (await client.send(request)).status_code == 200
+            assert not left.is_set()
+            hollow = client.build_request("POST", "/search/text", headers={"Content-Type": "application/json"} | length)
+            hollow.headers.update(bearer(ALICE))
+            assert (await client.send(hollow)).status_code == 400
+
+    asyncio.run(main())
+
+
+def test_a_large_picture_is_not_hashed_in_the_event_loop(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[int, bool]] = []
+    hash_of = hashlib.blake2b
+
+    def seen(data: bytes, **given: int) -> Any:
+        hashed.append((len(data), threading.current_thread() is threading.main_thread()))
+        return hash_of(data, **given)
+
+    monkeypatch.setattr("app.retriever.hashlib.blake2b", seen)
+
+    async def main() -> None:
+        async with opened(built_index) as client:
+            artifact = type(client.app.state.collections[None].live.artifact)  # type: ignore[attr-defined]
+            size = 5 * 2**20
+            monkeypatch.setattr(artifact, "image_bytes", lambda *_: bytes(size))
+            assert len((await client.get("/items/circle%2Fred.png/image")).content) == size
+            assert [each for each in hashed if each[0] == size] == [(size, False)]
+
+    asyncio.run(main())
+
+
+def test_a_slow_gallery_holds_up_no_search(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def slow(artifact: Artifact, row: int) -> bytes:
+        assert gate.wait(20)
+        return b""
+
+    monkeypatch.setattr(Artifact, "image_bytes", slow)
+
+    async def main() -> None:
+        async with opened(built_index, deadline_ms=3000, max_pending=20) as client:
+            pictures = [asyncio.create_task(client.get("/items/circle%2Fred.png/image")) for _ in range(30)]
+            await asyncio.sleep(0.1)
+            body = {"query": "red", "k": 3, "filter": {"category": "circle"}}
+            began = time.monotonic()
+            assert (await client.post("/search/text", json=body)).status_code == 200
+            assert (await client.get("/items/circle%2Fred.png")).status_code == 200
+            assert time.monotonic() - began < 1.5
+            answers = await asyncio.gather(*pictures)
+            assert {answer.status_code for answer in answers} == {503}
+            assert all("retry-after" in answer.headers for answer in answers)
+            gate.set()
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()
