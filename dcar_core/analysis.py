@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core.data import Dataset
-from dcar_core.features import MAX_NEGATIVES, Prepared
+from dcar_core.features import Prepared
 from dcar_core.metrics import hard_negative_accuracy, nearest, ranks, recall
 from dcar_core.model import DCAR
 from dcar_core.scoring import encode_captions, encode_pictures
@@ -43,7 +43,7 @@ def analyse(model: DCAR, data: Dataset, prepared: Prepared) -> dict[str, Any]:
 @torch.inference_mode()
 def _negatives(model: DCAR, data: Dataset, batch: int = 256) -> list[Floats]:
     """Each pair's negatives (m, E), encoded as queries; each different text once."""
-    wanted = [sample.negatives[:MAX_NEGATIVES] for sample in data.samples]
+    wanted = [sample.negatives for sample in data.samples]
     unique = sorted({text for texts in wanted for text in texts}, key=len)  # similar lengths side by side
     row_of = {text: row for row, text in enumerate(unique)}
     parts = [np.zeros((0, model.backbone.embed_dim), np.float32)]

@@ -14,9 +14,9 @@ import numpy as np
 from dcar_core.backbone import Backbone
 from dcar_core.config import TrainConfig
 from dcar_core.data import load_splits, save_reports
-from dcar_core.errors import DataError
+from dcar_core.errors import DataError, DivergedError
 from dcar_core.feature_cache import FeatureCache
-from dcar_core.features import note_cut_captions
+from dcar_core.features import note_what_is_cut
 from dcar_core.methods import method
 from dcar_core.negatives import complete
 from dcar_core.report import write_report
@@ -56,10 +56,11 @@ def compare(
         say: told what is about to run.
 
     Returns:
-        What results.json holds: per method, each seed's recall in percent, their mean and standard deviation.
+        What results.json holds: per method, each seed's recall in percent, their mean and standard deviation. A method
+        that diverged with any seed is not among `methods` but among `diverged`, with the reason.
 
     Raises:
-        DcarError: an unknown method, data that cannot be read, or a run that diverged.
+        DcarError: an unknown method, data that cannot be read, or every method diverged.
     """
     configs = {name: method(name) for name in methods}
     if not configs:
@@ -69,7 +70,7 @@ def compare(
     splits, reports = load_splits(data, ("train", "val", "test"), images=images, skip_broken=skip_broken)
     splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
     room = max(chosen.prompt.length for chosen in configs.values())
-    note_cut_captions(splits, reports, backbone, room)
+    note_what_is_cut(splits, reports, backbone, room)
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
     runs = Runs(backbone, splits, out, config, cache, progress, say)
@@ -81,13 +82,19 @@ def compare(
         "training": config.to_dict(),
         "grid": list(grid) if tune else None,
         "methods": {},
+        "diverged": {},
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, chosen in configs.items():
         learns = any(True for _ in seeded_model(backbone, chosen, 0).trainables())
-        lr, tuning = runs.tuned(chosen, tuple(grid)) if tune and learns else (config.lr, None)
-        # zero-shot has nothing that varies
-        found = [runs.tested(chosen, seed, lr) for seed in range(seeds if learns else 1)]
+        try:
+            lr, tuning = runs.tuned(chosen, tuple(grid)) if tune and learns else (config.lr, None)
+            # zero-shot has nothing that varies
+            found = [runs.tested(chosen, seed, lr) for seed in range(seeds if learns else 1)]
+        except DivergedError as error:  # the other methods' hours are not lost for it
+            say(f"{name} is left out: {error}")
+            results["diverged"][name] = str(error)
+            continue
         accuracy = [run["hard_negative_accuracy"] for run in found if run["hard_negative_accuracy"] is not None]
         results["methods"][name] = {
             "lr": lr if learns else None,
@@ -99,6 +106,8 @@ def compare(
         }
         content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
         (out / "results.json").write_text(content, encoding="utf-8")  # what is done is kept
+    if not results["methods"]:
+        raise DivergedError("; ".join(results["diverged"].values()))
     write_report(results, splits["test"], out)
     return results
 

@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 from dcar_core.backbone import Backbone
 from dcar_core.config import ReweightConfig
-from dcar_core.data import CleaningReport, Dataset
+from dcar_core.data import CleaningReport, Dataset, Sample
+from dcar_core.data.clean import normalise
 from dcar_core.errors import DataError, ImageError
 from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.model import DCAR
+from dcar_core.negatives.words import fold
 from dcar_core.reweight import blend, pair_weights, picture_features, real_tokens, word_features
 
-MAX_NEGATIVES = 8
+MAX_NEGATIVES = 8  # of a pair, in training
 IMAGE_BATCH, TEXT_BATCH = 64, 256
 Pixels = NDArray[np.uint8]
 
@@ -81,7 +83,7 @@ def prepare(
     work = _Work(data, backbone, cache or FeatureCache(None, backbone), progress)
     captions = [sample.caption for sample in data.samples]
     groups: dict[str, int] = {}
-    group = np.array([groups.setdefault(caption.casefold(), len(groups)) for caption in captions])
+    group = np.array([groups.setdefault(normalise(caption), len(groups)) for caption in captions])
     tokens = backbone.tokenize(captions, model.room)
     anchored = for_training and config.loss.anchor > 0
     weighted = for_training and (config.reweight.train == "pair" or model.head is not None)
@@ -113,7 +115,7 @@ def _true_of(data: Dataset, groups: Mapping[str, int], image_of: NDArray[np.int6
         group * images + int(image)
         for sample, image in zip(data.samples, image_of, strict=True)
         for text in (sample.caption, *sample.attributes)
-        if (group := groups.get(text.casefold())) is not None
+        if (group := groups.get(normalise(text))) is not None
     }
     return np.array(sorted(found), np.int64)
 
@@ -129,15 +131,24 @@ def data_key(data: Dataset, cache: FeatureCache) -> str:
     return digest(cache.pictures(data, names), texts)
 
 
-def note_cut_captions(
+def note_what_is_cut(
     splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], backbone: Backbone, room: int
 ) -> None:
-    """Count in each report the captions that do not fit when prompts take `room` tokens of the context."""
+    """Count in each report the captions that do not fit when prompts take `room` tokens of the context, and in that of
+    training the negatives that it leaves out."""
+    if "train" in splits:
+        left = sum(max(0, len(sample.negatives) - MAX_NEGATIVES) for sample in splits["train"].samples)
+        reports["train"].add(f"negatives after the first {MAX_NEGATIVES} of a pair, not trained on", left)
     what = f"captions longer than the {backbone.context_length - room} tokens that the prompts leave them, cut"
     for name, data in splits.items():
         captions = [sample.caption for sample in data.samples]
         for start in range(0, len(captions), 1024):
             reports[name].add(what, sum(backbone.too_long(captions[start : start + 1024], room)))
+
+
+def _of_its_category(sample: Sample, negative: int) -> bool:
+    given = sample.negative_categories[negative : negative + 1]
+    return bool(given) and fold(given[0]) == fold(sample.category)
 
 
 class _Work:
@@ -240,7 +251,7 @@ class _Work:
         if where:
             rows, columns = torch.tensor(where, device=device).T
             features[rows, 1 + columns] = self.texts([samples[i].negatives[j] for i, j in where])
-            same = [samples[i].negative_categories[j : j + 1] == (samples[i].category,) for i, j in where]
+            same = [_of_its_category(samples[i], j) for i, j in where]
             matching[rows, 1 + columns] = 1 + alpha * torch.tensor(same, device=device).float()
         return features, matching
 

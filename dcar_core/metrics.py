@@ -1,5 +1,8 @@
 """Recall@k in both directions and hard-negative accuracy, in chunks; ties, and scores that are no number, count against
 the model.
+
+Equal vectors get scores that differ in the last bits, by where in a product of matrices they stand: what is nearer than
+SAME_SCORE is a tie.
 """
 
 from collections.abc import Sequence
@@ -9,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+SAME_SCORE = 1e-6  # some ten times what float32 loses in a product of unit vectors
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many wrong targets score at least as high as a query's best true one; 0 is a hit at once.
+    """How many wrong targets score as high as a query's best true one, or higher; 0 is a hit at once.
 
     text: (T,) of each text among the images. image: (D,) of each described image among the texts, and described: (D,)
     those images' rows.
@@ -58,12 +62,12 @@ def recall(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 
 
 def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
-    """How many wrong targets do not score below the query's best true one."""
+    """How many wrong targets do not score clearly below the query's best true one."""
     ranks = np.empty(len(query), np.int64)
     for start in range(0, len(query), chunk):
         scores = query[start : start + chunk] @ target.T
         for row, own in enumerate(truth[start : start + chunk]):
-            below = scores[row] < scores[row, own].max()  # false where either is no number
+            below = scores[row] < scores[row, own].max() - SAME_SCORE  # false where either is no number
             ranks[start + row] = (~below).sum() - (~below[own]).sum()
     return ranks
 
@@ -77,6 +81,8 @@ def nearest(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int6
 def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float:
     """Percent of images whose caption scores above all of its swapped negatives; images without any are left out."""
     hits = [
-        bool((image[i] @ positive[i]) > (negatives[i] @ image[i]).max()) for i in range(len(image)) if len(negatives[i])
+        bool(image[i] @ positive[i] - SAME_SCORE > (negatives[i] @ image[i]).max())
+        for i in range(len(image))
+        if len(negatives[i])
     ]
     return 100 * sum(hits) / len(hits) if hits else float("nan")

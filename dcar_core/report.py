@@ -14,7 +14,7 @@ from dcar_core.data import Dataset
 from dcar_core.errors import DataError
 from dcar_core.images import open_image
 from dcar_core.plots import curves_plot, recall_plot
-from dcar_core.tables import Results, best_method, csv_runs, markdown, mean_categories
+from dcar_core.tables import Results, best_method, csv_runs, markdown, mean_categories, query_weights
 
 THUMBNAIL = 96
 STYLE = """
@@ -50,6 +50,7 @@ def html(results: Results, picture: Callable[[str], str]) -> str:
         f"{pairs['test']:,} to test. {settings['epochs']} epochs of batches of {settings['batch_size']}, {tuned}. "
         f"Percent, mean ± standard deviation over seeds; bold is the best mean.</p>",
         _recall_table(methods),
+        *(f"<p>{escape(name)} is left out: {escape(reason)}</p>" for name, reason in results["diverged"].items()),
         recall_plot(methods, "t2i", "Text-to-image recall: R@1, R@5, R@10 of each method"),
         recall_plot(methods, "i2t", "Image-to-text recall: R@1, R@5, R@10 of each method"),
         curves_plot(methods, "Validation R@1 by epoch, the mean of both ways; dots are the epochs kept"),
@@ -88,12 +89,14 @@ def _columns(methods: dict[str, Any]) -> list[str]:
 
 def _settings_table(results: Results) -> str:
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
-    heads = ["method", "trainable parameters", "learning rate", "seconds a run", *(f"val. R@1 at {lr}" for lr in grid)]
+    heads = ["method", "trainable parameters", "query weights", "learning rate", "seconds a run"]
+    heads += [f"validation R@1 at {lr}" for lr in grid]
     rows = []
     for name, found in results["methods"].items():
         reached, chosen = found["tuning"] or {}, found["lr"]
         seconds = sum(run["seconds"] for run in found["runs"]) / len(found["runs"])
-        cells = [name, f"{found['trainable']:,}", "-" if chosen is None else f"{chosen:g}", f"{seconds:.0f}"]
+        rate = "-" if chosen is None else f"{chosen:g}"
+        cells = [name, f"{found['trainable']:,}", query_weights(found), rate, f"{seconds:.0f}"]
         for lr in grid:
             score = reached.get(lr)
             cells.append("-" if not reached else "diverged" if score is None else f"{score:.1f}")

@@ -17,6 +17,7 @@ def table(results: Results) -> str:
         cells = [spread(found["mean"][c], found["std"][c], several) for c in COLUMNS]
         hard = found["hard_negative_accuracy"]
         rows.append([name, *cells, spread(hard["mean"], hard["std"], several) if hard else "-"])
+    rows += [[name, *["diverged"] * len(COLUMNS), "-"] for name in results["diverged"]]
     return _markdown(rows)
 
 
@@ -34,6 +35,7 @@ def markdown(results: Results) -> str:
         f"{pairs['test']:,} to test. {settings['epochs']} epochs of batches of {settings['batch_size']}; "
         f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation, percent.",
         table(results),
+        *(f"{name} is left out: {reason}" for name, reason in results["diverged"].items()),
         "## Settings",
         tuning(results),
     ]
@@ -54,15 +56,22 @@ def markdown(results: Results) -> str:
 
 
 def tuning(results: Results) -> str:
-    """Trainable parameters, learning rate, and what validation said of the others."""
+    """Trainable parameters, learning rate, and what validation said of the others and of the queries' weights."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
-    rows = [["method", "trainable", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]]
+    rows = [["method", "trainable", "query weights", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]]
     for name, found in results["methods"].items():
         rate = f"{found['lr']:g}" if found["lr"] is not None else "-"
         reached = found["tuning"] or {}
         cells = ["-" if not reached else _reached(reached.get(lr)) for lr in grid]
-        rows.append([name, f"{found['trainable']:,}", rate, *cells])
+        rows.append([name, f"{found['trainable']:,}", query_weights(found), rate, *cells])
     return _markdown(rows)
+
+
+def query_weights(found: dict[str, Any]) -> str:
+    """What validation chose for the queries of a method's runs: token weights predicted from the text, or none."""
+    runs = found["runs"]
+    predicted = sum(run["query"] == "predicted" for run in runs)
+    return f"predicted in {predicted} of {len(runs)}" if 0 < predicted < len(runs) else str(runs[0]["query"])
 
 
 def _reached(score: float | None) -> str:
@@ -95,12 +104,14 @@ def csv_runs(results: Results) -> str:
     """results.csv: a line for every run."""
     text = io.StringIO(newline="")
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["method", "seed", "lr", "trainable", "epoch", "seconds", *COLUMNS, "hard_negative_accuracy"])
+    lines.writerow(
+        ["method", "seed", "lr", "trainable", "query_weights", "epoch", "seconds", *COLUMNS, "hard_negative_accuracy"]
+    )
     for name, found in results["methods"].items():
         for run in found["runs"]:
             hard = run["hard_negative_accuracy"]
             lines.writerow(
-                [name, run["seed"], run["lr"], run["trainable"], run["epoch"], run["seconds"]]
+                [name, run["seed"], run["lr"], run["trainable"], run["query"], run["epoch"], run["seconds"]]
                 + [f"{run['test'][c]:.3f}" for c in COLUMNS]
                 + ["" if hard is None else f"{hard:.3f}"]
             )

@@ -1,5 +1,6 @@
 """`dcar train` and `dcar evaluate`."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,7 +62,7 @@ def train(
     from dcar_core.data import describe, load_splits, save_reports
     from dcar_core.encoder import pick_device
     from dcar_core.feature_cache import FeatureCache
-    from dcar_core.features import note_cut_captions
+    from dcar_core.features import note_what_is_cut
     from dcar_core.methods import method as method_config
     from dcar_core.negatives import complete
     from dcar_core.parallel import torchrun_group
@@ -78,7 +79,7 @@ def train(
         backbone = load_backbone(BackboneSource(model, pretrained), here)
         prompted = seeded_model(backbone, chosen, seed)
         splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
-        note_cut_captions(splits, reports, backbone, prompted.room)
+        note_what_is_cut(splits, reports, backbone, prompted.room)
         if group.leads:
             typer.echo(describe(splits, reports), err=True)
             save_reports(reports, out)
@@ -162,6 +163,6 @@ def _rates(grid: str) -> list[float]:
         rates = [float(part) for part in grid.split(",") if part.strip()]
     except ValueError:
         rates = []
-    if not rates or min(rates) <= 0:
+    if not rates or not all(0 < rate < math.inf for rate in rates):
         raise typer.BadParameter(f"--grid must be learning rates above 0 with commas between, not {grid!r}")
     return rates

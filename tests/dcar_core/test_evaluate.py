@@ -19,12 +19,13 @@ from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.checkpoint import load_checkpoint
 from dcar_core.config import TrainConfig
 from dcar_core.data import Dataset, load_split
-from dcar_core.errors import DataError, DcarError
+from dcar_core.errors import DataError, DcarError, DivergedError
 from dcar_core.evaluate import COLUMNS, compare
 from dcar_core.features import prepare
 from dcar_core.methods import method
 from dcar_core.runs import seeded_model
 from dcar_core.scoring import evaluate
+from dcar_core.tables import query_weights
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 Compared = tuple[Path, dict[str, Any]]
@@ -67,6 +68,19 @@ def test_the_table(compared: Compared, backbone: Backbone, tiny_data: Path) -> N
     test = prepare(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
     assert evaluate(model, test) == run["test"]
     assert mark == run["fingerprint"]
+
+
+def test_the_table_says_which_weights_the_queries_had(compared: Compared) -> None:
+    out, results = compared
+    assert {run["query"] for run in results["methods"]["clip"]["runs"]} == {"none"}
+    runs = [{**run, "query": query} for run in results["methods"]["clip"]["runs"] for query in ("none", "predicted")]
+    assert query_weights({"runs": runs}) == "predicted in 1 of 2"
+    assert query_weights({"runs": runs[1:]}) == "predicted"
+    with (out / "results.csv").open() as lines:
+        chosen = [row["query_weights"] for row in csv.DictReader(lines) if row["method"] == "dcar"]
+    assert chosen == [run["query"] for run in results["methods"]["dcar"]["runs"]]
+    for file in ("results.md", "report.html"):
+        assert "query weights" in (out / file).read_text()
 
 
 def test_a_seed_gives_the_same_result_anywhere(
@@ -112,6 +126,18 @@ def test_tuning_has_one_budget_and_looks_at_validation_alone(
     assert results["methods"]["clip-adapter"]["tuning"]["1e+30"] is None
     assert "diverged" in (tmp_path / "results.md").read_text()
     assert "diverged" in (tmp_path / "report.html").read_text()
+
+
+def test_a_method_that_diverges_costs_the_others_nothing(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    wild, said = replace(QUICK, lr=1e30, epochs=1), list[str]()
+    results = compare(backbone, tiny_data, ["clip", "clip-adapter"], 1, tmp_path, wild, progress=False, say=said.append)
+    assert list(results["methods"]) == ["clip"]
+    assert "lower --lr" in results["diverged"]["clip-adapter"]
+    assert said[-1].startswith("clip-adapter is left out: ")
+    assert "| clip-adapter | diverged |" in (tmp_path / "results.md").read_text()
+    assert "clip-adapter is left out: " in (tmp_path / "report.html").read_text()
+    with pytest.raises(DivergedError, match="lower --lr"):
+        compare(backbone, tiny_data, ["clip-adapter"], 1, tmp_path, wild, progress=False)
 
 
 class Page(HTMLParser):
@@ -203,6 +229,11 @@ def test_hard_negatives_are_encoded_as_queries(backbone: Backbone, sample_split:
         scores = (texts @ image.T).flatten()
         hits.append(bool(scores[0] > scores[1:].max()))
     assert found == pytest.approx(100 * np.mean(hits))
+    others = tuple(f"a thing {n}" for n in range(9))
+    many = [replace(s, negatives=others + s.negatives, negative_categories=()) for s in sample_split.samples]
+    turned = [replace(s, negatives=s.negatives[::-1]) for s in many]
+    accuracies = [analyse(model, replace(sample_split, samples=s), prepared) for s in (many, turned)]
+    assert accuracies[0]["hard_negative_accuracy"] == accuracies[1]["hard_negative_accuracy"]
     bare = [replace(sample, negatives=(), negative_categories=()) for sample in sample_split.samples]
     assert analyse(model, replace(sample_split, samples=bare), prepared)["hard_negative_accuracy"] is None
 

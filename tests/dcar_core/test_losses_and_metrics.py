@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -83,6 +84,21 @@ def test_a_pair_weight_may_look_at_the_patch_most_like_the_word() -> None:
     torch.testing.assert_close(found, torch.tensor([[1 - 0.6, 12 / 13 - 0.8]]))
     same = pair_weights(words, patches[:, :1], white[:1])
     torch.testing.assert_close(same, pair_weights(words, patches[:, 0], white[0]))
+
+
+@pytest.mark.parametrize(("width", "count"), [(256, 60), (512, 33), (512, 122)])
+@pytest.mark.parametrize("chunk", [37, 1024])
+def test_equal_vectors_are_ties_wherever_they_stand_in_a_product(width: int, count: int, chunk: int) -> None:
+    rng = np.random.default_rng(0)
+    one = rng.standard_normal((1, width)).astype(np.float32)
+    one /= np.linalg.norm(one)
+    same = np.repeat(one, count, 0)
+    assert set(recall_at_k(same, same, np.arange(count), chunk=chunk).values()) == {0.0}
+    twice = rng.standard_normal((count, width)).astype(np.float32)
+    twice = np.concatenate([twice, twice]) / np.linalg.norm(twice, axis=1).mean()
+    found = recall_at_k(twice, twice, np.arange(2 * count), chunk=chunk)
+    assert (found["t2i_r1"], found["i2t_r1"], found["t2i_r5"]) == (0, 0, 100)
+    assert hard_negative_accuracy(twice, twice, [row[None] for row in twice]) == 0
 
 
 def test_recall_counts_ties_against_the_model() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from dcar_core import features, step
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.config import Amp
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import CleaningReport, Dataset, load_split
 from dcar_core.evaluate import seeded_model
 from dcar_core.feature_cache import FeatureCache
-from dcar_core.features import Prepared, prepare
+from dcar_core.features import Prepared, note_what_is_cut, prepare
 from dcar_core.methods import METHODS, method
 from dcar_core.model import DCAR
 from dcar_core.scoring import encode_captions, encode_pictures
@@ -196,17 +196,35 @@ def test_negatives_are_encoded_as_one_by_one(backbone: Backbone, training: Datas
         assert (data.matching[i] > 0).sum() == len(texts)
 
 
+def test_category_names_are_compared_folded_and_eight_negatives_are_trained_on(
+    backbone: Backbone, training: Dataset
+) -> None:
+    one = replace(
+        training.samples[0],
+        category="Maine Coon",
+        negatives=tuple(f"a cat {n}" for n in range(10)),
+        negative_categories=("maine_coon", "Sphynx") * 5,
+    )
+    data = replace(training, samples=[one, *training.samples[1:]])
+    _, prepared = ready(backbone, data, "dcar")
+    assert prepared.matching is not None
+    assert prepared.matching[0].tolist() == [1.5] + [1.5, 1.0] * 4
+    reports = {"train": CleaningReport()}
+    note_what_is_cut({"train": data}, reports, backbone, 4)
+    assert reports["train"].counts["negatives after the first 8 of a pair, not trained on"] == 2
+
+
 def test_a_caption_is_no_negative_of_a_picture_that_it_is_true_of(backbone: Backbone, training: Dataset) -> None:
     """It is true of its own picture, of one that has a caption or an attribute that reads the same, and of no other."""
     gift, popper, cat, other = (
         replace(sample, negatives=(), negative_categories=()) for sample in training.samples[:4]
     )
     samples = [
-        replace(gift, caption="Birthday"),
+        replace(gift, caption="Birthday_party"),
         replace(gift, caption="a wrapped gift"),
-        replace(popper, caption="a party popper", attributes=("birthday", "loud")),
+        replace(popper, caption="a party popper", attributes=("birthday party", "loud")),
         replace(cat, caption="a cat"),
-        replace(other, caption="birthday"),
+        replace(other, caption="birthday  party"),
         replace(other, caption="loud"),
     ]
     data = prepare(
