@@ -4,7 +4,7 @@
 # much smaller CPU build give the index of CPU wheels that PyTorch's install page names:
 #   PIP_EXTRA_INDEX_URL=<that index> docker compose build
 # A mirror goes into PIP_INDEX_URL. PIP_FIND_LINKS and PIP_CONSTRAINT are addresses, or paths that the build can see
-# (podman build -v DIR:DIR:ro). BASE is any image with Python 3.11 or newer and pip.
+# (podman build -v DIR:DIR:ro). BASE is any Debian with Python 3.11 or newer as `python`, with pip.
 ARG BASE=python:3.12-slim
 
 # What pyproject.toml asks for, alone: an edit there that leaves the dependencies as they are installs nothing anew.

@@ -7,6 +7,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, cast
@@ -29,6 +30,7 @@ SAFE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+_TRIED = re.compile(r"constrained-\w+|literal\[.*\]")
 _PLACES = frozenset({"body", "query", "path", "header", "cookie"})
 
 
@@ -123,6 +125,8 @@ def from_validation(error: ValidationError | RequestValidationError, *, located:
         if entry["type"] == "json_invalid":
             return field_problem("body", "not valid JSON", status=400)
         message = str(entry["msg"]).removeprefix("Value error, ")
+        # Where a field may be of several types, pydantic adds which of them it has tried.
+        place = [part for part in place if not _TRIED.fullmatch(str(part))]
         found.append((".".join(map(str, place)) or "body", message[:1].lower() + message[1:]))
     detail = "; ".join(f"{field}: {message}" for field, message in found)
     return Problem(422, detail, errors=found)

@@ -103,6 +103,8 @@ def _words(query: str, settings: Settings) -> str:
 def _text_search(given: TextQuery, settings: Settings) -> Search:
     text = _words(given.query, settings)
     if not text and (given.query or not given.more_like):
+        if given.less_like and not given.query:
+            raise field_problem("less_like", "needs something to search for beside it: query or more_like")
         raise field_problem("query", "must not be empty")
     _check(given, settings)
     return Search(given, text)
@@ -171,13 +173,16 @@ async def read_picture(request: Request) -> Search:
 
 
 def _fields(form: FormData) -> dict[str, Any]:
-    """A form's fields as the options of JSON have them: texts as they are, lists by repetition, all else as JSON."""
+    """A form's fields as the options of JSON have them: texts as they are, ids as JSON or one by one, all else as JSON.
+
+    What is no field is one too many, as in JSON: a filter with a slip in its name must not be taken for none.
+    """
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if name not in ImageForm.model_fields or not isinstance(value, str):
+        if not isinstance(value, str):
             continue
         if name in ("more_like", "less_like"):
-            fields.setdefault(name, []).append(value)
+            fields.setdefault(name, []).extend(_ids(value))
         elif name == "query":
             fields[name] = value
         else:
@@ -188,6 +193,18 @@ def _fields(form: FormData) -> dict[str, Any]:
     return fields
 
 
+def _ids(value: str) -> list[Any]:
+    """Those of a JSON list, or one as it is."""
+    if value.lstrip().startswith("["):
+        try:
+            found = from_json(value)
+        except ValueError:
+            found = None
+        if isinstance(found, list):
+            return found
+    return [value]
+
+
 async def read_similar(
     request: Request,
     item_id: ItemId,
@@ -195,6 +212,8 @@ async def read_similar(
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> Search:
     """The query of GET /items/{id}/similar."""
+    for name in request.query_params.keys() - {"k", "offset"}:
+        raise field_problem(name[:200], "there is no such parameter here, only k and offset")
     options = Options(k=k, offset=offset)
     _check(options, settings_of(request))
     return Search(options, item=item_id)

@@ -219,6 +219,8 @@ class Retriever:
             if rows:
                 vectors = await self._in_pool(vectors_of, snapshot, rows)
                 parts.append((weight, vectors.mean(0)))
+        if not any(weight for weight, _ in parts):
+            raise field_problem("weights", "leave nothing of this query")
         if len(parts) == 1 and len(more) < 2:
             return parts[0][1], cached
         total = np.sum([weight * vector for weight, vector in parts], 0)

@@ -4,10 +4,11 @@ filter     {field: condition, ...}                  all must hold; a field is id
 condition  value | [value, ...]                     equal to it, or to one of them; null: the item has no such field
            {"in": [...], "gt" "gte" "lt" "lte": value, "not": condition}    all must hold
 
-An item without the field fulfils no condition but `null` and `not`. A field that holds a list fulfils a condition when
-one of its members does.
+An item without the field fulfils no condition but `null` and `not`; an empty caption or category is none. A field that
+holds a list fulfils a condition when one of its members does.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Mask = NDArray[np.bool_]
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _INTS = range(-(2**63), 2**63)  # of int64
+_EMPTY_IS_NONE = frozenset({"caption", "category"})
+_WORDS = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
 
 
 class FilterError(DataError):
@@ -87,6 +90,8 @@ def _among(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
     mask = np.zeros(len(column), np.bool_)
     if None in values:
         mask |= _bools(column.is_null())
+        if field in _EMPTY_IS_NONE:
+            mask |= _bools(pc.equal(column, ""))
     if wanted:
         members, parents = _members(column)
         mask |= _any(_bools(pc.is_in(members, value_set=pa.array(wanted, members.type))), parents, len(column))
@@ -133,7 +138,7 @@ def _fitting(value: Any, kind: "pa.DataType", field: str) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = number and (isinstance(value, float) or value in _INTS)
     if not fits:
-        raise FilterError(field, f"its values are of type {kind}, which {str(value)[:40]!r} is not")
+        raise FilterError(field, f"its values are {_WORDS[str(kind)]}, which {json.dumps(value)[:40]} is not")
     if isinstance(value, str):
         return encodable(value)
     return float(value) if kind == pa.float64() else value

@@ -6,6 +6,7 @@
 """
 
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -88,6 +89,8 @@ def rows(place: str) -> Iterator[Picture]:
             raise DataError(f"{place}, row {line}: {column} is empty or no text")
         location = _inside(place, line, given)
         size = version = 0
+        if not is_url(place_of(root, location)):
+            location = _as_written(root, location)
         full = place_of(root, location)
         if not is_url(full):
             try:
@@ -169,10 +172,18 @@ def _inside(place: str, line: int, given: str) -> str:
     """The path of one row: a URL, absolute, or relative to the list's folder and inside it."""
     if is_url(given) or os.path.isabs(given):  # noqa: PTH117
         return given
-    location = os.path.normpath(given).replace(os.sep, "/")
+    location = os.path.normpath(given.replace("\\", "/")).replace(os.sep, "/")
     if location == ".." or location.startswith("../"):
         raise DataError(f"{place}, row {line}: {given} leads out of the list's folder; give an absolute path instead")
     return location
+
+
+def _as_written(root: str, location: str) -> str:
+    """The path in the Unicode form that the file's name has: lists and archives of other systems differ in it."""
+    forms = dict.fromkeys((location, *(unicodedata.normalize(form, location) for form in ("NFC", "NFD"))))
+    if len(forms) == 1:
+        return location
+    return next((each for each in forms if os.path.exists(place_of(root, each))), location)  # noqa: PTH110
 
 
 def _sorted(pictures: Iterable[Picture]) -> Iterator[Picture]:

@@ -1,20 +1,25 @@
 """What is said about pictures: lists, files beside a folder's pictures, members beside a tar's pictures.
 
 - One reader for .jsonl, .csv and .parquet; a row is a dict of column to value.
-- A CSV's cells are texts. A column in which every filled cell is a number becomes numbers, so that filters know ranges.
-- `caption`, `category` and `id` have a meaning; every other field is kept as it is, as JSON.
+- A CSV's cells are texts. A column in which every filled cell is a number becomes numbers, so that filters know ranges;
+  likewise true and false, and JSON lists of texts. A cell that is empty is no value.
+- `id`, `caption` (or `captions`) and `category` (or `class_name`) have a meaning, as in annotations for training; every
+  other field is kept as it is, as JSON.
 """
 
 import csv
+import datetime
 import io
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from dcar_core.data.tables import header
 from dcar_core.errors import DataError
 from dcar_core.images import TarSpan
 from index_jobs.sources import open_place, parent_of, place_of, suffix_of
@@ -25,11 +30,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Fields = dict[str, Any]
-_Number = type[int] | type[float]
 LIST_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 PATH_COLUMNS = ("file_name", "image", "path", "url")
 BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_TEXTS = frozenset({"id", "caption", "category", *PATH_COLUMNS})  # of a CSV, whatever they look like
+_TEXTS = frozenset({"id", "caption", "category", "class_name", *PATH_COLUMNS})  # of a CSV, whatever they look like
+_LISTS = frozenset({"captions"})  # of a CSV: a JSON list, or texts with bars between them
+_SETTLED = _TEXTS | _LISTS
 # Numbers as programs write them; "007", "+1" and "1_000" are codes of something.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
@@ -148,32 +154,67 @@ def encodable(text: str) -> str:
 
 def _read_csv(path: str) -> Iterator[tuple[int, Fields]]:
     """Twice through the file: what a column is, only its last row can tell."""
-    kinds: dict[str, _Number | None] = dict.fromkeys(_TEXTS)
+    kinds = dict.fromkeys(_TEXTS, "text") | dict.fromkeys(_LISTS, "texts")
     for _, record in _csv_rows(path):
         for name, cell in record.items():
-            kinds[name] = _kind(kinds.get(name, int), cell)
-    numbers = [(name, kind) for name, kind in kinds.items() if kind is not None]
+            if cell and name not in _SETTLED:
+                kinds[name] = _common(kinds.get(name), _kind(cell))
     for line, record in _csv_rows(path):
         try:
-            values = {name: kind(record[name]) if record[name] else None for name, kind in numbers}
+            yield (
+                line,
+                {
+                    name: _OF_CELL[kinds[name]](cell) if cell else "" if name in _TEXTS else None
+                    for name, cell in record.items()
+                },
+            )
         except (KeyError, ValueError):
             raise DataError(f"{path}, row {line} was changed while it was read; run again") from None
-        yield line, record | values
 
 
-def _kind(before: _Number | None, cell: str) -> _Number | None:
-    """What makes numbers of the cells of a CSV's column, with one cell more; None of texts."""
-    if before is None or not cell:
-        return before
+def _kind(cell: str) -> str:
     if _INT.fullmatch(cell):
-        return before if -(2**63) <= int(cell) < 2**63 else None
-    return float if _FLOAT.fullmatch(cell) and math.isfinite(float(cell)) else None
+        return "int" if -(2**63) <= int(cell) < 2**63 else "text"
+    if _FLOAT.fullmatch(cell) and math.isfinite(float(cell)):
+        return "float"
+    if cell.casefold() in {"true", "false"}:
+        return "bool"
+    return "texts" if _list_of(cell) is not None else "text"
+
+
+def _common(one: str | None, other: str) -> str:
+    """What makes values of the cells of a column that are of two kinds."""
+    if one is None or one == other:
+        return other
+    return "float" if {one, other} == {"int", "float"} else "text"
+
+
+def _list_of(cell: str) -> list[str] | None:
+    """The texts of a cell that is a JSON list of them; None of any other."""
+    if not cell.startswith("["):
+        return None
+    try:
+        found = _json(cell)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else None
+
+
+def _texts(cell: str) -> list[str]:
+    found = _list_of(cell.strip())
+    return [part.strip() for part in cell.split("|") if part.strip()] if found is None else found
+
+
+_OF_CELL: dict[str, Callable[[str], Any]] = {
+    "int": int, "float": float, "bool": lambda cell: cell.casefold() == "true", "texts": _texts, "text": str,
+}  # fmt: skip
 
 
 def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     with _text_of(path, newline="") as file:
         reader, line = csv.DictReader(file, restval="", strict=True), 0
         try:
+            header(reader, path)
             for record in reader:
                 line = reader.line_num
                 if None in record:
@@ -252,8 +293,12 @@ def split_fields(fields: Fields) -> tuple[str, str, str, Fields]:
     caption = fields.get("caption")
     if isinstance(caption, list):
         rest.setdefault("captions", _plain(caption))
-        caption = caption[0] if caption else None
-    return _text(fields.get("id")), _text(caption), _text(fields.get("category")), rest
+    elif not _text(caption):
+        caption = fields.get("captions")
+    if isinstance(caption, list):
+        caption = next(filter(None, map(_text, caption)), "")
+    category = _text(fields.get("category")) or _text(fields.get("class_name"))
+    return _text(fields.get("id")), _text(caption), category, rest
 
 
 def _text(value: Any) -> str:
@@ -261,11 +306,14 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types; NaN and infinity, which JSON lacks, become null, and what is unknown becomes text."""
+    """JSON's own types. NaN and infinity, which JSON lacks, become null, decimals numbers, dates and times ISO 8601, of
+    which the later is the greater text; what is unknown becomes text."""
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

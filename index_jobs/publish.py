@@ -37,6 +37,8 @@ def reporting(index: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # a library that cannot be loaded, say: trying again would not help
+            raise DcarError(f"the index {index} cannot be made: {error}; what was published is unchanged") from error
         place = f" ({error.filename})" if error.filename else ""
         raise DcarError(
             f"the index {index} cannot be written: {error.strerror or error}{place}; what was published before is "
@@ -137,6 +139,8 @@ def rollback(index: Path, to: int | None = None) -> int:
         if to is None:
             current = current_version(index)
             earlier = [number for number in version_numbers(index) if current is not None and number < current]
+            if not version_numbers(index):
+                raise ArtifactError(f"{index} holds no published index")
             if not earlier:
                 raise ArtifactError(f"{index} has no version before {current or 'any'} to roll back to")
             to = earlier[-1]

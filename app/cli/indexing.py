@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime
+from dcar_core.errors import ArtifactError
 from index_jobs.arguments import parse_size
 
 commands = typer.Typer(help="Build, update, list, verify and roll back published indexes.", no_args_is_help=True)
@@ -59,8 +60,10 @@ def index_list(index: Index) -> None:
     """The versions, newest first; * marks the one that is served."""
     from index_jobs.artifact import current_version, list_versions
 
-    current = current_version(index)
-    for manifest in sorted(list_versions(index), key=lambda m: -m.version):
+    current, versions = current_version(index), list_versions(index)
+    if not versions:
+        raise ArtifactError(f"{index} holds no published index")
+    for manifest in sorted(versions, key=lambda m: -m.version):
         mark = "*" if manifest.version == current else " "
         typer.echo(
             f"{mark} {manifest.version:4}  {manifest.created}  {manifest.count:9,} x {manifest.dim}  "

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import EXAMPLES, Device, IndexDir, Runtime
-from dcar_core.errors import DcarError
+from dcar_core.errors import DcarError, ImageError
 
 commands = typer.Typer()
 
@@ -56,7 +56,10 @@ def search(
     artifact.require(encoder.fingerprint)
     path = Path(query)
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES
-    vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([query])
+    try:
+        vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([query])
+    except ImageError as error:
+        raise DcarError(f"{path}: {error}") from error
     scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
     results: list[dict[str, Any]] = []
     for score, row in zip(np.atleast_2d(scores)[0], np.atleast_2d(rows)[0], strict=True):

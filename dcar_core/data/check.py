@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcar_core.data.load import load_split, splits_of, usable_pictures
+from dcar_core.data.load import load_split, some_splits_of, usable_pictures
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import Dataset
-from dcar_core.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,7 @@ def check(
     Raises:
         DataError: there are no annotations, or they cannot be read.
     """
-    names = splits_of(path)
-    if not names:
-        raise DataError(f"{path} has no pairs for train, val or test")
-    return [_checked(path, name, images, pictures, context, count_tokens) for name in names]
+    return [_checked(path, name, images, pictures, context, count_tokens) for name in some_splits_of(path)]
 
 
 def _checked(

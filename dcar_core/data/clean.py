@@ -24,11 +24,13 @@ def clean(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
     pairs: set[tuple[str, str]] = set()
     entries = list(entries)
     captions = defaultdict[str, set[str]](set)  # of a picture, whichever entries they stand in
+    spellings = defaultdict[str, dict[str, None]](dict)
     for entry in entries:
         captions[entry.image] |= {normalise(tidy(caption)) for caption in entry.captions}
     for entry in entries:
         own = captions[entry.image]
         category = " ".join(entry.category.replace("_", " ").split())
+        spellings[normalise(category)][category] = None
         for raw in entry.captions:
             caption = tidy(raw)
             normal = normalise(caption)
@@ -50,6 +52,8 @@ def clean(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
                 report.add("captions with an underscore, kept as written")
             negatives, categories = _negatives(entry, own, report)
             yield Sample(entry.image, caption, category, negatives, categories, entry.meta_category)
+    twins = [" = ".join(names) for names in spellings.values() if len(names) > 1]
+    report.add("categories written in several ways, which results and filters keep apart", names=twins)
 
 
 def tidy(text: str) -> str:

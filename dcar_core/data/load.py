@@ -126,8 +126,9 @@ def splits_of(path: Path) -> list[str]:
     """The splits that a data set has, of train, val and test; a val that is held out from training counts.
 
     Raises:
-        DataError: there are no annotations, or they cannot be read.
+        DataError: there is nothing at this path, or annotations cannot be read.
     """
+    _require(path)
     found = {split: entries for split in SPLITS if (entries := _of(path, split))}
     has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
     return [split for split in SPLITS if split in found or (split == "val" and has_val)]
@@ -150,8 +151,7 @@ def _with_pictures(
 
 def _entries(path: Path, split: str, report: CleaningReport) -> Iterator[Entry]:
     """Every entry of the files that may hold the split, each with its split."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
+    _require(path)
     files = _files(path, split)
     if not files:
         raise DataError(f"{path} has no annotations for {split}: {_missing(path)}")
@@ -159,6 +159,23 @@ def _entries(path: Path, split: str, report: CleaningReport) -> Iterator[Entry]:
         entries = list(_read(file, report))
         own = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
         yield from _with_splits(file, entries, own[1].lower() if own else "", report)
+
+
+def some_splits_of(path: Path) -> list[str]:
+    """`splits_of`, of which there must be one.
+
+    Raises:
+        DataError: there are no annotations, or they cannot be read.
+    """
+    found = splits_of(path)
+    if not found:
+        raise DataError(f"{path} has no pairs for train, val or test: {_missing(path)}")
+    return found
+
+
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
 
 
 def _missing(path: Path) -> str:

@@ -4,6 +4,7 @@ A name is tried as it is, with a picture's suffix, then by the last parts of its
 /elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg), then as the only file of that name below the image root.
 """
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -27,8 +28,9 @@ class Finder:
     def find(self, image: str, path: str = "") -> str | None:
         """The name that `root.read` takes, or None: no such picture, or several in different folders."""
         for candidate in _candidates(image, path):
-            if candidate in self.root:
-                return candidate
+            for form in _forms(candidate):
+                if form in self.root:
+                    return form
         if self._by_base is None:
             self._by_base = {}
             for name in self.root.names():
@@ -37,6 +39,13 @@ class Finder:
                 self._by_base.setdefault(base.stem, []).append(name)
         found = self._by_base.get(PurePosixPath(image).name, [])
         return found[0] if len(found) == 1 else None
+
+
+def _forms(name: str) -> Iterable[str]:
+    """The name as it is, and in the Unicode forms in which other systems write it."""
+    if name.isascii():
+        return (name,)
+    return dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
 
 
 def _candidates(image: str, path: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """JSONL, CSV, and webdataset tars of pictures with captions.
 
 - A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives and
-  negative_categories. `file_name` is read for image, `class_name` for category.
+  negative_categories. `file_name` or `path` is read for image, `class_name` for category.
 - In a CSV cell, several negatives are a JSON list or stand between bars: "a red van | a blue car".
 - In a tar, members that share a key are one sample: 0001.jpg with 0001.txt (a caption a line) or 0001.json (a row).
 """
@@ -17,6 +17,7 @@ from dcar_core.data.report import CleaningReport
 from dcar_core.errors import DataError
 from dcar_core.images import ImageRoot, has_image_suffix
 
+IMAGE_COLUMNS = ("image", "file_name", "path")
 _LISTS = ("negatives", "negative", "negative_categories", "negative_class", "captions")
 
 
@@ -27,7 +28,8 @@ def read_table(file: Path) -> Iterator[Entry]:
         DataError: a row that is no object, or without image or caption; names the file and the row.
     """
     for where, row in _rows(file):
-        yield _entry(row, where, image=row.get("image") or required({"image": row.get("file_name")}, "image", where))
+        image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
+        yield _entry(row, where, image=required({"image": image}, "image", where))
 
 
 def _entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
@@ -74,11 +76,27 @@ def _jsonl_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(lines)
+    columns = header(reader, file)
+    if not set(IMAGE_COLUMNS) & set(columns):
+        raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(columns) or 'none'}")
     for row in reader:
         where = f"{file}, line {reader.line_num}"
         if None in row:
             raise DataError(f"{where}: more cells than the header has columns; quote a caption that has commas")
         yield where, {name: _cell(value) if name in _LISTS else value for name, value in row.items()}
+
+
+def header(reader: "csv.DictReader[str]", place: object) -> list[str]:
+    """The names of a CSV's columns.
+
+    Raises:
+        DataError: they are one, and hold what other programs write in place of commas.
+    """
+    columns = list(reader.fieldnames or ())
+    for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(columns) == 1 and sign in columns[0]:
+            raise DataError(f"{place} has its columns between {name}; save it with commas")
+    return columns
 
 
 def _cell(value: str | None) -> list[Any] | None:

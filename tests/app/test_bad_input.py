@@ -209,6 +209,20 @@ def test_unknown_items_routes_and_methods(built_index: Path) -> None:
                 assert "allow" in answer.headers
             for k in ("0", "x", "201", "-5"):
                 check(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
+            check(await client.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
+
+    asyncio.run(main())
+
+
+def test_a_field_with_a_slip_in_its_name_is_not_taken_for_none(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for field in ("min_scor", "filtre", "K"):
+                answer = await client.post("/search/image", files={"file": png()}, data={field: "1"})
+                check(answer, 422, field)
+                check(await client.post("/search/text", json={"query": "red", field: 1}), 422, field)
+            low = check(await client.post("/search/text", json={"query": "red", "min_score": 2}), 422, "min_score")
+            assert {each["field"] for each in low["errors"]} == {"min_score"}
 
     asyncio.run(main())
 

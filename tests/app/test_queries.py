@@ -218,6 +218,7 @@ def test_words_and_picture_are_weighed(built_index: Path, gallery: Path, encoder
                 assert answer.status_code == 422, wrong
             nothing = {"query": "x", "weights": json.dumps({"text": 0, "image": 0})}
             check(await http.post("/search/image", files={"file": data}, data=nothing), 422, "weights")
+            check(await http.post("/search/text", json={"query": "x", "weights": {"text": 0}}), 422, "weights")
 
     asyncio.run(main())
 
@@ -248,9 +249,11 @@ def test_like_and_unlike(built_index: Path, encoder: Encoder, artifact: Artifact
             close(all_of_it, [each for each in wanted if each[0] not in given])
             check(await http.post("/search/text", json={"more_like": ["nothing"]}), 422, "more_like")
             check(await http.post("/search/text", json={"query": "x", "less_like": ["nothing"]}), 422, "less_like")
-            check(await http.post("/search/text", json={"less_like": ["circle/red.png"]}), 422, "query")
+            check(await http.post("/search/text", json={"less_like": ["circle/red.png"]}), 422, "less_like")
             check(await http.post("/search/text", json={"query": "x", "more_like": ["a"] * 40}), 422, "more_like")
             form = await client.image(png(), less_like=["circle/red.png", "cross/blue.png"], k="24")
+            same = await client.image(png(), less_like='["circle/red.png", "cross/blue.png"]', k="24")
+            assert [each["id"] for each in same["results"]] == [each["id"] for each in form["results"]]
             assert not {"circle/red.png", "cross/blue.png"} & set(ids(form))
 
     asyncio.run(main())

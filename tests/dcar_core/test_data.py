@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,32 @@ def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
     assert one.samples[0].negative_categories == ("y",)
     assert report.counts["pairs of the split 'extra', left out"] == 1
     assert splits_of(tmp_path / "c") == ["train", "val"]
+
+
+def test_a_table_says_what_its_header_lacks(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("Image,Caption\na.png,a\n")
+    with pytest.raises(DataError, match="has no column image or file_name or path; it has Image, Caption"):
+        load_split(table, "train", pictures="ignore")
+    table.write_text("image;caption;split\na.png;a;train\n")
+    with pytest.raises(DataError, match="its columns between semicolons; save it with commas"):
+        load_split(table, "train", pictures="ignore")
+    table.write_text("path,caption,split\na.png,a,train\n")
+    assert load_split(table, "train", pictures="ignore")[0].samples[0].image == "a.png"
+
+
+def test_names_and_categories_in_other_spellings(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "Stück.png")
+    rows = [
+        {"image": unicodedata.normalize("NFD", "Stück.png"), "caption": "a piece", "category": "Part"},
+        {"image": "Stück.png", "caption": "one more", "category": "part"},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "val.jsonl").write_text(json.dumps(rows[0]))
+    data, report = load_split(tmp_path, "train")
+    assert [sample.image for sample in data.samples] == ["Stück.png"] * 2
+    what = "categories written in several ways, which results and filters keep apart"
+    assert report.names[what] == ["Part = part"]
 
 
 def tar(path: Path, members: dict[str, bytes]) -> None:

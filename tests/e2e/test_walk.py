@@ -84,6 +84,7 @@ def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: P
     assert found["results"][0]["caption"] == "a red circle"
     assert found["results"][0]["score"] > 0.999
     assert "a red circle" in dcar("search", picture, "--index", index).stdout
+    assert "gone.png: no such file" in dcar("search", "gone.png", "--index", index, check=False).stderr
 
 
 def test_versions(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
@@ -138,6 +139,9 @@ def test_evaluate_writes_results(tiny_model: Path, tiny_data: Path, tmp_path: Pa
         ),
         (("train", "--data", "/nowhere", "--out", "/tmp/x"), "/nowhere"),
         (("demo", "--domain", "notoemoji"), "twemoji"),
+        (("data", "check", "/nowhere"), "/nowhere does not exist; give a directory"),
+        (("index", "list", "/nowhere"), "/nowhere holds no published index"),
+        (("index", "rollback", "/nowhere"), "/nowhere holds no published index"),
     ],
 )
 def test_mistakes_are_one_line(args: tuple[str, ...], message: str, tiny_model: Path) -> None:

@@ -1,6 +1,9 @@
 """What lists and sidecars say, in odd rows too, and what a CSV's texts are."""
 
+import datetime
 import json
+import unicodedata
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,17 @@ from index_jobs.rebuild import rebuild
         (["1e-05", "2.5e+20", "3", ""], [1e-05, 2.5e20, 3.0, None]),
         ([str(2**63 - 1), str(-(2**63)), "", "1"], [2**63 - 1, -(2**63), None, 1]),
         (["", "", "", ""], [None] * 4),
-        *((["1", "2", cell, ""], ["1", "2", cell, ""]) for cell in (
+        (["true", "FALSE", "", "True"], [True, False, None, True]),
+        (["true", "1", "", "x"], ["true", "1", None, "x"]),
+        (['[""new"", ""sale""]', "[]", "", '[""x""]'], [["new", "sale"], [], None, ["x"]]),
+        (['[""new""', "[1]", "", '{""a"": 1}'], ['["new"', "[1]", None, '{"a": 1}']),
+        *((["1", "2", cell, ""], ["1", "2", cell, None]) for cell in (
             "007", "+1", "1_000", "1,5", "1e5", "0x1", "inf", "nan", "x", " 1", ".5", "5.", "\u0661", str(2**63),
             "9" * 5000,
         )),
     ],
 )  # fmt: skip
-def test_a_column_of_numbers_is_numbers(cells: list[str], values: list[Any], tmp_path: Path) -> None:
+def test_a_column_of_one_kind_is_of_that_kind(cells: list[str], values: list[Any], tmp_path: Path) -> None:
     lines = [f'{i}.png,7,7,7,"{cell}"\n' for i, cell in enumerate(cells)]
     path = write(tmp_path / "l.csv", ("file_name,id,caption,category,n\n" + "".join(lines)).encode())
     records = [record for _, record in read_records(str(path))]
@@ -50,6 +57,42 @@ def test_numbers_of_a_csv_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> 
     assert matching(artifact, {"price": {"gte": 9.5}}).tolist() == [True, True, False, False]
     assert matching(artifact, {"stock": {"gt": 9}}).tolist() == [False, True, True, False]
     assert matching(artifact, {"stock": None}).tolist() == [False, False, False, True]
+
+
+def test_captions_and_categories_have_the_names_that_training_knows(tmp_path: Path) -> None:
+    csv = 'file_name,captions,class_name\na.png,"[""one, or"", ""two""]",x\nb.png,one | two,y\nc.png,,\n'
+    rows = rows_of(scan(write(tmp_path / "l.csv", csv.encode())))
+    assert [rows[name]["caption"] for name in ("a.png", "b.png", "c.png")] == ["one, or", "one", ""]
+    assert [rows[name]["category"] for name in ("a.png", "b.png", "c.png")] == ["x", "y", ""]
+    assert rows["a.png"]["metadata"]["captions"] == ["one, or", "two"]
+    records = [{"path": "a.png", "captions": ["", "two"]}, {"path": "b.png", "caption": "own", "captions": ["other"]}]
+    rows = rows_of(scan(write(tmp_path / "l.jsonl", "\n".join(map(json.dumps, records)).encode())))
+    assert [rows[name]["caption"] for name in ("a.png", "b.png")] == ["two", "own"]
+
+
+def test_decimals_are_numbers_and_times_are_iso(tmp_path: Path) -> None:
+    when = datetime.datetime(2024, 1, 2, 8)
+    table = {"path": ["a.png"], "price": [Decimal("9.50")], "when": [when], "day": [when.date()]}
+    pq.write_table(pa.table(table), tmp_path / "l.parquet")
+    metadata = rows_of(scan(tmp_path / "l.parquet"))["a.png"]["metadata"]
+    assert (metadata["price"], metadata["when"], metadata["day"]) == (9.5, "2024-01-02T08:00:00", "2024-01-02")
+
+
+def test_paths_of_other_systems(tmp_path: Path) -> None:
+    write(tmp_path / "Früh" / "Stück.png", png())  # one code point for each letter
+    decomposed = unicodedata.normalize("NFD", "Früh/Stück.png")
+    assert decomposed != "Früh/Stück.png"
+    for name in ("Früh\\Stück.png", decomposed):
+        gallery = scan(write(tmp_path / "l.csv", f"path\n{name}\n".encode()))
+        assert gallery.table["location"].to_pylist() == ["Früh/Stück.png"]
+    assert scan(write(tmp_path / "l.csv", b"path\nno\xcc\x88.png\n")).table["location"].to_pylist() == ["no\u0308.png"]
+
+
+@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_columns_without_commas_are_named(sign: str, name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "l.csv", f"path{sign}caption\na.png{sign}x\n".encode())
+    with pytest.raises(DataError, match=f"its columns between {name}; save it with commas"):
+        scan(path)
 
 
 def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
