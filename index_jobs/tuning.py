@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dcar_core.metrics import SAME_SCORE
+
 logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
@@ -31,7 +33,6 @@ Blocks = Callable[[], Iterator[Floats]]  # the vectors, float32 (m, E) at a time
 TARGET_RECALL = 0.99
 MAX_QUERIES = 1000
 NEIGHBOURS = 10
-SAME_SCORE = 1e-6  # so little lower is no other score; sums of 512 products in float32 differ by a tenth of it
 _TIMED_QUERIES = 200
 _WIDEST_GRAPH = 4096
 _FACTORS = (1, 2, 4, 8, 16, 32, 64)  # times k candidates are ranked again
