@@ -19,7 +19,7 @@ from app.collections import Collections
 from app.keys import given_key, is_key
 from app.metrics import Metrics
 from app.problems import Problem, field_problem, from_validation
-from app.requests import DEFAULT_K, BatchQuery, ImageForm, K, Options, TextQuery, normalise
+from app.requests import BatchQuery, ImageForm, Options, Page, TextQuery, normalise
 from app.retriever import Retriever, Search
 from app.settings import Settings
 from app.snapshots import Snapshot
@@ -208,13 +208,10 @@ def _ids(value: str) -> list[Any]:
 async def read_similar(
     request: Request,
     item_id: ItemId,
-    k: Annotated[K, Query()] = DEFAULT_K,
-    offset: Annotated[int, Query(ge=0)] = 0,
+    page: Annotated[Page, Query()],
 ) -> Search:
     """The query of GET /items/{id}/similar."""
-    for name in request.query_params.keys() - {"k", "offset"}:
-        raise field_problem(name[:200], "there is no such parameter here, only k and offset")
-    options = Options(k=k, offset=offset)
+    options = Options(k=page.k, offset=page.offset)
     _check(options, settings_of(request))
     return Search(options, item=item_id)
 

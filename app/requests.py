@@ -83,6 +83,15 @@ class Options(BaseModel):
     )
 
 
+class Page(BaseModel):
+    """Which of the results of a search that needs no other options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: K = DEFAULT_K
+    offset: Annotated[int, Field(ge=0)] = 0
+
+
 class TextQuery(Options):
     """A search by words, by items of the gallery (more_like, less_like), or both."""
 

@@ -6,12 +6,12 @@
 """
 
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dcar_core.data.pictures import unicode_forms
 from dcar_core.errors import DataError
 from dcar_core.images import IMAGE_SUFFIXES, index_tar
 from index_jobs.metadata import BESIDE, PATH_COLUMNS, Fields, Metadata, read_records, sidecars
@@ -89,10 +89,10 @@ def rows(place: str) -> Iterator[Picture]:
             raise DataError(f"{place}, row {line}: {column} is empty or no text")
         location = _inside(place, line, given)
         size = version = 0
-        if not is_url(place_of(root, location)):
-            location = _as_written(root, location)
         full = place_of(root, location)
         if not is_url(full):
+            location = _as_written(root, location)
+            full = place_of(root, location)
             try:
                 stat = os.stat(full)  # noqa: PTH116
                 size, version = stat.st_size, stat.st_mtime_ns
@@ -180,10 +180,10 @@ def _inside(place: str, line: int, given: str) -> str:
 
 def _as_written(root: str, location: str) -> str:
     """The path in the Unicode form that the file's name has: lists and archives of other systems differ in it."""
-    forms = dict.fromkeys((location, *(unicodedata.normalize(form, location) for form in ("NFC", "NFD"))))
-    if len(forms) == 1:
+    if location.isascii():
         return location
-    return next((each for each in forms if os.path.exists(place_of(root, each))), location)  # noqa: PTH110
+    there = (form for form in unicode_forms(location) if os.path.exists(place_of(root, form)))  # noqa: PTH110
+    return next(there, location)
 
 
 def _sorted(pictures: Iterable[Picture]) -> Iterator[Picture]:

@@ -19,7 +19,7 @@ from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dcar_core.data.tables import header
+from dcar_core.data.tables import header, json_list, texts_of_cell
 from dcar_core.errors import DataError
 from dcar_core.images import TarSpan
 from index_jobs.sources import open_place, parent_of, place_of, suffix_of
@@ -161,15 +161,10 @@ def _read_csv(path: str) -> Iterator[tuple[int, Fields]]:
                 kinds[name] = _common(kinds.get(name), _kind(cell))
     for line, record in _csv_rows(path):
         try:
-            yield (
-                line,
-                {
-                    name: _OF_CELL[kinds[name]](cell) if cell else "" if name in _TEXTS else None
-                    for name, cell in record.items()
-                },
-            )
+            values = {name: _OF_CELL[kinds[name]](cell) for name, cell in record.items() if cell}
         except (KeyError, ValueError):
             raise DataError(f"{path}, row {line} was changed while it was read; run again") from None
+        yield line, {name: "" if name in _TEXTS else None for name in record} | values
 
 
 def _kind(cell: str) -> str:
@@ -179,7 +174,8 @@ def _kind(cell: str) -> str:
         return "float"
     if cell.casefold() in {"true", "false"}:
         return "bool"
-    return "texts" if _list_of(cell) is not None else "text"
+    found = json_list(cell)
+    return "texts" if found is not None and all(isinstance(text, str) for text in found) else "text"
 
 
 def _common(one: str | None, other: str) -> str:
@@ -189,24 +185,9 @@ def _common(one: str | None, other: str) -> str:
     return "float" if {one, other} == {"int", "float"} else "text"
 
 
-def _list_of(cell: str) -> list[str] | None:
-    """The texts of a cell that is a JSON list of them; None of any other."""
-    if not cell.startswith("["):
-        return None
-    try:
-        found = _json(cell)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else None
-
-
-def _texts(cell: str) -> list[str]:
-    found = _list_of(cell.strip())
-    return [part.strip() for part in cell.split("|") if part.strip()] if found is None else found
-
-
 _OF_CELL: dict[str, Callable[[str], Any]] = {
-    "int": int, "float": float, "bool": lambda cell: cell.casefold() == "true", "texts": _texts, "text": str,
+    "int": int, "float": float, "bool": lambda cell: cell.casefold() == "true",
+    "texts": lambda cell: _mended(texts_of_cell(cell)), "text": str,
 }  # fmt: skip
 
 

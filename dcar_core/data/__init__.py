@@ -6,7 +6,7 @@ The forms that are read are described in docs/data.md.
 """
 
 from dcar_core.data.check import CheckedSplit, check
-from dcar_core.data.load import load_split, load_splits, some_splits_of, splits_of
+from dcar_core.data.load import load_split, load_splits, splits_of
 from dcar_core.data.report import CleaningReport, describe, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
 from dcar_core.data.write import write_splits
@@ -22,7 +22,6 @@ __all__ = [
     "load_split",
     "load_splits",
     "save_reports",
-    "some_splits_of",
     "splits_of",
     "write_splits",
 ]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcar_core.data.load import load_split, some_splits_of, usable_pictures
+from dcar_core.data.load import load_split, splits_of, usable_pictures
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import Dataset
 
@@ -50,7 +50,7 @@ def check(
     Raises:
         DataError: there are no annotations, or they cannot be read.
     """
-    return [_checked(path, name, images, pictures, context, count_tokens) for name in some_splits_of(path)]
+    return [_checked(path, name, images, pictures, context, count_tokens) for name in splits_of(path)]
 
 
 def _checked(

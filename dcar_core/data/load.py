@@ -91,8 +91,8 @@ def _chosen(path: Path, split: str, images: Path | None, report: CleaningReport)
     if entries is None:
         entries = [entry for entry in _entries(path, split, report) if entry.split == split]
     if not entries:
-        others = [name for name in splits_of(path) if name != split]
-        raise DataError(f"{path} has no {split} pairs{'; it has ' + ', '.join(others) if others else ''}")
+        others = ", ".join(name for name in splits_of(path) if name != split)
+        raise DataError(f"{path} has no {split} pairs; it has {others}")
     return entries, ImageRoot(images or (path if path.is_dir() or path.suffix == ".tar" else path.parent))
 
 
@@ -126,11 +126,14 @@ def splits_of(path: Path) -> list[str]:
     """The splits that a data set has, of train, val and test; a val that is held out from training counts.
 
     Raises:
-        DataError: there is nothing at this path, or annotations cannot be read.
+        DataError: there are none, or annotations cannot be read.
     """
     _require(path)
     found = {split: entries for split in SPLITS if (entries := _of(path, split))}
     has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
+    if not found:
+        needed = "" if any(_files(path, split) for split in SPLITS) else f": it needs {_FORMS}"
+        raise DataError(f"{path} has no pairs for {', '.join(SPLITS)}{needed}")
     return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
 
@@ -159,18 +162,6 @@ def _entries(path: Path, split: str, report: CleaningReport) -> Iterator[Entry]:
         entries = list(_read(file, report))
         own = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
         yield from _with_splits(file, entries, own[1].lower() if own else "", report)
-
-
-def some_splits_of(path: Path) -> list[str]:
-    """`splits_of`, of which there must be one.
-
-    Raises:
-        DataError: there are no annotations, or they cannot be read.
-    """
-    found = splits_of(path)
-    if not found:
-        raise DataError(f"{path} has no pairs for train, val or test: {_missing(path)}")
-    return found
 
 
 def _require(path: Path) -> None:

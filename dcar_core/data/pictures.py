@@ -28,7 +28,7 @@ class Finder:
     def find(self, image: str, path: str = "") -> str | None:
         """The name that `root.read` takes, or None: no such picture, or several in different folders."""
         for candidate in _candidates(image, path):
-            for form in _forms(candidate):
+            for form in unicode_forms(candidate):
                 if form in self.root:
                     return form
         if self._by_base is None:
@@ -41,7 +41,7 @@ class Finder:
         return found[0] if len(found) == 1 else None
 
 
-def _forms(name: str) -> Iterable[str]:
+def unicode_forms(name: str) -> Iterable[str]:
     """The name as it is, and in the Unicode forms in which other systems write it."""
     if name.isascii():
         return (name,)

@@ -83,7 +83,7 @@ def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[s
         where = f"{file}, line {reader.line_num}"
         if None in row:
             raise DataError(f"{where}: more cells than the header has columns; quote a caption that has commas")
-        yield where, {name: _cell(value) if name in _LISTS else value for name, value in row.items()}
+        yield where, {name: texts_of_cell(value) if name in _LISTS else value for name, value in row.items()}
 
 
 def header(reader: "csv.DictReader[str]", place: object) -> list[str]:
@@ -99,18 +99,23 @@ def header(reader: "csv.DictReader[str]", place: object) -> list[str]:
     return columns
 
 
-def _cell(value: str | None) -> list[Any] | None:
-    """The texts of a cell that may hold several."""
+def texts_of_cell(value: str | None) -> list[Any] | None:
+    """The texts of a CSV's cell that may hold several: a JSON list, whatever is in it, or texts with bars between."""
     if not value or not value.strip():
         return None
-    if value.lstrip().startswith("["):
-        try:
-            found = json.loads(value)
-        except ValueError:
-            found = None
-        if isinstance(found, list):
-            return found
-    return [part.strip() for part in value.split("|") if part.strip()]
+    found = json_list(value)
+    return [part.strip() for part in value.split("|") if part.strip()] if found is None else found
+
+
+def json_list(value: str) -> list[Any] | None:
+    """What a cell that is a JSON list holds; None of any other."""
+    if not value.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:

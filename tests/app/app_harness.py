@@ -38,6 +38,19 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -
         await asyncio.sleep(0.02)
 
 
+def hold(encoder: Any) -> tuple[threading.Event, list[str]]:
+    """Texts wait in the model until the event is set; those that came to it. `del encoder.encode_text` ends it."""
+    encode, gate, seen = encoder.encode_text, threading.Event(), list[str]()
+
+    def held(texts: list[str]) -> Any:
+        seen.extend(texts)
+        assert gate.wait(10)
+        return encode(texts)
+
+    encoder.encode_text = held
+    return gate, seen
+
+
 class _Transport(httpx.ASGITransport):
     """Takes the time of a network, in which other tasks and threads get their turn: a remembered answer takes none."""
 

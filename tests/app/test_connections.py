@@ -2,16 +2,14 @@
 
 import asyncio
 import socket
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-from app_harness import opened, serving
+from app_harness import hold, opened, serving
 
 from app.connections import HEAD_BYTES, LimitedProtocol
 from app.keys import key_hash, new_key
@@ -216,14 +214,7 @@ def test_connections_without_a_request_and_callers_that_leave(
             assert client.get("/healthz").status_code == 200, "an idle connection that was used is kept a while"
 
             encoder = app.state.collections[None].live.encoder
-            encode, gate, seen = encoder.encode_text, threading.Event(), []
-
-            def held(texts: list[str]) -> np.ndarray:
-                seen.extend(texts)
-                assert gate.wait(10)
-                return encode(texts)
-
-            encoder.encode_text = held
+            gate, seen = hold(encoder)
             for query in ("first", "left"):
                 with pytest.raises(httpx.ReadTimeout):
                     httpx.post(f"http://127.0.0.1:{port}/search/text", json={"query": query}, timeout=0.3)

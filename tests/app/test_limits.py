@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from app_harness import ADMIN, ALICE, KEYS, WORDS, bearer, opened, png, serving, until
+from app_harness import ADMIN, ALICE, KEYS, WORDS, bearer, hold, opened, png, serving, until
 
 from app.batching import Batcher, Lane
 from app.problems import Overloaded
@@ -24,14 +24,7 @@ def test_a_search_has_a_deadline_and_is_not_computed_after_it(built_index: Path)
     async def main() -> None:
         async with opened(built_index, deadline_ms=100) as client:
             encoder = client.app.state.collections[None].live.encoder
-            encode, gate, seen = encoder.encode_text, threading.Event(), []
-
-            def held(texts: list[str]) -> np.ndarray:
-                seen.extend(texts)
-                assert gate.wait(10)
-                return encode(texts)
-
-            encoder.encode_text = held
+            gate, seen = hold(encoder)
             first = asyncio.create_task(client.post("/search/text", json={"query": "q0"}))
 
             async def begun() -> bool:

@@ -1,13 +1,12 @@
 """Searching: the same answers as the encoder and the index give, however they are asked for."""
 
 import asyncio
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from app_harness import opened, png
+from app_harness import hold, opened, png
 
 from app.schemas import ItemAnswer, Readiness, SearchAnswer
 from dcar_core import Encoder
@@ -104,13 +103,7 @@ def test_the_event_loop_answers_while_the_model_works(built_index: Path) -> None
     async def main() -> None:
         async with opened(built_index) as client:
             encoder = client.app.state.collections[None].live.encoder
-            encode, gate = encoder.encode_text, threading.Event()
-
-            def held(texts: list[str]) -> np.ndarray:
-                assert gate.wait(10)
-                return encode(texts)
-
-            encoder.encode_text = held
+            gate, _ = hold(encoder)
             search = asyncio.create_task(client.post("/search/text", json={"query": "slow"}))
             await asyncio.sleep(0.05)
             assert (await client.get("/healthz")).json() == {"status": "ok"}

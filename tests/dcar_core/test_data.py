@@ -278,7 +278,7 @@ def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: 
         ('{"k": {"file_name": "a.png"}}', "entry 'k': field 'positive' is missing"),
         ('{"k": {"positive": "a"}}', "entry 'k': field 'file_path' is missing"),
         ('{"k": {"file_name": "a.png", "positive": {"a": 1}}}', "field 'positive' must be text or a list of texts"),
-        ("{}", "has no train pairs"),
+        ("{}", "has no pairs for train, val, test$"),
         ('{"k": {"file_name": "a.png", "positive": " "}}', "no train pairs that can be used"),
         ("\udcff", "is not UTF-8"),
     ],

@@ -53,7 +53,7 @@ def test_the_command_names_what_is_wrong(tiny_data: Path, tmp_path: Path) -> Non
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no pairs for train, val or test"):
+    with pytest.raises(DataError, match="has no pairs for train, val, test: it needs"):
         check(tmp_path)
 
 
