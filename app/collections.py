@@ -76,17 +76,17 @@ class Collections:
         """Serve what is published; says by name what has changed.
 
         Raises:
-            DcarError: of the first collection that cannot be loaded, after all have been tried.
+            DcarError: of those collections that cannot be loaded, after all have been tried.
         """
         changed: dict[str, bool] = {}
-        failed: DcarError | None = None
+        failed: list[str] = []
         for name, snapshots in self:
             try:
                 changed[name] = await snapshots.reload()
             except DcarError as error:
-                failed = failed or error
-        if failed is not None:
-            raise failed
+                failed.append(str(error) if len(self._all) == 1 else f"{name}: {error}")
+        if failed:
+            raise DcarError("; ".join(failed))
         return changed
 
     def _loaded(self) -> list[Snapshot]:

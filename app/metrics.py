@@ -9,7 +9,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -20,6 +20,7 @@ from app.tracing import Tracer
 
 Stage = Literal["cache", "decode", "queue", "encode", "search", "rerank", "explain"]
 Level = Literal["answers", "memory", "redis"]
+Waiting = Literal["searches", "pictures"]
 Outcome = Literal["hit", "miss", "error", "skipped", "wrong"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -47,7 +48,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._stage = {stage: self._stages.labels(stage) for stage in Stage.__args__}  # type: ignore[attr-defined]
+        self._stage = {stage: self._stages.labels(stage) for stage in get_args(Stage)}
         self._requests = Histogram(
             "dcar_request_seconds",
             "Time from the request's head to the end of its answer.",
@@ -70,7 +71,8 @@ class Metrics:
             "dcar_refused_total", "Requests refused to protect the service.", ["reason"], registry=self.registry
         )
         self._errors = Counter("dcar_errors_total", "Unforeseen errors.", registry=self.registry)
-        self.pending = Gauge("dcar_pending_searches", "Searches under way.", registry=self.registry)
+        pending = Gauge("dcar_pending", "Searches and pictures under way.", ["what"], registry=self.registry)
+        self.pending: dict[Waiting, Gauge] = {what: pending.labels(what) for what in get_args(Waiting)}
         ProcessCollector(registry=self.registry)
 
     @contextmanager

@@ -24,18 +24,18 @@ from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+_CONNECTIONS = 32  # at a time; more commands wait for their turn
 _PORTS = {"sentinel": 26_379, "cluster": 6379}
 
 Client = Redis | RedisCluster
 C = TypeVar("C", Redis, RedisCluster)
 
 
-def connect(url: str, *, timeout_s: float, max_commands: int = 32) -> Client:
+def connect(url: str, *, timeout_s: float) -> Client:
     """A client of the Redis that a URL names.
 
     Args:
         timeout_s: for connecting, and for each answer.
-        max_commands: at a time; more wait for their turn.
 
     Raises:
         ValueError: the URL is none of the above; the message does not repeat it, since it may hold a password.
@@ -44,7 +44,7 @@ def connect(url: str, *, timeout_s: float, max_commands: int = 32) -> Client:
     limits: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
-        "max_connections": max_commands,
+        "max_connections": _CONNECTIONS,
         "retry": Retry(NoBackoff(), 0),
     }
     if "+" not in scheme:

@@ -28,7 +28,7 @@ from app.batching import Vector
 from app.cache import VectorCache
 from app.embedding import Embedder
 from app.finding import Hit, find, vectors_of
-from app.metrics import Metrics
+from app.metrics import Metrics, Waiting
 from app.pairing import Explanation, Pairing, Words
 from app.priority import compute
 from app.problems import Late, Overloaded, Problem, field_problem
@@ -89,7 +89,7 @@ class Retriever:
     def __init__(self, settings: Settings, cache: VectorCache, metrics: Metrics | None = None) -> None:
         self._metrics = metrics or Metrics()
         self._settings = settings
-        self._pending = Counter[str]()
+        self._pending = Counter[Waiting]()
         self._embedder = Embedder(settings, cache, self._metrics)
         self._pairing = Pairing(self._embedder)
         self._pool = ThreadPoolExecutor(
@@ -233,12 +233,12 @@ class Retriever:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
 
     @asynccontextmanager
-    async def _admitted(self, count: int = 1, *, to: str = "search") -> AsyncIterator[None]:
+    async def _admitted(self, count: int = 1, *, to: Waiting = "searches") -> AsyncIterator[None]:
         if self._pending[to] + count > self._settings.max_pending:
             self._metrics.refused("queue_full")
             raise Overloaded
         self._pending[to] += count
-        self._metrics.pending.inc(count)
+        self._metrics.pending[to].inc(count)
         deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
         try:
             async with deadline:
@@ -250,7 +250,7 @@ class Retriever:
             raise Late from None
         finally:
             self._pending[to] -= count
-            self._metrics.pending.dec(count)
+            self._metrics.pending[to].dec(count)
 
 
 def _is_quick(snapshot: Snapshot, options: Options, end: int) -> bool:

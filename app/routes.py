@@ -183,6 +183,8 @@ def _service_routes() -> APIRouter:
             changed = await collections.reload()
         except DcarError as error:
             raise Problem(503, f"What is published cannot be served: {error}", headers=_LATER) from None
-        return JsonAnswer({"index_version": collections[None].require().version, "changed": any(changed.values())})
+        versions = {name: snapshots.require().version for name, snapshots in collections}
+        served = collections[None].require().version
+        return JsonAnswer({"index_version": served, "versions": versions, "changed": any(changed.values())})
 
     return router

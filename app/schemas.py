@@ -116,9 +116,10 @@ class Readiness(BaseModel):
 
 
 class Reloaded(BaseModel):
-    """The version of the default collection after a reload, and whether any collection has changed."""
+    """After a reload: the default collection's version, that of each by name, and whether any has changed."""
 
     index_version: int
+    versions: dict[str, int]
     changed: bool
 
 

@@ -86,7 +86,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._collections_of = collections_of
         self._drain_s = drain_s
-        self._draining = False
+        self._timer: threading.Timer | None = None
         self._settled = False
 
     async def on_tick(self, counter: int) -> bool:
@@ -99,15 +99,16 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         collections = self._collections_of()
-        if self._draining or self._drain_s == 0 or collections is None or collections[None].live is None:
+        if self._timer is not None:
+            self._timer.cancel()  # uvicorn takes another signal for a demand to leave all where it stands
+        if self._timer is not None or self._drain_s == 0 or collections is None or collections[None].live is None:
             super().handle_exit(sig, frame)
             return
-        self._draining = True
         collections.draining = True
         log.info("going on for %g s, then ending", self._drain_s)
-        timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
+        self._timer.daemon = True
+        self._timer.start()
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from app.keys import parse_keys
 from app.redis_client import check as check_redis
@@ -145,5 +145,7 @@ def load_settings(**given: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        faults = [f"DCAR_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
-        raise DcarError("; ".join(faults)) from None
+        faults = (f"DCAR_{str(each['loc'][0]).upper()}: {each['msg']}" for each in error.errors())
+        raise DcarError("; ".join(dict.fromkeys(faults))) from None
+    except SettingsError:  # of the variables that hold JSON, the only one
+        raise DcarError('DCAR_COLLECTIONS: must be JSON such as {"openmoji": "data/index/openmoji"}') from None

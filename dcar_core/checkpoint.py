@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save
 
 from dcar_core.config import AdapterConfig, ModelConfig
 from dcar_core.errors import CheckpointError
+from dcar_core.files import replacing, write_json
 
 if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint needs none of it
     from dcar_core.backbone import Backbone
@@ -69,7 +70,8 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
         "model": model.config.to_dict(),
         "training": training or {},
     }
-    _replace(path / WEIGHTS, save(trainables, {"format": "pt"}))
+    with replacing(path / WEIGHTS) as file:
+        file.write(save(trainables, {"format": "pt"}))
     write_config(path, content)
     return mark
 
@@ -78,7 +80,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The checkpoint's config.json.
 
     Raises:
-        CheckpointError: there is no checkpoint, or one of another format.
+        CheckpointError: there is no checkpoint, one of another format, or one that lacks something.
     """
     if not is_checkpoint(path):
         raise CheckpointError(
@@ -92,12 +94,17 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / CONFIG} is not of format {FORMAT}; train again, or use the version that wrote it"
         )
+    described = content.get("backbone")
+    if not isinstance(content.get("model"), dict) or not (
+        isinstance(described, dict) and described.keys() >= {"model", "pretrained", "sha256"}
+    ):
+        raise CheckpointError(f"{path / CONFIG} does not say which model on which backbone; copy it whole")
     return content
 
 
 def write_config(path: Path, content: dict[str, Any]) -> None:
     """Replace the checkpoint's config.json."""
-    _replace(path / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+    write_json(path / CONFIG, content)
 
 
 def backbone_files(path: Path) -> list[Path]:
@@ -179,9 +186,3 @@ def _absolute(value: str | None, base: Path) -> str | None:
     if value and not Path(value).is_absolute() and (base / value).exists():
         return str((base / value).resolve())
     return value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)

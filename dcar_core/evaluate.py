@@ -4,7 +4,6 @@ Choices are made on validation; each run reads the test split once, at its end. 
 budget: the same learning rates, tried with seed 0 and judged by validation recall.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 
 from dcar_core.backbone import Backbone
 from dcar_core.config import TrainConfig
-from dcar_core.data import load_splits, save_reports
+from dcar_core.data import SPLITS, Pictures, load_splits, save_reports
 from dcar_core.errors import DataError, DivergedError
 from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import note_what_is_cut
+from dcar_core.files import write_json
 from dcar_core.methods import method
 from dcar_core.negatives import complete
 from dcar_core.report import write_report
@@ -67,7 +67,8 @@ def compare(
         raise DataError("no method was given; try --methods clip,coop,dcar")
     if seeds < 1:
         raise DataError(f"--seeds must be at least 1, not {seeds}")
-    splits, reports = load_splits(data, ("train", "val", "test"), images=images, skip_broken=skip_broken)
+    pictures: Pictures = "skip" if skip_broken else "require"
+    splits, reports = load_splits(data, SPLITS, images=images, pictures=pictures)
     splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
     room = max(chosen.prompt.length for chosen in configs.values())
     note_what_is_cut(splits, reports, backbone, room)
@@ -94,18 +95,17 @@ def compare(
         except DivergedError as error:  # the other methods' hours are not lost for it
             say(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
-            continue
-        accuracy = [run["hard_negative_accuracy"] for run in found if run["hard_negative_accuracy"] is not None]
-        results["methods"][name] = {
-            "lr": lr if learns else None,
-            "tuning": tuning,
-            "trainable": found[0]["trainable"],
-            "hard_negative_accuracy": _spread(accuracy) if accuracy else None,
-            **summary([run["test"] for run in found]),
-            "runs": found,
-        }
-        content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-        (out / "results.json").write_text(content, encoding="utf-8")  # what is done is kept
+        else:
+            accuracy = [run["hard_negative_accuracy"] for run in found if run["hard_negative_accuracy"] is not None]
+            results["methods"][name] = {
+                "lr": lr if learns else None,
+                "tuning": tuning,
+                "trainable": found[0]["trainable"],
+                "hard_negative_accuracy": _spread(accuracy) if accuracy else None,
+                **summary([run["test"] for run in found]),
+                "runs": found,
+            }
+        write_json(out / "results.json", results)  # what is done is kept
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
     write_report(results, splits["test"], out)

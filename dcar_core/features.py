@@ -148,7 +148,7 @@ def note_what_is_cut(
 
 def _of_its_category(sample: Sample, negative: int) -> bool:
     given = sample.negative_categories[negative : negative + 1]
-    return bool(given) and fold(given[0]) == fold(sample.category)
+    return any(given) and fold(given[0]) == fold(sample.category)
 
 
 class _Work:

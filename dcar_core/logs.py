@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.errors import MissingExtraError
+from dcar_core.files import replacing
 
 CSV = "log.csv"
 
@@ -20,9 +21,8 @@ def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
     lines = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     lines.writeheader()
     lines.writerows(history)
-    part = directory / f"{CSV}.part"
-    part.write_text(text.getvalue(), encoding="utf-8")
-    part.replace(directory / CSV)
+    with replacing(directory / CSV) as file:
+        file.write(text.getvalue().encode())
 
 
 class TensorBoard:

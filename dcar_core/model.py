@@ -41,8 +41,6 @@ class DualPrompts(nn.Module):
         if config.image:
             self.couple = nn.Linear(backbone.text_width, backbone.vision_width)
             self.residual = nn.Parameter(torch.zeros(config.depth, config.length, backbone.vision_width))
-        if not config.text:
-            self.text.requires_grad_(config.image)  # still the seed of the image prompts
 
     def text_prompts(self) -> Tensor | None:
         """(depth, k, W_t)"""
@@ -60,9 +58,9 @@ class FeatureAdapter(nn.Module):
     CLIP-Adapter's, here without a fixed residual ratio [ours].
     """
 
-    def __init__(self, width: int, bottleneck: int | None = None) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.down = nn.Linear(width, bottleneck or max(16, width // 4))
+        self.down = nn.Linear(width, max(16, width // 4))
         self.up = nn.Linear(self.down.out_features, width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)

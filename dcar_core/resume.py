@@ -5,7 +5,6 @@ epoch (whose order follows from seed and epoch alone), and the best epoch so far
 and renamed, so a kill at any moment leaves the last state or the one before. It loads without running code.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dcar_core.config import QueryWeights
 from dcar_core.errors import TrainingError
+from dcar_core.files import replacing
 from dcar_core.model import DCAR
 from dcar_core.scoring import Recall
 
@@ -60,12 +60,8 @@ class State:
             "kept": dict(kept),
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(f"{FILE}.part")
-        with part.open("wb") as file:
+        with replacing(self._path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._path)
 
     def restore(
         self, model: DCAR, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler

@@ -22,6 +22,7 @@ from dcar_core.data import Dataset
 from dcar_core.errors import DivergedError
 from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.features import data_key, prepare
+from dcar_core.files import write_json
 from dcar_core.model import DCAR
 from dcar_core.resume import forget
 from dcar_core.scoring import mean_r1
@@ -49,6 +50,7 @@ class Runs:
         directory, config = self._directory(chosen, seed, lr), replace(self.config, seed=seed, lr=lr)
         done = directory / "training.json"
         if not done.is_file():
+            directory.mkdir(parents=True, exist_ok=True)
             self.say(f"{chosen.method}, seed {seed}, learning rate {lr:g}")
             model = seeded_model(self.backbone, chosen, seed)
             record: dict[str, Any] = {"seed": seed, "lr": lr, "run": str(directory.relative_to(self.out))}
@@ -71,7 +73,7 @@ class Runs:
                     "val": found.best,
                     "history": found.history,
                 }
-            _write(done, record)
+            write_json(done, record)
             forget(directory)
         record = json.loads(done.read_text(encoding="utf-8"))
         if "diverged" in record:
@@ -90,7 +92,7 @@ class Runs:
             model, _ = load_checkpoint(directory, backbone=self.backbone)
             testing = self.splits["test"]
             prepared = prepare(testing, model, for_training=False, progress=self.progress, cache=self.cache)
-            _write(done, analyse(model, testing, prepared))
+            write_json(done, analyse(model, testing, prepared))
         test = json.loads(done.read_text(encoding="utf-8"))
         return record | {"test": test.pop("recall"), **test}
 
@@ -122,10 +124,3 @@ def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
     """A fresh model whose initial trainables follow from the seed."""
     torch.manual_seed(seed)
     return DCAR(backbone, config)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)

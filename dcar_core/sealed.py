@@ -34,6 +34,7 @@ from dcar_core.checkpoint import backbone_files, fingerprint, read_config, read_
 from dcar_core.config import ModelConfig
 from dcar_core.domain import Bottleneck, Domain
 from dcar_core.errors import DcarError
+from dcar_core.files import replacing
 from dcar_core.preprocess import Preprocess
 from dcar_core.runtimes import capabilities
 from dcar_core.runtimes.exports import GRAPHS, MANIFEST, ExportKey, default_cache, exported
@@ -127,9 +128,8 @@ def seal(wanted: Wanted, domain: Domain, target: "Target", runtime: Runtime) -> 
     path = wanted.file(domain.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".part-{os.getpid()}")
-        part.write_bytes(save(arrays, {"content": json.dumps(content), "sha256": _checksum(content, arrays)}))
-        part.replace(path)
+        with replacing(path, shared=True) as file:
+            file.write(save(arrays, {"content": json.dumps(content), "sha256": _checksum(content, arrays)}))
     except OSError as error:
         log.warning("what later starts could use cannot be kept in %s: %s", path.parent, error.strerror or error)
 

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, FingerprintError
-from index_jobs.files import sha256_of
+from dcar_core.files import sha256_of
 from index_jobs.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, REMOVED, VECTORS, VERSIONS, Manifest
 from index_jobs.parts import Part, Parts, read_removed
 from index_jobs.selecting import as_mask

@@ -20,10 +20,10 @@ from typing import Any
 import pyarrow as pa
 
 from dcar_core.errors import DcarError, MissingExtraError
+from dcar_core.files import replacing
 from index_jobs.decode import decode
 from index_jobs.devices import ImageEncoder, forward, load_encoders
 from index_jobs.encode import PLACE, save_shard, windows_of
-from index_jobs.files import replacing
 from index_jobs.gallery import Gallery
 from index_jobs.pixels import PixelCache
 from index_jobs.progress import Encoded, Encoding

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from index_jobs.files import canonical
+from dcar_core.files import canonical
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.errors import DataError
-from index_jobs.files import replacing
+from dcar_core.files import replacing
 from index_jobs.gallery import Gallery
+from index_jobs.manifest import FAILED
 from index_jobs.shards import Failed, kind_of
-
-FAILED_FILE = "failed.jsonl"
 
 
 class Guard:
@@ -34,7 +33,7 @@ class Guard:
         if count <= self.max_failed * total and not (final and none_left):
             return
         self.work.mkdir(parents=True, exist_ok=True)
-        path = self.work / FAILED_FILE
+        path = self.work / FAILED
         write_failed(path, self.gallery, self.failed)
         names = self.gallery.table["name"]
         first = "; ".join(f"{names[row].as_py()}: {reason}" for row, reason in sorted(self.failed)[:3])

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dcar_core.errors import DataError, DcarError
+from dcar_core.files import canonical
 from dcar_core.images import IMAGE_SUFFIXES
 from index_jobs import listing
-from index_jobs.files import canonical
 from index_jobs.listing import Picture
 from index_jobs.metadata import LIST_SUFFIXES, split_fields
 from index_jobs.sources import is_url, parent_of, suffix_of

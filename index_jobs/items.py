@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, DataError
+from dcar_core.files import replacing
 from index_jobs.columns import Fields
-from index_jobs.files import replacing
 
 _BATCH = 65_536
 COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata"]

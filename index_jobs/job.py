@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcar_core.errors import ArtifactError, CheckpointError, ModelError
+from dcar_core.files import canonical
 from index_jobs.artifact import open_current
-from index_jobs.files import canonical
 from index_jobs.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, VERSIONS, Manifest
 from index_jobs.options import Options, RebuildSummary, RejectedError
 

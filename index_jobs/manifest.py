@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.errors import ArtifactError
-from index_jobs.files import canonical
+from dcar_core.files import canonical
 
 FORMAT = 2
 CURRENT, VERSIONS = "CURRENT", "versions"

@@ -8,11 +8,13 @@
 - The token is read from DCAR_MILVUS_TOKEN, and is never written down. A path as URI is Milvus Lite, in this process.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, DataError, FingerprintError, MissingExtraError
-from index_jobs.files import write_json
+from dcar_core.files import write_json
 from index_jobs.manifest import VERSIONS
 from index_jobs.selecting import Found, best_of
 from index_jobs.tuning import Blocks
@@ -165,29 +167,47 @@ def write_place(path: Path, place: Place) -> None:
     write_json(path, asdict(place))
 
 
-def follow(index: Path, version: int) -> None:
-    """After CURRENT: point the alias to the version's collection, and drop those that no version names.
+def places(index: Path) -> dict[int, Place]:
+    """Where the vectors of each version are that Milvus holds."""
+    found = {}
+    for path in _place_files(index):
+        with contextlib.suppress(ArtifactError):  # damaged: `verify` says so
+            found[int(path.parent.name)] = Place.read(path)
+    return found
+
+
+def _place_files(index: Path) -> list[Path]:
+    return [path for path in (index / VERSIONS).glob(f"*/{MILVUS}") if path.parent.name.isdecimal()]
+
+
+def follow(index: Path, version: int, before: Mapping[int, Place]) -> None:
+    """After CURRENT: point the alias to the version's collection, and drop those that no version names any more.
+
+    Args:
+        before: the index's `places` before versions were removed; the collections of those are to go.
 
     What fails is logged, since CURRENT alone decides what is served.
     """
-    path = index / VERSIONS / str(version) / MILVUS
-    if not path.is_file():
-        return
-    try:
-        place = Place.read(path)
-        client, name = connect(place.uri), prefix(index)
-        alias = f"{name}_current"
-        known = [entry for entry in client.list_collections() if entry.startswith(f"{name}_v")]
-        if any(alias in client.list_aliases(entry)["aliases"] for entry in known):
-            client.alter_alias(place.collection, alias)
-        else:
-            client.create_alias(place.collection, alias)
-        kept = {Place.read(found).collection for found in (index / VERSIONS).glob(f"[0-9]*/{MILVUS}")}
-        for entry in known:
-            if entry not in kept:
-                client.drop_collection(entry)
-    except Exception as error:
-        logger.warning("the alias of version %d could not be set in Milvus: %s", version, error)
+    now, name = places(index), prefix(index)
+    kept = {place.collection for place in now.values()}
+    all_read = len(now) == len(_place_files(index))
+    for uri in {place.uri for place in (*before.values(), *now.values())}:
+        try:
+            client, alias = connect(uri), f"{name}_current"
+            known = [entry for entry in client.list_collections() if entry.startswith(f"{name}_v")]
+            aliased = [entry for entry in known if alias in client.list_aliases(entry)["aliases"]]
+            if version not in now or now[version].uri != uri:
+                if aliased:
+                    client.drop_alias(alias)
+            elif aliased:
+                client.alter_alias(now[version].collection, alias)
+            else:
+                client.create_alias(now[version].collection, alias)
+            for entry in known:
+                if entry not in kept and all_read:
+                    client.drop_collection(entry)
+        except Exception as error:
+            logger.warning("the Milvus at %s could not be told of version %d: %s", uri, version, error)
 
 
 def prefix(index: Path) -> str:

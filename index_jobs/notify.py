@@ -3,6 +3,7 @@
 - `redis://..` publishes on a channel that services with the same Redis listen to; `http(s)://..` posts to one service's
   admin route, with the key of DCAR_ADMIN_KEY.
 - Nobody being there is no failure: the version is published, and services look at CURRENT by themselves.
+- Redirects are not followed: they could take the key elsewhere.
 """
 
 import json
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,19 @@ def _redis(url: str, index: Path, version: int) -> str:
         client.close()
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:
+        """No other request: the redirect is the answer, an error."""
+
+
 def _http(url: str) -> str:
     request = urllib.request.Request(url.rstrip("/") + RELOAD, method="POST")
     request.add_header("Authorization", f"Bearer {os.environ.get('DCAR_ADMIN_KEY', '')}")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            served = json.loads(answer.read())["index_version"]
+        with urllib.request.build_opener(_Stay).open(request, timeout=_TIMEOUT_S) as answer:
+            versions: dict[str, int] = json.loads(answer.read())["versions"]
     except urllib.error.HTTPError as error:
         with error:
             detail = error.read().decode(errors="replace")[:200]
         raise OSError(f"{error.code} {error.reason}: {detail}") from None
-    return f"serves version {served}"
+    return "serves " + ", ".join(f"version {version} of {name}" for name, version in versions.items())

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, DataError
-from index_jobs.files import replacing
+from dcar_core.files import replacing
 from index_jobs.selecting import Found, best_of
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import DcarError
+from dcar_core.files import canonical
 from dcar_core.preprocess import Preprocess
-from index_jobs.files import canonical
 from index_jobs.sources import Place
 
 logger = logging.getLogger(__name__)

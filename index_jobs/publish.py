@@ -18,9 +18,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dcar_core.errors import ArtifactError, DcarError, LockedError
+from dcar_core.files import replacing, sha256_of, sync, sync_tree, write_json
 from index_jobs import milvus
 from index_jobs.artifact import Artifact, current_version, open_version, version_numbers
-from index_jobs.files import replacing, sha256_of, sync, sync_tree, write_json
 from index_jobs.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
 
 LOCK = ".lock"
@@ -105,8 +105,9 @@ def publish(
     staging.rename(index / VERSIONS / str(version))
     sync(index / VERSIONS)
     _point(index, version)
+    in_milvus = milvus.places(index)
     _prune(index, keep)
-    milvus.follow(index, version)
+    milvus.follow(index, version, in_milvus)
     return manifest
 
 
@@ -146,7 +147,7 @@ def rollback(index: Path, to: int | None = None) -> int:
             to = earlier[-1]
         open_version(index, to).verify()
         _point(index, to)
-        milvus.follow(index, to)
+        milvus.follow(index, to, milvus.places(index))
     return to
 
 

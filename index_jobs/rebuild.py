@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.errors import CheckpointError, DataError, DcarError, GateError, LockedError, ModelError
+from dcar_core.files import canonical, sha256_of
 from index_jobs.arguments import parser
-from index_jobs.files import canonical, sha256_of
 from index_jobs.job import Job
 from index_jobs.options import Options, RebuildSummary, RejectedError
 from index_jobs.publish import reporting

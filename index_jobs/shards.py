@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError
-from index_jobs.files import canonical, replacing, sha256_of, write_json
+from dcar_core.files import canonical, replacing, sha256_of, write_json
 
 FORMAT = 3
 Failed = tuple[int, str]  # gallery row, reason

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError
-from index_jobs.files import replacing
+from dcar_core.files import replacing
 from index_jobs.gpu import GpuSearch
 from index_jobs.gpu import memory as gpu_memory
 from index_jobs.selecting import Found, Selection, search_among

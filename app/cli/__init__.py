@@ -31,10 +31,15 @@ app.add_typer(keys.commands)
 
 
 def main() -> None:
-    """Entry point: a DcarError is a message for the user, not a traceback."""
+    """Entry point: a DcarError, or a file that cannot be used, is a message for the user, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         app()
     except DcarError as error:
         typer.echo(f"dcar: {error}", err=True)
+        raise SystemExit(1) from None
+    except OSError as error:  # what the system says of a file that the user named; without one it is our bug
+        if error.filename is None or not error.strerror:
+            raise
+        typer.echo(f"dcar: {error.filename}: {error.strerror}", err=True)
         raise SystemExit(1) from None

@@ -58,11 +58,10 @@ def data_negatives(
     device: Device = "auto",
 ) -> None:
     """Make negative captions as `dcar train` does, print some, and write them to look at, edit and train on."""
-    from dcar_core.data import describe, load_split, splits_of, write_splits
+    from dcar_core.data import describe, load_splits, write_splits
     from dcar_core.negatives import fill, views
 
-    read = {name: load_split(path, name, pictures="ignore") for name in splits_of(path)}
-    splits, reports = {n: data for n, (data, _) in read.items()}, {n: report for n, (_, report) in read.items()}
+    splits, reports = load_splits(path, pictures="ignore")
     features, cut = views(model, pretrained, device)
     made = fill(splits, reports, features=features, cut=cut, mode=negatives, taxonomy=taxonomy, count=count, seed=seed)
     for data in made.values():

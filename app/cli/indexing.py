@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime
+from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
 from dcar_core.errors import ArtifactError
 from index_jobs.arguments import parse_size
 
@@ -26,7 +26,7 @@ def index_build(
         int | None, typer.Option(parser=parse_size, metavar="SIZE", help="For the index, as 4GiB.")
     ] = None,
     target_recall: Annotated[float, typer.Option(min=0, max=1, help="At 10, to tune searches for.")] = 0.99,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures; default: by size.")] = None,
+    workers: Workers = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 64,
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
     max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
@@ -100,7 +100,7 @@ def index_add(
     index: Index,
     gallery: Gallery,
     replace: Annotated[bool, typer.Option(help="Pictures take the place of items with their ids.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures; default: by size.")] = None,
+    workers: Workers = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 64,
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
     max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,

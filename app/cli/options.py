@@ -31,6 +31,7 @@ Taxonomy = Annotated[
     Path | None,
     typer.Option(help="JSON that says which categories are alike, for the negatives that are made; see docs/data.md."),
 ]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode pictures; default: by size.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Runtime = Annotated[
     str,
@@ -56,7 +57,7 @@ Features = Annotated[
 ]
 LearningRate = Annotated[float, typer.Option("--lr", min=0)]
 IndexDir = Annotated[Path, typer.Option("--index", help="Directory of a published index.")]
-Checkpoint = Annotated[Path, typer.Option(help="What `dcar train --out` wrote, or a model directory.")]
+Checkpoint = Annotated[Path, typer.Option(help="What `dcar train --out` wrote.")]
 Gallery = Annotated[
     str,
     typer.Option(

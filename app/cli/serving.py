@@ -42,7 +42,6 @@ def search(
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
-    import numpy as np
 
     from dcar_core import Encoder, sealed
     from dcar_core.images import IMAGE_SUFFIXES
@@ -62,7 +61,7 @@ def search(
         raise DcarError(f"{path}: {error}") from error
     scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
     results: list[dict[str, Any]] = []
-    for score, row in zip(np.atleast_2d(scores)[0], np.atleast_2d(rows)[0], strict=True):
+    for score, row in zip(scores[0], rows[0], strict=True):
         if row >= 0:
             item = artifact.item(int(row))
             results.append(

@@ -75,7 +75,9 @@ def train(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )
     with torchrun_group(pick_device(device)) as (group, here):
-        splits, reports = load_splits(data, ("train", "val"), images=images, skip_broken=skip_broken)
+        splits, reports = load_splits(
+            data, ("train", "val"), images=images, pictures="skip" if skip_broken else "require"
+        )
         backbone = load_backbone(BackboneSource(model, pretrained), here)
         prompted = seeded_model(backbone, chosen, seed)
         splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)

@@ -10,7 +10,6 @@
 import asyncio
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from dcar_core.captioning.questions import (
     words_within,
 )
 from dcar_core.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
+from dcar_core.files import replacing, write_json
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
@@ -81,8 +81,8 @@ def caption(
                 error = _first(group)
                 raise (error if isinstance(error, DcarError) else group) from None
             finally:
-                run.write(names)
                 journal.close()
+                run.write(names)
     except Timeout:
         raise LockedError(f"another run is writing to {out}") from None
     return run.outcome
@@ -238,7 +238,11 @@ class _Run:
         return sum(self.journal.usage.get(asked, Usage()).cost(model.price) for asked, model in self.models.items())
 
     def write(self, names: Sequence[str]) -> None:
-        """The annotations, and the rejected drafts, as far as the run has come."""
+        """The annotations, and the rejected drafts, as far as the run has come.
+
+        Raises:
+            CaptionError: they cannot be written.
+        """
         entries = {}
         for name in names:
             if self._captions.get(name):
@@ -251,19 +255,15 @@ class _Run:
                     "positive": self._captions[name],
                     "negative": [],
                 }
-        _replace(self.out, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
         rejections = list(self.journal.rejections())
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in rejections)
-        _replace(_beside(self.out, "rejected"), "".join(lines))
+        try:
+            write_json(self.out, entries)
+            with replacing(_beside(self.out, "rejected")) as file:
+                file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in rejections)
+        except OSError as error:
+            raise CaptionError(
+                f"{self.out} cannot be written: {error.strerror}; what was answered is kept: the same command goes on"
+            ) from error
         self.outcome.rejected = Counter(line["reason"] for line in rejections)
         self.outcome.given_up.sort()
         self.outcome.usage, self.outcome.cost = self.journal.usage, self._cost()
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file)

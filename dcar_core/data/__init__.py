@@ -6,7 +6,7 @@ The forms that are read are described in docs/data.md.
 """
 
 from dcar_core.data.check import CheckedSplit, check
-from dcar_core.data.load import load_split, load_splits, splits_of
+from dcar_core.data.load import Pictures, load_split, load_splits, splits_of
 from dcar_core.data.report import CleaningReport, describe, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
 from dcar_core.data.write import write_splits
@@ -16,6 +16,7 @@ __all__ = [
     "CheckedSplit",
     "CleaningReport",
     "Dataset",
+    "Pictures",
     "Sample",
     "check",
     "describe",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcar_core.data.load import load_split, splits_of, usable_pictures
+from dcar_core.data.load import Annotations
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import Dataset
 
@@ -50,18 +50,18 @@ def check(
     Raises:
         DataError: there are no annotations, or they cannot be read.
     """
-    return [_checked(path, name, images, pictures, context, count_tokens) for name in splits_of(path)]
+    annotations = Annotations(path, images)
+    return [_checked(annotations, name, pictures, context, count_tokens) for name in annotations.splits()]
 
 
 def _checked(
-    path: Path,
+    annotations: Annotations,
     split: str,
-    images: Path | None,
     pictures: bool,
     context: int,
     count_tokens: Callable[[Sequence[str]], list[int]] | None,
 ) -> CheckedSplit:
-    data, report = load_split(path, split, images=images, pictures="ignore")
+    data, report = annotations.load(split, "ignore")
     categories = {sample.category for sample in data.samples} - {""}
     if len(categories) == 1:
         report.add("splits with one category only: no category can be swapped for another")
@@ -69,5 +69,5 @@ def _checked(
     if count_tokens is not None:
         lengths = count_tokens([sample.caption for sample in data.samples])
         report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
-    missing, broken = usable_pictures(path, split, images) if pictures else ([], [])
+    missing, broken = annotations.unusable_pictures(split) if pictures else ([], [])
     return CheckedSplit(data, report, missing, broken)

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,104 @@ _FORMS = "train.json (FDRD's form), train.jsonl, train.csv, train.tar, or pairs.
 _SHARES = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # up to here
 
 
+class Annotations:
+    """A data set's files, each read once and not before something is asked of it."""
+
+    def __init__(self, path: Path, images: Path | None = None) -> None:
+        """
+        Args:
+            path: the directory that holds the annotations, or one annotation file.
+            images: the image root, when it is not `path` (or the file's folder).
+
+        Raises:
+            DataError: there is no such path.
+        """
+        if not path.exists():
+            raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
+        self.path, self._images = path, images
+        self._known: dict[Path, tuple[list[Entry], CleaningReport]] = {}
+
+    def splits(self) -> list[str]:
+        """Those that the data set has, of train, val and test; a val that is held out from training counts.
+
+        Raises:
+            DataError: there are none, or annotations cannot be read.
+        """
+        found = {split: entries for split in SPLITS if (entries := self._of(split))}
+        has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
+        if not found:
+            needed = "" if any(_files(self.path, split) for split in SPLITS) else f": it needs {_FORMS}"
+            raise DataError(f"{self.path} has no pairs for {', '.join(SPLITS)}{needed}")
+        return [split for split in SPLITS if split in found or (split == "val" and has_val)]
+
+    def load(self, split: str, pictures: Pictures = "require") -> tuple[Dataset, CleaningReport]:
+        """See `load_split`."""
+        report = CleaningReport()
+        entries = self._chosen(split, report)
+        for note in (note for entry in entries for note in entry.notes):
+            report.add(note)
+        if pictures == "ignore":
+            found = [replace(entry, image=named(entry)) for entry in entries]
+        else:
+            found, missing, broken = _with_pictures(entries, self._root, report, decode=pictures == "skip")
+            if missing and pictures == "require":
+                raise DataError(
+                    f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {self._root.path}: "
+                    f"{shorten(missing)}. Point --images to the folder or tar that holds them, or leave them out with "
+                    f"--skip-broken"
+                )
+            report.add("pictures missing, left out", names=missing)
+            report.add("pictures broken, left out", names=broken)
+        samples = list(clean(found, report))
+        if not samples:
+            raise DataError(f"{self.path} has no {split} pairs that can be used:\n{report}")
+        return Dataset(split, samples, self._root), report
+
+    def unusable_pictures(self, split: str) -> tuple[list[str], list[str]]:
+        """Decode a split's pictures: the names of the missing ones, and "name (reason)" of the broken ones."""
+        report = CleaningReport()
+        _, missing, broken = _with_pictures(self._chosen(split, report), self._root, report, decode=True)
+        return missing, broken
+
+    @cached_property
+    def _root(self) -> ImageRoot:
+        beside = self.path if self.path.is_dir() or self.path.suffix == ".tar" else self.path.parent
+        return ImageRoot(self._images or beside)
+
+    def _chosen(self, split: str, report: CleaningReport) -> list[Entry]:
+        """The split's entries; of data with a train split but no val, a tenth of the training pictures are val."""
+        divided = split in {"train", "val"} and not self._of("val")
+        source = "train" if divided else split
+        own = self._of(source, report)
+        if divided:
+            whole, own = len(own), [entry for entry in own if _is_held_out(entry) == (split == "val")]
+            if split == "train":
+                report.add("pairs held out for validation, as the data has no val split", whole - len(own))
+            else:
+                report.add("pairs taken from the training split, as the data has no val split", len(own))
+        if not own and not _files(self.path, source):
+            there = [name for name in SPLITS if _files(self.path, name)]
+            has = f"it has {', '.join(there)} alone" if there else f"it needs {_FORMS}"
+            raise DataError(f"{self.path} has no annotations for {split}: {has}")
+        if not own:
+            others = ", ".join(name for name in self.splits() if name != split)
+            raise DataError(f"{self.path} has no {split} pairs; it has {others}")
+        return own
+
+    def _of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
+        """The entries that say they are of a split; none where there is no file for it."""
+        found = list[Entry]()
+        for file in _files(self.path, split):
+            if file not in self._known:
+                noted = CleaningReport()
+                self._known[file] = list(_with_splits(file, list(_read(file, noted)), noted)), noted
+            entries, noted = self._known[file]
+            found += (entry for entry in entries if entry.split == split)
+            if report is not None:
+                report.merge(noted)
+        return found
+
+
 def load_split(
     path: Path, split: str, *, images: Path | None = None, pictures: Pictures = "require"
 ) -> tuple[Dataset, CleaningReport]:
@@ -46,95 +145,25 @@ def load_split(
         DataError: no annotations, none for this split, a field that is missing, or missing pictures; names the file
             and the entry.
     """
-    report = CleaningReport()
-    entries, root = _chosen(path, split, images, report)
-    for note in (note for entry in entries for note in entry.notes):
-        report.add(note)
-    if pictures == "ignore":
-        found = [replace(entry, image=named(entry)) for entry in entries]
-    else:
-        found, missing, broken = _with_pictures(entries, root, report, decode=pictures == "skip")
-        if missing and pictures == "require":
-            raise DataError(
-                f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {root.path}: {shorten(missing)}. "
-                f"Point --images to the folder or tar that holds them, or leave them out with --skip-broken"
-            )
-        report.add("pictures missing, left out", names=missing)
-        report.add("pictures broken, left out", names=broken)
-    samples = list(clean(found, report))
-    if not samples:
-        raise DataError(f"{path} has no {split} pairs that can be used:\n{report}")
-    return Dataset(split, samples, root), report
+    return Annotations(path, images).load(split, pictures)
 
 
 def load_splits(
-    path: Path, splits: Sequence[str], *, images: Path | None = None, skip_broken: bool = False
+    path: Path, splits: Sequence[str] | None = None, *, images: Path | None = None, pictures: Pictures = "require"
 ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
-    """Several splits with their reports, as `load_split` reads each."""
-    read = {
-        split: load_split(path, split, images=images, pictures="skip" if skip_broken else "require") for split in splits
-    }
+    """Several splits with their reports, as `load_split` reads each; None: all that there are."""
+    annotations = Annotations(path, images)
+    read = {split: annotations.load(split, pictures) for split in splits or annotations.splits()}
     return {split: data for split, (data, _) in read.items()}, {split: report for split, (_, report) in read.items()}
 
 
-def usable_pictures(path: Path, split: str, images: Path | None = None) -> tuple[list[str], list[str]]:
-    """Decode a split's pictures: the names of those that are missing, and "name (reason)" of those that are broken."""
-    report = CleaningReport()
-    entries, root = _chosen(path, split, images, report)
-    _, missing, broken = _with_pictures(entries, root, report, decode=True)
-    return missing, broken
-
-
-def _chosen(path: Path, split: str, images: Path | None, report: CleaningReport) -> tuple[list[Entry], ImageRoot]:
-    """The split's entries, and the image root."""
-    entries = _held_out(path, split, report)
-    if entries is None:
-        entries = [entry for entry in _entries(path, split, report) if entry.split == split]
-    if not entries:
-        others = ", ".join(name for name in splits_of(path) if name != split)
-        raise DataError(f"{path} has no {split} pairs; it has {others}")
-    return entries, ImageRoot(images or (path if path.is_dir() or path.suffix == ".tar" else path.parent))
-
-
-def _held_out(path: Path, split: str, report: CleaningReport) -> list[Entry] | None:
-    """Pairs for training or validation of data with a train split but no val; None where nothing has to be held out.
-
-    A tenth of the training pictures, by a hash of their names, goes to validation.
-    """
-    if split not in {"train", "val"} or _of(path, "val") or not (training := _of(path, "train", report)):
-        return None
-    kept = [entry for entry in training if _is_held_out(entry) == (split == "val")]
-    if split == "train":
-        report.add("pairs held out for validation, as the data has no val split", len(training) - len(kept))
-    else:
-        report.add("pairs taken from the training split, as the data has no val split", len(kept))
-    return kept
-
-
-def _of(path: Path, split: str, report: CleaningReport | None = None) -> list[Entry]:
-    """The entries that say they are of a split; none where there is no file for it."""
-    if not path.exists() or not _files(path, split):
-        return []
-    return [entry for entry in _entries(path, split, report or CleaningReport()) if entry.split == split]
+def splits_of(path: Path) -> list[str]:
+    """See `Annotations.splits`."""
+    return Annotations(path).splits()
 
 
 def _is_held_out(entry: Entry) -> bool:
     return _hashed(entry.image) == "val"
-
-
-def splits_of(path: Path) -> list[str]:
-    """The splits that a data set has, of train, val and test; a val that is held out from training counts.
-
-    Raises:
-        DataError: there are none, or annotations cannot be read.
-    """
-    _require(path)
-    found = {split: entries for split in SPLITS if (entries := _of(path, split))}
-    has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
-    if not found:
-        needed = "" if any(_files(path, split) for split in SPLITS) else f": it needs {_FORMS}"
-        raise DataError(f"{path} has no pairs for {', '.join(SPLITS)}{needed}")
-    return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
 
 def _with_pictures(
@@ -150,28 +179,6 @@ def _with_pictures(
     broken = unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
     whole = [entry for entry in found if entry.image not in broken]
     return whole, list(dict.fromkeys(missing)), [f"{name} ({why})" for name, why in broken.items()]
-
-
-def _entries(path: Path, split: str, report: CleaningReport) -> Iterator[Entry]:
-    """Every entry of the files that may hold the split, each with its split."""
-    _require(path)
-    files = _files(path, split)
-    if not files:
-        raise DataError(f"{path} has no annotations for {split}: {_missing(path)}")
-    for file in files:
-        entries = list(_read(file, report))
-        own = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
-        yield from _with_splits(file, entries, own[1].lower() if own else "", report)
-
-
-def _require(path: Path) -> None:
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
-
-
-def _missing(path: Path) -> str:
-    there = [split for split in SPLITS if _files(path, split)]
-    return f"it has {', '.join(there)} alone" if there else f"it needs {_FORMS}"
 
 
 def _files(path: Path, split: str) -> list[Path]:
@@ -203,9 +210,11 @@ def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
     raise DataError(f"{file}: annotations are read from .json, .jsonl, .csv and .tar files")
 
 
-def _with_splits(file: Path, entries: list[Entry], own: str, report: CleaningReport) -> Iterator[Entry]:
-    if own:
-        yield from (replace(entry, split=own) for entry in entries)
+def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:
+    """Each entry with its split: of the file's name, of its own column, or by a hash."""
+    in_name = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
+    if in_name:
+        yield from (replace(entry, split=in_name[1].lower()) for entry in entries)
         return
     said = [bool(entry.split) for entry in entries]
     if any(said) and not all(said):

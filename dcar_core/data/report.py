@@ -27,6 +27,7 @@ class CleaningReport:
             self.names.setdefault(what, []).extend(names)
 
     def merge(self, other: "CleaningReport") -> None:
+        """Count what another counted as well."""
         self.counts.update(other.counts)
         for what, names in other.names.items():
             self.names.setdefault(what, []).extend(names)

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcar_core.errors import RuntimeUnavailableError
 from dcar_core.runtimes import capabilities
@@ -25,11 +25,10 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 @dataclass(frozen=True)
 class Kind:
-    """needs: "bf16" or "int8" of the processor. on: where it runs. live: has no export on disk."""
+    """needs: what the processor must be able to do. on: where it runs. extra: what must be installed."""
 
     name: str
     precision: Precision
-    about: str
     on: Literal["any", "cpu", "cuda"] = "cpu"
     needs: Literal["bf16", "int8"] | None = None
     extra: str | None = None
@@ -38,16 +37,16 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("torch", "fp32", "PyTorch, float32", "any"),
-        Kind("torch-bf16", "bf16", "PyTorch, bfloat16 weights", needs="bf16"),
-        Kind("torch-compile", "bf16", "PyTorch, bfloat16 weights, compiled at start", needs="bf16"),
-        Kind("onnx", "fp32", "ONNX Runtime, float32", extra="onnx"),
-        Kind("onnx-int8", "int8", "ONNX Runtime, int8 with ranges taken from each batch", needs="int8", extra="onnx"),
-        Kind("openvino", "fp32", "OpenVINO, float32", extra="openvino"),
-        Kind("openvino-bf16", "bf16", "OpenVINO, bfloat16", needs="bf16", extra="openvino"),
-        Kind("openvino-int8", "int8", "OpenVINO, int8 calibrated on your data", needs="int8", extra="openvino"),
-        Kind("cuda-fp16", "fp16", "PyTorch on a GPU, float16, compiled", "cuda"),
-        Kind("cuda-bf16", "bf16", "PyTorch on a GPU, bfloat16, compiled", "cuda"),
+        Kind("torch", "fp32", "any"),
+        Kind("torch-bf16", "bf16", needs="bf16"),
+        Kind("torch-compile", "bf16", needs="bf16"),
+        Kind("onnx", "fp32", extra="onnx"),
+        Kind("onnx-int8", "int8", needs="int8", extra="onnx"),
+        Kind("openvino", "fp32", extra="openvino"),
+        Kind("openvino-bf16", "bf16", needs="bf16", extra="openvino"),
+        Kind("openvino-int8", "int8", needs="int8", extra="openvino"),
+        Kind("cuda-fp16", "fp16", "cuda"),
+        Kind("cuda-bf16", "bf16", "cuda"),
     )
 }
 AUTO = "auto"
@@ -154,7 +153,8 @@ def _open_torch(kind: Kind, target: Target) -> Runtime:
     except RuntimeUnavailableError:
         if kind.name != "torch":
             raise
-        return PlainRuntime(target.backbone)
+        itself: Any = weakref.proxy(target.backbone)  # not to be kept alive by its own entry in `_open`
+        return PlainRuntime(itself)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind.precision, torch.float32)
     compiled = kind.name == "torch-compile" or kind.on == "cuda"
     return TowerRuntime(kind.name, text, image, dtype, compiled=compiled)

@@ -21,6 +21,7 @@ import torch
 from dcar_core import sealed
 from dcar_core.domain import Domain
 from dcar_core.errors import DcarError, MissingExtraError, RuntimeUnavailableError
+from dcar_core.files import write_json
 from dcar_core.runtimes import capabilities
 from dcar_core.runtimes.exports import GRAPHS
 from dcar_core.runtimes.proof import Probe, prove, reference
@@ -150,9 +151,7 @@ def remember(target: Target, ranking: Ranking, *, own: bool = False) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        part.replace(path)
+        write_json(path, content, shared=True)
     except OSError as error:
         log.warning("what was measured cannot be remembered in %s: %s", path.parent, error.strerror or error)
 

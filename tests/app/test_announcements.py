@@ -50,6 +50,6 @@ def test_rebuild_posts_to_the_admin_route(
         url = f"http://127.0.0.1:{port}"
         options = {"force": True, "notify": [url], "progress": False, "workers": 0}
         summary = rebuild(gallery, tiny_checkpoint, index, **options)
-        assert (summary.version, summary.notified) == (2, {url: "serves version 2"})
+        assert (summary.version, summary.notified) == (2, {url: f"serves version 2 of {index.name}"})
         monkeypatch.setenv("DCAR_ADMIN_KEY", "not the key")
         assert notify([url], index, 2)[url].startswith("not reached: 401")

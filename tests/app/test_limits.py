@@ -40,7 +40,7 @@ def test_a_search_has_a_deadline_and_is_not_computed_after_it(built_index: Path)
             assert seen == ["q0"], "what nobody waits for any more is not computed"
             text = (await client.get("/metrics")).text
             assert 'dcar_refused_total{reason="late"} 3.0' in text
-            assert "dcar_pending_searches 0.0" in text
+            assert 'dcar_pending{what="searches"} 0.0' in text
 
     asyncio.run(main())
 

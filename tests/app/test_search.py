@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from app_harness import hold, opened, png
 
+from app.answers import JsonAnswer
 from app.schemas import ItemAnswer, Readiness, SearchAnswer
 from dcar_core import Encoder
 from index_jobs.artifact import open_current
@@ -208,3 +209,8 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
     assert quick == slow
     assert all(quick)
     assert many == few + 3, "the first three are plain"
+
+
+def test_what_json_has_no_words_for_is_null() -> None:
+    metadata = {"price": float("nan"), "sizes": [1.5, float("inf")], "more": {"least": float("-inf")}}
+    assert JsonAnswer(metadata).body == b'{"price":null,"sizes":[1.5,null],"more":{"least":null}}'

@@ -47,7 +47,11 @@ def test_versions_are_swapped_without_dropping_a_request(
                 rollback(index, version)
                 reloaded = await client.post("/admin/reload", headers=BEARER)
                 Reloaded.model_validate(reloaded.json(), strict=True)
-                assert reloaded.json() == {"index_version": version, "changed": version != 1}
+                assert reloaded.json() == {
+                    "index_version": version,
+                    "versions": {index.name: version},
+                    "changed": version != 1,
+                }
                 single[version] = (await client.post("/search/text", json={"query": "red", "k": 24})).json()["results"]
             assert single[1] == single[3]
             assert [r["score"] for r in single[1]] != [r["score"] for r in single[2]]
@@ -118,7 +122,11 @@ def test_a_broken_version_leaves_the_old_one(
             assert int(refused.headers["retry-after"]) > 0
             assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
             weights.write_bytes(whole)
-            assert (await client.post("/admin/reload", headers=BEARER)).json() == {"index_version": 2, "changed": True}
+            assert (await client.post("/admin/reload", headers=BEARER)).json() == {
+                "index_version": 2,
+                "versions": {index.name: 2},
+                "changed": True,
+            }
             assert (await client.get("/readyz")).json()["status"] == "ready"
             (index / "CURRENT").write_text("junk\n")
             await until(degraded)
@@ -167,7 +175,7 @@ def test_admin_needs_the_key(built_index: Path) -> None:
                 assert answer.status_code == 401
                 assert answer.headers["www-authenticate"] == "Bearer"
             answer = await client.post("/admin/reload", headers=BEARER)
-            assert answer.json() == {"index_version": 1, "changed": False}
+            assert answer.json() == {"index_version": 1, "versions": {built_index.name: 1}, "changed": False}
 
     asyncio.run(main())
 
@@ -329,3 +337,19 @@ def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_m
     finally:
         gc.unfreeze()
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def test_a_second_signal_ends_the_wait_but_not_the_requests_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(dict[None, Any]):
+        draining = False
+
+    loaded = Loaded({None: SimpleNamespace(live=object())})
+    config = uvicorn.Config(lambda: None, log_config=None)
+    server = _Server(config, collections_of=lambda: loaded, drain_s=0.2)  # type: ignore[arg-type, return-value]
+    server.handle_exit(signal.SIGINT, None)
+    assert (loaded.draining, server.should_exit) == (True, False)
+    server.handle_exit(signal.SIGINT, None)
+    assert (server.should_exit, server.force_exit) == (True, False)
+    assert server._timer is not None
+    server._timer.join(5)
+    assert not server.force_exit, "the timer's signal would have been the third"

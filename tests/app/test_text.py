@@ -70,6 +70,11 @@ def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.
     with pytest.raises(DcarError, match="DCAR_API_KEYS"):
         load_settings(index=tmp_path)
     monkeypatch.delenv("DCAR_API_KEYS")
+    for wrong in ("a=b", '["index"]', '{"a": 5}'):
+        monkeypatch.setenv("DCAR_COLLECTIONS", wrong)
+        with pytest.raises(DcarError, match=r"^DCAR_COLLECTIONS: "):
+            load_settings(index=tmp_path)
+    monkeypatch.delenv("DCAR_COLLECTIONS")
     with pytest.raises(DcarError, match="redis://"):
         load_settings(index=tmp_path, redis_url="http://localhost")
     shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))  # type: ignore[arg-type]

@@ -419,6 +419,18 @@ def test_a_full_disk_ends_the_run_before_anything_is_asked(photos: Path) -> None
         assert server.asked == []
 
 
+def test_annotations_that_cannot_be_written_keep_what_was_answered(photos: Path) -> None:
+    in_the_way = photos.parent / "captions.rejected.jsonl"
+    in_the_way.mkdir()
+    with VisionServer() as server:
+        with pytest.raises(CaptionError, match=r"captions\.json cannot be written: Is a directory; what was"):
+            ask(photos, server)
+        in_the_way.rmdir()
+        asked = len(server.asked)
+        assert ask(photos, server).accepted == 4
+        assert len(server.asked) == asked
+
+
 def test_places_that_cannot_be_used(photos: Path) -> None:
     server = VisionServer()
     (photos.parent / "mine.json").write_text("{}")

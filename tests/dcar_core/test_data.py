@@ -3,12 +3,15 @@ import io
 import json
 import tarfile
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dcar_core.data import load_split, splits_of
+from dcar_core.data import check, load, load_split, load_splits, splits_of
+from dcar_core.data.entries import Entry
+from dcar_core.data.tables import read_table
 from dcar_core.errors import DataError
 
 
@@ -324,3 +327,19 @@ def test_no_annotations(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_text("<a/>")
     with pytest.raises(DataError, match=r"read from \.json, \.jsonl, \.csv and \.tar"):
         load_split(tmp_path / "a.xml", "val")
+
+
+def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (json.dumps({"image": f"{n}.png", "caption": f"number {n}"}) for n in range(100))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    reads = list[Path]()
+
+    def read(file: Path) -> Iterator[Entry]:
+        reads.append(file)
+        return read_table(file)
+
+    monkeypatch.setattr(load, "read_table", read)
+    splits = check(tmp_path, pictures=False)
+    assert sum(len(split.data) for split in splits) == 100
+    assert load_splits(tmp_path, pictures="ignore")[0].keys() == {"train", "val", "test"}
+    assert reads == [tmp_path / "pairs.jsonl"] * 2

@@ -71,6 +71,9 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_checkpoint: Path, tmp_path: P
     (tmp_path / "config.json").write_text(good.replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(CheckpointError, match="other backbone weights"):
         load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 1}')
+    with pytest.raises(CheckpointError, match="does not say which model on which backbone"):
+        load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good)
     (tmp_path / "trainables.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -134,6 +134,7 @@ def test_a_method_that_diverges_costs_the_others_nothing(backbone: Backbone, tin
     assert list(results["methods"]) == ["clip"]
     assert "lower --lr" in results["diverged"]["clip-adapter"]
     assert said[-1].startswith("clip-adapter is left out: ")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
     assert "| clip-adapter | diverged |" in (tmp_path / "results.md").read_text()
     assert "clip-adapter is left out: " in (tmp_path / "report.html").read_text()
     with pytest.raises(DivergedError, match="lower --lr"):

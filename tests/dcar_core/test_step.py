@@ -209,6 +209,12 @@ def test_category_names_are_compared_folded_and_eight_negatives_are_trained_on(
     _, prepared = ready(backbone, data, "dcar")
     assert prepared.matching is not None
     assert prepared.matching[0].tolist() == [1.5] + [1.5, 1.0] * 4
+    unknown = replace(training.samples[0], category="", negatives=("one", "two"), negative_categories=("", "face"))
+    prepared = prepare(
+        replace(training, samples=[unknown]), DCAR(backbone, method("dcar")), for_training=True, progress=False
+    )
+    assert prepared.matching is not None
+    assert prepared.matching[0].tolist() == [1.5, 1.0, 1.0], "two categories that nobody knows are not the same one"
     reports = {"train": CleaningReport()}
     note_what_is_cut({"train": data}, reports, backbone, 4)
     assert reports["train"].counts["negatives after the first 8 of a pair, not trained on"] == 2

@@ -71,6 +71,14 @@ curl -s -o /dev/null -w '%{http_code}' "$URL/search/text" -H 'content-type: appl
 
 $compose kill redis >/dev/null 2>&1
 text "red apple" | hold "without Redis" '"rank":1'
+$compose start redis >/dev/null 2>&1
+$compose exec -T redis redis-cli flushall >/dev/null
+tries=0
+until text "green apple $tries" >/dev/null; sleep 1; $compose exec -T redis redis-cli --scan | grep -q dcar:; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 60 ] || { echo "WRONG Redis that is back is not written to"; exit 1; }
+done
+echo "ok    Redis that is back is written to again"
 
 made=$(index_file)
 $compose down >/dev/null 2>&1

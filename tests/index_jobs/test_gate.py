@@ -3,7 +3,9 @@
 import json
 import shutil
 import tarfile
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -19,6 +21,7 @@ from dcar_core.errors import DataError
 from index_jobs import gate
 from index_jobs.artifact import current_version, open_current
 from index_jobs.gallery import Gallery, scan
+from index_jobs.notify import notify
 from index_jobs.options import RejectedError
 from index_jobs.rebuild import main, rebuild
 
@@ -338,3 +341,27 @@ def test_summary_says_who_was_told(
     assert summary.notified.keys() == {"http://127.0.0.1:9", "127.0.0.1:9/0"}
     assert all("not reached" in told for told in summary.notified.values())
     assert "secret" not in caplog.text
+
+
+def test_redirect_does_not_get_the_admin_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere")
+            self.end_headers()
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    asked: list[str] = []
+    monkeypatch.setenv("DCAR_ADMIN_KEY", "long enough")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Away) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        told = notify([url], tmp_path, 1)[url]
+        server.shutdown()
+    assert told.startswith("not reached: 302")
+    assert asked == ["/admin/reload"]

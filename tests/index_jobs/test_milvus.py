@@ -103,6 +103,9 @@ def test_versions_alias_rollback_and_updates(
     rebuild(tiny_gallery, other_checkpoint, out, milvus=uri, margin=1, keep=1, progress=False)
     assert len(state()[0]) == 1
     assert len(verify_index(out)) == 1
+    # back to FAISS: nothing is left behind
+    rebuild(tiny_gallery, tiny_checkpoint, out, margin=1, keep=1, progress=False)
+    assert not [entry for entry in client.list_collections() if entry.startswith(name)]
 
 
 def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: str) -> None:

@@ -52,8 +52,8 @@ def sync_tree(directory: Path) -> None:
 def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """A file to write into that takes the place of `path` at the end, at once and durably; on an error, all stays.
 
-    The caller holds the writer lock, so the temporary name can be a fixed one, and a killed job leaves at most one.
-    `shared` is for a file that two machines may write at once: each has a name of its own.
+    One who writes alone (a job with its lock, a training run) has a fixed temporary name: a killed one leaves one file
+    at most. `shared` is for a file that two processes may write at once: each has a name of its own.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:

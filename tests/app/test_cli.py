@@ -1,0 +1,28 @@
+"""The command line as a whole: what a user can mend is one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import app, main
+
+
+def test_a_file_that_the_system_refuses_is_one_line(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "below")
+    monkeypatch.setattr(sys, "argv", ["dcar", "data", "negatives", str(tiny_data), "--out", out])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"dcar: {out}: Not a directory"
+
+
+@pytest.mark.parametrize("command", [["build", "--checkpoint", "c", "--out", "i"], ["add", "i"]])
+def test_a_number_out_of_range_is_refused_before_anything_is_loaded(command: list[str]) -> None:
+    done = CliRunner().invoke(app, ["index", *command, "--gallery", "g", "--workers", "-1"])
+    assert done.exit_code == 2
+    assert "--workers" in done.output
