@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +23,7 @@ from app.priority import compute
 from app.settings import Settings
 from app.snapshots import Snapshot
 from dcar_core.errors import DcarError, ImageError
+from dcar_core.runtimes.capabilities import cores
 
 if TYPE_CHECKING:  # torch takes seconds
     from dcar_core.encoder import Encoder
@@ -48,9 +48,7 @@ class Embedder:
             max_queue_s=settings.max_queue_ms / 1000,
             metrics=metrics,
         )
-        self._pool = ThreadPoolExecutor(
-            min(4, os.cpu_count() or 1), thread_name_prefix="dcar-decode", initializer=compute
-        )
+        self._pool = ThreadPoolExecutor(min(4, cores()), thread_name_prefix="dcar-decode", initializer=compute)
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""

@@ -5,13 +5,11 @@ whose caller has left is given up.
   refused at the first byte too many. Nothing of it is kept.
 - A body must be whole in `upload_s`; what has come of all bodies under way is at most `in_flight` bytes together. What
   is only announced counts for nothing: it costs its sender nothing either.
-- The connection is closed after such a refusal. For a short while what the client still sends is read and thrown away,
-  since closing on a sender would reset the connection and hide the answer from it.
+- What the client still sends after such a refusal is thrown away: see `connections`.
 - A request that takes long is watched: when its caller closes the connection it is cancelled, and the batcher drops it.
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,8 +18,6 @@ from app.metrics import Metrics
 from app.problems import SAFE_HEADERS, Problem
 
 _SAFE = [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
-_LINGER_S = 1.0
-_LINGER_BYTES = 4 * 2**20
 _WATCH_AFTER_S = 0.05
 
 
@@ -106,7 +102,7 @@ class Guard:
         finally:
             self._held -= body.held
         if body.refusal is not None and not started:
-            await _refuse(body.refusal, receive, send)
+            await body.refusal.response()(scope, receive, send)
 
     def _hold(self, body: _Body) -> bool:
         """Take room for what has come of a body. One body alone always has room."""
@@ -121,15 +117,15 @@ class Guard:
         self._metrics.refused("body_size")
         size = f"{limit / 2**20:.0f} MiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB"
         detail = f"The body is too large; at most {size} are accepted."
-        return _closing(413, detail, errors=[(field, f"at most {limit} bytes")])
+        return Problem(413, detail, errors=[(field, f"at most {limit} bytes")])
 
     def _full(self) -> Problem:
         self._metrics.refused("uploads")
-        return _closing(503, "Too many uploads are under way. Try again in a second.", retry_after=1)
+        return Problem(503, "Too many uploads are under way. Try again in a second.", headers={"Retry-After": "1"})
 
     def _slow(self) -> Problem:
         self._metrics.refused("slow_body")
-        return _closing(408, f"The body did not arrive in {self._upload_s:g} seconds.")
+        return Problem(408, f"The body did not arrive in {self._upload_s:g} seconds.")
 
 
 class _Watch:
@@ -195,27 +191,3 @@ def _announced(scope: Scope) -> tuple[int, bool]:
         elif name == b"transfer-encoding":
             chunked = True
     return length, not (length or chunked)
-
-
-def _closing(status: int, detail: str, *, errors: list[tuple[str, str]] | None = None, retry_after: int = 0) -> Problem:
-    headers = {"Connection": "close"}
-    if retry_after:
-        headers["Retry-After"] = str(retry_after)
-    return Problem(status, detail, errors=errors or [], headers=headers)
-
-
-async def _refuse(problem: Problem, receive: Receive, send: Send) -> None:
-    answer = problem.response()
-    await send({"type": "http.response.start", "status": problem.status, "headers": answer.raw_headers})
-    await send({"type": "http.response.body", "body": answer.body, "more_body": True})
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LINGER_S):
-            thrown = 0
-            while thrown < _LINGER_BYTES:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return
-                thrown += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    break
-    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -13,7 +13,6 @@
 
 import asyncio
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -36,6 +35,7 @@ from app.requests import Options
 from app.settings import Settings
 from app.snapshots import Snapshot
 from dcar_core.errors import ArtifactError, ImageError
+from dcar_core.runtimes.capabilities import cores
 from index_jobs.artifact import Item
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Retriever:
         self._embedder = Embedder(settings, cache, self._metrics)
         self._pairing = Pairing(self._embedder)
         self._pool = ThreadPoolExecutor(
-            min(4, os.cpu_count() or 1),
+            min(4, cores()),
             thread_name_prefix="dcar-search",
             initializer=_search_thread,
         )

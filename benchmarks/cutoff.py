@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dcar_core import Encoder
-from dcar_core.calibrate import cutoff
+from dcar_core.cutoff import cutoff
 from index_jobs import gate
 from index_jobs.artifact import open_current
 from index_jobs.gallery import scan

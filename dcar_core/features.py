@@ -4,7 +4,6 @@ A tower in which nothing is learned (both of CLIP-Adapter's, CoOp's image tower)
 features alone; then its pictures are not even decoded once the features are in the cache.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.model import DCAR
 from dcar_core.negatives.words import fold
 from dcar_core.reweight import blend, pair_weights, picture_features, real_tokens, word_features
+from dcar_core.runtimes.capabilities import cores
 
 MAX_NEGATIVES = 8  # of a pair, in training
 IMAGE_BATCH, TEXT_BATCH = 64, 256
@@ -178,7 +178,7 @@ class _Work:
             except ImageError as error:
                 raise DataError(f"{self.data.split}: {name}: {error}") from error
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without the interpreter's lock
+        with ThreadPoolExecutor(min(8, cores())) as pool:  # PIL decodes without the interpreter's lock
             rows = range(len(self.names))
             for _ in self._bar(pool.map(decode, rows), f"reading {self.data.split} pictures", len(rows)):
                 pass

@@ -220,7 +220,7 @@ def _circumstances(wanted: Wanted) -> dict[str, Any]:
         "graphs": GRAPHS,
         "libraries": capabilities.versions(_LIBRARIES),
         "processor": capabilities.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": capabilities.cores(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
         "backbone": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(wanted.checkpoint)],
     }

@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="the index directory; made when it is missing")
     add(
         "--kind", default="auto",
-        help="auto (by count, dimensions, memory and device), flat (exact), hnsw, hnsw-sq8, ivf, ivf-sq8, ivf-pq, "
-        "ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8 "
+        help="auto (by count, dimensions, memory and device), flat (exact), pq, hnsw, hnsw-sq8, ivf, ivf-sq8, "
+        "ivf-pq, ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8 "
         "(default: %(default)s)",
     )  # fmt: skip
     add(

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from dcar_core.errors import DcarError, MissingExtraError
 from dcar_core.files import replacing
+from dcar_core.runtimes import capabilities
 from index_jobs.decode import decode
 from index_jobs.devices import ImageEncoder, forward, load_encoders
 from index_jobs.encode import PLACE, save_shard, windows_of
@@ -177,7 +178,7 @@ def _ray(address: str, workers: int) -> Iterator[None]:
         raise MissingExtraError("encoding on Ray", "ray") from error
     own: dict[str, Any] = {}
     if address == "local":
-        cores = 1 + max(workers, os.cpu_count() or 1)  # one for Ray Data itself
+        cores = 1 + max(workers, capabilities.cores())  # one for Ray Data itself
         own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         own["_node_ip_address"] = "127.0.0.1"  # nobody else is to reach it
     sys.stdout.flush()

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import DcarError, ImageError
+from dcar_core.runtimes.capabilities import cores
 from index_jobs.pixels import PixelCache
 from index_jobs.sources import Place, read_pictures
 
@@ -68,7 +69,7 @@ def worker_count(workers: int | None, pictures: int) -> int:
         if workers < 0:
             raise ValueError(f"workers must be 0 (in this process) or more, not {workers}")
         return workers
-    return 0 if pictures < SMALL_GALLERY or _cores() <= _THREADS else _cores() - 1
+    return 0 if pictures < SMALL_GALLERY or cores() <= _THREADS else cores() - 1
 
 
 def decode(
@@ -101,15 +102,10 @@ def decode(
 
 def _pool(decoder: "Decoder", workers: int) -> tuple[Executor, int]:
     if workers == 0:
-        threads = min(_THREADS, _cores())
+        threads = min(_THREADS, cores())
         return ThreadPoolExecutor(threads, thread_name_prefix="decode"), threads
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(decoder,)), workers
-
-
-def _cores() -> int:
-    """The cores that this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

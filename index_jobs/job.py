@@ -84,7 +84,7 @@ class Job:
         return gate.pairs_of(self.gallery, self.options.validation)
 
     def _is_calibrated(self, manifest: Manifest) -> bool:
-        from index_jobs.cutoff import SIGNATURE, signature
+        from index_jobs.calibrate import SIGNATURE, signature
 
         if self.options.validation is None or self.pairs is None:
             return True
@@ -266,7 +266,7 @@ class Job:
         )
 
     def _calibrated(self, encoder: "Encoder", encoded: "Encoded") -> dict[str, Any]:
-        from index_jobs.cutoff import calibrate
+        from index_jobs.calibrate import calibrate
 
         if self.options.validation is None or self.pairs is None:
             return {}

@@ -6,21 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dcar_core", "index_jobs", "app")
 
 
 def modules(room: str) -> list[Path]:
     return [path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
-
-
-@pytest.mark.parametrize(("room", "forbidden"), [("dcar_core", ("index_jobs", "app")), ("index_jobs", ("app",))])
-def test_imports_point_one_way(room: str, forbidden: tuple[str, ...]) -> None:
-    pattern = re.compile(rf"^\s*(from|import) ({'|'.join(forbidden)})\b", re.MULTILINE)
-    assert modules(room)
-    assert [path for path in modules(room) if pattern.search(path.read_text())] == []
 
 
 def test_open_clip_is_imported_in_one_place() -> None:
@@ -33,10 +24,17 @@ def test_open_clip_is_imported_in_one_place() -> None:
     assert importers == {"backbone.py"}
 
 
-def test_the_readme_tree_names_every_module() -> None:
+def test_the_readme_tree_is_that_of_the_modules() -> None:
     readme = (ROOT / "README.md").read_text()
-    missing = [str(p.relative_to(ROOT)) for room in ROOMS for p in modules(room) if f"{p.name} " not in readme]
-    assert missing == []
+    tree = readme[readme.index("\npyproject.toml ") : readme.index("\n```\n", readme.index("\npyproject.toml "))]
+    shown, above = set[str](), list[str]()
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        above[depth:] = [name]
+        if name.endswith(".py"):
+            shown.add("".join(above))
+    assert shown == {path.relative_to(ROOT).as_posix() for room in ROOMS for path in modules(room)}
 
 
 def test_help_does_not_load_torch() -> None:

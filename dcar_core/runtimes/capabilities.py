@@ -1,5 +1,6 @@
 """What this processor can do, by the names that the operating system gives its instructions; what is installed."""
 
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,26 +25,21 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def cores() -> int:
+    """Those that this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def instructions() -> frozenset[str]:
     """The processor's instruction sets; empty where the system does not tell."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    found = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
-    return frozenset(next(found, "").split())
+    return frozenset(_said("flags", "features").split())
 
 
 @cache
 def processor() -> str:
     """What distinguishes this processor from another one, for remembering what was measured on it."""
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return f"{model} {'+'.join(sorted(each for each in _NEEDED if lacks(each) is None))}"
+    return f"{_said('model name') or 'unknown'} {'+'.join(sorted(each for each in _NEEDED if lacks(each) is None))}"
 
 
 def lacks(kind: str) -> str | None:
@@ -53,3 +49,12 @@ def lacks(kind: str) -> str | None:
         return None
     names = ", ".join(sorted(needed[0] | needed[1]))
     return f"this processor has no {kind} instructions ({names})"
+
+
+def _said(*names: str) -> str:
+    """The first line of /proc/cpuinfo with one of these names; nothing where there is none."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(names)), "")

@@ -57,18 +57,18 @@ class TowerRuntime:
 
     @torch.inference_mode()
     def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
-        keys, values = self._halved(prefix.keys), self._halved(prefix.values)
-        return _floats(self._text(self._given(tokens), self._halved(weights), keys, values))
+        keys, values = self._cast(prefix.keys), self._cast(prefix.values)
+        return _floats(self._text(self._given(tokens), self._cast(weights), keys, values))
 
     @torch.inference_mode()
     def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
         given = self._given(pixels)
-        return _floats(self._image(given) if prompts is None else self._image(given, self._halved(prompts)))
+        return _floats(self._image(given) if prompts is None else self._image(given, self._cast(prompts)))
 
     def _given(self, values: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
-    def _halved(self, values: Floats) -> Tensor:
+    def _cast(self, values: Floats) -> Tensor:
         return self._given(values).to(self._dtype)
 
 

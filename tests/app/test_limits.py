@@ -100,7 +100,6 @@ def test_an_upload_that_does_not_come_is_given_up(built_index: Path) -> None:
             began = time.monotonic()
             answer = await client.post("/search/image", content=trickle(), headers=kind)
             assert answer.status_code == 408
-            assert answer.headers["connection"] == "close"
             assert time.monotonic() - began < 3
             assert (await client.post("/search/image", files={"file": png()})).status_code == 200
 

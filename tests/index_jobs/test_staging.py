@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_jobs.cutoff import calibrate
+from index_jobs.calibrate import calibrate
 from index_jobs.gate import Pairs
 from index_jobs.staging import caption_queries
 

@@ -30,11 +30,11 @@ def signature(pairs: "Pairs") -> str:
 
 
 def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "Encoded") -> dict[str, Any]:
-    """The manifest's `cutoff`: the fields of `dcar_core.calibrate.Cutoff`, and the signature of the pairs.
+    """The manifest's `cutoff`: the fields of `dcar_core.cutoff.Cutoff`, and the signature of the pairs.
 
     Without min_score where no picture of the pairs could be encoded.
     """
-    from dcar_core.calibrate import cutoff
+    from dcar_core.cutoff import cutoff
 
     place = _places(gallery.table["id"], pairs.ids, encoded.rows())
     known = [(text, place[item_id]) for text, item_id in zip(pairs.texts, pairs.ids, strict=True) if item_id in place]

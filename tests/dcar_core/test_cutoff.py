@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dcar_core.calibrate import cutoff
+from dcar_core.cutoff import cutoff
 
 
 def test_all_but_a_twentieth_of_the_pairs_reach_it() -> None:
