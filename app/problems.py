@@ -1,6 +1,6 @@
 """Every error of the service becomes `application/problem+json` (RFC 9457), in this one place.
 
-- Routes raise `Problem`, or let the errors of the rooms below pass; `install` maps both, so that routes need no try/except.
+- Routes raise `Problem`, or let the errors of the rooms below pass; `install` maps both, so routes need no try/except.
 - A fault of a field is listed as `errors: [{"field", "message"}]`, under the name that the caller used.
 - 4xx never reaches the log as a traceback. An unforeseen exception passes through; `observe` logs it and answers 500.
 """
