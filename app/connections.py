@@ -4,9 +4,12 @@
   uvicorn would add them to the headers that the application has read already.
 - A request that is answered before all of it has come is read on for a short while and thrown away, since closing on a
   sender would reset the connection and hide the answer from it. If its rest comes, the connection is kept.
+- An offer to go on with another protocol (`Upgrade: h2c`, as some clients make with every request) is not heard: the
+  parser would take what follows the head for that protocol and lose the body.
 - A connection that does nothing has a timer, whatever has been sent on it before.
 """
 
+import re
 from asyncio import TimerHandle, Transport
 from typing import Any
 
@@ -16,6 +19,7 @@ HEAD_S = 10.0
 HEAD_BYTES = 64 * 2**10
 LINGER_S = 1.0
 LINGER_BYTES = 4 * 2**20
+_UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -39,6 +43,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
+        if _UPGRADE.search(data) and not self._receiving():
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nignored", head) + end + rest  # as long as before
         super().data_received(data)
         if self.transport.is_closing():
             return

@@ -23,6 +23,7 @@ from app.priority import compute
 from app.settings import Settings
 from app.snapshots import Snapshot
 from dcar_core.errors import DcarError, ImageError
+from dcar_core.images import require_size
 from dcar_core.runtimes.capabilities import cores
 
 if TYPE_CHECKING:  # torch takes seconds
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
+_LARGE = 2**23  # pixels held; pictures beyond are decoded one at a time, and no other waits for them
 _HASHED_AT_ONCE = 64 * 2**10  # bytes, some 0.1 ms
 
 
@@ -49,6 +51,8 @@ class Embedder:
             metrics=metrics,
         )
         self._pool = ThreadPoolExecutor(min(4, cores()), thread_name_prefix="dcar-decode", initializer=compute)
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="dcar-decode-large", initializer=compute)
+        self._max_pixels = settings.max_pixels
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""
@@ -59,6 +63,7 @@ class Embedder:
         await self._batcher.close()
         await self._cache.close()
         self._pool.shutdown()
+        self._large.shutdown()
 
     def require_room(self) -> None:
         """See `Batcher.require_room`."""
@@ -122,7 +127,9 @@ class Embedder:
             ImageError: it cannot be read.
         """
         with self._metrics.timed("decode"):
-            return await self._in_pool(_decode, data, preprocess)
+            held = await self._in_pool(require_size, data, self._max_pixels)
+            pool = self._large if held > _LARGE else self._pool
+            return await asyncio.get_running_loop().run_in_executor(pool, _decode, data, preprocess)
 
     async def with_model(self, call: Callable[..., Vector], *args: Any) -> Vector:
         """Anything else that needs the model, in its thread, when its turn has come."""

@@ -1,10 +1,12 @@
 """Pure ASGI, outermost: each request gets an id, a line in the log and its place in the metrics; HEAD is answered.
 
 - HEAD is GET without the body, on every route that GET has.
+- A request that is not done when the service ends (uvicorn then cancels it) is answered 503.
 - What a request raised is logged here, once and with its id, and answered with a 500 that tells nothing of it.
 - Metrics name the route's template; a path that matches none counts as "none", however many of them are tried.
 """
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -14,12 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.logs import choose_id, request_id
 from app.metrics import Metrics
-from app.problems import Problem
+from app.problems import NotReady, Problem
 
 log = logging.getLogger("app.access")
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _ID = b"x-request-id"
+_SHOWN = 300  # characters of a path
 _NAMED = "/collections/{collection}"
 
 
@@ -54,9 +57,13 @@ class Observe:
 
         try:
             await self._app(inner, receive, observed)
+        except asyncio.CancelledError as error:
+            if status or "shutdown" not in str(error):
+                raise
+            await NotReady("The service is ending, and this took too long.").response()(inner, receive, observed)
         except Exception:
             self._metrics.error()
-            log.exception("unforeseen error in %s %s", method, quote(scope["path"]))
+            log.exception("unforeseen error in %s %s", method, quote(scope["path"][:_SHOWN]))
             if status == 0:
                 problem = "Something went wrong on our side; the log of the service has the details."
                 await Problem(500, problem).response()(inner, receive, observed)
@@ -71,7 +78,7 @@ class Observe:
             return  # they come every few seconds
         if log.isEnabledFor(logging.INFO):
             client = scope.get("client")
-            path = quote(scope["path"])  # as it was, it could hold line breaks
+            path = quote(scope["path"][:_SHOWN])  # as it was, it could hold line breaks
             extra = {
                 "method": method,
                 "path": path,

@@ -31,6 +31,7 @@ SAFE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 _TRIED = re.compile(r"constrained-\w+|literal\[.*\]")
+_TOLD = 20  # faults of one request
 _PLACES = frozenset({"body", "query", "path", "header", "cookie"})
 
 
@@ -118,7 +119,11 @@ def from_validation(error: ValidationError | RequestValidationError, *, located:
         located: whether each location begins with the part of the request ("query", "path", ...), as FastAPI's do.
     """
     found: list[tuple[str, str]] = []
-    for entry in error.errors():
+    if isinstance(error, RequestValidationError):
+        entries = list(error.errors())
+    else:  # of a hostile body there may be many thousands
+        entries = cast(list[Any], error.errors(include_url=False, include_context=False, include_input=False))
+    for entry in entries[:_TOLD]:
         place = list(entry["loc"])
         if located and place and place[0] in _PLACES:
             place = place[1:]
@@ -129,6 +134,8 @@ def from_validation(error: ValidationError | RequestValidationError, *, located:
         place = [part for part in place if not _TRIED.fullmatch(str(part))]
         found.append((".".join(map(str, place)) or "body", message[:1].lower() + message[1:]))
     detail = "; ".join(f"{field}: {message}" for field, message in found)
+    if len(entries) > _TOLD:
+        detail += f"; and {len(entries) - _TOLD:,} more"
     return Problem(422, detail, errors=found)
 
 

@@ -8,7 +8,7 @@ import asyncio
 import time
 from typing import Any
 
-from limits import RateLimitItem, parse
+from limits import RateLimitItem, parse_many
 from limits.aio.storage import MemoryStorage
 from limits.aio.storage.redis import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
@@ -22,12 +22,15 @@ def parse_rate(text: str) -> RateLimitItem:
     """ "20/second", "600/minute", "100 per 10 seconds".
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, several, or one of nothing.
     """
     try:
-        return parse(text)
+        (rate,) = parse_many(text)
+        if rate.amount >= 1:
+            return rate
     except ValueError:
-        raise ValueError("must be a rate such as 20/second or 600/minute") from None
+        pass
+    raise ValueError("must be one rate such as 20/second or 600/minute")
 
 
 class Rates:

@@ -13,8 +13,9 @@ Whoever calls has its own breaker, so nothing is tried twice here. Nothing conne
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
@@ -87,10 +88,26 @@ def check(url: str) -> str:
     if scheme not in SCHEMES:
         raise ValueError(f"must begin with {', '.join(f'{each}://' for each in SCHEMES)}")
     if "+" in scheme:
-        _several(url, scheme)
-    elif scheme != "unix":
-        urlsplit(url).port  # noqa: B018 - raises ValueError for a port that is none
+        options = _several(url, scheme)[2]
+    else:
+        if scheme != "unix":
+            _port(urlsplit(url))
+        options = dict(parse_url(url))
+        try:  # a connection knows its options, and does not connect yet
+            BlockingConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+        except TypeError:
+            raise ValueError("has an option that redis-py does not know") from None
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        if (file := options.get(name)) and not Path(file).is_file():
+            raise ValueError(f"names {file} as {name}, and there is no such file")
     return scheme
+
+
+def _port(place: SplitResult) -> int | None:
+    try:
+        return place.port
+    except ValueError:  # whose message has what stands there: where a password has a slash, the beginning of that
+        raise ValueError("must have a number as its port; / # ? @ in a password are written %2F %23 %3F %40") from None
 
 
 def _several(url: str, scheme: str) -> tuple[list[tuple[str, int]], str, dict[str, Any]]:
@@ -105,7 +122,7 @@ def _several(url: str, scheme: str) -> tuple[list[tuple[str, int]], str, dict[st
         one = urlsplit(f"//{each}")
         if not one.hostname:
             raise ValueError("must name at least one host")
-        hosts.append((one.hostname, one.port or _PORTS[kind]))
+        hosts.append((one.hostname, _port(one) or _PORTS[kind]))
     service, _, db = path.partition("/")
     if kind == "sentinel" and not service:
         raise ValueError("must name the sentinels' service after the hosts, as in redis+sentinel://host:26379/mymaster")

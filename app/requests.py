@@ -8,11 +8,13 @@ import re
 import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 DEFAULT_K = 10
 K = Annotated[int, Field(ge=1, description="how many results")]
-Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32)]
+MOST_QUERIES = 1000  # of one request, whatever the settings say
+# FailFast: the first fault of a list is told, since telling all of a hostile one would take seconds.
+Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32), FailFast()]
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 
 _CONTROL_TOKENS = re.compile(r"<\|?(?:start_of_text|end_of_text|startoftext|endoftext)\|?>", re.IGNORECASE)
@@ -115,4 +117,4 @@ class BatchQuery(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"queries": [{"query": "crying cat"}, {"query": "red apple"}]}]}
     )
 
-    queries: Annotated[list[TextQuery], Field(min_length=1)]
+    queries: Annotated[list[TextQuery], Field(min_length=1, max_length=MOST_QUERIES), FailFast()]

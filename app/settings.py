@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 
 from app.keys import parse_keys
 from app.redis_client import check as check_redis
+from app.requests import MOST_QUERIES
 from dcar_core.errors import DcarError
 
 
@@ -59,7 +60,7 @@ class Settings(BaseSettings):
     max_query_chars: int = Field(1000, ge=1)
     max_k: int = Field(200, ge=1)
     max_window: int = Field(1000, ge=1, description="deepest result that paging reaches: offset + k")
-    max_queries: int = Field(32, ge=1, description="in one request to /search/batch")
+    max_queries: int = Field(32, ge=1, le=MOST_QUERIES, description="in one request to /search/batch")
     rerank_depth: int = Field(20, ge=1, le=200, description="results that `rerank` scores again")
     explain_results: int = Field(8, ge=1, le=200, description="results on a page that `explain` explains")
 
@@ -128,12 +129,14 @@ class Settings(BaseSettings):
     @field_validator("admin_key")
     @classmethod
     def _is_key(cls, value: SecretStr | None) -> SecretStr | None:
-        given = "" if value is None else value.get_secret_value()
-        if value is not None and len(given) < 8:
-            raise ValueError("must be at least 8 characters")
+        if value is None:
+            return None
+        given = value.get_secret_value().strip()
+        if len(given) < 8 or not given.isascii() or not given.isprintable():  # others cannot be sent in a header
+            raise ValueError("must be at least 8 characters of ASCII")
         if given.startswith("sha256:") and not re.fullmatch("sha256:[0-9A-Fa-f]{64}", given):
             raise ValueError("must be sha256: and the 64 hexadecimal digits of the key's hash; no key could match this")
-        return value
+        return SecretStr(given)
 
 
 def load_settings(**given: Any) -> Settings:

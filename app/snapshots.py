@@ -225,7 +225,7 @@ class Snapshots:
             try:
                 version = await asyncio.to_thread(require_index, self.index)
                 if self._live is not None and self._live.version == version:
-                    self.reason = None
+                    self.reason, self._failed = None, None  # one that failed before is tried at once if it comes back
                     return False
                 fresh = await asyncio.to_thread(load_snapshot, self.index, self._settings, self._loaded())
             except Exception as error:

@@ -5,6 +5,7 @@
 - Needs `pip install 'dcar[otel]'`; without the setting nothing of it is imported.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -12,11 +13,13 @@ from typing import Any
 
 from dcar_core.errors import MissingExtraError
 
+_LAST_S = 3.0
+
 
 class Tracer:
     """Makes the spans of stages. `context` is what `current` gave in the task that the work is for.
 
-    close: sends the last spans; to be called at the end, not in the event loop.
+    close: sends the last spans, in a few seconds or never; to be called at the end, not in the event loop.
     """
 
     def __init__(self, tracer: Any, current: Callable[[], Any], close: Callable[[], None]) -> None:
@@ -52,7 +55,13 @@ def start_tracing() -> Tracer:
     except ImportError:
         raise MissingExtraError("tracing", "otel") from None
     ours = Resource({SERVICE_NAME: "dcar", SERVICE_VERSION: version("dcar")})
-    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
+    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
-    return Tracer(provider.get_tracer("dcar"), context.get_current, provider.shutdown)
+
+    def close() -> None:
+        last = threading.Thread(target=provider.shutdown, daemon=True)  # a collector may accept and never answer
+        last.start()
+        last.join(_LAST_S)
+
+    return Tracer(provider.get_tracer("dcar"), context.get_current, close)

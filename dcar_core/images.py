@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
 MAX_PIXELS = 64_000_000
 # What cameras and browsers make (MPO comes in by JPEG). Pillow knows more, and starts other programs for some of them.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+_HELD = {"WEBP": 4, "AVIF": 2}  # pictures of the size of the result that a decoder holds at a time, where more than one
 _TILE = 2**18  # pixels, a few milliseconds
 _BLOCK = 2**20  # bytes
 _LARGE = 2**22  # pixels, from which on a picture that is wanted small is reduced before its colours are blended
@@ -67,6 +68,26 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
         raise
     except Exception as error:  # decoders raise what they like on broken bytes
         raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
+
+
+def require_size(data: bytes, max_pixels: int) -> int:
+    """How many pixels of 4 bytes a picture's file takes while it is decoded, as its header tells; 0 for no picture.
+
+    A JPEG that is not progressive is reduced on the way (see `open_image`) and counted at a sixteenth.
+
+    Raises:
+        ImageError: more than `max_pixels`; the message has the size.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:  # decoding it will say what is wrong
+        return 0
+    held, most = image.width * image.height, max_pixels // _HELD.get(image.format or "", 1)
+    if held > most:
+        raise ImageError(f"{image.width} x {image.height} pixels, at most {most:,} are accepted as {image.format}")
+    if isinstance(image, JpegImageFile) and "progressive" not in image.info:
+        return held // 16
+    return held * max_pixels // most
 
 
 def _readable(source: Path | str | bytes) -> Path | str | io.BytesIO:

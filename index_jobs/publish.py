@@ -129,21 +129,23 @@ def share(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> dict[s
 def rollback(index: Path, to: int | None = None) -> int:
     """Make an earlier version current: the one named, or the newest before the current one. Returns its number.
 
+    Where CURRENT is lost, the newest of all.
+
     Raises:
         ArtifactError: there is no such version, or it is not whole; CURRENT is then unchanged.
         LockedError: another writer is at work.
-        OSError: CURRENT cannot be written.
+        DcarError: CURRENT cannot be written.
     """
     if not index.is_dir():
         raise ArtifactError(f"{index} holds no published index")
-    with _locked(index):
+    with reporting(index), _locked(index):
         if to is None:
-            current = current_version(index)
-            earlier = [number for number in version_numbers(index) if current is not None and number < current]
-            if not version_numbers(index):
+            current, numbers = current_version(index), version_numbers(index)
+            earlier = [number for number in numbers if current is None or number < current]
+            if not numbers:
                 raise ArtifactError(f"{index} holds no published index")
             if not earlier:
-                raise ArtifactError(f"{index} has no version before {current or 'any'} to roll back to")
+                raise ArtifactError(f"{index} has no version before {current} to roll back to")
             to = earlier[-1]
         open_version(index, to).verify()
         _point(index, to)

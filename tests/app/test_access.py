@@ -35,6 +35,9 @@ def test_settings_name_what_is_wrong_with_keys_rates_and_origins(tmp_path: Path)
     for given, name in (
         ({"api_keys": "x"}, "API_KEYS"),
         ({"rate_limit": "fast"}, "RATE_LIMIT"),
+        ({"rate_limit": "20/second, 600/minute"}, "RATE_LIMIT"),
+        ({"rate_limit": "20/second; 600/minute"}, "RATE_LIMIT"),
+        ({"rate_limit": "0/second"}, "RATE_LIMIT"),
         ({"cors_origins": "shop"}, "CORS"),
     ):
         with pytest.raises(DcarError, match=f"DCAR_{name}"):

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import struct
+import threading
+import time
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from app_harness import opened, png
 from PIL import Image
 
+from app import embedding
 from app.schemas import ProblemAnswer
 
 JSON = {"Content-Type": "application/json"}
@@ -170,6 +173,66 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(built_index: Path) -> No
         async with opened(built_index, max_pixels=1000) as client:
             assert (await client.post("/search/image", files={"file": png(size=(25, 40))})).status_code == 200
             check(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
+            for size, status in (((25, 10), 200), ((25, 11), 422)):  # of WebP a quarter: its decoder holds four
+                data = io.BytesIO()
+                Image.new("RGB", size).save(data, "WEBP")
+                assert (await client.post("/search/image", files={"file": data.getvalue()})).status_code == status
+
+    asyncio.run(main())
+
+
+def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_other(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, under_way, most = threading.Event(), 0, 0
+
+    async def main() -> None:
+        nonlocal under_way, most
+        async with opened(built_index) as client:
+            decode = embedding._decode
+
+            def slow(data: bytes, preprocess: Any) -> Any:
+                nonlocal under_way, most
+                if threading.current_thread().name.startswith("dcar-decode-large"):
+                    under_way += 1
+                    most = max(most, under_way)
+                    gate.wait(10)
+                    under_way -= 1
+                return decode(data, preprocess)
+
+            monkeypatch.setattr(embedding, "_LARGE", 1000)
+            monkeypatch.setattr(embedding, "_decode", slow)
+            colours = ("red", "green", "blue", "white", "black")
+            large = [
+                asyncio.create_task(client.post("/search/image", files={"file": png(each, size=(25, 41))}))
+                for each in colours
+            ]
+            for each in colours:
+                assert (await client.post("/search/image", files={"file": png(each, size=(20, 20))})).status_code == 200
+            gate.set()
+            assert [answer.status_code for answer in await asyncio.gather(*large)] == [200] * 5
+            assert most == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/search/batch", "/search/text"])
+def test_thousands_of_faults_are_told_in_short(built_index: Path, path: str) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for body, field in (
+                ({"queries": [1] * 30_000, "query": "a", "more_like": [1] * 30_000}, "more_like.0"),
+                ({f"f{n}": 1 for n in range(5000)}, "f0"),
+                ({"queries": [{}] * 1001}, "queries"),
+            ):
+                content = json.dumps(body).encode()[: 60_000 if path == "/search/text" else None]
+                began = time.monotonic()
+                answer = await client.post(path, content=content, headers=JSON)
+                assert time.monotonic() - began < 1
+                assert answer.status_code in (400, 422)
+                assert len(answer.content) < 4000
+                if path == "/search/batch":
+                    assert (field if field != "more_like.0" else "queries.0") in answer.text
 
     asyncio.run(main())
 

@@ -225,3 +225,15 @@ def test_connections_without_a_request_and_callers_that_leave(
             gate.set()
             assert client.post("/search/text", json={"query": "stays"}).status_code == 200
             assert seen == ["first", "stays"]
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_an_offer_of_another_protocol_is_not_heard(connection: socket.socket, protocol: bytes) -> None:
+    body = b'{"query": "a cat\\r\\nUpgrade: x", "filter": {"category": "Upgrade:"}}'
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUPGRADE: " + protocol + b"\r\nHTTP2-Settings: AAMA\r\n"
+    head = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + AUTHORIZATION
+    for sent in range(2):
+        connection.sendall(head + offer + b"Content-Length: %d\r\n\r\n" % len(body) + body[: 20 * sent])
+        time.sleep(0.05)
+        connection.sendall(body[20 * sent :])
+        assert answer(connection).startswith(b"HTTP/1.1 200")

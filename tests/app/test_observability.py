@@ -104,9 +104,9 @@ def test_ids_are_well_formed() -> None:
         assert choose_id(wrong) != wrong
 
 
-def _json_server(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
+def _server(index: Path, port: int, script: str = SERVE, **given: str) -> subprocess.Popen[str]:
     environment = os.environ | {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
-    return subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def _until_ready(client: httpx.Client) -> None:
@@ -121,10 +121,47 @@ def _until_ready(client: httpx.Client) -> None:
     raise AssertionError("it does not become ready")
 
 
+def test_what_is_not_done_at_the_end_is_told_so(built_index: Path) -> None:
+    """uvicorn gives requests ten seconds, less here, and cancels what is left."""
+    port = free_port()
+    process = _server(built_index, port, f"import app.server as s; s._FINISH_S = 1; {SERVE}")
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            _until_ready(client)
+
+            def dripping() -> Any:
+                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+                process.send_signal(signal.SIGTERM)
+                for _ in range(100):
+                    yield b"x"
+                    time.sleep(0.05)
+
+            kind = {"Content-Type": "multipart/form-data; boundary=b"}
+            answer = client.post("/search/image", content=dripping(), headers=kind)
+            assert answer.status_code == 503
+            assert "ending" in answer.json()["detail"]
+            assert answer.headers["x-content-type-options"] == "nosniff"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, text = process.communicate(timeout=20)
+    assert "Traceback" not in text
+
+
+def test_a_long_path_is_cut_in_the_log(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        async with opened(built_index) as client:
+            assert (await client.get("/" + "%ff" * 20_000)).status_code == 404
+
+    asyncio.run(main())
+    assert max(len(record.getMessage()) for record in caplog.records if record.name == "app.access") < 5000
+
+
 def test_the_end_drops_nothing_and_the_log_is_json(built_index: Path) -> None:
     """Told to end, the server first says that it is not ready, still answers, and finishes an upload under way."""
     port = free_port()
-    process = _json_server(built_index, port, DCAR_LOG_FORMAT="json", DCAR_DRAIN_S="0.5")
+    process = _server(built_index, port, DCAR_LOG_FORMAT="json", DCAR_DRAIN_S="0.5")
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             _until_ready(client)

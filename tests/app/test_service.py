@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,35 @@ def test_a_broken_version_leaves_the_old_one(
 
     asyncio.run(main())
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_version_put_right_is_tried_at_once_when_it_is_published_again(
+    index: Path, gallery: Path, other_checkpoint: Path
+) -> None:
+    rebuild(gallery, other_checkpoint, index, workers=0, progress=False)
+    rollback(index, 1)
+    weights = index / "versions/2/checkpoint/trainables.safetensors"
+    whole = weights.read_bytes()
+
+    async def main() -> None:
+        async with opened(index, poll_s=0.02) as client:
+
+            def readiness(name: str, value: object) -> Callable[[], Awaitable[bool]]:
+                async def reached() -> bool:
+                    return (await client.get("/readyz")).json()[name] == value
+
+                return reached
+
+            weights.write_bytes(whole[:100])
+            (index / "CURRENT").write_text("2\n")
+            await until(readiness("status", "degraded"))
+            (index / "CURRENT").write_text("1\n")
+            await until(readiness("status", "ready"))
+            weights.write_bytes(whole)
+            (index / "CURRENT").write_text("2\n")
+            await until(readiness("index_version", 2))
+
+    asyncio.run(main())
 
 
 def test_nothing_is_answered_before_the_model_is_there(index: Path) -> None:

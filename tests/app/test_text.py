@@ -57,14 +57,19 @@ def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.
     with pytest.raises(DcarError, match="DCAR_ADMIN_KEY") as caught:
         load_settings(index=tmp_path)
     assert "tiny&" not in str(caught.value)
-    for wrong in ("sha256:abcdef", "sha256:" + "g" * 64, "sha256:" + "a" * 65, "sha256:" + "a" * 64 + "\n"):
+    for wrong in ("sha256:abcdef", "sha256:" + "g" * 64, "sha256:" + "a" * 65):
         monkeypatch.setenv("DCAR_ADMIN_KEY", wrong)
         with pytest.raises(DcarError, match=r"DCAR_ADMIN_KEY.*64 hexadecimal digits") as caught:
             load_settings(index=tmp_path)
         assert wrong not in str(caught.value)
-    for right in ("sha256:" + "aB" * 32, "sha 256 is no prefix"):
+    for right in ("sha256:" + "aB" * 32, "sha256:" + "a" * 64 + "\n", "sha 256 is no prefix", "  spaces around  "):
         monkeypatch.setenv("DCAR_ADMIN_KEY", right)
-        assert load_settings(index=tmp_path).admin_key is not None
+        known = load_settings(index=tmp_path).admin_key
+        assert known is not None
+        assert known.get_secret_value() == right.strip(), "as a request's is"
+    monkeypatch.setenv("DCAR_ADMIN_KEY", "pässwörd123")
+    with pytest.raises(DcarError, match="ASCII"):
+        load_settings(index=tmp_path)
     monkeypatch.delenv("DCAR_ADMIN_KEY")
     monkeypatch.setenv("DCAR_API_KEYS", "shop:abcdef")
     with pytest.raises(DcarError, match="DCAR_API_KEYS"):

@@ -251,6 +251,13 @@ def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> N
         ]
         assert [manifest.version for manifest in verify_index(index)] == [1]
     assert add(index, gallery, progress=False).version == 2
+    back = [sys.executable, "-c", FULL_DISK, "1", "index", "rollback", str(index)]
+    done = subprocess.run(back, capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr, current_version(index)) == (1, False, 2)
+    assert "cannot be written: File too large" in done.stderr
+    (index / "CURRENT").unlink()
+    assert rollback(index) == 2, "the newest, where it is not known what was current"
+    assert rollback(index) == 1
 
 
 def test_commands(index: Path, tmp_path: Path) -> None:
