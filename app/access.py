@@ -5,8 +5,11 @@ key or the admin key; /admin has the admin key alone, which its routes check.
 """
 
 import math
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.keys import given_key, holder, is_key
@@ -16,6 +19,7 @@ from app.rates import Rates
 from app.settings import Settings
 
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
+_CHARGE = "dcar.charge"  # of a request's scope: counts more for its caller
 
 
 class Access:
@@ -48,12 +52,19 @@ class Access:
                 self._metrics.refused("key")
                 return unauthorised("must be `Bearer` and an API key that is known here")
             caller = scope["dcar.caller"] = name
-        if self._rates is not None and path != "/metrics" and (wait := await self._rates.wait_for(caller)):
-            self._metrics.refused("rate")
-            seconds = max(1, math.ceil(wait))
-            detail = f"Too many requests from {caller}. Try again in {seconds} s."
-            return Problem(429, detail, headers={"Retry-After": str(seconds)})
-        return None
+        if self._rates is None or path == "/metrics":
+            return None
+        scope[_CHARGE] = partial(self._charge, self._rates, caller)
+        return await self._charge(self._rates, caller)
+
+    async def _charge(self, rates: Rates, caller: str, more: int | None = None) -> Problem | None:
+        wait = await rates.wait_for(caller, more)
+        if not wait:
+            return None
+        self._metrics.refused("rate")
+        seconds = max(1, math.ceil(wait))
+        detail = f"Too many requests from {caller}. Try again in {seconds} s."
+        return Problem(429, detail, headers={"Retry-After": str(seconds)})
 
     def _name(self, headers: Headers, *, metrics: bool) -> str | None:
         given = given_key(headers)
@@ -62,6 +73,18 @@ class Access:
         if metrics and self._admin is not None and is_key(given, self._admin.get_secret_value()):
             return "admin"
         return holder(self._keys, given)
+
+
+async def charge(request: Request, more: int) -> None:
+    """Count a request, which was counted when it came, as so many more.
+
+    Raises:
+        Problem: its caller asks too often.
+    """
+    charged: Callable[[int], Awaitable[Problem | None]] | None = request.scope.get(_CHARGE)
+    problem = await charged(more) if charged is not None and more else None
+    if problem is not None:
+        raise problem
 
 
 def unauthorised(message: str) -> Problem:

@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -99,7 +100,7 @@ class Embedder:
         encoder = snapshot.encoder
 
         async def embed() -> Vector:
-            (vector,) = await self.pixels(snapshot, [await self.decode(data, snapshot.preprocess)])
+            (vector,) = await self.pixels(snapshot, [await self.decode(data, snapshot.preprocess, self._max_pixels)])
             return vector
 
         return await self._remembered(await self._image_key(encoder.fingerprint, data), encoder.dim, embed)
@@ -120,14 +121,17 @@ class Embedder:
         rows = [ImageRow(snapshot.encoder, each) for each in pictures]
         return await self._batcher.submit_all(lane, rows)
 
-    async def decode(self, data: bytes, preprocess: "Preprocess") -> Pixels:
+    async def decode(self, data: bytes, preprocess: "Preprocess", max_pixels: int = sys.maxsize) -> Pixels:
         """uint8 (3, S, S), from a picture's file.
+
+        Args:
+            max_pixels: see `require_size`; a gallery's own pictures are only to be those that it took.
 
         Raises:
             ImageError: it cannot be read.
         """
         with self._metrics.timed("decode"):
-            held = await self._in_pool(require_size, data, self._max_pixels)
+            held = await self._in_pool(require_size, data, max_pixels)
             pool = self._large if held > _LARGE else self._pool
             return await asyncio.get_running_loop().run_in_executor(pool, _decode, data, preprocess)
 

@@ -41,6 +41,8 @@ def parse_keys(text: str) -> dict[str, str]:
         if name in keys:
             raise ValueError(f"has two keys named {name}")
         keys[name] = digest.lower()
+    if not keys:
+        raise ValueError("names no key; leave it out to let everybody search")
     return keys
 
 

@@ -6,6 +6,8 @@ refused before anything of it is read, and every fault has the caller's name for
 All dependencies are coroutines: FastAPI runs a plain function in a thread of its own, which costs more than a search.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Path, Query, Request
@@ -13,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 
-from app.access import unauthorised
+from app.access import charge, unauthorised
 from app.collections import Collections
 from app.keys import given_key, is_key
 from app.metrics import Metrics
@@ -134,6 +137,7 @@ async def read_batch(request: Request) -> list[Search]:
     settings = settings_of(request)
     if len(given) > settings.max_queries:
         raise field_problem("queries", f"at most {settings.max_queries}, not {len(given)}")
+    await charge(request, len(given) - 1)
     searches = []
     for number, each in enumerate(given):
         try:
@@ -153,14 +157,16 @@ async def read_picture(request: Request) -> Search:
     _check_charset(_content_type(request))
     (await retriever_of(request)).require_room()
     settings = settings_of(request)
-    async with request.form(max_files=1, max_fields=64, max_part_size=_PART_BYTES) as form:
+    async with _form(request) as form:
+        file = form.get("file")
+        if isinstance(file, str):
+            raise field_problem("file", "must be a file: send it with a file name")
         try:
             given = ImageForm.model_validate(_fields(form))
         except ValidationError as error:
             raise from_validation(error) from None
         _check(given, settings)
         text = _words(given.query, settings)
-        file = form.get("file")
         if not isinstance(file, UploadFile):
             raise field_problem("file", "a picture is required, as the form field `file`")
         if file.size is not None and file.size > settings.max_upload_bytes:
@@ -170,6 +176,21 @@ async def read_picture(request: Request) -> Search:
     if not data:
         raise field_problem("file", "the file is empty")
     return Search(given, text, data)
+
+
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[FormData]:
+    try:
+        form = await request.form(max_files=1, max_fields=64, max_part_size=_PART_BYTES)
+    except HTTPException as error:
+        raise field_problem("body", error.detail, status=error.status_code) from None
+    except OSError:
+        detail = "There is no room for uploads at the moment. Try again later."
+        raise Problem(503, detail, headers={"Retry-After": "10"}) from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def _fields(form: FormData) -> dict[str, Any]:
@@ -226,6 +247,7 @@ async def require_admin(request: Request) -> None:
         raise Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
     given = given_key(request.headers)
     if given is None or not is_key(given, key.get_secret_value()):
+        metrics_of(request).refused("key")
         raise unauthorised("must be `Bearer` and the admin key")
 
 

@@ -47,21 +47,29 @@ class Rates:
             self._client = connect(redis_url, timeout_s=timeout_s)
             self._shared = SlidingWindowCounterRateLimiter(_Storage(self._client))
 
-    async def wait_for(self, caller: str) -> float:
-        """Count one request; 0 when it may go on, else the seconds until it is worth trying again."""
+    async def wait_for(self, caller: str, more: int | None = None) -> float:
+        """Count one request; 0 when it may go on, else the seconds until it is worth trying again.
+
+        Args:
+            more: the request is counted already, but asks for so much more. What the rate never allows at a time counts
+                as all that it allows.
+        """
+        count = 1 if more is None else min(more, self._rate.amount - 1)
+        if count == 0:
+            return 0.0
         if self._shared is not None and self.breaker.allows():
             try:
                 async with asyncio.timeout(self._timeout):
-                    wait = await self._ask(self._shared, caller)
+                    wait = await self._ask(self._shared, caller, count)
             except STORE_FAULTS as error:
                 self.breaker.failed(error)
             else:
                 self.breaker.succeeded()
                 return wait
-        return await self._ask(self._here, caller)
+        return await self._ask(self._here, caller, count)
 
-    async def _ask(self, limiter: SlidingWindowCounterRateLimiter, caller: str) -> float:
-        if await limiter.hit(self._rate, caller):
+    async def _ask(self, limiter: SlidingWindowCounterRateLimiter, caller: str, count: int) -> float:
+        if await limiter.hit(self._rate, caller, cost=count):
             return 0.0
         stats = await limiter.get_window_stats(self._rate, caller)
         return max(0.1, stats.reset_time - time.time())

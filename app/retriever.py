@@ -127,14 +127,20 @@ class Retriever:
 
     async def search_all(self, snapshot: Snapshot, searches: Sequence[Search]) -> list[Answer]:
         """Several searches, answered by one version; one that cannot be answered fails them all, under its number."""
+        turns = asyncio.Semaphore(1 if any(_is_long(each) for each in searches) else len(searches))
+
+        async def answer(search: Search) -> Answer:
+            async with turns:  # re-ranked all at once, they would be too much for the model's queue
+                return await self._answer(snapshot, search)
+
         async with self._admitted(len(searches)):
-            answers = await asyncio.gather(*(self._answer(snapshot, each) for each in searches), return_exceptions=True)
-        for number, answer in enumerate(answers):
-            if isinstance(answer, Problem):
-                raise answer.within(f"queries.{number}")
-            if isinstance(answer, BaseException):
-                raise answer
-        return [answer for answer in answers if isinstance(answer, Answer)]
+            answers = await asyncio.gather(*map(answer, searches), return_exceptions=True)
+        for number, found in enumerate(answers):
+            if isinstance(found, Problem):
+                raise found.within(f"queries.{number}")
+            if isinstance(found, BaseException):
+                raise found
+        return [found for found in answers if isinstance(found, Answer)]
 
     async def item(self, snapshot: Snapshot, item_id: str) -> tuple[int, Item]:
         """An item and the version that knows it."""
@@ -256,6 +262,10 @@ class Retriever:
 def _is_quick(snapshot: Snapshot, options: Options, end: int) -> bool:
     plain = options.filter is None and options.fold is None and end <= _QUICK_DEPTH
     return plain and snapshot.quick
+
+
+def _is_long(search: Search) -> bool:
+    return search.options.rerank or search.options.explain
 
 
 def _at_once(call: Callable[[], T]) -> T:

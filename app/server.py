@@ -46,6 +46,7 @@ def serve(settings: Settings) -> None:
         failures.append(error)
         server.should_exit = True
 
+    _allow_connections()
     with listener:
         app = create_app(settings, on_start_failure=fail, tracer=tracer)
         host, port = listener.getsockname()[:2]
@@ -105,10 +106,21 @@ class _Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         collections.draining = True
-        log.info("going on for %g s, then ending", self._drain_s)
+        log.info("told to end: going on for %g s, then ending", self._drain_s)
         self._timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
         self._timer.daemon = True
         self._timer.start()
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets this process have: the usual 1,024 are few for connections."""
+    try:
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ImportError, ValueError, OSError):  # not a system that has them, or that lets them be raised
+        pass
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -4,6 +4,8 @@
 - Secrets are SecretStr, so that neither a log line nor a traceback shows them.
 """
 
+import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +17,8 @@ from app.keys import parse_keys
 from app.redis_client import check as check_redis
 from app.requests import MOST_QUERIES
 from dcar_core.errors import DcarError
+
+_SLIP = 0.85  # how alike a name and that of a setting are, from 0 to 1, to be taken for it with a slip
 
 
 class Settings(BaseSettings):
@@ -105,7 +109,7 @@ class Settings(BaseSettings):
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _are_origins(cls, value: object) -> object:
-        origins = tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+        origins = tuple(o.rstrip("/") for o in value.replace(",", " ").split()) if isinstance(value, str) else value
         if isinstance(origins, tuple) and not all(o == "*" or "://" in o for o in origins):
             raise ValueError("must be origins such as https://shop.example, or *")
         return origins
@@ -143,8 +147,14 @@ def load_settings(**given: Any) -> Settings:
     """The settings from flags (None: not given) and the environment.
 
     Raises:
-        DcarError: a value is wrong or missing; one line names its variable, never the value of a secret.
+        DcarError: a value is wrong or missing, or a variable has a slip in its name; one line names the variable, never
+            the value of a secret.
     """
+    for variable in sorted(os.environ):
+        name = variable.removeprefix("DCAR_").lower()
+        if variable.startswith("DCAR_") and name not in Settings.model_fields:  # others are of other commands
+            for meant in difflib.get_close_matches(name, Settings.model_fields, 1, _SLIP):
+                raise DcarError(f"{variable}: there is no such setting; is DCAR_{meant.upper()} meant?")
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

@@ -29,7 +29,7 @@ from app.remembered import Answers
 from app.settings import Settings
 from dcar_core.errors import ArtifactError, DcarError
 from index_jobs import filters
-from index_jobs.artifact import Artifact, current_version, open_current
+from index_jobs.artifact import Artifact, current_version, open_current, version_numbers
 from index_jobs.filters import Mask
 
 if TYPE_CHECKING:  # torch takes seconds; the health check need not wait for it
@@ -90,6 +90,10 @@ def require_index(index: Path) -> int:
         ArtifactError: nothing is published there; the message says what to run.
     """
     version = current_version(index)
+    if version is None and version_numbers(index):
+        raise ArtifactError(
+            f"{index} has versions, but CURRENT is lost; `dcar index rollback {index}` names the newest"
+        )
     if version is None:
         raise ArtifactError(
             f"there is no index in {index}; make one with "

@@ -166,6 +166,9 @@ def _require_addressable_ids(table: pa.Table) -> None:
     ids = table["id"]
     for word in _ADDRESSES:
         _require_none(ids, pc.ends_with(ids, "/" + word), f"ends in /{word}, as addresses of items' parts do")
+    _require_none(
+        ids, pc.match_substring_regex(ids, "[\\x00-\\x1f\\x7f]"), "has a line break or another control character"
+    )
     _require_none(ids, pc.is_in(ids, pa.array([".", ".."])), "means another place in an address")
     _require_none(ids, pc.greater(pc.utf8_length(ids), _LONGEST_ID), f"is longer than {_LONGEST_ID} characters")
 

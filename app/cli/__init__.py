@@ -6,6 +6,8 @@ mend are one line on stderr and exit status 1.
 
 import logging
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -22,6 +24,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dcar {version('dcar')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    show: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and end.")] = False,
+) -> None:
+    pass
+
+
 app.add_typer(training.commands)
 app.add_typer(datasets.commands, name="data")
 app.add_typer(indexing.commands, name="index")

@@ -34,6 +34,7 @@ def test_keys_are_told_apart_by_their_hashes() -> None:
 def test_settings_name_what_is_wrong_with_keys_rates_and_origins(tmp_path: Path) -> None:
     for given, name in (
         ({"api_keys": "x"}, "API_KEYS"),
+        ({"api_keys": " , "}, "API_KEYS"),
         ({"rate_limit": "fast"}, "RATE_LIMIT"),
         ({"rate_limit": "20/second, 600/minute"}, "RATE_LIMIT"),
         ({"rate_limit": "20/second; 600/minute"}, "RATE_LIMIT"),
@@ -91,6 +92,16 @@ def test_a_caller_that_asks_too_often_waits(built_index: Path) -> None:
             assert "alice" in refused.json()["detail"]
             assert (await ask(BOB)).status_code == 200
             assert (await client.get("/healthz")).status_code == 200
+        async with opened(built_index, rate_limit="5/minute", **KEYS) as client:
+
+            async def several(count: int, key: str) -> int:
+                body = {"queries": [WORDS] * count}
+                return (await client.post("/search/batch", json=body, headers=bearer(key))).status_code
+
+            assert [await several(count, ALICE) for count in (3, 3, 1)] == [200, 429, 200], (
+                "a batch counts as its searches"
+            )
+            assert [await several(count, BOB) for count in (20, 1)] == [200, 429], "it may take all that there is"
         async with opened(built_index, rate_limit="1/second") as client:
 
             async def allowed() -> bool:

@@ -1,6 +1,7 @@
 """Whatever is sent: a 4xx in the form of RFC 9457 that names the field, and no traceback in the log."""
 
 import asyncio
+import errno
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -212,6 +214,22 @@ def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_other(
             gate.set()
             assert [answer.status_code for answer in await asyncio.gather(*large)] == [200] * 5
             assert most == 1
+
+    asyncio.run(main())
+
+
+def test_forms_that_hold_no_picture_say_what_is_wrong(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            check(await client.post("/search/image", files={"file": (None, "a text")}), 422, "file")
+            two = [("file", png()), ("file", png())]
+            assert "many files" in check(await client.post("/search/image", files=two), 400, "body")["detail"]
+            check(await client.post("/search/image", files={"file": png()}, data={"query": "a" * 20_000}), 400, "body")
+            full = OSError(errno.ENOSPC, "No space left on device")
+            monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", Mock(side_effect=full))
+            refused = await client.post("/search/image", files={"file": png()})
+            check(refused, 503)
+            assert refused.headers["retry-after"] == "10"
 
     asyncio.run(main())
 

@@ -1,6 +1,7 @@
 """The command line as a whole: what a user can mend is one line."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(command: lis
     done = CliRunner().invoke(app, ["index", *command, "--gallery", "g", "--workers", "-1"])
     assert done.exit_code == 2
     assert "--workers" in done.output
+
+
+def test_the_version_is_told() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"dcar {version('dcar')}\n"

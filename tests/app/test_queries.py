@@ -386,6 +386,18 @@ def test_reranking_side_by_side_with_little_room(
     asyncio.run(main())
 
 
+def test_a_request_is_not_too_much_for_itself(built_index: Path) -> None:
+    """Re-ranked all at once its queries would wait longer for the model than a query may."""
+
+    async def main() -> None:
+        async with opened(built_index, max_queue_ms=1, cache_size=0) as http:
+            body = {"queries": [{"query": f"a red square {i}", "k": 8, "rerank": True} for i in range(8)]}
+            for _ in range(2):  # how long it takes is known from the first on
+                assert (await http.post("/search/batch", json=body)).status_code == 200
+
+    asyncio.run(main())
+
+
 def test_reranking_needs_weights_and_pictures(
     tmp_path: Path, gallery: Path, tiny_model: Path, tiny_checkpoint: Path
 ) -> None:

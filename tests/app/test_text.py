@@ -80,6 +80,13 @@ def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.
         with pytest.raises(DcarError, match=r"^DCAR_COLLECTIONS: "):
             load_settings(index=tmp_path)
     monkeypatch.delenv("DCAR_COLLECTIONS")
+    monkeypatch.setenv("DCAR_API_KEY", "shop:hash")
+    with pytest.raises(DcarError, match="DCAR_API_KEY: there is no such setting; is DCAR_API_KEYS meant"):
+        load_settings(index=tmp_path)
+    monkeypatch.delenv("DCAR_API_KEY")
+    monkeypatch.setenv("DCAR_FEATURES", "of another command")
+    monkeypatch.setenv("DCAR_CORS_ORIGINS", "https://shop.example/, https://other.example")
+    assert load_settings(index=tmp_path).cors_origins == ("https://shop.example", "https://other.example")
     with pytest.raises(DcarError, match="redis://"):
         load_settings(index=tmp_path, redis_url="http://localhost")
     shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))  # type: ignore[arg-type]

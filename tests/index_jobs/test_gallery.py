@@ -283,6 +283,12 @@ def bad_dots(root: Path) -> Path:
     return root
 
 
+def bad_line(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "new\nline"})
+    return root
+
+
 def bad_long(root: Path) -> Path:
     write(root / "a.png", png())
     jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "x" * 1025})
@@ -326,6 +332,7 @@ def bad_name_column(root: Path) -> Path:
         (bad_escape, "leads out of the list's folder"),
         (bad_ids, r"a\.png and c\.png both have the id '7'"),
         (bad_address, "the id 'shop/7/image' ends in /image, as addresses of items' parts do"),
+        (bad_line, r"the id 'new\\nline' has a line break or another control character; give another"),
         (bad_dots, r"the id '\.\.' means another place in an address; give another"),
         (bad_long, r"the id 'x{80}' is longer than 1024 characters; give another"),
         (bad_repeat, r"a\.png is listed twice; keep one row"),
