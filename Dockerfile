@@ -4,14 +4,17 @@
 # much smaller CPU build give the index of CPU wheels that PyTorch's install page names:
 #   PIP_EXTRA_INDEX_URL=<that index> docker compose build
 # A mirror goes into PIP_INDEX_URL. PIP_FIND_LINKS and PIP_CONSTRAINT are addresses, or paths that the build can see
-# (podman build -v DIR:DIR:ro). BASE is any Debian with Python 3.11 or newer as `python`, with pip.
+# (podman build -v DIR:DIR:ro). BASE is any Debian with Python 3.11 or newer as `python`, with pip. EXTRAS are parts of
+# pyproject.toml that the image is to have as well: openvino (several times as fast on a CPU), otel, http, s3, ...
 ARG BASE=python:3.12-slim
 
 # What pyproject.toml asks for, alone: an edit there that leaves the dependencies as they are installs nothing anew.
 FROM ${BASE} AS requirements
+ARG EXTRAS=""
 COPY pyproject.toml .
-RUN python -c "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > /requirements.txt
+RUN python -c "import sys, tomllib; wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    extras = sys.argv[1].replace(',', ' ').split(); parts = [wanted['optional-dependencies'][each] for each in extras]; \
+    print(*sum(parts, wanted['dependencies']), sep='\n')" "$EXTRAS" > /requirements.txt
 
 FROM ${BASE} AS builder
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
@@ -32,7 +35,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM ${BASE}
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dcar \
-    && install -d -o dcar -g dcar /data
+    && install -d -o dcar -g dcar /data /cache
 # The dependencies are a layer of their own; a change of the source replaces the small ones after it.
 COPY --from=builder /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
@@ -42,8 +45,9 @@ RUN pip --python /opt/venv/bin/python install --no-index --no-deps --no-cache-di
 WORKDIR /app
 COPY examples/emoji examples/emoji
 
-# By number, so that an orchestrator can tell that it is not root. The index lies in /data, on a volume.
+# By number, so that an orchestrator can tell that it is not root. The index lies in /data, exports of the model and what
+# was measured of them in /cache, both on volumes.
 USER 10001:10001
-ENV DCAR_HOST=0.0.0.0 DCAR_PORT=8000
+ENV DCAR_HOST=0.0.0.0 DCAR_PORT=8000 DCAR_RUNTIME_CACHE=/cache
 EXPOSE 8000
 CMD ["dcar", "serve"]
