@@ -9,6 +9,7 @@ are other directories, and a table never mixes them. A run that was killed goes 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,12 @@ class Runs:
 
     def _directory(self, chosen: ModelConfig, seed: int, lr: float) -> Path:
         config = replace(self.config, seed=seed, lr=lr)
-        keys = [data_key(split, self.cache) for split in self.splits.values()]
-        key = digest(self.cache.backbone_hash, chosen.to_dict(), config.to_dict(), keys)[:8]
+        key = digest(self.cache.backbone_hash, chosen.to_dict(), config.to_dict(), self._data_keys)[:8]
         return self.out / "runs" / chosen.method / f"seed{seed}-lr{lr:g}-{key}"
+
+    @cached_property
+    def _data_keys(self) -> list[str]:
+        return [data_key(split, self.cache) for split in self.splits.values()]
 
 
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,13 +57,15 @@ def test_memory_forgets_what_was_longest_unused() -> None:
     asyncio.run(main())
 
 
-def test_breaker() -> None:
-    breaker = Breaker(failures=2, pause_s=0.05)
+def test_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("app.breaker.time", SimpleNamespace(monotonic=lambda: now))
+    breaker = Breaker(failures=2, pause_s=5)
     breaker.failed(OSError("x"))
     assert breaker.allows()
     breaker.failed(OSError("x"))
     assert not breaker.allows()
-    time.sleep(0.06)
+    now = 5.1
     assert breaker.allows(), "one trial"
     assert not breaker.allows(), "and no stampede"
     breaker.succeeded()
