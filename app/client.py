@@ -120,11 +120,13 @@ class Client:
         body = {"queries": [{"query": query, **options} for query in queries]}
         return self._ask(BatchAnswer, "POST", f"{self._prefix}/search/batch", json=body).answers
 
-    def search_image(self, picture: Path | bytes, query: str = "", **options: Unpack[SearchOptions]) -> SearchAnswer:
+    def search_image(
+        self, picture: Path | str | bytes, query: str = "", **options: Unpack[SearchOptions]
+    ) -> SearchAnswer:
         """Find the pictures that are like the one given, as a file or its bytes, and like the words beside it."""
         import json
 
-        data = picture if isinstance(picture, bytes) else picture.read_bytes()
+        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         fields: dict[str, Any] = {"query": query} if query else {}
         for name, value in options.items():
             fields[name] = value if name in ("more_like", "less_like") else json.dumps(value)

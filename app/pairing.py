@@ -1,7 +1,8 @@
 """What looks at a query together with each of some results: re-ranking, and explaining.
 
 - Re-ranking encodes the query once for every candidate, with DCAR's exact weights for that pair, and compares it with
-  the candidate's vector again. Every candidate is treated alike; one whose picture is gone fails the request.
+  the candidate's vector again. Every candidate is treated alike, but one whose picture is gone keeps its score and
+  comes after the others; it has no map either.
 - A word's weight is what the model's head predicts from the text; for a result it is the exact one of the pair.
 - A picture's relevance map is measured: how much the score falls when a part of it is blanked. It needs nothing but the
   encoder, and holds for whatever the query consists of.
@@ -55,20 +56,23 @@ class Pairing:
         """The same hits, scored and sorted by the exact pair weights.
 
         Raises:
-            Problem: the model knows no token weights, or a picture is gone.
+            Problem: the model knows no token weights, or every picture is gone.
         """
         if not snapshot.encoder.domain.weighs:
             raise Problem(409, "This model was trained without token weights, so there is nothing to re-rank by.")
         if not hits:
             return []
         pairs = await _pairs(snapshot)
-        frozen = await self._frozen(snapshot, [hit.row for hit in hits])  # [C, E]
-        factors = await self._embedder.with_model(pairs.weights, text, frozen)  # [C, n]
+        frozen = await self._frozen(snapshot, [hit.row for hit in hits])
+        there, gone = [hit for hit in hits if hit.row in frozen], [hit for hit in hits if hit.row not in frozen]
+        if not there:
+            raise _no_pictures()
+        factors = await self._embedder.with_model(pairs.weights, text, np.stack(list(frozen.values())))  # [C, n]
         texts = await self._embedder.weighted(snapshot, text, factors)  # [C, E]
-        images = await asyncio.to_thread(vectors_of, snapshot, [hit.row for hit in hits])  # [C, E]
+        images = await asyncio.to_thread(vectors_of, snapshot, [hit.row for hit in there])  # [C, E]
         scores = np.einsum("ce,ce->c", texts, images)
-        scored = [replace(hit, reranked=float(score)) for hit, score in zip(hits, scores, strict=True)]
-        return sorted(scored, key=lambda hit: -(hit.reranked or 0.0))
+        scored = [replace(hit, reranked=float(score)) for hit, score in zip(there, scores, strict=True)]
+        return sorted(scored, key=lambda hit: -(hit.reranked or 0.0)) + gone
 
     async def words(self, snapshot: Snapshot, text: str) -> Words:
         """The query's words with the weights that the text alone gives them."""
@@ -76,45 +80,71 @@ class Pairing:
         factors = await self._embedder.with_model(pairs.predicted, text)
         return pairs.words(text, factors)
 
-    async def explain(self, snapshot: Snapshot, text: str, vector: Vector, hit: Hit) -> Explanation:
-        """Why a result has its score: by the query's vector (E,), and by its words if it has any."""
-        (pixels,) = await self._pictures(snapshot, [hit.row])
+    async def explain(
+        self, snapshot: Snapshot, text: str, vector: Vector, hits: Sequence[Hit]
+    ) -> list[Explanation | None]:
+        """Why results have their scores: by the query's vector (E,), and by its words if it has any.
+
+        Raises:
+            Problem: every picture is gone.
+        """
+        explained = []
+        for hit in hits:  # one after the other: others get their turn
+            explained.append(await self._explained(snapshot, text, vector, hit))
+        if hits and not any(explained):
+            raise _no_pictures()
+        return explained
+
+    async def _explained(self, snapshot: Snapshot, text: str, vector: Vector, hit: Hit) -> Explanation | None:
+        pixels = (await self._pictures(snapshot, [hit.row])).get(hit.row)
+        if pixels is None:
+            return None
         parts, part_of = blanked(pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.domain.patches)
         whole, *without = await self._embedder.pixels(snapshot, [pixels, *parts])
         falls = np.array([float(vector @ (whole - each)) for each in without])
         words = None
         if text and snapshot.encoder.domain.weighs:
             pairs = await _pairs(snapshot)
-            frozen = await self._frozen(snapshot, [hit.row])
-            factors = await self._embedder.with_model(pairs.weights, text, frozen)
+            frozen = (await self._frozen(snapshot, [hit.row])).get(hit.row)
+            if frozen is None:
+                return None
+            factors = await self._embedder.with_model(pairs.weights, text, frozen[None])
             words = pairs.words(text, factors[0])
         return Explanation(np.round(falls[part_of], 4).tolist(), words)
 
-    async def _frozen(self, snapshot: Snapshot, rows: Sequence[int]) -> Vector:
+    async def _frozen(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Vector]:
+        """By row, in their order, the frozen features of those whose pictures are there."""
         kept = snapshot.frozen
         known = {row: kept[row] for row in rows if row in kept}  # what others let go of meanwhile is still here
         missing = [row for row in rows if row not in known]
-        if missing:
-            pixels = await self._pictures(snapshot, missing)
+        pixels = await self._pictures(snapshot, missing)
+        if pixels:
             pairs = await _pairs(snapshot)
-            features = await self._embedder.with_model(pairs.frozen, np.stack(pixels))
-            found = dict(zip(missing, features, strict=True))
+            features = await self._embedder.with_model(pairs.frozen, np.stack(list(pixels.values())))
+            found = dict(zip(pixels, features, strict=True))
             known |= found
             kept.update(found)
             most = _KEPT // features[0].nbytes
             while len(kept) > most:
                 del kept[next(iter(kept))]
-        return np.stack([known[row] for row in rows])
+        return {row: known[row] for row in rows if row in known}
 
-    async def _pictures(self, snapshot: Snapshot, rows: Sequence[int]) -> list[Pixels]:
-        async def picture(row: int) -> Pixels:
-            data = await asyncio.to_thread(snapshot.artifact.image_bytes, row)
-            return await self._embedder.decode(data, snapshot.encoder.preprocess)
+    async def _pictures(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+        """By row, in their order, the pictures that are still in the gallery."""
 
-        try:
-            return await asyncio.gather(*map(picture, rows))
-        except (ArtifactError, ImageError, OSError):
-            raise Problem(409, "This needs the results' pictures, and one is no longer in the gallery.") from None
+        async def picture(row: int) -> Pixels | None:
+            try:
+                data = await asyncio.to_thread(snapshot.artifact.image_bytes, row)
+                return await self._embedder.decode(data, snapshot.encoder.preprocess)
+            except (ArtifactError, ImageError, OSError):
+                return None
+
+        found = zip(rows, await asyncio.gather(*map(picture, rows)), strict=True)
+        return {row: pixels for row, pixels in found if pixels is not None}
+
+
+def _no_pictures() -> Problem:
+    return Problem(409, "This needs the results' pictures, and none of them is in the gallery any more.")
 
 
 async def _pairs(snapshot: Snapshot) -> "Pairs":

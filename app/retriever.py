@@ -194,12 +194,13 @@ class Retriever:
             with self._metrics.timed("rerank"):
                 hits = await self._pairing.rerank(snapshot, search.text, hits[:reranked]) + hits[reranked:]
         shown = hits[options.offset : end]
-        words, explanations = None, []
+        words: Words | None = None
+        explanations: Sequence[Explanation | None] = []
         if options.explain:
             with self._metrics.timed("explain"):
                 words = await self._pairing.words(snapshot, search.text) if search.text else None
-                for hit in shown[: self._settings.explain_results]:  # one after the other: others get their turn
-                    explanations.append(await self._pairing.explain(snapshot, search.text, vector, hit))
+                explained = shown[: self._settings.explain_results]
+                explanations = await self._pairing.explain(snapshot, search.text, vector, explained)
         if reranked or options.explain:
             matches = await self._in_pool(_matches, snapshot, shown, explanations)
         following = end if len(hits) > end and end < self._settings.max_window else None
@@ -273,7 +274,7 @@ def _at_once(call: Callable[[], T]) -> T:
     return call()
 
 
-def _matches(snapshot: Snapshot, hits: Sequence[Hit], explanations: Sequence[Explanation]) -> list[Match]:
+def _matches(snapshot: Snapshot, hits: Sequence[Hit], explanations: Sequence[Explanation | None]) -> list[Match]:
     item = snapshot.artifact.item
     explained = [*explanations, *[None] * len(hits)]
     return [

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from dcar_core import sealed
 from dcar_core.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.config import LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.domain import Domain
-from dcar_core.errors import ModelError
+from dcar_core.errors import ImageError, ModelError
 from dcar_core.images import ImageSource
 from dcar_core.mapped import release
 from dcar_core.runtimes.exports import default_cache
@@ -164,20 +165,34 @@ class Encoder:
         """Texts -> float32 (n, E), L2-normalised. What exceeds the context is cut.
 
         Batches are formed by length, so that a short text is not padded to a long one's size.
+
+        Raises:
+            TypeError: one text in place of several.
         """
+        if isinstance(texts, str):
+            raise TypeError("encode_text takes a list of texts, such as [text]")
         return self.domain.encode_text(self.runtime, texts, batch_size)
 
     def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> NDArray[np.float32]:
         """Pictures (PIL, path or bytes) -> float32 (n, E), L2-normalised.
 
         Raises:
-            ImageError: a picture cannot be read.
+            ImageError: a picture cannot be read; names it, if it is given by its path.
+            TypeError: one picture in place of several.
         """
+        if isinstance(images, str | bytes | Path | Image.Image):
+            raise TypeError("encode_images takes a list of pictures, such as [picture]")
         out = np.empty((len(images), self.dim), np.float32)
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            out[start : start + len(part)] = self.encode_pixels(np.stack([self.preprocess(image) for image in part]))
+            out[start : start + len(part)] = self.encode_pixels(np.stack([self._read(image) for image in part]))
         return out
+
+    def _read(self, image: ImageSource) -> NDArray[np.uint8]:
+        try:
+            return self.preprocess(image)
+        except ImageError as error:
+            raise (ImageError(f"{image}: {error}") if isinstance(image, str | Path) else error) from None
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass."""

@@ -81,9 +81,11 @@ def pairs_of(gallery: "Gallery", validation: Path | None) -> Pairs | None:
 
 
 def _validation(gallery: "Gallery", data: Path) -> Pairs:
-    from dcar_core.data import load_split
+    from dcar_core.data import MISSING, load_split
 
-    split, _ = load_split(data, "val")
+    split, report = load_split(data, "val", pictures="present")  # a product that is gone takes its picture along
+    if missing := report.names.get(MISSING):
+        logger.warning("%d validation pictures of %s are missing, such as %s", len(missing), data, missing[0])
     real = _resolver()
     found = [(sample.caption, _known_by(split.root, sample.image, real)) for sample in split.samples]
     rows = _rows_of(gallery, {key for _, keys in found for key in keys}, real)

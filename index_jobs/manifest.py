@@ -69,6 +69,7 @@ class Manifest:
     rebuild: str = ""  # why a rebuild from a gallery is worth it by now
     cutoff: dict[str, Any] = field(default_factory=dict)  # of "auto" min_score, see cutoff.py; empty: not calibrated
     runtime: str = ""  # what ran the encoder; "" in versions that are older than this field
+    replaced: int | None = None  # the version that was current before; None: the first, or older than this field
     exact: bool = False  # pictures to pixels bit for bit as open_clip does it
     metric: str = "inner_product"
     format: int = FORMAT

@@ -96,7 +96,8 @@ def publish(
     files = {
         name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
     }
-    manifest = replace(manifest, version=version, files=files)
+    before = current_version(index)
+    manifest = replace(manifest, version=version, files=files, replaced=before)
     write_json(staging / MANIFEST, manifest.to_dict())
     sync_tree(staging)
     staged = Artifact(staging)
@@ -106,7 +107,7 @@ def publish(
     sync(index / VERSIONS)
     _point(index, version)
     in_milvus = milvus.places(index)
-    _prune(index, keep)
+    _prune(index, keep, {version, before})
     milvus.follow(index, version, in_milvus)
     return manifest
 
@@ -127,9 +128,9 @@ def share(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> dict[s
 
 
 def rollback(index: Path, to: int | None = None) -> int:
-    """Make an earlier version current: the one named, or the newest before the current one. Returns its number.
+    """Make an earlier version current: the one named, or the one that the current one replaced. Returns its number.
 
-    Where CURRENT is lost, the newest of all.
+    Where that is gone, the newest before the current one; where CURRENT is lost, the newest of all.
 
     Raises:
         ArtifactError: there is no such version, or it is not whole; CURRENT is then unchanged.
@@ -146,11 +147,19 @@ def rollback(index: Path, to: int | None = None) -> int:
                 raise ArtifactError(f"{index} holds no published index")
             if not earlier:
                 raise ArtifactError(f"{index} has no version before {current} to roll back to")
-            to = earlier[-1]
+            replaced = _replaced_by(index, current)
+            to = replaced if replaced in earlier else earlier[-1]
         open_version(index, to).verify()
         _point(index, to)
         milvus.follow(index, to, milvus.places(index))
     return to
+
+
+def _replaced_by(index: Path, current: int | None) -> int | None:
+    """The version that the current one took the place of, where that can be told."""
+    with contextlib.suppress(ArtifactError):
+        return Manifest.read(index / VERSIONS / str(current) / MANIFEST).replaced
+    return None
 
 
 @contextlib.contextmanager
@@ -195,9 +204,9 @@ def clear(index: Path, work: Path, wanted: Callable[[Path], bool]) -> None:
             discard(index, folder)
 
 
-def _prune(index: Path, keep: int) -> None:
-    """Remove all but the newest versions; never the current one, and never in the way of the publication itself."""
-    current = current_version(index)
-    for number in version_numbers(index)[:-keep]:
-        if number != current:
-            discard(index, index / VERSIONS / str(number))
+def _prune(index: Path, keep: int, always: set[int | None]) -> None:
+    """Remove all versions but so many: `always`, as far as they may be kept, then the newest. Never the first of them."""
+    numbers = version_numbers(index)
+    ranked = sorted(numbers, key=lambda number: (number in always, number), reverse=True)
+    for number in ranked[keep:]:
+        discard(index, index / VERSIONS / str(number))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import EXAMPLES, Device, IndexDir, Runtime
-from dcar_core.errors import DcarError, ImageError
+from dcar_core.errors import DcarError
 
 commands = typer.Typer()
 
@@ -55,10 +55,7 @@ def search(
     artifact.require(encoder.fingerprint)
     path = Path(query)
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES
-    try:
-        vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([query])
-    except ImageError as error:
-        raise DcarError(f"{path}: {error}") from error
+    vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([query])
     scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
     results: list[dict[str, Any]] = []
     for score, row in zip(scores[0], rows[0], strict=True):

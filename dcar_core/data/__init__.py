@@ -6,12 +6,13 @@ The forms that are read are described in docs/data.md.
 """
 
 from dcar_core.data.check import CheckedSplit, check
-from dcar_core.data.load import Pictures, load_split, load_splits, splits_of
+from dcar_core.data.load import MISSING, Pictures, load_split, load_splits, splits_of
 from dcar_core.data.report import CleaningReport, describe, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
 from dcar_core.data.write import write_splits
 
 __all__ = [
+    "MISSING",
     "SPLITS",
     "CheckedSplit",
     "CleaningReport",

@@ -24,7 +24,8 @@ from dcar_core.data.tables import read_table, read_tar
 from dcar_core.errors import DataError
 from dcar_core.images import ImageRoot
 
-Pictures = Literal["require", "skip", "ignore"]
+Pictures = Literal["require", "present", "skip", "ignore"]
+MISSING = "pictures missing, left out"
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _IN_NAME = re.compile(r"(?:^|[_\-.])(train|val|test)(?:$|[_\-.]\d+$)", re.IGNORECASE)
 _FORMS = "train.json (FDRD's form), train.jsonl, train.csv, train.tar, or pairs.jsonl or pairs.csv with a split column"
@@ -77,7 +78,7 @@ class Annotations:
                     f"{shorten(missing)}. Point --images to the folder or tar that holds them, or leave them out with "
                     f"--skip-broken"
                 )
-            report.add("pictures missing, left out", names=missing)
+            report.add(MISSING, names=missing)
             report.add("pictures broken, left out", names=broken)
         samples = list(clean(found, report))
         if not samples:
@@ -138,8 +139,8 @@ def load_split(
         path: the directory that holds the annotations, or one annotation file.
         split: train, val or test.
         images: the image root, when it is not `path` (or the file's folder).
-        pictures: "require" that every picture is there; "skip" those that are missing or cannot be decoded, and report
-            their names; "ignore" pictures altogether, and read annotations alone.
+        pictures: "require" that every picture is there; those that are "present", and report the others' names; "skip"
+            those that cannot be decoded as well; "ignore" pictures altogether, and read annotations alone.
 
     Raises:
         DataError: no annotations, none for this split, a field that is missing, or missing pictures; names the file

@@ -421,7 +421,16 @@ def test_reranking_needs_weights_and_pictures(
             assert "words" not in explained["results"][0]["explanation"]
         (changing / "circle/red.png").unlink()
         async with opened(tmp_path / "index", rerank_depth=24) as http:
-            assert "picture" in check(await http.post("/search/text", json=body), 409)["detail"]
+            results = (await http.post("/search/text", json=body | {"explain": True})).json()["results"]
+            assert ["rerank_score" in result for result in results] == [True] * 23 + [False]
+            assert results[-1]["caption"] == "a red circle"
+            alone = {"query": "red", "filter": {"caption": ["a red circle", "a blue circle"]}, "explain": True}
+            results = (await http.post("/search/text", json=alone)).json()["results"]
+            assert {r["caption"]: "explanation" in r for r in results} == {"a red circle": False, "a blue circle": True}
+            shutil.rmtree(changing)
+            assert "none of them" in check(await http.post("/search/text", json=alone | {"k": 3}), 409)["detail"]
+        async with opened(tmp_path / "index") as http:
+            assert "none of them" in check(await http.post("/search/text", json=body), 409)["detail"]
             assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
 
     asyncio.run(main())

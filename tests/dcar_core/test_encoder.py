@@ -9,7 +9,7 @@ from dcar_core import Encoder
 from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.config import LossConfig, ModelConfig
-from dcar_core.errors import CheckpointError, ModelError
+from dcar_core.errors import CheckpointError, ImageError, ModelError
 from dcar_core.model import DCAR
 
 
@@ -106,3 +106,14 @@ def test_query_weights_come_from_the_text_alone(tiny_model: Path) -> None:
 def test_a_missing_device_is_named() -> None:
     with pytest.raises(ModelError, match="no device 'cuda:99'"):
         Encoder.load("unused", device="cuda:99")
+
+
+def test_one_text_or_picture_is_no_list_of_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    with pytest.raises(TypeError, match="list of texts"):
+        encoder.encode_text("crying cat")
+    for picture in ("a.png", Path("a.png"), b"bytes", Image.new("RGB", (8, 8))):
+        with pytest.raises(TypeError, match="list of pictures"):
+            encoder.encode_images(picture)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
+        encoder.encode_images([Image.new("RGB", (8, 8)), tmp_path / "nowhere.png"])

@@ -235,6 +235,21 @@ def test_versions_are_kept_listed_and_rolled_back(index: Path) -> None:
     assert [manifest.version for manifest in verify_index(index)] == [5]
 
 
+def test_what_is_replaced_is_kept_and_rolled_back_to(index: Path) -> None:
+    """Not a newer version, which was given up for it."""
+    assert [publish_copy(index, keep=3) for _ in range(2)] == [2, 3]
+    assert rollback(index, 1) == 1
+    assert publish_copy(index, keep=3) == 4
+    assert version_numbers(index) == [1, 3, 4]
+    assert rollback(index) == 1
+    assert rollback(index, 3) == 3
+    assert publish_copy(index, keep=2) == 5
+    assert version_numbers(index) == [3, 5]
+    manifest = index / "versions/5/manifest.json"
+    manifest.write_text("{}")
+    assert rollback(index) == 3, "the newest before, where it is not known"
+
+
 def test_a_number_is_never_used_twice(index: Path) -> None:
     publish_copy(index)
     rollback(index)

@@ -128,6 +128,17 @@ def named(gallery: Gallery, data: Path) -> dict[str, str]:
     return {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
 
 
+def test_validation_pictures_that_are_gone_are_left_out(
+    tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    (data / load_split(data, "val")[0].samples[0].image).unlink()
+    found = gate.pairs_of(scan(data), data)
+    assert found is not None
+    assert len(found.texts) == 5
+    assert "1 validation pictures of" in caplog.text
+
+
 def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:
     """The folder by another name, on either side, and pictures that are links themselves."""
     data = tmp_path / "data"
