@@ -1,5 +1,6 @@
 """What was found, as the plain dicts of the answers; `schemas` documents them."""
 
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -9,7 +10,7 @@ from pydantic_core import to_json
 
 from app.pairing import Words
 from app.queries import collection_of
-from app.retriever import Answer, Match
+from app.retriever import Answer, Listed, Match
 from index_jobs.artifact import Item
 
 
@@ -24,12 +25,12 @@ class JsonAnswer(Response):
 
 def search_answer(request: Request, answer: Answer) -> dict[str, Any]:
     """As `SearchAnswer`; what was not asked for is absent."""
-    items = _items(request)
+    items, ranked = _items(request), enumerate(answer.matches, answer.offset + 1)
     body: dict[str, Any] = {
         "index_version": answer.version,
         "took_ms": round(answer.took_ms, 2),
         "cached": answer.cached,
-        "results": [_result(items, rank, match) for rank, match in enumerate(answer.matches, answer.offset + 1)],
+        "results": [_result(items, rank, match, answer.fields) for rank, match in ranked],
     }
     if answer.next_offset is not None:
         body["next_offset"] = answer.next_offset
@@ -42,17 +43,33 @@ def search_answer(request: Request, answer: Answer) -> dict[str, Any]:
 
 def item_answer(request: Request, version: int, item: Item) -> dict[str, Any]:
     """As `ItemAnswer`."""
+    return {"index_version": version, **_known(_items(request), item)}
+
+
+def list_answer(request: Request, found: Listed) -> dict[str, Any]:
+    """As `ItemList`."""
+    items = _items(request)
+    body: dict[str, Any] = {
+        "index_version": found.version,
+        "count": found.count,
+        "items": [_known(items, item) for item in found.items],
+    }
+    if found.next_offset is not None:
+        body["next_offset"] = found.next_offset
+    return body
+
+
+def _known(items: str, item: Item) -> dict[str, Any]:
     return {
-        "index_version": version,
         "id": item.id,
         "caption": item.caption,
         "category": item.category,
         "metadata": item.metadata,
-        "image_url": _image_url(_items(request), item.id),
+        "image_url": _image_url(items, item.id),
     }
 
 
-def _result(items: str, rank: int, match: Match) -> dict[str, Any]:
+def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "rank": rank,
         "id": match.item.id,
@@ -61,6 +78,9 @@ def _result(items: str, rank: int, match: Match) -> dict[str, Any]:
         "category": match.item.category,
         "image_url": _image_url(items, match.item.id),
     }
+    if fields:
+        known = match.item.metadata
+        result["metadata"] = known if "*" in fields else {name: known[name] for name in fields if name in known}
     if match.reranked is not None:
         result["rerank_score"] = round(match.reranked, 6)
     if match.folded:

@@ -26,6 +26,7 @@ from app.schemas import (
     Collection,
     CollectionList,
     ItemAnswer,
+    ItemList,
     ProblemAnswer,
     Readiness,
     Reloaded,
@@ -54,6 +55,7 @@ class SearchOptions(TypedDict, total=False):
     more_like: list[str]
     less_like: list[str]
     weights: dict[str, float]
+    fields: list[str]
     fold: float
     rerank: bool
     explain: bool
@@ -129,7 +131,7 @@ class Client:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         fields: dict[str, Any] = {"query": query} if query else {}
         for name, value in options.items():
-            fields[name] = value if name in ("more_like", "less_like") else json.dumps(value)
+            fields[name] = value if name in ("more_like", "less_like", "fields") else json.dumps(value)
         path = f"{self._prefix}/search/image"
         return self._ask(SearchAnswer, "POST", path, files={"file": ("picture", data)}, data=fields)
 
@@ -140,6 +142,13 @@ class Client:
     def item(self, item_id: str) -> ItemAnswer:
         """Everything that is known about an item."""
         return self._ask(ItemAnswer, "GET", self._item(item_id))
+
+    def items(self, *, filter: dict[str, Any] | None = None, k: int = 100, offset: int = 0) -> ItemList:
+        """What is in the gallery, in the order of the index; `next_offset` is where it goes on."""
+        import json
+
+        chosen = {} if filter is None else {"filter": json.dumps(filter)}
+        return self._ask(ItemList, "GET", f"{self._prefix}/items", params={"k": k, "offset": offset, **chosen})
 
     def image(self, item_id: str) -> bytes:
         """The picture of an item."""

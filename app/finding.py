@@ -15,7 +15,7 @@ from app.batching import Vector
 from app.problems import Problem, field_problem
 from app.snapshots import Snapshot
 from dcar_core.errors import ArtifactError
-from index_jobs.filters import FilterError
+from index_jobs.filters import FilterError, Mask
 
 _WIDEST = 10_000  # rows looked at for one page of different results
 _BLOCK = 128  # rows compared at once for near-duplicates
@@ -56,10 +56,7 @@ def find(
     artifact = snapshot.artifact
     allowed = None
     if filter:
-        try:
-            allowed = snapshot.matching(json.dumps(filter, sort_keys=True))
-        except FilterError as error:
-            raise field_problem(f"filter.{error.field}", error.message) from None
+        allowed = matching(snapshot, filter)
     wide = min(count + len(without), artifact.rows)
     while True:
         scores, rows = artifact.search(vector[None], wide, allowed)  # [1, wide], [1, wide]
@@ -76,6 +73,18 @@ def find(
         if len(hits) >= count or ended:
             return hits
         wide = min(2 * wide, artifact.rows)
+
+
+def matching(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
+    """bool (rows,): the items that fulfil a filter; see `index_jobs.filters`.
+
+    Raises:
+        Problem: it does not fit the index.
+    """
+    try:
+        return snapshot.matching(json.dumps(filter, sort_keys=True))
+    except FilterError as error:
+        raise field_problem(f"filter.{error.field}", error.message) from None
 
 
 def vectors_of(snapshot: Snapshot, rows: list[int]) -> Vector:

@@ -22,7 +22,7 @@ from app.collections import Collections
 from app.keys import given_key, is_key
 from app.metrics import Metrics
 from app.problems import Problem, field_problem, from_validation
-from app.requests import BatchQuery, ImageForm, Options, Page, TextQuery, normalise
+from app.requests import BatchQuery, ImageForm, Listing, Options, Page, TextQuery, normalise
 from app.retriever import Retriever, Search
 from app.settings import Settings
 from app.snapshots import Snapshot
@@ -202,7 +202,7 @@ def _fields(form: FormData) -> dict[str, Any]:
     for name, value in form.multi_items():
         if not isinstance(value, str):
             continue
-        if name in ("more_like", "less_like"):
+        if name in ("more_like", "less_like", "fields"):
             fields.setdefault(name, []).extend(_ids(value))
         elif name == "query":
             fields[name] = value
@@ -237,6 +237,13 @@ async def read_similar(
     return Search(options, item=item_id)
 
 
+async def read_listing(request: Request, page: Annotated[Listing, Query()]) -> Listing:
+    """The query of GET /items."""
+    if page.k > settings_of(request).max_k:
+        raise field_problem("k", f"at most {settings_of(request).max_k}, not {page.k}")
+    return page
+
+
 async def require_admin(request: Request) -> None:
     """Let only the holder of the admin key pass.
 
@@ -257,4 +264,5 @@ SnapshotDep = Annotated[Snapshot, Depends(snapshot_of)]
 WordsDep = Annotated[Search, Depends(read_words)]
 BatchDep = Annotated[list[Search], Depends(read_batch)]
 PictureDep = Annotated[Search, Depends(read_picture)]
+ListingDep = Annotated[Listing, Depends(read_listing)]
 SimilarDep = Annotated[Search, Depends(read_similar)]

@@ -8,7 +8,8 @@ import re
 import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic_core import from_json
 
 DEFAULT_K = 10
 K = Annotated[int, Field(ge=1, description="how many results")]
@@ -68,6 +69,10 @@ class Options(BaseModel):
     more_like: Annotated[Ids, Field(description="ids of items that results should be like; they are left out")] = ()
     less_like: Annotated[Ids, Field(description="ids of items that results should not be like; left out")] = ()
     weights: Weights = Weights()
+    fields: Annotated[
+        Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64), FailFast()],
+        Field(description='metadata that each result is to have, ["*"] for all', examples=[["price", "brand"]]),
+    ] = ()
     fold: Annotated[
         float | None,
         Field(
@@ -92,6 +97,17 @@ class Page(BaseModel):
 
     k: K = DEFAULT_K
     offset: Annotated[int, Field(ge=0)] = 0
+
+
+class Listing(Page):
+    """Which items of the gallery, in the order of the index."""
+
+    filter: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(lambda given: from_json(given) if isinstance(given, str) else given),
+        WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
+        Field(description='conditions as searches have them, in JSON: {"category": "cat face"}'),
+    ] = None
 
 
 class TextQuery(Options):

@@ -26,7 +26,7 @@ import numpy as np
 from app.batching import Vector
 from app.cache import VectorCache
 from app.embedding import Embedder
-from app.finding import Hit, find, vectors_of
+from app.finding import Hit, find, matching, vectors_of
 from app.metrics import Metrics, Waiting
 from app.pairing import Explanation, Pairing, Words
 from app.priority import compute
@@ -70,7 +70,7 @@ class Answer:
     """What a search found, by which version, and whether the query's embedding came from the cache.
 
     offset: results before these. next_offset: where the next page begins, None after the last. min_score: the cut-off
-    that was applied.
+    that was applied. fields: of the metadata, that each result is to have.
     """
 
     version: int
@@ -81,6 +81,17 @@ class Answer:
     next_offset: int | None
     min_score: float | None
     words: Words | None
+    fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Some items, and how many there are in all; see `Answer`."""
+
+    version: int
+    count: int
+    items: list[Item]
+    next_offset: int | None
 
 
 class Retriever:
@@ -147,6 +158,22 @@ class Retriever:
         row = _row(snapshot, item_id, "id")
         return snapshot.version, await self._in_pool(snapshot.artifact.item, row)
 
+    async def items(self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int) -> Listed:
+        """Some of the items that fulfil a filter, in the order of the index.
+
+        Raises:
+            Problem: the filter does not fit the index.
+        """
+
+        def look() -> Listed:
+            rows = np.flatnonzero(snapshot.artifact.live if filter is None else matching(snapshot, filter))
+            items = [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
+            following = offset + count if len(rows) > offset + count else None
+            return Listed(snapshot.version, len(rows), items, following)
+
+        async with self._admitted():
+            return await self._in_pool(look)
+
     async def picture(self, snapshot: Snapshot, item_id: str) -> tuple[bytes, str]:
         """The bytes of an item's picture, from the gallery, and what tells them from others: 32 hex digits."""
         row = _row(snapshot, item_id, "id")
@@ -164,6 +191,7 @@ class Retriever:
     async def _answer(self, snapshot: Snapshot, search: Search) -> Answer:
         began = time.perf_counter()
         options = search.options
+        _require_fields(snapshot, options.fields)
         more = [_row(snapshot, each, "more_like") for each in options.more_like]
         if search.item is not None:
             more.append(_row(snapshot, search.item, "id"))
@@ -205,7 +233,9 @@ class Retriever:
             matches = await self._in_pool(_matches, snapshot, shown, explanations)
         following = end if len(hits) > end and end < self._settings.max_window else None
         took_ms = (time.perf_counter() - began) * 1000
-        return Answer(snapshot.version, matches, cached, took_ms, options.offset, following, min_score, words)
+        return Answer(
+            snapshot.version, matches, cached, took_ms, options.offset, following, min_score, words, options.fields
+        )
 
     async def _vector(
         self, snapshot: Snapshot, search: Search, more: list[int], less: list[int]
@@ -296,6 +326,13 @@ def _min_score(snapshot: Snapshot, search: Search) -> float | None:
             errors=[("min_score", "this index has no calibrated cut-off")],
         )
     return snapshot.min_score
+
+
+def _require_fields(snapshot: Snapshot, fields: Sequence[str]) -> None:
+    known = snapshot.artifact.fields if fields else {}
+    for name in fields:
+        if name not in known and name != "*":
+            raise field_problem("fields", f"no item has {name[:80]!r}; there are: {', '.join(sorted(known))}")
 
 
 def _row(snapshot: Snapshot, item_id: str, field: str) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response
 
-from app.answers import JsonAnswer, item_answer, search_answer
+from app.answers import JsonAnswer, item_answer, list_answer, search_answer
 from app.documented import batch_body, documented, image_body, problem_answers, text_body
 from app.media import media_type
 from app.metrics import CONTENT_TYPE
@@ -18,6 +18,7 @@ from app.queries import (
     BatchDep,
     CollectionsDep,
     ItemId,
+    ListingDep,
     PictureDep,
     RetrieverDep,
     SimilarDep,
@@ -31,6 +32,7 @@ from app.schemas import (
     CollectionList,
     Health,
     ItemAnswer,
+    ItemList,
     Readiness,
     Reloaded,
     SearchAnswer,
@@ -94,6 +96,11 @@ def _item_routes(settings: Settings) -> APIRouter:
         answers = await retriever.search_all(snapshot, queries)
         found = [search_answer(request, answer) for answer in answers]
         return JsonAnswer({"index_version": answers[0].version, "answers": found})
+
+    @router.get("/items", tags=["items"], **documented(ItemList, 404, 422, 503))
+    async def items(snapshot: SnapshotDep, page: ListingDep, retriever: RetrieverDep, request: Request) -> Response:
+        """What is in the gallery, page by page, in the order of the index."""
+        return JsonAnswer(list_answer(request, await retriever.items(snapshot, page.filter, page.offset, page.k)))
 
     @router.get("/items/{item_id:path}/similar", tags=["items"], **documented(SearchAnswer, 404, 409, 422, 503))
     async def similar(snapshot: SnapshotDep, query: SimilarDep, retriever: RetrieverDep, request: Request) -> Response:

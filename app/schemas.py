@@ -31,6 +31,7 @@ class Result(BaseModel):
     """One result. score is the cosine between query and item, at most 1.
 
     rerank_score: the cosine under the pair's exact weights, which results are then sorted by. folded: near-duplicates.
+    metadata: the `fields` that were asked for, as far as the item has them.
     """
 
     rank: int = Field(examples=[1])
@@ -39,6 +40,7 @@ class Result(BaseModel):
     caption: str = Field(examples=["crying cat"])
     category: str = Field(examples=["cat face"])
     image_url: str = Field(examples=["/items/1f63f.png/image"])
+    metadata: dict[str, Any] | None = None
     rerank_score: float | None = None
     folded: list[str] | None = None
     explanation: Explanation | None = None
@@ -86,15 +88,29 @@ class CollectionList(BaseModel):
     collections: list[Collection]
 
 
-class ItemAnswer(BaseModel):
-    """One item of the gallery, with everything that is known about it."""
+class Known(BaseModel):
+    """Everything that is known about an item of the gallery."""
 
-    index_version: int
     id: str
     caption: str
     category: str
     metadata: dict[str, Any]
     image_url: str
+
+
+class ItemAnswer(Known):
+    """One item, and the index version that knows it."""
+
+    index_version: int
+
+
+class ItemList(BaseModel):
+    """Some of the gallery's items. count: how many there are in all; next_offset: absent after the last."""
+
+    index_version: int
+    count: int
+    items: list[Known]
+    next_offset: int | None = None
 
 
 class Health(BaseModel):

@@ -205,7 +205,7 @@ def clear(index: Path, work: Path, wanted: Callable[[Path], bool]) -> None:
 
 
 def _prune(index: Path, keep: int, always: set[int | None]) -> None:
-    """Remove all versions but so many: `always` first, then the newest, are kept; the newest of all whatever `keep` is."""
+    """Keep so many versions: `always` first, then the newest; the newest of all whatever `keep` is."""
     numbers = version_numbers(index)
     ranked = sorted(numbers, key=lambda number: (number in always, number), reverse=True)
     for number in ranked[keep:]:

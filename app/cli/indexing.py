@@ -75,6 +75,32 @@ def index_list(index: Index) -> None:
             _advise(manifest.rebuild)
 
 
+@commands.command("items")
+def index_items(
+    index: Index,
+    filter: Annotated[str | None, typer.Option(help='Which, as in searches: \'{"category": "cat face"}\'.')] = None,
+) -> None:
+    """What is in the index, an item a line of JSON, in the index's order."""
+    import json
+
+    import numpy as np
+
+    from index_jobs.artifact import open_current
+    from index_jobs.filters import matching
+
+    artifact = open_current(index)
+    try:
+        chosen = json.loads(filter) if filter else {}
+    except ValueError as error:
+        raise typer.BadParameter(f"--filter is JSON: {error}") from None
+    if not isinstance(chosen, dict):
+        raise typer.BadParameter("--filter is an object: field to condition")
+    for row in np.flatnonzero(matching(artifact, chosen)):
+        item = artifact.item(int(row))
+        known = {"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}
+        typer.echo(json.dumps(known, ensure_ascii=False))
+
+
 @commands.command("verify")
 def index_verify(index: Index) -> None:
     """Check every file of every version against its checksum."""

@@ -63,13 +63,13 @@ def search(
             item = artifact.item(int(row))
             results.append(
                 {"rank": len(results) + 1, "id": item.id, "score": round(float(score), 4), "caption": item.caption,
-                 "category": item.category}
+                 "category": item.category, "file_name": item.metadata.get("file_name", "")}
             )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({"index_version": artifact.manifest.version, "results": results}, ensure_ascii=False))
         return
     for hit in results:
-        typer.echo(f"{hit['rank']:3}  {hit['score']:.3f}  {hit['id']:24}  {hit['caption']}")
+        typer.echo(f"{hit['rank']:3}  {hit['score']:.3f}  {hit['id']:24}  {hit['caption'] or hit['file_name']}")
 
 
 @commands.command()

@@ -33,6 +33,11 @@ def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> N
             assert client.search_image(file.read_bytes(), "red", weights={"image": 0.5}).results
             assert client.similar("circle/red.png", k=4).results
             assert client.item(ODD_ID).id == ODD_ID
+            with_fields = client.search_image(file, k=1, fields=["file_name"]).results[0]
+            assert with_fields.metadata == {"file_name": "circle/blue.png"}
+            circles = client.items(filter={"category": "circle"}, k=4)
+            assert (circles.count, [item.category for item in circles.items]) == (6, ["circle"] * 4)
+            assert client.items(filter={"category": "circle"}, offset=4).next_offset is None
             assert client.image("circle/blue.png") == file.read_bytes()
             with pytest.raises(ServiceError, match="no such item") as caught:
                 client.item("nothing")

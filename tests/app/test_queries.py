@@ -13,7 +13,7 @@ from app_harness import opened, png
 from test_bad_input import check
 
 from app import pairing
-from app.schemas import BatchAnswer, SearchAnswer
+from app.schemas import BatchAnswer, ItemList, SearchAnswer
 from dcar_core import Encoder
 from dcar_core.config import ModelConfig
 from index_jobs.artifact import Artifact, open_current
@@ -461,5 +461,57 @@ def test_explanations_are_measured(built_index: Path, gallery: Path, encoder: En
             assert "words" not in by_picture
             assert by_picture["results"][0]["explanation"].keys() == {"relevance"}
             assert np.ptp(by_picture["results"][0]["explanation"]["relevance"]) > 0.001
+
+    asyncio.run(main())
+
+
+def test_results_have_the_fields_that_were_asked_for(built_index: Path, artifact: Artifact) -> None:
+    async def main() -> None:
+        async with opened(built_index) as http:
+            client = Client(http)
+            plain = await client.text(query="a red square", k=3)
+            assert all("metadata" not in result for result in plain["results"])
+            every = {"file_name", "color"}
+            for fields, wanted in ((["color"], {"color"}), (["*"], every), (["id", "caption"], set())):
+                results = (await client.text(query="a red square", k=3, fields=fields))["results"]
+                assert [result["id"] for result in results] == ids(plain)
+                for result in results:
+                    assert result["metadata"].keys() == wanted
+                    for name, value in result["metadata"].items():
+                        row = artifact.row_of(result["id"])
+                        assert row is not None
+                        assert artifact.item(row).metadata[name] == value
+            unknown = check(await http.post("/search/text", json={"query": "x", "fields": ["colour"]}), 422, "fields")
+            assert "there are: caption, category, color, file_name, id" in unknown["detail"]
+            form = {"fields": '["file_name"]', "k": "1"}
+            found = (await http.post("/search/image", files={"file": png()}, data=form)).json()["results"]
+            assert found[0]["metadata"].keys() == {"file_name"}
+
+    asyncio.run(main())
+
+
+def test_all_items_are_listed_page_by_page(built_index: Path, artifact: Artifact) -> None:
+    async def main() -> None:
+        async with opened(built_index) as http:
+            whole, offset = list[dict[str, Any]](), 0
+            while offset is not None:
+                page = (await http.get("/items", params={"k": 7, "offset": offset})).json()
+                assert (page["count"], page["index_version"]) == (24, 1)
+                whole += page["items"]
+                offset = page.get("next_offset")
+            assert [each["id"] for each in whole] == [artifact.item(row).id for row in range(24)]
+            one = (await http.get("/items/circle%2Fred.png")).json()
+            del one["index_version"]
+            assert one in whole
+            some = (await http.get("/items", params={"filter": '{"category": ["circle"]}'})).json()
+            assert {each["category"] for each in some["items"]} == {"circle"}
+            assert (some["count"], len(some["items"])) == (6, 6)
+            ItemList.model_validate(some, strict=True)
+            for given, field in (
+                ({"filter": "{"}, "filter"), ({"filter": "[]"}, "filter"),
+                ({"filter": '{"colour": 1}'}, "filter.colour"), ({"k": 201}, "k"), ({"k": 0}, "k"),
+                ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
+            ):  # fmt: skip
+                check(await http.get("/items", params=given), 422, field)
 
     asyncio.run(main())

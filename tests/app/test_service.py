@@ -268,15 +268,15 @@ def test_pages_need_nothing_from_elsewhere(built_index: Path) -> None:
             for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
                 assert reference in document["components"]["schemas"]
             of_items = {
-                "/search/text", "/search/image", "/search/batch", "/items/{item_id}", "/items/{item_id}/image",
-                "/items/{item_id}/similar",
+                "/search/text", "/search/image", "/search/batch", "/items", "/items/{item_id}",
+                "/items/{item_id}/image", "/items/{item_id}/similar",
             }  # fmt: skip
             assert set(document["paths"]) == {
                 *of_items, *(f"/collections/{{collection}}{path}" for path in of_items),
                 "/collections", "/healthz", "/readyz", "/metrics", "/admin/reload",
             }  # fmt: skip
             operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
-            assert len(set(operations)) == len(operations) == 17
+            assert len(set(operations)) == len(operations) == 19
             words = document["paths"]["/search/text"]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert words["properties"]["k"]["maximum"] == 200
 
