@@ -43,6 +43,8 @@ def folder(root: str) -> Iterator[Picture]:
     """Every picture below a folder, and in the tars below it, by name."""
     files = list(_remote_files(root) if is_url(root) else _local_files(root))
     metadata = Metadata.beside(root, (file.name for file in files))
+    if metadata is None and not is_url(root):
+        metadata = Metadata.annotated(root)
     pictures: list[Picture] = []
     for file in files:
         suffix = suffix_of(file.name)
@@ -85,6 +87,11 @@ def rows(place: str) -> Iterator[Picture]:
                 f"{place} has no column {' or '.join(PATH_COLUMNS)} with the pictures' paths; it has {have}"
             )
         given = record.get(column)
+        if isinstance(given, dict | bytes):
+            raise DataError(
+                f"{place}, row {line}: {column} holds the picture itself; write the pictures to files, or into a "
+                f"webdataset tar, and index that"
+            )
         if not isinstance(given, str) or not given.strip():
             raise DataError(f"{place}, row {line}: {column} is empty or no text")
         location = _inside(place, line, given)

@@ -16,9 +16,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from dcar_core.data.load import annotation_files, load_splits
+from dcar_core.data.samples import SPLITS
 from dcar_core.data.tables import header, json_list, texts_of_cell
 from dcar_core.errors import DataError
 from dcar_core.images import TarSpan
@@ -44,12 +46,21 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Metadata:
-    """The rows of one metadata file by `file_name`, each of which remembers whether a picture asked for it."""
+    """What is said of pictures, by their names; each of them remembers whether a picture asked for it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fields: dict[str, Fields]) -> None:
         self.path = path
-        self._fields: dict[str, Fields] = {}
+        self._fields = fields
         self._used: set[str] = set()
+
+    @classmethod
+    def read(cls, path: str) -> "Metadata":
+        """The rows of a metadata file, by `file_name`.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        fields: dict[str, Fields] = {}
         rows: dict[str, int] = {}
         for line, record in read_records(path):
             name = record.get("file_name")
@@ -61,7 +72,31 @@ class Metadata:
             if name in rows:
                 raise DataError(f"{path}: rows {rows[name]} and {line} both describe {name}; keep one")
             rows[name] = line
-            self._fields[name] = record
+            fields[name] = record
+        return cls(path, fields)
+
+    @classmethod
+    def annotated(cls, folder: str) -> "Metadata | None":
+        """What a folder's annotations for training say (`train.json`, `pairs.csv`, ..), if it has any that can be read.
+
+        Tars are left out, since a tar's pictures find theirs by themselves.
+        """
+        files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
+        if not files or any(file.suffix == ".tar" for file in files):
+            return None
+        fields: dict[str, Fields] = {}
+        try:
+            splits, _ = load_splits(Path(folder), pictures="present")
+        except DataError as error:
+            logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)
+            return None
+        for sample in (sample for data in splits.values() for sample in data.samples):
+            known = fields.setdefault(sample.image, {"captions": [], "category": sample.category})
+            known["captions"].append(sample.caption)
+        for known in fields.values():
+            if len(known["captions"]) == 1:
+                (known["caption"],) = known.pop("captions")
+        return cls(", ".join(sorted({str(file) for file in files})), fields)
 
     @classmethod
     def beside(cls, folder: str, names: Iterable[str]) -> "Metadata | None":
@@ -74,7 +109,7 @@ class Metadata:
         found = [name for name in BESIDE if name in here]
         if len(found) > 1:
             raise DataError(f"{place_of(folder, found[0])} and {found[1]} are both there; keep one")
-        return cls(place_of(folder, found[0])) if found else None
+        return cls.read(place_of(folder, found[0])) if found else None
 
     def of(self, *names: str) -> Fields:
         """The row of the first of a picture's names that has one."""

@@ -53,8 +53,11 @@ class Update:
     rebuild: str  # why a rebuild is worth it by now, "" while it is not
 
 
-def remove(index: Path, ids: Sequence[str], *, keep: int = 3) -> Update:
+def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = 3) -> Update:
     """Publish a version in which these items are never found.
+
+    Args:
+        missing_ok: ids that are not in the index are no error; where none is, nothing is published.
 
     Raises:
         DataError: an id is not in the index, or nothing would be left.
@@ -64,7 +67,12 @@ def remove(index: Path, ids: Sequence[str], *, keep: int = 3) -> Update:
     """
     with publish.reporting(index), publish.writing(index) as staging:
         current = open_current(index)
-        gone = _rows_of(current, list(dict.fromkeys(ids)))
+        wanted = list(dict.fromkeys(ids))
+        if missing_ok:
+            wanted = [item_id for item_id in wanted if current.row_of(item_id) is not None]
+            if not wanted:
+                return Update(current.manifest.version, current.manifest.count, 0, 0, 0, current.manifest.rebuild)
+        gone = _rows_of(current, wanted)
         dead = np.union1d(np.flatnonzero(~current.live), gone)
         if len(dead) == current.rows:
             raise DataError(f"no item would be left in {index}; delete the directory instead")

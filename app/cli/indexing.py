@@ -152,6 +152,7 @@ def index_remove(
     ids_file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A file with an id a line.")
     ] = None,
+    missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ids that are not there are no error.")] = False,
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
 ) -> None:
     """Publish a version in which these items are never found, without a rebuild."""
@@ -161,7 +162,7 @@ def index_remove(
     wanted = [*(ids or []), *filter(None, map(str.strip, lines))]
     if not wanted:
         raise typer.BadParameter("give ids, or --ids-file with an id a line")
-    found = remove(index, wanted, keep=keep)
+    found = remove(index, wanted, missing_ok=missing_ok, keep=keep)
     typer.echo(f"{index}: version {found.version}, {found.count:,} pictures ({found.removed:,} removed)")
     _advise(found.rebuild)
 

@@ -58,7 +58,7 @@ class Annotations:
         found = {split: entries for split in SPLITS if (entries := self._of(split))}
         has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
         if not found:
-            needed = "" if any(_files(self.path, split) for split in SPLITS) else f": it needs {_FORMS}"
+            needed = "" if any(annotation_files(self.path, split) for split in SPLITS) else f": it needs {_FORMS}"
             raise DataError(f"{self.path} has no pairs for {', '.join(SPLITS)}{needed}")
         return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
@@ -107,8 +107,8 @@ class Annotations:
                 report.add("pairs held out for validation, as the data has no val split", whole - len(own))
             else:
                 report.add("pairs taken from the training split, as the data has no val split", len(own))
-        if not own and not _files(self.path, source):
-            there = [name for name in SPLITS if _files(self.path, name)]
+        if not own and not annotation_files(self.path, source):
+            there = [name for name in SPLITS if annotation_files(self.path, name)]
             has = f"it has {', '.join(there)} alone" if there else f"it needs {_FORMS}"
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
@@ -119,7 +119,7 @@ class Annotations:
     def _of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
         """The entries that say they are of a split; none where there is no file for it."""
         found = list[Entry]()
-        for file in _files(self.path, split):
+        for file in annotation_files(self.path, split):
             if file not in self._known:
                 noted = CleaningReport()
                 self._known[file] = list(_with_splits(file, list(_read(file, noted)), noted)), noted
@@ -182,7 +182,8 @@ def _with_pictures(
     return whole, list(dict.fromkeys(missing)), [f"{name} ({why})" for name, why in broken.items()]
 
 
-def _files(path: Path, split: str) -> list[Path]:
+def annotation_files(path: Path, split: str) -> list[Path]:
+    """Those that may hold a split, of a directory or a single file."""
     if path.is_file():
         return [path]
     for suffix in (".json", ".jsonl", ".csv"):

@@ -210,6 +210,12 @@ def bad_empty_list(root: Path) -> Path:
     return write(root / "l.csv", b"file_name,caption\n")
 
 
+def bad_embedded(root: Path) -> Path:
+    pictures = pa.array([{"bytes": png(), "path": "a.png"}])
+    pq.write_table(pa.table({"image": pictures}), root / "l.parquet")
+    return root / "l.parquet"
+
+
 def bad_blank(root: Path) -> Path:
     return write(root / "l.csv", b"file_name,caption\n,x\n")
 
@@ -323,6 +329,7 @@ def bad_name_column(root: Path) -> Path:
         (bad_kind, "is no gallery: give a folder"),
         (bad_column, "no column file_name or image or path or url with the pictures' paths; it has filename, caption"),
         (bad_empty_list, "has no rows"),
+        (bad_embedded, "row 1: image holds the picture itself; write the pictures to files"),
         (bad_blank, "row 2: file_name is empty"),
         (bad_json, "row 2: not JSON"),
         (bad_row, "row 1: an object is expected, not list"),

@@ -162,3 +162,22 @@ def test_an_odd_path_costs_one_picture(tiny_checkpoint: Path, tmp_path: Path) ->
     assert (done.count, done.failed) == (1, 2)
     failed = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in failed] == ["no path: embedded null byte", "no such file"]
+
+
+def test_a_folder_without_metadata_takes_its_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("images/a.png", "images/b.png", "c.png", "d.png"):
+        write(tmp_path / name, png())
+    entry = {"file_name": "a", "positive": "a red car", "negative": [], "class_name": "car"}
+    write(tmp_path / "train.json", json.dumps({"a": entry, "gone": entry | {"file_name": "gone"}}).encode())
+    rows = [{"image": "c.png", "caption": "one", "category": "x"}, {"image": "c.png", "caption": "two"}]
+    write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    found = rows_of(scan(tmp_path))
+    assert {name: (row["caption"], row["category"]) for name, row in found.items()} == {
+        "c.png": ("one", "x"), "d.png": ("", ""), "images/a.png": ("a red car", "car"), "images/b.png": ("", ""),
+    }  # fmt: skip
+    assert found["c.png"]["metadata"]["captions"] == ["one", "two"]
+    write(tmp_path / "train.json", b'{"a": 7}')
+    assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {""}
+    assert "captions and categories are not taken from the annotations" in caplog.text
+    write(tmp_path / "metadata.jsonl", b'{"file_name": "d.png", "caption": "its own"}')
+    assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}

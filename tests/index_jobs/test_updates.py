@@ -272,6 +272,9 @@ def test_commands(index: Path, tmp_path: Path) -> None:
     assert "version 3, 24 pictures (3 removed)" in run("remove", index, "pink", "--ids-file", tmp_path / "ids")
     assert "-3 removed" in run("list", index).splitlines()[0]
     assert run("remove", index).startswith("2 ")
+    with pytest.raises(DataError, match="pink"):
+        run("remove", index, "pink")
+    assert "version 3, 24 pictures (0 removed)" in run("remove", index, "pink", "--missing-ok")
     listed = [json.loads(line) for line in run("items", index)[2:].splitlines()]
     assert len(listed) == 24
     assert listed[0].keys() >= {"id", "caption", "category", "file_name"}
