@@ -24,10 +24,10 @@ from dcar_core.files import replacing
 from dcar_core.runtimes import capabilities
 from index_jobs.decode import decode
 from index_jobs.devices import ImageEncoder, forward, load_encoders
-from index_jobs.encode import PLACE, save_shard, windows_of
+from index_jobs.encode import save_shard, windows_of
 from index_jobs.gallery import Gallery
 from index_jobs.pixels import PixelCache
-from index_jobs.progress import Encoded, Encoding
+from index_jobs.progress import PLACE, Encoded, Encoding, places_of
 from index_jobs.shards import Shard, ShardStore
 
 PLACES = "places.arrow"
@@ -73,10 +73,11 @@ class Worker:
 
     def _make(self, number: int) -> None:
         store = self.task.store
-        windows = windows_of(self.task.root, self.places, store.span(number), self.task.batch_size)
+        places = places_of(self.places, store.span(number))
+        windows = windows_of(self.task.root, places, self.task.batch_size)
         decoded = decode(windows, self.lanes[0].preprocess, 0, self.cache)
         with closing(decoded), closing(forward(decoded, self.lanes)) as vectors:
-            save_shard(store, number, vectors)
+            save_shard(store, number, places, vectors)
 
 
 def encode_on_ray(
@@ -113,7 +114,7 @@ def encode_on_ray(
         DataError, ArtifactError, OSError: as `encode`.
     """
     job = Encoding(gallery, encoder, work, runtime=runtime, batch_size=batch_size, shard_rows=shard_rows,
-                   max_failed=max_failed, progress=progress)  # fmt: skip
+                   max_failed=max_failed, progress=progress, whole=True)  # fmt: skip
     if job.todo:
         _write_places(job.store.path / PLACES, gallery.table)
         task = Task(job.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, device, runtime, exact,

@@ -1,25 +1,24 @@
 """Encode a gallery into vector shards: decode ahead, a forward pass a window, a shard every thousand rows.
 
-- Windows are fixed ranges of gallery rows inside a shard, whatever fails in them, so that every run makes the same
-  forward passes and a resumed job's vectors are bit for bit those of an undisturbed one.
+- Windows are fixed parts of a shard, whatever fails in them, so that every run makes the same forward passes and a
+  resumed job's vectors are bit for bit those of an undisturbed one.
+- Pictures whose vectors are known from another gallery are in no window: see `known`.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from index_jobs.decode import Pixels, Window, decode, worker_count
 from index_jobs.devices import Floats, ImageEncoder, forward
 from index_jobs.gallery import Gallery
+from index_jobs.known import Taken
 from index_jobs.pixels import PixelCache
 from index_jobs.progress import Encoded, Encoding
 from index_jobs.shards import Failed, Shard, ShardStore
 from index_jobs.sources import Place
-
-PLACE = ["location", "offset", "size", "mtime_ns"]  # the columns that `Place` is made of
 
 
 def encode(
@@ -56,8 +55,7 @@ def encode(
         gallery, lanes[0], work, runtime=lanes[0].runtime.name, batch_size=batch_size, shard_rows=shard_rows,
         max_failed=max_failed, progress=progress,
     )  # fmt: skip
-    spans = (job.store.span(number) for number in job.todo)
-    windows = (window for span in spans for window in windows_of(gallery.root, gallery.table, span, batch_size))
+    windows = (window for number in job.todo for window in windows_of(gallery.root, job.unknown(number), batch_size))
     decoded = decode(windows, lanes[0].preprocess, worker_count(workers, job.left), cache)
     with closing(decoded), job.bar() as bar:
 
@@ -75,26 +73,41 @@ def encode(
         with closing(forward(watched(), lanes)) as vectors:
             done = shown()
             for number in job.todo:
-                job.shards[number] = save_shard(job.store, number, done)
+                job.shards[number] = save_shard(job.store, number, job.places(number), done, job.taken(number))
     return job.encoded()
 
 
-def windows_of(root: str, table: Any, span: range, batch: int) -> Iterator[Window]:
-    """The forward passes of a shard; `table` has the columns PLACE."""
-    for start in range(span.start, span.stop, batch):
-        rows = table.slice(start, min(batch, span.stop - start)).select(PLACE)
-        places = tuple(Place(start + i, *row.values()) for i, row in enumerate(rows.to_pylist()))
-        yield Window(root, places)
+def windows_of(root: str, places: Sequence[Place], batch: int) -> Iterator[Window]:
+    """The forward passes of a shard."""
+    for start in range(0, len(places), batch):
+        yield Window(root, tuple(places[start : start + batch]))
 
 
-def save_shard(store: ShardStore, number: int, windows: Iterator[tuple[Pixels, Floats]]) -> Shard:
-    """Take a shard's windows, and write it."""
-    vectors, digests, failed = [], [], list[Failed]()  # and no pixels, of which a shard has 150 MB
-    missing = len(store.span(number))
+def save_shard(
+    store: ShardStore,
+    number: int,
+    places: Sequence[Place],
+    windows: Iterator[tuple[Pixels, Floats]],
+    taken: Taken | None = None,
+) -> Shard:
+    """Take a shard's windows, and write it.
+
+    Args:
+        places: of all its pictures.
+        taken: what is known of them already, and in no window.
+    """
+    known = taken.which if taken is not None else np.empty(0, np.int64)
+    vectors, digests = ([taken.vectors], [taken.digests]) if taken is not None else ([], [])
+    failed = list[Failed]()  # and no pixels, of which a shard has 150 MB
+    missing = len(places) - len(known)
     while missing:
         window, encoded = next(windows)
         vectors.append(encoded)
         digests.append(window.digests)
         failed += window.failed
         missing -= window.size
-    return store.save(number, np.concatenate(vectors), failed, np.concatenate(digests))
+    lost = {row for row, _ in failed}
+    read = np.array([at for at, place in enumerate(places) if place.row not in lost], np.int64)
+    order = np.argsort(np.concatenate([known, np.setdiff1d(read, known)]))
+    marks = np.array([places[at].mark for at in read], np.uint64)
+    return store.save(number, np.concatenate(vectors)[order], failed, np.concatenate(digests)[order], marks)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,13 @@ from tqdm import tqdm
 from index_jobs.devices import ImageEncoder
 from index_jobs.failures import Guard
 from index_jobs.gallery import Gallery
+from index_jobs.known import Known, Taken
 from index_jobs.shards import Failed, Shard, ShardStore
 from index_jobs.sources import Place, read_pictures
 
 logger = logging.getLogger(__name__)
 
+PLACE = ["location", "offset", "size", "mtime_ns"]  # the columns that `Place` is made of
 _ASKED = 32  # pictures at a time, whose bytes are in memory together
 _PATIENCE_S = 60.0  # for asking again in all: a host that swallows every question must not keep a job for hours
 
@@ -93,7 +95,7 @@ def can_read(gallery: Gallery, rows: Sequence[int], until: float) -> bool:
 
     until: by `time.monotonic`, when to ask for no more.
     """
-    columns = [gallery.table[name] for name in ("location", "offset", "size", "mtime_ns")]
+    columns = [gallery.table[name] for name in PLACE]
     for start in range(0, len(rows), _ASKED):
         if time.monotonic() >= until:
             return False
@@ -101,6 +103,12 @@ def can_read(gallery: Gallery, rows: Sequence[int], until: float) -> bool:
         if any(isinstance(data, bytes) for data in read_pictures(gallery.root, places, pauses=())):
             return True
     return False
+
+
+def places_of(table: Any, span: range) -> list[Place]:
+    """Where some rows' pictures lie; `table` has the columns PLACE."""
+    rows = table.slice(span.start, len(span)).select(PLACE).to_pylist()
+    return [Place(row, *columns.values()) for row, columns in zip(span, rows, strict=True)]
 
 
 class Encoding:
@@ -117,8 +125,13 @@ class Encoding:
         shard_rows: int,
         max_failed: float,
         progress: bool,
+        whole: bool = False,
     ) -> None:
-        """See `encode`, whose arguments these are; runtime: the name of what the vectors will be made with.
+        """See `encode`, whose arguments these are.
+
+        Args:
+            runtime: the name of what the vectors will be made with.
+            whole: whether a shard is encoded whole if any of its pictures is not known.
 
         Raises:
             DataError: too many pictures of an earlier run could not be read.
@@ -138,16 +151,48 @@ class Encoding:
             self.store.reopen(number)
         if mended:
             logger.info("%d shards lack pictures that can be read by now, and are encoded again", len(mended))
+        self._gallery, self._known = gallery, Known(self.store.others())
+        self._positions: dict[int, NDArray[np.int64]] = {}
+        for number in [number for number in numbers if number not in self.shards] if len(self._known) else ():
+            self._use_known(number, whole=whole)
         self.todo = [number for number in numbers if number not in self.shards]
         self.resumed = sum(shard.stop - shard.start for shard in self.shards.values())
+        self.resumed += sum(int((positions >= 0).sum()) for positions in self._positions.values())
         self.left = len(gallery) - self.resumed
         if self.resumed:
-            logger.info("%d of %d pictures were encoded by an earlier run", self.resumed, len(gallery))
+            logger.info("%d of %d pictures were encoded before", self.resumed, len(gallery))
         failed = [failure for shard in self.shards.values() for failure in shard.failed]
         self.guard = Guard(gallery, self.store.path, max_failed, failed)
         self.guard.check()
         self._start = time.perf_counter()
         self._progress = progress
+
+    def places(self, number: int) -> list[Place]:
+        """Where the pictures of a shard lie."""
+        return places_of(self._gallery.table, self.store.span(number))
+
+    def unknown(self, number: int) -> list[Place]:
+        """Those of them that are to be encoded."""
+        places = self.places(number)
+        if number not in self._positions:
+            return places
+        return [place for place, at in zip(places, self._positions[number], strict=True) if at < 0]
+
+    def taken(self, number: int) -> Taken | None:
+        """What is known of the others, None where there are none."""
+        if number not in self._positions:
+            return None
+        return self._known.take(self._positions[number], self.store.dim)
+
+    def _use_known(self, number: int, *, whole: bool) -> None:
+        places = self.places(number)
+        positions = self._known.positions(places)
+        if (positions >= 0).all():
+            taken = self._known.take(positions, self.store.dim)
+            marks = np.array([place.mark for place in places], np.uint64)
+            self.shards[number] = self.store.save(number, taken.vectors, [], taken.digests, marks)
+        elif (positions >= 0).any() and not whole:
+            self._positions[number] = positions
 
     def bar(self) -> "tqdm[NoReturn]":
         """Rate, time left and failures on stderr: on a terminal twice a second, in a log file every ten seconds."""

@@ -1,16 +1,19 @@
 """Vector shards: what an encoding job has done so far, safe against being killed.
 
-- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the rows that failed,
-  hashes of the others' pixels and the checksum. The JSON is written last, so a shard counts only when it is whole.
+- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the rows that failed, marks
+  of the others (see `Place`), hashes of their pixels and the checksum. The JSON is written last, so a shard counts only
+  when it is whole.
 - A shard's vectors depend on nothing outside its range, so a resumed job's vectors are those of an undisturbed one.
-- The directory's name is a hash of all that the vectors depend on; another model, gallery or runtime cannot find them.
+- The directory's name is a hash of all that the vectors depend on, and one of the gallery: another model or runtime
+  cannot find them, and another gallery takes from them what it has in common (see `known`).
 - A failure is of the picture, which no other attempt mends, or of reading it, which is tried again by the next job.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from dcar_core.errors import ArtifactError
 from dcar_core.files import canonical, replacing, sha256_of, write_json
 
-FORMAT = 3
+FORMAT = 4
 Failed = tuple[int, str]  # gallery row, reason
 PICTURE, READING = "picture", "reading"  # the kinds of failures
 _OF_THE_PICTURE = re.compile(r"the file is empty|\d+ x \d+ pixels|not an image|broken or truncated")
@@ -40,7 +43,7 @@ def kind_of(reason: str) -> str:
 class Shard:
     """A whole shard: the vectors' file, the gallery rows [start, stop) it covers, and the ones that failed.
 
-    digests: a hash of each vector's pixels, uint64 (m,).
+    digests, marks: of each vector's picture, uint64 (m,): a hash of its pixels, and of where it lies.
     """
 
     path: Path
@@ -48,6 +51,29 @@ class Shard:
     stop: int
     failed: tuple[Failed, ...]
     digests: NDArray[np.uint64]
+    marks: NDArray[np.uint64]
+
+    @classmethod
+    def read(cls, note: Path) -> "Shard":
+        """A shard by its JSON.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: it is not whole.
+        """
+        path, values = note.with_suffix(".npy"), json.loads(note.read_bytes())
+        start, stop = map(int, values["rows"])
+        failed = tuple((int(row), str(reason)) for row, reason in values["failed"])
+        shard = cls(path, start, stop, failed, _unhexed(values["pixels"]), _unhexed(values["marks"]))
+        vectors, count = shard.vectors(), stop - start - len(failed)
+        lengths = {len(vectors), len(shard.digests), len(shard.marks)}
+        if (
+            vectors.ndim != 2
+            or vectors.dtype != np.float32
+            or lengths != {count}
+            or values["sha256"] != sha256_of(path)
+        ):
+            raise ValueError(f"{path} is not what {note.name} says")
+        return shard
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -81,8 +107,8 @@ class ShardStore:
         batch: int,
         rows: int,
     ) -> None:
-        settings = [FORMAT, fingerprint, runtime, pixels, signature, count, dim, batch, rows]
-        self.path = work / hashlib.sha256(canonical(settings)).hexdigest()[:16]
+        self._maker = _hashed(FORMAT, fingerprint, runtime, pixels, dim)
+        self.path = work / f"{self._maker}-{_hashed(signature, count, batch, rows)}"
         self.count, self.dim, self.shard_rows = count, dim, rows
 
     def __len__(self) -> int:
@@ -107,27 +133,31 @@ class ShardStore:
             return None
         span = self.span(number)
         try:
-            values = json.loads(note.read_bytes())
-            failed = tuple((int(row), str(reason)) for row, reason in values["failed"])
-            digests = np.frombuffer(bytes.fromhex(values["pixels"]), ">u8").astype(np.uint64)
-            shard = Shard(path, span.start, span.stop, failed, digests)
-            whole = (
-                values["rows"] == [span.start, span.stop]
-                and values["sha256"] == sha256_of(path)
-                and shard.vectors().shape == (len(span) - len(failed), self.dim)
-                and shard.vectors().dtype == np.float32
-                and len(digests) == len(span) - len(failed)
-            )
+            shard = Shard.read(note)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._corrupted(path, note) from error
-        if not whole:
+        if (shard.start, shard.stop) != (span.start, span.stop) or shard.vectors().shape[1] != self.dim:
             raise self._corrupted(path, note)
         return shard
 
+    def others(self) -> Iterator[Shard]:
+        """The whole shards of other galleries that the same encoder made in the same way."""
+        for folder in sorted(self.path.parent.glob(f"{self._maker}-*")):
+            if folder == self.path:
+                continue
+            for note in sorted(folder.glob("[0-9]*.json")):
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is not whole is made anew
+                    yield Shard.read(note)
+
     def save(
-        self, number: int, vectors: NDArray[np.float32], failed: list[Failed], digests: NDArray[np.uint64]
+        self,
+        number: int,
+        vectors: NDArray[np.float32],
+        failed: Sequence[Failed],
+        digests: NDArray[np.uint64],
+        marks: NDArray[np.uint64],
     ) -> Shard:
-        """Write a shard: vectors float32 (m, E) of its rows that did not fail, and the hashes of their pixels.
+        """Write a shard: vectors float32 (m, E) of its rows that did not fail, and what `Shard` says of their pictures.
 
         Raises:
             OSError: the disk is full or cannot be written.
@@ -139,10 +169,12 @@ class ShardStore:
         self.path.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as file:
             np.save(file, np.ascontiguousarray(vectors, np.float32), allow_pickle=False)
-        pixels = digests.astype(">u8").tobytes().hex()
-        whole = {"rows": [span.start, span.stop], "failed": failed, "pixels": pixels, "sha256": sha256_of(path)}
+        whole = {
+            "rows": [span.start, span.stop], "failed": list(failed), "pixels": _hexed(digests), "marks": _hexed(marks),
+            "sha256": sha256_of(path),
+        }  # fmt: skip
         write_json(note, whole, shared=True)
-        return Shard(path, span.start, span.stop, tuple(failed), digests)
+        return Shard(path, span.start, span.stop, tuple(failed), digests, marks)
 
     def reopen(self, number: int) -> None:
         """Make a finished shard one that is still to do, for every machine that sees the store.
@@ -161,3 +193,15 @@ class ShardStore:
             f"the vector shard {path} is corrupted; delete it and {note.name}, and run the same command again: only "
             f"this shard is encoded anew"
         )
+
+
+def _hashed(*settings: Any) -> str:
+    return hashlib.sha256(canonical(list(settings))).hexdigest()[:12]
+
+
+def _hexed(values: NDArray[np.uint64]) -> str:
+    return values.astype(">u8").tobytes().hex()
+
+
+def _unhexed(text: str) -> NDArray[np.uint64]:
+    return np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64)

@@ -31,3 +31,10 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(command: lis
 
 def test_the_version_is_told() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"dcar {version('dcar')}\n"
+
+
+def test_index_build_ends_as_the_rebuild_job_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    where = ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "index")]
+    done = CliRunner().invoke(app, ["index", "build", "--gallery", str(tmp_path / "nowhere"), *where])
+    assert done.exit_code == 3
+    assert done.output.endswith("nowhere does not exist\n")

@@ -62,7 +62,7 @@ def test_the_fastest_goes_first_and_what_has_begun_before_what_has_not(
 
     def begin(runtime: str) -> None:
         store = store_of(gallery, encoder, runtime, tmp_path, 4, 8)
-        store.save(0, np.zeros((8, encoder.dim), np.float32), [], np.zeros(8, np.uint64))
+        store.save(0, np.zeros((8, encoder.dim), np.float32), [], *[np.zeros(8, np.uint64)] * 2)
 
     def chosen(fastest: str, batch: int = 4) -> str:
         return begun_with(gallery, encoder, fastest, tmp_path, batch, 8)

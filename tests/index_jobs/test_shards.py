@@ -65,8 +65,9 @@ def test_an_unknown_reason_is_worth_another_attempt(reason: str) -> None:
 def test_a_reopened_shard_is_still_to_do(tmp_path: Path) -> None:
     store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
                        rows=2)  # fmt: skip
-    store.save(0, np.zeros((1, 2), np.float32), [(1, "no such file")], np.zeros(1, np.uint64))
-    store.save(1, np.zeros((1, 2), np.float32), [], np.zeros(1, np.uint64))
+    one = np.zeros(1, np.uint64)
+    store.save(0, np.zeros((1, 2), np.float32), [(1, "no such file")], one, one)
+    store.save(1, np.zeros((1, 2), np.float32), [], one, one)
     shard = store.load(0)
     assert shard is not None
     assert shard.unread == [1]
