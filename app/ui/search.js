@@ -10,10 +10,13 @@ const form = $("form"), query = $("query"), file = $("file"), count = $("k"), ex
 const results = $("results"), status = $("status"), error = $("error"), empty = $("empty"), nothing = $("nothing");
 const collection = $("collection");
 const TYPING_MS = 180;
+const BUNDLED = ["crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry"];
+const LONGEST_EXAMPLE = 40; // characters
 
 const pictures = new Map(); // number -> {file, url}
 const captions = new Map(); // id -> caption of the items seen so far
 let collections = []; // as GET /collections lists them, the default one first
+let suggested = null; // the collection that the examples are of
 let typing = 0;
 let running = null;
 
@@ -62,6 +65,7 @@ async function show() {
   const wanted = read();
   if (wanted.k && [...count.options].some((option) => option.value === wanted.k)) count.value = wanted.k;
   collection.value = collections.some(({ name }) => name === wanted.in) ? wanted.in : (collections[0]?.name ?? "");
+  if (suggested !== base()) suggest();
   if (wanted.q || wanted.item || wanted.picture) explain.checked = wanted.explain === "1";
   $("category").hidden = !wanted.category;
   $("category").textContent = wanted.category ?? "";
@@ -264,6 +268,32 @@ addEventListener("drop", (event) => {
   drag(0);
   searchBy(event.dataTransfer.files[0]);
 });
+
+async function suggest() { // what can be asked for: captions of the gallery, or what is known of the bundled ones
+  const from = (suggested = base());
+  const items = async (options) => {
+    const answer = await fetch(`${from}items?${new URLSearchParams(options)}`);
+    return answer.ok ? answer.json() : { count: 0, items: [] };
+  };
+  let examples = [];
+  try {
+    const bundled = await items({ k: 1, filter: JSON.stringify({ caption: BUNDLED[0] }) });
+    if (bundled.count) examples = BUNDLED;
+    else {
+      const found = (await items({ k: 100 })).items.map((item) => item.caption);
+      const fitting = [...new Set(found)].filter((caption) => caption && caption.length <= LONGEST_EXAMPLE);
+      const step = Math.max(1, Math.floor(fitting.length / BUNDLED.length));
+      examples = fitting.filter((_, i) => i % step === 0).slice(0, BUNDLED.length);
+    }
+  } catch {
+    // the first search will tell
+  }
+  if (from !== base()) return; // another collection was chosen meanwhile
+  const button = (textContent) =>
+    Object.assign(document.createElement("button"), { type: "button", textContent, ariaPressed: textContent === read().q });
+  $("examples").replaceChildren(...examples.map(button));
+  $("examples").hidden = !examples.length;
+}
 
 async function begin() {
   try {
