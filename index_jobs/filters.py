@@ -1,8 +1,9 @@
 """Conditions on items' fields, as a search is given them, to the rows that fulfil them.
 
 filter     {field: condition, ...}                  all must hold; a field is id, caption, category or any of metadata
+           {"$or": [filter, ...]}                   one of them must hold
 condition  value | [value, ...]                     equal to it, or to one of them; null: the item has no such field
-           {"in": [...], "gt" "gte" "lt" "lte": value, "not": condition}    all must hold
+           {"in": [...], "gt" "gte" "lt" "lte": value, "contains": text, "not": condition}    all must hold
 
 An item without the field fulfils no condition but `null` and `not`; an empty caption or category is none. A field that
 holds a list fulfils a condition when one of its members does.
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.bool_]
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
+_OR, _MOST_OR = "$or", 32
+_CONDITIONS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INTS = range(-(2**63), 2**63)  # of int64
 _EMPTY_IS_NONE = frozenset({"caption", "category"})
 _WORDS = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
@@ -48,6 +51,9 @@ def matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     """
     mask = artifact.live.copy()
     for field, condition in filter.items():
+        if field == _OR:
+            mask &= _one_of(artifact, condition)
+            continue
         try:
             column = artifact.column(field)
         except DataError:
@@ -57,25 +63,38 @@ def matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     return mask
 
 
+def _one_of(artifact: "Artifact", filters: Any) -> Mask:
+    if not isinstance(filters, list) or not filters or not all(isinstance(each, dict) for each in filters):
+        raise FilterError(_OR, "takes a list of filters, of which one must hold")
+    if len(filters) > _MOST_OR:
+        raise FilterError(_OR, f"at most {_MOST_OR} filters, not {len(filters)}")
+    mask = np.zeros(artifact.rows, np.bool_)
+    for each in filters:
+        mask |= matching(artifact, each)
+    return mask
+
+
 def _fulfilled(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
     if isinstance(condition, list):
         return _among(column, condition, field)
     if not isinstance(condition, dict):
         return _among(column, [condition], field)
     if not condition:
-        raise FilterError(field, 'is empty; give a value, a list of values, "in", "not", "gt", "gte", "lt" or "lte"')
+        raise FilterError(field, f"is empty; give a value, a list of values, or one of {_CONDITIONS}")
     mask = np.ones(len(column), np.bool_)
     for name, operand in condition.items():
         if name == "not":
             mask &= ~_fulfilled(column, operand, field)
         elif name == "in" and isinstance(operand, list):
             mask &= _among(column, operand, field)
+        elif name == "contains":
+            mask &= _containing(column, operand, field)
         elif name in _RANGES:
             mask &= _compared(column, name, operand, field)
         elif name == "in":
             raise FilterError(field, '"in" takes a list of values')
         else:
-            raise FilterError(field, f'{name[:40]!r} is none of "in", "not", "gt", "gte", "lt", "lte"')
+            raise FilterError(field, f"{name[:40]!r} is none of {_CONDITIONS}")
     return mask
 
 
@@ -96,6 +115,18 @@ def _among(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
         members, parents = _members(column)
         mask |= _any(_bools(pc.is_in(members, value_set=pa.array(wanted, members.type))), parents, len(column))
     return mask
+
+
+def _containing(column: "pa.ChunkedArray", text: Any, field: str) -> Mask:
+    """Upper and lower case are the same."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not isinstance(text, str) or _member_type(column) != pa.string():
+        raise FilterError(field, '"contains" takes a text, and a field of texts')
+    members, parents = _members(column)
+    found = pc.match_substring(members, encodable(text), ignore_case=True)
+    return _any(_bools(found), parents, len(column))
 
 
 def _compared(column: "pa.ChunkedArray", name: str, bound: Any, field: str) -> Mask:

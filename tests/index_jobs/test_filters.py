@@ -55,6 +55,17 @@ CASES: list[tuple[Row, Callable[[Row], bool]]] = [
     ({"serial": [float(2**60), 1.5]}, lambda r: r["serial"] == 2**60),
     ({"caption": ["thing 1", "\ud800"]}, lambda r: r["id"] == "p01"),
     ({"day": {"gt": "2024-01-03", "lte": "2024-01-07"}}, lambda r: "2024-01-03" < r["day"] <= "2024-01-07"),
+    ({"caption": {"contains": "NG 1"}}, lambda r: r["stock"] == 1 or 10 <= r["stock"] < 19),
+    ({"caption": {"contains": ".", "not": "thing 1"}}, lambda r: False),
+    ({"tags": {"contains": "Y"}}, lambda r: "y" in r.get("tags", ())),
+    (
+        {"$or": [{"category": "a"}, {"stock": {"gt": 15}, "new": True}]},
+        lambda r: r["category"] == "a" or (r["stock"] > 15 and r["new"]),
+    ),
+    (
+        {"$or": [{"id": "p01"}, {"$or": [{"id": "p02"}, {"id": "p03"}]}], "stock": {"gt": 1}},
+        lambda r: r["stock"] in (2, 3),
+    ),
     ({"tags": "y"}, lambda r: "y" in r.get("tags", ())),
     ({"tags": {"not": ["y"]}}, lambda r: "y" not in r.get("tags", ())),
     ({"tags": {"gte": "y"}}, lambda r: "y" in r.get("tags", ())),
@@ -93,6 +104,12 @@ def test_filters_choose_what_the_same_condition_in_python_does(
         ({"price": {"gt": [1]}}, "price", "values are numbers"),
         ({"new": {"gt": False}}, "new", "'gt' takes"),
         ({"price": {"not": {"gt": {}}}}, "price", "values are numbers"),
+        ({"price": {"contains": "1"}}, "price", "field of texts"),
+        ({"caption": {"contains": 1}}, "caption", "takes a text"),
+        ({"$or": {"price": 1}}, "$or", "list of filters"),
+        ({"$or": []}, "$or", "list of filters"),
+        ({"$or": [{}] * 33}, "$or", "at most 32"),
+        ({"$or": [{"price": 1}, {"colour": "red"}]}, "colour", "there are: caption, category, day"),
     ],
 )
 def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, said: str) -> None:
