@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -14,7 +13,16 @@ from dcar_core.data import Dataset
 from dcar_core.errors import DataError
 from dcar_core.images import open_image
 from dcar_core.plots import curves_plot, recall_plot
-from dcar_core.tables import Results, best_method, csv_runs, markdown, mean_categories, query_weights
+from dcar_core.tables import (
+    Results,
+    best_method,
+    csv_runs,
+    markdown,
+    mean_categories,
+    means,
+    recall_rows,
+    settings_rows,
+)
 
 THUMBNAIL = 96
 STYLE = """
@@ -49,7 +57,7 @@ def html(results: Results, picture: Callable[[str], str]) -> str:
         f"<p>Backbone {escape(results['backbone'])}; {pairs['train']:,} pairs to train, {pairs['val']:,} to choose on, "
         f"{pairs['test']:,} to test. {settings['epochs']} epochs of batches of {settings['batch_size']}, {tuned}. "
         f"Percent, mean ± standard deviation over seeds; bold is the best mean.</p>",
-        _recall_table(methods),
+        _recall_table(results),
         *(f"<p>{escape(name)} is left out: {escape(reason)}</p>" for name, reason in results["diverged"].items()),
         recall_plot(methods, "t2i", "Text-to-image recall: R@1, R@5, R@10 of each method"),
         recall_plot(methods, "i2t", "Image-to-text recall: R@1, R@5, R@10 of each method"),
@@ -65,43 +73,22 @@ def html(results: Results, picture: Callable[[str], str]) -> str:
     )
 
 
-def _recall_table(methods: dict[str, Any]) -> str:
-    heads = ["method", "text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10", "above hard negatives"]
-    rows = []
-    columns = [[(m["mean"][c], m["std"][c]) for m in methods.values()] for c in _columns(methods)]
-    columns.append([
-        (h["mean"], h["std"]) if (h := m["hard_negative_accuracy"]) else (float("nan"), 0.0) for m in methods.values()
-    ])  # fmt: skip
-    for row, (name, found) in enumerate(methods.items()):
-        cells = [f"<td>{escape(name)}</td>"]
-        for column in columns:
-            mean, std = column[row]
-            best = ' class="best"' if mean == max((m for m, _ in column if m == m), default=None) else ""
-            shown = "-" if mean != mean else f"{mean:.1f} ± {std:.1f}" if len(found["runs"]) > 1 else f"{mean:.1f}"
-            cells.append(f"<td{best}>{shown}</td>")
-        rows.append(cells)
-    return _table(heads, rows)
-
-
-def _columns(methods: dict[str, Any]) -> list[str]:
-    return list(next(iter(methods.values()))["mean"])
+def _recall_table(results: Results) -> str:
+    heads, *rows = recall_rows(results)
+    measured = [means(found) for found in results["methods"].values()]
+    best = [max((mean for mean in column if mean is not None), default=None) for column in zip(*measured, strict=True)]
+    lines = []
+    for number, (name, *cells) in enumerate(rows):  # those that diverged come last, and have no means
+        found = measured[number] if number < len(measured) else [None] * len(best)
+        marks = [mean is not None and mean == top for mean, top in zip(found, best, strict=True)]
+        opened = ['<td class="best">' if mark else "<td>" for mark in marks]
+        lines.append([f"<td>{escape(name)}</td>", *(f"{o}{cell}</td>" for o, cell in zip(opened, cells, strict=True))])
+    return _table(heads, lines)
 
 
 def _settings_table(results: Results) -> str:
-    grid = [f"{lr:g}" for lr in results["grid"] or ()]
-    heads = ["method", "trainable parameters", "query weights", "learning rate", "seconds a run"]
-    heads += [f"validation R@1 at {lr}" for lr in grid]
-    rows = []
-    for name, found in results["methods"].items():
-        reached, chosen = found["tuning"] or {}, found["lr"]
-        seconds = sum(run["seconds"] for run in found["runs"]) / len(found["runs"])
-        rate = "-" if chosen is None else f"{chosen:g}"
-        cells = [name, f"{found['trainable']:,}", query_weights(found), rate, f"{seconds:.0f}"]
-        for lr in grid:
-            score = reached.get(lr)
-            cells.append("-" if not reached else "diverged" if score is None else f"{score:.1f}")
-        rows.append([f"<td>{escape(cell)}</td>" for cell in cells])
-    return _table(heads, rows)
+    heads, *rows = settings_rows(results)
+    return _table(heads, [[f"<td>{escape(cell)}</td>" for cell in row] for row in rows])
 
 
 def _confusions(results: Results, picture: Callable[[str], str]) -> str:

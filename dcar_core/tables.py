@@ -11,17 +11,27 @@ Results = dict[str, Any]
 
 def table(results: Results) -> str:
     """The paper's table: mean ± standard deviation over the seeds."""
+    return _markdown(recall_rows(results))
+
+
+def recall_rows(results: Results) -> list[list[str]]:
+    """The same as rows of cells, the headings first; as many columns as `means` has, and one for the name."""
     rows = [["method", *HEADINGS, "above its hard negatives"]]
     for name, found in results["methods"].items():
+        stds = [*(found["std"][c] for c in COLUMNS), (found["hard_negative_accuracy"] or {"std": None})["std"]]
         several = len(found["runs"]) > 1
-        cells = [spread(found["mean"][c], found["std"][c], several) for c in COLUMNS]
-        hard = found["hard_negative_accuracy"]
-        rows.append([name, *cells, spread(hard["mean"], hard["std"], several) if hard else "-"])
-    rows += [[name, *["diverged"] * len(COLUMNS), "-"] for name in results["diverged"]]
-    return _markdown(rows)
+        rows.append([name, *(_spread(mean, std, several) for mean, std in zip(means(found), stds, strict=True))])
+    return rows + [[name, *["diverged"] * len(COLUMNS), "-"] for name in results["diverged"]]
 
 
-def spread(mean: float, std: float, several: bool) -> str:
+def means(found: dict[str, Any]) -> list[float | None]:
+    """Of a method, by column of the table; None for hard negatives where the data have none."""
+    return [*(found["mean"][c] for c in COLUMNS), (found["hard_negative_accuracy"] or {"mean": None})["mean"]]
+
+
+def _spread(mean: float | None, std: float | None, several: bool) -> str:
+    if mean is None:
+        return "-"
     return f"{mean:.1f} ± {std:.1f}" if several else f"{mean:.1f}"
 
 
@@ -37,7 +47,7 @@ def markdown(results: Results) -> str:
         table(results),
         *(f"{name} is left out: {reason}" for name, reason in results["diverged"].items()),
         "## Settings",
-        tuning(results),
+        settings_table(results),
     ]
     best = best_method(results)
     categories = mean_categories(results, best)
@@ -55,16 +65,23 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def tuning(results: Results) -> str:
+def settings_table(results: Results) -> str:
     """Trainable parameters, learning rate, and what validation said of the others and of the queries' weights."""
+    return _markdown(settings_rows(results))
+
+
+def settings_rows(results: Results) -> list[list[str]]:
+    """The same as rows of cells, the headings first."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
-    rows = [["method", "trainable", "query weights", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]]
+    rows = [["method", "trainable", "query weights", "seconds a run", "learning rate"]]
+    rows[0] += [f"validation R@1 at {lr}" for lr in grid]
     for name, found in results["methods"].items():
         rate = f"{found['lr']:g}" if found["lr"] is not None else "-"
+        seconds = sum(run["seconds"] for run in found["runs"]) / len(found["runs"])
         reached = found["tuning"] or {}
         cells = ["-" if not reached else _reached(reached.get(lr)) for lr in grid]
-        rows.append([name, f"{found['trainable']:,}", query_weights(found), rate, *cells])
-    return _markdown(rows)
+        rows.append([name, f"{found['trainable']:,}", query_weights(found), f"{seconds:.0f}", rate, *cells])
+    return rows
 
 
 def query_weights(found: dict[str, Any]) -> str:

@@ -135,7 +135,7 @@ def evaluate(
     from dcar_core.backbone import BackboneSource, load_backbone
     from dcar_core.encoder import pick_device
     from dcar_core.evaluate import compare
-    from dcar_core.tables import table, tuning
+    from dcar_core.tables import settings_table, table
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
@@ -147,7 +147,7 @@ def evaluate(
     )  # fmt: skip
     typer.echo(table(results))
     if tune:
-        typer.echo(tuning(results))
+        typer.echo(settings_table(results))
     typer.echo(f"{out / 'report.html'} shows more, without a server")
 
 
