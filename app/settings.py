@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 
 from app.keys import parse_keys
 from app.redis_client import check as check_redis
-from app.requests import MOST_QUERIES
+from app.requests import DEFAULT_K, MOST_QUERIES
 from dcar_core.errors import DcarError
 
 _SLIP = 0.85  # how alike a name and that of a setting are, from 0 to 1, to be taken for it with a slip
@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     upload_timeout_s: float = Field(30, gt=0, description="for a body to arrive; 408 after that")
     max_pixels: int = Field(64_000_000, ge=1, description="of a query picture, checked before it is decoded")
     max_query_chars: int = Field(1000, ge=1)
-    max_k: int = Field(200, ge=1)
+    max_k: int = Field(200, ge=DEFAULT_K)
     max_window: int = Field(1000, ge=1, description="deepest result that paging reaches: offset + k")
     max_queries: int = Field(32, ge=1, le=MOST_QUERIES, description="in one request to /search/batch")
     rerank_depth: int = Field(20, ge=1, le=200, description="results that `rerank` scores again")

@@ -240,6 +240,8 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
         raise ModelError(
             f"no model is named {name!r}; use an open_clip name ({SUPPORTED}) or a directory with {CONFIG_FILE}"
         )
+    if local and pretrained and pretrained != RANDOM:
+        raise ModelError(f"{directory} has weights of its own; leave out --pretrained {pretrained}")
     if pretrained and Path(pretrained).suffix in {".pkl", ".pickle"}:
         raise ModelError(f"{pretrained} is a pickle, which can run code; use .safetensors or a .pt state dict")
     try:

@@ -289,7 +289,8 @@ def _sidecar(where: str, extension: str, data: bytes) -> Fields:
     try:
         text = data.decode("utf-8-sig").strip()
         if extension == "txt":
-            return {"caption": text}
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            return {"captions": lines} if len(lines) > 1 else {"caption": text}
         if extension == "cls":
             return {"category": text}
         value = _json(text)

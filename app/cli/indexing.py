@@ -9,7 +9,7 @@ from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
 from dcar_core.errors import ArtifactError, DcarError
 from index_jobs.arguments import parse_size
 
-commands = typer.Typer(help="Build, update, list, verify and roll back published indexes.", no_args_is_help=True)
+commands = typer.Typer(help="Build, update, look into, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
 
 
@@ -117,7 +117,7 @@ def index_verify(index: Index) -> None:
 @commands.command("rollback")
 def index_rollback(
     index: Index,
-    to: Annotated[int | None, typer.Option(help="Version; default: the one before the current.")] = None,
+    to: Annotated[int | None, typer.Option(help="Version; default: the one that the current one replaced.")] = None,
 ) -> None:
     """Serve an earlier version again."""
     from index_jobs.publish import rollback

@@ -40,10 +40,10 @@ def test_media_type_is_told_by_content() -> None:
 
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DCAR_PORT", "9000")
-    monkeypatch.setenv("DCAR_MAX_K", "7")
+    monkeypatch.setenv("DCAR_MAX_K", "17")
     monkeypatch.setenv("DCAR_REDIS_URL", "")
     settings = load_settings(index=tmp_path, port=9001, host=None)
-    assert (settings.port, settings.max_k, settings.host, settings.redis_url) == (9001, 7, "127.0.0.1", None)
+    assert (settings.port, settings.max_k, settings.host, settings.redis_url) == (9001, 17, "127.0.0.1", None)
 
 
 def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_real_architecture_loads_bit_for_bit_from_both_kinds_of_file(tmp_path: P
             torch.testing.assert_close(backbone.encode_text(tokens), clip.eval().encode_text(tokens), rtol=0, atol=0)
 
 
-def test_unsupported_and_unknown_models(tmp_path: Path) -> None:
+def test_unsupported_and_unknown_models(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has weights of its own; leave out --pretrained openai"):
+        load_backbone(BackboneSource(str(tiny_model), "openai"))
     with pytest.raises(ModelError, match="no model is named 'ViT-Z'"):
         load_backbone(BackboneSource("ViT-Z"))
     with pytest.raises(ModelError, match="has no open_clip_config"):

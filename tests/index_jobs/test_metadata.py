@@ -181,3 +181,10 @@ def test_a_folder_without_metadata_takes_its_annotations(tmp_path: Path, caplog:
     assert "captions and categories are not taken from the annotations" in caplog.text
     write(tmp_path / "metadata.jsonl", b'{"file_name": "d.png", "caption": "its own"}')
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}
+
+
+def test_each_line_of_a_text_beside_a_picture_is_a_caption(tmp_path: Path) -> None:
+    members = {"0.png": png(), "0.txt": b"one\n\n two \n", "1.png": png(), "1.txt": b"alone\n"}
+    rows = rows_of(scan(tar_of(tmp_path / "a.tar", members)))
+    assert [row["caption"] for row in rows.values()] == ["one", "alone"]
+    assert [row["metadata"].get("captions") for row in rows.values()] == [["one", "two"], None]
