@@ -49,7 +49,8 @@ def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypatch: p
             await asyncio.sleep(0.2)
             first.cancel()
             again = await client.post("/admin/reload", headers=BEARER)
-            assert again.json() == {"index_version": 2, "changed": False}, "the first load was not thrown away"
+            assert again.json()["index_version"] == 2
+            assert not again.json()["changed"], "the first load was not thrown away"
             assert most == 1
             rollback(index, 1)
             last = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
