@@ -277,11 +277,12 @@ async function suggest() { // what can be asked for: captions of the gallery, or
   };
   let examples = [];
   try {
-    const bundled = await items({ k: 1, filter: JSON.stringify({ caption: BUNDLED[0] }) });
+    const bundled = await items({ k: 1, filter: JSON.stringify({ category: BUNDLED[0] }) });
     if (bundled.count) examples = BUNDLED;
     else {
-      const found = (await items({ k: 100 })).items.map((item) => item.caption);
-      const fitting = [...new Set(found)].filter((caption) => caption && caption.length <= LONGEST_EXAMPLE);
+      const found = (await items({ k: 100 })).items.flatMap(({ caption, category }) =>
+        [caption, category].find((words) => words && words.length <= LONGEST_EXAMPLE) ?? []);
+      const fitting = [...new Set(found)];
       const step = Math.max(1, Math.floor(fitting.length / BUNDLED.length));
       examples = fitting.filter((_, i) => i % step === 0).slice(0, BUNDLED.length);
     }

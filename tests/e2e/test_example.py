@@ -161,3 +161,13 @@ def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -
         for option, field in (("rerank", "rerank_score"), ("explain", "explanation"), ("fold", "folded")):
             if f'"{option}"' in command:
                 assert any(field in result for result in answer["results"]), command
+
+
+@pytest.mark.slow
+def test_bundled_galleries_are_told_by_a_category(demo: tuple[str, str, float]) -> None:
+    """So the page knows that its own examples fit."""
+    script = (ROOT / "app" / "ui" / "search.js").read_text()
+    first = script.split('const BUNDLED = ["')[1].split('"')[0]
+    for prefix in ("", "/collections/twemoji"):
+        found = curl(f"""curl -s {demo[0]}{prefix}/items -G --data-urlencode 'filter={{"category": "{first}"}}'""")
+        assert found["count"] > 0
