@@ -43,7 +43,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
-        if _UPGRADE.search(data) and not self._receiving():
+        if not self._receiving() and _UPGRADE.search(data):  # a body is not looked through
             head, end, rest = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"\r\nignored", head) + end + rest  # as long as before
         super().data_received(data)

@@ -22,7 +22,7 @@ from app.collections import Collections
 from app.keys import given_key, is_key
 from app.metrics import Metrics
 from app.problems import Problem, field_problem, from_validation
-from app.requests import BatchQuery, ImageForm, Listing, Options, Page, TextQuery, normalise
+from app.requests import LISTS, BatchQuery, ImageForm, Listing, Options, Page, TextQuery, normalise
 from app.retriever import Retriever, Search
 from app.settings import Settings
 from app.snapshots import Snapshot
@@ -194,7 +194,7 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
 
 
 def _fields(form: FormData) -> dict[str, Any]:
-    """A form's fields as the options of JSON have them: texts as they are, ids as JSON or one by one, all else as JSON.
+    """A form's fields as the options of JSON have them: texts as they are, all else as JSON, lists also one by one.
 
     What is no field is one too many, as in JSON: a filter with a slip in its name must not be taken for none.
     """
@@ -202,8 +202,8 @@ def _fields(form: FormData) -> dict[str, Any]:
     for name, value in form.multi_items():
         if not isinstance(value, str):
             continue
-        if name in ("more_like", "less_like", "fields"):
-            fields.setdefault(name, []).extend(_ids(value))
+        if name in LISTS:
+            fields.setdefault(name, []).extend(_texts(value))
         elif name == "query":
             fields[name] = value
         else:
@@ -214,7 +214,7 @@ def _fields(form: FormData) -> dict[str, Any]:
     return fields
 
 
-def _ids(value: str) -> list[Any]:
+def _texts(value: str) -> list[Any]:
     """Those of a JSON list, or one as it is."""
     if value.lstrip().startswith("["):
         try:

@@ -13,6 +13,7 @@ from pydantic_core import from_json
 
 DEFAULT_K = 10
 K = Annotated[int, Field(ge=1, description="how many results")]
+LISTS = ("more_like", "less_like", "fields")  # of texts, which a form may also give one by one
 MOST_QUERIES = 1000  # of one request, whatever the settings say
 # FailFast: the first fault of a list is told, since telling all of a hostile one would take seconds.
 Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32), FailFast()]

@@ -19,11 +19,15 @@ DcarError
 
 
 class DcarError(Exception):
-    """Base of the tree."""
+    """Base of the tree. exit_code: of a command that it ends; see docs/index.md."""
+
+    exit_code = 1
 
 
 class DataError(DcarError):
     """Annotations or a gallery cannot be used as they are."""
+
+    exit_code = 3
 
 
 class ImageError(DataError):
@@ -41,6 +45,8 @@ class EndpointError(CaptionError):
 class ModelError(DcarError):
     """The backbone is unknown, unsupported or cannot be loaded."""
 
+    exit_code = 4
+
 
 class RuntimeUnavailableError(ModelError):
     """An encoder runtime cannot be had here, or its cached export cannot be used; the message is the reason."""
@@ -48,6 +54,8 @@ class RuntimeUnavailableError(ModelError):
 
 class CheckpointError(DcarError):
     """The checkpoint is missing, broken or belongs to another backbone."""
+
+    exit_code = 4
 
 
 class TrainingError(DcarError):
@@ -69,9 +77,13 @@ class FingerprintError(ArtifactError):
 class GateError(DcarError):
     """A rebuilt index ranks worse than the one that is served."""
 
+    exit_code = 6
+
 
 class LockedError(DcarError):
     """Another writer is at work on the same index."""
+
+    exit_code = 5
 
 
 class MissingExtraError(DcarError):

@@ -81,11 +81,11 @@ class Metadata:
 
         Tars are left out, since a tar's pictures find theirs by themselves.
         """
-        files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
-        if not files or any(file.suffix == ".tar" for file in files):
-            return None
         fields: dict[str, Fields] = {}
         try:
+            files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
+            if not files or any(file.suffix == ".tar" for file in files):
+                return None
             splits, _ = load_splits(Path(folder), pictures="present")
         except DataError as error:
             logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)

@@ -180,18 +180,18 @@ def _place_files(index: Path) -> list[Path]:
     return [path for path in (index / VERSIONS).glob(f"*/{MILVUS}") if path.parent.name.isdecimal()]
 
 
-def follow(index: Path, version: int, before: Mapping[int, Place]) -> None:
+def follow(index: Path, version: int, before: Mapping[int, Place] | None = None) -> None:
     """After CURRENT: point the alias to the version's collection, and drop those that no version names any more.
 
     Args:
-        before: the index's `places` before versions were removed; the collections of those are to go.
+        before: the index's `places` before versions were removed, whose collections are to go.
 
     What fails is logged, since CURRENT alone decides what is served.
     """
     now, name = places(index), prefix(index)
     kept = {place.collection for place in now.values()}
     all_read = len(now) == len(_place_files(index))
-    for uri in {place.uri for place in (*before.values(), *now.values())}:
+    for uri in {place.uri for place in [*(before or {}).values(), *now.values()]}:
         try:
             client, alias = connect(uri), f"{name}_current"
             known = [entry for entry in client.list_collections() if entry.startswith(f"{name}_v")]

@@ -151,7 +151,7 @@ def rollback(index: Path, to: int | None = None) -> int:
             to = replaced if replaced in earlier else earlier[-1]
         open_version(index, to).verify()
         _point(index, to)
-        milvus.follow(index, to, milvus.places(index))
+        milvus.follow(index, to)
     return to
 
 

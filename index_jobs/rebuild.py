@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dcar_core.errors import CheckpointError, DataError, DcarError, GateError, LockedError, ModelError
+from dcar_core.errors import CheckpointError, DcarError
 from dcar_core.files import canonical, sha256_of
 from index_jobs.arguments import parser
 from index_jobs.job import Job
@@ -65,17 +65,6 @@ def _checkpoint_signature(checkpoint: Path) -> str:
     return hashlib.sha256(canonical(files)).hexdigest()
 
 
-def exit_code(error: DcarError) -> int:
-    """The exit code for an error, as `--help` lists them."""
-    if isinstance(error, DataError):
-        return 3
-    if isinstance(error, CheckpointError | ModelError):
-        return 4
-    if isinstance(error, GateError):
-        return 6
-    return 5 if isinstance(error, LockedError) else 1
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = vars(parser().parse_args(argv))
@@ -89,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RejectedError):
             sys.stdout.write(json.dumps(asdict(error.summary), indent=2) + "\n")
         sys.stderr.write(f"error: {error}\n")
-        return exit_code(error)
+        return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
         return 130

@@ -1,7 +1,7 @@
 """`dcar`: train, evaluate, index, serve and search from the command line; a module for each group of commands.
 
 Heavy modules are imported by the command that needs them, so that `--help` answers at once. Errors that a user can
-mend are one line on stderr and exit status 1.
+mend are one line on stderr, and an exit status that says of what kind they are.
 """
 
 import logging
@@ -54,7 +54,7 @@ def main() -> None:
         app()
     except DcarError as error:
         typer.echo(f"dcar: {error}", err=True)
-        raise SystemExit(1) from None
+        raise SystemExit(error.exit_code) from None
     except OSError as error:  # what the system says of a file that the user named; without one it is our bug
         if error.filename is None or not error.strerror:
             raise

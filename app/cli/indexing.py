@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
-from dcar_core.errors import ArtifactError, DcarError
+from dcar_core.errors import ArtifactError
 from index_jobs.arguments import parse_size
 
 commands = typer.Typer(help="Build, update, look into, verify and roll back published indexes.", no_args_is_help=True)
@@ -42,17 +42,13 @@ def index_build(
     force: Annotated[bool, typer.Option(help="Publish even if nothing changed or it is worse; retry reads.")] = False,
 ) -> None:
     """Encode a gallery, build the index and publish it as a new version. Killed, the same command goes on."""
-    from index_jobs.rebuild import exit_code, rebuild
+    from index_jobs.rebuild import rebuild
 
-    try:
-        found = rebuild(
-            gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall,
-            workers=workers, batch_size=batch_size, keep=keep, max_failed=max_failed, device=device, exact=exact,
-            pixel_cache=pixel_cache, ray=ray, runtime=runtime, validation=validation, margin=margin, force=force,
-        )  # fmt: skip
-    except DcarError as error:
-        typer.echo(f"dcar: {error}", err=True)
-        raise typer.Exit(exit_code(error)) from None
+    found = rebuild(
+        gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall, workers=workers,
+        batch_size=batch_size, keep=keep, max_failed=max_failed, device=device, exact=exact, pixel_cache=pixel_cache,
+        ray=ray, runtime=runtime, validation=validation, margin=margin, force=force,
+    )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")
     if found.hint:

@@ -42,7 +42,6 @@ def search(
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
-
     from dcar_core import Encoder, sealed
     from dcar_core.images import IMAGE_SUFFIXES
     from index_jobs.artifact import open_current

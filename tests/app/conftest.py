@@ -9,6 +9,8 @@ import pytest
 from app_harness import RedisServer
 
 from app.settings import Settings
+from dcar_core import Encoder
+from index_jobs.artifact import Artifact, open_current
 from index_jobs.rebuild import rebuild
 
 ODD_ID = "été #1?/100%2F.png"
@@ -31,6 +33,16 @@ def built_index(gallery: Path, tiny_checkpoint: Path) -> Path:
     out = gallery.parent / "index"
     rebuild(gallery, tiny_checkpoint, out, workers=0, progress=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def artifact(built_index: Path) -> Artifact:
+    return open_current(built_index)
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    return Encoder.load(tiny_checkpoint, device="cpu")
 
 
 @pytest.fixture

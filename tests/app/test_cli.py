@@ -33,8 +33,19 @@ def test_the_version_is_told() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"dcar {version('dcar')}\n"
 
 
-def test_index_build_ends_as_the_rebuild_job_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    where = ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "index")]
-    done = CliRunner().invoke(app, ["index", "build", "--gallery", str(tmp_path / "nowhere"), *where])
-    assert done.exit_code == 3
-    assert done.output.endswith("nowhere does not exist\n")
+def test_index_build_ends_as_the_rebuild_job_does(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [
+        "--gallery",
+        str(tmp_path / "nowhere"),
+        "--checkpoint",
+        str(tiny_checkpoint),
+        "--out",
+        str(tmp_path / "index"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["dcar", "index", "build", *where])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.endswith("nowhere does not exist\n")

@@ -97,13 +97,18 @@ def test_a_new_version_is_noticed(index: Path, gallery: Path, other_checkpoint: 
     asyncio.run(main())
 
 
-def test_a_broken_version_leaves_the_old_one(
-    index: Path, gallery: Path, other_checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def newer_weights(index: Path, gallery: Path, other_checkpoint: Path) -> Path:
+    """Of a second version, which has been rolled back from."""
     rebuild(gallery, other_checkpoint, index, workers=0, progress=False)
     rollback(index, 1)
-    weights = index / "versions/2/checkpoint/trainables.safetensors"
-    whole = weights.read_bytes()
+    return index / "versions/2/checkpoint/trainables.safetensors"
+
+
+def test_a_broken_version_leaves_the_old_one(
+    index: Path, newer_weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, whole = newer_weights, newer_weights.read_bytes()
 
     async def main() -> None:
         async with opened(index, poll_s=0.02, **KEY) as client:
@@ -142,13 +147,8 @@ def test_a_broken_version_leaves_the_old_one(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_a_version_put_right_is_tried_at_once_when_it_is_published_again(
-    index: Path, gallery: Path, other_checkpoint: Path
-) -> None:
-    rebuild(gallery, other_checkpoint, index, workers=0, progress=False)
-    rollback(index, 1)
-    weights = index / "versions/2/checkpoint/trainables.safetensors"
-    whole = weights.read_bytes()
+def test_a_version_put_right_is_tried_at_once_when_it_is_published_again(index: Path, newer_weights: Path) -> None:
+    weights, whole = newer_weights, newer_weights.read_bytes()
 
     async def main() -> None:
         async with opened(index, poll_s=0.02) as client:

@@ -72,7 +72,7 @@ def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, t
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     given = ("--data", tmp_path, "--images", tiny_data, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
     done = dcar("train", *given)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert re.search(r"^dcar: train: 1 of 13 pictures are not in .*: lost\.png\. Point --images", done.stderr, re.M)
     done = dcar("train", *given, "--skip-broken")
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_training_names_a_broken_picture(tiny_model: Path, tiny_data: Path, tmp_
     (photos / name).write_bytes((photos / name).read_bytes()[:60])
     given = ("--data", photos, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
     done = dcar("train", *given)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert re.search(rf"^dcar: train: {re.escape(name)}: broken or truncated", done.stderr, re.M)
     done = dcar("train", *given, "--skip-broken")
     assert done.returncode == 0, done.stderr

@@ -420,5 +420,5 @@ def test_the_command_writes_what_training_reads(
         written = load_split(out, name, images=tiny_data)[0].samples
         assert written == expected[name].samples
     done = dcar("data", "negatives", data, "--out", data)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "holds test.json already; give --out an empty or a new directory" in done.stderr

@@ -179,6 +179,11 @@ def test_a_folder_without_metadata_takes_its_annotations(tmp_path: Path, caplog:
     write(tmp_path / "train.json", b'{"a": 7}')
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {""}
     assert "captions and categories are not taken from the annotations" in caplog.text
+    (tmp_path / "train.json").unlink()
+    for name in ("a_train.json", "b_train.json"):
+        write(tmp_path / name, b"{}")
+    assert len(rows_of(scan(tmp_path))) == 4
+    assert "several files for train" in caplog.text
     write(tmp_path / "metadata.jsonl", b'{"file_name": "d.png", "caption": "its own"}')
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}
 
