@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.metrics import Metrics
-from app.priority import compute
 from app.problems import NotReady, Overloaded
+from app.threads import compute
 from dcar_core.errors import DataError
 
 T = TypeVar("T")

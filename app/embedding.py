@@ -20,9 +20,9 @@ from app.batching import Batcher, Flights, Lane, Vector
 from app.cache import VectorCache, cache_key, rounded
 from app.media import media_type
 from app.metrics import Metrics
-from app.priority import compute
 from app.settings import Settings
 from app.snapshots import Snapshot
+from app.threads import compute
 from dcar_core.errors import DcarError, ImageError
 from dcar_core.images import require_size
 from dcar_core.runtimes.capabilities import cores

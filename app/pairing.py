@@ -27,6 +27,7 @@ from app.embedding import Embedder, Pixels
 from app.finding import Hit, vectors_of
 from app.problems import Problem
 from app.snapshots import Snapshot
+from app.threads import in_own_thread
 from dcar_core.errors import ArtifactError, DcarError, ImageError
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _no_pictures() -> Problem:
 
 async def _pairs(snapshot: Snapshot) -> "Pairs":
     try:
-        return await asyncio.to_thread(snapshot.pairs)
+        return await in_own_thread(snapshot.pairs)  # which may have to load the model first
     except DcarError as error:
         detail = f"This needs the model itself, and it cannot be loaded: {error}"
         raise Problem(503, detail, headers={"Retry-After": "30"}) from None

@@ -29,11 +29,11 @@ from app.embedding import Embedder
 from app.finding import Hit, find, matching, vectors_of
 from app.metrics import Metrics, Waiting
 from app.pairing import Explanation, Pairing, Words
-from app.priority import compute
 from app.problems import Late, Overloaded, Problem, field_problem
 from app.requests import Options
 from app.settings import Settings
 from app.snapshots import Snapshot
+from app.threads import compute
 from dcar_core.errors import ArtifactError, ImageError
 from dcar_core.runtimes.capabilities import cores
 from index_jobs.artifact import Item

@@ -18,9 +18,9 @@ from app.collections import Collections
 from app.connections import LimitedProtocol
 from app.logs import log_config
 from app.main import create_app
-from app.priority import give_way
 from app.settings import Settings
 from app.snapshots import require_index
+from app.threads import give_way
 from app.tracing import start_tracing
 from dcar_core.errors import DcarError
 
@@ -78,7 +78,7 @@ class _Server(uvicorn.Server):
       balances the load can turn to others before connections are refused. A second signal ends it at once.
     - When all is loaded, the hundreds of thousands of objects of the libraries are taken out of the garbage collector's
       sight: looking through them stops every request for a third of a second, again and again under load.
-    - From then on the event loop does not interrupt the model: see `priority`.
+    - From then on the event loop does not interrupt the model: see `threads`.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from app.problems import NotReady
 from app.remembered import Answers
 from app.settings import Settings
+from app.threads import in_own_thread
 from dcar_core.errors import ArtifactError, DcarError
 from index_jobs import filters
 from index_jobs.artifact import Artifact, current_version, open_current, version_numbers
@@ -231,7 +232,7 @@ class Snapshots:
                 if self._live is not None and self._live.version == version:
                     self.reason, self._failed = None, None  # one that failed before is tried at once if it comes back
                     return False
-                fresh = await asyncio.to_thread(load_snapshot, self.index, self._settings, self._loaded())
+                fresh = await in_own_thread(load_snapshot, self.index, self._settings, self._loaded())
             except Exception as error:
                 known = error if isinstance(error, DcarError) else ArtifactError(f"it cannot be loaded: {error}")
                 handled = self._live is None and self._on_start_failure is not None  # whoever it is will tell

@@ -24,7 +24,7 @@ from dcar_core.config import LossConfig, ModelConfig, PromptConfig, ReweightConf
 from dcar_core.domain import Domain
 from dcar_core.errors import ImageError, ModelError
 from dcar_core.images import ImageSource
-from dcar_core.mapped import release
+from dcar_core.mapped import release, trim
 from dcar_core.runtimes.exports import default_cache
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
 from dcar_core.runtimes.registry import Target, require_known
@@ -205,6 +205,7 @@ class Encoder:
             source = self.backbone.source
             places += [Path(source.model), Path(source.pretrained or source.model)]
         release(places)
+        trim()
 
 
 def _load(

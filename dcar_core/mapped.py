@@ -48,6 +48,13 @@ def release(places: Iterable[Path]) -> None:
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advise)
 
 
+def trim() -> None:
+    """Give back to the system what was freed: glibc keeps it, for each thread that loads a model anew."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _mappings() -> list[tuple[int, int, str, dict[str, int]]]:
     """Start, end, file and sizes in bytes of every mapping of a file."""
     found: list[tuple[int, int, str, dict[str, int]]] = []

@@ -1,5 +1,6 @@
 """Weights stay in their file: the same values, in memory only where they are read."""
 
+import mmap
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dcar_core import Encoder
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.mapped import WEIGHTS, release
+from dcar_core.mapped import WEIGHTS, release, trim
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -77,3 +78,16 @@ def test_what_was_written_to_is_kept(model: Path) -> None:
     scale.fill_(3.0)
     release([model])
     assert scale.item() == 3.0
+
+
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    def in_memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    held = [np.ones(2000) for _ in range(4000)]  # 64 MB in pieces that the C library keeps for later
+    last = np.ones(2000)  # behind them: memory that ends with a piece in use is never cut by itself
+    del held
+    before = in_memory()
+    trim()
+    assert before - in_memory() > 32 * 2**20
+    assert last.sum() == 2000
