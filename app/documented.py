@@ -42,8 +42,11 @@ def image_body(settings: Settings) -> dict[str, Any]:
     file = {"type": "string", "format": "binary", "description": f"at most {settings.max_upload_bytes} bytes"}
     schema["properties"] = {"file": file, **schema["properties"]}
     schema["required"] = ["file"]
-    encoding = {name: {"contentType": "application/json"} for name in ("filter", "weights")}
-    return {"multipart/form-data": {"schema": schema, "encoding": encoding}}
+    for name in ("filter", "weights"):  # as objects they would be sent as files of their own
+        known = schema["properties"][name]
+        about = known.get("description", "as in searches by words")
+        schema["properties"][name] = {"type": "string", "default": "", "description": f"{about}; in JSON"}
+    return {"multipart/form-data": {"schema": schema}}
 
 
 def _limited(model: type[BaseModel], settings: Settings) -> dict[str, Any]:

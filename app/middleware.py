@@ -117,7 +117,7 @@ class Guard:
         self._metrics.refused("body_size")
         size = f"{limit / 2**20:.0f} MiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB"
         detail = f"The body is too large; at most {size} are accepted."
-        return Problem(413, detail, errors=[(field, f"at most {limit} bytes")])
+        return Problem(413, detail, errors=[(field, f"at most {size}")])
 
     def _full(self) -> Problem:
         self._metrics.refused("uploads")

@@ -170,7 +170,7 @@ async def read_picture(request: Request) -> Search:
         if not isinstance(file, UploadFile):
             raise field_problem("file", "a picture is required, as the form field `file`")
         if file.size is not None and file.size > settings.max_upload_bytes:
-            message = f"at most {settings.max_upload_bytes} bytes, not {file.size}"
+            message = f"at most {settings.max_upload_bytes / 2**20:.3g} MiB, not {file.size / 2**20:.3g}"
             raise field_problem("file", message, status=413)
         data = await file.read()
     if not data:
@@ -195,12 +195,13 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
 
 def _fields(form: FormData) -> dict[str, Any]:
     """A form's fields as the options of JSON have them: texts as they are, all else as JSON, lists also one by one.
+    What is empty was not filled in.
 
     What is no field is one too many, as in JSON: a filter with a slip in its name must not be taken for none.
     """
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if not isinstance(value, str):
+        if not isinstance(value, str) or (value == "" and name in ImageForm.model_fields):
             continue
         if name in LISTS:
             fields.setdefault(name, []).extend(_texts(value))

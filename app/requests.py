@@ -59,7 +59,7 @@ class Options(BaseModel):
         dict[str, Any] | None,
         Field(
             description="conditions on id, caption, category and metadata fields: a value, a list of values, or "
-            '{"in", "not", "gt", "gte", "lt", "lte"}; see docs/search.md',
+            '{"in", "not", "contains", "gt", "gte", "lt", "lte"}; null: it has none; {"$or": [filter, ..]}',
             examples=[{"category": ["cat face"], "base": True}],
         ),
     ] = None
@@ -72,7 +72,7 @@ class Options(BaseModel):
     weights: Weights = Weights()
     fields: Annotated[
         Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64), FailFast()],
-        Field(description='metadata that each result is to have, ["*"] for all', examples=[["price", "brand"]]),
+        Field(description='metadata that each result is to have, ["*"] for all', examples=[["*"]]),
     ] = ()
     fold: Annotated[
         float | None,

@@ -1,7 +1,8 @@
 // The search page. The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), a category and
 // whether to explain, so it can be shared and "back" works; a picture cannot be put into an address and is kept in memory
-// by number (#picture=1) as long as the page lives.
-// Every request aborts the one before; an answer that is no longer wanted is never shown.
+// under a name (#picture=lx3k2a) as long as the page lives.
+// Every request aborts the one before; an answer that is no longer wanted is never shown. Nothing is searched before the
+// collections are known; what is typed meanwhile waits.
 
 import { drawMap, drawWords } from "./explain.js";
 
@@ -12,10 +13,14 @@ const collection = $("collection");
 const TYPING_MS = 180;
 const BUNDLED = ["crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry"];
 const LONGEST_EXAMPLE = 40; // characters
+const SLOW_MS = 500;
+const AGAIN_MS = [1500, 4000, 10000]; // when a picture that did not come is asked for again
+const UNREADABLE = "This file cannot be read.";
 
-const pictures = new Map(); // number -> {file, url}
-const captions = new Map(); // id -> caption of the items seen so far
+const pictures = new Map(); // name -> {file, url}
+const captions = new Map(); // collection and id -> caption of the items seen so far
 let collections = []; // as GET /collections lists them, the default one first
+let ready = false; // they are known
 let suggested = null; // the collection that the examples are of
 let typing = 0;
 let running = null;
@@ -24,7 +29,8 @@ function read() {
   const given = new URLSearchParams(location.hash.slice(1));
   const wanted = { q: given.get("q") ?? "", explain: given.get("explain") };
   for (const name of ["item", "picture", "k", "in", "category"]) wanted[name] = given.get(name);
-  if (wanted.picture !== null && !pictures.has(wanted.picture)) wanted.picture = null; // the page was reloaded
+  wanted.lost = wanted.picture !== null && !pictures.has(wanted.picture); // the page was reloaded
+  if (wanted.lost) wanted.picture = null;
   return wanted;
 }
 
@@ -36,21 +42,24 @@ function go(wanted, { replace = false } = {}) {
     if (wanted.category) parts.set("category", wanted.category);
     if (explain.checked) parts.set("explain", "1");
   }
-  if (collection.value && collection.value !== collections[0]?.name) parts.set("in", collection.value);
+  const where = ready ? collection.value : read().in;
+  if (where && where !== collections[0]?.name) parts.set("in", where);
   const address = [...parts].length ? `#${parts}` : location.pathname + location.search;
   if (`#${parts}` !== location.hash) history[replace ? "replaceState" : "pushState"](null, "", address);
   show();
 }
 
+const known = (id) => captions.get(base() + id);
 const base = () => (collection.selectedIndex > 0 ? `collections/${encodeURIComponent(collection.value)}/` : "");
 
-function ask(wanted, signal) {
+async function ask(wanted, signal) {
   const options = { k: Number(count.value) };
   if (wanted.category) options.filter = { category: wanted.category };
   if (explain.checked) options.explain = true;
   if (wanted.picture) {
-    const body = new FormData();
-    body.append("file", pictures.get(wanted.picture).file);
+    const body = new FormData(), { file } = pictures.get(wanted.picture);
+    await file.slice(0, 1).arrayBuffer().catch(() => { throw UNREADABLE; }); // a folder, or gone since
+    body.append("file", file);
     for (const [name, value] of Object.entries(options)) body.append(name, JSON.stringify(value));
     return fetch(`${base()}search/image`, { method: "POST", body, signal });
   }
@@ -62,6 +71,7 @@ function ask(wanted, signal) {
 async function show() {
   clearTimeout(typing);
   running?.abort();
+  if (!ready) return;
   const wanted = read();
   if (wanted.k && [...count.options].some((option) => option.value === wanted.k)) count.value = wanted.k;
   collection.value = collections.some(({ name }) => name === wanted.in) ? wanted.in : (collections[0]?.name ?? "");
@@ -72,21 +82,26 @@ async function show() {
   if (document.activeElement !== query || query.value.trim() !== wanted.q) query.value = wanted.q;
   chip(wanted);
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === wanted.q);
-  document.title = wanted.q ? `${wanted.q} · Picture search` : "Picture search";
-  if (!wanted.q && !wanted.item && !wanted.picture) return draw(null);
+  const subject = wanted.q || (wanted.picture || wanted.item ? $("chip-label").textContent : "");
+  document.title = subject ? `${subject} · Picture search` : "Picture search";
+  if (wanted.in && wanted.in !== collection.value) return fail(`There is no collection “${wanted.in}” here.`);
+  if (wanted.lost) return fail("A picture is not part of a link, and is gone with the page that it was given to. Choose it again.");
+  if (!subject) return draw(null);
 
   const mine = (running = new AbortController());
   results.setAttribute("aria-busy", "true");
+  const slow = setTimeout(() => (status.textContent = "Searching…"), SLOW_MS);
   try {
     const answer = await ask(wanted, mine.signal);
-    if (wanted.item && !captions.has(wanted.item)) await name(wanted, mine.signal);
+    if (wanted.item && known(wanted.item) === undefined) await name(wanted, mine.signal);
     const body = await answer.json().catch(() => ({}));
     if (mine.signal.aborted) return;
     if (answer.ok) draw(body, wanted);
-    else fail(body.errors?.map((fault) => `${fault.field}: ${fault.message}`).join("; ") || body.detail || `Error ${answer.status}`);
+    else fail(body.detail || `Error ${answer.status}`);
   } catch (reason) {
-    if (!mine.signal.aborted) fail("The service cannot be reached.");
+    if (!mine.signal.aborted) fail(reason === UNREADABLE ? UNREADABLE : "The service cannot be reached.");
   } finally {
+    clearTimeout(slow);
     if (running === mine) results.removeAttribute("aria-busy");
   }
 }
@@ -94,7 +109,7 @@ async function show() {
 async function name(wanted, signal) { // the address was opened from elsewhere, so the item has not been seen yet
   const item = await fetch(`${base()}items/${encodeURIComponent(wanted.item)}`, { signal });
   if (!item.ok) return;
-  captions.set(wanted.item, (await item.json()).caption || wanted.item);
+  captions.set(base() + wanted.item, (await item.json()).caption || wanted.item);
   if (!signal.aborted) chip(wanted);
 }
 
@@ -104,7 +119,7 @@ function draw(answer, wanted) {
   drawWords($("words"), answer?.words);
   if (answer === null) {
     results.removeAttribute("aria-busy");
-    results.replaceChildren();
+    place([]);
     status.textContent = "";
     return;
   }
@@ -115,7 +130,7 @@ function draw(answer, wanted) {
   const cards = answer.results.map((result) => card(result, share(result.score), result.score < least));
   const fitting = scores.filter((score) => score >= least).length;
   if (fitting && fitting < cards.length) cards.splice(fitting, 0, divider());
-  results.replaceChildren(...cards);
+  place(cards);
   if (!fitting) tellNothing(wanted, scores.length);
   const n = scores.length;
   const facts = [`${n} ${n === 1 ? "result" : "results"}`, `${answer.took_ms.toFixed(1)} ms`];
@@ -152,15 +167,21 @@ function fail(message) {
   empty.hidden = nothing.hidden = true;
   drawWords($("words"), null);
   status.textContent = "";
-  results.replaceChildren();
+  place([]);
+}
+
+function place(cards) { // who was among the results with the keyboard stays there
+  const within = results.contains(document.activeElement);
+  results.replaceChildren(...cards);
+  if (within) results.focus({ preventScroll: true });
 }
 
 function card(result, share, weak) {
   const node = $("card").content.cloneNode(true);
   const find = (name) => node.querySelector(name);
-  captions.set(result.id, result.caption || result.id);
+  captions.set(base() + result.id, result.caption || result.id);
   find(".card").classList.toggle("weak", weak);
-  find("img").src = result.image_url;
+  load(find("img"), result.image_url, find(".frame"));
   find(".number").textContent = result.score.toFixed(3);
   find(".fill").style.setProperty("--share", share);
   find(".score").title = `cosine ${result.score.toFixed(4)}; the bar compares the results shown`;
@@ -179,9 +200,18 @@ function card(result, share, weak) {
     find(".card").classList.add("explained");
     drawMap(find(".map"), result.explanation.relevance);
     drawWords(find(".words"), result.explanation.words);
-    find(".picture").title = "orange: this part adds to the score; blue: it takes away";
+    caption.title += "\nOrange: this part adds to the score; blue: it takes away";
   }
   return node;
+}
+
+function load(image, url, frame) { // tried again: a service that limits how often it is asked counts pictures too
+  let tries = 0;
+  image.addEventListener("error", () => {
+    if (tries === AGAIN_MS.length) frame.classList.add("gone");
+    else setTimeout(() => (image.src = url), AGAIN_MS[tries++] * (0.5 + Math.random()));
+  });
+  image.src = url;
 }
 
 function chip(wanted) {
@@ -189,12 +219,10 @@ function chip(wanted) {
   if (wanted.picture) {
     const { file, url } = pictures.get(wanted.picture);
     $("chip-image").src = url;
-    $("chip-label").textContent = file.name || "pasted picture";
+    $("chip-label").textContent = $("chip").title = file.name || "pasted picture";
   } else if (wanted.item) {
     $("chip-image").src = `${base()}items/${encodeURIComponent(wanted.item)}/image`;
-    const label = `more like ${captions.get(wanted.item) ?? wanted.item}`;
-    $("chip-label").textContent = label;
-    $("chip").title = label;
+    $("chip-label").textContent = $("chip").title = `more like ${known(wanted.item) ?? wanted.item}`;
   } else {
     $("chip-image").removeAttribute("src");
   }
@@ -203,10 +231,12 @@ function chip(wanted) {
 
 function searchBy(chosen) {
   if (!chosen) return;
-  const number = String(pictures.size + 1);
-  pictures.set(number, { file: chosen, url: URL.createObjectURL(chosen) });
-  go({ ...read(), q: "", item: null, picture: number });
+  const name = `${Date.now().toString(36)}${pictures.size}`; // as of no other load of the page
+  pictures.set(name, { file: chosen, url: URL.createObjectURL(chosen) });
+  go({ ...read(), q: "", item: null, picture: name });
 }
+
+const pictureAmong = (files) => [...files].find((each) => each.type.startsWith("image/"));
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -216,6 +246,7 @@ query.addEventListener("input", () => {
   clearTimeout(typing);
   const before = read();
   typing = setTimeout(() => {
+    if (!ready) return; // `begin` looks at what was typed
     const q = query.value.trim();
     if (q !== before.q) go({ q, category: before.category }, { replace: Boolean(before.q && q) });
   }, TYPING_MS);
@@ -223,11 +254,13 @@ query.addEventListener("input", () => {
 count.addEventListener("change", () => go(read(), { replace: true }));
 explain.addEventListener("change", () => go(read(), { replace: true }));
 collection.addEventListener("change", () => {
-  captions.clear(); // ids are the collection's own
   const { q, picture } = read();
   go({ q, picture });
 });
-$("category").addEventListener("click", () => go({ ...read(), category: null }));
+$("category").addEventListener("click", () => {
+  results.focus({ preventScroll: true });
+  go({ ...read(), category: null });
+});
 $("examples").addEventListener("click", (event) => {
   if (event.target instanceof HTMLButtonElement) go({ q: event.target.textContent });
 });
@@ -242,14 +275,15 @@ $("chip-clear").addEventListener("click", () => {
 });
 addEventListener("popstate", show);
 addEventListener("paste", (event) => {
-  const chosen = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
-  if (chosen) {
+  const chosen = pictureAmong(event.clipboardData.files);
+  const words = event.target === query && event.clipboardData.types.includes("text/plain"); // as office programs copy both
+  if (chosen && !words) {
     event.preventDefault();
     searchBy(chosen);
   }
 });
 addEventListener("keydown", (event) => {
-  if (event.key === "/" && !(event.target instanceof HTMLInputElement) && !event.ctrlKey && !event.metaKey) {
+  if (event.key === "/" && event.target !== query && !event.ctrlKey && !event.metaKey && !event.altKey) {
     event.preventDefault();
     query.focus();
     query.select();
@@ -266,7 +300,8 @@ addEventListener("drop", (event) => {
   if (!hasFile(event)) return;
   event.preventDefault();
   drag(0);
-  searchBy(event.dataTransfer.files[0]);
+  const { files } = event.dataTransfer;
+  searchBy(pictureAmong(files) ?? files[0]);
 });
 
 async function suggest() { // what can be asked for: captions of the gallery, or what is known of the bundled ones
@@ -282,7 +317,7 @@ async function suggest() { // what can be asked for: captions of the gallery, or
     else {
       const found = (await items({ k: 100 })).items.flatMap(({ caption, category }) =>
         [caption, category].find((words) => words && words.length <= LONGEST_EXAMPLE) ?? []);
-      const fitting = [...new Set(found)];
+      const fitting = [...new Set(found.map((words) => words.replace(/\s+/g, " ").trim()))];
       const step = Math.max(1, Math.floor(fitting.length / BUNDLED.length));
       examples = fitting.filter((_, i) => i % step === 0).slice(0, BUNDLED.length);
     }
@@ -291,21 +326,31 @@ async function suggest() { // what can be asked for: captions of the gallery, or
   }
   if (from !== base()) return; // another collection was chosen meanwhile
   const button = (textContent) =>
-    Object.assign(document.createElement("button"), { type: "button", textContent, ariaPressed: textContent === read().q });
+    Object.assign(document.createElement("button"), { type: "button", dir: "auto", textContent, ariaPressed: textContent === read().q });
   $("examples").replaceChildren(...examples.map(button));
   $("examples").hidden = !examples.length;
 }
 
 async function begin() {
-  try {
-    const answer = await fetch("collections");
-    if (answer.ok) collections = (await answer.json()).collections;
-  } catch {
-    // the first search will tell
+  for (let wait = 1000; !ready; wait = Math.min(2 * wait, 15000)) {
+    const answer = await fetch("collections").catch(() => null);
+    if (answer?.ok) {
+      collections = (await answer.json()).collections;
+      ready = true;
+    } else {
+      const problem = await answer?.json().catch(() => null);
+      fail(problem?.detail || (answer ? `Error ${answer.status}` : "The service cannot be reached."));
+      if (answer?.status === 401) return;
+      await new Promise((done) => setTimeout(done, wait));
+    }
   }
+  error.hidden = true;
   collection.replaceChildren(...collections.map(({ name }) => new Option(name, name)));
   $("where").hidden = collections.length < 2;
-  show();
+  const { in: where, category } = read(), typed = query.value.trim();
+  if (collections.some(({ name }) => name === where)) collection.value = where;
+  if (typed) go({ q: typed, category });
+  else show();
 }
 
 begin();

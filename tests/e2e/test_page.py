@@ -179,6 +179,64 @@ def test_search_by_text_and_by_result(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
+def test_what_is_typed_while_the_page_loads_is_kept(page: Page, two: str) -> None:
+    slow = {"offline": False, "latency": 400, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.open(f"{two}/#q=red&k=24&in=circles")
+    page.settled(6)
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    try:
+        page.driver.execute_script("history.replaceState(null, '', '#in=circles'); location.reload()")
+        until(lambda: page.one("#query").get_attribute("value") == "" and page.all("#collection") != [])
+        page.one("#query").send_keys("a blue circle")
+        until(lambda: "q=a+blue+circle" in page.driver.current_url)
+        page.settled(6)
+        assert page.one("#query").get_attribute("value") == "a blue circle"
+        assert "in=circles" in page.driver.current_url
+    finally:
+        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow | {"latency": 0})
+    assert page.errors() == []
+
+
+def test_a_link_never_shows_what_it_does_not_name(page: Page, two: str) -> None:
+    page.open(f"{two}/#q=red&k=24&in=gone")
+    until(lambda: "no collection “gone”" in page.one("#error").text)
+    page.open(f"{two}/#picture=1&k=24")
+    until(lambda: "A picture is not part of a link" in page.one("#error").text)
+    assert page.all("#results .card") == []
+    fails_twice = """
+        const whole = window.fetch; let asked = 0;
+        window.fetch = (url, ...more) => (url === 'collections' && ++asked < 3
+            ? Promise.resolve(new Response('{"detail": "Too busy."}', {status: 503})) : whole(url, ...more));
+    """
+    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": fails_twice})
+    try:
+        page.open(f"{two}/#q=red&k=24&in=circles")
+        until(lambda: page.one("#error").text == "Too busy.")
+        page.settled(6)
+        assert not page.one("#error").is_displayed()
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    assert page.errors() == []
+
+
+def test_the_keyboard_stays_among_the_results(page: Page, site: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(f"{site}/#q=red&k=24")
+    page.settled(24)
+    page.all("#results .category")[0].send_keys(Keys.ENTER)
+    page.settled(6)
+    assert page.driver.switch_to.active_element == page.one("#results")
+    page.one("#category").send_keys(Keys.ENTER)
+    page.settled(24)
+    assert page.driver.switch_to.active_element == page.one("#results")
+    page.all("#results .caption")[0].send_keys(Keys.ENTER)
+    page.settled(23)
+    assert page.driver.switch_to.active_element == page.one("#results")
+    assert page.errors() == []
+
+
 def test_examples_and_the_number_of_results(page: Page, site: str) -> None:
     page.open(site)
     examples = until(lambda: page.all("#examples button"))
@@ -218,6 +276,7 @@ def test_a_dropped_and_a_pasted_picture(page: Page, site: str) -> None:
         canvas.width = canvas.height = 20;
         canvas.toBlob((blob) => {
             const carried = new DataTransfer();
+            carried.items.add(new File(['words'], 'notes.txt', {type: 'text/plain'}));
             carried.items.add(new File([blob], `${arguments[0]}.png`, {type: 'image/png'}));
             const event = arguments[0] === 'paste'
                 ? new ClipboardEvent('paste', {clipboardData: carried, bubbles: true})
@@ -303,6 +362,8 @@ def test_a_category_filters(page: Page, site: str) -> None:
 
 
 def test_explanations_are_drawn(page: Page, site: str) -> None:
+    from selenium.webdriver import ActionChains
+
     page.open(f"{site}/#q=a+red+square&k=24")
     page.settled(24)
     assert not page.one("#words").is_displayed()
@@ -321,6 +382,12 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     """)
     assert colors[:2] == [4, 4], "a value a patch"
     assert colors[2] > 3, "not all alike"
+    picture = page.all("#results .explained img")[0]
+    ActionChains(page.driver).move_to_element(picture).click().perform()  # the whole card is its button
+    page.settled(23)
+    assert "#item=" in page.driver.current_url
+    page.driver.back()
+    page.settled(24)
     page.one("#explain").click()
     until(lambda: not page.all("#results .explained"))
     assert not page.one("#words").is_displayed()
@@ -368,14 +435,17 @@ def test_what_does_not_fit_is_told_apart(page: Page, two: str) -> None:
     assert page.errors() == []
 
 
-def test_documentation(page: Page, site: str) -> None:
+def test_documentation(page: Page, site: str, tiny_gallery: Path) -> None:
     page.open(f"{site}/docs")
     until(lambda: len(page.all(".opblock")) == 19)
     page.one("#operations-search-search_text .opblock-summary-control").click()
     until(lambda: "crying cat" in page.one("#operations-search-search_text").text)
     page.one("#operations-search-search_image .opblock-summary-control").click()
     until(lambda: page.all("#operations-search-search_image .try-out__btn"))[0].click()
-    assert until(lambda: page.all("#operations-search-search_image input[type=file]"))
+    upload = until(lambda: page.all("#operations-search-search_image input[type=file]"))[0]
+    upload.send_keys(str(tiny_gallery / "circle/red.png"))
+    page.one("#operations-search-search_image .execute").click()
+    until(lambda: "index_version" in page.one("#operations-search-search_image .live-responses-table").text)
     hosts = page.driver.execute_script("return performance.getEntriesByType('resource').map(e => new URL(e.name).host)")
     assert set(hosts) == {site.removeprefix("http://")}
     assert page.errors() == []
