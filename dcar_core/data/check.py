@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcar_core.data.load import Annotations
+from dcar_core.data.load import Annotations, note_overlaps
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import Dataset
 
@@ -51,7 +51,9 @@ def check(
         DataError: there are no annotations, or they cannot be read.
     """
     annotations = Annotations(path, images)
-    return [_checked(annotations, name, pictures, context, count_tokens) for name in annotations.splits()]
+    checked = [_checked(annotations, name, pictures, context, count_tokens) for name in annotations.splits()]
+    note_overlaps({each.data.split: each.data for each in checked}, {each.data.split: each.report for each in checked})
+    return checked
 
 
 def _checked(
@@ -69,5 +71,6 @@ def _checked(
     if count_tokens is not None:
         lengths = count_tokens([sample.caption for sample in data.samples])
         report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
-    missing, broken = annotations.unusable_pictures(split) if pictures else ([], [])
+    missing, broken, found = annotations.unusable_pictures(split) if pictures else ([], [], CleaningReport())
+    report.merge(found)
     return CheckedSplit(data, report, missing, broken)

@@ -14,6 +14,7 @@ class Entry:
     """One annotated picture as a file gives it, before cleaning.
 
     image: its name; path: a longer path, perhaps of another machine, or "". split: "" when the file does not say.
+    cut_by: what decides the split then.
     notes: what its reader repaired, for the report of the split that it belongs to.
     """
 
@@ -21,6 +22,7 @@ class Entry:
     captions: tuple[str, ...]
     path: str = ""
     split: str = ""
+    cut_by: str = ""
     category: str = ""
     negatives: tuple[str, ...] = ()
     negative_categories: tuple[str, ...] = ()
@@ -43,9 +45,26 @@ def text_of(file: Path) -> str:
 def required(entry: Mapping[str, Any], name: str, where: str) -> str:
     """A field that must be there and hold text."""
     value = entry.get(name)
-    if not isinstance(value, str) or not value.strip():
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value)[:60]}")
+    if not value or not value.strip():
         raise DataError(f"{where}: field {name!r} is missing or empty")
     return value
+
+
+def label(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
+    """The first of these fields that holds something, as text: a category may be a number, 0 too.
+
+    Raises:
+        DataError: it is a list or an object.
+    """
+    for name in names:
+        value = entry.get(name)
+        if isinstance(value, list | dict):
+            raise DataError(f"{where}: field {name!r} must be one text, not {json.dumps(value)[:60]}")
+        if value is not None and value == value and str(value).strip():
+            return str(value)
+    return ""
 
 
 def strings(value: object, where: str, name: str) -> tuple[str, ...]:
@@ -69,4 +88,4 @@ def captions(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tu
         value = entry.get(name)
         if value is not None:
             return strings(value, where, name) or ("",)
-    raise DataError(f"{where}: field {names[0]!r} is missing")
+    raise DataError(f"{where}: field {names[0]!r} is missing; it has {', '.join(map(str, entry)) or 'none'}")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dcar_core.data.entries import Entry, captions, required, strings, text_of
+from dcar_core.data.entries import Entry, captions, label, required, strings, text_of
 from dcar_core.data.report import CleaningReport
 from dcar_core.errors import DataError
 from dcar_core.images import has_image_suffix
@@ -65,7 +65,7 @@ def _entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
         notes.append("missing file names, taken from the path")
     if not has_image_suffix(str(name)):
         notes.append("file names without a suffix")
-    category = entry.get("class_name")
+    category = label(entry, ("class_name",), where)
     if not category:
         category = category_of_key(key)
         notes.append("categories derived from the key" if category else "entries without a category")
@@ -73,10 +73,10 @@ def _entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
         image=str(name),
         path=path,
         captions=captions(entry, ("positive",), where),
-        category=str(category),
+        category=category,
         negatives=strings(entry.get("negative"), where, "negative"),
         negative_categories=strings(entry.get("negative_class"), where, "negative_class"),
-        meta_category=str(entry.get("meta_category") or ""),
+        meta_category=label(entry, ("meta_category",), where),
         notes=tuple(notes),
     )
 

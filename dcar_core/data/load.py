@@ -6,18 +6,21 @@ say their split in a column, a file in its name; where neither does, a hash of t
 train split but no val gives a tenth of its training pictures to validation.
 """
 
+import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
+from itertools import combinations
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from dcar_core.data.clean import clean
 from dcar_core.data.entries import Entry
 from dcar_core.data.fdrd import read_fdrd
-from dcar_core.data.pictures import locate, named, unreadable
+from dcar_core.data.pictures import locate, named, shared_names, unreadable
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import SPLITS, Dataset
 from dcar_core.data.tables import read_table, read_tar
@@ -27,7 +30,8 @@ from dcar_core.images import ImageRoot
 Pictures = Literal["require", "present", "skip", "ignore"]
 MISSING = "pictures missing, left out"
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-_IN_NAME = re.compile(r"(?:^|[_\-.])(train|val|test)(?:$|[_\-.]\d+$)", re.IGNORECASE)
+_NAMES = {split: (split, *(alias for alias, meant in _ALIASES.items() if meant == split)) for split in SPLITS}
+_IN_NAME = re.compile(rf"(?:^|[_\-.])({'|'.join([*SPLITS, *_ALIASES])})(?:$|[_\-.]\d+$)", re.IGNORECASE)
 _FORMS = "train.json (FDRD's form), train.jsonl, train.csv, train.tar, or pairs.jsonl or pairs.csv with a split column"
 _SHARES = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # up to here
 
@@ -69,9 +73,11 @@ class Annotations:
         for note in (note for entry in entries for note in entry.notes):
             report.add(note)
         if pictures == "ignore":
-            found = [replace(entry, image=named(entry)) for entry in entries]
+            found = [replace(entry, image=named(entry, self._shared)) for entry in entries]
         else:
-            found, missing, broken = _with_pictures(entries, self._root, report, decode=pictures == "skip")
+            found, missing, broken = _with_pictures(
+                entries, self._root, report, self._shared, decode=pictures == "skip"
+            )
             if missing and pictures == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {self._root.path}: "
@@ -85,15 +91,26 @@ class Annotations:
             raise DataError(f"{self.path} has no {split} pairs that can be used:\n{report}")
         return Dataset(split, samples, self._root), report
 
-    def unusable_pictures(self, split: str) -> tuple[list[str], list[str]]:
-        """Decode a split's pictures: the names of the missing ones, and "name (reason)" of the broken ones."""
+    def unusable_pictures(self, split: str) -> tuple[list[str], list[str], CleaningReport]:
+        """Decode a split's pictures: the names of the missing ones, "name (reason)" of the broken ones, and how others
+        were found."""
         report = CleaningReport()
-        _, missing, broken = _with_pictures(self._chosen(split, report), self._root, report, decode=True)
-        return missing, broken
+        entries = self._chosen(split, CleaningReport())
+        _, missing, broken = _with_pictures(entries, self._root, report, self._shared, decode=True)
+        return missing, broken, report
+
+    @cached_property
+    def _shared(self) -> frozenset[str]:
+        """See `shared_names`, of all splits: a picture that is missing in one is not taken from another."""
+        entries = list[Entry]()
+        for split in SPLITS:
+            with contextlib.suppress(DataError):  # whoever asks for that split will hear
+                entries += self._of(split)
+        return shared_names(entries)
 
     @cached_property
     def _root(self) -> ImageRoot:
-        beside = self.path if self.path.is_dir() or self.path.suffix == ".tar" else self.path.parent
+        beside = self.path if self.path.is_dir() or self.path.suffix.lower() == ".tar" else self.path.parent
         return ImageRoot(self._images or beside)
 
     def _chosen(self, split: str, report: CleaningReport) -> list[Entry]:
@@ -113,7 +130,8 @@ class Annotations:
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
             others = ", ".join(name for name in self.splits() if name != split)
-            raise DataError(f"{self.path} has no {split} pairs; it has {others}")
+            hint = "A hash that cuts few pictures can leave a split empty: give each row one"
+            raise DataError(f"{self.path} has no {split} pairs; it has {others}. {hint}")
         return own
 
     def _of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
@@ -155,7 +173,18 @@ def load_splits(
     """Several splits with their reports, as `load_split` reads each; None: all that there are."""
     annotations = Annotations(path, images)
     read = {split: annotations.load(split, pictures) for split in splits or annotations.splits()}
-    return {split: data for split, (data, _) in read.items()}, {split: report for split, (_, report) in read.items()}
+    datasets = {split: data for split, (data, _) in read.items()}
+    reports = {split: report for split, (_, report) in read.items()}
+    note_overlaps(datasets, reports)
+    return datasets, reports
+
+
+def note_overlaps(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport]) -> None:
+    """Report pictures that an earlier split has too: what is measured on them is no measure of new pictures."""
+    for earlier, later in combinations(splits, 2):
+        known = {sample.image for sample in splits[earlier].samples}
+        both = dict.fromkeys(sample.image for sample in splits[later].samples if sample.image in known)
+        reports[later].add(f"pictures that {earlier} has too, which makes {later} no measure", names=list(both))
 
 
 def splits_of(path: Path) -> list[str]:
@@ -164,15 +193,15 @@ def splits_of(path: Path) -> list[str]:
 
 
 def _is_held_out(entry: Entry) -> bool:
-    return _hashed(entry.image) == "val"
+    return _hashed(entry.cut_by) == "val"
 
 
 def _with_pictures(
-    entries: Sequence[Entry], root: ImageRoot, report: CleaningReport, *, decode: bool
+    entries: Sequence[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str], *, decode: bool
 ) -> tuple[list[Entry], list[str], list[str]]:
     """Entries whose picture is there (and can be decoded), missing names, broken names with the reason."""
     found, missing = [], []
-    for entry, name in locate(entries, root, report):
+    for entry, name in locate(entries, root, report, shared):
         if name is None:
             missing.append(entry.image)
         else:
@@ -186,13 +215,15 @@ def annotation_files(path: Path, split: str) -> list[Path]:
     """Those that may hold a split, of a directory or a single file."""
     if path.is_file():
         return [path]
-    for suffix in (".json", ".jsonl", ".csv"):
-        if (path / f"{split}{suffix}").is_file():
-            return [path / f"{split}{suffix}"]
-    shards = sorted(p for p in path.glob("*.tar") if re.fullmatch(rf"{split}([_\-.]\d+)?", p.stem))
-    if shards:
-        return shards
-    named_so = sorted(path.glob(f"*_{split}.json"))
+    named_so = list[Path]()
+    for name in _NAMES[split]:
+        for suffix in (".json", ".jsonl", ".csv"):
+            if (path / f"{name}{suffix}").is_file():
+                return [path / f"{name}{suffix}"]
+        shards = sorted(p for p in path.glob("*.tar") if re.fullmatch(rf"{name}([_\-.]\d+)?", p.stem))
+        if shards:
+            return shards
+        named_so += sorted(path.glob(f"*_{name}.json"))
     if len(named_so) > 1:
         raise DataError(
             f"{path} has several files for {split} ({shorten([p.name for p in named_so])}); name one of them"
@@ -214,9 +245,17 @@ def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:
     """Each entry with its split: of the file's name, of its own column, or by a hash."""
+    entries = _to_cut(entries)
     in_name = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
     if in_name:
-        yield from (replace(entry, split=in_name[1].lower()) for entry in entries)
+        split = _split_named(in_name[1])
+        other = [entry for entry in entries if entry.split and _split_named(entry.split) != split]
+        if other:
+            raise DataError(
+                f"{file}: {len(other):,} rows say that they are of another split, such as {other[0].image!r} "
+                f"({other[0].split}); call the file pairs{file.suffix} for the column to decide, or leave it out"
+            )
+        yield from (replace(entry, split=split) for entry in entries)
         return
     said = [bool(entry.split) for entry in entries]
     if any(said) and not all(said):
@@ -225,13 +264,28 @@ def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> It
         )
     if not any(said):
         note = f"entries of {file.name}, which names no splits, cut by a hash of the picture's name (80/10/10)"
-        yield from (replace(e, split=_hashed(e.image), notes=(*e.notes, note)) for e in entries)
+        yield from (replace(e, split=_hashed(e.cut_by), notes=(*e.notes, note)) for e in entries)
         return
     for entry in entries:
-        split = _ALIASES.get(entry.split.lower(), entry.split.lower())
+        split = _split_named(entry.split)
         if split not in SPLITS:
             report.add(f"pairs of the split {entry.split!r}, left out")
         yield replace(entry, split=split)
+
+
+def _split_named(name: str) -> str:
+    return _ALIASES.get(name.lower(), name.lower())
+
+
+def _to_cut(entries: list[Entry]) -> list[Entry]:
+    """With what a hash decides by: the picture's name, without the folder that all absolute ones have in common."""
+    absolute = [entry.image for entry in entries if entry.image.startswith("/")]
+    common = os.path.commonpath([PurePosixPath(image).parent for image in absolute]) if absolute else "/"
+    return [replace(entry, cut_by=_below(entry.image, common)) for entry in entries]
+
+
+def _below(image: str, folder: str) -> str:
+    return PurePosixPath(image).relative_to(folder).as_posix() if image.startswith("/") else image
 
 
 def _hashed(image: str) -> str:

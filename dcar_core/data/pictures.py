@@ -1,11 +1,13 @@
 """Where an entry's picture is, and whether it can be read.
 
 A name is tried as it is, with a picture's suffix, then by the last parts of its path, the longest first (so that
-/elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg), then as the only file of that name below the image root.
+/elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg), then as the only file of that name below the image root:
+but not where the annotations have several pictures of that name, or the folder that they name is there without it.
 """
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
@@ -19,10 +21,12 @@ _THREADS = 8
 
 
 class Finder:
-    """Names of annotations to names below an image root."""
+    """Names of annotations to names below an image root. shared: file names that several pictures have."""
 
-    def __init__(self, root: ImageRoot) -> None:
+    def __init__(self, root: ImageRoot, shared: Set[str] = frozenset()) -> None:
         self.root = root
+        self._shared = shared
+        self._folders: set[str] = set()
         self._by_base: dict[str, list[str]] | None = None
 
     def find(self, image: str, path: str = "") -> str | None:
@@ -37,8 +41,23 @@ class Finder:
                 base = PurePosixPath(name)
                 self._by_base.setdefault(base.name, []).append(name)
                 self._by_base.setdefault(base.stem, []).append(name)
+                self._folders.add(base.parent.name)
+        wanted = PurePosixPath(path or image)
+        if wanted.name in self._shared or (wanted.parent.name and wanted.parent.name in self._folders):
+            return None
         found = self._by_base.get(PurePosixPath(image).name, [])
         return found[0] if len(found) == 1 else None
+
+
+def shared_names(entries: Iterable[Entry]) -> frozenset[str]:
+    """File names that pictures in different folders have; a/b.jpg and b.jpg may be one picture."""
+    places = defaultdict[str, set[tuple[str, ...]]](set)
+    for entry in entries:
+        parts = PurePosixPath(entry.path or entry.image).parts
+        places[parts[-1] if parts else ""].add(parts)
+    return frozenset(
+        name for name, known in places.items() if any(max(known, key=len)[-len(each) :] != each for each in known)
+    )
 
 
 def unicode_forms(name: str) -> Iterable[str]:
@@ -54,6 +73,7 @@ def _candidates(image: str, path: str) -> Iterator[str]:
     if not has_image_suffix(image):
         given = PurePosixPath(path).suffix
         yield from (image + suffix for suffix in dict.fromkeys((given, *_SUFFIXES)) if suffix)
+    path = path or image
     parts = PurePosixPath(path).parts
     if path in {"", "."}:
         return
@@ -62,19 +82,25 @@ def _candidates(image: str, path: str) -> Iterator[str]:
         yield "/".join(parts[start:])
 
 
-def locate(entries: Iterable[Entry], root: ImageRoot, report: CleaningReport) -> Iterator[tuple[Entry, str | None]]:
+def locate(
+    entries: Iterable[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str] = frozenset()
+) -> Iterator[tuple[Entry, str | None]]:
     """Each entry with its picture's name below the root, or None."""
-    finder = Finder(root)
+    finder = Finder(root, shared)
     for entry in entries:
         name = finder.find(entry.image, entry.path)
         if name is not None and name != entry.image:
-            report.add("pictures found under a name that differs from the annotated one")
+            change = f"{entry.image} as {name}"
+            report.add("pictures found under a name that differs from the annotated one", names=[change])
         yield entry, name
 
 
-def named(entry: Entry) -> str:
-    """The picture's name when no picture is looked for: with the suffix of its path, if it lacks one."""
+def named(entry: Entry, shared: Set[str] = frozenset()) -> str:
+    """The picture's name when no picture is looked for: with the suffix of its path, if it lacks one; its whole path
+    where others have its name."""
     suffix = PurePosixPath(entry.path).suffix
+    if PurePosixPath(entry.path).name in shared:
+        return entry.path
     if has_image_suffix(entry.image) or not has_image_suffix(entry.path):
         return PurePosixPath(entry.image).name if entry.image.startswith("/") else entry.image
     return entry.image + suffix

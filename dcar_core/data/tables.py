@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dcar_core.data.entries import Entry, captions, required, strings
+from dcar_core.data.entries import Entry, captions, label, required, strings
 from dcar_core.data.report import CleaningReport
 from dcar_core.errors import DataError
 from dcar_core.images import ImageRoot, has_image_suffix
@@ -38,11 +38,11 @@ def _entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
         image=name,
         path=name if name.startswith("/") or name[1:3] == ":/" else "",
         captions=captions(row, ("caption", "captions"), where),
-        split=str(row.get("split") or "").strip(),
-        category=str(row.get("category") or row.get("class_name") or ""),
+        split=label(row, ("split",), where).strip(),
+        category=label(row, ("category", "class_name"), where),
         negatives=_either(row, "negatives", "negative", where),
         negative_categories=_either(row, "negative_categories", "negative_class", where),
-        meta_category=str(row.get("meta_category") or ""),
+        meta_category=label(row, ("meta_category",), where),
     )
 
 
@@ -53,7 +53,7 @@ def _either(row: Mapping[str, Any], name: str, other: str, where: str) -> tuple[
 def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            yield from (_csv_rows if file.suffix == ".csv" else _jsonl_rows)(file, lines)
+            yield from (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, lines)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 ({error.reason}); convert it first") from error
     except csv.Error as error:
@@ -81,6 +81,8 @@ def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[s
         raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(columns) or 'none'}")
     for row in reader:
         where = f"{file}, line {reader.line_num}"
+        if not any(row.values()):  # commas alone, as spreadsheets end a file
+            continue
         if None in row:
             raise DataError(f"{where}: more cells than the header has columns; quote a caption that has commas")
         yield where, {name: texts_of_cell(value) if name in _LISTS else value for name, value in row.items()}
@@ -140,7 +142,10 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
         if "json" in members:
             row = _json_member(tar.read(members["json"]), where)
         if "txt" in members:
-            text = tar.read(members["txt"]).decode("utf-8", errors="replace")
+            try:
+                text = tar.read(members["txt"]).decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: its .txt is not UTF-8 ({error.reason}); convert it first") from error
             row = {**row, "caption": [line for line in text.splitlines() if line.strip()]}
         if "caption" not in row and "captions" not in row:
             report.add("tar samples without a caption, left out", names=[f"{file.name}/{key}"])
