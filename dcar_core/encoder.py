@@ -20,11 +20,11 @@ from PIL import Image
 
 from dcar_core import sealed
 from dcar_core.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
-from dcar_core.config import LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.domain import Domain
 from dcar_core.errors import ImageError, ModelError
 from dcar_core.images import ImageSource
 from dcar_core.mapped import release, trim
+from dcar_core.methods import method
 from dcar_core.runtimes.exports import default_cache
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
 from dcar_core.runtimes.registry import Target, require_known
@@ -32,13 +32,6 @@ from dcar_core.runtimes.registry import Target, require_known
 if TYPE_CHECKING:
     from dcar_core.backbone import Backbone
     from dcar_core.model import DCAR
-
-PLAIN_CLIP = ModelConfig(
-    method="clip",
-    prompt=PromptConfig(length=0),
-    reweight=ReweightConfig(train="none"),
-    loss=LossConfig(category=0, head=0),
-)
 
 
 @dataclass(frozen=True)
@@ -167,9 +160,13 @@ class Encoder:
         Batches are formed by length, so that a short text is not padded to a long one's size.
 
         Raises:
-            TypeError: one text in place of several.
+            TypeError: one text in place of several, or what is no text among them.
         """
-        if isinstance(texts, str):
+        if (
+            isinstance(texts, str)
+            or not isinstance(texts, Sequence)
+            or not all(isinstance(each, str) for each in texts)
+        ):
             raise TypeError("encode_text takes a list of texts, such as [text]")
         return self.domain.encode_text(self.runtime, texts, batch_size)
 
@@ -189,6 +186,8 @@ class Encoder:
         return out
 
     def _read(self, image: ImageSource) -> NDArray[np.uint8]:
+        if not isinstance(image, Image.Image | str | bytes | Path):
+            raise TypeError(f"encode_images takes PIL images, paths or bytes, not {type(image).__name__}")
         try:
             return self.preprocess(image)
         except ImageError as error:
@@ -218,9 +217,9 @@ def _load(
         from dcar_core.backbone import BackboneSource, load_backbone
         from dcar_core.model import DCAR
 
-        model = DCAR(load_backbone(BackboneSource(name, pretrained), device), PLAIN_CLIP)
+        model = DCAR(load_backbone(BackboneSource(name, pretrained), device), method("clip"))
         backbone_hash = model.backbone.content_hash()
-        mark = fingerprint(backbone_hash, PLAIN_CLIP, {})
+        mark = fingerprint(backbone_hash, model.config, {})
     prompts = model.config.prompt
     depth = prompts.depth if model.prompts is not None and prompts.image else 0
     return Target(model.eval(), backbone_hash, depth, mark, cache)

@@ -20,7 +20,7 @@ from dcar_core.backbone import Backbone
 from dcar_core.config import ReweightConfig
 from dcar_core.data import CleaningReport, Dataset, Sample
 from dcar_core.data.clean import normalise
-from dcar_core.errors import DataError, ImageError
+from dcar_core.errors import DataError, ImageError, TrainingError
 from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.model import DCAR
 from dcar_core.negatives.words import fold
@@ -135,7 +135,13 @@ def note_what_is_cut(
     splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], backbone: Backbone, room: int
 ) -> None:
     """Count in each report the captions that do not fit when prompts take `room` tokens of the context, and in that of
-    training the negatives that it leaves out."""
+    training the negatives that it leaves out.
+
+    Raises:
+        TrainingError: not even one token fits.
+    """
+    if room + 3 > backbone.context_length:  # SOS, a token and EOT
+        raise TrainingError(f"{room} prompts leave no room for words in a context of {backbone.context_length} tokens")
     if "train" in splits:
         left = sum(max(0, len(sample.negatives) - MAX_NEGATIVES) for sample in splits["train"].samples)
         reports["train"].add(f"negatives after the first {MAX_NEGATIVES} of a pair, not trained on", left)

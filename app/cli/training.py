@@ -42,7 +42,7 @@ def train(
     batch_size: BatchSize = 64,
     lr: LearningRate = 2e-3,
     patience: Patience = 5,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     accumulate: Accumulate = 1,
     amp: Amp = "auto",
     features: Features = None,
@@ -130,7 +130,8 @@ def evaluate(
 ) -> None:
     """Train and test several methods with several seeds; prints a table, writes results.* and report.html to --out.
 
-    A run that is finished is not run again, so the same command goes on, and another method or seed is added cheaply.
+    A run that is finished is not run again, so the same command goes on, and with another method or seed in its
+    lists costs only that. The table has what the lists name.
     """
     from dcar_core.backbone import BackboneSource, load_backbone
     from dcar_core.encoder import pick_device

@@ -71,6 +71,9 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_checkpoint: Path, tmp_path: P
     (tmp_path / "config.json").write_text(good.replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(CheckpointError, match="other backbone weights"):
         load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(good.replace('"query": "none"', '"query": "predicted"'))
+    with pytest.raises(CheckpointError, match="are not of one training"):
+        load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 1}')
     with pytest.raises(CheckpointError, match="does not say which model on which backbone"):
         load_checkpoint(tmp_path)
@@ -110,8 +113,11 @@ def test_a_missing_device_is_named() -> None:
 
 def test_one_text_or_picture_is_no_list_of_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    with pytest.raises(TypeError, match="list of texts"):
-        encoder.encode_text("crying cat")
+    for texts in ("crying cat", (each for each in ["crying cat"]), [None], ["crying cat", 3]):
+        with pytest.raises(TypeError, match="list of texts"):
+            encoder.encode_text(texts)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not ndarray"):
+        encoder.encode_images([np.zeros((8, 8, 3), np.uint8)])  # type: ignore[list-item]
     for picture in ("a.png", Path("a.png"), b"bytes", Image.new("RGB", (8, 8))):
         with pytest.raises(TypeError, match="list of pictures"):
             encoder.encode_images(picture)  # type: ignore[arg-type]
