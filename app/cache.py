@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from app.batching import Vector
 from app.breaker import Breaker
 from app.metrics import Metrics
-from app.redis_client import connect, disconnect
+from app.redis_client import STORE_FAULTS, connect, disconnect
 from app.settings import Settings
-
-STORE_FAULTS = Exception  # beside its own errors, redis-py raises whatever its parser stumbles over: TypeError, ..
 
 _DTYPE = np.dtype("<f2")
 _CHECK_BYTES = 4

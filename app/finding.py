@@ -14,7 +14,7 @@ import numpy as np
 from app.batching import Vector
 from app.problems import Problem, field_problem
 from app.snapshots import Snapshot
-from dcar_core.errors import ArtifactError
+from dcar_core.errors import ArtifactError, UnreachableError
 from index_jobs.filters import FilterError, Mask
 
 _WIDEST = 10_000  # rows looked at for one page of different results
@@ -95,6 +95,8 @@ def vectors_of(snapshot: Snapshot, rows: list[int]) -> Vector:
     """
     try:
         return snapshot.artifact.vectors(np.array(rows, np.int64))
+    except UnreachableError:
+        raise
     except ArtifactError as error:
         raise Problem(409, f"This needs the items' vectors, which the index does not keep: {error}") from None
 

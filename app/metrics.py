@@ -58,7 +58,10 @@ class Metrics:
         )
         self._request: dict[tuple[str, int], Histogram] = {}
         self._lookups = Counter(
-            "dcar_cache_lookups_total", "Embeddings looked up.", ["level", "outcome"], registry=self.registry
+            "dcar_cache_lookups_total",
+            "Embeddings and answers sought.",
+            ["level", "outcome"],
+            registry=self.registry,
         )
         self._lookup: dict[tuple[Level, Outcome], Counter] = {}
         self._writes = Counter(

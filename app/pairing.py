@@ -15,6 +15,7 @@ version's life: see `Snapshot.frozen`.
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -48,10 +49,11 @@ class Explanation:
 
 
 class Pairing:
-    """Works with the embedder's threads."""
+    """Works with the embedder's threads, and reads the gallery's pictures in those that are given."""
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: Embedder, reading: Executor) -> None:
         self._embedder = embedder
+        self._reading = reading
 
     async def rerank(self, snapshot: Snapshot, text: str, hits: Sequence[Hit]) -> list[Hit]:
         """The same hits, scored and sorted by the exact pair weights.
@@ -135,7 +137,8 @@ class Pairing:
 
         async def picture(row: int) -> Pixels | None:
             try:
-                data = await asyncio.to_thread(snapshot.artifact.image_bytes, row)
+                read = asyncio.get_running_loop().run_in_executor(self._reading, snapshot.artifact.image_bytes, row)
+                data = await read
                 return await self._embedder.decode(data, snapshot.encoder.preprocess)
             except (ArtifactError, ImageError, OSError):
                 return None

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from dcar_core.errors import DataError, ImageError
+from dcar_core.errors import DataError, ImageError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +155,12 @@ async def _on_data(_: Request, error: Exception) -> Response:
     return Problem(422, str(error)).response()
 
 
+async def _on_unreachable(_: Request, error: Exception) -> Response:
+    log.warning("%s", error)
+    detail = "What holds the index's vectors does not answer. Try again later."
+    return Problem(503, detail, headers={"Retry-After": "2"}).response()
+
+
 async def _on_http(request: Request, error: Exception) -> Response:
     error = cast(HTTPException, error)
     if error.status_code == 404:
@@ -182,6 +188,7 @@ _HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Respon
     RequestValidationError: _on_validation,
     ImageError: _on_image,
     DataError: _on_data,
+    UnreachableError: _on_unreachable,
     HTTPException: _on_http,
     ClientDisconnect: _on_disconnect,
 }

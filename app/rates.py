@@ -14,8 +14,7 @@ from limits.aio.storage.redis import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from app.breaker import Breaker
-from app.cache import STORE_FAULTS
-from app.redis_client import Client, connect, disconnect
+from app.redis_client import STORE_FAULTS, Client, connect, disconnect
 
 
 def parse_rate(text: str) -> RateLimitItem:

@@ -23,8 +23,10 @@ from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisClusterException
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+STORE_FAULTS = Exception  # beside its own errors, redis-py raises whatever its parser stumbles over: TypeError, ..
 _CONNECTIONS = 32  # at a time; more commands wait for their turn
 _PORTS = {"sentinel": 26_379, "cluster": 6379}
 
@@ -41,7 +43,10 @@ def connect(url: str, *, timeout_s: float) -> Client:
     Raises:
         ValueError: the URL is none of the above; the message does not repeat it, since it may hold a password.
     """
-    scheme = check(url)
+    return _client(url, check(url), timeout_s)
+
+
+def _client(url: str, scheme: str, timeout_s: float) -> Client:
     limits: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
@@ -93,10 +98,14 @@ def check(url: str) -> str:
         if scheme != "unix":
             _port(urlsplit(url))
         options = dict(parse_url(url))
-        try:  # a connection knows its options, and does not connect yet
-            BlockingConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
-        except TypeError:
-            raise ValueError("has an option that redis-py does not know") from None
+    try:  # a connection knows its options, and does not connect yet
+        client = _client(url, scheme, 1.0)
+        if isinstance(client, Redis):
+            client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    except TypeError:
+        raise ValueError("has an option that redis-py does not know") from None
+    except RedisClusterException as error:
+        raise ValueError(f"has an option that does not fit: {error}") from None
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if (file := options.get(name)) and not Path(file).is_file():
             raise ValueError(f"names {file} as {name}, and there is no such file")

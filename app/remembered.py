@@ -25,6 +25,10 @@ class Answers:
     def __len__(self) -> int:
         return len(self._rest)
 
+    def __bool__(self) -> bool:
+        """Whether any are remembered."""
+        return self._size > 0
+
     def get(self, key: Key, version: int, took_ms: float) -> bytes | None:
         """The answer as JSON, None when it is not known."""
         rest = self._rest.get(key)

@@ -102,13 +102,13 @@ class Retriever:
         self._settings = settings
         self._pending = Counter[Waiting]()
         self._embedder = Embedder(settings, cache, self._metrics)
-        self._pairing = Pairing(self._embedder)
         self._pool = ThreadPoolExecutor(
             min(4, cores()),
             thread_name_prefix="dcar-search",
             initializer=_search_thread,
         )
         self._pictures = ThreadPoolExecutor(_PICTURES, thread_name_prefix="dcar-picture")
+        self._pairing = Pairing(self._embedder, self._pictures)
 
     def start(self) -> None:
         """Begin to work; must be called with the event loop running."""
@@ -231,7 +231,7 @@ class Retriever:
                 explanations = await self._pairing.explain(snapshot, search.text, vector, explained)
         if reranked or options.explain:
             matches = await self._in_pool(_matches, snapshot, shown, explanations)
-        following = end if len(hits) > end and end < self._settings.max_window else None
+        following = end if len(hits) > end and end + options.k <= self._settings.max_window else None
         took_ms = (time.perf_counter() - began) * 1000
         return Answer(
             snapshot.version, matches, cached, took_ms, options.offset, following, min_score, words, options.fields

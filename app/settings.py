@@ -14,10 +14,12 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from app.keys import parse_keys
+from app.rates import parse_rate
 from app.redis_client import check as check_redis
 from app.requests import DEFAULT_K, MOST_QUERIES
 from dcar_core.errors import DcarError
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@]+")  # what a browser sends is compared as a whole
 _SLIP = 0.85  # how alike a name and that of a setting are, from 0 to 1, to be taken for it with a slip
 
 
@@ -110,16 +112,14 @@ class Settings(BaseSettings):
     @classmethod
     def _are_origins(cls, value: object) -> object:
         origins = tuple(o.rstrip("/") for o in value.replace(",", " ").split()) if isinstance(value, str) else value
-        if isinstance(origins, tuple) and not all(o == "*" or "://" in o for o in origins):
-            raise ValueError("must be origins such as https://shop.example, or *")
+        if isinstance(origins, tuple) and not all(o == "*" or _ORIGIN.fullmatch(o) for o in origins):
+            raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
         return origins
 
     @field_validator("rate_limit")
     @classmethod
     def _is_rate(cls, value: str | None) -> str | None:
         if value is not None:
-            from app.rates import parse_rate
-
             parse_rate(value)
         return value
 

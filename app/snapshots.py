@@ -5,7 +5,7 @@
 - `Snapshots` opens a new version beside the old one, warms it, and then replaces one reference. The encoder stays when
   the fingerprint is the same; otherwise the checkpoint that lies in the new version is loaded.
 - A version that cannot be loaded changes nothing: the old one goes on, `reason` says why, and it is tried again later.
-- `CURRENT` is polled; `look` does the same at once, for `POST /admin/reload` and for announcements.
+- `CURRENT` is polled; `reload` does the same at once, for `POST /admin/reload` and for announcements.
 - Whoever serves several indexes gives each a `Snapshots` and lets them share: an encoder made on a backbone that is in
   memory already is loaded onto that one.
 """
@@ -76,7 +76,8 @@ class Snapshot:
         manifest = self.artifact.manifest
         took_ms = manifest.measured.get("latency_ms_p50")
         here = not manifest.milvus  # another machine's answer may take any time
-        return here and took_ms is not None and took_ms <= _QUICK_MS and manifest.count <= _QUICK_ITEMS
+        as_built = not manifest.additions and not manifest.removed
+        return here and as_built and took_ms is not None and took_ms <= _QUICK_MS and manifest.count <= _QUICK_ITEMS
 
     @property
     def min_score(self) -> float | None:

@@ -165,7 +165,13 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     with torch.no_grad():
         for name, parameter in model.trainables():
             parameter.copy_(torch.from_numpy(weights[name]))
-    return model.eval(), fingerprint(backbone_hash, model.config, weights)
+    mark = fingerprint(backbone_hash, model.config, weights)
+    if content.get("fingerprint", mark) != mark:
+        raise CheckpointError(
+            f"{path / WEIGHTS} and the {CONFIG} beside it are not of one training; copy both from where they were, "
+            f"or train again"
+        )
+    return model.eval(), mark
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

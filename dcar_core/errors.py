@@ -11,7 +11,8 @@ DcarError
 |- TrainingError         a run that cannot start, or cannot go on from the state it finds
 |  `- DivergedError      its loss is no number any more
 |- ArtifactError         a published index that is missing, incomplete or corrupted
-|  `- FingerprintError   an index built by another encoder than the one that serves it
+|  |- FingerprintError   an index built by another encoder than the one that serves it
+|  `- UnreachableError   what holds its vectors does not answer
 |- GateError             a rebuilt index ranks worse than the one that is served
 |- LockedError           another writer holds the index
 `- MissingExtraError     an optional dependency is not installed
@@ -72,6 +73,10 @@ class ArtifactError(DcarError):
 
 class FingerprintError(ArtifactError):
     """The index was built by another encoder than the one at hand."""
+
+
+class UnreachableError(ArtifactError):
+    """What holds an index's vectors does not answer; it may soon."""
 
 
 class GateError(DcarError):

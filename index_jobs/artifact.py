@@ -47,7 +47,7 @@ _ITEMS = 4096  # kept as objects, some 2 MB: what is found once is often found a
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture of the gallery; what was not given is "". fields: the metadata as JSON, which results do not show."""
+    """One picture of the gallery; what was not given is "". fields: the metadata as JSON, for who asks for it."""
 
     id: str
     caption: str
@@ -274,6 +274,15 @@ def current_version(index: Path) -> int | None:
     return int(text)
 
 
+def current_if_known(index: Path) -> int | None:
+    """As `current_version`, and None where CURRENT is damaged: for what mends it."""
+    try:
+        return current_version(index)
+    except ArtifactError as error:
+        logger.warning("%s", error)
+        return None
+
+
 def open_current(index: Path) -> Artifact:
     """Open the published version.
 
@@ -326,16 +335,14 @@ def list_versions(index: Path) -> list[Manifest]:
     return manifests
 
 
-def verify_index(index: Path, version: int | None = None) -> list[Manifest]:
-    """Verify one version, or CURRENT and every other one. Returns the manifests of what was verified.
+def verify_index(index: Path) -> list[Manifest]:
+    """Verify CURRENT and every version. Returns the manifests of what was verified.
 
     Raises:
         ArtifactError: the first fault found.
     """
-    versions = [version] if version is not None else version_numbers(index)
-    if version is None:
-        open_current(index)
-    artifacts = [open_version(index, number) for number in versions]
+    open_current(index)
+    artifacts = [open_version(index, number) for number in version_numbers(index)]
     for artifact in artifacts:
         artifact.verify()
     return [artifact.manifest for artifact in artifacts]

@@ -11,7 +11,7 @@ holds a list fulfils a condition when one of its members does.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 Mask = NDArray[np.bool_]
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
-_OR, _MOST_OR = "$or", 32
+_OR = "$or"
+_MOST = 64  # conditions: each looks at every item, and cannot be stopped
 _CONDITIONS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INTS = range(-(2**63), 2**63)  # of int64
 _EMPTY_IS_NONE = frozenset({"caption", "category"})
@@ -47,8 +48,28 @@ def matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     """bool (rows,): the items that fulfil every condition and were not removed.
 
     Raises:
-        FilterError: no item has such a field, or a condition does not fit it.
+        FilterError: no item has such a field, a condition does not fit it, or there are too many.
     """
+    for number, field in enumerate(_conditions(filter)):
+        if number == _MOST:
+            raise FilterError(field, f"at most {_MOST} conditions in all; a list of values is one")
+    return _matching(artifact, filter)
+
+
+def _conditions(filter: Mapping[str, Any]) -> Iterator[str]:
+    """The field of each condition, those in "$or" and "not" too."""
+    for field, condition in filter.items():
+        if field == _OR:
+            for each in condition if isinstance(condition, list) else ():
+                yield from _conditions(each) if isinstance(each, dict) and each else (_OR,)
+        elif isinstance(condition, dict):
+            for name, operand in condition.items():
+                yield from _conditions({field: operand}) if name == "not" else (field,)
+        else:
+            yield field
+
+
+def _matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     mask = artifact.live.copy()
     for field, condition in filter.items():
         if field == _OR:
@@ -66,11 +87,9 @@ def matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
 def _one_of(artifact: "Artifact", filters: Any) -> Mask:
     if not isinstance(filters, list) or not filters or not all(isinstance(each, dict) for each in filters):
         raise FilterError(_OR, "takes a list of filters, of which one must hold")
-    if len(filters) > _MOST_OR:
-        raise FilterError(_OR, f"at most {_MOST_OR} filters, not {len(filters)}")
     mask = np.zeros(artifact.rows, np.bool_)
     for each in filters:
-        mask |= matching(artifact, each)
+        mask |= _matching(artifact, each)
     return mask
 
 

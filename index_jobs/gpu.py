@@ -17,6 +17,7 @@ from index_jobs.selecting import Found
 from index_jobs.tuning import Blocks, sample
 
 _TRAINED_ON = 64 * 4096
+MOST_K = 2048  # results of a search; more are asked of the CPU form
 
 
 def memory() -> int:

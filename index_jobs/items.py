@@ -6,6 +6,7 @@
 - Metadata lies there twice: whole, as JSON, to be shown, and a typed column for each field, to be filtered by.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Items:
     def __len__(self) -> int:
         return self._count
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, str]:
         """The names that `column` knows, with their Arrow types."""
         own = dict.fromkeys(_FILTERED, "string")

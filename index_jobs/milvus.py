@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.errors import ArtifactError, DataError, FingerprintError, MissingExtraError
+from dcar_core.errors import ArtifactError, DataError, FingerprintError, MissingExtraError, UnreachableError
 from dcar_core.files import write_json
 from index_jobs.manifest import VERSIONS
 from index_jobs.selecting import Found, best_of
@@ -34,6 +34,7 @@ MILVUS = "milvus.json"
 TOKEN = "DCAR_MILVUS_TOKEN"
 _ROW, _VECTOR = "row", "vector"
 _INSERTED = 1000  # vectors in one request
+_MOST_K = 16_384  # results of a search
 _LISTED = 5000  # rows in one expression
 _FINGERPRINT = 16
 _TYPES: dict[str, dict[str, Any]] = {
@@ -92,10 +93,11 @@ class MilvusIndex:
     def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
         scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
         for chosen in _expressions(mask):
-            answers = self._client.search(
-                self._name, data=list(np.asarray(vectors, np.float32)), limit=min(k, self.count), filter=chosen,
-                anns_field=_VECTOR, output_fields=[_ROW],
-            )  # fmt: skip
+            with _answering():
+                answers = self._client.search(
+                    self._name, data=list(np.asarray(vectors, np.float32)), limit=min(k, self.count, _MOST_K),
+                    filter=chosen, anns_field=_VECTOR, output_fields=[_ROW],
+                )  # fmt: skip
             found = np.full((len(vectors), k), -1, np.int64)
             near = np.full((len(vectors), k), -np.inf, np.float32)
             for number, hits in enumerate(answers):
@@ -109,12 +111,21 @@ class MilvusIndex:
         found = np.empty((len(rows), self.dim), np.float32)
         for start in range(0, len(rows), _INSERTED):
             part = rows[start : start + _INSERTED].tolist()
-            entries = self._client.get(self._name, ids=part, output_fields=[_ROW, _VECTOR])
+            with _answering():
+                entries = self._client.get(self._name, ids=part, output_fields=[_ROW, _VECTOR])
             by_row = {entry[_ROW]: entry[_VECTOR] for entry in entries}
             if missing := [row for row in part if row not in by_row]:
                 raise ArtifactError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
             found[start : start + len(part)] = [by_row[row] for row in part]
         return found
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # pymilvus has many, and grpc's own pass through it
+        raise UnreachableError(f"Milvus does not answer: {error}") from error
 
 
 def create(uri: str, index: Path, version: int, fingerprint: str, kind: str, blocks: Blocks, dim: int) -> Place:

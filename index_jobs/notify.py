@@ -9,9 +9,11 @@
 import json
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import InvalidURL
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,22 @@ def notify(targets: Sequence[str], index: Path, version: int) -> dict[str, str]:
     """
     told = {}
     for target in targets:
-        shown = target.rsplit("@", 1)[-1]
+        shown = _place(target)
         try:
             told[shown] = _redis(target, index, version) if target.startswith(_REDIS) else _http(target)
         except Exception as error:
-            told[shown] = f"not reached: {error or type(error).__name__}"
+            quoted = isinstance(error, ValueError | InvalidURL)  # such a message has a part of the URL
+            told[shown] = f"not reached: {type(error).__name__ if quoted else error or type(error).__name__}"
             logger.warning("%s could not be told of version %d: %s", shown, version, told[shown])
     return told
+
+
+def _place(target: str) -> str:
+    """Without user, password and options."""
+    scheme, _, rest = target.partition("://")
+    head = re.split("[?#]", rest)[0]
+    told = "@" in head or "@" not in rest  # else it is a password that was cut
+    return f"{scheme}://{head.rpartition('@')[2] if told else ''}"
 
 
 def _redis(url: str, index: Path, version: int) -> str:

@@ -98,7 +98,7 @@ class Parts:
                 return int(row + start)
         return None
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, str]:
         """The names that `column` knows, with their Arrow types."""
         names = dict.fromkeys(name for part in self._parts for name in part.items.fields)

@@ -3,7 +3,8 @@
 - One SQLite file for each preprocessing, a row a picture: safe against being killed, shared by worker processes, and a
   picture is found again wherever it stands in a gallery that has grown.
 - The key holds where the picture lies and its version, so one that changed is decoded again. Failures are not kept.
-- It is a convenience: a full disk or a damaged file costs a warning and the time to decode, never the job.
+- It is a convenience: a disk that fills up, or a file that breaks under way, costs a warning and the time to decode.
+  One that cannot be opened is an error before anything is encoded.
 - At 224 pixels a picture takes 150 KB. Nothing is ever removed; delete the directory to be rid of it.
 """
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from dcar_core.errors import ArtifactError, DcarError, LockedError
 from dcar_core.files import replacing, sha256_of, sync, sync_tree, write_json
 from index_jobs import milvus
-from index_jobs.artifact import Artifact, current_version, open_version, version_numbers
+from index_jobs.artifact import Artifact, current_if_known, open_version, version_numbers
 from index_jobs.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
 
 LOCK = ".lock"
@@ -96,7 +96,7 @@ def publish(
     files = {
         name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
     }
-    before = current_version(index)
+    before = current_if_known(index)
     manifest = replace(manifest, version=version, files=files, replaced=before)
     write_json(staging / MANIFEST, manifest.to_dict())
     sync_tree(staging)
@@ -130,7 +130,7 @@ def share(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> dict[s
 def rollback(index: Path, to: int | None = None) -> int:
     """Make an earlier version current: the one named, or the one that the current one replaced. Returns its number.
 
-    Where that is gone, the newest before the current one; where CURRENT is lost, the newest of all.
+    Where that is gone, the newest before the current one; where CURRENT is lost or damaged, the newest of all.
 
     Raises:
         ArtifactError: there is no such version, or it is not whole; CURRENT is then unchanged.
@@ -141,7 +141,7 @@ def rollback(index: Path, to: int | None = None) -> int:
         raise ArtifactError(f"{index} holds no published index")
     with reporting(index), _locked(index):
         if to is None:
-            current, numbers = current_version(index), version_numbers(index)
+            current, numbers = current_if_known(index), version_numbers(index)
             earlier = [number for number in numbers if current is None or number < current]
             if not numbers:
                 raise ArtifactError(f"{index} holds no published index")
@@ -186,7 +186,7 @@ def _point(index: Path, version: int) -> None:
 
 def next_version(index: Path) -> int:
     """The number that a version published now will get."""
-    return max([*version_numbers(index), current_version(index) or 0]) + 1
+    return max([*version_numbers(index), current_if_known(index) or 0]) + 1
 
 
 def discard(index: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ _VISITS = 4  # what a vector reached through the graph costs, in vectors compare
 _SCANNED = 16  # rows passed over in lists cost what one costs that is compared exactly
 _LIKELY, _FURTHER = 0.5, 4  # less than half as many allowed near a query as elsewhere: search four times as wide
 _BLOCK = 65_536
+_MOST_OF = 0.25  # from this share on, an index that looks at every row anyway is faster than taking rows out of it
 
 Mask = NDArray[np.bool_]
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -69,9 +70,10 @@ def search_among(index: Any, vectors: NDArray[np.float32], k: int, among: Select
 
     if among.allowed == 0:
         return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
-    if among.allowed <= EXACT_UP_TO:
-        return _exact(index, vectors, k, among.rows)
     inner, seen = _inside(index, vectors)
+    looks_at_all = isinstance(inner, faiss.IndexFlat | faiss.IndexScalarQuantizer)
+    if among.allowed <= EXACT_UP_TO and not (looks_at_all and among.allowed > _MOST_OF * len(among.mask)):
+        return _exact(index, vectors, k, among.rows)
     try:
         if isinstance(inner, faiss.IndexIVF):
             return _among_lists(index, inner, vectors, seen, k, among)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError
 from dcar_core.files import replacing
-from index_jobs.gpu import GpuSearch
+from index_jobs.gpu import MOST_K, GpuSearch
 from index_jobs.gpu import memory as gpu_memory
 from index_jobs.selecting import Found, Selection, search_among
 
@@ -76,7 +76,8 @@ class FaissIndex:
         vectors = np.ascontiguousarray(vectors, np.float32)
         among = None if mask is None else self._selection(mask)
         if among is None or among.whole:
-            scores, rows = self._all.search(vectors, k)
+            whole = self._all if k <= MOST_K else self._index
+            scores, rows = whole.search(vectors, k)
             return scores, rows
         return search_among(self._index, vectors, k, among)
 

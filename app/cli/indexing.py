@@ -58,9 +58,9 @@ def index_build(
 @commands.command("list")
 def index_list(index: Index) -> None:
     """The versions, newest first; * marks the one that is served."""
-    from index_jobs.artifact import current_version, list_versions
+    from index_jobs.artifact import current_if_known, list_versions
 
-    current, versions = current_version(index), list_versions(index)
+    current, versions = current_if_known(index), list_versions(index)
     if not versions:
         raise ArtifactError(f"{index} holds no published index")
     for manifest in sorted(versions, key=lambda m: -m.version):

@@ -8,7 +8,6 @@
 - Nothing is a pickle: reading a cache never runs what somebody put there.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dcar_core.errors import RuntimeUnavailableError
+from dcar_core.files import sha256_of
 
 MANIFEST = "manifest.json"
 # Raised when the graphs change, so that what an older version of this package exported is not used.
@@ -95,7 +95,7 @@ def _make(key: ExportKey, final: Path, write: Callable[[Path], None]) -> None:
         except Exception as error:  # exporters raise what they like
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RuntimeUnavailableError(f"this model cannot be exported for {key.runtime}: {reason}") from error
-        files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({**key.described(), "files": files}, indent=2) + "\n")
         aside.rename(final)
     finally:
@@ -115,15 +115,10 @@ def _check(key: ExportKey, final: Path) -> None:
                 f"the export in {final} is of {name} {_short(manifest.get(name))}, not {_short(wanted)}; {remedy}"
             )
     for name, checksum in files.items():
-        if not (final / name).is_file() or _sha256(final / name) != checksum:
+        if not (final / name).is_file() or sha256_of(final / name) != checksum:
             raise RuntimeUnavailableError(f"{final / name} is corrupted: its checksum is another; {remedy}")
 
 
 def _short(value: object) -> str:
     text = str(value)
     return text[:12] if len(text) == 64 else text
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

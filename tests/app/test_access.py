@@ -40,6 +40,8 @@ def test_settings_name_what_is_wrong_with_keys_rates_and_origins(tmp_path: Path)
         ({"rate_limit": "20/second; 600/minute"}, "RATE_LIMIT"),
         ({"rate_limit": "0/second"}, "RATE_LIMIT"),
         ({"cors_origins": "shop"}, "CORS"),
+        ({"cors_origins": "https://shop.example/path"}, "CORS"),
+        ({"cors_origins": "https://*.shop.example"}, "CORS"),
     ):
         with pytest.raises(DcarError, match=f"DCAR_{name}"):
             load_settings(index=tmp_path, **given)

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,26 @@ def test_reranking_needs_weights_and_pictures(
         async with opened(tmp_path / "index") as http:
             assert "none of them" in check(await http.post("/search/text", json=body), 409)["detail"]
             assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_pictures_are_read_where_no_other_work_waits_behind_them(built_index: Path) -> None:
+    """A gallery that hangs must not keep new versions from being seen."""
+
+    async def main() -> None:
+        async with opened(built_index) as http:
+            artifact = http.app.state.collections.default.live.artifact  # type: ignore[attr-defined]
+            read, threads = artifact.image_bytes, set[str]()
+
+            def noted(row: int) -> bytes:
+                threads.add(threading.current_thread().name.rpartition("_")[0])
+                return bytes(read(row))
+
+            artifact.image_bytes = noted
+            body = {"query": "red", "rerank": True, "explain": True}
+            assert (await http.post("/search/text", json=body)).status_code == 200
+            assert threads == {"dcar-picture"}
 
     asyncio.run(main())
 

@@ -10,8 +10,12 @@ from app_harness import hold, opened, png
 
 from app.answers import JsonAnswer
 from app.schemas import ItemAnswer, Readiness, SearchAnswer
+from app.settings import Settings
+from app.snapshots import load_snapshot
 from dcar_core import Encoder
+from dcar_core.errors import UnreachableError
 from index_jobs.artifact import open_current
+from index_jobs.updates import remove
 
 
 def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float]]:
@@ -209,6 +213,38 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
     assert quick == slow
     assert all(quick)
     assert many == few + 3, "the first three are plain"
+
+
+def test_an_index_that_was_updated_is_not_as_quick_as_it_was_measured(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.snapshots._QUICK_MS", 1000)
+    assert load_snapshot(index, Settings(index=index)).quick
+    remove(index, ["circle/red.png"])
+    assert not load_snapshot(index, Settings(index=index)).quick
+
+
+def test_vectors_that_do_not_answer_are_worth_another_try(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as client:
+            artifact = client.app.state.collections.default.live.artifact  # type: ignore[attr-defined]
+
+            def away(*_: object) -> None:
+                raise UnreachableError("Milvus does not answer: timed out")
+
+            artifact.search = artifact.vectors = away
+            for path, body in (
+                ("/search/text", {"query": "red"}),
+                ("/search/text", {"more_like": ["circle/red.png"]}),
+                ("/search/batch", {"queries": [{"query": "red"}]}),
+            ):
+                answer = await client.post(path, json=body)
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "2"), path
+                assert "timed out" not in answer.text
+            similar = await client.get("/items/circle%2Fred.png/similar")
+            assert similar.status_code == 503
+
+    asyncio.run(main())
 
 
 def test_what_json_has_no_words_for_is_null() -> None:

@@ -108,7 +108,8 @@ def test_filters_choose_what_the_same_condition_in_python_does(
         ({"caption": {"contains": 1}}, "caption", "takes a text"),
         ({"$or": {"price": 1}}, "$or", "list of filters"),
         ({"$or": []}, "$or", "list of filters"),
-        ({"$or": [{}] * 33}, "$or", "at most 32"),
+        ({"$or": [{}] * 65}, "$or", "at most 64"),
+        ({"$or": [{"$or": [{"price": {"gt": 1, "not": {"lt": n}}} for n in range(9)]}] * 4}, "price", "at most 64"),
         ({"$or": [{"price": 1}, {"colour": "red"}]}, "colour", "there are: caption, category, day"),
     ],
 )

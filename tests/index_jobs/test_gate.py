@@ -349,9 +349,27 @@ def test_summary_says_who_was_told(
     targets = ["http://127.0.0.1:9", "redis://:secret@127.0.0.1:9/0"]
     summary = rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", progress=False, notify=targets)
     assert summary.published
-    assert summary.notified.keys() == {"http://127.0.0.1:9", "127.0.0.1:9/0"}
+    assert summary.notified.keys() == {"http://127.0.0.1:9", "redis://127.0.0.1:9/0"}
     assert all("not reached" in told for told in summary.notified.values())
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("target", "shown"),
+    [
+        ("http://user:s3cret@127.0.0.1:9", "http://127.0.0.1:9"),
+        ("redis://:pa/s3cret@127.0.0.1:9", "redis://127.0.0.1:9"),
+        ("redis://:pa?s3cret@127.0.0.1:9", "redis://"),
+        ("redis://127.0.0.1:9/0?password=s3cret", "redis://127.0.0.1:9/0"),
+        ("redis://127.0.0.1:9/0?password=s3@cret", "redis://"),
+    ],
+)
+def test_nobody_is_told_a_password(target: str, shown: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told = notify([target], tmp_path, 1)
+    assert told.keys() == {shown}
+    assert "not reached" in told[shown]
+    for part in ("s3", "cret", "pa/", "pa?"):
+        assert part not in f"{told} {caplog.text}"
 
 
 def test_redirect_does_not_get_the_admin_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

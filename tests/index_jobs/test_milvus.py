@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from drawing import draw
 
-from dcar_core.errors import ArtifactError, DataError, FingerprintError
+from dcar_core.errors import ArtifactError, DataError, FingerprintError, UnreachableError
 from index_jobs import milvus
 from index_jobs.artifact import open_current, verify_index
 from index_jobs.publish import rollback
@@ -106,6 +106,17 @@ def test_versions_alias_rollback_and_updates(
     # back to FAISS: nothing is left behind
     rebuild(tiny_gallery, tiny_checkpoint, out, margin=1, keep=1, progress=False)
     assert not [entry for entry in client.list_collections() if entry.startswith(name)]
+
+
+def test_no_answer_is_an_error_of_its_own(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "gone", milvus=uri, progress=False)
+    artifact = open_current(tmp_path / "gone")
+    queries = artifact.vectors(np.arange(2))
+    milvus.connect(uri).drop_collection(milvus.Place.read(artifact.path / milvus.MILVUS).collection)
+    with pytest.raises(UnreachableError, match="Milvus does not answer"):
+        artifact.search(queries, 3)
+    with pytest.raises(UnreachableError, match="Milvus does not answer"):
+        artifact.vectors(np.arange(2))
 
 
 def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: str) -> None:

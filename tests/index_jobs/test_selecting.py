@@ -13,6 +13,7 @@ from index_jobs import selecting
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.build import build
 from index_jobs.columns import MOST_FIELDS, Fields
+from index_jobs.gpu import MOST_K
 from index_jobs.kinds import Choice
 from index_jobs.rebuild import rebuild
 from index_jobs.vectors import FaissIndex
@@ -26,6 +27,34 @@ def vectors() -> NDArray[np.float32]:
     centres = generator.normal(size=(60, DIM))
     vectors = centres[generator.integers(60, size=COUNT)] + 0.5 * generator.normal(size=(COUNT, DIM))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "SQ8"])
+def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
+    kind: str, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
+    mask = np.ones(COUNT, np.bool_)
+    mask[::7] = False
+    monkeypatch.setattr(selecting, "_MOST_OF", 1.0)
+    scores, rows = index.search(vectors[:50], 10, mask)
+    monkeypatch.setattr(selecting, "_MOST_OF", 0.25)
+    monkeypatch.setattr(selecting, "_exact", None)  # takes every allowed row out of the index
+    again, same = index.search(vectors[:50], 10, mask)
+    assert np.mean(rows == same) > 0.99
+    np.testing.assert_allclose(again, scores, atol=1e-5)
+
+
+def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[np.float32]) -> None:
+    class Gpu:
+        def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            assert k <= MOST_K
+            return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice("Flat", "test")]).index)
+    index._all = Gpu()
+    assert index.search(vectors[:1], MOST_K)[1].max() == 0
+    assert sorted(index.search(vectors[:1], MOST_K + 1)[1][0][:MOST_K]) != [0] * MOST_K
 
 
 @pytest.mark.parametrize(

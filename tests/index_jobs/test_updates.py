@@ -258,6 +258,12 @@ def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> N
     (index / "CURRENT").unlink()
     assert rollback(index) == 2, "the newest, where it is not known what was current"
     assert rollback(index) == 1
+    (index / "CURRENT").write_bytes(b"\0\0")
+    listed = CliRunner().invoke(app, ["index", "list", str(index)])
+    assert (listed.exit_code, "*" in listed.stdout) == (0, False)
+    assert rollback(index) == 2
+    (index / "CURRENT").write_bytes(b"")
+    assert add(index, more(tmp_path / "last", "mint"), progress=False).version == 3
 
 
 def test_commands(index: Path, tmp_path: Path) -> None:
