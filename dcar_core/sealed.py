@@ -154,10 +154,16 @@ def is_kept(checkpoint: Path, mark: str, device: str) -> bool:
     return wanted.possible and wanted.file(mark).is_file()
 
 
-def forget(cache: Path) -> None:
-    """Remove all that is sealed: the ranking of the runtimes is another now."""
+def forget(cache: Path, backbone: str) -> None:
+    """Remove what is sealed of a backbone, by the hash of its weights: the ranking of its runtimes is another now."""
     for path in directory(cache).glob("*.safetensors"):
-        path.unlink(missing_ok=True)
+        try:
+            with safe_open(str(path), "np") as file:
+                other = json.loads(file.metadata()["content"])["export"]["backbone"] != backbone
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            other = False  # nobody can use it
+        if not other:
+            path.unlink(missing_ok=True)
 
 
 def _unseal(wanted: Wanted) -> tuple[Domain, Runtime] | None:

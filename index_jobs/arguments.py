@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from index_jobs.notify import KINDS
+from index_jobs.options import Options
 
 EXIT_CODES = """exit codes:
   0  published, or nothing had changed (the summary says "reused": true)
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="what `dcar train --out DIR` wrote")
     add("--out", type=Path, required=True, metavar="DIR", help="the index directory; made when it is missing")
     add(
-        "--kind", default="auto",
+        "--kind", default=Options.kind,
         help="auto (by count, dimensions, memory and device), flat (exact), pq, hnsw, hnsw-sq8, ivf, ivf-sq8, "
         "ivf-pq, ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8 "
         "(default: %(default)s)",
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="what the index may take, such as 800MiB or 4GiB (default: half of the machine's or container's memory)",
     )  # fmt: skip
     add(
-        "--target-recall", type=_share, default=0.99, metavar="SHARE",
+        "--target-recall", type=_share, default=Options.target_recall, metavar="SHARE",
         help="recall at 10, against exact search, that search parameters are tuned for (default: %(default)s)",
     )  # fmt: skip
     add(
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--batch-size",
         type=_at_least(1),
-        default=64,
+        default=Options.batch_size,
         metavar="N",
         help="pictures a forward pass (default: %(default)s)",
     )
@@ -75,14 +76,20 @@ def parser() -> argparse.ArgumentParser:
         help="encode on a Ray cluster: its address, auto for the one this machine is part of, local to start one here; "
         "--workers is then the number of its workers",
     )  # fmt: skip
-    add("--keep", type=_at_least(1), default=3, metavar="N", help="versions kept for rollback (default: %(default)s)")
     add(
-        "--max-failed", type=_share, default=0.05, metavar="SHARE",
+        "--keep",
+        type=_at_least(1),
+        default=Options.keep,
+        metavar="N",
+        help="versions kept for rollback (default: %(default)s)",
+    )
+    add(
+        "--max-failed", type=_share, default=Options.max_failed, metavar="SHARE",
         help="how much of the gallery may be unreadable, 0 to 1; such pictures are listed in the version's "
         "failed.jsonl, each with its reason and its kind: reading or picture (default: %(default)s)",
     )  # fmt: skip
     add(
-        "--device", default="auto",
+        "--device", default=Options.device,
         help="auto (every GPU, or the CPU), cpu, cuda:1, or several: cuda:0,cuda:1 (default: %(default)s)",
     )  # fmt: skip
     add("--exact", action="store_true", help="decode every JPEG whole, as open_clip does it, bit for bit")
@@ -97,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         "(default: %(default)s, from DCAR_RUNTIME)",
     )  # fmt: skip
     add(
-        "--shard-rows", type=_at_least(1), default=1024, metavar="N",
+        "--shard-rows", type=_at_least(1), default=Options.shard_rows, metavar="N",
         help="pictures in a shard, the most that a killed run loses (default: %(default)s)",
     )  # fmt: skip
     add(
@@ -108,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         "the gallery, no cut-off)",
     )  # fmt: skip
     add(
-        "--margin", type=_share, default=0.02, metavar="SHARE",
+        "--margin", type=_share, default=Options.margin, metavar="SHARE",
         help="how much lower recall at 1 or at 10 may be than the served index's (default: %(default)s)",
     )  # fmt: skip
     add(

@@ -8,6 +8,7 @@ import typer
 from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
 from dcar_core.errors import ArtifactError
 from index_jobs.arguments import parse_size
+from index_jobs.options import Options
 
 commands = typer.Typer(help="Build, update, look into, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
@@ -25,11 +26,15 @@ def index_build(
     memory: Annotated[
         int | None, typer.Option(parser=parse_size, metavar="SIZE", help="For the index, as 4GiB.")
     ] = None,
-    target_recall: Annotated[float, typer.Option(min=0, max=1, help="At 10, to tune searches for.")] = 0.99,
+    target_recall: Annotated[
+        float, typer.Option(min=0, max=1, help="At 10, to tune searches for.")
+    ] = Options.target_recall,
     workers: Workers = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 64,
-    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
-    max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = Options.batch_size,
+    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = Options.keep,
+    max_failed: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")
+    ] = Options.max_failed,
     device: Device = "auto",
     exact: Annotated[bool, typer.Option(help="Decode JPEGs whole, bit for bit as open_clip does.")] = False,
     pixel_cache: Annotated[Path | None, typer.Option(help="Keep decoded pictures there for the next build.")] = None,
@@ -38,7 +43,7 @@ def index_build(
     validation: Annotated[
         Path | None, typer.Option(help="Data whose val pairs judge it, and give the auto min_score.")
     ] = None,
-    margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = 0.02,
+    margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = Options.margin,
     force: Annotated[bool, typer.Option(help="Publish even if nothing changed or it is worse; retry reads.")] = False,
 ) -> None:
     """Encode a gallery, build the index and publish it as a new version. Killed, the same command goes on."""
@@ -127,9 +132,11 @@ def index_add(
     gallery: Gallery,
     replace: Annotated[bool, typer.Option(help="Pictures take the place of items with their ids.")] = False,
     workers: Workers = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = 64,
-    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
-    max_failed: Annotated[float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")] = 0.05,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = Options.batch_size,
+    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = Options.keep,
+    max_failed: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")
+    ] = Options.max_failed,
     device: Device = "auto",
     runtime: Runtime = "auto",
 ) -> None:
@@ -153,7 +160,7 @@ def index_remove(
         Path | None, typer.Option(exists=True, dir_okay=False, help="A file with an id a line.")
     ] = None,
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ids that are not there are no error.")] = False,
-    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = 3,
+    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = Options.keep,
 ) -> None:
     """Publish a version in which these items are never found, without a rebuild."""
     from index_jobs.updates import remove

@@ -141,7 +141,7 @@ def remember(target: Target, ranking: Ranking, *, own: bool = False) -> None:
     Args:
         own: for this encoder alone, whatever holds for others on its backbone: its recall was measured.
     """
-    sealed.forget(target.cache)  # by the ranking before this one
+    sealed.forget(target.cache, target.backbone_hash)  # by the ranking before this one
     path = _path(target, target.fingerprint if own else "")
     content = {
         **_circumstances(),

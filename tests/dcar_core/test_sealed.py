@@ -127,7 +127,9 @@ def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_pat
     if not hasattr(first.runtime, "directory"):
         pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
     assert from_seal(load(checkpoint, tmp_path, "auto"))
-    sealed.forget(tmp_path)
+    sealed.forget(tmp_path, "0" * 64)
+    assert from_seal(load(checkpoint, tmp_path, "auto")), "another backbone's ranking"
+    sealed.forget(tmp_path, first.target.backbone_hash)
     assert not from_seal(load(checkpoint, tmp_path, "auto"))
 
 
