@@ -14,7 +14,7 @@ import torch
 
 from dcar_core import Encoder, sealed
 from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import copy_checkpoint, save_checkpoint
+from dcar_core.checkpoint import copy_checkpoint, read_config, save_checkpoint
 from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model import DCAR
 from dcar_core.pairs import Pairs
@@ -127,10 +127,18 @@ def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_pat
     if not hasattr(first.runtime, "directory"):
         pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
     assert from_seal(load(checkpoint, tmp_path, "auto"))
-    sealed.forget(tmp_path, "0" * 64)
-    assert from_seal(load(checkpoint, tmp_path, "auto")), "another backbone's ranking"
     sealed.forget(tmp_path, first.target.backbone_hash)
     assert not from_seal(load(checkpoint, tmp_path, "auto"))
+
+
+def test_a_ranking_forgets_its_own_backbone_alone(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(sealed.directory(cache), sealed.directory(tmp_path))
+    (sealed.directory(tmp_path) / "broken.safetensors").write_bytes(b"half")
+    (seal,) = sealed.directory(cache).iterdir()
+    sealed.forget(tmp_path, "0" * 64)
+    assert [path.name for path in sealed.directory(tmp_path).iterdir()] == [seal.name]
+    sealed.forget(tmp_path, read_config(checkpoint)["backbone"]["sha256"])
+    assert not list(sealed.directory(tmp_path).iterdir())
 
 
 @pytest.mark.parametrize("what", ["seal", "backbone", "version", "gone"])
