@@ -32,6 +32,8 @@ class Finder:
     def find(self, image: str, path: str = "") -> str | None:
         """The name that `root.read` takes, or None: no such picture, or several in different folders."""
         for candidate in _candidates(image, path):
+            if candidate in self._shared and candidate != (path or image):
+                continue  # without its folder it may be any of them
             for form in unicode_forms(candidate):
                 if form in self.root:
                     return form

@@ -37,6 +37,9 @@ def test_a_missing_picture_is_not_taken_from_another_folder(tmp_path: Path) -> N
             load_splits(tmp_path, splits)
     train = check(tmp_path)[0]
     assert train.missing == ["cats/1.png"]
+    # nor is any of them what lies there without a folder
+    pictures(tmp_path, "1.png")
+    assert check(tmp_path)[0].missing == ["cats/1.png"]
     # nor where only the folder tells that it is another
     table(tmp_path / "alone" / "train.jsonl", [row("cats/1.png")])
     pictures(tmp_path / "alone", "cats/2.png", "dogs/1.png")
