@@ -216,7 +216,7 @@ def test_harm_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> N
     path = open_current(index).path / name
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ArtifactError, match=name):
-        verify_index(index, 3)
+        open_version(index, 3).verify()
     path.unlink()
     with pytest.raises(ArtifactError, match=f"{name} is missing"):
         open_version(index, 3)
@@ -263,7 +263,7 @@ def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> N
     assert (listed.exit_code, "*" in listed.stdout) == (0, False)
     assert rollback(index) == 2
     (index / "CURRENT").write_bytes(b"")
-    assert add(index, more(tmp_path / "last", "mint"), progress=False).version == 3
+    assert add(index, more(tmp_path / "last", "teal"), progress=False).version == 3
 
 
 def test_commands(index: Path, tmp_path: Path) -> None:
