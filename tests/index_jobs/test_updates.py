@@ -263,7 +263,8 @@ def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> N
     assert (listed.exit_code, "*" in listed.stdout) == (0, False)
     assert rollback(index) == 2
     (index / "CURRENT").write_bytes(b"")
-    assert add(index, more(tmp_path / "last", "teal"), progress=False).version == 3
+    with pytest.raises(ArtifactError, match="names no version: ''; roll back"):
+        add(index, more(tmp_path / "last", "teal"), progress=False)
 
 
 def test_commands(index: Path, tmp_path: Path) -> None:
