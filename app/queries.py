@@ -29,6 +29,7 @@ from app.snapshots import Snapshot
 
 # text/search bodies: a character takes at most 12 bytes of JSON
 JSON_BYTES_PER_CHAR = 12
+_LEFT_EMPTY = frozenset({*LISTS, "filter", "weights"})
 _PART_BYTES = 16 * 2**10  # of a form's field
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})
 
@@ -195,13 +196,13 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
 
 def _fields(form: FormData) -> dict[str, Any]:
     """A form's fields as the options of JSON have them: texts as they are, all else as JSON, lists also one by one.
-    What is empty was not filled in.
+    A list or an object that is empty was not filled in.
 
     What is no field is one too many, as in JSON: a filter with a slip in its name must not be taken for none.
     """
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if not isinstance(value, str) or (value == "" and name in ImageForm.model_fields):
+        if not isinstance(value, str) or (value == "" and name in _LEFT_EMPTY):
             continue
         if name in LISTS:
             fields.setdefault(name, []).extend(_texts(value))

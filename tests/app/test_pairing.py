@@ -134,7 +134,7 @@ def test_pictures_are_read_where_no_other_work_waits_behind_them(built_index: Pa
 
     async def main() -> None:
         async with opened(built_index) as http:
-            artifact = http.app.state.collections.default.live.artifact  # type: ignore[attr-defined]
+            artifact = http.app.state.collections[None].live.artifact  # type: ignore[attr-defined]
             read, threads = artifact.image_bytes, set[str]()
 
             def noted(row: int) -> bytes:

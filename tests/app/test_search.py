@@ -227,7 +227,7 @@ def test_an_index_that_was_updated_is_not_as_quick_as_it_was_measured(
 def test_vectors_that_do_not_answer_are_worth_another_try(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
-            artifact = client.app.state.collections.default.live.artifact  # type: ignore[attr-defined]
+            artifact = client.app.state.collections[None].live.artifact  # type: ignore[attr-defined]
 
             def away(*_: object) -> None:
                 raise UnreachableError("Milvus does not answer: timed out")
