@@ -4,6 +4,7 @@
 - Shapes are dynamic; a few kernels are built when a shape comes for the first time.
 """
 
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +25,12 @@ TEXT, IMAGE = "text.xml", "image.xml"
 
 
 def library() -> Any:
-    """The module.
+    """The module, without its telemetry: that tells its maker what is converted, by processes that take the cores.
 
     Raises:
         MissingExtraError: it is not installed.
     """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as if it were not installed
     try:
         import openvino
     except ImportError:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -226,3 +227,13 @@ def test_a_broken_ranking_is_measured_again(
     _, (warning,) = auto(tiny_checkpoint, chosen, caplog)
     assert "so the runtimes are measured again" in warning
     assert json.loads(path.read_text())["best_first"]
+
+
+def test_nobody_is_told_what_is_converted() -> None:
+    code = (
+        "from dcar_core.runtimes.openvino_graph import library; library()\n"
+        "from openvino.tools.ovc import convert_impl, telemetry_utils\n"
+        "print(telemetry_utils.tm.__name__, convert_impl.tm.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["openvino.tools.ovc.telemetry_stub"] * 2
