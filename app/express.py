@@ -61,7 +61,7 @@ async def _answer(request: Request) -> Response:
         return Response(known, media_type=JsonAnswer.media_type)
     settings = settings_of(request)
     words = words_in(content_type, body, settings)
-    if snapshot.answers:
+    if snapshot.answers.kept:
         metrics_of(request).lookup("answers", "miss")
     answer = search_answer(request, await (await retriever_of(request)).search(snapshot, words))
     snapshot.answers.put(key, answer)

@@ -25,8 +25,9 @@ class Answers:
     def __len__(self) -> int:
         return len(self._rest)
 
-    def __bool__(self) -> bool:
-        """Whether any are remembered."""
+    @property
+    def kept(self) -> bool:
+        """Whether there is room for any."""
         return self._size > 0
 
     def get(self, key: Key, version: int, took_ms: float) -> bytes | None:
@@ -39,7 +40,7 @@ class Answers:
 
     def put(self, key: Key, answer: Mapping[str, Any]) -> None:
         """Remember an answer (see `answers.search_answer`) for those who ask the same again."""
-        if self._size == 0 or key in self._rest:
+        if not self.kept or key in self._rest:
             return
         again = {name: value for name, value in answer.items() if name not in ("index_version", "took_ms")}
         rest = to_json(again | {"cached": True}, inf_nan_mode="null")[1:]

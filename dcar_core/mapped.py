@@ -50,9 +50,9 @@ def release(places: Iterable[Path]) -> None:
 
 def trim() -> None:
     """Give back to the system what was freed: glibc keeps it, for each thread that loads a model anew."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _mappings() -> list[tuple[int, int, str, dict[str, int]]]:

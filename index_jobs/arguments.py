@@ -65,24 +65,18 @@ def parser() -> argparse.ArgumentParser:
         "or up to 4 cores)",
     )  # fmt: skip
     add(
-        "--batch-size",
-        type=_at_least(1),
-        default=Options.batch_size,
-        metavar="N",
+        "--batch-size", type=_at_least(1), default=Options.batch_size, metavar="N",
         help="pictures a forward pass (default: %(default)s)",
-    )
+    )  # fmt: skip
     add(
         "--ray", metavar="ADDRESS",
         help="encode on a Ray cluster: its address, auto for the one this machine is part of, local to start one here; "
         "--workers is then the number of its workers",
     )  # fmt: skip
     add(
-        "--keep",
-        type=_at_least(1),
-        default=Options.keep,
-        metavar="N",
+        "--keep", type=_at_least(1), default=Options.keep, metavar="N",
         help="versions kept for rollback (default: %(default)s)",
-    )
+    )  # fmt: skip
     add(
         "--max-failed", type=_share, default=Options.max_failed, metavar="SHARE",
         help="how much of the gallery may be unreadable, 0 to 1; such pictures are listed in the version's "

@@ -130,7 +130,7 @@ class Annotations:
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
             others = ", ".join(name for name in self.splits() if name != split)
-            hint = "A hash that cuts few pictures can leave a split empty: give each row one"
+            hint = "Where a hash cuts them, few pictures can leave a split empty: give each row one"
             raise DataError(f"{self.path} has no {split} pairs; it has {others}. {hint}")
         return own
 

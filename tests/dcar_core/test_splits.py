@@ -113,7 +113,7 @@ def test_validation_has_several_names(name: str, tmp_path: Path) -> None:
 
 def test_what_a_hash_leaves_empty_says_what_to_do(tmp_path: Path) -> None:
     file = table(tmp_path / "pairs.jsonl", [row("a.png")])
-    with pytest.raises(DataError, match="can leave a split empty: give each row one"):
+    with pytest.raises(DataError, match="few pictures can leave a split empty: give each row one"):
         load_splits(file, ("train", "val", "test"), pictures="ignore")
 
 
