@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 
 from dcar_core import Encoder
 from index_jobs.decode import worker_count
+from index_jobs.devices import load_encoders
 from index_jobs.encode import encode
 from index_jobs.gallery import scan
 from index_jobs.pixels import PixelCache
@@ -127,7 +128,8 @@ def bare(encoder: Encoder, batch: int, batches: int) -> np.ndarray:
 
 def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     model = random_model(folder / "model", arguments.model)
-    encoder = Encoder.load(model, exact=arguments.exact, runtime=arguments.runtime, cache=folder / "runtimes")
+    os.environ["DCAR_RUNTIME_CACHE"] = str(folder / "runtimes")
+    encoder = load_encoders(model, "cpu", exact=arguments.exact, runtime=arguments.runtime)[0]
     source = gallery(folder / "pictures", arguments.pictures, tuple(arguments.size))
     batches = -(-arguments.pictures // arguments.batch_size)
     cache = PixelCache.open(folder / "cache", encoder.preprocess) if arguments.pixel_cache else None

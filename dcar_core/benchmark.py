@@ -181,7 +181,7 @@ def _material(encoder: Encoder, test: Dataset, limit: int) -> tuple[Material, De
 def _decoding(encoder: Encoder, files: list[bytes]) -> Decoding:
     from dcar_core.images import open_image
 
-    exact, fast = encoder.model.backbone.preprocess, encoder.model.backbone.preprocess.fast()
+    exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
     vectors, seconds = [], []
     for preprocess in (exact, fast):
         pixels = np.stack([preprocess(file) for file in files])

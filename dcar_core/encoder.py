@@ -50,7 +50,8 @@ class Encoder:
         self.runtime = runtime
         self.fingerprint = domain.fingerprint
         self.dim = domain.dim
-        self.preprocess = domain.preprocess if exact else domain.preprocess.fast()
+        with_torch = not isinstance(runtime, ExportRuntime)  # which is in memory then anyway
+        self.preprocess = domain.preprocess if exact else domain.preprocess.fast(torch=with_torch)
         self._target = target
         self._turn = threading.Lock()
 
@@ -144,7 +145,7 @@ class Encoder:
         return encoder
 
     def with_runtime(self, name: str) -> "Encoder":
-        """The same encoder on another runtime.
+        """The same encoder, and the same way from pictures to pixels, on another runtime.
 
         Raises:
             RuntimeUnavailableError, MissingExtraError: it cannot be had here.
@@ -152,7 +153,9 @@ class Encoder:
         from dcar_core.runtimes.selection import load_runtime
 
         runtime = load_runtime(name, self.domain, self.target)
-        return Encoder(self.domain, self.target, runtime, exact=self.preprocess.exact)
+        encoder = Encoder(self.domain, self.target, runtime)
+        encoder.preprocess = self.preprocess
+        return encoder
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
         """Texts -> float32 (n, E), L2-normalised. What exceeds the context is cut.

@@ -5,13 +5,15 @@
   large is halved before it is filtered, and a crop is cut out by the same pass that resizes. Embeddings of 1,000 photos
   at three sizes stayed within cosine 0.999 of the exact mode's; at five times the model's side it takes half the time,
   at ten times a third.
-- The result stays uint8 until the forward pass, a quarter of the bytes to send between processes and to cache. Pillow
-  lets go of the interpreter lock while it decodes and resizes.
+- Where PyTorch is in memory anyway, the fast mode can resize by it: four times as fast, and within two levels of 255.
+- The result stays uint8 until the forward pass, a quarter of the bytes to send between processes and to cache. Both
+  let go of the interpreter lock while they decode and resize.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +38,7 @@ class Preprocess:
     """size: S, the side in pixels. resize: "shortest" (then a centre crop), "squash", or "longest" (then padding).
 
     exact: open_clip's pixels bit for bit; False is the fast mode.
+    resizer: of the fast mode; PyTorch's where it has vector instructions, and only up to what is reduced beforehand.
     """
 
     size: int
@@ -46,6 +49,7 @@ class Preprocess:
     fill: int = 0
     max_pixels: int = MAX_PIXELS
     exact: bool = True
+    resizer: Literal["pillow", "torch"] = "pillow"
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> "Preprocess":
@@ -60,15 +64,17 @@ class Preprocess:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; `exact` only where it is not, since what is hashed over it is older than the fast mode."""
+        """The fields, without those that say nothing new: what is hashed over it is older than the fast mode."""
         fields = asdict(self)
         if self.exact:
             del fields["exact"]
+        if self.resizer == "pillow":
+            del fields["resizer"]
         return fields
 
-    def fast(self) -> "Preprocess":
-        """The same, in the fast mode."""
-        return replace(self, exact=False)
+    def fast(self, *, torch: bool = False) -> "Preprocess":
+        """The same, in the fast mode. torch: resize by PyTorch, where that is faster on this processor."""
+        return replace(self, exact=False, resizer="torch" if torch and _torch_is_fast() else "pillow")
 
     def __call__(self, source: ImageSource) -> NDArray[np.uint8]:
         """uint8 (3, S, S).
@@ -77,8 +83,13 @@ class Preprocess:
             ImageError: the picture cannot be read.
         """
         at_least = None if self.exact else math.ceil(_DECODED * self.size)
-        image = self._fit(open_image(source, max_pixels=self.max_pixels, at_least=at_least))
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        image = open_image(source, max_pixels=self.max_pixels, at_least=at_least)
+        if self.resizer == "torch" and self.resize != "longest" and min(image.size) < 2 * _REDUCED * self.size:
+            scaled, left, top = self._scaled(image)
+            if scaled[0] * scaled[1] <= _SCALED:
+                pixels = _by_torch(image, scaled, self.interpolation)
+                return np.ascontiguousarray(pixels[:, top : top + self.size, left : left + self.size])
+        return np.ascontiguousarray(np.asarray(self._fit(image)).transpose(2, 0, 1))
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, 3, S, S) -> float32, zero mean and unit variance by the model's own statistics."""
@@ -90,6 +101,15 @@ class Preprocess:
         """A white picture, uint8 (3, S, S): the reference of the token weights [ours]."""
         return np.full((3, self.size, self.size), 255, np.uint8)
 
+    def _scaled(self, image: Image.Image) -> tuple[tuple[int, int], int, int]:
+        """What a picture is scaled to, and the corner of the S x S that are cut out of it; not for "longest"."""
+        side, (width, height) = self.size, image.size
+        if self.resize == "squash":
+            return (side, side), 0, 0
+        shortest = min(width, height)
+        across, down = int(side * width / shortest), int(side * height / shortest)  # cut off, as torchvision does
+        return (across, down), round((across - side) / 2), round((down - side) / 2)
+
     def _fit(self, image: Image.Image) -> Image.Image:
         side, how = self.size, _FILTERS[self.interpolation]
         gap = None if self.exact else _REDUCED
@@ -97,9 +117,7 @@ class Preprocess:
         if self.resize == "squash" or width == height:
             return image if (width, height) == (side, side) else image.resize((side, side), how, None, gap)
         if self.resize == "shortest":
-            shortest = min(width, height)
-            scaled = int(side * width / shortest), int(side * height / shortest)  # cut off, as torchvision does
-            left, top = round((scaled[0] - side) / 2), round((scaled[1] - side) / 2)
+            scaled, left, top = self._scaled(image)
             if not self.exact or scaled[0] * scaled[1] > _SCALED:
                 across, down = width / scaled[0], height / scaled[1]  # source pixels a pixel of the result
                 box = (left * across, top * down, (left + side) * across, (top + side) * down)
@@ -110,3 +128,21 @@ class Preprocess:
         page = Image.new("RGB", (side, side), (self.fill,) * 3)
         page.paste(image.resize(scaled, how, None, gap), ((side - scaled[0]) // 2, (side - scaled[1]) // 2))
         return page
+
+
+@cache
+def _torch_is_fast() -> bool:
+    """Its kernel for bytes is for AVX2; on other processors Pillow's loop is no slower."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
+
+
+def _by_torch(image: Image.Image, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
+    """RGB scaled to (width, height) as Pillow does it, uint8 (3, height, width). Takes one thread."""
+    import torch
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last in memory
+    resized = torch.nn.functional.interpolate(pixels, size[::-1], mode=interpolation, antialias=True)[0]
+    result: NDArray[np.uint8] = resized.numpy()
+    return result

@@ -2,11 +2,11 @@
 
 - The unit of work is a window: the pictures of one forward pass. Windows come back in order, a bounded number of
   them in flight, so memory does not grow with the gallery.
-- Workers are spawned, not forked (torch and faiss have threads by then), import neither torch nor faiss, and end with
-  the job, also when it is killed.
-- Pillow lets go of the interpreter lock while it decodes and resizes. So threads do for a small gallery, which would be
-  done before a process has started, and for a few cores, where they are faster (on 2 cores by a tenth for JPEGs of
-  640 pixels, by a third for PNGs of 72): nothing is sent between processes.
+- Workers are spawned, not forked (torch and faiss have threads by then), import no more than they resize with, and end
+  with the job, also when it is killed.
+- Pillow and PyTorch let go of the interpreter lock while they decode and resize. So threads do for a small gallery,
+  which would be done before a process has started, and for a few cores, where they are faster (on 2 cores by a tenth
+  for JPEGs of 640 pixels, by a third for PNGs of 72): nothing is sent between processes.
 - A broken picture is a reason in the result, never an exception.
 - Each picture's pixels are hashed on the way, so that the same picture under two names can be told afterwards.
 """

@@ -62,7 +62,10 @@ def load_encoders(checkpoint: Path, device: str, *, exact: bool = False, runtime
         runtime = "torch"  # which runs on all of them
     encoders = list[Encoder]()
     for name in names:
-        encoders.append(Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime))
+        encoder = Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime)
+        if not exact:  # by PyTorch whatever the runtime, so that all have the same pixels
+            encoder.preprocess = encoder.preprocess.fast(torch=True)
+        encoders.append(encoder)
         runtime = encoders[0].runtime.name  # what "auto" took for the first
     on_gpu = any(name.startswith("cuda") for name in names)
     return encoders * 2 if on_gpu else encoders

@@ -2,10 +2,13 @@
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_images import encoded, peak
 
@@ -65,10 +68,49 @@ def test_small_pictures_are_the_same_in_both_modes(encoder: Encoder, mode: str) 
         assert np.abs(exact(picture).astype(int) - exact.fast()(picture)).mean() < 0.5  # of 255
 
 
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pytorch_resizes_as_pillow_does(mode: Literal["shortest", "squash", "longest"], interpolation: str) -> None:
+    exact = preprocess.Preprocess(48, (0.5,) * 3, (0.5,) * 3, interpolation, mode)  # type: ignore[arg-type]
+    fast = exact.fast(torch=True)
+    if torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}:
+        assert fast.resizer == "torch"
+    rng = np.random.default_rng(0)
+    for width, height in ((110, 70), (97, 131), (48, 48), (30, 20), (251, 250), (1, 1)):
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        before, after = exact(picture).astype(int), fast(picture)
+        assert after.shape == before.shape
+        assert after.flags.c_contiguous
+        assert np.abs(before - after).max() <= 2
+        assert np.abs(before - after).mean() < 0.05
+
+
+def test_pytorch_is_asked_for_no_more_than_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = preprocess.Preprocess(48, (0.5,) * 3, (0.5,) * 3).fast(torch=True)
+    pillow = replace(fast, resizer="pillow")
+    large, line = Image.linear_gradient("L").resize((400, 300)), Image.linear_gradient("L").resize((3, 90_000))
+    asked = []
+    monkeypatch.setattr(preprocess, "_by_torch", lambda *_: asked.append(_))
+    for picture in (large, line):  # reduced by Pillow first; cut while it is scaled
+        assert np.array_equal(fast(picture), pillow(picture))
+    assert not asked
+
+
+def test_a_processor_without_its_instructions_resizes_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    preprocess._torch_is_fast.cache_clear()
+    try:
+        assert preprocess.Preprocess(48, (0.5,) * 3, (0.5,) * 3).fast(torch=True).resizer == "pillow"
+    finally:
+        preprocess._torch_is_fast.cache_clear()
+
+
 def test_the_mode_does_not_change_what_is_hashed_for_the_exact_one(encoder: Encoder) -> None:
     exact = encoder.model.backbone.preprocess
     assert "exact" not in exact.to_dict()
     assert exact.fast().to_dict()["exact"] is False
+    assert "resizer" not in exact.fast().to_dict()
+    assert replace(exact.fast(), resizer="torch").to_dict()["resizer"] == "torch"
 
 
 def test_a_long_picture_is_cut_by_the_pass_that_scales_it(monkeypatch: pytest.MonkeyPatch) -> None:
