@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dcar_core.errors import DataError
 from index_jobs.artifact import Artifact
+from index_jobs.options import Options
 from index_jobs.sources import WHOLE_FILE, is_url, place_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.02
 MOST_PAIRS = 1000
 _RANKS = (1, 10)
 _HERE = "file://"
@@ -181,7 +181,12 @@ def uncompared(reason: str, margin: float) -> Verdict:
 
 
 def compare(
-    serving: Artifact, old: "Encoder", rebuilt: Artifact, new: "Encoder", pairs: Pairs | None, margin: float = MARGIN
+    serving: Artifact,
+    old: "Encoder",
+    rebuilt: Artifact,
+    new: "Encoder",
+    pairs: Pairs | None,
+    margin: float = Options.margin,
 ) -> Verdict:
     """Ask both indexes; the rebuilt one passes when neither recall is lower by more than the margin.
 

@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.metrics import SAME_SCORE
+from index_jobs.options import Options
 
 logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Blocks = Callable[[], Iterator[Floats]]  # the vectors, float32 (m, E) at a time, as often as asked
 
-TARGET_RECALL = 0.99
+TARGET_RECALL = Options.target_recall
 MAX_QUERIES = 1000
 NEIGHBOURS = 10
 _TIMED_QUERIES = 200

@@ -26,7 +26,6 @@ class Picture(NamedTuple):
 
     image: str
     category: str
-    meta_category: str
     sha: str
 
 

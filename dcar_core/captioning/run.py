@@ -142,7 +142,7 @@ class _Run:
     async def _picture(self, name: str) -> None:
         try:
             content = await asyncio.to_thread((self.images / name).read_bytes)
-            picture = Picture(name, *category_of(name), hashlib.sha256(content).hexdigest()[:32])
+            picture = Picture(name, category_of(name)[0], hashlib.sha256(content).hexdigest()[:32])
             known = (name, picture.sha) in self.journal.finished
             uri = "" if known else await asyncio.to_thread(data_uri, content, self.options.side)
         except (ImageError, OSError) as error:
