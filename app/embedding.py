@@ -131,9 +131,10 @@ class Embedder:
             ImageError: it cannot be read.
         """
         with self._metrics.timed("decode"):
-            held = await self._in_pool(require_size, data, max_pixels)
-            pool = self._large if held > _LARGE else self._pool
-            return await asyncio.get_running_loop().run_in_executor(pool, _decode, data, preprocess)
+            pixels = await self._in_pool(_decode_unless_large, data, preprocess, max_pixels)
+            if pixels is None:
+                pixels = await asyncio.get_running_loop().run_in_executor(self._large, _decode, data, preprocess)
+            return pixels
 
     async def with_model(self, call: Callable[..., Vector], *args: Any) -> Vector:
         """Anything else that needs the model, in its thread, when its turn has come."""
@@ -172,6 +173,11 @@ def _lane(encoder: "Encoder", kind: str) -> tuple[int, str]:
 
 
 _CALLS = Lane("calls", lambda payloads: [call(*args) for call, args in payloads])
+
+
+def _decode_unless_large(data: bytes, preprocess: "Preprocess", max_pixels: int) -> Pixels | None:
+    """None for a picture that has to wait for the thread of the large ones."""
+    return None if require_size(data, max_pixels) > _LARGE else _decode(data, preprocess)
 
 
 def _decode(data: bytes, preprocess: "Preprocess") -> Pixels:
