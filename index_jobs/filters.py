@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.errors import DataError
-from index_jobs.metadata import encodable
+from dcar_core.json_text import encodable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dcar_core.data.load import annotation_files, load_splits
 from dcar_core.data.samples import SPLITS
-from dcar_core.data.tables import header, json_list, texts_of_cell
+from dcar_core.data.tables import IMAGE_COLUMNS, header, json_list, texts_of_cell
 from dcar_core.errors import DataError
 from dcar_core.images import TarSpan
+from dcar_core.json_text import parse
 from index_jobs.sources import open_place, parent_of, place_of, suffix_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Fields = dict[str, Any]
 LIST_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
-PATH_COLUMNS = ("file_name", "image", "path", "url")
+PATH_COLUMNS = (*IMAGE_COLUMNS, "url")
 BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXTS = frozenset({"id", "caption", "category", "class_name", *PATH_COLUMNS})  # of a CSV, whatever they look like
 _LISTS = frozenset({"captions"})  # of a CSV: a JSON list, or texts with bars between them
@@ -41,8 +42,6 @@ _SETTLED = _TEXTS | _LISTS
 # Numbers as programs write them; "007", "+1" and "1_000" are codes of something.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Metadata:
@@ -156,35 +155,16 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Fields]]:
                 if not text.strip():
                     continue
                 try:
-                    record = _json(text)
+                    record = parse(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, row {line}: not JSON ({error.msg} at column {error.colno})") from error
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list in lists in ..
+                except ValueError as error:  # a number of thousands of digits, a list in lists in ..
                     raise DataError(f"{path}, row {line} cannot be read: {error}") from error
                 if not isinstance(record, dict):
                     raise DataError(f"{path}, row {line}: an object is expected, not {type(record).__name__}")
                 yield line, record
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error.reason}") from error
-
-
-def _json(text: str) -> Any:
-    """Half of a surrogate pair, which JSON can hold and no file, becomes U+FFFD."""
-    value = json.loads(text)
-    return _mended(value) if _ESCAPED_SURROGATE.search(text) else value
-
-
-def _mended(value: Any) -> Any:
-    if isinstance(value, str):
-        return encodable(value)
-    if isinstance(value, dict):
-        return {encodable(key): _mended(item) for key, item in value.items()}
-    return [_mended(item) for item in value] if isinstance(value, list) else value
-
-
-def encodable(text: str) -> str:
-    """The text, with U+FFFD for what UTF-8 cannot hold."""
-    return _SURROGATE.sub("\ufffd", text)
 
 
 def _read_csv(path: str) -> Iterator[tuple[int, Fields]]:
@@ -222,7 +202,7 @@ def _common(one: str | None, other: str) -> str:
 
 _OF_CELL: dict[str, Callable[[str], Any]] = {
     "int": int, "float": float, "bool": lambda cell: cell.casefold() == "true",
-    "texts": lambda cell: _mended(texts_of_cell(cell)), "text": str,
+    "texts": texts_of_cell, "text": str,
 }  # fmt: skip
 
 
@@ -293,8 +273,8 @@ def _sidecar(where: str, extension: str, data: bytes) -> Fields:
             return {"captions": lines} if len(lines) > 1 else {"caption": text}
         if extension == "cls":
             return {"category": text}
-        value = _json(text)
-    except (ValueError, RecursionError) as error:
+        value = parse(text)
+    except ValueError as error:
         raise DataError(f"{where} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: an object is expected, not {type(value).__name__}")

@@ -8,7 +8,6 @@
 """
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 from dcar_core.captioning.options import CaptionOptions, Model, Usage
 from dcar_core.errors import CaptionError, EndpointError, MissingExtraError
+from dcar_core.json_text import parse
 
 try:
     import httpx
@@ -154,7 +154,7 @@ class Endpoint:
 def _read(reply: httpx.Response, usage: Usage) -> Answer | str:
     """The answer, or what is wrong with it; what was used is added up either way."""
     try:
-        content = json.loads(reply.content)
+        content = parse(reply.content)
         said = content.get("usage") or {}
         tokens = [said.get(name) for name in ("prompt_tokens", "completion_tokens")]
         given, made = (number if isinstance(number, int) else None for number in tokens)
@@ -164,12 +164,11 @@ def _read(reply: httpx.Response, usage: Usage) -> Answer | str:
         text = message.get("content") or message.get("refusal") or ""
         if not isinstance(text, str):
             text = " ".join(part.get("text", "") for part in text)  # some give the parts of a message
-    except (ValueError, RecursionError):
+    except ValueError:
         usage.add(Usage(1, unknown=1))
         return "an answer that is no JSON, or ends in the middle"
     except (AttributeError, IndexError, KeyError, TypeError):
         return "an answer without choices"
-    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be read but not written
     return Answer(text, str(choice.get("finish_reason") or ""), usage)
 
 

@@ -8,7 +8,6 @@ no negatives. Every departure is noted. Beyond FDRD, `positive` may be a list, a
 are read.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from dcar_core.data.entries import Entry, captions, label, required, strings, te
 from dcar_core.data.report import CleaningReport
 from dcar_core.errors import DataError
 from dcar_core.images import has_image_suffix
+from dcar_core.json_text import parse
 
 _PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)
 _NUMBER = re.compile(r"[_\-/ ]*\d+$")
@@ -39,7 +39,7 @@ def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
         DataError: not JSON, another shape, or an entry without caption or name; names the file and the entry.
     """
     try:
-        content = json.loads(text_of(file), object_pairs_hook=_Object)
+        content = parse(text_of(file), _Object)
     except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, _Object):

@@ -1,13 +1,12 @@
 """JSONL, CSV, and webdataset tars of pictures with captions.
 
 - A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives and
-  negative_categories. `file_name` or `path` is read for image, `class_name` for category.
+  negative_categories. `file_name`, which comes first, or `path` is read for image, `class_name` for category.
 - In a CSV cell, several negatives are a JSON list or stand between bars: "a red van | a blue car".
 - In a tar, members that share a key are one sample: 0001.jpg with 0001.txt (a caption a line) or 0001.json (a row).
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from dcar_core.data.entries import Entry, captions, label, required, strings
 from dcar_core.data.report import CleaningReport
 from dcar_core.errors import DataError
 from dcar_core.images import ImageRoot, has_image_suffix
+from dcar_core.json_text import parse
 
-IMAGE_COLUMNS = ("image", "file_name", "path")
+IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 _LISTS = ("negatives", "negative", "negative_categories", "negative_class", "captions")
 
 
@@ -66,7 +66,7 @@ def _jsonl_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping
             continue
         where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse(line)
         except ValueError as error:
             raise DataError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
@@ -114,8 +114,8 @@ def json_list(value: str) -> list[Any] | None:
     if not value.lstrip().startswith("["):
         return None
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
+        found = parse(value)
+    except ValueError:
         return None
     return found if isinstance(found, list) else None
 
@@ -155,7 +155,7 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
 
 def _json_member(content: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(content)
+        row = parse(content)
     except ValueError as error:
         raise DataError(f"{where}: its .json is not JSON: {error}") from error
     if not isinstance(row, dict):

@@ -5,7 +5,6 @@ clustered by CLIP's text features of their names [ours]. Inside a meta-category 
 that in which the data's own negatives prefer other categories, then the cosine of the same features.
 """
 
-import json
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.errors import DataError
+from dcar_core.json_text import parse
 from dcar_core.negatives.words import fold
 
 Floats = NDArray[np.float64]
@@ -46,7 +46,7 @@ def load_taxonomy(file: Path) -> Taxonomy:
         DataError: it is missing, is no JSON or has another shape, or puts a category into two groups.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = parse(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"the taxonomy {file} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -314,6 +314,36 @@ def test_bad_tables_name_the_place(tmp_path: Path, name: str, content: str, mess
         load_split(tmp_path, "train", pictures="ignore")
 
 
+HALF = r'"a red car \ud83d"'  # of an emoji, as a caption that was cut off ends
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.json", f'{{"a": {{"file_name": "a.png", "file_path": "", "positive": {HALF}, "class_name": {HALF}}}}}'),
+        (
+            "train.json",
+            f'{{"a": {{"file_name": "a.png", "file_path": "", "positive": [{HALF}], "negative": [{HALF}]}}}}',
+        ),
+        ("train.jsonl", f'{{"image": "a.png", "captions": [{HALF}], "negatives": {HALF}, {HALF}: [{{"a": {HALF}}}]}}'),
+        ("train.csv", f'image,captions\na.png,"[{HALF.replace(chr(34), chr(34) * 2)}]"\n'),
+    ],
+)
+def test_half_of_a_surrogate_pair_can_be_written_again(tmp_path: Path, name: str, content: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_text(content)
+    (sample,) = load_split(tmp_path, "train")[0].samples
+    assert sample.caption == "a red car \ufffd"
+    repr(sample).encode()
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_what_is_nested_too_deeply_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(DataError, match=r"train\.json.*nested too deeply"):
+        load_split(tmp_path, "train")
+
+
 def test_no_annotations(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no annotations for val: it needs train\.json"):
         load_split(tmp_path, "val")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dcar_core.data import load_split
 from dcar_core.errors import DataError
 from index_jobs.gallery import Gallery, scan
 from index_jobs.sources import WHOLE_FILE, read_picture
@@ -363,3 +364,12 @@ def test_name_that_is_no_text_is_named(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(png())
     with pytest.raises(DataError, match="is not UTF-8; rename the file"):
         scan(tmp_path)
+
+
+def test_the_first_column_that_names_a_picture_is_the_one_training_reads(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write(tmp_path / name, png())
+    row = {"path": "c.png", "image": "b.png", "file_name": "a.png", "caption": "red"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    assert scan(tmp_path / "train.jsonl").table["location"].to_pylist() == ["a.png"]
+    assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == ["a.png"]
