@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.errors import ArtifactError, DataError, FingerprintError, MissingExtraError, UnreachableError
+from dcar_core.errors import ArtifactError, DataError, DcarError, FingerprintError, MissingExtraError, UnreachableError
 from dcar_core.files import write_json
 from index_jobs.manifest import VERSIONS
 from index_jobs.selecting import Found, best_of
@@ -81,10 +81,11 @@ class MilvusIndex:
         if not place.collection.endswith(place.fingerprint[:_FINGERPRINT]):
             raise FingerprintError(f"{place.collection} was not made by encoder {place.fingerprint[:12]}; rebuild it")
         self._client = connect(place.uri)
-        if not self._client.has_collection(self._name):
-            raise ArtifactError(f"{place.uri} has no collection {self._name}; roll back, or rebuild the index")
-        self._client.load_collection(self._name)
-        found = int(self._client.get_collection_stats(self._name)["row_count"])
+        with _answering():
+            if not self._client.has_collection(self._name):
+                raise ArtifactError(f"{place.uri} has no collection {self._name}; roll back, or rebuild the index")
+            self._client.load_collection(self._name)
+            found = int(self._client.get_collection_stats(self._name)["row_count"])
         if found != self.count:
             raise ArtifactError(
                 f"collection {self._name} holds {found:,} vectors, not {self.count:,}; roll back, or rebuild the index"
@@ -124,6 +125,8 @@ class MilvusIndex:
 def _answering() -> Iterator[None]:
     try:
         yield
+    except DcarError:
+        raise
     except Exception as error:  # pymilvus has many, and grpc's own pass through it
         raise UnreachableError(f"Milvus does not answer: {error}") from error
 
@@ -150,16 +153,19 @@ def create(uri: str, index: Path, version: int, fingerprint: str, kind: str, blo
     parameters = client.prepare_index_params()
     parameters.add_index(_VECTOR, metric_type="IP", **_TYPES[kind])
     name = f"{prefix(index)}_v{version}_{fingerprint[:_FINGERPRINT]}"
-    if client.has_collection(name):  # of a job that was killed
-        client.drop_collection(name)
-    client.create_collection(name, schema=schema, index_params=parameters, consistency_level="Strong")
+    with _answering():
+        if client.has_collection(name):  # of a job that was killed
+            client.drop_collection(name)
+        client.create_collection(name, schema=schema, index_params=parameters, consistency_level="Strong")
     count = 0
     for block in blocks():
         for start in range(0, len(block), _INSERTED):
             part = np.asarray(block[start : start + _INSERTED])
-            client.insert(name, [{_ROW: count + number, _VECTOR: vector} for number, vector in enumerate(part)])
+            with _answering():
+                client.insert(name, [{_ROW: count + number, _VECTOR: vector} for number, vector in enumerate(part)])
             count += len(part)
-    client.flush(name)
+    with _answering():
+        client.flush(name)
     return Place(uri, name, count, dim, fingerprint)
 
 

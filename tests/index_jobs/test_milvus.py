@@ -119,6 +119,37 @@ def test_no_answer_is_an_error_of_its_own(tiny_gallery: Path, tiny_checkpoint: P
         artifact.vectors(np.arange(2))
 
 
+class Broken:
+    """A Milvus that is reached and then gone: whatever is asked for after `left` calls fails."""
+
+    def __init__(self, client: object, left: int) -> None:
+        self.client, self.left = client, left
+
+    def __getattr__(self, name: str) -> object:
+        if name in {"create_schema", "prepare_index_params"}:  # which ask nobody
+            return getattr(self.client, name)
+
+        def call(*args: object, **how: object) -> object:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("connection reset")
+            return getattr(self.client, name)(*args, **how)
+
+        return call
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_it_may_be_gone_at_any_step(index: Path, uri: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, client = milvus.Place.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
+    monkeypatch.setattr(milvus, "connect", lambda uri: Broken(client, left))
+    if left < 3:  # has_collection, load_collection, get_collection_stats
+        with pytest.raises(UnreachableError, match="connection reset"):
+            milvus.MilvusIndex(place)
+    blocks = [np.eye(4, place.dim, dtype=np.float32)]
+    with pytest.raises(UnreachableError, match="connection reset"):  # has_collection, create_collection, insert, flush
+        milvus.create(uri, index / "other", 1, "f" * 64, "flat", lambda: iter(blocks), place.dim)
+
+
 def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: str) -> None:
     place = milvus.Place.read(open_current(index).path / milvus.MILVUS)
     with pytest.raises(FingerprintError, match="was not made by encoder ffffffffffff"):
