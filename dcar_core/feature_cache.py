@@ -2,16 +2,17 @@
 
 - An entry's key is all that it follows from: the backbone's content hash, the pictures' bytes, the texts. So nothing
   goes stale; a replaced picture or other weights have another key.
-- An entry is one file, written aside and renamed: a run that is killed leaves nothing half written, and processes that
-  write the same entry write the same bytes. Deleting the directory is always safe.
+- An entry is one file, written aside and renamed: no half of one is ever read, and processes that write the same entry
+  write the same bytes. What a killed run left aside is removed a day later. Deleting the directory is always safe.
 - Without a directory everything is computed when asked for and kept nowhere.
 """
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from dcar_core.backbone import Backbone
 from dcar_core.data import Dataset
+
+_LEFT_S = 24 * 3600  # no entry takes so long, so whoever wrote it is gone
 
 
 def digest(*parts: Any) -> str:
@@ -89,6 +92,10 @@ class FeatureCache:
 def _written_aside(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to the real one only if nothing was raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob("*.part"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                left.unlink()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part

@@ -75,6 +75,8 @@ def exported(key: ExportKey, cache: Path, write: Callable[[Path], None] | None) 
                 raise RuntimeUnavailableError(f"there is no export in {final}")
             final.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(final.with_name(final.name + ".lock")):
+                for left in final.parent.glob(f"{final.name}.part-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 if not final.is_dir():
                     _make(key, final, write)
         _check(key, final)

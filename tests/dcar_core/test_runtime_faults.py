@@ -12,7 +12,7 @@ import pytest
 from dcar_core import Encoder, sealed
 from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.runtimes import capabilities, selection
-from dcar_core.runtimes.exports import default_cache
+from dcar_core.runtimes.exports import ExportKey, default_cache, exported
 
 pytest.importorskip("openvino", reason="needs the extra [openvino]")
 
@@ -169,6 +169,20 @@ def test_one_variable_names_the_cache_for_all(tmp_path: Path, monkeypatch: pytes
     assert default_cache() == tmp_path / "user" / "dcar"
     monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(tmp_path / "named"))
     assert default_cache() == tmp_path / "named"
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    key = ExportKey("onnx", "a" * 64, 0, "1")
+    left = key.directory(tmp_path).with_name(key.directory(tmp_path).name + ".part-killed")
+    left.mkdir(parents=True)
+    (left / "text.onnx").write_bytes(b"half")
+
+    def write(directory: Path) -> None:
+        (directory / "text.onnx").write_bytes(b"whole")
+
+    made = exported(key, tmp_path, write)
+    assert (made / "text.onnx").read_bytes() == b"whole"
+    assert not left.exists()
 
 
 def test_int8_wants_data(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One step: parts, cached features and mixed precision against the plain pass."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,22 @@ def test_the_cache_gives_what_was_computed(backbone: Backbone, training: Dataset
             assert (plain.pixels is None) == (cached.pixels is None)
             assert plain.pixels is None or np.array_equal(plain.pixels, cached.pixels)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_what_a_killed_run_left_in_the_cache_is_removed_a_day_later(backbone: Backbone, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, backbone)
+    cache.tensor("kind", "one", lambda: torch.zeros(2))
+    (folder,) = tmp_path.iterdir()
+    old, fresh = folder / "pixels-x.npy.17.part", folder / "pixels-y.npy.18.part"
+    for part in (old, fresh):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache.tensor("kind", "two", lambda: torch.ones(2))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "kind-one.safetensors",
+        "kind-two.safetensors",
+        fresh.name,
+    ]
 
 
 def test_the_cache_knows_other_pictures_texts_and_weights(
