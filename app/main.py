@@ -30,9 +30,9 @@ from app.rates import Rates
 from app.retriever import Retriever
 from app.routes import make_router
 from app.settings import Settings
-from app.snapshots import require_index
 from app.tracing import Tracer
 from dcar_core.errors import DcarError
+from index_jobs.artifact import require_index
 
 _FORM_BYTES = 64 * 2**10  # boundaries, headers and the other fields of a form
 

@@ -19,10 +19,10 @@ from app.connections import LimitedProtocol
 from app.logs import log_config
 from app.main import create_app
 from app.settings import Settings
-from app.snapshots import require_index
 from app.threads import give_way
 from app.tracing import start_tracing
 from dcar_core.errors import DcarError
+from index_jobs.artifact import require_index
 
 log = logging.getLogger(__name__)
 

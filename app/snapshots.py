@@ -30,7 +30,7 @@ from app.settings import Settings
 from app.threads import in_own_thread
 from dcar_core.errors import ArtifactError, DcarError
 from index_jobs import filters
-from index_jobs.artifact import Artifact, current_version, open_current, version_numbers
+from index_jobs.artifact import Artifact, current_version, open_current, require_index
 from index_jobs.filters import Mask
 
 if TYPE_CHECKING:  # torch takes seconds; the health check need not wait for it
@@ -83,25 +83,6 @@ class Snapshot:
     def min_score(self) -> float | None:
         """The calibrated cut-off; None where the index has none."""
         return self.artifact.manifest.cutoff.get("min_score")
-
-
-def require_index(index: Path) -> int:
-    """The version that CURRENT names.
-
-    Raises:
-        ArtifactError: nothing is published there; the message says what to run.
-    """
-    version = current_version(index)
-    if version is None and version_numbers(index):
-        raise ArtifactError(
-            f"{index} has versions, but CURRENT is lost; `dcar index rollback {index}` names the newest"
-        )
-    if version is None:
-        raise ArtifactError(
-            f"there is no index in {index}; make one with "
-            f"`dcar index build --gallery PATH --checkpoint DIR --out {index}`"
-        )
-    return version
 
 
 def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:

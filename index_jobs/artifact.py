@@ -283,18 +283,32 @@ def current_if_known(index: Path) -> int | None:
         return None
 
 
+def require_index(index: Path) -> int:
+    """The version that CURRENT names.
+
+    Raises:
+        ArtifactError: nothing is published there; the message says what to run.
+    """
+    version = current_version(index)
+    if version is None and version_numbers(index):
+        raise ArtifactError(
+            f"{index} has versions, but CURRENT is lost; `dcar index rollback {index}` names the newest"
+        )
+    if version is None:
+        raise ArtifactError(
+            f"{index} holds no published index; make one with "
+            f"`dcar index build --gallery PATH --checkpoint DIR --out {index}`"
+        )
+    return version
+
+
 def open_current(index: Path) -> Artifact:
     """Open the published version.
 
     Raises:
         ArtifactError: nothing is published, or the version is incomplete.
     """
-    version = current_version(index)
-    if version is None:
-        raise ArtifactError(
-            f"{index} holds no published index; run: dcar index build --gallery GALLERY --checkpoint CHECKPOINT "
-            f"--out {index}"
-        )
+    version = require_index(index)
     while True:
         try:
             return open_version(index, version)

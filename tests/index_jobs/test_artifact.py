@@ -202,11 +202,17 @@ def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
     assert current_version(tmp_path / "nowhere") is None
     assert list_versions(tmp_path / "nowhere") == []
     for read in (open_current, verify_index):
-        with pytest.raises(ArtifactError, match="holds no published index; run: dcar index build"):
+        with pytest.raises(ArtifactError, match="holds no published index; make one with `dcar index build"):
             read(tmp_path)
     with pytest.raises(ArtifactError, match="holds no published index"):
         rollback(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_lost_current_says_how_to_name_one(index: Path) -> None:
+    (index / "CURRENT").unlink()
+    with pytest.raises(ArtifactError, match="CURRENT is lost; `dcar index rollback"):
+        open_current(index)
 
 
 def test_spoilt_current_is_named(index: Path) -> None:
