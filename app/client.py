@@ -181,7 +181,7 @@ class Client:
         while True:
             try:
                 answer = self._http.request(method, path, **given)
-            except httpx.ConnectError:
+            except (httpx.ConnectError, httpx.ConnectTimeout):
                 if left == 0:
                     raise
                 pause = 0.5

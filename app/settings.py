@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     max_pixels: int = Field(64_000_000, ge=1, description="of a query picture, checked before it is decoded")
     max_query_chars: int = Field(1000, ge=1)
     max_k: int = Field(200, ge=DEFAULT_K)
-    max_window: int = Field(1000, ge=1, description="deepest result that paging reaches: offset + k")
+    max_window: int = Field(1000, ge=DEFAULT_K, description="deepest result that paging reaches: offset + k")
     max_queries: int = Field(32, ge=1, le=MOST_QUERIES, description="in one request to /search/batch")
     rerank_depth: int = Field(20, ge=1, le=200, description="results that `rerank` scores again")
     explain_results: int = Field(8, ge=1, le=200, description="results on a page that `explain` explains")

@@ -169,13 +169,12 @@ def _material(encoder: Encoder, test: Dataset, limit: int) -> tuple[Material, De
     samples = test.samples[:limit]
     first = {sample.image: sample for sample in reversed(samples)}
     names = list(dict.fromkeys(sample.image for sample in samples))
-    files = [test.read(first[name]) for name in names]
-    pixels = np.stack([encoder.preprocess(file) for file in files])
+    pixels = np.stack([encoder.preprocess(test.read(first[name])) for name in names])
     row_of = {name: row for row, name in enumerate(names)}
     material = Material(
         tuple(sample.caption for sample in samples), pixels, np.array([row_of[sample.image] for sample in samples])
     )
-    return material, _decoding(encoder, files[: 4 * PROBE])
+    return material, _decoding(encoder, [test.read(first[name]) for name in names[: 4 * PROBE]])
 
 
 def _decoding(encoder: Encoder, files: list[bytes]) -> Decoding:

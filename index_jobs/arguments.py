@@ -1,6 +1,7 @@
 """The command line of `python -m index_jobs.rebuild`, written to teach."""
 
 import argparse
+import math
 import os
 import re
 from pathlib import Path
@@ -158,16 +159,22 @@ def parse_size(text: str) -> int:
 
 def _at_least(least: int) -> Any:
     def number(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
         if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
         return value
 
     return number
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, not {value}")
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, not {text}")
     return value

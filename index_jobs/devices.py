@@ -67,8 +67,7 @@ def load_encoders(checkpoint: Path, device: str, *, exact: bool = False, runtime
             encoder.preprocess = encoder.preprocess.fast(torch=True)
         encoders.append(encoder)
         runtime = encoders[0].runtime.name  # what "auto" took for the first
-    on_gpu = any(name.startswith("cuda") for name in names)
-    return encoders * 2 if on_gpu else encoders
+    return encoders + [encoder for encoder, name in zip(encoders, names, strict=True) if name.startswith("cuda")]
 
 
 def forward(windows: Iterator[Pixels], lanes: Sequence[ImageEncoder]) -> Generator[tuple[Pixels, Floats], None, None]:

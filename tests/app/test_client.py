@@ -70,6 +70,23 @@ def test_it_waits_as_it_is_told_and_gives_up_in_the_end(built_index: Path) -> No
         assert all(1 <= pause <= 30 for pause in waited)
 
 
+def test_a_service_that_cannot_be_reached_in_time_is_tried_again() -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        if len(asked) == 1:
+            raise httpx.ConnectTimeout("timed out")
+        return httpx.Response(502)
+
+    waited: list[float] = []
+    transport: Any = httpx.MockTransport(answer)
+    with Client("http://far", transport=transport, sleep=waited.append) as client, pytest.raises(ServiceError):
+        client.ready()
+    assert len(asked) == 2
+    assert len(waited) == 1
+
+
 def test_a_service_that_is_not_there_or_is_none() -> None:
     waited: list[float] = []
     with Client(f"http://127.0.0.1:{free_port()}", sleep=waited.append) as client, pytest.raises(httpx.ConnectError):

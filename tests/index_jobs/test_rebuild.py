@@ -261,14 +261,23 @@ def test_every_failure_has_its_exit_code_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--batch-size", "0"], ["--workers", "-1"], ["--keep", "0"], ["--max-failed", "2"], ["--unknown"], []]
+    ("wrong", "told"),
+    [
+        (["--batch-size", "0"], "a whole number of at least 1, not 0"),
+        (["--workers", "-1"], "a whole number of at least 0, not -1"),
+        (["--keep", "two"], "a whole number of at least 1, not two"),
+        (["--max-failed", "2"], "a share from 0 to 1, not 2"),
+        (["--margin", "a bit"], "a share from 0 to 1, not a bit"),
+        (["--unknown"], "--unknown"),
+        ([], "--gallery"),
+    ],
 )
-def test_wrong_usage_is_exit_code_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_exit_code_2(wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     needed = ["--gallery", "g", "--checkpoint", "c", "--out", "o"] if wrong else []
     with pytest.raises(SystemExit) as caught:
         main([*needed, *wrong])
     assert caught.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 FULL_DISK = """
