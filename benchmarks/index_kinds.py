@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from index_jobs.build import build
 from index_jobs.kinds import choose, machine_memory
-from index_jobs.tuning import NEIGHBOURS, TARGET_RECALL, Queries, exact_neighbours
+from index_jobs.tuning import NEIGHBOURS, TARGET_RECALL, Queries, neighbours
 from index_jobs.vectors import FaissIndex, write_faiss
 
 Floats = NDArray[np.float32]
@@ -103,7 +103,7 @@ class Material:
             written.flush()
             drawing.rename(path)
             vectors: Floats = np.load(path, mmap_mode="r")
-            truth = exact_neighbours(lambda: blocks(vectors), _queries(queries[1::2]))
+            truth = neighbours(lambda: blocks(vectors), _queries(queries[1::2])).rows
             np.savez(self.truth, tuning=queries[::2], queries=queries[1::2], truth=truth)
         with np.load(self.truth) as file:
             return np.load(path, mmap_mode="r"), _queries(file["tuning"])

@@ -52,7 +52,7 @@ def read_pictures(data: Dataset, side: int) -> np.ndarray:
     """uint8 (N, side, side, 3): squeezed to a square."""
 
     def read(i: int) -> np.ndarray:
-        picture = open_image(data.read(data.samples[i])).convert("RGB")
+        picture = open_image(data.read(data.samples[i].image)).convert("RGB")
         return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
 
     with ThreadPoolExecutor(4) as pool:

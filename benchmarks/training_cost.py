@@ -91,7 +91,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
     )
     without = None
     if model.image_is_frozen:
-        pixels = np.stack([backbone.preprocess(training.read(s)) for s in training.samples[: args.batch_size]])
+        pixels = np.stack([backbone.preprocess(training.read(s.image)) for s in training.samples[: args.batch_size]])
         small = replace(data, image_of=data.image_of[: args.batch_size], pixels=pixels, images=None)
         without = seconds_a_batch(model, replace(small, captions=None) if model.text_is_frozen else small, args)
     trainable = sum(p.numel() for _, p in model.trainables() if p.requires_grad)

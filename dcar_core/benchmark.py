@@ -167,14 +167,13 @@ def _quantised(encoder: Encoder) -> list[str]:
 
 def _material(encoder: Encoder, test: Dataset, limit: int) -> tuple[Material, Decoding]:
     samples = test.samples[:limit]
-    first = {sample.image: sample for sample in reversed(samples)}
-    names = list(dict.fromkeys(sample.image for sample in samples))
-    pixels = np.stack([encoder.preprocess(test.read(first[name])) for name in names])
+    names = replace(test, samples=samples).images
+    pixels = np.stack([encoder.preprocess(test.read(name)) for name in names])
     row_of = {name: row for row, name in enumerate(names)}
     material = Material(
         tuple(sample.caption for sample in samples), pixels, np.array([row_of[sample.image] for sample in samples])
     )
-    return material, _decoding(encoder, [test.read(first[name]) for name in names[: 4 * PROBE]])
+    return material, _decoding(encoder, [test.read(name) for name in names[: 4 * PROBE]])
 
 
 def _decoding(encoder: Encoder, files: list[bytes]) -> Decoding:
@@ -238,7 +237,7 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     samples = load_split(data, split, images=images, pictures="present")[0]
     step = max(1, len(samples) // SAMPLES)
     part = samples.samples[::step][:SAMPLES]
-    pixels = np.stack([encoder.preprocess(samples.read(sample)) for sample in part])
+    pixels = np.stack([encoder.preprocess(samples.read(sample.image)) for sample in part])
     calibrate(encoder.domain, encoder.target, CalibrationData([sample.caption for sample in part], pixels))
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -46,18 +46,17 @@ class FeatureCache:
         """The backbone's content hash, computed once: it reads every weight."""
         return self._backbone.content_hash()
 
-    def pictures(self, data: Dataset, names: Sequence[str]) -> str:
-        """The key of these pictures: their names and bytes. They are read once in the life of this object.
+    def pictures(self, data: Dataset) -> str:
+        """The key of a split's pictures: their names and bytes. They are read once in the life of this object.
 
         Raises:
             DataError: a picture is missing; the message names it.
         """
-        asked = digest(str(data.root.path), list(names))
+        asked = digest(str(data.root.path), data.images)
         if asked not in self._seen:
-            first = {sample.image: sample for sample in reversed(data.samples)}
             total = hashlib.sha256()
-            for name in names:
-                total.update(f"{name} {hashlib.sha256(data.read(first[name])).hexdigest()}\n".encode())
+            for name in data.images:
+                total.update(f"{name} {hashlib.sha256(data.read(name)).hexdigest()}\n".encode())
             self._seen[asked] = total.hexdigest()[:32]
         return self._seen[asked]
 

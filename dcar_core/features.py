@@ -126,9 +126,8 @@ def data_key(data: Dataset, cache: FeatureCache) -> str:
     Raises:
         DataError: a picture is missing; the message names it.
     """
-    names = list(dict.fromkeys(sample.image for sample in data.samples))
     texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories, s.attributes] for s in data.samples]
-    return digest(cache.pictures(data, names), texts)
+    return digest(cache.pictures(data), texts)
 
 
 def note_what_is_cut(
@@ -162,10 +161,10 @@ class _Work:
 
     def __init__(self, data: Dataset, backbone: Backbone, cache: FeatureCache, progress: bool) -> None:
         self.data, self.backbone, self.cache, self.progress = data, backbone, cache, progress
-        self.names = list(dict.fromkeys(sample.image for sample in data.samples))
+        self.names = data.images
         row_of = {name: row for row, name in enumerate(self.names)}
         self.image_of = np.array([row_of[sample.image] for sample in data.samples])
-        self.key = cache.pictures(data, self.names)
+        self.key = cache.pictures(data)
         self._pixels: Pixels | None = None
 
     def pixels(self) -> Pixels:
@@ -175,12 +174,10 @@ class _Work:
         return self._pixels
 
     def _decode(self, out: Pixels) -> None:
-        first = {sample.image: sample for sample in reversed(self.data.samples)}
-
         def decode(row: int) -> None:
             name = self.names[row]
             try:
-                out[row] = self.backbone.preprocess(self.data.read(first[name]))
+                out[row] = self.backbone.preprocess(self.data.read(name))
             except ImageError as error:
                 raise DataError(f"{self.data.split}: {name}: {error}") from error
 

@@ -141,12 +141,10 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _thumbnails(data: Dataset) -> Callable[[str], str]:
-    sample_of = {sample.image: sample for sample in data.samples}
-
     @cache
     def thumbnail(name: str) -> str:
         try:
-            image = open_image(data.read(sample_of[name]))
+            image = open_image(data.read(name))
         except DataError:  # the picture went away since the run; the report is still of use
             image = Image.new("RGB", (8, 8), "gray")
         image.thumbnail((THUMBNAIL, THUMBNAIL))

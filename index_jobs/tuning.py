@@ -15,7 +15,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dcar_core.metrics import SAME_SCORE
 from index_jobs.options import Options
+from index_jobs.selecting import best_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,29 +92,18 @@ class Tuning:
             index: a FAISS index on the CPU.
             searched: makes what is measured of the tuned index, such as its copy on a GPU; None for itself.
         """
-        result: dict[str, Any] = {
-            "queries": len(self._held_out),
-            "query_source": self._queries.source,
-            "target_recall": self._target,
-        }
-        if self._truth is None:
-            result |= {"recall_at_10": 1.0, "parameters": {}}
-        else:
-            result["parameters"] = self._tune(index)
-        measured = searched(index) if searched else index
-        if self._truth is not None:
-            result["recall_at_10"] = round(self._recall(measured, self._held_out), 4)
-        return result | latency(measured, self._queries.vectors[self._held_out][:_TIMED_QUERIES])
+        parameters = {} if self._truth is None else self._tune(index)
+        return self.measure(searched(index) if searched else index, parameters)
 
-    def measure(self, index: Any) -> dict[str, Any]:
-        """As `run`, for what is not tuned here; index needs a `search` alone."""
-        assert self._truth is not None
+    def measure(self, index: Any, parameters: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """As `run`, for what is not tuned here, or was already; index needs a `search` alone."""
+        recall = 1.0 if self._truth is None else round(self._recall(index, self._held_out), 4)
         return {
             "queries": len(self._held_out),
             "query_source": self._queries.source,
             "target_recall": self._target,
-            "parameters": {},
-            "recall_at_10": round(self._recall(index, self._held_out), 4),
+            "parameters": dict(parameters or {}),
+            "recall_at_10": recall,
             **latency(index, self._queries.vectors[self._held_out][:_TIMED_QUERIES]),
         }
 
@@ -239,11 +229,6 @@ class Neighbours:
         return hits
 
 
-def exact_neighbours(blocks: Blocks, queries: Queries) -> NDArray[np.int64]:
-    """The rows of `neighbours`."""
-    return neighbours(blocks, queries).rows
-
-
 def neighbours(blocks: Blocks, queries: Queries) -> Neighbours:
     """Nearest neighbours by brute force, without the query's own row."""
     import faiss
@@ -259,11 +244,7 @@ def neighbours(blocks: Blocks, queries: Queries) -> Neighbours:
         scores, rows = faiss.knn(
             queries.vectors, np.ascontiguousarray(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
         )
-        best_scores = np.concatenate([best_scores, scores], 1)
-        best_rows = np.concatenate([best_rows, rows + start], 1)
-        order = np.argsort(-best_scores, 1, kind="stable")[:, :k]
-        best_scores = np.take_along_axis(best_scores, order, 1)
-        best_rows = np.take_along_axis(best_rows, order, 1)
+        best_scores, best_rows = best_of([best_scores, scores], [best_rows, rows + start], k)
         start += len(block)
     others = np.argsort(best_rows == queries.own_rows[:, None], 1, kind="stable")[:, : NEIGHBOURS + 1]  # its own last
     scores, rows = np.take_along_axis(best_scores, others, 1), np.take_along_axis(best_rows, others, 1)

@@ -1,6 +1,7 @@
 """One image-caption pair, and the pairs of a split."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dcar_core.errors import DataError, ImageError
 from dcar_core.images import ImageRoot
@@ -38,13 +39,18 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, sample: Sample) -> bytes:
-        """The picture's bytes.
+    @cached_property
+    def images(self) -> list[str]:
+        """Every picture once, in the order of the pairs."""
+        return list(dict.fromkeys(sample.image for sample in self.samples))
+
+    def read(self, image: str) -> bytes:
+        """A picture's bytes.
 
         Raises:
             DataError: it is missing; the message names it.
         """
         try:
-            return self.root.read(sample.image)
+            return self.root.read(image)
         except ImageError as error:
             raise DataError(f"{self.split}: {error}; point --images to the folder or tar that holds it") from error

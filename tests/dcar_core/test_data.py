@@ -146,7 +146,7 @@ def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
 def test_a_table_says_what_its_header_lacks(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("Image,Caption\na.png,a\n")
-    with pytest.raises(DataError, match="has no column image or file_name or path; it has Image, Caption"):
+    with pytest.raises(DataError, match="has no column file_name or image or path; it has Image, Caption"):
         load_split(table, "train", pictures="ignore")
     table.write_text("image;caption;split\na.png;a;train\n")
     with pytest.raises(DataError, match="its columns between semicolons; save it with commas"):
@@ -190,7 +190,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
         ("train-0001.tar/0.png", "red"),
     ]
     assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",))
-    assert data.read(data.samples[2]) == png
+    assert data.read(data.samples[2].image) == png
     assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
     assert report.names["tar samples without a picture, left out"] == ["train-0000.tar/2"]
     assert load_split(tmp_path, "val")[0].samples[0].caption == "for validation"
@@ -243,7 +243,7 @@ def test_pictures_are_found_below_another_root(tmp_path: Path, place: str) -> No
     picture(tmp_path / "photos" / place)
     data, _ = load_split(file, "train", images=tmp_path / "photos")
     assert data.samples[0].image == place
-    assert data.read(data.samples[0])
+    assert data.read(data.samples[0].image)
 
 
 def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_hard_negatives_are_encoded_as_queries(backbone: Backbone, sample_split:
     found = analyse(model, sample_split, prepared)["hard_negative_accuracy"]
     hits = []
     for sample in sample_split.samples:
-        pixels = backbone.preprocess(sample_split.read(sample))[None]
+        pixels = backbone.preprocess(sample_split.read(sample.image))[None]
         image = model.encode_image(torch.from_numpy(backbone.preprocess.normalize(pixels))).detach()
         texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.room)).detach()
         scores = (texts @ image.T).flatten()

@@ -149,7 +149,7 @@ def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
     pairs = Pairs(encoder)
     assert trained is not None
     for sample, wanted in zip(training.samples, trained, strict=True):
-        frozen = pairs.frozen(encoder.preprocess(training.read(sample))[None])
+        frozen = pairs.frozen(encoder.preprocess(training.read(sample.image))[None])
         found = pairs.weights(sample.caption, frozen)[0]
         np.testing.assert_allclose(found, wanted[: len(found)], atol=1e-4)
     assert usual is not None

@@ -71,7 +71,7 @@ def test_frozen_towers_take_part_as_cached_features(
 ) -> None:
     model, data = ready(backbone, training, name)
     assert data.pixels is None
-    pixels = np.stack([backbone.preprocess(training.read(sample)) for sample in training.samples])
+    pixels = np.stack([backbone.preprocess(training.read(sample.image)) for sample in training.samples])
     forwards = replace(data, pixels=pixels, images=None, captions=None)
     np.testing.assert_allclose(encode_pictures(model, data), encode_pictures(model, forwards), atol=1e-5)
     np.testing.assert_allclose(encode_captions(model, data), encode_captions(model, forwards), atol=1e-5)

@@ -9,7 +9,7 @@ from test_build import DIM, Floats, blocks, clustered
 
 from index_jobs.build import build
 from index_jobs.kinds import Choice
-from index_jobs.tuning import NEIGHBOURS, Queries, Tuning, exact_neighbours, neighbours, own_queries
+from index_jobs.tuning import NEIGHBOURS, Queries, Tuning, neighbours, own_queries
 
 
 class Found:
@@ -87,7 +87,7 @@ def test_ties_are_known_and_neighbours_are_exact() -> None:
     scores = queries.vectors @ once.T
     np.testing.assert_array_equal(alone.rows, np.argsort(-scores, axis=1, kind="stable")[:, :NEIGHBOURS])
     np.testing.assert_allclose(alone.lowest, -np.sort(-scores, axis=1)[:, NEIGHBOURS - 1], atol=1e-6)
-    np.testing.assert_array_equal(exact_neighbours(blocks(once), queries), alone.rows)
+    np.testing.assert_array_equal(neighbours(blocks(once), queries).rows, alone.rows)
     thrice = neighbours(blocks(np.concatenate([once, once, once])), queries)
     assert thrice.tied.all()
 
