@@ -10,6 +10,8 @@ WordSide = Literal["context", "alone"]
 PictureSide = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
 
+GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # the learning rates that every method is tuned over
+
 
 class _Config:
     def to_dict(self) -> dict[str, Any]:

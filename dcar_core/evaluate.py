@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dcar_core.backbone import Backbone
-from dcar_core.config import TrainConfig
+from dcar_core.config import GRID, TrainConfig
 from dcar_core.data import SPLITS, Pictures, load_splits, save_reports
 from dcar_core.errors import DataError, DivergedError
 from dcar_core.feature_cache import FeatureCache
@@ -21,11 +21,7 @@ from dcar_core.methods import method
 from dcar_core.negatives import complete
 from dcar_core.report import write_report
 from dcar_core.runs import Runs, seeded_model
-from dcar_core.tables import COLUMNS, table
-
-__all__ = ["COLUMNS", "GRID", "compare", "seeded_model", "summary", "table"]
-
-GRID = (5e-4, 2e-3, 5e-3, 1e-2)
+from dcar_core.tables import COLUMNS
 
 
 def compare(

@@ -1,7 +1,7 @@
 """`dcar train` and `dcar evaluate`."""
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -23,9 +23,7 @@ from app.cli.options import (
     SkipBroken,
     Taxonomy,
 )
-
-if TYPE_CHECKING:
-    from dcar_core.config import TrainConfig
+from dcar_core.config import GRID, TrainConfig
 
 commands = typer.Typer()
 
@@ -38,12 +36,12 @@ def train(
     pretrained: Pretrained = None,
     method: Annotated[str, typer.Option(help="dcar, coop, maple, dual, ... (an unknown name lists all)")] = "dcar",
     images: Images = None,
-    epochs: Epochs = 20,
-    batch_size: BatchSize = 64,
-    lr: LearningRate = 2e-3,
+    epochs: Epochs = TrainConfig.epochs,
+    batch_size: BatchSize = TrainConfig.batch_size,
+    lr: LearningRate = TrainConfig.lr,
     patience: Patience = 5,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    accumulate: Accumulate = 1,
+    accumulate: Accumulate = TrainConfig.accumulate,
     amp: Amp = "auto",
     features: Features = None,
     tensorboard: Annotated[bool, typer.Option(help="Also write OUT/tensorboard (extra: tensorboard).")] = False,
@@ -114,13 +112,15 @@ def evaluate(
     ] = "clip,coop,clip-adapter,maple,dcar,dcar+",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     images: Images = None,
-    epochs: Epochs = 20,
-    batch_size: BatchSize = 64,
-    lr: LearningRate = 2e-3,
+    epochs: Epochs = TrainConfig.epochs,
+    batch_size: BatchSize = TrainConfig.batch_size,
+    lr: LearningRate = TrainConfig.lr,
     tune: Annotated[bool, typer.Option(help="Choose each method's learning rate on validation, seed 0.")] = False,
-    grid: Annotated[str, typer.Option(help="The learning rates that --tune tries.")] = "5e-4,2e-3,5e-3,1e-2",
+    grid: Annotated[str, typer.Option(help="The learning rates that --tune tries.")] = ",".join(
+        f"{lr:g}" for lr in GRID
+    ),
     patience: Patience = 5,
-    accumulate: Accumulate = 1,
+    accumulate: Accumulate = TrainConfig.accumulate,
     amp: Amp = "auto",
     features: Features = None,
     device: Device = "auto",
@@ -152,9 +152,7 @@ def evaluate(
     typer.echo(f"{out / 'report.html'} shows more, without a server")
 
 
-def _config(**settings: Any) -> "TrainConfig":
-    from dcar_core.config import TrainConfig
-
+def _config(**settings: Any) -> TrainConfig:
     try:
         return TrainConfig.from_dict(settings)
     except ValueError as error:

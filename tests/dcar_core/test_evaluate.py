@@ -20,12 +20,12 @@ from dcar_core.checkpoint import load_checkpoint
 from dcar_core.config import TrainConfig
 from dcar_core.data import Dataset, load_split
 from dcar_core.errors import DataError, DcarError, DivergedError
-from dcar_core.evaluate import COLUMNS, compare
+from dcar_core.evaluate import compare
 from dcar_core.features import prepare
 from dcar_core.methods import method
 from dcar_core.runs import seeded_model
 from dcar_core.scoring import evaluate
-from dcar_core.tables import query_weights
+from dcar_core.tables import COLUMNS, query_weights
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 Compared = tuple[Path, dict[str, Any]]

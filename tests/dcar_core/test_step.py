@@ -13,11 +13,11 @@ from dcar_core import features, step
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.config import Amp
 from dcar_core.data import CleaningReport, Dataset, load_split
-from dcar_core.evaluate import seeded_model
 from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import Prepared, note_what_is_cut, prepare
 from dcar_core.methods import METHODS, method
 from dcar_core.model import DCAR
+from dcar_core.runs import seeded_model
 from dcar_core.scoring import encode_captions, encode_pictures
 from dcar_core.step import Precision, accumulate_gradients, batch_loss
 
