@@ -18,11 +18,6 @@ TEXTS = ["a red square", "x", "a much longer caption of a small green circle bes
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_model: Path) -> Backbone:
-    return load_backbone(BackboneSource(str(tiny_model)))
-
-
-@pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dcar_core.analysis import analyse
-from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.backbone import Backbone
 from dcar_core.checkpoint import load_checkpoint
 from dcar_core.config import TrainConfig
 from dcar_core.data import Dataset, load_split
@@ -30,11 +30,6 @@ from dcar_core.tables import COLUMNS, query_weights
 QUICK = TrainConfig(epochs=2, batch_size=6)
 Compared = tuple[Path, dict[str, Any]]
 METHODS = ["clip", "clip-adapter", "dcar"]
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_model: Path) -> Backbone:
-    return load_backbone(BackboneSource(str(tiny_model)))
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,6 @@ from dcar_core.scoring import encode_captions, encode_pictures
 from dcar_core.step import Precision, accumulate_gradients, batch_loss
 
 
-@pytest.fixture(scope="module")
-def backbone(tiny_model: Path) -> Backbone:
-    return load_backbone(BackboneSource(str(tiny_model)))
-
-
 @pytest.fixture
 def training(tiny_data: Path) -> Dataset:
     return load_split(tiny_data, "train")[0]

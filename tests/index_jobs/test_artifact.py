@@ -28,24 +28,6 @@ from index_jobs.publish import publish, rollback, writing
 from index_jobs.rebuild import rebuild
 
 
-@pytest.fixture(scope="module")
-def encoder(tiny_checkpoint: Path) -> Encoder:
-    return Encoder.load(tiny_checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def published(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    index = tmp_path_factory.mktemp("published") / "index"
-    rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
-    return index
-
-
-@pytest.fixture
-def index(published: Path, tmp_path: Path) -> Path:
-    """A copy to break things in."""
-    return Path(shutil.copytree(published, tmp_path / "index"))
-
-
 def publish_copy(index: Path, keep: int = 3) -> int:
     """Publish the current version once more."""
     current = open_current(index)

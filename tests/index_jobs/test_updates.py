@@ -1,7 +1,6 @@
 """Items added and removed without a rebuild: what is found, what is shared, and what is refused."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,23 +20,6 @@ from index_jobs.filters import matching
 from index_jobs.publish import rollback
 from index_jobs.rebuild import rebuild
 from index_jobs.updates import add, remove
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_checkpoint: Path) -> Encoder:
-    return Encoder.load(tiny_checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def published(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    index = tmp_path_factory.mktemp("updated") / "index"
-    rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
-    return index
-
-
-@pytest.fixture
-def index(published: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(published, tmp_path / "index"))
 
 
 def more(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:

@@ -1,0 +1,43 @@
+"""Photos to be captioned, and how a test asks for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vision_server import VisionServer
+
+from dcar_core.captioning.options import CaptionOptions, Model, Outcome
+from dcar_core.captioning.questions import TEMPLATES
+from dcar_core.captioning.run import caption
+from dcar_core.tokens import clip_token_counts
+
+ROOT = Path(__file__).parents[2]
+KEY = "sk-very-secret"
+
+
+def ask(photos: Path, server: VisionServer, out: Path | None = None, *, judge: bool = True, **given: Any) -> Outcome:
+    model = {k: given.pop(k) for k in ("key", "price") if k in given}
+    restart = given.pop("restart", False)
+    drafter = Model(url=server.url, name="small", **model)
+    options = CaptionOptions(
+        **{"dataset": "animals", "templates": TEMPLATES, "backoff_s": 0.01, "timeout_s": 20.0, "concurrency": 2} | given
+    )
+    out = out or photos.parent / "captions.json"
+    return caption(
+        photos, out, drafter, drafter if judge else None, options, clip_token_counts, restart=restart, progress=False
+    )
+
+
+def captions(photos: Path) -> dict[str, Any]:
+    return json.loads((photos.parent / "captions.json").read_text())  # type: ignore[no-any-return]
+
+
+def rejected(photos: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (photos.parent / "captions.rejected.jsonl").read_text().splitlines()]
+
+
+def one_picture(photos: Path) -> Path:
+    """Leave one, so that what is asked comes in one order."""
+    for path in sorted(photos.rglob("*.png"))[1:]:
+        path.unlink()
+    return photos

@@ -1,0 +1,23 @@
+"""What several files of tests begin with."""
+
+from pathlib import Path
+
+import pytest
+from drawing import draw
+
+from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two categories with two pictures each."""
+    root = tmp_path / "photos"
+    for name in ("red_fox/1.png", "red_fox/2.png", "owl/1.png", "owl/2.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        draw("red" if "fox" in name else "blue", "circle" if "1" in name else "cross").save(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model: Path) -> Backbone:
+    return load_backbone(BackboneSource(str(tiny_model)))

@@ -1,0 +1,42 @@
+"""A few categories, and negatives made for them."""
+
+import json
+from pathlib import Path
+
+from dcar_core.data import CleaningReport, Dataset, Sample
+from dcar_core.images import ImageRoot
+from dcar_core.negatives import fill, views
+
+FELINE = {"cat": ["Sphynx", "Ragdoll", "Maine Coon"], "dog": ["Beagle", "Pug"]}
+
+
+def sample(image: str, caption: str, category: str = "", **more: object) -> Sample:
+    return Sample(image, caption, category, **more)  # type: ignore[arg-type]
+
+
+CATS = [
+    sample("1", "A Sphynx with green eyes on a chair.", "Sphynx"),
+    sample("2", "A Ragdoll in front of a red sofa.", "Ragdoll"),
+    sample("3", "A Maine Coon, asleep.", "Maine Coon"),
+    sample("4", "A beagle on the grass.", "Beagle"),
+    sample("5", "Two pugs with blue collars.", "Pug"),
+    sample("6", "An older Sphynx that looks up.", "Sphynx"),
+]
+
+
+def split(samples: list[Sample], tmp_path: Path, name: str = "train") -> Dataset:
+    return Dataset(name, samples, ImageRoot(tmp_path))
+
+
+def made(
+    samples: list[Sample], tmp_path: Path, mode: str = "auto", **given: object
+) -> tuple[list[Sample], CleaningReport]:
+    report = CleaningReport()
+    features, cut = views(None)
+    done = fill({"train": split(samples, tmp_path)}, {"train": report}, features=features, cut=cut, mode=mode, **given)  # type: ignore[arg-type]
+    return done["train"].samples, report
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path

@@ -1,0 +1,101 @@
+"""Drafts that are no captions, and the judge of those that are."""
+
+from pathlib import Path
+
+import pytest
+from caption_harness import ask, captions, one_picture, rejected
+from vision_server import Asked, Behave, VisionServer, good
+
+from dcar_core.captioning.questions import Verdict, read_verdict, tidy_draft
+
+REFUSED = {
+    "I'm sorry, but I can't assist with that owl.": "a refusal",
+    "As an AI, I see an owl.": "a refusal",
+    "I\u2019m unable to view the owl.": "a refusal",
+    "A barn with a bowl of owlets.": "does not name the category",
+    "An owl " + "that is very much like any other owl " * 12: "longer than the context",
+    "  ": "empty",
+    "...": "empty",
+}
+
+
+@pytest.mark.parametrize("draft", list(REFUSED))
+def test_a_useless_draft_is_kept_with_its_reason_and_asked_for_anew(photos: Path, draft: str) -> None:
+    with VisionServer(lambda asked, n: draft if asked.kind == "draft" and asked.turn == 0 else good(asked)) as server:
+        found = ask(one_picture(photos), server)
+    assert found.accepted == 1
+    [kept] = rejected(photos)
+    assert kept["image"] == "owl/1.png"
+    assert kept["reason"] == REFUSED[draft]
+    assert kept["draft"] == tidy_draft(draft)
+    assert server.kinds() == ["draft", "draft", "judge"]  # no judge is paid for it
+    again = server.asked[1]
+    assert kept["feedback"] in again.text
+    assert [m["role"] for m in again.body["messages"]] == ["user", "assistant", "user"]
+    assert all(m["content"] for m in again.body["messages"])
+
+
+def test_no_two_pictures_have_one_caption(photos: Path) -> None:
+    def behave(asked: Asked, n: int) -> str:
+        return f"a  {asked.category}." if asked.kind == "draft" and asked.turn == 0 else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server)
+    assert found.accepted == 4
+    assert [line["reason"] for line in rejected(photos)] == ["another picture has it too"] * 2
+    texts = [entry["positive"].casefold() for entry in captions(photos).values()]
+    assert len(set(texts)) == 4
+
+
+def test_the_judge_is_heard_and_the_rounds_are_bounded(photos: Path) -> None:
+    def behave(asked: Asked, n: int) -> str:
+        return '{"accept": false, "feedback": "It is dusk, not noon."}' if asked.kind == "judge" else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(one_picture(photos), server, rounds=3)
+        assert (found.accepted, found.given_up) == (0, ["owl/1.png"])
+        assert server.kinds() == ["draft", "judge"] * 3
+        assert "It is dusk, not noon." in server.asked[2].text
+        assert found.rejected == {"turned down by the judge": 3}
+        assert [line["feedback"] for line in rejected(photos)] == ["It is dusk, not noon."] * 3
+        assert ask(photos, server, rounds=3).given_up == ["owl/1.png"]
+        assert len(server.asked) == 6  # not asked again
+    assert captions(photos) == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ('{"accept": true, "feedback": "good"}', Verdict(True, "good")),
+        ('Sure:\n```json\n{"accept": "no",\n "feedback": null}\n``` {', Verdict(False, "")),
+        ("<think>accept? {no}</think> Reject: the\ncolour is wrong.", Verdict(False, "the colour is wrong.")),
+        ("Yes.", Verdict(True, "")),
+        ("**Accepted**", Verdict(True, "**")),
+        ("North is up", None),
+        ('{"verdict": 1}', None),
+        ('{"accept": tr', None),
+        ("", None),
+    ],
+)
+def test_verdicts(answer: str, verdict: Verdict | None) -> None:
+    assert read_verdict(answer) == verdict
+
+
+def test_a_judge_that_gives_no_verdict_fails_the_picture_and_keeps_the_draft(photos: Path) -> None:
+    behave: Behave = lambda asked, n: "What a lovely owl" if asked.kind == "judge" else good(asked)  # noqa: E731
+    with VisionServer(behave) as server:
+        found = ask(one_picture(photos), server)
+        assert found.failed == {"owl/1.png": "an answer that cannot be used: 'What a lovely owl'"}
+        assert server.kinds() == ["draft", *["judge"] * 3]
+        assert found.usage["judge"].requests == 3  # paid for, though of no use
+        server.behave = good
+        found = ask(photos, server)
+        assert (found.accepted, found.failed) == (1, {})
+        assert server.kinds()[4:] == ["judge"]
+
+
+def test_drafts_are_tidied() -> None:
+    assert tidy_draft('<think>an owl?</think>\n**Caption:** "An owl\n on a  branch."') == "An owl on a branch."
+    assert tidy_draft("Here is a caption for the picture: An owl.") == "An owl."
+    assert tidy_draft("\u201cAn owl.\u201d") == "An owl."
+    assert tidy_draft('An owl and a sign: "open".') == 'An owl and a sign: "open".'

@@ -1,0 +1,175 @@
+"""An endpoint that misbehaves in every way: a real HTTP server that speaks the protocol."""
+
+import json
+import time
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from caption_harness import KEY, ask, one_picture, rejected
+from vision_server import Asked, Behave, Raw, VisionServer, good, message
+
+from dcar_core.captioning.endpoint import seconds_of
+from dcar_core.captioning.options import Model
+from dcar_core.captioning.summary import summary
+from dcar_core.errors import CaptionError
+
+BAD: dict[str, Raw | dict[str, Any]] = {
+    "429": Raw(429, "slow down"),
+    "429 with seconds": Raw(429, headers=(("retry-after", "0.2"),)),
+    "429 with a date": Raw(429, headers=(("retry-after", formatdate(time.time() - 5, usegmt=True)),)),
+    "500": Raw(500, "oh"),
+    "502 as a page": Raw(502, "<html>bad gateway</html>"),
+    "503 with nonsense": Raw(503, headers=(("retry-after", "soon"),)),
+    "529": Raw(529, "overloaded"),
+    "too slow": Raw(body=json.dumps(message("late")), wait=3),
+    "drop by drop": Raw(body=json.dumps(message("late")), drip=0.1),
+    "a closed connection": Raw(silent=True),
+    "half an answer": Raw(body=json.dumps(message("half")), cut=True),
+    "truncated JSON": Raw(body=json.dumps(message("half"))[:40]),
+    "no JSON": Raw(body="all fine"),
+    "not UTF-8": Raw(body="\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
+    "a list": Raw(body="[]"),
+    "null": Raw(body="null"),
+    "no choices": {"usage": {"prompt_tokens": 1, "completion_tokens": 0}},
+    "empty choices": {"choices": []},
+    "null choices": {"choices": None},
+    "no message": {"choices": [{"finish_reason": "stop"}]},
+    "an error in a 200": {"error": {"message": "out of memory"}},
+    "too deep": Raw(body="[" * 200_000),
+}
+
+
+@pytest.mark.parametrize("how", list(BAD))
+def test_what_goes_wrong_once_is_asked_again(photos: Path, how: str) -> None:
+    def behave(asked: Asked, n: int) -> str | Raw | dict[str, Any]:
+        return BAD[how] if n == 0 else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(one_picture(photos), server, timeout_s=1.0 if how in {"too slow", "drop by drop"} else 20.0)
+    assert (found.accepted, found.failed) == (1, {})
+    assert server.kinds() == ["draft", "draft", "judge", "judge"]
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_pictures_are_asked_about_at_the_same_time(photos: Path, most: int) -> None:
+    behave: Behave = lambda asked, n: Raw(body=json.dumps(message(good(asked))), wait=1.0)  # noqa: E731
+    with VisionServer(behave) as server:
+        assert ask(photos, server, judge=False, concurrency=most).accepted == 4
+        assert server.at_once == most
+
+
+def test_retry_after_holds_every_request_back(photos: Path) -> None:
+    def behave(asked: Asked, n: int) -> str | Raw:
+        first = len(server.asked) == 1
+        return Raw(429, headers=(("retry-after", "1"),)) if first else good(asked)
+
+    with VisionServer(behave) as server:
+        assert ask(photos, server, judge=False, concurrency=1).accepted == 4
+    started = [asked.at for asked in server.asked]
+    assert started[1] - started[0] >= 0.99
+    assert seconds_of("1.5") == 1.5
+    assert seconds_of(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=5)
+    assert [seconds_of(x) for x in (None, "soon", "-3")] == [None, None, 0]
+    with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", "4000"),))) as server:
+        found = ask(one_picture(photos), server, photos.parent / "other.json")
+    assert list(found.failed.values()) == ["asked to wait 4000 s, longer than 300"]
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (message("An owl on a", "length"), "cut off by the endpoint's limit"),
+        (message(None, "content_filter"), "a refusal"),
+        (message(None), "empty"),
+        (
+            {
+                "choices": [
+                    {"message": {"content": None, "refusal": "I can't help with that."}, "finish_reason": "stop"}
+                ]
+            },
+            "a refusal",
+        ),
+    ],
+)
+def test_what_the_endpoint_says_of_an_answer(photos: Path, answer: dict[str, Any], reason: str) -> None:
+    with VisionServer(lambda asked, n: answer if asked.kind == "draft" and asked.turn == 0 else good(asked)) as server:
+        found = ask(one_picture(photos), server)
+    assert found.accepted == 1
+    assert [line["reason"] for line in rejected(photos)] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("status", "says"), [(401, "refuses the key"), (403, "refuses the key"), (404, "no such model")]
+)
+def test_what_no_request_can_mend_ends_the_run(photos: Path, status: int, says: str) -> None:
+    with VisionServer(lambda asked, n: Raw(status, f"wrong: {KEY}")) as server, pytest.raises(CaptionError) as caught:
+        ask(photos, server, key=KEY, concurrency=1)
+    assert says in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Raw(400, "x" * 190 + KEY),  # over the place where a long message is cut
+        {"error": {"message": f"Incorrect API key: {KEY}"}},  # with status 200
+        Raw(body=f"key: {KEY}"),  # no JSON
+        f"It is {KEY}",  # what the judge says
+    ],
+)
+def test_no_message_shows_the_key_or_a_part_of_it(photos: Path, answer: Raw | str | dict[str, Any]) -> None:
+    def behave(asked: Asked, n: int) -> Raw | str | dict[str, Any]:
+        return good(asked) if isinstance(answer, str) and asked.kind == "draft" else answer
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server, key=KEY, concurrency=1, tries=2)
+    assert len(found.failed) == 4
+    assert not any(KEY[:8] in why for why in found.failed.values())
+
+
+def test_half_of_a_surrogate_pair_is_replaced(photos: Path) -> None:
+    """JSON can say it, a file cannot hold it."""
+    with VisionServer(lambda asked, n: good(asked) + (" \ud83d" if asked.kind == "draft" else "")) as server:
+        found = ask(one_picture(photos), server)
+    assert found.accepted == 1
+
+
+def test_a_refused_request_fails_its_picture_alone(photos: Path) -> None:
+    first: list[str] = []
+
+    def behave(asked: Asked, n: int) -> str | Raw:
+        first.append(asked.picture)
+        return Raw(400, "image too odd") if asked.picture == first[0] else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server, concurrency=1)
+    assert found.accepted == 3
+    assert found.failed == {"owl/1.png": "400 image too odd"}
+    assert "1 pictures failed, the same command asks again: owl/1.png (400 image too odd)" in summary(found)
+
+
+def test_a_run_in_which_all_fails_ends(photos: Path) -> None:
+    with VisionServer(lambda asked, n: Raw(400, "no pictures here")) as server:
+        with pytest.raises(
+            CaptionError, match=r"3 pictures in a row failed; the last, red_fox/1\.png: 400 no pictures"
+        ):
+            ask(photos, server, concurrency=1, give_up_after=3)
+        assert len(server.asked) == 3
+    with pytest.raises(CaptionError, match=r"no answer in 2 tries; the last: ConnectError"):
+        ask(photos, server, tries=2, give_up_after=2)  # it is gone
+
+
+def test_a_key_goes_to_its_own_host_alone() -> None:
+    drafter = Model(url="https://one.example/v1", name="m", key=KEY, price=(1, 2))
+    assert drafter.judge(None, "other", None, None).key == KEY
+    assert drafter.judge("https://one.example/v2", None, None, None).key == KEY
+    for elsewhere in ("https://two.example/v1", "http://one.example/v1", "https://one.example:8443/v1"):
+        assert drafter.judge(elsewhere, None, None, None).key is None
+        assert drafter.judge(elsewhere, None, "own", None).key == "own"
+    assert drafter.judge(None, None, None, None).price == (1, 2)
+    assert drafter.judge(None, "other", None, None).price is None
+    assert KEY not in repr(drafter)

@@ -1,0 +1,113 @@
+"""Negatives that training and the table make, and the command that shows them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from negatives_harness import write
+
+from dcar_core.backbone import Backbone
+from dcar_core.config import TrainConfig
+from dcar_core.data import load_split, load_splits
+from dcar_core.evaluate import compare
+from dcar_core.feature_cache import FeatureCache
+from dcar_core.methods import method
+from dcar_core.negatives import complete
+from dcar_core.runs import Runs
+
+ROOT = Path(__file__).parents[2]
+
+
+def bare_data(tiny_data: Path, directory: Path) -> Path:
+    """The tiny data set without negatives."""
+    directory.mkdir()
+    for name in ("train", "val", "test"):
+        content = json.loads((tiny_data / f"{name}.json").read_text())
+        write(directory / f"{name}.json", {key: entry | {"negative": []} for key, entry in content.items()})
+    return directory
+
+
+def dcar(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_training_and_the_table_make_negatives(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
+) -> None:
+    data = bare_data(tiny_data, tmp_path / "data")
+    given = ("--images", tiny_data, "--model", tiny_model, "--epochs", "1")
+    done = dcar("train", "--data", data, *given, "--out", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    assert "12 pairs for which negatives were made" in done.stderr
+    saved = json.loads((tmp_path / "c" / "cleaning.json").read_text())
+    assert saved["train"]["counts"]["negatives made: the caption with another category"] > 12
+    quick = TrainConfig(epochs=1, batch_size=6)
+    for mode, expected in (("auto", True), ("off", False)):
+        out = tmp_path / mode
+        found = compare(backbone, data, ["clip"], 1, out, quick, images=tiny_data, progress=False, negatives=mode)
+        assert (found["methods"]["clip"]["hard_negative_accuracy"] is not None) == expected
+        assert ("pairs for which negatives were made" in found["cleaning"]["test"]) == expected
+    assert (tmp_path / "auto" / "cleaning.json").is_file()
+
+
+def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    data = bare_data(tiny_data, tmp_path / "data")
+    content = json.loads((data / "train.json").read_text())
+    for number, entry in zip((27, 29), content.values(), strict=False):  # + SOS and EOT, in a context of 32
+        entry["positive"] = "a " * number
+    write(data / "train.json", content)
+    for name, cut in (("clip", 0), ("coop", 2)):
+        found = compare(
+            backbone,
+            data,
+            [name],
+            1,
+            tmp_path / name,
+            TrainConfig(epochs=1, batch_size=6),
+            images=tiny_data,
+            progress=False,
+        )
+        what = f"captions longer than the {32 - (4 if cut else 0)} tokens that the prompts leave them, cut"
+        assert found["cleaning"]["train"].get(what, 0) == cut
+
+
+def test_data_with_negatives_of_its_own_keeps_its_runs(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    """What a finished run is found by does not change where nothing is made."""
+    splits, reports = load_splits(tiny_data, ("train", "val", "test"))
+    counts = {name: dict(report.counts) for name, report in reports.items()}
+    same = complete(splits, reports, backbone)
+    assert same == splits
+    assert counts == {name: dict(report.counts) for name, report in reports.items()}
+    cache, quick = FeatureCache(None, backbone), TrainConfig(epochs=1, batch_size=6)
+    before, after = (
+        Runs(backbone, given, tmp_path, quick, cache)._directory(method("dcar"), 0, 1e-3) for given in (splits, same)
+    )
+    assert before == after
+    other = complete(splits, reports, backbone, mode="all")
+    assert Runs(backbone, other, tmp_path, quick, cache)._directory(method("dcar"), 0, 1e-3) != before
+
+
+def test_a_sound_data_set_has_nothing_in_its_report(tiny_data: Path) -> None:
+    assert set(load_split(tiny_data, "train")[1].counts) == {
+        "absolute paths of another machine, replaced by the image root"
+    }
+
+
+def test_the_command_writes_what_training_reads(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
+) -> None:
+    data, out = bare_data(tiny_data, tmp_path / "data"), tmp_path / "out"
+    done = dcar("data", "negatives", data, "--model", tiny_model, "--out", out, "--show", "1")
+    assert done.returncode == 0, done.stderr
+    assert "  - a " in done.stdout
+    assert f"train with --data {out} --images" in done.stdout
+    splits, reports = load_splits(data, ("train", "val", "test"), images=tiny_data)
+    expected = complete(splits, reports, backbone)
+    for name in ("train", "val", "test"):
+        written = load_split(out, name, images=tiny_data)[0].samples
+        assert written == expected[name].samples
+    done = dcar("data", "negatives", data, "--out", data)
+    assert done.returncode == 3
+    assert "holds test.json already; give --out an empty or a new directory" in done.stderr

@@ -1,0 +1,96 @@
+"""Which categories are alike: by the data, a file, or CLIP."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from negatives_harness import CATS, FELINE, made, sample, split, write
+
+from dcar_core.backbone import Backbone
+from dcar_core.data import CleaningReport
+from dcar_core.errors import DataError
+from dcar_core.negatives import complete, views
+from dcar_core.negatives.taxonomy import clusters, letters, load_taxonomy, rank_categories
+
+
+def test_categories_in_the_order_of_the_data(tmp_path: Path) -> None:
+    cats = [replace(s, meta_category="cat" if s.category in FELINE["cat"] else "dog") for s in CATS]
+    samples, report = made([replace(cats[2], meta_category=""), *cats[:2], *cats[3:]], tmp_path)
+    swapped = {s.image: set(s.negative_categories) - {s.category} for s in samples}
+    assert swapped == {"1": {"Ragdoll"}, "6": {"Ragdoll"}, "2": {"Sphynx"}, "3": set(), "4": {"Pug"}, "5": {"Beagle"}}
+    assert report.names["categories without a meta-category, swapped for one another"] == ["Maine Coon"]
+    assert report.names["categories alone in their meta-category, not swapped for others"] == ["Maine Coon"]
+    preferred = replace(CATS[1], negatives=("A pug.", "A Beagle."), negative_categories=("pug", "Beagle"))
+    ranked = rank_categories([preferred, *CATS], None, letters, report)
+    assert ranked["ragdoll"][:2] == ["Beagle", "Pug"]  # as often as each other, so by name; before all others
+    both = [
+        replace(CATS[0], meta_category="cat"),
+        replace(CATS[5], meta_category="dog"),
+        replace(CATS[1], meta_category="cat"),
+    ]
+    rank_categories(both, None, letters, report)
+    assert report.names["categories with several meta-categories, the most frequent taken"] == ["Sphynx"]
+
+
+def test_clusters_of_names_by_clip(backbone: Backbone, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(size=8) for _ in range(3)]
+    rows = np.stack([g + 0.05 * rng.normal(size=8) for g in groups for _ in range(8)])
+    of = clusters(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    assert [len({*of[i : i + 8]}) for i in (0, 8, 16)] == [1, 1, 1]
+    assert len(set(of)) == 3
+    assert clusters(np.eye(3)[:1]) == [0]
+    alone = clusters(np.concatenate([rows[:15], -rows[20:21]]) / np.linalg.norm(rows[0]))
+    assert min(alone.count(cluster) for cluster in alone) > 1
+    features, _ = views(backbone.source.model)
+    found = features(["cat", "dog"])
+    assert found.shape == (2, 32)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
+    reports = {"train": CleaningReport()}
+    done = complete({"train": split(CATS, tmp_path)}, reports, backbone)["train"]
+    again = complete({"train": split(CATS[::-1], tmp_path)}, reports, backbone)["train"]
+    order = {s.image: [c for c in s.negative_categories if c != s.category] for s in done.samples}
+    assert order == {s.image: [c for c in s.negative_categories if c != s.category] for s in again.samples}
+    assert all(order.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must look like"),
+        ("{}", "must look like"),
+        ('{"groups": {}}', "must look like"),
+        ('{"meta_categories": []}', "'meta_categories' must be an object"),
+        ('{"similar": {"cat": "dog"}}', "'similar', 'cat' must be a list"),
+        ('{"meta_categories": {"a": ["Maine_Coon"], "b": ["maine coon"]}}', "'maine coon' in both 'a' and 'b'"),
+        (
+            '{"meta_categories": {"boats": ["canoe"]}}',
+            r"none of the data's 5 categories, such as 'Sphynx'; it has 'canoe'",
+        ),
+    ],
+)
+def test_a_bad_taxonomy(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        made(CATS, tmp_path, taxonomy=tmp_path / "t.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_taxonomy(tmp_path / "gone.json")
+
+
+def test_a_category_missing_from_the_taxonomy(tmp_path: Path) -> None:
+    tree = write(tmp_path / "t.json", {"meta_categories": {"cats": ["sphynx", "Ragdoll", "Lykoi"], "dogs": ["Pug"]}})
+    samples, report = made(CATS, tmp_path, taxonomy=tree)
+    assert report.names["categories missing from the taxonomy, not swapped for others"] == ["Beagle", "Maine Coon"]
+    assert report.names["categories alone in their meta-category, not swapped for others"] == ["Pug"]
+    assert set(samples[0].negative_categories) == {"Ragdoll", "Lykoi", "Sphynx"}  # the file knows more than the data
+
+
+def test_one_category_only(tmp_path: Path) -> None:
+    samples, report = made([CATS[0], CATS[5], sample("7", "sleeping", "Sphynx")], tmp_path)
+    assert report.counts["splits with one category only: no category can be swapped for another"] == 1
+    assert all(set(s.negative_categories) == {"Sphynx"} for s in samples)
+    samples, report = made([sample("7", "A Sphynx, asleep", "Sphynx")], tmp_path)
+    assert samples[0].negatives == ()
+    assert report.names["pairs for which no negative could be made"] == ["7"]

@@ -1,0 +1,79 @@
+"""Names and attributes in a caption: whole words, articles, plurals."""
+
+from random import Random
+
+import pytest
+
+from dcar_core.negatives.lexicon import swaps
+from dcar_core.negatives.words import article, mentions, plural, replace_name, singular
+
+
+@pytest.mark.parametrize(
+    ("caption", "name", "new", "expected"),
+    [
+        ("A morning_glory in a vase", "Morning glory", "iris", "An iris in a vase"),
+        ("a catalogue, cat-like, of a bobcat", "cat", "dog", None),
+        ("the non-cat and the cat2", "cat", "dog", None),
+        ("a cat (old), a cat's bowl", "cat", "ox", "an ox (old), an ox's bowl"),
+        ("An ox", "ox", "cat", "A cat"),
+        ("Two cats and three oxen", "cat", "wolf", "Two wolves and three oxen"),
+        ("a pair of birds of paradise", "bird of paradise", "fern", "a pair of ferns"),
+        ("one bus", "buses", "tram", "one tram"),
+        ("some foxes", "fox", "sheep", "some sheep"),
+        ("This is a photo of Apply_Eye_Makeup.", "Apply Eye Makeup", "Pole Vault", "This is a photo of Pole_Vault."),
+        ("a morning-glory", "morning glory", "tree poppy", "a tree-poppy"),
+        ("a sphynx sleeps", "Sphynx", "Egyptian Mau", "an egyptian mau sleeps"),
+        ("Sphynx sits.", "Sphynx", "german shorthaired", "German shorthaired sits."),
+        ("Morning Glory blooms", "morning glory", "tree poppy", "Tree Poppy blooms"),
+        ("A MORNING GLORY", "morning glory", "iris", "An IRIS"),
+        ("An A321 airplane, the A321", "A321", "737-300", "A 737-300 airplane, the 737-300"),
+        ("the 737-300, not the 737-300ER", "737-300", "MD-11", "the MD-11, not the 737-300ER"),
+        ("keycap, *", "keycap, *", "keycap, #", "keycap, #"),
+        ("a well-known cat - asleep", "-", "dog", None),
+        ("a C++ (old) book", "C++ (old)", "[x]", "a [x] book"),
+    ],
+)
+def test_a_name_is_replaced_as_a_whole_word(caption: str, name: str, new: str, expected: str | None) -> None:
+    places = mentions(caption, name)
+    assert bool(places) == (expected is not None)
+    assert replace_name(caption, places, name, new) == (expected or caption)
+
+
+def test_a_part_of_a_longer_category_is_not_the_category() -> None:
+    assert mentions("a british shorthair", "shorthair", ("british shorthair",)) == []
+    assert len(mentions("a British_Shorthair and a shorthair", "shorthair", ("british shorthair",))) == 1
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    ["a cat", "an owl", "a unicorn", "an uncle", "a European hare", "an hour", "a one-eyed cat", "an onion",
+     "an MX-5", "a BMW", "an F-16", "a 737", "an 8", "an 18", "a 180", "an 1100", "a 2012 Audi", "an Airbus",
+     "an X5", "a U-turn", "an HP printer", "a FIAT", "an SUV", "an LED lamp", "an FBI agent", "a USB stick", "an MRI",
+     "an unidentified bird", "an unironed shirt", "a urinal", "a uranium rod", "a Ural owl", "an urn", "an urban fox"],
+)  # fmt: skip
+def test_a_or_an(phrase: str) -> None:
+    said, _, rest = phrase.partition(" ")
+    assert article(rest) == said
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [("cat", "cats"), ("box", "boxes"), ("cherry", "cherries"), ("toy", "toys"), ("Camry", "Camrys"),
+     ("wolf", "wolves"), ("sheep", "sheep"), ("glass jar", "glass jars"), ("bird of prey", "birds of prey"),
+     ("woman", "women"), ("cookie", "cookies"), ("zombie", "zombies"), ("headache", "headaches"), ("lens", "lenses"),
+     ("moustache", "moustaches"), ("Mercedes", "Mercedes"), ("church", "churches"), ("bus", "buses")],
+)  # fmt: skip
+def test_plurals(one: str, many: str) -> None:
+    assert (plural(one), singular(many), plural(many), singular(one)) == (many, one, many, one)
+
+
+def test_attributes_are_replaced_one_at_a_time_and_never_in_the_name() -> None:
+    caption = "An orange car in front of two blue oranges, on the left"
+    found = list(swaps(caption, [(26, 29)], Random(0)))
+    assert len(found) == len(set(found))
+    assert "A red car in front of two blue oranges, on the left" in found
+    assert "An orange car behind two blue oranges, on the left" in found
+    assert "An orange car in front of two blue oranges, on the right" in found
+    assert all(" two " in text for text in found)  # it stands in the span that is kept
+    assert not any(" gray " in text for text in swaps("a grey cat", [], Random(0)))  # the same colour
+    assert list(swaps("one cat left the room", [], Random(0))) == []

@@ -1,0 +1,86 @@
+"""What a visitor sees and does on the page, and a service to look at."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+
+from app.main import create_app
+from app.settings import Settings
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[str]:
+    """A server on a free port; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(settings), log_config=None, ws="none", timeout_graceful_shutdown=3)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(15)
+        listener.close()
+
+
+def ready(address: str) -> str:
+    end = time.monotonic() + 60
+    while httpx.get(f"{address}/readyz").status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return address
+
+
+def until(condition: Any, seconds: float = 15) -> Any:
+    """Wait until it is true and does not stumble over an element that was just replaced."""
+    from selenium.common.exceptions import WebDriverException
+
+    end = time.monotonic() + seconds
+    while True:
+        found: Any = None
+        try:
+            found = condition()
+        except WebDriverException as error:
+            found, last = None, error
+        else:
+            last = None
+        if found:
+            return found
+        assert time.monotonic() < end, f"it does not happen: {last or condition}"
+        time.sleep(0.05)
+
+
+class Page:
+    """What a visitor sees and does."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def all(self, selector: str) -> list[Any]:
+        return list(self.driver.find_elements("css selector", selector))
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def open(self, address: str) -> None:
+        self.driver.get("about:blank")
+        self.driver.get_log("browser")
+        self.driver.get(address)
+
+    def settled(self, cards: int) -> list[Any]:
+        """The results, once there are this many, their pictures shown and no request under way."""
+        until(lambda: len(self.all("#results .card")) == cards and not self.all("#results[aria-busy]"))
+        loaded = "return [...document.querySelectorAll('#results img')].every(i => i.complete && i.naturalWidth > 0)"
+        self.driver.execute_script("document.querySelectorAll('#results img').forEach(i => i.loading = 'eager')")
+        until(lambda: self.driver.execute_script(loaded))
+        return self.all("#results .card")
+
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]

@@ -1,0 +1,93 @@
+"""What the page keeps and shows: what is typed, links, collections, the keyboard."""
+
+import pytest
+from page_harness import Page, until
+
+pytestmark = pytest.mark.browser
+
+
+def test_what_is_typed_while_the_page_loads_is_kept(page: Page, two: str) -> None:
+    slow = {"offline": False, "latency": 400, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.open(f"{two}/#q=red&k=24&in=circles")
+    page.settled(6)
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    try:
+        page.driver.execute_script("history.replaceState(null, '', '#in=circles'); location.reload()")
+        until(lambda: page.one("#query").get_attribute("value") == "" and page.all("#collection") != [])
+        page.one("#query").send_keys("a blue circle")
+        until(lambda: "q=a+blue+circle" in page.driver.current_url)
+        page.settled(6)
+        assert page.one("#query").get_attribute("value") == "a blue circle"
+        assert "in=circles" in page.driver.current_url
+    finally:
+        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow | {"latency": 0})
+    assert page.errors() == []
+
+
+def test_a_link_never_shows_what_it_does_not_name(page: Page, two: str) -> None:
+    page.open(f"{two}/#q=red&k=24&in=gone")
+    until(lambda: "no collection “gone”" in page.one("#error").text)
+    page.open(f"{two}/#picture=1&k=24")
+    until(lambda: "A picture is not part of a link" in page.one("#error").text)
+    assert page.all("#results .card") == []
+    fails_twice = """
+        const whole = window.fetch; let asked = 0;
+        window.fetch = (url, ...more) => (url === 'collections' && ++asked < 3
+            ? Promise.resolve(new Response('{"detail": "Too busy."}', {status: 503})) : whole(url, ...more));
+    """
+    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": fails_twice})
+    try:
+        page.open(f"{two}/#q=red&k=24&in=circles")
+        until(lambda: page.one("#error").text == "Too busy.")
+        page.settled(6)
+        assert not page.one("#error").is_displayed()
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    assert page.errors() == []
+
+
+def test_the_keyboard_stays_among_the_results(page: Page, site: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(f"{site}/#q=red&k=24")
+    page.settled(24)
+    page.all("#results .category")[0].send_keys(Keys.ENTER)
+    page.settled(6)
+    assert page.driver.switch_to.active_element == page.one("#results")
+    page.one("#category").send_keys(Keys.ENTER)
+    page.settled(24)
+    assert page.driver.switch_to.active_element == page.one("#results")
+    page.all("#results .caption")[0].send_keys(Keys.ENTER)
+    page.settled(23)
+    assert page.driver.switch_to.active_element == page.one("#results")
+    assert page.errors() == []
+
+
+def test_the_collection_is_chosen(page: Page, site: str, two: str) -> None:
+    page.open(site)
+    assert not page.one("#where").is_displayed(), "there is nothing to choose"
+    page.open(two)
+    until(lambda: page.one("#where").is_displayed())
+    assert [option.text for option in page.all("#collection option")] == ["shapes", "circles"]
+    page.one("#query").send_keys("red")
+    page.settled(24)
+    page.all("#collection option")[1].click()
+    cards = page.settled(6)
+    assert "in=circles" in page.driver.current_url
+    until(lambda: all("circle" in each.text for each in page.all("#examples button")))
+    assert page.one("#query").get_attribute("value") == "red"
+    cards[0].click()
+    page.settled(5)
+    assert "/collections/circles/" in page.one("#chip-image").get_attribute("src")
+    address = page.driver.current_url
+    page.driver.back()
+    page.settled(6)
+    page.driver.back()
+    page.settled(24)
+    assert page.one("#collection").get_attribute("value") == "shapes"
+    until(lambda: any("square" in each.text for each in page.all("#examples button")))
+    page.open(address)  # shared with somebody else
+    page.settled(5)
+    assert page.one("#collection").get_attribute("value") == "circles"
+    assert page.errors() == []

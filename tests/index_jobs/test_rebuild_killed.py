@@ -1,0 +1,205 @@
+"""A job that is killed at any moment, or whose disk is full."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcar_core.errors import DcarError
+from index_jobs.artifact import current_version, open_current, verify_index
+from index_jobs.gallery import scan
+from index_jobs.rebuild import rebuild
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from index_jobs.rebuild import main
+for limit in sys.argv[1].split(","):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    print(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_full_disk_leaves_everything_as_it_was(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a limit: first the checkpoint fails, then the items."""
+    index = tmp_path / "index"
+    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    captions = (gallery / "metadata.jsonl").read_text().replace("a red circle", "red " * 20_000)
+    (gallery / "metadata.jsonl").write_text(captions)
+    before = sorted(path.relative_to(index) for path in (index / "versions").rglob("*"))
+    arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "10000,50000", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["1", "1"], done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "cannot be written: File too large" in line
+        assert "what was published before is unchanged" in line
+    assert sorted(path.relative_to(index) for path in (index / "versions").rglob("*")) == before
+    assert [manifest.version for manifest in verify_index(index)] == [1]
+    summary = rebuild(gallery, tiny_checkpoint, index, progress=False)
+    assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
+
+
+def test_disk_without_room_is_known_before_encoding(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 vectors of 32 take 3,072 bytes as shards, and as many again in the index."""
+    index = tmp_path / "index"
+    usage = shutil.disk_usage(tmp_path)
+
+    def left(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    table = scan(gallery).table.nbytes
+    left(table + 2 * 3072 - 1)
+    with pytest.raises(DcarError, match=r"takes at least 0\.0 GB more, of which 0\.0 are vectors.* GB left; make room"):
+        rebuild(gallery, tiny_checkpoint, index, progress=False)
+    assert list(index.glob("work*")) == list((index / "versions").iterdir()) == []
+    left(table + 2 * 3072)
+    assert rebuild(gallery, tiny_checkpoint, index, progress=False).encoded == 24
+    left(table + 3072)  # the vectors are there already
+    assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).encoded == 0
+
+
+KILLED = """
+# Imports once, then forks a job for each line of stdin and kills it after so many seconds.
+import os, signal, sys, time
+from pathlib import Path
+import faiss, open_clip, pyarrow.compute, torch
+import dcar_core.encoder, index_jobs.gate, index_jobs.job, index_jobs.updates
+from index_jobs.artifact import open_current
+from index_jobs.rebuild import rebuild
+from index_jobs.updates import add, remove
+gallery, more, checkpoint, index = map(Path, sys.argv[1:])
+settings = {"workers": 0, "batch_size": 2, "progress": False}
+for line in sys.stdin:
+    delay, what = line.split()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        if what == "rebuild":
+            rebuild(gallery, checkpoint, index, shard_rows=2, force=True, keep_shards=False, **settings)
+        elif what == "add":
+            add(index, more, replace_known=True, **settings)
+        else:
+            remove(index, [open_current(index).item(int(open_current(index).live.argmax())).id])
+        os._exit(0)
+    time.sleep(float(delay))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print("killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", flush=True)
+"""
+
+
+def vectors_of(index: Path) -> dict[str, np.ndarray]:
+    """The vector of every item that can be found, by its id."""
+    artifact = open_current(index)
+    return {artifact.item(row).id: artifact.vector(row) for row in np.flatnonzero(artifact.live).tolist()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks jobs, to kill many in a short time")
+def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index, more = tmp_path / "index", tmp_path / "more"
+    shutil.copytree(gallery / "circle", more / "round")  # other names, other ids
+    settings = {"workers": 0, "batch_size": 2, "shard_rows": 2, "progress": False}
+    undisturbed = {}
+    for number, source in enumerate((gallery, more)):
+        rebuild(source, tiny_checkpoint, tmp_path / str(number), **settings)
+        undisturbed |= vectors_of(tmp_path / str(number))
+    rebuild(gallery, tiny_checkpoint, index, **settings)
+    generator, delays, versions = np.random.default_rng(), [], [1]
+    longest = {"rebuild": 3.0, "add": 3.0, "remove": 3.0}
+    outcomes: list[str] = []
+    driver = [sys.executable, "-c", KILLED, *map(str, (gallery, more, tiny_checkpoint, index))]
+    with subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while outcomes.count("killed") < 50:
+            what = ("rebuild", "add", "rebuild", "remove")[len(outcomes) % 4]
+            delays.append((what, generator.uniform(0.005, longest[what])))
+            process.stdin.write(f"{delays[-1][1]} {what}\n")
+            process.stdin.flush()
+            outcomes.append(process.stdout.readline().strip())
+            assert outcomes[-1] in {"killed", "exit 0"}, f"delays {delays}"
+            if outcomes[-1] == "exit 0":  # it had ended by then, so that later ones are killed earlier
+                longest[what] = min(longest[what], delays[-1][1])
+            assert {manifest.version for manifest in verify_index(index)} >= {current_version(index)}
+            versions.append(open_current(index).manifest.version)
+            assert versions[-1] >= versions[-2]
+            found = vectors_of(index)
+            assert len(found) >= 18, f"delays {delays}"
+            assert all(np.allclose(undisturbed[name], found[name], atol=1e-6) for name in found), f"delays {delays}"
+        process.stdin.close()
+    assert "exit 0" in outcomes, "no job got to its end, so nothing was published under threat"
+    summary = rebuild(gallery, tiny_checkpoint, index, force=True, keep_shards=False, **settings)
+    assert summary.version > versions[-1]
+    assert len(vectors_of(index)) == 24
+    assert [path for path in (index / "versions").iterdir() if not path.name.isdigit()] == []
+    assert not (index / "work").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    """Every process that descends from pid."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for known in found:
+        found += [child for child, parent in parents.items() if parent == known]
+    return found[1:]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
+def test_killed_command_takes_its_workers_along_and_resumes(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for copy in range(16):
+        shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
+    index = tmp_path / "index"
+    arguments = [
+        "--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index,
+        "--workers", 2, "--batch-size", 1, "--shard-rows", 1, "--quiet",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "index_jobs.rebuild", *map(str, arguments)], stdout=subprocess.DEVNULL
+    ) as process:
+        limit = time.monotonic() + 60
+        while len(list(index.glob("work/*/*.json"))) < 5:
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        workers = children_of(process.pid)
+        assert len(workers) >= 2
+        os.kill(process.pid, signal.SIGKILL)
+    limit = time.monotonic() + 20
+    while any(map(alive, workers)):
+        assert time.monotonic() < limit, "a worker outlived its job"
+        time.sleep(0.05)
+    assert current_version(index) is None
+    summary = rebuild(gallery, tiny_checkpoint, index, workers=0, batch_size=1, shard_rows=1, progress=False)
+    assert summary.resumed >= 5
+    assert (summary.count, summary.resumed + summary.encoded) == (120, 120)
+    verify_index(index)
