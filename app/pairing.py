@@ -32,7 +32,7 @@ from app.threads import in_own_thread
 from dcar_core.errors import ArtifactError, DcarError, ImageError
 
 if TYPE_CHECKING:
-    from dcar_core.pairs import Pairs
+    from dcar_core.pair_weights import PairWeights
 
 Words = list[tuple[str, float]]
 
@@ -151,7 +151,7 @@ def _no_pictures() -> Problem:
     return Problem(409, "This needs the results' pictures, and none of them is in the gallery any more.")
 
 
-async def _pairs(snapshot: Snapshot) -> "Pairs":
+async def _pairs(snapshot: Snapshot) -> "PairWeights":
     try:
         return await in_own_thread(snapshot.pairs)  # which may have to load the model first
     except DcarError as error:

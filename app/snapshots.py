@@ -35,7 +35,7 @@ from index_jobs.filters import Mask
 
 if TYPE_CHECKING:  # torch takes seconds; the health check need not wait for it
     from dcar_core import Encoder
-    from dcar_core.pairs import Pairs
+    from dcar_core.pair_weights import PairWeights
     from dcar_core.preprocess import Preprocess
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Snapshot:
     artifact: Artifact
     preprocess: "Preprocess"
     backbone: str
-    pairs: "Callable[[], Pairs]"
+    pairs: "Callable[[], PairWeights]"
     matching: Callable[[str], Mask]
     answers: Answers
     frozen: dict[int, NDArray[np.float32]] = field(default_factory=dict)
@@ -113,10 +113,10 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
 
     @cache
-    def pairs() -> "Pairs":
-        from dcar_core.pairs import Pairs
+    def pairs() -> "PairWeights":
+        from dcar_core.pair_weights import PairWeights
 
-        return Pairs(encoder)
+        return PairWeights(encoder)
 
     def warm_up() -> None:
         encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dcar_core import Encoder
 from dcar_core.mixed import TextRow, encode_text_rows
-from dcar_core.pairs import Pairs
+from dcar_core.pair_weights import PairWeights
 from index_jobs import gate
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.gallery import scan
@@ -25,7 +25,7 @@ RANKS = (1, 5, 10)
 
 
 def reranked(
-    encoder: Encoder, pairs: Pairs, artifact: Artifact, text: str, rows: NDArray[np.int64],
+    encoder: Encoder, pairs: PairWeights, artifact: Artifact, text: str, rows: NDArray[np.int64],
     frozen: dict[int, NDArray[np.float32]],
 ) -> NDArray[np.int64]:  # fmt: skip
     """The same rows (C,), best first by the exact weights. frozen: by row, filled as they are needed."""
@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    weigher = Pairs(encoder)
+    weigher = PairWeights(encoder)
     pairs = gate.pairs_of(scan(artifact.manifest.source), args.validation)
     assert pairs is not None  # --validation is given
     asked = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))[: args.limit]

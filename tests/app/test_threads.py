@@ -9,7 +9,7 @@ from app_harness import opened
 
 from app import snapshots
 from app.threads import in_own_thread
-from dcar_core import pairs
+from dcar_core import pair_weights
 
 
 def test_a_thread_of_its_own_ends_with_what_it_did() -> None:
@@ -26,7 +26,7 @@ def test_a_thread_of_its_own_ends_with_what_it_did() -> None:
 
 def test_threads_that_load_a_model_end(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that stays keeps OpenMP's workers, and those of the model's thread go to sleep between any two steps."""
-    load, make, loaders = snapshots.load_snapshot, pairs.Pairs, list[threading.Thread]()
+    load, make, loaders = snapshots.load_snapshot, pair_weights.PairWeights, list[threading.Thread]()
 
     def loading(*given: object) -> object:
         loaders.append(threading.current_thread())
@@ -37,7 +37,7 @@ def test_threads_that_load_a_model_end(built_index: Path, monkeypatch: pytest.Mo
         return make(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(snapshots, "load_snapshot", loading)
-    monkeypatch.setattr(pairs, "Pairs", making)
+    monkeypatch.setattr(pair_weights, "PairWeights", making)
 
     async def main() -> None:
         async with opened(built_index, poll_s=0) as client:

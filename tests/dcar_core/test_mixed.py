@@ -18,7 +18,7 @@ from dcar_core.encoder import Encoder
 from dcar_core.features import prepare
 from dcar_core.mixed import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.model import DCAR
-from dcar_core.pairs import Pairs
+from dcar_core.pair_weights import PairWeights
 from dcar_core.runtimes.protocol import Runtime
 
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
@@ -96,7 +96,7 @@ def test_domains_differ_so_that_a_mix_up_would_show(encoders: dict[str, Encoder]
 
 def test_rows_with_weights_stand_beside_ordinary_ones(encoders: dict[str, Encoder]) -> None:
     encoder = encoders["a"]
-    pairs = Pairs(encoder)
+    pairs = PairWeights(encoder)
     frozen = pairs.frozen(np.random.default_rng(1).integers(0, 256, (3, 3, 32, 32), np.uint8))
     factors = pairs.weights("a red square", frozen)  # [3, n]
     assert factors.shape[0] == 3
@@ -115,7 +115,7 @@ def test_rows_with_weights_stand_beside_ordinary_ones(encoders: dict[str, Encode
 def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> None:
     """By the formula: the change of the word's cosine from a blank picture to this one, relative to the mean."""
     encoder, text = encoders["a"], "a red square"
-    backbone, pairs = encoder.model.backbone, Pairs(encoder)
+    backbone, pairs = encoder.model.backbone, PairWeights(encoder)
     pixels = np.random.default_rng(2).integers(0, 256, (1, 3, 32, 32), np.uint8)
     tokens = backbone.tokenize([text])
     with torch.inference_mode():
@@ -146,7 +146,7 @@ def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
     usual = prepare(training, plain, for_training=True, progress=False).pair_weights
     save_checkpoint(model, tmp_path / "checkpoint")
     encoder = Encoder.load(tmp_path / "checkpoint", device="cpu", exact=True)
-    pairs = Pairs(encoder)
+    pairs = PairWeights(encoder)
     assert trained is not None
     for sample, wanted in zip(training.samples, trained, strict=True):
         frozen = pairs.frozen(encoder.preprocess(training.read(sample.image))[None])
@@ -157,7 +157,7 @@ def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
 
 
 def test_words_of_several_tokens_and_of_none(encoders: dict[str, Encoder]) -> None:
-    pairs = Pairs(encoders["a"])
+    pairs = PairWeights(encoders["a"])
     text = "crying cat 😿 supercalifragilistic"
     factors = pairs.predicted(text)
     words = pairs.words(text, factors)

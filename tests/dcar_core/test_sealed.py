@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import copy_checkpoint, read_config, save_checkpoint
 from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model import DCAR
-from dcar_core.pairs import Pairs
+from dcar_core.pair_weights import PairWeights
 from dcar_core.runtimes.registry import Target
 
 pytest.importorskip("openvino", reason="needs the extra [openvino]")
@@ -72,7 +73,7 @@ def test_the_vectors_are_those_of_the_model(checkpoint: Path, cache: Path) -> No
     whole, quick = Encoder.load(checkpoint, device="cpu"), load(checkpoint, cache)
     assert from_seal(quick)
     assert quick.fingerprint == whole.fingerprint
-    assert quick.preprocess == whole.preprocess
+    assert quick.preprocess == replace(whole.preprocess, resizer="pillow")
     np.testing.assert_allclose(quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5)
     np.testing.assert_allclose(quick.encode_pixels(PIXELS), whole.encode_pixels(PIXELS), atol=1e-5)
     assert from_seal(quick), "encoding needs no model"
@@ -95,10 +96,10 @@ def test_pytorch_is_not_imported(checkpoint: Path, cache: Path) -> None:
 
 def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> None:
     quick = load(checkpoint, cache)
-    pairs = Pairs(quick)
+    pairs = PairWeights(quick)
     assert not from_seal(quick)
     assert isinstance(quick.target, Target)
-    wanted = Pairs(Encoder.load(checkpoint, device="cpu"))
+    wanted = PairWeights(Encoder.load(checkpoint, device="cpu"))
     frozen = wanted.frozen(PIXELS)
     np.testing.assert_array_equal(pairs.weights(TEXTS[0], frozen), wanted.weights(TEXTS[0], frozen))
 

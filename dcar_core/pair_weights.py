@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 
-class Pairs:
+class PairWeights:
     """The weights of one encoder's queries for given pictures. The encoder's model is loaded if it is not."""
 
     def __init__(self, encoder: "Encoder") -> None:
