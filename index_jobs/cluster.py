@@ -26,6 +26,7 @@ from index_jobs.decode import decode
 from index_jobs.devices import ImageEncoder, forward, load_encoders
 from index_jobs.encode import save_shard, windows_of
 from index_jobs.gallery import Gallery
+from index_jobs.options import Options
 from index_jobs.pixels import PixelCache
 from index_jobs.progress import PLACE, Encoded, Encoding, places_of
 from index_jobs.shards import Shard, ShardStore
@@ -91,9 +92,9 @@ def encode_on_ray(
     runtime: str = "torch",
     exact: bool = False,
     workers: int | None = None,
-    batch_size: int = 64,
-    shard_rows: int = 1024,
-    max_failed: float = 0.05,
+    batch_size: int = Options.batch_size,
+    shard_rows: int = Options.shard_rows,
+    max_failed: float = Options.max_failed,
     progress: bool = True,
     pixel_cache: Path | None = None,
 ) -> Encoded:

@@ -15,6 +15,7 @@ from index_jobs.decode import Pixels, Window, decode, worker_count
 from index_jobs.devices import Floats, ImageEncoder, forward
 from index_jobs.gallery import Gallery
 from index_jobs.known import Taken
+from index_jobs.options import Options
 from index_jobs.pixels import PixelCache
 from index_jobs.progress import Encoded, Encoding
 from index_jobs.shards import Failed, Shard, ShardStore
@@ -27,9 +28,9 @@ def encode(
     work: Path,
     *,
     workers: int | None = None,
-    batch_size: int = 64,
-    shard_rows: int = 1024,
-    max_failed: float = 0.05,
+    batch_size: int = Options.batch_size,
+    shard_rows: int = Options.shard_rows,
+    max_failed: float = Options.max_failed,
     progress: bool = True,
     cache: PixelCache | None = None,
 ) -> Encoded:

@@ -13,6 +13,7 @@ from dcar_core.errors import DcarError
 from dcar_core.runtimes.registry import AUTO, KINDS
 from index_jobs.devices import ImageEncoder, load_encoders
 from index_jobs.gallery import Gallery
+from index_jobs.options import Options
 from index_jobs.progress import store_of
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def choose_lanes(
     device: str = "auto",
     exact: bool = False,
     runtime: str = "torch",
-    batch_size: int = 64,
-    shard_rows: int = 1024,
+    batch_size: int = Options.batch_size,
+    shard_rows: int = Options.shard_rows,
 ) -> "list[Encoder]":
     """As `load_encoders`, with the runtime that has begun this gallery's shards where the choice is free.
 

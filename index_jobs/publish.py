@@ -22,6 +22,7 @@ from dcar_core.files import replacing, sha256_of, sync, sync_tree, write_json
 from index_jobs import milvus
 from index_jobs.artifact import Artifact, current_if_known, open_version, version_numbers
 from index_jobs.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
+from index_jobs.options import Options
 
 LOCK = ".lock"
 _STAGING = ".tmp-"
@@ -72,7 +73,7 @@ def publish(
     staging: Path,
     manifest: Manifest,
     *,
-    keep: int = 3,
+    keep: int = Options.keep,
     shared: Mapping[str, FileInfo] | None = None,
     accept: Callable[[Artifact], None] = lambda staged: None,
 ) -> Manifest:

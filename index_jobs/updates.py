@@ -28,6 +28,7 @@ from index_jobs.gallery import Gallery, scan
 from index_jobs.items import COLUMNS, Items, taken, write_items
 from index_jobs.lanes import choose_lanes
 from index_jobs.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
+from index_jobs.options import Options
 from index_jobs.parts import write_removed
 from index_jobs.sources import place_of
 from index_jobs.staging import caption_queries
@@ -53,7 +54,7 @@ class Update:
     rebuild: str  # why a rebuild is worth it by now, "" while it is not
 
 
-def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = 3) -> Update:
+def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = Options.keep) -> Update:
     """Publish a version in which these items are never found.
 
     Args:
@@ -89,10 +90,10 @@ def add(
     gallery: str | Path,
     *,
     replace_known: bool = False,
-    keep: int = 3,
+    keep: int = Options.keep,
     workers: int | None = None,
-    batch_size: int = 64,
-    max_failed: float = 0.05,
+    batch_size: int = Options.batch_size,
+    max_failed: float = Options.max_failed,
     device: str = "auto",
     runtime: str = "torch",
     progress: bool = True,
