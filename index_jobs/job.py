@@ -93,7 +93,7 @@ class Job:
     def run(self) -> RebuildSummary:
         """Do all steps that are needed; see `rebuild`."""
         from dcar_core.checkpoint import copy_checkpoint
-        from index_jobs import gate, gpu, publish
+        from index_jobs import gpu, publish
         from index_jobs.notify import notify
         from index_jobs.progress import store_of
         from index_jobs.staging import choose, require_room
@@ -118,22 +118,9 @@ class Job:
             encoded = self._encode(lanes, runtime, staging / CHECKPOINT)
             choices = choose(options, len(encoded), encoder.dim, gpu_memory)
             manifest = replace(self._stage(staging, encoder, encoded, choices), runtime=runtime)
-            verdict: gate.Verdict | None = None
-
-            def accept(staged: "Artifact") -> None:
-                nonlocal verdict
-                if serving is None:
-                    return
-                verdict = self._compare(serving, staged, encoder, pairs)
-                logger.info("compared with version %d: %s", serving.manifest.version, verdict.reason)
-                if not verdict.passed and not options.force:
-                    if not options.keep_shards:
-                        publish.discard(self.out, self.out / WORK)
-                    kept = replace(serving.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
-                    summary = self.summary(kept, encoded, verdict, published=False)
-                    raise RejectedError(summary, verdict.reason, kept=options.keep_shards)
-
-            manifest = publish.publish(self.out, staging, manifest, keep=options.keep, accept=accept)
+            staged = publish.prepare(self.out, staging, manifest)
+            verdict = None if serving is None else self._require_no_worse(serving, staged, encoded, encoder)
+            manifest = publish.commit(self.out, staged, keep=options.keep)
             if serving is not None and (serving.manifest.additions or serving.manifest.removed):
                 logger.warning(
                     "version %d holds the gallery as it is; what was added to or removed from version %d by hand is "
@@ -142,6 +129,27 @@ class Job:
             self._keep_work(store.path, manifest)
         told = notify(options.notify, self.out, manifest.version)
         return self.summary(manifest, encoded, verdict, notified=told)
+
+    def _require_no_worse(
+        self, serving: "Artifact", staged: "Artifact", encoded: "Encoded", encoder: "Encoder"
+    ) -> "Verdict":
+        """Compare with what is served.
+
+        Raises:
+            RejectedError: the staged version is worse, and force is not set.
+        """
+        from index_jobs import publish
+
+        options = self.options
+        verdict = self._compare(serving, staged, encoder, self.pairs)
+        logger.info("compared with version %d: %s", serving.manifest.version, verdict.reason)
+        if not verdict.passed and not options.force:
+            if not options.keep_shards:
+                publish.discard(self.out, self.out / WORK)
+            kept = replace(serving.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
+            summary = self.summary(kept, encoded, verdict, published=False)
+            raise RejectedError(summary, verdict.reason, kept=options.keep_shards)
+        return verdict
 
     def _serving(self) -> "Artifact | None":
         """What is served now, whole; None where there is nothing to compare with."""

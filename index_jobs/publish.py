@@ -75,41 +75,55 @@ def publish(
     *,
     keep: int = Options.keep,
     shared: Mapping[str, FileInfo] | None = None,
-    accept: Callable[[Artifact], None] = lambda staged: None,
 ) -> Manifest:
-    """Make what lies in `staging` the current version, within `writing`.
+    """`prepare` and `commit`, for what needs no look between them."""
+    return commit(index, prepare(index, staging, manifest, shared=shared), keep=keep)
+
+
+def prepare(
+    index: Path, staging: Path, manifest: Manifest, *, shared: Mapping[str, FileInfo] | None = None
+) -> Artifact:
+    """What lies in `staging` as a version, complete and verified, that only has to be published; within `writing`.
 
     Args:
         manifest: its version and files are filled in here.
-        keep: how many versions to keep, the new one included.
         shared: what is known of files that `share` took over; they are not read again.
-        accept: is given the staged version, verified; what it raises keeps it from being published.
 
     Raises:
         ArtifactError: the staged version does not open, or does not read back as it was written.
-        OSError: the disk is full or cannot be written. CURRENT is then what it was.
+        OSError: the disk is full or cannot be written.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
-    version = next_version(index)
     shared = shared or {}
     names = [path.relative_to(staging).as_posix() for path in sorted(staging.rglob("*")) if path.is_file()]
     files = {
         name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
     }
-    before = current_if_known(index)
-    manifest = replace(manifest, version=version, files=files, replaced=before)
+    manifest = replace(manifest, version=next_version(index), files=files, replaced=current_if_known(index))
     write_json(staging / MANIFEST, manifest.to_dict())
     sync_tree(staging)
     staged = Artifact(staging)
     staged.verify(known=shared)
-    accept(staged)
-    staging.rename(index / VERSIONS / str(version))
+    return staged
+
+
+def commit(index: Path, staged: Artifact, *, keep: int = Options.keep) -> Manifest:
+    """Make a prepared version the current one, and remove the oldest; within the same `writing`.
+
+    Args:
+        keep: how many versions to keep, the new one included.
+
+    Raises:
+        OSError: the disk is full or cannot be written. CURRENT is then what it was.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    manifest = staged.manifest
+    staged.path.rename(index / VERSIONS / str(manifest.version))
     sync(index / VERSIONS)
-    _point(index, version)
+    _point(index, manifest.version)
     in_milvus = milvus.places(index)
-    _prune(index, keep, {version, before})
-    milvus.follow(index, version, in_milvus)
+    _prune(index, keep, {manifest.version, manifest.replaced})
+    milvus.follow(index, manifest.version, in_milvus)
     return manifest
 
 
