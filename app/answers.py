@@ -86,7 +86,7 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
     if match.folded:
         result["folded"] = match.folded
     if match.explanation is not None:
-        result["explanation"] = {"relevance": match.explanation.relevance}
+        result["explanation"] = {"relevance": match.explanation.relevance, "fit": match.explanation.fit}
         if match.explanation.words is not None:
             result["explanation"]["words"] = _words(match.explanation.words)
     return result

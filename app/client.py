@@ -143,7 +143,7 @@ class Client:
         """Everything that is known about an item."""
         return self._ask(ItemAnswer, "GET", self._item(item_id))
 
-    def items(self, *, filter: dict[str, Any] | None = None, k: int = 100, offset: int = 0) -> ItemList:
+    def items(self, *, filter: dict[str, Any] | None = None, k: int = 10, offset: int = 0) -> ItemList:
         """What is in the gallery, in the order of the index; `next_offset` is where it goes on."""
         import json
 

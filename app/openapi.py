@@ -29,7 +29,7 @@ _ERRORS: dict[str, tuple[str, Problem]] = {
     ),
     "404": (
         "There is no such item or collection.",
-        Problem(404, "There is no such item in the index.", errors=[("id", "unknown: 'x.png'")]),
+        Problem(404, "There is no item 'x.png' in the index.", errors=[("id", "unknown: 'x.png'")]),
     ),
     "408": ("The body took too long to arrive.", Problem(408, "The body did not arrive in 30 seconds.")),
     "409": (

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from dcar_core.pair_weights import PairWeights
 
 Words = list[tuple[str, float]]
+Fit = Literal["cover", "fill", "contain"]
+
+_FITS: dict[str, Fit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
 
 PARTS = 6  # a map has at most so many parts a side
 _KEPT = 40 * 2**20  # bytes of features: 20,000 of 512 dimensions, fewer where each patch has one
@@ -42,9 +45,13 @@ _KEPT = 40 * 2**20  # bytes of features: 20,000 of 512 dimensions, fewer where e
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Of one result. relevance: what each patch adds to the score, row by row; words: None without a text."""
+    """Of one result. relevance: what each patch adds to the score, row by row; words: None without a text.
+
+    fit: how a square shows of the picture what the model sees, in CSS's words.
+    """
 
     relevance: list[list[float]]
+    fit: Fit
     words: Words | None
 
 
@@ -113,7 +120,7 @@ class Pairing:
                 return None
             factors = await self._embedder.with_model(pairs.weights, text, frozen[None])
             words = pairs.words(text, factors[0])
-        return Explanation(np.round(falls[part_of], 4).tolist(), words)
+        return Explanation(np.round(falls[part_of], 4).tolist(), _FITS[snapshot.preprocess.resize], words)
 
     async def _frozen(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Vector]:
         """By row, in their order, the frozen features of those whose pictures are there."""

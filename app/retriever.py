@@ -339,7 +339,8 @@ def _row(snapshot: Snapshot, item_id: str, field: str) -> int:
     row = snapshot.artifact.row_of(item_id)
     if row is None:
         status = 404 if field == "id" else 422
-        raise Problem(status, "There is no such item in the index.", errors=[(field, f"unknown: {item_id[:200]!r}")])
+        shown = repr(item_id[:200])
+        raise Problem(status, f"There is no item {shown} in the index.", errors=[(field, f"unknown: {shown}")])
     return row
 
 

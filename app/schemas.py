@@ -4,7 +4,7 @@ Answers are built as plain dicts (see `answers`) and not validated again; the te
 What is only there when it was asked for is absent otherwise, not null.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -20,10 +20,13 @@ class Explanation(BaseModel):
     """Why a result has its score.
 
     relevance: patch by patch, what that part of the picture, as the model sees it, adds to the score.
+    fit: how a square under that map shows what the model sees, as CSS's object-fit: a cut from the middle (cover), the
+        picture squeezed (fill), or all of it with margins (contain).
     words: the query's words with their exact weights for this picture.
     """
 
     relevance: list[list[float]]
+    fit: Literal["cover", "fill", "contain"] = "cover"
     words: list[Word] | None = None
 
 

@@ -236,7 +236,10 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
     local = directory.is_dir()
     if local and not (directory / CONFIG_FILE).is_file():
         raise ModelError(f"{directory} is no model directory: it has no {CONFIG_FILE}")
-    if not local and name not in open_clip.list_models() and not name.startswith("hf-hub:"):
+    known = name in open_clip.list_models() or name.startswith("hf-hub:")
+    if not local and not known and (directory.is_absolute() or name.startswith(".")):
+        raise ModelError(f"there is no model directory {directory}: bring it back, or name where it is now")
+    if not local and not known:
         raise ModelError(
             f"no model is named {name!r}; use an open_clip name ({SUPPORTED}) or a directory with {CONFIG_FILE}"
         )

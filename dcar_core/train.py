@@ -26,7 +26,7 @@ from dcar_core.data import Dataset
 from dcar_core.errors import DivergedError
 from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import Prepared, prepare
-from dcar_core.logs import TensorBoard, write_csv
+from dcar_core.logs import CSV, TensorBoard, write_csv
 from dcar_core.model import DCAR
 from dcar_core.parallel import ALONE, Group
 from dcar_core.resume import Progress, State
@@ -78,6 +78,8 @@ def train(
         held_out = prepare(validation, model, for_training=False, progress=shown, cache=cache)
     parameters = [p for _, p in model.trainables() if p.requires_grad]
     if not parameters:  # plain CLIP
+        if run is not None and group.leads:
+            (run / CSV).unlink(missing_ok=True)  # of another method
         return TrainResult(evaluate(model, held_out), 0, 0.0, [])
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     precision = Precision(config.amp, model.backbone.device)

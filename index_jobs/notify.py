@@ -77,5 +77,6 @@ def _http(url: str) -> str:
     except urllib.error.HTTPError as error:
         with error:
             detail = error.read().decode(errors="replace")[:200]
-        raise OSError(f"{error.code} {error.reason}: {detail}") from None
+        hint = "; is DCAR_ADMIN_KEY the service's admin key?" if error.code in {401, 403} else ""
+        raise OSError(f"{error.code} {error.reason}: {detail}{hint}") from None
     return "serves " + ", ".join(f"version {version} of {name}" for name, version in versions.items())

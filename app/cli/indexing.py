@@ -8,6 +8,7 @@ import typer
 from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
 from dcar_core.errors import ArtifactError
 from index_jobs.arguments import parse_size
+from index_jobs.manifest import DUPLICATES, FAILED, VERSIONS
 from index_jobs.options import Options
 
 commands = typer.Typer(help="Build, update, look into, verify and roll back published indexes.", no_args_is_help=True)
@@ -56,6 +57,13 @@ def index_build(
     )  # fmt: skip
     what = "is up to date with" if found.reused else "published:"
     typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")
+    if found.gate and not found.reused:
+        typer.echo(f"compared with the version before: {found.gate['reason']}")
+    if found.failed or found.duplicates:
+        typer.echo(
+            f"{out / VERSIONS / str(found.version)}: {FAILED} names what is broken, {DUPLICATES} "
+            f"{found.duplicates:,} pictures that equal another"
+        )
     if found.hint:
         typer.echo(found.hint)
 
@@ -63,11 +71,12 @@ def index_build(
 @commands.command("list")
 def index_list(index: Index) -> None:
     """The versions, newest first; * marks the one that is served."""
-    from index_jobs.artifact import current_if_known, list_versions
+    from index_jobs.artifact import current_if_known, list_versions, require_index
 
     current, versions = current_if_known(index), list_versions(index)
     if not versions:
-        raise ArtifactError(f"{index} holds no published index")
+        require_index(index)  # which says what to do
+        raise ArtifactError(f"{index} has no version that can be read; `dcar index verify {index}` says why")
     for manifest in sorted(versions, key=lambda m: -m.version):
         mark = "*" if manifest.version == current else " "
         typer.echo(

@@ -60,12 +60,14 @@ def train(
     from dcar_core.data import describe, load_splits, save_reports
     from dcar_core.encoder import pick_device
     from dcar_core.feature_cache import FeatureCache
-    from dcar_core.features import note_what_is_cut
+    from dcar_core.features import note_what_is_cut, prepare
     from dcar_core.methods import method as method_config
     from dcar_core.negatives import complete
     from dcar_core.parallel import torchrun_group
     from dcar_core.resume import forget
     from dcar_core.runs import seeded_model
+    from dcar_core.scoring import evaluate as recall_of
+    from dcar_core.scoring import mean_r1
     from dcar_core.train import train as run
 
     chosen = method_config(method)
@@ -95,10 +97,16 @@ def train(
         notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
         mark = save_checkpoint(prompted, out, training=notes)
         forget(out)
+        plain = seeded_model(backbone, method_config("clip"), seed)
+        before = recall_of(plain, prepare(splits["val"], plain, for_training=False, cache=cache))
     typer.echo(
         f"{out}: epoch {found.epoch}, validation text-to-image R@1 {found.best['t2i_r1']:.1f}, "
         f"image-to-text R@1 {found.best['i2t_r1']:.1f}, {found.seconds:.0f} s, fingerprint {mark[:12]}"
     )
+    told = f"{model} alone: text-to-image R@1 {before['t2i_r1']:.1f}, image-to-text R@1 {before['i2t_r1']:.1f}"
+    if mean_r1(found.best) < mean_r1(before):
+        told += "; that is better than what was learned: try a lower --lr, more --epochs or more pairs"
+    typer.echo(told)
 
 
 @commands.command()

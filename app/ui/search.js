@@ -198,6 +198,7 @@ function card(result, share, weak) {
   category.addEventListener("click", () => go({ ...read(), category: result.category }));
   if (result.explanation) {
     find(".card").classList.add("explained");
+    find(".picture img").style.objectFit = result.explanation.fit;
     drawMap(find(".map"), result.explanation.relevance);
     drawWords(find(".words"), result.explanation.words);
     caption.title += "\nOrange: this part adds to the score; blue: it takes away";

@@ -162,6 +162,7 @@ class _Run:
                     f"the same command goes on"
                 ) from error
             return
+        self._in_a_row = 0
         self._captions[name] = self.journal.finished[name, picture.sha]
         if self._captions[name]:
             self.outcome.accepted += 1
@@ -219,7 +220,6 @@ class _Run:
             self.journal.wasted(asked, endpoint.take_wasted())
             raise
         self.journal.answered(picture, asked, turn, answer)
-        self._in_a_row = 0
         return answer
 
     def spent(self) -> str:

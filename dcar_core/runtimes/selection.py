@@ -113,6 +113,8 @@ def candidates(target: Target) -> list[str]:
 
 def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) -> Ranking:
     """Try runtimes out and remember their ranking; what cannot be had is left out, with a warning."""
+    names = list(names)
+    log.info("measuring %s, once for this model and machine", ", ".join(names))
     wanted, trials = reference(target.model, probe), []
     for name in names:
         try:

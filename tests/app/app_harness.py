@@ -24,6 +24,7 @@ from app.settings import Settings
 ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
 KEYS = {"api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}", "admin_key": f"sha256:{key_hash(ADMIN)}"}
 WORDS = {"query": "red"}
+ODD_ID = "été #1?/100%2F.png"
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from app_harness import RedisServer
+from app_harness import ODD_ID, RedisServer
 
 from app.settings import Settings
 from dcar_core import Encoder
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.rebuild import rebuild
-
-ODD_ID = "été #1?/100%2F.png"
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import free_port, png, serving
-from conftest import ODD_ID
+from app_harness import ODD_ID, free_port, png, serving
 
 from app.client import Client, ServiceError
 from app.keys import key_hash, new_key
@@ -39,7 +38,7 @@ def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> N
             assert (circles.count, [item.category for item in circles.items]) == (6, ["circle"] * 4)
             assert client.items(filter={"category": "circle"}, offset=4).next_offset is None
             assert client.image("circle/blue.png") == file.read_bytes()
-            with pytest.raises(ServiceError, match="no such item") as caught:
+            with pytest.raises(ServiceError, match="There is no item") as caught:
                 client.item("nothing")
             assert caught.value.status == 404
             assert caught.value.problem is not None

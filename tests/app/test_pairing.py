@@ -162,6 +162,7 @@ def test_explanations_are_measured(built_index: Path, gallery: Path, encoder: En
             assert len({each["weight"] for each in words}) > 1
             relevance = np.array(first["explanation"]["relevance"])
             assert relevance.shape == (4, 4), "32 pixels, patches of 8"
+            assert first["explanation"]["fit"] == "fill", "this model squeezes pictures into its square"
 
             item = (await http.get(f"/items/{first['id'].replace('/', '%2F')}")).json()
             pixels = encoder.preprocess(gallery / item["metadata"]["file_name"])
@@ -172,7 +173,7 @@ def test_explanations_are_measured(built_index: Path, gallery: Path, encoder: En
             np.testing.assert_allclose(relevance[1, 3], text @ whole - text @ without, atol=1e-3)
             by_picture = await client.image((gallery / "circle/blue.png").read_bytes(), k="1", explain="true")
             assert "words" not in by_picture
-            assert by_picture["results"][0]["explanation"].keys() == {"relevance"}
+            assert by_picture["results"][0]["explanation"].keys() == {"relevance", "fit"}
             assert np.ptp(by_picture["results"][0]["explanation"]["relevance"]) > 0.001
 
     asyncio.run(main())

@@ -159,6 +159,11 @@ def test_a_run_in_which_all_fails_ends(photos: Path) -> None:
         ):
             ask(photos, server, concurrency=1, give_up_after=3)
         assert len(server.asked) == 3
+    with (
+        VisionServer(lambda asked, n: good(asked) if asked.kind == "draft" else "Hm.") as server,
+        pytest.raises(CaptionError, match=r"2 pictures in a row failed"),  # however good the drafts are
+    ):
+        ask(photos, server, photos.parent / "other.json", concurrency=1, give_up_after=2)
     with pytest.raises(CaptionError, match=r"no answer in 2 tries; the last: ConnectError"):
         ask(photos, server, tries=2, give_up_after=2)  # it is gone
 
