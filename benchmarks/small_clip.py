@@ -75,7 +75,9 @@ def augmented(pictures: Tensor, side: int) -> Tensor:
 
 def save(model: open_clip.CLIP, out: Path, side: int) -> None:
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, str(out / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    weights_file = out / "open_clip_model.safetensors"
+    save_file(weights, str(weights_file), metadata={"format": "pt"})
+    weights_file.chmod(0o644)  # safetensors makes a file that its owner alone can read
     shape = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash", "size": [side, side]}
     config = {"model_cfg": model_config(side), "preprocess_cfg": shape}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -87,10 +89,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="data sets; their training splits are read")
     parser.add_argument("--out", type=Path, required=True, help="what --model of dcar train and evaluate takes")
     parser.add_argument("--side", type=int, default=64, help="pixels; default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -109,8 +111,11 @@ def main() -> None:
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, betas=(0.9, 0.98))
     state_file, start = args.out / "resume.pt", 0
+    run = {name: str(value) for name, value in vars(args).items() if name != "out"}
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
+        if state.get("run") != run:
+            parser.error(f"{state_file} is of a run with other arguments: {state.get('run')}; delete it to begin anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["epoch"]
@@ -146,10 +151,11 @@ def main() -> None:
             bar.update()
         bar.set_postfix(loss=f"{np.mean(losses):.3f}")
         part = state_file.with_suffix(".part")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "run": run}
         torch.save(state, part)
         part.replace(state_file)
     save(model, args.out, args.side)
+    state_file.unlink()
 
 
 if __name__ == "__main__":
