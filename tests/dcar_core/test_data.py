@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcar_core.data import check, load, load_split, load_splits, splits_of
+from dcar_core.data import check, load, load_split, load_splits, splits_of, write_splits
 from dcar_core.data.entries import Entry
 from dcar_core.data.tables import read_table
 from dcar_core.errors import DataError
@@ -141,6 +141,21 @@ def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
     assert one.samples[0].negative_categories == ("y",)
     assert report.counts["pairs of the split 'extra', left out"] == 1
     assert splits_of(tmp_path / "c") == ["train", "val"]
+
+
+def test_what_is_known_of_a_picture_is_read_from_either_form_and_written_again(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    more = {"meta_category": "vehicles", "negative_class": ["van", "truck"], "negative": ["a red van", "a red truck"]}
+    write(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
+    write(tmp_path / "rows" / "train.jsonl", {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more})
+    found = [load_split(tmp_path / form, "train", images=tmp_path)[0] for form in ("fdrd", "rows")]
+    for data in found:
+        (sample,) = data.samples
+        assert (sample.image, sample.category, sample.meta_category) == ("a.png", "car", "vehicles")
+        assert sample.negatives == ("a red van", "a red truck")
+        assert sample.negative_categories == ("van", "truck")
+    write_splits({"train": found[0]}, tmp_path / "out")
+    assert load_split(tmp_path / "out", "train", images=tmp_path)[0].samples == found[0].samples
 
 
 def test_a_table_says_what_its_header_lacks(tmp_path: Path) -> None:

@@ -66,6 +66,27 @@ def test_the_same_seed_gives_the_same_and_none_equals_its_caption(tmp_path: Path
     assert [s.negatives for s in found] == [s.negatives for s in one], "wherever the pictures lie"
 
 
+def test_no_negative_may_still_be_true(tmp_path: Path) -> None:
+    both = [*CATS, sample("8", "A Sphynx beside a Ragdoll.", "Sphynx"), sample("8", "Two cats on red.", "Sphynx")]
+    found = made(both, tmp_path, count=8)[0]
+    assert {"Maine Coon", "Beagle", "Pug"} <= set(found[6].negative_categories)
+    assert "Ragdoll" not in found[6].negative_categories, "it is in the picture as well"
+    assert "Two cats on red." not in found[6].negatives, "it is of the same picture"
+
+
+def test_half_are_swaps_of_the_category_and_its_name_keeps_its_colour(tmp_path: Path) -> None:
+    birds = [
+        sample("1", "A red kite over two small houses.", "red kite"),
+        sample("2", "A barn owl in a tree.", "barn owl"),
+        sample("3", "A blue jay on snow.", "blue jay"),
+        sample("4", "A crow in the rain.", "crow"),
+    ]
+    first = made(birds, tmp_path)[0][0]
+    assert [of != "red kite" for of in first.negative_categories] == [True, True, False, False]
+    assert all("red kite" in text for text, of in zip(first.negatives, first.negative_categories, strict=True)
+               if of == "red kite" and text.startswith("A ") and "over" in text)  # fmt: skip
+
+
 def test_modes(tmp_path: Path) -> None:
     own = [replace(s, negatives=("A dog.",), negative_categories=("dog",)) for s in CATS]
     assert made([*own[:3], *CATS[3:]], tmp_path)[0] == [*own[:3], *CATS[3:]]  # as many have some as have none

@@ -105,6 +105,21 @@ def test_a_processor_without_its_instructions_resizes_by_pillow(monkeypatch: pyt
         preprocess._torch_is_fast.cache_clear()
 
 
+def test_a_models_own_settings_are_followed() -> None:
+    own = {"size": (48, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    usual = preprocess.Preprocess.from_open_clip(own)
+    assert (usual.interpolation, usual.resize, usual.fill) == ("bicubic", "shortest", 0)
+    padded = preprocess.Preprocess.from_open_clip(
+        {**own, "interpolation": "bilinear", "resize_mode": "longest", "fill_color": 127}
+    )
+    assert (padded.interpolation, padded.resize, padded.fill) == ("bilinear", "longest", 127)
+    for how in (padded, padded.fast(torch=True)):
+        pixels = how(Image.new("RGB", (96, 32), "white"))
+        assert (pixels[:, :16] == 127).all()
+        assert (pixels[:, 16:32] == 255).all()
+        assert how(Image.new("RGB", (4000, 8), "white")).shape == (3, 48, 48), "a line keeps a pixel"
+
+
 def test_the_mode_does_not_change_what_is_hashed_for_the_exact_one(encoder: Encoder) -> None:
     exact = encoder.model.backbone.preprocess
     assert "exact" not in exact.to_dict()

@@ -117,6 +117,17 @@ def test_a_state_of_another_run_is_refused(tiny_model: Path, tiny_data: Path, tm
     run()
     with pytest.raises(TrainingError, match=r"unfinished run with another lr; .*--restart"):
         run(lr=1e-3)
+    retrained = load_backbone(BackboneSource(str(tiny_model)))
+    with torch.no_grad():
+        retrained.visual.proj.mul_(1.001)
+    for other in (
+        (seeded_model(backbone, method("dual"), 0), training, validation),
+        (seeded_model(retrained, method("coop"), 0), training, validation),
+        (seeded_model(backbone, method("coop"), 0), validation, validation),
+        (seeded_model(backbone, method("coop"), 0), training, training),
+    ):
+        with pytest.raises(TrainingError, match=r"another (method|backbone|training data|validation data); "):
+            train(*other, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
     forget(tmp_path)
     run(lr=1e-3)
     (tmp_path / FILE).write_bytes(b"not a state")

@@ -16,7 +16,7 @@ from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.extract import extract
 from dcar_core.model import DCAR
-from dcar_core.runtimes import capabilities
+from dcar_core.runtimes import capabilities, proof
 from dcar_core.runtimes.calibration import CalibrationData, calibrate
 from dcar_core.runtimes.eager import TowerRuntime
 from dcar_core.runtimes.lengths import PASS, batches
@@ -235,3 +235,9 @@ def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monk
     ranking = measure(domain, where, Probe.synthetic(32), [runtime.name])
     assert ranking.names == ()
     assert not ranking.trials[0].holds
+
+
+def test_a_vector_that_is_no_number_is_no_proof() -> None:
+    unit = np.eye(2, 4, dtype=np.float32)
+    assert proof._least(unit, unit) == 1.0
+    assert proof._least(np.array([unit[0], np.full(4, np.nan)], np.float32), unit) == -1.0

@@ -17,7 +17,7 @@ from dcar_core.errors import DataError, DcarError, DivergedError, MissingExtraEr
 from dcar_core.features import prepare
 from dcar_core.methods import METHODS, method
 from dcar_core.runs import seeded_model
-from dcar_core.scoring import encode_captions
+from dcar_core.scoring import encode_captions, evaluate, mean_r1
 from dcar_core.step import batch_loss
 from dcar_core.train import TrainResult, train
 
@@ -61,6 +61,18 @@ def test_the_extension_keeps_its_category_adapter_for_queries(tiny_model: Path) 
     assert published.text_adapter is None
     assert extended.category_adapter() is extended.text_adapter
     assert extended.caa is None
+
+
+def test_the_epoch_is_chosen_by_validation_and_it_is_that_ones_weights_that_stay(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    model = seeded_model(backbone, method("coop"), seed=0)
+    found = train(model, training, validation, replace(QUICK, epochs=4, lr=0.05), progress=False)
+    assert found.best == evaluate(model, prepare(validation, model, for_training=False, progress=False))
+    assert found.best != evaluate(model, prepare(training, model, for_training=False, progress=False))
+    assert mean_r1(found.best) == max((line["t2i_r1"] + line["i2t_r1"]) / 2 for line in found.history)
 
 
 def test_options_as_published_leave_no_trace_in_what_names_a_run() -> None:
