@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import redis.asyncio
 from app_harness import RedisServer, opened, until
 
 from app.breaker import Breaker
@@ -303,5 +304,22 @@ def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_serv
                 assert client.app.state.retriever._embedder._cache.reading.open
             finally:
                 os.kill(redis_server._process.pid, signal.SIGCONT)
+
+    asyncio.run(main())
+
+
+def test_entries_have_the_lifetime_that_is_set(built_index: Path, redis_server: RedisServer) -> None:
+    async def main() -> None:
+        async with opened(built_index, redis_url=redis_server.url, cache_ttl_s=100) as client:
+            await client.post("/search/text", json={"query": "red"})
+            remembered = redis.asyncio.Redis.from_url(redis_server.url)
+
+            async def written() -> bool:
+                return bool(await remembered.keys("dcar:*"))
+
+            await until(written)
+            (key,) = await remembered.keys("dcar:*")
+            assert 0 < await remembered.ttl(key) <= 100
+            await remembered.aclose()
 
     asyncio.run(main())

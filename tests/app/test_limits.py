@@ -221,3 +221,13 @@ def test_a_slow_gallery_holds_up_no_search(built_index: Path, monkeypatch: pytes
         asyncio.run(main())
     finally:
         gate.set()
+
+
+def test_bodies_that_have_been_answered_take_no_room(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, max_in_flight_bytes=40_000) as client:
+            for number in range(6):
+                files = {"file": ("a.png", png() + bytes([number]) * 15_000, "image/png")}
+                assert (await client.post("/search/image", files=files)).status_code == 200
+
+    asyncio.run(main())

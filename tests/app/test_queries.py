@@ -15,6 +15,7 @@ from app.schemas import BatchAnswer, ItemList, SearchAnswer
 from dcar_core import Encoder
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.rebuild import rebuild
+from index_jobs.updates import remove
 
 
 class Client:
@@ -358,5 +359,41 @@ def test_all_items_are_listed_page_by_page(built_index: Path, artifact: Artifact
                 ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
             ):  # fmt: skip
                 check(await http.get("/items", params=given), 422, field)
+
+    asyncio.run(main())
+
+
+def test_the_list_of_items_has_none_that_was_removed(index: Path) -> None:
+    gone = open_current(index).item(2).id
+    remove(index, [gone])
+
+    async def main() -> None:
+        async with opened(index) as http:
+            listed = (await http.get("/items", params={"k": 30})).json()
+            assert listed["count"] == len(listed["items"]) == 23
+            assert gone not in [item["id"] for item in listed["items"]]
+            last = (await http.get("/items", params={"k": 3, "offset": 20})).json()
+            assert "next_offset" not in last, "23 end there"
+
+    asyncio.run(main())
+
+
+def test_parts_that_cancel_each_other_are_no_query(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as http:
+            known = open_current(built_index).item(0).id
+            body = {"query": "", "more_like": [known], "less_like": [known], "weights": {"more": 1, "less": 1}}
+            check(await http.post("/search/text", json=body), 422, "weights")
+
+    asyncio.run(main())
+
+
+def test_as_many_results_as_asked_for_without_those_that_were_named(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index) as http:
+            named = [open_current(built_index).item(row).id for row in (0, 1, 2)]
+            found = ids(await Client(http).text(query="", more_like=named, k=10))
+            assert len(found) == 10
+            assert not set(named) & set(found)
 
     asyncio.run(main())

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from index_jobs.gallery import scan
 from index_jobs.pixels import PixelCache
 from index_jobs.progress import Encoded
 from index_jobs.rebuild import rebuild
+from index_jobs.sources import Place
 
 
 @pytest.fixture
@@ -157,3 +159,13 @@ def test_asking_for_exact_pixels_is_a_new_version(gallery: Path, tiny_checkpoint
         return summary.version, open_current(tmp_path / "i").manifest.exact
 
     assert [build(False), build(True), build(True), build(False)] == [(1, False), (2, True), (2, True), (3, False)]
+
+
+def test_a_picture_of_another_place_or_version_is_not_here(tmp_path: Path) -> None:
+    cache = PixelCache.open(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
+    place, pixel = Place(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    cache.put("/root", {place: pixel})
+    np.testing.assert_array_equal(cache.get("/root", [replace(place, row=5)])[5], pixel)
+    for other in ({"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}):
+        assert cache.get("/root", [replace(place, **other)]) == {}
+    assert cache.get("/elsewhere", [place]) == {}

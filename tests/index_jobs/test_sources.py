@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,10 @@ def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_
     assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]
     with pytest.raises(OSError, match="no path: embedded null byte"):
         read_picture(str(tmp_path), names[1], WHOLE_FILE, 0)
+
+
+def test_a_mark_stands_for_all_but_the_row() -> None:
+    place = Place(0, "a.tar", 512, 100, 7)
+    assert replace(place, row=9).mark == place.mark
+    others = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]
+    assert len({place.mark, *(replace(place, **other).mark for other in others)}) == 5

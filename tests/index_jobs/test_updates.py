@@ -1,6 +1,7 @@
 """Items added and removed without a rebuild: what is found, what is shared, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +271,22 @@ def test_commands(index: Path, tmp_path: Path) -> None:
     some = run("items", index, "--filter", '{"category": "circle"}')[2:].splitlines()
     assert [json.loads(line)["id"] for line in some] == [each["id"] for each in listed if each["category"] == "circle"]
     assert run("items", index, "--filter", "[]").startswith("2 ")
+
+
+def test_a_rebuild_brings_back_what_was_removed_by_hand(index: Path, tiny_gallery: Path, tiny_checkpoint: Path) -> None:
+    gone = open_current(index).item(3).id
+    remove(index, [gone, gone])
+    assert open_current(index).manifest.removed == 1
+    again = rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
+    assert (again.reused, again.version) == (False, 3)
+    assert open_current(index).row_of(gone) is not None
+
+
+def test_without_hard_links_files_are_copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError("no links on this file system")
+
+    monkeypatch.setattr(os, "link", none)
+    remove(index, [open_current(index).item(0).id])
+    assert [manifest.version for manifest in verify_index(index)] == [1, 2]
+    assert len({(index / "versions" / str(n) / "index.faiss").stat().st_ino for n in (1, 2)}) == 2
