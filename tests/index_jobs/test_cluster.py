@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_rebuild import alive, children_of
+from test_rebuild_killed import alive, children_of
 
 from dcar_core.errors import MissingExtraError
 from index_jobs.artifact import open_current, verify_index
