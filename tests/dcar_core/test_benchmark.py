@@ -1,14 +1,17 @@
 """`dcar benchmark`: what is measured, what is judged by it, and what `auto` hears of it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dcar_core import Encoder
 from dcar_core import benchmark as module
 from dcar_core.benchmark import Row, benchmark, table
+from dcar_core.runtimes.proof import Proof, _least
 from dcar_core.runtimes.registry import Target
 from dcar_core.runtimes.selection import Ranking, candidates, rank, remember, remembered
 from dcar_core.runtimes.trial import Trial
@@ -80,6 +83,31 @@ def test_a_second_benchmark_takes_back_what_the_first_one_said(
     assert "onnx-int8" not in found.names
     other = replace(target, fingerprint="0" * 64)
     assert remembered(other) is None, "recall of one domain says nothing of another's"
+
+
+@pytest.mark.parametrize("field", ["graphs", "processor", "threads", "libraries"])
+def test_a_ranking_of_other_circumstances_is_measured_again(field: str, target: Target) -> None:
+    remember(target, rank([trial("torch", 10)]))
+    assert remembered(target) is not None
+    (path,) = (target.cache / "rankings").glob("*.json")
+    content = json.loads(path.read_text())
+    content[field] = {"torch": "1.0"} if field == "libraries" else "another"
+    path.write_text(json.dumps(content))
+    assert remembered(target) is None
+
+
+def test_one_wrong_vector_is_enough() -> None:
+    wanted = np.array([[1, 0], [1, 0]], np.float32)
+    assert _least(np.array([[1, 0], [0.6, 0.8]], np.float32), wanted) == pytest.approx(0.6)
+    broken = np.array([[1, 0], [np.nan, 0]], np.float32)
+    assert not Proof(1.0, _least(broken, wanted), 0.999).holds
+    assert not Proof(_least(broken, wanted), 1.0, 0.999).holds
+
+
+def test_faster_is_better_in_each_of_the_three() -> None:
+    usual = Trial("torch", 10, 10, 10, 10, 1.0, 1.0, True)
+    for better in ({"texts_per_s": 20}, {"text_ms": 5}, {"images_per_s": 20}):
+        assert replace(usual, **better).score == pytest.approx(2 ** (1 / 3) * usual.score)  # type: ignore[arg-type]
 
 
 def test_a_look_at_some_runtimes_makes_no_ranking_but_strikes_what_failed(

@@ -6,7 +6,7 @@ import pytest
 from caption_harness import ask, captions, one_picture, rejected
 from vision_server import Asked, Behave, VisionServer, good
 
-from dcar_core.captioning.questions import Verdict, read_verdict, tidy_draft
+from dcar_core.captioning.questions import TEMPLATES, Verdict, question, read_verdict, tidy_draft
 
 REFUSED = {
     "I'm sorry, but I can't assist with that owl.": "a refusal",
@@ -99,3 +99,12 @@ def test_drafts_are_tidied() -> None:
     assert tidy_draft("Here is a caption for the picture: An owl.") == "An owl."
     assert tidy_draft("\u201cAn owl.\u201d") == "An owl."
     assert tidy_draft('An owl and a sign: "open".') == 'An owl and a sign: "open".'
+
+
+def test_pictures_get_different_questions_and_each_the_same_again() -> None:
+    def asked(image: str) -> str:
+        return question(TEMPLATES, image=image, category="owl", dataset="animals", context=73)
+
+    names = [f"owl/{number}.png" for number in range(30)]
+    assert len({asked(name) for name in names}) == len(TEMPLATES)
+    assert [asked(name) for name in names] == [asked(name) for name in names]

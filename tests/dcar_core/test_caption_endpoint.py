@@ -178,3 +178,15 @@ def test_a_key_goes_to_its_own_host_alone() -> None:
     assert drafter.judge(None, None, None, None).price == (1, 2)
     assert drafter.judge(None, "other", None, None).price is None
     assert KEY not in repr(drafter)
+
+
+def test_failures_that_are_not_in_a_row_do_not_end_a_run(photos: Path) -> None:
+    seen: list[str] = []
+
+    def behave(asked: Asked, n: int) -> str | Raw:
+        seen.extend([asked.picture] if asked.picture not in seen else [])
+        return Raw(400, "image too odd") if seen.index(asked.picture) % 2 == 0 else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server, concurrency=1, give_up_after=2)
+    assert (found.accepted, list(found.failed)) == (2, ["owl/1.png", "red_fox/1.png"])

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from caption_harness import ROOT, ask, captions
+from caption_harness import ROOT, ask, captions, one_picture
 from drawing import draw
 from filelock import FileLock
-from vision_server import Behave, Raw, VisionServer, good
+from vision_server import Asked, Behave, Raw, VisionServer, good
 
 from dcar_core.errors import CaptionError, LockedError
 
@@ -107,3 +107,25 @@ def test_annotations_that_cannot_be_written_keep_what_was_answered(photos: Path)
         asked = len(server.asked)
         assert ask(photos, server).accepted == 4
         assert len(server.asked) == asked
+
+
+def test_a_caption_of_an_earlier_run_is_taken(photos: Path) -> None:
+    def behave(asked: Asked, n: int) -> str:
+        return "An owl on grass." if asked.kind == "draft" and asked.turn == 0 else good(asked)
+
+    with VisionServer(behave) as server:
+        ask(one_picture(photos), server)
+        draw("green", "triangle").save(photos / "owl" / "3.png")
+        found = ask(photos, server)
+    assert (found.accepted, found.rejected) == (2, {"another picture has it too": 1})
+
+
+def test_a_replaced_picture_may_have_the_caption_that_it_had(photos: Path) -> None:
+    def behave(asked: Asked, n: int) -> str:
+        return '{"accept": true, "feedback": ""}' if asked.kind == "judge" else "An owl on grass."
+
+    with VisionServer(behave) as server:
+        ask(one_picture(photos), server)
+        draw("green", "triangle").save(photos / "owl" / "1.png")
+        found = ask(photos, server)
+    assert (found.accepted, found.rejected) == (1, {})

@@ -104,6 +104,14 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
     assert report.counts["captions that another picture has too (positives of each other in training)"] == 2
 
 
+def test_categories_that_are_not_one_for_each_negative_are_left_out(tmp_path: Path) -> None:
+    """Which negative each belongs to is not guessed."""
+    write(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
+    data, report = load_split(tmp_path, "train", pictures="ignore")
+    assert (data.samples[0].negatives, data.samples[0].negative_categories) == (("a van", "a bus"), ())
+    assert report.counts["entries whose negatives and negative categories differ in number, categories left out"] == 1
+
+
 def test_keys_that_occur_twice_and_several_captions(tmp_path: Path) -> None:
     one, two = (
         json.dumps(entry(positive="one")),

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_the_command_names_what_is_wrong(tiny_data: Path, tmp_path: Path) -> Non
     done = dcar("data", "check", tmp_path, "--annotations-only", "--context", "0")
     assert done.returncode == 0
     assert "missing" not in done.stdout
+
+
+def test_a_caption_that_just_fits_is_not_cut(tiny_data: Path) -> None:
+    def lengths(texts: Sequence[str]) -> list[int]:
+        return [8, *[7] * (len(texts) - 1)]
+
+    for split in check(tiny_data, pictures=False, context=7, count_tokens=lengths):
+        assert split.report.counts["captions longer than the context's 7 tokens, cut"] == 1
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,8 @@ from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
-from dcar_core.config import LossConfig, ModelConfig
+from dcar_core.checkpoint import backbone_files, copy_checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from dcar_core.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.errors import CheckpointError, ImageError, ModelError
 from dcar_core.model import DCAR
 
@@ -34,13 +36,17 @@ def test_preprocess_equals_open_clips_transform(tiny_model: Path) -> None:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (57, 83, 3), dtype=np.uint8))
     preprocess = Encoder.load(tiny_model).preprocess
-    for mode in ("squash", "shortest", "longest"):
-        ours = type(preprocess)(32, preprocess.mean, preprocess.std, "bicubic", mode)
-        config = PreprocessCfg(size=32, mean=ours.mean, std=ours.std, resize_mode=mode)
-        theirs = image_transform_v2(config, is_train=False)(picture)
-        np.testing.assert_allclose(ours.normalize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
+    for height, width in ((57, 83), (64, 70), (70, 64)):  # of 35 pixels, 32 are cut out from the second on
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for mode in ("squash", "shortest", "longest"):
+            for interpolation in ("bicubic", "bilinear"):
+                config = PreprocessCfg(32, "RGB", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation, mode, 114)
+                ours = type(preprocess).from_open_clip(asdict(config))
+                theirs = image_transform_v2(config, is_train=False)(picture)
+                np.testing.assert_allclose(ours.normalize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
+    line = type(preprocess)(32, preprocess.mean, preprocess.std, resize="longest")(Image.new("RGB", (200, 1), "white"))
+    assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
 
 
 def test_fingerprint_follows_what_serves(tiny_model: Path, tiny_checkpoint: Path, other_checkpoint: Path) -> None:
@@ -53,6 +59,36 @@ def test_fingerprint_follows_what_serves(tiny_model: Path, tiny_checkpoint: Path
     model, mark = load_checkpoint(tiny_checkpoint, backbone=backbone)
     model.config = ModelConfig(loss=LossConfig(alpha=9.0))
     assert save_checkpoint(model, tiny_checkpoint.parent / "other_loss") == mark
+
+
+def test_the_fingerprint_is_of_all_that_makes_vectors_and_nothing_else() -> None:
+    weights = {"prompts.text": np.zeros((1, 4, 8), np.float32), "caa.up.bias": np.zeros(8, np.float32)}
+    mark = fingerprint("backbone", ModelConfig(), weights)
+    loss, options = LossConfig(category=0.1, anchor=2.0), ReweightConfig(word="alone", picture="patches")
+    adapted = weights | {"caa.up.bias": np.ones(8, np.float32)}
+    assert fingerprint("backbone", ModelConfig(loss=loss, reweight=options), adapted) == mark
+    others = [
+        fingerprint("another", ModelConfig(), weights),
+        fingerprint("backbone", ModelConfig(prompt=PromptConfig(image=False)), weights),
+        fingerprint("backbone", ModelConfig(reweight=ReweightConfig(high=3.0)), weights),
+        fingerprint("backbone", ModelConfig(adapter=AdapterConfig(text=True)), weights),
+        fingerprint("backbone", ModelConfig(), {"prompts.text": np.ones((1, 4, 8), np.float32)}),
+        fingerprint("backbone", ModelConfig(), {"prompts.text": np.zeros((2, 2, 8), np.float32)}),
+    ]
+    assert len({mark, *others}) == 7
+
+
+def test_a_checkpoint_moves_with_its_backbone(tiny_model: Path, tmp_path: Path) -> None:
+    """A model's directory and a file of weights are both found from where the checkpoint is."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    base = Path(shutil.copytree(tiny_model, here / "base"))
+    model = DCAR(load_backbone(BackboneSource(str(base))), ModelConfig())
+    mark = save_checkpoint(model, here / "checkpoint")
+    model.backbone.source = BackboneSource("ViT-B-32", str(base / "open_clip_model.safetensors"))
+    save_checkpoint(model, here / "named")
+    here.rename(there)
+    assert load_checkpoint(there / "checkpoint")[1] == mark
+    assert backbone_files(there / "named") == [(there / "base" / "open_clip_model.safetensors").resolve()]
 
 
 def test_a_copied_checkpoint_loads_from_anywhere(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -73,6 +109,9 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_checkpoint: Path, tmp_path: P
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good.replace('"query": "none"', '"query": "predicted"'))
     with pytest.raises(CheckpointError, match="are not of one training"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(good.replace('"format": 1', '"format": 2'))
+    with pytest.raises(CheckpointError, match="is not of format 1; train again"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 1}')
     with pytest.raises(CheckpointError, match="does not say which model on which backbone"):

@@ -17,15 +17,19 @@ from PIL import Image
 from dcar_core.analysis import analyse
 from dcar_core.backbone import Backbone
 from dcar_core.checkpoint import load_checkpoint
-from dcar_core.config import TrainConfig
+from dcar_core.config import PromptConfig, TrainConfig
 from dcar_core.data import Dataset, load_split
 from dcar_core.errors import DataError, DcarError, DivergedError
-from dcar_core.evaluate import compare
+from dcar_core.evaluate import compare, summary
+from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import prepare
 from dcar_core.methods import method
-from dcar_core.runs import seeded_model
+from dcar_core.model import DCAR
+from dcar_core.report import html
+from dcar_core.runs import Runs, seeded_model
 from dcar_core.scoring import evaluate
-from dcar_core.tables import COLUMNS, query_weights
+from dcar_core.tables import COLUMNS, best_method, csv_runs, markdown, mean_categories, query_weights
+from dcar_core.train import TrainResult
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 Compared = tuple[Path, dict[str, Any]]
@@ -78,6 +82,125 @@ def test_the_table_says_which_weights_the_queries_had(compared: Compared) -> Non
         assert "query weights" in (out / file).read_text()
 
 
+def run_by_hand(seed: int, val: float, test: float, weak: float) -> dict[str, Any]:
+    """A run's record. `weak`: R@1 of the one category that is not known by heart."""
+    return {
+        "seed": seed, "lr": 2e-3, "trainable": 5, "query": "none", "epoch": 1, "seconds": 1.0, "history": [],
+        "val": dict.fromkeys(COLUMNS, val), "test": {c: test + i for i, c in enumerate(COLUMNS)},
+        "hard_negative_accuracy": test, "confusions": [],
+        "categories": {
+            "known": {"pairs": 3, "t2i_r1": 90.0, "i2t_r1": 80.0},
+            "rare": {"pairs": 2, "t2i_r1": 0.0, "i2t_r1": 0.0},
+            "weak": {"pairs": 4, "t2i_r1": weak, "i2t_r1": weak + 10},
+        },
+    }  # fmt: skip
+
+
+def results_by_hand() -> dict[str, Any]:
+    """`chosen` is better on validation, `tempting` on the test split."""
+    methods = {
+        name: {
+            "lr": 2e-3, "tuning": None, "trainable": 5, **summary([run["test"] for run in runs]), "runs": runs,
+            "hard_negative_accuracy": {"mean": runs[0]["test"]["t2i_r1"], "std": 0.0},
+        }
+        for name, runs in {
+            "chosen": [run_by_hand(0, 60, 30, 20), run_by_hand(1, 62, 40, 40)],
+            "tempting": [run_by_hand(0, 50, 70, 60), run_by_hand(1, 51, 72, 62)],
+        }.items()
+    }  # fmt: skip
+    return {
+        "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": None, "methods": methods,
+        "training": {"epochs": 1, "batch_size": 2}, "diverged": {},
+    }  # fmt: skip
+
+
+def test_the_best_method_is_that_of_validation() -> None:
+    assert best_method(results_by_hand()) == "chosen"
+
+
+def test_the_csv_holds_what_the_test_split_gave() -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_runs(results_by_hand()))))
+    assert [[float(row[c]) for c in COLUMNS] for row in rows] == [[t + i for i in range(6)] for t in (30, 40, 70, 72)]
+    assert [float(row["hard_negative_accuracy"]) for row in rows] == [30, 40, 70, 72]
+
+
+def test_categories_are_means_over_seeds_and_the_weakest_come_first() -> None:
+    results = results_by_hand()
+    assert mean_categories(results, "chosen")["weak"] == {"pairs": 4, "t2i_r1": 30, "i2t_r1": 40}
+    lines = markdown(results).partition("## Weakest categories of chosen")[2].split("\n## ")[0].splitlines()
+    assert [line for line in lines if line.startswith("| ")][2:] == [  # of few pairs, R@1 says little
+        "| weak | 4 | 30.0 | 40.0 |", "| known | 3 | 90.0 | 80.0 |",
+    ]  # fmt: skip
+    page = html(results, str).partition("<h2>R@1 by category</h2>")[2]
+    assert "<td>weak</td><td>4</td><td>35.0</td><td>66.0</td>" in page
+    assert page.index("<td>rare</td>") < page.index("<td>weak</td>") < page.index("<td>known</td>")
+
+
+def test_the_highest_mean_is_bold() -> None:
+    assert html(results_by_hand(), str).count('<td class="best">7') == 7  # all of tempting's, from 71.0 on
+
+
+def test_training_and_tuning_see_the_validation_split_alone(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dcar_core.runs as module
+
+    seen: list[tuple[str, str]] = []
+    whole = module.train
+
+    def noted(model: DCAR, training: Dataset, validation: Dataset, *given: Any, **more: Any) -> TrainResult:
+        seen.append((training.split, validation.split))
+        return whole(model, training, validation, *given, **more)
+
+    monkeypatch.setattr(module, "train", noted)
+    compare(backbone, tiny_data, ["coop"], 1, tmp_path, QUICK, progress=False, tune=True, grid=(1e-4, 1e-2))
+    assert seen == [("train", "val")] * 2
+    assert not list(tmp_path.rglob("state.pt"))  # of finished runs nothing is left to go on from
+
+
+def test_every_seed_has_a_start_of_its_own(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dcar_core.runs as module
+
+    starts: list[torch.Tensor] = []
+    whole = module.train
+
+    def noted(model: DCAR, *given: Any, **more: Any) -> TrainResult:
+        starts.append(torch.cat([p.detach().flatten() for _, p in model.trainables()]))
+        return whole(model, *given, **more)
+
+    monkeypatch.setattr(module, "train", noted)
+    compare(backbone, tiny_data, ["dual"], 2, tmp_path, replace(QUICK, epochs=1), progress=False)
+    assert len(starts) == 2
+    assert not torch.equal(*starts)
+
+
+def test_what_the_table_is_asked_for_reaches_the_data(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val", "test"):
+        content = json.loads((tiny_data / f"{split}.json").read_text())
+        first = next(iter(content.values()))
+        long = first | {"positive": "a " * 29}  # 31 tokens: too many for four prompts in a context of 32
+        lost = {"file_name": "lost.png", "file_path": "lost.png", "positive": "a lost one", "class_name": "square"}
+        content |= {"square_98": long, "square_99": lost}
+        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(content))
+
+    def run(**given: Any) -> dict[str, Any]:
+        out, quick = tmp_path / "out", replace(QUICK, epochs=1)
+        return compare(
+            backbone, tmp_path / "data", ["clip", "coop"], 1, out, quick, images=tiny_data, progress=False, **given
+        )
+
+    with pytest.raises(DataError, match=r"1 of \d+ pictures are not in .*: lost\.png"):
+        run()
+    with pytest.raises(DataError, match=r"the taxonomy .*gone\.json cannot be read"):
+        run(skip_broken=True, taxonomy=tmp_path / "gone.json")
+    cleaning = run(skip_broken=True)["cleaning"]["train"]
+    assert cleaning["pictures missing, left out"] == 1
+    assert cleaning["captions longer than the 28 tokens that the prompts leave them, cut"] == 1
+
+
 def test_a_seed_gives_the_same_result_anywhere(
     compared: Compared, backbone: Backbone, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +221,13 @@ def test_a_finished_run_is_not_run_again(compared: Compared, backbone: Backbone,
     compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), progress=False, say=said.append)
     assert len(said) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
+
+
+def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    splits = {split: load_split(tiny_data, split)[0] for split in ("train", "val", "test")}
+    runs = Runs(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
+    shorter = replace(method("coop"), prompt=PromptConfig(length=2, image=False))
+    assert runs._directory(method("coop"), 0, 1e-3) != runs._directory(shorter, 0, 1e-3)
 
 
 def test_tuning_has_one_budget_and_looks_at_validation_alone(
@@ -213,8 +343,34 @@ def test_analysis_by_hand(backbone: Backbone, sample_split: Dataset, monkeypatch
     ]  # fmt: skip
 
 
-def test_hard_negatives_are_encoded_as_queries(backbone: Backbone, sample_split: Dataset) -> None:
-    model = seeded_model(backbone, method("coop"), 0)
+def test_a_picture_that_finds_its_caption_second_is_no_hit(
+    backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is confused most often comes first."""
+    import dcar_core.analysis as module
+
+    samples = [replace(s, category=c) for s, c in zip(sample_split.samples[:4], "baac", strict=True)]
+    data = replace(sample_split, samples=samples)
+    model = seeded_model(backbone, method("clip"), 0)
+    prepared = prepare(data, model, for_training=False, progress=False)
+    image = np.eye(4, dtype=np.float32)
+    text = image[[3, 3, 3, 0]]  # b, a and a find c; c finds b
+    monkeypatch.setattr(module, "encode_captions", lambda *_: text)
+    monkeypatch.setattr(module, "encode_pictures", lambda *_: image)
+    monkeypatch.setattr(module, "_negatives", lambda *_: [image[:0]] * 4)
+    found = analyse(model, data, prepared)
+    assert {name: (of["t2i_r1"], of["i2t_r1"]) for name, of in found["categories"].items()} == dict.fromkeys(
+        "abc", (0.0, 0.0)
+    )
+    pairs = [(c["category"], c["taken_for"], c["count"], c["of"]) for c in found["confusions"]]
+    assert pairs == [("a", "c", 2, 2), ("b", "c", 1, 1), ("c", "b", 1, 1)]
+
+
+@pytest.mark.parametrize("name", ["coop", "dcar"])
+def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, sample_split: Dataset) -> None:
+    model = seeded_model(backbone, method(name).with_query_weights("predicted"), 0)
+    if model.head is not None:
+        torch.nn.init.normal_(model.head.linear.weight)
     prepared = prepare(sample_split, model, for_training=False, progress=False)
     found = analyse(model, sample_split, prepared)["hard_negative_accuracy"]
     hits = []

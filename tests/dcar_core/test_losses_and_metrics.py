@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from dcar_core.config import ReweightConfig
 from dcar_core.losses import anchor_loss, category_loss, contrastive_loss, head_loss
-from dcar_core.metrics import hard_negative_accuracy, recall_at_k
-from dcar_core.reweight import blend, pair_weights, real_tokens
+from dcar_core.metrics import hard_negative_accuracy, nearest, ranks, recall_at_k
+from dcar_core.reweight import TokenWeightHead, blend, pair_weights, real_tokens
 
 
 def features(n: int, seed: int) -> torch.Tensor:
@@ -35,6 +35,18 @@ def test_equal_captions_are_positives_never_negatives() -> None:
     assert gradient.abs().max() < 1e-5
 
 
+def test_a_caption_may_be_true_of_a_picture_whose_own_caption_is_not_true_of_its() -> None:
+    """Caption 0 is true of picture 1 too, caption 1 of its own alone: rows and columns have other targets."""
+    text, image, scale = features(3, 0), features(3, 1), torch.tensor(20.0)
+    positives = torch.eye(3, dtype=torch.bool)
+    positives[0, 1] = True
+    logits = scale * text @ image.T
+    rows, columns = logits.log_softmax(1), logits.log_softmax(0)
+    to_image = -((rows[0, 0] + rows[0, 1]) / 2 + rows[1, 1] + rows[2, 2]) / 3
+    to_text = -(columns[0, 0] + (columns[0, 1] + columns[1, 1]) / 2 + columns[2, 2]) / 3
+    torch.testing.assert_close(contrastive_loss(text, image, positives, scale), (to_image + to_text) / 2)
+
+
 def test_category_loss_by_hand_and_padding() -> None:
     image, scale = features(1, 0), torch.tensor(10.0)
     captions = features(3, 1).unsqueeze(0)
@@ -59,6 +71,7 @@ def test_head_loss_counts_real_tokens_only() -> None:
     real = torch.tensor([[False, True, True, False]])
     loss = head_loss(torch.tensor([[9.0, 1.0, 2.0, 9.0]]), torch.tensor([[0.0, 1.0, 0.0, 0.0]]), real)
     assert loss.item() == 2.0
+    assert head_loss(torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)) == 0  # no words at all
 
 
 def test_pair_weights_and_blend() -> None:
@@ -73,7 +86,21 @@ def test_pair_weights_and_blend() -> None:
     assert weights[0, 0] == weights[0, 3] == 1
     torch.testing.assert_close(weights[0, 1:3], torch.tensor([1.2, 0.8]))  # 1.207 and 0.793, clipped
     gentle = blend(raw, real, ReweightConfig(strength=0.1))[0, 1:3]
-    torch.testing.assert_close(gentle.mean(), torch.tensor(1.0))
+    torch.testing.assert_close(gentle, 1 + 0.1 * torch.tensor([2 * half - 1, 1 - 2 * half]))
+    torch.testing.assert_close(pair_weights(3 * words, torch.tensor([[0.0, 2.0]]), torch.tensor([1.0, 1.0])), raw)
+    assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()  # a white picture
+
+
+def test_predicted_weights_follow_the_direction_of_an_embedding_and_stay_in_bounds() -> None:
+    head, real = TokenWeightHead(8, ReweightConfig(low=0.8, high=1.2)), torch.ones(1, 6, dtype=torch.bool)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(0))
+    embeddings = features(6, 2)[None]
+    factors = head(embeddings, real).detach()
+    assert (float(factors.min()), float(factors.max())) == (pytest.approx(0.8), pytest.approx(1.2))
+    with torch.no_grad():
+        head.linear.weight.mul_(0.02)
+    torch.testing.assert_close(head(embeddings, real), head(50 * embeddings, real), rtol=1e-3, atol=1e-4)
+    assert head(embeddings, real).std() > 0.01
 
 
 def test_a_pair_weight_may_look_at_the_patch_most_like_the_word() -> None:
@@ -137,7 +164,36 @@ def test_recall_does_not_depend_on_the_chunk() -> None:
     assert recall_at_k(text, image, of) == recall_at_k(text, image, of, chunk=7)
 
 
+def test_the_best_of_an_images_captions_counts_and_the_others_are_not_wrong() -> None:
+    image = np.eye(2, dtype=np.float32)
+    text = np.array([[0.6, 0], [0.9, 0], [0.9, 0], [0.8, 0.1]], np.float32)
+    assert ranks(text, image, np.array([0, 0, 0, 1])).image.tolist() == [0, 0]
+
+
+def test_an_image_without_a_caption_is_a_target_and_no_query() -> None:
+    image = np.eye(3, dtype=np.float32)
+    found = ranks(image[[0, 2]], image, np.array([0, 2]))
+    assert found.described.tolist() == [0, 2]
+    assert (found.text.tolist(), found.image.tolist()) == ([0, 0], [0, 0])
+
+
+def test_scores_that_differ_in_the_last_bit_are_ties() -> None:
+    """On any machine: whether a product of matrices rounds equal rows alike depends on its library."""
+    below = np.nextafter(np.float32(1), np.float32(0))
+    same, almost = np.array([[1, 0], [1, 0]], np.float32), np.array([[1, 0], [below, 0]], np.float32)
+    assert set(recall_at_k(same, almost, np.arange(2), ks=(1,)).values()) == {0}
+    assert hard_negative_accuracy(same, same, [almost[1:], almost[1:]]) == 0
+
+
+def test_the_nearest_target_does_not_depend_on_the_chunk() -> None:
+    rng = np.random.default_rng(0)
+    query, target = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
+    np.testing.assert_array_equal(nearest(query, target, chunk=7), (query @ target.T).argmax(1))
+
+
 def test_hard_negative_accuracy() -> None:
     image = np.eye(2, dtype=np.float32)
     negatives = [np.array([[0.5, 0]], np.float32), np.array([[0, 1]], np.float32)]
     assert hard_negative_accuracy(image, image, negatives) == 50  # the second is a tie
+    both = [np.array([[0.5, 0], [1, 0]], np.float32), np.array([[0, 0.5], [0, 0.6]], np.float32)]
+    assert hard_negative_accuracy(image, image, both) == 50  # above one of its negatives is not above all

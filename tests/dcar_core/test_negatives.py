@@ -144,3 +144,18 @@ def test_a_test_category_is_never_seen_in_training(tmp_path: Path) -> None:
     seen = {c for s in done["train"].samples for c in s.negative_categories}
     assert seen == {"Sphynx", "Ragdoll", "Maine Coon"}
     assert {c for s in done["test"].samples for c in s.negative_categories} > {"Beagle", "Pug"}
+
+
+def test_what_may_be_true_is_no_negative(tmp_path: Path) -> None:
+    samples = [
+        sample("1", "A Ragdoll beside a Sphynx.", "Ragdoll"),
+        sample("2", "A red panda in a tree.", "red panda"),
+        sample("3", "A British Shorthair.", "Shorthair"),  # the name of another category, which its own is a part of
+        sample("4", "A sleeping cat.", "British Shorthair"),
+        sample("5", "An old Sphynx.", "Sphynx"),
+    ]
+    texts = [s.negatives for s in made(samples, tmp_path)[0]]
+    assert "A Sphynx beside a Sphynx." not in texts[0]
+    assert not [text for text in texts[1] if text.endswith(" panda in a tree.")]
+    assert texts[1]
+    assert not [text for text in texts[2] if text.startswith("A British")]

@@ -16,6 +16,7 @@ from dcar_core.config import TrainConfig
 from dcar_core.data import load_split
 from dcar_core.errors import TrainingError
 from dcar_core.methods import method
+from dcar_core.model import DCAR
 from dcar_core.resume import FILE, forget
 from dcar_core.runs import seeded_model
 from dcar_core.train import train
@@ -104,6 +105,40 @@ def test_an_interruption_within_an_epoch_changes_nothing(
     assert [line["epoch"] for line in found.history] == [1, 2]
     expected = dict(straight.trainables())
     assert all(torch.equal(expected[name], p) for name, p in model.trainables())
+
+
+def test_a_run_that_goes_on_still_has_its_best_epoch(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of three is the best; the run is stopped in the third."""
+    import dcar_core.train as module
+
+    training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
+    backbone, real = load_backbone(BackboneSource(str(tiny_model))), module.accumulate_gradients
+    seen: list[dict[str, Tensor]] = []
+    batches = 0
+
+    def chosen(model: DCAR, *_: object) -> tuple[str, dict[str, float]]:
+        seen.append({name: p.detach().clone() for name, p in model.trainables()})
+        score = 50.0 if len(seen) == 1 else 10.0
+        return "none", {"t2i_r1": score, "i2t_r1": score}
+
+    def interrupted(*args: object, **kwargs: object) -> float:
+        nonlocal batches
+        batches += 1
+        if batches == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "choose_query_weights", chosen)
+    monkeypatch.setattr(module, "accumulate_gradients", interrupted)
+    config = TrainConfig(epochs=3, batch_size=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(seeded_model(backbone, method("coop"), 0), training, validation, config, progress=False, run=tmp_path)
+    model = seeded_model(backbone, method("coop"), 0)
+    found = train(model, training, validation, config, progress=False, run=tmp_path)
+    assert (found.epoch, len(found.history), found.best["t2i_r1"]) == (1, 3, 50)
+    assert all(torch.equal(seen[0][name], p) for name, p in model.trainables())
 
 
 def test_a_state_of_another_run_is_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from dcar_core import features, step
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.config import Amp
+from dcar_core.config import Amp, LossConfig, PromptConfig, ReweightConfig, TrainWeights
 from dcar_core.data import CleaningReport, Dataset, load_split
+from dcar_core.errors import TrainingError
 from dcar_core.feature_cache import FeatureCache
-from dcar_core.features import Prepared, note_what_is_cut, prepare
+from dcar_core.features import Prepared, data_key, note_what_is_cut, prepare
+from dcar_core.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.methods import METHODS, method
 from dcar_core.model import DCAR
+from dcar_core.reweight import blend, pair_weights, real_tokens
 from dcar_core.runs import seeded_model
 from dcar_core.scoring import encode_captions, encode_pictures
 from dcar_core.step import Precision, accumulate_gradients, batch_loss
@@ -27,9 +30,19 @@ def training(tiny_data: Path) -> Dataset:
     return load_split(tiny_data, "train")[0]
 
 
+@pytest.fixture
+def described_twice(training: Dataset) -> Dataset:
+    """Pictures with several captions, of several lengths, and not one after the other."""
+    again = [replace(s, caption=f"{s.caption} on a white page, seen from the front") for s in training.samples[3::-1]]
+    return replace(training, samples=[*training.samples[:6], *again, replace(training.samples[2], caption="one")])
+
+
 def ready(backbone: Backbone, data: Dataset, name: str) -> tuple[DCAR, Prepared]:
     """A model away from its start, where some gradients are zero."""
-    model = seeded_model(backbone, method(name), 0)
+    return moved(seeded_model(backbone, method(name), 0), data)
+
+
+def moved(model: DCAR, data: Dataset) -> tuple[DCAR, Prepared]:
     with torch.no_grad():
         for _, parameter in model.trainables():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -58,6 +71,77 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(
     assert value == pytest.approx(float(whole.detach()), rel=1e-5)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("name", ["clip-adapter", "dcar", "dcar+"])
+def test_parts_of_pictures_with_several_captions_have_the_gradients_of_the_whole(
+    name: str, parts: int, backbone: Backbone, described_twice: Dataset
+) -> None:
+    model, data = ready(backbone, described_twice, name)
+    rows = np.random.default_rng(0).permutation(len(data))
+    whole = batch_loss(model, data, rows)
+    whole.backward()  # type: ignore[no-untyped-call]
+    expected = gradients(model)
+    assert accumulate_gradients(model, data, rows, parts=parts) == pytest.approx(float(whole.detach()), rel=1e-5)
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("weights", ["none", "pair", "predicted"])
+def test_the_loss_is_that_of_the_pairs_one_by_one(
+    weights: TrainWeights, backbone: Backbone, described_twice: Dataset
+) -> None:
+    """Every caption and every picture alone through its encoder, and the four terms with their factors."""
+    config = replace(
+        method("dcar+"),
+        reweight=ReweightConfig(train=weights),
+        loss=LossConfig(category=0.3, head=0.7, anchor=0.2, alpha=0.4),
+    )
+    torch.manual_seed(0)
+    model, data = moved(DCAR(backbone, config), described_twice)
+    normal, scale = torch.nn.functional.normalize, backbone.scale
+    texts, images, frozen_texts, frozen_images, captions = [], [], [], [], []
+    predicted = model.predicted_weights(data.tokens)
+    used = {"none": None, "pair": data.pair_weights, "predicted": predicted}[weights]
+    for i, sample in enumerate(described_twice.samples):
+        picture = backbone.preprocess(described_twice.read(sample.image))[None]
+        pixels = torch.from_numpy(backbone.preprocess.normalize(picture))
+        texts.append(model.encode_text(data.tokens[i : i + 1], None if used is None else used[i : i + 1]))
+        images.append(model.encode_image(pixels))
+        frozen_images.append(normal(backbone.encode_image(pixels), dim=-1))
+        frozen_texts.append(normal(backbone.encode_text(backbone.tokenize([sample.caption])), dim=-1))
+        read = normal(backbone.encode_text(backbone.tokenize([sample.caption, *sample.negatives])), dim=-1)
+        short = data.matching.shape[1] - len(read) if data.matching is not None else 0
+        captions.append(torch.nn.functional.pad(model.adapt_text(read), (0, 0, 0, short)))
+    text, image = torch.cat(texts), torch.cat(images)
+    assert data.matching is not None
+    wanted = contrastive_loss(text, image, torch.from_numpy(data.positives(np.arange(len(data)))), scale)
+    wanted = wanted + 0.3 * category_loss(image, torch.stack(captions), data.matching, scale)
+    if predicted is not None and data.pair_weights is not None:
+        wanted = wanted + 0.7 * head_loss(predicted, data.pair_weights, real_tokens(data.tokens))
+    held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(text, torch.cat(frozen_texts))
+    torch.testing.assert_close(batch_loss(model, data, np.arange(len(data))), wanted + 0.2 * held, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dcar", "dcar-alone", "dcar-patches"])
+def test_token_weights_are_those_of_each_caption_with_its_own_picture(
+    name: str, backbone: Backbone, described_twice: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the words and pictures that the method's options name, against a white page."""
+    monkeypatch.setattr(features, "TEXT_BATCH", 4)
+    model, data = ready(backbone, described_twice, name)
+    words = backbone.lone_token_features if name == "dcar-alone" else backbone.token_features
+    pictures = backbone.patch_features if name == "dcar-patches" else backbone.encode_image
+    size = backbone.preprocess.size
+    pixels = [backbone.preprocess(described_twice.read(sample.image)) for sample in described_twice.samples]
+    seen = np.stack([*pixels, np.full((3, size, size), 255, np.uint8)])
+    with torch.no_grad():
+        found = pictures(torch.from_numpy(backbone.preprocess.normalize(seen)))
+        raw = pair_weights(words(data.tokens), found[:-1], found[-1])
+    assert data.pair_weights is not None
+    wanted = blend(raw, real_tokens(data.tokens), model.config.reweight)
+    torch.testing.assert_close(data.pair_weights, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["clip", "coop", "clip-adapter"])
@@ -128,8 +212,9 @@ def test_pictures_are_encoded_once_however_many_captions(
 
 
 def test_the_cache_gives_what_was_computed(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
-    for name in ("dcar", "clip-adapter"):
-        model, plain = ready(backbone, training, name)
+    shorter = replace(method("dcar"), prompt=PromptConfig(length=2))
+    for config in (shorter, *map(method, ("dcar", "clip-adapter", "dcar-alone", "dcar-patches"))):
+        model, plain = moved(DCAR(backbone, config), training)
         for _ in range(2):  # the second time from the disk
             cached = prepare(training, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
             for field in ("tokens", "images", "captions", "pair_weights", "caption_features", "matching"):
@@ -184,6 +269,25 @@ def other_backbone(tiny_model: Path) -> Backbone:
     with torch.no_grad():
         other.visual.proj.mul_(1.001)
     return other
+
+
+def test_what_training_would_learn_from_names_a_split(backbone: Backbone, training: Dataset) -> None:
+    cache, first = FeatureCache(None, backbone), training.samples[0]
+    others = [
+        replace(first, caption="other"),
+        replace(first, category="other"),
+        replace(first, negatives=("other",)),
+        replace(first, negative_categories=("other",)),
+        replace(first, attributes=("other",)),
+    ]
+    keys = [data_key(replace(training, samples=[one, *training.samples[1:]]), cache) for one in (first, *others)]
+    assert len(set(keys)) == 6
+
+
+def test_prompts_leave_room_for_a_word(backbone: Backbone) -> None:
+    note_what_is_cut({}, {}, backbone, backbone.context_length - 3)
+    with pytest.raises(TrainingError, match="30 prompts leave no room for words in a context of 32 tokens"):
+        note_what_is_cut({}, {}, backbone, backbone.context_length - 2)
 
 
 def test_a_failed_computation_leaves_no_entry(backbone: Backbone, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from negatives_harness import CATS, FELINE, made, sample, split, write
 
 from dcar_core.backbone import Backbone
-from dcar_core.data import CleaningReport
+from dcar_core.data import CleaningReport, Sample
 from dcar_core.errors import DataError
 from dcar_core.negatives import complete, views
 from dcar_core.negatives.taxonomy import clusters, letters, load_taxonomy, rank_categories
@@ -41,7 +41,8 @@ def test_clusters_of_names_by_clip(backbone: Backbone, tmp_path: Path) -> None:
     assert [len({*of[i : i + 8]}) for i in (0, 8, 16)] == [1, 1, 1]
     assert len(set(of)) == 3
     assert clusters(np.eye(3)[:1]) == [0]
-    alone = clusters(np.concatenate([rows[:15], -rows[20:21]]) / np.linalg.norm(rows[0]))
+    lonely = np.concatenate([rows[:8], rows[:7], -rows[:1]])  # the last is unlike all others
+    alone = clusters(lonely / np.linalg.norm(lonely, axis=1, keepdims=True))
     assert min(alone.count(cluster) for cluster in alone) > 1
     features, _ = views(backbone.source.model)
     found = features(["cat", "dog"])
@@ -94,3 +95,26 @@ def test_one_category_only(tmp_path: Path) -> None:
     samples, report = made([sample("7", "A Sphynx, asleep", "Sphynx")], tmp_path)
     assert samples[0].negatives == ()
     assert report.names["pairs for which no negative could be made"] == ["7"]
+
+
+def test_the_most_similar_category_comes_first_and_what_the_data_prefer_before_it() -> None:
+    """Three categories on an arc: the middle one is the nearest of both others."""
+    places = {"Left": (1.0, 0.0), "Middle": (0.6, 0.8), "Right": (0.0, 1.0), "Far": (-1.0, 0.0)}
+    samples = [sample(name, f"a {name}", name, meta_category="all") for name in places]
+
+    def ranked(*more: Sample) -> dict[str, list[str]]:
+        found = rank_categories(
+            [*samples, *more], None, lambda names: np.array([places[name] for name in names]), CleaningReport()
+        )
+        return {name: found[name.casefold()] for name in places}
+
+    assert ranked()["Left"] == ["Middle", "Right", "Far"]
+    assert ranked()["Right"] == ["Middle", "Far", "Left"]
+    own = [("Far", "Right"), ("Right", "Left"), ("Right",)]
+    asked = [
+        sample(f"{i}", f"{i}", "Left", negatives=("?",) * len(c), negative_categories=c) for i, c in enumerate(own)
+    ]
+    assert ranked(*asked)["Left"] == ["Right", "Far", "Middle"]
+    # a category is of the meta-category that most of its samples name
+    elsewhere = [sample("x", "x", "Left", meta_category=group) for group in ("all", "a few")]
+    assert ranked(*elsewhere)["Left"] == ["Middle", "Right", "Far"]

@@ -11,13 +11,14 @@ import torch
 
 from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.config import ModelConfig, TrainConfig
+from dcar_core.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.data import load_split
 from dcar_core.errors import DataError, DcarError, DivergedError, MissingExtraError
-from dcar_core.features import prepare
+from dcar_core.features import Prepared, prepare
 from dcar_core.methods import METHODS, method
+from dcar_core.model import DCAR
 from dcar_core.runs import seeded_model
-from dcar_core.scoring import encode_captions, evaluate, mean_r1
+from dcar_core.scoring import choose_query_weights, encode_captions, encode_pictures, evaluate, mean_r1
 from dcar_core.step import batch_loss
 from dcar_core.train import TrainResult, train
 
@@ -114,6 +115,142 @@ def test_training_stops_early_and_keeps_the_best_epoch(tiny_model: Path, tiny_da
     assert [line["epoch"] for line in found.history] == [1, 2, 3]
     assert found.epoch == 1
     assert found.best == {key: found.history[0][key] for key in found.best}
+
+
+def test_the_epoch_that_validation_likes_best_is_what_is_left(
+    tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights and its queries, whatever later epochs were; and it is the validation split that is asked."""
+    import dcar_core.train as module
+
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    asked = prepare(validation, model, for_training=False, progress=False)
+    said: list[tuple[float, QueryWeights]] = [(10, "none"), (50, "predicted"), (40, "none")]
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def chosen(model: DCAR, data: Prepared) -> tuple[QueryWeights, dict[str, float]]:
+        assert data.key == asked.key
+        assert data.pair_weights is None
+        seen.append({name: p.detach().clone() for name, p in model.trainables()})
+        score, query = said[len(seen) - 1]
+        model.config = model.config.with_query_weights(query)
+        return query, {"t2i_r1": score, "i2t_r1": score}
+
+    monkeypatch.setattr(module, "choose_query_weights", chosen)
+    found = train(model, training, validation, TrainConfig(epochs=3, batch_size=6), progress=False)
+    assert (found.epoch, found.best["t2i_r1"], model.config.reweight.query) == (2, 50, "predicted")
+    assert all(torch.equal(seen[1][name], p) for name, p in model.trainables())
+    assert any(not torch.equal(seen[2][name], p) for name, p in model.trainables())
+
+
+@pytest.mark.parametrize("amp", ["off", "float16"])
+def test_every_step_has_its_rate_and_no_gradient_longer_than_one(
+    amp: Amp, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gradients were scaled up for float16: what is cut is their true length."""
+    import dcar_core.train as module
+
+    steps: list[tuple[float, float, float]] = []
+    losses: list[float] = []
+    whole, gradients = torch.optim.AdamW.step, module.accumulate_gradients
+
+    def steeper(model: DCAR, *given: object, **more: object) -> float:
+        losses.append(loss := gradients(model, *given, **more))  # type: ignore[arg-type]
+        for _, parameter in model.trainables():
+            parameter.grad *= 1e4  # type: ignore[operator]
+        return loss
+
+    def step(self: torch.optim.AdamW) -> object:
+        (group,) = self.param_groups
+        length = torch.stack([p.grad.norm() for p in group["params"]]).norm()
+        steps.append((group["lr"], float(length), group["weight_decay"]))
+        return whole(self)
+
+    monkeypatch.setattr(module, "accumulate_gradients", steeper)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
+    config = TrainConfig(epochs=2, batch_size=4, lr=1e-3, warmup=0.5, weight_decay=0.3, amp=amp)  # six steps
+    found = train(model, load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0], config, progress=False)
+    assert [line["loss"] for line in found.history] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])])
+    assert [rate for rate, *_ in steps] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 0.75e-3, 0.25e-3])
+    assert [length for _, length, _ in steps] == pytest.approx([1.0] * 6, rel=1e-3)
+    assert {decay for *_, decay in steps} == {0.3}
+
+
+def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
+    tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dcar_core.train as module
+
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    backbone, whole = load_backbone(BackboneSource(str(tiny_model))), module.accumulate_gradients
+    orders: list[list[int]] = []
+
+    def noted(model: DCAR, data: Prepared, rows: np.ndarray, **given: object) -> float:
+        orders.append(rows.tolist())
+        return whole(model, data, rows, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "accumulate_gradients", noted)
+    for seed in (0, 0, 1):
+        train(seeded_model(backbone, method("coop"), seed), training, validation,
+              TrainConfig(epochs=2, batch_size=6, seed=seed), progress=False)  # fmt: skip
+    epochs = [orders[i : i + 2] for i in range(0, 12, 2)]
+    assert all(sorted(a + b) == list(range(12)) for a, b in epochs)
+    first, second, again, _, other, _ = epochs
+    assert first == again
+    assert first != second
+    assert first != other
+
+
+@pytest.mark.parametrize(("better", "wanted"), [("none", "none"), ("predicted", "predicted"), ("neither", "none")])
+def test_validation_decides_which_weights_queries_have(
+    better: str, wanted: str, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dcar_core import scoring
+
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
+    data = prepare(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
+    pictures = np.eye(len(data), dtype=np.float32)
+
+    def captions(model: DCAR, data: Prepared) -> np.ndarray:
+        return pictures if better in ("neither", model.config.reweight.query) else pictures[::-1]
+
+    monkeypatch.setattr(scoring, "encode_captions", captions)
+    monkeypatch.setattr(scoring, "encode_pictures", lambda *_: pictures)
+    query, recall = choose_query_weights(model, data)
+    assert query == model.config.reweight.query == wanted
+    assert recall["t2i_r1"] == recall["i2t_r1"] == 100
+    monkeypatch.setattr(scoring, "encode_pictures", lambda *_: pictures * np.float32("nan"))
+    with pytest.raises(DivergedError, match="the vectors of dcar are no numbers any more"):
+        choose_query_weights(model, data)
+
+
+def test_validation_counts_both_ways_alike() -> None:
+    assert mean_r1({"t2i_r1": 10.0, "i2t_r1": 40.0}) == 25
+
+
+@pytest.mark.parametrize("name", ["dcar", "clip-adapter"])
+def test_a_split_is_encoded_as_its_queries_and_pictures_are_one_by_one(
+    name: str, tiny_model: Path, tiny_data: Path
+) -> None:
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method(name), seed=0)
+    if model.head is not None:
+        model.config = model.config.with_query_weights("predicted")
+    with torch.no_grad():
+        for _, parameter in model.trainables():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    split = load_split(tiny_data, "train")[0]
+    data = prepare(split, model, for_training=False, progress=False)
+    text, image = encode_captions(model, data, batch=5), encode_pictures(model, data, batch=5)
+    backbone = model.backbone
+    with torch.no_grad():
+        for row, sample in enumerate(split.samples):
+            alone = model.encode_query(backbone.tokenize([sample.caption], model.room))
+            pixels = backbone.preprocess.normalize(backbone.preprocess(split.read(sample.image))[None])
+            picture = model.encode_image(torch.from_numpy(pixels))
+            np.testing.assert_allclose(text[row], alone[0], atol=1e-5)
+            np.testing.assert_allclose(image[data.image_of[row]], picture[0], atol=1e-5)
 
 
 def test_the_log_is_a_line_an_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

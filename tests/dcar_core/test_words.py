@@ -77,3 +77,4 @@ def test_attributes_are_replaced_one_at_a_time_and_never_in_the_name() -> None:
     assert all(" two " in text for text in found)  # it stands in the span that is kept
     assert not any(" gray " in text for text in swaps("a grey cat", [], Random(0)))  # the same colour
     assert list(swaps("one cat left the room", [], Random(0))) == []
+    assert {"a Blue car", "a Black car"} < set(swaps("a Red car", [], Random(0)))
