@@ -31,7 +31,7 @@ def test_keys_are_told_apart_by_their_hashes() -> None:
     assert len({new_key() for _ in range(100)}) == 100
 
 
-def test_settings_name_what_is_wrong_with_keys_rates_and_origins(tmp_path: Path) -> None:
+def test_settings_name_what_is_wrong_with_keys_rates_origins_and_collections(tmp_path: Path) -> None:
     for given, name in (
         ({"api_keys": "x"}, "API_KEYS"),
         ({"api_keys": " , "}, "API_KEYS"),
@@ -39,6 +39,9 @@ def test_settings_name_what_is_wrong_with_keys_rates_and_origins(tmp_path: Path)
         ({"rate_limit": "20/second, 600/minute"}, "RATE_LIMIT"),
         ({"rate_limit": "20/second; 600/minute"}, "RATE_LIMIT"),
         ({"rate_limit": "0/second"}, "RATE_LIMIT"),
+        ({"collections": {tmp_path.name: tmp_path}}, "COLLECTIONS"),  # as the default one is named
+        ({"collections": {".hidden": tmp_path}}, "COLLECTIONS"),
+        ({"collections": {"a/b": tmp_path}}, "COLLECTIONS"),
         ({"cors_origins": "shop"}, "CORS"),
         ({"cors_origins": "https://shop.example/path"}, "CORS"),
         ({"cors_origins": "https://*.shop.example"}, "CORS"),
@@ -112,6 +115,26 @@ def test_a_caller_that_asks_too_often_waits(built_index: Path) -> None:
             await until(allowed)
             assert not await allowed()
             await until(allowed)
+        async with opened(built_index, rate_limit="1/minute") as client:
+
+            async def collections(address: str) -> int:
+                client._transport.client = address, 1  # type: ignore[attr-defined]
+                return (await client.get("/collections")).status_code
+
+            asked = [await collections(address) for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2")]
+            assert asked == [200, 429, 200], "without keys a caller is an address"
+            assert [(await client.get("/metrics")).status_code for _ in range(2)] == [200, 200]
+
+    asyncio.run(main())
+
+
+def test_what_needs_no_key_needs_none_below_a_root_path(built_index: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, **KEYS) as client:
+            client._transport.root_path = "/pictures"  # type: ignore[attr-defined]
+            assert (await client.get("/pictures/healthz")).status_code == 200
+            assert (await client.get("/pictures/collections")).status_code == 401
+            assert (await client.post("/pictures/admin/reload", headers=bearer(ADMIN))).status_code == 200
 
     asyncio.run(main())
 

@@ -97,19 +97,69 @@ def test_a_bad_item_fails_alone(poison: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("found", [[], [None]], ids=["too few", "no vector"])
+def test_what_is_no_embedding_fails_its_caller_and_not_those_after_it(found: list[Any]) -> None:
+    async def main() -> None:
+        batcher = Batcher(max_batch=8, max_wait_s=0)
+        batcher.start()
+        with pytest.raises((RuntimeError, TypeError)):
+            await asyncio.wait_for(batcher.submit(Lane("broken", lambda payloads: found), "first"), 5)
+        assert (await asyncio.wait_for(batcher.submit(Lane("text", Recorder()), "after"), 5))[0] == 5
+        await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_a_caller_that_left_takes_no_place_and_harms_nobody() -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
         batcher.start()
         lane = Lane("text", recorder)
         first = await _held(batcher, lane, recorder)
-        queued, stays = await _submit(batcher, lane, ["gone", "stays"])
+        queued, stays, behind = await _submit(batcher, lane, ["gone", "stays", "gone as well"])
         queued.cancel()
+        behind.cancel()
         first.cancel()  # its batch runs already
         await asyncio.sleep(0)
         recorder.gate.set()
         assert (await stays)[0] == 5
         assert recorder.batches == [["first"], ["stays"]]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_queue_that_all_have_left_is_empty() -> None:
+    async def main() -> None:
+        recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0, max_queue_s=0.5)
+        batcher.start()
+        lane = Lane("text", recorder)
+        first = await _held(batcher, lane, recorder)
+        batcher._pace["text"] = 1.0  # seconds a query
+        (waits,) = await _submit(batcher, lane, ["waits"])
+        for refused in (batcher.submit(lane, "another"), batcher.submit_all(lane, ["and", "others"])):
+            with pytest.raises(Overloaded):
+                await refused
+        waits.cancel()
+        recorder.gate.set()
+        await first
+        assert (await batcher.submit(lane, "again"))[0] == 5, "refused for ever, for work that nobody waits for"
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_shared_pass_is_not_what_a_single_query_takes() -> None:
+    def slowly(payloads: list[str]) -> Vector:
+        time.sleep(0.2)
+        return np.ones((len(payloads), 2), np.float32)
+
+    async def main() -> None:
+        batcher = Batcher(max_batch=32, max_wait_s=0, max_queue_s=0.5)
+        batcher.start()
+        lane = Lane("text", slowly)
+        await batcher.submit_all(lane, ["part"] * 20)  # a hundredth of a second each
+        await asyncio.gather(*(batcher.submit(lane, "another") for _ in range(20)))
         await batcher.close()
 
     asyncio.run(main())
@@ -261,6 +311,8 @@ def test_a_flight_ends_with_its_last_passenger() -> None:
         three.cancel()
         await asyncio.sleep(0)
         four = asyncio.create_task(flights.run("a", compute))  # does not board the one that was called off
+        await asyncio.sleep(0.01)
+        assert "a" in flights, "others board the fourth, although the third has landed since it started"
         assert await four == 7
         assert ended == ["cancelled"]
         assert len(flights) == 0

@@ -14,9 +14,10 @@ import redis.asyncio
 from app_harness import RedisServer, opened, until
 
 from app.breaker import Breaker
-from app.cache import MemoryCache, RedisCache, _pack, cache_key, rounded
+from app.cache import MemoryCache, RedisCache, _pack, cache_key, make_cache, rounded
 from app.metrics import Metrics
 from app.rates import Rates
+from app.settings import Settings
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
 KEPT = rounded(VECTOR)
@@ -85,6 +86,8 @@ def test_an_absent_redis_costs_little_and_fails_nothing(built_index: Path) -> No
             assert time.perf_counter() - began < 1
             metrics = (await client.get("/metrics")).text
             assert 'dcar_redis_breaker_open{use="read"} 1.0' in metrics
+            for outcome in ("error", "skipped"):  # after three failures it is not even asked
+                assert f'dcar_cache_lookups_total{{level="redis",outcome="{outcome}"}} 3.0' in metrics
 
     asyncio.run(main())
 
@@ -114,6 +117,22 @@ def test_values_come_back_bit_for_bit_and_expire(redis_server: RedisServer) -> N
 
 
 @pytest.mark.redis
+def test_the_end_waits_for_writes_that_have_the_lifetime_of_the_settings(
+    built_index: Path, redis_server: RedisServer
+) -> None:
+    async def main() -> None:
+        given = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "cache_ttl_s": 60}
+        ending, other = (make_cache(Settings(index=built_index, **given)) for _ in range(2))
+        ending.put("key", VECTOR)
+        await ending.close()
+        assert isinstance(other, RedisCache)
+        assert 0 < await other._redis.ttl("key") <= 60
+        await other.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
 def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
     async def main() -> None:
         metrics = Metrics()
@@ -121,12 +140,12 @@ def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
         await cache._write("other", _pack("other", VECTOR))
         true = await cache._redis.get("other")
         bent = bytes([*true[:-1], true[-1] ^ 1])
-        nan = _pack("key", np.full(32, np.nan, np.float32))
-        for lie in (b"", b"x", true[:-1], true * 2, bent, nan, true):
+        nan, nothing = (_pack("key", np.full(32, value, np.float32)) for value in (np.nan, 0))
+        for lie in (b"", b"x", true[:-1], true * 2, bent, nan, nothing, true):
             await cache._redis.set("key", lie)
             assert await cache.get("key", 32) is None
         assert await cache.get("other", 32) is not None
-        assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="wrong") == 7
+        assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="wrong") == 8
         await cache._redis.delete("key")
         await cache._redis.lpush("key", "a list")
         assert await cache.get("key", 32) is None
@@ -246,6 +265,24 @@ def test_what_redis_gave_is_then_known_in_the_process(redis_server: RedisServer)
         known = cache.peek("key", 32)
         assert known is not None
         np.testing.assert_array_equal(known, KEPT)
+        await cache.close()
+
+    asyncio.run(main())
+
+
+def test_what_was_computed_is_known_in_the_process_though_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cache._MAX_WRITES", 2)
+
+    async def main() -> None:
+        metrics = Metrics()
+        cache = RedisCache("redis://127.0.0.1:1/0", ttl_s=60, memory=MemoryCache(10), metrics=metrics)
+        for i in range(5):
+            cache.put(f"key {i}", VECTOR)
+            known = cache.peek(f"key {i}", 32)
+            assert known is not None
+            np.testing.assert_array_equal(known, KEPT)
+        assert len(cache._writes) == 2, "however slow Redis is, only so many writes wait for it"
+        assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 3
         await cache.close()
 
     asyncio.run(main())

@@ -13,6 +13,10 @@ from test_bad_input import check
 from test_observability import scrape
 
 from app.schemas import CollectionList
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.checkpoint import save_checkpoint
+from dcar_core.config import ModelConfig
+from dcar_core.model import DCAR
 from index_jobs.rebuild import rebuild
 
 KEY = {"admin_key": "correct horse"}
@@ -105,6 +109,32 @@ def test_domains_share_a_backbone_and_its_batches(built_index: Path, circles: Pa
     asyncio.run(main())
 
 
+def test_domains_on_two_backbones_share_no_batch(
+    built_index: Path, tiny_model: Path, gallery: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    weights = load_file(base / "open_clip_model.safetensors")
+    weights["text_projection"] = -weights["text_projection"]  # by the other's backbone each score has the other sign
+    save_file(weights, base / "open_clip_model.safetensors")
+    save_checkpoint(DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), tmp_path / "checkpoint")
+    rebuild(gallery / "circle", tmp_path / "checkpoint", tmp_path / "other", workers=0, progress=False)
+
+    async def main() -> None:
+        given: dict[str, Any] = {"collections": {"round": tmp_path / "other"}, "cache_size": 0, "batch_wait_ms": 50}
+        async with opened(built_index, **given) as client:
+            encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]  # type: ignore[attr-defined]
+            assert encoders[0].model.backbone is not encoders[1].model.backbone
+            asked = [(prefix, query) for query in WORDS for prefix in ("", "/collections/round")]
+            alone = [await text(client, *each) for each in asked]
+            together = await asyncio.gather(*(text(client, *each) for each in asked))
+            for one, other in zip(alone, together, strict=True):
+                np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
+
+    asyncio.run(main())
+
+
 def test_one_that_cannot_be_loaded_is_named_and_the_other_answers(built_index: Path, circles: Path) -> None:
     items = circles / "versions/1/items.arrow"
     whole = items.read_bytes()
@@ -134,5 +164,20 @@ def test_one_that_cannot_be_loaded_is_named_and_the_other_answers(built_index: P
             found = await scrape(client)
             assert found["dcar_index_items", (("collection", "round"),)] == 6
             assert found["dcar_index_items", (("collection", "index"),)] == 24
+
+    asyncio.run(main())
+
+
+def test_one_that_cannot_follow_a_new_version_is_named(built_index: Path, circles: Path) -> None:
+    async def main() -> None:
+        async with opened(built_index, collections={"round": circles}, poll_s=0.02) as client:
+            (circles / "CURRENT").write_text("7\n")
+
+            async def told() -> bool:
+                ready = (await client.get("/readyz")).json()
+                return ready["status"] == "degraded" and ready["reason"].startswith("round: ")
+
+            await until(told)
+            assert await text(client, "/collections/round", "red")
 
     asyncio.run(main())

@@ -32,6 +32,7 @@ BODIES: list[tuple[bytes, dict[str, str]]] = [
     (b'{"query": ', JSON),
     (b"", JSON),
     (b"\xff\xfe", JSON),
+    (b'{"query": "x"}', JSON),
     (b'{"query": "x"}', {}),
     (b'{"query": "x"}', {"content-type": "text/plain"}),
 ]
@@ -81,6 +82,18 @@ def test_a_remembered_answer_says_so_and_tells_its_own_time(built_index: Path) -
     asyncio.run(main())
 
 
+def test_an_answer_is_remembered_for_its_own_address(built_index: Path) -> None:
+    """A collection has two where it is the default one, and the results' addresses begin with them."""
+
+    async def main() -> None:
+        async with opened(built_index) as client:
+            for where in ("", f"/collections/{built_index.name}") * 2:
+                answer = await client.post(f"{where}/search/text", json={"query": "a red square"})
+                assert answer.json()["results"][0]["image_url"].startswith(f"{where}/items/")
+
+    asyncio.run(main())
+
+
 def test_no_answer_outlives_its_version(
     gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -121,7 +134,7 @@ def test_answers_need_not_be_remembered(built_index: Path, setting: dict[str, in
 def test_the_least_recently_used_answers_are_dropped() -> None:
     one = {"index_version": 3, "took_ms": 5.0, "cached": False, "results": ["x" * 100]}
     answers = Answers(size=300)
-    for key in ("a", "b"):
+    for key in ("a", "a", "b"):  # two that asked at the same time have both an answer to put
         answers.put((key, None), one)
     assert json.loads(answers.get(("a", None), 3, 0.125) or b"") == one | {"cached": True, "took_ms": 0.12}
     answers.put(("c", None), one)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from app_harness import ADMIN, ALICE, KEYS, WORDS, bearer, hold, opened, png, serving, until
+from app_harness import ADMIN, ALICE, KEYS, WORDS, RedisServer, bearer, hold, opened, png, serving, until
 
 from app.batching import Batcher, Lane
 from app.problems import Overloaded
@@ -76,12 +76,39 @@ def test_a_full_queue_takes_no_picture_and_still_answers_what_is_remembered(buil
                 await client.post("/search/image", files={"file": png()}),
                 await client.post("/search/image", files={"file": b"not even a picture"}),
                 await client.post("/search/text", json={"query": "new words"}),
+                await client.post("/search/batch", json={"queries": [{"query": "new words"}]}),
             ):
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
             for k in (3, 4):  # the answer is remembered; the embedding is
                 assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
             batcher._backlog = 0.0
             assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+            gate, seen = hold(client.app.state.collections[None].live.encoder)  # type: ignore[attr-defined]
+            first = asyncio.create_task(client.post("/search/text", json={"query": "under way"}))
+
+            async def begun() -> bool:
+                return bool(seen)
+
+            await until(begun)
+            batcher._backlog = 5.0
+            second = asyncio.create_task(client.post("/search/text", json={"query": "under way", "k": 3}))
+            await asyncio.sleep(0.05)
+            gate.set()
+            assert [(await each).status_code for each in (first, second)] == [200, 200], "what is computed is shared"
+
+    asyncio.run(main())
+
+
+@pytest.mark.redis
+def test_a_full_queue_still_answers_what_redis_remembers(built_index: Path, redis_server: RedisServer) -> None:
+    async def main() -> None:
+        given = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "max_queue_ms": 1}
+        async with opened(built_index, **given) as client:
+            assert (await client.post("/search/text", json=WORDS)).status_code == 200
+        async with opened(built_index, **given) as client:  # which has not seen it
+            client.app.state.retriever._embedder._batcher._backlog = 5.0  # type: ignore[attr-defined]
+            assert (await client.post("/search/text", json=WORDS)).status_code == 200
+            assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
 
     asyncio.run(main())
 
@@ -128,7 +155,12 @@ def test_bodies_under_way_share_a_limit(built_index: Path) -> None:
             assert (await client.post("/search/image", files={"file": picture})).status_code == 200, "small ones fit in"
             go.set()
             assert (await first).status_code == 200
+            again = await client.post("/search/image", content=slowly(900 * 2**10), headers=kind)
+            assert again.status_code == 200, "what others held is free again"
             assert (await client.post("/search/image", files={"file": picture})).status_code == 200
+        async with opened(built_index, max_in_flight_bytes=1024) as client:
+            large = await client.post("/search/image", content=slowly(2000), headers=kind)
+            assert large.status_code == 200, "one alone always has room"
 
     asyncio.run(main())
 

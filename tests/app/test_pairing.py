@@ -45,6 +45,8 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
         async with opened(built_index, rerank_depth=8) as http:
             client = Client(http)
             plain = await client.text(query="a red square", k=24)
+            some = {"id": [ids(plain)[place] for place in (2, 5)]}  # whose features are known by then
+            await client.text(query="a blue circle", filter=some, rerank=True)
             again = await client.text(query="a red square", k=24, rerank=True)
             assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
             assert ids(again)[8:] == ids(plain)[8:]

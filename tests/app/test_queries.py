@@ -166,6 +166,9 @@ def test_a_cut_off_leaves_out_what_scores_less(built_index: Path) -> None:
             assert "--validation" in never["detail"]
             by_picture = await http.post("/search/image", files={"file": png()}, data={"min_score": "auto"})
             check(by_picture, 422, "min_score")
+            for name in ("more_like", "less_like"):
+                given = {"query": "x", "min_score": "auto", name: ["circle/red.png"]}
+                check(await http.post("/search/text", json=given), 422, "min_score")
 
     asyncio.run(main())
 
@@ -227,6 +230,8 @@ def test_like_and_unlike(built_index: Path, encoder: Encoder, artifact: Artifact
             two = await client.text(more_like=["circle/red.png", "cross/blue.png"], k=24)
             given = {"circle/red.png", "cross/blue.png", "square/green.png"}
             close(two, [each for each in ranked(artifact, a + b) if each[0] not in given - {"square/green.png"}])
+            few = (await http.get("/items/circle%2Fred.png/similar", params={"k": 5})).json()
+            assert (ids(few), few["next_offset"]) == (ids(similar)[:5], 5), "what is left out takes no place"
             all_of_it = await client.text(
                 query="red", k=24, more_like=["circle/red.png", "cross/blue.png"], less_like=["square/green.png"],
                 weights={"more": 2, "less": 0.25},

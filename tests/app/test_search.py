@@ -1,6 +1,8 @@
 """Searching: the same answers as the encoder and the index give, however they are asked for."""
 
 import asyncio
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from app.schemas import ItemAnswer, Readiness, SearchAnswer
 from app.settings import Settings
 from app.snapshots import load_snapshot
 from dcar_core import Encoder
-from dcar_core.errors import UnreachableError
+from dcar_core.errors import FingerprintError, UnreachableError
 from index_jobs.artifact import open_current
 from index_jobs.updates import remove
 
@@ -129,6 +131,9 @@ def test_more_searches_than_the_service_takes_on_are_refused(built_index: Path) 
             assert statuses == [200] * 2 + [503] * 8
             assert all("retry-after" in a.headers for a in answers if a.status_code == 503)
             assert (await client.post("/search/text", json={"query": "q1"})).status_code == 200
+            for count, status in ((2, 200), (3, 503), (2, 200)):  # a batch counts as its searches
+                batch = {"queries": [{"query": f"q{i}"} for i in range(count)]}
+                assert (await client.post("/search/batch", json=batch)).status_code == status
 
     asyncio.run(main())
 
@@ -219,9 +224,19 @@ def test_an_index_that_was_updated_is_not_as_quick_as_it_was_measured(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.snapshots._QUICK_MS", 1000)
-    assert load_snapshot(index, Settings(index=index)).quick
+    snapshot = load_snapshot(index, Settings(index=index))
+    assert snapshot.quick
+    snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="http://milvus:19530")
+    assert not snapshot.quick, "another machine may take any time"
     remove(index, ["circle/red.png"])
     assert not load_snapshot(index, Settings(index=index)).quick
+
+
+def test_an_index_that_another_encoder_made_is_refused(index: Path) -> None:
+    manifest = replace(open_current(index).manifest, fingerprint="f" * 64)
+    (index / "versions/1/manifest.json").write_text(json.dumps(manifest.to_dict()))
+    with pytest.raises(FingerprintError, match="was built by encoder ffffffffffff, not by"):
+        load_snapshot(index, Settings(index=index, device="cpu"))
 
 
 def test_vectors_that_do_not_answer_are_worth_another_try(built_index: Path) -> None:

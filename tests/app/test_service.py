@@ -171,6 +171,30 @@ def test_a_version_put_right_is_tried_at_once_when_it_is_published_again(index: 
     asyncio.run(main())
 
 
+def test_a_version_that_failed_is_tried_again_after_a_while(
+    index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, whole = newer_weights, newer_weights.read_bytes()
+    monkeypatch.setattr("app.snapshots._RETRY_S", 0.1)
+
+    async def main() -> None:
+        async with opened(index, poll_s=0.02) as client:
+            weights.write_bytes(whole[:100])
+            (index / "CURRENT").write_text("2\n")
+
+            async def degraded() -> bool:
+                return (await client.get("/readyz")).json()["status"] == "degraded"
+
+            async def served() -> bool:
+                return (await client.get("/readyz")).json()["index_version"] == 2
+
+            await until(degraded)
+            weights.write_bytes(whole)
+            await until(served)
+
+    asyncio.run(main())
+
+
 def test_nothing_is_answered_before_the_model_is_there(index: Path) -> None:
     async def main() -> None:
         (index / "versions/1/items.arrow").write_bytes(b"")

@@ -24,7 +24,7 @@ from index_jobs.artifact import (
     version_numbers,
 )
 from index_jobs.gallery import scan
-from index_jobs.publish import publish, rollback, writing
+from index_jobs.publish import next_version, publish, rollback, writing
 from index_jobs.rebuild import rebuild
 
 
@@ -147,17 +147,21 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
 FILES = ["index.faiss", "items.arrow", "manifest.json", "checkpoint/trainables.safetensors", "checkpoint/config.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("harm", [flip, cut, grow, Path.unlink])
 def test_harm_to_any_file_is_found_and_named(index: Path, name: str, harm: Callable[[Path], None]) -> None:
     verify_index(index)
     harm(index / "versions" / "1" / name)
     with pytest.raises(ArtifactError, match=name):
         verify_index(index)
-    if harm is not flip:  # what is missing or short is found on opening
+    if harm is not flip:  # what is missing or of another length is found on opening
         with pytest.raises(ArtifactError, match=name):
             open_current(index)
 
@@ -242,6 +246,8 @@ def test_a_number_is_never_used_twice(index: Path) -> None:
     publish_copy(index)
     rollback(index)
     assert publish_copy(index) == 3
+    (index / "CURRENT").write_text("7\n")  # whose directory is lost
+    assert next_version(index) == 8
 
 
 def test_rollback_to_a_broken_version_changes_nothing(index: Path) -> None:
@@ -270,6 +276,14 @@ def test_staged_version_that_does_not_read_back_is_not_published(index: Path) ->
             publish(index, staging, manifest)
     assert current_version(index) == 1
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
+
+
+def test_what_the_disk_has_not_kept_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index_jobs.publish.sync_tree", lambda staging: flip(staging / "index.faiss"))
+    with pytest.raises(ArtifactError, match=r"index\.faiss is corrupted"):
+        publish_copy(index)
+    assert current_version(index) == 1
+    assert version_numbers(index) == [1]
 
 
 def test_what_a_killed_writer_left_is_cleared(index: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from dcar_core.errors import ArtifactError, DataError, MissingExtraError
-from index_jobs import gpu
+from index_jobs import gpu, kinds
 from index_jobs.build import build, fill
-from index_jobs.kinds import Choice, choose, create
-from index_jobs.tuning import Blocks, Queries, latency
+from index_jobs.kinds import Choice, choose, create, machine_memory
+from index_jobs.tuning import Blocks, Knobs, Queries, latency
 from index_jobs.vectors import FaissIndex, write_faiss
 
 Floats = NDArray[np.float32]
@@ -85,6 +85,16 @@ def test_tuned_parameter_is_kept_in_the_file_and_reaches_the_target(gallery: Flo
     assert faiss.read_index(str(tmp_path / "index.faiss")).nprobe == built.measured["parameters"]["nprobe"]
 
 
+def test_lists_that_a_graph_finds_are_looked_for_as_widely_as_they_are_many(gallery: Floats) -> None:
+    import faiss
+
+    index = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64_HNSW32,Flat", "test")]).index
+    knobs, graph = Knobs(index), faiss.downcast_index(faiss.extract_index_ivf(index).quantizer).hnsw
+    for lists, wide in ((8, 64), (60, 120)):
+        knobs.set("nprobe", lists)
+        assert (faiss.extract_index_ivf(index).nprobe, graph.efSearch) == (lists, wide)
+
+
 def test_measured_recall_is_that_of_the_queries_given(gallery: Floats) -> None:
     queries = clustered(80, seed=9)
     asked = Queries(queries, "captions", np.full(80, -1))
@@ -150,8 +160,21 @@ def test_auto_says_why() -> None:
     assert not any(factory.startswith("HNSW") for factory in large)  # a graph of so many takes days
     (gpu,) = auto(1_000_000, 8, gpu_memory=40 * GIB)
     assert (gpu.factory, gpu.gpu) == ("Flat", True)
+    assert auto(1_000_000, 8, gpu_memory=GIB) == middle, "what the GPU has no memory for"
     with pytest.raises(DataError, match=r"1,000,000 vectors of 512 fit no kind of index in 0\.0 GiB: .*raise --memory"):
         auto(1_000_000, 0.01)
+
+
+def test_the_memory_is_half_of_what_the_machine_or_its_container_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(kinds, "Path", lambda _: limit)
+    machine = machine_memory()  # there is no limit yet
+    for text, memory in (("max", machine), (str(2 * machine), machine), (str(GIB), GIB)):
+        limit.write_text(f"{text}\n")
+        assert machine_memory() == memory
+    assert choose("auto", 1_000_000, 512) == auto(1_000_000, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ CASES: list[tuple[Row, Callable[[Row], bool]]] = [
     ({"id": ["p03", "nothing"]}, lambda r: r["id"] == "p03"),
     ({"price": {"gte": 3, "lt": 9.5}}, lambda r: 3 <= r["price"] < 9.5),
     ({"price": 3}, lambda r: r["price"] == 3),
+    ({"price": [3, 2**60 + 1]}, lambda r: r["price"] == 3),  # which no float is
+    ({"price": {"lt": 2**60 + 1}}, lambda r: True),
     ({"stock": {"gt": 3.5}}, lambda r: r["stock"] > 3.5),
     ({"stock": {"lte": 3, "not": 2}}, lambda r: r["stock"] <= 3 and r["stock"] != 2),
     ({"stock": [1, 2.0, 2.5]}, lambda r: r["stock"] in (1, 2)),
@@ -118,6 +120,12 @@ def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, sai
         matching(shop, filter)
     assert caught.value.field == field
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize(("field", "none"), [("caption", True), ("category", True), ("color", False)])
+def test_an_empty_caption_or_category_is_none(field: str, none: bool) -> None:
+    column = pa.chunked_array([["a", "", None]], pa.string())
+    assert _fulfilled(column, None, field).tolist() == [False, none, True]
 
 
 TOP = 2**63

@@ -77,8 +77,11 @@ def test_signatures_tell_a_changed_picture_from_a_changed_caption(tiny_gallery: 
     captioned = scan(root)
     assert captioned.vectors_signature == before.vectors_signature
     assert captioned.content_signature != before.content_signature
+    listed = jsonl(tmp_path / "list.jsonl", {"file_name": str(root / "circle" / "red.png")})
+    alone = scan(listed)
     os.utime(root / "circle" / "red.png", ns=(1, 1))
     assert scan(root).vectors_signature != before.vectors_signature
+    assert scan(listed).vectors_signature != alone.vectors_signature
 
 
 def test_hidden_files_and_other_files_are_left_out(tmp_path: Path) -> None:
@@ -97,6 +100,7 @@ def test_tar_members_are_read_in_place_with_their_siblings(tmp_path: Path) -> No
             "x/1.png": png("green"),
             "x/1.txt": b"green thing\n",
             "x/1.cls": b"7",
+            "x/._1.png": b"what macOS writes beside each file",
             "readme.md": b"no picture",
         },
     )

@@ -20,10 +20,12 @@ from dcar_core.data import load_split
 from dcar_core.errors import DataError
 from index_jobs import gate
 from index_jobs.artifact import current_version, open_current
+from index_jobs.calibrate import signature
 from index_jobs.gallery import Gallery, scan
 from index_jobs.notify import notify
 from index_jobs.options import RejectedError
 from index_jobs.rebuild import main, rebuild
+from index_jobs.updates import remove
 
 ELSEWHERE = ("memory://pictures/a/", "memory://pictures/b/")  # needs no extra
 
@@ -198,6 +200,19 @@ def test_a_name_that_several_pictures_have_is_nobodys(tiny_data: Path, tmp_path:
     assert found == {ELSEWHERE[0] + name: expected[name] for name in once}
 
 
+def test_what_was_removed_is_not_in_the_way_of_the_other_index(index: Path) -> None:
+    whole = open_current(index)
+    remove(index, [whole.item(3).id])
+    shared = gate._shared(whole, open_current(index))
+    assert shared is not None
+    assert np.flatnonzero(~shared).tolist() == [3]
+
+
+def test_no_caption_is_none_that_only_one_picture_has(tmp_path: Path) -> None:
+    table = pa.table({"caption": ["a cat", "", "a dog", "a dog"], "id": ["0", "1", "2", "3"]})
+    assert gate.pairs_of(Gallery("", str(tmp_path), table, "", ""), None) == gate.Pairs(["a cat"], ["0"], "captions")
+
+
 def test_few_captions_are_taken_out_of_very_many(tmp_path: Path) -> None:
     """More text than one array of Arrow's holds: 2.6 GB, of which every chunk but the last is the same memory."""
     chunk = pa.array([f"{number:02}" + "x" * 1_000_000 for number in range(64)])
@@ -231,6 +246,11 @@ def test_validation_pairs_give_the_cut_off(tiny_data: Path, tiny_checkpoint: Pat
     again = rebuild(data, tiny_checkpoint, index, progress=False, validation=data)
     assert (again.published, again.encoded) == (True, 0)
     assert open_current(index).manifest.cutoff["pairs"] == 4
+
+
+def test_other_texts_of_the_same_pictures_are_another_calibration() -> None:
+    one, other = (signature(gate.Pairs([text], ["1"], "validation")) for text in ("a cat", "a dog"))
+    assert one != other
 
 
 def test_validation_pairs_are_found_in_tars(tiny_data: Path, tmp_path: Path) -> None:
@@ -359,6 +379,7 @@ def test_summary_says_who_was_told(
     [
         ("http://user:s3cret@127.0.0.1:9", "http://127.0.0.1:9"),
         ("redis://:pa/s3cret@127.0.0.1:9", "redis://127.0.0.1:9"),
+        ("redis://:s3cret/pa@127.0.0.1:9", "redis://127.0.0.1:9"),  # Python's error quotes it as a port
         ("redis://:pa?s3cret@127.0.0.1:9", "redis://"),
         ("redis://127.0.0.1:9/0?password=s3cret", "redis://127.0.0.1:9/0"),
         ("redis://127.0.0.1:9/0?password=s3@cret", "redis://"),
@@ -394,3 +415,10 @@ def test_redirect_does_not_get_the_admin_key(tmp_path: Path, monkeypatch: pytest
         server.shutdown()
     assert told.startswith("not reached: 302")
     assert asked == ["/admin/reload"]
+
+
+def test_a_loss_of_just_the_margin_passes() -> None:
+    for loss in range(1, 99):
+        served, found = {"recall_at_1": (loss + 1) / 100}, {"recall_at_1": (loss - 1) / 100}
+        assert gate.falls(served, found, 0.02) == []
+        assert gate.falls(served, found, 0.0199) == ["recall_at_1"]

@@ -30,6 +30,7 @@ from index_jobs.rebuild import rebuild
         (["", "", "", ""], [None] * 4),
         (["true", "FALSE", "", "True"], [True, False, None, True]),
         (["true", "1", "", "x"], ["true", "1", None, "x"]),
+        (["1.5", "true", "", "2"], ["1.5", "true", None, "2"]),
         (['[""new"", ""sale""]', "[]", "", '[""x""]'], [["new", "sale"], [], None, ["x"]]),
         (['[""new""', "[1]", "", '{""a"": 1}'], ['["new"', "[1]", None, '{"a": 1}']),
         *((["1", "2", cell, ""], ["1", "2", cell, None]) for cell in (

@@ -62,6 +62,29 @@ def test_searches_are_those_of_faiss(index: Path, plain: Path) -> None:
     assert [here.row_of(here.item(row).id) for row in (0, 23)] == [0, 23]
 
 
+def test_rows_go_on_from_one_request_to_the_next(
+    plain: Path, tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(milvus, "_INSERTED", 7)
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, progress=False)
+    rows = np.arange(24)
+    found, truth = (open_current(path).vectors(rows) for path in (tmp_path / "index", plain))
+    np.testing.assert_allclose(found, truth, atol=1e-6)
+
+
+def test_what_a_damaged_version_names_is_not_dropped(
+    tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
+) -> None:
+    """Which collection that is nobody knows, so none of them goes."""
+    out, client = tmp_path / "index", milvus.connect(uri)
+    rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False)
+    place = milvus.Place.read(out / "versions/1/milvus.json")
+    rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False, force=True)
+    (out / "versions/1/milvus.json").write_text("{")
+    milvus.follow(out, 2)
+    assert client.has_collection(place.collection)
+
+
 def test_long_filters_are_asked_in_pieces(index: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(milvus, "_LISTED", 3)
     allowed = np.arange(24) % 3 != 0

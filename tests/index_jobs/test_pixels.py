@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def test_worker_processes_share_it(gallery: Path, encoder: Encoder, tmp_path: Pa
     np.testing.assert_array_equal(vectors_of(first), vectors_of(again))
 
 
+def test_what_is_not_as_long_as_a_picture_is_decoded_again(
+    gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
+) -> None:
+    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    run(gallery, encoder, tmp_path / "a", cache)
+    with closing(sqlite3.connect(cache.path)) as connection, connection:
+        connection.execute("UPDATE pixels SET value = x'00' WHERE rowid = 1")
+    assert len(run(gallery, encoder, tmp_path / "b", cache)) == 24
+    assert len(decoded) == 25
+
+
 def test_a_damaged_cache_is_never_fatal(
     gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,11 +166,12 @@ def test_a_rebuild_uses_it_and_lists_duplicates(
 
 
 def test_asking_for_exact_pixels_is_a_new_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    def build(exact: bool) -> tuple[int, bool]:
+    def build(exact: bool) -> tuple[int, bool, int]:
         summary = rebuild(gallery, tiny_checkpoint, tmp_path / "i", exact=exact, progress=False)
-        return summary.version, open_current(tmp_path / "i").manifest.exact
+        return summary.version, open_current(tmp_path / "i").manifest.exact, summary.encoded
 
-    assert [build(False), build(True), build(True), build(False)] == [(1, False), (2, True), (2, True), (3, False)]
+    assert [build(False), build(True), build(True)] == [(1, False, 24), (2, True, 24), (2, True, 0)]
+    assert build(False) == (3, False, 24), "vectors of exact pixels are not those of others"
 
 
 def test_a_picture_of_another_place_or_version_is_not_here(tmp_path: Path) -> None:

@@ -81,6 +81,12 @@ def test_nothing_is_done_twice(gallery: Path, tiny_checkpoint: Path, other_check
     assert not run(other_checkpoint, kind="hnsw").reused
     assert version_numbers(tmp_path / "index") == [3, 4, 5]
     assert open_current(tmp_path / "index").item(5).caption == "a crimson circle"
+    for asked in ({"memory": 2**30}, {"memory": 2**30, "target_recall": 0.9}):
+        settings = {"kind": "hnsw", "margin": 1, "progress": False, **asked}
+        assert [rebuild(gallery, other_checkpoint, tmp_path / "index", **settings).reused for _ in "12"] == [
+            False,
+            True,
+        ]
 
 
 def test_failed_pictures_are_published_with_the_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -95,6 +101,8 @@ def test_failed_pictures_are_published_with_the_version(gallery: Path, tiny_chec
         "circle/black.png", "circle/green.png", "circle/orange.png",
     ]  # fmt: skip
     assert rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False).reused
+    with pytest.raises(DcarError, match="too few pictures"):  # more than are accepted now
+        rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, max_failed=0)
 
 
 @pytest.fixture

@@ -141,6 +141,15 @@ def test_fewer_allowed_than_asked_for(kind: str, vectors: NDArray[np.float32]) -
     assert (index.search(vectors[:2], 5, np.zeros(COUNT, np.bool_))[1] == -1).all()
 
 
+def test_what_was_not_found_comes_last_whatever_score_it_is_given() -> None:
+    """faiss gives the lowest float, others nought, which is more than a cosine below it."""
+    one = np.array([[-0.5, 0.0]], np.float32), np.array([[3, -1]])
+    other = np.array([[-0.7, np.finfo(np.float32).min]], np.float32), np.array([[8, -1]])
+    scores, rows = selecting.best_of([one[0], other[0]], [one[1], other[1]], 3)
+    assert rows.tolist() == [[3, 8, -1]]
+    assert scores.tolist() == [[-0.5, np.float32(-0.7), -np.inf]]
+
+
 @pytest.fixture(scope="module")
 def artifact(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     index = tmp_path_factory.mktemp("selected") / "index"
@@ -170,6 +179,8 @@ def test_wrong_rows_and_fields_are_named(artifact: Artifact) -> None:
         artifact.column("colour")
     with pytest.raises(IndexError, match=r"allowed rows must be in 0\.\.23, not 3\.\.24"):
         artifact.search(query, 1, np.array([3, 24]))
+    with pytest.raises(IndexError, match=r"allowed rows must be in 0\.\.23, not -1\.\.3"):
+        artifact.search(query, 1, np.array([3, -1]))
     with pytest.raises(ValueError, match=r"allowed has \(3,\) truth values, but there are 24 rows"):
         artifact.search(query, 1, np.array([True, False, True]))
     with pytest.raises(IndexError, match=r"row 24 is not in 0\.\.23"):

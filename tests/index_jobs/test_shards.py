@@ -1,6 +1,7 @@
 """What a shard's failures are of: the picture, or reading it."""
 
 import io
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,13 @@ def test_a_reopened_shard_is_still_to_do(tmp_path: Path) -> None:
     assert store.load(0) is None
     assert store.load(1) is not None
     assert store.rows_there() == 1
+
+
+def test_one_that_can_be_read_by_now_is_enough(tiny_gallery: Path, tmp_path: Path) -> None:
+    gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
+    for row, left in ((0, True), (1, False)):
+        (tmp_path / "gallery" / gallery.table["name"][row].as_py()).unlink()
+        assert can_read(gallery, [0, 1], time.monotonic() + 60) == left
 
 
 def test_asking_again_has_an_end(tiny_gallery: Path) -> None:

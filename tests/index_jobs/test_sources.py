@@ -23,7 +23,17 @@ from index_jobs.artifact import open_current
 from index_jobs.encode import encode
 from index_jobs.gallery import scan
 from index_jobs.rebuild import rebuild
-from index_jobs.sources import WHOLE_FILE, Place, is_url, parent_of, place_of, read_picture, read_pictures, suffix_of
+from index_jobs.sources import (
+    WHOLE_FILE,
+    Place,
+    _span,
+    is_url,
+    parent_of,
+    place_of,
+    read_picture,
+    read_pictures,
+    suffix_of,
+)
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -106,6 +116,12 @@ def test_places_are_joined_and_taken_apart(root: str, location: str, place: str)
     assert place_of(root, location) == place
     assert suffix_of(place) == ".png"
     assert place_of(parent_of(place), "x.png") == place.replace("b.png", "x.png")
+
+
+def test_a_span_is_cut_out_of_what_a_server_without_ranges_sends() -> None:
+    span = Place(0, "a.tar", 3, 4)
+    assert _span(b"0123456789", span, "a.tar") == _span(b"3456", span, "a.tar") == b"3456"
+    assert isinstance(_span(b"012345", span, "a.tar"), ValueError)
 
 
 def test_what_is_a_url() -> None:

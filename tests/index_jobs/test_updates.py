@@ -75,7 +75,8 @@ def test_removed_item_is_never_seen(index: Path) -> None:
     before = open_current(index)
     gone = [before.item(row).id for row in (3, 17)]
     vectors = before.vectors(np.arange(24))
-    assert remove(index, [*gone, gone[0]]).count == 22
+    done = remove(index, [*gone, gone[0]])
+    assert (done.count, done.removed) == (22, 2)
     artifact = open_current(index)
     assert (artifact.rows, artifact.manifest.count, artifact.manifest.removed) == (24, 22, 2)
     live = sorted(set(range(24)) - {3, 17})
@@ -91,6 +92,14 @@ def test_removed_item_is_never_seen(index: Path) -> None:
         remove(index, [gone[0]])
     assert rollback(index) == 1
     assert open_current(index).row_of(gone[0]) == 3
+
+
+@pytest.mark.parametrize("row", [-1, 24])
+def test_removed_rows_that_do_not_exist_are_refused(index: Path, row: int) -> None:
+    remove(index, [open_current(index).item(0).id])
+    np.save(open_current(index).path / "removed.npy", np.array([row]))
+    with pytest.raises(ArtifactError, match=r"removed\.npy does not fit the manifest; roll back"):
+        open_current(index)
 
 
 def test_replaced_item_is_the_new_one(index: Path, encoder: Encoder, tmp_path: Path) -> None:
@@ -110,10 +119,23 @@ def test_replaced_item_is_the_new_one(index: Path, encoder: Encoder, tmp_path: P
     assert sum(artifact.item(int(r)).id == "pink" for r in rows if r >= 0) == 1
 
 
+def test_a_broken_picture_replaces_nothing(index: Path, tmp_path: Path) -> None:
+    add(index, more(tmp_path / "more", "pink", "cyan"), progress=False)
+    changed = more(tmp_path / "changed", "pink", "cyan", shape="circle")
+    (changed / "pink.png").write_bytes(b"no picture")
+    done = add(index, changed, replace_known=True, max_failed=0.5, progress=False)
+    assert (done.count, done.added, done.removed, done.failed) == (26, 1, 1, 1)
+    artifact = open_current(index)
+    rows = [artifact.row_of(color) for color in ("pink", "cyan")]
+    assert [artifact.item(row).caption for row in rows if row is not None] == ["a pink square", "a cyan circle"]
+
+
 def test_many_small_additions_become_a_few_parts(index: Path, encoder: Encoder, tmp_path: Path) -> None:
-    colors = ["pink", "cyan", "lime", "navy", "teal", "gold"]
+    colors, parts = ["pink", "cyan", "lime", "navy", "teal", "gold"], []
     for color in colors:
         add(index, more(tmp_path / color, color), progress=False)
+        parts.append([addition.count for addition in open_current(index).manifest.additions])
+    assert parts == [[1], [2], [3], [3, 1], [5], [5, 1]]
     remove(index, ["lime"])
     add(index, more(tmp_path / "last", "coral", "gray", "olive"), progress=False)
     artifact = open_current(index)
