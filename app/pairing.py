@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from app.batching import Vector
 from app.embedding import Embedder, Pixels
 from app.finding import Hit, vectors_of
 from app.problems import Problem
+from app.schemas import Fit
 from app.snapshots import Snapshot
 from app.threads import in_own_thread
 from dcar_core.errors import ArtifactError, DcarError, ImageError
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from dcar_core.pair_weights import PairWeights
 
 Words = list[tuple[str, float]]
-Fit = Literal["cover", "fill", "contain"]
 
 _FITS: dict[str, Fit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
 

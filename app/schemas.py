@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+Fit = Literal["cover", "fill", "contain"]
+
 
 class Word(BaseModel):
     """A word of the query and its weight; 1 is the average."""
@@ -26,7 +28,7 @@ class Explanation(BaseModel):
     """
 
     relevance: list[list[float]]
-    fit: Literal["cover", "fill", "contain"] = "cover"
+    fit: Fit = "cover"
     words: list[Word] | None = None
 
 
