@@ -23,7 +23,8 @@ from dcar_core.files import canonical
 from dcar_core.images import IMAGE_SUFFIXES
 from index_jobs import listing
 from index_jobs.listing import Picture
-from index_jobs.metadata import LIST_SUFFIXES, split_fields
+from index_jobs.metadata import split_fields
+from index_jobs.records import LIST_SUFFIXES
 from index_jobs.sources import is_url, parent_of, suffix_of
 
 SCHEMA = pa.schema(

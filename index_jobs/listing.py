@@ -14,7 +14,8 @@ from typing import Any
 from dcar_core.data.pictures import unicode_forms
 from dcar_core.errors import DataError
 from dcar_core.images import IMAGE_SUFFIXES, index_tar
-from index_jobs.metadata import BESIDE, PATH_COLUMNS, Fields, Metadata, read_records, sidecars
+from index_jobs.metadata import BESIDE, Metadata, sidecars
+from index_jobs.records import PATH_COLUMNS, Fields, read_records
 from index_jobs.sources import WHOLE_FILE, file_system, is_url, open_place, parent_of, place_of, suffix_of, version_of
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -16,8 +16,8 @@ from dcar_core.errors import DataError
 from index_jobs.artifact import open_current
 from index_jobs.filters import matching
 from index_jobs.gallery import scan
-from index_jobs.metadata import read_records
 from index_jobs.rebuild import rebuild
+from index_jobs.records import read_records
 
 
 @pytest.mark.parametrize(
