@@ -79,9 +79,11 @@ def demo(
     data: Annotated[Path, typer.Option(help="Where the demo keeps its indexes.")] = Path("data"),
     runtime: Runtime = "auto",
 ) -> None:
-    """Index the bundled emoji galleries (once) and serve them as two collections over one backbone.
+    """Index the bundled emoji galleries (once) and serve them as collections over one backbone.
 
-    Routes without a collection, such as /search/text, search the default one, /collections/NAME/search/text the other.
+    Routes without a collection, such as /search/text, search the default one, /collections/NAME/search/text the others.
+    DOMAIN-clip is the default one's gallery by the base model alone, to see what was learned: the page shows both side
+    by side.
     """
     from app.server import require_free_port
     from index_jobs.rebuild import rebuild
@@ -92,10 +94,12 @@ def demo(
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {there}")
     require_free_port(host, port)
     others = [each for each in known if each != domain]
+    made = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
+    made[f"{domain}-clip"] = EXAMPLES / domain, _base_model(data / "zero-shot")
+    others.append(f"{domain}-clip")
     typer.echo()
-    for name in (domain, *others):
-        example = EXAMPLES / name
-        found = rebuild(example, example / "checkpoint", data / "index" / name, validation=example, runtime=runtime)
+    for name, (example, checkpoint) in made.items():
+        found = rebuild(example, checkpoint, data / "index" / name, validation=example, runtime=runtime)
         state = "already indexed" if found.reused else f"indexed in {found.seconds:.0f} s"
         typer.echo(f"{found.count:,} {name} pictures, {state}")
     typer.echo(_hints(f"http://{f'[{host}]' if ':' in host else host}:{port}", others))
@@ -104,12 +108,26 @@ def demo(
     _serve(index=data / "index" / domain, collections=collections, host=host, port=port, runtime=runtime)
 
 
+def _base_model(out: Path) -> Path:
+    """The checkpoint of the bundled base model as it is, made once."""
+    from dcar_core.checkpoint import is_checkpoint, read_config
+    from dcar_core.zero_shot import save_zero_shot
+
+    wanted = {read_config(path)["backbone"]["sha256"] for path in EXAMPLES.glob("*/checkpoint")}
+    if not is_checkpoint(out) or read_config(out)["backbone"]["sha256"] not in wanted:
+        from dcar_core.backbone import BackboneSource, load_backbone
+
+        save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out)
+    return out
+
+
 def _hints(url: str, others: list[str]) -> str:
     ask = """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
     places = ["", *(f"/collections/{name}" for name in others)]
     texts = "".join(f"  by text     curl -s {url}{place}/search/text {ask}\n" for place in places)
     picture = f"  by picture  curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
-    return f"Try:\n  the page    {url}/\n{texts}{picture}Stop with Ctrl-C.\n"
+    pages = f"  the page    {url}/\n  beside CLIP {url}/#q=woman+running+dark+skin&beside={others[-1]}\n"
+    return f"Try:\n{pages}{texts}{picture}Stop with Ctrl-C.\n"
 
 
 def _collections(given: list[str]) -> dict[str, Path] | None:

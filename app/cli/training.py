@@ -1,4 +1,4 @@
-"""`dcar train` and `dcar evaluate`."""
+"""`dcar train`, `dcar zero-shot` and `dcar evaluate`."""
 
 import math
 from typing import Annotated, Any
@@ -107,6 +107,19 @@ def train(
     if mean_r1(found.best) < mean_r1(before):
         told += "; that is better than what was learned: try a lower --lr, more --epochs or more pairs"
     typer.echo(told)
+
+
+@commands.command("zero-shot")
+def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pretrained = None) -> None:
+    """A checkpoint of a model as it is: to index and search with before anything is learned, or to compare with.
+
+    It needs no data, and goes wherever one that was trained does: `dcar index build --checkpoint OUT ...`
+    """
+    from dcar_core.backbone import BackboneSource, load_backbone
+    from dcar_core.zero_shot import save_zero_shot
+
+    mark = save_zero_shot(load_backbone(BackboneSource(model, pretrained)), out)
+    typer.echo(f"{out}: {model} as it is, fingerprint {mark[:12]}")
 
 
 @commands.command()

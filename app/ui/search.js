@@ -1,20 +1,20 @@
-// The search page. The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), a category and
-// whether to explain, so it can be shared and "back" works; a picture cannot be put into an address and is kept in memory
-// under a name (#picture=lx3k2a) as long as the page lives.
+// The search page. The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), the one whose
+// answer stands beside (beside=), a category and whether to explain, so it can be shared and "back" works; a picture
+// cannot be put into an address and is kept in memory under a name (#picture=lx3k2a) as long as the page lives.
 // Every request aborts the one before; an answer that is no longer wanted is never shown. Nothing is searched before the
 // collections are known; what is typed meanwhile waits.
 
-import { drawMap, drawWords } from "./explain.js";
+import { makeCards, markPlaces } from "./cards.js";
+import { drawWords } from "./explain.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("form"), query = $("query"), file = $("file"), count = $("k"), explain = $("explain");
 const results = $("results"), status = $("status"), error = $("error"), empty = $("empty"), nothing = $("nothing");
-const collection = $("collection");
+const collection = $("collection"), beside = $("beside"), other = $("other");
 const TYPING_MS = 180;
 const BUNDLED = ["crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry"];
 const LONGEST_EXAMPLE = 40; // characters
 const SLOW_MS = 500;
-const AGAIN_MS = [1500, 4000, 10000]; // when a picture that did not come is asked for again
 const UNREADABLE = "This file cannot be read.";
 
 const pictures = new Map(); // name -> {file, url}
@@ -28,7 +28,7 @@ let running = null;
 function read() {
   const given = new URLSearchParams(location.hash.slice(1));
   const wanted = { q: given.get("q") ?? "", explain: given.get("explain") };
-  for (const name of ["item", "picture", "k", "in", "category"]) wanted[name] = given.get(name);
+  for (const name of ["item", "picture", "k", "in", "beside", "category"]) wanted[name] = given.get(name);
   wanted.lost = wanted.picture !== null && !pictures.has(wanted.picture); // the page was reloaded
   if (wanted.lost) wanted.picture = null;
   return wanted;
@@ -44,15 +44,24 @@ function go(wanted, { replace = false } = {}) {
   }
   const where = ready ? collection.value : read().in;
   if (where && where !== collections[0]?.name) parts.set("in", where);
+  const second = wanted.beside ?? (ready ? beside.value : read().beside);
+  if (second && second !== where) parts.set("beside", second);
   const address = [...parts].length ? `#${parts}` : location.pathname + location.search;
   if (`#${parts}` !== location.hash) history[replace ? "replaceState" : "pushState"](null, "", address);
   show();
 }
 
 const known = (id) => captions.get(base() + id);
-const base = () => (collection.selectedIndex > 0 ? `collections/${encodeURIComponent(collection.value)}/` : "");
+const base = (name = collection.value) =>
+  name && name !== collections[0]?.name ? `collections/${encodeURIComponent(name)}/` : "";
 
-async function ask(wanted, signal) {
+// What the service says of a query in one collection: its answer's fields, and `ok` as of the response.
+async function ask(wanted, signal, name) {
+  const answer = await send(wanted, signal, base(name));
+  return { status: answer.status, ...(await answer.json().catch(() => ({}))), ok: answer.ok };
+}
+
+async function send(wanted, signal, from) {
   const options = { k: Number(count.value) };
   if (wanted.category) options.filter = { category: wanted.category };
   if (explain.checked) options.explain = true;
@@ -61,11 +70,11 @@ async function ask(wanted, signal) {
     await file.slice(0, 1).arrayBuffer().catch(() => { throw UNREADABLE; }); // a folder, or gone since
     body.append("file", file);
     for (const [name, value] of Object.entries(options)) body.append(name, JSON.stringify(value));
-    return fetch(`${base()}search/image`, { method: "POST", body, signal });
+    return fetch(`${from}search/image`, { method: "POST", body, signal });
   }
   const headers = { "Content-Type": "application/json" };
   const body = JSON.stringify({ ...options, ...(wanted.item ? { more_like: [wanted.item] } : { query: wanted.q }) });
-  return fetch(`${base()}search/text`, { method: "POST", headers, body, signal });
+  return fetch(`${from}search/text`, { method: "POST", headers, body, signal });
 }
 
 async function show() {
@@ -75,6 +84,7 @@ async function show() {
   const wanted = read();
   if (wanted.k && [...count.options].some((option) => option.value === wanted.k)) count.value = wanted.k;
   collection.value = collections.some(({ name }) => name === wanted.in) ? wanted.in : (collections[0]?.name ?? "");
+  offerBeside(wanted.beside);
   if (suggested !== base()) suggest();
   if (wanted.q || wanted.item || wanted.picture) explain.checked = wanted.explain === "1";
   $("category").hidden = !wanted.category;
@@ -84,7 +94,9 @@ async function show() {
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === wanted.q);
   const subject = wanted.q || (wanted.picture || wanted.item ? $("chip-label").textContent : "");
   document.title = subject ? `${subject} · Picture search` : "Picture search";
-  if (wanted.in && wanted.in !== collection.value) return fail(`There is no collection “${wanted.in}” here.`);
+  for (const name of [wanted.in, wanted.beside]) {
+    if (name && collections.every((each) => each.name !== name)) return fail(`There is no collection “${name}” here.`);
+  }
   if (wanted.lost) return fail("A picture is not part of a link, and is gone with the page that it was given to. Choose it again.");
   if (!subject) return draw(null);
 
@@ -92,12 +104,15 @@ async function show() {
   results.setAttribute("aria-busy", "true");
   const slow = setTimeout(() => (status.textContent = "Searching…"), SLOW_MS);
   try {
-    const answer = await ask(wanted, mine.signal);
+    const [answer, second] = await Promise.all([
+      ask(wanted, mine.signal, collection.value),
+      beside.value ? ask(wanted, mine.signal, beside.value).catch(() => ({})) : null,
+    ]);
     if (wanted.item && known(wanted.item) === undefined) await name(wanted, mine.signal);
-    const body = await answer.json().catch(() => ({}));
     if (mine.signal.aborted) return;
-    if (answer.ok) draw(body, wanted);
-    else fail(body.detail || `Error ${answer.status}`);
+    if (!answer.ok) return fail(answer.detail || `Error ${answer.status}`);
+    draw(answer, wanted);
+    if (second) drawBeside(second, wanted, answer);
   } catch (reason) {
     if (!mine.signal.aborted) fail(reason === UNREADABLE ? UNREADABLE : "The service cannot be reached.");
   } finally {
@@ -116,6 +131,7 @@ async function name(wanted, signal) { // the address was opened from elsewhere, 
 function draw(answer, wanted) {
   error.hidden = nothing.hidden = true;
   empty.hidden = answer !== null;
+  hideBeside();
   drawWords($("words"), answer?.words);
   if (answer === null) {
     results.removeAttribute("aria-busy");
@@ -123,25 +139,69 @@ function draw(answer, wanted) {
     status.textContent = "";
     return;
   }
-  const scores = answer.results.map((result) => result.score);
-  const top = Math.max(...scores), span = Math.max(top - Math.min(...scores), 1e-6);
-  const share = (score) => 1 - (0.9 * (top - score)) / span; // 1 for the best, 0.1 for the last one shown
-  const least = leastScore(wanted);
-  const cards = answer.results.map((result) => card(result, share(result.score), result.score < least));
-  const fitting = scores.filter((score) => score >= least).length;
-  if (fitting && fitting < cards.length) cards.splice(fitting, 0, divider());
-  place(cards);
-  if (!fitting) tellNothing(wanted, scores.length);
-  const n = scores.length;
-  const facts = [`${n} ${n === 1 ? "result" : "results"}`, `${answer.took_ms.toFixed(1)} ms`];
-  if (fitting < n) facts[0] += `, ${fitting || "none"} that ${fitting === 1 ? "fits" : "fit"}`;
-  if (answer.cached) facts.push("cached");
-  status.textContent = [...facts, `index version ${answer.index_version}`].join(" · ");
+  const cards = listed(answer, wanted, collection.value);
+  place(cards.cards);
+  if (!cards.fitting) tellNothing(wanted, answer.results.length);
+  status.textContent = facts(answer, cards.fitting);
+}
+
+function listed(answer, wanted, name, to = name) { // a click goes on in the collection `to`
+  for (const { id, caption } of answer.results) captions.set(base(name) + id, caption || id);
+  return makeCards(answer.results, {
+    least: leastScore(wanted, name),
+    more: ({ id }) => {
+      scrollTo({ top: 0 });
+      const swapped = to !== collection.value ? { beside: collection.value } : {};
+      collection.value = to;
+      go({ item: id, ...swapped });
+    },
+    only: ({ category }) => go({ ...read(), category }),
+  });
+}
+
+function facts(answer, fitting) {
+  const n = answer.results.length;
+  const all = [`${n} ${n === 1 ? "result" : "results"}`, `${answer.took_ms.toFixed(1)} ms`];
+  if (fitting < n) all[0] += `, ${fitting || "none"} that ${fitting === 1 ? "fits" : "fit"}`;
+  if (answer.cached) all.push("cached");
+  return [...all, `index version ${answer.index_version}`].join(" · ");
+}
+
+// The second collection's answer, with marks on both lists where they are of one gallery.
+function drawBeside(answer, wanted, first) {
+  other.hidden = $("results-name").hidden = false;
+  document.body.classList.add("beside");
+  $("results-name").textContent = collection.value;
+  $("other-name").textContent = beside.value;
+  if (!answer.ok) {
+    $("other-status").textContent = answer.detail || (answer.status ? `Error ${answer.status}` : "The service cannot be reached.");
+    return;
+  }
+  const ids = new Set(first.results.map(({ id }) => id));
+  const alike = answer.results.some(({ id }) => ids.has(id));
+  const { cards, fitting } = listed(answer, wanted, beside.value, alike ? collection.value : beside.value);
+  $("others").replaceChildren(...cards);
+  markPlaces([...results.children], answer.results, beside.value);
+  markPlaces(cards, first.results, collection.value);
+  $("other-status").textContent = facts(answer, fitting);
+}
+
+function hideBeside() {
+  other.hidden = $("results-name").hidden = true;
+  document.body.classList.remove("beside");
+  $("others").replaceChildren();
+}
+
+function offerBeside(wanted) { // every collection but the one that is searched
+  const names = collections.map(({ name }) => name).filter((name) => name !== collection.value);
+  beside.replaceChildren(new Option("nothing", ""), ...names.map((name) => new Option(name, name)));
+  beside.value = names.includes(wanted) ? wanted : "";
 }
 
 // The calibrated cut-off, which holds for searches by words alone; without one everything counts as fitting.
-function leastScore(wanted) {
-  const found = wanted.q && !wanted.item && !wanted.picture ? collections[collection.selectedIndex]?.min_score : null;
+function leastScore(wanted, name) {
+  const words = wanted.q && !wanted.item && !wanted.picture;
+  const found = words ? collections.find((each) => each.name === name)?.min_score : null;
   return found ?? -Infinity;
 }
 
@@ -154,17 +214,11 @@ function tellNothing(wanted, shown) {
   nothing.hidden = false;
 }
 
-function divider() {
-  const node = document.createElement("li");
-  node.className = "divider";
-  node.textContent = "Less likely";
-  return node;
-}
-
 function fail(message) {
   error.textContent = message;
   error.hidden = false;
   empty.hidden = nothing.hidden = true;
+  hideBeside();
   drawWords($("words"), null);
   status.textContent = "";
   place([]);
@@ -174,45 +228,6 @@ function place(cards) { // who was among the results with the keyboard stays the
   const within = results.contains(document.activeElement);
   results.replaceChildren(...cards);
   if (within) results.focus({ preventScroll: true });
-}
-
-function card(result, share, weak) {
-  const node = $("card").content.cloneNode(true);
-  const find = (name) => node.querySelector(name);
-  captions.set(base() + result.id, result.caption || result.id);
-  find(".card").classList.toggle("weak", weak);
-  load(find("img"), result.image_url, find(".frame"));
-  find(".number").textContent = result.score.toFixed(3);
-  find(".fill").style.setProperty("--share", share);
-  find(".score").title = `cosine ${result.score.toFixed(4)}; the bar compares the results shown`;
-  const caption = find(".caption"), category = find(".category");
-  caption.textContent = result.caption || result.id;
-  caption.title = `${result.caption || result.id}\nFind more like this`;
-  caption.addEventListener("click", () => {
-    scrollTo({ top: 0 });
-    go({ item: result.id });
-  });
-  category.textContent = result.category;
-  category.title = `Only the category “${result.category}”`;
-  category.hidden = !result.category;
-  category.addEventListener("click", () => go({ ...read(), category: result.category }));
-  if (result.explanation) {
-    find(".card").classList.add("explained");
-    find(".picture img").style.objectFit = result.explanation.fit;
-    drawMap(find(".map"), result.explanation.relevance);
-    drawWords(find(".words"), result.explanation.words);
-    caption.title += "\nOrange: this part adds to the score; blue: it takes away";
-  }
-  return node;
-}
-
-function load(image, url, frame) { // tried again: a service that limits how often it is asked counts pictures too
-  let tries = 0;
-  image.addEventListener("error", () => {
-    if (tries === AGAIN_MS.length) frame.classList.add("gone");
-    else setTimeout(() => (image.src = url), AGAIN_MS[tries++] * (0.5 + Math.random()));
-  });
-  image.src = url;
 }
 
 function chip(wanted) {
@@ -254,9 +269,10 @@ query.addEventListener("input", () => {
 });
 count.addEventListener("change", () => go(read(), { replace: true }));
 explain.addEventListener("change", () => go(read(), { replace: true }));
+beside.addEventListener("change", () => go({ ...read(), beside: beside.value }));
 collection.addEventListener("change", () => {
-  const { q, picture } = read();
-  go({ q, picture });
+  const { q, picture, in: before, beside: second } = read();
+  go({ q, picture, beside: second === collection.value ? before ?? collections[0].name : second });
 });
 $("category").addEventListener("click", () => {
   results.focus({ preventScroll: true });
@@ -347,7 +363,7 @@ async function begin() {
   }
   error.hidden = true;
   collection.replaceChildren(...collections.map(({ name }) => new Option(name, name)));
-  $("where").hidden = collections.length < 2;
+  $("where").hidden = $("versus").hidden = collections.length < 2;
   const { in: where, category } = read(), typed = query.value.trim();
   if (collections.some(({ name }) => name === where)) collection.value = where;
   if (typed) go({ q: typed, category });

@@ -42,6 +42,19 @@ def two(
 
 
 @pytest.fixture(scope="session")
+def rivals(
+    tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """One gallery by two models."""
+    path = tmp_path_factory.mktemp("rivals")
+    for name, checkpoint in (("one", tiny_checkpoint), ("another", other_checkpoint)):
+        rebuild(tiny_gallery, checkpoint, path / name, workers=0, progress=False)
+    settings = Settings(index=path / "one", collections={"another": path / "another"}, device="cpu")
+    with served(settings) as address:
+        yield ready(address)
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if BROWSER is None or DRIVER is None:
         pytest.skip("no browser to drive: apt-get install chromium chromium-driver")

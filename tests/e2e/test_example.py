@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.zero_shot import save_zero_shot
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.rebuild import rebuild
 
@@ -25,12 +27,15 @@ DOMAINS = ("twemoji", "openmoji")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both domains, indexed where `dcar demo --data` looks for them."""
+    """Both domains, and openmoji by the base model alone, indexed where `dcar demo --data` looks for them."""
     path = tmp_path_factory.mktemp("demo")
     for domain in DOMAINS:
         example = EXAMPLES / domain
         summary = rebuild(example, example / "checkpoint", path / "index" / domain, validation=example, progress=False)
         assert (summary.count, summary.failed) == (3944, 0)
+    save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), path / "zero-shot")
+    example = EXAMPLES / "openmoji"
+    rebuild(example, path / "zero-shot", path / "index" / "openmoji-clip", validation=example, progress=False)
     return path
 
 
@@ -128,15 +133,17 @@ def curl(command: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[str, str, float]) -> None:
     url, said, started = demo
-    assert said.count("already indexed") == 2
+    assert said.count("already indexed") == 3
     assert re.search(rf"the page +{url}/", said)
     commands = [line.split(maxsplit=2)[2] for line in said.splitlines() if "curl" in line]
-    assert len(commands) == 3
+    assert len(commands) == 4
     answers = [curl(command)["results"] for command in commands]
     assert time.monotonic() - started < 90  # a few seconds on an idle machine
-    assert [len(results) for results in answers] == [3, 3, 3]
+    assert [len(results) for results in answers] == [3, 3, 3, 3]
     assert answers[1][0]["image_url"].startswith("/collections/twemoji/items/")
     assert answers[0] != answers[1], "another domain's answer"
+    assert [each["id"] for each in answers[0]] != [each["id"] for each in answers[2]], "another model's"
+    assert f"{url}/#q=woman+running+dark+skin&beside=openmoji-clip\n" in said
 
 
 @pytest.mark.slow

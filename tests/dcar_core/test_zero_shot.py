@@ -1,0 +1,34 @@
+"""A model as it is, as a checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import app
+from dcar_core import Encoder
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.errors import CheckpointError
+from dcar_core.zero_shot import save_zero_shot
+
+
+def test_it_is_the_model_itself(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+    given = ["zero-shot", "--model", str(tiny_model), "--out", str(tmp_path / "clip")]
+    done = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert done.output.startswith(f"{tmp_path / 'clip'}: {tiny_model} as it is, fingerprint ")
+    encoder, backbone = Encoder.load(tmp_path / "clip"), load_backbone(BackboneSource(str(tiny_model)))
+    assert encoder.fingerprint.startswith(done.output.split()[-1])
+    texts = ["a red circle", "a blue square"]
+    plain = backbone.encode_text(backbone.tokenize(texts)).detach().numpy()
+    plain /= np.linalg.norm(plain, axis=-1, keepdims=True)
+    np.testing.assert_allclose(encoder.encode_text(texts), plain, atol=1e-5)
+    again = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert again.output == done.output, "the same once more"
+
+
+def test_what_was_learned_is_not_overwritten(tiny_model: Path, tiny_checkpoint: Path) -> None:
+    before = (tiny_checkpoint / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds a checkpoint of dcar, which was learned; name another --out"):
+        save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tiny_checkpoint)
+    assert (tiny_checkpoint / "config.json").read_bytes() == before

@@ -1,0 +1,93 @@
+"""Two collections' answers side by side on the page."""
+
+from typing import Any
+
+import httpx
+import pytest
+from page_harness import Page, until
+
+pytestmark = pytest.mark.browser
+
+
+def choose(page: Page, select: str, name: str) -> None:
+    (option,) = [each for each in page.all(f"#{select} option") if each.text == name]
+    option.click()
+
+
+def others(page: Page, count: int) -> list[Any]:
+    until(lambda: len(page.all("#others .card")) == count and not page.all("#results[aria-busy]"))
+    return page.all("#others .card")
+
+
+def marks(cards: list[Any]) -> list[str]:
+    return [card.find_element("css selector", ".place").text for card in cards]
+
+
+def test_one_gallery_by_two_models(page: Page, site: str, rivals: str) -> None:
+    page.open(f"{site}/#q=red&k=12")
+    page.settled(12)
+    assert not page.one("#versus").is_displayed(), "there is nothing to compare with"
+
+    page.open(f"{rivals}/#q=a+red+circle&k=12")
+    page.settled(12)
+    assert not page.one("#other").is_displayed()
+    assert not page.one("#results .place").is_displayed()
+    choose(page, "beside", "another")
+    there = others(page, 12)
+    here = page.settled(12)
+    assert "beside=another" in page.driver.current_url
+    assert [page.one("#results-name").text, page.one("#other-name").text] == ["one", "another"]
+    assert "12 results" in page.one("#other-status").text
+    body = {"query": "a red circle", "k": 12}
+    ids = [
+        [result["id"] for result in httpx.post(f"{rivals}{path}/search/text", json=body).json()["results"]]
+        for path in ("", "/collections/another")
+    ]
+    for cards, (mine, yours) in ((here, ids), (there, ids[::-1])):
+        assert [card.get_attribute("data-id") for card in cards] == mine
+        expected = []
+        for place, each in enumerate(mine):
+            gain = yours.index(each) - place if each in yours else None
+            expected.append(
+                "only here" if gain is None else "=" if not gain else f"{'↑' if gain > 0 else '↓'} {abs(gain)}"
+            )
+        assert marks(cards) == expected
+    assert {"only here"} < {*marks(here), *marks(there)}, "the two differ, and not in everything"
+    title = here[0].find_element("css selector", ".place").get_attribute("title")
+    assert title == (f"number {ids[1].index(ids[0][0]) + 1} in another" if ids[0][0] in ids[1]
+                     else "not among the first 12 of another")  # fmt: skip
+    address = page.driver.current_url
+
+    there[0].click()  # the gallery is the same, so the sides stay
+    page.settled(12)
+    others(page, 12)
+    assert f"item={ids[1][0]}" in page.driver.current_url
+    assert page.one("#collection").get_attribute("value") == "one"
+    page.driver.back()
+    until(lambda: page.driver.current_url == address)
+    others(page, 12)
+    page.driver.back()
+    until(lambda: not page.one("#other").is_displayed())
+    page.open(address)  # shared with somebody else
+    others(page, 12)
+    choose(page, "collection", "another")  # the two change sides
+    until(lambda: page.one("#results-name").text == "another" and page.one("#other-name").text == "one")
+    assert page.errors() == []
+
+
+def test_two_galleries(page: Page, two: str) -> None:
+    page.open(f"{two}/#q=red&k=12&beside=circles")
+    page.settled(12)
+    cards = others(page, 6)
+    assert not any(marks([*cards, *page.all("#results .card")])), "no item is in both"
+    caption = cards[0].find_element("css selector", ".caption").text
+    cards[0].click()
+    page.settled(5)
+    assert page.one("#collection").get_attribute("value") == "circles"
+    until(lambda: caption in page.one("#chip").text)
+    until(lambda: "no item" in page.one("#other-status").text)
+    assert page.all("#others .card") == []
+    assert not page.one("#error").is_displayed()
+    page.open(f"{two}/#q=red&k=12&beside=gone")
+    until(lambda: "no collection “gone”" in page.one("#error").text)
+    assert not page.one("#other").is_displayed()
