@@ -104,10 +104,12 @@ async function show() {
   results.setAttribute("aria-busy", "true");
   const slow = setTimeout(() => (status.textContent = "Searching…"), SLOW_MS);
   try {
-    const [answer, second] = await Promise.all([
-      ask(wanted, mine.signal, collection.value),
-      beside.value ? ask(wanted, mine.signal, beside.value).catch(() => ({})) : null,
-    ]);
+    const asked = ask(wanted, mine.signal, collection.value);
+    const beyond = async () => { // explanations take long: one after the other, so that each has its time
+      if (explain.checked) await asked;
+      return ask(wanted, mine.signal, beside.value);
+    };
+    const [answer, second] = await Promise.all([asked, beside.value ? beyond().catch(() => ({})) : null]);
     if (wanted.item && known(wanted.item) === undefined) await name(wanted, mine.signal);
     if (mine.signal.aborted) return;
     if (!answer.ok) return fail(answer.detail || `Error ${answer.status}`);
