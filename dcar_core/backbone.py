@@ -24,12 +24,12 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dcar_core.checkpoint import MODEL_CONFIG
 from dcar_core.errors import ModelError
 from dcar_core.mapped import WEIGHTS, map_weights
 from dcar_core.preprocess import Preprocess
 from dcar_core.tokens import Tokens, clean
 
-CONFIG_FILE = "open_clip_config.json"
 RANDOM = "random"
 _WORDS = 100_000  # that a tokenizer remembers
 SUPPORTED = "open_clip's CLIP with a vision transformer, such as ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14"
@@ -234,14 +234,14 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
     name, pretrained = source.model, source.pretrained
     directory = Path(name)
     local = directory.is_dir()
-    if local and not (directory / CONFIG_FILE).is_file():
-        raise ModelError(f"{directory} is no model directory: it has no {CONFIG_FILE}")
+    if local and not (directory / MODEL_CONFIG).is_file():
+        raise ModelError(f"{directory} is no model directory: it has no {MODEL_CONFIG}")
     known = name in open_clip.list_models() or name.startswith("hf-hub:")
     if not local and not known and (directory.is_absolute() or name.startswith(".")):
         raise ModelError(f"there is no model directory {directory}: bring it back, or name where it is now")
     if not local and not known:
         raise ModelError(
-            f"no model is named {name!r}; use an open_clip name ({SUPPORTED}) or a directory with {CONFIG_FILE}"
+            f"no model is named {name!r}; use an open_clip name ({SUPPORTED}) or a directory with {MODEL_CONFIG}"
         )
     if local and pretrained and pretrained != RANDOM:
         raise ModelError(f"{directory} has weights of its own; leave out --pretrained {pretrained}")
@@ -260,7 +260,7 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
             map_weights(clip, directory / WEIGHTS if local else Path(pretrained or ""))
         tokenizer_settings: dict[str, Any] = {}
         if local:
-            config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+            config = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8"))
             tokenizer_settings = dict(config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}))
             if "bpe_path" in tokenizer_settings:
                 tokenizer_settings["bpe_path"] = str(directory / tokenizer_settings["bpe_path"])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint needs none of
 Trainables = dict[str, NDArray[np.float32]]
 
 CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
+MODEL_CONFIG = "open_clip_config.json"  # of a directory that holds a model
 FORMAT = 1
 
 
@@ -83,9 +84,10 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: there is no checkpoint, one of another format, or one that lacks something.
     """
     if not is_checkpoint(path):
-        raise CheckpointError(
-            f"{path} is no checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
-        )
+        message = f"{path} is no checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
+        if (path / MODEL_CONFIG).is_file():
+            message += f"; it is a model, of which `dcar zero-shot --model {path} --out DIR` makes one"
+        raise CheckpointError(message)
     try:
         content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -39,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
         ".csv or .parquet list with a column file_name of paths or URLs. A path, or a URL that fsspec reads: "
         "s3://, gs://, https://, ..",
     )  # fmt: skip
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="what `dcar train --out DIR` wrote")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="what `dcar train` or `dcar zero-shot --out DIR` wrote",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="the index directory; made when it is missing")
     add(
         "--kind", default=Options.kind,

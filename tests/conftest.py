@@ -13,8 +13,8 @@ import pytest
 import torch
 from drawing import draw
 
-from dcar_core.backbone import CONFIG_FILE, BackboneSource, load_backbone
-from dcar_core.checkpoint import save_checkpoint
+from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.checkpoint import MODEL_CONFIG, save_checkpoint
 from dcar_core.config import ModelConfig
 from dcar_core.model import DCAR
 
@@ -61,7 +61,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     clip = open_clip.CLIP(**json.loads(json.dumps(TINY["model_cfg"])))
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, str(path / "open_clip_model.safetensors"))
-    (path / CONFIG_FILE).write_text(json.dumps(TINY))
+    (path / MODEL_CONFIG).write_text(json.dumps(TINY))
     return path
 
 

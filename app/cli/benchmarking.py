@@ -14,7 +14,7 @@ commands = typer.Typer()
 @commands.command()
 def benchmark(
     checkpoint: Annotated[
-        str, typer.Option(help="What `dcar train --out` wrote, a model directory, or an open_clip model.")
+        str, typer.Option(help="What `dcar train` wrote, a model directory, or an open_clip model.")
     ] = str(EXAMPLES / "twemoji" / "checkpoint"),
     data: Annotated[Path, typer.Option(help="Annotations with a test split, as for training.")] = EXAMPLES / "twemoji",
     runtimes: Annotated[

@@ -57,7 +57,7 @@ Features = Annotated[
 ]
 LearningRate = Annotated[float, typer.Option("--lr", min=0)]
 IndexDir = Annotated[Path, typer.Option("--index", help="Directory of a published index.")]
-Checkpoint = Annotated[Path, typer.Option(help="What `dcar train --out` wrote.")]
+Checkpoint = Annotated[Path, typer.Option(help="What `dcar train` or `dcar zero-shot` wrote.")]
 Gallery = Annotated[
     str,
     typer.Option(

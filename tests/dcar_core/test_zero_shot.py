@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from dcar_core import Encoder
 from dcar_core.backbone import BackboneSource, load_backbone
+from dcar_core.checkpoint import read_config
 from dcar_core.errors import CheckpointError
 from dcar_core.zero_shot import save_zero_shot
 
@@ -32,3 +33,12 @@ def test_what_was_learned_is_not_overwritten(tiny_model: Path, tiny_checkpoint: 
     with pytest.raises(CheckpointError, match=r"holds a checkpoint of dcar, which was learned; name another --out"):
         save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tiny_checkpoint)
     assert (tiny_checkpoint / "config.json").read_bytes() == before
+
+
+def test_a_model_in_a_checkpoints_place_says_how_to_make_one(tiny_model: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"it is a model, of which `dcar zero-shot --model \S+ --out DIR` makes one"
+    ):
+        read_config(tiny_model)
+    with pytest.raises(CheckpointError, match=r"as `dcar train --out` writes them$"):
+        read_config(tiny_model.parent)
