@@ -131,7 +131,7 @@ class Client:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         fields: dict[str, Any] = {"query": query} if query else {}
         for name, value in options.items():
-            fields[name] = value if name in ("more_like", "less_like", "fields") else json.dumps(value)
+            fields[name] = json.dumps(value)
         path = f"{self._prefix}/search/image"
         return self._ask(SearchAnswer, "POST", path, files={"file": ("picture", data)}, data=fields)
 

@@ -18,6 +18,8 @@ from dcar_core.errors import ArtifactError, UnreachableError
 from index_jobs.filters import FilterError, Mask
 
 _WIDEST = 10_000  # rows looked at for one page of different results
+_MOST_EQUAL = 2_048  # rows looked at to put equal scores in order
+_ROUNDING = 1e-6  # of a vector's product with itself
 _BLOCK = 128  # rows compared at once for near-duplicates
 
 
@@ -43,11 +45,13 @@ def find(
 ) -> list[Hit]:
     """The `count` best rows, best first.
 
+    Of equal scores, as equal pictures have, the lowest row comes first: a longer answer begins with the shorter one.
+
     Args:
         vector: (E,), L2-normalised.
         without: rows to leave out.
         filter: see `index_jobs.filters`.
-        min_score: lower ones are left out.
+        min_score: lower ones are left out; scores are compared as answers round them.
         fold: cosine from which on two items are shown as one.
 
     Raises:
@@ -57,20 +61,19 @@ def find(
     allowed = None
     if filter:
         allowed = matching(snapshot, filter)
-    wide = min(count + len(without), artifact.rows)
+    wide = min(count + 1 + len(without), artifact.rows)
     while True:
         scores, rows = artifact.search(vector[None], wide, allowed)  # [1, wide], [1, wide]
-        least = -np.inf if min_score is None else min_score
+        least, last = -np.inf if min_score is None else min_score, scores[0, -1]
         found = [
             Hit(int(row), float(score))
             for row, score in zip(rows[0], scores[0], strict=True)
-            if row >= 0 and row not in without and score >= least
+            if row >= 0 and row not in without and (min_score is None or round(float(score), 6) >= least)
         ]
-        if fold is None:
-            return found[:count]
-        hits = _folded(snapshot, found, fold, count)
-        ended = wide >= min(artifact.rows, _WIDEST) or rows[0, -1] < 0 or scores[0, -1] < least
-        if len(hits) >= count or ended:
+        found.sort(key=lambda hit: (-hit.score, hit.row))
+        hits = found[:count] if fold is None else _folded(snapshot, found, fold - _ROUNDING, count)
+        ended = wide >= min(artifact.rows, _MOST_EQUAL if fold is None else _WIDEST) or rows[0, -1] < 0 or last < least
+        if ended or (len(hits) >= count and hits[-1].score > last):  # what is not here may score as much as the last
             return hits
         wide = min(2 * wide, artifact.rows)
 

@@ -25,13 +25,13 @@ _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # inside emoji
 
 def normalise(text: str) -> str:
     """The form in which a query is encoded and remembered: NFC, single spaces, nothing invisible, no control token."""
-    text = unicodedata.normalize("NFC", text)
     if not text.isascii() or not text.isprintable():
         text = "".join(
             " " if char.isspace() else char
             for char in text
             if char.isspace() or ord(char) in _JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
         )
+        text = unicodedata.normalize("NFC", text)  # of what is left: something invisible may have stood between
     return " ".join(_CONTROL_TOKENS.sub(" ", text).split())
 
 

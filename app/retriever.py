@@ -192,6 +192,8 @@ class Retriever:
         began = time.perf_counter()
         options = search.options
         _require_fields(snapshot, options.fields)
+        if options.rerank and not search.text:
+            raise field_problem("rerank", "weighs the words of a query, and there are none")
         more = [_row(snapshot, each, "more_like") for each in options.more_like]
         if search.item is not None:
             more.append(_row(snapshot, search.item, "id"))
@@ -217,8 +219,6 @@ class Retriever:
         with self._metrics.timed("search"):
             hits, matches = _at_once(look) if _is_quick(snapshot, options, end) else await self._in_pool(look)
         if reranked and options.offset < reranked:
-            if not search.text:
-                raise field_problem("rerank", "weighs the words of a query, and there are none")
             with self._metrics.timed("rerank"):
                 hits = await self._pairing.rerank(snapshot, search.text, hits[:reranked]) + hits[reranked:]
         shown = hits[options.offset : end]
@@ -262,7 +262,7 @@ class Retriever:
             return parts[0][1], cached
         total = np.sum([weight * vector for weight, vector in parts], 0)
         length = float(np.linalg.norm(total))
-        if length < 1e-4:
+        if length < 1e-4 * sum(abs(weight) for weight, _ in parts):
             raise field_problem("weights", "the parts of this query cancel each other out")
         return (total / length).astype(np.float32), cached
 

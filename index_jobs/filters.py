@@ -100,7 +100,7 @@ def _fulfilled(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
         return _among(column, [condition], field)
     if not condition:
         raise FilterError(field, f"is empty; give a value, a list of values, or one of {_CONDITIONS}")
-    mask = np.ones(len(column), np.bool_)
+    mask, ranges = np.ones(len(column), np.bool_), dict[str, Any]()
     for name, operand in condition.items():
         if name == "not":
             mask &= ~_fulfilled(column, operand, field)
@@ -109,12 +109,12 @@ def _fulfilled(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
         elif name == "contains":
             mask &= _containing(column, operand, field)
         elif name in _RANGES:
-            mask &= _compared(column, name, operand, field)
+            ranges[name] = operand
         elif name == "in":
             raise FilterError(field, '"in" takes a list of values')
         else:
             raise FilterError(field, f"{name[:40]!r} is none of {_CONDITIONS}")
-    return mask
+    return mask & _within(column, ranges, field) if ranges else mask
 
 
 def _among(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
@@ -130,6 +130,8 @@ def _among(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
         mask |= _bools(column.is_null())
         if field in _EMPTY_IS_NONE:
             mask |= _bools(pc.equal(column, ""))
+    if kind == pa.float64() and 0 in wanted:
+        wanted += [0.0, -0.0]  # equal, but not to is_in
     if wanted:
         members, parents = _members(column)
         mask |= _any(_bools(pc.is_in(members, value_set=pa.array(wanted, members.type))), parents, len(column))
@@ -145,22 +147,32 @@ def _containing(column: "pa.ChunkedArray", text: Any, field: str) -> Mask:
         raise FilterError(field, '"contains" takes a text, and a field of texts')
     members, parents = _members(column)
     found = pc.match_substring(members, encodable(text), ignore_case=True)
-    return _any(_bools(found), parents, len(column))
+    return _any(_bools(found) & _there(members, field), parents, len(column))
 
 
-def _compared(column: "pa.ChunkedArray", name: str, bound: Any, field: str) -> Mask:
+def _within(column: "pa.ChunkedArray", ranges: dict[str, Any], field: str) -> Mask:
+    """Of a list, one member must lie within all bounds."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = _member_type(column)
-    if kind == pa.bool_() or isinstance(bound, bool | None):
-        raise FilterError(field, f"{name!r} takes a number or a text, and a field of such")
-    bound = _fitting(bound, kind, field)
     members, parents = _members(column)
-    if kind == pa.int64():
-        name, bound = _whole(name, bound)
-    found = pc.call_function(_RANGES[name], [members, pa.scalar(bound, members.type)])
-    return _any(_bools(found), parents, len(column))
+    mask = _there(members, field)
+    for name, bound in ranges.items():
+        if kind == pa.bool_() or isinstance(bound, bool | None):
+            raise FilterError(field, f"{name!r} takes a number or a text, and a field of such")
+        bound = _fitting(bound, kind, field)
+        if kind == pa.int64():
+            name, bound = _whole(name, bound)
+        mask &= _bools(pc.call_function(_RANGES[name], [members, pa.scalar(bound, members.type)]))
+    return _any(mask, parents, len(column))
+
+
+def _there(members: "pa.ChunkedArray", field: str) -> Mask:
+    """False where an empty text means that there is none."""
+    import pyarrow.compute as pc
+
+    return _bools(pc.not_equal(members, "")) if field in _EMPTY_IS_NONE else np.ones(len(members), np.bool_)
 
 
 def _whole(name: str, bound: float) -> tuple[str, int]:
@@ -185,13 +197,20 @@ def _fitting(value: Any, kind: "pa.DataType", field: str) -> Any:
     elif kind == pa.string():
         fits = isinstance(value, str)
     else:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and (isinstance(value, float) or value in _INTS)
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits:
         raise FilterError(field, f"its values are {_WORDS[str(kind)]}, which {json.dumps(value)[:40]} is not")
     if isinstance(value, str):
         return encodable(value)
-    return float(value) if kind == pa.float64() else value
+    beyond = isinstance(value, int) and value not in _INTS
+    return _as_float(value) if kind == pa.float64() or (kind == pa.int64() and beyond) else value
+
+
+def _as_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def _member_type(column: "pa.ChunkedArray") -> "pa.DataType":

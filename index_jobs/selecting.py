@@ -1,5 +1,7 @@
-"""FAISS searches among some of the rows.
+"""FAISS searches: among all rows, as wide as the number of results asks for, and among some.
 
+- Graphs and lists are tuned for ten results. A graph gives no more than it keeps on its way, lists no more than they
+  hold; so more results take a wider search.
 - The rows that may be found are a bit each in an IDSelector, which faiss asks during its own search. A graph or lists
   must then be searched wider, since part of what they reach does not count: as wide as it takes to reach as many
   allowed rows as an unfiltered search reaches rows. How wide that is differs from query to query: what a filter
@@ -14,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
+_TUNED_FOR = 10  # results
+_VISITED = 4  # rows in the lists that are looked at, for each result
 _VISITS = 4  # what a vector reached through the graph costs, in vectors compared in a row
 _SCANNED = 16  # rows passed over in lists cost what one costs that is compared exactly
 _LIKELY, _FURTHER = 0.5, 4  # less than half as many allowed near a query as elsewhere: search four times as wide
@@ -62,6 +66,54 @@ class Selection:
 
         library: Any = faiss  # whose type hints know the C++ signatures alone
         return library.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
+
+
+def search_all(index: Any, vectors: NDArray[np.float32], k: int, fast: Any) -> Found:
+    """As `VectorIndex.search`, among all rows. fast: the same index, perhaps on a GPU, asked where that will do."""
+    inner, factor = _innermost(index)
+    tuned, most = _breadth(inner)
+    wide = max(tuned, min(most, _wanted(inner, k, factor)))
+    if wide == tuned:
+        scores, rows = fast.search(vectors, k)
+    else:
+        scores, rows = index.search(vectors, k, params=_parameters(index, None, wide))
+    while k <= index.ntotal and wide < most and (short := rows[:, -1] < 0).any():
+        wide = min(2 * wide, most)
+        scores[short], rows[short] = index.search(vectors[short], k, params=_parameters(index, None, wide))
+    return scores, rows
+
+
+def _breadth(inner: Any) -> tuple[int, int]:
+    """nprobe or efSearch as it was tuned, and the most that it can usefully be; zeros for kinds that have neither."""
+    import faiss
+
+    if isinstance(inner, faiss.IndexIVF):
+        return int(inner.nprobe), int(inner.nlist)
+    return (int(inner.hnsw.efSearch), int(inner.ntotal)) if isinstance(inner, faiss.IndexHNSW) else (0, 0)
+
+
+def _wanted(inner: Any, k: int, factor: float) -> int:
+    """How wide k results ask for at least; factor: as of `_innermost`."""
+    import faiss
+
+    if k <= _TUNED_FOR or not inner.ntotal:
+        return 0
+    if isinstance(inner, faiss.IndexIVF):
+        return int(-(-_VISITED * k * inner.nlist // inner.ntotal))
+    return round(k * factor)
+
+
+def _innermost(index: Any) -> tuple[Any, float]:
+    """The index inside transforms and refinements, and how many more results than wanted they ask of it."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _innermost(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        inner, factor = _innermost(index.base_index)
+        return inner, factor * index.k_factor
+    return index, 1.0
 
 
 def search_among(index: Any, vectors: NDArray[np.float32], k: int, among: Selection) -> Found:
@@ -159,7 +211,7 @@ def _along_graph(index: Any, graph: Any, vectors: NDArray[np.float32], k: int, a
     """As wide as the share of the query's neighbours that are allowed asks for, and wider until enough are met."""
     tuned = int(graph.hnsw.efSearch)
     share, count = among.allowed / len(among.mask), max(k, tuned)
-    near = among.mask[index.search(vectors, count)[1]].mean(1)  # (n,)
+    near = among.mask[search_all(index, vectors, count, index)[1]].mean(1)  # (n,)
     found = []
     for vector, nearby in zip(vectors[:, None], near, strict=True):
         further = 1 if nearby >= _LIKELY * share else _FURTHER**2  # a graph's way there is long

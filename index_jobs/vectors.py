@@ -15,7 +15,7 @@ from dcar_core.errors import ArtifactError
 from dcar_core.files import replacing
 from index_jobs.gpu import MOST_K, GpuSearch
 from index_jobs.gpu import memory as gpu_memory
-from index_jobs.selecting import Found, Selection, search_among
+from index_jobs.selecting import Found, Selection, search_all, search_among
 
 _WRITE_BYTES = 1 << 20
 
@@ -76,9 +76,7 @@ class FaissIndex:
         vectors = np.ascontiguousarray(vectors, np.float32)
         among = None if mask is None else self._selection(mask)
         if among is None or among.whole:
-            whole = self._all if k <= MOST_K else self._index
-            scores, rows = whole.search(vectors, k)
-            return scores, rows
+            return search_all(self._index, vectors, k, self._all if k <= MOST_K else self._index)
         return search_among(self._index, vectors, k, among)
 
     def _selection(self, mask: NDArray[np.bool_]) -> Selection:

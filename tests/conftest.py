@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for NumPy, as in the service; see also torch's below
+
 import numpy as np
 import pytest
 import torch

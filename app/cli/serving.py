@@ -1,6 +1,7 @@
 """`dcar serve`, `dcar search` and `dcar demo`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,11 +43,13 @@ def search(
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
+    from app.requests import normalise
     from dcar_core import Encoder, sealed
     from dcar_core.images import IMAGE_SUFFIXES
     from index_jobs.artifact import open_current
 
-    if not query.strip():
+    words = normalise(query)
+    if not words:
         raise DcarError("the query is empty: give words or the path of a picture")
     artifact = open_current(index)
     kept = sealed.is_kept(artifact.checkpoint, artifact.manifest.fingerprint, device)
@@ -54,7 +57,7 @@ def search(
     artifact.require(encoder.fingerprint)
     path = Path(query)
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES
-    vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([query])
+    vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([words])
     scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
     results: list[dict[str, Any]] = []
     for score, row in zip(scores[0], rows[0], strict=True):
@@ -139,6 +142,9 @@ def _collections(given: list[str]) -> dict[str, Path] | None:
 
 
 def _serve(**given: object) -> None:
+    # Before NumPy is loaded: its products are small here, and while the model works, two threads for one take up to
+    # twenty times as long as one thread does.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from app.server import serve as run
     from app.settings import load_settings
 

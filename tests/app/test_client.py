@@ -1,5 +1,6 @@
 """The client against the whole service on a real port."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from app_harness import ODD_ID, free_port, png, serving
 
 from app.client import Client, ServiceError
 from app.keys import key_hash, new_key
+from index_jobs.rebuild import rebuild
 
 ADMIN = "correct horse battery"
 
@@ -54,6 +56,23 @@ def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> N
         with Client(url) as stranger, pytest.raises(ServiceError) as caught:
             stranger.search_text("red")
         assert caught.value.status == 401
+
+
+def test_ids_that_look_like_lists(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    odd = ["[2024]", '["a"]', "[]", "a", "2024"]
+    for number, color in enumerate(("red", "green", "blue", "black", "white")):
+        (tmp_path / f"{number}.png").write_bytes(png(color))
+    lines = [json.dumps({"file_name": f"{number}.png", "id": each}) for number, each in enumerate(odd)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    rebuild(tmp_path, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+    with serving(tmp_path / "index") as (_, port), Client(f"http://127.0.0.1:{port}") as client:
+        for each in odd:
+            for found in (
+                client.search_text("", more_like=[each]),
+                client.search_image(png(), more_like=[each]),
+                client.search_image(png(), more_like=[each, "a"], less_like=["2024"]),
+            ):
+                assert each not in [result.id for result in found.results]
 
 
 def test_it_waits_as_it_is_told_and_gives_up_in_the_end(built_index: Path) -> None:

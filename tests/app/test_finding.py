@@ -1,4 +1,4 @@
-"""Near-duplicates folded by the block: the same as row by row, in a fraction of the time."""
+"""What is found: in which order, how far, and near-duplicates folded by the block, the same as row by row."""
 
 import time
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.finding import _BLOCK, Hit, _folded
+from app.finding import _BLOCK, Hit, _folded, find
 
 
 def row_by_row(vectors: np.ndarray, found: list[Hit], fold: float) -> list[Hit]:
@@ -54,8 +54,76 @@ def test_folding_many_rows_takes_little_time() -> None:
         lambda: row_by_row(vectors, found, 0.95),
         lambda: _folded(snapshot_of(vectors), found, 0.95, 1001),
     ):
-        began = time.perf_counter()
-        hits.append(fold())
-        times.append(time.perf_counter() - began)
+        took = []
+        for _ in range(3):  # the quickest: other work on the machine comes and goes
+            began = time.perf_counter()
+            result = fold()
+            took.append(time.perf_counter() - began)
+        hits.append(result)
+        times.append(min(took))
     assert hits[0] == hits[1]
     assert times[1] < times[0] / 3
+
+
+class Exact:
+    """Exact search. Which of equal scores it keeps, and their order, depends on how many are asked for, as in FAISS."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self._vectors, self.rows, self.asked = vectors, len(vectors), 0
+
+    def search(self, vector: np.ndarray, k: int, allowed: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        self.asked = k
+        scores = (self._vectors * vector).sum(1)  # one by one, so that equal vectors have equal scores
+        shuffled = np.random.default_rng(k).permutation(self.rows)
+        rows = shuffled[np.argsort(-scores[shuffled], kind="stable")][:k]
+        return scores[rows][None], rows[None]
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        return self._vectors[rows]
+
+
+def copies() -> tuple[Any, np.ndarray]:
+    """300 rows, 100 of them copies of two; and what to look for."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 64)).astype(np.float32)
+    vectors[::5], vectors[1:200:5] = vectors[0], vectors[1]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    wanted = vectors[0] + vectors[1] + vectors[2]
+    return SimpleNamespace(artifact=Exact(vectors)), wanted / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"without": {0, 1, 2, 50}}, {"fold": 0.9}, {"min_score": 0.0}], ids=str)
+def test_a_longer_answer_begins_with_the_shorter(options: dict[str, Any]) -> None:
+    """So pages have every item once, however many score the same."""
+    snapshot, vector = copies()
+    rows = [hit.row for hit in find(snapshot, vector, 300, **options)]
+    assert len(rows) == len(set(rows))
+    for count in range(1, 120):
+        assert [hit.row for hit in find(snapshot, vector, count, **options)] == rows[:count]
+    assert not options or len(rows) < 300
+    if not options:
+        assert sorted(rows) == list(range(300))
+
+
+def test_only_equal_scores_cost_a_wider_search() -> None:
+    snapshot, vector = copies()
+    find(snapshot, vector, 10)
+    assert snapshot.artifact.asked == 88, "11, 22, 44: the sixty copies of one picture"
+    find(snapshot, vector, 150)
+    assert snapshot.artifact.asked == 151
+
+
+def test_equal_pictures_fold_at_one() -> None:
+    """Though the product of a vector with itself may be a little less."""
+    snapshot, vector = copies()
+    assert not np.all((snapshot.artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
+    hits = find(snapshot, vector, 300, fold=1.0)
+    assert sorted(len(hit.folded) for hit in hits)[-2:] == [39, 59]
+    assert len(hits) == 300 - 98
+
+
+def test_a_score_that_was_shown_can_be_the_least() -> None:
+    snapshot, vector = copies()
+    for number, hit in enumerate(find(snapshot, vector, 300)[:150], 1):
+        kept = find(snapshot, vector, 300, min_score=round(hit.score, 6))
+        assert len(kept) >= number

@@ -57,9 +57,9 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
             assert {r["id"]: r["score"] for r in again["results"]} == {r["id"]: r["score"] for r in plain["results"]}
             pages = [ids(await client.text(query="a red square", k=4, offset=o, rerank=True)) for o in (0, 4, 8)]
             assert [each for page in pages for each in page] == ids(again)[:12]
-            check(
-                await http.post("/search/text", json={"more_like": ["circle/red.png"], "rerank": True}), 422, "rerank"
-            )
+            for offset in (0, 12):
+                body = {"more_like": ["circle/red.png"], "rerank": True, "offset": offset}
+                check(await http.post("/search/text", json=body), 422, "rerank")
 
     asyncio.run(main())
 

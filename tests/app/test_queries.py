@@ -389,6 +389,11 @@ def test_parts_that_cancel_each_other_are_no_query(built_index: Path) -> None:
             known = open_current(built_index).item(0).id
             body = {"query": "", "more_like": [known], "less_like": [known], "weights": {"more": 1, "less": 1}}
             check(await http.post("/search/text", json=body), 422, "weights")
+            found = []
+            for more in (1, 1e-6):
+                body = {"more_like": [known, "circle/blue.png"], "weights": {"more": more}}
+                found.append((await http.post("/search/text", json=body)).json()["results"])
+            assert found[0] == found[1], "one part's weight is no matter"
 
     asyncio.run(main())
 

@@ -17,6 +17,7 @@ from dcar_core.errors import DcarError
         ("cafe\u0301", "café"),
         ("a\x00b\x07c", "abc"),
         ("a\u200bb\u202ec", "abc"),
+        ("cafe\u200b\u0301", "café"),
         ("a\u00a0b\u3000c", "a b c"),
         ("👩\u200d🚀", "👩\u200d🚀"),
         ("cat <end_of_text> dog<|startoftext|>", "cat dog"),

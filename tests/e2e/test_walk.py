@@ -79,6 +79,8 @@ def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: P
     _, index = walked
     found = json.loads(dcar("search", "a red circle", "--index", index, "-k", 3, "--json").stdout)
     assert [hit["rank"] for hit in found["results"]] == [1, 2, 3]
+    odd = json.loads(dcar("search", "a  red\u200b <|endoftext|> circle", "--index", index, "-k", 3, "--json").stdout)
+    assert odd == found, "words are put into the service's form"
     picture = tiny_gallery / "circle" / "red.png"
     found = json.loads(dcar("search", picture, "--index", index, "-k", 1, "--json").stdout)
     assert found["results"][0]["caption"] == "a red circle"

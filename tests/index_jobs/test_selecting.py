@@ -45,6 +45,40 @@ def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
     np.testing.assert_allclose(again, scores, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "width", "recall"),
+    [
+        ("HNSW16", 16, 0.97),
+        ("HNSW16,SQ8", 16, 0.95),
+        ("HNSW16,SQ4,Refine(SQ8)", 16, 0.95),
+        ("IVF128,Flat", 2, 0.9),
+        ("PCA24,IVF128,SQ8", 2, 0.5),
+        ("IVF128,PQ16x4fs,Refine(SQ8)", 2, 0.6),
+    ],
+)
+def test_many_results_come_back_and_are_near(
+    kind: str, width: int, recall: float, vectors: NDArray[np.float32]
+) -> None:
+    """Tuned for ten, such an index holds fewer than a hundred in what it looks at."""
+    whole = build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index
+    inner, _ = selecting._innermost(whole)
+    graph = kind.startswith("HNSW")  # in which some rows may have no way to them
+    if graph:
+        inner.hnsw.efSearch = width
+    else:
+        inner.nprobe = width
+    index, queries = FaissIndex(whole), vectors[:40] + 0.02
+    nearest = np.argsort(-queries @ vectors.T, 1)
+    for k in (11, 50, 200, 1000, *([] if graph else [COUNT])):
+        scores, rows = index.search(queries, k)
+        assert (np.diff(scores) <= 0).all()
+        assert all(len(set(row)) == k for row in rows.tolist())
+        assert (rows >= 0).all()
+        found = np.mean([len(set(a) & set(b)) / k for a, b in zip(rows.tolist(), nearest[:, :k].tolist(), strict=True)])
+        assert found >= recall, k
+    assert (index.search(queries, COUNT + 1)[1][:, -1] == -1).all(), "there are no more"
+
+
 def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[np.float32]) -> None:
     class Gpu:
         def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
