@@ -4,6 +4,7 @@
 - Ending: for `drain_s` it goes on but is not ready; then no new connections, and requests under way are finished.
 """
 
+import errno
 import gc
 import logging
 import logging.config
@@ -149,6 +150,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(1024)  # claims the port: a second bind to it fails from here on
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise DcarError(f"{host} is no address of this machine; try --host 127.0.0.1") from None
         if isinstance(error, PermissionError):
             raise DcarError(f"port {port} needs more rights; choose one above 1023 with --port") from None
         raise DcarError(f"port {port} on {host} is taken or not to be had; choose another with --port") from None

@@ -19,11 +19,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dcar_core.backbone import Backbone
 from dcar_core.data import Dataset
+from dcar_core.errors import DataError
+from dcar_core.files import DISK_ERRORS, usual_mode
 
 _LEFT_S = 24 * 3600  # no entry takes so long, so whoever wrote it is gone
 
@@ -81,6 +84,7 @@ class FeatureCache:
         if not path.is_file():
             with _written_aside(path) as part:
                 out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+                _allocate(part)
                 fill(out)
                 out.flush()
                 del out
@@ -98,6 +102,21 @@ def _written_aside(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
+        part.chmod(usual_mode(0o666))
         part.replace(path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(
+            f"features cannot be kept in {path.parent}: {reason}; make room, or name another place with --features"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _allocate(path: Path) -> None:
+    """Claim all of a file's room: where there is none, a write into mapped memory would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,17 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+# The disk is full, read-only or broken, or this user may write no more.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+_UMASK = os.umask(0o077)  # which the system tells only to those who set it
+os.umask(_UMASK)
+
+
+def usual_mode(mode: int) -> int:
+    """What `mkdir` or `open` would make of a mode; some libraries write for this user alone."""
+    return mode & ~_UMASK
 
 
 def sha256_of(path: Path) -> str:

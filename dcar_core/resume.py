@@ -5,6 +5,7 @@ epoch (whose order follows from seed and epoch alone), and the best epoch so far
 and renamed, so a kill at any moment leaves the last state or the one before. It loads without running code.
 """
 
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,8 +61,10 @@ class State:
             "kept": dict(kept),
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        whole = io.BytesIO()  # a few MB: torch's own writer tells a full disk as a bug
+        torch.save(content, whole)
         with replacing(self._path) as file:
-            torch.save(content, file)
+            file.write(whole.getbuffer())
 
     def restore(
         self, model: DCAR, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler

@@ -5,6 +5,8 @@
 - A row of a list is not looked up at its store, which would take as long as reading it: a URL stands for its content.
 """
 
+import errno
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from dcar_core.images import IMAGE_SUFFIXES, index_tar
 from index_jobs.metadata import BESIDE, Metadata, sidecars
 from index_jobs.records import PATH_COLUMNS, Fields, read_records
 from index_jobs.sources import WHOLE_FILE, file_system, is_url, open_place, parent_of, place_of, suffix_of, version_of
+
+logger = logging.getLogger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -118,8 +122,10 @@ def _local_files(root: str) -> Iterator[_File]:
     def fail(error: OSError) -> None:
         raise error
 
+    linked = list[str]()
     for directory, folders, names in os.walk(root, onerror=fail):
         folders[:] = [f for f in folders if not f.startswith(".")]
+        linked += [path for path in (f"{directory}/{f}" for f in folders) if os.path.islink(path)]  # noqa: PTH114
         below = os.path.relpath(directory, root).replace(os.sep, "/")
         for name in names:
             relative = name if below == "." else f"{below}/{name}"
@@ -128,8 +134,12 @@ def _local_files(root: str) -> Iterator[_File]:
             try:
                 stat = os.stat(os.path.join(directory, name))  # noqa: PTH116, PTH118  a Path for each of millions is slow
                 yield _File(relative, stat.st_size, stat.st_mtime_ns)
-            except FileNotFoundError:  # a dangling link is a picture that cannot be read
-                yield _File(relative, 0, 0)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                yield _File(relative, 0, 0)  # a link to nothing is a picture that cannot be read
+    if linked:
+        logger.warning("%d links to folders are not followed, such as %s", len(linked), linked[0])
 
 
 def _remote_files(root: str) -> Iterator[_File]:

@@ -202,8 +202,8 @@ class Encoding:
             desc="encode",
             unit="img",
             file=sys.stderr,
-            disable=not self._progress,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
+            disable=not self._progress or sys.stderr is None,
+            mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 10,
             dynamic_ncols=True,
         )
 

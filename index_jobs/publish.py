@@ -40,7 +40,8 @@ def reporting(index: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # a library that cannot be loaded, say: trying again would not help
             raise DcarError(f"the index {index} cannot be made: {error}; what was published is unchanged") from error
-        place = f" ({error.filename})" if error.filename else ""
+        written = error.filename2 or error.filename  # of two, the first was read
+        place = f" ({written})" if written else ""
         raise DcarError(
             f"the index {index} cannot be written: {error.strerror or error}{place}; what was published before is "
             f"unchanged, and the same command goes on where it stopped"

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dcar_core.console import settle
 from dcar_core.errors import CheckpointError, DcarError
 from dcar_core.files import canonical, sha256_of
 from index_jobs.arguments import parser
@@ -70,20 +71,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse_args(argv))
     quiet = arguments.pop("quiet")
     level = logging.WARNING if quiet else logging.INFO
+    settle()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("index_jobs").setLevel(level)
     try:
         summary = rebuild(**arguments, progress=not quiet)
     except DcarError as error:
         if isinstance(error, RejectedError):
-            sys.stdout.write(json.dumps(asdict(error.summary), indent=2) + "\n")
+            _print(error.summary)
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
         return 130
-    sys.stdout.write(json.dumps(asdict(summary), indent=2) + "\n")
+    _print(summary)
     return 0
+
+
+def _print(summary: RebuildSummary) -> None:
+    """A job that is done has not failed for want of somebody who hears of it."""
+    try:
+        sys.stdout.write(json.dumps(asdict(summary), indent=2) + "\n")
+        sys.stdout.flush()
+    except (DcarError, OSError) as error:
+        sys.stderr.write(f"the summary is lost: {error}\n")
 
 
 if __name__ == "__main__":

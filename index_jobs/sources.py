@@ -6,9 +6,11 @@
 - fsspec is imported at the first URL: a decoding worker of a local gallery starts in a fraction of a second.
 """
 
+import errno
 import hashlib
 import os
 import re
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,10 +98,24 @@ def open_place(place: str) -> BinaryIO:
         OSError: it cannot be read.
     """
     if not is_url(place):
-        return open(place, "rb")  # noqa: PTH123
+        return _open_file(place)
     fs, path = file_system(place)
     file: BinaryIO = fs.open(path, "rb")
     return file
+
+
+def _open_file(path: str) -> BinaryIO:
+    """A pipe would be waited for, and a device may have no end."""
+
+    def regular(path: str, flags: int) -> int:
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a directory is refused by what called this
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
+        return descriptor
+
+    return open(path, "rb", opener=regular)
 
 
 def version_of(info: Mapping[str, Any]) -> int:
@@ -154,7 +170,7 @@ def read_pictures(root: str, places: Sequence[Place], pauses: Sequence[float] = 
 
 
 def _read(path: str, place: Place) -> bytes:
-    with open(path, "rb") as file:  # noqa: PTH123
+    with _open_file(path) as file:
         if place.offset == WHOLE_FILE:
             return file.read()
         file.seek(place.offset)

@@ -12,7 +12,11 @@ from typing import Annotated
 import typer
 
 from app.cli import benchmarking, datasets, indexing, keys, serving, training
+from dcar_core.console import settle
 from dcar_core.errors import DcarError
+from dcar_core.files import DISK_ERRORS
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="dcar",
@@ -49,13 +53,26 @@ app.add_typer(keys.commands)
 
 def main() -> None:
     """Entry point: a DcarError, or a file that cannot be used, is a message for the user, not a traceback."""
+    settle()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            typer.echo("dcar: interrupted; of a job or a training, the same command goes on where it stopped", err=True)
+        raise
     except DcarError as error:
         typer.echo(f"dcar: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     except OSError as error:  # what the system says of a file that the user named; without one it is our bug
+        if error.errno in DISK_ERRORS:
+            place = error.filename2 or error.filename
+            told = f"dcar: {f'{place}: ' if place else ''}{error.strerror}; what was whole before is unchanged"
+            typer.echo(f"{told}, and of a job or a training, the same command goes on", err=True)
+            raise SystemExit(1) from None
         if error.filename is None or not error.strerror:
             raise
         typer.echo(f"dcar: {error.filename}: {error.strerror}", err=True)

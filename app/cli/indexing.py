@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
+from dcar_core.console import json_text
 from dcar_core.errors import ArtifactError
 from index_jobs.arguments import parse_size
 from index_jobs.manifest import DUPLICATES, FAILED, VERSIONS
@@ -112,7 +113,7 @@ def index_items(
     for row in np.flatnonzero(matching(artifact, chosen)):
         item = artifact.item(int(row))
         known = {"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}
-        typer.echo(json.dumps(known, ensure_ascii=False))
+        typer.echo(json_text(known))
 
 
 @commands.command("verify")

@@ -1,6 +1,5 @@
 """`dcar serve`, `dcar search` and `dcar demo`."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import EXAMPLES, Device, IndexDir, Runtime
+from dcar_core.console import json_text
 from dcar_core.errors import DcarError
 
 commands = typer.Typer()
@@ -68,7 +68,7 @@ def search(
                  "category": item.category, "file_name": item.metadata.get("file_name", "")}
             )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({"index_version": artifact.manifest.version, "results": results}, ensure_ascii=False))
+        typer.echo(json_text({"index_version": artifact.manifest.version, "results": results}))
         return
     for hit in results:
         typer.echo(f"{hit['rank']:3}  {hit['score']:.3f}  {hit['id']:24}  {hit['caption'] or hit['file_name']}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dcar_core.errors import RuntimeUnavailableError
-from dcar_core.files import sha256_of
+from dcar_core.files import sha256_of, usual_mode
 
 MANIFEST = "manifest.json"
 # Raised when the graphs change, so that what an older version of this package exported is not used.
@@ -30,8 +30,12 @@ def default_cache() -> Path:
     """What DCAR_RUNTIME_CACHE says, for jobs, commands and the service alike; else the user's cache directory."""
     if named := os.environ.get("DCAR_RUNTIME_CACHE"):
         return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dcar"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "dcar"
+    try:
+        return Path.home() / ".cache" / "dcar"
+    except RuntimeError:  # a user whom the system does not know, as in a container: there is no place that is theirs
+        return Path(os.devnull) / "dcar"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ def _make(key: ExportKey, final: Path, write: Callable[[Path], None]) -> None:
             raise RuntimeUnavailableError(f"this model cannot be exported for {key.runtime}: {reason}") from error
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({**key.described(), "files": files}, indent=2) + "\n")
+        aside.chmod(usual_mode(0o777))  # a job's export serves the service, whose user may be another
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
