@@ -68,39 +68,53 @@ class Selection:
         return library.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
 
 
-def search_all(index: Any, vectors: NDArray[np.float32], k: int, fast: Any) -> Found:
-    """As `VectorIndex.search`, among all rows. fast: the same index, perhaps on a GPU, asked where that will do."""
-    inner, factor = _innermost(index)
-    tuned, most = _breadth(inner)
-    wide = max(tuned, min(most, _wanted(inner, k, factor)))
-    if wide == tuned:
-        scores, rows = fast.search(vectors, k)
-    else:
-        scores, rows = index.search(vectors, k, params=_parameters(index, None, wide))
-    while k <= index.ntotal and wide < most and (short := rows[:, -1] < 0).any():
-        wide = min(2 * wide, most)
-        scores[short], rows[short] = index.search(vectors[short], k, params=_parameters(index, None, wide))
-    return scores, rows
+class Breadth:
+    """How wide an index is searched among all rows, by the number of results.
 
+    tuned, most: nprobe or efSearch as it was tuned, and the most that it can usefully be; zeros for kinds that have
+    neither. reach: results up to which what was tuned will do.
+    """
 
-def _breadth(inner: Any) -> tuple[int, int]:
-    """nprobe or efSearch as it was tuned, and the most that it can usefully be; zeros for kinds that have neither."""
-    import faiss
+    def __init__(self, index: Any) -> None:
+        import faiss
 
-    if isinstance(inner, faiss.IndexIVF):
-        return int(inner.nprobe), int(inner.nlist)
-    return (int(inner.hnsw.efSearch), int(inner.ntotal)) if isinstance(inner, faiss.IndexHNSW) else (0, 0)
+        self._index = index
+        inner, self._factor = _innermost(index)
+        self._lists, self._rows = 0, int(index.ntotal)
+        self.tuned = self.most = 0
+        if isinstance(inner, faiss.IndexIVF):
+            self._lists = int(inner.nlist)
+            self.tuned, self.most = int(inner.nprobe), self._lists
+        elif isinstance(inner, faiss.IndexHNSW):
+            self.tuned, self.most = int(inner.hnsw.efSearch), self._rows
+        self.reach = _TUNED_FOR
+        while self.reach < self._rows and self._wanted(2 * self.reach) <= self.tuned:
+            self.reach *= 2
 
+    def _wanted(self, k: int) -> int:
+        if not self.most:
+            return 0
+        return -(-_VISITED * k * self._lists // max(self._rows, 1)) if self._lists else round(k * self._factor)
 
-def _wanted(inner: Any, k: int, factor: float) -> int:
-    """How wide k results ask for at least; factor: as of `_innermost`."""
-    import faiss
+    def search(self, vectors: NDArray[np.float32], k: int, fast: Any) -> Found:
+        """As `VectorIndex.search`. fast: the same index, perhaps on a GPU, asked where what was tuned will do."""
+        wide = self.tuned
+        if k <= self.reach:
+            scores, rows = fast.search(vectors, k)
+        else:
+            wide = max(self.tuned, min(self.most, self._wanted(k)))
+            scores, rows = self._as_wide(vectors, k, wide)
+        while wide < self.most and k <= self._rows and (short := rows[:, -1] < 0).any():
+            wide = min(2 * wide, self.most)
+            scores[short], rows[short] = self._as_wide(vectors[short], k, wide)
+        return scores, rows
 
-    if k <= _TUNED_FOR or not inner.ntotal:
-        return 0
-    if isinstance(inner, faiss.IndexIVF):
-        return int(-(-_VISITED * k * inner.nlist // inner.ntotal))
-    return round(k * factor)
+    def _as_wide(self, vectors: NDArray[np.float32], k: int, wide: int) -> Found:
+        if not self.most:
+            scores, rows = self._index.search(vectors, k)
+        else:
+            scores, rows = self._index.search(vectors, k, params=_parameters(self._index, None, wide))
+        return scores, rows
 
 
 def _innermost(index: Any) -> tuple[Any, float]:
@@ -211,7 +225,7 @@ def _along_graph(index: Any, graph: Any, vectors: NDArray[np.float32], k: int, a
     """As wide as the share of the query's neighbours that are allowed asks for, and wider until enough are met."""
     tuned = int(graph.hnsw.efSearch)
     share, count = among.allowed / len(among.mask), max(k, tuned)
-    near = among.mask[search_all(index, vectors, count, index)[1]].mean(1)  # (n,)
+    near = among.mask[Breadth(index).search(vectors, count, index)[1]].mean(1)  # (n,)
     found = []
     for vector, nearby in zip(vectors[:, None], near, strict=True):
         further = 1 if nearby >= _LIKELY * share else _FURTHER**2  # a graph's way there is long

@@ -5,6 +5,7 @@
 - Metric is the inner product of normalised vectors, the cosine similarity.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from dcar_core.errors import ArtifactError
 from dcar_core.files import replacing
 from index_jobs.gpu import MOST_K, GpuSearch
 from index_jobs.gpu import memory as gpu_memory
-from index_jobs.selecting import Found, Selection, search_all, search_among
+from index_jobs.selecting import Breadth, Found, Selection, search_among
 
 _WRITE_BYTES = 1 << 20
 
@@ -76,8 +77,12 @@ class FaissIndex:
         vectors = np.ascontiguousarray(vectors, np.float32)
         among = None if mask is None else self._selection(mask)
         if among is None or among.whole:
-            return search_all(self._index, vectors, k, self._all if k <= MOST_K else self._index)
+            return self._breadth.search(vectors, k, self._all if k <= MOST_K else self._index)
         return search_among(self._index, vectors, k, among)
+
+    @cached_property
+    def _breadth(self) -> Breadth:
+        return Breadth(self._index)
 
     def _selection(self, mask: NDArray[np.bool_]) -> Selection:
         """Of a mask that cannot change, as that of the rows that are left after removals, the one made last time."""
