@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
-_TUNED_FOR = 10  # results
-_VISITED = 4  # rows in the lists that are looked at, for each result
+_TUNED_FOR = 12  # results: ten, and two that tell whether there are more, or equal ones
+_VISITED = 4  # rows that are kept on the way, or lie in the lists that are looked at, for each result
 _VISITS = 4  # what a vector reached through the graph costs, in vectors compared in a row
 _SCANNED = 16  # rows passed over in lists cost what one costs that is compared exactly
 _LIKELY, _FURTHER = 0.5, 4  # less than half as many allowed near a query as elsewhere: search four times as wide
@@ -88,13 +88,12 @@ class Breadth:
         elif isinstance(inner, faiss.IndexHNSW):
             self.tuned, self.most = int(inner.hnsw.efSearch), self._rows
         self.reach = _TUNED_FOR
-        while self.reach < self._rows and self._wanted(2 * self.reach) <= self.tuned:
+        while self.reach < self._rows and (not self.most or self._wanted(2 * self.reach) <= self.tuned):
             self.reach *= 2
 
     def _wanted(self, k: int) -> int:
-        if not self.most:
-            return 0
-        return -(-_VISITED * k * self._lists // max(self._rows, 1)) if self._lists else round(k * self._factor)
+        rows = _VISITED * k
+        return -(-rows * self._lists // max(self._rows, 1)) if self._lists else round(rows * self._factor)
 
     def search(self, vectors: NDArray[np.float32], k: int, fast: Any) -> Found:
         """As `VectorIndex.search`. fast: the same index, perhaps on a GPU, asked where what was tuned will do."""
@@ -102,7 +101,8 @@ class Breadth:
         if k <= self.reach:
             scores, rows = fast.search(vectors, k)
         else:
-            wide = max(self.tuned, min(self.most, self._wanted(k)))
+            in_steps = 1 << (k - 1).bit_length()  # so that most pages of an answer are searched for alike
+            wide = max(self.tuned, min(self.most, self._wanted(in_steps)))
             scores, rows = self._as_wide(vectors, k, wide)
         while wide < self.most and k <= self._rows and (short := rows[:, -1] < 0).any():
             wide = min(2 * wide, self.most)
