@@ -50,7 +50,7 @@ def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
     [
         ("HNSW16", 16, 0.97),
         ("HNSW16,SQ8", 16, 0.95),
-        ("HNSW16,SQ4,Refine(SQ8)", 16, 0.95),
+        ("HNSW16,SQ4,Refine(SQ8)", 16, 0.93),
         ("IVF128,Flat", 2, 0.9),
         ("PCA24,IVF128,SQ8", 2, 0.5),
         ("IVF128,PQ16x4fs,Refine(SQ8)", 2, 0.6),
