@@ -144,7 +144,7 @@ def note_what_is_cut(
     if "train" in splits:
         left = sum(max(0, len(sample.negatives) - MAX_NEGATIVES) for sample in splits["train"].samples)
         reports["train"].add(f"negatives after the first {MAX_NEGATIVES} of a pair, not trained on", left)
-    what = f"captions longer than the {backbone.context_length - room} tokens that the prompts leave them, cut"
+    what = f"captions longer than the {backbone.context_length - room} tokens that there is room for, cut"
     for name, data in splits.items():
         captions = [sample.caption for sample in data.samples]
         for start in range(0, len(captions), 1024):

@@ -18,7 +18,7 @@ commands = typer.Typer()
 def serve(
     index: Annotated[Path | None, typer.Option(help="Directory of a published index [DCAR_INDEX].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [DCAR_HOST].")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="[DCAR_PORT]")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one [DCAR_PORT].")] = None,
     runtime: Annotated[
         str | None, typer.Option(help="What runs the encoder: auto, torch, openvino-bf16, .. [DCAR_RUNTIME]")
     ] = None,

@@ -198,7 +198,7 @@ def test_what_the_table_is_asked_for_reaches_the_data(backbone: Backbone, tiny_d
         run(skip_broken=True, taxonomy=tmp_path / "gone.json")
     cleaning = run(skip_broken=True)["cleaning"]["train"]
     assert cleaning["pictures missing, left out"] == 1
-    assert cleaning["captions longer than the 28 tokens that the prompts leave them, cut"] == 1
+    assert cleaning["captions longer than the 28 tokens that there is room for, cut"] == 1
 
 
 def test_a_seed_gives_the_same_result_anywhere(
