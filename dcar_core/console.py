@@ -73,7 +73,7 @@ def settle() -> None:
         sys.stderr.write("WARNING: names of files are not read as UTF-8 here; set PYTHONUTF8=1 or LC_ALL=C.UTF-8\n")
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
+def json_text(value: Any) -> str:
     """JSON for stdout, in plain ASCII where that cannot show all of Unicode."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
-    return json.dumps(value, ensure_ascii=not unicode, indent=indent)
+    return json.dumps(value, ensure_ascii=not unicode)

@@ -72,7 +72,7 @@ class Breadth:
     """How wide an index is searched among all rows, by the number of results.
 
     tuned, most: nprobe or efSearch as it was tuned, and the most that it can usefully be; zeros for kinds that have
-    neither. reach: results up to which what was tuned will do.
+    neither. reach: results up to which what was tuned will do, where there is anything to tune.
     """
 
     def __init__(self, index: Any) -> None:
@@ -88,17 +88,17 @@ class Breadth:
         elif isinstance(inner, faiss.IndexHNSW):
             self.tuned, self.most = int(inner.hnsw.efSearch), self._rows
         self.reach = _TUNED_FOR
-        while self.reach < self._rows and (not self.most or self._wanted(2 * self.reach) <= self.tuned):
+        while self.most and self.reach < self._rows and self._wanted(2 * self.reach) <= self.tuned:
             self.reach *= 2
 
     def _wanted(self, k: int) -> int:
         rows = _VISITED * k
-        return -(-rows * self._lists // max(self._rows, 1)) if self._lists else round(rows * self._factor)
+        return -(-rows * self._lists // self._rows) if self._lists else round(rows * self._factor)
 
     def search(self, vectors: NDArray[np.float32], k: int, fast: Any) -> Found:
         """As `VectorIndex.search`. fast: the same index, perhaps on a GPU, asked where what was tuned will do."""
         wide = self.tuned
-        if k <= self.reach:
+        if not self.most or not self._rows or k <= self.reach:
             scores, rows = fast.search(vectors, k)
         else:
             in_steps = 1 << (k - 1).bit_length()  # so that most pages of an answer are searched for alike
@@ -110,10 +110,7 @@ class Breadth:
         return scores, rows
 
     def _as_wide(self, vectors: NDArray[np.float32], k: int, wide: int) -> Found:
-        if not self.most:
-            scores, rows = self._index.search(vectors, k)
-        else:
-            scores, rows = self._index.search(vectors, k, params=_parameters(self._index, None, wide))
+        scores, rows = self._index.search(vectors, k, params=_parameters(self._index, None, wide))
         return scores, rows
 
 
@@ -225,7 +222,7 @@ def _along_graph(index: Any, graph: Any, vectors: NDArray[np.float32], k: int, a
     """As wide as the share of the query's neighbours that are allowed asks for, and wider until enough are met."""
     tuned = int(graph.hnsw.efSearch)
     share, count = among.allowed / len(among.mask), max(k, tuned)
-    near = among.mask[Breadth(index).search(vectors, count, index)[1]].mean(1)  # (n,)
+    near = among.mask[index.search(vectors, count, params=_parameters(index, None, count))[1]].mean(1)  # (n,)
     found = []
     for vector, nearby in zip(vectors[:, None], near, strict=True):
         further = 1 if nearby >= _LIKELY * share else _FURTHER**2  # a graph's way there is long
