@@ -18,7 +18,7 @@ from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import save_checkpoint
 from dcar_core.encoder import Encoder, pick_device
 from dcar_core.methods import METHODS, method
-from dcar_core.runs import seeded_model
+from dcar_core.model import seeded_model
 
 QUERIES = (
     "crying cat",

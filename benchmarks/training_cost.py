@@ -31,8 +31,7 @@ from dcar_core.encoder import pick_device
 from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import Prepared, prepare
 from dcar_core.methods import method
-from dcar_core.model import DCAR
-from dcar_core.runs import seeded_model
+from dcar_core.model import DCAR, seeded_model
 from dcar_core.step import Precision, accumulate_gradients
 
 METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+"

@@ -145,3 +145,9 @@ class DCAR(nn.Module):
         if self.config.loss.category <= 0:
             return None
         return self.text_adapter or self.caa
+
+
+def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
+    """A fresh model whose initial trainables follow from the seed."""
+    torch.manual_seed(seed)
+    return DCAR(backbone, config)

@@ -62,10 +62,10 @@ def train(
     from dcar_core.feature_cache import FeatureCache
     from dcar_core.features import note_what_is_cut, prepare
     from dcar_core.methods import method as method_config
+    from dcar_core.model import seeded_model
     from dcar_core.negatives import complete
     from dcar_core.parallel import torchrun_group
     from dcar_core.resume import forget
-    from dcar_core.runs import seeded_model
     from dcar_core.scoring import evaluate as recall_of
     from dcar_core.scoring import mean_r1
     from dcar_core.train import train as run
@@ -156,8 +156,8 @@ def evaluate(
     """
     from dcar_core.backbone import BackboneSource, load_backbone
     from dcar_core.encoder import pick_device
-    from dcar_core.evaluate import compare
-    from dcar_core.tables import settings_table, table
+    from dcar_core.evaluation import compare
+    from dcar_core.evaluation.tables import settings_table, table
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)

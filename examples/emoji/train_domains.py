@@ -22,13 +22,12 @@ from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.checkpoint import save_checkpoint
 from dcar_core.config import TrainConfig
 from dcar_core.data import Dataset, load_split
-from dcar_core.evaluate import summary
+from dcar_core.evaluation import summary
+from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.features import prepare
 from dcar_core.methods import method
-from dcar_core.model import DCAR
-from dcar_core.runs import seeded_model
+from dcar_core.model import DCAR, seeded_model
 from dcar_core.scoring import evaluate
-from dcar_core.tables import COLUMNS
 from dcar_core.train import train
 
 HERE = Path(__file__).parent

@@ -14,21 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
-from dcar_core.analysis import analyse
 from dcar_core.backbone import Backbone
 from dcar_core.checkpoint import load_checkpoint
 from dcar_core.config import PromptConfig, TrainConfig
 from dcar_core.data import Dataset, load_split
 from dcar_core.errors import DataError, DcarError, DivergedError
-from dcar_core.evaluate import compare, summary
+from dcar_core.evaluation import compare, summary
+from dcar_core.evaluation.analysis import analyse
+from dcar_core.evaluation.report import html
+from dcar_core.evaluation.runs import Runs
+from dcar_core.evaluation.tables import COLUMNS, best_method, csv_runs, markdown, mean_categories, query_weights
 from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import prepare
 from dcar_core.methods import method
-from dcar_core.model import DCAR
-from dcar_core.report import html
-from dcar_core.runs import Runs, seeded_model
+from dcar_core.model import DCAR, seeded_model
 from dcar_core.scoring import evaluate
-from dcar_core.tables import COLUMNS, best_method, csv_runs, markdown, mean_categories, query_weights
 from dcar_core.train import TrainResult
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
@@ -143,7 +143,7 @@ def test_the_highest_mean_is_bold() -> None:
 def test_training_and_tuning_see_the_validation_split_alone(
     backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dcar_core.runs as module
+    import dcar_core.evaluation.runs as module
 
     seen: list[tuple[str, str]] = []
     whole = module.train
@@ -161,7 +161,7 @@ def test_training_and_tuning_see_the_validation_split_alone(
 def test_every_seed_has_a_start_of_its_own(
     backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dcar_core.runs as module
+    import dcar_core.evaluation.runs as module
 
     starts: list[torch.Tensor] = []
     whole = module.train
@@ -321,7 +321,7 @@ def sample_split(tiny_data: Path) -> Dataset:
 
 def test_analysis_by_hand(backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors that are known: two pictures of one category, one of another that takes the second's caption."""
-    import dcar_core.analysis as module
+    import dcar_core.evaluation.analysis as module
 
     one, two, three = (replace(s, category=c) for s, c in zip(sample_split.samples[:3], "aab", strict=True))
     data = replace(sample_split, samples=[one, two, three])
@@ -347,7 +347,7 @@ def test_a_picture_that_finds_its_caption_second_is_no_hit(
     backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is confused most often comes first."""
-    import dcar_core.analysis as module
+    import dcar_core.evaluation.analysis as module
 
     samples = [replace(s, category=c) for s, c in zip(sample_split.samples[:4], "baac", strict=True)]
     data = replace(sample_split, samples=samples)

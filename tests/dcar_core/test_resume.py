@@ -16,9 +16,8 @@ from dcar_core.config import TrainConfig
 from dcar_core.data import load_split
 from dcar_core.errors import TrainingError
 from dcar_core.methods import method
-from dcar_core.model import DCAR
+from dcar_core.model import DCAR, seeded_model
 from dcar_core.resume import FILE, forget
-from dcar_core.runs import seeded_model
 from dcar_core.train import train
 
 SCRIPT = Path(__file__).with_name("train_process.py")

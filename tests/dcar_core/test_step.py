@@ -18,9 +18,8 @@ from dcar_core.feature_cache import FeatureCache
 from dcar_core.features import Prepared, data_key, note_what_is_cut, prepare
 from dcar_core.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.methods import METHODS, method
-from dcar_core.model import DCAR
+from dcar_core.model import DCAR, seeded_model
 from dcar_core.reweight import blend, pair_weights, real_tokens
-from dcar_core.runs import seeded_model
 from dcar_core.scoring import encode_captions, encode_pictures
 from dcar_core.step import Precision, accumulate_gradients, batch_loss
 

@@ -16,8 +16,7 @@ from dcar_core.data import load_split
 from dcar_core.errors import DataError, DcarError, DivergedError, MissingExtraError
 from dcar_core.features import Prepared, prepare
 from dcar_core.methods import METHODS, method
-from dcar_core.model import DCAR
-from dcar_core.runs import seeded_model
+from dcar_core.model import DCAR, seeded_model
 from dcar_core.scoring import choose_query_weights, encode_captions, encode_pictures, evaluate, mean_r1
 from dcar_core.step import batch_loss
 from dcar_core.train import TrainResult, train

@@ -11,8 +11,8 @@ from dcar_core.config import TrainConfig
 from dcar_core.data import load_split
 from dcar_core.feature_cache import FeatureCache
 from dcar_core.methods import method
+from dcar_core.model import seeded_model
 from dcar_core.parallel import torchrun_group
-from dcar_core.runs import seeded_model
 from dcar_core.train import train
 
 torch.set_num_threads(1)

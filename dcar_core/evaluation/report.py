@@ -11,9 +11,8 @@ from PIL import Image
 
 from dcar_core.data import Dataset
 from dcar_core.errors import DataError
-from dcar_core.images import open_image
-from dcar_core.plots import curves_plot, recall_plot
-from dcar_core.tables import (
+from dcar_core.evaluation.plots import curves_plot, recall_plot
+from dcar_core.evaluation.tables import (
     Results,
     best_method,
     csv_runs,
@@ -23,6 +22,7 @@ from dcar_core.tables import (
     recall_rows,
     settings_rows,
 )
+from dcar_core.images import open_image
 
 THUMBNAIL = 96
 STYLE = """

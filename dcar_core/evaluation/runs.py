@@ -13,18 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dcar_core.analysis import analyse
 from dcar_core.backbone import Backbone
 from dcar_core.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.config import ModelConfig, TrainConfig
 from dcar_core.data import Dataset
 from dcar_core.errors import DivergedError
+from dcar_core.evaluation.analysis import analyse
 from dcar_core.feature_cache import FeatureCache, digest
 from dcar_core.features import data_key, prepare
 from dcar_core.files import write_json
-from dcar_core.model import DCAR
+from dcar_core.model import seeded_model
 from dcar_core.resume import forget
 from dcar_core.scoring import mean_r1
 from dcar_core.train import train
@@ -122,9 +120,3 @@ class Runs:
     @cached_property
     def _data_keys(self) -> list[str]:
         return [data_key(split, self.cache) for split in self.splits.values()]
-
-
-def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
-    """A fresh model whose initial trainables follow from the seed."""
-    torch.manual_seed(seed)
-    return DCAR(backbone, config)
