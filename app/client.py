@@ -54,6 +54,7 @@ class SearchOptions(TypedDict, total=False):
     min_score: float | Literal["auto"]
     more_like: list[str]
     less_like: list[str]
+    without: str
     weights: dict[str, float]
     fields: list[str]
     fold: float
@@ -131,7 +132,7 @@ class Client:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         fields: dict[str, Any] = {"query": query} if query else {}
         for name, value in options.items():
-            fields[name] = json.dumps(value)
+            fields[name] = value if name == "without" else json.dumps(value)
         path = f"{self._prefix}/search/image"
         return self._ask(SearchAnswer, "POST", path, files={"file": ("picture", data)}, data=fields)
 

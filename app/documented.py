@@ -51,7 +51,8 @@ def image_body(settings: Settings) -> dict[str, Any]:
 
 def _limited(model: type[BaseModel], settings: Settings) -> dict[str, Any]:
     schema = _inlined(model)
-    schema["properties"]["query"]["maxLength"] = settings.max_query_chars
+    for name in ("query", "without"):
+        schema["properties"][name]["maxLength"] = settings.max_query_chars
     schema["properties"]["k"]["maximum"] = settings.max_k
     schema["properties"]["offset"]["maximum"] = settings.max_window - 1
     return schema

@@ -173,4 +173,4 @@ def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
     if path.endswith("/search/image"):
         return settings.max_upload_bytes + _FORM_BYTES, "file"
     queries = settings.max_queries if path.endswith("/search/batch") else 1
-    return max(_FORM_BYTES, queries * (settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)), "body"
+    return max(_FORM_BYTES, queries * (2 * settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)), "body"

@@ -30,6 +30,7 @@ from app.snapshots import Snapshot
 # text/search bodies: a character takes at most 12 bytes of JSON
 JSON_BYTES_PER_CHAR = 12
 _LEFT_EMPTY = frozenset({*LISTS, "filter", "weights"})
+_TEXTS = frozenset({"query", "without"})  # as they are, no JSON
 _PART_BYTES = 16 * 2**10  # of a form's field
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})
 
@@ -98,20 +99,28 @@ def _check(options: Options, settings: Settings) -> None:
         raise field_problem("offset", f"together with k at most {settings.max_window}")
 
 
-def _words(query: str, settings: Settings) -> str:
-    if len(query) > settings.max_query_chars:
-        raise field_problem("query", f"at most {settings.max_query_chars} characters, not {len(query)}")
-    return normalise(query)
+def _words(given: str, settings: Settings, field: str = "query") -> str:
+    if len(given) > settings.max_query_chars:
+        raise field_problem(field, f"at most {settings.max_query_chars} characters, not {len(given)}")
+    return normalise(given)
+
+
+def _without(given: Options, settings: Settings) -> str:
+    words = _words(given.without, settings, "without")
+    if given.without and not words:
+        raise field_problem("without", "must not be empty where it is given")
+    return words
 
 
 def _text_search(given: TextQuery, settings: Settings) -> Search:
     text = _words(given.query, settings)
     if not text and (given.query or not given.more_like):
-        if given.less_like and not given.query:
-            raise field_problem("less_like", "needs something to search for beside it: query or more_like")
+        unwanted = "less_like" if given.less_like else "without" if given.without else None
+        if unwanted and not given.query:
+            raise field_problem(unwanted, "needs something to search for beside it: query or more_like")
         raise field_problem("query", "must not be empty")
     _check(given, settings)
-    return Search(given, text)
+    return Search(given, text, without=_without(given, settings))
 
 
 def _json(content_type: str, body: bytes, model: type[M]) -> M:
@@ -167,7 +176,7 @@ async def read_picture(request: Request) -> Search:
         except ValidationError as error:
             raise from_validation(error) from None
         _check(given, settings)
-        text = _words(given.query, settings)
+        text, without = _words(given.query, settings), _without(given, settings)
         if not isinstance(file, UploadFile):
             raise field_problem("file", "a picture is required, as the form field `file`")
         if file.size is not None and file.size > settings.max_upload_bytes:
@@ -176,7 +185,7 @@ async def read_picture(request: Request) -> Search:
         data = await file.read()
     if not data:
         raise field_problem("file", "the file is empty")
-    return Search(given, text, data)
+    return Search(given, text, data, without=without)
 
 
 @asynccontextmanager
@@ -206,7 +215,7 @@ def _fields(form: FormData) -> dict[str, Any]:
             continue
         if name in LISTS:
             fields.setdefault(name, []).extend(_texts(value))
-        elif name == "query":
+        elif name in _TEXTS:
             fields[name] = value
         else:
             try:

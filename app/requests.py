@@ -36,7 +36,7 @@ def normalise(text: str) -> str:
 
 
 class Weights(BaseModel):
-    """How much each part of a query counts; less is subtracted."""
+    """How much each part of a query counts; less and without are subtracted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,6 +44,7 @@ class Weights(BaseModel):
     image: Weight = 1.0
     more: Weight = 1.0
     less: Weight = 0.5
+    without: Weight = 0.5
 
 
 class Options(BaseModel):
@@ -69,6 +70,9 @@ class Options(BaseModel):
     ] = None
     more_like: Annotated[Ids, Field(description="ids of items that results should be like; they are left out")] = ()
     less_like: Annotated[Ids, Field(description="ids of items that results should not be like; left out")] = ()
+    without: Annotated[
+        str, Field(description="words for what results should not show, such as tears", examples=["tears"])
+    ] = ""
     weights: Weights = Weights()
     fields: Annotated[
         Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64), FailFast()],

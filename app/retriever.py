@@ -46,12 +46,16 @@ _PICTURES = 8  # read from the gallery at a time
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One search: normalised words, a picture's file, an item's id, the options; something says what to look for."""
+    """One search: normalised words, a picture's file, an item's id, the options; something says what to look for.
+
+    without: normalised words for what results should not show.
+    """
 
     options: Options
     text: str = ""
     picture: bytes | None = None
     item: str | None = None
+    without: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +135,9 @@ class Retriever:
             ImageError: the picture cannot be read; the message is the reason.
             Problem: what is asked for cannot be done.
         """
-        if search.text:
-            self._embedder.require_room_for(snapshot, search.text)
+        for words in (search.text, search.without):
+            if words:
+                self._embedder.require_room_for(snapshot, words)
         async with self._admitted():
             return await self._answer(snapshot, search)
 
@@ -244,9 +249,8 @@ class Retriever:
         weights = search.options.weights
         parts: list[tuple[float, Vector]] = []
         cached = bool(search.text or search.picture)
-        if search.text:
-            vector, known = await self._embedder.text(snapshot, search.text)
-            parts.append((weights.text, vector))
+        for weight, vector, known in await self._texts(snapshot, search):
+            parts.append((weight, vector))
             cached &= known
         if search.picture is not None:
             vector, known = await self._embedder.picture(snapshot, search.picture)
@@ -265,6 +269,17 @@ class Retriever:
         if length < 1e-4 * sum(abs(weight) for weight, _ in parts):
             raise field_problem("weights", "the parts of this query cancel each other out")
         return (total / length).astype(np.float32), cached
+
+    async def _texts(self, snapshot: Snapshot, search: Search) -> list[tuple[float, Vector, bool]]:
+        """The query's words and those for what is not wanted: weight, vector (E,), and whether it was remembered."""
+        weights = search.options.weights
+        given = [(weights.text, search.text), (-weights.without, search.without)]
+        there = [(weight, words) for weight, words in given if words]
+        if len(there) == 1:
+            ((weight, words),) = there
+            return [(weight, *await self._embedder.text(snapshot, words))]
+        found = await asyncio.gather(*(self._embedder.text(snapshot, words) for _, words in there))  # in one pass
+        return [(weight, *each) for (weight, _), each in zip(there, found, strict=True)]
 
     async def _in_pool(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
@@ -314,10 +329,11 @@ def _matches(snapshot: Snapshot, hits: Sequence[Hit], explanations: Sequence[Exp
 
 
 def _min_score(snapshot: Snapshot, search: Search) -> float | None:
-    wanted = search.options.min_score
+    options = search.options
+    wanted = options.min_score
     if wanted != "auto":
         return wanted
-    if search.picture is not None or search.item or search.options.more_like or search.options.less_like:
+    if search.picture is not None or search.item or search.without or options.more_like or options.less_like:
         raise field_problem("min_score", '"auto" is calibrated for searches by words alone; give a number')
     if snapshot.min_score is None:
         raise Problem(

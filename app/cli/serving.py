@@ -39,11 +39,14 @@ def search(
     query: Annotated[str, typer.Argument(help="Words, or the path of a picture.")],
     index: IndexDir,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many results.")] = 10,
+    without: Annotated[str, typer.Option(help="Words for what results should not show.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
-    from app.requests import normalise
+    import numpy as np
+
+    from app.requests import Weights, normalise
     from dcar_core import Encoder, sealed
     from dcar_core.images import IMAGE_SUFFIXES
     from index_jobs.artifact import open_current
@@ -58,6 +61,9 @@ def search(
     path = Path(query)
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES
     vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([words])
+    if unwanted := normalise(without):
+        vector = vector - Weights().without * encoder.encode_text([unwanted])
+        vector /= np.linalg.norm(vector)
     scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
     results: list[dict[str, Any]] = []
     for score, row in zip(scores[0], rows[0], strict=True):

@@ -1,5 +1,5 @@
 // The search page. The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), the one whose
-// answer stands beside (beside=), a category and whether to explain, so it can be shared and "back" works; a picture
+// answer stands beside (beside=), a category, words for what is not wanted and whether to explain, so it can be shared and "back" works; a picture
 // cannot be put into an address and is kept in memory under a name (#picture=lx3k2a) as long as the page lives.
 // Every request aborts the one before; an answer that is no longer wanted is never shown. Nothing is searched before the
 // collections are known; what is typed meanwhile waits.
@@ -8,7 +8,7 @@ import { makeCards, markPlaces } from "./cards.js";
 import { drawWords } from "./explain.js";
 
 const $ = (id) => document.getElementById(id);
-const form = $("form"), query = $("query"), file = $("file"), count = $("k"), explain = $("explain");
+const form = $("form"), query = $("query"), file = $("file"), count = $("k"), explain = $("explain"), without = $("without");
 const results = $("results"), status = $("status"), error = $("error"), empty = $("empty"), nothing = $("nothing");
 const collection = $("collection"), beside = $("beside"), other = $("other");
 const TYPING_MS = 180;
@@ -28,7 +28,7 @@ let running = null;
 function read() {
   const given = new URLSearchParams(location.hash.slice(1));
   const wanted = { q: given.get("q") ?? "", explain: given.get("explain") };
-  for (const name of ["item", "picture", "k", "in", "beside", "category"]) wanted[name] = given.get(name);
+  for (const name of ["item", "picture", "k", "in", "beside", "category", "without"]) wanted[name] = given.get(name);
   wanted.lost = wanted.picture !== null && !pictures.has(wanted.picture); // the page was reloaded
   if (wanted.lost) wanted.picture = null;
   return wanted;
@@ -40,6 +40,7 @@ function go(wanted, { replace = false } = {}) {
   if ([...parts].length) {
     parts.set("k", count.value);
     if (wanted.category) parts.set("category", wanted.category);
+    if (without.value.trim()) parts.set("without", without.value.trim());
     if (explain.checked) parts.set("explain", "1");
   }
   const where = ready ? collection.value : read().in;
@@ -49,6 +50,11 @@ function go(wanted, { replace = false } = {}) {
   const address = [...parts].length ? `#${parts}` : location.pathname + location.search;
   if (`#${parts}` !== location.hash) history[replace ? "replaceState" : "pushState"](null, "", address);
   show();
+}
+
+// Whoever is typing keeps the spaces.
+function keep(input, words) {
+  if (document.activeElement !== input || input.value.trim() !== words) input.value = words;
 }
 
 const known = (id) => captions.get(base() + id);
@@ -64,12 +70,13 @@ async function ask(wanted, signal, name) {
 async function send(wanted, signal, from) {
   const options = { k: Number(count.value) };
   if (wanted.category) options.filter = { category: wanted.category };
+  if (wanted.without) options.without = wanted.without;
   if (explain.checked) options.explain = true;
   if (wanted.picture) {
     const body = new FormData(), { file } = pictures.get(wanted.picture);
     await file.slice(0, 1).arrayBuffer().catch(() => { throw UNREADABLE; }); // a folder, or gone since
     body.append("file", file);
-    for (const [name, value] of Object.entries(options)) body.append(name, JSON.stringify(value));
+    for (const [name, value] of Object.entries(options)) body.append(name, name === "without" ? value : JSON.stringify(value));
     return fetch(`${from}search/image`, { method: "POST", body, signal });
   }
   const headers = { "Content-Type": "application/json" };
@@ -86,10 +93,13 @@ async function show() {
   collection.value = collections.some(({ name }) => name === wanted.in) ? wanted.in : (collections[0]?.name ?? "");
   offerBeside(wanted.beside);
   if (suggested !== base()) suggest();
-  if (wanted.q || wanted.item || wanted.picture) explain.checked = wanted.explain === "1";
+  if (wanted.q || wanted.item || wanted.picture) { // until then the options wait for it
+    explain.checked = wanted.explain === "1";
+    keep(without, wanted.without ?? "");
+  }
   $("category").hidden = !wanted.category;
   $("category").textContent = wanted.category ?? "";
-  if (document.activeElement !== query || query.value.trim() !== wanted.q) query.value = wanted.q;
+  keep(query, wanted.q);
   chip(wanted);
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === wanted.q);
   const subject = wanted.q || (wanted.picture || wanted.item ? $("chip-label").textContent : "");
@@ -202,7 +212,7 @@ function offerBeside(wanted) { // every collection but the one that is searched
 
 // The calibrated cut-off, which holds for searches by words alone; without one everything counts as fitting.
 function leastScore(wanted, name) {
-  const words = wanted.q && !wanted.item && !wanted.picture;
+  const words = wanted.q && !wanted.item && !wanted.picture && !wanted.without;
   const found = words ? collections.find((each) => each.name === name)?.min_score : null;
   return found ?? -Infinity;
 }
@@ -268,6 +278,10 @@ query.addEventListener("input", () => {
     const q = query.value.trim();
     if (q !== before.q) go({ q, category: before.category }, { replace: Boolean(before.q && q) });
   }, TYPING_MS);
+});
+without.addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => go(read(), { replace: true }), TYPING_MS);
 });
 count.addEventListener("change", () => go(read(), { replace: true }));
 explain.addEventListener("change", () => go(read(), { replace: true }));

@@ -6,53 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from app_harness import opened, png
+from query_harness import Client, close, ids, ranked
 from test_bad_input import check
 
-from app.schemas import BatchAnswer, ItemList, SearchAnswer
+from app.schemas import BatchAnswer, ItemList
 from dcar_core import Encoder
 from index_jobs.artifact import Artifact, open_current
 from index_jobs.rebuild import rebuild
 from index_jobs.updates import remove
-
-
-class Client:
-    """Posts searches and checks the form of what comes back."""
-
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self.client = client
-
-    async def text(self, **body: Any) -> dict[str, Any]:
-        answer = await self.client.post("/search/text", json=body)
-        assert answer.status_code == 200, answer.text
-        SearchAnswer.model_validate(answer.json(), strict=True)
-        return dict(answer.json())
-
-    async def image(self, data: bytes, **fields: Any) -> dict[str, Any]:
-        answer = await self.client.post("/search/image", files={"file": data}, data=fields)
-        assert answer.status_code == 200, answer.text
-        SearchAnswer.model_validate(answer.json(), strict=True)
-        return dict(answer.json())
-
-
-def ids(body: dict[str, Any]) -> list[str]:
-    return [result["id"] for result in body["results"]]
-
-
-def ranked(artifact: Artifact, vector: np.ndarray) -> list[tuple[str, float]]:
-    vector = vector / np.linalg.norm(vector)
-    scores, rows = artifact.search(vector[None].astype(np.float32), artifact.rows)
-    return [(artifact.item(int(row)).id, float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
-
-
-def close(body: dict[str, Any], wanted: list[tuple[str, float]]) -> None:
-    """float16 in the cache moves a score by up to 1e-3, so close neighbours may change places."""
-    assert len(body["results"]) == len(wanted)
-    np.testing.assert_allclose([r["score"] for r in body["results"]], [s for _, s in wanted], atol=2e-3)
-    score_of = dict(wanted)
-    np.testing.assert_allclose([r["score"] for r in body["results"]], [score_of[i] for i in ids(body)], atol=2e-3)
 
 
 def test_pages_put_together_are_the_whole(built_index: Path) -> None:

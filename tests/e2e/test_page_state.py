@@ -1,9 +1,13 @@
 """What the page keeps and shows: what is typed, links, collections, the keyboard."""
 
+from pathlib import Path
+
+import httpx
 import pytest
 from page_harness import Page, until
 
 pytestmark = pytest.mark.browser
+PICTURE = Path(__file__).parents[2] / "examples/emoji/query.png"
 
 
 def test_what_is_typed_while_the_page_loads_is_kept(page: Page, two: str) -> None:
@@ -90,4 +94,48 @@ def test_the_collection_is_chosen(page: Page, site: str, two: str) -> None:
     page.open(address)  # shared with somebody else
     page.settled(5)
     assert page.one("#collection").get_attribute("value") == "circles"
+    assert page.errors() == []
+
+
+def test_what_is_not_wanted_stays_out_and_in_the_address(page: Page, site: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    def answer(**body: object) -> list[str]:
+        found = httpx.post(f"{site}/search/text", json={"k": 24, **body}).json()["results"]
+        return [result["id"] for result in found]
+
+    def shown(wanted: list[str]) -> bool:
+        return [card.get_attribute("data-id") for card in page.settled(len(wanted))] == wanted
+
+    page.open(f"{site}/#q=a+circle&k=24")
+    until(lambda: shown(answer(query="a circle")))
+    page.one("#without").send_keys("red ")
+    until(lambda: "without=red" in page.driver.current_url)
+    until(lambda: shown(answer(query="a circle", without="red")))
+    assert page.one("#without").get_attribute("value") == "red ", "whoever types keeps the space"
+    page.one("#results .caption").click()
+    until(lambda: "item=" in page.driver.current_url)
+    first = answer(query="a circle", without="red")[0]
+    until(lambda: shown(answer(more_like=[first], without="red")))
+    page.driver.back()
+    until(lambda: shown(answer(query="a circle", without="red")))
+    page.one("#without").send_keys(Keys.BACKSPACE * 4)
+    until(lambda: "without=" not in page.driver.current_url)
+    until(lambda: shown(answer(query="a circle")))
+    page.open(f"{site}/#q=a+circle&without=red&k=24")
+    until(lambda: shown(answer(query="a circle", without="red")))
+    assert page.one("#without").get_attribute("value") == "red"
+    assert page.errors() == []
+
+
+def test_what_is_not_wanted_goes_with_a_picture_as_well(page: Page, site: str) -> None:
+    page.open(site)
+    page.one("#without").send_keys("7")  # a number, which a form would take for JSON
+    page.one("#file").send_keys(str(PICTURE))
+    page.settled(24)
+    assert "without=7" in page.driver.current_url
+    with PICTURE.open("rb") as file:
+        asked = httpx.post(f"{site}/search/image", files={"file": file}, data={"without": "7", "k": "24"})
+    ids = [result["id"] for result in asked.json()["results"]]
+    until(lambda: [card.get_attribute("data-id") for card in page.settled(24)] == ids)
     assert page.errors() == []
