@@ -169,6 +169,8 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
                 last = member.name
                 if member.isreg():
                     members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
+                elif member.islnk() and (of := members.get(member.linkname.removeprefix("./"))):
+                    members[last.removeprefix("./")] = of  # the same file under another name
             _require_end(path, tar, last)
             return members
     except tarfile.TarError as error:

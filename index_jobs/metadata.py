@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from dcar_core.data.load import annotation_files, load_splits
 from dcar_core.data.samples import SPLITS
+from dcar_core.data.tables import lines_of
 from dcar_core.errors import DataError
 from dcar_core.images import TarSpan
 from dcar_core.json_text import parse
@@ -133,7 +134,7 @@ def _sidecar(where: str, extension: str, data: bytes) -> Fields:
     try:
         text = data.decode("utf-8-sig").strip()
         if extension == "txt":
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            lines = [line.strip() for line in lines_of(text) if line.strip()]
             return {"captions": lines} if len(lines) > 1 else {"caption": text}
         if extension == "cls":
             return {"category": text}

@@ -110,6 +110,8 @@ def _csv_rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
             header(reader, path)
             for record in reader:
                 line = reader.line_num
+                if not any(record.values()):  # commas alone, as spreadsheets end a file
+                    continue
                 if None in record:
                     raise DataError(f"{path}, row {line}: more values than columns")
                 yield line, record

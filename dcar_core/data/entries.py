@@ -79,13 +79,12 @@ def strings(value: object, where: str, name: str) -> tuple[str, ...]:
 
 
 def captions(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The caption or captions, under the first of these names that is there; an empty one is for the cleaning to count.
+    """The caption or captions, under the first of these names that has any; an empty one is for the cleaning to count.
 
     Raises:
         DataError: none of the names is there, or it holds no text.
     """
-    for name in names:
-        value = entry.get(name)
-        if value is not None:
-            return strings(value, where, name) or ("",)
+    there = [strings(entry[name], where, name) for name in names if entry.get(name) is not None]
+    if there:
+        return next((texts for texts in there if any(text.strip() for text in texts)), there[0]) or ("",)
     raise DataError(f"{where}: field {names[0]!r} is missing; it has {', '.join(map(str, entry)) or 'none'}")

@@ -7,6 +7,8 @@
 """
 
 import csv
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,12 +77,14 @@ def _jsonl_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping
 
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(lines)
+    reader = csv.DictReader(lines, strict=True)  # else a quote that is never closed takes what follows into its cell
     columns = header(reader, file)
     if not set(IMAGE_COLUMNS) & set(columns):
         raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(columns) or 'none'}")
-    for row in reader:
-        where = f"{file}, line {reader.line_num}"
+    line = reader.line_num
+    while (row := _next(reader, file, line)) is not None:
+        line = reader.line_num
+        where = f"{file}, line {line}"
         if not any(row.values()):  # commas alone, as spreadsheets end a file
             continue
         if None in row:
@@ -88,16 +92,28 @@ def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[s
         yield where, {name: texts_of_cell(value) if name in _LISTS else value for name, value in row.items()}
 
 
+def _next(reader: "csv.DictReader[str]", file: Path, line: int) -> "dict[str | Any, Any] | None":
+    """The row that begins after a line, None at the end."""
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        hint = "is a quote not closed, or not doubled in a text?"
+        raise DataError(f"{file}, line {line + 1} is not CSV: {error}; {hint}") from error
+
+
 def header(reader: "csv.DictReader[str]", place: object) -> list[str]:
     """The names of a CSV's columns.
 
     Raises:
-        DataError: they are one, and hold what other programs write in place of commas.
+        DataError: they are one, and hold what other programs write in place of commas; or two have the same name.
     """
     columns = list(reader.fieldnames or ())
     for sign, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(columns) == 1 and sign in columns[0]:
             raise DataError(f"{place} has its columns between {name}; save it with commas")
+    twice = next((name for name, count in Counter(columns).items() if name and count > 1), None)
+    if twice is not None:
+        raise DataError(f"{place} has two columns named {twice!r}; rename one of them")
     return columns
 
 
@@ -134,7 +150,11 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
         samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[kind.lower()] = name
     for key, members in samples.items():
         where = f"{file}, sample {key!r}"
-        picture = next((name for kind, name in members.items() if has_image_suffix(f"x.{kind}")), None)
+        pictures = [(kind, name) for kind, name in members.items() if has_image_suffix(f"x.{kind}")]
+        # "1.jpg" is the picture where "1.depth.png" or "1.mask.png" lies beside it
+        picture = min(pictures, key=lambda each: each[0].count("."))[1] if pictures else None
+        if len(pictures) > 1:
+            report.add("tar samples with several pictures, of which one was taken", names=[str(picture)])
         if picture is None:
             report.add("tar samples without a picture, left out", names=[f"{file.name}/{key}"])
             continue
@@ -146,11 +166,16 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
                 text = tar.read(members["txt"]).decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: its .txt is not UTF-8 ({error.reason}); convert it first") from error
-            row = {**row, "caption": [line for line in text.splitlines() if line.strip()]}
+            row = {**row, "caption": [line for line in lines_of(text) if line.strip()]}
         if "caption" not in row and "captions" not in row:
             report.add("tar samples without a caption, left out", names=[f"{file.name}/{key}"])
             continue
         yield _entry(row, where, image=f"{file.name}/{picture}")
+
+
+def lines_of(text: str) -> list[str]:
+    """Split where a line ends in a file. `str.splitlines` also splits at signs that may stand within a caption."""
+    return re.split(r"\r\n|\r|\n", text)
 
 
 def _json_member(content: bytes, where: str) -> dict[str, Any]:

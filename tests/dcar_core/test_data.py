@@ -1,7 +1,5 @@
 import csv
-import io
 import json
-import tarfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,34 +188,6 @@ def test_names_and_categories_in_other_spellings(tmp_path: Path) -> None:
     assert [sample.image for sample in data.samples] == ["Stück.png"] * 2
     what = "categories written in several ways, which results and filters keep apart"
     assert report.names[what] == ["Part = part"]
-
-
-def tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-
-def test_webdataset_tars(tmp_path: Path) -> None:
-    png = picture(tmp_path / "x" / "red.png").read_bytes()
-    tar(tmp_path / "train-0000.tar", {"0.png": png, "0.txt": b"a red square\nall red", "1.png": png, "2.txt": b"no"})
-    row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
-    tar(tmp_path / "train-0001.tar", {"./0.png": png, "./0.json": row})
-    tar(tmp_path / "val.tar", {"v/0.png": png, "v/0.txt": b"for validation"})
-    data, report = load_split(tmp_path, "train", pictures="skip")
-    assert [(s.image, s.caption) for s in data.samples] == [
-        ("train-0000.tar/0.png", "a red square"),
-        ("train-0000.tar/0.png", "all red"),
-        ("train-0001.tar/0.png", "red"),
-    ]
-    assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",))
-    assert data.read(data.samples[2].image) == png
-    assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
-    assert report.names["tar samples without a picture, left out"] == ["train-0000.tar/2"]
-    assert load_split(tmp_path, "val")[0].samples[0].caption == "for validation"
-    assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
 
 
 def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:

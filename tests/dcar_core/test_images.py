@@ -133,10 +133,13 @@ def test_pictures_in_folders_and_tars(tmp_path: Path) -> None:
         member = tarfile.TarInfo("b.png")
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
+        again = tarfile.TarInfo("./c.png")  # as tar packs a hard link
+        again.type, again.linkname = tarfile.LNKTYPE, "b.png"
+        tar.addfile(again)
     root = ImageRoot(tmp_path)
-    assert root.read("sub/a.png") == root.read("b.png") == data
-    with pytest.raises(ImageError, match=r"no file c\.png"):
-        root.read("c.png")
+    assert root.read("sub/a.png") == root.read("b.png") == root.read("c.png") == data
+    with pytest.raises(ImageError, match=r"no file d\.png"):
+        root.read("d.png")
     with tarfile.open(tmp_path / "packed.tar", "w:gz"):
         pass
     with pytest.raises(DataError, match="uncompressed"):

@@ -377,3 +377,9 @@ def test_the_first_column_that_names_a_picture_is_the_one_training_reads(tmp_pat
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     assert scan(tmp_path / "train.jsonl").table["location"].to_pylist() == ["a.png"]
     assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == ["a.png"]
+
+
+def test_rows_of_commas_alone_end_a_list(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    found = scan(write(tmp_path / "l.csv", b"file_name,caption\na.png,x\n,\n,\n"))
+    assert len(found) == 1

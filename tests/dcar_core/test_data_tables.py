@@ -1,0 +1,84 @@
+"""Pairs from CSV, JSONL and tars: nothing of a file is left out in silence."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from test_data import picture
+
+from dcar_core.data import load_split
+from dcar_core.errors import DataError
+
+
+def tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_webdataset_tars(tmp_path: Path) -> None:
+    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    tar(tmp_path / "train-0000.tar", {"0.png": png, "0.txt": b"a red square\nall red", "1.png": png, "2.txt": b"no"})
+    row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
+    tar(tmp_path / "train-0001.tar", {"./0.png": png, "./0.json": row})
+    tar(tmp_path / "val.tar", {"v/0.png": png, "v/0.txt": b"for validation"})
+    data, report = load_split(tmp_path, "train", pictures="skip")
+    assert [(s.image, s.caption) for s in data.samples] == [
+        ("train-0000.tar/0.png", "a red square"),
+        ("train-0000.tar/0.png", "all red"),
+        ("train-0001.tar/0.png", "red"),
+    ]
+    assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",))
+    assert data.read(data.samples[2].image) == png
+    assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
+    assert report.names["tar samples without a picture, left out"] == ["train-0000.tar/2"]
+    assert load_split(tmp_path, "val")[0].samples[0].caption == "for validation"
+    assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
+
+
+def test_the_picture_of_a_sample_is_the_one_without_a_kind_of_its_own(tmp_path: Path) -> None:
+    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    tar(tmp_path / "train.tar", {"0.depth.png": b"depth", "0.png": png, "0.mask.png": b"mask", "0.txt": b"red"})
+    data, report = load_split(tmp_path, "train", pictures="skip")
+    assert [sample.image for sample in data.samples] == ["train.tar/0.png"]
+    assert report.names["tar samples with several pictures, of which one was taken"] == ["0.png"]
+
+
+def test_a_caption_ends_where_a_line_of_the_file_does(tmp_path: Path) -> None:
+    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    text = "a red\u2028square\r\nall\x85red\n".encode()
+    tar(tmp_path / "train.tar", {"0.png": png, "0.txt": text})
+    assert len(load_split(tmp_path, "train")[0].samples) == 2
+
+
+def test_captions_are_read_where_the_caption_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("image,caption,captions\na.png,,x|y\nb.png,z,\n")
+    (tmp_path / "val.jsonl").write_text(json.dumps({"image": "a.png", "caption": " ", "captions": ["x", "y"]}) + "\n")
+    for split, wanted in (("train", ["x", "y", "z"]), ("val", ["x", "y"])):
+        data, report = load_split(tmp_path, split, pictures="ignore")
+        assert [sample.caption for sample in data.samples] == wanted
+        assert set(report.counts) == {"pairs without a negative"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('a.png,"a red owl\nb.png,a blue owl\nc.png,"a ""green"" owl"\n', r"line 2 is not CSV: .* quote not closed"),
+        ('a.png,red\nb.png,"a blue owl\nc.png,green\n', r"line 3 is not CSV: .* quote not closed"),
+        ('a.png,"a ""red"" owl"\nb.png,"a" blue owl\n', r"line 3 is not CSV"),
+    ],
+)
+def test_a_quote_that_is_never_closed_takes_no_rows_with_it(tmp_path: Path, rows: str, message: str) -> None:
+    (tmp_path / "train.csv").write_text("image,caption\n" + rows)
+    with pytest.raises(DataError, match=message):
+        load_split(tmp_path, "train", pictures="ignore")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("image,caption,caption\na.png,x,y\n")
+    with pytest.raises(DataError, match="two columns named 'caption'"):
+        load_split(tmp_path, "train", pictures="ignore")
