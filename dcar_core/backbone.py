@@ -32,6 +32,16 @@ from dcar_core.tokens import Tokens, clean
 
 RANDOM = "random"
 _WORDS = 100_000  # that a tokenizer remembers
+_OF_CLIP: dict[str, Any] = {
+    "tokenizer": "SimpleTokenizer",
+    "vocabulary": "2032b714fb138f45adf7920b7426c2108eb64b409f4a42a20fdaa403fd461e5a",
+    "clean": "_clean_lower",
+    "reduction": None,
+    "pool": "tok",
+    "norm_after_pool": False,
+    "eps": [1e-5],
+    "gelu": [],
+}
 SUPPORTED = "open_clip's CLIP with a vision transformer, such as ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14"
 
 
@@ -204,20 +214,44 @@ class Backbone(nn.Module):
         return x
 
     def content_hash(self) -> str:
-        """sha256 over architecture-relevant settings and every weight, as 64 hex digits."""
+        """sha256 over every weight and whatever else decides on vectors, as 64 hex digits."""
         digest = hashlib.sha256(json.dumps(self.preprocess.to_dict(), sort_keys=True).encode())
         quick = any(isinstance(module, open_clip.transformer.QuickGELU) for module in self.clip.modules())
         digest.update(f"quick_gelu={quick} heads={self._heads()}".encode())
+        if unlike := self._unlike_clip():
+            digest.update(json.dumps(unlike, sort_keys=True).encode())
         for name, value in sorted(self.clip.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+    def _unlike_clip(self) -> dict[str, Any]:
+        """How texts become tokens, and what of the towers is no weight, as far as it is not as in OpenAI's models."""
+        tokenizer, modules = self._tokenizer, list(self.clip.modules())
+        found = {
+            "tokenizer": type(tokenizer).__name__,
+            "vocabulary": _vocabulary(tokenizer),
+            "clean": getattr(getattr(tokenizer, "clean_fn", None), "__name__", None),
+            "reduction": getattr(getattr(tokenizer, "reduction_fn", None), "__name__", None),
+            "pool": getattr(self.visual, "pool_type", "tok"),
+            "norm_after_pool": getattr(self.visual, "final_ln_after_pool", False),
+            "eps": sorted({module.eps for module in modules if isinstance(module, nn.LayerNorm)}),
+            "gelu": sorted({module.approximate for module in modules if isinstance(module, nn.GELU)} - {"none"}),
+        }
+        return {name: value for name, value in found.items() if value != _OF_CLIP[name]}
 
     def _heads(self) -> list[int]:
         return [
             int(block.attn.num_heads)
             for block in [*self.text.transformer.resblocks, *self.visual.transformer.resblocks]
         ]
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """sha256 over a tokenizer's pieces and merges, of whichever kind it is."""
+    pieces = getattr(tokenizer, "encoder", None) or getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
+    merges = getattr(tokenizer, "bpe_ranks", {})
+    return hashlib.sha256(json.dumps([sorted(pieces.items()), sorted(merges.items())]).encode()).hexdigest()
 
 
 def _rows(prompts: Tensor, batch: int) -> Tensor:

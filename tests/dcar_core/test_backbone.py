@@ -1,5 +1,8 @@
 """Parity: the prompted encoders equal the stock ones wherever they must."""
 
+import gzip
+import json
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -10,6 +13,7 @@ from safetensors.torch import save_file
 
 from dcar_core import backbone as module
 from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.checkpoint import MODEL_CONFIG
 from dcar_core.config import ModelConfig, PromptConfig
 from dcar_core.errors import ModelError
 from dcar_core.model import DCAR
@@ -166,3 +170,26 @@ def test_a_pickle_in_a_pt_file_is_not_run(tmp_path: Path) -> None:
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ModelError, match="could not be loaded"):
         load_backbone(BackboneSource("ViT-B-32-quickgelu", str(tmp_path / "evil.pt")))
+
+
+@pytest.mark.parametrize(
+    ("tower", "change"),
+    [
+        ("vision_cfg", {"pool_type": "avg"}),
+        ("vision_cfg", {"norm_kwargs": {"eps": 1e-3}}),
+        ("text_cfg", {"tokenizer_kwargs": {"clean": "whitespace"}}),
+        ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"}}),
+    ],
+)
+def test_whatever_changes_a_vector_changes_the_hash(
+    tiny_model: Path, tmp_path: Path, tower: str, change: dict[str, object]
+) -> None:
+    usual = load_backbone(BackboneSource(str(tiny_model)))
+    assert usual._unlike_clip() == {}, "CLIP's own tokenizer and towers: fingerprints depend on their weights alone"
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((directory / MODEL_CONFIG).read_text())
+    config["model_cfg"][tower] |= change
+    (directory / MODEL_CONFIG).write_text(json.dumps(config))
+    with gzip.open(directory / "bpe.txt.gz", "wt") as file:  # other merges
+        file.write("version\n" + "c a\nca t</w>\n" * 2)
+    assert load_backbone(BackboneSource(str(directory))).content_hash() != usual.content_hash()
