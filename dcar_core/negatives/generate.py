@@ -51,32 +51,27 @@ class Generator:
         self.unnamed = 0  # captions without their category
         self.unread = 0  # negatives that read like another text of their picture, as far as the encoder reads
         captions = list(dict.fromkeys(sample.caption for sample in samples))
-        more = cut([f"{caption} and more" for caption in captions])
-        # one more word would not be read
-        self._full = {c for c, read, further in zip(captions, cut(captions), more, strict=True) if read == further}
+        self._readings: dict[str, Hashable] = dict(zip(captions, map(tuple, cut(captions)), strict=True))
         self._captions: dict[str, list[Sample]] = defaultdict(list)
-        self._own: dict[str, set[str]] = defaultdict(set)
+        self._own: dict[str, set[Hashable]] = defaultdict(set)
         for sample in samples:
             self._captions[fold(sample.category)].append(sample)
-            self._own[sample.image].add(_same(sample.caption))
+            self._own[sample.image] |= {_same(sample.caption), self._readings[sample.caption]}
         self._longer = _contained([*self._captions, *(fold(name) for names in ranked.values() for name in names)])
 
     def negatives(self, sample: Sample) -> list[Negative]:
         """At most `count` negatives of a sample that has a category; swapped categories come first."""
         name = PurePosixPath(sample.image).name  # without its folder, which depends on how the pictures are looked for
         random = Random(f"{self.seed}\n{name}\n{sample.caption}")
-        taken: set[Hashable] = set(self._own[sample.image])
-        if sample.caption in self._full:
-            taken.add(self._read(sample.caption))
+        taken = set(self._own[sample.image])
         swapped, changed = self._category_swaps(sample), self._attribute_swaps(sample, random)
         half = self.count - self.count // 2
-        full = sample.caption in self._full
-        found = self._take(swapped, half, taken, full)
-        others = self._take(changed, self.count - len(found), taken, full)
-        more = self._take(swapped, self.count - len(found) - len(others), taken, full)
+        found = self._take(swapped, half, taken)
+        others = self._take(changed, self.count - len(found), taken)
+        more = self._take(swapped, self.count - len(found) - len(others), taken)
         return [*found, *more, *others]
 
-    def _take(self, negatives: Iterator[Negative], number: int, taken: set[Hashable], full: bool) -> list[Negative]:
+    def _take(self, negatives: Iterator[Negative], number: int, taken: set[Hashable]) -> list[Negative]:
         """The first `number` that are not taken yet; they are taken then."""
         found: list[Negative] = []
         while len(found) < number:
@@ -84,16 +79,15 @@ class Generator:
             if negative is None:
                 break
             same = _same(negative.text)
-            read = self._read(negative.text) if full else same
-            if same not in taken and read in taken:
+            if same in taken:
+                continue
+            read = self._readings.get(negative.text) or tuple(self._cut([negative.text])[0])
+            if read in taken:
                 self.unread += 1
-            elif same not in taken:
+            else:
                 taken |= {same, read}
                 found.append(negative)
         return found
-
-    def _read(self, text: str) -> Hashable:
-        return tuple(self._cut([text])[0])
 
     def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
         key, caption = fold(sample.category), sample.caption

@@ -8,7 +8,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,21 +30,29 @@ _IRREGULAR = {
     "smoothie": "smoothies", "magpie": "magpies", "collie": "collies", "headache": "headaches",
     "moustache": "moustaches", "mustache": "mustaches", "avalanche": "avalanches", "cache": "caches", "niche": "niches",
     "axe": "axes", "ache": "aches", "porsche": "porsches", "lens": "lenses", "gas": "gases",
-    "bus": "buses", "canvas": "canvases",
+    "bus": "buses", "canvas": "canvases", "emu": "emus", "menu": "menus", "gnu": "gnus", "zebu": "zebus",
+    "rhinoceros": "rhinoceroses",
 }  # fmt: skip
 _SINGULAR_OF = {plural: singular for singular, plural in _IRREGULAR.items()}
+_LAST_PARTS = ("man", "child", "wolf", "shelf", "knife", "wife", "mouse")  # of compounds: fireman, grandchild, dormouse
+_NO_COMPOUNDS = frozenset({
+    "abdomen", "bitumen", "caiman", "german", "human", "norman", "omen", "ottoman", "regimen", "roman", "shaman",
+    "specimen", "stamen", "talisman",
+})  # fmt: skip
+_PLURAL_IN_OS = re.compile(r"[bcdeginoprtv]os$")
 _UNCHANGED = frozenset({
-    "aircraft", "binoculars", "bison", "clothes", "corn", "deer", "fish", "glasses", "goggles", "jeans", "mercedes",
-    "moose", "news", "offspring", "pants", "pliers", "salmon", "scissors", "series", "sheep", "shorts", "shrimp",
-    "spacecraft", "species", "sunglasses", "swine", "tongs", "trousers", "trout",
+    "aircraft", "asbestos", "binoculars", "bison", "clothes", "corn", "deer", "fish", "glasses", "goggles", "jeans",
+    "mercedes", "moose", "news", "offspring", "pants", "pliers", "salmon", "scissors", "series", "sheep", "shorts",
+    "shrimp", "spacecraft", "species", "sunglasses", "swine", "tongs", "trousers", "trout",
 })  # fmt: skip
 # Spelled with a vowel and spoken with a consonant, and the other way round.
 _A = re.compile(
-    r"(uni(?!n|m|dent|ron)|use|usu|usa|ut[ei]|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo|ur[aiu])", re.IGNORECASE
+    r"(uni(?!n|m|dent|ron)|unanim|use|usu|usa|ut[aei]|ouija|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo|ur[aiu])",
+    re.IGNORECASE,
 )
-_AN = re.compile(r"(hour|honest|honou?r|heir)", re.IGNORECASE)
+_AN = re.compile(r"(hour|honest|honou?r|heir|mp\d)", re.IGNORECASE)
 # Capitals with a vowel behind the first that are spoken letter by letter all the same.
-_SPELLED = frozenset({"FBI", "HDMI", "LED", "MRI", "NBA", "OLED", "RAF", "SUV", "UAV", "USB"})
+_SPELLED = frozenset({"FBI", "HDMI", "LED", "MRI", "NBA", "OLED", "RAF", "SOS", "SUV", "UAV", "USB"})
 _VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
 
 
@@ -108,7 +116,8 @@ def article(phrase: str) -> str:
         return "an" if word[0] in _SPOKEN_WITH_A_VOWEL else "a"
     if _AN.match(word):
         return "an"
-    return "an" if word[0].casefold() in _VOWELS and not _A.match(word + first[2]) else "a"
+    sound = unicodedata.normalize("NFD", word[0])[0].casefold()  # without its accent
+    return "an" if sound in _VOWELS and not _A.match(word + first[2]) else "a"
 
 
 @lru_cache(maxsize=65536)
@@ -132,10 +141,10 @@ def _with_head(name: str, change: Callable[[str], str]) -> str:
 
 def _plural_word(word: str) -> str:
     low = word.casefold()
-    if low in _UNCHANGED:
+    if low in _UNCHANGED or low.endswith("fish"):
         return word
-    if low in _IRREGULAR:
-        return word[0] + _IRREGULAR[low][1:]
+    if irregular := _irregular(low, _IRREGULAR, _LAST_PARTS):
+        return word[0] + irregular[1:]
     if re.search(r"(s|x|z|ch|sh)$", low):
         return word + "es"
     if re.search(r"[^aeiou\d]y$", low) and word[0].islower():  # names of people and makes keep it: two Camrys
@@ -145,17 +154,25 @@ def _plural_word(word: str) -> str:
 
 def _singular_word(word: str) -> str:
     low = word.casefold()
+    if irregular := _irregular(low, _SINGULAR_OF, [_IRREGULAR[part] for part in _LAST_PARTS]):
+        return word[0] + irregular[1:]
     if low in _UNCHANGED or low in _IRREGULAR or len(low) < 4:
         return word
-    if low in _SINGULAR_OF:
-        return word[0] + _SINGULAR_OF[low][1:]
     if low.endswith("ies") and len(low) > 4:
         return word[:-3] + "y"
     if re.search(r"(ch|sh|x|ss|zz|[^eo]us)es$", low):
         return word[:-2]
-    if low.endswith("s") and not low.endswith(("ss", "us", "is", "as", "os")):
+    if _PLURAL_IN_OS.search(low) or (low.endswith("s") and not low.endswith(("ss", "us", "is", "as", "os"))):
         return word[:-1]
     return word
+
+
+def _irregular(low: str, forms: Mapping[str, str], last_parts: Sequence[str]) -> str | None:
+    """The other form of a word or of its last part: firemen, grandchild."""
+    if low in forms or low in _NO_COMPOUNDS:
+        return forms.get(low)
+    part = next((part for part in last_parts if low.endswith(part) and len(low) > len(part) + 1), None)
+    return low[: -len(part)] + forms[part] if part else None
 
 
 @lru_cache(maxsize=65536)

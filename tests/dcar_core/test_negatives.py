@@ -132,6 +132,21 @@ def test_a_swap_behind_the_end_of_the_context_is_no_negative(backbone: Backbone,
     assert reports["train"].counts["negatives that differ only where the context has ended, left out"] >= 2
 
 
+def test_no_negative_reads_like_a_caption_of_its_picture(backbone: Backbone, tmp_path: Path) -> None:
+    long = "Sphynx " + "a " * 40  # the tiny model reads 32 tokens, so all of these are one to it
+    known = [
+        sample("1", "A Sphynx.", "Sphynx"),
+        sample("1", long + "moon", "Sphynx"),
+        *(sample(image, long + thing, "Sphynx") for image, thing in (("2", "sun"), ("3", "sea"))),
+        sample("4", "A Sphynx on a chair.", "Sphynx"),
+    ]
+    reports = {"train": CleaningReport()}
+    done = complete({"train": split(known, tmp_path)}, reports, backbone)["train"].samples
+    assert not any(text.startswith("Sphynx a a") for text in done[0].negatives), "its other caption reads the same"
+    assert sum(text.startswith("Sphynx a a") for text in done[-1].negatives) == 1, "one of three that are alike"
+    assert reports["train"].counts["negatives that differ only where the context has ended, left out"] >= 4
+
+
 def test_a_test_category_is_never_seen_in_training(tmp_path: Path) -> None:
     reports = {name: CleaningReport() for name in ("train", "test")}
     features, cut = views(None)

@@ -49,7 +49,9 @@ def test_a_part_of_a_longer_category_is_not_the_category() -> None:
     ["a cat", "an owl", "a unicorn", "an uncle", "a European hare", "an hour", "a one-eyed cat", "an onion",
      "an MX-5", "a BMW", "an F-16", "a 737", "an 8", "an 18", "a 180", "an 1100", "a 2012 Audi", "an Airbus",
      "an X5", "a U-turn", "an HP printer", "a FIAT", "an SUV", "an LED lamp", "an FBI agent", "a USB stick", "an MRI",
-     "an unidentified bird", "an unironed shirt", "a urinal", "a uranium rod", "a Ural owl", "an urn", "an urban fox"],
+     "an unidentified bird", "an unironed shirt", "a urinal", "a uranium rod", "a Ural owl", "an urn", "an urban fox",
+     "an \u00e9clair", "an \u00d6sterreich badge", "an SOS", "an mp3 player", "a ouija board", "a Utah park",
+     "a unanimous vote"],
 )  # fmt: skip
 def test_a_or_an(phrase: str) -> None:
     said, _, rest = phrase.partition(" ")
@@ -61,7 +63,11 @@ def test_a_or_an(phrase: str) -> None:
     [("cat", "cats"), ("box", "boxes"), ("cherry", "cherries"), ("toy", "toys"), ("Camry", "Camrys"),
      ("wolf", "wolves"), ("sheep", "sheep"), ("glass jar", "glass jars"), ("bird of prey", "birds of prey"),
      ("woman", "women"), ("cookie", "cookies"), ("zombie", "zombies"), ("headache", "headaches"), ("lens", "lenses"),
-     ("moustache", "moustaches"), ("Mercedes", "Mercedes"), ("church", "churches"), ("bus", "buses")],
+     ("moustache", "moustaches"), ("Mercedes", "Mercedes"), ("church", "churches"), ("bus", "buses"),
+     ("flamingo", "flamingos"), ("photo", "photos"), ("emu", "emus"), ("fireman", "firemen"),
+     ("policewoman", "policewomen"), ("human", "humans"),
+     ("grandchild", "grandchildren"), ("werewolf", "werewolves"), ("dormouse", "dormice"), ("goldfish", "goldfish"),
+     ("specimen", "specimens"), ("rhinoceros", "rhinoceroses"), ("mongoose", "mongooses"), ("man", "men")],
 )  # fmt: skip
 def test_plurals(one: str, many: str) -> None:
     assert (plural(one), singular(many), plural(many), singular(one)) == (many, one, many, one)
