@@ -1,5 +1,6 @@
 """What can be chosen, as frozen data with a dict round trip. Nothing here reads the environment."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args
@@ -125,6 +126,10 @@ class TrainConfig(_Config):
             raise ValueError(
                 f"epochs and accumulate must be at least 1 and batch_size 2, not {self.epochs}, {self.accumulate} and "
                 f"{self.batch_size}"
+            )
+        if not (0 <= self.lr < math.inf) or not 0 <= self.seed < 2**63:
+            raise ValueError(
+                f"lr must be a number from 0 on, and seed a whole one below 2 ** 63, not {self.lr} and {self.seed}"
             )
         if self.amp not in get_args(Amp):
             raise ValueError(f"amp must be {', '.join(get_args(Amp))}, not {self.amp!r}")

@@ -105,6 +105,15 @@ def prepare(
     )
 
 
+def decode(data: Dataset, backbone: Backbone, cache: FeatureCache, *, progress: bool = True) -> None:
+    """Put a split's pictures into the cache, so that one that is broken is known now.
+
+    Raises:
+        DataError: a picture is missing or broken; the message names it.
+    """
+    _Work(data, backbone, cache, progress).pixels()
+
+
 def _parts(rows: NDArray[np.int64], most: int) -> list[NDArray[np.int64]]:
     return [rows[i : i + most] for i in range(0, len(rows), most)]
 

@@ -18,7 +18,7 @@ from dcar_core.evaluation.report import write_report
 from dcar_core.evaluation.runs import Runs
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.feature_cache import FeatureCache
-from dcar_core.features import note_what_is_cut
+from dcar_core.features import decode, note_what_is_cut
 from dcar_core.files import write_json
 from dcar_core.methods import method
 from dcar_core.model import seeded_model
@@ -71,6 +71,9 @@ def compare(
     note_what_is_cut(splits, reports, backbone, room)
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
+    decode(
+        splits["test"], backbone, cache, progress=progress
+    )  # not after hours that one broken picture makes worthless
     runs = Runs(backbone, splits, out, config, cache, progress, say)
     results: dict[str, Any] = {
         "data": data.resolve().name,

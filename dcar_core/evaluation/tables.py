@@ -127,8 +127,9 @@ def csv_runs(results: Results) -> str:
     for name, found in results["methods"].items():
         for run in found["runs"]:
             hard = run["hard_negative_accuracy"]
+            lr = "" if found["lr"] is None else run["lr"]
             lines.writerow(
-                [name, run["seed"], run["lr"], run["trainable"], run["query"], run["epoch"], run["seconds"]]
+                [name, run["seed"], lr, run["trainable"], run["query"], run["epoch"], run["seconds"]]
                 + [f"{run['test'][c]:.3f}" for c in COLUMNS]
                 + ["" if hard is None else f"{hard:.3f}"]
             )

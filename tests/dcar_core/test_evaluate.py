@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_the_table(compared: Compared, backbone: Backbone, tiny_data: Path) -> N
     assert [(row["method"], row["seed"]) for row in rows] == [
         ("clip", "0"), ("clip-adapter", "0"), ("clip-adapter", "1"), ("dcar", "0"), ("dcar", "1"),
     ]  # fmt: skip
+    assert [row["lr"] for row in rows if row["method"] == "clip"] == [""], "as in the other tables: it learns nothing"
     # a saved checkpoint reproduces the number that was reported for it
     run = results["methods"]["dcar"]["runs"][1]
     model, mark = load_checkpoint(out / run["run"], backbone=backbone)
@@ -264,6 +266,17 @@ def test_a_method_that_diverges_costs_the_others_nothing(backbone: Backbone, tin
     assert "clip-adapter is left out: " in (tmp_path / "report.html").read_text()
     with pytest.raises(DivergedError, match="lower --lr"):
         compare(backbone, tiny_data, ["clip-adapter"], 1, tmp_path, wild, progress=False)
+
+
+def test_a_broken_test_picture_is_told_before_anything_is_trained(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    broken = load_split(data, "test")[0].samples[0].image
+    (data / broken).write_bytes(b"hi")
+    with pytest.raises(DataError, match=f"test: {broken}: "):
+        compare(backbone, data, ["coop"], 1, tmp_path / "out", QUICK, progress=False)
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 class Page(HTMLParser):

@@ -302,3 +302,11 @@ def test_unknown_method_and_missing_pictures(tiny_model: Path, tiny_data: Path, 
     elsewhere = load_split(tiny_data, "train", images=tmp_path, pictures="ignore")[0]
     with pytest.raises(DataError, match=r"train: no file .*--images"):
         prepare(elsewhere, model, for_training=False, progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": float("inf")}, {"lr": float("nan")}, {"lr": -1e-3}, {"seed": -1}, {"seed": 2**63}]
+)
+def test_what_no_run_can_take_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="lr must be a number from 0 on, and seed a whole one"):
+        TrainConfig.from_dict(wrong)
