@@ -16,6 +16,7 @@ EMPTY, CUT, REFUSAL, LONG, NAMELESS, DUPLICATE, JUDGED = (
     "another picture has it too",
     "turned down by the judge",
 )
+REFUSED = "refusal"  # why a model stopped that says by a field of the answer that it refuses
 _REFUSAL = re.compile(
     r"\b(i('m| am) (very |so )?sorry|i (can(no|')t|can not|am unable|'m unable|won't|will not|do not|don't) "
     r"(\w+ )?(see|view|assist|help|provide|process|describe|identify|comply|access|caption|fulfil|able)|"
@@ -45,13 +46,13 @@ class Filters:
         """Why this draft will not do, or None."""
         if finish == "content_filter":
             return Rejection(REFUSAL, "it was held back by a content filter; describe only what is harmless.")
-        if not re.search(r"[^\W\d_]", draft):
-            return Rejection(EMPTY, "it has no words.")
         straight = draft.replace("\u2019", "'")
-        if _REFUSAL.search(straight):
+        if finish == REFUSED or _REFUSAL.search(straight):
             return Rejection(REFUSAL, "it is no description of the picture.")
         if finish == "length":
             return Rejection(CUT, f"it was cut off; use at most {self._words} words.")
+        if not re.search(r"[^\W\d_]", draft):
+            return Rejection(EMPTY, "it has no words.")
         tokens = self._count([draft])[0]
         if tokens > self._context:
             return Rejection(LONG, f"it is too long; use at most {self._words * self._context // tokens} words.")

@@ -9,18 +9,19 @@ from PIL import Image
 from dcar_core.data import SPLITS
 from dcar_core.errors import DataError
 from dcar_core.images import has_image_suffix, open_image
+from dcar_core.negatives.words import fold
 
 
 def listed(images: Path) -> tuple[list[str], list[str]]:
-    """Names of pictures in categories' folders, and of those in none."""
+    """Names of pictures in categories' folders, and of those in none; a folder `_` names no category."""
     if not images.is_dir():
         raise DataError(f"{images} is no directory; --images takes one with a folder for each category")
     files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
     shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
-    inside = [name for name in shown if "/" in name]
+    inside = [name for name in shown if "/" in name and fold(category_of(name)[0])]
     if not inside:
         raise DataError(f"{images} has no pictures in folders; put each category's into a folder of its name")
-    return inside, [name for name in shown if "/" not in name]
+    return inside, sorted(set(shown) - set(inside))
 
 
 def category_of(name: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcar_core.errors import DataError
+from dcar_core.json_text import encodable
 
 TEMPLATES = (
     "This picture of {dataset} shows: {category}. Write one caption of at most {words} words that contains the words "
@@ -29,7 +30,7 @@ _JUDGE = (
     "true of the picture, is the main object described by what sets it apart, and is nothing invented? Answer with "
     'JSON alone: {{"accept": true or false, "feedback": "what is wrong and how to mend it, in one sentence"}}'
 )
-_THOUGHT = re.compile(r"<think(ing)?>.*?</think(ing)?>", re.DOTALL | re.IGNORECASE)
+_THOUGHT_BEGINS, _THOUGHT_ENDS = (re.compile(tag, re.IGNORECASE) for tag in ("<think(?:ing)?>", "</think(?:ing)?>"))
 _LABEL = re.compile(r"^\W*(sure|certainly|here('s| is)[^:\n]{0,60}|(the )?caption)\W*:\s*", re.IGNORECASE)
 _WORD = re.compile(r"^[^\w{]*(?:verdict\W+)?(accept(?:ed)?|yes|reject(?:ed)?|no)\b[\s:,.\-]*", re.IGNORECASE)
 _FIELDS = frozenset({"category", "dataset", "words"})
@@ -94,9 +95,18 @@ def _with_picture(text: str, picture: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
+def _without_thoughts(answer: str) -> str:
+    """What follows the last thought; nothing where it does not end, for there the answer was cut off.
+
+    A chat template may have opened the thought, so that the answer has its end alone.
+    """
+    spoken = _THOUGHT_ENDS.split(answer)[-1]
+    return "" if _THOUGHT_BEGINS.search(spoken) else spoken.strip()
+
+
 def tidy_draft(answer: str) -> str:
     """The caption in an answer: without thoughts, labels, marks and quotation marks, on one line."""
-    text = _THOUGHT.sub(" ", answer).strip()
+    text = _without_thoughts(answer)
     text = _LABEL.sub("", text)
     text = " ".join(re.sub(r"[*#`]+", "", text).split())
     quoted = re.fullmatch(r"[\"'\u201c\u2018](.*)[\"'\u201d\u2019]", text)
@@ -105,16 +115,18 @@ def tidy_draft(answer: str) -> str:
 
 def read_verdict(answer: str) -> Verdict | None:
     """JSON, alone or inside other text, or an answer that begins with yes, accept, no or reject; None: no verdict."""
-    text = _THOUGHT.sub(" ", answer).strip()
+    text = _without_thoughts(answer)
     for start in (match.start() for match in re.finditer("{", text)):
         try:
-            found, _ = json.JSONDecoder().raw_decode(text[start:])
+            found, _ = json.JSONDecoder().raw_decode(text, start)
+            if isinstance(found, dict) and "accept" in found:
+                said = found["accept"]
+                accept = said if isinstance(said, bool) else str(said).strip().casefold() in {"true", "yes", "1"}
+                return Verdict(accept, encodable(" ".join(str(found.get("feedback") or "").split())))
         except ValueError:
             continue
-        if isinstance(found, dict) and "accept" in found:
-            said = found["accept"]
-            accept = said if isinstance(said, bool) else str(said).strip().casefold() in {"true", "yes", "1"}
-            return Verdict(accept, " ".join(str(found.get("feedback") or "").split()))
+        except RecursionError:  # no verdict is nested like this, and each of its braces would be tried
+            return None
     word = _WORD.match(text)
     if word is None:
         return None

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dcar_core.captioning.endpoint import Answer, Endpoint
-from dcar_core.captioning.filters import DUPLICATE, JUDGED, Filters, Rejection
+from dcar_core.captioning.filters import DUPLICATE, JUDGED, REFUSED, Filters, Rejection
 from dcar_core.captioning.journal import Journal, Picture
 from dcar_core.captioning.options import CaptionOptions, Model, Outcome, Usage
 from dcar_core.captioning.pictures import category_of, data_uri, listed
 from dcar_core.captioning.questions import (
+    Verdict,
     draft_messages,
     judge_messages,
     question,
@@ -98,6 +99,10 @@ def _beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.stem}.{what}.jsonl")
 
 
+def _verdict(answer: Answer) -> Verdict | None:
+    return read_verdict(answer.text) if answer.finish != REFUSED else None
+
+
 class _Run:
     def __init__(
         self,
@@ -113,45 +118,68 @@ class _Run:
         self.models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
         self.endpoints: dict[str, Endpoint] = {}
         self.filters = Filters(options.context, words_within(options.context), count_tokens)
-        for (image, _), said in journal.finished.items():
-            if said:
-                self.filters.accept(said, image)
         self.outcome = Outcome(out)
         self._captions = journal.latest()
+        self._of_bytes = {(sha, category_of(image)[0]): said for (image, sha), said in journal.finished.items() if said}
         self._in_a_row = 0
 
     async def all(self, names: Sequence[str], progress: bool) -> None:
-        """Every picture, `concurrency` of them at a time."""
+        """Every picture, `concurrency` of them at a time.
+
+        Those that are finished come first: theirs are the captions that no other picture may have. Those of pictures
+        that are gone may be had again.
+        """
         self.endpoints = {asked: Endpoint(model, self.options) for asked, model in self.models.items()}
-        left = iter(names)
         with tqdm(total=len(names), unit="picture", desc="captions", disable=not progress) as bar:
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    for _ in range(self.options.concurrency):
-                        tasks.create_task(self._worker(left, bar))
+                await self._each([name for name in names if name in self._captions], self._recall, bar)
+                await self._each([name for name in names if name not in self._captions], self._picture, bar)
             finally:
                 for endpoint in self.endpoints.values():
                     await endpoint.close()
 
-    async def _worker(self, left: Iterator[str], bar: Any) -> None:
-        for name in left:
-            await self._picture(name)
-            bar.set_postfix_str(self.spent(), refresh=False)
-            bar.update()
+    async def _each(self, names: Sequence[str], do: Callable[[str], Awaitable[bool]], bar: Any) -> None:
+        """do: says whether the picture is done with."""
+        left = iter(names)
 
-    async def _picture(self, name: str) -> None:
+        async def worker() -> None:
+            for name in left:
+                bar.update(await do(name))
+                bar.set_postfix_str(self.spent(), refresh=False)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self.options.concurrency):
+                tasks.create_task(worker())
+
+    async def _recall(self, name: str) -> bool:
+        """Take what an earlier run made of this picture; not if it cannot be read, or another one has its name now."""
         try:
-            content = await asyncio.to_thread((self.images / name).read_bytes)
-            picture = Picture(name, category_of(name)[0], hashlib.sha256(content).hexdigest()[:32])
-            known = (name, picture.sha) in self.journal.finished
-            uri = "" if known else await asyncio.to_thread(data_uri, content, self.options.side)
+            picture, _ = await self._read(name)
+            said = self.journal.finished[name, picture.sha]
+        except (OSError, KeyError):
+            del self._captions[name]
+            return False
+        if said:
+            self.filters.accept(said, name)
+        self._done(picture)
+        return True
+
+    async def _picture(self, name: str) -> bool:
+        try:
+            name.encode()  # neither the journal nor the annotations could hold it
+            picture, content = await self._read(name)
+            moved = self._moved(picture)
+            uri = "" if moved else await asyncio.to_thread(data_uri, content, self.options.side)
         except (ImageError, OSError) as error:
             self.outcome.broken[name] = str(error)
-            self._captions.pop(name, None)
-            return
+            return True
+        except UnicodeEncodeError:
+            self.outcome.broken[name] = "its name is not UTF-8; rename the file"
+            return True
         try:
-            if not known:
-                self._captions.pop(name, None)  # that of another picture of this name
+            if moved:
+                self._accept(picture, moved)
+            else:
                 await self._converse(picture, uri)
         except EndpointError as error:
             self.outcome.failed[name] = str(error)
@@ -161,13 +189,30 @@ class _Run:
                     f"{self._in_a_row} pictures in a row failed; the last, {name}: {error}. What was answered is kept: "
                     f"the same command goes on"
                 ) from error
-            return
+            return True
         self._in_a_row = 0
-        self._captions[name] = self.journal.finished[name, picture.sha]
-        if self._captions[name]:
+        self._done(picture)
+        return True
+
+    async def _read(self, name: str) -> tuple[Picture, bytes]:
+        content = await asyncio.to_thread((self.images / name).read_bytes)
+        return Picture(name, category_of(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
+
+    def _moved(self, picture: Picture) -> str | None:
+        """The caption that this picture had under another name in a folder of the same category, if that is gone."""
+        said = self._of_bytes.get((picture.sha, picture.category))
+        return said if said and self.filters.owner(said) is None else None
+
+    def _accept(self, picture: Picture, said: str) -> None:
+        self.filters.accept(said, picture.image)
+        self.journal.finish(picture, said)
+
+    def _done(self, picture: Picture) -> None:
+        said = self._captions[picture.image] = self.journal.finished[picture.image, picture.sha]
+        if said:
             self.outcome.accepted += 1
         else:
-            self.outcome.given_up.append(name)
+            self.outcome.given_up.append(picture.image)
 
     async def _converse(self, picture: Picture, uri: str) -> None:
         """Drafts until one is accepted, or the rounds are over."""
@@ -184,8 +229,7 @@ class _Run:
             if why is None and "judge" in self.models:
                 why = await self._judged(picture, turn, draft, uri, category)
             if why is None:
-                self.filters.accept(draft, picture.image)
-                self.journal.finish(picture, draft)
+                self._accept(picture, draft)
                 return
             self.journal.rejected(picture, turn, draft, why)
             before = (draft or "(nothing)", why.feedback)
@@ -193,8 +237,8 @@ class _Run:
 
     async def _judged(self, picture: Picture, turn: int, draft: str, uri: str, category: str) -> Rejection | None:
         messages = judge_messages(draft, uri, category=category, dataset=self.options.dataset)
-        answer = await self._ask("judge", picture, turn, messages, usable=lambda text: read_verdict(text) is not None)
-        verdict = read_verdict(answer.text)
+        answer = await self._ask("judge", picture, turn, messages, usable=lambda answer: _verdict(answer) is not None)
+        verdict = _verdict(answer)
         assert verdict is not None  # `usable` saw to it
         if not verdict.accept:
             return Rejection(JUDGED, verdict.feedback or "it does not fit the picture.")
@@ -208,10 +252,10 @@ class _Run:
         picture: Picture,
         turn: int,
         messages: list[dict[str, object]],
-        usable: Callable[[str], bool] = lambda text: True,
+        usable: Callable[[Answer], bool] = lambda _: True,
     ) -> Answer:
         before = self.journal.answer(picture, asked, turn)
-        if before is not None:
+        if before is not None and usable(before):
             return before
         endpoint = self.endpoints[asked]
         try:

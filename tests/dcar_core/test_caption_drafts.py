@@ -16,6 +16,7 @@ REFUSED = {
     "An owl " + "that is very much like any other owl " * 12: "longer than the context",
     "  ": "empty",
     "...": "empty",
+    "<think>An owl on grass.": "empty",
 }
 
 
@@ -69,6 +70,11 @@ def test_the_judge_is_heard_and_the_rounds_are_bounded(photos: Path) -> None:
         ('{"accept": true, "feedback": "good"}', Verdict(True, "good")),
         ('Sure:\n```json\n{"accept": "no",\n "feedback": null}\n``` {', Verdict(False, "")),
         ("<think>accept? {no}</think> Reject: the\ncolour is wrong.", Verdict(False, "the colour is wrong.")),
+        ('Hm, {"accept": true}?\n</think>\n{"accept": false, "feedback": "no"}', Verdict(False, "no")),
+        ("Yes, it fits.</Think> No, it does not.", Verdict(False, "it does not.")),
+        ('<think>{"accept": true}', None),
+        ('{"accept": false, "feedback": "no \\ud83d good"}', Verdict(False, "no \ufffd good")),
+        ('{"accept":' * 100_000, None),
         ("Yes.", Verdict(True, "")),
         ("**Accepted**", Verdict(True, "**")),
         ("North is up", None),
@@ -96,9 +102,21 @@ def test_a_judge_that_gives_no_verdict_fails_the_picture_and_keeps_the_draft(pho
 
 def test_drafts_are_tidied() -> None:
     assert tidy_draft('<think>an owl?</think>\n**Caption:** "An owl\n on a  branch."') == "An owl on a branch."
+    assert tidy_draft("An owl? Or two?\n</think>\n\nAn owl.") == "An owl."
+    assert tidy_draft("<think>an owl?</think> Two. <think>no</think>An owl.") == "An owl."
+    assert tidy_draft("<think>An owl?") == ""
     assert tidy_draft("Here is a caption for the picture: An owl.") == "An owl."
     assert tidy_draft("\u201cAn owl.\u201d") == "An owl."
     assert tidy_draft('An owl and a sign: "open".') == 'An owl and a sign: "open".'
+
+
+def test_half_of_a_surrogate_pair_in_a_verdict_is_replaced(photos: Path) -> None:
+    """The verdict is JSON inside the answer's, read after it."""
+    said = r'{"accept": false, "feedback": "no \ud83d good"}'
+    behave: Behave = lambda asked, n: said if asked.kind == "judge" and n == 0 else good(asked)  # noqa: E731
+    with VisionServer(behave) as server:
+        assert ask(one_picture(photos), server).accepted == 1
+    assert [line["feedback"] for line in rejected(photos)] == ["no � good"]
 
 
 def test_pictures_get_different_questions_and_each_the_same_again() -> None:

@@ -1,13 +1,15 @@
 """An endpoint that misbehaves in every way: a real HTTP server that speaks the protocol."""
 
+import gzip
 import json
 import time
+import tracemalloc
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from caption_harness import KEY, ask, one_picture, rejected
+from caption_harness import KEY, ask, captions, one_picture, rejected
 from vision_server import Asked, Behave, Raw, VisionServer, good, message
 
 from dcar_core.captioning.endpoint import seconds_of
@@ -28,6 +30,12 @@ BAD: dict[str, Raw | dict[str, Any]] = {
     "a closed connection": Raw(silent=True),
     "half an answer": Raw(body=json.dumps(message("half")), cut=True),
     "truncated JSON": Raw(body=json.dumps(message("half"))[:40]),
+    "an odd charset": Raw(500, "oh", headers=(("content-type", "text/plain; charset=base64"),)),
+    "another odd charset": Raw(500, "oh", headers=(("content-type", "text/plain; charset=zlib"),)),
+    "a charset of host names": Raw(500, "\u00e9" * 70, headers=(("content-type", "text/plain; charset=idna"),)),
+    "no end": Raw(body=" " * (5 << 20) + json.dumps(message("An owl, at last"))),
+    "gzip that is none": Raw(body=b"\x1f\x8bhalf", headers=(("content-encoding", "gzip"),)),
+    "half of gzip": Raw(gzip.compress(json.dumps(message("An owl")).encode())[:-20], (("content-encoding", "gzip"),)),
     "no JSON": Raw(body="all fine"),
     "not UTF-8": Raw(body="\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
     "a list": Raw(body="[]"),
@@ -71,17 +79,73 @@ def test_retry_after_holds_every_request_back(photos: Path) -> None:
     assert started[1] - started[0] >= 0.99
     assert seconds_of("1.5") == 1.5
     assert seconds_of(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=5)
-    assert [seconds_of(x) for x in (None, "soon", "-3")] == [None, None, 0]
+    assert [seconds_of(x) for x in (None, "soon", "-3", "nan")] == [None, None, 0, None]
+    assert seconds_of(f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT") is None
     with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", "4000"),))) as server:
         found = ask(one_picture(photos), server, photos.parent / "other.json")
     assert list(found.failed.values()) == ["asked to wait 4000 s, longer than 300"]
     assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize("retry_after", ["0", "nan", "0.01", formatdate(0, usegmt=True)])
+def test_pauses_grow_whatever_the_endpoint_allows(photos: Path, retry_after: str) -> None:
+    with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", retry_after),))) as server:
+        ask(one_picture(photos), server, tries=3, backoff_s=0.2)
+    first, second, third = (asked.at for asked in server.asked)
+    assert second - first >= 0.1
+    assert third - second >= 0.2
+
+
+def test_a_packed_answer_is_read_but_not_all_of_one_that_fills_the_memory(photos: Path) -> None:
+    packed = (("content-encoding", "gzip"),)
+    bomb = gzip.compress(b" " * (200 << 20), compresslevel=1)
+
+    def behave(asked: Asked, n: int) -> Raw:
+        assert asked.headers["accept-encoding"] == "gzip"
+        return Raw(body=bomb if n == 0 else gzip.compress(json.dumps(message(good(asked))).encode()), headers=packed)
+
+    with VisionServer(behave) as server:
+        tracemalloc.start()
+        try:
+            found = ask(one_picture(photos), server, judge=False)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert (found.accepted, found.usage["draft"].unknown) == (1, 1)
+        assert most < 50 << 20
+        server.behave = lambda asked, n: Raw(body=bomb, headers=packed)
+        found = ask(photos, server, photos.parent / "other.json", tries=2)
+    assert list(found.failed.values()) == ["no answer in 2 tries; the last: an answer of more than 4 MiB"]
+
+
+@pytest.mark.parametrize(
+    "content", [[{"text": "An owl"}, {"text": None}, {"type": "image"}, "on grass."], {"text": "An owl on grass."}]
+)
+@pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": None, "completion_tokens": "3"}])
+def test_an_answer_in_another_form_is_read(photos: Path, content: Any, usage: Any) -> None:
+    with VisionServer(lambda asked, n: message(content, usage=usage)) as server:
+        found = ask(one_picture(photos), server, judge=False)
+    assert (found.accepted, len(server.asked), found.usage["draft"].unknown) == (1, 1, 1)
+    assert [entry["positive"] for entry in captions(photos).values()] == ["An owl on grass."]
+
+
+def test_a_refusal_is_a_refusal_whatever_it_says(photos: Path) -> None:
+    refused = {"choices": [{"message": {"content": None, "refusal": "No owl may be described."}}]}
+    with VisionServer(lambda asked, n: refused) as server:
+        found = ask(one_picture(photos), server, rounds=1)
+        assert found.given_up == ["owl/1.png"]
+        [kept] = rejected(photos)
+        assert (kept["reason"], kept["draft"]) == ("a refusal", "No owl may be described.")
+        server.behave = lambda asked, n: good(asked) if asked.kind == "draft" else refused
+        found = ask(photos, server, photos.parent / "other.json")
+    assert list(found.failed.values()) == ["an answer that cannot be used: 'No owl may be described.'"]  # no verdict
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
         (message("An owl on a", "length"), "cut off by the endpoint's limit"),
+        (message("<think>The owl is", "length"), "cut off by the endpoint's limit"),
         (message(None, "content_filter"), "a refusal"),
         (message(None), "empty"),
         (

@@ -1,6 +1,7 @@
 """A captioning run that ends early, and what the next one finds."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,86 @@ def test_a_caption_of_an_earlier_run_is_taken(photos: Path) -> None:
         draw("green", "triangle").save(photos / "owl" / "3.png")
         found = ask(photos, server)
     assert (found.accepted, found.rejected) == (2, {"another picture has it too": 1})
+
+
+def no_fantasy(asked: Asked, _: int = 0) -> str:
+    """One caption for all pictures of a category, as long as nobody minds."""
+    return f"Any {asked.category} on grass." if asked.kind == "draft" and asked.turn == 0 else good(asked)
+
+
+@pytest.mark.parametrize("to", ["owl/0.png", "birds/owl/1.png"])
+def test_a_picture_that_was_moved_keeps_its_caption(photos: Path, to: str) -> None:
+    with VisionServer(no_fantasy) as server:
+        ask(one_picture(photos), server)
+        (photos / to).parent.mkdir(parents=True, exist_ok=True)
+        (photos / "owl" / "1.png").rename(photos / to)
+        for _ in range(2):
+            found = ask(photos, server)
+            assert (found.accepted, found.rejected, len(server.asked)) == (1, {}, 2)
+            assert {name: entry["positive"] for name, entry in captions(photos).items()} == {to: "Any owl on grass."}
+
+
+def test_a_copy_or_a_picture_of_another_category_is_asked_for(photos: Path) -> None:
+    with VisionServer(no_fantasy) as server:
+        ask(one_picture(photos), server)
+        shutil.copy(photos / "owl" / "1.png", photos / "owl" / "0.png")
+        shutil.copy(photos / "owl" / "1.png", photos / "red_fox" / "1.png")
+        found = ask(photos, server)
+    assert (found.accepted, found.rejected) == (3, {"another picture has it too": 1})
+    said = {name: entry["positive"] for name, entry in captions(photos).items()}
+    assert said.pop("owl/0.png").startswith("A owl on grass, number ")
+    assert said == {"owl/1.png": "Any owl on grass.", "red_fox/1.png": "Any red fox on grass."}
+
+
+def test_captions_of_pictures_that_are_gone_may_be_had_again(photos: Path) -> None:
+    with VisionServer(no_fantasy) as server:
+        ask(one_picture(photos), server)
+        (photos / "owl" / "1.png").unlink()
+        draw("green", "triangle").save(photos / "owl" / "0.png")
+        found = ask(photos, server)
+        assert (found.accepted, found.rejected) == (1, {})
+        (photos / "owl" / "0.png").write_bytes(b"broken by now")
+        draw("blue", "triangle").save(photos / "owl" / "3.png")
+        found = ask(photos, server)
+    assert (found.accepted, list(found.broken), found.rejected) == (1, ["owl/0.png"], {})
+
+
+def test_the_caption_of_a_picture_that_was_replaced_may_be_had_by_another(photos: Path) -> None:
+    with VisionServer(no_fantasy) as server:
+        ask(one_picture(photos), server)
+        draw("green", "triangle").save(photos / "owl" / "1.png")
+        draw("green", "cross").save(photos / "owl" / "0.png")
+        assert ask(photos, server, concurrency=1).accepted == 2
+    assert captions(photos)["owl/0.png"]["positive"] == "Any owl on grass."
+
+
+def test_a_picture_that_came_back_keeps_its_caption_from_others(photos: Path) -> None:
+    """Which of a name's captions counts is said by the bytes, not by which came last."""
+    first = (one_picture(photos) / "owl" / "1.png").read_bytes()
+    with VisionServer(no_fantasy) as server:
+        ask(photos, server)
+        draw("green", "triangle").save(photos / "owl" / "1.png")
+        server.behave = good
+        ask(photos, server)
+        server.behave = no_fantasy
+        (photos / "owl" / "1.png").write_bytes(first)
+        draw("green", "cross").save(photos / "owl" / "0.png")
+        found = ask(photos, server, concurrency=1)
+    assert (found.accepted, found.rejected) == (2, {"another picture has it too": 1})
+    assert captions(photos)["owl/1.png"]["positive"] == "Any owl on grass."
+
+
+def test_a_verdict_that_cannot_be_read_any_more_is_asked_for_again(photos: Path) -> None:
+    said = '{"accept": false, "feedback": "It is dusk."}'
+    behave: Behave = lambda asked, n: Raw(401) if asked.turn else said if asked.kind == "judge" else good(asked)  # noqa: E731
+    with VisionServer(behave) as server:
+        with pytest.raises(CaptionError):
+            ask(one_picture(photos), server)
+        journal = photos.parent / "captions.journal.jsonl"
+        journal.write_text(journal.read_text().replace(json.dumps(said), '"Hm."'))
+        server.behave = good
+        assert ask(photos, server).accepted == 1
+        assert server.kinds() == ["draft", "judge", "draft", "judge"]
 
 
 def test_a_replaced_picture_may_have_the_caption_that_it_had(photos: Path) -> None:

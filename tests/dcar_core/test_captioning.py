@@ -48,6 +48,31 @@ def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:
     assert not any(KEY in file.read_text() for file in photos.parent.glob("captions*"))
 
 
+def test_a_folder_of_underscores_names_no_category(photos: Path) -> None:
+    draw("red", "square").save(photos / "loose.png")
+    for folder in ("_", "owl/-_-"):
+        (photos / folder).mkdir()
+        draw("red", "square").save(photos / folder / "1.png")
+    with VisionServer() as server:
+        found = ask(photos, server)
+    assert (found.accepted, found.given_up, len(server.asked)) == (4, [], 8)
+    assert found.loose == ["_/1.png", "loose.png", "owl/-_-/1.png"]
+
+
+def test_a_name_that_is_not_utf_8_is_its_own_picture_s_trouble(photos: Path) -> None:
+    odd = os.fsdecode(b"owl/\xff.png")
+    try:
+        draw("red", "square").save(photos / odd)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with VisionServer() as server:
+        for _ in range(2):
+            found = ask(photos, server)
+            assert (found.accepted, found.failed, len(server.asked)) == (4, {}, 8)
+            assert found.broken == {odd: "its name is not UTF-8; rename the file"}
+    assert "1 pictures broken, left out: owl/" in summary(found)
+
+
 def test_places_that_cannot_be_used(photos: Path) -> None:
     server = VisionServer()
     (photos.parent / "mine.json").write_text("{}")

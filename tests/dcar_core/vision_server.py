@@ -30,11 +30,12 @@ class Asked:
 class Raw:
     """An answer that is not simply a message.
 
-    cut: promise all of the body and send half; silent: close at once; drip: seconds between bytes.
+    headers: instead of the usual ones, or as well. cut: promise all of the body and send half; silent: close at once;
+    drip: seconds between bytes.
     """
 
     status: int = 200
-    body: str = ""
+    body: str | bytes = ""
     headers: tuple[tuple[str, str], ...] = ()
     cut: bool = False
     silent: bool = False
@@ -45,7 +46,7 @@ class Raw:
 Behave = Callable[[Asked, int], "str | Raw | dict[str, Any]"]
 
 
-def message(text: str | None, finish: str = "stop", **more: Any) -> dict[str, Any]:
+def message(text: Any, finish: str = "stop", **more: Any) -> dict[str, Any]:
     return {
         "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}],
         "usage": {"prompt_tokens": 100, "completion_tokens": 20},
@@ -126,9 +127,10 @@ class VisionServer:
         if raw.silent:
             handler.close_connection = True
             return
-        content = raw.body.encode()
+        content = raw.body.encode() if isinstance(raw.body, str) else raw.body
         handler.send_response(raw.status)
-        for name, value in (("content-type", "application/json"), ("content-length", str(len(content))), *raw.headers):
+        usual = {"content-type": "application/json", "content-length": str(len(content))}
+        for name, value in (usual | dict(raw.headers)).items():
             handler.send_header(name, value)
         handler.end_headers()
         for byte in content if raw.drip else b"":
