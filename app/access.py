@@ -8,9 +8,9 @@ import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.keys import given_key, holder, is_key
 from app.metrics import Metrics
@@ -19,6 +19,7 @@ from app.rates import Rates
 from app.settings import Settings
 
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
+_CALLER = "dcar.caller"  # of a request's scope: the name of its key
 _CHARGE = "dcar.charge"  # of a request's scope: counts more for its caller
 
 
@@ -38,6 +39,8 @@ class Access:
             if problem is not None:
                 await problem.response()(scope, receive, send)
                 return
+            if scope["method"] in ("GET", "HEAD") and _CALLER in scope:
+                send = partial(_private, send)
         await self._app(scope, receive, send)
 
     async def _problem(self, scope: Scope) -> Problem | None:
@@ -51,7 +54,7 @@ class Access:
             if name is None:
                 self._metrics.refused("key")
                 return unauthorised("must be `Bearer` and an API key that is known here")
-            caller = scope["dcar.caller"] = name
+            caller = scope[_CALLER] = name
         if self._rates is None or path == "/metrics":
             return None
         scope[_CHARGE] = partial(self._charge, self._rates, caller)
@@ -73,6 +76,15 @@ class Access:
         if metrics and self._admin is not None and is_key(given, self._admin.get_secret_value()):
             return "admin"
         return holder(self._keys, given)
+
+
+async def _private(send: Send, message: Message) -> None:
+    """A cache that others share must not keep what needed a key: it would show it to those who have none."""
+    if message["type"] == "http.response.start":
+        headers = MutableHeaders(raw=message["headers"])
+        headers.setdefault("Cache-Control", "private")
+        headers.add_vary_header("Authorization, X-API-Key")
+    await send(message)
 
 
 async def charge(request: Request, more: int) -> None:

@@ -5,7 +5,6 @@ itself; that is more generous by as many processes as there are, and better than
 """
 
 import asyncio
-import time
 from typing import Any
 
 from limits import RateLimitItem, parse_many
@@ -70,13 +69,31 @@ class Rates:
     async def _ask(self, limiter: SlidingWindowCounterRateLimiter, caller: str, count: int) -> float:
         if await limiter.hit(self._rate, caller, cost=count):
             return 0.0
-        stats = await limiter.get_window_stats(self._rate, caller)
-        return max(0.1, stats.reset_time - time.time())
+        storage: Any = limiter.storage
+        expiry = self._rate.get_expiry()
+        known = await storage.get_sliding_window(self._rate.key_for(caller), expiry)
+        # What a request asks for beyond the first is refused with that one counted: next time it is counted anew.
+        return max(0.1, _room_in(self._rate, count if count == 1 else count + 1, *known))
 
     async def close(self) -> None:
         """Let the connections go."""
         if self._client is not None:
             await disconnect(self._client)
+
+
+def _room_in(
+    rate: RateLimitItem, count: int, earlier: int, earlier_ends_in: float, current: int, current_ends_in: float
+) -> float:
+    """The seconds until `count` more are allowed if nothing else is asked meanwhile.
+
+    What counts is the current window, and of the one before the part that the sliding one still covers: that falls to
+    nothing in the rest of this window, and what is now current in the whole of the next.
+    """
+    expiry, left = rate.get_expiry(), rate.amount - count
+    rest = current_ends_in % expiry or expiry
+    if current <= left and earlier:
+        return max(0.0, earlier_ends_in - (left - current) * expiry / earlier)
+    return rest + expiry * (1 - left / current) if current > left else 0.0
 
 
 class _Storage(RedisStorage):
