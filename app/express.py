@@ -63,8 +63,10 @@ async def _answer(request: Request) -> Response:
     words = words_in(content_type, body, settings)
     if snapshot.answers.kept:
         metrics_of(request).lookup("answers", "miss")
-    answer = search_answer(request, await (await retriever_of(request)).search(snapshot, words))
-    snapshot.answers.put(key, answer)
+    found = await (await retriever_of(request)).search(snapshot, words)
+    answer = search_answer(request, found)
+    if found.whole:  # else it may be better the next time
+        snapshot.answers.put(key, answer)
     return JsonAnswer(answer)
 
 

@@ -132,7 +132,9 @@ def from_validation(error: ValidationError | RequestValidationError, *, located:
         message = str(entry["msg"]).removeprefix("Value error, ")
         # Where a field may be of several types, pydantic adds which of them it has tried.
         place = [part for part in place if not _TRIED.fullmatch(str(part))]
-        found.append((".".join(map(str, place)) or "body", message[:1].lower() + message[1:]))
+        if message[1:2].islower():  # not "EOF while parsing"
+            message = message[0].lower() + message[1:]
+        found.append((".".join(map(str, place)) or "body", message))
     detail = "; ".join(f"{field}: {message}" for field, message in found)
     if len(entries) > _TOLD:
         detail += f"; and {len(entries) - _TOLD:,} more"

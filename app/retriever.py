@@ -74,7 +74,8 @@ class Answer:
     """What a search found, by which version, and whether the query's embedding came from the cache.
 
     offset: results before these. next_offset: where the next page begins, None after the last. min_score: the cut-off
-    that was applied. fields: of the metadata, that each result is to have.
+    that was applied. fields: of the metadata, that each result is to have. whole: nothing is missing that may be there
+    another time, such as the picture of a result that was to be explained.
     """
 
     version: int
@@ -86,6 +87,7 @@ class Answer:
     min_score: float | None
     words: Words | None
     fields: tuple[str, ...] = ()
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +225,11 @@ class Retriever:
 
         with self._metrics.timed("search"):
             hits, matches = _at_once(look) if _is_quick(snapshot, options, end) else await self._in_pool(look)
+        whole = True
         if reranked and options.offset < reranked:
             with self._metrics.timed("rerank"):
                 hits = await self._pairing.rerank(snapshot, search.text, hits[:reranked]) + hits[reranked:]
+            whole = all(hit.reranked is not None for hit in hits[:reranked])
         shown = hits[options.offset : end]
         words: Words | None = None
         explanations: Sequence[Explanation | None] = []
@@ -234,12 +238,22 @@ class Retriever:
                 words = await self._pairing.words(snapshot, search.text) if search.text else None
                 explained = shown[: self._settings.explain_results]
                 explanations = await self._pairing.explain(snapshot, search.text, vector, explained)
+            whole = whole and all(explanations)
         if reranked or options.explain:
             matches = await self._in_pool(_matches, snapshot, shown, explanations)
         following = end if len(hits) > end and end + options.k <= self._settings.max_window else None
         took_ms = (time.perf_counter() - began) * 1000
         return Answer(
-            snapshot.version, matches, cached, took_ms, options.offset, following, min_score, words, options.fields
+            snapshot.version,
+            matches,
+            cached,
+            took_ms,
+            options.offset,
+            following,
+            min_score,
+            words,
+            options.fields,
+            whole,
         )
 
     async def _vector(
@@ -264,9 +278,10 @@ class Retriever:
             raise field_problem("weights", "leave nothing of this query")
         if len(parts) == 1 and len(more) < 2:
             return parts[0][1], cached
-        total = np.sum([weight * vector for weight, vector in parts], 0)
+        most = max(abs(weight) for weight, _ in parts)  # only their ratio counts, and tiny ones would vanish
+        total = np.sum([weight / most * vector for weight, vector in parts], 0)
         length = float(np.linalg.norm(total))
-        if length < 1e-4 * sum(abs(weight) for weight, _ in parts):
+        if length < 1e-4 * sum(abs(weight) / most for weight, _ in parts):
             raise field_problem("weights", "the parts of this query cancel each other out")
         return (total / length).astype(np.float32), cached
 

@@ -30,7 +30,7 @@ from app.settings import Settings
 from app.threads import in_own_thread
 from dcar_core.errors import ArtifactError, DcarError
 from index_jobs import filters
-from index_jobs.artifact import Artifact, current_version, open_current, require_index
+from index_jobs.artifact import Artifact, current_version, open_current, read_manifest, require_index
 from index_jobs.filters import Mask
 
 if TYPE_CHECKING:  # torch takes seconds; the health check need not wait for it
@@ -211,7 +211,7 @@ class Snapshots:
             began = time.perf_counter()
             try:
                 version = await asyncio.to_thread(require_index, self.index)
-                if self._live is not None and self._live.version == version:
+                if self._live is not None and await asyncio.to_thread(_is, self._live, self.index, version):
                     self.reason, self._failed = None, None  # one that failed before is tried at once if it comes back
                     return False
                 fresh = await in_own_thread(load_snapshot, self.index, self._settings, self._loaded())
@@ -240,6 +240,11 @@ class Snapshots:
                 version = await asyncio.to_thread(_peek, self.index)
                 if version is None or version != self._failed or time.monotonic() >= self._retry_at:
                     await self.reload()
+
+
+def _is(live: Snapshot, index: Path, version: int) -> bool:
+    """Whether a published version is the one that is served; of an index that was built anew the numbers begin anew."""
+    return live.version == version and live.artifact.manifest == read_manifest(index, version)
 
 
 def _peek(index: Path) -> int | None:

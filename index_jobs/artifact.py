@@ -338,12 +338,21 @@ def version_numbers(index: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
+def read_manifest(index: Path, version: int) -> Manifest:
+    """What a version says of itself.
+
+    Raises:
+        ArtifactError: it is missing, changed, or of another format.
+    """
+    return Manifest.read(index / VERSIONS / str(version) / MANIFEST)
+
+
 def list_versions(index: Path) -> list[Manifest]:
     """The manifests of every version, ascending. One that cannot be read is logged and left out."""
     manifests = []
     for version in version_numbers(index):
         try:
-            manifests.append(Manifest.read(index / VERSIONS / str(version) / MANIFEST))
+            manifests.append(read_manifest(index, version))
         except ArtifactError as error:
             logger.warning("%s", error)
     return manifests

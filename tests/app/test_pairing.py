@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from app_harness import opened, png
+from query_harness import Client, ids
 from test_bad_input import check
-from test_queries import Client, ids
 
 from app import pairing
 from dcar_core import Encoder
@@ -122,6 +122,11 @@ def test_reranking_needs_weights_and_pictures(
             alone = {"query": "red", "filter": {"caption": ["a red circle", "a blue circle"]}, "explain": True}
             results = (await http.post("/search/text", json=alone)).json()["results"]
             assert {r["caption"]: "explanation" in r for r in results} == {"a red circle": False, "a blue circle": True}
+            shutil.copy(gallery / "circle/red.png", changing / "circle/red.png")
+            for asked, field in ((body | {"explain": True}, "rerank_score"), (alone, "explanation")):
+                results = (await http.post("/search/text", json=asked)).json()["results"]
+                assert all(field in result for result in results[:2]), "what was missing is not remembered"
+            assert len(results) == 2
             shutil.rmtree(changing)
             assert "none of them" in check(await http.post("/search/text", json=alone | {"k": 3}), 409)["detail"]
         async with opened(tmp_path / "index") as http:

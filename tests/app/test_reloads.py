@@ -1,6 +1,7 @@
 """Loads that take long: each is the only one, whoever waits for it; and a model that is needed long after its start."""
 
 import asyncio
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -81,5 +82,42 @@ def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, tmp_pa
                 for what in ("rerank", "explain"):
                     answer = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
                     assert answer.status_code == 200, answer.text
+
+    asyncio.run(main())
+
+
+def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_same(
+    index: Path, tiny_gallery: Path, other_checkpoint: Path
+) -> None:
+    async def main() -> None:
+        async with opened(index, poll_s=0, **KEY) as client:
+            before = (await client.post("/search/text", json={"query": "red"})).json()
+            assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+            shutil.rmtree(index)
+            await asyncio.to_thread(
+                rebuild, tiny_gallery, other_checkpoint, index, workers=0, progress=False, runtime="torch"
+            )
+            assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+            after = (await client.post("/search/text", json={"query": "red"})).json()
+            assert after["index_version"] == before["index_version"] == 1
+            assert [r["score"] for r in after["results"]] != [r["score"] for r in before["results"]]
+            assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+
+    asyncio.run(main())
+
+
+def test_a_body_that_nobody_needs_is_not_waited_for(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = snapshots.load_snapshot
+
+    def slow(*given: object) -> object:
+        time.sleep(1)
+        return whole(*given)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        async with opened(index, poll_s=0, upload_timeout_s=0.3, **KEY) as client:
+            monkeypatch.setattr(snapshots, "load_snapshot", slow)
+            rollback(index, 2)
+            answer = await client.post("/admin/reload", headers=BEARER, json={})
+            assert answer.json()["changed"], answer.text
 
     asyncio.run(main())

@@ -42,6 +42,9 @@ def test_words_are_subtracted_from_all_that_is_asked_for(built_index: Path, arti
             assert ids(found) != ids(plain)
             strong = await client.text(query="a circle", without="red", weights={"without": 0.8}, k=24)
             close(strong, ranked(artifact, circle - 0.8 * red))
+            tiny = {"text": 5e-324, "without": 5e-324}  # only their ratio counts
+            ratio = await client.text(query="a circle", without="red", weights=tiny, k=24)
+            close(ratio, ranked(artifact, circle - red))
             same = await client.text(query="a circle", without="red", weights={"without": 0}, k=24)
             assert ids(same) == ids(plain)
             both = await client.image(png(), query="a circle", without="red", k="24")
