@@ -13,7 +13,7 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
@@ -80,7 +80,7 @@ class Client:
         url: where it is, such as http://127.0.0.1:8000.
         key: an API key, or the admin key for `reload`.
         collection: None for the service's default one.
-        timeout_s: for each attempt.
+        timeout_s: in each attempt, how long nothing may come.
         retries: further attempts after 429, 503 or a connection that cannot be made.
         sleep: how to wait between attempts.
     """
@@ -118,9 +118,16 @@ class Client:
         """Find the pictures that a text describes."""
         return self._ask(SearchAnswer, "POST", f"{self._prefix}/search/text", json={"query": query, **options})
 
-    def search_batch(self, queries: Sequence[str], **options: Unpack[SearchOptions]) -> list[SearchAnswer]:
-        """Several searches by words in one request, with the same options; answers are in their order."""
-        body = {"queries": [{"query": query, **options} for query in queries]}
+    def search_batch(
+        self, queries: Sequence[str | Mapping[str, Any]], **options: Unpack[SearchOptions]
+    ) -> list[SearchAnswer]:
+        """Several searches by words in one request; answers are in their order.
+
+        Args:
+            queries: each its words, or `query` and whatever options it has that differ from the common ones.
+        """
+        each = ({"query": query} if isinstance(query, str) else query for query in queries)
+        body = {"queries": [{**options, **query} for query in each]}
         return self._ask(BatchAnswer, "POST", f"{self._prefix}/search/batch", json=body).answers
 
     def search_image(
@@ -153,7 +160,10 @@ class Client:
 
     def image(self, item_id: str) -> bytes:
         """The picture of an item."""
-        return self._send("GET", self._item(item_id, "/image")).content
+        answer = self._send("GET", self._item(item_id, "/image"))
+        if not answer.headers.get("content-type", "").startswith(("image/", "application/octet-stream")):
+            raise _error(answer)
+        return answer.content
 
     def collections(self) -> list[Collection]:
         """The domains that are served."""

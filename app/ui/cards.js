@@ -4,24 +4,24 @@ import { drawMap, drawWords } from "./explain.js";
 
 const AGAIN_MS = [1500, 4000, 10000]; // when a picture that did not come is asked for again
 
-// results: of one answer. least: the cut-off. more and only are called with the result that is clicked, for more like it
-// or for its category alone.
-export function makeCards(results, { least, more, only }) {
+// results: of one answer. items: where its items are, as seen from the page. least: the cut-off. more and only are called
+// with the result that is clicked, for more like it or for its category alone.
+export function makeCards(results, { items, least, more, only }) {
   const scores = results.map(({ score }) => score);
   const top = Math.max(...scores), span = Math.max(top - Math.min(...scores), 1e-6);
   const share = (score) => 1 - (0.9 * (top - score)) / span; // 1 for the best, 0.1 for the last one shown
-  const cards = results.map((result) => card(result, share(result.score), result.score < least, more, only));
+  const cards = results.map((result) => card(result, items, share(result.score), result.score < least, more, only));
   const fitting = scores.filter((score) => score >= least).length;
   if (fitting && fitting < cards.length) cards.splice(fitting, 0, divider());
   return { cards, fitting };
 }
 
-function card(result, share, weak, more, only) {
+function card(result, items, share, weak, more, only) {
   const node = document.getElementById("card").content.cloneNode(true).firstElementChild;
   const find = (name) => node.querySelector(name);
   node.dataset.id = result.id;
   node.classList.toggle("weak", weak);
-  load(find("img"), result.image_url, find(".frame"));
+  load(find("img"), `${items}/${encodeURIComponent(result.id)}/image`, find(".frame"));
   find(".number").textContent = result.score.toFixed(3);
   find(".fill").style.setProperty("--share", share);
   find(".score").title = `cosine ${result.score.toFixed(4)}; the bar compares the results shown`;

@@ -102,8 +102,7 @@ async function show() {
   keep(query, wanted.q);
   chip(wanted);
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === wanted.q);
-  const subject = wanted.q || (wanted.picture || wanted.item ? $("chip-label").textContent : "");
-  document.title = subject ? `${subject} · Picture search` : "Picture search";
+  const subject = entitle(wanted);
   for (const name of [wanted.in, wanted.beside]) {
     if (name && collections.every((each) => each.name !== name)) return fail(`There is no collection “${name}” here.`);
   }
@@ -112,7 +111,10 @@ async function show() {
 
   const mine = (running = new AbortController());
   results.setAttribute("aria-busy", "true");
-  const slow = setTimeout(() => (status.textContent = "Searching…"), SLOW_MS);
+  const slow = setTimeout(() => {
+    status.textContent = "Searching…";
+    error.hidden = true; // it spoke of the search before
+  }, SLOW_MS);
   try {
     const asked = ask(wanted, mine.signal, collection.value);
     const beyond = async () => { // explanations take long: one after the other, so that each has its time
@@ -137,13 +139,20 @@ async function name(wanted, signal) { // the address was opened from elsewhere, 
   const item = await fetch(`${base()}items/${encodeURIComponent(wanted.item)}`, { signal });
   if (!item.ok) return;
   captions.set(base() + wanted.item, (await item.json()).caption || wanted.item);
-  if (!signal.aborted) chip(wanted);
+  if (signal.aborted) return;
+  chip(wanted);
+  entitle(wanted);
+}
+
+function entitle(wanted) { // what is searched for, in the window's title too; "" where it is nothing
+  const subject = wanted.q || (wanted.picture || wanted.item ? $("chip-label").textContent : "");
+  document.title = subject ? `${subject} · Picture search` : "Picture search";
+  return subject;
 }
 
 function draw(answer, wanted) {
   error.hidden = nothing.hidden = true;
   empty.hidden = answer !== null;
-  hideBeside();
   drawWords($("words"), answer?.words);
   if (answer === null) {
     results.removeAttribute("aria-busy");
@@ -160,6 +169,7 @@ function draw(answer, wanted) {
 function listed(answer, wanted, name, to = name) { // a click goes on in the collection `to`
   for (const { id, caption } of answer.results) captions.set(base(name) + id, caption || id);
   return makeCards(answer.results, {
+    items: `${base(name)}items`,
     least: leastScore(wanted, name),
     more: ({ id }) => {
       scrollTo({ top: 0 });
@@ -230,14 +240,14 @@ function fail(message) {
   error.textContent = message;
   error.hidden = false;
   empty.hidden = nothing.hidden = true;
-  hideBeside();
   drawWords($("words"), null);
   status.textContent = "";
   place([]);
 }
 
 function place(cards) { // who was among the results with the keyboard stays there
-  const within = results.contains(document.activeElement);
+  const within = $("lists").contains(document.activeElement);
+  hideBeside();
   results.replaceChildren(...cards);
   if (within) results.focus({ preventScroll: true });
 }

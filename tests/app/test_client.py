@@ -28,6 +28,8 @@ def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> N
             assert client.search_text("a red circle", k=3, offset=3).results[0].rank == 4
             answers = client.search_batch(["red", "blue"], k=2)
             assert [len(answer.results) for answer in answers] == [2, 2]
+            each = client.search_batch(["red", {"query": "red", "k": 3, "without": "circle"}], k=2)
+            assert [len(answer.results) for answer in each] == [2, 3]
             file = gallery / "circle/blue.png"
             by_file = client.search_image(file, k=2, filter={"category": "circle"}, less_like=["circle/red.png"])
             assert by_file.results[0].id == "circle/blue.png"
@@ -120,8 +122,10 @@ def test_a_service_that_is_not_there_or_is_none() -> None:
     assert caught.value.problem is None
 
     page: Any = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Please log in</html>"))
-    with Client("http://portal", transport=page) as client, pytest.raises(ServiceError, match="200"):
-        client.ready()
+    with Client("http://portal", transport=page) as client:
+        for ask in (client.ready, lambda: client.image("a")):
+            with pytest.raises(ServiceError, match="200"):
+                ask()
 
 
 @pytest.mark.parametrize(("said", "pause"), [("-5", 1), ("nan", 1), ("soon", 1), ("7", 7), ("1e9", 30), ("inf", 30)])

@@ -91,3 +91,29 @@ def test_two_galleries(page: Page, two: str) -> None:
     page.open(f"{two}/#q=red&k=12&beside=gone")
     until(lambda: "no collection “gone”" in page.one("#error").text)
     assert not page.one("#other").is_displayed()
+
+
+def test_the_keyboard_stays_among_the_results_of_both_lists(page: Page, rivals: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(f"{rivals}/#q=a+red+circle&k=12&beside=another")
+    others(page, 12)
+    card = page.one("#others .caption")
+    caption = card.text
+    card.send_keys(Keys.ENTER)
+    until(lambda: "item=" in page.driver.current_url)
+    others(page, 12)
+    assert page.driver.switch_to.active_element == page.one("#results")
+    until(lambda: page.driver.title == f"more like {caption} · Picture search")
+
+
+@pytest.mark.parametrize("width", [600, 640, 700])
+def test_a_window_of_middling_width_is_not_too_narrow(page: Page, rivals: str, width: int) -> None:
+    size = page.driver.get_window_size()
+    page.driver.set_window_size(width, 900)
+    try:
+        page.open(f"{rivals}/#q=a+red+circle&k=12&category=circle")
+        until(lambda: page.all("#results .card"))
+        until(lambda: page.driver.execute_script("return document.body.scrollWidth <= innerWidth"))
+    finally:
+        page.driver.set_window_size(size["width"], size["height"])
