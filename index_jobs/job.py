@@ -93,7 +93,7 @@ class Job:
     def run(self) -> RebuildSummary:
         """Do all steps that are needed; see `rebuild`."""
         from dcar_core.checkpoint import copy_checkpoint
-        from index_jobs import gpu, publish
+        from index_jobs import gpu, milvus, publish
         from index_jobs.notify import notify
         from index_jobs.progress import store_of
         from index_jobs.staging import choose, require_room
@@ -107,8 +107,11 @@ class Job:
             if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
                 return self.summary(same)
             gpu_memory = gpu.memory() if _wants_gpu(options.kind, options.device) else 0
-            # An unknown kind, a served model that is gone or a disk that is too small is an error now, not after hours.
+            # Told now, not after hours: an unknown kind, a Milvus out of reach, a served model that is gone, a disk
+            # that is too small.
             expected = choose(options, len(gallery), encoder.dim, gpu_memory)[0]
+            if options.milvus:
+                milvus.connect(options.milvus).close()
             store = store_of(gallery, encoder, runtime, self.out / WORK, options.batch_size, options.shard_rows)
             serving = self._serving()
             if serving is not None:

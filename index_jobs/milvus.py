@@ -80,6 +80,8 @@ class MilvusIndex:
         self.count, self.dim, self._name = place.count, place.dim, place.collection
         if not place.collection.endswith(place.fingerprint[:_FINGERPRINT]):
             raise FingerprintError(f"{place.collection} was not made by encoder {place.fingerprint[:12]}; rebuild it")
+        if "://" not in place.uri and not Path(place.uri).exists():  # Milvus Lite would make an empty one
+            raise ArtifactError(f"the Milvus Lite file {place.uri} is gone; bring it back, or rebuild the index")
         self._client = connect(place.uri)
         with _answering():
             if not self._client.has_collection(self._name):

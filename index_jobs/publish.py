@@ -9,7 +9,9 @@
 """
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +28,7 @@ from index_jobs.options import Options
 
 LOCK = ".lock"
 _STAGING = ".tmp-"
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 @contextlib.contextmanager
@@ -38,6 +41,8 @@ def reporting(index: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if _SHORT_WRITE.fullmatch(str(error)):  # how NumPy tells a full disk
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if error.errno is None:  # a library that cannot be loaded, say: trying again would not help
             raise DcarError(f"the index {index} cannot be made: {error}; what was published is unchanged") from error
         written = error.filename2 or error.filename  # of two, the first was read

@@ -62,7 +62,7 @@ class Annotations:
         found = {split: entries for split in SPLITS if (entries := self._of(split))}
         has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
         if not found:
-            needed = "" if any(annotation_files(self.path, split) for split in SPLITS) else f": it needs {_FORMS}"
+            needed = "" if any(annotation_files(self.path, split) for split in SPLITS) else f": {self._needed()}"
             raise DataError(f"{self.path} has no pairs for {', '.join(SPLITS)}{needed}")
         return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
@@ -126,13 +126,17 @@ class Annotations:
                 report.add("pairs taken from the training split, as the data has no val split", len(own))
         if not own and not annotation_files(self.path, source):
             there = [name for name in SPLITS if annotation_files(self.path, name)]
-            has = f"it has {', '.join(there)} alone" if there else f"it needs {_FORMS}"
+            has = f"it has {', '.join(there)} alone" if there else self._needed()
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
             others = ", ".join(name for name in self.splits() if name != split)
             hint = "Where a hash cuts them, few pictures can leave a split empty: give each row one"
             raise DataError(f"{self.path} has no {split} pairs; it has {others}. {hint}")
         return own
+
+    def _needed(self) -> str:
+        packed = [file.name for pattern in ("*.tar.*", "*.tgz") for file in self.path.glob(pattern)]
+        return f"it needs {_FORMS}" + (f"; unpack {shorten(packed)} first" if packed else "")
 
     def _of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
         """The entries that say they are of a split; none where there is no file for it."""

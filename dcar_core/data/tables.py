@@ -3,7 +3,8 @@
 - A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives and
   negative_categories. `file_name`, which comes first, or `path` is read for image, `class_name` for category.
 - In a CSV cell, several negatives are a JSON list or stand between bars: "a red van | a blue car".
-- In a tar, members that share a key are one sample: 0001.jpg with 0001.txt (a caption a line) or 0001.json (a row).
+- In a tar, members that share a key are one sample: 0001.jpg with 0001.txt (a caption a line) or 0001.json (a row), and
+  0001.cls (a category).
 """
 
 import csv
@@ -161,16 +162,22 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
         row: dict[str, Any] = {}
         if "json" in members:
             row = _json_member(tar.read(members["json"]), where)
+        if "cls" in members and not row.get("category"):
+            row = {**row, "category": _text_member(tar, members, "cls", where).strip()}
         if "txt" in members:
-            try:
-                text = tar.read(members["txt"]).decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: its .txt is not UTF-8 ({error.reason}); convert it first") from error
+            text = _text_member(tar, members, "txt", where)
             row = {**row, "caption": [line for line in lines_of(text) if line.strip()]}
         if "caption" not in row and "captions" not in row:
             report.add("tar samples without a caption, left out", names=[f"{file.name}/{key}"])
             continue
         yield _entry(row, where, image=f"{file.name}/{picture}")
+
+
+def _text_member(tar: ImageRoot, members: Mapping[str, str], kind: str, where: str) -> str:
+    try:
+        return tar.read(members[kind]).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: its .{kind} is not UTF-8 ({error.reason}); convert it first") from error
 
 
 def lines_of(text: str) -> list[str]:

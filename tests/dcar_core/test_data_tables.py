@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_data import picture
 
-from dcar_core.data import load_split
+from dcar_core.data import load_split, load_splits
 from dcar_core.errors import DataError
 
 
@@ -25,7 +25,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     tar(tmp_path / "train-0000.tar", {"0.png": png, "0.txt": b"a red square\nall red", "1.png": png, "2.txt": b"no"})
     row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
     tar(tmp_path / "train-0001.tar", {"./0.png": png, "./0.json": row})
-    tar(tmp_path / "val.tar", {"v/0.png": png, "v/0.txt": b"for validation"})
+    tar(tmp_path / "val.tar", {"v/0.png": png, "v/0.txt": b"for validation", "v/0.cls": b"square\n"})
     data, report = load_split(tmp_path, "train", pictures="skip")
     assert [(s.image, s.caption) for s in data.samples] == [
         ("train-0000.tar/0.png", "a red square"),
@@ -36,7 +36,8 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert data.read(data.samples[2].image) == png
     assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
     assert report.names["tar samples without a picture, left out"] == ["train-0000.tar/2"]
-    assert load_split(tmp_path, "val")[0].samples[0].caption == "for validation"
+    (validation,) = load_split(tmp_path, "val")[0].samples
+    assert (validation.caption, validation.category) == ("for validation", "square")
     assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
 
 
@@ -82,3 +83,10 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("image,caption,caption\na.png,x,y\n")
     with pytest.raises(DataError, match="two columns named 'caption'"):
         load_split(tmp_path, "train", pictures="ignore")
+
+
+def test_compressed_tars_are_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(DataError, match=r"unpack train\.tar\.gz"):
+        load_splits(tmp_path, ("train",))

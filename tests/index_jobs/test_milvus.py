@@ -199,3 +199,25 @@ def test_token_is_never_written(
     path = open_current(tmp_path / "index").path
     assert json.loads((path / "milvus.json").read_text())["uri"] == uri
     assert not [file for file in path.rglob("*") if file.is_file() and b"hidden-word" in file.read_bytes()]
+
+
+def test_a_milvus_out_of_reach_is_told_before_anything_is_encoded(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*given: object, **how: object) -> None:
+        raise AssertionError("pictures were encoded for a Milvus that is not there")
+
+    monkeypatch.setattr("index_jobs.encode.encode", no_work)
+    with pytest.raises(ArtifactError, match="cannot be reached"):
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus="http://127.0.0.1:9", progress=False)
+
+
+def test_a_milvus_lite_file_that_is_gone_is_not_made_anew(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "m.db"
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus=str(file), progress=False)
+    place = replace(milvus.Place.read(open_current(tmp_path / "out").path / milvus.MILVUS), uri=str(tmp_path / "n.db"))
+    with pytest.raises(ArtifactError, match=r"n\.db is gone"):
+        milvus.MilvusIndex(place)
+    assert not (tmp_path / "n.db").exists()

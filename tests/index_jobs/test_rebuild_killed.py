@@ -14,6 +14,7 @@ import pytest
 from dcar_core.errors import DcarError
 from index_jobs.artifact import current_version, open_current, verify_index
 from index_jobs.gallery import scan
+from index_jobs.publish import reporting
 from index_jobs.rebuild import rebuild
 
 FULL_DISK = """
@@ -203,3 +204,12 @@ def test_killed_command_takes_its_workers_along_and_resumes(
     assert summary.resumed >= 5
     assert (summary.count, summary.resumed + summary.encoded) == (120, 120)
     verify_index(index)
+
+
+def test_a_full_disk_is_named_whoever_reports_it(tmp_path: Path) -> None:
+    """NumPy says only how much it wrote."""
+    told = r"No space left on device.* unchanged, and the same command goes on"
+    with pytest.raises(DcarError, match=told), reporting(tmp_path):
+        raise OSError("4352 requested and 992 written")
+    with pytest.raises(DcarError, match="cannot be made: no such library"), reporting(tmp_path):
+        raise OSError("no such library")
