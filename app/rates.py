@@ -15,6 +15,8 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from app.breaker import Breaker
 from app.redis_client import STORE_FAULTS, Client, connect, disconnect
 
+_HAIR_S = 0.05  # beyond the very moment
+
 
 def parse_rate(text: str) -> RateLimitItem:
     """ "20/second", "600/minute", "100 per 10 seconds".
@@ -73,7 +75,7 @@ class Rates:
         expiry = self._rate.get_expiry()
         known = await storage.get_sliding_window(self._rate.key_for(caller), expiry)
         # What a request asks for beyond the first is refused with that one counted: next time it is counted anew.
-        return max(0.1, _room_in(self._rate, count if count == 1 else count + 1, *known))
+        return _room_in(self._rate, count if count == 1 else count + 1, *known) + _HAIR_S
 
     async def close(self) -> None:
         """Let the connections go."""
@@ -87,13 +89,13 @@ def _room_in(
     """The seconds until `count` more are allowed if nothing else is asked meanwhile.
 
     What counts is the current window, and of the one before the part that the sliding one still covers: that falls to
-    nothing in the rest of this window, and what is now current in the whole of the next.
+    nothing in the rest of this window, and what is now current in the whole of the next. `limits` rounds it down.
     """
-    expiry, left = rate.get_expiry(), rate.amount - count
+    expiry, below = rate.get_expiry(), rate.amount - count + 1
     rest = current_ends_in % expiry or expiry
-    if current <= left and earlier:
-        return max(0.0, earlier_ends_in - (left - current) * expiry / earlier)
-    return rest + expiry * (1 - left / current) if current > left else 0.0
+    if current < below and earlier:
+        return max(0.0, earlier_ends_in - (below - current) * expiry / earlier)
+    return rest + expiry * max(0.0, 1 - below / current) if current >= below else 0.0
 
 
 class _Storage(RedisStorage):

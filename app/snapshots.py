@@ -244,7 +244,12 @@ class Snapshots:
 
 def _is(live: Snapshot, index: Path, version: int) -> bool:
     """Whether a published version is the one that is served; of an index that was built anew the numbers begin anew."""
-    return live.version == version and live.artifact.manifest == read_manifest(index, version)
+    if live.version != version:
+        return False
+    try:
+        return read_manifest(index, version) == live.artifact.manifest
+    except ArtifactError:
+        return True  # nothing better is there, and what is served is whole
 
 
 def _peek(index: Path) -> int | None:

@@ -151,8 +151,9 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     backbone_hash = backbone.content_hash()
     if backbone_hash != described["sha256"]:
         raise CheckpointError(
-            f"{path} was trained on other backbone weights ({described['sha256'][:12]}) than {backbone.source.model} "
-            f"has ({backbone_hash[:12]}); train again on these, or point config.json to the right ones"
+            f"{path} was trained on another backbone ({described['sha256'][:12]}) than {backbone.source.model} is "
+            f"({backbone_hash[:12]}), by its weights, tokenizer or preprocessing, or by an older version of this "
+            f"program that did not look at the tokenizer; train again on it, or point config.json to the right one"
         )
     weights = read_trainables(path)
     try:

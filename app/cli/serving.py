@@ -54,6 +54,9 @@ def search(
     words = normalise(query)
     if not words:
         raise DcarError("the query is empty: give words or the path of a picture")
+    unwanted = normalise(without)
+    if without and not unwanted:
+        raise DcarError("--without is empty: give words, or leave it out")
     artifact = open_current(index)
     kept = sealed.is_kept(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if kept else "torch")
@@ -61,7 +64,7 @@ def search(
     path = Path(query)
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES
     vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([words])
-    if unwanted := normalise(without):
+    if unwanted:
         vector = vector - Weights().without * encoder.encode_text([unwanted])
         vector /= np.linalg.norm(vector)
     scores, rows = artifact.search(vector, min(k, artifact.manifest.count))

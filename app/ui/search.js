@@ -280,19 +280,18 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (query.value.trim()) go({ q: query.value.trim(), category: read().category });
 });
-query.addEventListener("input", () => {
-  clearTimeout(typing);
-  const before = read();
-  typing = setTimeout(() => {
-    if (!ready) return; // `begin` looks at what was typed
-    const q = query.value.trim();
-    if (q !== before.q) go({ q, category: before.category }, { replace: Boolean(before.q && q) });
-  }, TYPING_MS);
-});
-without.addEventListener("input", () => {
-  clearTimeout(typing);
-  typing = setTimeout(() => go(read(), { replace: true }), TYPING_MS);
-});
+for (const input of [query, without]) {
+  input.addEventListener("input", () => {
+    clearTimeout(typing);
+    const before = read();
+    typing = setTimeout(() => {
+      if (!ready) return; // `begin` looks at what was typed
+      const q = query.value.trim();
+      if (q !== before.q) go({ q, category: before.category }, { replace: Boolean(before.q && q) });
+      else if (without.value.trim() !== (before.without ?? "")) go(before, { replace: true });
+    }, TYPING_MS);
+  });
+}
 count.addEventListener("change", () => go(read(), { replace: true }));
 explain.addEventListener("change", () => go(read(), { replace: true }));
 beside.addEventListener("change", () => go({ ...read(), beside: beside.value }));
@@ -396,4 +395,5 @@ async function begin() {
   else show();
 }
 
+without.value = read().without ?? "";
 begin();

@@ -84,7 +84,13 @@ def captions(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tu
     Raises:
         DataError: none of the names is there, or it holds no text.
     """
-    there = [strings(entry[name], where, name) for name in names if entry.get(name) is not None]
-    if there:
-        return next((texts for texts in there if any(text.strip() for text in texts)), there[0]) or ("",)
+    first: tuple[str, ...] | None = None
+    for name in names:
+        if entry.get(name) is not None:
+            texts = strings(entry[name], where, name)
+            if any(text.strip() for text in texts):
+                return texts
+            first = (texts or ("",)) if first is None else first
+    if first is not None:
+        return first
     raise DataError(f"{where}: field {names[0]!r} is missing; it has {', '.join(map(str, entry)) or 'none'}")

@@ -10,7 +10,7 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dcar_core.json_text import parse
 
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 _LISTS = ("negatives", "negative", "negative_categories", "negative_class", "captions")
+_READ = (*IMAGE_COLUMNS, *_LISTS, "caption", "split", "category", "class_name", "meta_category")
 
 
 def read_table(file: Path) -> Iterator[Entry]:
@@ -79,7 +80,7 @@ def _jsonl_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.DictReader(lines, strict=True)  # else a quote that is never closed takes what follows into its cell
-    columns = header(reader, file)
+    columns = header(reader, file, read=_READ)
     if not set(IMAGE_COLUMNS) & set(columns):
         raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(columns) or 'none'}")
     line = reader.line_num
@@ -98,12 +99,12 @@ def _next(reader: "csv.DictReader[str]", file: Path, line: int) -> "dict[str | A
     try:
         return next(reader, None)
     except csv.Error as error:
-        hint = "is a quote not closed, or not doubled in a text?"
+        hint = "is a quote not closed, not doubled in a text, or followed by a blank?"
         raise DataError(f"{file}, line {line + 1} is not CSV: {error}; {hint}") from error
 
 
-def header(reader: "csv.DictReader[str]", place: object) -> list[str]:
-    """The names of a CSV's columns.
+def header(reader: "csv.DictReader[str]", place: object, read: Sequence[str] | None = None) -> list[str]:
+    """The names of a CSV's columns, of which those in `read` matter; None: all.
 
     Raises:
         DataError: they are one, and hold what other programs write in place of commas; or two have the same name.
@@ -112,7 +113,8 @@ def header(reader: "csv.DictReader[str]", place: object) -> list[str]:
     for sign, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(columns) == 1 and sign in columns[0]:
             raise DataError(f"{place} has its columns between {name}; save it with commas")
-    twice = next((name for name, count in Counter(columns).items() if name and count > 1), None)
+    matter = [name for name in columns if name and (read is None or name in read)]
+    twice = next((name for name, count in Counter(matter).items() if count > 1), None)
     if twice is not None:
         raise DataError(f"{place} has two columns named {twice!r}; rename one of them")
     return columns
@@ -162,7 +164,7 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
         row: dict[str, Any] = {}
         if "json" in members:
             row = _json_member(tar.read(members["json"]), where)
-        if "cls" in members and not row.get("category"):
+        if "cls" in members and not label(row, ("category", "class_name"), where):
             row = {**row, "category": _text_member(tar, members, "cls", where).strip()}
         if "txt" in members:
             text = _text_member(tar, members, "txt", where)

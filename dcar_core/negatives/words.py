@@ -36,14 +36,17 @@ _IRREGULAR = {
 _SINGULAR_OF = {plural: singular for singular, plural in _IRREGULAR.items()}
 _LAST_PARTS = ("man", "child", "wolf", "shelf", "knife", "wife", "mouse")  # of compounds: fireman, grandchild, dormouse
 _NO_COMPOUNDS = frozenset({
-    "abdomen", "bitumen", "caiman", "german", "human", "norman", "omen", "ottoman", "regimen", "roman", "shaman",
-    "specimen", "stamen", "talisman",
+    "abdomen", "acumen", "bitumen", "brahman", "bremen", "caiman", "carmen", "cayman", "clubman", "countryman",
+    "cyclamen", "desman", "doberman", "dolmen", "fairchild", "german", "human", "lumen", "norman", "omen", "ottoman",
+    "ramen", "regimen", "roman", "rothschild", "rumen", "shaman", "specimen", "stamen", "superhuman", "talisman",
+    "turkmen", "walkman", "yemen",
 })  # fmt: skip
-_PLURAL_IN_OS = re.compile(r"[bcdeginoprtv]os$")
+_PLURAL_IN_OS = re.compile(r"[bcdeghiklmnoprstvz]os$")
 _UNCHANGED = frozenset({
-    "aircraft", "asbestos", "binoculars", "bison", "clothes", "corn", "deer", "fish", "glasses", "goggles", "jeans",
-    "mercedes", "moose", "news", "offspring", "pants", "pliers", "salmon", "scissors", "series", "sheep", "shorts",
-    "shrimp", "spacecraft", "species", "sunglasses", "swine", "tongs", "trousers", "trout",
+    "aircraft", "asbestos", "binoculars", "bison", "clothes", "corn", "cosmos", "deer", "ethos", "fish", "glasses",
+    "goggles", "jeans", "kudos", "mercedes", "moose", "mythos", "news", "offspring", "pants", "pathos", "pliers",
+    "salmon", "scissors", "series", "sheep", "shorts", "shrimp", "spacecraft", "species", "sunglasses", "swine",
+    "thermos", "tongs", "trousers", "trout",
 })  # fmt: skip
 # Spelled with a vowel and spoken with a consonant, and the other way round.
 _A = re.compile(
@@ -141,7 +144,7 @@ def _with_head(name: str, change: Callable[[str], str]) -> str:
 
 def _plural_word(word: str) -> str:
     low = word.casefold()
-    if low in _UNCHANGED or low.endswith("fish"):
+    if low in _UNCHANGED:
         return word
     if irregular := _irregular(low, _IRREGULAR, _LAST_PARTS):
         return word[0] + irregular[1:]
@@ -162,7 +165,8 @@ def _singular_word(word: str) -> str:
         return word[:-3] + "y"
     if re.search(r"(ch|sh|x|ss|zz|[^eo]us)es$", low):
         return word[:-2]
-    if _PLURAL_IN_OS.search(low) or (low.endswith("s") and not low.endswith(("ss", "us", "is", "as", "os"))):
+    plural_in_os = word[0].islower() and _PLURAL_IN_OS.search(low)  # Barbados is one
+    if plural_in_os or (low.endswith("s") and not low.endswith(("ss", "us", "is", "as", "os"))):
         return word[:-1]
     return word
 

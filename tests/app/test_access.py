@@ -93,7 +93,7 @@ def test_a_caller_that_asks_too_often_waits(built_index: Path) -> None:
             assert [(await ask(ALICE)).status_code for _ in range(5)] == [200, 200, 200, 429, 429]
             refused = await ask(ALICE)
             assert refused.headers["content-type"] == "application/problem+json"
-            assert 1 <= int(refused.headers["retry-after"]) <= 60 + 20  # a third of what counts is gone by then
+            assert 1 <= int(refused.headers["retry-after"]) <= 61
             assert "alice" in refused.json()["detail"]
             assert (await ask(BOB)).status_code == 200
             assert (await client.get("/healthz")).status_code == 200
@@ -145,7 +145,7 @@ def test_processes_count_together_in_redis_and_alone_without(redis_server: Redis
         first, second = (Rates("4/minute", redis_url=redis_server.url, timeout_s=1) for _ in range(2))
         waits = [await rates.wait_for("alice") for rates in (first, second, first, second, first, second)]
         assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
-        assert all(0 < wait <= 60 + 15 for wait in waits[4:]), "a quarter of what counts is gone by then"
+        assert all(0 < wait <= 60.1 for wait in waits[4:])
         redis_server.stop()
         assert [await first.wait_for("alice") == 0 for _ in range(6)] == [True] * 4 + [False] * 2
         assert first.breaker.open

@@ -93,6 +93,10 @@ def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_same(
         async with opened(index, poll_s=0, **KEY) as client:
             before = (await client.post("/search/text", json={"query": "red"})).json()
             assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+            manifest = index / "versions" / "1" / "manifest.json"
+            manifest.rename(index / "aside")
+            assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+            assert (await client.get("/readyz")).json()["status"] == "ready", "what is served is whole"
             shutil.rmtree(index)
             await asyncio.to_thread(
                 rebuild, tiny_gallery, other_checkpoint, index, workers=0, progress=False, runtime="torch"

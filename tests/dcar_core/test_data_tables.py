@@ -83,6 +83,22 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("image,caption,caption\na.png,x,y\n")
     with pytest.raises(DataError, match="two columns named 'caption'"):
         load_split(tmp_path, "train", pictures="ignore")
+    (tmp_path / "train.csv").write_text("image,caption,note,note\na.png,x,y,z\n")  # which nobody reads
+    assert len(load_split(tmp_path, "train", pictures="ignore")[0].samples) == 1
+
+
+def test_what_nobody_reads_may_be_anything(tmp_path: Path) -> None:
+    row = {"image": "a.png", "caption": "a cat"}
+    rows = [row | {"captions": 5}, row | {"image": "b.png", "captions": [{}], "note": [1]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_split(tmp_path, "train", pictures="ignore")[0].samples) == 2
+
+
+def test_a_name_says_more_than_the_number_of_a_class(tmp_path: Path) -> None:
+    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    row = json.dumps({"caption": "red", "class_name": "square"}).encode()
+    tar(tmp_path / "train.tar", {"0.png": png, "0.json": row, "0.cls": b"17"})
+    assert load_split(tmp_path, "train")[0].samples[0].category == "square"
 
 
 def test_compressed_tars_are_named(tmp_path: Path) -> None:

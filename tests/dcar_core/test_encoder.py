@@ -105,7 +105,7 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_checkpoint: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="does not fit"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good.replace('"sha256": "', '"sha256": "0'))
-    with pytest.raises(CheckpointError, match="other backbone weights"):
+    with pytest.raises(CheckpointError, match="trained on another backbone"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good.replace('"query": "none"', '"query": "predicted"'))
     with pytest.raises(CheckpointError, match="are not of one training"):

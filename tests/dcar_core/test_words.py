@@ -66,11 +66,18 @@ def test_a_or_an(phrase: str) -> None:
      ("moustache", "moustaches"), ("Mercedes", "Mercedes"), ("church", "churches"), ("bus", "buses"),
      ("flamingo", "flamingos"), ("photo", "photos"), ("emu", "emus"), ("fireman", "firemen"),
      ("policewoman", "policewomen"), ("human", "humans"),
-     ("grandchild", "grandchildren"), ("werewolf", "werewolves"), ("dormouse", "dormice"), ("goldfish", "goldfish"),
+     ("grandchild", "grandchildren"), ("werewolf", "werewolves"), ("dormouse", "dormice"), ("goldfish", "goldfishes"),
+     ("Doberman", "Dobermans"), ("cyclamen", "cyclamens"), ("Porsche Cayman", "Porsche Caymans"), ("taco", "tacos"),
+     ("gecko", "geckos"), ("armadillo", "armadillos"), ("cosmos", "cosmos"),
      ("specimen", "specimens"), ("rhinoceros", "rhinoceroses"), ("mongoose", "mongooses"), ("man", "men")],
 )  # fmt: skip
 def test_plurals(one: str, many: str) -> None:
     assert (plural(one), singular(many), plural(many), singular(one)) == (many, one, many, one)
+
+
+def test_no_plurals() -> None:
+    for name in ("Barbados", "Lagos", "thermos", "dolmen", "ramen", "Carmen", "Yemen", "chaos"):
+        assert singular(name) == name
 
 
 def test_attributes_are_replaced_one_at_a_time_and_never_in_the_name() -> None:

@@ -139,3 +139,22 @@ def test_what_is_not_wanted_goes_with_a_picture_as_well(page: Page, site: str) -
     ids = [result["id"] for result in asked.json()["results"]]
     until(lambda: [card.get_attribute("data-id") for card in page.settled(24)] == ids)
     assert page.errors() == []
+
+
+def test_what_is_typed_in_both_fields_is_searched_for(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=old&k=24")
+    page.settled(24)
+    page.driver.execute_script("""
+        const put = (id, words) => {
+            const field = document.getElementById(id);
+            field.value = words;
+            field.dispatchEvent(new Event("input", { bubbles: true }));
+        };
+        put("query", "a circle");
+        put("without", "red");
+    """)
+    until(lambda: "q=a+circle" in page.driver.current_url and "without=red" in page.driver.current_url)
+    page.settled(24)
+    assert page.one("#query").get_attribute("value") == "a circle"
+    assert page.one("#without").get_attribute("value") == "red"
+    assert page.errors() == []
