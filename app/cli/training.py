@@ -23,7 +23,8 @@ from app.cli.options import (
     SkipBroken,
     Taxonomy,
 )
-from dcar_core.config import GRID, TrainConfig
+from dcar_core.config import GRID, ModelConfig, TrainConfig
+from dcar_core.errors import DcarError
 
 commands = typer.Typer()
 
@@ -70,7 +71,7 @@ def train(
     from dcar_core.scoring import mean_r1
     from dcar_core.train import train as run
 
-    chosen = method_config(method)
+    chosen = _method(method)
     config = _config(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )
@@ -160,6 +161,8 @@ def evaluate(
     from dcar_core.evaluation.tables import settings_table, table
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    for name in names:
+        _method(name)
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
     rates = _rates(grid)
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
@@ -171,6 +174,15 @@ def evaluate(
     if tune:
         typer.echo(settings_table(results))
     typer.echo(f"{out / 'report.html'} shows more, without a server")
+
+
+def _method(name: str) -> ModelConfig:
+    from dcar_core.methods import method
+
+    try:
+        return method(name)
+    except DcarError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _config(**settings: Any) -> TrainConfig:

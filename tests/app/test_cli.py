@@ -29,6 +29,13 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(command: lis
     assert "--workers" in done.output
 
 
+@pytest.mark.parametrize("command", [["train", "--method", "dcarr"], ["evaluate", "--methods", "clip,dcarr"]])
+def test_an_unknown_method_is_refused_before_anything_is_loaded(command: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*command, "--data", str(tmp_path), "--out", "o", "--model", "no such model"])
+    assert done.exit_code == 2
+    assert "no method is named 'dcarr'" in done.output
+
+
 def test_the_version_is_told() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"dcar {version('dcar')}\n"
 
