@@ -19,7 +19,7 @@ from app.rates import Rates
 from app.settings import Settings
 
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
-_CALLER = "dcar.caller"  # of a request's scope: the name of its key
+CALLER = "dcar.caller"  # of a request's scope: the name of its key
 _CHARGE = "dcar.charge"  # of a request's scope: counts more for its caller
 
 
@@ -39,7 +39,7 @@ class Access:
             if problem is not None:
                 await problem.response()(scope, receive, send)
                 return
-            if scope["method"] in ("GET", "HEAD") and _CALLER in scope:
+            if scope["method"] in ("GET", "HEAD") and CALLER in scope:
                 send = partial(_private, send)
         await self._app(scope, receive, send)
 
@@ -54,7 +54,7 @@ class Access:
             if name is None:
                 self._metrics.refused("key")
                 return unauthorised("must be `Bearer` and an API key that is known here")
-            caller = scope[_CALLER] = name
+            caller = scope[CALLER] = name
         if self._rates is None or path == "/metrics":
             return None
         scope[_CHARGE] = partial(self._charge, self._rates, caller)

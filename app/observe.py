@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.access import CALLER
 from app.logs import choose_id, request_id
 from app.metrics import Metrics
 from app.problems import NotReady, Problem
@@ -85,7 +86,7 @@ class Observe:
                 "status": status or 499,
                 "ms": round(seconds * 1000, 2),
                 "client": client[0] if client else None,
-                "caller": scope.get("dcar.caller"),
+                "caller": scope.get(CALLER),
             }
             log.info("%s %s %d in %.1f ms", method, path, status or 499, seconds * 1000, extra=extra)
 

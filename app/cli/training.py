@@ -62,7 +62,6 @@ def train(
     from dcar_core.encoder import pick_device
     from dcar_core.feature_cache import FeatureCache
     from dcar_core.features import note_what_is_cut, prepare
-    from dcar_core.methods import method as method_config
     from dcar_core.model import seeded_model
     from dcar_core.negatives import complete
     from dcar_core.parallel import torchrun_group
@@ -98,7 +97,7 @@ def train(
         notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
         mark = save_checkpoint(prompted, out, training=notes)
         forget(out)
-        plain = seeded_model(backbone, method_config("clip"), seed)
+        plain = seeded_model(backbone, _method("clip"), seed)
         before = recall_of(plain, prepare(splits["val"], plain, for_training=False, cache=cache))
     typer.echo(
         f"{out}: epoch {found.epoch}, validation text-to-image R@1 {found.best['t2i_r1']:.1f}, "
@@ -157,8 +156,7 @@ def evaluate(
     """
     from dcar_core.backbone import BackboneSource, load_backbone
     from dcar_core.encoder import pick_device
-    from dcar_core.evaluation import compare
-    from dcar_core.evaluation.tables import settings_table, table
+    from dcar_core.evaluation import compare, settings_table, table
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:

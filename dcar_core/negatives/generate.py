@@ -51,12 +51,15 @@ class Generator:
         self.unnamed = 0  # captions without their category
         self.unread = 0  # negatives that read like another text of their picture, as far as the encoder reads
         captions = list(dict.fromkeys(sample.caption for sample in samples))
-        self._readings: dict[str, Hashable] = dict(zip(captions, map(tuple, cut(captions)), strict=True))
+        self._context = len(cut(["a " * 1000])[0])
+        read = zip(captions, map(tuple, cut(captions)), strict=True)
+        self._full: dict[str, Hashable] = {text: tokens for text, tokens in read if len(tokens) == self._context}
         self._captions: dict[str, list[Sample]] = defaultdict(list)
         self._own: dict[str, set[Hashable]] = defaultdict(set)
         for sample in samples:
             self._captions[fold(sample.category)].append(sample)
-            self._own[sample.image] |= {_same(sample.caption), self._readings[sample.caption]}
+            same = _same(sample.caption)
+            self._own[sample.image] |= {same, self._full.get(sample.caption, same)}
         self._longer = _contained([*self._captions, *(fold(name) for names in ranked.values() for name in names)])
 
     def negatives(self, sample: Sample) -> list[Negative]:
@@ -81,13 +84,22 @@ class Generator:
             same = _same(negative.text)
             if same in taken:
                 continue
-            read = self._readings.get(negative.text) or tuple(self._cut([negative.text])[0])
+            read = self._reading(negative) or same
             if read in taken:
                 self.unread += 1
             else:
                 taken |= {same, read}
                 found.append(negative)
         return found
+
+    def _reading(self, negative: Negative) -> Hashable | None:
+        """The tokens of a text that fills the context, so that another may read like it; None of a shorter one."""
+        if negative.kind == CAPTION:
+            return self._full.get(negative.text)
+        if len(negative.text.encode()) + 2 < self._context:  # a token is a byte or more
+            return None
+        tokens = tuple(self._cut([negative.text])[0])
+        return tokens if len(tokens) == self._context else None
 
     def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
         key, caption = fold(sample.category), sample.caption
