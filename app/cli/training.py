@@ -23,8 +23,7 @@ from app.cli.options import (
     SkipBroken,
     Taxonomy,
 )
-from dcar_core.config import GRID, ModelConfig, TrainConfig
-from dcar_core.errors import DcarError
+from dcar_core.config import GRID, TrainConfig
 
 commands = typer.Typer()
 
@@ -62,6 +61,7 @@ def train(
     from dcar_core.encoder import pick_device
     from dcar_core.feature_cache import FeatureCache
     from dcar_core.features import note_what_is_cut, prepare
+    from dcar_core.methods import method as method_config
     from dcar_core.model import seeded_model
     from dcar_core.negatives import complete
     from dcar_core.parallel import torchrun_group
@@ -70,7 +70,7 @@ def train(
     from dcar_core.scoring import mean_r1
     from dcar_core.train import train as run
 
-    chosen = _method(method)
+    chosen = method_config(method)
     config = _config(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )
@@ -97,7 +97,7 @@ def train(
         notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
         mark = save_checkpoint(prompted, out, training=notes)
         forget(out)
-        plain = seeded_model(backbone, _method("clip"), seed)
+        plain = seeded_model(backbone, method_config("clip"), seed)
         before = recall_of(plain, prepare(splits["val"], plain, for_training=False, cache=cache))
     typer.echo(
         f"{out}: epoch {found.epoch}, validation text-to-image R@1 {found.best['t2i_r1']:.1f}, "
@@ -157,10 +157,11 @@ def evaluate(
     from dcar_core.backbone import BackboneSource, load_backbone
     from dcar_core.encoder import pick_device
     from dcar_core.evaluation import compare, settings_table, table
+    from dcar_core.methods import method
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:
-        _method(name)
+        method(name)  # one that is unknown is told before a model is loaded
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
     rates = _rates(grid)
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
@@ -172,15 +173,6 @@ def evaluate(
     if tune:
         typer.echo(settings_table(results))
     typer.echo(f"{out / 'report.html'} shows more, without a server")
-
-
-def _method(name: str) -> ModelConfig:
-    from dcar_core.methods import method
-
-    try:
-        return method(name)
-    except DcarError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def _config(**settings: Any) -> TrainConfig:
