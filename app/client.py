@@ -6,7 +6,7 @@
         for result in client.search_text("crying cat", k=3).results:
             print(result.score, result.id, result.caption)
 
-- Answers are the models of `app.schemas`; every error of the service is a `ServiceError` with its problem document.
+- Answers are the models of `app.api.schemas`; every error of the service is a `ServiceError` with its problem document.
 - 429 and 503 are tried again after the time that the service names, a few times; nothing else is.
 - What answers but is not the service, such as a proxy's page, is a `ServiceError` too.
 - Nothing of the service itself is imported: no model, no index.
@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError
 
-from app.schemas import (
+from app.api.schemas import (
     BatchAnswer,
     Collection,
     CollectionList,
@@ -32,7 +32,7 @@ from app.schemas import (
     Reloaded,
     SearchAnswer,
 )
-from dcar_core.errors import DcarError, MissingExtraError
+from dcar_core.util.errors import DcarError, MissingExtraError
 
 try:
     import httpx

@@ -15,24 +15,25 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app import openapi, problems
-from app.access import Access
-from app.announcements import Announcements
-from app.cache import make_cache
-from app.collections import Collections
-from app.express import Express
-from app.metrics import Metrics
-from app.middleware import Guard
-from app.observe import Observe
-from app.pages import make_pages
-from app.queries import JSON_BYTES_PER_CHAR
-from app.rates import Rates
-from app.retriever import Retriever
-from app.routes import make_router
-from app.settings import Settings
-from app.tracing import Tracer
-from dcar_core.errors import DcarError
-from index_jobs.artifact import require_index
+from app.api import openapi
+from app.api.fast_search import Express
+from app.api.pages import make_pages
+from app.api.params import JSON_BYTES_PER_CHAR
+from app.api.routes import make_router
+from app.core import problems
+from app.core.metrics import Metrics
+from app.core.rate_limit import Rates
+from app.core.settings import Settings
+from app.core.tracing import Tracer
+from app.middleware.access import Access
+from app.middleware.body_limit import Guard
+from app.middleware.request_log import Observe
+from app.search.collections import Collections
+from app.search.embedding_cache import make_cache
+from app.search.reload_listener import Announcements
+from app.search.retriever import Retriever
+from dcar_core.util.errors import DcarError
+from index_jobs.store.artifact import require_index
 
 _FORM_BYTES = 64 * 2**10  # boundaries, headers and the other fields of a form
 

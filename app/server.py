@@ -15,15 +15,15 @@ from types import FrameType
 
 import uvicorn
 
-from app.collections import Collections
-from app.connections import LimitedProtocol
-from app.logs import log_config
+from app.core.logs import log_config
+from app.core.settings import Settings
+from app.core.threads import give_way
+from app.core.tracing import start_tracing
 from app.main import create_app
-from app.settings import Settings
-from app.threads import give_way
-from app.tracing import start_tracing
-from dcar_core.errors import DcarError
-from index_jobs.artifact import require_index
+from app.middleware.http_protocol import LimitedProtocol
+from app.search.collections import Collections
+from dcar_core.util.errors import DcarError
+from index_jobs.store.artifact import require_index
 
 log = logging.getLogger(__name__)
 

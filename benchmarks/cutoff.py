@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from dcar_core import Encoder
-from dcar_core.cutoff import cutoff
-from index_jobs import gate
-from index_jobs.artifact import open_current
-from index_jobs.gallery import scan
+from dcar_core.serving.score_cutoff import cutoff
+from index_jobs.gallery.scan import scan
+from index_jobs.jobs import quality_gate
+from index_jobs.store.artifact import open_current
 
 ELSEWHERE = (
     "quarterly tax report", "how do I reset my password", "stainless steel hex bolt M8", "kernel panic stack trace",
@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    pairs = gate.pairs_of(scan(artifact.manifest.source), args.validation)
+    pairs = quality_gate.pairs_of(scan(artifact.manifest.source), args.validation)
     assert pairs is not None  # --validation is given
     both = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
     rows = np.array([row for _, row in both if row is not None])

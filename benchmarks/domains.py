@@ -12,8 +12,8 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.settings import Settings
-from app.snapshots import Snapshot, load_snapshot
+from app.core.settings import Settings
+from app.search.snapshots import Snapshot, load_snapshot
 
 MIB = 2**20
 QUERIES = 300

@@ -12,19 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from dcar_core import Encoder
-from dcar_core.images import open_image
-from index_jobs.gallery import scan
-from index_jobs.sources import read_picture
+from dcar_core.util.arrays import Floats
+from dcar_core.util.images import open_image
+from index_jobs.gallery.scan import scan
+from index_jobs.gallery.storage import read_picture
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji"
 STYLES = ("twemoji", "openmoji")
 BATCH = 256
-
-Floats = NDArray[np.float32]
 
 
 def encoder() -> Encoder:

@@ -37,11 +37,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dcar_core import Encoder
-from index_jobs.decode import worker_count
-from index_jobs.devices import load_encoders
-from index_jobs.encode import encode
-from index_jobs.gallery import scan
-from index_jobs.pixels import PixelCache
+from index_jobs.encoding.decode import worker_count
+from index_jobs.encoding.devices import load_encoders
+from index_jobs.encoding.encode import encode
+from index_jobs.encoding.pixel_cache import PixelCache
+from index_jobs.gallery.scan import scan
 
 DRAWN = 256
 IN_A_TAR = 10_000

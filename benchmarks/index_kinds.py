@@ -29,14 +29,13 @@ from typing import Any
 import numpy as np
 from emoji_vectors import captions, encoder
 from emoji_vectors import vectors as drawn_emoji
-from numpy.typing import NDArray
 
-from index_jobs.build import build
-from index_jobs.kinds import choose, machine_memory
-from index_jobs.tuning import NEIGHBOURS, TARGET_RECALL, Queries, neighbours
-from index_jobs.vectors import FaissIndex, write_faiss
+from dcar_core.util.arrays import Floats
+from index_jobs.building.build import build
+from index_jobs.building.kinds import choose, machine_memory
+from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, Queries, neighbours
+from index_jobs.store.faiss_index import FaissIndex, write_faiss
 
-Floats = NDArray[np.float32]
 KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-rabitq", "pq", "auto")
 BLOCK, QUERIES, TIMED = 20_000, 1000, 500
 LONGEST_S = 30  # of queries, for slow kinds

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import save_checkpoint
-from dcar_core.encoder import Encoder, pick_device
-from dcar_core.methods import METHODS, method
-from dcar_core.model import seeded_model
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods import METHODS, method
+from dcar_core.serving.encoder import Encoder, pick_device
 
 QUERIES = (
     "crying cat",

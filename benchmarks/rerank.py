@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
-from dcar_core.mixed import TextRow, encode_text_rows
-from dcar_core.pair_weights import PairWeights
-from index_jobs import gate
-from index_jobs.artifact import Artifact, open_current
-from index_jobs.gallery import scan
+from dcar_core.serving.multi_adapter_batch import TextRow, encode_text_rows
+from dcar_core.serving.pair_weights import PairWeights
+from index_jobs.gallery.scan import scan
+from index_jobs.jobs import quality_gate
+from index_jobs.store.artifact import Artifact, open_current
 
 RANKS = (1, 5, 10)
 
@@ -50,7 +50,7 @@ def main() -> None:
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
     weigher = PairWeights(encoder)
-    pairs = gate.pairs_of(scan(artifact.manifest.source), args.validation)
+    pairs = quality_gate.pairs_of(scan(artifact.manifest.source), args.validation)
     assert pairs is not None  # --validation is given
     asked = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))[: args.limit]
     depth = max(args.depth, *RANKS)

@@ -21,7 +21,7 @@ from PIL import Image
 from service import ROOT, vit_checkpoint
 from tqdm import tqdm
 
-from dcar_core.benchmark import Report, benchmark, table
+from dcar_core.serving.runtime_benchmark import Report, benchmark, table
 
 EXAMPLE = ROOT / "examples" / "emoji" / "twemoji"
 SIZE = (500, 400)

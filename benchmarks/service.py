@@ -133,10 +133,10 @@ def vit_checkpoint(work: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from dcar_core.backbone import BackboneSource, load_backbone
-    from dcar_core.checkpoint import save_checkpoint
-    from dcar_core.config import ModelConfig
-    from dcar_core.model import DCAR
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.checkpoint import save_checkpoint
+    from dcar_core.model.config import ModelConfig
+    from dcar_core.model.dcar import DCAR
 
     base = work / "vit-base"
     base.mkdir(parents=True, exist_ok=True)
@@ -161,13 +161,14 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     from index_kinds import Clusters
 
     from dcar_core import Encoder
-    from dcar_core.checkpoint import copy_checkpoint
-    from index_jobs import kinds, publish
-    from index_jobs.build import build
-    from index_jobs.gallery import scan
-    from index_jobs.items import write_items
-    from index_jobs.manifest import CHECKPOINT, ITEMS, VECTORS, Manifest
-    from index_jobs.vectors import write_faiss
+    from dcar_core.model.checkpoint import copy_checkpoint
+    from index_jobs.building import kinds
+    from index_jobs.building.build import build
+    from index_jobs.gallery.scan import scan
+    from index_jobs.store import publish
+    from index_jobs.store.faiss_index import write_faiss
+    from index_jobs.store.items import write_items
+    from index_jobs.store.manifest import CHECKPOINT, ITEMS, VECTORS, Manifest
 
     checkpoint = vit_checkpoint(work)
     listed = work / "vit-gallery.jsonl"

@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.data import Dataset, load_split
-from dcar_core.encoder import pick_device
-from dcar_core.feature_cache import FeatureCache
-from dcar_core.features import Prepared, prepare
-from dcar_core.methods import method
-from dcar_core.model import DCAR, seeded_model
-from dcar_core.step import Precision, accumulate_gradients
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods import method
+from dcar_core.serving.encoder import pick_device
+from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.features import Prepared, prepare
+from dcar_core.training.grad_cache import Precision, accumulate_gradients
 
 METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+"
 WORDS = ("red", "blue", "small", "striped", "shiny", "old", "metal", "round", "with", "a", "and", "on", "near", "the")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcar_core.errors import GateError
+from dcar_core.util.errors import GateError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RejectedError(GateError):
 class Options:
     """How to rebuild.
 
-    kind: "auto", a name of `index_jobs.kinds`, or a FAISS index_factory string.
+    kind: "auto", a name of `index_jobs.building.kinds`, or a FAISS index_factory string.
     milvus: URI of a Milvus that is to hold the vectors, or a file for Milvus Lite; None for a FAISS file.
     memory: bytes that the index may take, None for half of the machine's or container's.
     target_recall: at 10 against exact search; what search parameters are tuned for.
@@ -76,7 +76,7 @@ class Options:
     device: where to encode: "auto" (every GPU, or the CPU), "cpu", "cuda:1", "cuda:0,cuda:1", ..
     exact: pictures to pixels bit for bit as open_clip does it, instead of decoding JPEGs at reduced scale.
     pixel_cache: a directory where decoded pictures are kept, so that the next rebuild need not decode them.
-    ray: the address of a Ray cluster to encode on, "auto" or "local"; see `index_jobs.cluster`.
+    ray: the address of a Ray cluster to encode on, "auto" or "local"; see `index_jobs.encoding.ray_cluster`.
     runtime: what runs the encoder: "torch", "auto" (the fastest that is right here), or another name; docs/runtimes.md.
     progress: a bar on stderr.
     """

@@ -16,20 +16,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dcar_core.console import settle
-from dcar_core.errors import CheckpointError, DcarError
-from dcar_core.files import canonical, sha256_of
-from index_jobs.arguments import parser
-from index_jobs.job import Job
+from dcar_core.util.console import settle
+from dcar_core.util.errors import CheckpointError, DcarError
+from dcar_core.util.files import canonical, sha256_of
+from index_jobs.jobs.command_line import parser
+from index_jobs.jobs.job import Job
 from index_jobs.options import Options, RebuildSummary, RejectedError
-from index_jobs.publish import reporting
+from index_jobs.store.publish import reporting
 
 
 def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) -> RebuildSummary:
     """Publish an index of a gallery, made with a checkpoint.
 
     Args:
-        gallery: a folder, an uncompressed tar, or a list, as a path or URL; see `index_jobs.gallery`.
+        gallery: a folder, an uncompressed tar, or a list, as a path or URL; see `index_jobs.gallery.scan`.
         checkpoint: a DCAR checkpoint directory.
         out: the index directory; made when it is missing.
         options: the fields of `Options`.
@@ -46,9 +46,9 @@ def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) ->
     start = time.perf_counter()
     chosen = Options(**options)
     with reporting(out):
-        from index_jobs import gallery as galleries
+        from index_jobs.gallery.scan import scan
 
-        scanned = galleries.scan(gallery)
+        scanned = scan(gallery)
         job = Job(scanned, checkpoint, _checkpoint_signature(checkpoint), out, chosen, start)
         if not chosen.force and (same := job.published(checkpoint_signature=job.signature)):
             return job.summary(same)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from drawing import draw
 
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import MODEL_CONFIG, save_checkpoint
-from dcar_core.config import ModelConfig
-from dcar_core.model import DCAR
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import MODEL_CONFIG, ModelConfig
+from dcar_core.model.dcar import DCAR
 
 # A tiny model gains nothing from several threads, and loses much to them where other processes run.
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""`dcar`: train, evaluate, index, serve and search from the command line; a module for each group of commands.
+"""The `dcar` command: train, evaluate, index, serve and search; one module for each group of subcommands.
 
-Heavy modules are imported by the command that needs them, so that `--help` answers at once. Errors that a user can
-mend are one line on stderr, and an exit status that says of what kind they are.
+In: command line arguments. Out: text on stdout, errors in one line on stderr, and an exit status that says which kind.
+Nothing imports it; it may import everything, and does so lazily, so that `--help` answers at once.
 """
 
 import logging
@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from app.cli import benchmarking, datasets, indexing, keys, serving, training
-from dcar_core.console import settle
-from dcar_core.errors import DcarError
-from dcar_core.files import DISK_ERRORS
+from dcar_core.util.console import settle
+from dcar_core.util.errors import DcarError
+from dcar_core.util.files import DISK_ERRORS
 
 _INTERRUPTED = 130
 

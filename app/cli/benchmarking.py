@@ -36,8 +36,8 @@ def benchmark(
 
     Without options it takes the bundled emoji. int8 is calibrated on the training split.
     """
-    from dcar_core.benchmark import benchmark as run
-    from dcar_core.benchmark import table
+    from dcar_core.serving.runtime_benchmark import benchmark as run
+    from dcar_core.serving.runtime_benchmark import table
 
     names = [name.strip() for name in runtimes.split(",") if name.strip()]
     report = run(

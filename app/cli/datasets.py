@@ -23,7 +23,7 @@ def data_check(
 ) -> None:
     """Print what a data set holds and what was repaired or left out; fails if pictures are missing or broken."""
     from dcar_core.data import check
-    from dcar_core.tokens import clip_token_counts
+    from dcar_core.model.tokenizer import clip_token_counts
 
     count = clip_token_counts if context else None
     unusable = 0
@@ -112,7 +112,7 @@ def data_caption(
     from dcar_core.captioning.questions import TEMPLATES, load_templates
     from dcar_core.captioning.run import caption
     from dcar_core.captioning.summary import summary
-    from dcar_core.tokens import clip_token_counts
+    from dcar_core.model.tokenizer import clip_token_counts
 
     drafter = Model(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_price(price))
     second = drafter.judge(judge_url, judge_model, os.environ.get("DCAR_JUDGE_API_KEY"), _price(judge_price))

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
-from dcar_core.console import json_text
-from dcar_core.errors import ArtifactError
-from index_jobs.arguments import parse_size
-from index_jobs.manifest import DUPLICATES, FAILED, VERSIONS
+from dcar_core.util.console import json_text
+from dcar_core.util.errors import ArtifactError
+from index_jobs.jobs.command_line import parse_size
 from index_jobs.options import Options
+from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS
 
 commands = typer.Typer(help="Build, update, look into, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
@@ -72,7 +72,7 @@ def index_build(
 @commands.command("list")
 def index_list(index: Index) -> None:
     """The versions, newest first; * marks the one that is served."""
-    from index_jobs.artifact import current_if_known, list_versions, require_index
+    from index_jobs.store.artifact import current_if_known, list_versions, require_index
 
     current, versions = current_if_known(index), list_versions(index)
     if not versions:
@@ -100,8 +100,8 @@ def index_items(
 
     import numpy as np
 
-    from index_jobs.artifact import open_current
-    from index_jobs.filters import matching
+    from index_jobs.store.artifact import open_current
+    from index_jobs.store.filters import matching
 
     artifact = open_current(index)
     try:
@@ -119,7 +119,7 @@ def index_items(
 @commands.command("verify")
 def index_verify(index: Index) -> None:
     """Check every file of every version against its checksum."""
-    from index_jobs.artifact import verify_index
+    from index_jobs.store.artifact import verify_index
 
     for manifest in verify_index(index):
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")
@@ -131,7 +131,7 @@ def index_rollback(
     to: Annotated[int | None, typer.Option(help="Version; default: the one that the current one replaced.")] = None,
 ) -> None:
     """Serve an earlier version again."""
-    from index_jobs.publish import rollback
+    from index_jobs.store.publish import rollback
 
     typer.echo(f"{index}: version {rollback(index, to)} is current")
 
@@ -151,7 +151,7 @@ def index_add(
     runtime: Runtime = "auto",
 ) -> None:
     """Publish a version with another gallery's pictures besides those that are there, without a rebuild."""
-    from index_jobs.updates import add
+    from index_jobs.jobs.updates import add
 
     found = add(
         index, gallery, replace_known=replace, workers=workers, batch_size=batch_size, keep=keep,
@@ -173,7 +173,7 @@ def index_remove(
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = Options.keep,
 ) -> None:
     """Publish a version in which these items are never found, without a rebuild."""
-    from index_jobs.updates import remove
+    from index_jobs.jobs.updates import remove
 
     lines = ids_file.read_text(encoding="utf-8").splitlines() if ids_file else []
     wanted = [*(ids or []), *filter(None, map(str.strip, lines))]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dcar_core.errors import DcarError
+from dcar_core.util.errors import DcarError
 
 commands = typer.Typer()
 
@@ -12,7 +12,7 @@ commands = typer.Typer()
 @commands.command()
 def key(name: Annotated[str, typer.Argument(help="Who the key is for, as it will stand in the log.")]) -> None:
     """Make an API key. The service is told its hash alone: add the last line to DCAR_API_KEYS."""
-    from app.keys import key_hash, new_key, parse_keys
+    from app.core.keys import key_hash, new_key, parse_keys
 
     made = new_key()
     line = f"{name}:{key_hash(made)}"

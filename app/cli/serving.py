@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import EXAMPLES, Device, IndexDir, Runtime
-from dcar_core.console import json_text
-from dcar_core.errors import DcarError
+from dcar_core.util.console import json_text
+from dcar_core.util.errors import DcarError
 
 commands = typer.Typer()
 
@@ -46,10 +46,11 @@ def search(
     """Search an index once, without a service."""
     import numpy as np
 
-    from app.requests import Weights, normalise
-    from dcar_core import Encoder, sealed
-    from dcar_core.images import IMAGE_SUFFIXES
-    from index_jobs.artifact import open_current
+    from app.search.query import Weights, normalise
+    from dcar_core import Encoder
+    from dcar_core.serving import adapter_cache
+    from dcar_core.util.images import IMAGE_SUFFIXES
+    from index_jobs.store.artifact import open_current
 
     words = normalise(query)
     if not words:
@@ -58,7 +59,7 @@ def search(
     if without and not unwanted:
         raise DcarError("--without is empty: give words, or leave it out")
     artifact = open_current(index)
-    kept = sealed.is_kept(artifact.checkpoint, artifact.manifest.fingerprint, device)
+    kept = adapter_cache.is_kept(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if kept else "torch")
     artifact.require(encoder.fingerprint)
     path = Path(query)
@@ -122,12 +123,12 @@ def demo(
 
 def _base_model(out: Path) -> Path:
     """The checkpoint of the bundled base model as it is, made once."""
-    from dcar_core.checkpoint import is_checkpoint, read_config
-    from dcar_core.zero_shot import save_zero_shot
+    from dcar_core.model.checkpoint import is_checkpoint, read_config
+    from dcar_core.model.zero_shot import save_zero_shot
 
     wanted = {read_config(path)["backbone"]["sha256"] for path in EXAMPLES.glob("*/checkpoint")}
     if not is_checkpoint(out) or read_config(out)["backbone"]["sha256"] not in wanted:
-        from dcar_core.backbone import BackboneSource, load_backbone
+        from dcar_core.model.backbone import BackboneSource, load_backbone
 
         save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out)
     return out
@@ -154,7 +155,7 @@ def _serve(**given: object) -> None:
     # Before NumPy is loaded: its products are small here, and while the model works, two threads for one take up to
     # twenty times as long as one thread does.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from app.core.settings import load_settings
     from app.server import serve as run
-    from app.settings import load_settings
 
     run(load_settings(**given))

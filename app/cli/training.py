@@ -23,7 +23,7 @@ from app.cli.options import (
     SkipBroken,
     Taxonomy,
 )
-from dcar_core.config import GRID, TrainConfig
+from dcar_core.model.config import GRID, TrainConfig
 
 commands = typer.Typer()
 
@@ -55,20 +55,20 @@ def train(
 
     Killed, the same command goes on where it was. Several processes: torchrun --nproc-per-node N -m app.cli train ...
     """
-    from dcar_core.backbone import BackboneSource, load_backbone
-    from dcar_core.checkpoint import save_checkpoint
     from dcar_core.data import describe, load_splits, save_reports
-    from dcar_core.encoder import pick_device
-    from dcar_core.feature_cache import FeatureCache
-    from dcar_core.features import note_what_is_cut, prepare
-    from dcar_core.methods import method as method_config
-    from dcar_core.model import seeded_model
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.checkpoint import save_checkpoint
+    from dcar_core.model.dcar import seeded_model
+    from dcar_core.model.methods import method as method_config
     from dcar_core.negatives import complete
-    from dcar_core.parallel import torchrun_group
-    from dcar_core.resume import forget
-    from dcar_core.scoring import evaluate as recall_of
-    from dcar_core.scoring import mean_r1
-    from dcar_core.train import train as run
+    from dcar_core.serving.encoder import pick_device
+    from dcar_core.training.distributed import torchrun_group
+    from dcar_core.training.feature_cache import FeatureCache
+    from dcar_core.training.features import note_what_is_cut, prepare
+    from dcar_core.training.train import train as run
+    from dcar_core.training.train_state import forget
+    from dcar_core.training.validation import evaluate as recall_of
+    from dcar_core.training.validation import mean_r1
 
     chosen = method_config(method)
     config = _config(
@@ -115,8 +115,8 @@ def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pre
 
     It needs no data, and goes wherever one that was trained does: `dcar index build --checkpoint OUT ...`
     """
-    from dcar_core.backbone import BackboneSource, load_backbone
-    from dcar_core.zero_shot import save_zero_shot
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.zero_shot import save_zero_shot
 
     mark = save_zero_shot(load_backbone(BackboneSource(model, pretrained)), out)
     typer.echo(f"{out}: {model} as it is, fingerprint {mark[:12]}")
@@ -154,10 +154,10 @@ def evaluate(
     A run that is finished is not run again, so the same command goes on, and with another method or seed in its
     lists costs only that. The table has what the lists name.
     """
-    from dcar_core.backbone import BackboneSource, load_backbone
-    from dcar_core.encoder import pick_device
     from dcar_core.evaluation import compare, settings_table, table
-    from dcar_core.methods import method
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.methods import method
+    from dcar_core.serving.encoder import pick_device
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:

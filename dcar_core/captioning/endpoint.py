@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from dcar_core.captioning.filters import REFUSED
 from dcar_core.captioning.options import CaptionOptions, Model, Usage
-from dcar_core.errors import CaptionError, EndpointError, MissingExtraError
-from dcar_core.json_text import parse
+from dcar_core.util.errors import CaptionError, EndpointError, MissingExtraError
+from dcar_core.util.json_text import parse
 
 try:
     import httpx

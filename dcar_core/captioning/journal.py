@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from dcar_core.captioning.endpoint import Answer
 from dcar_core.captioning.filters import Rejection
 from dcar_core.captioning.options import Usage
-from dcar_core.errors import CaptionError
+from dcar_core.util.errors import CaptionError
 
 VERSION = 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dcar_core.errors import DataError
+from dcar_core.util.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcar_core.errors import DataError
-from dcar_core.json_text import encodable
+from dcar_core.util.errors import DataError
+from dcar_core.util.json_text import encodable
 
 TEMPLATES = (
     "This picture of {dataset} shows: {category}. Write one caption of at most {words} words that contains the words "

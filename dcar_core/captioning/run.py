@@ -32,8 +32,8 @@ from dcar_core.captioning.questions import (
     tidy_draft,
     words_within,
 )
-from dcar_core.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
-from dcar_core.files import replacing, write_json
+from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
+from dcar_core.util.files import replacing, write_json
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 

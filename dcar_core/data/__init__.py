@@ -1,8 +1,9 @@
-"""Annotations to samples, with a report of what was repaired or left out.
+"""Data sets: annotation files become cleaned image-caption pairs, with a report of what was repaired or left out.
 
-    files --readers--> Entry --clean--> Sample --pictures--> Sample with a name that can be read --> Dataset
+    files --readers--> Entry --clean--> Sample --pictures--> Sample with a readable image --> Dataset
 
-The forms that are read are described in docs/data.md.
+In: a directory of annotations (the formats of docs/data.md) and images. Out: a `Dataset` for each split.
+Every folder above `model` may import it; it imports `util` alone.
 """
 
 from dcar_core.data.check import CheckedSplit, check

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcar_core.errors import DataError
+from dcar_core.util.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 from dcar_core.data.entries import Entry, captions, label, required, strings, text_of
 from dcar_core.data.report import CleaningReport
-from dcar_core.errors import DataError
-from dcar_core.images import has_image_suffix
-from dcar_core.json_text import parse
+from dcar_core.util.errors import DataError
+from dcar_core.util.images import has_image_suffix
+from dcar_core.util.json_text import parse
 
 _PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)
 _NUMBER = re.compile(r"[_\-/ ]*\d+$")

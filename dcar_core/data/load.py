@@ -24,8 +24,8 @@ from dcar_core.data.pictures import locate, named, shared_names, unreadable
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import SPLITS, Dataset
 from dcar_core.data.tables import read_table, read_tar
-from dcar_core.errors import DataError
-from dcar_core.images import ImageRoot
+from dcar_core.util.errors import DataError
+from dcar_core.util.images import ImageRoot
 
 Pictures = Literal["require", "present", "skip", "ignore"]
 MISSING = "pictures missing, left out"

@@ -16,9 +16,9 @@ from typing import Any
 
 from dcar_core.data.entries import Entry, captions, label, required, strings
 from dcar_core.data.report import CleaningReport
-from dcar_core.errors import DataError
-from dcar_core.images import ImageRoot, has_image_suffix
-from dcar_core.json_text import parse
+from dcar_core.util.errors import DataError
+from dcar_core.util.images import ImageRoot, has_image_suffix
+from dcar_core.util.json_text import parse
 
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 _LISTS = ("negatives", "negative", "negative_categories", "negative_class", "captions")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dcar_core.data.samples import Dataset, Sample
-from dcar_core.errors import DataError
+from dcar_core.util.errors import DataError
 
 
 def write_splits(splits: Mapping[str, Dataset], directory: Path) -> list[Path]:

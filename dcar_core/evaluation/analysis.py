@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core.data import Dataset
-from dcar_core.features import Prepared
-from dcar_core.metrics import hard_negative_accuracy, nearest, ranks, recall
-from dcar_core.model import DCAR
-from dcar_core.scoring import encode_captions, encode_pictures
+from dcar_core.model.dcar import DCAR
+from dcar_core.training.features import Prepared
+from dcar_core.training.validation import encode_captions, encode_pictures
+from dcar_core.util.arrays import Floats
+from dcar_core.util.retrieval_metrics import hard_negative_accuracy, nearest, ranks, recall
 
-Floats = NDArray[np.float32]
 MOST_PAIRS, MOST_EXAMPLES = 8, 3
 
 

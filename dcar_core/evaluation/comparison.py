@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from dcar_core.backbone import Backbone
-from dcar_core.config import GRID, TrainConfig
 from dcar_core.data import SPLITS, Pictures, load_splits, save_reports
-from dcar_core.errors import DataError, DivergedError
 from dcar_core.evaluation.report import write_report
 from dcar_core.evaluation.runs import Runs
 from dcar_core.evaluation.tables import COLUMNS
-from dcar_core.feature_cache import FeatureCache
-from dcar_core.features import decode, note_what_is_cut
-from dcar_core.files import write_json
-from dcar_core.methods import method
-from dcar_core.model import seeded_model
+from dcar_core.model.backbone import Backbone
+from dcar_core.model.config import GRID, TrainConfig
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods import method
 from dcar_core.negatives import complete
+from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.features import decode, note_what_is_cut
+from dcar_core.util.errors import DataError, DivergedError
+from dcar_core.util.files import write_json
 
 
 def compare(

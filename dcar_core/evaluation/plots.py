@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dcar_core.scoring import mean_r1
+from dcar_core.training.validation import mean_r1
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 WIDTH, LEFT, ROW = 720, 150, 30

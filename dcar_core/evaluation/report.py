@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import Image
 
 from dcar_core.data import Dataset
-from dcar_core.errors import DataError
 from dcar_core.evaluation.plots import curves_plot, recall_plot
 from dcar_core.evaluation.tables import (
     Results,
@@ -22,7 +21,8 @@ from dcar_core.evaluation.tables import (
     recall_rows,
     settings_rows,
 )
-from dcar_core.images import open_image
+from dcar_core.util.errors import DataError
+from dcar_core.util.images import open_image
 
 THUMBNAIL = 96
 STYLE = """

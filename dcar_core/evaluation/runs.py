@@ -13,19 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dcar_core.backbone import Backbone
-from dcar_core.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.config import ModelConfig, TrainConfig
 from dcar_core.data import Dataset
-from dcar_core.errors import DivergedError
 from dcar_core.evaluation.analysis import analyse
-from dcar_core.feature_cache import FeatureCache, digest
-from dcar_core.features import data_key, prepare
-from dcar_core.files import write_json
-from dcar_core.model import seeded_model
-from dcar_core.resume import forget
-from dcar_core.scoring import mean_r1
-from dcar_core.train import train
+from dcar_core.model.backbone import Backbone
+from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
+from dcar_core.model.config import ModelConfig, TrainConfig
+from dcar_core.model.dcar import seeded_model
+from dcar_core.training.feature_cache import FeatureCache, digest
+from dcar_core.training.features import data_key, prepare
+from dcar_core.training.train import train
+from dcar_core.training.train_state import forget
+from dcar_core.training.validation import mean_r1
+from dcar_core.util.errors import DivergedError
+from dcar_core.util.files import write_json
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""Hard negative captions from two perspectives, for pairs that have none (section 3 of the method).
+"""Hard negative captions, generated for pairs that have none (section 3 of the method).
 
-samples --taxonomy--> categories, most similar first --generate--> negatives --complete--> samples with negatives
+    samples --taxonomy--> categories, most similar first --generate--> negatives --complete--> samples with negatives
+
+In: samples with captions and categories. Out: the same samples with negative captions.
+`training`, `captioning`, `evaluation` and the CLI import it; it imports `data`, `model`, `serving` and `util`.
 """
 
 from dcar_core.negatives.complete import complete, fill

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from dcar_core.data import CleaningReport, Dataset, Sample
-from dcar_core.errors import DataError
 from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, Cut, Generator
 from dcar_core.negatives.taxonomy import NameFeatures, Taxonomy, load_taxonomy, rank_categories
 from dcar_core.negatives.views import of_backbone
 from dcar_core.negatives.words import fold
+from dcar_core.util.errors import DataError
 
 if TYPE_CHECKING:  # torch takes seconds
-    from dcar_core.backbone import Backbone
+    from dcar_core.model.backbone import Backbone
 
 Mode = Literal["auto", "missing", "all", "off"]
 COUNT = 4

@@ -10,17 +10,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.data import CleaningReport, Sample
-from dcar_core.errors import DataError
-from dcar_core.json_text import parse
 from dcar_core.negatives.words import fold
+from dcar_core.util.errors import DataError
+from dcar_core.util.json_text import parse
 
-Floats = NDArray[np.float64]
-NameFeatures = Callable[[Sequence[str]], Floats]  # names -> (n, d), L2-normalised
+NameVectors = NDArray[np.floating[Any]]
+NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalised
 CLUSTER = 8  # categories in a cluster, about
 _FORM = (
     '{"meta_categories": {"cats": ["Sphynx", "Ragdoll"]}, "similar": {"Sphynx": ["Ragdoll"]}}; either may be left out'
@@ -161,7 +162,7 @@ def _preferred(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
     return {key: tuple(sorted(c, key=lambda other: (-c[other], other))) for key, c in found.items() if c}
 
 
-def clusters(features: Floats) -> list[int]:
+def clusters(features: NameVectors) -> list[int]:
     """A cluster for each of (n, d) normalised rows: spherical k-means from rows far apart; none has one row alone."""
     n = len(features)
     k = max(1, round(n / CLUSTER))
@@ -183,7 +184,7 @@ def clusters(features: Floats) -> list[int]:
     return [int(cluster) for cluster in of]
 
 
-def letters(names: Sequence[str]) -> Floats:
+def letters(names: Sequence[str]) -> NameVectors:
     """(n, 512) from the letters of names alone, three by three, where there is no CLIP at hand."""
     found = np.zeros((len(names), 512))
     for row, name in enumerate(names):
@@ -193,6 +194,6 @@ def letters(names: Sequence[str]) -> Floats:
     return np.stack([_unit(row) for row in found]) if len(found) else found
 
 
-def _unit(vector: Floats) -> Floats:
+def _unit(vector: NameVectors) -> NameVectors:
     length = float(np.linalg.norm(vector))
     return vector / length if length else vector

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dcar_core.model.tokenizer import clip_tokens
 from dcar_core.negatives.generate import Cut
-from dcar_core.negatives.taxonomy import Floats, NameFeatures, letters
-from dcar_core.tokens import clip_tokens
+from dcar_core.negatives.taxonomy import NameFeatures, letters
+from dcar_core.util.arrays import Floats
 
 if TYPE_CHECKING:  # torch takes seconds, and letters need none
-    from dcar_core.backbone import Backbone
+    from dcar_core.model.backbone import Backbone
 
 ROOM = 8
 
@@ -23,8 +24,8 @@ def views(model: str | None, pretrained: str | None = None, device: str = "cpu")
     """
     if model is None:
         return letters, lambda texts: clip_tokens(texts, ROOM)
-    from dcar_core.backbone import BackboneSource, load_backbone
-    from dcar_core.encoder import pick_device
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.serving.encoder import pick_device
 
     return of_backbone(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
 

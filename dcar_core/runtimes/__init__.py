@@ -1,9 +1,5 @@
-"""How the frozen towers are run: one small protocol, several libraries behind it, chosen by name or by measuring.
+"""Runtimes: the two frozen towers on PyTorch, OpenVINO or ONNX Runtime, behind one small protocol.
 
-    protocol.py   what a runtime is, and what a domain hands to it
-    towers.py     the two encoders as functions of tensors, ready to be exported
-    registry.py   the names, what each needs, and how it is opened
-    selection.py  `auto`: measure once, remember, prove equality at every start
-
-Nothing here is imported before it is needed, and none of the libraries is needed for the default, `torch`.
+In: tokens, pixels and the arrays of an adapter. Out: features of both towers as NumPy arrays.
+`serving` imports it; it imports `model` and `util`, and each library only when its runtime is opened.
 """

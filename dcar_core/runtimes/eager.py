@@ -5,9 +5,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dcar_core.backbone import Backbone
-from dcar_core.runtimes.protocol import Floats, Prefix
-from dcar_core.runtimes.towers import ImageTower, TextTower, converted
+from dcar_core.model.backbone import Backbone
+from dcar_core.runtimes.graph_modules import ImageTower, TextTower, converted
+from dcar_core.runtimes.protocol import Prefix
+from dcar_core.util.arrays import Floats
 
 
 class PlainRuntime:

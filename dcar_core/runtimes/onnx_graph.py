@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
-from dcar_core.runtimes.protocol import IMAGE_INPUTS, TEXT_INPUTS, Floats, Prefix
+from dcar_core.runtimes.protocol import IMAGE_INPUTS, TEXT_INPUTS, Prefix
+from dcar_core.util.arrays import Floats
+from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from dcar_core.runtimes.towers import ImageTower, TextTower
+    from dcar_core.runtimes.graph_modules import ImageTower, TextTower
 
 TEXT, IMAGE = "text.onnx", "image.onnx"
 _OPSET = 17
@@ -49,7 +50,7 @@ def write(directory: Path, text: "TextTower", image: "ImageTower") -> None:
         raise MissingExtraError("exporting to ONNX", "onnx") from None
     import torch
 
-    from dcar_core.runtimes.towers import example_inputs
+    from dcar_core.runtimes.graph_modules import example_inputs
 
     for name, tower, known in ((TEXT, text, TEXT_INPUTS), (IMAGE, image, IMAGE_INPUTS)):
         inputs, shapes = example_inputs(tower)

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
-from dcar_core.runtimes.protocol import Floats, Prefix
+from dcar_core.runtimes.protocol import Prefix
+from dcar_core.util.arrays import Floats
+from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from dcar_core.runtimes.towers import ImageTower, TextTower
+    from dcar_core.runtimes.graph_modules import ImageTower, TextTower
 
 TEXT, IMAGE = "text.xml", "image.xml"
 
@@ -47,7 +48,7 @@ def write(directory: Path, text: "TextTower", image: "ImageTower") -> None:
     """Convert and save both towers, weights in float32."""
     import torch
 
-    from dcar_core.runtimes.towers import example_inputs
+    from dcar_core.runtimes.graph_modules import example_inputs
 
     openvino = library()
     for name, tower in ((TEXT, text), (IMAGE, image)):

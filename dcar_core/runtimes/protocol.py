@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from dcar_core.util.arrays import Floats
 
 # The towers' inputs by name, as exports have them.
 TEXT_INPUTS = ("tokens", "weights", "keys", "values")

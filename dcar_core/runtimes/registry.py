@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcar_core.errors import RuntimeUnavailableError
-from dcar_core.runtimes import capabilities
-from dcar_core.runtimes.exports import ExportKey, exported
+from dcar_core.runtimes.export_cache import ExportKey, exported
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
+from dcar_core.util import cpu_features
+from dcar_core.util.errors import RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from dcar_core.backbone import Backbone
-    from dcar_core.model import DCAR
-    from dcar_core.runtimes.towers import ImageTower, TextTower
+    from dcar_core.model.backbone import Backbone
+    from dcar_core.model.dcar import DCAR
+    from dcar_core.runtimes.graph_modules import ImageTower, TextTower
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
@@ -122,14 +122,14 @@ def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
         else:
             from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
 
-            hint = "bf16" if capabilities.lacks("bf16") is None and kind.precision != "fp32" else "f32"
+            hint = "bf16" if cpu_features.lacks("bf16") is None and kind.precision != "fp32" else "f32"
             found = OpenVinoRuntime(name, directory, hint=hint, threads=threads)
         _exports[key] = found
     return found
 
 
 def _require_instructions(kind: Kind) -> None:
-    if kind.needs is not None and (reason := capabilities.lacks(kind.needs)):
+    if kind.needs is not None and (reason := cpu_features.lacks(kind.needs)):
         raise RuntimeUnavailableError(f"the runtime {kind.name} cannot be used: {reason}")
 
 
@@ -138,7 +138,7 @@ def towers(target: Target) -> "tuple[TextTower, ImageTower]":
     Raises:
         RuntimeUnavailableError: the backbone's blocks are of a kind that only `torch` runs.
     """
-    from dcar_core.runtimes.towers import ImageTower, TextTower
+    from dcar_core.runtimes.graph_modules import ImageTower, TextTower
 
     return TextTower(target.backbone).eval(), ImageTower(target.backbone, target.depth).eval()
 

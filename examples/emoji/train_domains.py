@@ -18,17 +18,17 @@ from pathlib import Path
 
 from captions import TONES, facts, short_caption
 
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import save_checkpoint
-from dcar_core.config import TrainConfig
 from dcar_core.data import Dataset, load_split
 from dcar_core.evaluation import summary
 from dcar_core.evaluation.tables import COLUMNS
-from dcar_core.features import prepare
-from dcar_core.methods import method
-from dcar_core.model import DCAR, seeded_model
-from dcar_core.scoring import evaluate
-from dcar_core.train import train
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods import method
+from dcar_core.training.features import prepare
+from dcar_core.training.train import train
+from dcar_core.training.validation import evaluate
 
 HERE = Path(__file__).parent
 DOMAINS = ("twemoji", "openmoji")

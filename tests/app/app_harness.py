@@ -16,10 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from app.connections import LimitedProtocol
-from app.keys import key_hash, new_key
+from app.core.keys import key_hash, new_key
+from app.core.settings import Settings
 from app.main import create_app
-from app.settings import Settings
+from app.middleware.http_protocol import LimitedProtocol
 
 ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
 KEYS = {"api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}", "admin_key": f"sha256:{key_hash(ADMIN)}"}

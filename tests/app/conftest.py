@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from app_harness import ODD_ID, RedisServer
 
-from app.settings import Settings
+from app.core.settings import Settings
 from dcar_core import Encoder
-from index_jobs.artifact import Artifact, open_current
 from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import Artifact, open_current
 
 
 @pytest.fixture(scope="session")

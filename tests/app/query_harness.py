@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from app.schemas import SearchAnswer
-from index_jobs.artifact import Artifact
+from app.api.schemas import SearchAnswer
+from index_jobs.store.artifact import Artifact
 
 
 class Client:

@@ -7,10 +7,10 @@ import httpx
 import pytest
 from app_harness import ADMIN, ALICE, BOB, KEYS, WORDS, RedisServer, bearer, opened, until
 
-from app.keys import holder, is_key, key_hash, new_key, parse_keys
-from app.rates import Rates, parse_rate
-from app.settings import load_settings
-from dcar_core.errors import DcarError
+from app.core.keys import holder, is_key, key_hash, new_key, parse_keys
+from app.core.rate_limit import Rates, parse_rate
+from app.core.settings import load_settings
+from dcar_core.util.errors import DcarError
 
 
 def test_keys_are_told_apart_by_their_hashes() -> None:

@@ -19,8 +19,8 @@ import pytest
 from app_harness import opened, png
 from PIL import Image
 
-from app import embedding
-from app.schemas import ProblemAnswer
+from app.api.schemas import ProblemAnswer
+from app.search import embedding
 
 JSON = {"Content-Type": "application/json"}
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.batching import Batcher, Flights, Lane, Vector
-from app.problems import NotReady, Overloaded
-from dcar_core.errors import DataError
+from app.core.problems import NotReady, Overloaded
+from app.search.batching import Batcher, Flights, Lane, Vector
+from dcar_core.util.errors import DataError
 
 
 class Recorder:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app, main
-from dcar_core.errors import DcarError
+from dcar_core.util.errors import DcarError
 
 
 def test_a_file_that_the_system_refuses_is_one_line(

@@ -9,7 +9,7 @@ import pytest
 from app_harness import ODD_ID, free_port, png, serving
 
 from app.client import Client, ServiceError
-from app.keys import key_hash, new_key
+from app.core.keys import key_hash, new_key
 from index_jobs.rebuild import rebuild
 
 ADMIN = "correct horse battery"

@@ -12,11 +12,11 @@ from app_harness import opened, png, until
 from test_bad_input import check
 from test_observability import scrape
 
-from app.schemas import CollectionList
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import save_checkpoint
-from dcar_core.config import ModelConfig
-from dcar_core.model import DCAR
+from app.api.schemas import CollectionList
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import ModelConfig
+from dcar_core.model.dcar import DCAR
 from index_jobs.rebuild import rebuild
 
 KEY = {"admin_key": "correct horse"}

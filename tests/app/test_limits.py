@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from app_harness import ADMIN, ALICE, KEYS, WORDS, RedisServer, bearer, hold, opened, png, serving, until
 
-from app.batching import Batcher, Lane
-from app.problems import Overloaded
-from index_jobs.artifact import Artifact
+from app.core.problems import Overloaded
+from app.search.batching import Batcher, Lane
+from index_jobs.store.artifact import Artifact
 
 
 def test_a_search_has_a_deadline_and_is_not_computed_after_it(built_index: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_large_picture_is_not_hashed_in_the_event_loop(built_index: Path, monk
         hashed.append((len(data), threading.current_thread() is threading.main_thread()))
         return hash_of(data, **given)
 
-    monkeypatch.setattr("app.retriever.hashlib.blake2b", seen)
+    monkeypatch.setattr("app.search.retriever.hashlib.blake2b", seen)
 
     async def main() -> None:
         async with opened(built_index) as client:

@@ -17,9 +17,9 @@ import pytest
 from app_harness import free_port, opened, png
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.logs import choose_id
+from app.core.logs import choose_id
 
-SERVE = "from app.server import serve; from app.settings import load_settings; serve(load_settings())"
+SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -80,7 +80,7 @@ def test_metrics_tell_what_was_done(built_index: Path) -> None:
 
 def test_a_request_keeps_its_id(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        caplog.set_level(logging.INFO, "app.access")
+        caplog.set_level(logging.INFO, "app.middleware.access")
         async with opened(built_index) as client:
             given = await client.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
             assert given.headers["x-request-id"] == "shop-7/a"
@@ -90,7 +90,7 @@ def test_a_request_keeps_its_id(built_index: Path, caplog: pytest.LogCaptureFixt
             assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
 
     asyncio.run(main())
-    lines = [record.getMessage() for record in caplog.records if record.name == "app.access"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "app.middleware.access"]
     lines = [line for line in lines if "/readyz 503" not in line]  # while it was loading
     assert len(lines) == 3, "probes that went well are left out"
     assert lines[0].startswith("POST /search/text 200 in ")
@@ -155,7 +155,7 @@ def test_a_long_path_is_cut_in_the_log(built_index: Path, caplog: pytest.LogCapt
             assert (await client.get("/" + "%ff" * 20_000)).status_code == 404
 
     asyncio.run(main())
-    assert max(len(record.getMessage()) for record in caplog.records if record.name == "app.access") < 5000
+    assert max(len(record.getMessage()) for record in caplog.records if record.name == "app.middleware.access") < 5000
 
 
 def test_the_end_drops_nothing_and_the_log_is_json(built_index: Path) -> None:
@@ -188,6 +188,8 @@ def test_the_end_drops_nothing_and_the_log_is_json(built_index: Path) -> None:
         _, text = process.communicate(timeout=20)
     lines = [json.loads(line) for line in text.splitlines()]
     assert all({"time", "level", "logger", "message", "request_id"} <= line.keys() for line in lines)
-    last = next(line for line in lines if line["request_id"] == "the-last" and line["logger"] == "app.access")
+    last = next(
+        line for line in lines if line["request_id"] == "the-last" and line["logger"] == "app.middleware.access"
+    )
     assert (last["path"], last["status"], last["method"]) == ("/search/image", 200, "POST")
     assert last["ms"] > 500

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from app_harness import RedisServer, free_port
 
-from app.cache import RedisCache, rounded
-from app.redis_client import check
+from app.core.redis import check
+from app.search.embedding_cache import RedisCache, rounded
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
 pytestmark = pytest.mark.redis

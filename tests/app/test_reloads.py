@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from app_harness import opened
 
-from app import snapshots
-from dcar_core import sealed
-from index_jobs.publish import rollback
+from app.search import snapshots
+from dcar_core.serving import adapter_cache
+from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
-from index_jobs.updates import remove
+from index_jobs.store.publish import rollback
 
 KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
@@ -71,7 +71,7 @@ def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, tmp_pa
         for start in range(2):
             async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **KEY) as client:
                 if start == 0:
-                    assert list(sealed.directory(cache).iterdir())
+                    assert list(adapter_cache.directory(cache).iterdir())
                     continue
                 live = client.app.state.collections[None].live  # type: ignore[attr-defined]
                 assert live.encoder.backbone is None

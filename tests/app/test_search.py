@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from app_harness import hold, opened, png
 
-from app.answers import JsonAnswer
-from app.schemas import ItemAnswer, Readiness, SearchAnswer
-from app.settings import Settings
-from app.snapshots import load_snapshot
+from app.api.responses import JsonAnswer
+from app.api.schemas import ItemAnswer, Readiness, SearchAnswer
+from app.core.settings import Settings
+from app.search.snapshots import load_snapshot
 from dcar_core import Encoder
-from dcar_core.errors import FingerprintError, UnreachableError
-from index_jobs.artifact import open_current
-from index_jobs.updates import remove
+from dcar_core.util.errors import FingerprintError, UnreachableError
+from index_jobs.jobs.updates import remove
+from index_jobs.store.artifact import open_current
 
 
 def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float]]:
@@ -211,9 +211,9 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
             answers = [(await client.post("/search/text", json=question)).json() for question in questions]
             return [answer["results"] for answer in answers], in_threads
 
-    monkeypatch.setattr("app.snapshots._QUICK_MS", 1000)
+    monkeypatch.setattr("app.search.snapshots._QUICK_MS", 1000)
     quick, few = asyncio.run(main())
-    monkeypatch.setattr("app.snapshots._QUICK_MS", -1)
+    monkeypatch.setattr("app.search.snapshots._QUICK_MS", -1)
     slow, many = asyncio.run(main())
     assert quick == slow
     assert all(quick)
@@ -223,7 +223,7 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
 def test_an_index_that_was_updated_is_not_as_quick_as_it_was_measured(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.snapshots._QUICK_MS", 1000)
+    monkeypatch.setattr("app.search.snapshots._QUICK_MS", 1000)
     snapshot = load_snapshot(index, Settings(index=index))
     assert snapshot.quick
     snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="http://milvus:19530")

@@ -20,15 +20,15 @@ import pytest
 import uvicorn
 from app_harness import free_port, opened, until
 
-from app.cache import MemoryCache
-from app.embedding import Embedder
-from app.metrics import Metrics
-from app.schemas import Reloaded
+from app.api.schemas import Reloaded
+from app.core.metrics import Metrics
+from app.core.settings import Settings
+from app.search.embedding import Embedder
+from app.search.embedding_cache import MemoryCache
 from app.server import _Server, serve
-from app.settings import Settings
-from dcar_core.errors import DcarError
-from index_jobs.publish import rollback
+from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
+from index_jobs.store.publish import rollback
 
 KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
@@ -175,7 +175,7 @@ def test_a_version_that_failed_is_tried_again_after_a_while(
     index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, whole = newer_weights, newer_weights.read_bytes()
-    monkeypatch.setattr("app.snapshots._RETRY_S", 0.1)
+    monkeypatch.setattr("app.search.snapshots._RETRY_S", 0.1)
 
     async def main() -> None:
         async with opened(index, poll_s=0.02) as client:
@@ -321,7 +321,7 @@ def test_it_does_not_start_without_an_index_or_on_a_taken_port(tmp_path: Path, b
         serve(Settings(index=built_index, host="192.0.2.1"))
 
 
-SERVE = "import sys; from app.server import serve; from app.settings import load_settings; serve(load_settings())"
+SERVE = "import sys; from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 
 
 def _started(index: Path, port: int, **given: str) -> subprocess.Popen[str]:

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from app_harness import opened, png
 
-from index_jobs.publish import rollback
 from index_jobs.rebuild import rebuild
+from index_jobs.store.publish import rollback
 
 KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}

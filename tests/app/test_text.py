@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from app.media import media_type
-from app.requests import normalise
-from app.settings import Settings, load_settings
-from dcar_core.errors import DcarError
+from app.core.media import media_type
+from app.core.settings import Settings, load_settings
+from app.search.query import normalise
+from dcar_core.util.errors import DcarError
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from app_harness import opened
 
-from app import snapshots
-from app.threads import in_own_thread
-from dcar_core import pair_weights
+from app.core.threads import in_own_thread
+from app.search import snapshots
+from dcar_core.serving import pair_weights
 
 
 def test_a_thread_of_its_own_ends_with_what_it_did() -> None:

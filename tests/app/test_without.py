@@ -12,9 +12,9 @@ from test_bad_input import check
 from typer.testing import CliRunner
 
 from app.cli import app
-from app.requests import Weights
+from app.search.query import Weights
 from dcar_core import Encoder
-from index_jobs.artifact import Artifact, open_current
+from index_jobs.store.artifact import Artifact, open_current
 
 USUAL = Weights().without
 

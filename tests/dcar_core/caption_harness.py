@@ -9,7 +9,7 @@ from vision_server import VisionServer
 from dcar_core.captioning.options import CaptionOptions, Model, Outcome
 from dcar_core.captioning.questions import TEMPLATES
 from dcar_core.captioning.run import caption
-from dcar_core.tokens import clip_token_counts
+from dcar_core.model.tokenizer import clip_token_counts
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-very-secret"

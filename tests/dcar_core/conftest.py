@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from drawing import draw
 
-from dcar_core.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from vision_server import Asked, Behave, Raw, VisionServer, good, message
 from dcar_core.captioning.endpoint import seconds_of
 from dcar_core.captioning.options import Model
 from dcar_core.captioning.summary import summary
-from dcar_core.errors import CaptionError
+from dcar_core.util.errors import CaptionError
 
 BAD: dict[str, Raw | dict[str, Any]] = {
     "429": Raw(429, "slow down"),

@@ -14,7 +14,7 @@ from drawing import draw
 from filelock import FileLock
 from vision_server import Asked, Behave, Raw, VisionServer, good
 
-from dcar_core.errors import CaptionError, LockedError
+from dcar_core.util.errors import CaptionError, LockedError
 
 
 def test_what_was_answered_outlives_a_fatal_end(photos: Path) -> None:

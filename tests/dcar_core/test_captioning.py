@@ -17,7 +17,7 @@ from dcar_core.captioning.options import Model
 from dcar_core.captioning.questions import load_templates
 from dcar_core.captioning.summary import summary
 from dcar_core.data import load_split
-from dcar_core.errors import DataError
+from dcar_core.util.errors import DataError
 
 
 def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:

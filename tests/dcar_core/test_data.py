@@ -10,7 +10,7 @@ from PIL import Image
 from dcar_core.data import check, load, load_split, load_splits, splits_of, write_splits
 from dcar_core.data.entries import Entry
 from dcar_core.data.tables import read_table
-from dcar_core.errors import DataError
+from dcar_core.util.errors import DataError
 
 
 def write(path: Path, content: object) -> Path:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.backbone import BackboneSource, load_backbone
 from dcar_core.data import check
-from dcar_core.errors import DataError
-from dcar_core.tokens import clip_token_counts
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.tokenizer import clip_token_counts
+from dcar_core.util.errors import DataError
 
 
 def dcar(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import pytest
 from test_data import picture
 
 from dcar_core.data import load_split, load_splits
-from dcar_core.errors import DataError
+from dcar_core.util.errors import DataError
 
 
 def tar(path: Path, members: dict[str, bytes]) -> None:

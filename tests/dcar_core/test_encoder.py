@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dcar_core import Encoder
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import backbone_files, copy_checkpoint, fingerprint, load_checkpoint, save_checkpoint
-from dcar_core.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
-from dcar_core.errors import CheckpointError, ImageError, ModelError
-from dcar_core.model import DCAR
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import backbone_files, copy_checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.model.dcar import DCAR
+from dcar_core.util.errors import CheckpointError, ImageError, ModelError
 
 
 def test_vectors_are_normalised_and_independent_of_the_batch(tiny_checkpoint: Path, tiny_gallery: Path) -> None:

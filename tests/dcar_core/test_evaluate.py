@@ -15,22 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
-from dcar_core.backbone import Backbone
-from dcar_core.checkpoint import load_checkpoint
-from dcar_core.config import PromptConfig, TrainConfig
 from dcar_core.data import Dataset, load_split
-from dcar_core.errors import DataError, DcarError, DivergedError
 from dcar_core.evaluation import compare, summary
 from dcar_core.evaluation.analysis import analyse
 from dcar_core.evaluation.report import html
 from dcar_core.evaluation.runs import Runs
 from dcar_core.evaluation.tables import COLUMNS, best_method, csv_runs, markdown, mean_categories, query_weights
-from dcar_core.feature_cache import FeatureCache
-from dcar_core.features import prepare
-from dcar_core.methods import method
-from dcar_core.model import DCAR, seeded_model
-from dcar_core.scoring import evaluate
-from dcar_core.train import TrainResult
+from dcar_core.model.backbone import Backbone
+from dcar_core.model.checkpoint import load_checkpoint
+from dcar_core.model.config import PromptConfig, TrainConfig
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods import method
+from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.features import prepare
+from dcar_core.training.train import TrainResult
+from dcar_core.training.validation import evaluate
+from dcar_core.util.errors import DataError, DcarError, DivergedError
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 Compared = tuple[Path, dict[str, Any]]

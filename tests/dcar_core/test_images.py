@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcar_core import images
-from dcar_core.errors import DataError, ImageError
-from dcar_core.images import ImageRoot, index_tar, open_image
+from dcar_core.util import images
+from dcar_core.util.errors import DataError, ImageError
+from dcar_core.util.images import ImageRoot, index_tar, open_image
 
 PEAK = """
 import re, sys
 from pathlib import Path
-from dcar_core.preprocess import Preprocess
+from dcar_core.model.preprocess import Preprocess
 
 
 def peak():  # of this program; what getrusage tells begins with the parent's

@@ -3,10 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcar_core.config import ReweightConfig
-from dcar_core.losses import anchor_loss, category_loss, contrastive_loss, head_loss
-from dcar_core.metrics import hard_negative_accuracy, nearest, ranks, recall_at_k
-from dcar_core.reweight import TokenWeightHead, blend, pair_weights, real_tokens
+from dcar_core.model.config import ReweightConfig
+from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights, real_tokens
+from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
+from dcar_core.util.retrieval_metrics import hard_negative_accuracy, nearest, ranks, recall_at_k
 
 
 def features(n: int, seed: int) -> torch.Tensor:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from negatives_harness import CATS, FELINE, made, sample, split, write
 
-from dcar_core.backbone import Backbone
 from dcar_core.data import CleaningReport
 from dcar_core.data.clean import normalise
-from dcar_core.errors import DataError
+from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import complete, fill, views
+from dcar_core.util.errors import DataError
 
 
 def test_both_perspectives(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from negatives_harness import write
 
-from dcar_core.backbone import Backbone
-from dcar_core.config import TrainConfig
 from dcar_core.data import load_split, load_splits
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.runs import Runs
-from dcar_core.feature_cache import FeatureCache
-from dcar_core.methods import method
+from dcar_core.model.backbone import Backbone
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.methods import method
 from dcar_core.negatives import complete
+from dcar_core.training.feature_cache import FeatureCache
 
 ROOT = Path(__file__).parents[2]
 

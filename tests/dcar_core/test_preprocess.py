@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from test_images import encoded, peak
 
-from dcar_core import Encoder, preprocess
-from dcar_core.images import ImageRoot, index_tar, open_image
+from dcar_core import Encoder
+from dcar_core.model.dcar import preprocess
+from dcar_core.util.images import ImageRoot, index_tar, open_image
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "twemoji"
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core import Encoder, sealed
-from dcar_core.errors import MissingExtraError, RuntimeUnavailableError
-from dcar_core.runtimes import capabilities, selection
-from dcar_core.runtimes.exports import ExportKey, default_cache, exported
+from dcar_core import Encoder
+from dcar_core.runtimes.export_cache import ExportKey, default_cache, exported
+from dcar_core.serving import adapter_cache, runtime_selection
+from dcar_core.util import cpu_features
+from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 pytest.importorskip("openvino", reason="needs the extra [openvino]")
 
@@ -26,7 +27,7 @@ def measured(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     content = json.loads(path.read_text())
     content["best_first"] = [NAME, "torch"]
     path.write_text(json.dumps(content))
-    for seal in sealed.directory(cache).glob("*"):  # or a start would look at nothing of this
+    for seal in adapter_cache.directory(cache).glob("*"):  # or a start would look at nothing of this
         seal.unlink()
     return cache
 
@@ -37,7 +38,7 @@ def chosen(measured: Path, tmp_path: Path) -> Path:
     return shutil.copytree(measured, tmp_path / "cache")
 
 
-NAME = "openvino" if capabilities.lacks("bf16") else "openvino-bf16"
+NAME = "openvino" if cpu_features.lacks("bf16") else "openvino-bf16"
 
 
 def auto(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, list[str]]:
@@ -71,7 +72,7 @@ def test_a_missing_extra(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it does when it is not installed
-    monkeypatch.setattr(selection, "_LIBRARIES", ("torch",))
+    monkeypatch.setattr(runtime_selection, "_LIBRARIES", ("torch",))
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
     assert name == "torch"
     assert "pip install 'dcar[openvino]'; using torch instead" in warning
@@ -122,9 +123,9 @@ def test_a_corrupted_export(tiny_checkpoint: Path, chosen: Path, caplog: pytest.
 def test_a_processor_without_the_instructions(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor = capabilities.processor()
-    monkeypatch.setattr(capabilities, "processor", lambda: processor)  # as if the ranking came with this machine
-    monkeypatch.setattr(capabilities, "instructions", lambda: frozenset({"avx2"}))
+    processor = cpu_features.processor()
+    monkeypatch.setattr(cpu_features, "processor", lambda: processor)  # as if the ranking came with this machine
+    monkeypatch.setattr(cpu_features, "instructions", lambda: frozenset({"avx2"}))
     with pytest.raises(RuntimeUnavailableError, match=r"no bf16 instructions \(.*avx512_bf16"):
         by_name(tiny_checkpoint, chosen, "openvino-bf16")
     if NAME == "openvino-bf16":
@@ -186,8 +187,8 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
 
 
 def test_int8_wants_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    if capabilities.lacks("int8"):
-        pytest.skip(str(capabilities.lacks("int8")))
+    if cpu_features.lacks("int8"):
+        pytest.skip(str(cpu_features.lacks("int8")))
     with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your pictures and captions: dcar"):
         by_name(tiny_checkpoint, tmp_path, "openvino-int8")
 

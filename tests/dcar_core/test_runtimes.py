@@ -12,18 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.config import AdapterConfig, ModelConfig, PromptConfig
-from dcar_core.extract import extract
-from dcar_core.model import DCAR
-from dcar_core.runtimes import capabilities, proof
-from dcar_core.runtimes.calibration import CalibrationData, calibrate
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
+from dcar_core.model.dcar import DCAR
+from dcar_core.runtimes import equality_proof
 from dcar_core.runtimes.eager import TowerRuntime
-from dcar_core.runtimes.lengths import PASS, batches
-from dcar_core.runtimes.proof import Probe, Proof, prove, reference
+from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference
+from dcar_core.runtimes.int8_calibration import CalibrationData, calibrate
+from dcar_core.runtimes.length_batches import PASS, batches
 from dcar_core.runtimes.protocol import Prefix
 from dcar_core.runtimes.registry import KINDS, Target, open_runtime, towers
-from dcar_core.runtimes.selection import candidates, load_runtime, measure, remembered
+from dcar_core.serving.adapter_extraction import extract
+from dcar_core.serving.runtime_selection import candidates, load_runtime, measure, remembered
+from dcar_core.util import cpu_features
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
 
@@ -65,8 +66,8 @@ def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> C
 
 def require_instructions(name: str) -> None:
     kind = KINDS[name]
-    if kind.needs and capabilities.lacks(kind.needs):
-        pytest.skip(str(capabilities.lacks(kind.needs)))
+    if kind.needs and cpu_features.lacks(kind.needs):
+        pytest.skip(str(cpu_features.lacks(kind.needs)))
 
 
 PLAIN = ModelConfig(prompt=PromptConfig(length=0))
@@ -165,7 +166,7 @@ def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monk
     assert chosen.name == ranking.names[0]
     assert {trial.name for trial in ranking.trials} == set(candidates(where))
     assert all(trial.holds and trial.texts_per_s > 0 for trial in ranking.trials)
-    monkeypatch.setattr("dcar_core.runtimes.selection.measure", None)  # a second measurement would fail
+    monkeypatch.setattr("dcar_core.serving.runtime_selection.measure", None)  # a second measurement would fail
     assert load_runtime("auto", domain, where) is chosen
 
 
@@ -230,7 +231,7 @@ def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) 
 def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(tiny_model, ModelConfig(), tmp_path)
     domain, where = case.domain, case.target
-    runtime = open_runtime("torch-bf16", where) if not capabilities.lacks("bf16") else open_runtime("torch", where)
+    runtime = open_runtime("torch-bf16", where) if not cpu_features.lacks("bf16") else open_runtime("torch", where)
     monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
     ranking = measure(domain, where, Probe.synthetic(32), [runtime.name])
     assert ranking.names == ()
@@ -239,5 +240,5 @@ def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monk
 
 def test_a_vector_that_is_no_number_is_no_proof() -> None:
     unit = np.eye(2, 4, dtype=np.float32)
-    assert proof._least(unit, unit) == 1.0
-    assert proof._least(np.array([unit[0], np.full(4, np.nan)], np.float32), unit) == -1.0
+    assert equality_proof._least(unit, unit) == 1.0
+    assert equality_proof._least(np.array([unit[0], np.full(4, np.nan)], np.float32), unit) == -1.0

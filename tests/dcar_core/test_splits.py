@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dcar_core.data import check, load_split, load_splits
-from dcar_core.errors import DataError
+from dcar_core.util.errors import DataError
 
 Row = dict[str, object]
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from negatives_harness import CATS, FELINE, made, sample, split, write
 
-from dcar_core.backbone import Backbone
 from dcar_core.data import CleaningReport, Sample
-from dcar_core.errors import DataError
+from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import complete, views
 from dcar_core.negatives.taxonomy import clusters, letters, load_taxonomy, rank_categories
+from dcar_core.util.errors import DataError
 
 
 def test_categories_in_the_order_of_the_data(tmp_path: Path) -> None:

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.data import load_split
-from dcar_core.errors import DataError, DcarError, DivergedError, MissingExtraError
-from dcar_core.features import Prepared, prepare
-from dcar_core.methods import METHODS, method
-from dcar_core.model import DCAR, seeded_model
-from dcar_core.scoring import choose_query_weights, encode_captions, encode_pictures, evaluate, mean_r1
-from dcar_core.step import batch_loss
-from dcar_core.train import TrainResult, train
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
+from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods import METHODS, method
+from dcar_core.training.features import Prepared, prepare
+from dcar_core.training.grad_cache import batch_loss
+from dcar_core.training.train import TrainResult, train
+from dcar_core.training.validation import choose_query_weights, encode_captions, encode_pictures, evaluate, mean_r1
+from dcar_core.util.errors import DataError, DcarError, DivergedError, MissingExtraError
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 
@@ -120,7 +120,7 @@ def test_the_epoch_that_validation_likes_best_is_what_is_left(
     tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights and its queries, whatever later epochs were; and it is the validation split that is asked."""
-    import dcar_core.train as module
+    import dcar_core.training.train as module
 
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
@@ -148,7 +148,7 @@ def test_every_step_has_its_rate_and_no_gradient_longer_than_one(
     amp: Amp, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where gradients were scaled up for float16: what is cut is their true length."""
-    import dcar_core.train as module
+    import dcar_core.training.train as module
 
     steps: list[tuple[float, float, float]] = []
     losses: list[float] = []
@@ -180,7 +180,7 @@ def test_every_step_has_its_rate_and_no_gradient_longer_than_one(
 def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
     tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dcar_core.train as module
+    import dcar_core.training.train as module
 
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
     backbone, whole = load_backbone(BackboneSource(str(tiny_model))), module.accumulate_gradients
@@ -206,7 +206,7 @@ def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
 def test_validation_decides_which_weights_queries_have(
     better: str, wanted: str, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dcar_core import scoring
+    from dcar_core.training import validation
 
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
     data = prepare(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
@@ -215,12 +215,12 @@ def test_validation_decides_which_weights_queries_have(
     def captions(model: DCAR, data: Prepared) -> np.ndarray:
         return pictures if better in ("neither", model.config.reweight.query) else pictures[::-1]
 
-    monkeypatch.setattr(scoring, "encode_captions", captions)
-    monkeypatch.setattr(scoring, "encode_pictures", lambda *_: pictures)
+    monkeypatch.setattr(validation, "encode_captions", captions)
+    monkeypatch.setattr(validation, "encode_pictures", lambda *_: pictures)
     query, recall = choose_query_weights(model, data)
     assert query == model.config.reweight.query == wanted
     assert recall["t2i_r1"] == recall["i2t_r1"] == 100
-    monkeypatch.setattr(scoring, "encode_pictures", lambda *_: pictures * np.float32("nan"))
+    monkeypatch.setattr(validation, "encode_pictures", lambda *_: pictures * np.float32("nan"))
     with pytest.raises(DivergedError, match="the vectors of dcar are no numbers any more"):
         choose_query_weights(model, data)
 

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core import Encoder
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import read_config
-from dcar_core.errors import CheckpointError
-from dcar_core.zero_shot import save_zero_shot
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import read_config
+from dcar_core.model.zero_shot import save_zero_shot
+from dcar_core.util.errors import CheckpointError
 
 
 def test_it_is_the_model_itself(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:

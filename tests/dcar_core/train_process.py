@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.checkpoint import save_checkpoint
-from dcar_core.config import TrainConfig
 from dcar_core.data import load_split
-from dcar_core.feature_cache import FeatureCache
-from dcar_core.methods import method
-from dcar_core.model import seeded_model
-from dcar_core.parallel import torchrun_group
-from dcar_core.train import train
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods import method
+from dcar_core.training.distributed import torchrun_group
+from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.train import train
 
 torch.set_num_threads(1)
 model_path, data, out, name, *rest = sys.argv[1:]

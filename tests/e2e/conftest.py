@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from page_harness import Page, ready, served
 
-from app.settings import Settings
+from app.core.settings import Settings
 from index_jobs.rebuild import rebuild
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.runtimes.exports import default_cache
-from index_jobs.artifact import open_current, verify_index
+from dcar_core.runtimes.export_cache import default_cache
+from index_jobs.store.artifact import open_current, verify_index
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")

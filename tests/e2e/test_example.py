@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.backbone import BackboneSource, load_backbone
-from dcar_core.zero_shot import save_zero_shot
-from index_jobs.artifact import Artifact, open_current
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.zero_shot import save_zero_shot
 from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import Artifact, open_current
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "emoji"

@@ -13,9 +13,11 @@ import pytest
 from filelock import FileLock
 
 from dcar_core import Encoder
-from dcar_core.errors import ArtifactError, DcarError, FingerprintError, LockedError
-from index_jobs import items
-from index_jobs.artifact import (
+from dcar_core.util.errors import ArtifactError, DcarError, FingerprintError, LockedError
+from index_jobs.gallery.scan import scan
+from index_jobs.rebuild import rebuild
+from index_jobs.store import items
+from index_jobs.store.artifact import (
     Artifact,
     current_version,
     list_versions,
@@ -23,9 +25,7 @@ from index_jobs.artifact import (
     verify_index,
     version_numbers,
 )
-from index_jobs.gallery import scan
-from index_jobs.publish import next_version, publish, rollback, writing
-from index_jobs.rebuild import rebuild
+from index_jobs.store.publish import next_version, publish, rollback, writing
 
 
 def publish_copy(index: Path, keep: int = 3) -> int:
@@ -279,7 +279,7 @@ def test_staged_version_that_does_not_read_back_is_not_published(index: Path) ->
 
 
 def test_what_the_disk_has_not_kept_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.publish.sync_tree", lambda staging: flip(staging / "index.faiss"))
+    monkeypatch.setattr("index_jobs.store.publish.sync_tree", lambda staging: flip(staging / "index.faiss"))
     with pytest.raises(ArtifactError, match=r"index\.faiss is corrupted"):
         publish_copy(index)
     assert current_version(index) == 1
@@ -301,7 +301,7 @@ def test_removal_that_stops_halfway_leaves_no_half_version(index: Path, monkeypa
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("index_jobs.publish.shutil.rmtree", stop)
+        patch.setattr("index_jobs.store.publish.shutil.rmtree", stop)
         with pytest.raises(OSError, match="killed"):  # the patched removal of the staging directory
             publish_copy(index, keep=1)
     assert [manifest.version for manifest in verify_index(index)] == [2]

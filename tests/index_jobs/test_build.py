@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dcar_core.errors import ArtifactError, DataError, MissingExtraError
-from index_jobs import gpu, kinds
-from index_jobs.build import build, fill
-from index_jobs.kinds import Choice, choose, create, machine_memory
-from index_jobs.tuning import Blocks, Knobs, Queries, latency
-from index_jobs.vectors import FaissIndex, write_faiss
+from dcar_core.util.arrays import Blocks, Floats
+from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
+from index_jobs.building import kinds
+from index_jobs.building.build import build, fill
+from index_jobs.building.kinds import Choice, choose, create, machine_memory
+from index_jobs.building.tuning import Knobs, Queries, latency
+from index_jobs.store import gpu_search
+from index_jobs.store.faiss_index import FaissIndex, write_faiss
 
-Floats = NDArray[np.float32]
 DIM = 32
 
 
@@ -335,11 +336,11 @@ def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Pa
 def test_gpu_finds_what_the_cpu_finds(kind: str, gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
-    if not gpu.memory():
+    if not gpu_search.memory():
         pytest.skip("no CUDA device, or FAISS's CPU build: pip install 'dcar[gpu]' in faiss-cpu's place")
     if kind == "gpu-cagra" and "CUVS" not in faiss.get_compile_options():
         pytest.skip("FAISS was built without cuVS")
-    choices = choose(kind, len(gallery), DIM, gpu_memory=gpu.memory())
+    choices = choose(kind, len(gallery), DIM, gpu_memory=gpu_search.memory())
     built = build(blocks(gallery), len(gallery), DIM, choices)
     assert built.measured["recall_at_10"] >= 0.98
     write_faiss(built.index, tmp_path / "index.faiss")

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
-from dcar_core.errors import ModelError
-from index_jobs.decode import Pixels
-from index_jobs.devices import forward, load_encoders
-from index_jobs.encode import encode
-from index_jobs.gallery import scan
+from dcar_core.util.errors import ModelError
+from index_jobs.encoding.decode import DecodedWindow
+from index_jobs.encoding.devices import forward, load_encoders
+from index_jobs.encoding.encode import encode
+from index_jobs.gallery.scan import scan
 
 
 def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -47,11 +47,11 @@ class Barrier(Encoder):
         return super().encode_pixels(pixels)
 
 
-def windows(count: int, taken: list[int]) -> Iterator[Pixels]:
+def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
     for number in range(count):
         taken.append(number)
         pixels = np.full((1, 3, 32, 32), number, np.uint8)
-        yield Pixels(pixels, (), np.zeros(1, np.uint64), 1)
+        yield DecodedWindow(pixels, (), np.zeros(1, np.uint64), 1)
 
 
 def test_lanes_work_at_the_same_time_and_in_order(tiny_checkpoint: Path) -> None:
@@ -68,7 +68,7 @@ def test_lanes_work_at_the_same_time_and_in_order(tiny_checkpoint: Path) -> None
 
 def test_a_failing_device_ends_the_job(tiny_checkpoint: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    wrong = Pixels(np.zeros((1, 3, 7, 7), np.uint8), (), np.zeros(1, np.uint64), 1)
+    wrong = DecodedWindow(np.zeros((1, 3, 7, 7), np.uint8), (), np.zeros(1, np.uint64), 1)
     with pytest.raises(RuntimeError):
         list(forward(iter([*windows(3, []), wrong]), [encoder, encoder]))
 

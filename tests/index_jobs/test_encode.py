@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
-from dcar_core.errors import ArtifactError, DataError, DcarError
 from dcar_core.runtimes.eager import TowerRuntime
 from dcar_core.runtimes.registry import towers
-from index_jobs.decode import Window, decode, worker_count
-from index_jobs.encode import encode
-from index_jobs.gallery import scan
-from index_jobs.progress import Encoded
-from index_jobs.sources import Place
-
-Floats = NDArray[np.float32]
+from dcar_core.util.arrays import Floats
+from dcar_core.util.errors import ArtifactError, DataError, DcarError
+from index_jobs.encoding.decode import Window, decode, worker_count
+from index_jobs.encoding.encode import encode
+from index_jobs.encoding.encoding_state import Encoded
+from index_jobs.gallery.scan import scan
+from index_jobs.gallery.storage import Place
 
 
 @pytest.fixture(scope="module")
@@ -275,11 +274,11 @@ def test_progress_tells_rate_and_failures(
 
 
 def test_worker_count_follows_gallery_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.decode.cores", lambda: 16)
+    monkeypatch.setattr("index_jobs.encoding.decode.cores", lambda: 16)
     assert worker_count(None, 1999) == 0
     assert worker_count(None, 2000) == 15
     assert worker_count(3, 1) == 3
-    monkeypatch.setattr("index_jobs.decode.cores", lambda: 4)
+    monkeypatch.setattr("index_jobs.encoding.decode.cores", lambda: 4)
     assert worker_count(None, 2000) == 0
     with pytest.raises(ValueError, match="not -1"):
         worker_count(-1, 10)

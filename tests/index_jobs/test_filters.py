@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 from drawing import draw
 
-from index_jobs.artifact import Artifact, open_current
-from index_jobs.filters import FilterError, _fulfilled, matching
 from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.filters import FilterError, _fulfilled, matching
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_jobs import items
-from index_jobs.gallery import SCHEMA
+from index_jobs.gallery.scan import SCHEMA
+from index_jobs.store import items
 
 BATCHES, ROWS, TEXT = 32, 4, 2**18  # 32 MiB of texts
 

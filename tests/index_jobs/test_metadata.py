@@ -10,14 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_gallery import png, rows_of, tar_of, write
+from test_scan import png, rows_of, tar_of, write
 
-from dcar_core.errors import DataError
-from index_jobs.artifact import open_current
-from index_jobs.filters import matching
-from index_jobs.gallery import scan
+from dcar_core.util.errors import DataError
+from index_jobs.gallery.records import read_records
+from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
-from index_jobs.records import read_records
+from index_jobs.store.artifact import open_current
+from index_jobs.store.filters import matching
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from drawing import draw
 
-from dcar_core.errors import ArtifactError, DataError, FingerprintError, UnreachableError
-from index_jobs import milvus
-from index_jobs.artifact import open_current, verify_index
-from index_jobs.publish import rollback
+from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, UnreachableError
+from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.updates import add, remove
+from index_jobs.store import milvus
+from index_jobs.store.artifact import open_current, verify_index
+from index_jobs.store.publish import rollback
 
 pytestmark = [
     pytest.mark.skipif(
@@ -207,7 +207,7 @@ def test_a_milvus_out_of_reach_is_told_before_anything_is_encoded(
     def no_work(*given: object, **how: object) -> None:
         raise AssertionError("pictures were encoded for a Milvus that is not there")
 
-    monkeypatch.setattr("index_jobs.encode.encode", no_work)
+    monkeypatch.setattr("index_jobs.encoding.encode.encode", no_work)
     with pytest.raises(ArtifactError, match="cannot be reached"):
         rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus="http://127.0.0.1:9", progress=False)
 

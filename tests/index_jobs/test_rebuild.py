@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.errors import DcarError
-from index_jobs.artifact import open_current, version_numbers
-from index_jobs.gallery import scan
-from index_jobs.job import Job
-from index_jobs.manifest import Manifest
+from dcar_core.util.errors import DcarError
+from index_jobs.gallery.scan import scan
+from index_jobs.jobs.job import Job
 from index_jobs.options import Options
 from index_jobs.rebuild import RebuildSummary, rebuild
+from index_jobs.store.artifact import open_current, version_numbers
+from index_jobs.store.manifest import Manifest
 
 
 def test_published_vectors_are_the_encoders(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

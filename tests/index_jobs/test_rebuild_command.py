@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from index_jobs.artifact import current_version
 from index_jobs.rebuild import main
+from index_jobs.store.artifact import current_version
 
 
 def command(*arguments: object) -> list[str]:

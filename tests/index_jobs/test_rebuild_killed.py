@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcar_core.errors import DcarError
-from index_jobs.artifact import current_version, open_current, verify_index
-from index_jobs.gallery import scan
-from index_jobs.publish import reporting
+from dcar_core.util.errors import DcarError
+from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import current_version, open_current, verify_index
+from index_jobs.store.publish import reporting
 
 FULL_DISK = """
 import resource, sys
@@ -77,10 +77,10 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import faiss, open_clip, pyarrow.compute, torch
-import dcar_core.encoder, index_jobs.gate, index_jobs.job, index_jobs.updates
-from index_jobs.artifact import open_current
+import dcar_core.serving.encoder, index_jobs.jobs.quality_gate, index_jobs.jobs.job, index_jobs.jobs.updates
+from index_jobs.store.artifact import open_current
 from index_jobs.rebuild import rebuild
-from index_jobs.updates import add, remove
+from index_jobs.jobs.updates import add, remove
 gallery, more, checkpoint, index = map(Path, sys.argv[1:])
 settings = {"workers": 0, "batch_size": 2, "progress": False}
 for line in sys.stdin:

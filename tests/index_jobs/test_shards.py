@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcar_core.errors import ImageError
-from dcar_core.images import open_image
-from index_jobs.decode import Window, decode
-from index_jobs.gallery import scan
-from index_jobs.progress import can_read
-from index_jobs.shards import PICTURE, READING, ShardStore, kind_of
-from index_jobs.sources import Place
+from dcar_core.util.errors import ImageError
+from dcar_core.util.images import open_image
+from index_jobs.encoding.decode import Window, decode
+from index_jobs.encoding.encoding_state import can_read
+from index_jobs.encoding.shards import PICTURE, READING, ShardStore, kind_of
+from index_jobs.gallery.scan import scan
+from index_jobs.gallery.storage import Place
 
 
 def encoded(form: str) -> bytes:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_build import DIM, Floats, blocks, clustered
 
-from index_jobs.build import build
-from index_jobs.kinds import Choice
-from index_jobs.tuning import NEIGHBOURS, Queries, Tuning, neighbours, own_queries
+from index_jobs.building.build import build
+from index_jobs.building.kinds import Choice
+from index_jobs.building.tuning import NEIGHBOURS, Queries, Tuning, neighbours, own_queries
 
 
 class Found:
@@ -108,7 +108,7 @@ def test_scores_are_those_of_the_vectors_in_bounded_memory(monkeypatch: pytest.M
     queries = Queries(np.repeat(vectors[:1], 60, 0), "captions", np.full(60, -1))
     same = np.flatnonzero((vectors == vectors[0]).all(1))
     found = np.random.default_rng(0).permuted(np.tile(same, (60, 1)), axis=1)[:, :10]
-    monkeypatch.setattr("index_jobs.tuning._SCORED", 7)
+    monkeypatch.setattr("index_jobs.building.tuning._SCORED", 7)
     truth = neighbours(blocks(mapped), queries)
     assert truth.hits(blocks(mapped), queries, np.arange(60), found).all()
     other = np.flatnonzero((vectors != vectors[0]).any(1))[:10]

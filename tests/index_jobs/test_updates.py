@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core import Encoder
-from dcar_core.errors import ArtifactError, DataError, LockedError
-from index_jobs import updates
-from index_jobs.artifact import Artifact, current_version, open_current, open_version, verify_index
-from index_jobs.filters import matching
-from index_jobs.publish import rollback
+from dcar_core.util.errors import ArtifactError, DataError, LockedError
+from index_jobs.jobs import updates
+from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.updates import add, remove
+from index_jobs.store.artifact import Artifact, current_version, open_current, open_version, verify_index
+from index_jobs.store.filters import matching
+from index_jobs.store.publish import rollback
 
 
 def more(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:

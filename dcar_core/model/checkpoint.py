@@ -1,0 +1,196 @@
+"""A checkpoint is a directory: `trainables.safetensors` (hundreds of KB) and a readable `config.json`.
+
+The fingerprint is a hash over the backbone's weights, the configuration and the trainables. Whatever is made from a
+model's vectors (shards, index, cached queries) carries it, so that a retrained model never meets old vectors.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
+from dcar_core.util.errors import CheckpointError
+from dcar_core.util.files import replacing, write_json
+
+if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint needs none of it
+    from dcar_core.model.backbone import Backbone
+    from dcar_core.model.dcar import DCAR
+
+Trainables = dict[str, NDArray[np.float32]]
+
+CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
+FORMAT = 1
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str, NDArray[np.float32]]) -> str:
+    """64 hex digits that stand for one way of turning pictures and queries into vectors.
+
+    What no vector depends on (the loss, the category adapter, how pairs are weighed) does not count.
+    """
+    reweight = {name: value for name, value in config.reweight.to_dict().items() if name not in ("word", "picture")}
+    serving = {"prompt": config.prompt.to_dict(), "reweight": reweight}
+    if config.adapter != AdapterConfig():
+        serving["adapter"] = config.adapter.to_dict()
+    digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
+    for name in sorted(n for n in trainables if not n.startswith("caa.")):
+        value = np.ascontiguousarray(trainables[name], np.float32)
+        digest.update(f"{name} {trainables[name].shape}".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | None = None) -> str:
+    """Write trainables and config; returns the fingerprint. A path given as the model is stored relative."""
+    path.mkdir(parents=True, exist_ok=True)
+    trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.trainables()}
+    backbone_hash = model.backbone.content_hash()
+    mark = fingerprint(backbone_hash, model.config, trainables)
+    source = model.backbone.source
+    content = {
+        "format": FORMAT,
+        "fingerprint": mark,
+        "backbone": {
+            "model": _relative(source.model, path),
+            "pretrained": _relative(source.pretrained, path),
+            "sha256": backbone_hash,
+        },
+        "model": model.config.to_dict(),
+        "training": training or {},
+    }
+    with replacing(path / WEIGHTS) as file:
+        file.write(save(trainables, {"format": "pt"}))
+    write_config(path, content)
+    return mark
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's config.json.
+
+    Raises:
+        CheckpointError: there is no checkpoint, one of another format, or one that lacks something.
+    """
+    if not is_checkpoint(path):
+        message = f"{path} is no checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
+        if (path / MODEL_CONFIG).is_file():
+            message += f"; it is a model, of which `dcar zero-shot --model {path} --out DIR` makes one"
+        raise CheckpointError(message)
+    try:
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / CONFIG} is not of format {FORMAT}; train again, or use the version that wrote it"
+        )
+    described = content.get("backbone")
+    if not isinstance(content.get("model"), dict) or not (
+        isinstance(described, dict) and described.keys() >= {"model", "pretrained", "sha256"}
+    ):
+        raise CheckpointError(f"{path / CONFIG} does not say which model on which backbone; copy it whole")
+    return content
+
+
+def write_config(path: Path, content: dict[str, Any]) -> None:
+    """Replace the checkpoint's config.json."""
+    write_json(path / CONFIG, content)
+
+
+def backbone_files(path: Path) -> list[Path]:
+    """The files on this machine that the checkpoint's backbone is loaded from; none where it comes from a hub."""
+    described, found = read_config(path)["backbone"], list[Path]()
+    for given in filter(None, (described["model"], described["pretrained"])):
+        place = Path(_absolute(given, path) or given)
+        found += sorted(each for each in place.iterdir() if each.is_file()) if place.is_dir() else [place]
+    return [each for each in found if each.is_file()]
+
+
+def read_trainables(path: Path) -> Trainables:
+    """What was trained.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    try:
+        found: Trainables = load_file(str(path / WEIGHTS))
+        return found
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | None" = None) -> "tuple[DCAR, str]":
+    """The model and its fingerprint. Give a `backbone` that is already loaded to share it.
+
+    Raises:
+        CheckpointError: broken, or made on other backbone weights than those found.
+        ModelError: the backbone cannot be loaded.
+    """
+    import torch
+
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.dcar import DCAR
+
+    content = read_config(path)
+    described = content["backbone"]
+    if backbone is None:
+        source = BackboneSource(_absolute(described["model"], path) or "", _absolute(described["pretrained"], path))
+        backbone = load_backbone(source, device)
+    backbone_hash = backbone.content_hash()
+    if backbone_hash != described["sha256"]:
+        raise CheckpointError(
+            f"{path} was trained on another backbone ({described['sha256'][:12]}) than {backbone.source.model} is "
+            f"({backbone_hash[:12]}), by its weights, tokenizer or preprocessing, or by an older version of this "
+            f"program that did not look at the tokenizer; train again on it, or point config.json to the right one"
+        )
+    weights = read_trainables(path)
+    try:
+        model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    expected = {name: tuple(p.shape) for name, p in model.trainables()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != found:
+        odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json: {', '.join(odd)}")
+    with torch.no_grad():
+        for name, parameter in model.trainables():
+            parameter.copy_(torch.from_numpy(weights[name]))
+    mark = fingerprint(backbone_hash, model.config, weights)
+    if content.get("fingerprint", mark) != mark:
+        raise CheckpointError(
+            f"{path / WEIGHTS} and the {CONFIG} beside it are not of one training; copy both from where they were, "
+            f"or train again"
+        )
+    return model.eval(), mark
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint so that it loads from anywhere on this machine: the backbone's path becomes absolute."""
+    content = read_config(source)
+    for key in ("model", "pretrained"):
+        content["backbone"][key] = _absolute(content["backbone"][key], source)
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    write_config(target, content)
+
+
+def _relative(value: str | None, base: Path) -> str | None:
+    return Path(os.path.relpath(value, base)).as_posix() if value and Path(value).exists() else value
+
+
+def _absolute(value: str | None, base: Path) -> str | None:
+    if value and not Path(value).is_absolute() and (base / value).exists():
+        return str((base / value).resolve())
+    return value

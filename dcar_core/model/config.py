@@ -1,0 +1,163 @@
+"""What can be chosen, as frozen data with a dict round trip. Nothing here reads the environment."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self, get_args
+
+TrainWeights = Literal["none", "pair", "predicted"]
+QueryWeights = Literal["none", "predicted"]
+WordSide = Literal["context", "alone"]
+PictureSide = Literal["pooled", "patches"]
+Amp = Literal["auto", "off", "bfloat16", "float16"]
+
+MODEL_CONFIG = "open_clip_config.json"  # of a directory that holds a model
+GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # the learning rates that every method is tuned over
+
+
+class _Config:
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = set(values) - known
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; it has {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(_Config):
+    """The dual prompts (section 1 of the method).
+
+    length: k, the number of prompt vectors; 0 is plain CLIP.
+    depth: how many transformer blocks get fresh prompts; 1 is the paper's figure, more is MaPLe's.
+    text, image: which towers are prompted. Text alone is CoOp.
+    """
+
+    length: int = 4
+    depth: int = 1
+    text: bool = True
+    image: bool = True
+
+    def __post_init__(self) -> None:
+        if self.length < 0 or self.depth < 1:
+            raise ValueError(f"length must be at least 0 and depth at least 1, not {self.length} and {self.depth}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightConfig(_Config):
+    """Dynamic token re-weighting (section 2).
+
+    train: the weights that captions get in training: "pair" from their own image, as published; "predicted"
+        from the text alone; "none".
+    query: the weights of a query, which has no image. "predicted" or "none", as the validation split prefers.
+    strength, low, high [ours]: 1 + strength * (w / mean - 1), clipped to [low, high].
+    word, picture: between what a pair weight's cosines are: the token's feature in its caption, or alone; the picture's
+        pooled feature, or that of the patch most like the token (FILIP's). Queries never have a pair weight.
+    """
+
+    train: TrainWeights = "pair"
+    query: QueryWeights = "none"
+    strength: float = 0.5
+    low: float = 0.5
+    high: float = 2.0
+    word: WordSide = "context"
+    picture: PictureSide = "pooled"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the options that are as published: what was made before there were any keeps its name."""
+        usual = ReweightConfig()
+        return {
+            name: value
+            for name, value in super().to_dict().items()
+            if name not in {"word", "picture"} or value != getattr(usual, name)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(_Config):
+    """Residual bottlenecks on the features that leave the towers, part of serving (CLIP-Adapter; dcar+ [ours]).
+
+    With `text`, L_cate uses the same adapter for its captions, in place of a category adapter that serving drops.
+    """
+
+    text: bool = False
+    image: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(_Config):
+    """L = L_con + category * L_cate + head * L_head + anchor * L_anchor (sections 3 and 4).
+
+    alpha: the category-matching weight.
+    anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
+    """
+
+    category: float = 0.5
+    head: float = 1.0
+    alpha: float = 0.5
+    anchor: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Config):
+    """One training run.
+
+    warmup: the share of all steps over which the learning rate rises; then it falls as a cosine.
+    patience: how many epochs without a better validation recall end the run; 0 never stops early.
+    accumulate: in how many parts a batch is computed, for small devices; the result is the same.
+    amp: mixed precision; "auto" uses it where a GPU has it.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    warmup: float = 0.1
+    patience: int = 0
+    seed: int = 0
+    accumulate: int = 1
+    amp: Amp = "auto"
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.epochs < 1 or self.batch_size < 2:
+            raise ValueError(
+                f"epochs and accumulate must be at least 1 and batch_size 2, not {self.epochs}, {self.accumulate} and "
+                f"{self.batch_size}"
+            )
+        if not (0 <= self.lr < math.inf) or not 0 <= self.seed < 2**63:
+            raise ValueError(
+                f"lr must be a number from 0 on, and seed a whole one below 2 ** 63, not {self.lr} and {self.seed}"
+            )
+        if self.amp not in get_args(Amp):
+            raise ValueError(f"amp must be {', '.join(get_args(Amp))}, not {self.amp!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Config):
+    """Everything that rebuilds a method on a backbone."""
+
+    method: str = "dcar"
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    reweight: ReweightConfig = field(default_factory=ReweightConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        parts: dict[str, type[_Config]] = {
+            "prompt": PromptConfig,
+            "reweight": ReweightConfig,
+            "adapter": AdapterConfig,
+            "loss": LossConfig,
+        }
+        return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"reweight": self.reweight.to_dict()}
+
+    def with_query_weights(self, query: QueryWeights) -> Self:
+        return replace(self, reweight=replace(self.reweight, query=query))

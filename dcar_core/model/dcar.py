@@ -1,0 +1,153 @@
+"""What is learned around the frozen CLIP, and the two encoders that use it.
+
+One class holds DCAR, its ablations and the prompt-learning baselines, since they differ only in which parts exist:
+
+    clip    no prompts                     coop    text prompts
+    dcar    dual prompts, token weights, category adapter in the loss
+    maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
+    dcar+   several blocks of prompts, and bottlenecks on the features
+
+A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcar_core.model.backbone import Backbone
+from dcar_core.model.config import ModelConfig, PromptConfig
+from dcar_core.model.token_weights import TokenWeightHead, real_tokens
+
+INITIAL_TEXT = "a photo of a"
+
+
+class DualPrompts(nn.Module):
+    """Text prompts V and the image prompts E generated from them (section 1).
+
+    e_i = Linear(v_i) [ours, as MaPLe couples them] + residual_i [ours; the figure marks both v and e as trained]. The
+    layer is one for all depths, and `maple` has the residual too [ours; MaPLe has a layer for each depth and none].
+    """
+
+    def __init__(self, backbone: Backbone, config: PromptConfig) -> None:
+        super().__init__()
+        self.config = config
+        start = torch.empty(config.depth, config.length, backbone.text_width).normal_(std=0.02)
+        words = backbone.tokenize([INITIAL_TEXT])
+        if config.length == words.shape[1] - 2:
+            start[0] = backbone.token_embeddings(words)[0, 1:-1].detach().cpu()
+        self.text = nn.Parameter(start)
+        if config.image:
+            self.couple = nn.Linear(backbone.text_width, backbone.vision_width)
+            self.residual = nn.Parameter(torch.zeros(config.depth, config.length, backbone.vision_width))
+
+    def text_prompts(self) -> Tensor | None:
+        """(depth, k, W_t)"""
+        return self.text if self.config.text else None
+
+    def image_prompts(self) -> Tensor | None:
+        """(depth, k, W_v)"""
+        return self.couple(self.text) + self.residual if self.config.image else None
+
+
+class FeatureAdapter(nn.Module):
+    """A residual bottleneck on features that left a tower, zero at the start.
+
+    On frozen caption features it is the paper's CAA: part of L_cate, not of serving. On the towers' outputs it is
+    CLIP-Adapter's, here without a fixed residual ratio [ours].
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, max(16, width // 4))
+        self.up = nn.Linear(self.down.out_features, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., E) -> (..., E), normalised."""
+        return F.normalize(features + self.up(F.relu(self.down(features))), dim=-1)
+
+
+class DCAR(nn.Module):
+    """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalised features (B, E)."""
+
+    def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        prompt = config.prompt
+        self.prompts = DualPrompts(backbone, prompt) if prompt.length and (prompt.text or prompt.image) else None
+        self.head = TokenWeightHead(backbone.text_width, config.reweight) if config.reweight.train != "none" else None
+        self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
+        self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
+        with_caa = config.loss.category > 0 and not config.adapter.text
+        self.caa = FeatureAdapter(backbone.embed_dim) if with_caa else None
+        self.to(backbone.device)
+
+    def train(self, mode: bool = True) -> "DCAR":
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @property
+    def room(self) -> int:
+        """Token positions that the text prompts take."""
+        prompt = self.config.prompt
+        return prompt.length if self.prompts is not None and prompt.text else 0
+
+    def trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything but the backbone: what a checkpoint holds."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("backbone."))
+
+    def predicted_weights(self, tokens: Tensor) -> Tensor | None:
+        """(B, n) from the text alone; None when there is no head."""
+        if self.head is None:
+            return None
+        return self.head(self.backbone.token_embeddings(tokens), real_tokens(tokens))  # type: ignore[no-any-return]
+
+    def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""
+        prompts = self.prompts.text_prompts() if self.prompts is not None else None
+        return self.adapt_text(F.normalize(self.backbone.encode_text(tokens, prompts, weights), dim=-1))
+
+    def encode_query(self, tokens: Tensor) -> Tensor:
+        """As a query is encoded: with the head's weights if validation preferred them, else none. Sees no image."""
+        use = self.config.reweight.query == "predicted"
+        return self.encode_text(tokens, self.predicted_weights(tokens) if use else None)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """float32 (B, 3, S, S), normalised -> (B, E)."""
+        prompts = self.prompts.image_prompts() if self.prompts is not None else None
+        return self.adapt_image(F.normalize(self.backbone.encode_image(pixels, prompts), dim=-1))
+
+    def adapt_text(self, features: Tensor) -> Tensor:
+        """What follows the text tower: (B, E) -> (B, E), both normalised."""
+        return features if self.text_adapter is None else self.text_adapter(features)
+
+    def adapt_image(self, features: Tensor) -> Tensor:
+        """What follows the image tower: (B, E) -> (B, E), both normalised."""
+        return features if self.image_adapter is None else self.image_adapter(features)
+
+    @property
+    def text_is_frozen(self) -> bool:
+        """Nothing is learned in or before the text tower: its features can be computed once."""
+        return self.head is None and (self.prompts is None or not self.config.prompt.text)
+
+    @property
+    def image_is_frozen(self) -> bool:
+        """Nothing is learned in or before the image tower: its features can be computed once."""
+        return self.prompts is None or not self.config.prompt.image
+
+    def category_adapter(self) -> FeatureAdapter | None:
+        """What L_cate's captions go through; None when the loss has no such term."""
+        if self.config.loss.category <= 0:
+            return None
+        return self.text_adapter or self.caa
+
+
+def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
+    """A fresh model whose initial trainables follow from the seed."""
+    torch.manual_seed(seed)
+    return DCAR(backbone, config)

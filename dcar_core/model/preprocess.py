@@ -1,0 +1,148 @@
+"""From a picture to the model's pixels, without the model: picklable, so that worker processes can do it.
+
+- The exact mode is PIL's resizing as open_clip's transform does it, bit for bit; training and evaluation use it.
+- The fast mode skips pixels that would only be averaged away: a large JPEG is decoded at reduced scale, what is still
+  large is halved before it is filtered, and a crop is cut out by the same pass that resizes. Embeddings of 1,000 photos
+  at three sizes stayed within cosine 0.999 of the exact mode's; at five times the model's side it takes half the time,
+  at ten times a third.
+- Where PyTorch is in memory anyway, the fast mode can resize by it: four times as fast, and within two levels of 255.
+- The result stays uint8 until the forward pass, a quarter of the bytes to send between processes and to cache. Both
+  let go of the interpreter lock while they decode and resize.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dcar_core.util.images import MAX_PIXELS, ImageSource, open_image
+
+# The fast mode never leaves the filter fewer pixels a side than so many times the result's. At 2 some textures fall to
+# a cosine of 0.993, at 1 to 0.84.
+_DECODED = 2.5
+_REDUCED = 3.0
+# The exact mode scales a whole picture and then cuts, as open_clip does, up to so many pixels: a line of 10,000 pixels
+# would become 500 million. What is longer is cut while it is scaled, which may round otherwise between the directions.
+_SCALED = 2**24
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """size: S, the side in pixels. resize: "shortest" (then a centre crop), "squash", or "longest" (then padding).
+
+    exact: open_clip's pixels bit for bit; False is the fast mode.
+    resizer: of the fast mode; PyTorch's where it has vector instructions, and only up to what is reduced beforehand.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Literal["shortest", "squash", "longest"] = "shortest"
+    fill: int = 0
+    max_pixels: int = MAX_PIXELS
+    exact: bool = True
+    resizer: Literal["pillow", "torch"] = "pillow"
+
+    @classmethod
+    def from_open_clip(cls, config: Mapping[str, Any]) -> "Preprocess":
+        size = config["size"]
+        side = size if isinstance(size, int) else size[0]
+        interpolation = config.get("interpolation", "bicubic")
+        if interpolation not in _FILTERS:
+            interpolation = "bicubic"
+        return cls(
+            side, tuple(config["mean"]), tuple(config["std"]), interpolation, config.get("resize_mode", "shortest"),
+            config.get("fill_color", 0),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, without those that say nothing new: what is hashed over it is older than the fast mode."""
+        fields = asdict(self)
+        if self.exact:
+            del fields["exact"]
+        if self.resizer == "pillow":
+            del fields["resizer"]
+        return fields
+
+    def fast(self, *, torch: bool = False) -> "Preprocess":
+        """The same, in the fast mode. torch: resize by PyTorch, where that is faster on this processor."""
+        return replace(self, exact=False, resizer="torch" if torch and _torch_is_fast() else "pillow")
+
+    def __call__(self, source: ImageSource) -> NDArray[np.uint8]:
+        """uint8 (3, S, S).
+
+        Raises:
+            ImageError: the picture cannot be read.
+        """
+        at_least = None if self.exact else math.ceil(_DECODED * self.size)
+        image = open_image(source, max_pixels=self.max_pixels, at_least=at_least)
+        if self.resizer == "torch" and self.resize != "longest" and min(image.size) < 2 * _REDUCED * self.size:
+            scaled, left, top = self._scaled(image)
+            if scaled[0] * scaled[1] <= _SCALED:
+                pixels = _by_torch(image, scaled, self.interpolation)
+                return np.ascontiguousarray(pixels[:, top : top + self.size, left : left + self.size])
+        return np.ascontiguousarray(np.asarray(self._fit(image)).transpose(2, 0, 1))
+
+    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (n, 3, S, S) -> float32, zero mean and unit variance by the model's own statistics."""
+        mean = np.array(self.mean, np.float32).reshape(1, 3, 1, 1)
+        std = np.array(self.std, np.float32).reshape(1, 3, 1, 1)
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    def blank(self) -> NDArray[np.uint8]:
+        """A white picture, uint8 (3, S, S): the reference of the token weights [ours]."""
+        return np.full((3, self.size, self.size), 255, np.uint8)
+
+    def _scaled(self, image: Image.Image) -> tuple[tuple[int, int], int, int]:
+        """What a picture is scaled to, and the corner of the S x S that are cut out of it; not for "longest"."""
+        side, (width, height) = self.size, image.size
+        if self.resize == "squash":
+            return (side, side), 0, 0
+        shortest = min(width, height)
+        across, down = int(side * width / shortest), int(side * height / shortest)  # cut off, as torchvision does
+        return (across, down), round((across - side) / 2), round((down - side) / 2)
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        side, how = self.size, _FILTERS[self.interpolation]
+        gap = None if self.exact else _REDUCED
+        width, height = image.size
+        if self.resize == "squash" or width == height:
+            return image if (width, height) == (side, side) else image.resize((side, side), how, None, gap)
+        if self.resize == "shortest":
+            scaled, left, top = self._scaled(image)
+            if not self.exact or scaled[0] * scaled[1] > _SCALED:
+                across, down = width / scaled[0], height / scaled[1]  # source pixels a pixel of the result
+                box = (left * across, top * down, (left + side) * across, (top + side) * down)
+                return image.resize((side, side), how, box, gap)
+            return image.resize(scaled, how).crop((left, top, left + side, top + side))
+        longest = max(width, height)
+        scaled = max(1, round(width * side / longest)), max(1, round(height * side / longest))
+        page = Image.new("RGB", (side, side), (self.fill,) * 3)
+        page.paste(image.resize(scaled, how, None, gap), ((side - scaled[0]) // 2, (side - scaled[1]) // 2))
+        return page
+
+
+@cache
+def _torch_is_fast() -> bool:
+    """Its kernel for bytes is for AVX2; on other processors Pillow's loop is no slower."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
+
+
+def _by_torch(image: Image.Image, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
+    """RGB scaled to (width, height) as Pillow does it, uint8 (3, height, width). Takes one thread."""
+    import torch
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last in memory
+    resized = torch.nn.functional.interpolate(pixels, size[::-1], mode=interpolation, antialias=True)[0]
+    result: NDArray[np.uint8] = resized.numpy()
+    return result

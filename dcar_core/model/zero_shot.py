@@ -1,0 +1,26 @@
+"""A model as it is, as a checkpoint: to search with before anything is learned, and to compare with afterwards."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcar_core.model.checkpoint import is_checkpoint, read_config, save_checkpoint
+from dcar_core.util.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dcar_core.model.backbone import Backbone
+
+METHOD = "clip"
+
+
+def save_zero_shot(backbone: "Backbone", out: Path) -> str:
+    """Write a checkpoint that adds nothing to a model, and return its fingerprint. One of another model is replaced.
+
+    Raises:
+        CheckpointError: `out` holds something that was learned.
+    """
+    from dcar_core.model.dcar import DCAR
+    from dcar_core.model.methods import method
+
+    if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != METHOD:
+        raise CheckpointError(f"{out} holds a checkpoint of {found}, which was learned; name another --out")
+    return save_checkpoint(DCAR(backbone, method(METHOD)), out)

@@ -1,0 +1,94 @@
+"""Proof of equality: a runtime's vectors against those of PyTorch in float32, on this machine, with these weights.
+
+The reference is `DCAR.encode_query` and `encode_image`, the path that training and evaluation take.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.runtimes.adapter import Domain
+from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.registry import KINDS
+from dcar_core.util.arrays import Floats
+
+if TYPE_CHECKING:
+    from dcar_core.model.dcar import DCAR
+
+_TEXTS = (
+    "a red sports car seen from behind",
+    "crying cat",
+    "",
+    "two brown dogs run across a wet lawn, one with a yellow ball",
+    "This is a photo of a monkshood. The image shows purple petals, a thin green stem and a blurred garden behind it.",
+    "7 of 9",
+    "a woman with dark skin tone waving",
+    "striped, woven, blue and white fabric",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What runtimes are compared on: texts, and pictures as uint8 (m, 3, S, S)."""
+
+    texts: tuple[str, ...]
+    pixels: NDArray[np.uint8]
+
+    @classmethod
+    def synthetic(cls, size: int, pictures: int = 4) -> "Probe":
+        """Sentences, and smooth coloured pictures with some noise: where there is no data at hand."""
+        rng = np.random.default_rng(0)
+        at = np.linspace(0, 2 * np.pi, size)
+        waves = rng.uniform(0.3, 3, (pictures, 3, 2))
+        smooth = np.sin(waves[..., :1] * at)[..., None] * np.cos(waves[..., 1:] * at)[..., None, :]  # [m, 3, S, S]
+        values = 127.5 + 100 * smooth + rng.normal(0, 8, smooth.shape)
+        return cls(_TEXTS, values.clip(0, 255).round().astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The least cosine with the reference, text and image; least: what is asked for."""
+
+    text: float
+    image: float
+    least: float
+
+    @property
+    def holds(self) -> bool:
+        return min(self.text, self.image) >= self.least
+
+    def __str__(self) -> str:
+        return f"cosine {self.text:.5f} (text), {self.image:.5f} (image), at least {self.least} is asked for"
+
+
+def reference(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Floats, Floats]:
+    """The probe's vectors by PyTorch in float32, eager: texts (n, E), pictures (m, E)."""
+    import torch
+
+    backbone = model.backbone
+    with torch.inference_mode():
+        tokens = backbone.tokenize(probe.texts, model.room)
+        texts = [model.encode_query(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
+        pixels = backbone.preprocess.normalize(probe.pixels)
+        images = [
+            model.encode_image(torch.from_numpy(pixels[i : i + batch]).to(backbone.device))
+            for i in range(0, len(pixels), batch)
+        ]
+        return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
+
+
+def prove(domain: Domain, runtime: Runtime, probe: Probe, wanted: tuple[Floats, Floats]) -> Proof:
+    """Compare a runtime's vectors with those of `reference`."""
+    texts = domain.encode_text(runtime, probe.texts, 32)
+    images = np.concatenate(
+        [domain.encode_pixels(runtime, probe.pixels[i : i + 8]) for i in range(0, len(probe.pixels), 8)]
+    )
+    least = 0.995 if KINDS[runtime.name].precision == "int8" else 0.999
+    return Proof(_least(texts, wanted[0]), _least(images, wanted[1]), least)
+
+
+def _least(vectors: Floats, wanted: Floats) -> float:
+    cosines = (vectors * wanted).sum(1)
+    return float(cosines.min()) if np.isfinite(cosines).all() else -1.0

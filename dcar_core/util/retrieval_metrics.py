@@ -1,0 +1,89 @@
+"""Recall@k in both directions and hard-negative accuracy, in chunks; ties, and scores that are no number, count against
+the model.
+
+Equal vectors get scores that differ in the last bits, by where in a product of matrices they stand: what is nearer than
+SAME_SCORE is a tie.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.util.arrays import Floats
+
+SAME_SCORE = 1e-6  # some ten times what float32 loses in a product of unit vectors
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many wrong targets score as high as a query's best true one, or higher; 0 is a hit at once.
+
+    text: (T,) of each text among the images. image: (D,) of each described image among the texts, and described: (D,)
+    those images' rows.
+    """
+
+    text: NDArray[np.int64]
+    image: NDArray[np.int64]
+    described: NDArray[np.int64]
+
+
+def ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64], chunk: int = 1024) -> Ranks:
+    """Ranks both ways; arguments as in `recall_at_k`."""
+    t2i = _ranks(text, image, [np.array([i]) for i in image_of_text], chunk)
+    texts_of: list[list[int]] = [[] for _ in range(len(image))]
+    for t, i in enumerate(image_of_text):
+        texts_of[i].append(t)
+    described = np.array([i for i, texts in enumerate(texts_of) if texts], np.int64)
+    i2t = _ranks(image[described], text, [np.array(texts_of[i]) for i in described], chunk)
+    return Ranks(t2i, i2t, described)
+
+
+def recall_at_k(
+    text: Floats, image: Floats, image_of_text: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
+) -> dict[str, float]:
+    """Retrieval recall in percent.
+
+    Args:
+        text: (T, E) and image: (I, E), float32, L2-normalised.
+        image_of_text: (T,) the image that each text describes; an image may have several.
+
+    Returns:
+        {"t2i_r1": .., "i2t_r1": .., ...}. Image-to-text counts a hit when any caption of the image is among
+        the first k. A score equal to the true one ranks above it.
+    """
+    return recall(ranks(text, image, image_of_text, chunk), ks)
+
+
+def recall(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall in percent from ranks."""
+    percent = {f"t2i_r{k}": 100 * float((found.text < k).mean()) for k in ks}
+    return percent | {f"i2t_r{k}": 100 * float((found.image < k).mean()) for k in ks}
+
+
+def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
+    """How many wrong targets do not score clearly below the query's best true one."""
+    ranks = np.empty(len(query), np.int64)
+    for start in range(0, len(query), chunk):
+        scores = query[start : start + chunk] @ target.T
+        for row, own in enumerate(truth[start : start + chunk]):
+            below = scores[row] < scores[row, own].max() - SAME_SCORE  # false where either is no number
+            ranks[start + row] = (~below).sum() - (~below[own]).sum()
+    return ranks
+
+
+def nearest(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int64]:
+    """(Q,) the row of the target that scores highest for each query."""
+    parts = [(query[i : i + chunk] @ target.T).argmax(1) for i in range(0, len(query), chunk)]
+    return np.concatenate(parts)
+
+
+def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float:
+    """Percent of images whose caption scores above all of its swapped negatives; images without any are left out."""
+    hits = [
+        bool(image[i] @ positive[i] - SAME_SCORE > (negatives[i] @ image[i]).max())
+        for i in range(len(image))
+        if len(negatives[i])
+    ]
+    return 100 * sum(hits) / len(hits) if hits else float("nan")

@@ -1,0 +1,130 @@
+"""What is found: in which order, how far, and near-duplicates folded by the block, the same as row by row."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.search.ranking import _BLOCK, Hit, _folded, find
+
+
+def row_by_row(vectors: np.ndarray, found: list[Hit], fold: float) -> list[Hit]:
+    """What folding means: each row goes to the most like it of those that are shown, or is shown."""
+    shown: list[int] = []
+    members: dict[int, list[int]] = {}
+    for place, hit in enumerate(found):
+        alike = vectors[[found[each].row for each in shown]] @ vectors[hit.row]
+        if len(shown) and alike.max() >= fold:
+            members[shown[int(alike.argmax())]].append(hit.row)
+        else:
+            shown.append(place)
+            members[place] = []
+    return [Hit(found[place].row, found[place].score, tuple(members[place])) for place in shown]
+
+
+def snapshot_of(vectors: np.ndarray) -> Any:
+    return SimpleNamespace(artifact=SimpleNamespace(vectors=lambda rows: vectors[rows]))
+
+
+@pytest.mark.parametrize("seed", range(60))
+@np.errstate(invalid="ignore")  # which BLAS reports of some NaN, now and then
+def test_blocks_fold_as_single_rows_do(seed: int) -> None:
+    """Vectors of small whole numbers: sums are exact in any order, and many rows are equally like several others."""
+    rng = np.random.default_rng(seed)
+    rows = int(rng.choice([1, 5, _BLOCK, _BLOCK + 1, 700]))
+    vectors = rng.integers(-2, 3, (rows, int(rng.integers(2, 7)))).astype(np.float32)
+    vectors[rng.random(rows) < 0.02] = np.nan
+    found = [Hit(int(row), 1 - place / rows) for place, row in enumerate(rng.permutation(rows))]
+    fold = float(rng.integers(1, 14))
+    wanted = row_by_row(vectors, found, fold)
+    for count in {1, 2, len(wanted) // 2 + 1, len(wanted), len(wanted) + 1, 2 * rows}:
+        assert _folded(snapshot_of(vectors), found, fold, count) == wanted[:count], count
+    assert _folded(snapshot_of(vectors), [], fold, 3) == []
+
+
+def test_folding_many_rows_takes_little_time() -> None:
+    rng = np.random.default_rng(0)
+    different = rng.standard_normal((900, 512)).astype(np.float32)
+    vectors = different[rng.integers(0, 900, 4000)] + rng.standard_normal((4000, 512)).astype(np.float32) / 100
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = [Hit(row, 0.5) for row in range(4000)]
+    times, hits = [], []
+    for fold in (
+        lambda: row_by_row(vectors, found, 0.95),
+        lambda: _folded(snapshot_of(vectors), found, 0.95, 1001),
+    ):
+        took = []
+        for _ in range(3):  # the quickest: other work on the machine comes and goes
+            began = time.perf_counter()
+            result = fold()
+            took.append(time.perf_counter() - began)
+        hits.append(result)
+        times.append(min(took))
+    assert hits[0] == hits[1]
+    assert times[1] < times[0] / 3
+
+
+class Exact:
+    """Exact search. Which of equal scores it keeps, and their order, depends on how many are asked for, as in FAISS."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self._vectors, self.rows, self.asked = vectors, len(vectors), 0
+
+    def search(self, vector: np.ndarray, k: int, allowed: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        self.asked = k
+        scores = (self._vectors * vector).sum(1)  # one by one, so that equal vectors have equal scores
+        shuffled = np.random.default_rng(k).permutation(self.rows)
+        rows = shuffled[np.argsort(-scores[shuffled], kind="stable")][:k]
+        return scores[rows][None], rows[None]
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        return self._vectors[rows]
+
+
+def copies() -> tuple[Any, np.ndarray]:
+    """300 rows, 100 of them copies of two; and what to look for."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 64)).astype(np.float32)
+    vectors[::5], vectors[1:200:5] = vectors[0], vectors[1]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    wanted = vectors[0] + vectors[1] + vectors[2]
+    return SimpleNamespace(artifact=Exact(vectors)), wanted / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"without": {0, 1, 2, 50}}, {"fold": 0.9}, {"min_score": 0.0}], ids=str)
+def test_a_longer_answer_begins_with_the_shorter(options: dict[str, Any]) -> None:
+    """So pages have every item once, however many score the same."""
+    snapshot, vector = copies()
+    rows = [hit.row for hit in find(snapshot, vector, 300, **options)]
+    assert len(rows) == len(set(rows))
+    for count in range(1, 120):
+        assert [hit.row for hit in find(snapshot, vector, count, **options)] == rows[:count]
+    assert not options or len(rows) < 300
+    if not options:
+        assert sorted(rows) == list(range(300))
+
+
+def test_only_equal_scores_cost_a_wider_search() -> None:
+    snapshot, vector = copies()
+    find(snapshot, vector, 10)
+    assert snapshot.artifact.asked == 88, "11, 22, 44: the sixty copies of one picture"
+    find(snapshot, vector, 150)
+    assert snapshot.artifact.asked == 151
+
+
+def test_equal_pictures_fold_at_one() -> None:
+    """Though the product of a vector with itself may be a little less."""
+    snapshot, vector = copies()
+    assert not np.all((snapshot.artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
+    hits = find(snapshot, vector, 300, fold=1.0)
+    assert sorted(len(hit.folded) for hit in hits)[-2:] == [39, 59]
+    assert len(hits) == 300 - 98
+
+
+def test_a_score_that_was_shown_can_be_the_least() -> None:
+    snapshot, vector = copies()
+    for number, hit in enumerate(find(snapshot, vector, 300)[:150], 1):
+        kept = find(snapshot, vector, 300, min_score=round(hit.score, 6))
+        assert len(kept) >= number

@@ -1,0 +1,55 @@
+"""A rebuild tells the running service, which does not look for versions itself here."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from app_harness import RedisServer, opened, serving, until
+
+from index_jobs.rebuild import rebuild
+from index_jobs.store.notify import notify
+
+
+def serves(client: object, version: int) -> Callable[[], Awaitable[bool]]:
+    async def check() -> bool:
+        return (await client.get("/readyz")).json()["index_version"] == version  # type: ignore[attr-defined]
+
+    return check
+
+
+@pytest.mark.redis
+def test_rebuild_announces_over_redis(
+    index: Path, gallery: Path, tiny_checkpoint: Path, redis_server: RedisServer
+) -> None:
+    async def walk() -> None:
+        async with opened(index, redis_url=redis_server.url, poll_s=0) as client:
+            assert await serves(client, 1)()
+
+            async def heard() -> bool:
+                """Said again until the service has subscribed."""
+                told = await asyncio.to_thread(notify, [redis_server.url], index, 1)
+                return list(told.values()) == ["heard by 1"]
+
+            await until(heard)
+            options = {"force": True, "notify": [redis_server.url], "progress": False, "workers": 0}
+            summary = await asyncio.to_thread(lambda: rebuild(gallery, tiny_checkpoint, index, **options))
+            assert list(summary.notified.values()) == ["heard by 1"]
+            await until(serves(client, 2))
+            await asyncio.to_thread(redis_server.stop)
+            assert (await client.get("/readyz")).status_code == 200
+
+    asyncio.run(walk())
+
+
+def test_rebuild_posts_to_the_admin_route(
+    index: Path, gallery: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(index, admin_key="long enough", poll_s=0) as (_, port):
+        monkeypatch.setenv("DCAR_ADMIN_KEY", "long enough")
+        url = f"http://127.0.0.1:{port}"
+        options = {"force": True, "notify": [url], "progress": False, "workers": 0}
+        summary = rebuild(gallery, tiny_checkpoint, index, **options)
+        assert (summary.version, summary.notified) == (2, {url: f"serves version 2 of {index.name}"})
+        monkeypatch.setenv("DCAR_ADMIN_KEY", "not the key")
+        assert notify([url], index, 2)[url].startswith("not reached: 401")

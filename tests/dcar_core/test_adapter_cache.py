@@ -1,0 +1,208 @@
+"""What a start without PyTorch gives is what the model gives, and nothing of it is used once anything has changed."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dcar_core import Encoder
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
+from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
+from dcar_core.model.dcar import DCAR
+from dcar_core.runtimes.registry import Target
+from dcar_core.serving import adapter_cache
+from dcar_core.serving.pair_weights import PairWeights
+
+pytest.importorskip("openvino", reason="needs the extra [openvino]")
+
+TEXTS = ["a red square", "", "crying cat 😿, it's a naïve long caption that goes on and on beyond the context of 32"]
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the base, so that a test may touch it."""
+    return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("sealed") / "base"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path) -> Path:
+    """With all that a query can have: deep prompts, adapters, predicted token weights."""
+    config = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=AdapterConfig(text=True, image=True))
+    torch.manual_seed(1)
+    dcar = DCAR(load_backbone(BackboneSource(str(model))), config.with_query_weights("predicted"))
+    with torch.no_grad():
+        for _, parameter in dcar.trainables():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_checkpoint(dcar, model.parent / "checkpoint")
+    return model.parent / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def kept(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that a first start has filled."""
+    cache = tmp_path_factory.mktemp("kept")
+    load(checkpoint, cache)
+    assert len(list(adapter_cache.directory(cache).iterdir())) == 1
+    return cache
+
+
+@pytest.fixture
+def cache(kept: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return shutil.copytree(kept, tmp_path / "cache")
+
+
+def load(checkpoint: Path, cache: Path, runtime: str = "openvino") -> Encoder:
+    return Encoder.load(checkpoint, device="cpu", runtime=runtime, cache=cache)
+
+
+def from_seal(encoder: Encoder) -> bool:
+    return encoder.backbone is None
+
+
+def test_the_vectors_are_those_of_the_model(checkpoint: Path, cache: Path) -> None:
+    whole, quick = Encoder.load(checkpoint, device="cpu"), load(checkpoint, cache)
+    assert from_seal(quick)
+    assert quick.fingerprint == whole.fingerprint
+    assert quick.preprocess == replace(whole.preprocess, resizer="pillow")
+    np.testing.assert_allclose(quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(quick.encode_pixels(PIXELS), whole.encode_pixels(PIXELS), atol=1e-5)
+    assert from_seal(quick), "encoding needs no model"
+
+
+def test_pytorch_is_not_imported(checkpoint: Path, cache: Path) -> None:
+    program = (
+        "import sys, json; from pathlib import Path; from dcar_core import Encoder\n"
+        "encoder = Encoder.load(sys.argv[1], device='cpu', runtime='openvino', cache=Path(sys.argv[2]))\n"
+        "vectors = encoder.encode_text(json.loads(sys.argv[3])).tolist()\n"
+        "print(json.dumps(['torch' in sys.modules, 'open_clip' in sys.modules, vectors]))"
+    )
+    command = [sys.executable, "-c", program, str(checkpoint), str(cache), json.dumps(TEXTS)]
+    output = subprocess.run(command, check=True, capture_output=True).stdout
+    torch_there, open_clip_there, vectors = json.loads(output)
+    assert not torch_there
+    assert not open_clip_there
+    np.testing.assert_allclose(vectors, Encoder.load(checkpoint, device="cpu").encode_text(TEXTS), atol=1e-5)
+
+
+def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> None:
+    quick = load(checkpoint, cache)
+    pairs = PairWeights(quick)
+    assert not from_seal(quick)
+    assert isinstance(quick.target, Target)
+    wanted = PairWeights(Encoder.load(checkpoint, device="cpu"))
+    frozen = wanted.frozen(PIXELS)
+    np.testing.assert_array_equal(pairs.weights(TEXTS[0], frozen), wanted.weights(TEXTS[0], frozen))
+
+
+def test_the_model_is_found_wherever_its_checkpoint_still_lies(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    """Two indexes hold a copy each; one of them lets go of its own."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for place in (one, other):
+        copy_checkpoint(checkpoint, place)
+    quick = load(one, cache)
+    assert from_seal(quick)
+    quick.moved(other)
+    quick.moved(other)
+    shutil.rmtree(other)
+    assert isinstance(quick.target, Target)
+
+
+def test_encoders_share_an_open_export(checkpoint: Path, cache: Path) -> None:
+    assert load(checkpoint, cache).runtime is not None
+    one, other = load(checkpoint, cache), load(checkpoint, cache)
+    assert one.runtime is other.runtime
+
+
+def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_path: Path) -> None:
+    first = load(checkpoint, tmp_path, "auto")
+    if not hasattr(first.runtime, "directory"):
+        pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
+    assert from_seal(load(checkpoint, tmp_path, "auto"))
+    adapter_cache.forget(tmp_path, first.target.backbone_hash)
+    assert not from_seal(load(checkpoint, tmp_path, "auto"))
+
+
+def test_a_ranking_forgets_its_own_backbone_alone(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter_cache.directory(cache), adapter_cache.directory(tmp_path))
+    (adapter_cache.directory(tmp_path) / "broken.safetensors").write_bytes(b"half")
+    (seal,) = adapter_cache.directory(cache).iterdir()
+    adapter_cache.forget(tmp_path, "0" * 64)
+    assert [path.name for path in adapter_cache.directory(tmp_path).iterdir()] == [seal.name]
+    adapter_cache.forget(tmp_path, read_config(checkpoint)["backbone"]["sha256"])
+    assert not list(adapter_cache.directory(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("what", ["seal", "backbone", "version", "gone"])
+def test_nothing_is_used_once_anything_has_changed(
+    what: str, checkpoint: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (seal,) = adapter_cache.directory(cache).iterdir()
+    file = model / "open_clip_model.safetensors"
+    before = file.stat().st_mtime_ns
+    if what == "seal":
+        content = bytearray(seal.read_bytes())
+        content[-1] ^= 1
+        seal.write_bytes(content)
+    elif what == "backbone":
+        os.utime(file, ns=(0, before + 1))
+    elif what == "version":
+        monkeypatch.setattr(adapter_cache, "FORMAT", -1)
+    else:
+        seal.unlink()
+    try:
+        assert not from_seal(load(checkpoint, cache))
+        assert from_seal(load(checkpoint, cache)), "the whole start has sealed it anew"
+    finally:
+        os.utime(file, ns=(0, before))
+
+
+def test_another_number_of_threads_is_another_start(
+    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = adapter_cache.Wanted(checkpoint, "cpu", "openvino", None, cache)
+    assert adapter_cache.unseal(wanted) is not None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert adapter_cache.unseal(wanted) is None
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["corrupted", "exchanged"])
+def test_a_graph_of_other_weights_is_not_used(checkpoint: Path, cache: Path, listed: bool) -> None:
+    """By its checksum; and if that is right too, by the vectors."""
+    (manifest,) = (cache / "exports").glob("*/manifest.json")
+    file = manifest.parent / "image.bin"
+    values = np.fromfile(file, np.float32)
+    values[: len(values) // 2] += 0.3
+    values.tofile(file)
+    if listed:
+        content = json.loads(manifest.read_text())
+        content["files"]["image.bin"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(content))
+    assert adapter_cache.unseal(adapter_cache.Wanted(checkpoint, "cpu", "openvino", None, cache)) is None
+
+
+def test_another_checkpoint_has_another_seal(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+    copy_checkpoint(checkpoint, tmp_path / "copy")
+    assert from_seal(load(tmp_path / "copy", cache)), "the same, elsewhere"
+    other = DCAR(load_backbone(BackboneSource(str(checkpoint.parent / "base"))), ModelConfig())
+    save_checkpoint(other, tmp_path / "other")
+    assert not from_seal(load(tmp_path / "other", cache))
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(adapter_cache.directory(cache))
+    adapter_cache.directory(cache).write_text("in the way")
+    assert load(checkpoint, cache).encode_text(TEXTS).shape == (3, 32)
+    assert "cannot be kept" in caplog.text

@@ -1,0 +1,93 @@
+"""Weights stay in their file: the same values, in memory only where they are read."""
+
+import mmap
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dcar_core import Encoder
+from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.util.memory import WEIGHTS, release, trim
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def resident(file: Path) -> int:
+    """Bytes of the file that are mapped and in memory."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):
+            counts = line.endswith(str(file.resolve()))
+        elif counts and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def lies_in(file: Path, backbone: Backbone) -> bool:
+    places = [
+        tuple(int(part, 16) for part in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(file.resolve()))
+    ]
+    return all(
+        any(start <= weight.data_ptr() < end for start, end in places) for weight in backbone.clip.state_dict().values()
+    )
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def test_weights_lie_in_their_file_and_are_those_in_it(model: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(model)))
+    assert lies_in(model / WEIGHTS, backbone)
+    assert not any(weight.requires_grad for weight in backbone.parameters())
+    written = load_file(str(model / WEIGHTS))
+    assert all(torch.equal(weight, written[name]) for name, weight in backbone.clip.state_dict().items())
+
+
+def test_half_precision_is_not_used_as_it_lies(model: Path) -> None:
+    file = model / WEIGHTS
+    save_file({name: weight.half() for name, weight in load_file(str(file)).items()}, str(file))
+    backbone = load_backbone(BackboneSource(str(model)))
+    assert not lies_in(file, backbone)
+    assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}
+
+
+def test_what_is_released_is_read_again_when_it_is_needed(model: Path, tmp_path: Path) -> None:
+    encoder = Encoder.load(model, cache=tmp_path / "cache")
+    texts, pixels = ["a red square"], np.zeros((1, 3, 32, 32), np.uint8)
+    before = encoder.encode_text(texts), encoder.encode_pixels(pixels)
+    assert resident(model / WEIGHTS) > 0
+    encoder.release()
+    assert resident(model / WEIGHTS) == 0
+    for wanted, found in zip(before, (encoder.encode_text(texts), encoder.encode_pixels(pixels)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert resident(model / WEIGHTS) > 0
+
+
+def test_what_was_written_to_is_kept(model: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(model)))
+    scale = backbone.clip.state_dict()["logit_scale"]
+    scale.fill_(3.0)
+    release([model])
+    assert scale.item() == 3.0
+
+
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    def in_memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    held = [np.ones(2000) for _ in range(4000)]  # 64 MB in pieces that the C library keeps for later
+    last = np.ones(2000)  # behind them: memory that ends with a piece in use is never cut by itself
+    del held
+    before = in_memory()
+    trim()
+    assert before - in_memory() > 32 * 2**20
+    assert last.sum() == 2000

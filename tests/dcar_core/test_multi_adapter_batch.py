@@ -1,0 +1,170 @@
+"""Rows of several encoders in one pass over their backbone are what each encoder makes of them alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dcar_core.data import load_split
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.model.dcar import DCAR
+from dcar_core.runtimes.protocol import Runtime
+from dcar_core.serving.encoder import Encoder
+from dcar_core.serving.multi_adapter_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.serving.pair_weights import PairWeights
+from dcar_core.training.features import prepare
+
+TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
+SAME = {"a": ModelConfig(), "b": ModelConfig().with_query_weights("predicted")}
+ADAPTED = {"c": replace(ModelConfig(), adapter=AdapterConfig(text=True, image=True))}
+SHAPES = {
+    "deep": ModelConfig(prompt=PromptConfig(depth=2)),
+    "short": ModelConfig(prompt=PromptConfig(length=2)),
+    "coop": ModelConfig(prompt=PromptConfig(image=False)),
+    "clip": ModelConfig(prompt=PromptConfig(length=0)),
+}
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoder]:
+    """Different in all that may differ, on one backbone."""
+    root = tmp_path_factory.mktemp("mixed")
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    for seed, (name, config) in enumerate((SAME | ADAPTED | SHAPES).items()):
+        torch.manual_seed(seed)
+        model = DCAR(backbone, config)
+        with torch.no_grad():
+            for _, parameter in model.trainables():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_checkpoint(model, root / name)
+    loaded = {name: Encoder.load(root / name, device="cpu", backbone=backbone) for name in SAME | ADAPTED | SHAPES}
+    assert len({id(encoder.model.backbone) for encoder in loaded.values()}) == 1
+    return loaded
+
+
+@contextmanager
+def counted(runtime: Runtime, name: str) -> Iterator[list[int]]:
+    """The sizes of the runtime's passes."""
+    sizes: list[int] = []
+    run = getattr(runtime, name)
+
+    def noted(first: np.ndarray, *rest: object) -> np.ndarray:
+        sizes.append(len(first))
+        return run(first, *rest)  # type: ignore[no-any-return]
+
+    setattr(runtime, name, noted)
+    try:
+        yield sizes
+    finally:
+        delattr(runtime, name)
+
+
+@pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), (["a", "b", *SHAPES], 3)])
+def test_texts(encoders: dict[str, Encoder], names: list[str], passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "dcar_core.runtimes.length_batches.PASS", 10_000
+    )  # so that length alone is no reason for a pass
+    rows = [TextRow(encoders[name], text) for text in TEXTS for name in names]
+    with counted(rows[0].encoder.runtime, "text") as sizes:
+        mixed = encode_text_rows(rows)
+    assert len(sizes) == passes
+    assert sum(sizes) == len(rows)
+    for row, vector in zip(rows, mixed, strict=True):
+        np.testing.assert_allclose(vector, row.encoder.encode_text([row.text])[0], atol=2e-6)
+
+
+@pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), (["a", "c", *SHAPES], 4)])
+def test_pictures(encoders: dict[str, Encoder], names: list[str], passes: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+    rows = [ImageRow(encoders[name], each) for each in pixels for name in names]
+    with counted(rows[0].encoder.runtime, "image") as sizes:
+        mixed = encode_image_rows(rows)
+    assert len(sizes) == passes
+    for row, vector in zip(rows, mixed, strict=True):
+        np.testing.assert_allclose(vector, row.encoder.encode_pixels(row.pixels[None])[0], atol=2e-6)
+
+
+def test_domains_differ_so_that_a_mix_up_would_show(encoders: dict[str, Encoder]) -> None:
+    vectors = np.concatenate([encoder.encode_text(["a red square"]) for encoder in encoders.values()])
+    assert (vectors @ vectors.T - np.eye(len(vectors))).max() < 0.999
+
+
+def test_rows_with_weights_stand_beside_ordinary_ones(encoders: dict[str, Encoder]) -> None:
+    encoder = encoders["a"]
+    pairs = PairWeights(encoder)
+    frozen = pairs.frozen(np.random.default_rng(1).integers(0, 256, (3, 3, 32, 32), np.uint8))
+    factors = pairs.weights("a red square", frozen)  # [3, n]
+    assert factors.shape[0] == 3
+    assert (factors[:, 0] == 1).all()
+    assert (factors[:, -1] == 1).all()
+    assert abs(factors[:, 1:-1] - 1).max() > 0.01
+    rows = [*(TextRow(encoder, "a red square", each) for each in factors), TextRow(encoders["b"], "a longer text here")]
+    mixed = encode_text_rows(rows)
+    tokens = encoder.model.backbone.tokenize(["a red square"], encoder.model.room)
+    with torch.inference_mode():
+        alone = encoder.model.encode_text(tokens.expand(3, -1), torch.from_numpy(factors)).numpy()
+    np.testing.assert_allclose(mixed[:3], alone, atol=2e-6)
+    np.testing.assert_allclose(mixed[3], encoders["b"].encode_text(["a longer text here"])[0], atol=2e-6)
+
+
+def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> None:
+    """By the formula: the change of the word's cosine from a blank picture to this one, relative to the mean."""
+    encoder, text = encoders["a"], "a red square"
+    backbone, pairs = encoder.model.backbone, PairWeights(encoder)
+    pixels = np.random.default_rng(2).integers(0, 256, (1, 3, 32, 32), np.uint8)
+    tokens = backbone.tokenize([text])
+    with torch.inference_mode():
+        both = np.concatenate([pixels, backbone.preprocess.blank()[None]])
+        image, blank = backbone.encode_image(torch.from_numpy(backbone.preprocess.normalize(both))).numpy()
+        words = backbone.token_features(tokens)[0, 1:-1].numpy()  # [3, E]
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return one @ other / np.linalg.norm(one, axis=-1) / np.linalg.norm(other)
+
+    raw = abs(cosine(words, blank) - cosine(words, image))
+    wanted = np.clip(1 + 0.5 * (raw / raw.mean() - 1), 0.5, 2)
+    found = pairs.weights(text, pairs.frozen(pixels))[0]
+    np.testing.assert_allclose(found[1:-1], wanted, atol=1e-5)
+    words_found = pairs.words(text, found)
+    assert [word for word, _ in words_found] == ["a", "red", "square"]
+    np.testing.assert_allclose([weight for _, weight in words_found], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"word": "alone"}, {"picture": "patches"}])
+def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
+    option: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=ReweightConfig(**option)))
+    training = load_split(tiny_data, "train")[0]
+    trained = prepare(training, model, for_training=True, progress=False).pair_weights
+    plain = DCAR(model.backbone, ModelConfig())
+    usual = prepare(training, plain, for_training=True, progress=False).pair_weights
+    save_checkpoint(model, tmp_path / "checkpoint")
+    encoder = Encoder.load(tmp_path / "checkpoint", device="cpu", exact=True)
+    pairs = PairWeights(encoder)
+    assert trained is not None
+    for sample, wanted in zip(training.samples, trained, strict=True):
+        frozen = pairs.frozen(encoder.preprocess(training.read(sample.image))[None])
+        found = pairs.weights(sample.caption, frozen)[0]
+        np.testing.assert_allclose(found, wanted[: len(found)], atol=1e-4)
+    assert usual is not None
+    assert (trained - usual).abs().max() > 0.01
+
+
+def test_words_of_several_tokens_and_of_none(encoders: dict[str, Encoder]) -> None:
+    pairs = PairWeights(encoders["a"])
+    text = "crying cat 😿 supercalifragilistic"
+    factors = pairs.predicted(text)
+    words = pairs.words(text, factors)
+    assert [word for word, _ in words] == ["crying", "cat", "😿", "supercalifragilistic"]
+    assert len(factors) > len(words) + 2, "some word has several tokens"
+    assert pairs.words("", pairs.predicted("")) == []
+    long = "word " * 100
+    assert len(pairs.words(long, pairs.predicted(long))) == 32 - 2 - encoders["a"].model.room

@@ -1,0 +1,141 @@
+"""`dcar benchmark`: what is measured, what is judged by it, and what `auto` hears of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.runtimes.equality_proof import Proof, _least
+from dcar_core.runtimes.registry import Target
+from dcar_core.serving import runtime_benchmark as module
+from dcar_core.serving.runtime_benchmark import Row, benchmark, table
+from dcar_core.serving.runtime_selection import Ranking, candidates, rank, remember, remembered
+from dcar_core.serving.runtime_trial import Trial
+
+
+def trial(name: str, speed: float, *, holds: bool = True) -> Trial:
+    return Trial(name, speed, 1000 / speed, speed, 1000 / speed, 1.0, 1.0, holds)
+
+
+def row(name: str, speed: float, recall: float) -> Row:
+    return Row(name, trial(name, speed), 100, {"t2i_r1": recall, "i2t_r1": recall}, 0.1)
+
+
+@pytest.fixture
+def target(tiny_checkpoint: Path, tmp_path: Path) -> Target:
+    return Encoder.load(tiny_checkpoint, device="cpu", cache=tmp_path).target
+
+
+def run(target: Target, checkpoint: Path, data: Path, found: list[Row], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark in which `found` is what its processes measure, in place of minutes."""
+    rows = iter(found)
+    monkeypatch.setattr(module, "_alone", lambda *job: next(rows))
+    monkeypatch.setattr(module, "_calibrate", lambda *given: None)
+    return benchmark(str(checkpoint), data, runtimes=[each.name for each in found], cache=target.cache, device="cpu")
+
+
+def test_every_runtime_is_measured_and_auto_takes_the_best(
+    tiny_checkpoint: Path, tiny_data: Path, target: Target
+) -> None:
+    report = benchmark(
+        str(tiny_checkpoint), tiny_data, cache=target.cache, device="cpu", runtimes=["torch", "cuda-fp16"]
+    )
+    first, torch, cuda = report.rows
+    assert (first.name, torch.name, cuda.name) == ("reference", "torch", "cuda-fp16")
+    assert torch.trial is not None
+    assert torch.trial.holds
+    assert torch.memory is not None
+    assert torch.memory > 50
+    assert "needs a GPU" in cuda.reason
+    shown = table(report)
+    assert "cuda-fp16       the runtime cuda-fp16 needs a GPU" in shown
+    assert report.chosen in shown or "run this without --runtimes" in shown
+
+
+def test_what_loses_recall_is_not_taken_and_torch_is_always_compared_with(
+    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row("torch", 10, 60), row("onnx-int8", 90, 59)]
+    monkeypatch.setattr(module, "_alone", lambda *job: rows.pop(0))
+    report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx-int8"], cache=target.cache, device="cpu")
+    assert [each.name for each in report.rows] == ["reference", "torch", "onnx-int8"]
+    assert report.rows[2].reason == "recall@1 is 1.0 points lower"
+    unknown = module._judged([Row("torch", reason="its process died"), row("onnx-int8", 90, 59)])[1]
+    assert unknown.trial is not None
+    assert not unknown.trial.holds
+    assert "no recall of torch" in unknown.reason
+
+
+def test_a_second_benchmark_takes_back_what_the_first_one_said(
+    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = [row(name, 10 + i, 60) for i, name in enumerate(candidates(target))]
+    good = run(target, tiny_checkpoint, tiny_data, [*usual, row("onnx-int8", 90, 60)], monkeypatch)
+    assert good.chosen == "onnx-int8"
+    bad = run(target, tiny_checkpoint, tiny_data, [*usual, row("onnx-int8", 90, 10)], monkeypatch)
+    assert bad.chosen == usual[-1].name
+    found = remembered(target)
+    assert found is not None
+    assert "onnx-int8" not in found.names
+    other = replace(target, fingerprint="0" * 64)
+    assert remembered(other) is None, "recall of one domain says nothing of another's"
+
+
+@pytest.mark.parametrize("field", ["graphs", "processor", "threads", "libraries"])
+def test_a_ranking_of_other_circumstances_is_measured_again(field: str, target: Target) -> None:
+    remember(target, rank([trial("torch", 10)]))
+    assert remembered(target) is not None
+    (path,) = (target.cache / "rankings").glob("*.json")
+    content = json.loads(path.read_text())
+    content[field] = {"torch": "1.0"} if field == "libraries" else "another"
+    path.write_text(json.dumps(content))
+    assert remembered(target) is None
+
+
+def test_one_wrong_vector_is_enough() -> None:
+    wanted = np.array([[1, 0], [1, 0]], np.float32)
+    assert _least(np.array([[1, 0], [0.6, 0.8]], np.float32), wanted) == pytest.approx(0.6)
+    broken = np.array([[1, 0], [np.nan, 0]], np.float32)
+    assert not Proof(1.0, _least(broken, wanted), 0.999).holds
+    assert not Proof(_least(broken, wanted), 1.0, 0.999).holds
+
+
+def test_faster_is_better_in_each_of_the_three() -> None:
+    usual = Trial("torch", 10, 10, 10, 10, 1.0, 1.0, True)
+    for better in ({"texts_per_s": 20}, {"text_ms": 5}, {"images_per_s": 20}):
+        assert replace(usual, **better).score == pytest.approx(2 ** (1 / 3) * usual.score)  # type: ignore[arg-type]
+
+
+def test_a_look_at_some_runtimes_makes_no_ranking_but_strikes_what_failed(
+    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "candidates", lambda target: ["torch", "openvino"])
+    looked = run(target, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx", 90, 60)], monkeypatch)
+    assert looked.chosen == ""
+    assert remembered(target) is None
+    assert "auto has still to measure" in table(looked)
+    before = rank([trial("torch", 10), trial("openvino", 30), trial("onnx-int8", 90)])
+    remember(target, before, own=True)
+    again = run(target, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx-int8", 90, 10)], monkeypatch)
+    assert again.chosen == "openvino"
+    assert remembered(target) == Ranking(("openvino", "torch"), before.libraries, before.trials)
+
+
+def test_whatever_a_library_raises_costs_one_row(
+    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(checkpoint: str, pretrained: str | None, device: str, name: str, *rest: object) -> Row:
+        if name == "onnx":
+            raise RuntimeError("no kernel image is available\nand a long story")
+        return row(name, 10, 60)
+
+    monkeypatch.setattr(module, "_alone", fails)
+    report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx", "torch"], cache=target.cache, device="cpu")
+    assert [(each.name, each.reason) for each in report.rows[1:]] == [
+        ("torch", ""),
+        ("onnx", "RuntimeError: no kernel image is available"),
+    ]

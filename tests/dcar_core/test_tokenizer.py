@@ -1,0 +1,99 @@
+"""The tokenizer that needs no PyTorch gives open_clip's numbers."""
+
+import json
+import random
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import open_clip
+import pytest
+
+from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.model.tokenizer import Tokens, clean, clip_token_counts, clip_tokens
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
+
+HARD = [
+    "",
+    "a red sports car",
+    "it's the dog's ball, we'll they've I'M 7 of 99, l'LL",
+    "crying cat 😿",
+    "👩🏿‍🦱 日本の旗 naïve café ﬁne ½ ² ٣ _a_b",
+    "ſ'ſ İstanbul ΟΔΥΣΣΕΥΣ",  # noqa: RUF001
+    "line\nbreak\ttab\u200b\u00ad\x1b[31m",
+    "schÃ¶n",
+    "supercalifragilistic " * 40,
+]
+CONTROL = [
+    "a <end_of_text> b",
+    "a < / Start_Of_Text > b",
+    "a &lt;end_of_text&gt; b",
+    "a &amp;amp;amp;lt;end_of_text&amp;amp;amp;gt; b",
+    "a ＜end_of_text＞ b",  # noqa: RUF001
+]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone(BackboneSource(str(EXAMPLE / "base")))
+
+
+@pytest.mark.parametrize("room", [0, 4])
+def test_numbers_are_open_clips(backbone: Backbone, room: int) -> None:
+    rng = random.Random(0)
+    soup = [
+        "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xA0, 0x2000), rng.randrange(0x1F300, 0x1FAD0)]))
+                for _ in range(rng.randrange(1, 24)))
+        for _ in range(3000)
+    ]  # fmt: skip
+    # Regular expressions differ on letters newer than their tables, and on this one mark, which folds to a letter.
+    soup = [s for s in soup if not any(unicodedata.category(c) in ("Cn", "Co", "Cs") or c == "\u0345" for c in s)]
+    annotations = json.loads((EXAMPLE / "openmoji" / "train.json").read_text())
+    texts = [*HARD, *CONTROL, *soup, *(entry["positive"] for entry in annotations.values())]
+    tokens = backbone.own_tokens(room)
+    assert tokens is not None
+    again = Tokens.load(tokens.dump(), backbone.context_length - room)
+    odd = []
+    for text in texts:
+        wanted = backbone.tokenize([text], room).numpy()
+        if not np.array_equal(tokens([text]), wanted) or not np.array_equal(again([text]), wanted):
+            odd.append(text)
+    assert len(odd) <= len(texts) // 1000, odd
+    assert not set(odd) & {*HARD, *CONTROL}
+    np.testing.assert_array_equal(tokens(HARD), backbone.tokenize(HARD, room).numpy())
+    assert tokens([]).shape[0] == 0
+
+
+def test_clips_vocabulary_needs_no_open_clip() -> None:
+    reference = open_clip.get_tokenizer("ViT-B-32")
+    texts = [*HARD, *CONTROL]
+    wanted = reference([clean(text) for text in texts]).numpy()
+    found = Tokens.clip()(texts)
+    np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
+    assert not wanted[:, found.shape[1] :].any()
+    assert clip_tokens(["a red car"], 8) == [reference("a red car")[0, :5].tolist()]
+    assert clip_token_counts(["a red car", "a " * 5000]) == [5, 5002]
+    assert len(clip_tokens(["a " * 5000], 8)[0]) == 69
+    code = "import sys, dcar_core.negatives as n; n.views(None)[1](['a']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("text", CONTROL)
+def test_no_control_token_gets_in(backbone: Backbone, text: str) -> None:
+    plain = backbone.tokenize(["a b"])
+    np.testing.assert_array_equal(backbone.tokenize([text]).numpy(), plain.numpy())
+
+
+def test_plain_ascii_needs_no_mending() -> None:
+    printable = "".join(chr(code) for code in range(32, 127) if chr(code) != "&")
+    assert ftfy.fix_text(printable) == printable
+    assert clean(printable) == printable
+
+
+def test_other_tokenizers_have_no_such_form(backbone: Backbone) -> None:
+    assert Tokens.of(object(), 77) is None

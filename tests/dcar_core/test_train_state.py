@@ -1,0 +1,186 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dcar_core
+from dcar_core.data import load_split
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods import method
+from dcar_core.training.train import train
+from dcar_core.training.train_state import FILE, forget
+from dcar_core.util.errors import TrainingError
+
+SCRIPT = Path(__file__).with_name("train_process.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dcar_core.__file__).parents[1])}
+
+
+def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return out
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return dict(load_file(str(path / "trainables.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(tiny_model, tiny_data, out, "dcar"))
+    return out
+
+
+def test_killed_training_ends_with_the_same_weights(
+    uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    process = start(tiny_model, tiny_data, tmp_path, "dcar")
+    assert process.stdout is not None
+    for _ in range(3):  # in the middle of the run, wherever it is by then
+        assert process.stdout.readline().startswith("epoch")
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert (tmp_path / FILE).is_file()
+    assert not (tmp_path / "trainables.safetensors").exists()
+    went_on = finish(start(tiny_model, tiny_data, tmp_path, "dcar")).splitlines()
+    assert 0 < len(went_on) < 6  # it did not start anew
+    expected, found = weights(uninterrupted), weights(tmp_path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with (tmp_path / "log.csv").open() as lines:
+        assert [row["epoch"] for row in csv.DictReader(lines)] == list("123456")
+
+
+def test_an_interruption_within_an_epoch_changes_nothing(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after each single batch of the first epochs, with a state saved there."""
+    import dcar_core.training.train as module
+
+    training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
+    config = TrainConfig(epochs=2, batch_size=5, lr=5e-3)
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    straight = seeded_model(backbone, method("dcar"), 0)
+    train(straight, training, validation, config, progress=False)
+    monkeypatch.setattr(module, "SAVE_EVERY_S", -1)
+    real = module.accumulate_gradients
+    done = 0
+
+    def interrupted(*args: object, **kwargs: object) -> float:
+        nonlocal done
+        done += 1
+        if done % 2 == 0:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "accumulate_gradients", interrupted)
+    for _ in range(20):
+        model = seeded_model(backbone, method("dcar"), 0)
+        try:
+            found = train(model, training, validation, config, progress=False, run=tmp_path)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert done == 11  # six batches, five interruptions
+    assert [line["epoch"] for line in found.history] == [1, 2]
+    expected = dict(straight.trainables())
+    assert all(torch.equal(expected[name], p) for name, p in model.trainables())
+
+
+def test_a_run_that_goes_on_still_has_its_best_epoch(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of three is the best; the run is stopped in the third."""
+    import dcar_core.training.train as module
+
+    training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
+    backbone, real = load_backbone(BackboneSource(str(tiny_model))), module.accumulate_gradients
+    seen: list[dict[str, Tensor]] = []
+    batches = 0
+
+    def chosen(model: DCAR, *_: object) -> tuple[str, dict[str, float]]:
+        seen.append({name: p.detach().clone() for name, p in model.trainables()})
+        score = 50.0 if len(seen) == 1 else 10.0
+        return "none", {"t2i_r1": score, "i2t_r1": score}
+
+    def interrupted(*args: object, **kwargs: object) -> float:
+        nonlocal batches
+        batches += 1
+        if batches == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "choose_query_weights", chosen)
+    monkeypatch.setattr(module, "accumulate_gradients", interrupted)
+    config = TrainConfig(epochs=3, batch_size=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(seeded_model(backbone, method("coop"), 0), training, validation, config, progress=False, run=tmp_path)
+    model = seeded_model(backbone, method("coop"), 0)
+    found = train(model, training, validation, config, progress=False, run=tmp_path)
+    assert (found.epoch, len(found.history), found.best["t2i_r1"]) == (1, 3, 50)
+    assert all(torch.equal(seen[0][name], p) for name, p in model.trainables())
+
+
+def test_a_state_of_another_run_is_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+
+    def run(**settings: float) -> None:
+        config = TrainConfig.from_dict({"epochs": 1, "batch_size": 6, **settings})
+        train(seeded_model(backbone, method("coop"), 0), training, validation, config, progress=False, run=tmp_path)
+
+    run()
+    with pytest.raises(TrainingError, match=r"unfinished run with another lr; .*--restart"):
+        run(lr=1e-3)
+    retrained = load_backbone(BackboneSource(str(tiny_model)))
+    with torch.no_grad():
+        retrained.visual.proj.mul_(1.001)
+    for other in (
+        (seeded_model(backbone, method("dual"), 0), training, validation),
+        (seeded_model(retrained, method("coop"), 0), training, validation),
+        (seeded_model(backbone, method("coop"), 0), validation, validation),
+        (seeded_model(backbone, method("coop"), 0), training, training),
+    ):
+        with pytest.raises(TrainingError, match=r"another (method|backbone|training data|validation data); "):
+            train(*other, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
+    forget(tmp_path)
+    run(lr=1e-3)
+    (tmp_path / FILE).write_bytes(b"not a state")
+    with pytest.raises(TrainingError, match="no training state"):
+        run(lr=1e-3)
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, 3), (2, 1), (2, 2)])
+def test_parts_and_processes_learn_what_one_process_learns(
+    processes: int, parts: int, uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Batches of five and two (12 pairs): processes get unequal shares, and some parts are empty."""
+    finish(start(tiny_model, tiny_data, tmp_path, "dcar", str(parts), processes=processes))
+    expected, found = weights(uninterrupted), weights(tmp_path)
+    for name in expected:  # Adam turns the rounding of a gradient near zero (the head's bias) into steps of full size
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-3)
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "log.csv").open() as lines:
+        return [float(row["loss"]) for row in csv.DictReader(lines)]

@@ -1,0 +1,249 @@
+"""Searches among some of the rows, for every kind, and the columns that choose them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from numpy.typing import NDArray
+
+from dcar_core.util.errors import DataError
+from index_jobs.building.build import build
+from index_jobs.building.kinds import Choice
+from index_jobs.rebuild import rebuild
+from index_jobs.store import faiss_search
+from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.columns import MOST_FIELDS, Fields
+from index_jobs.store.faiss_index import FaissIndex
+from index_jobs.store.gpu_search import MOST_K
+
+DIM, COUNT = 32, 6000
+
+
+@pytest.fixture(scope="module")
+def vectors() -> NDArray[np.float32]:
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(60, DIM))
+    vectors = centres[generator.integers(60, size=COUNT)] + 0.5 * generator.normal(size=(COUNT, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "SQ8"])
+def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
+    kind: str, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
+    mask = np.ones(COUNT, np.bool_)
+    mask[::7] = False
+    monkeypatch.setattr(faiss_search, "_MOST_OF", 1.0)
+    scores, rows = index.search(vectors[:50], 10, mask)
+    monkeypatch.setattr(faiss_search, "_MOST_OF", 0.25)
+    monkeypatch.setattr(faiss_search, "_exact", None)  # takes every allowed row out of the index
+    again, same = index.search(vectors[:50], 10, mask)
+    assert np.mean(rows == same) > 0.99
+    np.testing.assert_allclose(again, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "recall"),
+    [
+        ("HNSW16", 16, 0.97),
+        ("HNSW16,SQ8", 16, 0.95),
+        ("HNSW16,SQ4,Refine(SQ8)", 16, 0.93),
+        ("IVF128,Flat", 2, 0.9),
+        ("PCA24,IVF128,SQ8", 2, 0.5),
+        ("IVF128,PQ16x4fs,Refine(SQ8)", 2, 0.6),
+    ],
+)
+def test_many_results_come_back_and_are_near(
+    kind: str, width: int, recall: float, vectors: NDArray[np.float32]
+) -> None:
+    """Tuned for ten, such an index holds fewer than a hundred in what it looks at."""
+    whole = build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index
+    inner, _ = faiss_search._innermost(whole)
+    graph = kind.startswith("HNSW")  # in which some rows may have no way to them
+    if graph:
+        inner.hnsw.efSearch = width
+    else:
+        inner.nprobe = width
+    index, queries = FaissIndex(whole), vectors[:40] + 0.02
+    nearest = np.argsort(-queries @ vectors.T, 1)
+    for k in (11, 50, 200, 1000, *([] if graph else [COUNT])):
+        scores, rows = index.search(queries, k)
+        assert (np.diff(scores) <= 0).all()
+        assert all(len(set(row)) == k for row in rows.tolist())
+        assert (rows >= 0).all()
+        found = np.mean([len(set(a) & set(b)) / k for a, b in zip(rows.tolist(), nearest[:, :k].tolist(), strict=True)])
+        assert found >= recall, k
+    assert (index.search(queries, COUNT + 1)[1][:, -1] == -1).all(), "there are no more"
+
+
+def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[np.float32]) -> None:
+    class Gpu:
+        def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            assert k <= MOST_K
+            return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
+
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice("Flat", "test")]).index)
+    index._all = Gpu()
+    assert index.search(vectors[:1], MOST_K)[1].max() == 0
+    assert sorted(index.search(vectors[:1], MOST_K + 1)[1][0][:MOST_K]) != [0] * MOST_K
+
+
+@pytest.mark.parametrize(
+    ("kind", "lowest"),
+    [
+        ("Flat", 1.0),
+        ("SQ8", 0.95),
+        ("HNSW16", 0.97),
+        ("IVF32,Flat", 0.97),
+        ("IVF32,SQ8", 0.93),
+        ("IVF32,RaBitQ,Refine(SQ8)", 0.93),
+        ("IVF32,PQ16x4fs,Refine(SQ8)", 0.93),
+        ("PCA32,IVF32,Flat", 0.8),
+        ("PQ16x4fs,RFlat", 0.97),  # takes no selector, so that it is searched exactly
+    ],
+)
+@pytest.mark.parametrize("exact_up_to", [0, 20_000])
+def test_only_allowed_rows_and_the_nearest_of_them(
+    kind: str, lowest: float, exact_up_to: int, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", exact_up_to)
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
+    generator = np.random.default_rng(1)
+    queries = vectors[generator.integers(COUNT, size=60)]
+    for share in (0.6, 0.05, 0.003):
+        mask = generator.random(COUNT) < share
+        scores, rows = index.search(queries, 10, mask)
+        assert (scores.dtype, rows.dtype, rows.shape) == (np.float32, np.int64, (60, 10))
+        assert mask[rows[rows >= 0]].all()
+        assert (np.diff(scores[:, :10]) <= 1e-6).all()
+        truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
+        recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)])
+        assert recall >= lowest, f"share {share}"
+
+
+@pytest.mark.parametrize("kind", ["HNSW16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
+def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pictures of one category do, asked with words for another: the nearest of them are found all the same."""
+    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 100)
+    generator = np.random.default_rng(2)
+    centres = generator.normal(size=(120, DIM))
+    centres[:60, 0] += 9
+    centres[60:, 0] -= 9
+    found = centres[np.repeat(np.arange(120), 100)] + 0.5 * generator.normal(size=(12_000, DIM))
+    vectors = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    index = FaissIndex(build(lambda: iter([vectors]), len(vectors), DIM, [Choice(kind, "test")]).index)
+    far = np.arange(len(vectors)) >= 6000
+    side = vectors[:, 1] > np.quantile(vectors[:, 1], 0.7)  # what is allowed begins near some queries, not at others
+    queries = vectors[generator.integers(6000, size=60)]
+    lowest = 0.85 if "PQ" in kind else 0.9
+    for mask in (far, side):
+        rows = index.search(queries, 10, mask)[1]
+        assert (rows >= 0).all()
+        assert mask[rows].all()
+        truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
+        assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)]) >= lowest
+
+
+def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(vectors: NDArray[np.float32]) -> None:
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice("IVF32,Flat", "test")]).index)
+    mask = np.arange(COUNT) >= 10
+    mask.flags.writeable = False
+    index.search(vectors[:1], 5, mask)
+    kept = index._last
+    assert kept is not None
+    index.search(vectors[:1], 5, mask[:])  # a part's view of the same bits
+    assert index._last is kept
+    other = ~mask
+    assert other[index.search(vectors[:1], 5, other)[1]].all()  # may change, so it is looked at anew
+    assert index._last is kept
+    other.flags.writeable = False
+    assert other[index.search(vectors[:1], 5, other)[1]].all()
+    assert index._last is not kept
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
+def test_fewer_allowed_than_asked_for(kind: str, vectors: NDArray[np.float32]) -> None:
+    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
+    few = np.zeros(COUNT, np.bool_)
+    few[[7, 4000]] = True
+    rows = index.search(vectors[:3], 5, few)[1]
+    assert [sorted(found) for found in rows.tolist()] == [[-1, -1, -1, 7, 4000]] * 3
+    assert (rows[:, 2:] == -1).all()
+    assert (index.search(vectors[:2], 5, np.zeros(COUNT, np.bool_))[1] == -1).all()
+
+
+def test_what_was_not_found_comes_last_whatever_score_it_is_given() -> None:
+    """faiss gives the lowest float, others nought, which is more than a cosine below it."""
+    one = np.array([[-0.5, 0.0]], np.float32), np.array([[3, -1]])
+    other = np.array([[-0.7, np.finfo(np.float32).min]], np.float32), np.array([[8, -1]])
+    scores, rows = faiss_search.best_of([one[0], other[0]], [one[1], other[1]], 3)
+    assert rows.tolist() == [[3, 8, -1]]
+    assert scores.tolist() == [[-0.5, np.float32(-0.7), -np.inf]]
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    index = tmp_path_factory.mktemp("selected") / "index"
+    rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
+    return open_current(index)
+
+
+def test_a_column_chooses_what_is_found(artifact: Artifact) -> None:
+    assert artifact.fields == {
+        "id": "string", "caption": "string", "category": "string", "color": "string", "file_name": "string",
+    }  # fmt: skip
+    red = pc.equal(artifact.column("color"), "red").to_numpy()
+    rows = np.flatnonzero(red)
+    vectors = artifact.vectors(np.arange(24))
+    assert vectors.shape == (24, 32)
+    for allowed in (red, rows):
+        found = artifact.search(vectors, 24, allowed)[1]
+        assert all(set(line) == {*rows.tolist(), -1} for line in found.tolist())
+    assert all(artifact.item(int(row)).metadata["color"] == "red" for row in rows)
+
+
+def test_wrong_rows_and_fields_are_named(artifact: Artifact) -> None:
+    query = artifact.vectors(np.array([0]))
+    with pytest.raises(
+        DataError, match="no item has the field 'colour'; there are: caption, category, color, file_nam"
+    ):
+        artifact.column("colour")
+    with pytest.raises(IndexError, match=r"allowed rows must be in 0\.\.23, not 3\.\.24"):
+        artifact.search(query, 1, np.array([3, 24]))
+    with pytest.raises(IndexError, match=r"allowed rows must be in 0\.\.23, not -1\.\.3"):
+        artifact.search(query, 1, np.array([3, -1]))
+    with pytest.raises(ValueError, match=r"allowed has \(3,\) truth values, but there are 24 rows"):
+        artifact.search(query, 1, np.array([True, False, True]))
+    with pytest.raises(IndexError, match=r"row 24 is not in 0\.\.23"):
+        artifact.vectors(np.array([1, 24]))
+
+
+def test_columns_have_the_narrowest_type_that_holds_all_values() -> None:
+    lines = [
+        '{"price": 3, "year": 1999, "sold": true, "tags": ["a", "b"], "mixed": 1, "huge": 1, "size": {"w": 1}}',
+        '{"price": 2.5, "year": null, "sold": false, "tags": [], "mixed": "x", "huge": 100000000000000000000}',
+        "{}",
+    ]
+    metadata = pa.chunked_array([lines[:1], lines[1:]])
+    fields = Fields.of(metadata)
+    found = {name: (str(array.type), array.to_pylist()) for name, array in fields.arrays(metadata).items()}
+    assert found == {
+        "huge": ("string", ["1", "100000000000000000000", None]),
+        "mixed": ("string", ["1", "x", None]),
+        "price": ("double", [3.0, 2.5, None]),
+        "size": ("string", ['{"w": 1}', None, None]),
+        "sold": ("bool", [True, False, None]),
+        "tags": ("list<item: string>", [["a", "b"], [], None]),
+        "year": ("int64", [1999, None, None]),
+    }
+
+
+def test_more_fields_than_columns_keeps_the_frequent_ones(caplog: pytest.LogCaptureFixture) -> None:
+    rare = [f'{{"often": 1, "rare{number}": 2}}' for number in range(MOST_FIELDS + 5)]
+    types = Fields.of(pa.chunked_array([rare])).types
+    assert len(types) == MOST_FIELDS
+    assert "often" in types
+    assert f"{MOST_FIELDS + 6} metadata fields" in caplog.text

@@ -1,0 +1,184 @@
+"""The cache of decoded pictures: what is found again, what is not, and that it is never fatal."""
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dcar_core import Encoder
+from dcar_core.model.preprocess import Preprocess
+from dcar_core.util.errors import DcarError
+from dcar_core.util.images import ImageSource
+from index_jobs.encoding.encode import encode
+from index_jobs.encoding.encoding_state import Encoded
+from index_jobs.encoding.pixel_cache import PixelCache
+from index_jobs.gallery.scan import scan
+from index_jobs.gallery.storage import Place
+from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import open_current
+
+
+@pytest.fixture
+def gallery(tiny_gallery: Path, tmp_path: Path) -> Path:
+    """A copy to break things in."""
+    return Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
+
+
+@pytest.fixture
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    return Encoder.load(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every picture that is decoded in this process."""
+    calls: list[int] = []
+    whole = Preprocess.__call__
+
+    def counting(self: Preprocess, source: ImageSource) -> np.ndarray:
+        calls.append(1)
+        return whole(self, source)
+
+    monkeypatch.setattr(Preprocess, "__call__", counting)
+    return calls
+
+
+def run(gallery: Path, encoder: Encoder, work: Path, cache: PixelCache | None, workers: int = 0) -> Encoded:
+    return encode(
+        scan(gallery), encoder, work, workers=workers, batch_size=4, shard_rows=8, max_failed=0.5, progress=False,
+        cache=cache,
+    )  # fmt: skip
+
+
+def vectors_of(encoded: Encoded) -> np.ndarray:
+    return np.concatenate(list(encoded.blocks()))
+
+
+def test_a_picture_is_decoded_once(
+    gallery: Path, encoder: Encoder, other_checkpoint: Path, tmp_path: Path, decoded: list[int]
+) -> None:
+    (gallery / "circle" / "blue.png").write_bytes(b"broken")
+    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    plain = run(gallery, encoder, tmp_path / "a", None)
+    assert len(decoded) == 24
+    first = run(gallery, encoder, tmp_path / "b", cache)
+    assert len(decoded) == 48
+    again = run(gallery, encoder, tmp_path / "c", cache)
+    assert len(decoded) == 49  # a failure is not kept
+    retrained = Encoder.load(other_checkpoint, device="cpu")
+    other = run(gallery, retrained, tmp_path / "d", PixelCache.open(tmp_path / "cache", retrained.preprocess))
+    assert len(decoded) == 50
+    np.testing.assert_array_equal(vectors_of(first), vectors_of(plain))
+    np.testing.assert_array_equal(vectors_of(again), vectors_of(plain))
+    np.testing.assert_array_equal(vectors_of(other), vectors_of(run(gallery, retrained, tmp_path / "e", None)))
+    assert plain.failed == first.failed == again.failed
+
+
+def test_a_grown_gallery_and_a_changed_picture_cost_what_is_new(
+    gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
+) -> None:
+    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    run(gallery, encoder, tmp_path / "a", cache)
+    decoded.clear()
+    Image.new("RGB", (48, 48), "pink").save(gallery / "a new one, sorted first.png")
+    Image.new("RGB", (48, 48), "gold").save(gallery / "cross" / "red.png")
+    grown = run(gallery, encoder, tmp_path / "b", cache)
+    assert len(decoded) == 2
+    np.testing.assert_array_equal(vectors_of(grown), vectors_of(run(gallery, encoder, tmp_path / "c", None)))
+
+
+def test_another_preprocessing_has_its_own_cache(
+    gallery: Path, encoder: Encoder, tiny_checkpoint: Path, tmp_path: Path, decoded: list[int]
+) -> None:
+    exact = Encoder.load(tiny_checkpoint, device="cpu", exact=True)
+    for model, work in ((encoder, "a"), (exact, "b")):
+        run(gallery, model, tmp_path / work, PixelCache.open(tmp_path / "cache", model.preprocess))
+    assert len(decoded) == 48
+    assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
+
+
+def test_worker_processes_share_it(gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]) -> None:
+    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    first = run(gallery, encoder, tmp_path / "a", cache, workers=2)
+    assert decoded == []  # the workers did it
+    again = run(gallery, encoder, tmp_path / "b", cache)
+    assert decoded == []
+    np.testing.assert_array_equal(vectors_of(first), vectors_of(again))
+
+
+def test_what_is_not_as_long_as_a_picture_is_decoded_again(
+    gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
+) -> None:
+    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    run(gallery, encoder, tmp_path / "a", cache)
+    with closing(sqlite3.connect(cache.path)) as connection, connection:
+        connection.execute("UPDATE pixels SET value = x'00' WHERE rowid = 1")
+    assert len(run(gallery, encoder, tmp_path / "b", cache)) == 24
+    assert len(decoded) == 25
+
+
+def test_a_damaged_cache_is_never_fatal(
+    gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    with sqlite3.connect(cache.path) as connection:
+        connection.execute("DROP TABLE pixels")
+    connection.close()
+    assert len(run(gallery, encoder, tmp_path / "a", cache)) == 24
+    assert len(decoded) == 24
+    assert "cannot be read (no such table: pixels); pictures are decoded instead" in caplog.text
+    assert "cannot be written" in caplog.text
+
+
+def test_an_unusable_cache_is_an_error_before_anything_is_encoded(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DcarError, match=r"the pixel cache .* cannot be used"):
+        PixelCache.open(tmp_path / "file", encoder.preprocess)
+    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
+    with pytest.raises(DcarError, match=r"file is not a database; delete it or name another"):
+        PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    assert cache.path.exists()
+
+
+def test_a_rebuild_uses_it_and_lists_duplicates(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, decoded: list[int]
+) -> None:
+    shutil.copy(gallery / "circle" / "red.png", gallery / "circle" / "zz again.png")
+    settings = {"pixel_cache": tmp_path / "cache", "workers": 0, "progress": False}
+    summary = rebuild(gallery, tiny_checkpoint, tmp_path / "a", **settings)  # type: ignore[arg-type]
+    assert len(decoded) == 25
+    rebuild(gallery, tiny_checkpoint, tmp_path / "b", **settings)  # type: ignore[arg-type]
+    assert len(decoded) == 25
+    assert summary.duplicates == 1
+    artifact = open_current(tmp_path / "a")
+    (line,) = (artifact.path / "duplicates.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["name"], found["same_as"]["name"]) == ("circle/zz again.png", "circle/red.png")
+    assert artifact.row_of(found["same_as"]["id"]) == 5
+
+
+def test_asking_for_exact_pixels_is_a_new_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def build(exact: bool) -> tuple[int, bool, int]:
+        summary = rebuild(gallery, tiny_checkpoint, tmp_path / "i", exact=exact, progress=False)
+        return summary.version, open_current(tmp_path / "i").manifest.exact, summary.encoded
+
+    assert [build(False), build(True), build(True)] == [(1, False, 24), (2, True, 24), (2, True, 0)]
+    assert build(False) == (3, False, 24), "vectors of exact pixels are not those of others"
+
+
+def test_a_picture_of_another_place_or_version_is_not_here(tmp_path: Path) -> None:
+    cache = PixelCache.open(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
+    place, pixel = Place(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    cache.put("/root", {place: pixel})
+    np.testing.assert_array_equal(cache.get("/root", [replace(place, row=5)])[5], pixel)
+    for other in ({"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}):
+        assert cache.get("/root", [replace(place, **other)]) == {}
+    assert cache.get("/elsewhere", [place]) == {}

@@ -1,0 +1,100 @@
+"""Encoding on a real Ray of three workers on this machine, one of which is killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_rebuild_killed import alive, children_of
+
+from dcar_core.util.errors import MissingExtraError
+from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import open_current, verify_index
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    """Pictures that take a while to decode, one of them broken."""
+    root = tmp_path / "gallery"
+    root.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(8):
+        cells = draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(cells).resize((1600, 1200)).save(root / f"{number:03}.png", compress_level=1)
+    for number in range(8, 160):
+        os.link(root / f"{number % 8:03}.png", root / f"{number:03}.png")
+    (root / "broken.png").write_bytes(b"no picture")
+    return root
+
+
+def workers_of(pid: int) -> list[int]:
+    """Ray's processes that encode, by the title that Ray gives them."""
+    found = []
+    for child in children_of(pid):
+        try:
+            title = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::") and b"MapWorker" in title:
+            found.append(child)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's workers in /proc")
+def test_a_worker_killed_in_the_middle_costs_nothing(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    if os.environ.get("DCAR_REQUIRE_ALL") != "1":
+        pytest.importorskip("ray.data", reason="needs the extra: pip install 'dcar[ray]'")
+    index = tmp_path / "index"
+    settings = ["--batch-size", "2", "--shard-rows", "2", "--workers", "3", "--device", "cpu"]
+    command = [
+        sys.executable, "-m", "index_jobs.rebuild", "--ray", "local", "--gallery", str(gallery),
+        "--checkpoint", str(tiny_checkpoint), "--out", str(index), *settings,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        limit = time.monotonic() + 200
+        while len(list(index.glob("work/*/*.json"))) < 5:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        victim = workers_of(process.pid)[0]
+        os.kill(victim, signal.SIGKILL)
+        done = len(list(index.glob("work/*/*.json")))
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert done < 70, "the job was over before a worker could be killed"
+    assert not alive(victim)
+    summary = json.loads(out)
+    assert (summary["count"], summary["failed"], summary["encoded"]) == (160, 1, 161)
+    assert "161/161" in err
+    verify_index(index)
+    alone = rebuild(
+        gallery, tiny_checkpoint, tmp_path / "alone", batch_size=2, shard_rows=2, device="cpu", progress=False
+    )
+    ours, theirs = open_current(index), open_current(tmp_path / "alone")
+    assert ours.manifest.gallery_signature == theirs.manifest.gallery_signature
+    assert (ours.manifest.kind, summary["duplicates"]) == (theirs.manifest.kind, alone.duplicates)
+    for row in range(160):
+        assert ours.item(row) == theirs.item(row)
+        np.testing.assert_allclose(ours.vector(row), theirs.vector(row), atol=1e-5)
+    for name in ("failed.jsonl", "duplicates.jsonl"):
+        assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
+
+
+def test_ray_that_is_not_installed_is_named(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"encoding on Ray needs .* pip install 'dcar\[ray\]'"):
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", ray="local", device="cpu", progress=False)

@@ -1,0 +1,75 @@
+"""A job that one runtime began: `auto` goes on with that one, a runtime that is named encodes anew."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.serving.runtime_selection import Ranking, candidates, remember, remembered
+from index_jobs.encoding.encoding_state import store_of
+from index_jobs.encoding.replicas import begun_with
+from index_jobs.gallery.scan import scan
+from index_jobs.options import RebuildSummary
+from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import open_current
+
+
+@pytest.fixture
+def faster(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A runtime other than torch that `auto` takes, as if it had been measured to be the fastest."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    target = Encoder.load(tiny_checkpoint, device="cpu").target
+    others = [name for name in candidates(target) if name != "torch"]
+    if not others:
+        pytest.skip("this processor and what is installed leave torch alone")
+    assert Encoder.load(tiny_checkpoint, device="cpu", runtime="auto").runtime.name  # measures once
+    found = remembered(target)
+    assert found
+    remember(target, Ranking((others[0], "torch"), found.libraries, found.trials))
+    assert Encoder.load(tiny_checkpoint, device="cpu", runtime="auto").runtime.name == others[0]
+    return others[0]
+
+
+def test_auto_goes_on_with_the_runtime_that_began(
+    faster: str, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def run(**options: Any) -> RebuildSummary:
+        return rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", device="cpu", progress=False, **options)
+
+    def published() -> tuple[str, np.ndarray]:
+        artifact = open_current(tmp_path / "index")
+        return artifact.manifest.runtime, artifact.vectors(np.arange(24))
+
+    assert run(runtime="torch").encoded == 24
+    name, vectors = published()
+    assert name == "torch"
+    assert run(runtime="auto").reused  # whichever made the version
+    assert (run(runtime="auto", kind="IVF2,Flat").encoded, published()[0]) == (0, "torch")
+    assert run(runtime=faster, kind="IVF2,Flat").encoded == 24
+    name, others = published()
+    assert name == faster
+    assert (vectors != others).any(1).all()
+    np.testing.assert_allclose(vectors, others, atol=0.02)
+    assert run(runtime="auto", kind="flat").encoded == 0
+
+
+def test_the_fastest_goes_first_and_what_has_begun_before_what_has_not(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    gallery, encoder = scan(tiny_gallery), Encoder.load(tiny_checkpoint, device="cpu")
+
+    def begin(runtime: str) -> None:
+        store = store_of(gallery, encoder, runtime, tmp_path, 4, 8)
+        store.save(0, np.zeros((8, encoder.dim), np.float32), [], *[np.zeros(8, np.uint64)] * 2)
+
+    def chosen(fastest: str, batch: int = 4) -> str:
+        return begun_with(gallery, encoder, fastest, tmp_path, batch, 8)
+
+    assert chosen("openvino") == "openvino"
+    begin("torch-bf16")
+    assert chosen("openvino") == "torch-bf16"
+    assert chosen("openvino", batch=8) == "openvino"  # other batches are another job
+    begin("openvino")
+    assert chosen("openvino") == "openvino"

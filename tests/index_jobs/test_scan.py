@@ -1,0 +1,385 @@
+"""Galleries of every form, and what is wrong with one."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dcar_core.data import load_split
+from dcar_core.util.errors import DataError
+from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.gallery.storage import WHOLE_FILE, read_picture
+
+
+def png(color: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def tar_of(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(gallery: Gallery) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row | {"metadata": json.loads(row["metadata"])} for row in gallery.table.to_pylist()}
+
+
+def test_folder_is_sorted_recursive_and_joined(tiny_gallery: Path) -> None:
+    gallery = scan(tiny_gallery)
+    names = gallery.table["name"].to_pylist()
+    assert len(gallery) == 24
+    assert names == sorted(names)
+    row = rows_of(gallery)["circle/red.png"]
+    assert (row["caption"], row["category"]) == ("a red circle", "circle")
+    assert row["metadata"] == {"file_name": "circle/red.png", "color": "red"}
+    assert row["offset"] == WHOLE_FILE
+
+
+def test_ids_and_vector_signature_survive_a_move(tiny_gallery: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_gallery, tmp_path / "elsewhere", copy_function=shutil.copy2)
+    a, b = scan(tiny_gallery), scan(moved)
+    assert a.table["id"] == b.table["id"]
+    assert len(set(a.table["id"].to_pylist())) == 24
+    assert a.vectors_signature == b.vectors_signature
+
+
+def test_signatures_tell_a_changed_picture_from_a_changed_caption(tiny_gallery: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tiny_gallery, tmp_path / "g"))
+    before = scan(root)
+    lines = (root / "metadata.jsonl").read_text().replace("a red circle", "a crimson circle")
+    (root / "metadata.jsonl").write_text(lines)
+    captioned = scan(root)
+    assert captioned.vectors_signature == before.vectors_signature
+    assert captioned.content_signature != before.content_signature
+    listed = jsonl(tmp_path / "list.jsonl", {"file_name": str(root / "circle" / "red.png")})
+    alone = scan(listed)
+    os.utime(root / "circle" / "red.png", ns=(1, 1))
+    assert scan(root).vectors_signature != before.vectors_signature
+    assert scan(listed).vectors_signature != alone.vectors_signature
+
+
+def test_hidden_files_and_other_files_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.JPG", png())
+    for name in (".b.png", ".hidden/c.png", "notes.txt", "d.pdf"):
+        write(tmp_path / name, png())
+    assert list(rows_of(scan(tmp_path))) == ["a.JPG"]
+
+
+def test_tar_members_are_read_in_place_with_their_siblings(tmp_path: Path) -> None:
+    tar_of(
+        tmp_path / "shard.tar",
+        {
+            "x/2.png": png("blue"),
+            "x/2.json": b'{"caption": "blue thing", "source": "here", "score": 0.5}',
+            "x/1.png": png("green"),
+            "x/1.txt": b"green thing\n",
+            "x/1.cls": b"7",
+            "x/._1.png": b"what macOS writes beside each file",
+            "readme.md": b"no picture",
+        },
+    )
+    gallery = scan(tmp_path)
+    rows = rows_of(gallery)
+    assert list(rows) == ["shard.tar/x/1.png", "shard.tar/x/2.png"]
+    assert (rows["shard.tar/x/1.png"]["caption"], rows["shard.tar/x/1.png"]["category"]) == ("green thing", "7")
+    assert rows["shard.tar/x/2.png"]["metadata"]["source"] == "here"
+    for name, color in (("shard.tar/x/1.png", "green"), ("shard.tar/x/2.png", "blue")):
+        row = rows[name]
+        assert read_picture(gallery.root, row["location"], row["offset"], row["size"]) == png(color)
+    alone = scan(tmp_path / "shard.tar")
+    assert alone.table["id"] == gallery.table["id"]
+
+
+def test_tar_member_is_joined_by_its_bare_name(tmp_path: Path) -> None:
+    tar_of(tmp_path / "gallery.tar", {"deep/1f63f.png": png()})
+    extra = {"meta_category": "faces", "attributes": ["crying", "cat"], "split": "test"}
+    jsonl(tmp_path / "metadata.jsonl", {"file_name": "1f63f.png", "caption": "crying cat", "category": "cat", **extra})
+    (row,) = rows_of(scan(tmp_path)).values()
+    assert row["caption"] == "crying cat"
+    assert row["metadata"] == {"file_name": "1f63f.png", **extra}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("column", ["file_name", "image", "path"])
+def test_lists_keep_their_order_ids_and_columns(tmp_path: Path, kind: str, column: str) -> None:
+    outside = write(tmp_path / "outside" / "z.png", png())
+    write(tmp_path / "lists" / "b.png", png())
+    rows = [
+        {column: str(outside), "id": "last", "caption": "z", "category": "k", "colour": "x"},
+        {column: "./b.png", "id": "", "caption": "b", "category": "", "colour": "y"},
+    ]
+    path = tmp_path / "lists" / f"list.{kind}"
+    if kind == "jsonl":
+        jsonl(path, *rows)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    gallery = scan(path)
+    table = gallery.table.to_pylist()
+    assert [row["location"] for row in table] == [str(outside), "b.png"]
+    assert table[0]["id"] == "last"
+    assert len(table[1]["id"]) == 20
+    assert [row["caption"] for row in table] == ["z", "b"]
+    assert [json.loads(row["metadata"])["colour"] for row in table] == ["x", "y"]
+
+
+def test_values_that_json_lacks_become_null_or_text(tmp_path: Path) -> None:
+    import datetime
+
+    write(tmp_path / "a.png", png())
+    row = {
+        "file_name": "a.png",
+        "score": float("nan"),
+        "day": datetime.date(2024, 5, 1),
+        "tags": ["x"],
+        "caption": None,
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "list.parquet")
+    (found,) = rows_of(scan(tmp_path / "list.parquet")).values()
+    assert found["metadata"] == {"file_name": "a.png", "score": None, "day": "2024-05-01", "tags": ["x"]}
+    assert found["caption"] == ""
+
+
+def test_several_captions_keep_them_all(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    (found,) = rows_of(scan(jsonl(tmp_path / "l.jsonl", {"path": "a.png", "caption": ["one", "two"]}))).values()
+    assert found["caption"] == "one"
+    assert found["metadata"]["captions"] == ["one", "two"]
+
+
+def test_missing_picture_of_a_list_is_left_for_the_failure_list(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    assert len(scan(jsonl(tmp_path / "l.jsonl", {"path": "a.png"}, {"path": "gone.png"}))) == 2
+
+
+def test_unmatched_metadata_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.png", png())
+    jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "gone.png"})
+    scan(tmp_path)
+    assert "/metadata.jsonl name no picture here, such as gone.png" in caplog.text
+
+
+def bad_empty(root: Path) -> Path:
+    write(root / "notes.txt", b"x")
+    return root
+
+
+def bad_metadata_only(root: Path) -> Path:
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
+    return root
+
+
+def bad_missing(root: Path) -> Path:
+    return root / "nowhere"
+
+
+def bad_kind(root: Path) -> Path:
+    return write(root / "a.png", png())
+
+
+def bad_column(root: Path) -> Path:
+    return jsonl(root / "l.jsonl", {"filename": "a.png", "caption": "a"})
+
+
+def bad_empty_list(root: Path) -> Path:
+    return write(root / "l.csv", b"file_name,caption\n")
+
+
+def bad_embedded(root: Path) -> Path:
+    pictures = pa.array([{"bytes": png(), "path": "a.png"}])
+    pq.write_table(pa.table({"image": pictures}), root / "l.parquet")
+    return root / "l.parquet"
+
+
+def bad_blank(root: Path) -> Path:
+    return write(root / "l.csv", b"file_name,caption\n,x\n")
+
+
+def bad_json(root: Path) -> Path:
+    return write(root / "l.jsonl", b'{"path": "a.png"}\n{"path": \n')
+
+
+def bad_row(root: Path) -> Path:
+    return jsonl(root / "l.jsonl", ["a.png"])
+
+
+def bad_encoding(root: Path) -> Path:
+    return write(root / "l.csv", b"file_name\n\xff\xfe.png\n")
+
+
+def bad_parquet(root: Path) -> Path:
+    return write(root / "l.parquet", b"not parquet")
+
+
+def bad_url(root: Path) -> Path:
+    return jsonl(root / "l.jsonl", {"path": "nosuch://example.org/a.png"})
+
+
+def bad_escape(root: Path) -> Path:
+    return jsonl(root / "l.jsonl", {"path": "x/../../a.png"})
+
+
+def bad_ids(root: Path) -> Path:
+    return jsonl(root / "l.jsonl", {"path": "a.png", "id": 7}, {"path": "b.png"}, {"path": "c.png", "id": "7"})
+
+
+def bad_repeat(root: Path) -> Path:
+    return jsonl(root / "l.jsonl", {"path": "a.png"}, {"path": "./a.png"})
+
+
+def bad_gzip(root: Path) -> Path:
+    tar_of(root / "g.tar.gz", {"a.png": png()}, "w:gz")
+    return root
+
+
+def bad_hidden_gzip(root: Path) -> Path:
+    return tar_of(root / "g.tar", {"a.png": png()}, "w:gz")
+
+
+def bad_cut_tar(root: Path) -> Path:
+    path = tar_of(root / "g.tar", {"a.png": png(), "b.png": bytes(4000)})
+    path.write_bytes(path.read_bytes()[:2500])
+    return path
+
+
+def bad_sidecar(root: Path) -> Path:
+    return tar_of(root / "g.tar", {"a.png": png(), "a.json": b"{"})
+
+
+def bad_join(root: Path) -> Path:
+    write(root / "sub" / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "other/a.png"})
+    return root
+
+
+def bad_address(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "shop/7/image"})
+    return root
+
+
+def bad_dots(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": ".."})
+    return root
+
+
+def bad_line(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "new\nline"})
+    return root
+
+
+def bad_long(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "x" * 1025})
+    return root
+
+
+def bad_twice(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "./a.png"})
+    return root
+
+
+def bad_two_files(root: Path) -> Path:
+    write(root / "a.png", png())
+    write(root / "metadata.csv", b"file_name\na.png\n")
+    jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
+    return root
+
+
+def bad_name_column(root: Path) -> Path:
+    write(root / "a.png", png())
+    jsonl(root / "metadata.jsonl", {"file": "a.png"})
+    return root
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (bad_empty, "is empty: no file or tar member with one of the suffixes"),
+        (bad_metadata_only, "is empty"),
+        (bad_missing, "nowhere does not exist"),
+        (bad_kind, "is no gallery: give a folder"),
+        (bad_column, "no column file_name or image or path or url with the pictures' paths; it has filename, caption"),
+        (bad_empty_list, "has no rows"),
+        (bad_embedded, "row 1: image holds the picture itself; write the pictures to files"),
+        (bad_blank, "row 2: file_name is empty"),
+        (bad_json, "row 2: not JSON"),
+        (bad_row, "row 1: an object is expected, not list"),
+        (bad_encoding, "cannot be read as UTF-8 CSV"),
+        (bad_parquet, "is no parquet file"),
+        (bad_url, "nosuch://example.org/a.png cannot be read: Protocol not known"),
+        (bad_escape, "leads out of the list's folder"),
+        (bad_ids, r"a\.png and c\.png both have the id '7'"),
+        (bad_address, "the id 'shop/7/image' ends in /image, as addresses of items' parts do"),
+        (bad_line, r"the id 'new\\nline' has a line break or another control character; give another"),
+        (bad_dots, r"the id '\.\.' means another place in an address; give another"),
+        (bad_long, r"the id 'x{80}' is longer than 1024 characters; give another"),
+        (bad_repeat, r"a\.png is listed twice; keep one row"),
+        (bad_gzip, "is a compressed tar.*decompress it first"),
+        (bad_hidden_gzip, "is not an uncompressed tar"),
+        (bad_cut_tar, "is not an uncompressed tar"),
+        (bad_sidecar, r"a\.json cannot be read"),
+        (bad_join, "no row of .*metadata.jsonl names a picture of this gallery"),
+        (bad_twice, "rows 1 and 2 both describe a.png"),
+        (bad_two_files, "are both there; keep one"),
+        (bad_name_column, "row 1: no column file_name; it has file"),
+    ],
+)
+def test_bad_gallery_is_an_error_that_says_what_to_do(make: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says):
+        scan(make(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are text here")
+def test_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(png())
+    with pytest.raises(DataError, match="is not UTF-8; rename the file"):
+        scan(tmp_path)
+
+
+def test_the_first_column_that_names_a_picture_is_the_one_training_reads(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write(tmp_path / name, png())
+    row = {"path": "c.png", "image": "b.png", "file_name": "a.png", "caption": "red"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    assert scan(tmp_path / "train.jsonl").table["location"].to_pylist() == ["a.png"]
+    assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == ["a.png"]
+
+
+def test_rows_of_commas_alone_end_a_list(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    found = scan(write(tmp_path / "l.csv", b"file_name,caption\na.png,x\n,\n,\n"))
+    assert len(found) == 1

@@ -1,0 +1,247 @@
+"""Galleries that are not on this machine: fsspec's memory store, and a real HTTP server."""
+
+import functools
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from test_scan import jsonl, png, rows_of, tar_of, write
+
+from dcar_core import Encoder
+from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
+from index_jobs.encoding.encode import encode
+from index_jobs.gallery.scan import scan
+from index_jobs.gallery.storage import (
+    WHOLE_FILE,
+    Place,
+    _span,
+    is_url,
+    parent_of,
+    place_of,
+    read_picture,
+    read_pictures,
+    suffix_of,
+)
+from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import open_current
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Serves a folder, and ranges of its files, as every store does; stumbles over what is named in `stumbles`."""
+
+    stumbles: dict[str, int]
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.stumbles.get(self.path, 0) > 0:
+            self.stumbles[self.path] -= 1
+            self.send_error(503)
+            return
+        span = self.headers.get("Range")
+        if span is None:
+            super().do_GET()
+            return
+        data = Path(self.translate_path(self.path)).read_bytes()
+        first, last = span.removeprefix("bytes=").split("-")
+        part = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str, type[Server]]]:
+    """A folder, its URL, and the server that serves it."""
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError:
+        if os.environ.get("DCAR_REQUIRE_ALL") == "1":
+            raise
+        pytest.skip("needs the extra: pip install 'dcar[http]'")
+    root = tmp_path / "served"
+    root.mkdir()
+    handler = type("Handler", (Server,), {"stumbles": {}, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(root)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield root, f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def store() -> Iterator[Any]:
+    memory = fsspec.filesystem("memory")
+    memory.pipe(
+        {"/g/b.png": png("blue"), "/g/deep/a.png": png("green"), "/g/.hidden/c.png": png(), "/g/notes.txt": b"x"}
+    )
+    yield memory
+    memory.rm("/", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("root", "location", "place"),
+    [
+        ("/data", "a/b.png", "/data/a/b.png"),
+        ("/data", "/else/b.png", "/else/b.png"),
+        ("/data", "s3://bucket/b.png", "s3://bucket/b.png"),
+        ("s3://bucket/g/", "a/b.png", "s3://bucket/g/a/b.png"),
+        ("memory://", "b.png", "memory://b.png"),
+        ("zip://::s3://bucket/g.zip", "a/b.png", "zip://a/b.png::s3://bucket/g.zip"),
+        ("simplecache::s3://bucket/g", "b.png", "simplecache::s3://bucket/g/b.png"),
+    ],
+)
+def test_places_are_joined_and_taken_apart(root: str, location: str, place: str) -> None:
+    assert place_of(root, location) == place
+    assert suffix_of(place) == ".png"
+    assert place_of(parent_of(place), "x.png") == place.replace("b.png", "x.png")
+
+
+def test_a_span_is_cut_out_of_what_a_server_without_ranges_sends() -> None:
+    span = Place(0, "a.tar", 3, 4)
+    assert _span(b"0123456789", span, "a.tar") == _span(b"3456", span, "a.tar") == b"3456"
+    assert isinstance(_span(b"012345", span, "a.tar"), ValueError)
+
+
+def test_what_is_a_url() -> None:
+    assert is_url("s3://b/x")
+    assert is_url("simplecache::s3://b/x")
+    assert not any(map(is_url, ("a/b.png", "/a:b/c", "C:\\pictures", "a: b", "x::")[:4]))
+
+
+def test_a_store_is_a_gallery_like_a_folder(store: Any, tmp_path: Path) -> None:
+    store.pipe("/g/metadata.jsonl", b'{"file_name": "deep/a.png", "caption": "green"}\n')
+    gallery = scan("memory://g")
+    assert gallery.table["name"].to_pylist() == ["b.png", "deep/a.png"]
+    assert rows_of(gallery)["deep/a.png"]["caption"] == "green"
+    for name, color in (("b.png", "blue"), ("deep/a.png", "green")):
+        write(tmp_path / name, png(color))
+    assert gallery.table["id"] == scan(tmp_path).table["id"]
+    assert scan("memory://g").vectors_signature == gallery.vectors_signature
+    store.pipe("/g/b.png", png("red"))
+    assert scan("memory://g").vectors_signature != gallery.vectors_signature
+
+
+def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
+    write(tmp_path / "c.png", png("black"))
+    path = jsonl(tmp_path / "l.jsonl", {"url": "memory://g/b.png", "caption": "b"}, {"url": "c.png"})
+    gallery = scan(path)
+    assert gallery.table["location"].to_pylist() == ["memory://g/b.png", "c.png"]
+    places = [Place(i, location, WHOLE_FILE, 0) for i, location in enumerate(gallery.table["location"].to_pylist())]
+    assert read_pictures(gallery.root, places) == [png("blue"), png("black")]
+    store.pipe("/g/list.csv", b"path,caption\ndeep/a.png,a\n")
+    remote = scan("memory://g/list.csv")
+    (row,) = remote.table.to_pylist()
+    assert (row["location"], row["caption"]) == ("deep/a.png", "a")
+    assert read_picture(remote.root, row["location"], row["offset"], row["size"]) == png("green")
+
+
+def test_an_http_gallery_gives_the_vectors_of_its_folder(
+    served: tuple[Path, str, type[Server]], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    root, url, _ = served
+    shutil.copytree(tiny_gallery, root / "g")
+    members = {path.name: path.read_bytes() for path in (root / "g" / "circle").iterdir()}
+    tar_of(root / "g" / "shard.tar", members)
+    shutil.rmtree(root / "g" / "circle")
+    local = rebuild(root / "g", tiny_checkpoint, tmp_path / "a", progress=False)
+    remote = rebuild(f"{url}/g/", tiny_checkpoint, tmp_path / "b", progress=False)
+    assert (remote.count, remote.failed) == (local.count, 0)
+    ours, theirs = open_current(tmp_path / "a"), open_current(tmp_path / "b")
+    for row in range(local.count):
+        assert ours.item(row) == theirs.item(row)
+        np.testing.assert_array_equal(ours.vector(row), theirs.vector(row))
+        assert ours.image_bytes(row) == theirs.image_bytes(row)
+    shutil.rmtree(root / "g")
+    with pytest.raises(ArtifactError, match="cannot be read from the gallery http://"):
+        theirs.image_bytes(0)
+
+
+def test_a_stumbling_network_costs_no_picture(
+    served: tuple[Path, str, type[Server]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, url, handler = served
+    names = ["a.png", "b.png", "gone.png", "down.png"]
+    for name in (*names[:2], "down.png"):
+        write(root / name, png())
+    handler.stumbles.update({"/b.png": 2, "/down.png": 99})
+    monkeypatch.setattr("index_jobs.gallery.storage.read_pictures.__defaults__", ((0.01, 0.01, 0.01),))
+    gallery = scan(jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    encoded = encode(gallery, encoder, tmp_path / "w", max_failed=0.5, progress=False)
+    assert encoded.rows().tolist() == [0, 1]
+    (gone, down) = encoded.failed
+    assert gone == (2, "no such file")
+    assert down[0] == 3
+    assert "503" in down[1]
+    asked = [handler.asked.count(f"/{name}") for name in names]
+    assert asked == [1, 3, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("memory://nowhere", "memory://nowhere does not exist"),
+        ("memory://g/none.jsonl", "memory://g/none.jsonl cannot be read"),
+        ("memory://g/none.tar", "memory://g/none.tar cannot be read"),
+        ("memory://g/.hidden/..", "does not exist|is empty"),
+        ("nosuch://g", "nosuch://g cannot be read: Protocol not known"),
+        ("http://127.0.0.1:9/g", "http://127.0.0.1:9/g does not exist, or its store cannot be reached"),
+    ],
+)
+def test_a_bad_url_is_an_error_that_names_it(store: Any, place: str, says: str) -> None:
+    if place.startswith("http"):
+        pytest.importorskip("aiohttp", reason="needs the extra: pip install 'dcar[http]'")
+    with pytest.raises(DataError, match=says):
+        scan(place)
+
+
+def test_a_missing_package_is_named_before_hours_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    with pytest.raises(MissingExtraError, match=r"reading s3:// URLs .* pip install 'dcar\[s3\]'"):
+        scan("s3://bucket/gallery")
+    with pytest.raises(MissingExtraError, match=r"dcar\[s3\]"):
+        scan(jsonl(tmp_path / "l.jsonl", {"url": "s3://bucket/a.png"}))
+
+
+def test_a_local_file_url_is_a_path(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    assert scan(f"file://{tmp_path}").source == str(tmp_path)
+    assert json.loads(scan(f"file://{tmp_path}").table["metadata"][0].as_py()) == {"file_name": "a.png"}
+
+
+def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_path: Path) -> None:
+    write(tmp_path / "a.png", png())
+    names = ["a.png", "b\0.png", "\ud800.png", "memory://g/b.png", "memory://g/b\0.png", "x" * 5000]
+    found = read_pictures(str(tmp_path), [Place(i, name, WHOLE_FILE, 0) for i, name in enumerate(names)], pauses=())
+    assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]
+    with pytest.raises(OSError, match="no path: embedded null byte"):
+        read_picture(str(tmp_path), names[1], WHOLE_FILE, 0)
+
+
+def test_a_mark_stands_for_all_but_the_row() -> None:
+    place = Place(0, "a.tar", 512, 100, 7)
+    assert replace(place, row=9).mark == place.mark
+    others = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]
+    assert len({place.mark, *(replace(place, **other).mark for other in others)}) == 5
