@@ -22,15 +22,15 @@ from urllib.parse import quote
 from pydantic import BaseModel, ValidationError
 
 from app.api.schemas import (
-    BatchAnswer,
+    BatchResponse,
     Collection,
-    CollectionList,
-    ItemAnswer,
-    ItemList,
-    ProblemAnswer,
-    Readiness,
-    Reloaded,
-    SearchAnswer,
+    CollectionsResponse,
+    ItemResponse,
+    ItemsResponse,
+    ProblemResponse,
+    ReadinessResponse,
+    ReloadResponse,
+    SearchResponse,
 )
 from dcar_core.util.errors import DcarError, MissingExtraError
 
@@ -65,7 +65,7 @@ class SearchOptions(TypedDict, total=False):
 class ServiceError(DcarError):
     """The service answered with an error. status: of HTTP; problem: its document, None when it sent none."""
 
-    def __init__(self, status: int, problem: ProblemAnswer | None, request_id: str | None) -> None:
+    def __init__(self, status: int, problem: ProblemResponse | None, request_id: str | None) -> None:
         detail = problem.detail if problem is not None else "no explanation"
         super().__init__(f"{status}: {detail}" + (f" (request {request_id})" if request_id else ""))
         self.status = status
@@ -114,13 +114,13 @@ class Client:
         """Let the connections go."""
         self._http.close()
 
-    def search_text(self, query: str, **options: Unpack[SearchOptions]) -> SearchAnswer:
+    def search_text(self, query: str, **options: Unpack[SearchOptions]) -> SearchResponse:
         """Find the pictures that a text describes."""
-        return self._ask(SearchAnswer, "POST", f"{self._prefix}/search/text", json={"query": query, **options})
+        return self._ask(SearchResponse, "POST", f"{self._prefix}/search/text", json={"query": query, **options})
 
     def search_batch(
         self, queries: Sequence[str | Mapping[str, Any]], **options: Unpack[SearchOptions]
-    ) -> list[SearchAnswer]:
+    ) -> list[SearchResponse]:
         """Several searches by words in one request; answers are in their order.
 
         Args:
@@ -128,11 +128,11 @@ class Client:
         """
         each = ({"query": query} if isinstance(query, str) else query for query in queries)
         body = {"queries": [{**options, **query} for query in each]}
-        return self._ask(BatchAnswer, "POST", f"{self._prefix}/search/batch", json=body).answers
+        return self._ask(BatchResponse, "POST", f"{self._prefix}/search/batch", json=body).answers
 
     def search_image(
         self, picture: Path | str | bytes, query: str = "", **options: Unpack[SearchOptions]
-    ) -> SearchAnswer:
+    ) -> SearchResponse:
         """Find the pictures that are like the one given, as a file or its bytes, and like the words beside it."""
         import json
 
@@ -141,22 +141,22 @@ class Client:
         for name, value in options.items():
             fields[name] = value if name == "without" else json.dumps(value)
         path = f"{self._prefix}/search/image"
-        return self._ask(SearchAnswer, "POST", path, files={"file": ("picture", data)}, data=fields)
+        return self._ask(SearchResponse, "POST", path, files={"file": ("picture", data)}, data=fields)
 
-    def similar(self, item_id: str, *, k: int = 10, offset: int = 0) -> SearchAnswer:
+    def similar(self, item_id: str, *, k: int = 10, offset: int = 0) -> SearchResponse:
         """Find the items nearest to one of the gallery's own."""
-        return self._ask(SearchAnswer, "GET", self._item(item_id, "/similar"), params={"k": k, "offset": offset})
+        return self._ask(SearchResponse, "GET", self._item(item_id, "/similar"), params={"k": k, "offset": offset})
 
-    def item(self, item_id: str) -> ItemAnswer:
+    def item(self, item_id: str) -> ItemResponse:
         """Everything that is known about an item."""
-        return self._ask(ItemAnswer, "GET", self._item(item_id))
+        return self._ask(ItemResponse, "GET", self._item(item_id))
 
-    def items(self, *, filter: dict[str, Any] | None = None, k: int = 10, offset: int = 0) -> ItemList:
+    def items(self, *, filter: dict[str, Any] | None = None, k: int = 10, offset: int = 0) -> ItemsResponse:
         """What is in the gallery, in the order of the index; `next_offset` is where it goes on."""
         import json
 
         chosen = {} if filter is None else {"filter": json.dumps(filter)}
-        return self._ask(ItemList, "GET", f"{self._prefix}/items", params={"k": k, "offset": offset, **chosen})
+        return self._ask(ItemsResponse, "GET", f"{self._prefix}/items", params={"k": k, "offset": offset, **chosen})
 
     def image(self, item_id: str) -> bytes:
         """The picture of an item."""
@@ -167,15 +167,15 @@ class Client:
 
     def collections(self) -> list[Collection]:
         """The domains that are served."""
-        return self._ask(CollectionList, "GET", "/collections").collections
+        return self._ask(CollectionsResponse, "GET", "/collections").collections
 
-    def ready(self) -> Readiness:
+    def ready(self) -> ReadinessResponse:
         """Whether searches are answered, by which version."""
-        return self._ask(Readiness, "GET", "/readyz")
+        return self._ask(ReadinessResponse, "GET", "/readyz")
 
-    def reload(self) -> Reloaded:
+    def reload(self) -> ReloadResponse:
         """Serve what is published now; needs the admin key."""
-        return self._ask(Reloaded, "POST", "/admin/reload")
+        return self._ask(ReloadResponse, "POST", "/admin/reload")
 
     def _item(self, item_id: str, what: str = "") -> str:
         return f"{self._prefix}/items/{_segment(item_id)}{what}"
@@ -227,7 +227,7 @@ def _pause(answer: httpx.Response) -> float:
 
 def _error(answer: httpx.Response) -> ServiceError:
     try:
-        problem = ProblemAnswer.model_validate_json(answer.content)
+        problem = ProblemResponse.model_validate_json(answer.content)
     except ValidationError:
         problem = None
     return ServiceError(answer.status_code, problem, answer.headers.get("x-request-id"))

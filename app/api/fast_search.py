@@ -15,7 +15,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.params import metrics_of, retriever_of, settings_of, snapshot_of, words_in
-from app.api.responses import JsonAnswer, search_answer
+from app.api.responses import JsonResponse, search_response
 from app.core.problems import answer_to
 
 
@@ -58,16 +58,16 @@ async def _answer(request: Request) -> Response:
     known = snapshot.answers.get(key, snapshot.version, (time.perf_counter() - began) * 1000)
     if known is not None:
         metrics_of(request).lookup("answers", "hit")
-        return Response(known, media_type=JsonAnswer.media_type)
+        return Response(known, media_type=JsonResponse.media_type)
     settings = settings_of(request)
     words = words_in(content_type, body, settings)
     if snapshot.answers.kept:
         metrics_of(request).lookup("answers", "miss")
     found = await (await retriever_of(request)).search(snapshot, words)
-    answer = search_answer(request, found)
+    answer = search_response(request, found)
     if found.whole:  # else it may be better the next time
         snapshot.answers.put(key, answer)
-    return JsonAnswer(answer)
+    return JsonResponse(answer)
 
 
 async def _body(receive: Receive) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.api.schemas import ProblemAnswer
+from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem, field_problem
 
 _OPEN = frozenset({"/healthz", "/readyz"})
@@ -84,9 +84,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
     components = document["components"]
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
-    problem = ProblemAnswer.model_json_schema(ref_template="#/components/schemas/{model}")
+    problem = ProblemResponse.model_json_schema(ref_template="#/components/schemas/{model}")
     components["schemas"] |= problem.pop("$defs", {})
-    components["schemas"][ProblemAnswer.__name__] = problem
+    components["schemas"][ProblemResponse.__name__] = problem
     key = "An API key, where the service asks for one; `X-API-Key` will do as well."
     components["securitySchemes"] = {
         "key": {"type": "http", "scheme": "bearer", "description": key},
@@ -106,7 +106,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
             answers.setdefault(status, {})
     for status, (description, problem) in _ERRORS.items():
         if status in answers:
-            schema = {"$ref": f"#/components/schemas/{ProblemAnswer.__name__}"}
+            schema = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
             content = {MEDIA_TYPE: {"schema": schema, "example": problem.body()}}
             answers[status] = {"description": description, "content": content}
     operation["responses"] = dict(sorted(answers.items()))

@@ -5,22 +5,22 @@ from typing import Any
 from pydantic import BaseModel
 
 from app.api.requests import BatchQuery, ImageForm, TextQuery
-from app.api.schemas import ProblemAnswer
+from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE
 from app.core.settings import Settings
 
 
 def documented(model: type[Any], *statuses: int, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments of a route: what it answers, its errors and, where it reads the body itself, the body."""
-    arguments: dict[str, Any] = {"responses": {200: {"model": model}, **problem_answers(*statuses)}}
+    arguments: dict[str, Any] = {"responses": {200: {"model": model}, **problem_responses(*statuses)}}
     if body is not None:
         arguments["openapi_extra"] = {"requestBody": {"required": True, "content": body}}
     return arguments
 
 
-def problem_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Entries of `responses` for errors."""
-    schema = {"$ref": f"#/components/schemas/{ProblemAnswer.__name__}"}
+    schema = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
     return {status: {"description": "problem", "content": {MEDIA_TYPE: {"schema": schema}}} for status in statuses}
 
 

@@ -17,7 +17,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.requests import LISTS, BatchQuery, ImageForm, Listing, Page, TextQuery
+from app.api.requests import LISTS, BatchQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
 from app.core.keys import given_key, is_key
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem, from_validation
@@ -242,7 +242,7 @@ def _texts(value: str) -> list[Any]:
 async def read_similar(
     request: Request,
     item_id: ItemId,
-    page: Annotated[Page, Query()],
+    page: Annotated[PageQuery, Query()],
 ) -> SearchQuery:
     """The query of GET /items/{id}/similar."""
     options = SearchOptions(k=page.k, offset=page.offset)
@@ -250,7 +250,7 @@ async def read_similar(
     return SearchQuery(options, item=item_id)
 
 
-async def read_listing(request: Request, page: Annotated[Listing, Query()]) -> Listing:
+async def read_listing(request: Request, page: Annotated[ItemsQuery, Query()]) -> ItemsQuery:
     """The query of GET /items."""
     if page.k > settings_of(request).max_k:
         raise field_problem("k", f"at most {settings_of(request).max_k}, not {page.k}")
@@ -277,5 +277,5 @@ SnapshotDep = Annotated[Snapshot, Depends(snapshot_of)]
 WordsDep = Annotated[SearchQuery, Depends(read_words)]
 BatchDep = Annotated[list[SearchQuery], Depends(read_batch)]
 PictureDep = Annotated[SearchQuery, Depends(read_picture)]
-ListingDep = Annotated[Listing, Depends(read_listing)]
+ItemsQueryDep = Annotated[ItemsQuery, Depends(read_listing)]
 SimilarDep = Annotated[SearchQuery, Depends(read_similar)]

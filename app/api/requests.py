@@ -16,7 +16,7 @@ K = Annotated[int, Field(ge=1, description="how many results")]
 LISTS = ("more_like", "less_like", "fields")  # of texts, which a form may also give one by one
 
 
-class Page(BaseModel):
+class PageQuery(BaseModel):
     """Which of the results of a search that needs no other options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,7 +25,7 @@ class Page(BaseModel):
     offset: Annotated[int, Field(ge=0)] = 0
 
 
-class Listing(Page):
+class ItemsQuery(PageQuery):
     """Which items of the gallery, in the order of the index."""
 
     filter: Annotated[

@@ -14,7 +14,7 @@ from app.search.retriever import Answer, Listed, Match
 from index_jobs.store.artifact import Item
 
 
-class JsonAnswer(Response):
+class JsonResponse(Response):
     """Plain data as JSON, several times as fast as by the standard library; NaN and infinities are null."""
 
     media_type = "application/json"
@@ -23,8 +23,8 @@ class JsonAnswer(Response):
         return to_json(content, inf_nan_mode="null")
 
 
-def search_answer(request: Request, answer: Answer) -> dict[str, Any]:
-    """As `SearchAnswer`; what was not asked for is absent."""
+def search_response(request: Request, answer: Answer) -> dict[str, Any]:
+    """As `SearchResponse`; what was not asked for is absent."""
     items, ranked = _items(request), enumerate(answer.matches, answer.offset + 1)
     body: dict[str, Any] = {
         "index_version": answer.version,
@@ -41,13 +41,13 @@ def search_answer(request: Request, answer: Answer) -> dict[str, Any]:
     return body
 
 
-def item_answer(request: Request, version: int, item: Item) -> dict[str, Any]:
-    """As `ItemAnswer`."""
+def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:
+    """As `ItemResponse`."""
     return {"index_version": version, **_known(_items(request), item)}
 
 
-def list_answer(request: Request, found: Listed) -> dict[str, Any]:
-    """As `ItemList`."""
+def items_response(request: Request, found: Listed) -> dict[str, Any]:
+    """As `ItemsResponse`."""
     items = _items(request)
     body: dict[str, Any] = {
         "index_version": found.version,

@@ -9,12 +9,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response
 
-from app.api.openapi_bodies import batch_body, documented, image_body, problem_answers, text_body
+from app.api.openapi_bodies import batch_body, documented, image_body, problem_responses, text_body
 from app.api.params import (
     BatchDep,
     CollectionsDep,
     ItemId,
-    ListingDep,
+    ItemsQueryDep,
     PictureDep,
     RetrieverDep,
     SimilarDep,
@@ -23,16 +23,16 @@ from app.api.params import (
     require_admin,
     settings_of,
 )
-from app.api.responses import JsonAnswer, item_answer, list_answer, search_answer
+from app.api.responses import JsonResponse, item_response, items_response, search_response
 from app.api.schemas import (
-    BatchAnswer,
-    CollectionList,
-    Health,
-    ItemAnswer,
-    ItemList,
-    Readiness,
-    Reloaded,
-    SearchAnswer,
+    BatchResponse,
+    CollectionsResponse,
+    HealthResponse,
+    ItemResponse,
+    ItemsResponse,
+    ReadinessResponse,
+    ReloadResponse,
+    SearchResponse,
 )
 from app.core.media import media_type
 from app.core.metrics import CONTENT_TYPE
@@ -65,47 +65,47 @@ def _item_routes(settings: Settings) -> APIRouter:
     @router.post(
         "/search/text",
         tags=["search"],
-        **documented(SearchAnswer, 400, 404, 409, 413, 415, 422, 503, body=text_body(settings)),
+        **documented(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=text_body(settings)),
     )
     async def search_text(
         snapshot: SnapshotDep, query: WordsDep, retriever: RetrieverDep, request: Request
     ) -> Response:
         """Find the pictures that a text describes."""
-        return JsonAnswer(search_answer(request, await retriever.search(snapshot, query)))
+        return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
 
     @router.post(
         "/search/image",
         tags=["search"],
-        **documented(SearchAnswer, 400, 404, 409, 413, 415, 422, 503, body=image_body(settings)),
+        **documented(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=image_body(settings)),
     )
     async def search_image(
         snapshot: SnapshotDep, query: PictureDep, retriever: RetrieverDep, request: Request
     ) -> Response:
         """Find the pictures that look like, or mean, the same as the one sent."""
-        return JsonAnswer(search_answer(request, await retriever.search(snapshot, query)))
+        return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
 
     @router.post(
         "/search/batch",
         tags=["search"],
-        **documented(BatchAnswer, 400, 404, 409, 413, 415, 422, 503, body=batch_body(settings)),
+        **documented(BatchResponse, 400, 404, 409, 413, 415, 422, 503, body=batch_body(settings)),
     )
     async def search_batch(
         snapshot: SnapshotDep, queries: BatchDep, retriever: RetrieverDep, request: Request
     ) -> Response:
         """Several searches by words in one request."""
         answers = await retriever.search_all(snapshot, queries)
-        found = [search_answer(request, answer) for answer in answers]
-        return JsonAnswer({"index_version": answers[0].version, "answers": found})
+        found = [search_response(request, answer) for answer in answers]
+        return JsonResponse({"index_version": answers[0].version, "answers": found})
 
-    @router.get("/items", tags=["items"], **documented(ItemList, 404, 422, 503))
-    async def items(snapshot: SnapshotDep, page: ListingDep, retriever: RetrieverDep, request: Request) -> Response:
+    @router.get("/items", tags=["items"], **documented(ItemsResponse, 404, 422, 503))
+    async def items(snapshot: SnapshotDep, page: ItemsQueryDep, retriever: RetrieverDep, request: Request) -> Response:
         """What is in the gallery, page by page, in the order of the index."""
-        return JsonAnswer(list_answer(request, await retriever.items(snapshot, page.filter, page.offset, page.k)))
+        return JsonResponse(items_response(request, await retriever.items(snapshot, page.filter, page.offset, page.k)))
 
-    @router.get("/items/{item_id:path}/similar", tags=["items"], **documented(SearchAnswer, 404, 409, 422, 503))
+    @router.get("/items/{item_id:path}/similar", tags=["items"], **documented(SearchResponse, 404, 409, 422, 503))
     async def similar(snapshot: SnapshotDep, query: SimilarDep, retriever: RetrieverDep, request: Request) -> Response:
         """Find the items nearest to one of the gallery's own; itself is left out."""
-        return JsonAnswer(search_answer(request, await retriever.search(snapshot, query)))
+        return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
 
     @router.get(
         "/items/{item_id:path}/image",
@@ -114,7 +114,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         responses={
             200: {"content": {"image/*": {}}, "description": "the picture"},
             304: {"description": "it is what the caller has, by its ETag"},
-            **problem_answers(404, 422, 503),
+            **problem_responses(404, 422, 503),
         },
     )
     async def picture(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
@@ -130,10 +130,10 @@ def _item_routes(settings: Settings) -> APIRouter:
             headers["Content-Disposition"] = "attachment"
         return Response(data, media_type=kind or "application/octet-stream", headers=headers)
 
-    @router.get("/items/{item_id:path}", tags=["items"], **documented(ItemAnswer, 404, 422, 503))
+    @router.get("/items/{item_id:path}", tags=["items"], **documented(ItemResponse, 404, 422, 503))
     async def item(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
         """Everything that is known about an item."""
-        return JsonAnswer(item_answer(request, *await retriever.item(snapshot, item_id)))
+        return JsonResponse(item_response(request, *await retriever.item(snapshot, item_id)))
 
     return router
 
@@ -141,7 +141,7 @@ def _item_routes(settings: Settings) -> APIRouter:
 def _service_routes() -> APIRouter:
     router = APIRouter()
 
-    @router.get("/collections", tags=["service"], **documented(CollectionList))
+    @router.get("/collections", tags=["service"], **documented(CollectionsResponse))
     async def list_collections(collections: CollectionsDep) -> Response:
         """The domains that are served."""
         found = [
@@ -154,14 +154,14 @@ def _service_routes() -> APIRouter:
             }
             for name, snapshots in collections
         ]
-        return JsonAnswer({"collections": found})
+        return JsonResponse({"collections": found})
 
-    @router.get("/healthz", tags=["service"], **documented(Health))
+    @router.get("/healthz", tags=["service"], **documented(HealthResponse))
     async def healthz() -> Response:
         """The process lives; says nothing of the index."""
-        return JsonAnswer({"status": "ok"})
+        return JsonResponse({"status": "ok"})
 
-    @router.get("/readyz", tags=["service"], **documented(Readiness, 503))
+    @router.get("/readyz", tags=["service"], **documented(ReadinessResponse, 503))
     async def readyz(collections: CollectionsDep) -> Response:
         """Searches are answered in every collection, or why they are not."""
         collections.require_all()
@@ -169,13 +169,13 @@ def _service_routes() -> APIRouter:
             raise NotReady("The service is shutting down.")
         live, reason = collections[None].require(), collections.reason
         status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
-        return JsonAnswer({**status, "count": live.artifact.manifest.count, "reason": reason})
+        return JsonResponse({**status, "count": live.artifact.manifest.count, "reason": reason})
 
     @router.get(
         "/metrics",
         tags=["service"],
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}, "description": "for Prometheus"}, **problem_answers(401)},
+        responses={200: {"content": {"text/plain": {}}, "description": "for Prometheus"}, **problem_responses(401)},
     )
     async def metrics(request: Request) -> Response:
         """What the service measures of itself. With API keys it needs one, or the admin key."""
@@ -185,7 +185,7 @@ def _service_routes() -> APIRouter:
         "/admin/reload",
         tags=["service"],
         dependencies=[Depends(require_admin)],
-        **documented(Reloaded, 401, 403, 503),
+        **documented(ReloadResponse, 401, 403, 503),
     )
     async def reload(collections: CollectionsDep, request: Request) -> Response:
         """Serve what is published now, in every collection, without waiting for the next look at it."""
@@ -196,6 +196,6 @@ def _service_routes() -> APIRouter:
             raise Problem(503, f"What is published cannot be served: {error}", headers=_LATER) from None
         versions = {name: snapshots.require().version for name, snapshots in collections}
         served = collections[None].require().version
-        return JsonAnswer({"index_version": served, "versions": versions, "changed": any(changed.values())})
+        return JsonResponse({"index_version": served, "versions": versions, "changed": any(changed.values())})
 
     return router

@@ -1,7 +1,7 @@
-"""What comes back, as pydantic models: the documentation of the API's answers.
+"""Response bodies as pydantic models; they document the API and are the source of truth for clients.
 
-Answers are built as plain dicts (see `answers`) and not validated again; the tests check them against these models.
-What is only there when it was asked for is absent otherwise, not null.
+- Handlers build plain dicts (see `responses`) and do not validate them again; tests check them against these models.
+- A field that the request did not ask for is absent, not null.
 """
 
 from typing import Any
@@ -11,32 +11,32 @@ from pydantic import BaseModel, Field
 from app.search.pairs import Fit
 
 
-class Word(BaseModel):
+class WordWeight(BaseModel):
     """A word of the query and its weight; 1 is the average."""
 
     word: str = Field(examples=["crying"])
     weight: float = Field(examples=[1.21])
 
 
-class Explanation(BaseModel):
+class ResultExplanation(BaseModel):
     """Why a result has its score.
 
-    relevance: patch by patch, what that part of the picture, as the model sees it, adds to the score.
-    fit: how a square under that map shows what the model sees, as CSS's object-fit: a cut from the middle (cover), the
-        picture squeezed (fill), or all of it with margins (contain).
-    words: the query's words with their exact weights for this picture.
+    relevance: for each patch of the image as the model sees it, its contribution to the score, row by row.
+    fit: how to lay the square relevance map over the image, as CSS object-fit: cover (centre crop), fill (squeezed) or
+        contain (letterboxed).
+    words: the query's words with their exact weights for this image.
     """
 
     relevance: list[list[float]]
     fit: Fit = "cover"
-    words: list[Word] | None = None
+    words: list[WordWeight] | None = None
 
 
 class Result(BaseModel):
-    """One result. score is the cosine between query and item, at most 1.
+    """One result. score: cosine of query and item, at most 1.
 
-    rerank_score: the cosine under the pair's exact weights, which results are then sorted by. folded: near-duplicates.
-    metadata: the `fields` that were asked for, as far as the item has them.
+    rerank_score: cosine under the exact weights of this (query, item) pair; re-ranked results are sorted by it.
+    folded: ids of near-duplicates that this result stands for. metadata: the requested `fields` that the item has.
     """
 
     rank: int = Field(examples=[1])
@@ -48,36 +48,36 @@ class Result(BaseModel):
     metadata: dict[str, Any] | None = None
     rerank_score: float | None = None
     folded: list[str] | None = None
-    explanation: Explanation | None = None
+    explanation: ResultExplanation | None = None
 
 
-class SearchAnswer(BaseModel):
-    """Results, best first, and the index version that they are from.
+class SearchResponse(BaseModel):
+    """Results, best first, and the index version that produced them.
 
-    next_offset: where the next page begins; absent after the last. min_score: the cut-off that was applied.
-    words: the query's words, weighed by the text alone.
+    next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
+    words: the query's words, weighted by the text alone.
     """
 
     index_version: int
-    took_ms: float = Field(description="from the parsed query to the results, in milliseconds")
-    cached: bool = Field(description="whether the query's embedding was remembered")
+    took_ms: float = Field(description="milliseconds from the parsed query to the results")
+    cached: bool = Field(description="true if the query's embedding came from the cache")
     results: list[Result]
     next_offset: int | None = None
     min_score: float | None = None
-    words: list[Word] | None = None
+    words: list[WordWeight] | None = None
 
 
-class BatchAnswer(BaseModel):
-    """The answers to several searches, in their order, all by one version."""
+class BatchResponse(BaseModel):
+    """One response for each query of a batch, in order, all from one index version."""
 
     index_version: int
-    answers: list[SearchAnswer]
+    answers: list[SearchResponse]
 
 
 class Collection(BaseModel):
-    """One domain that is served. count is 0 until it is loaded.
+    """One served collection. count is 0 until it is loaded.
 
-    min_score: what "auto" means there; null where the index was not calibrated.
+    min_score: the calibrated cut-off that "auto" stands for; null if the index was not calibrated.
     """
 
     name: str = Field(examples=["twemoji"])
@@ -87,14 +87,14 @@ class Collection(BaseModel):
     min_score: float | None
 
 
-class CollectionList(BaseModel):
-    """All that is served, the default one first."""
+class CollectionsResponse(BaseModel):
+    """All served collections, the default one first."""
 
     collections: list[Collection]
 
 
-class Known(BaseModel):
-    """Everything that is known about an item of the gallery."""
+class GalleryItem(BaseModel):
+    """One item of the gallery with all its metadata."""
 
     id: str
     caption: str
@@ -103,41 +103,41 @@ class Known(BaseModel):
     image_url: str
 
 
-class ItemAnswer(Known):
-    """One item, and the index version that knows it."""
+class ItemResponse(GalleryItem):
+    """One item and the index version it belongs to."""
 
     index_version: int
 
 
-class ItemList(BaseModel):
-    """Some of the gallery's items. count: how many there are in all; next_offset: absent after the last."""
+class ItemsResponse(BaseModel):
+    """A page of items. count: number of matching items; next_offset: absent on the last page."""
 
     index_version: int
     count: int
-    items: list[Known]
+    items: list[GalleryItem]
     next_offset: int | None = None
 
 
-class Health(BaseModel):
-    """The process lives."""
+class HealthResponse(BaseModel):
+    """The process is alive."""
 
     status: str = Field(examples=["ok"])
 
 
-class Readiness(BaseModel):
-    """ready: searches are answered. degraded: they are, by an older version than the published one; reason says why.
+class ReadinessResponse(BaseModel):
+    """ready: every collection answers searches. degraded: an older version than the published one is served (reason).
 
-    index_version and count are the default collection's.
+    index_version and count belong to the default collection.
     """
 
     status: str = Field(examples=["ready", "degraded"])
     index_version: int
-    count: int = Field(description="items in the index")
+    count: int = Field(description="number of items in the index")
     reason: str | None = None
 
 
-class Reloaded(BaseModel):
-    """After a reload: the default collection's version, that of each by name, and whether any has changed."""
+class ReloadResponse(BaseModel):
+    """After a reload: the default collection's version, every collection's version, and whether any changed."""
 
     index_version: int
     versions: dict[str, int]
@@ -145,14 +145,14 @@ class Reloaded(BaseModel):
 
 
 class FieldError(BaseModel):
-    """A field at fault, under the caller's name for it."""
+    """One invalid field, under the name that the request used."""
 
     field: str = Field(examples=["query"])
     message: str = Field(examples=["must not be empty"])
 
 
-class ProblemAnswer(BaseModel):
-    """An error, as RFC 9457 has it."""
+class ProblemResponse(BaseModel):
+    """An error (RFC 9457)."""
 
     type: str = Field(examples=["urn:dcar:problem:invalid-field"])
     title: str = Field(examples=["Unprocessable Content"])

@@ -39,7 +39,7 @@ class Answers:
         return b'{"index_version":%d,"took_ms":%.2f,%b' % (version, took_ms, rest)
 
     def put(self, key: Key, answer: Mapping[str, Any]) -> None:
-        """Remember an answer (see `answers.search_answer`) for those who ask the same again."""
+        """Remember an answer (see `answers.search_response`) for those who ask the same again."""
         if not self.kept or key in self._rest:
             return
         again = {name: value for name, value in answer.items() if name not in ("index_version", "took_ms")}

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from app.api.schemas import SearchAnswer
+from app.api.schemas import SearchResponse
 from index_jobs.store.artifact import Artifact
 
 
@@ -18,13 +18,13 @@ class Client:
     async def text(self, **body: Any) -> dict[str, Any]:
         answer = await self.client.post("/search/text", json=body)
         assert answer.status_code == 200, answer.text
-        SearchAnswer.model_validate(answer.json(), strict=True)
+        SearchResponse.model_validate(answer.json(), strict=True)
         return dict(answer.json())
 
     async def image(self, data: bytes, **fields: Any) -> dict[str, Any]:
         answer = await self.client.post("/search/image", files={"file": data}, data=fields)
         assert answer.status_code == 200, answer.text
-        SearchAnswer.model_validate(answer.json(), strict=True)
+        SearchResponse.model_validate(answer.json(), strict=True)
         return dict(answer.json())
 
 

@@ -19,7 +19,7 @@ import pytest
 from app_harness import opened, png
 from PIL import Image
 
-from app.api.schemas import ProblemAnswer
+from app.api.schemas import ProblemResponse
 from app.search import embedding
 
 JSON = {"Content-Type": "application/json"}
@@ -47,7 +47,7 @@ def check(answer: httpx.Response, status: int, field: str | None = None) -> dict
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["x-content-type-options"] == "nosniff"
     body: dict[str, Any] = answer.json()
-    ProblemAnswer.model_validate(body, strict=True)
+    ProblemResponse.model_validate(body, strict=True)
     assert body["status"] == status
     assert body["detail"]
     if field is not None:

@@ -12,7 +12,7 @@ from app_harness import opened, png, until
 from test_bad_input import check
 from test_observability import scrape
 
-from app.api.schemas import CollectionList
+from app.api.schemas import CollectionsResponse
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import ModelConfig
@@ -50,7 +50,7 @@ def test_each_collection_answers_for_itself(built_index: Path, circles: Path) ->
             wanted = await text(alone, "", "red")
         async with opened(built_index, collections={"round": circles}) as client:
             listed = (await client.get("/collections")).json()
-            CollectionList.model_validate(listed, strict=True)
+            CollectionsResponse.model_validate(listed, strict=True)
             assert [(c["name"], c["default"], c["count"]) for c in listed["collections"]] == [
                 ("index", True, 24), ("round", False, 6),
             ]  # fmt: skip

@@ -41,7 +41,7 @@ def test_every_operation_names_its_errors_and_has_examples(document: dict[str, A
             assert {"401", "429"} <= errors.keys(), path
         for status, each in errors.items():
             problem = each["content"]["application/problem+json"]
-            assert problem["schema"] == {"$ref": "#/components/schemas/ProblemAnswer"}, (path, status)
+            assert problem["schema"] == {"$ref": "#/components/schemas/ProblemResponse"}, (path, status)
             assert problem["example"]["status"] == int(status), (path, status)
             assert each["description"] != "problem"
         if method == "post" and "requestBody" in operation:

@@ -11,7 +11,7 @@ from app_harness import opened, png
 from query_harness import Client, close, ids, ranked
 from test_bad_input import check
 
-from app.api.schemas import BatchAnswer, ItemList
+from app.api.schemas import BatchResponse, ItemsResponse
 from dcar_core import Encoder
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
@@ -259,7 +259,7 @@ def test_several_queries_in_one_request(built_index: Path) -> None:
             ]
             answer = await http.post("/search/batch", json={"queries": queries})
             body = answer.json()
-            BatchAnswer.model_validate(body, strict=True)
+            BatchResponse.model_validate(body, strict=True)
             assert [len(each["results"]) for each in body["answers"]] == [3, 6, 2, 3]
             for query, each in zip(queries, body["answers"], strict=True):
                 alone = await client.text(**query)
@@ -320,7 +320,7 @@ def test_all_items_are_listed_page_by_page(built_index: Path, artifact: Artifact
             some = (await http.get("/items", params={"filter": '{"category": ["circle"]}'})).json()
             assert {each["category"] for each in some["items"]} == {"circle"}
             assert (some["count"], len(some["items"])) == (6, 6)
-            ItemList.model_validate(some, strict=True)
+            ItemsResponse.model_validate(some, strict=True)
             for given, field in (
                 ({"filter": "{"}, "filter"), ({"filter": "[]"}, "filter"),
                 ({"filter": '{"colour": 1}'}, "filter.colour"), ({"k": 201}, "k"), ({"k": 0}, "k"),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from app_harness import hold, opened, png
 
-from app.api.responses import JsonAnswer
-from app.api.schemas import ItemAnswer, Readiness, SearchAnswer
+from app.api.responses import JsonResponse
+from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
 from app.core.settings import Settings
 from app.search.snapshots import load_snapshot
 from dcar_core import Encoder
@@ -27,7 +27,7 @@ def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float
 
 
 def _check(body: dict, expected: list[tuple[str, float]]) -> None:
-    SearchAnswer.model_validate(body, strict=True)
+    SearchResponse.model_validate(body, strict=True)
     assert [r["rank"] for r in body["results"]] == list(range(1, len(expected) + 1))
     np.testing.assert_allclose([r["score"] for r in body["results"]], [s for _, s in expected], atol=1e-4)
     scores = [s for _, s in expected]
@@ -155,13 +155,13 @@ def test_items_their_pictures_and_their_neighbours(built_index: Path, gallery: P
             assert (again.status_code, again.content) == (304, b"")
 
             item = (await client.get("/items/circle%2Fred.png")).json()
-            ItemAnswer.model_validate(item, strict=True)
+            ItemResponse.model_validate(item, strict=True)
             assert item["caption"] == "a red circle"
             assert item["category"] == "circle"
             assert item["metadata"]["color"] == "red"
 
             similar = (await client.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
-            SearchAnswer.model_validate(similar, strict=True)
+            SearchResponse.model_validate(similar, strict=True)
             ids = [r["id"] for r in similar["results"]]
             assert len(ids) == 23
             assert "circle/red.png" not in ids
@@ -175,7 +175,7 @@ def test_readiness_and_root_path(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
             ready = (await client.get("/readyz")).json()
-            Readiness.model_validate(ready, strict=True)
+            ReadinessResponse.model_validate(ready, strict=True)
             assert ready == {"status": "ready", "index_version": 1, "count": 24, "reason": None}
             client._transport.root_path = "/pictures"  # type: ignore[attr-defined]
             body = (await client.get("/pictures/items/circle%2Fred.png")).json()
@@ -264,4 +264,4 @@ def test_vectors_that_do_not_answer_are_worth_another_try(built_index: Path) -> 
 
 def test_what_json_has_no_words_for_is_null() -> None:
     metadata = {"price": float("nan"), "sizes": [1.5, float("inf")], "more": {"least": float("-inf")}}
-    assert JsonAnswer(metadata).body == b'{"price":null,"sizes":[1.5,null],"more":{"least":null}}'
+    assert JsonResponse(metadata).body == b'{"price":null,"sizes":[1.5,null],"more":{"least":null}}'

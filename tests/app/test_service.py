@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 from app_harness import free_port, opened, until
 
-from app.api.schemas import Reloaded
+from app.api.schemas import ReloadResponse
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.search.embedding import Embedder
@@ -47,7 +47,7 @@ def test_versions_are_swapped_without_dropping_a_request(
             for version in (1, 2, 3):
                 rollback(index, version)
                 reloaded = await client.post("/admin/reload", headers=BEARER)
-                Reloaded.model_validate(reloaded.json(), strict=True)
+                ReloadResponse.model_validate(reloaded.json(), strict=True)
                 assert reloaded.json() == {
                     "index_version": version,
                     "versions": {index.name: version},
