@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dcar_core.util.console import settle
+from dcar_core.util.console import prepare_streams
 from dcar_core.util.errors import CheckpointError, DcarError
-from dcar_core.util.files import canonical, sha256_of
+from dcar_core.util.files import canonical_json, sha256_of
 from index_jobs.jobs.command_line import parser
 from index_jobs.jobs.job import Job
 from index_jobs.options import Options, RebuildSummary, RejectedError
@@ -63,7 +63,7 @@ def _checkpoint_signature(checkpoint: Path) -> str:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is no checkpoint directory; `dcar train --out DIR` writes one")
     files = {path.name: sha256_of(path) for path in checkpoint.iterdir() if path.is_file()}
-    return hashlib.sha256(canonical(files)).hexdigest()
+    return hashlib.sha256(canonical_json(files)).hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse_args(argv))
     quiet = arguments.pop("quiet")
     level = logging.WARNING if quiet else logging.INFO
-    settle()
+    prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("index_jobs").setLevel(level)
     try:

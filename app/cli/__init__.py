@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from app.cli import benchmarking, datasets, indexing, keys, serving, training
-from dcar_core.util.console import settle
+from dcar_core.util.console import prepare_streams
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import DISK_ERRORS
 
@@ -53,7 +53,7 @@ app.add_typer(keys.commands)
 
 def main() -> None:
     """Entry point: a DcarError, or a file that cannot be used, is a message for the user, not a traceback."""
-    settle()
+    prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         try:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from dcar_core.util.errors import DataError, ImageError, UnreachableError
+from dcar_core.util.errors import DataError, ImageError, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ _HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Respon
     RequestValidationError: _on_validation,
     ImageError: _on_image,
     DataError: _on_data,
-    UnreachableError: _on_unreachable,
+    StoreUnavailableError: _on_unreachable,
     HTTPException: _on_http,
     ClientDisconnect: _on_disconnect,
 }

@@ -24,9 +24,9 @@ from app.search.batching import Batcher, Flights, Lane, Vector
 from app.search.embedding_cache import VectorCache, cache_key, rounded
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.cpu_features import cores
+from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, ImageError
-from dcar_core.util.images import require_size
+from dcar_core.util.images import decoded_pixels
 
 if TYPE_CHECKING:  # torch takes seconds
     from dcar_core.model.preprocess import Preprocess
@@ -51,7 +51,9 @@ class Embedder:
             max_queue_s=settings.max_queue_ms / 1000,
             metrics=metrics,
         )
-        self._pool = ThreadPoolExecutor(min(4, cores()), thread_name_prefix="dcar-decode", initializer=compute)
+        self._pool = ThreadPoolExecutor(
+            min(4, available_cores()), thread_name_prefix="dcar-decode", initializer=compute
+        )
         self._large = ThreadPoolExecutor(1, thread_name_prefix="dcar-decode-large", initializer=compute)
         self._max_pixels = settings.max_pixels
 
@@ -125,7 +127,7 @@ class Embedder:
         """uint8 (3, S, S), from a picture's file.
 
         Args:
-            max_pixels: see `require_size`; a gallery's own pictures are only to be those that it took.
+            max_pixels: see `decoded_pixels`; a gallery's own pictures are only to be those that it took.
 
         Raises:
             ImageError: it cannot be read.
@@ -177,7 +179,7 @@ _CALLS = Lane("calls", lambda payloads: [call(*args) for call, args in payloads]
 
 def _decode_unless_large(data: bytes, preprocess: "Preprocess", max_pixels: int) -> Pixels | None:
     """None for a picture that has to wait for the thread of the large ones."""
-    return None if require_size(data, max_pixels) > _LARGE else _decode(data, preprocess)
+    return None if decoded_pixels(data, max_pixels) > _LARGE else _decode(data, preprocess)
 
 
 def _decode(data: bytes, preprocess: "Preprocess") -> Pixels:

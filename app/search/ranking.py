@@ -15,7 +15,7 @@ from app.core.problems import Problem, field_problem
 from app.search.batching import Vector
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Mask
-from dcar_core.util.errors import ArtifactError, UnreachableError
+from dcar_core.util.errors import ArtifactError, StoreUnavailableError
 from index_jobs.store.filters import FilterError
 
 _WIDEST = 10_000  # rows looked at for one page of different results
@@ -99,7 +99,7 @@ def vectors_of(snapshot: Snapshot, rows: list[int]) -> Vector:
     """
     try:
         return snapshot.artifact.vectors(np.array(rows, np.int64))
-    except UnreachableError:
+    except StoreUnavailableError:
         raise
     except ArtifactError as error:
         raise Problem(409, f"This needs the items' vectors, which the index does not keep: {error}") from None

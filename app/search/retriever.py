@@ -34,7 +34,7 @@ from app.search.pairs import Explanation, Pairing, Words
 from app.search.query import Query, SearchOptions
 from app.search.ranking import Hit, find, matching, vectors_of
 from app.search.snapshots import Snapshot
-from dcar_core.util.cpu_features import cores
+from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Item
 
@@ -95,7 +95,7 @@ class Retriever:
         self._pending = Counter[Waiting]()
         self._embedder = Embedder(settings, cache, self._metrics)
         self._pool = ThreadPoolExecutor(
-            min(4, cores()),
+            min(4, available_cores()),
             thread_name_prefix="dcar-search",
             initializer=_search_thread,
         )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dcar_core.captioning.filters import REFUSED
 from dcar_core.captioning.options import CaptionOptions, Model, Usage
 from dcar_core.util.errors import CaptionError, EndpointError, MissingExtraError
-from dcar_core.util.json_text import parse
+from dcar_core.util.json_text import parse_json
 
 try:
     import httpx
@@ -192,7 +192,7 @@ def _read(reply: _Reply, usage: Usage) -> Answer | str:
         usage.add(Usage(1, unknown=1))
         return f"an answer of more than {_LONGEST_ANSWER >> 20} MiB"
     try:
-        content = parse(reply.content)
+        content = parse_json(reply.content)
         said = content.get("usage")
         said = said if isinstance(said, dict) else {}
         tokens = [said.get(name) for name in ("prompt_tokens", "completion_tokens")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import encodable
+from dcar_core.util.json_text import replace_surrogates
 
 TEMPLATES = (
     "This picture of {dataset} shows: {category}. Write one caption of at most {words} words that contains the words "
@@ -122,7 +122,7 @@ def read_verdict(answer: str) -> Verdict | None:
             if isinstance(found, dict) and "accept" in found:
                 said = found["accept"]
                 accept = said if isinstance(said, bool) else str(said).strip().casefold() in {"true", "yes", "1"}
-                return Verdict(accept, encodable(" ".join(str(found.get("feedback") or "").split())))
+                return Verdict(accept, replace_surrogates(" ".join(str(found.get("feedback") or "").split())))
         except ValueError:
             continue
         except RecursionError:  # no verdict is nested like this, and each of its braces would be tried

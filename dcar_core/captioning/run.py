@@ -33,7 +33,7 @@ from dcar_core.captioning.questions import (
     words_within,
 )
 from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
-from dcar_core.util.files import replacing, write_json
+from dcar_core.util.files import atomic_writer, write_json
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
@@ -302,7 +302,7 @@ class _Run:
         rejections = list(self.journal.rejections())
         try:
             write_json(self.out, entries)
-            with replacing(_beside(self.out, "rejected")) as file:
+            with atomic_writer(_beside(self.out, "rejected")) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in rejections)
         except OSError as error:
             raise CaptionError(

@@ -17,7 +17,7 @@ from dcar_core.data.entries import Entry, captions, label, required, strings, te
 from dcar_core.data.report import CleaningReport
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import has_image_suffix
-from dcar_core.util.json_text import parse
+from dcar_core.util.json_text import parse_json
 
 _PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)
 _NUMBER = re.compile(r"[_\-/ ]*\d+$")
@@ -39,7 +39,7 @@ def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
         DataError: not JSON, another shape, or an entry without caption or name; names the file and the entry.
     """
     try:
-        content = parse(text_of(file), _Object)
+        content = parse_json(text_of(file), _Object)
     except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, _Object):

@@ -18,7 +18,7 @@ from dcar_core.data.entries import Entry, captions, label, required, strings
 from dcar_core.data.report import CleaningReport
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import ImageRoot, has_image_suffix
-from dcar_core.util.json_text import parse
+from dcar_core.util.json_text import parse_json
 
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 _LISTS = ("negatives", "negative", "negative_categories", "negative_class", "captions")
@@ -70,7 +70,7 @@ def _jsonl_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping
             continue
         where = f"{file}, line {number}"
         try:
-            row = parse(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict):
@@ -133,7 +133,7 @@ def json_list(value: str) -> list[Any] | None:
     if not value.lstrip().startswith("["):
         return None
     try:
-        found = parse(value)
+        found = parse_json(value)
     except ValueError:
         return None
     return found if isinstance(found, list) else None
@@ -189,7 +189,7 @@ def lines_of(text: str) -> list[str]:
 
 def _json_member(content: bytes, where: str) -> dict[str, Any]:
     try:
-        row = parse(content)
+        row = parse_json(content)
     except ValueError as error:
         raise DataError(f"{where}: its .json is not JSON: {error}") from error
     if not isinstance(row, dict):

@@ -12,7 +12,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.training.features import Prepared
 from dcar_core.training.validation import encode_captions, encode_pictures
 from dcar_core.util.arrays import Floats
-from dcar_core.util.retrieval_metrics import hard_negative_accuracy, nearest, ranks, recall
+from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_of_ranks
 
 MOST_PAIRS, MOST_EXAMPLES = 8, 3
 
@@ -28,15 +28,15 @@ def analyse(model: DCAR, data: Dataset, prepared: Prepared) -> dict[str, Any]:
     model.eval()
     text, image = encode_captions(model, prepared), encode_pictures(model, prepared)
     image_of = prepared.image_of
-    found = ranks(text, image, image_of)
+    found = compute_ranks(text, image, image_of)
     image_hits = dict(zip(found.described, found.image < 1, strict=True))
     negatives = _negatives(model, data)
     accuracy = hard_negative_accuracy(image[image_of], text, negatives)
     return {
-        "recall": recall(found),
+        "recall": recall_of_ranks(found),
         "hard_negative_accuracy": None if np.isnan(accuracy) else accuracy,
         "categories": _categories(data, image_of, found.text < 1, image_hits),
-        "confusions": _confusions(data, image_of, nearest(text, image)),
+        "confusions": _confusions(data, image_of, best_targets(text, image)),
     }
 
 

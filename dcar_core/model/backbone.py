@@ -28,7 +28,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.tokenizer import Tokens, clean
 from dcar_core.util.errors import ModelError
-from dcar_core.util.memory import WEIGHTS, map_weights
+from dcar_core.util.memory import WEIGHTS_FILE, map_weights
 
 RANDOM = "random"
 _WORDS = 100_000  # that a tokenizer remembers
@@ -291,7 +291,7 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
                 weights_only=True,
             )
         if device == "cpu":
-            map_weights(clip, directory / WEIGHTS if local else Path(pretrained or ""))
+            map_weights(clip, directory / WEIGHTS_FILE if local else Path(pretrained or ""))
         tokenizer_settings: dict[str, Any] = {}
         if local:
             config = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8"))

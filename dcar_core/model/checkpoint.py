@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 
 from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
 from dcar_core.util.errors import CheckpointError
-from dcar_core.util.files import replacing, write_json
+from dcar_core.util.files import atomic_writer, write_json
 
 if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint needs none of it
     from dcar_core.model.backbone import Backbone
@@ -70,7 +70,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
         "model": model.config.to_dict(),
         "training": training or {},
     }
-    with replacing(path / WEIGHTS) as file:
+    with atomic_writer(path / WEIGHTS) as file:
         file.write(save(trainables, {"format": "pt"}))
     write_config(path, content)
     return mark

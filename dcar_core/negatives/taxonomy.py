@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.negatives.words import fold
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse
+from dcar_core.util.json_text import parse_json
 
 NameVectors = NDArray[np.floating[Any]]
 NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalised
@@ -47,7 +47,7 @@ def load_taxonomy(file: Path) -> Taxonomy:
         DataError: it is missing, is no JSON or has another shape, or puts a category into two groups.
     """
     try:
-        content = parse(file.read_text(encoding="utf-8-sig"))
+        content = parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"the taxonomy {file} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dcar_core.util.errors import RuntimeUnavailableError
-from dcar_core.util.files import sha256_of, usual_mode
+from dcar_core.util.files import apply_umask, sha256_of
 
 MANIFEST = "manifest.json"
 # Raised when the graphs change, so that what an older version of this package exported is not used.
@@ -103,7 +103,7 @@ def _make(key: ExportKey, final: Path, write: Callable[[Path], None]) -> None:
             raise RuntimeUnavailableError(f"this model cannot be exported for {key.runtime}: {reason}") from error
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({**key.described(), "files": files}, indent=2) + "\n")
-        aside.chmod(usual_mode(0o777))  # a job's export serves the service, whose user may be another
+        aside.chmod(apply_umask(0o777))  # a job's export serves the service, whose user may be another
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

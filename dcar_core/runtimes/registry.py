@@ -122,14 +122,14 @@ def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
         else:
             from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
 
-            hint = "bf16" if cpu_features.lacks("bf16") is None and kind.precision != "fp32" else "f32"
+            hint = "bf16" if cpu_features.missing_instructions("bf16") is None and kind.precision != "fp32" else "f32"
             found = OpenVinoRuntime(name, directory, hint=hint, threads=threads)
         _exports[key] = found
     return found
 
 
 def _require_instructions(kind: Kind) -> None:
-    if kind.needs is not None and (reason := cpu_features.lacks(kind.needs)):
+    if kind.needs is not None and (reason := cpu_features.missing_instructions(kind.needs)):
         raise RuntimeUnavailableError(f"the runtime {kind.name} cannot be used: {reason}")
 
 

@@ -40,7 +40,7 @@ from dcar_core.runtimes.protocol import ExportRuntime, Prefix, Runtime
 from dcar_core.runtimes.registry import AUTO, KINDS, open_export
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 
 if TYPE_CHECKING:
     from dcar_core.runtimes.registry import Target
@@ -128,7 +128,7 @@ def seal(wanted: Wanted, domain: Domain, target: "Target", runtime: Runtime) -> 
     path = wanted.file(domain.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, shared=True) as file:
+        with atomic_writer(path, shared=True) as file:
             file.write(save(arrays, {"content": json.dumps(content), "sha256": _checksum(content, arrays)}))
     except OSError as error:
         log.warning("what later starts could use cannot be kept in %s: %s", path.parent, error.strerror or error)
@@ -224,9 +224,9 @@ def _circumstances(wanted: Wanted) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "graphs": GRAPHS,
-        "libraries": cpu_features.versions(_LIBRARIES),
-        "processor": cpu_features.processor(),
-        "cores": cpu_features.cores(),
+        "libraries": cpu_features.installed_versions(_LIBRARIES),
+        "processor": cpu_features.processor_id(),
+        "cores": cpu_features.available_cores(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
         "backbone": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(wanted.checkpoint)],
     }

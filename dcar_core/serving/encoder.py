@@ -27,7 +27,7 @@ from dcar_core.runtimes.registry import Target, require_known
 from dcar_core.serving import adapter_cache
 from dcar_core.util.errors import ImageError, ModelError
 from dcar_core.util.images import ImageSource
-from dcar_core.util.memory import release, trim
+from dcar_core.util.memory import release_pages, trim_heap
 
 if TYPE_CHECKING:
     from dcar_core.model.backbone import Backbone
@@ -206,8 +206,8 @@ class Encoder:
         if self.backbone is not None:
             source = self.backbone.source
             places += [Path(source.model), Path(source.pretrained or source.model)]
-        release(places)
-        trim()
+        release_pages(places)
+        trim_heap()
 
 
 def _load(

@@ -97,12 +97,12 @@ def _best(domain: Domain, target: Target) -> Runtime:
 
 def candidates(target: Target) -> list[str]:
     """What `auto` may try by itself: no int8, nothing that compiles for minutes, nothing that is not installed."""
-    installed = cpu_features.versions(_LIBRARIES)
+    installed = cpu_features.installed_versions(_LIBRARIES)
     if target.backbone.device.type == "cuda":
         return ["torch", "cuda-fp16", "cuda-bf16"]
     if target.backbone.device.type != "cpu":
         return ["torch"]
-    fast = cpu_features.lacks("bf16") is None
+    fast = cpu_features.missing_instructions("bf16") is None
     names = ["torch", "torch-bf16"] if fast else ["torch"]
     if "openvino" in installed:
         names.append("openvino-bf16" if fast else "openvino")
@@ -134,7 +134,9 @@ def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) 
 def rank(trials: Iterable[Trial]) -> Ranking:
     """Best first; those whose vectors are wrong are left out."""
     kept = tuple(sorted(trials, key=lambda trial: -trial.score))
-    return Ranking(tuple(trial.name for trial in kept if trial.holds), cpu_features.versions(_LIBRARIES), kept)
+    return Ranking(
+        tuple(trial.name for trial in kept if trial.holds), cpu_features.installed_versions(_LIBRARIES), kept
+    )
 
 
 def remember(target: Target, ranking: Ranking, *, own: bool = False) -> None:
@@ -173,7 +175,7 @@ def remembered(target: Target) -> Ranking | None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read (%s), so the runtimes are measured again", path, error)
             continue
-        now = cpu_features.versions(_LIBRARIES)
+        now = cpu_features.installed_versions(_LIBRARIES)
         # A library that is gone keeps the ranking: its runtime is then skipped with a warning.
         if same and names and all(libraries.get(name) == now[name] for name in now):
             return Ranking(names, libraries, trials)
@@ -187,4 +189,4 @@ def _path(target: Target, fingerprint: str) -> Path:
 
 
 def _circumstances() -> dict[str, Any]:
-    return {"graphs": GRAPHS, "processor": cpu_features.processor(), "threads": torch.get_num_threads()}
+    return {"graphs": GRAPHS, "processor": cpu_features.processor_id(), "threads": torch.get_num_threads()}

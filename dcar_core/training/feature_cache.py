@@ -26,7 +26,7 @@ from torch import Tensor
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.util.errors import DataError
-from dcar_core.util.files import DISK_ERRORS, usual_mode
+from dcar_core.util.files import DISK_ERRORS, apply_umask
 
 _LEFT_S = 24 * 3600  # no entry takes so long, so whoever wrote it is gone
 
@@ -102,7 +102,7 @@ def _written_aside(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
-        part.chmod(usual_mode(0o666))
+        part.chmod(apply_umask(0o666))
         part.replace(path)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_ERRORS:

@@ -25,7 +25,7 @@ from dcar_core.model.token_weights import blend, pair_weights, picture_features,
 from dcar_core.negatives.words import fold
 from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.cpu_features import cores
+from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DataError, ImageError, TrainingError
 
 MAX_NEGATIVES = 8  # of a pair, in training
@@ -190,7 +190,7 @@ class _Work:
             except ImageError as error:
                 raise DataError(f"{self.data.split}: {name}: {error}") from error
 
-        with ThreadPoolExecutor(min(8, cores())) as pool:  # PIL decodes without the interpreter's lock
+        with ThreadPoolExecutor(min(8, available_cores())) as pool:  # PIL decodes without the interpreter's lock
             rows = range(len(self.names))
             for _ in self._bar(pool.map(decode, rows), f"reading {self.data.split} pictures", len(rows)):
                 pass

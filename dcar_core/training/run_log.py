@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.util.errors import MissingExtraError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 
 CSV = "log.csv"
 
@@ -21,7 +21,7 @@ def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
     lines = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     lines.writeheader()
     lines.writerows(history)
-    with replacing(directory / CSV) as file:
+    with atomic_writer(directory / CSV) as file:
         file.write(text.getvalue().encode())
 
 

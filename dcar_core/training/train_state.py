@@ -18,7 +18,7 @@ from dcar_core.model.config import QueryWeights
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.validation import Recall
 from dcar_core.util.errors import TrainingError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 
 FILE = "state.pt"
 
@@ -63,7 +63,7 @@ class State:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = io.BytesIO()  # a few MB: torch's own writer tells a full disk as a bug
         torch.save(content, whole)
-        with replacing(self._path) as file:
+        with atomic_writer(self._path) as file:
             file.write(whole.getbuffer())
 
     def restore(

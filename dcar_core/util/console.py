@@ -59,7 +59,7 @@ class _Output(_Wrapped):
             raise DcarError(f"the output cannot be written: {error.strerror or error}") from None
 
 
-def settle() -> None:
+def prepare_streams() -> None:
     """Make the streams of a command safe to write to. Called once, by its entry point."""
     for name, kind in (("stdout", _Output), ("stderr", _Unheard)):
         stream = getattr(sys, name)

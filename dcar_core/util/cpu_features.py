@@ -14,7 +14,7 @@ _NEEDED = {
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def versions(libraries: Iterable[str]) -> dict[str, str]:
+def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
     """Of those that are installed, by name."""
     found = {}
     for name in libraries:
@@ -25,27 +25,28 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Those that this process may use, which in a container are fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
-def instructions() -> frozenset[str]:
+def instruction_sets() -> frozenset[str]:
     """The processor's instruction sets; empty where the system does not tell."""
     return frozenset(_said("flags", "features").split())
 
 
 @cache
-def processor() -> str:
+def processor_id() -> str:
     """What distinguishes this processor from another one, for remembering what was measured on it."""
-    return f"{_said('model name') or 'unknown'} {'+'.join(sorted(each for each in _NEEDED if lacks(each) is None))}"
+    kinds = sorted(kind for kind in _NEEDED if missing_instructions(kind) is None)
+    return f"{_said('model name') or 'unknown'} {'+'.join(kinds)}"
 
 
-def lacks(kind: str) -> str | None:
+def missing_instructions(kind: str) -> str | None:
     """Why this processor cannot compute in "bf16" or "int8" by itself; None when it can."""
     needed = _NEEDED[kind]
-    if any(group & instructions() for group in needed):
+    if any(group & instruction_sets() for group in needed):
         return None
     names = ", ".join(sorted(needed[0] | needed[1]))
     return f"this processor has no {kind} instructions ({names})"

@@ -12,7 +12,7 @@ DcarError
 |  `- DivergedError      its loss is no number any more
 |- ArtifactError         a published index that is missing, incomplete or corrupted
 |  |- FingerprintError   an index built by another encoder than the one that serves it
-|  `- UnreachableError   what holds its vectors does not answer
+|  `- StoreUnavailableError  the vector store does not respond
 |- GateError             a rebuilt index ranks worse than the one that is served
 |- LockedError           another writer holds the index
 `- MissingExtraError     an optional dependency is not installed
@@ -75,7 +75,7 @@ class FingerprintError(ArtifactError):
     """The index was built by another encoder than the one at hand."""
 
 
-class UnreachableError(ArtifactError):
+class StoreUnavailableError(ArtifactError):
     """What holds an index's vectors does not answer; it may soon."""
 
 

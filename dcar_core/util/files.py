@@ -21,7 +21,7 @@ _UMASK = os.umask(0o077)  # which the system tells only to those who set it
 os.umask(_UMASK)
 
 
-def usual_mode(mode: int) -> int:
+def apply_umask(mode: int) -> int:
     """What `mkdir` or `open` would make of a mode; some libraries write for this user alone."""
     return mode & ~_UMASK
 
@@ -36,12 +36,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """JSON of which equal values have equal bytes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Flush a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -53,15 +53,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(directory: Path) -> None:
+def fsync_tree(directory: Path) -> None:
     """Flush every file and directory below, and the directory itself."""
     for path in directory.rglob("*"):
-        sync(path)
-    sync(directory)
+        fsync_path(path)
+    fsync_path(directory)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """A file to write into that takes the place of `path` at the end, at once and durably; on an error, all stays.
 
     One who writes alone (a job with its lock, a training run) has a fixed temporary name: a killed one leaves one file
@@ -74,13 +74,13 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync(path.parent)
+        fsync_path(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
-    """Replace `path` by indented JSON, atomically; `shared` as in `replacing`."""
-    with replacing(path, shared=shared) as file:
+    """Replace `path` by indented JSON, atomically; `shared` as in `atomic_writer`."""
+    with atomic_writer(path, shared=shared) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

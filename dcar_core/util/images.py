@@ -70,7 +70,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
         raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
 
 
-def require_size(data: bytes, max_pixels: int) -> int:
+def decoded_pixels(data: bytes, max_pixels: int) -> int:
     """How many pixels of 4 bytes a picture's file takes while it is decoded, as its header tells; 0 for no picture.
 
     A JPEG that is not progressive is reduced on the way (see `open_image`) and counted at a sixteenth.

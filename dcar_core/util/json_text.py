@@ -13,7 +13,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse(text: str | bytes, make: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+def parse_json(text: str | bytes, make: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
     """What the text holds. make: from an object's names and values, in order and some perhaps twice.
 
     Raises:
@@ -26,14 +26,14 @@ def parse(text: str | bytes, make: Callable[[list[tuple[str, Any]]], Any] = dict
             return json.loads(text) if make is dict else json.loads(text, object_pairs_hook=make)
 
         def mended(pairs: list[tuple[str, Any]]) -> Any:
-            return make([(encodable(name), _mended(value)) for name, value in pairs])
+            return make([(replace_surrogates(name), _mended(value)) for name, value in pairs])
 
         return _mended(json.loads(text, object_pairs_hook=mended))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def encodable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """The text, with U+FFFD for what UTF-8 cannot hold."""
     return _SURROGATE.sub("\ufffd", text)
 
@@ -41,5 +41,5 @@ def encodable(text: str) -> str:
 def _mended(value: Any) -> Any:
     """Texts and lists of them; objects have been through this already."""
     if isinstance(value, str):
-        return encodable(value)
+        return replace_surrogates(value)
     return [_mended(item) for item in value] if isinstance(value, list) else value

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-WEIGHTS = "open_clip_model.safetensors"
+WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 def map_weights(model: "nn.Module", file: Path) -> None:
@@ -33,7 +33,7 @@ def map_weights(model: "nn.Module", file: Path) -> None:
         model.load_state_dict(lying, assign=True)
 
 
-def release(places: Iterable[Path]) -> None:
+def release_pages(places: Iterable[Path]) -> None:
     """Let go of the pages mapped from these files, or files below these directories, where they are as the file is;
     they are read again when they are needed. Nothing is done where the system cannot.
     """
@@ -48,7 +48,7 @@ def release(places: Iterable[Path]) -> None:
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advise)
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Give back to the system what was freed: glibc keeps it, for each thread that loads a model anew."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:

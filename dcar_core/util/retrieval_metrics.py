@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
 
-SAME_SCORE = 1e-6  # some ten times what float32 loses in a product of unit vectors
+TIE_TOLERANCE = 1e-6  # some ten times what float32 loses in a product of unit vectors
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Ranks:
     described: NDArray[np.int64]
 
 
-def ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64], chunk: int = 1024) -> Ranks:
+def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64], chunk: int = 1024) -> Ranks:
     """Ranks both ways; arguments as in `recall_at_k`."""
     t2i = _ranks(text, image, [np.array([i]) for i in image_of_text], chunk)
     texts_of: list[list[int]] = [[] for _ in range(len(image))]
@@ -53,10 +53,10 @@ def recall_at_k(
         {"t2i_r1": .., "i2t_r1": .., ...}. Image-to-text counts a hit when any caption of the image is among
         the first k. A score equal to the true one ranks above it.
     """
-    return recall(ranks(text, image, image_of_text, chunk), ks)
+    return recall_of_ranks(compute_ranks(text, image, image_of_text, chunk), ks)
 
 
-def recall(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def recall_of_ranks(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Recall in percent from ranks."""
     percent = {f"t2i_r{k}": 100 * float((found.text < k).mean()) for k in ks}
     return percent | {f"i2t_r{k}": 100 * float((found.image < k).mean()) for k in ks}
@@ -64,16 +64,16 @@ def recall(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
 
 def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
     """How many wrong targets do not score clearly below the query's best true one."""
-    ranks = np.empty(len(query), np.int64)
+    compute_ranks = np.empty(len(query), np.int64)
     for start in range(0, len(query), chunk):
         scores = query[start : start + chunk] @ target.T
         for row, own in enumerate(truth[start : start + chunk]):
-            below = scores[row] < scores[row, own].max() - SAME_SCORE  # false where either is no number
-            ranks[start + row] = (~below).sum() - (~below[own]).sum()
-    return ranks
+            below = scores[row] < scores[row, own].max() - TIE_TOLERANCE  # false where either is no number
+            compute_ranks[start + row] = (~below).sum() - (~below[own]).sum()
+    return compute_ranks
 
 
-def nearest(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int64]:
+def best_targets(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int64]:
     """(Q,) the row of the target that scores highest for each query."""
     parts = [(query[i : i + chunk] @ target.T).argmax(1) for i in range(0, len(query), chunk)]
     return np.concatenate(parts)
@@ -82,7 +82,7 @@ def nearest(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int6
 def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float:
     """Percent of images whose caption scores above all of its swapped negatives; images without any are left out."""
     hits = [
-        bool(image[i] @ positive[i] - SAME_SCORE > (negatives[i] @ image[i]).max())
+        bool(image[i] @ positive[i] - TIE_TOLERANCE > (negatives[i] @ image[i]).max())
         for i in range(len(image))
         if len(negatives[i])
     ]

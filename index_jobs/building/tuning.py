@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Blocks, Floats
-from dcar_core.util.retrieval_metrics import SAME_SCORE
+from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
 from index_jobs.options import Options
 from index_jobs.store.faiss_search import best_of
 
@@ -223,7 +223,7 @@ class Neighbours:
             for part in np.split(here, range(_SCORED, len(here), _SCORED)):
                 numbers = chosen[asked[part]]
                 scores = np.einsum("ne,ne->n", queries.vectors[numbers], block[rows[part] - begin])
-                hits[asked[part], place[part]] = scores >= self.lowest[numbers] - SAME_SCORE
+                hits[asked[part], place[part]] = scores >= self.lowest[numbers] - TIE_TOLERANCE
             begin += len(block)
         return hits
 
@@ -248,7 +248,7 @@ def neighbours(blocks: Blocks, queries: Queries) -> Neighbours:
     others = np.argsort(best_rows == queries.own_rows[:, None], 1, kind="stable")[:, : NEIGHBOURS + 1]  # its own last
     scores, rows = np.take_along_axis(best_scores, others, 1), np.take_along_axis(best_rows, others, 1)
     lowest = scores[:, NEIGHBOURS - 1]
-    return Neighbours(rows[:, :NEIGHBOURS], lowest, scores[:, NEIGHBOURS] >= lowest - 2 * SAME_SCORE)
+    return Neighbours(rows[:, :NEIGHBOURS], lowest, scores[:, NEIGHBOURS] >= lowest - 2 * TIE_TOLERANCE)
 
 
 def without_own(rows: NDArray[np.int64], own_rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.util.cpu_features import cores
+from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, ImageError
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.storage import Place, read_pictures
@@ -69,7 +69,7 @@ def worker_count(workers: int | None, pictures: int) -> int:
         if workers < 0:
             raise ValueError(f"workers must be 0 (in this process) or more, not {workers}")
         return workers
-    return 0 if pictures < SMALL_GALLERY or cores() <= _THREADS else cores() - 1
+    return 0 if pictures < SMALL_GALLERY or available_cores() <= _THREADS else available_cores() - 1
 
 
 def decode(
@@ -102,7 +102,7 @@ def decode(
 
 def _pool(decoder: "Decoder", workers: int) -> tuple[Executor, int]:
     if workers == 0:
-        threads = min(_THREADS, cores())
+        threads = min(_THREADS, available_cores())
         return ThreadPoolExecutor(threads, thread_name_prefix="decode"), threads
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(decoder,)), workers

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.util.errors import DataError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 from index_jobs.encoding.shards import Failed, kind_of
 from index_jobs.gallery.scan import Gallery
 from index_jobs.store.manifest import FAILED
@@ -60,6 +60,6 @@ def _named(gallery: Gallery, row: int) -> dict[str, str]:
 
 
 def _write_lines(path: Path, lines: Iterable[Any]) -> None:
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
-from dcar_core.util.files import canonical
+from dcar_core.util.files import canonical_json
 from index_jobs.gallery.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class PixelCache:
         Raises:
             DcarError: it cannot be written, or is no cache.
         """
-        name = hashlib.sha256(canonical(preprocess.to_dict())).hexdigest()[:16]
+        name = hashlib.sha256(canonical_json(preprocess.to_dict())).hexdigest()[:16]
         cache = cls(folder / f"pixels-{name}.sqlite", preprocess.size)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,4 +96,4 @@ class PixelCache:
 def key_of(root: str, place: Place) -> bytes:
     """16 bytes that stand for one version of one picture."""
     parts = [root, place.location, place.offset, place.size, place.version]
-    return hashlib.blake2b(canonical(parts), digest_size=16).digest()
+    return hashlib.blake2b(canonical_json(parts), digest_size=16).digest()

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError, MissingExtraError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 from index_jobs.encoding.decode import decode
 from index_jobs.encoding.devices import ImageEncoder, forward, load_encoders
 from index_jobs.encoding.encode import save_shard, windows_of
@@ -165,7 +165,7 @@ def _load(store: ShardStore, number: int) -> Shard:
 def _write_places(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     places = table.select(PLACE)
-    with replacing(path) as file, pa.ipc.new_file(file, places.schema) as writer:
+    with atomic_writer(path) as file, pa.ipc.new_file(file, places.schema) as writer:
         writer.write_table(places)
 
 
@@ -180,7 +180,7 @@ def _ray(address: str, workers: int) -> Iterator[None]:
         raise MissingExtraError("encoding on Ray", "ray") from error
     own: dict[str, Any] = {}
     if address == "local":
-        cores = 1 + max(workers, cpu_features.cores())  # one for Ray Data itself
+        cores = 1 + max(workers, cpu_features.available_cores())  # one for Ray Data itself
         own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         own["_node_ip_address"] = "127.0.0.1"  # nobody else is to reach it
     sys.stdout.flush()

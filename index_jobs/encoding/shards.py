@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import canonical, replacing, sha256_of, write_json
+from dcar_core.util.files import atomic_writer, canonical_json, sha256_of, write_json
 
 FORMAT = 4
 Failed = tuple[int, str]  # gallery row, reason
@@ -167,7 +167,7 @@ class ShardStore:
         if vectors.shape != (len(span) - len(failed), self.dim):
             raise ValueError(f"shard {number} has vectors {vectors.shape}, not {(len(span) - len(failed), self.dim)}")
         self.path.mkdir(parents=True, exist_ok=True)
-        with replacing(path, shared=True) as file:
+        with atomic_writer(path, shared=True) as file:
             np.save(file, np.ascontiguousarray(vectors, np.float32), allow_pickle=False)
         whole = {
             "rows": [span.start, span.stop], "failed": list(failed), "pixels": _hexed(digests), "marks": _hexed(marks),
@@ -196,7 +196,7 @@ class ShardStore:
 
 
 def _hashed(*settings: Any) -> str:
-    return hashlib.sha256(canonical(list(settings))).hexdigest()[:12]
+    return hashlib.sha256(canonical_json(list(settings))).hexdigest()[:12]
 
 
 def _hexed(values: NDArray[np.uint64]) -> str:

@@ -17,7 +17,7 @@ from dcar_core.data.samples import SPLITS
 from dcar_core.data.tables import lines_of
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import TarSpan
-from dcar_core.util.json_text import parse
+from dcar_core.util.json_text import parse_json
 from index_jobs.gallery.records import Fields, read_records
 from index_jobs.gallery.storage import parent_of, place_of
 
@@ -138,7 +138,7 @@ def _sidecar(where: str, extension: str, data: bytes) -> Fields:
             return {"captions": lines} if len(lines) > 1 else {"caption": text}
         if extension == "cls":
             return {"category": text}
-        value = parse(text)
+        value = parse_json(text)
     except ValueError as error:
         raise DataError(f"{where} cannot be read: {error}") from error
     if not isinstance(value, dict):

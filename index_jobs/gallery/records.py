@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcar_core.data.tables import IMAGE_COLUMNS, header, json_list, texts_of_cell
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse
+from dcar_core.util.json_text import parse_json
 from index_jobs.gallery.storage import open_place, suffix_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[int, Fields]]:
                 if not text.strip():
                     continue
                 try:
-                    record = parse(text)
+                    record = parse_json(text)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, row {line}: not JSON ({error.msg} at column {error.colno})") from error
                 except ValueError as error:  # a number of thousands of digits, a list in lists in ..

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dcar_core.util.errors import DataError, DcarError
-from dcar_core.util.files import canonical
+from dcar_core.util.files import canonical_json
 from dcar_core.util.images import IMAGE_SUFFIXES
 from index_jobs.gallery import listing
 from index_jobs.gallery.listing import Picture
@@ -141,7 +141,7 @@ def _row(picture: Picture) -> dict[str, Any]:
         "location": picture.location,
         "offset": picture.offset,
         "size": picture.size,
-        "metadata": canonical({"file_name": picture.name} | metadata).decode(),
+        "metadata": canonical_json({"file_name": picture.name} | metadata).decode(),
         "name": picture.name,
         "mtime_ns": picture.version,
     }
@@ -182,5 +182,5 @@ def _require_none(ids: pa.ChunkedArray, bad: pa.ChunkedArray, why: str) -> None:
 def _signature(table: pa.Table, columns: list[str]) -> str:
     digest = hashlib.sha256()
     for batch in table.select(columns).to_batches():
-        digest.update(canonical(batch.to_pydict()))
+        digest.update(canonical_json(batch.to_pydict()))
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.util.files import canonical
+from dcar_core.util.files import canonical_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +26,7 @@ SIGNATURE = "pairs_signature"
 
 def signature(pairs: "Pairs") -> str:
     """A hash of the pairs, by which a changed validation split is noticed."""
-    return hashlib.sha256(canonical([pairs.texts, pairs.ids])).hexdigest()
+    return hashlib.sha256(canonical_json([pairs.texts, pairs.ids])).hexdigest()
 
 
 def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "Encoded") -> dict[str, Any]:

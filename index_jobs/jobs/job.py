@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcar_core.util.errors import ArtifactError, CheckpointError, ModelError
-from dcar_core.util.files import canonical
+from dcar_core.util.files import canonical_json
 from index_jobs.options import Options, RebuildSummary, RejectedError
 from index_jobs.store.artifact import open_current
 from index_jobs.store.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, VERSIONS, Manifest
@@ -357,7 +357,7 @@ class Job:
 def _mark(manifest: Manifest) -> str:
     """The name of the file that says whose vectors lie beside it; the same for versions that differ in kind alone."""
     made_of = [manifest.fingerprint, manifest.gallery_signature, manifest.runtime]
-    return _OF + hashlib.sha256(canonical(made_of)).hexdigest()[:16]
+    return _OF + hashlib.sha256(canonical_json(made_of)).hexdigest()[:16]
 
 
 def _without_model(serving: "Artifact", error: Exception) -> str:

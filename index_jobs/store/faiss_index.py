@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 from index_jobs.store.faiss_search import Breadth, Found, Selection, search_among
 from index_jobs.store.gpu_search import MOST_K, GpuSearch
 from index_jobs.store.gpu_search import memory as gpu_memory
@@ -114,7 +114,7 @@ def write_faiss(index: Any, path: Path) -> None:
 
     library: Any = faiss  # whose type hints know neither of the two writers
     problem: OSError | None = None
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
 
         def write(data: bytes) -> int:
             nonlocal problem

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Mask
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import encodable
+from dcar_core.util.json_text import replace_surrogates
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -146,7 +146,7 @@ def _containing(column: "pa.ChunkedArray", text: Any, field: str) -> Mask:
     if not isinstance(text, str) or _member_type(column) != pa.string():
         raise FilterError(field, '"contains" takes a text, and a field of texts')
     members, parents = _members(column)
-    found = pc.match_substring(members, encodable(text), ignore_case=True)
+    found = pc.match_substring(members, replace_surrogates(text), ignore_case=True)
     return _any(_bools(found) & _there(members, field), parents, len(column))
 
 
@@ -201,7 +201,7 @@ def _fitting(value: Any, kind: "pa.DataType", field: str) -> Any:
     if not fits:
         raise FilterError(field, f"its values are {_WORDS[str(kind)]}, which {json.dumps(value)[:40]} is not")
     if isinstance(value, str):
-        return encodable(value)
+        return replace_surrogates(value)
     beyond = isinstance(value, int) and value not in _INTS
     return _as_float(value) if kind == pa.float64() or (kind == pa.int64() and beyond) else value
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dcar_core.util.errors import ArtifactError, DataError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 from index_jobs.store.columns import Fields
 
 _BATCH = 65_536
@@ -58,7 +58,7 @@ def write_items(path: Path, table: pa.Table, rows: NDArray[np.int64]) -> None:
     schema = columns.schema.append(pa.field(_BY_ID, pa.int64()))
     for name, kind in fields.types.items():
         schema = schema.append(pa.field(_FIELD + name, kind))
-    with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
+    with atomic_writer(path) as file, pa.ipc.new_file(file, schema) as writer:
         for start in range(0, len(rows), _BATCH):
             part = taken(columns, rows[start : start + _BATCH]).combine_chunks()
             values = fields.arrays(part["metadata"])

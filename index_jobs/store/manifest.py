@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import canonical
+from dcar_core.util.files import canonical_json
 
 FORMAT = 2
 CURRENT, VERSIONS = "CURRENT", "versions"
@@ -77,7 +77,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """With a checksum over all other values, so that a changed manifest is noticed."""
         values = asdict(self)
-        return values | {"checksum": hashlib.sha256(canonical(values)).hexdigest()}
+        return values | {"checksum": hashlib.sha256(canonical_json(values)).hexdigest()}
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -91,7 +91,7 @@ class Manifest:
             checksum = values.pop("checksum", None)
             if values.get("format") != FORMAT:
                 raise ArtifactError(f"{path} is of format {values.get('format')}, not {FORMAT}; rebuild the index")
-            if checksum != hashlib.sha256(canonical(values)).hexdigest():
+            if checksum != hashlib.sha256(canonical_json(values)).hexdigest():
                 raise ArtifactError(f"{path} is corrupted: its checksum differs")
             files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
             additions = [Addition(**addition) for addition in values.pop("additions")]

@@ -29,7 +29,7 @@ from dcar_core.util.errors import (
     DcarError,
     FingerprintError,
     MissingExtraError,
-    UnreachableError,
+    StoreUnavailableError,
 )
 from dcar_core.util.files import write_json
 from index_jobs.store.faiss_search import Found, best_of
@@ -137,7 +137,7 @@ def _answering() -> Iterator[None]:
     except DcarError:
         raise
     except Exception as error:  # pymilvus has many, and grpc's own pass through it
-        raise UnreachableError(f"Milvus does not answer: {error}") from error
+        raise StoreUnavailableError(f"Milvus does not answer: {error}") from error
 
 
 def create(uri: str, index: Path, version: int, fingerprint: str, kind: str, blocks: Blocks, dim: int) -> Place:

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dcar_core.util.errors import ArtifactError, DcarError, LockedError
-from dcar_core.util.files import replacing, sha256_of, sync, sync_tree, write_json
+from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, sha256_of, write_json
 from index_jobs.options import Options
 from index_jobs.store import milvus
 from index_jobs.store.artifact import Artifact, current_if_known, open_version, version_numbers
@@ -106,7 +106,7 @@ def prepare(
     }
     manifest = replace(manifest, version=next_version(index), files=files, replaced=current_if_known(index))
     write_json(staging / MANIFEST, manifest.to_dict())
-    sync_tree(staging)
+    fsync_tree(staging)
     staged = Artifact(staging)
     staged.verify(known=shared)
     return staged
@@ -125,7 +125,7 @@ def commit(index: Path, staged: Artifact, *, keep: int = Options.keep) -> Manife
         raise ValueError(f"keep must be at least 1, not {keep}")
     manifest = staged.manifest
     staged.path.rename(index / VERSIONS / str(manifest.version))
-    sync(index / VERSIONS)
+    fsync_path(index / VERSIONS)
     _point(index, manifest.version)
     in_milvus = milvus.places(index)
     _prune(index, keep, {manifest.version, manifest.replaced})
@@ -201,7 +201,7 @@ def _locked(index: Path) -> Iterator[None]:
 
 
 def _point(index: Path, version: int) -> None:
-    with replacing(index / CURRENT) as file:
+    with atomic_writer(index / CURRENT) as file:
         file.write(f"{version}\n".encode())
 
 

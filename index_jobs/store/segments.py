@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.util.errors import ArtifactError, DataError
-from dcar_core.util.files import replacing
+from dcar_core.util.files import atomic_writer
 from index_jobs.store.faiss_search import Found, best_of
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def write_removed(path: Path, rows: NDArray[np.int64]) -> None:
     Raises:
         OSError: the disk is full or cannot be written.
     """
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         np.save(file, rows.astype(np.int64), allow_pickle=False)
 
 

@@ -15,7 +15,7 @@ from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
 from app.core.settings import Settings
 from app.search.snapshots import load_snapshot
 from dcar_core import Encoder
-from dcar_core.util.errors import FingerprintError, UnreachableError
+from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import remove
 from index_jobs.store.artifact import open_current
 
@@ -245,7 +245,7 @@ def test_vectors_that_do_not_answer_are_worth_another_try(built_index: Path) -> 
             artifact = client.app.state.collections[None].live.artifact  # type: ignore[attr-defined]
 
             def away(*_: object) -> None:
-                raise UnreachableError("Milvus does not answer: timed out")
+                raise StoreUnavailableError("Milvus does not answer: timed out")
 
             artifact.search = artifact.vectors = away
             for path, body in (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from dcar_core.model.config import ReweightConfig
 from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights, real_tokens
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
-from dcar_core.util.retrieval_metrics import hard_negative_accuracy, nearest, ranks, recall_at_k
+from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_at_k
 
 
 def features(n: int, seed: int) -> torch.Tensor:
@@ -167,12 +167,12 @@ def test_recall_does_not_depend_on_the_chunk() -> None:
 def test_the_best_of_an_images_captions_counts_and_the_others_are_not_wrong() -> None:
     image = np.eye(2, dtype=np.float32)
     text = np.array([[0.6, 0], [0.9, 0], [0.9, 0], [0.8, 0.1]], np.float32)
-    assert ranks(text, image, np.array([0, 0, 0, 1])).image.tolist() == [0, 0]
+    assert compute_ranks(text, image, np.array([0, 0, 0, 1])).image.tolist() == [0, 0]
 
 
 def test_an_image_without_a_caption_is_a_target_and_no_query() -> None:
     image = np.eye(3, dtype=np.float32)
-    found = ranks(image[[0, 2]], image, np.array([0, 2]))
+    found = compute_ranks(image[[0, 2]], image, np.array([0, 2]))
     assert found.described.tolist() == [0, 2]
     assert (found.text.tolist(), found.image.tolist()) == ([0, 0], [0, 0])
 
@@ -188,7 +188,7 @@ def test_scores_that_differ_in_the_last_bit_are_ties() -> None:
 def test_the_nearest_target_does_not_depend_on_the_chunk() -> None:
     rng = np.random.default_rng(0)
     query, target = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
-    np.testing.assert_array_equal(nearest(query, target, chunk=7), (query @ target.T).argmax(1))
+    np.testing.assert_array_equal(best_targets(query, target, chunk=7), (query @ target.T).argmax(1))
 
 
 def test_hard_negative_accuracy() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dcar_core import Encoder
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.util.memory import WEIGHTS, release, trim
+from dcar_core.util.memory import WEIGHTS_FILE, release_pages, trim_heap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -46,14 +46,14 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 def test_weights_lie_in_their_file_and_are_those_in_it(model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(model)))
-    assert lies_in(model / WEIGHTS, backbone)
+    assert lies_in(model / WEIGHTS_FILE, backbone)
     assert not any(weight.requires_grad for weight in backbone.parameters())
-    written = load_file(str(model / WEIGHTS))
+    written = load_file(str(model / WEIGHTS_FILE))
     assert all(torch.equal(weight, written[name]) for name, weight in backbone.clip.state_dict().items())
 
 
 def test_half_precision_is_not_used_as_it_lies(model: Path) -> None:
-    file = model / WEIGHTS
+    file = model / WEIGHTS_FILE
     save_file({name: weight.half() for name, weight in load_file(str(file)).items()}, str(file))
     backbone = load_backbone(BackboneSource(str(model)))
     assert not lies_in(file, backbone)
@@ -64,19 +64,19 @@ def test_what_is_released_is_read_again_when_it_is_needed(model: Path, tmp_path:
     encoder = Encoder.load(model, cache=tmp_path / "cache")
     texts, pixels = ["a red square"], np.zeros((1, 3, 32, 32), np.uint8)
     before = encoder.encode_text(texts), encoder.encode_pixels(pixels)
-    assert resident(model / WEIGHTS) > 0
+    assert resident(model / WEIGHTS_FILE) > 0
     encoder.release()
-    assert resident(model / WEIGHTS) == 0
+    assert resident(model / WEIGHTS_FILE) == 0
     for wanted, found in zip(before, (encoder.encode_text(texts), encoder.encode_pixels(pixels)), strict=True):
         np.testing.assert_array_equal(found, wanted)
-    assert resident(model / WEIGHTS) > 0
+    assert resident(model / WEIGHTS_FILE) > 0
 
 
 def test_what_was_written_to_is_kept(model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(model)))
     scale = backbone.clip.state_dict()["logit_scale"]
     scale.fill_(3.0)
-    release([model])
+    release_pages([model])
     assert scale.item() == 3.0
 
 
@@ -88,6 +88,6 @@ def test_what_was_freed_goes_back_to_the_system() -> None:
     last = np.ones(2000)  # behind them: memory that ends with a piece in use is never cut by itself
     del held
     before = in_memory()
-    trim()
+    trim_heap()
     assert before - in_memory() > 32 * 2**20
     assert last.sum() == 2000

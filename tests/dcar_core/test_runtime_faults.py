@@ -38,7 +38,7 @@ def chosen(measured: Path, tmp_path: Path) -> Path:
     return shutil.copytree(measured, tmp_path / "cache")
 
 
-NAME = "openvino" if cpu_features.lacks("bf16") else "openvino-bf16"
+NAME = "openvino" if cpu_features.missing_instructions("bf16") else "openvino-bf16"
 
 
 def auto(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, list[str]]:
@@ -123,9 +123,9 @@ def test_a_corrupted_export(tiny_checkpoint: Path, chosen: Path, caplog: pytest.
 def test_a_processor_without_the_instructions(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor = cpu_features.processor()
-    monkeypatch.setattr(cpu_features, "processor", lambda: processor)  # as if the ranking came with this machine
-    monkeypatch.setattr(cpu_features, "instructions", lambda: frozenset({"avx2"}))
+    processor = cpu_features.processor_id()
+    monkeypatch.setattr(cpu_features, "processor_id", lambda: processor)  # as if the ranking came with this machine
+    monkeypatch.setattr(cpu_features, "instruction_sets", lambda: frozenset({"avx2"}))
     with pytest.raises(RuntimeUnavailableError, match=r"no bf16 instructions \(.*avx512_bf16"):
         by_name(tiny_checkpoint, chosen, "openvino-bf16")
     if NAME == "openvino-bf16":
@@ -187,8 +187,8 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
 
 
 def test_int8_wants_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    if cpu_features.lacks("int8"):
-        pytest.skip(str(cpu_features.lacks("int8")))
+    if cpu_features.missing_instructions("int8"):
+        pytest.skip(str(cpu_features.missing_instructions("int8")))
     with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your pictures and captions: dcar"):
         by_name(tiny_checkpoint, tmp_path, "openvino-int8")
 

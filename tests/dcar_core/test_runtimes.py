@@ -66,8 +66,8 @@ def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> C
 
 def require_instructions(name: str) -> None:
     kind = KINDS[name]
-    if kind.needs and cpu_features.lacks(kind.needs):
-        pytest.skip(str(cpu_features.lacks(kind.needs)))
+    if kind.needs and cpu_features.missing_instructions(kind.needs):
+        pytest.skip(str(cpu_features.missing_instructions(kind.needs)))
 
 
 PLAIN = ModelConfig(prompt=PromptConfig(length=0))
@@ -231,7 +231,11 @@ def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) 
 def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(tiny_model, ModelConfig(), tmp_path)
     domain, where = case.domain, case.target
-    runtime = open_runtime("torch-bf16", where) if not cpu_features.lacks("bf16") else open_runtime("torch", where)
+    runtime = (
+        open_runtime("torch-bf16", where)
+        if not cpu_features.missing_instructions("bf16")
+        else open_runtime("torch", where)
+    )
     monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
     ranking = measure(domain, where, Probe.synthetic(32), [runtime.name])
     assert ranking.names == ()

@@ -274,11 +274,11 @@ def test_progress_tells_rate_and_failures(
 
 
 def test_worker_count_follows_gallery_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.encoding.decode.cores", lambda: 16)
+    monkeypatch.setattr("index_jobs.encoding.decode.available_cores", lambda: 16)
     assert worker_count(None, 1999) == 0
     assert worker_count(None, 2000) == 15
     assert worker_count(3, 1) == 3
-    monkeypatch.setattr("index_jobs.encoding.decode.cores", lambda: 4)
+    monkeypatch.setattr("index_jobs.encoding.decode.available_cores", lambda: 4)
     assert worker_count(None, 2000) == 0
     with pytest.raises(ValueError, match="not -1"):
         worker_count(-1, 10)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from drawing import draw
 
-from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, UnreachableError
+from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import milvus
@@ -136,9 +136,9 @@ def test_no_answer_is_an_error_of_its_own(tiny_gallery: Path, tiny_checkpoint: P
     artifact = open_current(tmp_path / "gone")
     queries = artifact.vectors(np.arange(2))
     milvus.connect(uri).drop_collection(milvus.Place.read(artifact.path / milvus.MILVUS).collection)
-    with pytest.raises(UnreachableError, match="Milvus does not answer"):
+    with pytest.raises(StoreUnavailableError, match="Milvus does not answer"):
         artifact.search(queries, 3)
-    with pytest.raises(UnreachableError, match="Milvus does not answer"):
+    with pytest.raises(StoreUnavailableError, match="Milvus does not answer"):
         artifact.vectors(np.arange(2))
 
 
@@ -166,10 +166,12 @@ def test_it_may_be_gone_at_any_step(index: Path, uri: str, left: int, monkeypatc
     place, client = milvus.Place.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
     monkeypatch.setattr(milvus, "connect", lambda uri: Broken(client, left))
     if left < 3:  # has_collection, load_collection, get_collection_stats
-        with pytest.raises(UnreachableError, match="connection reset"):
+        with pytest.raises(StoreUnavailableError, match="connection reset"):
             milvus.MilvusIndex(place)
     blocks = [np.eye(4, place.dim, dtype=np.float32)]
-    with pytest.raises(UnreachableError, match="connection reset"):  # has_collection, create_collection, insert, flush
+    with pytest.raises(
+        StoreUnavailableError, match="connection reset"
+    ):  # has_collection, create_collection, insert, flush
         milvus.create(uri, index / "other", 1, "f" * 64, "flat", lambda: iter(blocks), place.dim)
 
 
