@@ -1,6 +1,6 @@
 """The service under load over loopback.
 
-    python benchmarks/serve.py cached       remembered queries on one core: answers, embeddings here and from Redis
+    python benchmarks/serve.py cached       cached embeddings on one core, in the process and from Redis
     python benchmarks/serve.py uncached     unique texts and pictures at 1, 8, 32, 128 connections, in turns with the
                                             bare encoder in batches of the size that the service made of them
     python benchmarks/serve.py overload     four times as many requests as can be answered
@@ -72,8 +72,7 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
     redis = Redis()
     try:
         for name, settings in (
-            ("whole answers", {"redis_url": redis.url}),
-            ("embeddings in the process", {"redis_url": redis.url, "answer_cache_bytes": 0}),
+            ("embeddings in the process", {"redis_url": redis.url}),
             ("from Redis alone", {"redis_url": redis.url, "cache_size": 0}),
         ):
             with serving(index, cores={0}, threads=1, **settings) as server:

@@ -3,10 +3,8 @@
 - FastAPI's way to a route (nested routers, dependencies, exit stacks) takes more time than a remembered search. The
   steps are the route's own, called in the same order, so answers and errors are the same; a test compares them. What
   the document says of the route, and every other route, is FastAPI's.
-- A request that was answered before, to the byte, by the version that is still served, is not even parsed.
 """
 
-import time
 from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.params import metrics_of, retriever_of, settings_of, snapshot_of, words_in
+from app.api.params import retriever_of, settings_of, snapshot_of, words_in
 from app.api.responses import JsonResponse, search_response
 from app.core.problems import answer_to
 
@@ -51,23 +49,10 @@ class Express:
 
 async def _answer(request: Request) -> Response:
     body = await _body(request.receive)
-    began = time.perf_counter()
     snapshot = await snapshot_of(request)
-    content_type = request.headers.get("content-type", "")
-    key = request.scope["path"], request.scope.get("root_path"), content_type, body
-    known = snapshot.answers.get(key, snapshot.version, (time.perf_counter() - began) * 1000)
-    if known is not None:
-        metrics_of(request).lookup("answers", "hit")
-        return Response(known, media_type=JsonResponse.media_type)
-    settings = settings_of(request)
-    words = words_in(content_type, body, settings)
-    if snapshot.answers.kept:
-        metrics_of(request).lookup("answers", "miss")
+    words = words_in(request.headers.get("content-type", ""), body, settings_of(request))
     found = await (await retriever_of(request)).search(snapshot, words)
-    answer = search_response(request, found)
-    if found.whole:  # else it may be better the next time
-        snapshot.answers.put(key, answer)
-    return JsonResponse(answer)
+    return JsonResponse(search_response(request, found))
 
 
 async def _body(receive: Receive) -> bytes:

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from app.core.tracing import Tracer
 
 Stage = Literal["cache", "decode", "queue", "encode", "search", "rerank", "explain"]
-Level = Literal["answers", "memory", "redis"]
+Level = Literal["memory", "redis"]
 Waiting = Literal["searches", "pictures"]
 Outcome = Literal["hit", "miss", "error", "skipped", "wrong"]
 
@@ -59,7 +59,7 @@ class Metrics:
         self._request: dict[tuple[str, int], Histogram] = {}
         self._lookups = Counter(
             "dcar_cache_lookups_total",
-            "Embeddings and answers sought.",
+            "Cached embeddings looked up.",
             ["level", "outcome"],
             registry=self.registry,
         )

@@ -55,9 +55,6 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(None, description="unset: the cache lives in this process; see redis_client.py")
     redis_timeout_ms: int = Field(100, ge=1, description="a slower Redis counts as absent")
     cache_size: int = Field(10_000, ge=0, description="embeddings kept in this process, before Redis; 0 none")
-    answer_cache_bytes: int = Field(
-        16 * 2**20, ge=0, description="answers kept for each served version; 0, or a cache_size of 0: none"
-    )
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="lifetime of an entry in Redis")
 
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)

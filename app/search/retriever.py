@@ -60,8 +60,7 @@ class Answer:
     """What a search found, by which version, and whether the query's embedding came from the cache.
 
     offset: results before these. next_offset: where the next page begins, None after the last. min_score: the cut-off
-    that was applied. fields: of the metadata, that each result is to have. whole: nothing is missing that may be there
-    another time, such as the picture of a result that was to be explained.
+    that was applied. fields: of the metadata, that each result is to have.
     """
 
     version: int
@@ -73,7 +72,6 @@ class Answer:
     min_score: float | None
     words: Words | None
     fields: tuple[str, ...] = ()
-    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +209,9 @@ class Retriever:
 
         with self._metrics.timed("search"):
             hits, matches = _at_once(look) if _is_quick(snapshot, options, end) else await self._in_pool(look)
-        whole = True
         if reranked and options.offset < reranked:
             with self._metrics.timed("rerank"):
                 hits = await self._pairing.rerank(snapshot, search.text, hits[:reranked]) + hits[reranked:]
-            whole = all(hit.reranked is not None for hit in hits[:reranked])
         shown = hits[options.offset : end]
         words: Words | None = None
         explanations: Sequence[Explanation | None] = []
@@ -224,7 +220,6 @@ class Retriever:
                 words = await self._pairing.words(snapshot, search.text) if search.text else None
                 explained = shown[: self._settings.explain_results]
                 explanations = await self._pairing.explain(snapshot, search.text, vector, explained)
-            whole = whole and all(explanations)
         if reranked or options.explain:
             matches = await self._in_pool(_matches, snapshot, shown, explanations)
         following = end if len(hits) > end and end + options.k <= self._settings.max_window else None
@@ -239,7 +234,6 @@ class Retriever:
             min_score,
             words,
             options.fields,
-            whole,
         )
 
     async def _vector(self, snapshot: Snapshot, search: Query, more: list[int], less: list[int]) -> tuple[Vector, bool]:

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from app.core.problems import NotReady
 from app.core.settings import Settings
 from app.core.threads import in_own_thread
-from app.search.answer_cache import Answers
 from dcar_core.util.arrays import Mask
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store import filters
@@ -53,7 +52,6 @@ class Snapshot:
     pairs: what re-ranking and explaining weigh words by. The first call may load the model, which takes seconds: not to
     be made in the event loop.
     matching: a filter in JSON -> bool (rows,); see `index_jobs.store.filters`. The last ones are kept.
-    answers: given by this version, for those who ask the same again.
     frozen: by row, a picture's features from the frozen encoder; filled as re-ranking needs them.
     """
 
@@ -63,7 +61,6 @@ class Snapshot:
     backbone: str
     pairs: "Callable[[], PairWeights]"
     matching: Callable[[str], Mask]
-    answers: Answers
     frozen: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
@@ -126,8 +123,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     encoder.release()
     warm_up()  # and what they still read from the file is in memory before the first query
     matching = lru_cache(_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
-    answers = Answers(settings.answer_cache_bytes if settings.cache_size else 0)
-    return Snapshot(encoder, artifact, preprocess, backbone, pairs, matching, answers)
+    return Snapshot(encoder, artifact, preprocess, backbone, pairs, matching)
 
 
 class Snapshots:

@@ -79,7 +79,7 @@ def test_a_full_queue_takes_no_picture_and_still_answers_what_is_remembered(buil
                 await client.post("/search/batch", json={"queries": [{"query": "new words"}]}),
             ):
                 assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-            for k in (3, 4):  # the answer is remembered; the embedding is
+            for k in (3, 4):
                 assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
             batcher._backlog = 0.0
             assert (await client.post("/search/image", files={"file": png()})).status_code == 200
