@@ -13,12 +13,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for NumPy, as in the servi
 import numpy as np
 import pytest
 import torch
-from drawing import draw
 
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.dcar import DCAR
+from tests.support.images import draw
 
 # A tiny model gains nothing from several threads, and loses much to them where other processes run.
 torch.set_num_threads(1)

@@ -61,3 +61,12 @@ def test_help_teaches_and_is_quick() -> None:
 def test_the_image_has_what_the_compose_file_names() -> None:
     assert "--validation examples/emoji/" in (ROOT / "docker-compose.yml").read_text()
     assert "!examples/emoji/*/val.json" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_test_modules_share_helpers_through_support_alone() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            shared = [name for name in names if name.split(".")[0] == "tests" or name.startswith("test_")]
+            assert all(name.startswith("tests.support.") for name in shared), f"{path} imports {shared}"

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from app_harness import ODD_ID, RedisServer
 
 from app.core.settings import Settings
 from dcar_core import Encoder
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact, open_current
+from tests.support.redis_server import RedisServer
+from tests.support.service import ODD_ID
 
 
 @pytest.fixture(scope="session")

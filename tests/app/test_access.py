@@ -5,12 +5,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from app_harness import ADMIN, ALICE, BOB, KEYS, WORDS, RedisServer, bearer, opened, until
 
 from app.core.keys import holder, is_key, key_hash, new_key, parse_keys
 from app.core.rate_limit import Rates, parse_rate
 from app.core.settings import load_settings
 from dcar_core.util.errors import DcarError
+from tests.support.redis_server import RedisServer
+from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened, until
 
 
 def test_keys_are_told_apart_by_their_hashes() -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import httpx
 import pytest
-from app_harness import opened, png
 from PIL import Image
 
-from app.api.schemas import ProblemResponse
 from app.search import embedding
+from tests.support.images import png
+from tests.support.responses import assert_problem
+from tests.support.service import opened
 
 JSON = {"Content-Type": "application/json"}
 
@@ -39,20 +39,6 @@ def noise_jpeg() -> bytes:
     buffer = io.BytesIO()
     Image.effect_noise((400, 400), 90).convert("RGB").save(buffer, "JPEG")
     return buffer.getvalue()
-
-
-def check(answer: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
-    """The answer is a problem of this status that blames this field."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    body: dict[str, Any] = answer.json()
-    ProblemResponse.model_validate(body, strict=True)
-    assert body["status"] == status
-    assert body["detail"]
-    if field is not None:
-        assert field in [each["field"] for each in body["errors"]]
-    return body
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +84,12 @@ def test_text_queries(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
             for content, status, field in TEXTS:
-                check(await client.post("/search/text", content=content, headers=JSON), status, field)
+                assert_problem(await client.post("/search/text", content=content, headers=JSON), status, field)
             good = b'{"query": "x"}'
             for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
                 answer = await client.post("/search/text", content=good, headers={"Content-Type": kind})
-                check(answer, 415, "Content-Type")
-            check(await client.post("/search/text", content=good), 415, "Content-Type")
+                assert_problem(answer, 415, "Content-Type")
+            assert_problem(await client.post("/search/text", content=good), 415, "Content-Type")
             exact = await client.post("/search/text", json={"query": "x" * 1000, "k": 200})
             assert exact.status_code == 200
             charset = {"Content-Type": "application/json; charset=utf-8"}
@@ -135,25 +121,29 @@ def test_pictures(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
             for name, data in _pictures():
-                body = check(await client.post("/search/image", files={"file": (name, data)}), 422, "file")
+                body = assert_problem(await client.post("/search/image", files={"file": (name, data)}), 422, "file")
                 assert len(body["detail"]) > 10, name
             huge = await client.post("/search/image", files={"file": ("huge.png", huge_png(20_000))})
             assert "20000" in huge.text
             for k in ("0", "-1", "201", "many", "1.5", ""):
                 answer = await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": k})
-                check(answer, 422, "k")
-            check(await client.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
-            check(await client.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file")
+                assert_problem(answer, 422, "k")
+            assert_problem(await client.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
+            assert_problem(
+                await client.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file"
+            )
             two = [("file", ("a.png", png())), ("file", ("b.png", png()))]
-            check(await client.post("/search/image", files=two), 400)
-            check(await client.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415)
-            check(await client.post("/search/image", json={"file": "x"}), 415, "Content-Type")
-            check(await client.post("/search/image"), 415, "Content-Type")
+            assert_problem(await client.post("/search/image", files=two), 400)
+            assert_problem(
+                await client.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415
+            )
+            assert_problem(await client.post("/search/image", json={"file": "x"}), 415, "Content-Type")
+            assert_problem(await client.post("/search/image"), 415, "Content-Type")
             no_boundary = {"Content-Type": "multipart/form-data"}
-            check(await client.post("/search/image", content=b"x", headers=no_boundary), 400)
+            assert_problem(await client.post("/search/image", content=b"x", headers=no_boundary), 400)
             broken = {"Content-Type": "multipart/form-data; boundary=b"}
-            check(await client.post("/search/image", content=b"--x\r\nbroken", headers=broken), 400)
-            check(await client.post("/search/image", content=b"", headers=broken), 422, "file")
+            assert_problem(await client.post("/search/image", content=b"--x\r\nbroken", headers=broken), 400)
+            assert_problem(await client.post("/search/image", content=b"", headers=broken), 422, "file")
             good = await client.post("/search/image", files={"file": ("../../etc/passwd", png())})
             assert good.status_code == 200
 
@@ -174,7 +164,7 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(built_index: Path) -> No
     async def main() -> None:
         async with opened(built_index, max_pixels=1000) as client:
             assert (await client.post("/search/image", files={"file": png(size=(25, 40))})).status_code == 200
-            check(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
+            assert_problem(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
             for size, status in (((25, 10), 200), ((25, 11), 422)):  # of WebP a quarter: its decoder holds four
                 data = io.BytesIO()
                 Image.new("RGB", size).save(data, "WEBP")
@@ -221,14 +211,16 @@ def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_other(
 def test_forms_that_hold_no_picture_say_what_is_wrong(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
-            check(await client.post("/search/image", files={"file": (None, "a text")}), 422, "file")
+            assert_problem(await client.post("/search/image", files={"file": (None, "a text")}), 422, "file")
             two = [("file", png()), ("file", png())]
-            assert "many files" in check(await client.post("/search/image", files=two), 400, "body")["detail"]
-            check(await client.post("/search/image", files={"file": png()}, data={"query": "a" * 20_000}), 400, "body")
+            assert "many files" in assert_problem(await client.post("/search/image", files=two), 400, "body")["detail"]
+            assert_problem(
+                await client.post("/search/image", files={"file": png()}, data={"query": "a" * 20_000}), 400, "body"
+            )
             full = OSError(errno.ENOSPC, "No space left on device")
             monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", Mock(side_effect=full))
             refused = await client.post("/search/image", files={"file": png()})
-            check(refused, 503)
+            assert_problem(refused, 503)
             assert refused.headers["retry-after"] == "10"
 
     asyncio.run(main())
@@ -268,8 +260,8 @@ def test_unknown_items_routes_and_methods(built_index: Path) -> None:
                 "..%5C..%5Cx",
             ):
                 for suffix in ("", "/image", "/similar"):
-                    check(await client.get(f"/items/{item}{suffix}"), 404, "id")
-            check(await client.get("/items/" + "a" * 2000), 422, "item_id")
+                    assert_problem(await client.get(f"/items/{item}{suffix}"), 404, "id")
+            assert_problem(await client.get("/items/" + "a" * 2000), 422, "item_id")
             for path in (
                 "/nothing",
                 "/ui/nothing.js",
@@ -278,7 +270,7 @@ def test_unknown_items_routes_and_methods(built_index: Path) -> None:
                 "/search",
                 "/search/text/",
             ):
-                check(await client.get(path, follow_redirects=False), 404)
+                assert_problem(await client.get(path, follow_redirects=False), 404)
             for method, path in (
                 ("GET", "/search/text"),
                 ("PUT", "/search/image"),
@@ -286,11 +278,11 @@ def test_unknown_items_routes_and_methods(built_index: Path) -> None:
                 ("DELETE", "/"),
             ):
                 answer = await client.request(method, path)
-                check(answer, 405)
+                assert_problem(answer, 405)
                 assert "allow" in answer.headers
             for k in ("0", "x", "201", "-5"):
-                check(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
-            check(await client.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
+                assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
+            assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
 
     asyncio.run(main())
 
@@ -300,9 +292,11 @@ def test_a_field_with_a_slip_in_its_name_is_not_taken_for_none(built_index: Path
         async with opened(built_index) as client:
             for field in ("min_scor", "filtre", "K"):
                 answer = await client.post("/search/image", files={"file": png()}, data={field: "1"})
-                check(answer, 422, field)
-                check(await client.post("/search/text", json={"query": "red", field: 1}), 422, field)
-            low = check(await client.post("/search/text", json={"query": "red", "min_score": 2}), 422, "min_score")
+                assert_problem(answer, 422, field)
+                assert_problem(await client.post("/search/text", json={"query": "red", field: 1}), 422, field)
+            low = assert_problem(
+                await client.post("/search/text", json={"query": "red", "min_score": 2}), 422, "min_score"
+            )
             assert {each["field"] for each in low["errors"]} == {"min_score"}
 
     asyncio.run(main())
@@ -322,14 +316,14 @@ def test_a_large_body_is_refused_while_it_arrives(built_index: Path) -> None:
 
         kind = {"Content-Type": "multipart/form-data; boundary=b"}
         async with opened(built_index, max_upload_bytes=2**20) as client:
-            check(await client.post("/search/image", content=chunks(), headers=kind), 413, "file")
+            assert_problem(await client.post("/search/image", content=chunks(), headers=kind), 413, "file")
             assert sent < 8 * 2**20, "what is too much is not read to its end"
             announced = kind | {"Content-Length": str(100 * 2**20)}
             sent = 0
-            check(await client.post("/search/image", content=chunks(), headers=announced), 413, "file")
+            assert_problem(await client.post("/search/image", content=chunks(), headers=announced), 413, "file")
             assert sent < 8 * 2**20
             slightly = {"file": ("x.png", bytes(2**20 + 10))}
-            check(await client.post("/search/image", files=slightly), 413, "file")
+            assert_problem(await client.post("/search/image", files=slightly), 413, "file")
             assert (await client.post("/search/image", files={"file": png()})).status_code == 200
 
     asyncio.run(main())

@@ -6,11 +6,13 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import ODD_ID, free_port, png, serving
 
 from app.client import Client, ServiceError
 from app.core.keys import key_hash, new_key
 from index_jobs.rebuild import rebuild
+from tests.support.images import png
+from tests.support.processes import free_port
+from tests.support.service import ODD_ID, serving
 
 ADMIN = "correct horse battery"
 

@@ -8,9 +8,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from app_harness import opened, png, until
-from test_bad_input import check
-from test_observability import scrape
 
 from app.api.schemas import CollectionsResponse
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -18,6 +15,9 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.dcar import DCAR
 from index_jobs.rebuild import rebuild
+from tests.support.images import png
+from tests.support.responses import assert_problem, scrape
+from tests.support.service import opened, until
 
 KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
@@ -70,7 +70,7 @@ def test_each_collection_answers_for_itself(built_index: Path, circles: Path) ->
             item = found[0]["id"]
             assert (await client.get(f"/collections/round/items/{item}")).status_code == 200
             assert len((await client.get(f"/collections/round/items/{item}/similar")).json()["results"]) == 5
-            check(await client.get(f"/items/{item}"), 404, "id")
+            assert_problem(await client.get(f"/items/{item}"), 404, "id")
             batch = {"queries": [{"query": "red"}, {"query": "blue"}]}
             assert (await client.post("/collections/round/search/batch", json=batch)).status_code == 200
 
@@ -81,9 +81,9 @@ def test_a_name_that_is_none_is_a_404(built_index: Path, circles: Path) -> None:
     async def main() -> None:
         async with opened(built_index, collections={"round": circles}) as client:
             for name in ("squares", "ROUND", "..%2f..%2fetc", "%00", "é", "x" * 3000):
-                body = check(await client.post(f"/collections/{name}/search/text", json={"query": "x"}), 404)
+                body = assert_problem(await client.post(f"/collections/{name}/search/text", json={"query": "x"}), 404)
                 assert len(body["detail"]) < 400
-            body = check(await client.get("/collections/squares/items/x"), 404, "collection")
+            body = assert_problem(await client.get("/collections/squares/items/x"), 404, "collection")
             assert "index, round" in body["detail"]
 
     asyncio.run(main())
@@ -153,8 +153,8 @@ def test_one_that_cannot_be_loaded_is_named_and_the_other_answers(built_index: P
                 return (await client.post("/search/text", json={"query": "red"})).status_code == 200
 
             await until(default_answers)
-            check(await client.post("/collections/round/search/text", json={"query": "red"}), 503)
-            detail = check(await client.post("/admin/reload", headers=BEARER), 503)["detail"]
+            assert_problem(await client.post("/collections/round/search/text", json={"query": "red"}), 503)
+            detail = assert_problem(await client.post("/admin/reload", headers=BEARER), 503)["detail"]
             assert "round: " in detail
             assert "items.arrow" in detail
             items.write_bytes(whole)

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import redis.asyncio
-from app_harness import RedisServer, opened, until
 
 from app.core.breaker import Breaker
 from app.core.metrics import Metrics
 from app.core.rate_limit import Rates
 from app.core.settings import Settings
 from app.search.embedding_cache import MemoryCache, RedisCache, _pack, cache_key, make_cache, rounded
+from tests.support.redis_server import RedisServer
+from tests.support.service import opened, until
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
 KEPT = rounded(VECTOR)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from app_harness import opened
 
 from app.core.metrics import CONTENT_TYPE
+from tests.support.service import opened
 
 JSON = {"content-type": "application/json"}
 BODIES: list[tuple[bytes, dict[str, str]]] = [

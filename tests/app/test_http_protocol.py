@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import hold, opened, serving
 
 from app.core.keys import key_hash, new_key
 from app.middleware.http_protocol import HEAD_BYTES, LimitedProtocol
+from tests.support.service import hold, opened, serving
 
 KEY = new_key()
 CHUNKED = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"

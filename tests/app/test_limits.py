@@ -13,11 +13,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from app_harness import ADMIN, ALICE, KEYS, WORDS, RedisServer, bearer, hold, opened, png, serving, until
 
 from app.core.problems import Overloaded
 from app.search.batching import Batcher, Lane
 from index_jobs.store.artifact import Artifact
+from tests.support.images import png
+from tests.support.redis_server import RedisServer
+from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, hold, opened, serving, until
 
 
 def test_a_search_has_a_deadline_and_is_not_computed_after_it(built_index: Path) -> None:

@@ -14,22 +14,14 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import free_port, opened, png
-from prometheus_client.parser import text_string_to_metric_families
 
 from app.core.logs import choose_id
+from tests.support.images import png
+from tests.support.processes import free_port
+from tests.support.responses import scrape
+from tests.support.service import opened
 
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
-
-
-async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    answer = await client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain")
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
 
 
 def test_metrics_tell_what_was_done(built_index: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import serving
+
+from tests.support.service import serving
 
 if os.environ.get("DCAR_REQUIRE_ALL") != "1":
     pytest.importorskip("schemathesis", reason="needs the extra dev: pip install 'dcar[dev]'")

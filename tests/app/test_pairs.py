@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_harness import opened, png
-from query_harness import Client, ids
-from test_bad_input import check
 
 from app.search import pairs
 from dcar_core import Encoder
 from dcar_core.model.config import ModelConfig
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
+from tests.support.images import png
+from tests.support.responses import assert_problem
+from tests.support.searches import Client, ids
+from tests.support.service import opened
 
 
 def test_reranking_is_the_exact_weights_for_every_candidate(
@@ -59,7 +60,7 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
             assert [each for page in pages for each in page] == ids(again)[:12]
             for offset in (0, 12):
                 body = {"more_like": ["circle/red.png"], "rerank": True, "offset": offset}
-                check(await http.post("/search/text", json=body), 422, "rerank")
+                assert_problem(await http.post("/search/text", json=body), 422, "rerank")
 
     asyncio.run(main())
 
@@ -75,7 +76,7 @@ def test_reranking_side_by_side_with_little_room(
             bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
             answers = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
             assert {answer.status_code for answer in answers} == {200}, answers[0].text
-            check(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
+            assert_problem(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
             assert len(http.app.state.collections[None].live.frozen) <= 3  # type: ignore[attr-defined]
 
     asyncio.run(main())
@@ -110,7 +111,7 @@ def test_reranking_needs_weights_and_pictures(
     async def main() -> None:
         body = {"query": "red", "rerank": True, "k": 24}
         async with opened(tmp_path / "plain") as http:
-            assert "token weights" in check(await http.post("/search/text", json=body), 409)["detail"]
+            assert "token weights" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
             explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
             assert explained["words"] == [{"word": "red", "weight": 1.0}]
             assert "words" not in explained["results"][0]["explanation"]
@@ -128,9 +129,11 @@ def test_reranking_needs_weights_and_pictures(
                 assert all(field in result for result in results[:2]), "what was missing is not remembered"
             assert len(results) == 2
             shutil.rmtree(changing)
-            assert "none of them" in check(await http.post("/search/text", json=alone | {"k": 3}), 409)["detail"]
+            assert (
+                "none of them" in assert_problem(await http.post("/search/text", json=alone | {"k": 3}), 409)["detail"]
+            )
         async with opened(tmp_path / "index") as http:
-            assert "none of them" in check(await http.post("/search/text", json=body), 409)["detail"]
+            assert "none of them" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
             assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
 
     asyncio.run(main())

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from app_harness import opened, png
-from query_harness import Client, close, ids, ranked
-from test_bad_input import check
 
 from app.api.schemas import BatchResponse, ItemsResponse
 from dcar_core import Encoder
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact, open_current
+from tests.support.images import png
+from tests.support.responses import assert_problem
+from tests.support.searches import Client, close, ids, ranked
+from tests.support.service import opened
 
 
 def test_pages_put_together_are_the_whole(built_index: Path) -> None:
@@ -31,7 +32,7 @@ def test_pages_put_together_are_the_whole(built_index: Path) -> None:
                 pages += ids(page)
                 offset = page.get("next_offset")
             assert pages == ids(whole)[:18], "a further page would reach beyond the window"
-            check(await http.post("/search/text", json={"query": "red", "k": 6, "offset": 15}), 422, "offset")
+            assert_problem(await http.post("/search/text", json={"query": "red", "k": 6, "offset": 15}), 422, "offset")
         async with opened(built_index) as http:
             client = Client(http)
             last = await client.text(query="red", k=10, offset=20)
@@ -75,10 +76,10 @@ def test_filters_give_k_results_where_they_exist(built_index: Path) -> None:
                 ({"color": {"near": "red"}}, "filter.color"),
             ):
                 body = {"query": "x", "filter": wrong}
-                check(await http.post("/search/text", json=body), 422, field)
-            check(await http.post("/search/text", json={"query": "x", "filter": ["red"]}), 422, "filter")
+                assert_problem(await http.post("/search/text", json=body), 422, field)
+            assert_problem(await http.post("/search/text", json={"query": "x", "filter": ["red"]}), 422, "filter")
             bad = await http.post("/search/image", files={"file": png()}, data={"filter": "red"})
-            check(bad, 422, "filter")
+            assert_problem(bad, 422, "filter")
 
     asyncio.run(main())
 
@@ -97,7 +98,7 @@ def test_what_a_form_cannot_hold_is_named(built_index: Path) -> None:
                 ("min_score", r'"\ud800"'),
             ):
                 answer = await http.post("/search/image", files={"file": png()}, data={name: value})
-                problem = check(answer, 422)
+                problem = assert_problem(answer, 422)
                 assert all(each["field"].startswith(name) for each in problem["errors"])
             for charset, status in (
                 *((codec, 400) for codec in ("idna", "punycode", "undefined", "utf-7", "rot13", "zlib", "no-such", "")),
@@ -107,7 +108,7 @@ def test_what_a_form_cannot_hold_is_named(built_index: Path) -> None:
                 answer = await http.post("/search/image", content=body, headers=kind)
                 assert answer.status_code == status, charset
                 if status == 400:
-                    check(answer, 400, "Content-Type")
+                    assert_problem(answer, 400, "Content-Type")
 
     asyncio.run(main())
 
@@ -124,14 +125,16 @@ def test_a_cut_off_leaves_out_what_scores_less(built_index: Path) -> None:
             assert (await client.text(query="red", min_score=1.0))["results"] == []
             assert "min_score" not in whole
             for wrong in (2, -2, "high", True):
-                check(await http.post("/search/text", json={"query": "x", "min_score": wrong}), 422)
-            never = check(await http.post("/search/text", json={"query": "x", "min_score": "auto"}), 409, "min_score")
+                assert_problem(await http.post("/search/text", json={"query": "x", "min_score": wrong}), 422)
+            never = assert_problem(
+                await http.post("/search/text", json={"query": "x", "min_score": "auto"}), 409, "min_score"
+            )
             assert "--validation" in never["detail"]
             by_picture = await http.post("/search/image", files={"file": png()}, data={"min_score": "auto"})
-            check(by_picture, 422, "min_score")
+            assert_problem(by_picture, 422, "min_score")
             for name in ("more_like", "less_like"):
                 given = {"query": "x", "min_score": "auto", name: ["circle/red.png"]}
-                check(await http.post("/search/text", json=given), 422, "min_score")
+                assert_problem(await http.post("/search/text", json=given), 422, "min_score")
 
     asyncio.run(main())
 
@@ -169,8 +172,8 @@ def test_words_and_picture_are_weighed(built_index: Path, gallery: Path, encoder
                 answer = await http.post("/search/image", files={"file": data}, data={"weights": wrong})
                 assert answer.status_code == 422, wrong
             nothing = {"query": "x", "weights": json.dumps({"text": 0, "image": 0})}
-            check(await http.post("/search/image", files={"file": data}, data=nothing), 422, "weights")
-            check(await http.post("/search/text", json={"query": "x", "weights": {"text": 0}}), 422, "weights")
+            assert_problem(await http.post("/search/image", files={"file": data}, data=nothing), 422, "weights")
+            assert_problem(await http.post("/search/text", json={"query": "x", "weights": {"text": 0}}), 422, "weights")
 
     asyncio.run(main())
 
@@ -201,10 +204,14 @@ def test_like_and_unlike(built_index: Path, encoder: Encoder, artifact: Artifact
             )  # fmt: skip
             wanted = ranked(artifact, text + 2 * (a + b) / 2 - 0.25 * c)
             close(all_of_it, [each for each in wanted if each[0] not in given])
-            check(await http.post("/search/text", json={"more_like": ["nothing"]}), 422, "more_like")
-            check(await http.post("/search/text", json={"query": "x", "less_like": ["nothing"]}), 422, "less_like")
-            check(await http.post("/search/text", json={"less_like": ["circle/red.png"]}), 422, "less_like")
-            check(await http.post("/search/text", json={"query": "x", "more_like": ["a"] * 40}), 422, "more_like")
+            assert_problem(await http.post("/search/text", json={"more_like": ["nothing"]}), 422, "more_like")
+            assert_problem(
+                await http.post("/search/text", json={"query": "x", "less_like": ["nothing"]}), 422, "less_like"
+            )
+            assert_problem(await http.post("/search/text", json={"less_like": ["circle/red.png"]}), 422, "less_like")
+            assert_problem(
+                await http.post("/search/text", json={"query": "x", "more_like": ["a"] * 40}), 422, "more_like"
+            )
             form = await client.image(png(), less_like=["circle/red.png", "cross/blue.png"], k="24")
             same = await client.image(png(), less_like='["circle/red.png", "cross/blue.png"]', k="24")
             assert [each["id"] for each in same["results"]] == [each["id"] for each in form["results"]]
@@ -242,7 +249,7 @@ def test_near_duplicates_are_shown_as_one(gallery: Path, tiny_checkpoint: Path, 
             everything = await client.text(query="x", k=24, fold=0.01)
             assert len(everything["results"]) < 24
             for wrong in (0, 1.5, "much"):
-                check(await http.post("/search/text", json={"query": "x", "fold": wrong}), 422, "fold")
+                assert_problem(await http.post("/search/text", json={"query": "x", "fold": wrong}), 422, "fold")
 
     asyncio.run(main())
 
@@ -273,8 +280,8 @@ def test_several_queries_in_one_request(built_index: Path) -> None:
                 ({"queries": [{"query": "x"}, {"query": "y", "k": 0}]}, "queries.1.k"),
                 ({"queries": [{"query": "x", "filter": {"a": 1}}]}, "queries.0.filter.a"),
             ):
-                check(await http.post("/search/batch", json=wrong), 422, field)
-            check(await http.post("/search/batch", content=b"{}"), 415)
+                assert_problem(await http.post("/search/batch", json=wrong), 422, field)
+            assert_problem(await http.post("/search/batch", content=b"{}"), 415)
 
     asyncio.run(main())
 
@@ -295,7 +302,9 @@ def test_results_have_the_fields_that_were_asked_for(built_index: Path, artifact
                         row = artifact.row_of(result["id"])
                         assert row is not None
                         assert artifact.item(row).metadata[name] == value
-            unknown = check(await http.post("/search/text", json={"query": "x", "fields": ["colour"]}), 422, "fields")
+            unknown = assert_problem(
+                await http.post("/search/text", json={"query": "x", "fields": ["colour"]}), 422, "fields"
+            )
             assert "there are: caption, category, color, file_name, id" in unknown["detail"]
             form = {"fields": '["file_name"]', "k": "1"}
             found = (await http.post("/search/image", files={"file": png()}, data=form)).json()["results"]
@@ -326,7 +335,7 @@ def test_all_items_are_listed_page_by_page(built_index: Path, artifact: Artifact
                 ({"filter": '{"colour": 1}'}, "filter.colour"), ({"k": 201}, "k"), ({"k": 0}, "k"),
                 ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
             ):  # fmt: skip
-                check(await http.get("/items", params=given), 422, field)
+                assert_problem(await http.get("/items", params=given), 422, field)
 
     asyncio.run(main())
 
@@ -351,7 +360,7 @@ def test_parts_that_cancel_each_other_are_no_query(built_index: Path) -> None:
         async with opened(built_index) as http:
             known = open_current(built_index).item(0).id
             body = {"query": "", "more_like": [known], "less_like": [known], "weights": {"more": 1, "less": 1}}
-            check(await http.post("/search/text", json=body), 422, "weights")
+            assert_problem(await http.post("/search/text", json=body), 422, "weights")
             found = []
             for more in (1, 1e-6):
                 body = {"more_like": [known, "circle/blue.png"], "weights": {"more": more}}

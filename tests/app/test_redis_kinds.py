@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_harness import RedisServer, free_port
 
 from app.core.redis import check
 from app.search.embedding_cache import RedisCache, rounded
+from tests.support.processes import free_port
+from tests.support.redis_server import RedisServer
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
 pytestmark = pytest.mark.redis

@@ -5,10 +5,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from app_harness import RedisServer, opened, serving, until
 
 from index_jobs.rebuild import rebuild
 from index_jobs.store.notify import notify
+from tests.support.redis_server import RedisServer
+from tests.support.service import opened, serving, until
 
 
 def serves(client: object, version: int) -> Callable[[], Awaitable[bool]]:

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from app_harness import opened
 
 from app.search import snapshots
 from dcar_core.serving import adapter_cache
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
+from tests.support.service import opened
 
 KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from app_harness import hold, opened, png
 
 from app.api.responses import JsonResponse
 from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
@@ -18,6 +17,8 @@ from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import remove
 from index_jobs.store.artifact import open_current
+from tests.support.images import png
+from tests.support.service import hold, opened
 
 
 def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float]]:

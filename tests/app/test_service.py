@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from app_harness import free_port, opened, until
 
 from app.api.schemas import ReloadResponse
 from app.core.metrics import Metrics
@@ -29,6 +28,8 @@ from app.server import _Server, serve
 from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
+from tests.support.processes import free_port
+from tests.support.service import opened, until
 
 KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}

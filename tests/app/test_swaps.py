@@ -10,10 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import opened, png
 
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
+from tests.support.images import png
+from tests.support.service import opened
 
 KEY = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}

@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from app_harness import opened
 
 from app.core.threads import in_own_thread
 from app.search import snapshots
 from dcar_core.serving import pair_weights
+from tests.support.service import opened
 
 
 def test_a_thread_of_its_own_ends_with_what_it_did() -> None:

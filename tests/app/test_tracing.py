@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import free_port
+
+from tests.support.processes import free_port
 
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

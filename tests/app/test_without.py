@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_harness import opened, png
-from query_harness import Client, close, ids, ranked
-from test_bad_input import check
 from typer.testing import CliRunner
 
 from app.cli import app
 from app.search.query import Weights
 from dcar_core import Encoder
 from index_jobs.store.artifact import Artifact, open_current
+from tests.support.images import png
+from tests.support.responses import assert_problem
+from tests.support.searches import Client, close, ids, ranked
+from tests.support.service import opened
 
 USUAL = Weights().without
 
@@ -85,9 +86,9 @@ def test_what_cannot_be_done_names_the_field(built_index: Path) -> None:
                 ({"query": "a circle", "without": "red", "min_score": "auto"}, "min_score"),
                 ({"query": "", "without": "red", "more_like": ["nothing"]}, "more_like"),
             ):
-                check(await http.post("/search/text", json=body), 422, field)
+                assert_problem(await http.post("/search/text", json=body), 422, field)
             form = {"without": " "}
-            check(await http.post("/search/image", files={"file": png()}, data=form), 422, "without")
+            assert_problem(await http.post("/search/image", files={"file": png()}, data=form), 422, "without")
             number = await http.post("/search/image", files={"file": png()}, data={"without": "7"})
             assert number.status_code == 200, "a form's words are words"
             longest = {"query": "\U0001f534" * 20, "without": "\U0001f534" * 20}

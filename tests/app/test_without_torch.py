@@ -11,12 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from app_harness import opened
-from test_bad_input import check
 
 from dcar_core import Encoder
 from dcar_core.serving import adapter_cache
 from index_jobs.rebuild import rebuild
+from tests.support.responses import assert_problem
+from tests.support.service import opened
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the extra [openvino]")
 
@@ -74,7 +74,7 @@ def test_a_model_that_is_gone_fails_only_who_needs_it(
             assert live(http).backbone is None
             shutil.rmtree(model / tiny_model.name)
             await ask(http, PLAIN)
-            assert "cannot be loaded" in check(await http.post("/search/text", json=DEEP), 503)["detail"]
+            assert "cannot be loaded" in assert_problem(await http.post("/search/text", json=DEEP), 503)["detail"]
             await ask(http, PLAIN | {"k": 3})
 
     asyncio.run(main())

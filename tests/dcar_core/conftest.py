@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from drawing import draw
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
+from tests.support.images import draw
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from caption_harness import ask, captions, one_picture, rejected
-from vision_server import Asked, Behave, VisionServer, good
 
 from dcar_core.captioning.questions import TEMPLATES, Verdict, question, read_verdict, tidy_draft
+from tests.support.captioning import ask, captions, one_picture, rejected
+from tests.support.vision_server import Asked, Behave, VisionServer, good
 
 REFUSED = {
     "I'm sorry, but I can't assist with that owl.": "a refusal",

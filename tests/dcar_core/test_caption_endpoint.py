@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caption_harness import KEY, ask, captions, one_picture, rejected
-from vision_server import Asked, Behave, Raw, VisionServer, good, message
 
 from dcar_core.captioning.endpoint import seconds_of
 from dcar_core.captioning.options import Model
 from dcar_core.captioning.summary import summary
 from dcar_core.util.errors import CaptionError
+from tests.support.captioning import KEY, ask, captions, one_picture, rejected
+from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good, message
 
 BAD: dict[str, Raw | dict[str, Any]] = {
     "429": Raw(429, "slow down"),

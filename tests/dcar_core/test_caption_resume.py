@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from caption_harness import ROOT, ask, captions, one_picture
-from drawing import draw
 from filelock import FileLock
-from vision_server import Asked, Behave, Raw, VisionServer, good
 
 from dcar_core.util.errors import CaptionError, LockedError
+from tests.support.captioning import ask, captions, one_picture
+from tests.support.images import draw
+from tests.support.paths import ROOT
+from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good
 
 
 def test_what_was_answered_outlives_a_fatal_end(photos: Path) -> None:

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from caption_harness import KEY, ROOT, ask, captions
-from drawing import draw
 from PIL import Image
-from vision_server import Behave, VisionServer, good, message
 
 from dcar_core.captioning.options import Model
 from dcar_core.captioning.questions import load_templates
 from dcar_core.captioning.summary import summary
 from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
+from tests.support.captioning import KEY, ask, captions
+from tests.support.images import draw
+from tests.support.paths import ROOT
+from tests.support.vision_server import Behave, VisionServer, good, message
 
 
 def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:

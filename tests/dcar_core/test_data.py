@@ -11,18 +11,8 @@ from dcar_core.data import check, load, load_split, load_splits, splits_of, writ
 from dcar_core.data.entries import Entry
 from dcar_core.data.tables import read_table
 from dcar_core.util.errors import DataError
-
-
-def write(path: Path, content: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    return path
-
-
-def picture(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), "red").save(path)
-    return path
+from tests.support.files import write_json
+from tests.support.images import write_image
 
 
 def entry(**change: object) -> dict[str, object]:
@@ -48,7 +38,7 @@ def test_the_older_fdrd_form(tmp_path: Path) -> None:
         "707-320_0001": older("0001", positive="An airplane.The sky is blue."),
         "monkshood_image_06": older("monkshood_image_06", positive="A monks_hood.", class_name="monks_hood"),
     }
-    data, report = load_split(write(tmp_path / "pets_train.json", content), "train", pictures="ignore")
+    data, report = load_split(write_json(tmp_path / "pets_train.json", content), "train", pictures="ignore")
     assert [s.image for s in data.samples] == [
         "Maine_Coon_12.jpg",
         "Maine_Coon_13.jpg",
@@ -85,7 +75,7 @@ def test_a_negative_that_is_another_caption_of_the_picture_is_left_out(tmp_path:
 
 def test_a_negative_that_equals_its_repaired_positive_is_left_out(tmp_path: Path) -> None:
     content = {"a": entry(positive="This is a cat.The cat sits.", negative=["This is a cat.The cat sits.", "a dog"])}
-    data, _ = load_split(write(tmp_path / "train.json", content), "train", pictures="ignore")
+    data, _ = load_split(write_json(tmp_path / "train.json", content), "train", pictures="ignore")
     assert data.samples[0].negatives == ("a dog",)
 
 
@@ -95,7 +85,7 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
         "b.jpg": entry(file_name="b.jpg", class_name="", negative=[], file_path="YOUR_IMAGE_PATH/b.jpg"),
         "v_BoxingSpeedBag_g01_c02.jpg": {k: v for k, v in entry(file_name="c.jpg").items() if k != "class_name"},
     }
-    data, report = load_split(write(tmp_path / "train.json", content), "train", pictures="ignore")
+    data, report = load_split(write_json(tmp_path / "train.json", content), "train", pictures="ignore")
     assert [s.category for s in data.samples] == ["Apply Eye Makeup", "b", "Boxing Speed Bag"]
     assert report.counts["placeholder paths, replaced by the image root"] == 3
     assert report.counts["pairs without a negative"] == 2
@@ -104,7 +94,7 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
 
 def test_categories_that_are_not_one_for_each_negative_are_left_out(tmp_path: Path) -> None:
     """Which negative each belongs to is not guessed."""
-    write(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
+    write_json(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
     data, report = load_split(tmp_path, "train", pictures="ignore")
     assert (data.samples[0].negatives, data.samples[0].negative_categories) == (("a van", "a bus"), ())
     assert report.counts["entries whose negatives and negative categories differ in number, categories left out"] == 1
@@ -150,10 +140,12 @@ def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_a_picture_is_read_from_either_form_and_written_again(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     more = {"meta_category": "vehicles", "negative_class": ["van", "truck"], "negative": ["a red van", "a red truck"]}
-    write(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
-    write(tmp_path / "rows" / "train.jsonl", {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more})
+    write_json(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
+    write_json(
+        tmp_path / "rows" / "train.jsonl", {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
+    )
     found = [load_split(tmp_path / form, "train", images=tmp_path)[0] for form in ("fdrd", "rows")]
     for data in found:
         (sample,) = data.samples
@@ -204,8 +196,8 @@ def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:
 
 def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: Path) -> None:
     train = {f"{i}_{j}": entry(file_name=f"{i}.jpg", positive=f"a cat {i} {j}") for i in range(200) for j in range(2)}
-    write(tmp_path / "pets_train.json", train)
-    write(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
+    write_json(tmp_path / "pets_train.json", train)
+    write_json(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
     parts = {split: load_split(tmp_path, split, pictures="ignore") for split in ("train", "val", "test")}
     images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
     assert splits_of(tmp_path) == ["train", "val", "test"]
@@ -215,43 +207,43 @@ def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: 
     assert images["test"] == {"x.jpg"}
     held = 2 * len(images["val"])
     assert parts["train"][1].counts["pairs held out for validation, as the data has no val split"] == held
-    write(tmp_path / "val.json", {"a": entry(file_name="y.jpg")})
+    write_json(tmp_path / "val.json", {"a": entry(file_name="y.jpg")})
     assert len(load_split(tmp_path, "train", pictures="ignore")[0]) == 400
 
 
 def test_a_split_is_known_by_the_name_of_its_file(tmp_path: Path) -> None:
-    file = write(tmp_path / "cars_test.json", {"a": entry()})
+    file = write_json(tmp_path / "cars_test.json", {"a": entry()})
     assert len(load_split(file, "test", pictures="ignore")[0]) == 1
     assert len(load_split(tmp_path, "test", pictures="ignore")[0]) == 1
     with pytest.raises(DataError, match=r"has no val pairs; it has test"):
         load_split(file, "val", pictures="ignore")
-    write(tmp_path / "pets_test.json", {"a": entry()})
+    write_json(tmp_path / "pets_test.json", {"a": entry()})
     with pytest.raises(DataError, match=r"several files for test \(cars_test.json, pets_test.json\)"):
         load_split(tmp_path, "test", pictures="ignore")
 
 
 @pytest.mark.parametrize("place", ["Maine_Coon_12.jpg", "pets/images/Maine_Coon_12.jpg", "deep/er/Maine_Coon_12.jpg"])
 def test_pictures_are_found_below_another_root(tmp_path: Path, place: str) -> None:
-    file = write(tmp_path / "train.json", {"Maine_Coon_12": older("Maine_Coon_12")})
-    picture(tmp_path / "photos" / place)
+    file = write_json(tmp_path / "train.json", {"Maine_Coon_12": older("Maine_Coon_12")})
+    write_image(tmp_path / "photos" / place)
     data, _ = load_split(file, "train", images=tmp_path / "photos")
     assert data.samples[0].image == place
     assert data.read(data.samples[0].image)
 
 
 def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:
-    file = write(tmp_path / "train.json", {"k": entry(file_name="1.jpg")})
-    picture(tmp_path / "a" / "1.jpg")
-    picture(tmp_path / "b" / "1.jpg")
+    file = write_json(tmp_path / "train.json", {"k": entry(file_name="1.jpg")})
+    write_image(tmp_path / "a" / "1.jpg")
+    write_image(tmp_path / "b" / "1.jpg")
     with pytest.raises(DataError, match=r"1 of 1 pictures are not in .*: 1\.jpg\. Point --images .* --skip-broken"):
         load_split(file, "train")
 
 
 def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png")
+    good = write_image(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:40])
     rows = {name: entry(file_name=f"{name}.png", positive=f"a {name} one") for name in ("good", "cut", "gone")}
-    write(tmp_path / "train.json", rows)
+    write_json(tmp_path / "train.json", rows)
     with pytest.raises(DataError, match=r"train: 1 of 3 pictures .*gone\.png"):
         load_split(tmp_path, "train")
     data, report = load_split(tmp_path, "train", pictures="skip")
@@ -323,7 +315,7 @@ HALF = r'"a red car \ud83d"'  # of an emoji, as a caption that was cut off ends
     ],
 )
 def test_half_of_a_surrogate_pair_can_be_written_again(tmp_path: Path, name: str, content: str) -> None:
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / name).write_text(content)
     (sample,) = load_split(tmp_path, "train")[0].samples
     assert sample.caption == "a red car \ufffd"
@@ -342,7 +334,7 @@ def test_no_annotations(tmp_path: Path) -> None:
         load_split(tmp_path, "val")
     with pytest.raises(DataError, match="does not exist"):
         load_split(tmp_path / "gone", "val")
-    write(tmp_path / "train.json", {"a": entry()})
+    write_json(tmp_path / "train.json", {"a": entry()})
     with pytest.raises(DataError, match="no annotations for test: it has train alone"):
         load_split(tmp_path, "test")
     with pytest.raises(DataError, match="has no val pairs; it has train"):  # one pair, and it is needed for training

@@ -6,10 +6,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_data import picture
 
 from dcar_core.data import load_split, load_splits
 from dcar_core.util.errors import DataError
+from tests.support.images import write_image
 
 
 def tar(path: Path, members: dict[str, bytes]) -> None:
@@ -21,7 +21,7 @@ def tar(path: Path, members: dict[str, bytes]) -> None:
 
 
 def test_webdataset_tars(tmp_path: Path) -> None:
-    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    png = write_image(tmp_path / "x" / "red.png").read_bytes()
     tar(tmp_path / "train-0000.tar", {"0.png": png, "0.txt": b"a red square\nall red", "1.png": png, "2.txt": b"no"})
     row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
     tar(tmp_path / "train-0001.tar", {"./0.png": png, "./0.json": row})
@@ -42,7 +42,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
 
 
 def test_the_picture_of_a_sample_is_the_one_without_a_kind_of_its_own(tmp_path: Path) -> None:
-    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    png = write_image(tmp_path / "x" / "red.png").read_bytes()
     tar(tmp_path / "train.tar", {"0.depth.png": b"depth", "0.png": png, "0.mask.png": b"mask", "0.txt": b"red"})
     data, report = load_split(tmp_path, "train", pictures="skip")
     assert [sample.image for sample in data.samples] == ["train.tar/0.png"]
@@ -50,7 +50,7 @@ def test_the_picture_of_a_sample_is_the_one_without_a_kind_of_its_own(tmp_path: 
 
 
 def test_a_caption_ends_where_a_line_of_the_file_does(tmp_path: Path) -> None:
-    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    png = write_image(tmp_path / "x" / "red.png").read_bytes()
     text = "a red\u2028square\r\nall\x85red\n".encode()
     tar(tmp_path / "train.tar", {"0.png": png, "0.txt": text})
     assert len(load_split(tmp_path, "train")[0].samples) == 2
@@ -95,7 +95,7 @@ def test_what_nobody_reads_may_be_anything(tmp_path: Path) -> None:
 
 
 def test_a_name_says_more_than_the_number_of_a_class(tmp_path: Path) -> None:
-    png = picture(tmp_path / "x" / "red.png").read_bytes()
+    png = write_image(tmp_path / "x" / "red.png").read_bytes()
     row = json.dumps({"caption": "red", "class_name": "square"}).encode()
     tar(tmp_path / "train.tar", {"0.png": png, "0.json": row, "0.cls": b"17"})
     assert load_split(tmp_path, "train")[0].samples[0].category == "square"

@@ -1,6 +1,5 @@
 import io
 import struct
-import subprocess
 import sys
 import tarfile
 import zlib
@@ -13,30 +12,8 @@ from PIL import Image
 from dcar_core.util import images
 from dcar_core.util.errors import DataError, ImageError
 from dcar_core.util.images import ImageRoot, index_tar, open_image
-
-PEAK = """
-import re, sys
-from pathlib import Path
-from dcar_core.model.preprocess import Preprocess
-
-
-def peak():  # of this program; what getrusage tells begins with the parent's
-    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
-
-
-data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
-chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
-before = peak()
-(chosen if mode == "exact" else chosen.fast())(data)
-print(peak() - before)
-"""
-
-
-def peak(data: bytes, mode: str, folder: Path) -> int:
-    """Bytes that preprocessing a file adds to a process."""
-    (folder / "picture").write_bytes(data)
-    given = [sys.executable, "-c", PEAK, str(folder / "picture"), mode]
-    return int(subprocess.run(given, check=True, capture_output=True, text=True).stdout)
+from tests.support.images import encoded
+from tests.support.processes import peak_memory
 
 
 def whole(image: Image.Image) -> np.ndarray:
@@ -69,12 +46,6 @@ def deep_or_clear(mode: str, width: int, height: int) -> Image.Image:
         palette.info["transparency"] = bytes(range(0, 256, 8))
         return palette
     return rgba.convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def huge_png(width: int, height: int) -> bytes:
@@ -179,8 +150,8 @@ def test_a_large_picture_is_in_memory_once_and_its_result_once(mode: str, own: i
     }
     data = encoded(plain[mode], "TIFF" if mode == "F" else "PNG")
     room = 30 * 2**20 + (len(data) if mode == "F" else 0)
-    assert peak(data, "fast", tmp_path) < own * side**2 + room
-    assert peak(data, "exact", tmp_path) < (own + 4) * side**2 + room
+    assert peak_memory(data, "fast", tmp_path) < own * side**2 + room
+    assert peak_memory(data, "exact", tmp_path) < (own + 4) * side**2 + room
 
 
 def tar_bytes(*names: str) -> bytes:

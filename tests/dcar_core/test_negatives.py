@@ -5,17 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from negatives_harness import CATS, FELINE, made, sample, split, write
 
 from dcar_core.data import CleaningReport
 from dcar_core.data.clean import normalise
 from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import complete, fill, views
 from dcar_core.util.errors import DataError
+from tests.support.files import write_json
+from tests.support.negatives import CATS, FELINE, made, sample, split
 
 
 def test_both_perspectives(tmp_path: Path) -> None:
-    tree = write(tmp_path / "t.json", {"meta_categories": FELINE, "similar": {"Sphynx": ["maine_coon", "Ragdoll"]}})
+    tree = write_json(
+        tmp_path / "t.json", {"meta_categories": FELINE, "similar": {"Sphynx": ["maine_coon", "Ragdoll"]}}
+    )
     samples, report = made(CATS, tmp_path, taxonomy=tree)
     first, last = samples[0], samples[4]
     assert first.negatives[:2] == ("A Maine Coon with green eyes on a chair.", "A Ragdoll with green eyes on a chair.")

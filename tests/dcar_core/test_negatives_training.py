@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from negatives_harness import write
-
 from dcar_core.data import load_split, load_splits
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.runs import Runs
@@ -15,6 +13,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.methods import method
 from dcar_core.negatives import complete
 from dcar_core.training.feature_cache import FeatureCache
+from tests.support.files import write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +23,7 @@ def bare_data(tiny_data: Path, directory: Path) -> Path:
     directory.mkdir()
     for name in ("train", "val", "test"):
         content = json.loads((tiny_data / f"{name}.json").read_text())
-        write(directory / f"{name}.json", {key: entry | {"negative": []} for key, entry in content.items()})
+        write_json(directory / f"{name}.json", {key: entry | {"negative": []} for key, entry in content.items()})
     return directory
 
 
@@ -57,7 +56,7 @@ def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: 
     content = json.loads((data / "train.json").read_text())
     for number, entry in zip((27, 29), content.values(), strict=False):  # + SOS and EOT, in a context of 32
         entry["positive"] = "a " * number
-    write(data / "train.json", content)
+    write_json(data / "train.json", content)
     for name, cut in (("clip", 0), ("coop", 2)):
         found = compare(
             backbone,

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_images import encoded, peak
 
 from dcar_core import Encoder
-from dcar_core.model.dcar import preprocess
+from dcar_core.model import preprocess
 from dcar_core.util.images import ImageRoot, index_tar, open_image
+from tests.support.images import encoded
+from tests.support.processes import peak_memory
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "twemoji"
 
@@ -141,4 +142,4 @@ def test_a_long_picture_is_cut_by_the_pass_that_scales_it(monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
 def test_a_line_of_pixels_takes_no_gigabytes(tmp_path: Path) -> None:
-    assert peak(encoded(Image.new("RGB", (1, 10_000))), "exact", tmp_path) < 50 * 2**20
+    assert peak_memory(encoded(Image.new("RGB", (1, 10_000))), "exact", tmp_path) < 50 * 2**20

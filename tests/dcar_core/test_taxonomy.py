@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from negatives_harness import CATS, FELINE, made, sample, split, write
 
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import complete, views
 from dcar_core.negatives.taxonomy import clusters, letters, load_taxonomy, rank_categories
 from dcar_core.util.errors import DataError
+from tests.support.files import write_json
+from tests.support.negatives import CATS, FELINE, made, sample, split
 
 
 def test_categories_in_the_order_of_the_data(tmp_path: Path) -> None:
@@ -81,7 +82,9 @@ def test_a_bad_taxonomy(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_a_category_missing_from_the_taxonomy(tmp_path: Path) -> None:
-    tree = write(tmp_path / "t.json", {"meta_categories": {"cats": ["sphynx", "Ragdoll", "Lykoi"], "dogs": ["Pug"]}})
+    tree = write_json(
+        tmp_path / "t.json", {"meta_categories": {"cats": ["sphynx", "Ragdoll", "Lykoi"], "dogs": ["Pug"]}}
+    )
     samples, report = made(CATS, tmp_path, taxonomy=tree)
     assert report.names["categories missing from the taxonomy, not swapped for others"] == ["Beagle", "Maine Coon"]
     assert report.names["categories alone in their meta-category, not swapped for others"] == ["Pug"]

@@ -19,15 +19,15 @@ from dcar_core.model.methods import method
 from dcar_core.training.train import train
 from dcar_core.training.train_state import FILE, forget
 from dcar_core.util.errors import TrainingError
+from tests.support.paths import TRAIN_PROCESS
 
-SCRIPT = Path(__file__).with_name("train_process.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dcar_core.__file__).parents[1])}
 
 
 def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)],
+        [sys.executable, *launcher, str(TRAIN_PROCESS), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_harness import Page, ready, served
 
 from app.core.settings import Settings
 from index_jobs.rebuild import rebuild
+from tests.support.page import Page, ready, served
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

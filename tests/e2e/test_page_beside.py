@@ -4,7 +4,8 @@ from typing import Any
 
 import httpx
 import pytest
-from page_harness import Page, until
+
+from tests.support.page import Page, until
 
 pytestmark = pytest.mark.browser
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from page_harness import Page, until
+
+from tests.support.page import Page, until
 
 pytestmark = pytest.mark.browser
 PICTURE = Path(__file__).parents[2] / "examples/emoji/query.png"

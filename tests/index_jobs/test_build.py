@@ -1,7 +1,6 @@
 """Index kinds: choice, recall by measurement, and every kind through its file."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Blocks, Floats
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
 from index_jobs.building import kinds
 from index_jobs.building.build import build, fill
@@ -17,23 +16,7 @@ from index_jobs.building.kinds import Choice, choose, create, machine_memory
 from index_jobs.building.tuning import Knobs, Queries, latency
 from index_jobs.store import gpu_search
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
-
-DIM = 32
-
-
-def clustered(count: int, seed: int = 0) -> Floats:
-    """Vectors around 50 centres, as the pictures of a gallery are."""
-    generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(50, DIM))
-    vectors = centres[generator.integers(50, size=count)] + 0.4 * generator.normal(size=(count, DIM))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-def blocks(vectors: Floats, size: int = 700) -> Blocks:
-    def again() -> Iterator[Floats]:
-        return (vectors[start : start + size] for start in range(0, len(vectors), size))
-
-    return again
+from tests.support.vectors import DIM, blocks, clustered
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from drawing import draw
 
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact, open_current
 from index_jobs.store.filters import FilterError, _fulfilled, matching
+from tests.support.images import draw
 
 Row = dict[str, Any]
 

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_scan import png, rows_of, tar_of, write
 
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.records import read_records
@@ -18,6 +17,9 @@ from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current
 from index_jobs.store.filters import matching
+from tests.support.files import write_file, write_tar
+from tests.support.galleries import rows_of
+from tests.support.images import png
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ from index_jobs.store.filters import matching
 )  # fmt: skip
 def test_a_column_of_one_kind_is_of_that_kind(cells: list[str], values: list[Any], tmp_path: Path) -> None:
     lines = [f'{i}.png,7,7,7,"{cell}"\n' for i, cell in enumerate(cells)]
-    path = write(tmp_path / "l.csv", ("file_name,id,caption,category,n\n" + "".join(lines)).encode())
+    path = write_file(tmp_path / "l.csv", ("file_name,id,caption,category,n\n" + "".join(lines)).encode())
     records = [record for _, record in read_records(str(path))]
     assert [record["n"] for record in records] == values
     assert [type(record["n"]) for record in records] == [type(value) for value in values]
@@ -50,8 +52,10 @@ def test_a_column_of_one_kind_is_of_that_kind(cells: list[str], values: list[Any
 
 def test_numbers_of_a_csv_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for i in range(4):
-        write(tmp_path / "g" / f"{i}.png", png())
-    write(tmp_path / "g" / "metadata.csv", b"file_name,price,stock\n0.png,9.5,9\n1.png,10,10\n2.png,,100\n3.png,2,\n")
+        write_file(tmp_path / "g" / f"{i}.png", png())
+    write_file(
+        tmp_path / "g" / "metadata.csv", b"file_name,price,stock\n0.png,9.5,9\n1.png,10,10\n2.png,,100\n3.png,2,\n"
+    )
     rebuild(tmp_path / "g", tiny_checkpoint, tmp_path / "index", progress=False)
     artifact = open_current(tmp_path / "index")
     assert (artifact.fields["price"], artifact.fields["stock"]) == ("double", "int64")
@@ -62,12 +66,12 @@ def test_numbers_of_a_csv_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> 
 
 def test_captions_and_categories_have_the_names_that_training_knows(tmp_path: Path) -> None:
     csv = 'file_name,captions,class_name\na.png,"[""one, or"", ""two""]",x\nb.png,one | two,y\nc.png,,\n'
-    rows = rows_of(scan(write(tmp_path / "l.csv", csv.encode())))
+    rows = rows_of(scan(write_file(tmp_path / "l.csv", csv.encode())))
     assert [rows[name]["caption"] for name in ("a.png", "b.png", "c.png")] == ["one, or", "one", ""]
     assert [rows[name]["category"] for name in ("a.png", "b.png", "c.png")] == ["x", "y", ""]
     assert rows["a.png"]["metadata"]["captions"] == ["one, or", "two"]
     records = [{"path": "a.png", "captions": ["", "two"]}, {"path": "b.png", "caption": "own", "captions": ["other"]}]
-    rows = rows_of(scan(write(tmp_path / "l.jsonl", "\n".join(map(json.dumps, records)).encode())))
+    rows = rows_of(scan(write_file(tmp_path / "l.jsonl", "\n".join(map(json.dumps, records)).encode())))
     assert [rows[name]["caption"] for name in ("a.png", "b.png")] == ["two", "own"]
 
 
@@ -80,18 +84,20 @@ def test_decimals_are_numbers_and_times_are_iso(tmp_path: Path) -> None:
 
 
 def test_paths_of_other_systems(tmp_path: Path) -> None:
-    write(tmp_path / "Früh" / "Stück.png", png())  # one code point for each letter
+    write_file(tmp_path / "Früh" / "Stück.png", png())  # one code point for each letter
     decomposed = unicodedata.normalize("NFD", "Früh/Stück.png")
     assert decomposed != "Früh/Stück.png"
     for name in ("Früh\\Stück.png", decomposed):
-        gallery = scan(write(tmp_path / "l.csv", f"path\n{name}\n".encode()))
+        gallery = scan(write_file(tmp_path / "l.csv", f"path\n{name}\n".encode()))
         assert gallery.table["location"].to_pylist() == ["Früh/Stück.png"]
-    assert scan(write(tmp_path / "l.csv", b"path\nno\xcc\x88.png\n")).table["location"].to_pylist() == ["no\u0308.png"]
+    assert scan(write_file(tmp_path / "l.csv", b"path\nno\xcc\x88.png\n")).table["location"].to_pylist() == [
+        "no\u0308.png"
+    ]
 
 
 @pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
 def test_columns_without_commas_are_named(sign: str, name: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "l.csv", f"path{sign}caption\na.png{sign}x\n".encode())
+    path = write_file(tmp_path / "l.csv", f"path{sign}caption\na.png{sign}x\n".encode())
     with pytest.raises(DataError, match=f"its columns between {name}; save it with commas"):
         scan(path)
 
@@ -101,11 +107,11 @@ def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
         r'{"path": "a.png", "caption": "x\ud800y", "\udfff": ["\uDABC", {"a": "\ud83d\ude00"}]}',
         r'{"path": "b\udcff.png", "caption": "\ud83d\ude00"}',
     ]
-    rows = rows_of(scan(write(tmp_path / "l.jsonl", "\n".join(lines).encode())))
+    rows = rows_of(scan(write_file(tmp_path / "l.jsonl", "\n".join(lines).encode())))
     assert rows["a.png"]["caption"] == "x\ufffdy"
     assert rows["a.png"]["metadata"]["\ufffd"] == ["\ufffd", {"a": "\U0001f600"}]
     assert rows["b\ufffd.png"]["caption"] == "\U0001f600"
-    tar = tar_of(tmp_path / "t.tar", {"a.png": png(), "a.json": rb'{"caption": "x\ud800y"}'})
+    tar = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.json": rb'{"caption": "x\ud800y"}'})
     assert rows_of(scan(tar))["t.tar/a.png"]["caption"] == "x\ufffdy"
 
 
@@ -150,15 +156,15 @@ def test_a_row_that_cannot_be_read_is_named(name: str, make: Any, says: str, tmp
 
 def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for text in (b"9" * 5000, b"[" * 5000 + b"]" * 5000):
-        tar = tar_of(tmp_path / "t.tar", {"a.png": png(), "a.json": b'{"n": ' + text + b"}"})
+        tar = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.json": b'{"n": ' + text + b"}"})
         with pytest.raises(DataError, match=r"t\.tar, a\.json cannot be read"):
             scan(tar)
 
 
 def test_an_odd_path_costs_one_picture(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    write(tmp_path / "a.png", png())
+    write_file(tmp_path / "a.png", png())
     rows = [r'{"path": "a.png"}', r'{"path": "b\u0000.png"}', r'{"path": "c\udcff.png"}']
-    path = write(tmp_path / "l.jsonl", "\n".join(rows).encode())
+    path = write_file(tmp_path / "l.jsonl", "\n".join(rows).encode())
     done = rebuild(path, tiny_checkpoint, tmp_path / "index", progress=False, max_failed=0.9, workers=0)
     assert (done.count, done.failed) == (1, 2)
     failed = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
@@ -167,30 +173,30 @@ def test_an_odd_path_costs_one_picture(tiny_checkpoint: Path, tmp_path: Path) ->
 
 def test_a_folder_without_metadata_takes_its_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("images/a.png", "images/b.png", "c.png", "d.png"):
-        write(tmp_path / name, png())
+        write_file(tmp_path / name, png())
     entry = {"file_name": "a", "positive": "a red car", "negative": [], "class_name": "car"}
-    write(tmp_path / "train.json", json.dumps({"a": entry, "gone": entry | {"file_name": "gone"}}).encode())
+    write_file(tmp_path / "train.json", json.dumps({"a": entry, "gone": entry | {"file_name": "gone"}}).encode())
     rows = [{"image": "c.png", "caption": "one", "category": "x"}, {"image": "c.png", "caption": "two"}]
-    write(tmp_path / "val.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    write_file(tmp_path / "val.jsonl", "\n".join(map(json.dumps, rows)).encode())
     found = rows_of(scan(tmp_path))
     assert {name: (row["caption"], row["category"]) for name, row in found.items()} == {
         "c.png": ("one", "x"), "d.png": ("", ""), "images/a.png": ("a red car", "car"), "images/b.png": ("", ""),
     }  # fmt: skip
     assert found["c.png"]["metadata"]["captions"] == ["one", "two"]
-    write(tmp_path / "train.json", b'{"a": 7}')
+    write_file(tmp_path / "train.json", b'{"a": 7}')
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {""}
     assert "captions and categories are not taken from the annotations" in caplog.text
     (tmp_path / "train.json").unlink()
     for name in ("a_train.json", "b_train.json"):
-        write(tmp_path / name, b"{}")
+        write_file(tmp_path / name, b"{}")
     assert len(rows_of(scan(tmp_path))) == 4
     assert "several files for train" in caplog.text
-    write(tmp_path / "metadata.jsonl", b'{"file_name": "d.png", "caption": "its own"}')
+    write_file(tmp_path / "metadata.jsonl", b'{"file_name": "d.png", "caption": "its own"}')
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}
 
 
 def test_each_line_of_a_text_beside_a_picture_is_a_caption(tmp_path: Path) -> None:
     members = {"0.png": png(), "0.txt": b"one\n\n two \n", "1.png": png(), "1.txt": b"alone\n"}
-    rows = rows_of(scan(tar_of(tmp_path / "a.tar", members)))
+    rows = rows_of(scan(write_tar(tmp_path / "a.tar", members)))
     assert [row["caption"] for row in rows.values()] == ["one", "alone"]
     assert [row["metadata"].get("captions") for row in rows.values()] == [["one", "two"], None]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing import draw
 
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import add, remove
@@ -16,6 +15,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store import milvus
 from index_jobs.store.artifact import open_current, verify_index
 from index_jobs.store.publish import rollback
+from tests.support.images import draw
 
 pytestmark = [
     pytest.mark.skipif(

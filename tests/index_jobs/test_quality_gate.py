@@ -12,8 +12,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from drawing import draw
-from test_scan import jsonl
 
 from dcar_core import Encoder
 from dcar_core.data import load_split
@@ -26,6 +24,8 @@ from index_jobs.options import RejectedError
 from index_jobs.rebuild import main, rebuild
 from index_jobs.store.artifact import current_version, open_current
 from index_jobs.store.notify import notify
+from tests.support.files import write_jsonl
+from tests.support.images import draw
 
 ELSEWHERE = ("memory://pictures/a/", "memory://pictures/b/")  # needs no extra
 
@@ -171,10 +171,10 @@ def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(tiny_data: Pa
     with pytest.raises(DataError, match="a picture there is known by its name below it"):
         quality_gate.pairs_of(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
     lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
-    by_url = named(scan(jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
+    by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
     here = [{"file_name": f"file://{tiny_data}/{name}"} for name in gallery.table["name"].to_pylist()]
-    assert len(named(scan(jsonl(tmp_path / "here.jsonl", *here)), tiny_data)) == 6
+    assert len(named(scan(write_jsonl(tmp_path / "here.jsonl", *here)), tiny_data)) == 6
 
 
 def test_validation_pairs_are_found_by_name_in_tars_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_name_that_several_pictures_have_is_nobodys(tiny_data: Path, tmp_path:
     expected = named(scan(tiny_data), tiny_data)
     twice, *once = expected
     lines = [{"file_name": ELSEWHERE[0] + name} for name in expected] + [{"file_name": ELSEWHERE[1] + twice}]
-    found = named(scan(jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
+    found = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert found == {ELSEWHERE[0] + name: expected[name] for name in once}
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_rebuild_killed import alive, children_of
 
 from dcar_core.util.errors import MissingExtraError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current, verify_index
+from tests.support.processes import children_of, is_alive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(gallery: Path, tiny_checkpo
         out, err = process.communicate()
     assert process.returncode == 0, err
     assert done < 70, "the job was over before a worker could be killed"
-    assert not alive(victim)
+    assert not is_alive(victim)
     summary = json.loads(out)
     assert (summary["count"], summary["failed"], summary["encoded"]) == (160, 1, 161)
     assert "161/161" in err

@@ -16,6 +16,7 @@ from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import current_version, open_current, verify_index
 from index_jobs.store.publish import reporting
+from tests.support.processes import children_of, is_alive
 
 FULL_DISK = """
 import resource, sys
@@ -151,27 +152,6 @@ def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoi
     assert not (index / "work").exists()
 
 
-def children_of(pid: int) -> list[int]:
-    """Every process that descends from pid."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-    found = [pid]
-    for known in found:
-        found += [child for child, parent in parents.items() if parent == known]
-    return found[1:]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
 def test_killed_command_takes_its_workers_along_and_resumes(
@@ -196,7 +176,7 @@ def test_killed_command_takes_its_workers_along_and_resumes(
         assert len(workers) >= 2
         os.kill(process.pid, signal.SIGKILL)
     limit = time.monotonic() + 20
-    while any(map(alive, workers)):
+    while any(map(is_alive, workers)):
         assert time.monotonic() < limit, "a worker outlived its job"
         time.sleep(0.05)
     assert current_version(index) is None

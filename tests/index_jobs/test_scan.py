@@ -1,53 +1,23 @@
 """Galleries of every form, and what is wrong with one."""
 
 import csv
-import io
 import json
 import os
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
-from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import WHOLE_FILE, read_picture
-
-
-def png(color: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
-
-
-def tar_of(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def rows_of(gallery: Gallery) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row | {"metadata": json.loads(row["metadata"])} for row in gallery.table.to_pylist()}
+from tests.support.files import write_file, write_jsonl, write_tar
+from tests.support.galleries import rows_of
+from tests.support.images import png
 
 
 def test_folder_is_sorted_recursive_and_joined(tiny_gallery: Path) -> None:
@@ -77,7 +47,7 @@ def test_signatures_tell_a_changed_picture_from_a_changed_caption(tiny_gallery: 
     captioned = scan(root)
     assert captioned.vectors_signature == before.vectors_signature
     assert captioned.content_signature != before.content_signature
-    listed = jsonl(tmp_path / "list.jsonl", {"file_name": str(root / "circle" / "red.png")})
+    listed = write_jsonl(tmp_path / "list.jsonl", {"file_name": str(root / "circle" / "red.png")})
     alone = scan(listed)
     os.utime(root / "circle" / "red.png", ns=(1, 1))
     assert scan(root).vectors_signature != before.vectors_signature
@@ -85,14 +55,14 @@ def test_signatures_tell_a_changed_picture_from_a_changed_caption(tiny_gallery: 
 
 
 def test_hidden_files_and_other_files_are_left_out(tmp_path: Path) -> None:
-    write(tmp_path / "a.JPG", png())
+    write_file(tmp_path / "a.JPG", png())
     for name in (".b.png", ".hidden/c.png", "notes.txt", "d.pdf"):
-        write(tmp_path / name, png())
+        write_file(tmp_path / name, png())
     assert list(rows_of(scan(tmp_path))) == ["a.JPG"]
 
 
 def test_tar_members_are_read_in_place_with_their_siblings(tmp_path: Path) -> None:
-    tar_of(
+    write_tar(
         tmp_path / "shard.tar",
         {
             "x/2.png": png("blue"),
@@ -117,9 +87,11 @@ def test_tar_members_are_read_in_place_with_their_siblings(tmp_path: Path) -> No
 
 
 def test_tar_member_is_joined_by_its_bare_name(tmp_path: Path) -> None:
-    tar_of(tmp_path / "gallery.tar", {"deep/1f63f.png": png()})
+    write_tar(tmp_path / "gallery.tar", {"deep/1f63f.png": png()})
     extra = {"meta_category": "faces", "attributes": ["crying", "cat"], "split": "test"}
-    jsonl(tmp_path / "metadata.jsonl", {"file_name": "1f63f.png", "caption": "crying cat", "category": "cat", **extra})
+    write_jsonl(
+        tmp_path / "metadata.jsonl", {"file_name": "1f63f.png", "caption": "crying cat", "category": "cat", **extra}
+    )
     (row,) = rows_of(scan(tmp_path)).values()
     assert row["caption"] == "crying cat"
     assert row["metadata"] == {"file_name": "1f63f.png", **extra}
@@ -128,15 +100,15 @@ def test_tar_member_is_joined_by_its_bare_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("column", ["file_name", "image", "path"])
 def test_lists_keep_their_order_ids_and_columns(tmp_path: Path, kind: str, column: str) -> None:
-    outside = write(tmp_path / "outside" / "z.png", png())
-    write(tmp_path / "lists" / "b.png", png())
+    outside = write_file(tmp_path / "outside" / "z.png", png())
+    write_file(tmp_path / "lists" / "b.png", png())
     rows = [
         {column: str(outside), "id": "last", "caption": "z", "category": "k", "colour": "x"},
         {column: "./b.png", "id": "", "caption": "b", "category": "", "colour": "y"},
     ]
     path = tmp_path / "lists" / f"list.{kind}"
     if kind == "jsonl":
-        jsonl(path, *rows)
+        write_jsonl(path, *rows)
     elif kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
@@ -156,7 +128,7 @@ def test_lists_keep_their_order_ids_and_columns(tmp_path: Path, kind: str, colum
 def test_values_that_json_lacks_become_null_or_text(tmp_path: Path) -> None:
     import datetime
 
-    write(tmp_path / "a.png", png())
+    write_file(tmp_path / "a.png", png())
     row = {
         "file_name": "a.png",
         "score": float("nan"),
@@ -171,31 +143,31 @@ def test_values_that_json_lacks_become_null_or_text(tmp_path: Path) -> None:
 
 
 def test_several_captions_keep_them_all(tmp_path: Path) -> None:
-    write(tmp_path / "a.png", png())
-    (found,) = rows_of(scan(jsonl(tmp_path / "l.jsonl", {"path": "a.png", "caption": ["one", "two"]}))).values()
+    write_file(tmp_path / "a.png", png())
+    (found,) = rows_of(scan(write_jsonl(tmp_path / "l.jsonl", {"path": "a.png", "caption": ["one", "two"]}))).values()
     assert found["caption"] == "one"
     assert found["metadata"]["captions"] == ["one", "two"]
 
 
 def test_missing_picture_of_a_list_is_left_for_the_failure_list(tmp_path: Path) -> None:
-    write(tmp_path / "a.png", png())
-    assert len(scan(jsonl(tmp_path / "l.jsonl", {"path": "a.png"}, {"path": "gone.png"}))) == 2
+    write_file(tmp_path / "a.png", png())
+    assert len(scan(write_jsonl(tmp_path / "l.jsonl", {"path": "a.png"}, {"path": "gone.png"}))) == 2
 
 
 def test_unmatched_metadata_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path / "a.png", png())
-    jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "gone.png"})
+    write_file(tmp_path / "a.png", png())
+    write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "gone.png"})
     scan(tmp_path)
     assert "/metadata.jsonl name no picture here, such as gone.png" in caplog.text
 
 
 def bad_empty(root: Path) -> Path:
-    write(root / "notes.txt", b"x")
+    write_file(root / "notes.txt", b"x")
     return root
 
 
 def bad_metadata_only(root: Path) -> Path:
-    jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
+    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
     return root
 
 
@@ -204,15 +176,15 @@ def bad_missing(root: Path) -> Path:
 
 
 def bad_kind(root: Path) -> Path:
-    return write(root / "a.png", png())
+    return write_file(root / "a.png", png())
 
 
 def bad_column(root: Path) -> Path:
-    return jsonl(root / "l.jsonl", {"filename": "a.png", "caption": "a"})
+    return write_jsonl(root / "l.jsonl", {"filename": "a.png", "caption": "a"})
 
 
 def bad_empty_list(root: Path) -> Path:
-    return write(root / "l.csv", b"file_name,caption\n")
+    return write_file(root / "l.csv", b"file_name,caption\n")
 
 
 def bad_embedded(root: Path) -> Path:
@@ -222,106 +194,106 @@ def bad_embedded(root: Path) -> Path:
 
 
 def bad_blank(root: Path) -> Path:
-    return write(root / "l.csv", b"file_name,caption\n,x\n")
+    return write_file(root / "l.csv", b"file_name,caption\n,x\n")
 
 
 def bad_json(root: Path) -> Path:
-    return write(root / "l.jsonl", b'{"path": "a.png"}\n{"path": \n')
+    return write_file(root / "l.jsonl", b'{"path": "a.png"}\n{"path": \n')
 
 
 def bad_row(root: Path) -> Path:
-    return jsonl(root / "l.jsonl", ["a.png"])
+    return write_jsonl(root / "l.jsonl", ["a.png"])
 
 
 def bad_encoding(root: Path) -> Path:
-    return write(root / "l.csv", b"file_name\n\xff\xfe.png\n")
+    return write_file(root / "l.csv", b"file_name\n\xff\xfe.png\n")
 
 
 def bad_parquet(root: Path) -> Path:
-    return write(root / "l.parquet", b"not parquet")
+    return write_file(root / "l.parquet", b"not parquet")
 
 
 def bad_url(root: Path) -> Path:
-    return jsonl(root / "l.jsonl", {"path": "nosuch://example.org/a.png"})
+    return write_jsonl(root / "l.jsonl", {"path": "nosuch://example.org/a.png"})
 
 
 def bad_escape(root: Path) -> Path:
-    return jsonl(root / "l.jsonl", {"path": "x/../../a.png"})
+    return write_jsonl(root / "l.jsonl", {"path": "x/../../a.png"})
 
 
 def bad_ids(root: Path) -> Path:
-    return jsonl(root / "l.jsonl", {"path": "a.png", "id": 7}, {"path": "b.png"}, {"path": "c.png", "id": "7"})
+    return write_jsonl(root / "l.jsonl", {"path": "a.png", "id": 7}, {"path": "b.png"}, {"path": "c.png", "id": "7"})
 
 
 def bad_repeat(root: Path) -> Path:
-    return jsonl(root / "l.jsonl", {"path": "a.png"}, {"path": "./a.png"})
+    return write_jsonl(root / "l.jsonl", {"path": "a.png"}, {"path": "./a.png"})
 
 
 def bad_gzip(root: Path) -> Path:
-    tar_of(root / "g.tar.gz", {"a.png": png()}, "w:gz")
+    write_tar(root / "g.tar.gz", {"a.png": png()}, "w:gz")
     return root
 
 
 def bad_hidden_gzip(root: Path) -> Path:
-    return tar_of(root / "g.tar", {"a.png": png()}, "w:gz")
+    return write_tar(root / "g.tar", {"a.png": png()}, "w:gz")
 
 
 def bad_cut_tar(root: Path) -> Path:
-    path = tar_of(root / "g.tar", {"a.png": png(), "b.png": bytes(4000)})
+    path = write_tar(root / "g.tar", {"a.png": png(), "b.png": bytes(4000)})
     path.write_bytes(path.read_bytes()[:2500])
     return path
 
 
 def bad_sidecar(root: Path) -> Path:
-    return tar_of(root / "g.tar", {"a.png": png(), "a.json": b"{"})
+    return write_tar(root / "g.tar", {"a.png": png(), "a.json": b"{"})
 
 
 def bad_join(root: Path) -> Path:
-    write(root / "sub" / "a.png", png())
-    jsonl(root / "metadata.jsonl", {"file_name": "other/a.png"})
+    write_file(root / "sub" / "a.png", png())
+    write_jsonl(root / "metadata.jsonl", {"file_name": "other/a.png"})
     return root
 
 
 def bad_address(root: Path) -> Path:
-    write(root / "a.png", png())
-    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "shop/7/image"})
+    write_file(root / "a.png", png())
+    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "shop/7/image"})
     return root
 
 
 def bad_dots(root: Path) -> Path:
-    write(root / "a.png", png())
-    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": ".."})
+    write_file(root / "a.png", png())
+    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": ".."})
     return root
 
 
 def bad_line(root: Path) -> Path:
-    write(root / "a.png", png())
-    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "new\nline"})
+    write_file(root / "a.png", png())
+    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "new\nline"})
     return root
 
 
 def bad_long(root: Path) -> Path:
-    write(root / "a.png", png())
-    jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "x" * 1025})
+    write_file(root / "a.png", png())
+    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "x" * 1025})
     return root
 
 
 def bad_twice(root: Path) -> Path:
-    write(root / "a.png", png())
-    jsonl(root / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "./a.png"})
+    write_file(root / "a.png", png())
+    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "./a.png"})
     return root
 
 
 def bad_two_files(root: Path) -> Path:
-    write(root / "a.png", png())
-    write(root / "metadata.csv", b"file_name\na.png\n")
-    jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
+    write_file(root / "a.png", png())
+    write_file(root / "metadata.csv", b"file_name\na.png\n")
+    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
     return root
 
 
 def bad_name_column(root: Path) -> Path:
-    write(root / "a.png", png())
-    jsonl(root / "metadata.jsonl", {"file": "a.png"})
+    write_file(root / "a.png", png())
+    write_jsonl(root / "metadata.jsonl", {"file": "a.png"})
     return root
 
 
@@ -372,7 +344,7 @@ def test_name_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 def test_the_first_column_that_names_a_picture_is_the_one_training_reads(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        write(tmp_path / name, png())
+        write_file(tmp_path / name, png())
     row = {"path": "c.png", "image": "b.png", "file_name": "a.png", "caption": "red"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     assert scan(tmp_path / "train.jsonl").table["location"].to_pylist() == ["a.png"]
@@ -380,6 +352,6 @@ def test_the_first_column_that_names_a_picture_is_the_one_training_reads(tmp_pat
 
 
 def test_rows_of_commas_alone_end_a_list(tmp_path: Path) -> None:
-    write(tmp_path / "a.png", png())
-    found = scan(write(tmp_path / "l.csv", b"file_name,caption\na.png,x\n,\n,\n"))
+    write_file(tmp_path / "a.png", png())
+    found = scan(write_file(tmp_path / "l.csv", b"file_name,caption\na.png,x\n,\n,\n"))
     assert len(found) == 1

@@ -15,7 +15,6 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from test_scan import jsonl, png, rows_of, tar_of, write
 
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
@@ -34,6 +33,9 @@ from index_jobs.gallery.storage import (
 )
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current
+from tests.support.files import write_file, write_jsonl, write_tar
+from tests.support.galleries import rows_of
+from tests.support.images import png
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -136,7 +138,7 @@ def test_a_store_is_a_gallery_like_a_folder(store: Any, tmp_path: Path) -> None:
     assert gallery.table["name"].to_pylist() == ["b.png", "deep/a.png"]
     assert rows_of(gallery)["deep/a.png"]["caption"] == "green"
     for name, color in (("b.png", "blue"), ("deep/a.png", "green")):
-        write(tmp_path / name, png(color))
+        write_file(tmp_path / name, png(color))
     assert gallery.table["id"] == scan(tmp_path).table["id"]
     assert scan("memory://g").vectors_signature == gallery.vectors_signature
     store.pipe("/g/b.png", png("red"))
@@ -144,8 +146,8 @@ def test_a_store_is_a_gallery_like_a_folder(store: Any, tmp_path: Path) -> None:
 
 
 def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
-    write(tmp_path / "c.png", png("black"))
-    path = jsonl(tmp_path / "l.jsonl", {"url": "memory://g/b.png", "caption": "b"}, {"url": "c.png"})
+    write_file(tmp_path / "c.png", png("black"))
+    path = write_jsonl(tmp_path / "l.jsonl", {"url": "memory://g/b.png", "caption": "b"}, {"url": "c.png"})
     gallery = scan(path)
     assert gallery.table["location"].to_pylist() == ["memory://g/b.png", "c.png"]
     places = [Place(i, location, WHOLE_FILE, 0) for i, location in enumerate(gallery.table["location"].to_pylist())]
@@ -163,7 +165,7 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
     root, url, _ = served
     shutil.copytree(tiny_gallery, root / "g")
     members = {path.name: path.read_bytes() for path in (root / "g" / "circle").iterdir()}
-    tar_of(root / "g" / "shard.tar", members)
+    write_tar(root / "g" / "shard.tar", members)
     shutil.rmtree(root / "g" / "circle")
     local = rebuild(root / "g", tiny_checkpoint, tmp_path / "a", progress=False)
     remote = rebuild(f"{url}/g/", tiny_checkpoint, tmp_path / "b", progress=False)
@@ -184,10 +186,10 @@ def test_a_stumbling_network_costs_no_picture(
     root, url, handler = served
     names = ["a.png", "b.png", "gone.png", "down.png"]
     for name in (*names[:2], "down.png"):
-        write(root / name, png())
+        write_file(root / name, png())
     handler.stumbles.update({"/b.png": 2, "/down.png": 99})
     monkeypatch.setattr("index_jobs.gallery.storage.read_pictures.__defaults__", ((0.01, 0.01, 0.01),))
-    gallery = scan(jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
+    gallery = scan(write_jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     encoded = encode(gallery, encoder, tmp_path / "w", max_failed=0.5, progress=False)
     assert encoded.rows().tolist() == [0, 1]
@@ -222,17 +224,17 @@ def test_a_missing_package_is_named_before_hours_are_spent(tmp_path: Path, monke
     with pytest.raises(MissingExtraError, match=r"reading s3:// URLs .* pip install 'dcar\[s3\]'"):
         scan("s3://bucket/gallery")
     with pytest.raises(MissingExtraError, match=r"dcar\[s3\]"):
-        scan(jsonl(tmp_path / "l.jsonl", {"url": "s3://bucket/a.png"}))
+        scan(write_jsonl(tmp_path / "l.jsonl", {"url": "s3://bucket/a.png"}))
 
 
 def test_a_local_file_url_is_a_path(tmp_path: Path) -> None:
-    write(tmp_path / "a.png", png())
+    write_file(tmp_path / "a.png", png())
     assert scan(f"file://{tmp_path}").source == str(tmp_path)
     assert json.loads(scan(f"file://{tmp_path}").table["metadata"][0].as_py()) == {"file_name": "a.png"}
 
 
 def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_path: Path) -> None:
-    write(tmp_path / "a.png", png())
+    write_file(tmp_path / "a.png", png())
     names = ["a.png", "b\0.png", "\ud800.png", "memory://g/b.png", "memory://g/b\0.png", "x" * 5000]
     found = read_pictures(str(tmp_path), [Place(i, name, WHOLE_FILE, 0) for i, name in enumerate(names)], pauses=())
     assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_build import DIM, Floats, blocks, clustered
 
+from dcar_core.util.arrays import Floats
 from index_jobs.building.build import build
 from index_jobs.building.kinds import Choice
 from index_jobs.building.tuning import NEIGHBOURS, Queries, Tuning, neighbours, own_queries
+from tests.support.vectors import DIM, blocks, clustered
 
 
 class Found:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing import draw
 from filelock import FileLock
 from typer.testing import CliRunner
 
@@ -21,6 +20,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact, current_version, open_current, open_version, verify_index
 from index_jobs.store.filters import matching
 from index_jobs.store.publish import rollback
+from tests.support.images import draw
 
 
 def more(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:

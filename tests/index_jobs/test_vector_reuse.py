@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawing import draw
-from test_scan import jsonl
 
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.options import RebuildSummary
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current
+from tests.support.files import write_jsonl
+from tests.support.images import draw
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_only_what_is_new_or_changed_is_encoded(gallery: Path, tiny_checkpoint: 
 def test_another_order_and_other_ids_encode_nothing(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
     names = sorted(str(path.relative_to(gallery)) for path in gallery.rglob("*.png"))
-    jsonl(gallery / "list.jsonl", *({"file_name": name, "id": f"a{n}"} for n, name in enumerate(names)))
+    write_jsonl(gallery / "list.jsonl", *({"file_name": name, "id": f"a{n}"} for n, name in enumerate(names)))
     assert run(gallery / "list.jsonl", tiny_checkpoint, index).encoded == 24
-    jsonl(gallery / "list.jsonl", *({"file_name": name, "id": f"b{n}"} for n, name in enumerate(reversed(names))))
+    write_jsonl(gallery / "list.jsonl", *({"file_name": name, "id": f"b{n}"} for n, name in enumerate(reversed(names))))
     assert run(gallery / "list.jsonl", tiny_checkpoint, index).encoded == 0
     same_as_anew(gallery / "list.jsonl", tiny_checkpoint, index, tmp_path / "anew")
 

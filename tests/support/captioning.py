@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vision_server import VisionServer
-
 from dcar_core.captioning.options import CaptionOptions, Model, Outcome
 from dcar_core.captioning.questions import TEMPLATES
 from dcar_core.captioning.run import caption
 from dcar_core.model.tokenizer import clip_token_counts
+from tests.support.vision_server import VisionServer
 
-ROOT = Path(__file__).parents[2]
 KEY = "sk-very-secret"
 
 

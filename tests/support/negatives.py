@@ -1,6 +1,5 @@
 """A few categories, and negatives made for them."""
 
-import json
 from pathlib import Path
 
 from dcar_core.data import CleaningReport, Dataset, Sample
@@ -35,8 +34,3 @@ def made(
     features, cut = views(None)
     done = fill({"train": split(samples, tmp_path)}, {"train": report}, features=features, cut=cut, mode=mode, **given)  # type: ignore[arg-type]
     return done["train"].samples, report
-
-
-def write(path: Path, content: object) -> Path:
-    path.write_text(json.dumps(content))
-    return path

@@ -1,9 +1,7 @@
 """The whole application over a real index, called in-process through ASGI; a real redis-server; small pictures."""
 
 import asyncio
-import io
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -14,7 +12,6 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
 
 from app.core.keys import key_hash, new_key
 from app.core.settings import Settings
@@ -103,49 +100,3 @@ def serving(index: Path, **given: Any) -> Iterator[tuple[FastAPI, int]]:
         finally:
             server.should_exit = True
             thread.join(20)
-
-
-def png(color: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:
-    """A picture file."""
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class RedisServer:
-    """A real redis-server on loopback, without persistence. options: more of its command line."""
-
-    def __init__(self, *options: str) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._options = options
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        at = (
-            ("--tls-port", str(self.port), "--port", "0")
-            if "--tls-cert-file" in self._options
-            else ("--port", str(self.port))
-        )
-        command = ["redis-server", *self._options, *at, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                assert time.monotonic() < end, "redis-server does not start"
-                time.sleep(0.02)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None

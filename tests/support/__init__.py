@@ -1,0 +1,1 @@
+"""Helpers that several test modules share. No test lives here, and no test module imports from another one."""

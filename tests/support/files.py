@@ -1,0 +1,34 @@
+"""Files that tests write."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+
+def write_file(path: Path, data: bytes) -> Path:
+    """Write bytes, creating parent folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_json(path: Path, content: object) -> Path:
+    """Write one JSON document, creating parent folders."""
+    return write_file(path, json.dumps(content).encode())
+
+
+def write_jsonl(path: Path, *rows: Any) -> Path:
+    """Write one JSON document per line, creating parent folders."""
+    return write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    """Write a tar of these members, in this order."""
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path

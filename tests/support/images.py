@@ -1,0 +1,41 @@
+"""Small images, and their files."""
+
+import io
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+
+def draw(color: str, shape: str, side: int = 48) -> Image.Image:
+    """Draw one of conftest's shapes on white."""
+    image = Image.new("RGB", (side, side), "white")
+    pen, box = ImageDraw.Draw(image), (8, 8, side - 8, side - 8)
+    if shape == "square":
+        pen.rectangle(box, fill=color)
+    elif shape == "circle":
+        pen.ellipse(box, fill=color)
+    elif shape == "triangle":
+        pen.polygon([(side // 2, 8), (8, side - 8), (side - 8, side - 8)], fill=color)
+    else:
+        pen.line((8, 8, side - 8, side - 8), fill=color, width=8)
+        pen.line((8, side - 8, side - 8, 8), fill=color, width=8)
+    return image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """Return the image as a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(color: str = "red", size: tuple[int, int] = (40, 40)) -> bytes:
+    """Return a PNG file of one colour."""
+    return encoded(Image.new("RGB", size, color))
+
+
+def write_image(path: Path) -> Path:
+    """Write an 8 px red image in the format of the path's suffix, creating parent folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(path)
+    return path

@@ -1,0 +1,59 @@
+"""Processes, ports and memory."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+PEAK_MEMORY = """
+import re, sys
+from pathlib import Path
+from dcar_core.model.preprocess import Preprocess
+
+
+def peak():  # of this program; getrusage counts from the parent's
+    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+
+
+data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
+chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
+before = peak()
+(chosen if mode == "exact" else chosen.fast())(data)
+print(peak() - before)
+"""
+
+
+def children_of(pid: int) -> list[int]:
+    """Return every process that descends from pid."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for known in found:
+        found += [child for child, parent in parents.items() if parent == known]
+    return found[1:]
+
+
+def is_alive(pid: int) -> bool:
+    """True while the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def peak_memory(data: bytes, mode: str, folder: Path) -> int:
+    """Return the bytes that preprocessing a file adds to the peak memory of a process."""
+    (folder / "image").write_bytes(data)
+    given = [sys.executable, "-c", PEAK_MEMORY, str(folder / "image"), mode]
+    return int(subprocess.run(given, check=True, capture_output=True, text=True).stdout)
