@@ -44,72 +44,63 @@ async def text(client: httpx.AsyncClient, prefix: str, query: str) -> list[dict[
     return results
 
 
-def test_each_collection_answers_for_itself(built_index: Path, circles: Path) -> None:
-    async def main() -> None:
-        async with opened(circles) as alone:
-            wanted = await text(alone, "", "red")
-        async with opened(built_index, collections={"round": circles}) as client:
-            listed = (await client.get("/collections")).json()
-            CollectionsResponse.model_validate(listed, strict=True)
-            assert [(c["name"], c["default"], c["count"]) for c in listed["collections"]] == [
-                ("index", True, 24), ("round", False, 6),
-            ]  # fmt: skip
-            found = await text(client, "/collections/round", "red")
-            assert [(r["id"], r["score"]) for r in found] == [(r["id"], r["score"]) for r in wanted]
-            assert len(found) == 6
-            assert await text(client, "/collections/index", "red") != await text(client, "/collections/round", "red")
-            default = await text(client, "", "red")
-            named = await text(client, "/collections/index", "red")
-            assert [r["id"] for r in default] == [r["id"] for r in named]
-            for result in (default[0], named[0], found[0]):
-                picture = await client.get(result["image_url"])
-                assert picture.headers["content-type"] == "image/png"
-            assert found[0]["image_url"].startswith("/collections/round/items/")
-            by_picture = await client.post("/collections/round/search/image", files={"file": png()})
-            assert by_picture.status_code == 200
-            item = found[0]["id"]
-            assert (await client.get(f"/collections/round/items/{item}")).status_code == 200
-            assert len((await client.get(f"/collections/round/items/{item}/similar")).json()["results"]) == 5
-            assert_problem(await client.get(f"/items/{item}"), 404, "id")
-            batch = {"queries": [{"query": "red"}, {"query": "blue"}]}
-            assert (await client.post("/collections/round/search/batch", json=batch)).status_code == 200
-
-    asyncio.run(main())
+async def test_each_collection_answers_for_itself(built_index: Path, circles: Path) -> None:
+    async with opened(circles) as alone:
+        wanted = await text(alone, "", "red")
+    async with opened(built_index, collections={"round": circles}) as client:
+        listed = (await client.get("/collections")).json()
+        CollectionsResponse.model_validate(listed, strict=True)
+        assert [(c["name"], c["default"], c["count"]) for c in listed["collections"]] == [
+            ("index", True, 24), ("round", False, 6),
+        ]  # fmt: skip
+        found = await text(client, "/collections/round", "red")
+        assert [(r["id"], r["score"]) for r in found] == [(r["id"], r["score"]) for r in wanted]
+        assert len(found) == 6
+        assert await text(client, "/collections/index", "red") != await text(client, "/collections/round", "red")
+        default = await text(client, "", "red")
+        named = await text(client, "/collections/index", "red")
+        assert [r["id"] for r in default] == [r["id"] for r in named]
+        for result in (default[0], named[0], found[0]):
+            picture = await client.get(result["image_url"])
+            assert picture.headers["content-type"] == "image/png"
+        assert found[0]["image_url"].startswith("/collections/round/items/")
+        by_picture = await client.post("/collections/round/search/image", files={"file": png()})
+        assert by_picture.status_code == 200
+        item = found[0]["id"]
+        assert (await client.get(f"/collections/round/items/{item}")).status_code == 200
+        assert len((await client.get(f"/collections/round/items/{item}/similar")).json()["results"]) == 5
+        assert_problem(await client.get(f"/items/{item}"), 404, "id")
+        batch = {"queries": [{"query": "red"}, {"query": "blue"}]}
+        assert (await client.post("/collections/round/search/batch", json=batch)).status_code == 200
 
 
-def test_a_name_that_is_none_is_a_404(built_index: Path, circles: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, collections={"round": circles}) as client:
-            for name in ("squares", "ROUND", "..%2f..%2fetc", "%00", "é", "x" * 3000):
-                body = assert_problem(await client.post(f"/collections/{name}/search/text", json={"query": "x"}), 404)
-                assert len(body["detail"]) < 400
-            body = assert_problem(await client.get("/collections/squares/items/x"), 404, "collection")
-            assert "index, round" in body["detail"]
-
-    asyncio.run(main())
+async def test_a_name_that_is_none_is_a_404(built_index: Path, circles: Path) -> None:
+    async with opened(built_index, collections={"round": circles}) as client:
+        for name in ("squares", "ROUND", "..%2f..%2fetc", "%00", "é", "x" * 3000):
+            body = assert_problem(await client.post(f"/collections/{name}/search/text", json={"query": "x"}), 404)
+            assert len(body["detail"]) < 400
+        body = assert_problem(await client.get("/collections/squares/items/x"), 404, "collection")
+        assert "index, round" in body["detail"]
 
 
-def test_domains_share_a_backbone_and_its_batches(built_index: Path, circles: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, collections={"round": circles}, cache_size=0, batch_wait_ms=50) as client:
-            encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]
-            assert encoders[0] is not encoders[1]
-            assert encoders[0].model.backbone is encoders[1].model.backbone
-            asked = [(prefix, query) for query in WORDS for prefix in ("", "/collections/round")]
-            alone = [await text(client, *each) for each in asked]
-            before = await scrape(client)
-            together = await asyncio.gather(*(text(client, *each) for each in asked))
-            after = await scrape(client)
-            for one, other in zip(alone, together, strict=True):
-                np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
-            passes = after["dcar_batch_size_count", ()] - before["dcar_batch_size_count", ()]
-            assert after["dcar_batch_size_sum", ()] - before["dcar_batch_size_sum", ()] == len(asked)
-            assert passes <= 3, "fewer than one a collection and query: both kinds went together"
-
-    asyncio.run(main())
+async def test_domains_share_a_backbone_and_its_batches(built_index: Path, circles: Path) -> None:
+    async with opened(built_index, collections={"round": circles}, cache_size=0, batch_wait_ms=50) as client:
+        encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]
+        assert encoders[0] is not encoders[1]
+        assert encoders[0].model.backbone is encoders[1].model.backbone
+        asked = [(prefix, query) for query in WORDS for prefix in ("", "/collections/round")]
+        alone = [await text(client, *each) for each in asked]
+        before = await scrape(client)
+        together = await asyncio.gather(*(text(client, *each) for each in asked))
+        after = await scrape(client)
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
+        passes = after["dcar_batch_size_count", ()] - before["dcar_batch_size_count", ()]
+        assert after["dcar_batch_size_sum", ()] - before["dcar_batch_size_sum", ()] == len(asked)
+        assert passes <= 3, "fewer than one a collection and query: both kinds went together"
 
 
-def test_domains_on_two_backbones_share_no_batch(
+async def test_domains_on_two_backbones_share_no_batch(
     built_index: Path, tiny_model: Path, gallery: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -121,63 +112,54 @@ def test_domains_on_two_backbones_share_no_batch(
     save_checkpoint(DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), tmp_path / "checkpoint")
     rebuild(gallery / "circle", tmp_path / "checkpoint", tmp_path / "other", workers=0, progress=False)
 
-    async def main() -> None:
-        given: dict[str, Any] = {"collections": {"round": tmp_path / "other"}, "cache_size": 0, "batch_wait_ms": 50}
-        async with opened(built_index, **given) as client:
-            encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]  # type: ignore[attr-defined]
-            assert encoders[0].model.backbone is not encoders[1].model.backbone
-            asked = [(prefix, query) for query in WORDS for prefix in ("", "/collections/round")]
-            alone = [await text(client, *each) for each in asked]
-            together = await asyncio.gather(*(text(client, *each) for each in asked))
-            for one, other in zip(alone, together, strict=True):
-                np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
-
-    asyncio.run(main())
+    given: dict[str, Any] = {"collections": {"round": tmp_path / "other"}, "cache_size": 0, "batch_wait_ms": 50}
+    async with opened(built_index, **given) as client:
+        encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]  # type: ignore[attr-defined]
+        assert encoders[0].model.backbone is not encoders[1].model.backbone
+        asked = [(prefix, query) for query in WORDS for prefix in ("", "/collections/round")]
+        alone = [await text(client, *each) for each in asked]
+        together = await asyncio.gather(*(text(client, *each) for each in asked))
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
 
 
-def test_one_that_cannot_be_loaded_is_named_and_the_other_answers(built_index: Path, circles: Path) -> None:
+async def test_one_that_cannot_be_loaded_is_named_and_the_other_answers(built_index: Path, circles: Path) -> None:
     items = circles / "versions/1/items.arrow"
     whole = items.read_bytes()
     items.write_bytes(b"")
 
-    async def main() -> None:
-        async with opened(built_index, collections={"round": circles}, ready=False, poll_s=0, **KEY) as client:
+    async with opened(built_index, collections={"round": circles}, ready=False, poll_s=0, **KEY) as client:
 
-            async def told() -> bool:
-                ready = await client.get("/readyz")
-                return ready.status_code == 503 and "round: " in ready.json()["detail"]
+        async def told() -> bool:
+            ready = await client.get("/readyz")
+            return ready.status_code == 503 and "round: " in ready.json()["detail"]
 
-            await until(told)
+        await until(told)
 
-            async def default_answers() -> bool:
-                return (await client.post("/search/text", json={"query": "red"})).status_code == 200
+        async def default_answers() -> bool:
+            return (await client.post("/search/text", json={"query": "red"})).status_code == 200
 
-            await until(default_answers)
-            assert_problem(await client.post("/collections/round/search/text", json={"query": "red"}), 503)
-            detail = assert_problem(await client.post("/admin/reload", headers=BEARER), 503)["detail"]
-            assert "round: " in detail
-            assert "items.arrow" in detail
-            items.write_bytes(whole)
-            reloaded = await client.post("/admin/reload", headers=BEARER)
-            assert reloaded.json()["versions"] == {"index": 1, "round": 1}
-            assert (await client.get("/readyz")).json()["status"] == "ready"
-            found = await scrape(client)
-            assert found["dcar_index_items", (("collection", "round"),)] == 6
-            assert found["dcar_index_items", (("collection", "index"),)] == 24
-
-    asyncio.run(main())
+        await until(default_answers)
+        assert_problem(await client.post("/collections/round/search/text", json={"query": "red"}), 503)
+        detail = assert_problem(await client.post("/admin/reload", headers=BEARER), 503)["detail"]
+        assert "round: " in detail
+        assert "items.arrow" in detail
+        items.write_bytes(whole)
+        reloaded = await client.post("/admin/reload", headers=BEARER)
+        assert reloaded.json()["versions"] == {"index": 1, "round": 1}
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        found = await scrape(client)
+        assert found["dcar_index_items", (("collection", "round"),)] == 6
+        assert found["dcar_index_items", (("collection", "index"),)] == 24
 
 
-def test_one_that_cannot_follow_a_new_version_is_named(built_index: Path, circles: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, collections={"round": circles}, poll_s=0.02) as client:
-            (circles / "CURRENT").write_text("7\n")
+async def test_one_that_cannot_follow_a_new_version_is_named(built_index: Path, circles: Path) -> None:
+    async with opened(built_index, collections={"round": circles}, poll_s=0.02) as client:
+        (circles / "CURRENT").write_text("7\n")
 
-            async def told() -> bool:
-                ready = (await client.get("/readyz")).json()
-                return ready["status"] == "degraded" and ready["reason"].startswith("round: ")
+        async def told() -> bool:
+            ready = (await client.get("/readyz")).json()
+            return ready["status"] == "degraded" and ready["reason"].startswith("round: ")
 
-            await until(told)
-            assert await text(client, "/collections/round", "red")
-
-    asyncio.run(main())
+        await until(told)
+        assert await text(client, "/collections/round", "red")

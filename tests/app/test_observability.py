@@ -1,6 +1,5 @@
 """What an operator sees: metrics by stage, log lines that belong together, and an end that drops nothing."""
 
-import asyncio
 import json
 import logging
 import os
@@ -24,63 +23,58 @@ from tests.support.service import opened
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 
 
-def test_metrics_tell_what_was_done(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for k in (3, 4, 4):  # computed, then cached twice
-                assert (await client.post("/search/text", json={"query": "red", "k": k})).status_code == 200
-            assert (await client.post("/search/image", files={"file": png()})).status_code == 200
-            for i in range(20):
-                await client.get(f"/probing/{i}")
-            found = await scrape(client)
+async def test_metrics_tell_what_was_done(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        for k in (3, 4, 4):  # computed, then cached twice
+            assert (await client.post("/search/text", json={"query": "red", "k": k})).status_code == 200
+        assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+        for i in range(20):
+            await client.get(f"/probing/{i}")
+        found = await scrape(client)
 
-            def stage(name: str) -> float:
-                return found["dcar_stage_seconds_count", (("stage", name),)]
+        def stage(name: str) -> float:
+            return found["dcar_stage_seconds_count", (("stage", name),)]
 
-            assert {name: stage(name) for name in ("queue", "encode", "decode", "cache", "search")} == {
-                "queue": 2, "encode": 2, "decode": 1, "cache": 2, "search": 4,
-            }  # fmt: skip
-            assert found["dcar_batch_size_sum", ()] == 2
-            assert found["dcar_batch_size_count", ()] == 2
-            assert found["dcar_cache_lookups_total", (("level", "memory"), ("outcome", "hit"))] == 2
-            assert found["dcar_index_version", (("collection", "index"),)] == 1
-            assert found["dcar_index_items", (("collection", "index"),)] == 24
-            assert found["dcar_index_degraded", (("collection", "index"),)] == 0
-            measured = client.app.state.collections[None].live.artifact.manifest.measured
-            assert found["dcar_index_recall_at_10", (("collection", "index"),)] == measured["recall_at_10"] > 0.9
-            explained = {"query": "red", "rerank": True, "explain": True, "k": 1}
-            assert (await client.post("/search/text", json=explained)).status_code == 200
-            later = await scrape(client)
-            for name in ("rerank", "explain"):
-                assert stage(name) == 0
-                assert later["dcar_stage_seconds_count", (("stage", name),)] == 1
-            assert found["dcar_errors_total", ()] == 0
-            assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 3
-            assert found["dcar_request_seconds_count", (("route", "none"), ("status", "404"))] == 20
-            assert not any("probing" in value for _, labels in found for _, value in labels)
-            assert found["process_resident_memory_bytes", ()] > 1e6
+        assert {name: stage(name) for name in ("queue", "encode", "decode", "cache", "search")} == {
+            "queue": 2, "encode": 2, "decode": 1, "cache": 2, "search": 4,
+        }  # fmt: skip
+        assert found["dcar_batch_size_sum", ()] == 2
+        assert found["dcar_batch_size_count", ()] == 2
+        assert found["dcar_cache_lookups_total", (("level", "memory"), ("outcome", "hit"))] == 2
+        assert found["dcar_index_version", (("collection", "index"),)] == 1
+        assert found["dcar_index_items", (("collection", "index"),)] == 24
+        assert found["dcar_index_degraded", (("collection", "index"),)] == 0
+        measured = client.app.state.collections[None].live.artifact.manifest.measured
+        assert found["dcar_index_recall_at_10", (("collection", "index"),)] == measured["recall_at_10"] > 0.9
+        explained = {"query": "red", "rerank": True, "explain": True, "k": 1}
+        assert (await client.post("/search/text", json=explained)).status_code == 200
+        later = await scrape(client)
+        for name in ("rerank", "explain"):
+            assert stage(name) == 0
+            assert later["dcar_stage_seconds_count", (("stage", name),)] == 1
+        assert found["dcar_errors_total", ()] == 0
+        assert found["dcar_request_seconds_count", (("route", "/search/text"), ("status", "200"))] == 3
+        assert found["dcar_request_seconds_count", (("route", "none"), ("status", "404"))] == 20
+        assert not any("probing" in value for _, labels in found for _, value in labels)
+        assert found["process_resident_memory_bytes", ()] > 1e6
 
-            encoder = client.app.state.collections[None].live.encoder
-            encoder.encode_text = None
-            assert (await client.post("/search/text", json={"query": "blue"})).status_code == 500
-            assert (await scrape(client))["dcar_errors_total", ()] == 1
-            del encoder.encode_text
-
-    asyncio.run(main())
+        encoder = client.app.state.collections[None].live.encoder
+        encoder.encode_text = None
+        assert (await client.post("/search/text", json={"query": "blue"})).status_code == 500
+        assert (await scrape(client))["dcar_errors_total", ()] == 1
+        del encoder.encode_text
 
 
-def test_a_request_keeps_its_id(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        caplog.set_level(logging.INFO, "app.middleware.access")
-        async with opened(built_index) as client:
-            given = await client.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
-            assert given.headers["x-request-id"] == "shop-7/a"
-            made = await client.post("/search/text", json={"query": "a secret wish"})
-            assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
-            refused = await client.get("/items/nothing%0Aat%20all", headers={"X-Request-ID": "a b\tc"})
-            assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
+async def test_a_request_keeps_its_id(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "app.middleware.access")
+    async with opened(built_index) as client:
+        given = await client.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
+        assert given.headers["x-request-id"] == "shop-7/a"
+        made = await client.post("/search/text", json={"query": "a secret wish"})
+        assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
+        refused = await client.get("/items/nothing%0Aat%20all", headers={"X-Request-ID": "a b\tc"})
+        assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
 
-    asyncio.run(main())
     lines = [record.getMessage() for record in caplog.records if record.name == "app.middleware.access"]
     lines = [line for line in lines if "/readyz 503" not in line]  # while it was loading
     assert len(lines) == 3, "probes that went well are left out"
@@ -138,14 +132,12 @@ def test_what_is_not_done_at_the_end_is_told_so(built_index: Path) -> None:
     assert "Traceback" not in text
 
 
-def test_a_long_path_is_cut_in_the_log(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_long_path_is_cut_in_the_log(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
-    async def main() -> None:
-        async with opened(built_index) as client:
-            assert (await client.get("/" + "%ff" * 20_000)).status_code == 404
+    async with opened(built_index) as client:
+        assert (await client.get("/" + "%ff" * 20_000)).status_code == 404
 
-    asyncio.run(main())
     assert max(len(record.getMessage()) for record in caplog.records if record.name == "app.middleware.access") < 5000
 
 

@@ -32,35 +32,30 @@ def running(*options: str) -> Iterator[RedisServer]:
         server.stop()
 
 
-def remembers(url: str, seconds: float = 10) -> None:
-    """An embedding is written through this URL and read back, as soon as the servers have found each other; then many
-    are at once."""
-
-    async def main() -> None:
-        cache = RedisCache(url, ttl_s=60, timeout_s=2)
-        end = time.monotonic() + seconds
-        try:
-            while True:
-                cache.put("key", VECTOR)
-                await asyncio.gather(*cache._writes)
-                found = await cache.get("key", 32)
-                if found is not None:
-                    np.testing.assert_array_equal(found, rounded(VECTOR))
-                    break
-                assert time.monotonic() < end, "nothing is remembered"
-                cache.reading._pause = cache.writing._pause = 0.05
-                await asyncio.sleep(0.1)
-            for key in range(100):
-                cache.put(str(key), VECTOR)
+async def assert_cached(url: str, seconds: float = 10) -> None:
+    """Assert that an embedding written through this URL is read back once the servers are up, and then many at once."""
+    cache = RedisCache(url, ttl_s=60, timeout_s=2)
+    end = time.monotonic() + seconds
+    try:
+        while True:
+            cache.put("key", VECTOR)
             await asyncio.gather(*cache._writes)
-            found_by = await asyncio.gather(*(cache.get(str(key), 32) for key in range(100)))
-            assert all(each is not None for each in found_by)
-            assert not cache.reading.open
-            assert not cache.writing.open
-        finally:
-            await cache.close()
-
-    asyncio.run(main())
+            found = await cache.get("key", 32)
+            if found is not None:
+                np.testing.assert_array_equal(found, rounded(VECTOR))
+                break
+            assert time.monotonic() < end, "nothing is cached"
+            cache.reading._pause = cache.writing._pause = 0.05
+            await asyncio.sleep(0.1)
+        for key in range(100):
+            cache.put(str(key), VECTOR)
+        await asyncio.gather(*cache._writes)
+        found_by = await asyncio.gather(*(cache.get(str(key), 32) for key in range(100)))
+        assert all(each is not None for each in found_by)
+        assert not cache.reading.open
+        assert not cache.writing.open
+    finally:
+        await cache.close()
 
 
 def certificates(folder: Path) -> tuple[Path, Path]:
@@ -75,26 +70,26 @@ def certificates(folder: Path) -> tuple[Path, Path]:
     return key, certificate
 
 
-def test_tls(tmp_path: Path) -> None:
+async def test_tls(tmp_path: Path) -> None:
     key, certificate = certificates(tmp_path)
     options = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
     with running(*options) as server:
-        remembers(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
-        with pytest.raises(AssertionError, match="nothing is remembered"):  # a certificate that nobody vouches for
-            remembers(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
+        await assert_cached(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
+        with pytest.raises(AssertionError, match="nothing is cached"):  # a certificate that nobody vouches for
+            await assert_cached(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
 
 
-def test_password_and_database() -> None:
+async def test_password_and_database() -> None:
     with running("--requirepass", "pass/word") as server:
-        remembers(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
+        await assert_cached(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
 
 
-def test_socket(tmp_path: Path) -> None:
+async def test_socket(tmp_path: Path) -> None:
     with running("--unixsocket", str(tmp_path / "redis.sock")):
-        remembers(f"unix://{tmp_path / 'redis.sock'}?db=2")
+        await assert_cached(f"unix://{tmp_path / 'redis.sock'}?db=2")
 
 
-def test_cluster() -> None:
+async def test_cluster() -> None:
     bus = free_port()
     with running(
         "--cluster-enabled",
@@ -109,20 +104,20 @@ def test_cluster() -> None:
         try:
             ask = ["redis-cli", "-p", str(server.port), "cluster", "addslotsrange", "0", "16383"]
             subprocess.run(ask, check=True, capture_output=True)
-            remembers(f"redis+cluster://127.0.0.1:1,127.0.0.1:{server.port}")
-            remembers(f"redis+cluster://127.0.0.1:{server.port}?max_connections=3")
+            await assert_cached(f"redis+cluster://127.0.0.1:1,127.0.0.1:{server.port}")
+            await assert_cached(f"redis+cluster://127.0.0.1:{server.port}?max_connections=3")
         finally:
             Path(f"/tmp/nodes-{bus}.conf").unlink(missing_ok=True)
 
 
-def test_sentinel(tmp_path: Path) -> None:
+async def test_sentinel(tmp_path: Path) -> None:
     with running("--requirepass", "word") as master:
         configuration = tmp_path / "sentinel.conf"
         configuration.write_text(
             f"sentinel monitor pictures 127.0.0.1 {master.port} 1\nsentinel auth-pass pictures word\n"
         )
         with running(str(configuration), "--sentinel") as sentinel:
-            remembers(f"redis+sentinel://:word@127.0.0.1:1,127.0.0.1:{sentinel.port}/pictures/1")
+            await assert_cached(f"redis+sentinel://:word@127.0.0.1:1,127.0.0.1:{sentinel.port}/pictures/1")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def index(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, lock = snapshots.load_snapshot, threading.Lock()
     under_way = most = 0
 
@@ -42,86 +42,74 @@ def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypatch: p
             under_way -= 1
         return whole(*given)  # type: ignore[arg-type]
 
-    async def main() -> None:
-        async with opened(index, poll_s=0, **KEY) as client:
-            monkeypatch.setattr(snapshots, "load_snapshot", slow)
-            rollback(index, 2)
-            first = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
-            await asyncio.sleep(0.2)
-            first.cancel()
-            again = await client.post("/admin/reload", headers=BEARER)
-            assert again.json()["index_version"] == 2
-            assert not again.json()["changed"], "the first load was not thrown away"
-            assert most == 1
-            rollback(index, 1)
-            last = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
-            await asyncio.sleep(0.2)
-            last.cancel()
-        assert under_way == 0, "the end waits for a load"
-
-    asyncio.run(main())
+    async with opened(index, poll_s=0, **KEY) as client:
+        monkeypatch.setattr(snapshots, "load_snapshot", slow)
+        rollback(index, 2)
+        first = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+        await asyncio.sleep(0.2)
+        first.cancel()
+        again = await client.post("/admin/reload", headers=BEARER)
+        assert again.json()["index_version"] == 2
+        assert not again.json()["changed"], "the first load was not thrown away"
+        assert most == 1
+        rollback(index, 1)
+        last = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+        await asyncio.sleep(0.2)
+        last.cancel()
+    assert under_way == 0, "the end waits for a load"
 
 
-def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, tmp_path: Path) -> None:
+async def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, tmp_path: Path) -> None:
     """A start without the model, and updates until the version that it began with is deleted."""
     pytest.importorskip("openvino", reason="needs the extra [openvino]")
     cache = tmp_path / "cache"
 
-    async def main() -> None:
-        for start in range(2):
-            async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **KEY) as client:
-                if start == 0:
-                    assert list(adapter_cache.directory(cache).iterdir())
-                    continue
-                live = client.app.state.collections[None].live  # type: ignore[attr-defined]
-                assert live.encoder.backbone is None
-                for row in range(4):
-                    await asyncio.to_thread(remove, index, [live.artifact.item(row).id])
-                    assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
-                assert not live.artifact.checkpoint.exists()
-                for what in ("rerank", "explain"):
-                    answer = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
-                    assert answer.status_code == 200, answer.text
-
-    asyncio.run(main())
+    for start in range(2):
+        async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **KEY) as client:
+            if start == 0:
+                assert list(adapter_cache.directory(cache).iterdir())
+                continue
+            live = client.app.state.collections[None].live  # type: ignore[attr-defined]
+            assert live.encoder.backbone is None
+            for row in range(4):
+                await asyncio.to_thread(remove, index, [live.artifact.item(row).id])
+                assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+            assert not live.artifact.checkpoint.exists()
+            for what in ("rerank", "explain"):
+                answer = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
+                assert answer.status_code == 200, answer.text
 
 
-def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_same(
+async def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_same(
     index: Path, tiny_gallery: Path, other_checkpoint: Path
 ) -> None:
-    async def main() -> None:
-        async with opened(index, poll_s=0, **KEY) as client:
-            before = (await client.post("/search/text", json={"query": "red"})).json()
-            assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
-            manifest = index / "versions" / "1" / "manifest.json"
-            manifest.rename(index / "aside")
-            assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
-            assert (await client.get("/readyz")).json()["status"] == "ready", "what is served is whole"
-            shutil.rmtree(index)
-            await asyncio.to_thread(
-                rebuild, tiny_gallery, other_checkpoint, index, workers=0, progress=False, runtime="torch"
-            )
-            assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
-            after = (await client.post("/search/text", json={"query": "red"})).json()
-            assert after["index_version"] == before["index_version"] == 1
-            assert [r["score"] for r in after["results"]] != [r["score"] for r in before["results"]]
-            assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
-
-    asyncio.run(main())
+    async with opened(index, poll_s=0, **KEY) as client:
+        before = (await client.post("/search/text", json={"query": "red"})).json()
+        assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+        manifest = index / "versions" / "1" / "manifest.json"
+        manifest.rename(index / "aside")
+        assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+        assert (await client.get("/readyz")).json()["status"] == "ready", "what is served is whole"
+        shutil.rmtree(index)
+        await asyncio.to_thread(
+            rebuild, tiny_gallery, other_checkpoint, index, workers=0, progress=False, runtime="torch"
+        )
+        assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+        after = (await client.post("/search/text", json={"query": "red"})).json()
+        assert after["index_version"] == before["index_version"] == 1
+        assert [r["score"] for r in after["results"]] != [r["score"] for r in before["results"]]
+        assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
 
 
-def test_a_body_that_nobody_needs_is_not_waited_for(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_nobody_needs_is_not_waited_for(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = snapshots.load_snapshot
 
     def slow(*given: object) -> object:
         time.sleep(1)
         return whole(*given)  # type: ignore[arg-type]
 
-    async def main() -> None:
-        async with opened(index, poll_s=0, upload_timeout_s=0.3, **KEY) as client:
-            monkeypatch.setattr(snapshots, "load_snapshot", slow)
-            rollback(index, 2)
-            answer = await client.post("/admin/reload", headers=BEARER, json={})
-            assert answer.json()["changed"], answer.text
-
-    asyncio.run(main())
+    async with opened(index, poll_s=0, upload_timeout_s=0.3, **KEY) as client:
+        monkeypatch.setattr(snapshots, "load_snapshot", slow)
+        rollback(index, 2)
+        answer = await client.post("/admin/reload", headers=BEARER, json={})
+        assert answer.json()["changed"], answer.text

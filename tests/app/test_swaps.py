@@ -51,7 +51,7 @@ async def swap(client: httpx.AsyncClient, version: int) -> None:
     assert (reloaded.json()["index_version"], reloaded.json()["changed"]) == (version, True)
 
 
-def test_twenty_swaps_and_rollbacks_under_load(
+async def test_twenty_swaps_and_rollbacks_under_load(
     index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.root.manager, "disable", logging.INFO)  # pytest keeps each line, and they are thousands
@@ -63,55 +63,53 @@ def test_twenty_swaps_and_rollbacks_under_load(
     kept, sizes = Kept(), []
     words = (f"a red square {number}" for number in itertools.count())  # never remembered
 
-    async def main() -> None:
-        async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **KEY) as client:
+    async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **KEY) as client:
 
-            async def ask() -> tuple[int, list[dict[str, Any]]]:
-                answer = await client.post("/search/text", json={"query": "a red square", "k": 24})
+        async def ask() -> tuple[int, list[dict[str, Any]]]:
+            answer = await client.post("/search/text", json={"query": "a red square", "k": 24})
+            assert answer.status_code == 200, answer.text
+            return answer.json()["index_version"], answer.json()["results"]
+
+        expected = {tiny_checkpoint: (await ask())[1]}
+        asked, done = 0, False
+
+        async def same() -> None:
+            while not done:
+                version, results = await ask()
+                assert results == expected.setdefault(checkpoints[version], results), "by one version, whole"
+                await asyncio.sleep(0.01)  # the load's thread shares the interpreter with these callers
+
+        async def other(send: Any) -> None:
+            nonlocal asked
+            while not done:
+                answer = await send()
                 assert answer.status_code == 200, answer.text
-                return answer.json()["index_version"], answer.json()["results"]
+                assert answer.json()["index_version"] in checkpoints
+                asked += 1
 
-            expected = {tiny_checkpoint: (await ask())[1]}
-            asked, done = 0, False
-
-            async def same() -> None:
-                while not done:
-                    version, results = await ask()
-                    assert results == expected.setdefault(checkpoints[version], results), "by one version, whole"
-                    await asyncio.sleep(0.01)  # the load's thread shares the interpreter with these callers
-
-            async def other(send: Any) -> None:
-                nonlocal asked
-                while not done:
-                    answer = await send()
-                    assert answer.status_code == 200, answer.text
-                    assert answer.json()["index_version"] in checkpoints
-                    asked += 1
-
-            sent = [
-                lambda: client.post("/search/text", json={"query": next(words)}),
-                lambda: client.post("/search/text", json={"query": next(words), "explain": True, "k": 2}),
-                lambda: client.post("/search/image", files={"file": png(size=(40 + asked % 50, 40))}),
-                lambda: client.get("/items/circle%2Fred.png/similar"),
-            ]
-            load = [asyncio.create_task(same()) for _ in range(4)] + [asyncio.create_task(other(send)) for send in sent]
-            for number in range(1, SWAPS // 2 + 1):  # to each newer version, and then back to the one before
-                for version in (number + 1, number):
-                    rollback(index, version)
-                    await swap(client, version)
-                    kept.note(client)
-                gc.collect()
-                sizes.append(resident())
-            done = True
-            await asyncio.gather(*load)
-            assert asked > SWAPS
-            assert len(expected) == 2
-            await sent[0]()  # the model's last work is for the version that is replaced
-            await asyncio.to_thread(rollback, index, SWAPS // 2 + 1)
-            await swap(client, SWAPS // 2 + 1)  # no search follows that would push anything out
-            kept.note(client)
+        sent = [
+            lambda: client.post("/search/text", json={"query": next(words)}),
+            lambda: client.post("/search/text", json={"query": next(words), "explain": True, "k": 2}),
+            lambda: client.post("/search/image", files={"file": png(size=(40 + asked % 50, 40))}),
+            lambda: client.get("/items/circle%2Fred.png/similar"),
+        ]
+        load = [asyncio.create_task(same()) for _ in range(4)] + [asyncio.create_task(other(send)) for send in sent]
+        for number in range(1, SWAPS // 2 + 1):  # to each newer version, and then back to the one before
+            for version in (number + 1, number):
+                rollback(index, version)
+                await swap(client, version)
+                kept.note(client)
             gc.collect()
-            assert sorted(kept.alive()) == [(SWAPS // 2 + 1, name) for name in ("Artifact", "DCAR", "Encoder")]
+            sizes.append(resident())
+        done = True
+        await asyncio.gather(*load)
+        assert asked > SWAPS
+        assert len(expected) == 2
+        await sent[0]()  # the model's last work is for the version that is replaced
+        await asyncio.to_thread(rollback, index, SWAPS // 2 + 1)
+        await swap(client, SWAPS // 2 + 1)  # no search follows that would push anything out
+        kept.note(client)
+        gc.collect()
+        assert sorted(kept.alive()) == [(SWAPS // 2 + 1, name) for name in ("Artifact", "DCAR", "Encoder")]
 
-    asyncio.run(main())
     assert sizes[-1] - sizes[WARM // 2 - 1] < ROOM, sizes

@@ -1,6 +1,5 @@
 """Words for what results should not show: subtracted from whatever a query consists of."""
 
-import asyncio
 import json
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def artifact(built_index: Path) -> Artifact:
     return open_current(built_index)
 
 
-def test_words_are_subtracted_from_all_that_is_asked_for(built_index: Path, artifact: Artifact) -> None:
+async def test_words_are_subtracted_from_all_that_is_asked_for(built_index: Path, artifact: Artifact) -> None:
     encoder = Encoder.load(artifact.checkpoint)
     circle, red = encoder.encode_text(["a circle"])[0], encoder.encode_text(["red"])[0]
     picture = encoder.encode_images([png()])[0]
@@ -33,68 +32,59 @@ def test_words_are_subtracted_from_all_that_is_asked_for(built_index: Path, arti
     assert row is not None
     item = artifact.vector(row)
 
-    async def main() -> None:
-        async with opened(built_index) as http:
-            client = Client(http)
-            plain = await client.text(query="a circle", k=24)
-            close(plain, ranked(artifact, circle))
-            found = await client.text(query="a circle", without="  red ", k=24)
-            close(found, ranked(artifact, circle - USUAL * red))
-            assert ids(found) != ids(plain)
-            strong = await client.text(query="a circle", without="red", weights={"without": 0.8}, k=24)
-            close(strong, ranked(artifact, circle - 0.8 * red))
-            tiny = {"text": 5e-324, "without": 5e-324}  # only their ratio counts
-            ratio = await client.text(query="a circle", without="red", weights=tiny, k=24)
-            close(ratio, ranked(artifact, circle - red))
-            same = await client.text(query="a circle", without="red", weights={"without": 0}, k=24)
-            assert ids(same) == ids(plain)
-            both = await client.image(png(), query="a circle", without="red", k="24")
-            close(both, ranked(artifact, picture + circle - USUAL * red))
-            like = await client.text(more_like=["circle/red.png"], without="red", k=24)
-            close(like, [each for each in ranked(artifact, item - USUAL * red) if each[0] != "circle/red.png"])
-
-    asyncio.run(main())
+    async with opened(built_index) as http:
+        client = Client(http)
+        plain = await client.text(query="a circle", k=24)
+        close(plain, ranked(artifact, circle))
+        found = await client.text(query="a circle", without="  red ", k=24)
+        close(found, ranked(artifact, circle - USUAL * red))
+        assert ids(found) != ids(plain)
+        strong = await client.text(query="a circle", without="red", weights={"without": 0.8}, k=24)
+        close(strong, ranked(artifact, circle - 0.8 * red))
+        tiny = {"text": 5e-324, "without": 5e-324}  # only their ratio counts
+        ratio = await client.text(query="a circle", without="red", weights=tiny, k=24)
+        close(ratio, ranked(artifact, circle - red))
+        same = await client.text(query="a circle", without="red", weights={"without": 0}, k=24)
+        assert ids(same) == ids(plain)
+        both = await client.image(png(), query="a circle", without="red", k="24")
+        close(both, ranked(artifact, picture + circle - USUAL * red))
+        like = await client.text(more_like=["circle/red.png"], without="red", k=24)
+        close(like, [each for each in ranked(artifact, item - USUAL * red) if each[0] != "circle/red.png"])
 
 
-def test_it_is_remembered_and_told_apart(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as http:
-            client = Client(http)
-            await client.text(query="a circle")
-            half = await client.text(query="a circle", without="red")
-            assert not half["cached"], "one of its two texts was new"
-            assert (await client.text(query="a circle", without="red", k=3))["cached"]
-            batch = await http.post(
-                "/search/batch", json={"queries": [{"query": "a circle"}, {"query": "a circle", "without": "red"}]}
-            )
-            plain, without = batch.json()["answers"]
-            assert ids(without) == ids(half) != ids(plain)
-
-    asyncio.run(main())
+async def test_it_is_remembered_and_told_apart(built_index: Path) -> None:
+    async with opened(built_index) as http:
+        client = Client(http)
+        await client.text(query="a circle")
+        half = await client.text(query="a circle", without="red")
+        assert not half["cached"], "one of its two texts was new"
+        assert (await client.text(query="a circle", without="red", k=3))["cached"]
+        batch = await http.post(
+            "/search/batch", json={"queries": [{"query": "a circle"}, {"query": "a circle", "without": "red"}]}
+        )
+        plain, without = batch.json()["answers"]
+        assert ids(without) == ids(half) != ids(plain)
 
 
-def test_what_cannot_be_done_names_the_field(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, max_query_chars=20) as http:
-            for body, field in (
-                ({"without": "red"}, "without"),
-                ({"query": "a circle", "without": " "}, "without"),
-                ({"query": "a circle", "without": "<|endoftext|>"}, "without"),
-                ({"query": "a circle", "without": "r" * 21}, "without"),
-                ({"query": "a circle", "without": 7}, "without"),
-                ({"query": "red", "without": "red", "weights": {"without": 1}}, "weights"),
-                ({"query": "a circle", "without": "red", "min_score": "auto"}, "min_score"),
-                ({"query": "", "without": "red", "more_like": ["nothing"]}, "more_like"),
-            ):
-                assert_problem(await http.post("/search/text", json=body), 422, field)
-            form = {"without": " "}
-            assert_problem(await http.post("/search/image", files={"file": png()}, data=form), 422, "without")
-            number = await http.post("/search/image", files={"file": png()}, data={"without": "7"})
-            assert number.status_code == 200, "a form's words are words"
-            longest = {"query": "\U0001f534" * 20, "without": "\U0001f534" * 20}
-            assert (await http.post("/search/text", json=longest)).status_code == 200
-
-    asyncio.run(main())
+async def test_what_cannot_be_done_names_the_field(built_index: Path) -> None:
+    async with opened(built_index, max_query_chars=20) as http:
+        for body, field in (
+            ({"without": "red"}, "without"),
+            ({"query": "a circle", "without": " "}, "without"),
+            ({"query": "a circle", "without": "<|endoftext|>"}, "without"),
+            ({"query": "a circle", "without": "r" * 21}, "without"),
+            ({"query": "a circle", "without": 7}, "without"),
+            ({"query": "red", "without": "red", "weights": {"without": 1}}, "weights"),
+            ({"query": "a circle", "without": "red", "min_score": "auto"}, "min_score"),
+            ({"query": "", "without": "red", "more_like": ["nothing"]}, "more_like"),
+        ):
+            assert_problem(await http.post("/search/text", json=body), 422, field)
+        form = {"without": " "}
+        assert_problem(await http.post("/search/image", files={"file": png()}, data=form), 422, "without")
+        number = await http.post("/search/image", files={"file": png()}, data={"without": "7"})
+        assert number.status_code == 200, "a form's words are words"
+        longest = {"query": "\U0001f534" * 20, "without": "\U0001f534" * 20}
+        assert (await http.post("/search/text", json=longest)).status_code == 200
 
 
 def test_the_command_line_subtracts_as_well(built_index: Path, artifact: Artifact) -> None:

@@ -1,6 +1,5 @@
 """A service whose towers an exported graph runs starts without the model, and loads it when a query needs it."""
 
-import asyncio
 import importlib.util
 import json
 import shutil
@@ -43,41 +42,35 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.json().items() if name not in ("took_ms", "cached")}
 
 
-def test_a_later_start_answers_the_same(built_index: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+async def test_a_later_start_answers_the_same(built_index: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     settings = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path)}
 
-    async def main() -> None:
-        async with opened(built_index, **settings) as http:
-            assert live(http).backbone is not None
-            first = await ask(http, PLAIN), await ask(http, DEEP)
-        async with opened(built_index, **settings) as http:
-            assert live(http).backbone is None
-            assert await ask(http, PLAIN) == first[0]
-            assert live(http).backbone is None, "a plain search needs no model"
-            assert await ask(http, DEEP) == first[1]
-            assert live(http).backbone is not None
-
-    asyncio.run(main())
+    async with opened(built_index, **settings) as http:
+        assert live(http).backbone is not None
+        first = await ask(http, PLAIN), await ask(http, DEEP)
+    async with opened(built_index, **settings) as http:
+        assert live(http).backbone is None
+        assert await ask(http, PLAIN) == first[0]
+        assert live(http).backbone is None, "a plain search needs no model"
+        assert await ask(http, DEEP) == first[1]
+        assert live(http).backbone is not None
 
 
-def test_a_model_that_is_gone_fails_only_who_needs_it(
+async def test_a_model_that_is_gone_fails_only_who_needs_it(
     gallery: Path, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
     rebuild(gallery, model / tiny_checkpoint.name, tmp_path / "index", workers=0, progress=False)
     settings = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path / "cache")}
 
-    async def main() -> None:
-        async with opened(tmp_path / "index", **settings) as http:
-            await ask(http, PLAIN)
-        async with opened(tmp_path / "index", **settings) as http:
-            assert live(http).backbone is None
-            shutil.rmtree(model / tiny_model.name)
-            await ask(http, PLAIN)
-            assert "cannot be loaded" in assert_problem(await http.post("/search/text", json=DEEP), 503)["detail"]
-            await ask(http, PLAIN | {"k": 3})
-
-    asyncio.run(main())
+    async with opened(tmp_path / "index", **settings) as http:
+        await ask(http, PLAIN)
+    async with opened(tmp_path / "index", **settings) as http:
+        assert live(http).backbone is None
+        shutil.rmtree(model / tiny_model.name)
+        await ask(http, PLAIN)
+        assert "cannot be loaded" in assert_problem(await http.post("/search/text", json=DEEP), 503)["detail"]
+        await ask(http, PLAIN | {"k": 3})
 
 
 def test_a_search_from_the_command_line_needs_no_pytorch(
