@@ -18,7 +18,7 @@ from dcar_core import Encoder
 from dcar_core.util.arrays import Floats
 from dcar_core.util.images import open_image
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import read_picture
+from index_jobs.gallery.storage import read_image
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji"
 STYLES = ("twemoji", "openmoji")
@@ -50,7 +50,7 @@ def vectors(model: Encoder, count: int) -> Iterator[Floats]:
 def _files(place: Path) -> Iterator[bytes]:
     gallery = scan(place)
     for row in gallery.table.select(["location", "offset", "size"]).to_pylist():
-        yield read_picture(gallery.root, row["location"], row["offset"], row["size"])
+        yield read_image(gallery.root, row["location"], row["offset"], row["size"])
 
 
 def _varied(image: Image.Image, seed: int, as_it_is: bool) -> Image.Image:

@@ -38,8 +38,8 @@ from safetensors.torch import save_file
 
 from dcar_core import Encoder
 from index_jobs.encoding.decode import worker_count
-from index_jobs.encoding.devices import load_encoders
-from index_jobs.encoding.encode import encode
+from index_jobs.encoding.devices import load_replicas
+from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.scan import scan
 
@@ -129,7 +129,7 @@ def bare(encoder: Encoder, batch: int, batches: int) -> np.ndarray:
 def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     model = random_model(folder / "model", arguments.model)
     os.environ["DCAR_RUNTIME_CACHE"] = str(folder / "runtimes")
-    encoder = load_encoders(model, "cpu", exact=arguments.exact, runtime=arguments.runtime)[0]
+    encoder = load_replicas(model, "cpu", exact=arguments.exact, runtime=arguments.runtime)[0]
     source = gallery(folder / "pictures", arguments.pictures, tuple(arguments.size))
     batches = -(-arguments.pictures // arguments.batch_size)
     cache = PixelCache.open(folder / "cache", encoder.preprocess) if arguments.pixel_cache else None
@@ -138,7 +138,7 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     for number in range(arguments.rounds):
         before = bare(encoder, arguments.batch_size, -(-batches // 2))
         clock = Clock()
-        encoded = encode(
+        encoded = encode_gallery(
             scan(source), encoder, folder / f"work{number}", workers=arguments.workers,
             batch_size=arguments.batch_size, progress=False, cache=cache,
         )  # fmt: skip
@@ -206,7 +206,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
         print(f"scanned {count:,} pictures in {time.perf_counter() - start:.1f} s; the table takes {_mib(table)}, "
               f"{table / count:.0f} bytes a picture; the process {_mib(resident(os.getpid()))}, {_mib(before)} before",
               flush=True)  # fmt: skip
-        encoded = encode(
+        encoded = encode_gallery(
             scanned, encoder, work, workers=arguments.workers, batch_size=arguments.batch_size,
             shard_rows=SHARD_ROWS, progress=False,
         )  # fmt: skip

@@ -22,14 +22,16 @@ def data_check(
     context: Annotated[int, typer.Option(min=0, help="Count captions of more CLIP tokens than this; 0: do not.")] = 77,
 ) -> None:
     """Print what a data set holds and what was repaired or left out; fails if pictures are missing or broken."""
-    from dcar_core.data import check
+    from dcar_core.data import check_dataset
     from dcar_core.model.tokenizer import clip_token_counts
 
     count = clip_token_counts if context else None
     unusable = 0
     for path in paths:
         typer.echo(f"{path}")
-        for split in check(path, images=images, pictures=not annotations_only, context=context, count_tokens=count):
+        for split in check_dataset(
+            path, image_root=images, decode_images=not annotations_only, context=context, count_tokens=count
+        ):
             typer.echo(split)
             unusable += len(split.missing) + len(split.broken)
     if unusable:
@@ -58,18 +60,20 @@ def data_negatives(
     device: Device = "auto",
 ) -> None:
     """Make negative captions as `dcar train` does, print some, and write them to look at, edit and train on."""
-    from dcar_core.data import describe, load_splits, write_splits
-    from dcar_core.negatives import fill, views
+    from dcar_core.data import describe_reports, load_splits, write_splits
+    from dcar_core.negatives import add_negatives, load_text_views
 
-    splits, reports = load_splits(path, pictures="ignore")
-    features, cut = views(model, pretrained, device)
-    made = fill(splits, reports, features=features, cut=cut, mode=negatives, taxonomy=taxonomy, count=count, seed=seed)
+    splits, reports = load_splits(path, image_policy="ignore")
+    features, cut = load_text_views(model, pretrained, device)
+    made = add_negatives(
+        splits, reports, features=features, cut=cut, mode=negatives, taxonomy=taxonomy, count=count, seed=seed
+    )
     for data in made.values():
         for sample in data.samples[:: max(1, len(data) // show)][:show] if show else ():
             typer.echo(f"{sample.image}  [{sample.category}]\n    {sample.caption}")
             for text, category in zip(sample.negatives, sample.negative_categories, strict=False):
                 typer.echo(f"  - {text}  [{category}]")
-    typer.echo(describe(made, reports), err=True)
+    typer.echo(describe_reports(made, reports), err=True)
     if out is not None:
         write_splits(made, out)
         typer.echo(f"{out}: {', '.join(f'{name}.jsonl' for name in made)}; train with --data {out} --images IMAGES")
@@ -108,22 +112,22 @@ def data_caption(
     Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY where the judge is elsewhere. Killed,
     the same command goes on, and asks nothing twice.
     """
-    from dcar_core.captioning.options import CaptionOptions, Model
-    from dcar_core.captioning.questions import TEMPLATES, load_templates
-    from dcar_core.captioning.run import caption
-    from dcar_core.captioning.summary import summary
+    from dcar_core.captioning.options import CaptionOptions, VisionModel
+    from dcar_core.captioning.questions import QUESTION_TEMPLATES, load_templates
+    from dcar_core.captioning.run import caption_images
+    from dcar_core.captioning.summary import summarize
     from dcar_core.model.tokenizer import clip_token_counts
 
-    drafter = Model(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_price(price))
+    drafter = VisionModel(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_price(price))
     second = drafter.judge(judge_url, judge_model, os.environ.get("DCAR_JUDGE_API_KEY"), _price(judge_price))
     options = CaptionOptions(
         dataset=dataset or images.resolve().name.replace("_", " "),
-        templates=load_templates(templates) if templates is not None else TEMPLATES,
+        templates=load_templates(templates) if templates is not None else QUESTION_TEMPLATES,
         context=context, rounds=rounds, side=side, max_tokens=max_tokens, temperature=temperature,
         concurrency=concurrency, timeout_s=timeout, tries=tries,
     )  # fmt: skip
-    found = caption(images, out, drafter, second if judge else None, options, clip_token_counts, restart=restart)
-    typer.echo(summary(found))
+    found = caption_images(images, out, drafter, second if judge else None, options, clip_token_counts, restart=restart)
+    typer.echo(summarize(found))
     if found.failed:
         raise typer.Exit(1)
 

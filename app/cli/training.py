@@ -55,12 +55,12 @@ def train(
 
     Killed, the same command goes on where it was. Several processes: torchrun --nproc-per-node N -m app.cli train ...
     """
-    from dcar_core.data import describe, load_splits, save_reports
+    from dcar_core.data import describe_reports, load_splits, save_reports
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_checkpoint
     from dcar_core.model.dcar import seeded_model
     from dcar_core.model.methods import method as method_config
-    from dcar_core.negatives import complete
+    from dcar_core.negatives import add_negatives_with_backbone
     from dcar_core.serving.encoder import pick_device
     from dcar_core.training.distributed import torchrun_group
     from dcar_core.training.feature_cache import FeatureCache
@@ -76,14 +76,14 @@ def train(
     )
     with torchrun_group(pick_device(device)) as (group, here):
         splits, reports = load_splits(
-            data, ("train", "val"), images=images, pictures="skip" if skip_broken else "require"
+            data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
         )
         backbone = load_backbone(BackboneSource(model, pretrained), here)
         prompted = seeded_model(backbone, chosen, seed)
-        splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
+        splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
         note_what_is_cut(splits, reports, backbone, prompted.room)
         if group.leads:
-            typer.echo(describe(splits, reports), err=True)
+            typer.echo(describe_reports(splits, reports), err=True)
             save_reports(reports, out)
         with group.leader_first():
             if restart and group.leads:

@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from dcar_core.captioning.filters import REFUSED
-from dcar_core.captioning.options import CaptionOptions, Model, Usage
+from dcar_core.captioning.options import CaptionOptions, TokenUsage, VisionModel
 from dcar_core.util.errors import CaptionError, EndpointError, MissingExtraError
 from dcar_core.util.json_text import parse_json
 
@@ -39,12 +39,12 @@ _LONGEST_ANSWER = 4 << 20  # bytes, packed as well as unpacked: a thousand times
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """text may be empty; finish: why the model stopped, or REFUSED. usage: of every attempt, since all are paid."""
 
     text: str
     finish: str = ""
-    usage: Usage = field(default_factory=Usage)
+    usage: TokenUsage = field(default_factory=TokenUsage)
 
 
 class _Reply(NamedTuple):
@@ -59,10 +59,10 @@ class _Reply(NamedTuple):
 class Endpoint:
     """Asks one model. Must be closed."""
 
-    def __init__(self, model: Model, options: CaptionOptions) -> None:
+    def __init__(self, model: VisionModel, options: CaptionOptions) -> None:
         self.model, self._options = model, options
         self._not_before = 0.0
-        self._wasted = Usage()
+        self._wasted = TokenUsage()
         # gzip alone: it can be unpacked up to a bound, and most of what httpx would unpack by itself cannot.
         headers = {"accept-encoding": "gzip"} | ({"authorization": f"Bearer {model.key}"} if model.key else {})
         self._client = httpx.AsyncClient(
@@ -72,12 +72,14 @@ class Endpoint:
     async def close(self) -> None:
         await self._client.aclose()
 
-    def take_wasted(self) -> Usage:
+    def take_wasted(self) -> TokenUsage:
         """What failed requests have used since this was last called: answers that came and were of no use."""
-        wasted, self._wasted = self._wasted, Usage()
+        wasted, self._wasted = self._wasted, TokenUsage()
         return wasted
 
-    async def ask(self, messages: list[dict[str, Any]], usable: Callable[[Answer], bool] = lambda _: True) -> Answer:
+    async def ask(
+        self, messages: list[dict[str, Any]], usable: Callable[[Completion], bool] = lambda _: True
+    ) -> Completion:
         """The model's answer to a chat.
 
         Args:
@@ -87,14 +89,16 @@ class Endpoint:
             EndpointError: the request was refused, or no try gave an answer; this picture has failed.
             CaptionError: no request can succeed: the key, the model or the address is wrong.
         """
-        usage = Usage()
+        usage = TokenUsage()
         try:
             return await self._tried(messages, usable, usage)
         except CaptionError:
             self._wasted.add(usage)
             raise
 
-    async def _tried(self, messages: list[dict[str, Any]], usable: Callable[[Answer], bool], usage: Usage) -> Answer:
+    async def _tried(
+        self, messages: list[dict[str, Any]], usable: Callable[[Completion], bool], usage: TokenUsage
+    ) -> Completion:
         why, useless = "", 0
         for attempt in range(self._options.tries):
             await self._pause()
@@ -107,13 +111,13 @@ class Endpoint:
                 continue
             if reply.status == 200:
                 found = _read(reply, usage)
-                if isinstance(found, Answer) and usable(found):
+                if isinstance(found, Completion) and usable(found):
                     return found
                 if isinstance(found, str):
                     why = f"{found}: {self._said(reply)}".rstrip(": ")
                 else:
                     why = f"an answer that cannot be used: {self._shown(found.text)!r}"
-                useless += isinstance(found, Answer)
+                useless += isinstance(found, Completion)
                 if useless == _USELESS:
                     raise EndpointError(why)
                 await self._back_off(attempt, None)
@@ -186,10 +190,10 @@ def _unpacked(content: bytes, encoding: str) -> bytes:
         return content
 
 
-def _read(reply: _Reply, usage: Usage) -> Answer | str:
+def _read(reply: _Reply, usage: TokenUsage) -> Completion | str:
     """The answer, or what is wrong with it; what was used is added up either way."""
     if not reply.whole:
-        usage.add(Usage(1, unknown=1))
+        usage.add(TokenUsage(1, unknown=1))
         return f"an answer of more than {_LONGEST_ANSWER >> 20} MiB"
     try:
         content = parse_json(reply.content)
@@ -197,18 +201,18 @@ def _read(reply: _Reply, usage: Usage) -> Answer | str:
         said = said if isinstance(said, dict) else {}
         tokens = [said.get(name) for name in ("prompt_tokens", "completion_tokens")]
         given, made = (number if isinstance(number, int) else None for number in tokens)
-        usage.add(Usage(1, unknown=1) if given is None or made is None else Usage(1, given, made))
+        usage.add(TokenUsage(1, unknown=1) if given is None or made is None else TokenUsage(1, given, made))
         choice = content["choices"][0]
         message = choice["message"]
         text, finish = _text_of(message.get("content")), str(choice.get("finish_reason") or "")
         if not text.strip() and (refusal := _text_of(message.get("refusal"))):
             text, finish = refusal, REFUSED
     except ValueError:
-        usage.add(Usage(1, unknown=1))
+        usage.add(TokenUsage(1, unknown=1))
         return "an answer that is no JSON, or ends in the middle"
     except (AttributeError, IndexError, KeyError, TypeError):
         return "an answer without choices"
-    return Answer(text, finish, usage)
+    return Completion(text, finish, usage)
 
 
 def _text_of(content: Any) -> str:

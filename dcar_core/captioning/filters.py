@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dcar_core.data.clean import normalise
-from dcar_core.negatives.words import mentions
+from dcar_core.negatives.words import find_mentions
 
 EMPTY, CUT, REFUSAL, LONG, NAMELESS, DUPLICATE, JUDGED = (
     "empty",
@@ -35,7 +35,7 @@ class Rejection(NamedTuple):
     feedback: str
 
 
-class Filters:
+class DraftFilter:
     """Remembers the captions that were accepted. count_tokens: CLIP's, SOS and EOT included."""
 
     def __init__(self, context: int, words: int, count_tokens: Callable[[Sequence[str]], list[int]]) -> None:
@@ -56,7 +56,7 @@ class Filters:
         tokens = self._count([draft])[0]
         if tokens > self._context:
             return Rejection(LONG, f"it is too long; use at most {self._words * self._context // tokens} words.")
-        if not mentions(draft, category):
+        if not find_mentions(draft, category):
             return Rejection(NAMELESS, f'it does not contain the words "{category}".')
         if self.owner(draft) not in {None, image}:
             return Rejection(DUPLICATE, "another picture has the very same caption; say what sets this one apart.")

@@ -13,15 +13,15 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcar_core.captioning.endpoint import Answer
+from dcar_core.captioning.endpoint import Completion
 from dcar_core.captioning.filters import Rejection
-from dcar_core.captioning.options import Usage
+from dcar_core.captioning.options import TokenUsage
 from dcar_core.util.errors import CaptionError
 
 VERSION = 1
 
 
-class Picture(NamedTuple):
+class CaptionedImage(NamedTuple):
     """A picture of a category: its name below the images, and the hash of its bytes."""
 
     image: str
@@ -29,7 +29,7 @@ class Picture(NamedTuple):
     sha: str
 
 
-class Journal:
+class CaptionJournal:
     """Append-only; `finished` and `usage` hold what earlier runs did too.
 
     Raises:
@@ -39,8 +39,8 @@ class Journal:
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self.file = file
         self.finished: dict[tuple[str, str], str] = {}  # picture -> its caption, or "" for one that was given up
-        self.usage: dict[str, Usage] = {}
-        self._answers: dict[tuple[str, str, str, int], Answer] = {}
+        self.usage: dict[str, TokenUsage] = {}
+        self._answers: dict[tuple[str, str, str, int], Completion] = {}
         self._rejected: dict[tuple[str, str, int], dict[str, Any]] = {}
         started = file.is_file() and file.stat().st_size > 0
         if started:
@@ -53,25 +53,25 @@ class Journal:
     def close(self) -> None:
         self._out.close()
 
-    def answer(self, picture: Picture, asked: str, turn: int) -> Answer | None:
+    def answer(self, picture: CaptionedImage, asked: str, turn: int) -> Completion | None:
         """What was answered before."""
         return self._answers.get((picture.image, picture.sha, asked, turn))
 
-    def answered(self, picture: Picture, asked: str, turn: int, answer: Answer) -> None:
+    def answered(self, picture: CaptionedImage, asked: str, turn: int, answer: Completion) -> None:
         line = {"asked": asked, "turn": turn, "text": answer.text, "finish": answer.finish}
         self._note(picture, line | {"usage": list(astuple(answer.usage))})
 
-    def wasted(self, asked: str, usage: Usage) -> None:
+    def wasted(self, asked: str, usage: TokenUsage) -> None:
         """What was paid for answers that could not be used."""
         if usage.requests:
             self._apply_and_write({"asked": asked, "wasted": list(astuple(usage))})
 
-    def rejected(self, picture: Picture, turn: int, draft: str, why: Rejection) -> None:
+    def rejected(self, picture: CaptionedImage, turn: int, draft: str, why: Rejection) -> None:
         if (picture.image, picture.sha, turn) not in self._rejected:
             line = {"rejected": why.reason, "turn": turn, "draft": draft, "feedback": why.feedback}
             self._note(picture, line | {"category": picture.category})
 
-    def finish(self, picture: Picture, caption: str) -> None:
+    def finish(self, picture: CaptionedImage, caption: str) -> None:
         self._note(picture, {"finished": caption})
 
     @property
@@ -93,7 +93,7 @@ class Journal:
                 "feedback": line["feedback"],
             }
 
-    def _note(self, picture: Picture, line: dict[str, Any]) -> None:
+    def _note(self, picture: CaptionedImage, line: dict[str, Any]) -> None:
         self._apply_and_write({"image": picture.image, "sha": picture.sha, **line})
 
     def _apply_and_write(self, line: dict[str, Any]) -> None:
@@ -113,11 +113,11 @@ class Journal:
     def _apply(self, line: dict[str, Any]) -> None:
         picture = (line.get("image", ""), line.get("sha", ""))
         if "wasted" in line:
-            self.usage.setdefault(line["asked"], Usage()).add(Usage(*line["wasted"]))
+            self.usage.setdefault(line["asked"], TokenUsage()).add(TokenUsage(*line["wasted"]))
         elif "asked" in line:
-            answer = Answer(line["text"], line["finish"], Usage(*line["usage"]))
+            answer = Completion(line["text"], line["finish"], TokenUsage(*line["usage"]))
             self._answers[(*picture, line["asked"], line["turn"])] = answer
-            self.usage.setdefault(line["asked"], Usage()).add(answer.usage)
+            self.usage.setdefault(line["asked"], TokenUsage()).add(answer.usage)
         elif "rejected" in line:
             self._rejected[(*picture, line["turn"])] = line
         elif "finished" in line:

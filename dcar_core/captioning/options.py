@@ -10,7 +10,7 @@ from dcar_core.util.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class VisionModel:
     """A model behind an OpenAI-compatible endpoint.
 
     url: the part before /chat/completions, such as http://127.0.0.1:8000/v1. key: never shown or written.
@@ -33,12 +33,14 @@ class Model:
         if parts.username or parts.password:
             raise DataError("the endpoint's URL holds a password; give keys by the environment alone")
 
-    def judge(self, url: str | None, name: str | None, key: str | None, price: tuple[float, float] | None) -> "Model":
+    def judge(
+        self, url: str | None, name: str | None, key: str | None, price: tuple[float, float] | None
+    ) -> "VisionModel":
         """The model that judges: this one, but for what is given. A key goes to the host that it is meant for alone."""
         where = url or self.url
         own = key or (self.key if _origin(where) == _origin(self.url) else None)
         same = where == self.url and name in {None, self.name}
-        return Model(url=where, name=name or self.name, key=own, price=price or (self.price if same else None))
+        return VisionModel(url=where, name=name or self.name, key=own, price=price or (self.price if same else None))
 
     def __repr__(self) -> str:
         return f"Model({self.name!r} at {urlsplit(self.url).hostname})"
@@ -73,7 +75,7 @@ class CaptionOptions:
     longest_wait_s: float = 300.0
     give_up_after: int = 8
 
-    def settings(self, drafter: Model, judge: Model | None) -> dict[str, Any]:
+    def settings(self, drafter: VisionModel, judge: VisionModel | None) -> dict[str, Any]:
         """What answers depend on: another value of any of these is another run."""
         chosen = ("dataset", "templates", "context", "rounds", "side", "max_tokens", "temperature")
         values = {name: value for name, value in asdict(self).items() if name in chosen}
@@ -82,7 +84,7 @@ class CaptionOptions:
 
 
 @dataclass
-class Usage:
+class TokenUsage:
     """Requests that were answered, and their tokens; `unknown`: answers that did not say how many."""
 
     requests: int = 0
@@ -90,7 +92,7 @@ class Usage:
     tokens_out: int = 0
     unknown: int = 0
 
-    def add(self, other: "Usage") -> None:
+    def add(self, other: "TokenUsage") -> None:
         self.requests += other.requests
         self.tokens_in += other.tokens_in
         self.tokens_out += other.tokens_out
@@ -101,7 +103,7 @@ class Usage:
 
 
 @dataclass
-class Outcome:
+class CaptioningResult:
     """How a run ended.
 
     Names of pictures: given_up (no draft was accepted), failed (the same command asks again), broken, loose (in no
@@ -115,5 +117,5 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     loose: list[str] = field(default_factory=list)
-    usage: dict[str, Usage] = field(default_factory=dict)  # "draft", "judge"
+    usage: dict[str, TokenUsage] = field(default_factory=dict)  # "draft", "judge"
     cost: float | None = None

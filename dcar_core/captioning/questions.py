@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import replace_surrogates
 
-TEMPLATES = (
+QUESTION_TEMPLATES = (
     "This picture of {dataset} shows: {category}. Write one caption of at most {words} words that contains the words "
     '"{category}". Say what it looks like and does, then the scene and the background. Only what can be seen.',
     'The picture belongs to the category "{category}" of {dataset}. Describe it in one or two short sentences, at most '
@@ -36,7 +36,7 @@ _WORD = re.compile(r"^[^\w{]*(?:verdict\W+)?(accept(?:ed)?|yes|reject(?:ed)?|no)
 _FIELDS = frozenset({"category", "dataset", "words"})
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
     """The judge's answer; feedback says what to mend."""
 
     accept: bool
@@ -68,10 +68,10 @@ def load_templates(file: Path) -> tuple[str, ...]:
 def question(templates: Sequence[str], *, image: str, category: str, dataset: str, context: int) -> str:
     """The question for a picture: one of the templates, always the same one for the same picture."""
     template = templates[zlib.crc32(image.encode()) % len(templates)]
-    return template.format(category=category, dataset=dataset, words=words_within(context)) + _ONLY
+    return template.format(category=category, dataset=dataset, words=word_limit(context)) + _ONLY
 
 
-def words_within(context: int) -> int:
+def word_limit(context: int) -> int:
     """So many words fit the context, nearly always."""
     return max(8, int(0.6 * context))
 
@@ -113,7 +113,7 @@ def tidy_draft(answer: str) -> str:
     return quoted[1].strip() if quoted else text
 
 
-def read_verdict(answer: str) -> Verdict | None:
+def read_verdict(answer: str) -> Judgement | None:
     """JSON, alone or inside other text, or an answer that begins with yes, accept, no or reject; None: no verdict."""
     text = _without_thoughts(answer)
     for start in (match.start() for match in re.finditer("{", text)):
@@ -122,7 +122,7 @@ def read_verdict(answer: str) -> Verdict | None:
             if isinstance(found, dict) and "accept" in found:
                 said = found["accept"]
                 accept = said if isinstance(said, bool) else str(said).strip().casefold() in {"true", "yes", "1"}
-                return Verdict(accept, replace_surrogates(" ".join(str(found.get("feedback") or "").split())))
+                return Judgement(accept, replace_surrogates(" ".join(str(found.get("feedback") or "").split())))
         except ValueError:
             continue
         except RecursionError:  # no verdict is nested like this, and each of its braces would be tried
@@ -130,4 +130,4 @@ def read_verdict(answer: str) -> Verdict | None:
     word = _WORD.match(text)
     if word is None:
         return None
-    return Verdict(word[1].casefold()[0] in "ay", " ".join(text[word.end() :].split()))
+    return Judgement(word[1].casefold()[0] in "ay", " ".join(text[word.end() :].split()))

@@ -18,19 +18,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from dcar_core.captioning.endpoint import Answer, Endpoint
-from dcar_core.captioning.filters import DUPLICATE, JUDGED, REFUSED, Filters, Rejection
-from dcar_core.captioning.journal import Journal, Picture
-from dcar_core.captioning.options import CaptionOptions, Model, Outcome, Usage
-from dcar_core.captioning.pictures import category_of, data_uri, listed
+from dcar_core.captioning.endpoint import Completion, Endpoint
+from dcar_core.captioning.filters import DUPLICATE, JUDGED, REFUSED, DraftFilter, Rejection
+from dcar_core.captioning.images import data_uri, folder_category, list_images
+from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
+from dcar_core.captioning.options import CaptioningResult, CaptionOptions, TokenUsage, VisionModel
 from dcar_core.captioning.questions import (
-    Verdict,
+    Judgement,
     draft_messages,
     judge_messages,
     question,
     read_verdict,
     tidy_draft,
-    words_within,
+    word_limit,
 )
 from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
 from dcar_core.util.files import atomic_writer, write_json
@@ -38,17 +38,17 @@ from dcar_core.util.files import atomic_writer, write_json
 CountTokens = Callable[[Sequence[str]], list[int]]
 
 
-def caption(
+def caption_images(
     images: Path,
     out: Path,
-    drafter: Model,
-    judge: Model | None,
+    drafter: VisionModel,
+    judge: VisionModel | None,
     options: CaptionOptions,
     count_tokens: CountTokens,
     *,
     restart: bool = False,
     progress: bool = True,
-) -> Outcome:
+) -> CaptioningResult:
     """Have captions written for every picture of a folder per category, and write them to `out`.
 
     Args:
@@ -66,14 +66,14 @@ def caption(
         raise DataError(f"{out}: the annotations are JSON; give --out a name that ends in .json")
     if out.exists() and not journal_file.exists():
         raise DataError(f"{out} is there already and not from this command; give another --out")
-    names, loose = listed(images)
+    names, loose = list_images(images)
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
         with lock.acquire(timeout=0):
             if restart:
                 journal_file.unlink(missing_ok=True)
-            journal = Journal(journal_file, options.settings(drafter, judge))
+            journal = CaptionJournal(journal_file, options.settings(drafter, judge))
             run = _Run(images, out, drafter, judge, options, count_tokens, journal)
             run.outcome.loose = loose
             try:
@@ -99,7 +99,7 @@ def _beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.stem}.{what}.jsonl")
 
 
-def _verdict(answer: Answer) -> Verdict | None:
+def _verdict(answer: Completion) -> Judgement | None:
     return read_verdict(answer.text) if answer.finish != REFUSED else None
 
 
@@ -108,19 +108,21 @@ class _Run:
         self,
         images: Path,
         out: Path,
-        drafter: Model,
-        judge: Model | None,
+        drafter: VisionModel,
+        judge: VisionModel | None,
         options: CaptionOptions,
         count_tokens: CountTokens,
-        journal: Journal,
+        journal: CaptionJournal,
     ) -> None:
         self.images, self.out, self.options, self.journal = images, out, options, journal
         self.models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
         self.endpoints: dict[str, Endpoint] = {}
-        self.filters = Filters(options.context, words_within(options.context), count_tokens)
-        self.outcome = Outcome(out)
+        self.filters = DraftFilter(options.context, word_limit(options.context), count_tokens)
+        self.outcome = CaptioningResult(out)
         self._captions = journal.latest()
-        self._of_bytes = {(sha, category_of(image)[0]): said for (image, sha), said in journal.finished.items() if said}
+        self._of_bytes = {
+            (sha, folder_category(image)[0]): said for (image, sha), said in journal.finished.items() if said
+        }
         self._in_a_row = 0
 
     async def all(self, names: Sequence[str], progress: bool) -> None:
@@ -194,27 +196,27 @@ class _Run:
         self._done(picture)
         return True
 
-    async def _read(self, name: str) -> tuple[Picture, bytes]:
+    async def _read(self, name: str) -> tuple[CaptionedImage, bytes]:
         content = await asyncio.to_thread((self.images / name).read_bytes)
-        return Picture(name, category_of(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
+        return CaptionedImage(name, folder_category(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
 
-    def _moved(self, picture: Picture) -> str | None:
+    def _moved(self, picture: CaptionedImage) -> str | None:
         """The caption that this picture had under another name in a folder of the same category, if that is gone."""
         said = self._of_bytes.get((picture.sha, picture.category))
         return said if said and self.filters.owner(said) is None else None
 
-    def _accept(self, picture: Picture, said: str) -> None:
+    def _accept(self, picture: CaptionedImage, said: str) -> None:
         self.filters.accept(said, picture.image)
         self.journal.finish(picture, said)
 
-    def _done(self, picture: Picture) -> None:
+    def _done(self, picture: CaptionedImage) -> None:
         said = self._captions[picture.image] = self.journal.finished[picture.image, picture.sha]
         if said:
             self.outcome.accepted += 1
         else:
             self.outcome.given_up.append(picture.image)
 
-    async def _converse(self, picture: Picture, uri: str) -> None:
+    async def _converse(self, picture: CaptionedImage, uri: str) -> None:
         """Drafts until one is accepted, or the rounds are over."""
         options, category = self.options, picture.category.replace("_", " ")
         asked = question(
@@ -235,7 +237,9 @@ class _Run:
             before = (draft or "(nothing)", why.feedback)
         self.journal.finish(picture, "")
 
-    async def _judged(self, picture: Picture, turn: int, draft: str, uri: str, category: str) -> Rejection | None:
+    async def _judged(
+        self, picture: CaptionedImage, turn: int, draft: str, uri: str, category: str
+    ) -> Rejection | None:
         messages = judge_messages(draft, uri, category=category, dataset=self.options.dataset)
         answer = await self._ask("judge", picture, turn, messages, usable=lambda answer: _verdict(answer) is not None)
         verdict = _verdict(answer)
@@ -249,11 +253,11 @@ class _Run:
     async def _ask(
         self,
         asked: str,
-        picture: Picture,
+        picture: CaptionedImage,
         turn: int,
         messages: list[dict[str, object]],
-        usable: Callable[[Answer], bool] = lambda _: True,
-    ) -> Answer:
+        usable: Callable[[Completion], bool] = lambda _: True,
+    ) -> Completion:
         before = self.journal.answer(picture, asked, turn)
         if before is not None and usable(before):
             return before
@@ -279,7 +283,9 @@ class _Run:
     def _cost(self) -> float | None:
         if all(model.price is None for model in self.models.values()):
             return None
-        return sum(self.journal.usage.get(asked, Usage()).cost(model.price) for asked, model in self.models.items())
+        return sum(
+            self.journal.usage.get(asked, TokenUsage()).cost(model.price) for asked, model in self.models.items()
+        )
 
     def write(self, names: Sequence[str]) -> None:
         """The annotations, and the rejected drafts, as far as the run has come.
@@ -290,7 +296,7 @@ class _Run:
         entries = {}
         for name in names:
             if self._captions.get(name):
-                category, meta = category_of(name)
+                category, meta = folder_category(name)
                 entries[name] = {
                     "file_name": name,
                     "file_path": name,

@@ -1,10 +1,10 @@
 """How a captioning run ended, in lines for a person."""
 
-from dcar_core.captioning.options import Outcome
+from dcar_core.captioning.options import CaptioningResult
 from dcar_core.data.report import shorten
 
 
-def summary(found: Outcome) -> str:
+def summarize(found: CaptioningResult) -> str:
     """What was accepted, what was not and why, what it took, and what to do next."""
     rejected = found.out.with_name(f"{found.out.stem}.rejected.jsonl")
     lines = [f"{found.out}: {found.accepted:,} captions"]

@@ -6,22 +6,22 @@ In: a directory of annotations (the formats of docs/data.md) and images. Out: a 
 Every folder above `model` may import it; it imports `util` alone.
 """
 
-from dcar_core.data.check import CheckedSplit, check
-from dcar_core.data.load import MISSING, Pictures, load_split, load_splits, splits_of
-from dcar_core.data.report import CleaningReport, describe, save_reports
+from dcar_core.data.dataset_check import CheckedSplit, check_dataset
+from dcar_core.data.load import MISSING_IMAGES, ImagePolicy, load_split, load_splits, splits_of
+from dcar_core.data.report import CleaningReport, describe_reports, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
 from dcar_core.data.write import write_splits
 
 __all__ = [
-    "MISSING",
+    "MISSING_IMAGES",
     "SPLITS",
     "CheckedSplit",
     "CleaningReport",
     "Dataset",
-    "Pictures",
+    "ImagePolicy",
     "Sample",
-    "check",
-    "describe",
+    "check_dataset",
+    "describe_reports",
     "load_split",
     "load_splits",
     "save_reports",

@@ -18,7 +18,7 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).replace("_", " ").casefold().split())
 
 
-def clean(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
+def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
     """One sample a caption, in the order of the entries."""
     seen: set[str] = set()
     pairs: set[tuple[str, str]] = set()
@@ -26,13 +26,13 @@ def clean(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
     captions = defaultdict[str, set[str]](set)  # of a picture, whichever entries they stand in
     spellings = defaultdict[str, dict[str, None]](dict)
     for entry in entries:
-        captions[entry.image] |= {normalise(tidy(caption)) for caption in entry.captions}
+        captions[entry.image] |= {normalise(tidy_caption(caption)) for caption in entry.captions}
     for entry in entries:
         own = captions[entry.image]
         category = " ".join(entry.category.replace("_", " ").split())
         spellings[normalise(category)][category] = None
         for raw in entry.captions:
-            caption = tidy(raw)
+            caption = tidy_caption(raw)
             normal = normalise(caption)
             if not normal:
                 report.add("empty captions, left out", names=[entry.image])
@@ -56,7 +56,7 @@ def clean(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
     report.add("categories written in several ways, which results and filters keep apart", names=twins)
 
 
-def tidy(text: str) -> str:
+def tidy_caption(text: str) -> str:
     """White space to single spaces, and one between sentences that touch."""
     return _GLUED.sub(". ", _spaced(text))
 
@@ -73,7 +73,7 @@ def _negatives(entry: Entry, own: set[str], report: CleaningReport) -> tuple[tup
     categories = entry.negative_categories if matched else ("",) * len(entry.negatives)
     kept: dict[str, tuple[str, str]] = {}
     for raw, category in zip(entry.negatives, categories, strict=True):
-        text = tidy(raw)
+        text = tidy_caption(raw)
         normal = normalise(text)
         if not normal:
             report.add("empty negatives, left out")

@@ -30,7 +30,7 @@ class Entry:
     notes: tuple[str, ...] = ()
 
 
-def text_of(file: Path) -> str:
+def read_text(file: Path) -> str:
     """The file's text, with or without a byte-order mark.
 
     Raises:
@@ -42,7 +42,7 @@ def text_of(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
 
 
-def required(entry: Mapping[str, Any], name: str, where: str) -> str:
+def required_text(entry: Mapping[str, Any], name: str, where: str) -> str:
     """A field that must be there and hold text."""
     value = entry.get(name)
     if value is not None and not isinstance(value, str):
@@ -52,7 +52,7 @@ def required(entry: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def label(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
+def label_text(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
     """The first of these fields that holds something, as text: a category may be a number, 0 too.
 
     Raises:
@@ -67,7 +67,7 @@ def label(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
     return ""
 
 
-def strings(value: object, where: str, name: str) -> tuple[str, ...]:
+def text_list(value: object, where: str, name: str) -> tuple[str, ...]:
     """Nothing, a text, or a list of texts."""
     if value is None or value == "":
         return ()
@@ -78,7 +78,7 @@ def strings(value: object, where: str, name: str) -> tuple[str, ...]:
     raise DataError(f"{where}: field {name!r} must be text or a list of texts, not {json.dumps(value)[:60]}")
 
 
-def captions(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
+def caption_texts(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
     """The caption or captions, under the first of these names that has any; an empty one is for the cleaning to count.
 
     Raises:
@@ -87,7 +87,7 @@ def captions(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tu
     first: tuple[str, ...] | None = None
     for name in names:
         if entry.get(name) is not None:
-            texts = strings(entry[name], where, name)
+            texts = text_list(entry[name], where, name)
             if any(text.strip() for text in texts):
                 return texts
             first = (texts or ("",)) if first is None else first

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dcar_core.data.entries import Entry, captions, label, required, strings, text_of
+from dcar_core.data.entries import Entry, caption_texts, label_text, read_text, required_text, text_list
 from dcar_core.data.report import CleaningReport
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import has_image_suffix
@@ -39,7 +39,7 @@ def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
         DataError: not JSON, another shape, or an entry without caption or name; names the file and the entry.
     """
     try:
-        content = parse_json(text_of(file), _Object)
+        content = parse_json(read_text(file), _Object)
     except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, _Object):
@@ -61,22 +61,22 @@ def _entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
         notes.append("absolute paths of another machine, replaced by the image root")
     name = entry.get("file_name")
     if not name:
-        name = PurePosixPath(required(entry, "file_path", where)).name
+        name = PurePosixPath(required_text(entry, "file_path", where)).name
         notes.append("missing file names, taken from the path")
     if not has_image_suffix(str(name)):
         notes.append("file names without a suffix")
-    category = label(entry, ("class_name",), where)
+    category = label_text(entry, ("class_name",), where)
     if not category:
         category = category_of_key(key)
         notes.append("categories derived from the key" if category else "entries without a category")
     return Entry(
         image=str(name),
         path=path,
-        captions=captions(entry, ("positive",), where),
+        captions=caption_texts(entry, ("positive",), where),
         category=category,
-        negatives=strings(entry.get("negative"), where, "negative"),
-        negative_categories=strings(entry.get("negative_class"), where, "negative_class"),
-        meta_category=label(entry, ("meta_category",), where),
+        negatives=text_list(entry.get("negative"), where, "negative"),
+        negative_categories=text_list(entry.get("negative_class"), where, "negative_class"),
+        meta_category=label_text(entry, ("meta_category",), where),
         notes=tuple(notes),
     )
 

@@ -17,18 +17,18 @@ from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dcar_core.data.clean import clean
+from dcar_core.data.clean import clean_entries
 from dcar_core.data.entries import Entry
 from dcar_core.data.fdrd import read_fdrd
-from dcar_core.data.pictures import locate, named, shared_names, unreadable
+from dcar_core.data.image_lookup import find_shared_names, find_unreadable, locate_images, name_without_lookup
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import SPLITS, Dataset
 from dcar_core.data.tables import read_table, read_tar
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import ImageRoot
 
-Pictures = Literal["require", "present", "skip", "ignore"]
-MISSING = "pictures missing, left out"
+ImagePolicy = Literal["require", "present", "skip", "ignore"]
+MISSING_IMAGES = "pictures missing, left out"
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _NAMES = {split: (split, *(alias for alias, meant in _ALIASES.items() if meant == split)) for split in SPLITS}
 _IN_NAME = re.compile(rf"(?:^|[_\-.])({'|'.join([*SPLITS, *_ALIASES])})(?:$|[_\-.]\d+$)", re.IGNORECASE)
@@ -39,18 +39,18 @@ _SHARES = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # up to here
 class Annotations:
     """A data set's files, each read once and not before something is asked of it."""
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
+    def __init__(self, path: Path, image_root: Path | None = None) -> None:
         """
         Args:
             path: the directory that holds the annotations, or one annotation file.
-            images: the image root, when it is not `path` (or the file's folder).
+            image_root: the image root, when it is not `path` (or the file's folder).
 
         Raises:
             DataError: there is no such path.
         """
         if not path.exists():
             raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
-        self.path, self._images = path, images
+        self.path, self._image_root = path, image_root
         self._known: dict[Path, tuple[list[Entry], CleaningReport]] = {}
 
     def splits(self) -> list[str]:
@@ -66,37 +66,37 @@ class Annotations:
             raise DataError(f"{self.path} has no pairs for {', '.join(SPLITS)}{needed}")
         return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
-    def load(self, split: str, pictures: Pictures = "require") -> tuple[Dataset, CleaningReport]:
+    def load(self, split: str, image_policy: ImagePolicy = "require") -> tuple[Dataset, CleaningReport]:
         """See `load_split`."""
         report = CleaningReport()
         entries = self._chosen(split, report)
         for note in (note for entry in entries for note in entry.notes):
             report.add(note)
-        if pictures == "ignore":
-            found = [replace(entry, image=named(entry, self._shared)) for entry in entries]
+        if image_policy == "ignore":
+            found = [replace(entry, image=name_without_lookup(entry, self._shared)) for entry in entries]
         else:
-            found, missing, broken = _with_pictures(
-                entries, self._root, report, self._shared, decode=pictures == "skip"
+            found, missing, broken = _with_images(
+                entries, self._root, report, self._shared, decode=image_policy == "skip"
             )
-            if missing and pictures == "require":
+            if missing and image_policy == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {self._root.path}: "
                     f"{shorten(missing)}. Point --images to the folder or tar that holds them, or leave them out with "
                     f"--skip-broken"
                 )
-            report.add(MISSING, names=missing)
+            report.add(MISSING_IMAGES, names=missing)
             report.add("pictures broken, left out", names=broken)
-        samples = list(clean(found, report))
+        samples = list(clean_entries(found, report))
         if not samples:
             raise DataError(f"{self.path} has no {split} pairs that can be used:\n{report}")
         return Dataset(split, samples, self._root), report
 
-    def unusable_pictures(self, split: str) -> tuple[list[str], list[str], CleaningReport]:
+    def unusable_images(self, split: str) -> tuple[list[str], list[str], CleaningReport]:
         """Decode a split's pictures: the names of the missing ones, "name (reason)" of the broken ones, and how others
         were found."""
         report = CleaningReport()
         entries = self._chosen(split, CleaningReport())
-        _, missing, broken = _with_pictures(entries, self._root, report, self._shared, decode=True)
+        _, missing, broken = _with_images(entries, self._root, report, self._shared, decode=True)
         return missing, broken, report
 
     @cached_property
@@ -106,12 +106,12 @@ class Annotations:
         for split in SPLITS:
             with contextlib.suppress(DataError):  # whoever asks for that split will hear
                 entries += self._of(split)
-        return shared_names(entries)
+        return find_shared_names(entries)
 
     @cached_property
     def _root(self) -> ImageRoot:
         beside = self.path if self.path.is_dir() or self.path.suffix.lower() == ".tar" else self.path.parent
-        return ImageRoot(self._images or beside)
+        return ImageRoot(self._image_root or beside)
 
     def _chosen(self, split: str, report: CleaningReport) -> list[Entry]:
         """The split's entries; of data with a train split but no val, a tenth of the training pictures are val."""
@@ -153,30 +153,34 @@ class Annotations:
 
 
 def load_split(
-    path: Path, split: str, *, images: Path | None = None, pictures: Pictures = "require"
+    path: Path, split: str, *, image_root: Path | None = None, image_policy: ImagePolicy = "require"
 ) -> tuple[Dataset, CleaningReport]:
     """Read one split of a data set.
 
     Args:
         path: the directory that holds the annotations, or one annotation file.
         split: train, val or test.
-        images: the image root, when it is not `path` (or the file's folder).
-        pictures: "require" that every picture is there; those that are "present", and report the others' names; "skip"
-            those that cannot be decoded as well; "ignore" pictures altogether, and read annotations alone.
+        image_root: the image root, when it is not `path` (or the file's folder).
+        image_policy: "require" every image to be there; "present" leaves out missing images and reports their names;
+            "skip" also leaves out images that cannot be decoded; "ignore" reads the annotations alone.
 
     Raises:
         DataError: no annotations, none for this split, a field that is missing, or missing pictures; names the file
             and the entry.
     """
-    return Annotations(path, images).load(split, pictures)
+    return Annotations(path, image_root).load(split, image_policy)
 
 
 def load_splits(
-    path: Path, splits: Sequence[str] | None = None, *, images: Path | None = None, pictures: Pictures = "require"
+    path: Path,
+    splits: Sequence[str] | None = None,
+    *,
+    image_root: Path | None = None,
+    image_policy: ImagePolicy = "require",
 ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
     """Several splits with their reports, as `load_split` reads each; None: all that there are."""
-    annotations = Annotations(path, images)
-    read = {split: annotations.load(split, pictures) for split in splits or annotations.splits()}
+    annotations = Annotations(path, image_root)
+    read = {split: annotations.load(split, image_policy) for split in splits or annotations.splits()}
     datasets = {split: data for split, (data, _) in read.items()}
     reports = {split: report for split, (_, report) in read.items()}
     note_overlaps(datasets, reports)
@@ -200,17 +204,17 @@ def _is_held_out(entry: Entry) -> bool:
     return _hashed(entry.cut_by) == "val"
 
 
-def _with_pictures(
+def _with_images(
     entries: Sequence[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str], *, decode: bool
 ) -> tuple[list[Entry], list[str], list[str]]:
     """Entries whose picture is there (and can be decoded), missing names, broken names with the reason."""
     found, missing = [], []
-    for entry, name in locate(entries, root, report, shared):
+    for entry, name in locate_images(entries, root, report, shared):
         if name is None:
             missing.append(entry.image)
         else:
             found.append(replace(entry, image=name))
-    broken = unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
+    broken = find_unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
     whole = [entry for entry in found if entry.image not in broken]
     return whole, list(dict.fromkeys(missing)), [f"{name} ({why})" for name, why in broken.items()]
 

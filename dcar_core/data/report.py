@@ -55,7 +55,7 @@ def shorten(names: Sequence[str], shown: int = SHOWN) -> str:
 REPORT_FILE = "cleaning.json"
 
 
-def describe(sizes: Mapping[str, Sized], reports: Mapping[str, CleaningReport]) -> str:
+def describe_reports(sizes: Mapping[str, Sized], reports: Mapping[str, CleaningReport]) -> str:
     """A line for each split, and below it what was found there."""
     return "\n".join(f"{split}: {len(sizes[split]):,} pairs\n{report}" for split, report in reports.items())
 

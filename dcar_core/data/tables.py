@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dcar_core.data.entries import Entry, captions, label, required, strings
+from dcar_core.data.entries import Entry, caption_texts, label_text, required_text, text_list
 from dcar_core.data.report import CleaningReport
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import ImageRoot, has_image_suffix
@@ -33,25 +33,25 @@ def read_table(file: Path) -> Iterator[Entry]:
     """
     for where, row in _rows(file):
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
-        yield _entry(row, where, image=required({"image": image}, "image", where))
+        yield _entry(row, where, image=required_text({"image": image}, "image", where))
 
 
 def _entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
-    name = required({"image": image}, "image", where).replace("\\", "/").removeprefix("./")
+    name = required_text({"image": image}, "image", where).replace("\\", "/").removeprefix("./")
     return Entry(
         image=name,
         path=name if name.startswith("/") or name[1:3] == ":/" else "",
-        captions=captions(row, ("caption", "captions"), where),
-        split=label(row, ("split",), where).strip(),
-        category=label(row, ("category", "class_name"), where),
+        captions=caption_texts(row, ("caption", "captions"), where),
+        split=label_text(row, ("split",), where).strip(),
+        category=label_text(row, ("category", "class_name"), where),
         negatives=_either(row, "negatives", "negative", where),
         negative_categories=_either(row, "negative_categories", "negative_class", where),
-        meta_category=label(row, ("meta_category",), where),
+        meta_category=label_text(row, ("meta_category",), where),
     )
 
 
 def _either(row: Mapping[str, Any], name: str, other: str, where: str) -> tuple[str, ...]:
-    return strings(row.get(name), where, name) or strings(row.get(other), where, other)
+    return text_list(row.get(name), where, name) or text_list(row.get(other), where, other)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -164,7 +164,7 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
         row: dict[str, Any] = {}
         if "json" in members:
             row = _json_member(tar.read(members["json"]), where)
-        if "cls" in members and not label(row, ("category", "class_name"), where):
+        if "cls" in members and not label_text(row, ("category", "class_name"), where):
             row = {**row, "category": _text_member(tar, members, "cls", where).strip()}
         if "txt" in members:
             text = _text_member(tar, members, "txt", where)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dcar_core.data import SPLITS, Pictures, load_splits, save_reports
+from dcar_core.data import SPLITS, ImagePolicy, load_splits, save_reports
 from dcar_core.evaluation.report import write_report
 from dcar_core.evaluation.runs import Runs
 from dcar_core.evaluation.tables import COLUMNS
@@ -18,7 +18,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
-from dcar_core.negatives import complete
+from dcar_core.negatives import add_negatives_with_backbone
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.features import decode, note_what_is_cut
 from dcar_core.util.errors import DataError, DivergedError
@@ -64,9 +64,9 @@ def compare(
         raise DataError("no method was given; try --methods clip,coop,dcar")
     if seeds < 1:
         raise DataError(f"--seeds must be at least 1, not {seeds}")
-    pictures: Pictures = "skip" if skip_broken else "require"
-    splits, reports = load_splits(data, SPLITS, images=images, pictures=pictures)
-    splits = complete(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
+    pictures: ImagePolicy = "skip" if skip_broken else "require"
+    splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=pictures)
+    splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
     room = max(chosen.prompt.length for chosen in configs.values())
     note_what_is_cut(splits, reports, backbone, room)
     save_reports(reports, out)

@@ -6,7 +6,7 @@ In: samples with captions and categories. Out: the same samples with negative ca
 `training`, `captioning`, `evaluation` and the CLI import it; it imports `data`, `model`, `serving` and `util`.
 """
 
-from dcar_core.negatives.complete import complete, fill
-from dcar_core.negatives.views import views
+from dcar_core.negatives.complete import add_negatives, add_negatives_with_backbone
+from dcar_core.negatives.text_views import load_text_views
 
-__all__ = ["complete", "fill", "views"]
+__all__ = ["add_negatives", "add_negatives_with_backbone", "load_text_views"]

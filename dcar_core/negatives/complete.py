@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from dcar_core.data import CleaningReport, Dataset, Sample
-from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, Cut, Generator
+from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, NegativeGenerator, ReadTokens
 from dcar_core.negatives.taxonomy import NameFeatures, Taxonomy, load_taxonomy, rank_categories
-from dcar_core.negatives.views import of_backbone
-from dcar_core.negatives.words import fold
+from dcar_core.negatives.text_views import backbone_views
+from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 
 if TYPE_CHECKING:  # torch takes seconds
@@ -31,7 +31,7 @@ _KINDS = {
 }
 
 
-def complete(
+def add_negatives_with_backbone(
     splits: Mapping[str, Dataset],
     reports: Mapping[str, CleaningReport],
     backbone: "Backbone",
@@ -44,16 +44,16 @@ def complete(
     Raises:
         DataError: as `fill`.
     """
-    features, cut = of_backbone(backbone)
-    return fill(splits, reports, features=features, cut=cut, mode=mode, taxonomy=taxonomy)
+    features, cut = backbone_views(backbone)
+    return add_negatives(splits, reports, features=features, cut=cut, mode=mode, taxonomy=taxonomy)
 
 
-def fill(
+def add_negatives(
     splits: Mapping[str, Dataset],
     reports: Mapping[str, CleaningReport],
     *,
     features: NameFeatures,
-    cut: Cut,
+    cut: ReadTokens,
     mode: str = "auto",
     taxonomy: Path | None = None,
     count: int = COUNT,
@@ -108,20 +108,20 @@ def _filled(
     rows: set[int],
     taxonomy: Taxonomy | None,
     features: NameFeatures,
-    cut: Cut,
+    cut: ReadTokens,
     count: int,
     seed: int,
     report: CleaningReport,
 ) -> Dataset:
     ranked = rank_categories(known, taxonomy, features, report)
-    own = {fold(sample.category): sample.category for sample in data.samples if sample.category}
+    own = {fold_name(sample.category): sample.category for sample in data.samples if sample.category}
     if len(own) == 1 and not any(ranked.values()):
         report.add("splits with one category only: no category can be swapped for another")
     else:
         outside = report.names.get("categories missing from the taxonomy, not swapped for others", [])
         alone = sorted(name for key, name in own.items() if not ranked.get(key) and name not in outside)
         report.add("categories alone in their meta-category, not swapped for others", names=alone)
-    generator = Generator(data.samples, ranked, cut, count=count, seed=seed)
+    generator = NegativeGenerator(data.samples, ranked, cut, count=count, seed=seed)
     made = {row: generator.negatives(data.samples[row]) for row in sorted(rows)}
     samples = list(data.samples)
     for row, negatives in made.items():

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from dcar_core.data import Sample
 from dcar_core.data.clean import normalise
-from dcar_core.negatives.lexicon import swaps
-from dcar_core.negatives.words import fold, mentions, replace_name
+from dcar_core.negatives.lexicon import swap_attributes
+from dcar_core.negatives.words import find_mentions, fold_name, replace_name
 
 OTHERS_TRIED = 16
 CATEGORY, CAPTION, ATTRIBUTE = "category", "caption", "attribute"
@@ -33,10 +33,10 @@ class Negative(NamedTuple):
     kind: str
 
 
-Cut = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the tokens that the encoder reads
+ReadTokens = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the tokens that the encoder reads
 
 
-class Generator:
+class NegativeGenerator:
     """Makes negatives for the samples of one split.
 
     Args:
@@ -45,7 +45,7 @@ class Generator:
     """
 
     def __init__(
-        self, samples: Sequence[Sample], ranked: Mapping[str, list[str]], cut: Cut, *, count: int, seed: int
+        self, samples: Sequence[Sample], ranked: Mapping[str, list[str]], cut: ReadTokens, *, count: int, seed: int
     ) -> None:
         self.ranked, self.count, self.seed, self._cut = ranked, count, seed, cut
         self.unnamed = 0  # captions without their category
@@ -57,10 +57,10 @@ class Generator:
         self._captions: dict[str, list[Sample]] = defaultdict(list)
         self._own: dict[str, set[Hashable]] = defaultdict(set)
         for sample in samples:
-            self._captions[fold(sample.category)].append(sample)
+            self._captions[fold_name(sample.category)].append(sample)
             same = _same(sample.caption)
             self._own[sample.image] |= {same, self._full.get(sample.caption, same)}
-        self._longer = _contained([*self._captions, *(fold(name) for names in ranked.values() for name in names)])
+        self._longer = _contained([*self._captions, *(fold_name(name) for names in ranked.values() for name in names)])
 
     def negatives(self, sample: Sample) -> list[Negative]:
         """At most `count` negatives of a sample that has a category; swapped categories come first."""
@@ -102,22 +102,22 @@ class Generator:
         return tokens if len(tokens) == self._context else None
 
     def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
-        key, caption = fold(sample.category), sample.caption
+        key, caption = fold_name(sample.category), sample.caption
         others = self.ranked.get(key, [])
-        places = mentions(caption, sample.category, self._longer.get(key, ()))
+        places = find_mentions(caption, sample.category, self._longer.get(key, ()))
         if others and not places:
             self.unnamed += 1
             return
         for other in others:
-            if fold(other) != key and not mentions(caption, other):  # else it may still be true
+            if fold_name(other) != key and not find_mentions(caption, other):  # else it may still be true
                 yield Negative(replace_name(caption, places, sample.category, other), other, CATEGORY)
 
     def _attribute_swaps(self, sample: Sample, random: Random) -> Iterator[Negative]:
-        pool = self._captions[fold(sample.category)]
+        pool = self._captions[fold_name(sample.category)]
         picked = random.sample(range(len(pool)), min(len(pool), OTHERS_TRIED))
         captions = (Negative(pool[i].caption, sample.category, CAPTION) for i in picked)
-        kept = [(place.start, place.end) for place in mentions(sample.caption, sample.category)]
-        words = (Negative(text, sample.category, ATTRIBUTE) for text in swaps(sample.caption, kept, random))
+        kept = [(place.start, place.end) for place in find_mentions(sample.caption, sample.category)]
+        words = (Negative(text, sample.category, ATTRIBUTE) for text in swap_attributes(sample.caption, kept, random))
         turns = chain.from_iterable(zip_longest(captions, words))
         return (negative for negative in turns if negative is not None)
 

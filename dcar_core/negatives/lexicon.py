@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from random import Random
 
-from dcar_core.negatives.words import splice
+from dcar_core.negatives.words import splice_phrase
 
 LEXICON: dict[str, tuple[tuple[str, ...], ...]] = {
     "colour": (
@@ -87,7 +87,7 @@ _WORDS = re.compile(
 )
 
 
-def swaps(caption: str, kept: list[tuple[int, int]], random: Random) -> Iterator[str]:
+def swap_attributes(caption: str, kept: list[tuple[int, int]], random: Random) -> Iterator[str]:
     """The caption with one attribute replaced, again and again with another one; `kept` spans stay as they are."""
     places = [
         m for m in _WORDS.finditer(caption) if not any(m.start() < end and start < m.end() for start, end in kept)
@@ -95,7 +95,7 @@ def swaps(caption: str, kept: list[tuple[int, int]], random: Random) -> Iterator
     ways = [(match, new) for match in places for new in CHOICES[match[0].lower()]]
     random.shuffle(ways)
     for match, new in ways:
-        yield splice(caption, *match.span(), _cased(match[0], new))
+        yield splice_phrase(caption, *match.span(), _cased(match[0], new))
 
 
 def _cased(old: str, new: str) -> str:

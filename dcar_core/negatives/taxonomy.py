@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.data import CleaningReport, Sample
-from dcar_core.negatives.words import fold
+from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
@@ -59,14 +59,14 @@ def load_taxonomy(file: Path) -> Taxonomy:
     of: dict[str, str] = {}
     for group, members in groups.items():
         for category in members:
-            key = fold(category)
+            key = fold_name(category)
             if of.setdefault(key, group) != group:
                 raise DataError(f"the taxonomy {file} has {category!r} in both {of[key]!r} and {group!r}")
             names.setdefault(key, category)
     for category, others in similar.items():
         for name in (category, *others):
-            names.setdefault(fold(name), name)
-    return Taxonomy(of, {fold(c): tuple(map(fold, others)) for c, others in similar.items()}, names)
+            names.setdefault(fold_name(name), name)
+    return Taxonomy(of, {fold_name(c): tuple(map(fold_name, others)) for c, others in similar.items()}, names)
 
 
 def _lists(file: Path, part: str, value: object) -> dict[str, list[str]]:
@@ -89,7 +89,7 @@ def rank_categories(
     samples = [sample for sample in samples if sample.category]
     names: dict[str, str] = {}
     for sample in samples:
-        names.setdefault(fold(sample.category), sample.category)
+        names.setdefault(fold_name(sample.category), sample.category)
     groups = _groups(samples, names, taxonomy, features, report)
     similar = dict(taxonomy.similar) if taxonomy is not None else {}
     for key, order in _preferred(samples).items():
@@ -109,7 +109,7 @@ def rank_categories(
             ranked[key] = [names[members[other]] for other in others]
     for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
         said = [names[other] for other in order if other != key]  # what the file names comes first, of any group
-        ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold(name) not in order)]
+        ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in order)]
     return ranked
 
 
@@ -137,10 +137,10 @@ def _groups(
     said: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         if sample.meta_category:
-            said[fold(sample.category)][sample.meta_category] += 1
+            said[fold_name(sample.category)][sample.meta_category] += 1
     if not said:
         keys = sorted(names)
-        for key, cluster in zip(keys, clusters(features([names[key] for key in keys])), strict=True):
+        for key, cluster in zip(keys, cluster_names(features([names[key] for key in keys])), strict=True):
             groups[str(cluster)].append(key)
         return groups
     report.add("categories with several meta-categories, the most frequent taken",
@@ -157,12 +157,12 @@ def _preferred(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
     """Folded category -> the categories of the data's own negatives, the most frequent first."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
-        others = {fold(other) for other in sample.negative_categories if other}
-        found[fold(sample.category)].update(others - {fold(sample.category)})
+        others = {fold_name(other) for other in sample.negative_categories if other}
+        found[fold_name(sample.category)].update(others - {fold_name(sample.category)})
     return {key: tuple(sorted(c, key=lambda other: (-c[other], other))) for key, c in found.items() if c}
 
 
-def clusters(features: NameVectors) -> list[int]:
+def cluster_names(features: NameVectors) -> list[int]:
     """A cluster for each of (n, d) normalised rows: spherical k-means from rows far apart; none has one row alone."""
     n = len(features)
     k = max(1, round(n / CLUSTER))
@@ -184,11 +184,11 @@ def clusters(features: NameVectors) -> list[int]:
     return [int(cluster) for cluster in of]
 
 
-def letters(names: Sequence[str]) -> NameVectors:
+def letter_features(names: Sequence[str]) -> NameVectors:
     """(n, 512) from the letters of names alone, three by three, where there is no CLIP at hand."""
     found = np.zeros((len(names), 512))
     for row, name in enumerate(names):
-        text = f"  {fold(name)} "
+        text = f"  {fold_name(name)} "
         for i in range(len(text) - 2):
             found[row, zlib.crc32(text[i : i + 3].encode()) % 512] += 1
     return np.stack([_unit(row) for row in found]) if len(found) else found

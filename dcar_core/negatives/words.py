@@ -67,14 +67,14 @@ class Mention(NamedTuple):
     number: str
 
 
-def fold(name: str) -> str:
+def fold_name(name: str) -> str:
     """For comparison of names: case, underscores, hyphens, spacing and Unicode forms folded."""
     return " ".join(filter(None, re.split(_GAP, unicodedata.normalize("NFKC", name).casefold())))
 
 
-def mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[Mention]:
+def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[Mention]:
     """Every place where a caption names `name`, but not as a part of one of the `longer` names that contain it."""
-    if not fold(name):
+    if not fold_name(name):
         return []
     taken = [match.span() for other in longer for match in _pattern(other).finditer(caption)]
     found = []
@@ -88,11 +88,11 @@ def replace_name(caption: str, places: Sequence[Mention], name: str, new: str) -
     """The caption with `new` where `name` stands at `places`."""
     for start, end, number in sorted(places, reverse=True):
         text = {"given": new, "plural": plural(new), "singular": singular(new)}[number]
-        caption = splice(caption, start, end, _written_like(caption[start:end], name, text))
+        caption = splice_phrase(caption, start, end, _written_like(caption[start:end], name, text))
     return caption
 
 
-def splice(caption: str, start: int, end: int, new: str) -> str:
+def splice_phrase(caption: str, start: int, end: int, new: str) -> str:
     """Put `new` in place of caption[start:end]: capital at a sentence's start kept, the article before it set right."""
     head, old = caption[:start], caption[start:end]
     if _SENTENCE_START.search(head) and old[:1].isupper():
@@ -188,9 +188,9 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _number(found: str, name: str) -> str:
-    if fold(found) == fold(name):
+    if fold_name(found) == fold_name(name):
         return "given"
-    return "plural" if fold(found) == fold(plural(name)) else "singular"
+    return "plural" if fold_name(found) == fold_name(plural(name)) else "singular"
 
 
 def _written_like(found: str, name: str, new: str) -> str:

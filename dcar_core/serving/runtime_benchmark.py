@@ -118,7 +118,7 @@ def benchmark(
         require_known(name)
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
     names = list(dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.target), *_quantised(encoder)])]))
-    test = load_split(data, "test", images=images, pictures="present")[0]
+    test = load_split(data, "test", image_root=images, image_policy="present")[0]
     say(f"reading {min(limit, len(test)):,} captions and their pictures")
     material, decoding = _material(encoder, test, limit)
     rows = [_baseline(encoder, material)]
@@ -234,7 +234,7 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
         return
     split = next((name for name in ("train", "val") if name in splits_of(data)), "test")
     say(f"calibrating int8 on {SAMPLES} captions and pictures of {data}, {split}")
-    samples = load_split(data, split, images=images, pictures="present")[0]
+    samples = load_split(data, split, image_root=images, image_policy="present")[0]
     step = max(1, len(samples) // SAMPLES)
     part = samples.samples[::step][:SAMPLES]
     pixels = np.stack([encoder.preprocess(samples.read(sample.image)) for sample in part])

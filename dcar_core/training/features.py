@@ -22,7 +22,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ReweightConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.token_weights import blend, pair_weights, picture_features, real_tokens, word_features
-from dcar_core.negatives.words import fold
+from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.cpu_features import available_cores
@@ -162,7 +162,7 @@ def note_what_is_cut(
 
 def _of_its_category(sample: Sample, negative: int) -> bool:
     given = sample.negative_categories[negative : negative + 1]
-    return any(given) and fold(given[0]) == fold(sample.category)
+    return any(given) and fold_name(given[0]) == fold_name(sample.category)
 
 
 class _Work:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, ImageError
 from index_jobs.encoding.pixel_cache import PixelCache
-from index_jobs.gallery.storage import Place, read_pictures
+from index_jobs.gallery.storage import ImageLocation, read_images
 
 Preprocess = Callable[[bytes], NDArray[np.uint8]]
 SMALL_GALLERY = 2_000  # below, threads are done before worker processes have started
@@ -43,7 +43,7 @@ class Window:
     """The pictures of one forward pass."""
 
     root: str
-    places: tuple[Place, ...]
+    places: tuple[ImageLocation, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def worker_count(workers: int | None, pictures: int) -> int:
     return 0 if pictures < SMALL_GALLERY or available_cores() <= _THREADS else available_cores() - 1
 
 
-def decode(
+def decode_windows(
     windows: Iterator[Window], preprocess: Preprocess, workers: int, cache: PixelCache | None = None
 ) -> Generator[DecodedWindow, None, None]:
     """Decode windows in order; workers as from `worker_count`.
@@ -118,9 +118,9 @@ class Decoder:
     def __call__(self, window: Window) -> DecodedWindow:
         pixels = self.cache.get(window.root, window.places) if self.cache else {}
         missing = [place for place in window.places if place.row not in pixels]
-        fresh: dict[Place, NDArray[np.uint8]] = {}
+        fresh: dict[ImageLocation, NDArray[np.uint8]] = {}
         failed = []
-        for place, data in zip(missing, read_pictures(window.root, missing), strict=True):
+        for place, data in zip(missing, read_images(window.root, missing), strict=True):
             try:
                 if isinstance(data, Exception):
                     raise data

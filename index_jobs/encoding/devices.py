@@ -39,8 +39,8 @@ class ImageEncoder(Protocol):
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> Floats: ...
 
 
-def load_encoders(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list["Encoder"]:
-    """The lanes of `forward`: an encoder for each device, twice where it is a GPU; all on one kind of runtime.
+def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list["Encoder"]:
+    """The lanes of `encode_windows`: an encoder for each device, twice where it is a GPU; all on one kind of runtime.
 
     Args:
         device: "auto" for every GPU, or what else there is; or devices by name with commas between: cuda:0,cuda:1.
@@ -69,7 +69,7 @@ def load_encoders(checkpoint: Path, device: str, *, exact: bool = False, runtime
     return encoders + [encoder for encoder, name in zip(encoders, names, strict=True) if name.startswith("cuda")]
 
 
-def forward(
+def encode_windows(
     windows: Iterator[DecodedWindow], lanes: Sequence[ImageEncoder]
 ) -> Generator[tuple[DecodedWindow, Floats], None, None]:
     """Each window with its vectors, float32 (m, E), in order; at most two windows a lane are in flight."""

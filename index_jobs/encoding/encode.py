@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from dcar_core.util.arrays import Floats
-from index_jobs.encoding.decode import DecodedWindow, Window, decode, worker_count
-from index_jobs.encoding.devices import ImageEncoder, forward
-from index_jobs.encoding.encoding_state import Encoded, Encoding
+from index_jobs.encoding.decode import DecodedWindow, Window, decode_windows, worker_count
+from index_jobs.encoding.devices import ImageEncoder, encode_windows
+from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.encoding.pixel_cache import PixelCache
-from index_jobs.encoding.shards import Failed, Shard, ShardStore
-from index_jobs.encoding.vector_reuse import Taken
+from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
+from index_jobs.encoding.vector_reuse import ReusedVectors
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import Place
+from index_jobs.gallery.storage import ImageLocation
 from index_jobs.options import Options
 
 
-def encode(
+def encode_gallery(
     gallery: Gallery,
     encoder: ImageEncoder | Sequence[ImageEncoder],
     work: Path,
@@ -34,7 +34,7 @@ def encode(
     max_failed: float = Options.max_failed,
     progress: bool = True,
     cache: PixelCache | None = None,
-) -> Encoded:
+) -> EncodedGallery:
     """Encode every picture that has no vector yet.
 
     Args:
@@ -53,12 +53,12 @@ def encode(
         OSError: the disk is full or cannot be written.
     """
     lanes = list(encoder) if isinstance(encoder, Sequence) else [encoder]
-    job = Encoding(
+    job = EncodingState(
         gallery, lanes[0], work, runtime=lanes[0].runtime.name, batch_size=batch_size, shard_rows=shard_rows,
         max_failed=max_failed, progress=progress,
     )  # fmt: skip
-    windows = (window for number in job.todo for window in windows_of(gallery.root, job.unknown(number), batch_size))
-    decoded = decode(windows, lanes[0].preprocess, worker_count(workers, job.left), cache)
+    windows = (window for number in job.todo for window in split_windows(gallery.root, job.unknown(number), batch_size))
+    decoded = decode_windows(windows, lanes[0].preprocess, worker_count(workers, job.left), cache)
     with closing(decoded), job.bar() as bar:
 
         def watched() -> Iterator[DecodedWindow]:
@@ -72,14 +72,14 @@ def encode(
                 job.advance(bar, window.size)
                 yield window, encoded
 
-        with closing(forward(watched(), lanes)) as vectors:
+        with closing(encode_windows(watched(), lanes)) as vectors:
             done = shown()
             for number in job.todo:
                 job.shards[number] = save_shard(job.store, number, job.places(number), done, job.taken(number))
     return job.encoded()
 
 
-def windows_of(root: str, places: Sequence[Place], batch: int) -> Iterator[Window]:
+def split_windows(root: str, places: Sequence[ImageLocation], batch: int) -> Iterator[Window]:
     """The forward passes of a shard."""
     for start in range(0, len(places), batch):
         yield Window(root, tuple(places[start : start + batch]))
@@ -88,9 +88,9 @@ def windows_of(root: str, places: Sequence[Place], batch: int) -> Iterator[Windo
 def save_shard(
     store: ShardStore,
     number: int,
-    places: Sequence[Place],
+    places: Sequence[ImageLocation],
     windows: Iterator[tuple[DecodedWindow, Floats]],
-    taken: Taken | None = None,
+    taken: ReusedVectors | None = None,
 ) -> Shard:
     """Take a shard's windows, and write it.
 
@@ -100,7 +100,7 @@ def save_shard(
     """
     known = taken.which if taken is not None else np.empty(0, np.int64)
     vectors, digests = ([taken.vectors], [taken.digests]) if taken is not None else ([], [])
-    failed = list[Failed]()  # and no pixels, of which a shard has 150 MB
+    failed = list[FailedImage]()  # and no pixels, of which a shard has 150 MB
     missing = len(places) - len(known)
     while missing:
         window, encoded = next(windows)

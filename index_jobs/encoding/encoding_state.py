@@ -20,25 +20,25 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from index_jobs.encoding.devices import ImageEncoder
-from index_jobs.encoding.failures import Guard
-from index_jobs.encoding.shards import Failed, Shard, ShardStore
-from index_jobs.encoding.vector_reuse import Known, Taken
+from index_jobs.encoding.failures import FailureLimit
+from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
+from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import Place, read_pictures
+from index_jobs.gallery.storage import ImageLocation, read_images
 
 logger = logging.getLogger(__name__)
 
-PLACE = ["location", "offset", "size", "mtime_ns"]  # the columns that `Place` is made of
+LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the columns that `Place` is made of
 _ASKED = 32  # pictures at a time, whose bytes are in memory together
 _PATIENCE_S = 60.0  # for asking again in all: a host that swallows every question must not keep a job for hours
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedGallery:
     """A gallery in shards. `encoded` pictures were encoded by this run in `seconds`, `resumed` by an earlier one."""
 
     shards: list[Shard]
-    failed: list[Failed]
+    failed: list[FailedImage]
     encoded: int
     resumed: int
     seconds: float
@@ -67,7 +67,7 @@ class Encoded:
         return (shard.vectors() for shard in self.shards)
 
 
-def store_of(
+def shard_store(
     gallery: Gallery, encoder: ImageEncoder, runtime: str, work: Path, batch_size: int, shard_rows: int
 ) -> ShardStore:
     """Where the shards of a gallery lie that a runtime makes of it.
@@ -90,28 +90,30 @@ def store_of(
     )
 
 
-def can_read(gallery: Gallery, rows: Sequence[int], until: float) -> bool:
+def any_readable(gallery: Gallery, rows: Sequence[int], until: float) -> bool:
     """Whether the bytes of any of these pictures can be had. Each is asked for once, and none is decoded.
 
     until: by `time.monotonic`, when to ask for no more.
     """
-    columns = [gallery.table[name] for name in PLACE]
+    columns = [gallery.table[name] for name in LOCATION_COLUMNS]
     for start in range(0, len(rows), _ASKED):
         if time.monotonic() >= until:
             return False
-        places = [Place(row, *(column[row].as_py() for column in columns)) for row in rows[start : start + _ASKED]]
-        if any(isinstance(data, bytes) for data in read_pictures(gallery.root, places, pauses=())):
+        places = [
+            ImageLocation(row, *(column[row].as_py() for column in columns)) for row in rows[start : start + _ASKED]
+        ]
+        if any(isinstance(data, bytes) for data in read_images(gallery.root, places, pauses=())):
             return True
     return False
 
 
-def places_of(table: Any, span: range) -> list[Place]:
+def image_locations(table: Any, span: range) -> list[ImageLocation]:
     """Where some rows' pictures lie; `table` has the columns PLACE."""
-    rows = table.slice(span.start, len(span)).select(PLACE).to_pylist()
-    return [Place(row, *columns.values()) for row, columns in zip(span, rows, strict=True)]
+    rows = table.slice(span.start, len(span)).select(LOCATION_COLUMNS).to_pylist()
+    return [ImageLocation(row, *columns.values()) for row, columns in zip(span, rows, strict=True)]
 
 
-class Encoding:
+class EncodingState:
     """One gallery on its way into shards: fill `shards` for every number in `todo`, then take `encoded`."""
 
     def __init__(
@@ -139,19 +141,19 @@ class Encoding:
         """
         if not 0 <= max_failed <= 1:
             raise ValueError(f"max_failed is a share from 0 to 1, not {max_failed}")
-        self.store = store_of(gallery, encoder, runtime, work, batch_size, shard_rows)
+        self.store = shard_store(gallery, encoder, runtime, work, batch_size, shard_rows)
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
         unread, until = {n: s.unread for n, s in self.shards.items() if s.unread}, time.monotonic() + _PATIENCE_S
         if unread:
             logger.info("asking again for %d pictures that could not be read", sum(map(len, unread.values())))
-        mended = [number for number, rows in unread.items() if can_read(gallery, rows, until)]
+        mended = [number for number, rows in unread.items() if any_readable(gallery, rows, until)]
         for number in mended:
             del self.shards[number]
             self.store.reopen(number)
         if mended:
             logger.info("%d shards lack pictures that can be read by now, and are encoded again", len(mended))
-        self._gallery, self._known = gallery, Known(self.store.others())
+        self._gallery, self._known = gallery, ReusableVectors(self.store.others())
         self._positions: dict[int, NDArray[np.int64]] = {}
         for number in [number for number in numbers if number not in self.shards] if len(self._known) else ():
             self._use_known(number, whole=whole)
@@ -162,23 +164,23 @@ class Encoding:
         if self.resumed:
             logger.info("%d of %d pictures were encoded before", self.resumed, len(gallery))
         failed = [failure for shard in self.shards.values() for failure in shard.failed]
-        self.guard = Guard(gallery, self.store.path, max_failed, failed)
+        self.guard = FailureLimit(gallery, self.store.path, max_failed, failed)
         self.guard.check()
         self._start = time.perf_counter()
         self._progress = progress
 
-    def places(self, number: int) -> list[Place]:
+    def places(self, number: int) -> list[ImageLocation]:
         """Where the pictures of a shard lie."""
-        return places_of(self._gallery.table, self.store.span(number))
+        return image_locations(self._gallery.table, self.store.span(number))
 
-    def unknown(self, number: int) -> list[Place]:
+    def unknown(self, number: int) -> list[ImageLocation]:
         """Those of them that are to be encoded."""
         places = self.places(number)
         if number not in self._positions:
             return places
         return [place for place, at in zip(places, self._positions[number], strict=True) if at < 0]
 
-    def taken(self, number: int) -> Taken | None:
+    def taken(self, number: int) -> ReusedVectors | None:
         """What is known of the others, None where there are none."""
         if number not in self._positions:
             return None
@@ -212,7 +214,7 @@ class Encoding:
         bar.set_postfix_str(f"{len(self.guard.failed)} failed", refresh=False)
         bar.update(pictures)
 
-    def encoded(self) -> Encoded:
+    def encoded(self) -> EncodedGallery:
         """The gallery in shards, once none is to do.
 
         Raises:
@@ -221,4 +223,4 @@ class Encoding:
         seconds = time.perf_counter() - self._start
         self.guard.check(final=True)
         shards = [self.shards[number] for number in sorted(self.shards)]
-        return Encoded(shards, sorted(self.guard.failed), self.left, self.resumed, seconds)
+        return EncodedGallery(shards, sorted(self.guard.failed), self.left, self.resumed, seconds)

@@ -11,18 +11,18 @@ from typing import Any
 
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import atomic_writer
-from index_jobs.encoding.shards import Failed, kind_of
+from index_jobs.encoding.shards import FailedImage, kind_of
 from index_jobs.gallery.scan import Gallery
 from index_jobs.store.manifest import FAILED
 
 
-class Guard:
+class FailureLimit:
     """Counts failures, and ends the job when there are too many."""
 
-    def __init__(self, gallery: Gallery, work: Path, max_failed: float, failed: list[Failed]) -> None:
+    def __init__(self, gallery: Gallery, work: Path, max_failed: float, failed: list[FailedImage]) -> None:
         self.gallery, self.work, self.max_failed, self.failed = gallery, work, max_failed, failed
 
-    def add(self, failed: tuple[Failed, ...]) -> None:
+    def add(self, failed: tuple[FailedImage, ...]) -> None:
         if failed:
             self.failed.extend(failed)
             self.check()
@@ -44,7 +44,7 @@ class Guard:
         )
 
 
-def write_failed(path: Path, gallery: Gallery, failed: list[Failed]) -> None:
+def write_failed(path: Path, gallery: Gallery, failed: list[FailedImage]) -> None:
     """`failed.jsonl`: a line for each picture without a vector: id, name, reason and kind, in gallery order."""
     lines = ({**_named(gallery, row), "reason": why, "kind": kind_of(why)} for row, why in sorted(failed))
     _write_lines(path, lines)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import canonical_json
-from index_jobs.gallery.storage import Place
+from index_jobs.gallery.storage import ImageLocation
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ class PixelCache:
             ) from error
         return cache
 
-    def get(self, root: str, places: Sequence[Place]) -> dict[int, Pixel]:
+    def get(self, root: str, places: Sequence[ImageLocation]) -> dict[int, Pixel]:
         """Gallery row -> uint8 (3, S, S), of the places that are here."""
-        rows = {key_of(root, place): place.row for place in places}
+        rows = {cache_key(root, place): place.row for place in places}
         keys, found = list(rows), dict[int, Pixel]()
         try:
             with self._connection() as connection:
@@ -77,9 +77,9 @@ class PixelCache:
             logger.warning("the pixel cache %s cannot be read (%s); pictures are decoded instead", self.path, error)
         return found
 
-    def put(self, root: str, pixels: Mapping[Place, Pixel]) -> None:
+    def put(self, root: str, pixels: Mapping[ImageLocation, Pixel]) -> None:
         """Keep uint8 (3, S, S) of each place."""
-        rows = [(key_of(root, place), value.tobytes()) for place, value in pixels.items()]
+        rows = [(cache_key(root, place), value.tobytes()) for place, value in pixels.items()]
         try:
             with self._connection() as connection, connection:
                 connection.executemany("INSERT OR REPLACE INTO pixels VALUES (?, ?)", rows)
@@ -93,7 +93,7 @@ class PixelCache:
             yield connection
 
 
-def key_of(root: str, place: Place) -> bytes:
+def cache_key(root: str, place: ImageLocation) -> bytes:
     """16 bytes that stand for one version of one picture."""
     parts = [root, place.location, place.offset, place.size, place.version]
     return hashlib.blake2b(canonical_json(parts), digest_size=16).digest()

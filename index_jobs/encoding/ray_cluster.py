@@ -22,10 +22,10 @@ import pyarrow as pa
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.files import atomic_writer
-from index_jobs.encoding.decode import decode
-from index_jobs.encoding.devices import ImageEncoder, forward, load_encoders
-from index_jobs.encoding.encode import save_shard, windows_of
-from index_jobs.encoding.encoding_state import PLACE, Encoded, Encoding, places_of
+from index_jobs.encoding.decode import decode_windows
+from index_jobs.encoding.devices import ImageEncoder, encode_windows, load_replicas
+from index_jobs.encoding.encode import save_shard, split_windows
+from index_jobs.encoding.encoding_state import LOCATION_COLUMNS, EncodedGallery, EncodingState, image_locations
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
@@ -58,7 +58,7 @@ class Worker:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.lanes = load_encoders(task.checkpoint, task.device, exact=task.exact, runtime=task.runtime)
+        self.lanes = load_replicas(task.checkpoint, task.device, exact=task.exact, runtime=task.runtime)
         if self.lanes[0].fingerprint != task.fingerprint:
             raise DcarError(f"a worker loaded another model from {task.checkpoint}; is it the same file everywhere?")
         with pa.memory_map(str(task.store.path / PLACES)) as source:
@@ -74,10 +74,10 @@ class Worker:
 
     def _make(self, number: int) -> None:
         store = self.task.store
-        places = places_of(self.places, store.span(number))
-        windows = windows_of(self.task.root, places, self.task.batch_size)
-        decoded = decode(windows, self.lanes[0].preprocess, 0, self.cache)
-        with closing(decoded), closing(forward(decoded, self.lanes)) as vectors:
+        places = image_locations(self.places, store.span(number))
+        windows = split_windows(self.task.root, places, self.task.batch_size)
+        decoded = decode_windows(windows, self.lanes[0].preprocess, 0, self.cache)
+        with closing(decoded), closing(encode_windows(decoded, self.lanes)) as vectors:
             save_shard(store, number, places, vectors)
 
 
@@ -97,7 +97,7 @@ def encode_on_ray(
     max_failed: float = Options.max_failed,
     progress: bool = True,
     pixel_cache: Path | None = None,
-) -> Encoded:
+) -> EncodedGallery:
     """Encode every picture that has no vector yet, on the machines of a Ray cluster.
 
     Args:
@@ -107,14 +107,14 @@ def encode_on_ray(
         device: "auto" and "cuda" give each worker a GPU where the cluster has any.
         runtime: by name, what every worker encodes with.
         workers: how many; by default one for each GPU, or one for four cores.
-        work, exact, batch_size, shard_rows, max_failed, progress: as `encode` and `load_encoders` take them.
+        work, exact, batch_size, shard_rows, max_failed, progress: as `encode` and `load_replicas` take them.
 
     Raises:
         MissingExtraError: Ray is not installed.
         DcarError: the cluster cannot be reached, or a worker failed by an error of its own.
         DataError, ArtifactError, OSError: as `encode`.
     """
-    job = Encoding(gallery, encoder, work, runtime=runtime, batch_size=batch_size, shard_rows=shard_rows,
+    job = EncodingState(gallery, encoder, work, runtime=runtime, batch_size=batch_size, shard_rows=shard_rows,
                    max_failed=max_failed, progress=progress, whole=True)  # fmt: skip
     if job.todo:
         _write_places(job.store.path / PLACES, gallery.table)
@@ -164,7 +164,7 @@ def _load(store: ShardStore, number: int) -> Shard:
 
 def _write_places(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    places = table.select(PLACE)
+    places = table.select(LOCATION_COLUMNS)
     with atomic_writer(path) as file, pa.ipc.new_file(file, places.schema) as writer:
         writer.write_table(places)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from dcar_core.runtimes.registry import AUTO, KINDS
 from dcar_core.util.errors import DcarError
-from index_jobs.encoding.devices import ImageEncoder, load_encoders
-from index_jobs.encoding.encoding_state import store_of
+from index_jobs.encoding.devices import ImageEncoder, load_replicas
+from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.gallery.scan import Gallery
 from index_jobs.options import Options
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def choose_lanes(
+def choose_replicas(
     gallery: Gallery,
     checkpoint: Path,
     work: Path,
@@ -33,14 +33,17 @@ def choose_lanes(
     batch_size: int = Options.batch_size,
     shard_rows: int = Options.shard_rows,
 ) -> "list[Encoder]":
-    """As `load_encoders`, with the runtime that has begun this gallery's shards where the choice is free.
+    """As `load_replicas`, with the runtime that has begun this gallery's shards where the choice is free.
 
     Raises:
         CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device is not there.
     """
-    lanes = load_encoders(checkpoint, device, exact=exact, runtime=runtime)
+    lanes = load_replicas(checkpoint, device, exact=exact, runtime=runtime)
     fastest = lanes[0].runtime.name
-    if runtime != AUTO or (begun := begun_with(gallery, lanes[0], fastest, work, batch_size, shard_rows)) == fastest:
+    if (
+        runtime != AUTO
+        or (begun := runtime_in_use(gallery, lanes[0], fastest, work, batch_size, shard_rows)) == fastest
+    ):
         return lanes
     try:
         others = {id(lane): lane.with_runtime(begun) for lane in lanes}
@@ -51,11 +54,11 @@ def choose_lanes(
     return [others[id(lane)] for lane in lanes]
 
 
-def begun_with(
+def runtime_in_use(
     gallery: Gallery, encoder: ImageEncoder, fastest: str, work: Path, batch_size: int, shard_rows: int
 ) -> str:
     """The runtime whose shards of this gallery are there; `fastest` where none are, or some of several."""
     for name in (fastest, *KINDS):
-        if store_of(gallery, encoder, name, work, batch_size, shard_rows).rows_there():
+        if shard_store(gallery, encoder, name, work, batch_size, shard_rows).rows_there():
             return name
     return fastest

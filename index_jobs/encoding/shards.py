@@ -25,7 +25,7 @@ from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer, canonical_json, sha256_of, write_json
 
 FORMAT = 4
-Failed = tuple[int, str]  # gallery row, reason
+FailedImage = tuple[int, str]  # gallery row, reason
 PICTURE, READING = "picture", "reading"  # the kinds of failures
 _OF_THE_PICTURE = re.compile(r"the file is empty|\d+ x \d+ pixels|not an image|broken or truncated")
 
@@ -49,7 +49,7 @@ class Shard:
     path: Path
     start: int
     stop: int
-    failed: tuple[Failed, ...]
+    failed: tuple[FailedImage, ...]
     digests: NDArray[np.uint64]
     marks: NDArray[np.uint64]
 
@@ -153,7 +153,7 @@ class ShardStore:
         self,
         number: int,
         vectors: NDArray[np.float32],
-        failed: Sequence[Failed],
+        failed: Sequence[FailedImage],
         digests: NDArray[np.uint64],
         marks: NDArray[np.uint64],
     ) -> Shard:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_jobs.encoding.shards import Shard
-from index_jobs.gallery.storage import Place
+from index_jobs.gallery.storage import ImageLocation
 
 
 @dataclass(frozen=True)
-class Taken:
+class ReusedVectors:
     """Known pictures of some places: which of them, int64 (m,), their vectors, float32 (m, E), and pixels' hashes."""
 
     which: NDArray[np.int64]
@@ -23,7 +23,7 @@ class Taken:
     digests: NDArray[np.uint64]
 
 
-class Known:
+class ReusableVectors:
     """The vectors of other galleries' shards, by the marks of their pictures."""
 
     def __init__(self, shards: Iterable[Shard]) -> None:
@@ -36,7 +36,7 @@ class Known:
     def __len__(self) -> int:
         return len(self._marks)
 
-    def positions(self, places: Sequence[Place]) -> NDArray[np.int64]:
+    def positions(self, places: Sequence[ImageLocation]) -> NDArray[np.int64]:
         """int64 (n,): where each picture's vector is, for `take`; -1 for one that has none."""
         if not len(self):
             return np.full(len(places), -1, np.int64)
@@ -44,7 +44,7 @@ class Known:
         near = np.searchsorted(self._marks, wanted).clip(max=len(self._marks) - 1)
         return np.where(self._marks[near] == wanted, self._at[near], -1)
 
-    def take(self, positions: NDArray[np.int64], dim: int) -> Taken:
+    def take(self, positions: NDArray[np.int64], dim: int) -> ReusedVectors:
         """What is known of places, from their `positions`."""
         which = np.flatnonzero(positions >= 0)
         vectors = np.empty((len(which), dim), np.float32)
@@ -54,4 +54,4 @@ class Known:
             shard, here = self._shards[number], shard_of == number
             rows = positions[which[here]] - self._starts[number]
             vectors[here], digests[here] = shard.vectors()[rows], shard.digests[rows]
-        return Taken(which, vectors, digests)
+        return ReusedVectors(which, vectors, digests)

@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dcar_core.data.pictures import unicode_forms
+from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import IMAGE_SUFFIXES, index_tar
-from index_jobs.gallery.metadata import BESIDE, Metadata, sidecars
+from index_jobs.gallery.metadata import BESIDE, Metadata, read_sidecars
 from index_jobs.gallery.records import PATH_COLUMNS, Fields, read_records
 from index_jobs.gallery.storage import (
     WHOLE_FILE,
+    file_suffix,
     file_system,
     is_url,
-    open_place,
-    parent_of,
-    place_of,
-    suffix_of,
-    version_of,
+    join_location,
+    open_location,
+    parent_folder,
+    remote_version,
 )
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class GalleryImage:
     """`version` changes when the file does: its time of change in ns, or a hash of what its store says; 0 unknown."""
 
     name: str
@@ -53,32 +53,32 @@ class _File:
     version: int
 
 
-def folder(root: str) -> Iterator[Picture]:
+def list_folder(root: str) -> Iterator[GalleryImage]:
     """Every picture below a folder, and in the tars below it, by name."""
     files = list(_remote_files(root) if is_url(root) else _local_files(root))
     metadata = Metadata.beside(root, (file.name for file in files))
     if metadata is None and not is_url(root):
         metadata = Metadata.annotated(root)
-    pictures: list[Picture] = []
+    pictures: list[GalleryImage] = []
     for file in files:
-        suffix = suffix_of(file.name)
+        suffix = file_suffix(file.name)
         if suffix == ".tar":
             pictures += _members(root, file, metadata)
         elif suffix in IMAGE_SUFFIXES:
             fields = metadata.of(file.name) if metadata else {}
-            pictures.append(Picture(file.name, file.name, WHOLE_FILE, file.size, file.version, fields))
+            pictures.append(GalleryImage(file.name, file.name, WHOLE_FILE, file.size, file.version, fields))
     if metadata and pictures:
         metadata.report()
     return _sorted(pictures)
 
 
-def tar(place: str) -> Iterator[Picture]:
+def list_tar(place: str) -> Iterator[GalleryImage]:
     """The pictures of one tar, by name."""
-    root = parent_of(place)
+    root = parent_folder(place)
     if is_url(place):
         fs, path = file_system(place)
         info = fs.info(path)
-        size, version = int(info.get("size") or 0), version_of(info)
+        size, version = int(info.get("size") or 0), remote_version(info)
     else:
         stat = Path(place).stat()
         size, version = stat.st_size, stat.st_mtime_ns
@@ -86,13 +86,13 @@ def tar(place: str) -> Iterator[Picture]:
     return _sorted(_members(root, _File(name, size, version), None))
 
 
-def rows(place: str) -> Iterator[Picture]:
+def list_rows(place: str) -> Iterator[GalleryImage]:
     """The pictures of a list, in its order.
 
     Raises:
         DataError: there is no column of pictures, no row, or one that names no picture; names the row.
     """
-    root, column, line, protocols = parent_of(place), "", 0, set[str]()
+    root, column, line, protocols = parent_folder(place), "", 0, set[str]()
     for line, record in read_records(place):
         column = column or next((c for c in PATH_COLUMNS if c in record), "")
         if not column:
@@ -110,10 +110,10 @@ def rows(place: str) -> Iterator[Picture]:
             raise DataError(f"{place}, row {line}: {column} is empty or no text")
         location = _inside(place, line, given)
         size = version = 0
-        full = place_of(root, location)
+        full = join_location(root, location)
         if not is_url(full):
             location = _as_written(root, location)
-            full = place_of(root, location)
+            full = join_location(root, location)
             try:
                 stat = os.stat(full)  # noqa: PTH116
                 size, version = stat.st_size, stat.st_mtime_ns
@@ -122,7 +122,7 @@ def rows(place: str) -> Iterator[Picture]:
         elif (protocol := full.partition(":")[0]) not in protocols:
             file_system(full)  # a protocol that cannot be read is an error now, not after hours
             protocols.add(protocol)
-        yield Picture(location, location, WHOLE_FILE, size, version, record | {"file_name": given})
+        yield GalleryImage(location, location, WHOLE_FILE, size, version, record | {"file_name": given})
     if not line:
         raise DataError(f"the list {place} has no rows")
 
@@ -160,24 +160,22 @@ def _remote_files(root: str) -> Iterator[_File]:
     for full, info in found.items():
         relative = full.removeprefix(base).lstrip("/")
         if not any(part.startswith(".") for part in relative.split("/")) and _wanted(root, relative):
-            yield _File(relative, int(info.get("size") or 0), version_of(info))
+            yield _File(relative, int(info.get("size") or 0), remote_version(info))
 
 
 def _wanted(root: str, name: str) -> bool:
     if name.lower().endswith(_COMPRESSED):
-        raise DataError(
-            f"{place_of(root, name)} is a compressed tar, whose members cannot be read in place; decompress it first"
-        )
+        raise DataError(f"{join_location(root, name)} is a compressed tar; decompress it first")
     hidden = name.rpartition("/")[2].startswith(".")
-    return not hidden and (name in BESIDE or suffix_of(name) in IMAGE_SUFFIXES or suffix_of(name) == ".tar")
+    return not hidden and (name in BESIDE or file_suffix(name) in IMAGE_SUFFIXES or file_suffix(name) == ".tar")
 
 
-def _members(root: str, file: _File, metadata: Metadata | None) -> list[Picture]:
+def _members(root: str, file: _File, metadata: Metadata | None) -> list[GalleryImage]:
     """The pictures of a tar, with the members of the same stem (.json, .txt, .cls) as their metadata."""
-    place = place_of(root, file.name)
-    with open_place(place) as opened:
+    place = join_location(root, file.name)
+    with open_location(place) as opened:
         members = index_tar(place, opened)
-        beside = sidecars(place, opened, members)
+        beside = read_sidecars(place, opened, members)
     pictures = []
     for member, span in members.items():
         inner = PurePosixPath(member)
@@ -186,7 +184,7 @@ def _members(root: str, file: _File, metadata: Metadata | None) -> list[Picture]
         full = f"{file.name}/{member}"
         joined = metadata.of(full, member, inner.name) if metadata else {}
         fields = {**beside.get(_stem(inner), {}), **joined}
-        pictures.append(Picture(full, file.name, span.offset, span.size, file.version, fields))
+        pictures.append(GalleryImage(full, file.name, span.offset, span.size, file.version, fields))
     return pictures
 
 
@@ -209,9 +207,9 @@ def _as_written(root: str, location: str) -> str:
     """The path in the Unicode form that the file's name has: lists and archives of other systems differ in it."""
     if location.isascii():
         return location
-    there = (form for form in unicode_forms(location) if os.path.exists(place_of(root, form)))  # noqa: PTH110
+    there = (form for form in unicode_forms(location) if os.path.exists(join_location(root, form)))  # noqa: PTH110
     return next(there, location)
 
 
-def _sorted(pictures: Iterable[Picture]) -> Iterator[Picture]:
+def _sorted(pictures: Iterable[GalleryImage]) -> Iterator[GalleryImage]:
     return iter(sorted(pictures, key=lambda picture: picture.name))

@@ -19,7 +19,7 @@ from dcar_core.util.errors import DataError
 from dcar_core.util.images import TarSpan
 from dcar_core.util.json_text import parse_json
 from index_jobs.gallery.records import Fields, read_records
-from index_jobs.gallery.storage import parent_of, place_of
+from index_jobs.gallery.storage import join_location, parent_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Metadata:
             files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
             if not files or any(file.suffix == ".tar" for file in files):
                 return None
-            splits, _ = load_splits(Path(folder), pictures="present")
+            splits, _ = load_splits(Path(folder), image_policy="present")
         except DataError as error:
             logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)
             return None
@@ -89,8 +89,8 @@ class Metadata:
         here = set(names)
         found = [name for name in BESIDE if name in here]
         if len(found) > 1:
-            raise DataError(f"{place_of(folder, found[0])} and {found[1]} are both there; keep one")
-        return cls.read(place_of(folder, found[0])) if found else None
+            raise DataError(f"{join_location(folder, found[0])} and {found[1]} are both there; keep one")
+        return cls.read(join_location(folder, found[0])) if found else None
 
     def of(self, *names: str) -> Fields:
         """The row of the first of a picture's names that has one."""
@@ -110,13 +110,13 @@ class Metadata:
         if unused and not self._used:
             raise DataError(
                 f"no row of {self.path} names a picture of this gallery ({unused[0]!r} is not here); file_name must be "
-                f"the path relative to {parent_of(self.path)}, or a tar member's name"
+                f"the path relative to {parent_folder(self.path)}, or a tar member's name"
             )
         if unused:
             logger.warning("%d rows of %s name no picture here, such as %s", len(unused), self.path, unused[0])
 
 
-def sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Fields]:
+def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Fields]:
     """webdataset metadata: the .json, .txt and .cls members of a tar, which is open as `file`, by stem."""
     fields: dict[str, Fields] = {}
     for member, span in members.items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dcar_core.data.tables import IMAGE_COLUMNS, header, json_list, texts_of_cell
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
-from index_jobs.gallery.storage import open_place, suffix_of
+from index_jobs.gallery.storage import file_suffix, open_location
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,11 +38,11 @@ def read_records(path: str) -> Iterator[tuple[int, Fields]]:
         DataError: the file cannot be parsed; the message names the row.
     """
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    return readers[suffix_of(path)](path)
+    return readers[file_suffix(path)](path)
 
 
 def _text_of(path: str, newline: str | None = None) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open_place(path), encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(open_location(path), encoding="utf-8-sig", newline=newline)
 
 
 def _read_jsonl(path: str) -> Iterator[tuple[int, Fields]]:
@@ -127,7 +127,7 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Fields]]:
 
     row = 0
     try:
-        with open_place(path) as source, pq.ParquetFile(source) as file:
+        with open_location(path) as source, pq.ParquetFile(source) as file:
             for batch in file.iter_batches():
                 for record in _records(path, batch, row):
                     row += 1

@@ -22,10 +22,10 @@ from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import canonical_json
 from dcar_core.util.images import IMAGE_SUFFIXES
 from index_jobs.gallery import listing
-from index_jobs.gallery.listing import Picture
+from index_jobs.gallery.listing import GalleryImage
 from index_jobs.gallery.metadata import split_fields
 from index_jobs.gallery.records import LIST_SUFFIXES
-from index_jobs.gallery.storage import is_url, parent_of, suffix_of
+from index_jobs.gallery.storage import file_suffix, is_url, parent_folder
 
 SCHEMA = pa.schema(
     [
@@ -97,24 +97,24 @@ def _source(place: str) -> str:
     return os.path.abspath(place.removeprefix("file://")) if place.startswith("file://") else place  # noqa: PTH100
 
 
-def _pictures(source: str, given: str) -> tuple[str, Iterable[Picture]]:
-    suffix, remote = suffix_of(source), is_url(source)
+def _pictures(source: str, given: str) -> tuple[str, Iterable[GalleryImage]]:
+    suffix, remote = file_suffix(source), is_url(source)
     if not remote and Path(source).is_dir():
-        return source, listing.folder(source)
+        return source, listing.list_folder(source)
     if remote or Path(source).is_file():
         if suffix == ".tar":
-            return parent_of(source), listing.tar(source)
+            return parent_folder(source), listing.list_tar(source)
         if suffix in LIST_SUFFIXES:
-            return parent_of(source), listing.rows(source)
+            return parent_folder(source), listing.list_rows(source)
     if remote:
-        return source, listing.folder(source)
+        return source, listing.list_folder(source)
     if not Path(source).exists():
         raise DataError(f"the gallery {given} does not exist")
     kinds = ", ".join(sorted(LIST_SUFFIXES))
     raise DataError(f"{given} is no gallery: give a folder, an uncompressed .tar or a list ({kinds})")
 
 
-def _table(pictures: Iterable[Picture]) -> pa.Table:
+def _table(pictures: Iterable[GalleryImage]) -> pa.Table:
     batches, rows = [], []
     for picture in pictures:
         rows.append(_row(picture))
@@ -125,7 +125,7 @@ def _table(pictures: Iterable[Picture]) -> pa.Table:
     return pa.Table.from_batches(batches, SCHEMA)
 
 
-def _row(picture: Picture) -> dict[str, Any]:
+def _row(picture: GalleryImage) -> dict[str, Any]:
     try:
         digest = hashlib.sha256(picture.name.encode()).hexdigest()
     except UnicodeEncodeError:

@@ -27,7 +27,7 @@ _GONE = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # a
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageLocation:
     """One picture: gallery row, where its bytes lie, and a number that changes when they do."""
 
     row: int
@@ -48,7 +48,7 @@ def is_url(place: str) -> bool:
     return _URL.match(place) is not None
 
 
-def place_of(root: str, location: str) -> str:
+def join_location(root: str, location: str) -> str:
     """A location of a gallery as a path or URL: an absolute path or a URL stands for itself."""
     if is_url(location) or not is_url(root):
         return location if is_url(location) else os.path.join(root, location)  # noqa: PTH118  a million times over
@@ -56,7 +56,7 @@ def place_of(root: str, location: str) -> str:
     return f"{before}{path if path.endswith('://') else path.rstrip('/') + '/'}{location}{after}"
 
 
-def parent_of(place: str) -> str:
+def parent_folder(place: str) -> str:
     """The folder that a file lies in."""
     if not is_url(place):
         return str(Path(place).parent)
@@ -64,7 +64,7 @@ def parent_of(place: str) -> str:
     return f"{before}{path.rpartition('/')[0] + '/'}{after}"
 
 
-def suffix_of(place: str) -> str:
+def file_suffix(place: str) -> str:
     """The file's suffix, in lower case."""
     path = _parts(place)[1].partition("?")[0] if is_url(place) else place
     return os.path.splitext(path)[1].lower()  # noqa: PTH122
@@ -91,7 +91,7 @@ def file_system(url: str) -> tuple[Any, str]:
     return fs, path
 
 
-def open_place(place: str) -> BinaryIO:
+def open_location(place: str) -> BinaryIO:
     """A file to read from, at any position.
 
     Raises:
@@ -118,7 +118,7 @@ def _open_file(path: str) -> BinaryIO:
     return open(path, "rb", opener=regular)
 
 
-def version_of(info: Mapping[str, Any]) -> int:
+def remote_version(info: Mapping[str, Any]) -> int:
     """A number that changes when a remote file does, as far as its store tells; 0 where it tells nothing."""
     for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "updated", "created"):
         if info.get(key):
@@ -126,7 +126,7 @@ def version_of(info: Mapping[str, Any]) -> int:
     return 0
 
 
-def read_picture(root: str, location: str, offset: int, size: int) -> bytes:
+def read_image(root: str, location: str, offset: int, size: int) -> bytes:
     """The bytes of one picture, asked for once.
 
     Args:
@@ -137,18 +137,20 @@ def read_picture(root: str, location: str, offset: int, size: int) -> bytes:
     Raises:
         OSError: the file cannot be read, or the tar ends before the span does.
     """
-    (data,) = read_pictures(root, [Place(0, location, offset, size)], pauses=())
+    (data,) = read_images(root, [ImageLocation(0, location, offset, size)], pauses=())
     if isinstance(data, bytes):
         return data
     raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data
 
 
-def read_pictures(root: str, places: Sequence[Place], pauses: Sequence[float] = _PAUSES_S) -> list[bytes | Exception]:
+def read_images(
+    root: str, places: Sequence[ImageLocation], pauses: Sequence[float] = _PAUSES_S
+) -> list[bytes | Exception]:
     """The bytes of several pictures, or why there are none. `pauses` in seconds, before a URL is asked for again."""
     found: list[bytes | Exception] = [b""] * len(places)
     remote: dict[int, str] = {}
     for i, place in enumerate(places):
-        path = place_of(root, place.location)
+        path = join_location(root, place.location)
         if is_url(path):
             remote[i] = path
             continue
@@ -169,7 +171,7 @@ def read_pictures(root: str, places: Sequence[Place], pauses: Sequence[float] = 
     return found
 
 
-def _read(path: str, place: Place) -> bytes:
+def _read(path: str, place: ImageLocation) -> bytes:
     with _open_file(path) as file:
         if place.offset == WHOLE_FILE:
             return file.read()
@@ -180,7 +182,7 @@ def _read(path: str, place: Place) -> bytes:
     return data
 
 
-def _fetch(urls: Mapping[int, str], places: Sequence[Place]) -> dict[int, bytes | Exception]:
+def _fetch(urls: Mapping[int, str], places: Sequence[ImageLocation]) -> dict[int, bytes | Exception]:
     """URLs by file system, the spans of each at once."""
     found: dict[int, bytes | Exception] = {}
     groups: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
@@ -204,7 +206,7 @@ def _fetch(urls: Mapping[int, str], places: Sequence[Place]) -> dict[int, bytes 
     return found
 
 
-def _span(data: bytes, place: Place, path: str) -> bytes | Exception:
+def _span(data: bytes, place: ImageLocation, path: str) -> bytes | Exception:
     if place.offset == WHOLE_FILE or len(data) == place.size:
         return bytes(data)
     if len(data) >= place.offset + place.size:  # a server that knows no ranges sends the whole file

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from dcar_core import Encoder
-    from index_jobs.encoding.encoding_state import Encoded
+    from index_jobs.encoding.encoding_state import EncodedGallery
     from index_jobs.gallery.scan import Gallery
     from index_jobs.jobs.quality_gate import Pairs
 
@@ -29,7 +29,7 @@ def signature(pairs: "Pairs") -> str:
     return hashlib.sha256(canonical_json([pairs.texts, pairs.ids])).hexdigest()
 
 
-def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "Encoded") -> dict[str, Any]:
+def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "EncodedGallery") -> dict[str, Any]:
     """The manifest's `cutoff`: the fields of `dcar_core.serving.score_cutoff.Cutoff`, and the signature of the pairs.
 
     Without min_score where no picture of the pairs could be encoded.
@@ -61,7 +61,7 @@ def _places(column: "pa.ChunkedArray", ids: list[str], rows: NDArray[np.int64]) 
     return {column[row].as_py(): place for row, place in zip(held.tolist(), places.tolist(), strict=True)}
 
 
-def _vectors(encoded: "Encoded", places: NDArray[np.int64], dim: int) -> NDArray[np.float32]:
+def _vectors(encoded: "EncodedGallery", places: NDArray[np.int64], dim: int) -> NDArray[np.float32]:
     """The vectors (N, E) at these places, one block in memory at a time."""
     out = np.empty((len(places), dim), np.float32)
     begin = 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from dcar_core import Encoder
     from index_jobs.building.kinds import Choice
-    from index_jobs.encoding.encoding_state import Encoded
+    from index_jobs.encoding.encoding_state import EncodedGallery
     from index_jobs.gallery.scan import Gallery
     from index_jobs.jobs.quality_gate import Pairs, Verdict
     from index_jobs.store.artifact import Artifact
@@ -93,7 +93,7 @@ class Job:
     def run(self) -> RebuildSummary:
         """Do all steps that are needed; see `rebuild`."""
         from dcar_core.model.checkpoint import copy_checkpoint
-        from index_jobs.encoding.encoding_state import store_of
+        from index_jobs.encoding.encoding_state import shard_store
         from index_jobs.jobs.version_writer import choose, require_room
         from index_jobs.store import gpu_search, milvus, publish
         from index_jobs.store.notify import notify
@@ -112,7 +112,7 @@ class Job:
             expected = choose(options, len(gallery), encoder.dim, gpu_memory)[0]
             if options.milvus:
                 milvus.connect(options.milvus).close()
-            store = store_of(gallery, encoder, runtime, self.out / WORK, options.batch_size, options.shard_rows)
+            store = shard_store(gallery, encoder, runtime, self.out / WORK, options.batch_size, options.shard_rows)
             serving = self._serving()
             if serving is not None:
                 self._require_model(serving, encoder.fingerprint, pairs)
@@ -134,7 +134,7 @@ class Job:
         return self.summary(manifest, encoded, verdict, notified=told)
 
     def _require_no_worse(
-        self, serving: "Artifact", staged: "Artifact", encoded: "Encoded", encoder: "Encoder"
+        self, serving: "Artifact", staged: "Artifact", encoded: "EncodedGallery", encoder: "Encoder"
     ) -> "Verdict":
         """Compare with what is served.
 
@@ -207,22 +207,24 @@ class Job:
 
     def _lanes(self, checkpoint: Path) -> "tuple[list[Encoder], str]":
         """The encoders, and the name of the runtime that makes the vectors, which on a cluster is not theirs."""
-        from index_jobs.encoding.devices import load_encoders
-        from index_jobs.encoding.replicas import begun_with, choose_lanes
+        from index_jobs.encoding.devices import load_replicas
+        from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
 
         options, work = self.options, self.out / WORK
         device, exact, batch, rows = options.device, options.exact, options.batch_size, options.shard_rows
         if options.ray:
-            lanes = load_encoders(checkpoint, device, exact=exact)
+            lanes = load_replicas(checkpoint, device, exact=exact)
             known = options.runtime != AUTO
-            return lanes, options.runtime if known else begun_with(self.gallery, lanes[0], "torch", work, batch, rows)
-        lanes = choose_lanes(
+            return lanes, options.runtime if known else runtime_in_use(
+                self.gallery, lanes[0], "torch", work, batch, rows
+            )
+        lanes = choose_replicas(
             self.gallery, checkpoint, work, device=device, exact=exact, runtime=options.runtime, batch_size=batch,
             shard_rows=rows,
         )  # fmt: skip
         return lanes, lanes[0].runtime.name
 
-    def _encode(self, lanes: "list[Encoder]", runtime: str, checkpoint: Path) -> "Encoded":
+    def _encode(self, lanes: "list[Encoder]", runtime: str, checkpoint: Path) -> "EncodedGallery":
         from index_jobs.encoding.pixel_cache import PixelCache
 
         options, folder = self.options, self.options.pixel_cache
@@ -238,11 +240,11 @@ class Job:
                 self.gallery, lanes[0], self.out / WORK, address=options.ray, checkpoint=checkpoint,
                 device=options.device, runtime=runtime, exact=options.exact, pixel_cache=folder, **how,
             )  # fmt: skip
-        from index_jobs.encoding.encode import encode
+        from index_jobs.encoding.encode import encode_gallery
 
-        return encode(self.gallery, lanes, self.out / WORK, cache=cache, **how)
+        return encode_gallery(self.gallery, lanes, self.out / WORK, cache=cache, **how)
 
-    def _stage(self, staging: Path, encoder: "Encoder", encoded: "Encoded", choices: "list[Choice]") -> Manifest:
+    def _stage(self, staging: Path, encoder: "Encoder", encoded: "EncodedGallery", choices: "list[Choice]") -> Manifest:
         """Write vectors, items and failures; the manifest that goes with them."""
         from index_jobs.jobs.version_writer import caption_queries, stage_items, stage_vectors
 
@@ -276,7 +278,7 @@ class Job:
             files={},
         )
 
-    def _calibrated(self, encoder: "Encoder", encoded: "Encoded") -> dict[str, Any]:
+    def _calibrated(self, encoder: "Encoder", encoded: "EncodedGallery") -> dict[str, Any]:
         from index_jobs.jobs.cutoff_calibration import calibrate
 
         if self.options.validation is None or self.pairs is None:
@@ -321,7 +323,7 @@ class Job:
     def summary(
         self,
         manifest: Manifest,
-        encoded: "Encoded | None" = None,
+        encoded: "EncodedGallery | None" = None,
         verdict: "Verdict | None" = None,
         *,
         published: bool = True,

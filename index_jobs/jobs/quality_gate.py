@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.util.errors import DataError
-from index_jobs.gallery.storage import WHOLE_FILE, is_url, place_of
+from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.options import Options
 from index_jobs.store.artifact import Artifact
 
@@ -81,10 +81,10 @@ def pairs_of(gallery: "Gallery", validation: Path | None) -> Pairs | None:
 
 
 def _validation(gallery: "Gallery", data: Path) -> Pairs:
-    from dcar_core.data import MISSING, load_split
+    from dcar_core.data import MISSING_IMAGES, load_split
 
-    split, report = load_split(data, "val", pictures="present")  # a product that is gone takes its picture along
-    if missing := report.names.get(MISSING):
+    split, report = load_split(data, "val", image_policy="present")  # a product that is gone takes its picture along
+    if missing := report.names.get(MISSING_IMAGES):
         logger.warning("%d validation pictures of %s are missing, such as %s", len(missing), data, missing[0])
     real = _resolver()
     found = [(sample.caption, _known_by(split.root, sample.image, real)) for sample in split.samples]
@@ -124,7 +124,7 @@ def _rows_of(gallery: "Gallery", wanted: set[_Key], real: Callable[[str], str]) 
     row = 0
     for batch in gallery.table.select(["location", "offset", "name"]).to_batches():
         for location, offset, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            path = place_of(gallery.root, location).removeprefix(_HERE)
+            path = join_location(gallery.root, location).removeprefix(_HERE)
             if not is_url(path):
                 if (key := (real(path), offset)) in wanted:
                     places[key] = row

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from dcar_core.util.errors import DataError
 from index_jobs.building import kinds
 from index_jobs.building.build import build
-from index_jobs.encoding.encode import encode
+from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.failures import write_failed
-from index_jobs.encoding.replicas import choose_lanes
+from index_jobs.encoding.replicas import choose_replicas
 from index_jobs.gallery.scan import Gallery, scan
-from index_jobs.gallery.storage import place_of
+from index_jobs.gallery.storage import join_location
 from index_jobs.jobs.version_writer import caption_queries
 from index_jobs.options import Options
 from index_jobs.store import publish
@@ -124,12 +124,12 @@ def add(
                 f"is {known[0]!r}; --replace puts them in the place of those"
             )
         _require_fitting(current, scanned, str(gallery))
-        lanes = choose_lanes(
+        lanes = choose_replicas(
             scanned, current.checkpoint, index / WORK, device=device, exact=current.manifest.exact, runtime=runtime,
             batch_size=batch_size,
         )  # fmt: skip
         current.require(lanes[0].fingerprint)
-        encoded = encode(
+        encoded = encode_gallery(
             scanned, lanes, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,
             progress=progress,
         )  # fmt: skip
@@ -222,7 +222,7 @@ def _require_fitting(artifact: Artifact, gallery: Gallery, given: str) -> None:
 def _absolute(gallery: Gallery) -> pa.Table:
     """The gallery's items with locations that need no root, so that items of several galleries can lie together."""
     locations = gallery.table["location"]
-    places = [[place_of(gallery.root, location) for location in chunk.to_pylist()] for chunk in locations.chunks]
+    places = [[join_location(gallery.root, location) for location in chunk.to_pylist()] for chunk in locations.chunks]
     column = gallery.table.schema.get_field_index("location")
     return gallery.table.set_column(column, "location", pa.chunked_array(places, pa.string())).select(COLUMNS)
 

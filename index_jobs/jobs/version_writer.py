@@ -16,7 +16,7 @@ from index_jobs.building import kinds
 from index_jobs.building.build import build
 from index_jobs.building.kinds import Choice
 from index_jobs.building.tuning import MAX_QUERIES, Queries, Tuning, own_queries
-from index_jobs.encoding.encoding_state import Encoded
+from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_duplicates, write_failed
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery
@@ -66,7 +66,7 @@ def require_room(out: Path, gallery: Gallery, store: ShardStore, choice: Choice)
         )
 
 
-def stage_vectors(staging: Path, out: Path, options: Options, encoder: "Encoder", encoded: Encoded,
+def stage_vectors(staging: Path, out: Path, options: Options, encoder: "Encoder", encoded: EncodedGallery,
                   choices: Sequence[Choice], queries: Queries | None) -> Measured:  # fmt: skip
     """Write the vectors into the staged version; what they became, and what was measured.
 
@@ -87,7 +87,7 @@ def stage_vectors(staging: Path, out: Path, options: Options, encoder: "Encoder"
     return choices[0], tuning.measure(milvus.MilvusIndex(place))
 
 
-def stage_items(staging: Path, gallery: Gallery, encoded: Encoded) -> None:
+def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery) -> None:
     """Write items, failures and duplicates.
 
     Raises:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from dcar_core.util.errors import ArtifactError, FingerprintError
 from dcar_core.util.files import sha256_of
-from index_jobs.gallery.storage import read_picture
+from index_jobs.gallery.storage import read_image
 from index_jobs.store.faiss_search import as_mask
 from index_jobs.store.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, REMOVED, VECTORS, VERSIONS, Manifest
 from index_jobs.store.segments import Part, Parts, read_removed
@@ -204,7 +204,7 @@ class Artifact:
         part, place = self._parts.locate(row)
         location, offset, size = (part.items.value(place, column) for column in ("location", "offset", "size"))
         try:
-            return read_picture(part.root, location, offset, size)
+            return read_image(part.root, location, offset, size)
         except OSError as error:
             raise ArtifactError(
                 f"the picture of item {part.items.value(place, 'id')!r} cannot be read from the gallery "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.captioning.questions import TEMPLATES, Verdict, question, read_verdict, tidy_draft
+from dcar_core.captioning.questions import QUESTION_TEMPLATES, Judgement, question, read_verdict, tidy_draft
 from tests.support.captioning import ask, captions, one_picture, rejected
 from tests.support.vision_server import Asked, Behave, VisionServer, good
 
@@ -67,23 +67,23 @@ def test_the_judge_is_heard_and_the_rounds_are_bounded(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "verdict"),
     [
-        ('{"accept": true, "feedback": "good"}', Verdict(True, "good")),
-        ('Sure:\n```json\n{"accept": "no",\n "feedback": null}\n``` {', Verdict(False, "")),
-        ("<think>accept? {no}</think> Reject: the\ncolour is wrong.", Verdict(False, "the colour is wrong.")),
-        ('Hm, {"accept": true}?\n</think>\n{"accept": false, "feedback": "no"}', Verdict(False, "no")),
-        ("Yes, it fits.</Think> No, it does not.", Verdict(False, "it does not.")),
+        ('{"accept": true, "feedback": "good"}', Judgement(True, "good")),
+        ('Sure:\n```json\n{"accept": "no",\n "feedback": null}\n``` {', Judgement(False, "")),
+        ("<think>accept? {no}</think> Reject: the\ncolour is wrong.", Judgement(False, "the colour is wrong.")),
+        ('Hm, {"accept": true}?\n</think>\n{"accept": false, "feedback": "no"}', Judgement(False, "no")),
+        ("Yes, it fits.</Think> No, it does not.", Judgement(False, "it does not.")),
         ('<think>{"accept": true}', None),
-        ('{"accept": false, "feedback": "no \\ud83d good"}', Verdict(False, "no \ufffd good")),
+        ('{"accept": false, "feedback": "no \\ud83d good"}', Judgement(False, "no \ufffd good")),
         ('{"accept":' * 100_000, None),
-        ("Yes.", Verdict(True, "")),
-        ("**Accepted**", Verdict(True, "**")),
+        ("Yes.", Judgement(True, "")),
+        ("**Accepted**", Judgement(True, "**")),
         ("North is up", None),
         ('{"verdict": 1}', None),
         ('{"accept": tr', None),
         ("", None),
     ],
 )
-def test_verdicts(answer: str, verdict: Verdict | None) -> None:
+def test_verdicts(answer: str, verdict: Judgement | None) -> None:
     assert read_verdict(answer) == verdict
 
 
@@ -121,8 +121,8 @@ def test_half_of_a_surrogate_pair_in_a_verdict_is_replaced(photos: Path) -> None
 
 def test_pictures_get_different_questions_and_each_the_same_again() -> None:
     def asked(image: str) -> str:
-        return question(TEMPLATES, image=image, category="owl", dataset="animals", context=73)
+        return question(QUESTION_TEMPLATES, image=image, category="owl", dataset="animals", context=73)
 
     names = [f"owl/{number}.png" for number in range(30)]
-    assert len({asked(name) for name in names}) == len(TEMPLATES)
+    assert len({asked(name) for name in names}) == len(QUESTION_TEMPLATES)
     assert [asked(name) for name in names] == [asked(name) for name in names]

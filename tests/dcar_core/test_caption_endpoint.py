@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dcar_core.captioning.endpoint import seconds_of
-from dcar_core.captioning.options import Model
-from dcar_core.captioning.summary import summary
+from dcar_core.captioning.options import VisionModel
+from dcar_core.captioning.summary import summarize
 from dcar_core.util.errors import CaptionError
 from tests.support.captioning import KEY, ask, captions, one_picture, rejected
 from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good, message
@@ -213,7 +213,7 @@ def test_a_refused_request_fails_its_picture_alone(photos: Path) -> None:
         found = ask(photos, server, concurrency=1)
     assert found.accepted == 3
     assert found.failed == {"owl/1.png": "400 image too odd"}
-    assert "1 pictures failed, the same command asks again: owl/1.png (400 image too odd)" in summary(found)
+    assert "1 pictures failed, the same command asks again: owl/1.png (400 image too odd)" in summarize(found)
 
 
 def test_a_run_in_which_all_fails_ends(photos: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_run_in_which_all_fails_ends(photos: Path) -> None:
 
 
 def test_a_key_goes_to_its_own_host_alone() -> None:
-    drafter = Model(url="https://one.example/v1", name="m", key=KEY, price=(1, 2))
+    drafter = VisionModel(url="https://one.example/v1", name="m", key=KEY, price=(1, 2))
     assert drafter.judge(None, "other", None, None).key == KEY
     assert drafter.judge("https://one.example/v2", None, None, None).key == KEY
     for elsewhere in ("https://two.example/v1", "http://one.example/v1", "https://one.example:8443/v1"):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcar_core.captioning.options import Model
+from dcar_core.captioning.options import VisionModel
 from dcar_core.captioning.questions import load_templates
-from dcar_core.captioning.summary import summary
+from dcar_core.captioning.summary import summarize
 from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from tests.support.captioning import KEY, ask, captions
@@ -35,7 +35,7 @@ def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:
     entries = captions(photos)
     assert set(entries) == {"birds/barn_owl/wide.jpg", *(f"{c}/{i}.png" for c in ("owl", "red_fox") for i in (1, 2))}
     assert entries["birds/barn_owl/wide.jpg"]["meta_category"] == "birds"
-    data, _ = load_split(photos.parent / "captions.json", "train", images=photos)
+    data, _ = load_split(photos.parent / "captions.json", "train", image_root=photos)
     assert data.samples
     assert {s.category for s in data.samples} <= {"red fox", "owl", "barn owl"}
     assert all(s.caption == f"A {s.category} on grass, number {s.caption[-7:-1]}." for s in data.samples)
@@ -71,7 +71,7 @@ def test_a_name_that_is_not_utf_8_is_its_own_picture_s_trouble(photos: Path) -> 
             found = ask(photos, server)
             assert (found.accepted, found.failed, len(server.asked)) == (4, {}, 8)
             assert found.broken == {odd: "its name is not UTF-8; rename the file"}
-    assert "1 pictures broken, left out: owl/" in summary(found)
+    assert "1 pictures broken, left out: owl/" in summarize(found)
 
 
 def test_places_that_cannot_be_used(photos: Path) -> None:
@@ -92,7 +92,7 @@ def test_places_that_cannot_be_used(photos: Path) -> None:
         ("http://h:99999", "no http"),
     ):
         with pytest.raises(DataError, match=says):
-            Model(url=url, name="m")
+            VisionModel(url=url, name="m")
     server._server.server_close()
 
 
@@ -106,14 +106,14 @@ def test_tokens_and_cost(photos: Path) -> None:
         )
         assert found.cost == pytest.approx(8 * (100 * 1000 + 20 * 5000) / 1e6)
         assert ask(photos, server, price=(1000.0, 5000.0)).cost == found.cost  # what was spent before counts
-        assert "cost 1.6000" in summary(found)
+        assert "cost 1.6000" in summarize(found)
         assert ask(photos, server).cost is None
     silent: Behave = lambda asked, n: {k: v for k, v in message(good(asked)).items() if k != "usage"}  # noqa: E731
     with VisionServer(silent) as server:
         found = ask(photos, server, photos.parent / "silent.json", price=(1.0, 1.0))
     assert found.usage["draft"].unknown == 4
-    assert "4 draft answers, 0 + 0 tokens, 4 answers did not say how many" in summary(found)
-    assert "cost 0.0000 at least" in summary(found)
+    assert "4 draft answers, 0 + 0 tokens, 4 answers did not say how many" in summarize(found)
+    assert "cost 0.0000 at least" in summarize(found)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcar_core.data import check, load, load_split, load_splits, splits_of, write_splits
+from dcar_core.data import check_dataset, load, load_split, load_splits, splits_of, write_splits
 from dcar_core.data.entries import Entry
 from dcar_core.data.tables import read_table
 from dcar_core.util.errors import DataError
@@ -38,7 +38,7 @@ def test_the_older_fdrd_form(tmp_path: Path) -> None:
         "707-320_0001": older("0001", positive="An airplane.The sky is blue."),
         "monkshood_image_06": older("monkshood_image_06", positive="A monks_hood.", class_name="monks_hood"),
     }
-    data, report = load_split(write_json(tmp_path / "pets_train.json", content), "train", pictures="ignore")
+    data, report = load_split(write_json(tmp_path / "pets_train.json", content), "train", image_policy="ignore")
     assert [s.image for s in data.samples] == [
         "Maine_Coon_12.jpg",
         "Maine_Coon_13.jpg",
@@ -68,14 +68,14 @@ def test_a_negative_that_is_another_caption_of_the_picture_is_left_out(tmp_path:
         {"image": "2.png", "caption": "A blue van.", "category": "van"},
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data, report = load_split(tmp_path, "train", pictures="ignore")
+    data, report = load_split(tmp_path, "train", image_policy="ignore")
     assert data.samples[0].negatives == ("A blue van.",)
     assert report.counts["negatives equal to a caption of their picture, left out"] == 1
 
 
 def test_a_negative_that_equals_its_repaired_positive_is_left_out(tmp_path: Path) -> None:
     content = {"a": entry(positive="This is a cat.The cat sits.", negative=["This is a cat.The cat sits.", "a dog"])}
-    data, _ = load_split(write_json(tmp_path / "train.json", content), "train", pictures="ignore")
+    data, _ = load_split(write_json(tmp_path / "train.json", content), "train", image_policy="ignore")
     assert data.samples[0].negatives == ("a dog",)
 
 
@@ -85,7 +85,7 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
         "b.jpg": entry(file_name="b.jpg", class_name="", negative=[], file_path="YOUR_IMAGE_PATH/b.jpg"),
         "v_BoxingSpeedBag_g01_c02.jpg": {k: v for k, v in entry(file_name="c.jpg").items() if k != "class_name"},
     }
-    data, report = load_split(write_json(tmp_path / "train.json", content), "train", pictures="ignore")
+    data, report = load_split(write_json(tmp_path / "train.json", content), "train", image_policy="ignore")
     assert [s.category for s in data.samples] == ["Apply Eye Makeup", "b", "Boxing Speed Bag"]
     assert report.counts["placeholder paths, replaced by the image root"] == 3
     assert report.counts["pairs without a negative"] == 2
@@ -95,7 +95,7 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
 def test_categories_that_are_not_one_for_each_negative_are_left_out(tmp_path: Path) -> None:
     """Which negative each belongs to is not guessed."""
     write_json(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
-    data, report = load_split(tmp_path, "train", pictures="ignore")
+    data, report = load_split(tmp_path, "train", image_policy="ignore")
     assert (data.samples[0].negatives, data.samples[0].negative_categories) == (("a van", "a bus"), ())
     assert report.counts["entries whose negatives and negative categories differ in number, categories left out"] == 1
 
@@ -106,7 +106,7 @@ def test_keys_that_occur_twice_and_several_captions(tmp_path: Path) -> None:
         json.dumps(entry(positive=["two", "Two", "", "three"], negative="One")),
     )
     (tmp_path / "train.json").write_text(f'{{"k": {one}, "k": {two}}}', encoding="utf-8-sig")
-    data, report = load_split(tmp_path, "train", pictures="ignore")
+    data, report = load_split(tmp_path, "train", image_policy="ignore")
     assert [s.caption for s in data.samples] == ["one", "two", "three"]
     assert {s.image for s in data.samples} == {"a.png"}
     assert report.counts["keys that occur twice, both entries kept"] == 1
@@ -130,10 +130,13 @@ def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
         bars = rows[0] | {"negatives": "b | c"}
         table.writerows([bars, rows[1], rows[2] | {"negatives": '["d"]', "negative_categories": "y"}, rows[3]])
     for split in ("train", "val"):
-        one, report = load_split(tmp_path / "j", split, pictures="ignore")
-        other, _ = load_split(tmp_path / "c", split, pictures="ignore")
+        one, report = load_split(tmp_path / "j", split, image_policy="ignore")
+        other, _ = load_split(tmp_path / "c", split, image_policy="ignore")
         assert one.samples == other.samples
-    assert [s.caption for s in load_split(tmp_path / "j", "train", pictures="ignore")[0].samples] == ["a", "a, again"]
+    assert [s.caption for s in load_split(tmp_path / "j", "train", image_policy="ignore")[0].samples] == [
+        "a",
+        "a, again",
+    ]
     assert one.samples[0].negative_categories == ("y",)
     assert report.counts["pairs of the split 'extra', left out"] == 1
     assert splits_of(tmp_path / "c") == ["train", "val"]
@@ -146,26 +149,26 @@ def test_what_is_known_of_a_picture_is_read_from_either_form_and_written_again(t
     write_json(
         tmp_path / "rows" / "train.jsonl", {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
     )
-    found = [load_split(tmp_path / form, "train", images=tmp_path)[0] for form in ("fdrd", "rows")]
+    found = [load_split(tmp_path / form, "train", image_root=tmp_path)[0] for form in ("fdrd", "rows")]
     for data in found:
         (sample,) = data.samples
         assert (sample.image, sample.category, sample.meta_category) == ("a.png", "car", "vehicles")
         assert sample.negatives == ("a red van", "a red truck")
         assert sample.negative_categories == ("van", "truck")
     write_splits({"train": found[0]}, tmp_path / "out")
-    assert load_split(tmp_path / "out", "train", images=tmp_path)[0].samples == found[0].samples
+    assert load_split(tmp_path / "out", "train", image_root=tmp_path)[0].samples == found[0].samples
 
 
 def test_a_table_says_what_its_header_lacks(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("Image,Caption\na.png,a\n")
     with pytest.raises(DataError, match="has no column file_name or image or path; it has Image, Caption"):
-        load_split(table, "train", pictures="ignore")
+        load_split(table, "train", image_policy="ignore")
     table.write_text("image;caption;split\na.png;a;train\n")
     with pytest.raises(DataError, match="its columns between semicolons; save it with commas"):
-        load_split(table, "train", pictures="ignore")
+        load_split(table, "train", image_policy="ignore")
     table.write_text("path,caption,split\na.png,a,train\n")
-    assert load_split(table, "train", pictures="ignore")[0].samples[0].image == "a.png"
+    assert load_split(table, "train", image_policy="ignore")[0].samples[0].image == "a.png"
 
 
 def test_names_and_categories_in_other_spellings(tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:
     rows = [{"image": f"{i}.png", "caption": f"{word} {i}"} for i in range(300) for word in ("one", "two")]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    parts = {split: load_split(file, split, pictures="ignore") for split in ("train", "val", "test")}
+    parts = {split: load_split(file, split, image_policy="ignore") for split in ("train", "val", "test")}
     images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
     assert sum(map(len, images.values())) == 300  # no picture is in two splits
     assert len(images["train"]) > 210
@@ -198,7 +201,7 @@ def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: 
     train = {f"{i}_{j}": entry(file_name=f"{i}.jpg", positive=f"a cat {i} {j}") for i in range(200) for j in range(2)}
     write_json(tmp_path / "pets_train.json", train)
     write_json(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
-    parts = {split: load_split(tmp_path, split, pictures="ignore") for split in ("train", "val", "test")}
+    parts = {split: load_split(tmp_path, split, image_policy="ignore") for split in ("train", "val", "test")}
     images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
     assert splits_of(tmp_path) == ["train", "val", "test"]
     assert not images["train"] & images["val"]
@@ -208,25 +211,25 @@ def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: 
     held = 2 * len(images["val"])
     assert parts["train"][1].counts["pairs held out for validation, as the data has no val split"] == held
     write_json(tmp_path / "val.json", {"a": entry(file_name="y.jpg")})
-    assert len(load_split(tmp_path, "train", pictures="ignore")[0]) == 400
+    assert len(load_split(tmp_path, "train", image_policy="ignore")[0]) == 400
 
 
 def test_a_split_is_known_by_the_name_of_its_file(tmp_path: Path) -> None:
     file = write_json(tmp_path / "cars_test.json", {"a": entry()})
-    assert len(load_split(file, "test", pictures="ignore")[0]) == 1
-    assert len(load_split(tmp_path, "test", pictures="ignore")[0]) == 1
+    assert len(load_split(file, "test", image_policy="ignore")[0]) == 1
+    assert len(load_split(tmp_path, "test", image_policy="ignore")[0]) == 1
     with pytest.raises(DataError, match=r"has no val pairs; it has test"):
-        load_split(file, "val", pictures="ignore")
+        load_split(file, "val", image_policy="ignore")
     write_json(tmp_path / "pets_test.json", {"a": entry()})
     with pytest.raises(DataError, match=r"several files for test \(cars_test.json, pets_test.json\)"):
-        load_split(tmp_path, "test", pictures="ignore")
+        load_split(tmp_path, "test", image_policy="ignore")
 
 
 @pytest.mark.parametrize("place", ["Maine_Coon_12.jpg", "pets/images/Maine_Coon_12.jpg", "deep/er/Maine_Coon_12.jpg"])
 def test_pictures_are_found_below_another_root(tmp_path: Path, place: str) -> None:
     file = write_json(tmp_path / "train.json", {"Maine_Coon_12": older("Maine_Coon_12")})
     write_image(tmp_path / "photos" / place)
-    data, _ = load_split(file, "train", images=tmp_path / "photos")
+    data, _ = load_split(file, "train", image_root=tmp_path / "photos")
     assert data.samples[0].image == place
     assert data.read(data.samples[0].image)
 
@@ -246,7 +249,7 @@ def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: 
     write_json(tmp_path / "train.json", rows)
     with pytest.raises(DataError, match=r"train: 1 of 3 pictures .*gone\.png"):
         load_split(tmp_path, "train")
-    data, report = load_split(tmp_path, "train", pictures="skip")
+    data, report = load_split(tmp_path, "train", image_policy="skip")
     assert [s.image for s in data.samples] == ["good.png"]
     assert report.names["pictures missing, left out"] == ["gone.png"]
     [broken] = report.names["pictures broken, left out"]
@@ -254,7 +257,7 @@ def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: 
     assert "gone.png" in str(report)
     good.unlink()
     with pytest.raises(DataError, match="no train pairs that can be used"):
-        load_split(tmp_path, "train", pictures="skip")
+        load_split(tmp_path, "train", image_policy="skip")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: 
 def test_bad_annotations_name_the_place(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "train.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):
-        load_split(tmp_path, "train", pictures="ignore")
+        load_split(tmp_path, "train", image_policy="ignore")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +299,7 @@ def test_bad_annotations_name_the_place(tmp_path: Path, content: str, message: s
 def test_bad_tables_name_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        load_split(tmp_path, "train", pictures="ignore")
+        load_split(tmp_path, "train", image_policy="ignore")
 
 
 HALF = r'"a red car \ud83d"'  # of an emoji, as a caption that was cut off ends
@@ -354,7 +357,7 @@ def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return read_table(file)
 
     monkeypatch.setattr(load, "read_table", read)
-    splits = check(tmp_path, pictures=False)
+    splits = check_dataset(tmp_path, decode_images=False)
     assert sum(len(split.data) for split in splits) == 100
-    assert load_splits(tmp_path, pictures="ignore")[0].keys() == {"train", "val", "test"}
+    assert load_splits(tmp_path, image_policy="ignore")[0].keys() == {"train", "val", "test"}
     assert reads == [tmp_path / "pairs.jsonl"] * 2

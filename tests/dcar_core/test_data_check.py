@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.data import check
+from dcar_core.data import check_dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.tokenizer import clip_token_counts
 from dcar_core.util.errors import DataError
@@ -20,7 +20,7 @@ def dcar(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_sound_data_set(tiny_data: Path) -> None:
-    splits = check(tiny_data)
+    splits = check_dataset(tiny_data)
     assert [(s.data.split, len(s.data)) for s in splits] == [("train", 12), ("val", 6), ("test", 6)]
     assert not any(s.missing or s.broken for s in splits)
 
@@ -57,13 +57,13 @@ def test_a_caption_that_just_fits_is_not_cut(tiny_data: Path) -> None:
     def lengths(texts: Sequence[str]) -> list[int]:
         return [8, *[7] * (len(texts) - 1)]
 
-    for split in check(tiny_data, pictures=False, context=7, count_tokens=lengths):
+    for split in check_dataset(tiny_data, decode_images=False, context=7, count_tokens=lengths):
         assert split.report.counts["captions longer than the context's 7 tokens, cut"] == 1
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no pairs for train, val, test: it needs"):
-        check(tmp_path)
+        check_dataset(tmp_path)
 
 
 def test_captions_that_the_context_cuts(tiny_model: Path) -> None:

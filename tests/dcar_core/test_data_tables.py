@@ -26,7 +26,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
     tar(tmp_path / "train-0001.tar", {"./0.png": png, "./0.json": row})
     tar(tmp_path / "val.tar", {"v/0.png": png, "v/0.txt": b"for validation", "v/0.cls": b"square\n"})
-    data, report = load_split(tmp_path, "train", pictures="skip")
+    data, report = load_split(tmp_path, "train", image_policy="skip")
     assert [(s.image, s.caption) for s in data.samples] == [
         ("train-0000.tar/0.png", "a red square"),
         ("train-0000.tar/0.png", "all red"),
@@ -44,7 +44,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
 def test_the_picture_of_a_sample_is_the_one_without_a_kind_of_its_own(tmp_path: Path) -> None:
     png = write_image(tmp_path / "x" / "red.png").read_bytes()
     tar(tmp_path / "train.tar", {"0.depth.png": b"depth", "0.png": png, "0.mask.png": b"mask", "0.txt": b"red"})
-    data, report = load_split(tmp_path, "train", pictures="skip")
+    data, report = load_split(tmp_path, "train", image_policy="skip")
     assert [sample.image for sample in data.samples] == ["train.tar/0.png"]
     assert report.names["tar samples with several pictures, of which one was taken"] == ["0.png"]
 
@@ -60,7 +60,7 @@ def test_captions_are_read_where_the_caption_is_empty(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("image,caption,captions\na.png,,x|y\nb.png,z,\n")
     (tmp_path / "val.jsonl").write_text(json.dumps({"image": "a.png", "caption": " ", "captions": ["x", "y"]}) + "\n")
     for split, wanted in (("train", ["x", "y", "z"]), ("val", ["x", "y"])):
-        data, report = load_split(tmp_path, split, pictures="ignore")
+        data, report = load_split(tmp_path, split, image_policy="ignore")
         assert [sample.caption for sample in data.samples] == wanted
         assert set(report.counts) == {"pairs without a negative"}
 
@@ -76,22 +76,22 @@ def test_captions_are_read_where_the_caption_is_empty(tmp_path: Path) -> None:
 def test_a_quote_that_is_never_closed_takes_no_rows_with_it(tmp_path: Path, rows: str, message: str) -> None:
     (tmp_path / "train.csv").write_text("image,caption\n" + rows)
     with pytest.raises(DataError, match=message):
-        load_split(tmp_path, "train", pictures="ignore")
+        load_split(tmp_path, "train", image_policy="ignore")
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("image,caption,caption\na.png,x,y\n")
     with pytest.raises(DataError, match="two columns named 'caption'"):
-        load_split(tmp_path, "train", pictures="ignore")
+        load_split(tmp_path, "train", image_policy="ignore")
     (tmp_path / "train.csv").write_text("image,caption,note,note\na.png,x,y,z\n")  # which nobody reads
-    assert len(load_split(tmp_path, "train", pictures="ignore")[0].samples) == 1
+    assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 1
 
 
 def test_what_nobody_reads_may_be_anything(tmp_path: Path) -> None:
     row = {"image": "a.png", "caption": "a cat"}
     rows = [row | {"captions": 5}, row | {"image": "b.png", "captions": [{}], "note": [1]}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(load_split(tmp_path, "train", pictures="ignore")[0].samples) == 2
+    assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 2
 
 
 def test_a_name_says_more_than_the_number_of_a_class(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dcar_core.evaluation.runs import Runs
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.methods import method
-from dcar_core.negatives import complete
+from dcar_core.negatives import add_negatives_with_backbone
 from dcar_core.training.feature_cache import FeatureCache
 from tests.support.files import write_json
 
@@ -76,7 +76,7 @@ def test_data_with_negatives_of_its_own_keeps_its_runs(backbone: Backbone, tiny_
     """What a finished run is found by does not change where nothing is made."""
     splits, reports = load_splits(tiny_data, ("train", "val", "test"))
     counts = {name: dict(report.counts) for name, report in reports.items()}
-    same = complete(splits, reports, backbone)
+    same = add_negatives_with_backbone(splits, reports, backbone)
     assert same == splits
     assert counts == {name: dict(report.counts) for name, report in reports.items()}
     cache, quick = FeatureCache(None, backbone), TrainConfig(epochs=1, batch_size=6)
@@ -84,7 +84,7 @@ def test_data_with_negatives_of_its_own_keeps_its_runs(backbone: Backbone, tiny_
         Runs(backbone, given, tmp_path, quick, cache)._directory(method("dcar"), 0, 1e-3) for given in (splits, same)
     )
     assert before == after
-    other = complete(splits, reports, backbone, mode="all")
+    other = add_negatives_with_backbone(splits, reports, backbone, mode="all")
     assert Runs(backbone, other, tmp_path, quick, cache)._directory(method("dcar"), 0, 1e-3) != before
 
 
@@ -102,10 +102,10 @@ def test_the_command_writes_what_training_reads(
     assert done.returncode == 0, done.stderr
     assert "  - a " in done.stdout
     assert f"train with --data {out} --images" in done.stdout
-    splits, reports = load_splits(data, ("train", "val", "test"), images=tiny_data)
-    expected = complete(splits, reports, backbone)
+    splits, reports = load_splits(data, ("train", "val", "test"), image_root=tiny_data)
+    expected = add_negatives_with_backbone(splits, reports, backbone)
     for name in ("train", "val", "test"):
-        written = load_split(out, name, images=tiny_data)[0].samples
+        written = load_split(out, name, image_root=tiny_data)[0].samples
         assert written == expected[name].samples
     done = dcar("data", "negatives", data, "--out", data)
     assert done.returncode == 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcar_core.data import check, load_split, load_splits
+from dcar_core.data import check_dataset, load_split, load_splits
 from dcar_core.util.errors import DataError
 
 Row = dict[str, object]
@@ -35,21 +35,21 @@ def test_a_missing_picture_is_not_taken_from_another_folder(tmp_path: Path) -> N
     for splits in (("train",), ("train", "test")):
         with pytest.raises(DataError, match=r"train: 1 of 2 pictures are not in .*: cats/1\.png"):
             load_splits(tmp_path, splits)
-    train = check(tmp_path)[0]
+    train = check_dataset(tmp_path)[0]
     assert train.missing == ["cats/1.png"]
     # nor is any of them what lies there without a folder
     pictures(tmp_path, "1.png")
-    assert check(tmp_path)[0].missing == ["cats/1.png"]
+    assert check_dataset(tmp_path)[0].missing == ["cats/1.png"]
     # nor where only the folder tells that it is another
     table(tmp_path / "alone" / "train.jsonl", [row("cats/1.png")])
     pictures(tmp_path / "alone", "cats/2.png", "dogs/1.png")
-    assert check(tmp_path / "alone")[0].missing == ["cats/1.png"]
+    assert check_dataset(tmp_path / "alone")[0].missing == ["cats/1.png"]
 
 
 def test_a_picture_that_was_found_elsewhere_is_told(tmp_path: Path) -> None:
     pictures(tmp_path, "pets/a.png", "cat/0.png")
     table(tmp_path / "train.jsonl", [row("images/a.png"), row("data/cat/0.png")])
-    (train,) = check(tmp_path)
+    (train,) = check_dataset(tmp_path)
     told = train.report.names["pictures found under a name that differs from the annotated one"]
     assert told == ["images/a.png as pets/a.png", "data/cat/0.png as cat/0.png"]
     assert not train.missing
@@ -63,7 +63,7 @@ def test_pictures_of_one_name_in_several_folders_are_several(fdrd: bool, tmp_pat
         (tmp_path / "train.json").write_text(json.dumps(entries))
     else:
         table(tmp_path / "train.jsonl", [row(place, caption="a pet") for place in places])
-    (train,) = check(tmp_path, pictures=False)
+    (train,) = check_dataset(tmp_path, decode_images=False)
     assert [sample.image for sample in train.data.samples] == places
     pictures(tmp_path, *(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)))
     assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == [
@@ -76,7 +76,7 @@ def test_where_a_disk_is_mounted_does_not_decide_the_split(tmp_path: Path) -> No
         file = table(
             tmp_path / name / "all.jsonl", [row(f"{prefix}{kind}/{i}.png") for kind in "ab" for i in range(40)]
         )
-        splits, _ = load_splits(file, pictures="ignore")
+        splits, _ = load_splits(file, image_policy="ignore")
         return [f"{split} {s.image.removeprefix(prefix)}" for split, data in splits.items() for s in data.samples]
 
     assert cut("here", "/home/anna/data/") == cut("there", "/mnt/data/") == cut("relative", "")
@@ -90,48 +90,48 @@ def test_pictures_of_two_splits_are_told(tmp_path: Path) -> None:
     _, reports = load_splits(tmp_path)
     assert reports["val"].names["pictures that train has too, which makes val no measure"] == ["img/b.png"]
     assert reports["test"].names["pictures that train has too, which makes test no measure"] == ["img/a.png"]
-    assert "pictures that train has too" in str(check(tmp_path)[1])
+    assert "pictures that train has too" in str(check_dataset(tmp_path)[1])
 
 
 def test_a_column_that_contradicts_the_files_name_is_an_error(tmp_path: Path) -> None:
     table(tmp_path / "train.jsonl", [row("a.png", split="train"), row("b.png", split="valid")])
     with pytest.raises(DataError, match=r"1 rows say that they are of another split, such as 'b\.png' \(valid\)"):
-        load_split(tmp_path, "train", pictures="ignore")
+        load_split(tmp_path, "train", image_policy="ignore")
     table(tmp_path / "train.jsonl", [row("a.png", split="Training")])
-    assert len(load_split(tmp_path, "train", pictures="ignore")[0]) == 1
+    assert len(load_split(tmp_path, "train", image_policy="ignore")[0]) == 1
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
 def test_validation_has_several_names(name: str, tmp_path: Path) -> None:
     table(tmp_path / "train.jsonl", [row(f"{number}.png") for number in range(40)])
     table(tmp_path / f"{name}.jsonl", [row("v.png")])
-    splits, reports = load_splits(tmp_path, pictures="ignore")
+    splits, reports = load_splits(tmp_path, image_policy="ignore")
     assert {split: len(data) for split, data in splits.items()} == {"train": 40, "val": 1}
     assert not [what for what in reports["train"].counts if "held out" in what]
-    assert [sample.image for sample in load_split(tmp_path / f"{name}.jsonl", "val", pictures="ignore")[0].samples]
+    assert [sample.image for sample in load_split(tmp_path / f"{name}.jsonl", "val", image_policy="ignore")[0].samples]
 
 
 def test_what_a_hash_leaves_empty_says_what_to_do(tmp_path: Path) -> None:
     file = table(tmp_path / "pairs.jsonl", [row("a.png")])
     with pytest.raises(DataError, match="few pictures can leave a split empty: give each row one"):
-        load_splits(file, ("train", "val", "test"), pictures="ignore")
+        load_splits(file, ("train", "val", "test"), image_policy="ignore")
 
 
 def test_a_category_may_be_a_number(tmp_path: Path) -> None:
     rows = [row("a.png", category=0), row("b.png", category=float("nan")), row("c.png", class_name=0.5)]
     table(tmp_path / "train.jsonl", rows)
-    assert [s.category for s in load_split(tmp_path, "train", pictures="ignore")[0].samples] == ["0", "", "0.5"]
+    assert [s.category for s in load_split(tmp_path, "train", image_policy="ignore")[0].samples] == ["0", "", "0.5"]
     table(tmp_path / "train.jsonl", [row("a.png", category=["a"])])
     with pytest.raises(DataError, match=r"field 'category' must be one text, not \[\"a\"\]"):
-        load_split(tmp_path, "train", pictures="ignore")
+        load_split(tmp_path, "train", image_policy="ignore")
     table(tmp_path / "train.jsonl", [row("a.png") | {"image": 12}])
     with pytest.raises(DataError, match="field 'image' must be text, not 12"):
-        load_split(tmp_path, "train", pictures="ignore")
+        load_split(tmp_path, "train", image_policy="ignore")
 
 
 def test_tables_as_other_programs_write_them(tmp_path: Path) -> None:
     (tmp_path / "Pairs.CSV").write_text("image,caption,split\na.png,an apple,train\n,,\n,,\n")
-    assert len(load_split(tmp_path / "Pairs.CSV", "train", pictures="ignore")[0]) == 1
+    assert len(load_split(tmp_path / "Pairs.CSV", "train", image_policy="ignore")[0]) == 1
     (tmp_path / "pairs.csv").write_text("image,text\na.png,an apple\n")
     with pytest.raises(DataError, match="field 'caption' is missing; it has image, text"):
-        load_split(tmp_path / "pairs.csv", "train", pictures="ignore")
+        load_split(tmp_path / "pairs.csv", "train", image_policy="ignore")

@@ -8,8 +8,8 @@ import pytest
 
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.model.backbone import Backbone
-from dcar_core.negatives import complete, views
-from dcar_core.negatives.taxonomy import clusters, letters, load_taxonomy, rank_categories
+from dcar_core.negatives import add_negatives_with_backbone, load_text_views
+from dcar_core.negatives.taxonomy import cluster_names, letter_features, load_taxonomy, rank_categories
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json
 from tests.support.negatives import CATS, FELINE, made, sample, split
@@ -23,14 +23,14 @@ def test_categories_in_the_order_of_the_data(tmp_path: Path) -> None:
     assert report.names["categories without a meta-category, swapped for one another"] == ["Maine Coon"]
     assert report.names["categories alone in their meta-category, not swapped for others"] == ["Maine Coon"]
     preferred = replace(CATS[1], negatives=("A pug.", "A Beagle."), negative_categories=("pug", "Beagle"))
-    ranked = rank_categories([preferred, *CATS], None, letters, report)
+    ranked = rank_categories([preferred, *CATS], None, letter_features, report)
     assert ranked["ragdoll"][:2] == ["Beagle", "Pug"]  # as often as each other, so by name; before all others
     both = [
         replace(CATS[0], meta_category="cat"),
         replace(CATS[5], meta_category="dog"),
         replace(CATS[1], meta_category="cat"),
     ]
-    rank_categories(both, None, letters, report)
+    rank_categories(both, None, letter_features, report)
     assert report.names["categories with several meta-categories, the most frequent taken"] == ["Sphynx"]
 
 
@@ -38,20 +38,20 @@ def test_clusters_of_names_by_clip(backbone: Backbone, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     groups = [rng.normal(size=8) for _ in range(3)]
     rows = np.stack([g + 0.05 * rng.normal(size=8) for g in groups for _ in range(8)])
-    of = clusters(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    of = cluster_names(rows / np.linalg.norm(rows, axis=1, keepdims=True))
     assert [len({*of[i : i + 8]}) for i in (0, 8, 16)] == [1, 1, 1]
     assert len(set(of)) == 3
-    assert clusters(np.eye(3)[:1]) == [0]
+    assert cluster_names(np.eye(3)[:1]) == [0]
     lonely = np.concatenate([rows[:8], rows[:7], -rows[:1]])  # the last is unlike all others
-    alone = clusters(lonely / np.linalg.norm(lonely, axis=1, keepdims=True))
+    alone = cluster_names(lonely / np.linalg.norm(lonely, axis=1, keepdims=True))
     assert min(alone.count(cluster) for cluster in alone) > 1
-    features, _ = views(backbone.source.model)
+    features, _ = load_text_views(backbone.source.model)
     found = features(["cat", "dog"])
     assert found.shape == (2, 32)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
     reports = {"train": CleaningReport()}
-    done = complete({"train": split(CATS, tmp_path)}, reports, backbone)["train"]
-    again = complete({"train": split(CATS[::-1], tmp_path)}, reports, backbone)["train"]
+    done = add_negatives_with_backbone({"train": split(CATS, tmp_path)}, reports, backbone)["train"]
+    again = add_negatives_with_backbone({"train": split(CATS[::-1], tmp_path)}, reports, backbone)["train"]
     order = {s.image: [c for c in s.negative_categories if c != s.category] for s in done.samples}
     assert order == {s.image: [c for c in s.negative_categories if c != s.category] for s in again.samples}
     assert all(order.values())

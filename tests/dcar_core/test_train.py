@@ -299,7 +299,7 @@ def test_unknown_method_and_missing_pictures(tiny_model: Path, tiny_data: Path, 
     with pytest.raises(DcarError, match=r"no method is named 'dcarr'; there are: clip, coop"):
         method("dcarr")
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
-    elsewhere = load_split(tiny_data, "train", images=tmp_path, pictures="ignore")[0]
+    elsewhere = load_split(tiny_data, "train", image_root=tmp_path, image_policy="ignore")[0]
     with pytest.raises(DataError, match=r"train: no file .*--images"):
         prepare(elsewhere, model, for_training=False, progress=False)
 

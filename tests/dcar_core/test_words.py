@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from dcar_core.negatives.lexicon import swaps
-from dcar_core.negatives.words import article, mentions, plural, replace_name, singular
+from dcar_core.negatives.lexicon import swap_attributes
+from dcar_core.negatives.words import article, find_mentions, plural, replace_name, singular
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ from dcar_core.negatives.words import article, mentions, plural, replace_name, s
     ],
 )
 def test_a_name_is_replaced_as_a_whole_word(caption: str, name: str, new: str, expected: str | None) -> None:
-    places = mentions(caption, name)
+    places = find_mentions(caption, name)
     assert bool(places) == (expected is not None)
     assert replace_name(caption, places, name, new) == (expected or caption)
 
 
 def test_a_part_of_a_longer_category_is_not_the_category() -> None:
-    assert mentions("a british shorthair", "shorthair", ("british shorthair",)) == []
-    assert len(mentions("a British_Shorthair and a shorthair", "shorthair", ("british shorthair",))) == 1
+    assert find_mentions("a british shorthair", "shorthair", ("british shorthair",)) == []
+    assert len(find_mentions("a British_Shorthair and a shorthair", "shorthair", ("british shorthair",))) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_no_plurals() -> None:
 
 def test_attributes_are_replaced_one_at_a_time_and_never_in_the_name() -> None:
     caption = "An orange car in front of two blue oranges, on the left"
-    found = list(swaps(caption, [(26, 29)], Random(0)))
+    found = list(swap_attributes(caption, [(26, 29)], Random(0)))
     assert len(found) == len(set(found))
     assert "A red car in front of two blue oranges, on the left" in found
     assert "An orange car behind two blue oranges, on the left" in found
     assert "An orange car in front of two blue oranges, on the right" in found
     assert all(" two " in text for text in found)  # it stands in the span that is kept
-    assert not any(" gray " in text for text in swaps("a grey cat", [], Random(0)))  # the same colour
-    assert list(swaps("one cat left the room", [], Random(0))) == []
-    assert {"a Blue car", "a Black car"} < set(swaps("a Red car", [], Random(0)))
+    assert not any(" gray " in text for text in swap_attributes("a grey cat", [], Random(0)))  # the same colour
+    assert list(swap_attributes("one cat left the room", [], Random(0))) == []
+    assert {"a Blue car", "a Black car"} < set(swap_attributes("a Red car", [], Random(0)))

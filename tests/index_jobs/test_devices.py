@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 from dcar_core import Encoder
 from dcar_core.util.errors import ModelError
 from index_jobs.encoding.decode import DecodedWindow
-from index_jobs.encoding.devices import forward, load_encoders
-from index_jobs.encoding.encode import encode
+from index_jobs.encoding.devices import encode_windows, load_replicas
+from index_jobs.encoding.encode import encode_gallery
 from index_jobs.gallery.scan import scan
 
 
 def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     gallery_path = Path(shutil.copytree(tiny_gallery, tmp_path / "g", copy_function=shutil.copy2))
     (gallery_path / "circle" / "blue.png").write_bytes(b"")
-    lanes = load_encoders(tiny_checkpoint, "cpu,cpu")
+    lanes = load_replicas(tiny_checkpoint, "cpu,cpu")
     assert len(lanes) == 2
     assert lanes[0] is not lanes[1]
 
     def run(encoders: list[Encoder], work: str) -> tuple[NDArray[np.float32], object]:
-        encoded = encode(
+        encoded = encode_gallery(
             scan(gallery_path), encoders, tmp_path / work, batch_size=3, shard_rows=6, max_failed=0.5, progress=False
         )
         return np.concatenate(list(encoded.blocks())), encoded.failed
@@ -60,7 +60,7 @@ def test_lanes_work_at_the_same_time_and_in_order(tiny_checkpoint: Path) -> None
     lanes[0].barrier = lanes[1].barrier = threading.Barrier(2)
     taken: list[int] = []
     expected = encoder.encode_pixels(np.stack([window.pixels[0] for window in windows(8, [])]))
-    for number, (window, vectors) in enumerate(forward(windows(8, taken), lanes)):
+    for number, (window, vectors) in enumerate(encode_windows(windows(8, taken), lanes)):
         assert window.pixels[0, 0, 0, 0] == number
         np.testing.assert_allclose(vectors[0], expected[number], atol=1e-5)
         assert len(taken) <= number + 5  # decoded windows do not pile up
@@ -70,12 +70,12 @@ def test_a_failing_device_ends_the_job(tiny_checkpoint: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     wrong = DecodedWindow(np.zeros((1, 3, 7, 7), np.uint8), (), np.zeros(1, np.uint64), 1)
     with pytest.raises(RuntimeError):
-        list(forward(iter([*windows(3, []), wrong]), [encoder, encoder]))
+        list(encode_windows(iter([*windows(3, []), wrong]), [encoder, encoder]))
 
 
 def test_a_device_that_is_not_there_is_named(tiny_checkpoint: Path) -> None:
     with pytest.raises(ModelError, match="no device 'cuda:99'"):
-        load_encoders(tiny_checkpoint, "cpu,cuda:99")
+        load_replicas(tiny_checkpoint, "cpu,cuda:99")
 
 
 def test_half_precision_stays_close(tiny_checkpoint: Path) -> None:
@@ -93,10 +93,12 @@ def test_half_precision_stays_close(tiny_checkpoint: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def run(device: str) -> NDArray[np.float32]:
-        lanes = load_encoders(tiny_checkpoint, device)
-        encoded = encode(scan(tiny_gallery), lanes, tmp_path / device, batch_size=4, shard_rows=8, progress=False)
+        lanes = load_replicas(tiny_checkpoint, device)
+        encoded = encode_gallery(
+            scan(tiny_gallery), lanes, tmp_path / device, batch_size=4, shard_rows=8, progress=False
+        )
         return np.concatenate(list(encoded.blocks()))
 
-    assert len(load_encoders(tiny_checkpoint, "auto")) == 2 * torch.cuda.device_count()
+    assert len(load_replicas(tiny_checkpoint, "auto")) == 2 * torch.cuda.device_count()
     on_cpu, on_gpu = run("cpu"), run("auto")
     assert (on_cpu * on_gpu).sum(1).min() > 0.999  # float16 has three bits more than bfloat16

@@ -18,11 +18,11 @@ from dcar_core.runtimes.eager import TowerRuntime
 from dcar_core.runtimes.registry import towers
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
-from index_jobs.encoding.decode import Window, decode, worker_count
-from index_jobs.encoding.encode import encode
-from index_jobs.encoding.encoding_state import Encoded
+from index_jobs.encoding.decode import Window, decode_windows, worker_count
+from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import Place
+from index_jobs.gallery.storage import ImageLocation
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def gallery_path(tiny_gallery: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
 
 
-def vectors_of(encoded: Encoded) -> Floats:
+def vectors_of(encoded: EncodedGallery) -> Floats:
     return np.concatenate(list(encoded.blocks()))
 
 
@@ -60,7 +60,7 @@ def test_vectors_are_the_encoders_own_in_gallery_order(
     encoder: Encoder, tiny_gallery: Path, tmp_path: Path, workers: int
 ) -> None:
     gallery = scan(tiny_gallery)
-    encoded = encode(gallery, encoder, tmp_path, workers=workers, batch_size=5, shard_rows=10, progress=False)
+    encoded = encode_gallery(gallery, encoder, tmp_path, workers=workers, batch_size=5, shard_rows=10, progress=False)
     paths = [tiny_gallery / name for name in gallery.table["name"].to_pylist()]
     np.testing.assert_allclose(vectors_of(encoded), encoder.encode_images(paths), atol=1e-5)
     np.testing.assert_array_equal(encoded.rows(), np.arange(24))
@@ -71,8 +71,8 @@ def test_vectors_are_the_encoders_own_in_gallery_order(
 def test_interrupted_run_goes_on_to_the_same_bits(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
     gallery = scan(tiny_gallery)
 
-    def run(model: Counting, work: str) -> Encoded:
-        return encode(gallery, model, tmp_path / work, workers=0, batch_size=4, shard_rows=8, progress=False)
+    def run(model: Counting, work: str) -> EncodedGallery:
+        return encode_gallery(gallery, model, tmp_path / work, workers=0, batch_size=4, shard_rows=8, progress=False)
 
     undisturbed = run(Counting(encoder), "a")
     with pytest.raises(KeyboardInterrupt):
@@ -90,7 +90,9 @@ def test_changed_picture_or_model_never_meets_old_vectors(
     encoder: Encoder, other_checkpoint: Path, gallery_path: Path, tmp_path: Path
 ) -> None:
     def resumed(model: Encoder = encoder, batch: int = 4) -> int:
-        return encode(scan(gallery_path), model, tmp_path / "w", batch_size=batch, shard_rows=8, progress=False).resumed
+        return encode_gallery(
+            scan(gallery_path), model, tmp_path / "w", batch_size=batch, shard_rows=8, progress=False
+        ).resumed
 
     assert resumed() == 0
     assert resumed() == 24
@@ -104,8 +106,8 @@ def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path,
     runtime = TowerRuntime("torch-bf16", *towers(encoder.target), torch.bfloat16)
     other = Encoder(encoder.domain, encoder.target, runtime)
 
-    def run(model: Counting, work: str) -> Encoded:
-        return encode(scan(tiny_gallery), model, tmp_path / work, batch_size=4, shard_rows=8, progress=False)
+    def run(model: Counting, work: str) -> EncodedGallery:
+        return encode_gallery(scan(tiny_gallery), model, tmp_path / work, batch_size=4, shard_rows=8, progress=False)
 
     with pytest.raises(KeyboardInterrupt):
         run(Counting(encoder, die_at=4), "a")
@@ -150,8 +152,8 @@ def made(how: str, path: Path) -> Path:
 def test_pictures_give_the_pixels_that_people_see(how: str, exact: bool, encoder: Encoder, tmp_path: Path) -> None:
     preprocess = encoder.model.backbone.preprocess if exact else encoder.preprocess
     path = made(how, tmp_path / "picture")
-    window = Window(str(tmp_path), (Place(0, path.name, -1, 0),))
-    (decoded,) = decode(iter([window]), preprocess, 0)
+    window = Window(str(tmp_path), (ImageLocation(0, path.name, -1, 0),))
+    (decoded,) = decode_windows(iter([window]), preprocess, 0)
     wanted = preprocess(seen().convert("L").convert("RGB") if how == "16 bit" else seen())
     assert decoded.failed == ()
     assert np.abs(decoded.pixels[0].astype(int) - wanted).mean() < 4  # of 255; JPEG is not exact
@@ -177,26 +179,28 @@ def break_picture(path: Path, how: str) -> None:
 def test_broken_pictures_are_listed_and_the_others_keep_their_rows(
     encoder: Encoder, gallery_path: Path, tmp_path: Path
 ) -> None:
-    whole = encode(scan(gallery_path), encoder, tmp_path / "a", batch_size=4, shard_rows=8, progress=False)
+    whole = encode_gallery(scan(gallery_path), encoder, tmp_path / "a", batch_size=4, shard_rows=8, progress=False)
     broken = {"circle/black.png": "empty", "cross/red.png": "truncated", "square/blue.png": "text"}
     for name, how in broken.items():
         break_picture(gallery_path / name, how)
     gallery = scan(gallery_path)
-    encoded = encode(gallery, encoder, tmp_path / "b", batch_size=4, shard_rows=8, max_failed=0.2, progress=False)
+    encoded = encode_gallery(
+        gallery, encoder, tmp_path / "b", batch_size=4, shard_rows=8, max_failed=0.2, progress=False
+    )
     names = gallery.table["name"].to_pylist()
     assert {names[row] for row, _ in encoded.failed} == set(broken)
     assert all(reason for _, reason in encoded.failed)
     expected = [row for row, name in enumerate(names) if name not in broken]
     assert encoded.rows().tolist() == expected
     np.testing.assert_allclose(vectors_of(encoded), vectors_of(whole)[expected], atol=1e-5)
-    again = encode(gallery, encoder, tmp_path / "b", batch_size=4, shard_rows=8, max_failed=0.2, progress=False)
+    again = encode_gallery(gallery, encoder, tmp_path / "b", batch_size=4, shard_rows=8, max_failed=0.2, progress=False)
     assert (again.resumed, again.failed) == (24, encoded.failed)
 
 
 def test_a_window_and_a_shard_may_be_broken_throughout(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
     for path in (gallery_path / "circle").glob("*.png"):
         break_picture(path, "dangling link")
-    encoded = encode(scan(gallery_path), encoder, tmp_path / "w", batch_size=3, shard_rows=6, max_failed=0.5)
+    encoded = encode_gallery(scan(gallery_path), encoder, tmp_path / "w", batch_size=3, shard_rows=6, max_failed=0.5)
     assert encoded.rows().tolist() == list(range(6, 24))
     assert {reason for _, reason in encoded.failed} == {"no such file"}
 
@@ -206,7 +210,9 @@ def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_p
         break_picture(path, "empty")
     model = Counting(encoder)
     with pytest.raises(DataError) as caught:
-        encode(scan(gallery_path), model, tmp_path / "w", batch_size=2, shard_rows=2, max_failed=0.1, progress=False)
+        encode_gallery(
+            scan(gallery_path), model, tmp_path / "w", batch_size=2, shard_rows=2, max_failed=0.1, progress=False
+        )
     message = str(caught.value)
     assert "4 of 24 failed, at most 10.0% may" in message
     assert message.count("the file is empty") == 3
@@ -216,14 +222,16 @@ def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_p
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [line["name"] for line in lines] == [f"circle/{c}.png" for c in ("black", "blue", "green", "orange")]
     with pytest.raises(DataError, match=r"too few pictures"):  # what an earlier run found counts as well
-        encode(scan(gallery_path), model, tmp_path / "w", batch_size=2, shard_rows=2, max_failed=0.1, progress=False)
+        encode_gallery(
+            scan(gallery_path), model, tmp_path / "w", batch_size=2, shard_rows=2, max_failed=0.1, progress=False
+        )
 
 
 def test_no_readable_picture_is_an_error_whatever_is_allowed(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "a.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no picture of .* can be read: 1 of 1 failed"):
-        encode(scan(tmp_path / "g"), encoder, tmp_path / "w", max_failed=1.0, progress=False)
+        encode_gallery(scan(tmp_path / "g"), encoder, tmp_path / "w", max_failed=1.0, progress=False)
 
 
 def flip(path: Path) -> None:
@@ -241,8 +249,8 @@ def cut(path: Path) -> None:
 def test_corrupted_shard_is_named_and_mended_by_deleting_it(
     encoder: Encoder, tiny_gallery: Path, tmp_path: Path, suffix: str, harm: Callable[[Path], None]
 ) -> None:
-    def run() -> Encoded:
-        return encode(scan(tiny_gallery), encoder, tmp_path, batch_size=4, shard_rows=8, progress=False)
+    def run() -> EncodedGallery:
+        return encode_gallery(scan(tiny_gallery), encoder, tmp_path, batch_size=4, shard_rows=8, progress=False)
 
     first = vectors_of(run()).copy()
     (path,) = tmp_path.rglob(f"000001{suffix}")
@@ -265,7 +273,7 @@ def test_progress_tells_rate_and_failures(
     encoder: Encoder, gallery_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_picture(gallery_path / "circle" / "black.png", "empty")
-    encode(scan(gallery_path), encoder, tmp_path / "w", batch_size=4)
+    encode_gallery(scan(gallery_path), encoder, tmp_path / "w", batch_size=4)
     out, err = capsys.readouterr()
     assert out == ""
     assert "24/24" in err
@@ -289,9 +297,9 @@ def die(data: bytes) -> NDArray[np.uint8]:
 
 
 def test_dead_worker_is_an_error_not_a_hang(tiny_gallery: Path) -> None:
-    windows = iter([Window(str(tiny_gallery), (Place(0, "circle/red.png", -1, 0),))])
+    windows = iter([Window(str(tiny_gallery), (ImageLocation(0, "circle/red.png", -1, 0),))])
     with pytest.raises(DcarError, match="a decoding worker died"):
-        list(decode(windows, die, 1))
+        list(decode_windows(windows, die, 1))
 
 
 def surprise(data: bytes) -> NDArray[np.uint8]:
@@ -299,14 +307,14 @@ def surprise(data: bytes) -> NDArray[np.uint8]:
 
 
 def test_surprise_in_a_decoder_is_a_failed_picture(tiny_gallery: Path) -> None:
-    windows = iter([Window(str(tiny_gallery), (Place(5, "circle/red.png", -1, 0),))])
-    (result,) = decode(windows, surprise, 0)
+    windows = iter([Window(str(tiny_gallery), (ImageLocation(5, "circle/red.png", -1, 0),))])
+    (result,) = decode_windows(windows, surprise, 0)
     assert result.failed == ((5, "ZeroDivisionError: in a decoder"),)
 
 
 def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:
-    windows = (Window(str(tiny_gallery), (Place(row, "circle/red.png", -1, 0),)) for row in range(100))
-    decoded = decode(windows, encoder.preprocess, 2)
+    windows = (Window(str(tiny_gallery), (ImageLocation(row, "circle/red.png", -1, 0),)) for row in range(100))
+    decoded = decode_windows(windows, encoder.preprocess, 2)
     next(decoded)
     assert len(multiprocessing.active_children()) == 2
     decoded.close()
@@ -319,4 +327,4 @@ def test_wrong_settings_are_named(
 ) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
-        encode(scan(tiny_gallery), encoder, tmp_path, **wrong)  # type: ignore[arg-type]
+        encode_gallery(scan(tiny_gallery), encoder, tmp_path, **wrong)  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ from dcar_core import Encoder
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
 from dcar_core.util.images import ImageSource
-from index_jobs.encoding.encode import encode
-from index_jobs.encoding.encoding_state import Encoded
+from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import Place
+from index_jobs.gallery.storage import ImageLocation
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current
 
@@ -49,14 +49,14 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def run(gallery: Path, encoder: Encoder, work: Path, cache: PixelCache | None, workers: int = 0) -> Encoded:
-    return encode(
+def run(gallery: Path, encoder: Encoder, work: Path, cache: PixelCache | None, workers: int = 0) -> EncodedGallery:
+    return encode_gallery(
         scan(gallery), encoder, work, workers=workers, batch_size=4, shard_rows=8, max_failed=0.5, progress=False,
         cache=cache,
     )  # fmt: skip
 
 
-def vectors_of(encoded: Encoded) -> np.ndarray:
+def vectors_of(encoded: EncodedGallery) -> np.ndarray:
     return np.concatenate(list(encoded.blocks()))
 
 
@@ -176,7 +176,7 @@ def test_asking_for_exact_pixels_is_a_new_version(gallery: Path, tiny_checkpoint
 
 def test_a_picture_of_another_place_or_version_is_not_here(tmp_path: Path) -> None:
     cache = PixelCache.open(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
-    place, pixel = Place(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    place, pixel = ImageLocation(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
     cache.put("/root", {place: pixel})
     np.testing.assert_array_equal(cache.get("/root", [replace(place, row=5)])[5], pixel)
     for other in ({"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}):

@@ -8,8 +8,8 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.serving.runtime_selection import Ranking, candidates, remember, remembered
-from index_jobs.encoding.encoding_state import store_of
-from index_jobs.encoding.replicas import begun_with
+from index_jobs.encoding.encoding_state import shard_store
+from index_jobs.encoding.replicas import runtime_in_use
 from index_jobs.gallery.scan import scan
 from index_jobs.options import RebuildSummary
 from index_jobs.rebuild import rebuild
@@ -61,11 +61,11 @@ def test_the_fastest_goes_first_and_what_has_begun_before_what_has_not(
     gallery, encoder = scan(tiny_gallery), Encoder.load(tiny_checkpoint, device="cpu")
 
     def begin(runtime: str) -> None:
-        store = store_of(gallery, encoder, runtime, tmp_path, 4, 8)
+        store = shard_store(gallery, encoder, runtime, tmp_path, 4, 8)
         store.save(0, np.zeros((8, encoder.dim), np.float32), [], *[np.zeros(8, np.uint64)] * 2)
 
     def chosen(fastest: str, batch: int = 4) -> str:
-        return begun_with(gallery, encoder, fastest, tmp_path, batch, 8)
+        return runtime_in_use(gallery, encoder, fastest, tmp_path, batch, 8)
 
     assert chosen("openvino") == "openvino"
     begin("torch-bf16")

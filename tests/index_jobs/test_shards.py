@@ -12,11 +12,11 @@ from PIL import Image
 
 from dcar_core.util.errors import ImageError
 from dcar_core.util.images import open_image
-from index_jobs.encoding.decode import Window, decode
-from index_jobs.encoding.encoding_state import can_read
+from index_jobs.encoding.decode import Window, decode_windows
+from index_jobs.encoding.encoding_state import any_readable
 from index_jobs.encoding.shards import PICTURE, READING, ShardStore, kind_of
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import Place
+from index_jobs.gallery.storage import ImageLocation
 
 
 def encoded(form: str) -> bytes:
@@ -38,22 +38,28 @@ def test_what_is_too_large_is_not_worth_another_attempt() -> None:
     assert kind_of(str(caught.value)) == PICTURE
 
 
-def cut(path: Path) -> Place:
+def cut(path: Path) -> ImageLocation:
     path.write_bytes(b"x" * 10)
-    return Place(0, path.name, 5, 20)
+    return ImageLocation(0, path.name, 5, 20)
 
 
-def folder(path: Path) -> Place:
+def folder(path: Path) -> ImageLocation:
     path.mkdir()
-    return Place(0, path.name, -1, 0)
+    return ImageLocation(0, path.name, -1, 0)
 
 
 @pytest.mark.parametrize(
-    "made", [lambda path: Place(0, path.name, -1, 0), cut, folder, lambda path: Place(0, f"file://{path}", -1, 0)]
+    "made",
+    [
+        lambda path: ImageLocation(0, path.name, -1, 0),
+        cut,
+        folder,
+        lambda path: ImageLocation(0, f"file://{path}", -1, 0),
+    ],
 )
-def test_what_cannot_be_read_is(made: Callable[[Path], Place], tmp_path: Path) -> None:
+def test_what_cannot_be_read_is(made: Callable[[Path], ImageLocation], tmp_path: Path) -> None:
     window = Window(str(tmp_path), (made(tmp_path / "picture.png"),))
-    ((decoded),) = decode(iter([window]), lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    ((decoded),) = decode_windows(iter([window]), lambda data: np.zeros((3, 1, 1), np.uint8), 0)
     ((_, reason),) = decoded.failed
     assert kind_of(reason) == READING
 
@@ -82,11 +88,11 @@ def test_one_that_can_be_read_by_now_is_enough(tiny_gallery: Path, tmp_path: Pat
     gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     for row, left in ((0, True), (1, False)):
         (tmp_path / "gallery" / gallery.table["name"][row].as_py()).unlink()
-        assert can_read(gallery, [0, 1], time.monotonic() + 60) == left
+        assert any_readable(gallery, [0, 1], time.monotonic() + 60) == left
 
 
 def test_asking_again_has_an_end(tiny_gallery: Path) -> None:
     """A host that answers nothing takes as long as its time-out for each question."""
     gallery = scan(tiny_gallery)
-    assert can_read(gallery, [0, 1], time.monotonic() + 60)
-    assert not can_read(gallery, [0, 1], time.monotonic())
+    assert any_readable(gallery, [0, 1], time.monotonic() + 60)
+    assert not any_readable(gallery, [0, 1], time.monotonic())

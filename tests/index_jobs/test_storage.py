@@ -18,18 +18,18 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
-from index_jobs.encoding.encode import encode
+from index_jobs.encoding.encode import encode_gallery
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import (
     WHOLE_FILE,
-    Place,
+    ImageLocation,
     _span,
+    file_suffix,
     is_url,
-    parent_of,
-    place_of,
-    read_picture,
-    read_pictures,
-    suffix_of,
+    join_location,
+    parent_folder,
+    read_image,
+    read_images,
 )
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current
@@ -115,13 +115,13 @@ def store() -> Iterator[Any]:
     ],
 )
 def test_places_are_joined_and_taken_apart(root: str, location: str, place: str) -> None:
-    assert place_of(root, location) == place
-    assert suffix_of(place) == ".png"
-    assert place_of(parent_of(place), "x.png") == place.replace("b.png", "x.png")
+    assert join_location(root, location) == place
+    assert file_suffix(place) == ".png"
+    assert join_location(parent_folder(place), "x.png") == place.replace("b.png", "x.png")
 
 
 def test_a_span_is_cut_out_of_what_a_server_without_ranges_sends() -> None:
-    span = Place(0, "a.tar", 3, 4)
+    span = ImageLocation(0, "a.tar", 3, 4)
     assert _span(b"0123456789", span, "a.tar") == _span(b"3456", span, "a.tar") == b"3456"
     assert isinstance(_span(b"012345", span, "a.tar"), ValueError)
 
@@ -150,13 +150,15 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "l.jsonl", {"url": "memory://g/b.png", "caption": "b"}, {"url": "c.png"})
     gallery = scan(path)
     assert gallery.table["location"].to_pylist() == ["memory://g/b.png", "c.png"]
-    places = [Place(i, location, WHOLE_FILE, 0) for i, location in enumerate(gallery.table["location"].to_pylist())]
-    assert read_pictures(gallery.root, places) == [png("blue"), png("black")]
+    places = [
+        ImageLocation(i, location, WHOLE_FILE, 0) for i, location in enumerate(gallery.table["location"].to_pylist())
+    ]
+    assert read_images(gallery.root, places) == [png("blue"), png("black")]
     store.pipe("/g/list.csv", b"path,caption\ndeep/a.png,a\n")
     remote = scan("memory://g/list.csv")
     (row,) = remote.table.to_pylist()
     assert (row["location"], row["caption"]) == ("deep/a.png", "a")
-    assert read_picture(remote.root, row["location"], row["offset"], row["size"]) == png("green")
+    assert read_image(remote.root, row["location"], row["offset"], row["size"]) == png("green")
 
 
 def test_an_http_gallery_gives_the_vectors_of_its_folder(
@@ -188,10 +190,10 @@ def test_a_stumbling_network_costs_no_picture(
     for name in (*names[:2], "down.png"):
         write_file(root / name, png())
     handler.stumbles.update({"/b.png": 2, "/down.png": 99})
-    monkeypatch.setattr("index_jobs.gallery.storage.read_pictures.__defaults__", ((0.01, 0.01, 0.01),))
+    monkeypatch.setattr("index_jobs.gallery.storage.read_images.__defaults__", ((0.01, 0.01, 0.01),))
     gallery = scan(write_jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    encoded = encode(gallery, encoder, tmp_path / "w", max_failed=0.5, progress=False)
+    encoded = encode_gallery(gallery, encoder, tmp_path / "w", max_failed=0.5, progress=False)
     assert encoded.rows().tolist() == [0, 1]
     (gone, down) = encoded.failed
     assert gone == (2, "no such file")
@@ -236,14 +238,16 @@ def test_a_local_file_url_is_a_path(tmp_path: Path) -> None:
 def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     names = ["a.png", "b\0.png", "\ud800.png", "memory://g/b.png", "memory://g/b\0.png", "x" * 5000]
-    found = read_pictures(str(tmp_path), [Place(i, name, WHOLE_FILE, 0) for i, name in enumerate(names)], pauses=())
+    found = read_images(
+        str(tmp_path), [ImageLocation(i, name, WHOLE_FILE, 0) for i, name in enumerate(names)], pauses=()
+    )
     assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]
     with pytest.raises(OSError, match="no path: embedded null byte"):
-        read_picture(str(tmp_path), names[1], WHOLE_FILE, 0)
+        read_image(str(tmp_path), names[1], WHOLE_FILE, 0)
 
 
 def test_a_mark_stands_for_all_but_the_row() -> None:
-    place = Place(0, "a.tar", 512, 100, 7)
+    place = ImageLocation(0, "a.tar", 512, 100, 7)
     assert replace(place, row=9).mark == place.mark
     others = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]
     assert len({place.mark, *(replace(place, **other).mark for other in others)}) == 5

@@ -4,24 +4,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dcar_core.captioning.options import CaptionOptions, Model, Outcome
-from dcar_core.captioning.questions import TEMPLATES
-from dcar_core.captioning.run import caption
+from dcar_core.captioning.options import CaptioningResult, CaptionOptions, VisionModel
+from dcar_core.captioning.questions import QUESTION_TEMPLATES
+from dcar_core.captioning.run import caption_images
 from dcar_core.model.tokenizer import clip_token_counts
 from tests.support.vision_server import VisionServer
 
 KEY = "sk-very-secret"
 
 
-def ask(photos: Path, server: VisionServer, out: Path | None = None, *, judge: bool = True, **given: Any) -> Outcome:
+def ask(
+    photos: Path, server: VisionServer, out: Path | None = None, *, judge: bool = True, **given: Any
+) -> CaptioningResult:
     model = {k: given.pop(k) for k in ("key", "price") if k in given}
     restart = given.pop("restart", False)
-    drafter = Model(url=server.url, name="small", **model)
+    drafter = VisionModel(url=server.url, name="small", **model)
     options = CaptionOptions(
-        **{"dataset": "animals", "templates": TEMPLATES, "backoff_s": 0.01, "timeout_s": 20.0, "concurrency": 2} | given
+        **{
+            "dataset": "animals",
+            "templates": QUESTION_TEMPLATES,
+            "backoff_s": 0.01,
+            "timeout_s": 20.0,
+            "concurrency": 2,
+        }
+        | given
     )
     out = out or photos.parent / "captions.json"
-    return caption(
+    return caption_images(
         photos, out, drafter, drafter if judge else None, options, clip_token_counts, restart=restart, progress=False
     )
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dcar_core.data import CleaningReport, Dataset, Sample
-from dcar_core.negatives import fill, views
+from dcar_core.negatives import add_negatives, load_text_views
 from dcar_core.util.images import ImageRoot
 
 FELINE = {"cat": ["Sphynx", "Ragdoll", "Maine Coon"], "dog": ["Beagle", "Pug"]}
@@ -31,6 +31,8 @@ def made(
     samples: list[Sample], tmp_path: Path, mode: str = "auto", **given: object
 ) -> tuple[list[Sample], CleaningReport]:
     report = CleaningReport()
-    features, cut = views(None)
-    done = fill({"train": split(samples, tmp_path)}, {"train": report}, features=features, cut=cut, mode=mode, **given)  # type: ignore[arg-type]
+    features, cut = load_text_views(None)
+    done = add_negatives(
+        {"train": split(samples, tmp_path)}, {"train": report}, features=features, cut=cut, mode=mode, **given
+    )  # type: ignore[arg-type]
     return done["train"].samples, report

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dcar_core.model.tokenizer import clip_tokens
-from dcar_core.negatives.generate import Cut
-from dcar_core.negatives.taxonomy import NameFeatures, letters
+from dcar_core.negatives.generate import ReadTokens
+from dcar_core.negatives.taxonomy import NameFeatures, letter_features
 from dcar_core.util.arrays import Floats
 
 if TYPE_CHECKING:  # torch takes seconds, and letters need none
@@ -16,21 +16,23 @@ if TYPE_CHECKING:  # torch takes seconds, and letters need none
 ROOM = 8
 
 
-def views(model: str | None, pretrained: str | None = None, device: str = "cpu") -> tuple[NameFeatures, Cut]:
+def load_text_views(
+    model: str | None, pretrained: str | None = None, device: str = "cpu"
+) -> tuple[NameFeatures, ReadTokens]:
     """What `fill` needs from a CLIP by name; without a model, from letters and CLIP's own vocabulary.
 
     Raises:
         ModelError: a model that cannot be loaded.
     """
     if model is None:
-        return letters, lambda texts: clip_tokens(texts, ROOM)
+        return letter_features, lambda texts: clip_tokens(texts, ROOM)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.serving.encoder import pick_device
 
-    return of_backbone(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
+    return backbone_views(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
 
 
-def of_backbone(backbone: "Backbone") -> tuple[NameFeatures, Cut]:
+def backbone_views(backbone: "Backbone") -> tuple[NameFeatures, ReadTokens]:
     """The same from a CLIP that is loaded."""
     return _features(backbone), _tokens(backbone)
 
@@ -51,7 +53,7 @@ def _features(backbone: "Backbone") -> NameFeatures:
     return features
 
 
-def _tokens(backbone: "Backbone") -> Cut:
+def _tokens(backbone: "Backbone") -> ReadTokens:
     """The tokens that are left of texts when prompts of up to ROOM vectors join them."""
 
     def cut(texts: Sequence[str]) -> list[list[int]]:

@@ -34,15 +34,15 @@ class CheckedSplit:
         return "\n".join(lines)
 
 
-def check(
+def check_dataset(
     path: Path,
     *,
-    images: Path | None = None,
-    pictures: bool = True,
+    image_root: Path | None = None,
+    decode_images: bool = True,
     context: int = 0,
     count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
 ) -> list[CheckedSplit]:
-    """Read every split of a data set and, with `pictures`, decode every picture.
+    """Read every split of a data set and, with `decode_images`, decode every picture.
 
     Args:
         context, count_tokens: captions of more than `context` tokens are counted.
@@ -50,8 +50,8 @@ def check(
     Raises:
         DataError: there are no annotations, or they cannot be read.
     """
-    annotations = Annotations(path, images)
-    checked = [_checked(annotations, name, pictures, context, count_tokens) for name in annotations.splits()]
+    annotations = Annotations(path, image_root)
+    checked = [_checked(annotations, name, decode_images, context, count_tokens) for name in annotations.splits()]
     note_overlaps({each.data.split: each.data for each in checked}, {each.data.split: each.report for each in checked})
     return checked
 
@@ -59,7 +59,7 @@ def check(
 def _checked(
     annotations: Annotations,
     split: str,
-    pictures: bool,
+    decode_images: bool,
     context: int,
     count_tokens: Callable[[Sequence[str]], list[int]] | None,
 ) -> CheckedSplit:
@@ -71,6 +71,6 @@ def _checked(
     if count_tokens is not None:
         lengths = count_tokens([sample.caption for sample in data.samples])
         report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
-    missing, broken, found = annotations.unusable_pictures(split) if pictures else ([], [], CleaningReport())
+    missing, broken, found = annotations.unusable_images(split) if decode_images else ([], [], CleaningReport())
     report.merge(found)
     return CheckedSplit(data, report, missing, broken)

@@ -20,7 +20,7 @@ _SUFFIXES = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}), ".JPG", ".JPEG", ".PNG"
 _THREADS = 8
 
 
-class Finder:
+class ImageFinder:
     """Names of annotations to names below an image root. shared: file names that several pictures have."""
 
     def __init__(self, root: ImageRoot, shared: Set[str] = frozenset()) -> None:
@@ -51,7 +51,7 @@ class Finder:
         return found[0] if len(found) == 1 else None
 
 
-def shared_names(entries: Iterable[Entry]) -> frozenset[str]:
+def find_shared_names(entries: Iterable[Entry]) -> frozenset[str]:
     """File names that pictures in different folders have; a/b.jpg and b.jpg may be one picture."""
     places = defaultdict[str, set[tuple[str, ...]]](set)
     for entry in entries:
@@ -84,11 +84,11 @@ def _candidates(image: str, path: str) -> Iterator[str]:
         yield "/".join(parts[start:])
 
 
-def locate(
+def locate_images(
     entries: Iterable[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str] = frozenset()
 ) -> Iterator[tuple[Entry, str | None]]:
     """Each entry with its picture's name below the root, or None."""
-    finder = Finder(root, shared)
+    finder = ImageFinder(root, shared)
     for entry in entries:
         name = finder.find(entry.image, entry.path)
         if name is not None and name != entry.image:
@@ -97,7 +97,7 @@ def locate(
         yield entry, name
 
 
-def named(entry: Entry, shared: Set[str] = frozenset()) -> str:
+def name_without_lookup(entry: Entry, shared: Set[str] = frozenset()) -> str:
     """The picture's name when no picture is looked for: with the suffix of its path, if it lacks one; its whole path
     where others have its name."""
     suffix = PurePosixPath(entry.path).suffix
@@ -108,7 +108,7 @@ def named(entry: Entry, shared: Set[str] = frozenset()) -> str:
     return entry.image + suffix
 
 
-def unreadable(names: Sequence[str], root: ImageRoot) -> dict[str, str]:
+def find_unreadable(names: Sequence[str], root: ImageRoot) -> dict[str, str]:
     """Decode every picture once; those that cannot be read, with the reason."""
 
     def reason(name: str) -> str | None:

@@ -7,24 +7,24 @@ from pathlib import Path
 from PIL import Image
 
 from dcar_core.data import SPLITS
-from dcar_core.negatives.words import fold
+from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 from dcar_core.util.images import has_image_suffix, open_image
 
 
-def listed(images: Path) -> tuple[list[str], list[str]]:
+def list_images(images: Path) -> tuple[list[str], list[str]]:
     """Names of pictures in categories' folders, and of those in none; a folder `_` names no category."""
     if not images.is_dir():
         raise DataError(f"{images} is no directory; --images takes one with a folder for each category")
     files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
     shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
-    inside = [name for name in shown if "/" in name and fold(category_of(name)[0])]
+    inside = [name for name in shown if "/" in name and fold_name(folder_category(name)[0])]
     if not inside:
         raise DataError(f"{images} has no pictures in folders; put each category's into a folder of its name")
     return inside, sorted(set(shown) - set(inside))
 
 
-def category_of(name: str) -> tuple[str, str]:
+def folder_category(name: str) -> tuple[str, str]:
     """The folder that a picture lies in, and the one above, which groups similar categories."""
     folders = name.split("/")[:-1]
     meta = folders[-2] if len(folders) > 1 and folders[-2] not in SPLITS else ""
