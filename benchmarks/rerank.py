@@ -32,8 +32,8 @@ def reranked(
     for row in rows:
         if row not in frozen:
             pixels = encoder.preprocess(artifact.image_bytes(int(row)))
-            frozen[row] = pairs.frozen(pixels[None])[0]
-    factors = pairs.weights(text, np.stack([frozen[row] for row in rows]))  # [C, n]
+            frozen[row] = pairs.image_features(pixels[None])[0]
+    factors = pairs.factors(text, np.stack([frozen[row] for row in rows]))  # [C, n]
     texts = encode_text_rows([TextRow(encoder, text, each) for each in factors])  # [C, E]
     scores = np.einsum("ce,ce->c", texts, artifact.vectors(rows))
     return rows[np.argsort(-scores, kind="stable")]

@@ -59,7 +59,7 @@ def search(
     if without and not unwanted:
         raise DcarError("--without is empty: give words, or leave it out")
     artifact = open_current(index)
-    kept = adapter_cache.is_kept(artifact.checkpoint, artifact.manifest.fingerprint, device)
+    kept = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if kept else "torch")
     artifact.require(encoder.fingerprint)
     path = Path(query)

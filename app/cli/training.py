@@ -81,7 +81,7 @@ def train(
         backbone = load_backbone(BackboneSource(model, pretrained), here)
         prompted = seeded_model(backbone, chosen, seed)
         splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
-        note_what_is_cut(splits, reports, backbone, prompted.room)
+        note_what_is_cut(splits, reports, backbone, prompted.prompt_tokens)
         if group.leads:
             typer.echo(describe_reports(splits, reports), err=True)
             save_reports(reports, out)

@@ -69,7 +69,7 @@ class Pairing:
         Raises:
             Problem: the model knows no token weights, or every picture is gone.
         """
-        if not snapshot.encoder.domain.weighs:
+        if not snapshot.encoder.adapter.uses_token_weights:
             raise Problem(409, "This model was trained without token weights, so there is nothing to re-rank by.")
         if not hits:
             return []
@@ -78,7 +78,7 @@ class Pairing:
         there, gone = [hit for hit in hits if hit.row in frozen], [hit for hit in hits if hit.row not in frozen]
         if not there:
             raise _no_pictures()
-        factors = await self._embedder.with_model(pairs.weights, text, np.stack(list(frozen.values())))  # [C, n]
+        factors = await self._embedder.with_model(pairs.factors, text, np.stack(list(frozen.values())))  # [C, n]
         texts = await self._embedder.weighted(snapshot, text, factors)  # [C, E]
         images = await asyncio.to_thread(vectors_of, snapshot, [hit.row for hit in there])  # [C, E]
         scores = np.einsum("ce,ce->c", texts, images)
@@ -88,8 +88,8 @@ class Pairing:
     async def words(self, snapshot: Snapshot, text: str) -> Words:
         """The query's words with the weights that the text alone gives them."""
         pairs = await _pairs(snapshot)
-        factors = await self._embedder.with_model(pairs.predicted, text)
-        return pairs.words(text, factors)
+        factors = await self._embedder.with_model(pairs.predicted_factors, text)
+        return pairs.word_factors(text, factors)
 
     async def explain(
         self, snapshot: Snapshot, text: str, vector: Vector, hits: Sequence[Hit]
@@ -110,17 +110,17 @@ class Pairing:
         pixels = (await self._pictures(snapshot, [hit.row])).get(hit.row)
         if pixels is None:
             return None
-        parts, part_of = blanked(pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.domain.patches)
+        parts, part_of = blanked(pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.adapter.patch_grid)
         whole, *without = await self._embedder.pixels(snapshot, [pixels, *parts])
         falls = np.array([float(vector @ (whole - each)) for each in without])
         words = None
-        if text and snapshot.encoder.domain.weighs:
+        if text and snapshot.encoder.adapter.uses_token_weights:
             pairs = await _pairs(snapshot)
             frozen = (await self._frozen(snapshot, [hit.row])).get(hit.row)
             if frozen is None:
                 return None
-            factors = await self._embedder.with_model(pairs.weights, text, frozen[None])
-            words = pairs.words(text, factors[0])
+            factors = await self._embedder.with_model(pairs.factors, text, frozen[None])
+            words = pairs.word_factors(text, factors[0])
         return Explanation(np.round(falls[part_of], 4).tolist(), _FITS[snapshot.preprocess.resize], words)
 
     async def _frozen(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Vector]:
@@ -131,7 +131,7 @@ class Pairing:
         pixels = await self._pictures(snapshot, missing)
         if pixels:
             pairs = await _pairs(snapshot)
-            features = await self._embedder.with_model(pairs.frozen, np.stack(list(pixels.values())))
+            features = await self._embedder.with_model(pairs.image_features, np.stack(list(pixels.values())))
             found = dict(zip(pixels, features, strict=True))
             known |= found
             kept.update(found)

@@ -106,7 +106,9 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
             backbone=shared, threads=settings.threads,
         )  # fmt: skip
     artifact.require(encoder.fingerprint)
-    encoder.moved(artifact.checkpoint)  # old versions are deleted, and their copies of the checkpoint with them
+    encoder.add_checkpoint_path(
+        artifact.checkpoint
+    )  # old versions are deleted, and their copies of the checkpoint with them
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
 
     @cache

@@ -48,7 +48,7 @@ def _negatives(model: DCAR, data: Dataset, batch: int = 256) -> list[Floats]:
     row_of = {text: row for row, text in enumerate(unique)}
     parts = [np.zeros((0, model.backbone.embed_dim), np.float32)]
     for i in range(0, len(unique), batch):
-        tokens = model.backbone.tokenize(unique[i : i + batch], model.room)
+        tokens = model.backbone.tokenize(unique[i : i + batch], model.prompt_tokens)
         parts.append(model.encode_query(tokens).float().cpu().numpy())
     vectors = np.concatenate(parts)
     return [vectors[[row_of[text] for text in texts]] for texts in wanted]

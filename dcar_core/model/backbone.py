@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.tokenizer import Tokens, clean
+from dcar_core.model.tokenizer import TextTokenizer, clean
 from dcar_core.util.errors import ModelError
 from dcar_core.util.memory import WEIGHTS_FILE, map_weights
 
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         self.text_width = int(self.text.ln_final.weight.shape[0])
         self.vision_width = int(self.visual.ln_post.weight.shape[0])
         self.embed_dim = int(self.visual.output_dim)
-        self.patches = int(self.visual.grid_size[0])  # a side
+        self.patch_grid = int(self.visual.grid_size[0])  # a side
         self.preprocess = Preprocess.from_open_clip(self.visual.preprocess_cfg)
 
     @property
@@ -95,25 +95,27 @@ class Backbone(nn.Module):
         """A frozen model stays in eval mode whatever its owner does."""
         return super().train(False)
 
-    def tokenize(self, texts: Sequence[str], room: int = 0) -> Tensor:
-        """int64 (B, n): SOS, words, EOT, zeros. At most L - room tokens, so that EOT survives when prompts join."""
+    def tokenize(self, texts: Sequence[str], prompt_tokens: int = 0) -> Tensor:
+        """Return int64 (B, n): SOS, words, EOT, zeros; at most L - prompt_tokens tokens, so that prompts fit in too."""
         known = getattr(self._tokenizer, "cache", {})  # of every word that it has ever seen
         while len(known) > _WORDS:
             known.popitem()  # the newest; the first two are the control tokens
-        tokens: Tensor = self._tokenizer([clean(text) for text in texts], context_length=self.context_length - room)
+        tokens: Tensor = self._tokenizer(
+            [clean(text) for text in texts], context_length=self.context_length - prompt_tokens
+        )
         return tokens[:, : int(tokens.argmax(-1).max()) + 1].to(self.device)
 
-    def own_tokens(self, room: int) -> Tokens | None:
+    def standalone_tokenizer(self, prompt_tokens: int) -> TextTokenizer | None:
         """What gives the numbers of `tokenize` without PyTorch; None where this tokenizer has no such form."""
-        return Tokens.of(self._tokenizer, self.context_length - room)
+        return TextTokenizer.from_open_clip(self._tokenizer, self.context_length - prompt_tokens)
 
-    def too_long(self, texts: Sequence[str], room: int = 0) -> list[bool]:
+    def exceeds_context(self, texts: Sequence[str], prompt_tokens: int = 0) -> list[bool]:
         """Which texts `tokenize` would cut."""
-        limit = self.context_length - room
+        limit = self.context_length - prompt_tokens
         tokens: Tensor = self._tokenizer([clean(text) for text in texts], context_length=limit + 1)
         return (tokens.argmax(-1) >= limit).tolist()
 
-    def words(self, tokens: Tensor) -> list[tuple[str, slice]]:
+    def split_words(self, tokens: Tensor) -> list[tuple[str, slice]]:
         """The words of one tokenised text, int64 (n,), as the tokenizer splits it, each with its places in `tokens`."""
         ids, found, start = tokens[1 : int(tokens.argmax())].tolist(), [], 1
         for end, piece in enumerate(ids, start=2):

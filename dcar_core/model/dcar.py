@@ -92,7 +92,7 @@ class DCAR(nn.Module):
         return self
 
     @property
-    def room(self) -> int:
+    def prompt_tokens(self) -> int:
         """Token positions that the text prompts take."""
         prompt = self.config.prompt
         return prompt.length if self.prompts is not None and prompt.text else 0

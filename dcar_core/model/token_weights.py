@@ -22,12 +22,12 @@ def real_tokens(tokens: Tensor) -> Tensor:
     return (position > 0) & (position < tokens.argmax(-1, keepdim=True))
 
 
-def word_features(backbone: "Backbone", tokens: Tensor, config: ReweightConfig) -> Tensor:
+def token_text_features(backbone: "Backbone", tokens: Tensor, config: ReweightConfig) -> Tensor:
     """(B, n) -> (B, n, E), not normalised, of the frozen text encoder without prompts."""
     return backbone.lone_token_features(tokens) if config.word == "alone" else backbone.token_features(tokens)
 
 
-def picture_features(backbone: "Backbone", pixels: Tensor, config: ReweightConfig) -> Tensor:
+def image_features(backbone: "Backbone", pixels: Tensor, config: ReweightConfig) -> Tensor:
     """(B, 3, S, S), normalised -> (B, E), or (B, P, E) of P patches; not normalised, of the frozen image encoder."""
     return backbone.patch_features(pixels) if config.picture == "patches" else backbone.encode_image(pixels)
 
@@ -36,8 +36,8 @@ def pair_weights(token_features: Tensor, image: Tensor, blank: Tensor) -> Tensor
     """w_j = | S(t_j, I_blank) - S(t_j, I) |, S the cosine (the paper's equation for the token weight).
 
     Args:
-        token_features: (B, n, E) from `word_features`.
-        image: (B, E) from `picture_features`, or (B, P, E): then S is that of the patch most like the token.
+        token_features: (B, n, E) from `token_text_features`.
+        image: (B, E) from `image_features`, or (B, P, E): then S is that of the patch most like the token.
         blank: (E,) or (P, E), the same of a white picture [ours].
 
     Returns:

@@ -37,7 +37,7 @@ def clean(text: str) -> str:
     return _MARKERS.sub(" ", text)
 
 
-class Tokens:
+class TextTokenizer:
     """Texts to numbers. Build it from open_clip's tokenizer, or from what `dump` gave.
 
     limit: tokens of the longest text, with SOS and EOT.
@@ -50,7 +50,7 @@ class Tokens:
         self._sos, self._eot = size - 2, size - 1  # as open_clip appends them
 
     @classmethod
-    def of(cls, simple: Any, limit: int) -> "Tokens | None":
+    def from_open_clip(cls, simple: Any, limit: int) -> "TextTokenizer | None":
         """The same as open_clip's SimpleTokenizer; None for tokenizers of other kinds."""
         if type(simple).__name__ != "SimpleTokenizer" or simple.reduction_fn or simple.clean_fn("A  b") != "a b":
             return None
@@ -58,16 +58,16 @@ class Tokens:
         return cls(_tokenizer(simple.encoder, ranked), limit)
 
     @classmethod
-    def clip(cls, limit: int = _CONTEXT) -> "Tokens":
+    def for_clip(cls, limit: int = _CONTEXT) -> "TextTokenizer":
         """Of the vocabulary that CLIP was trained with."""
         return cls(_clip_tokenizer(), limit)
 
     @classmethod
-    def load(cls, content: bytes, limit: int) -> "Tokens":
+    def from_bytes(cls, content: bytes, limit: int) -> "TextTokenizer":
         """From what `dump` gave."""
         return cls(Tokenizer.from_buffer(content), limit)
 
-    def dump(self) -> bytes:
+    def to_bytes(self) -> bytes:
         return self._tokenizer.to_str().encode()
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
@@ -86,17 +86,17 @@ class Tokens:
         return [[self._sos, *ids[: self._limit - 2], self._eot] for ids in found]
 
 
-def clip_tokens(texts: Sequence[str], room: int = 0) -> list[list[int]]:
+def clip_token_ids(texts: Sequence[str], prompt_tokens: int = 0) -> list[list[int]]:
     """What CLIP's own vocabulary and context of 77 leave of each text, SOS and EOT included; needs no model.
 
-    room: positions of the context that prompts will take.
+    prompt_tokens: positions of the context that prompts will take.
     """
-    return Tokens.clip(_CONTEXT - room).rows(texts)
+    return TextTokenizer.for_clip(_CONTEXT - prompt_tokens).rows(texts)
 
 
-def clip_token_counts(texts: Sequence[str]) -> list[int]:
+def count_clip_tokens(texts: Sequence[str]) -> list[int]:
     """How many tokens CLIP's own vocabulary makes of each text, SOS and EOT included, however many there are."""
-    return [len(row) for row in Tokens.clip(sys.maxsize).rows(texts)]
+    return [len(row) for row in TextTokenizer.for_clip(sys.maxsize).rows(texts)]
 
 
 def _tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcar_core.model.tokenizer import clip_tokens
+from dcar_core.model.tokenizer import clip_token_ids
 from dcar_core.negatives.generate import ReadTokens
 from dcar_core.negatives.taxonomy import NameFeatures, letter_features
 from dcar_core.util.arrays import Floats
@@ -25,7 +25,7 @@ def load_text_views(
         ModelError: a model that cannot be loaded.
     """
     if model is None:
-        return letter_features, lambda texts: clip_tokens(texts, ROOM)
+        return letter_features, lambda texts: clip_token_ids(texts, ROOM)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.serving.encoder import pick_device
 

@@ -36,26 +36,26 @@ class Bottleneck:
 
 
 @dataclass(frozen=True, eq=False)
-class Domain:
+class Adapter:
     """One model's prompts, token weights and adapters, and what else a query needs beside a runtime.
 
-    fingerprint: of the encoder. dim: E. patches: of the image tower, a side.
-    weighs: whether the model was trained with token weights, so that they mean something to it.
+    fingerprint: of the encoder. dim: E. patch_grid: of the image tower, a side.
+    uses_token_weights: whether the model was trained with token weights, so that they mean something to it.
     tokenize: texts -> int64 (n, L) with SOS, with room for the prompts.
     image_prompts: (depth, 1, k, W_v). factors: (V,), a query's weight of each token; None where all are 1.
     """
 
     fingerprint: str
     dim: int
-    patches: int
-    weighs: bool
+    patch_grid: int
+    uses_token_weights: bool
     preprocess: Preprocess
     tokenize: Callable[[Sequence[str]], TokenIds]
     prefix: Prefix
     image_prompts: Floats | None = None
     factors: Floats | None = None
-    text_adapter: Bottleneck | None = None
-    image_adapter: Bottleneck | None = None
+    text_bottleneck: Bottleneck | None = None
+    image_bottleneck: Bottleneck | None = None
 
     @property
     def depth(self) -> int:
@@ -63,7 +63,7 @@ class Domain:
         return 0 if self.image_prompts is None else len(self.image_prompts)
 
     def tokens(self, texts: Sequence[str]) -> tuple[TokenIds, Floats]:
-        """Tokens (n, L) without SOS, as short as the longest text, and the weights of a query (n, L)."""
+        """TextTokenizer (n, L) without SOS, as short as the longest text, and the weights of a query (n, L)."""
         tokens = self.tokenize(texts)
         return tokens[:, 1:], self.query_weights(tokens)[:, 1:]
 
@@ -93,11 +93,11 @@ class Domain:
 
     def finish_text(self, features: Floats) -> Floats:
         """A text tower's features (n, E) to vectors (n, E)."""
-        return _finished(features, self.text_adapter)
+        return _finished(features, self.text_bottleneck)
 
     def finish_image(self, features: Floats) -> Floats:
         """An image tower's features (n, E) to vectors (n, E)."""
-        return _finished(features, self.image_adapter)
+        return _finished(features, self.image_bottleneck)
 
 
 def normalised(vectors: Floats) -> Floats:

@@ -36,7 +36,7 @@ class PlainRuntime:
         return torch.from_numpy(values).to(self._backbone.device)
 
 
-class TowerRuntime:
+class TorchRuntime:
     """The towers, with weights of a type; optionally compiled.
 
     One compilation, of seconds or a minute, serves every batch and every length, but for the sizes 1 and not 1, which

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.runtimes.adapter import Domain
+from dcar_core.runtimes.adapter import Adapter
 from dcar_core.runtimes.protocol import Runtime
-from dcar_core.runtimes.registry import KINDS
+from dcar_core.runtimes.registry import RUNTIME_KINDS
 from dcar_core.util.arrays import Floats
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ class Proof:
         return f"cosine {self.text:.5f} (text), {self.image:.5f} (image), at least {self.least} is asked for"
 
 
-def reference(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Floats, Floats]:
+def reference_vectors(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Floats, Floats]:
     """The probe's vectors by PyTorch in float32, eager: texts (n, E), pictures (m, E)."""
     import torch
 
     backbone = model.backbone
     with torch.inference_mode():
-        tokens = backbone.tokenize(probe.texts, model.room)
+        tokens = backbone.tokenize(probe.texts, model.prompt_tokens)
         texts = [model.encode_query(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
         pixels = backbone.preprocess.normalize(probe.pixels)
         images = [
@@ -79,13 +79,13 @@ def reference(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Floats, Flo
         return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
 
 
-def prove(domain: Domain, runtime: Runtime, probe: Probe, wanted: tuple[Floats, Floats]) -> Proof:
+def prove(adapter: Adapter, runtime: Runtime, probe: Probe, wanted: tuple[Floats, Floats]) -> Proof:
     """Compare a runtime's vectors with those of `reference`."""
-    texts = domain.encode_text(runtime, probe.texts, 32)
+    texts = adapter.encode_text(runtime, probe.texts, 32)
     images = np.concatenate(
-        [domain.encode_pixels(runtime, probe.pixels[i : i + 8]) for i in range(0, len(probe.pixels), 8)]
+        [adapter.encode_pixels(runtime, probe.pixels[i : i + 8]) for i in range(0, len(probe.pixels), 8)]
     )
-    least = 0.995 if KINDS[runtime.name].precision == "int8" else 0.999
+    least = 0.995 if RUNTIME_KINDS[runtime.name].precision == "int8" else 0.999
     return Proof(_least(texts, wanted[0]), _least(images, wanted[1]), least)
 
 

@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 GRAPHS = 1
 
 
-def default_cache() -> Path:
+def default_cache_directory() -> Path:
     """What DCAR_RUNTIME_CACHE says, for jobs, commands and the service alike; else the user's cache directory."""
     if named := os.environ.get("DCAR_RUNTIME_CACHE"):
         return Path(named)
@@ -63,7 +63,7 @@ class ExportKey:
         }
 
 
-def exported(key: ExportKey, cache: Path, write: Callable[[Path], None] | None) -> Path:
+def ensure_export(key: ExportKey, cache: Path, write: Callable[[Path], None] | None) -> Path:
     """The directory of a checked export; made with `write(directory)` when there is none.
 
     Args:

@@ -3,13 +3,13 @@
 They compute what `Backbone.encode_text` and `encode_image` do, with less work:
 
 - **The prefix once.** Under the causal mask SOS and the text prompts never see the caption, so their keys and values in
-  every block are computed once a domain (`TextTower.prefix`) and enter as an input. That covers prompts of any
-  number and depth with one graph, and lets rows of several domains share a batch.
+  every block are computed once a adapter (`TextTower.prefix`) and enter as an input. That covers prompts of any
+  number and depth with one graph, and lets rows of several adapters share a batch.
 - **The last block for one row.** What is read is EOT's or CLS's row alone, so the last block computes keys and values
   of all rows, but query and MLP of that one.
 - **uint8 in.** Pixels are normalised inside the graph, so no float copy of them is made outside.
 
-Everything that differs from domain to domain is an input: one export serves every domain on a backbone.
+Everything that differs from adapter to adapter is an input: one export serves every adapter on a backbone.
 
 Letters: B batch, n tokens without SOS, p = 1 + k length of the prefix, R rows of the prefix (1 for all, or B), H heads,
 d width of a head, D blocks, P patches, W widths, E joint space, S side in pixels.

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.runtimes import openvino_graph as graph
-from dcar_core.runtimes.adapter import Domain
-from dcar_core.runtimes.export_cache import exported
-from dcar_core.runtimes.registry import Target, towers
+from dcar_core.runtimes.adapter import Adapter
+from dcar_core.runtimes.export_cache import ensure_export
+from dcar_core.runtimes.registry import LoadedModel, towers
 from dcar_core.util.errors import MissingExtraError
 
 SAMPLES = 200  # of each kind; more hardly change the ranges
@@ -32,12 +32,12 @@ class CalibrationData:
     pixels: NDArray[np.uint8]
 
 
-def is_calibrated(target: Target) -> bool:
+def is_calibrated(loaded: LoadedModel) -> bool:
     """Whether this encoder has its int8 export already."""
-    return target.key("openvino-int8", graph.version(), calibrated=True).directory(target.cache).is_dir()
+    return loaded.key("openvino-int8", graph.version(), calibrated=True).directory(loaded.cache).is_dir()
 
 
-def calibrate(domain: Domain, target: Target, data: CalibrationData) -> Path:
+def calibrate(adapter: Adapter, loaded: LoadedModel, data: CalibrationData) -> Path:
     """Make the int8 export of this encoder, unless there is one.
 
     Raises:
@@ -45,12 +45,14 @@ def calibrate(domain: Domain, target: Target, data: CalibrationData) -> Path:
         RuntimeUnavailableError: the export fails or cannot be written.
     """
     version = graph.version()
-    exact = exported(target.key("openvino", version), target.cache, lambda path: graph.write(path, *towers(target)))
-    key = target.key("openvino-int8", version, calibrated=True)
-    return exported(key, target.cache, lambda path: _quantise(path, exact, domain, data))
+    exact = ensure_export(
+        loaded.key("openvino", version), loaded.cache, lambda path: graph.write(path, *towers(loaded))
+    )
+    key = loaded.key("openvino-int8", version, calibrated=True)
+    return ensure_export(key, loaded.cache, lambda path: _quantise(path, exact, adapter, data))
 
 
-def _quantise(directory: Path, exact: Path, domain: Domain, data: CalibrationData) -> None:
+def _quantise(directory: Path, exact: Path, adapter: Adapter, data: CalibrationData) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -60,8 +62,8 @@ def _quantise(directory: Path, exact: Path, domain: Domain, data: CalibrationDat
     nncf.set_log_level(logging.ERROR)
     openvino = graph.library()
     inputs: dict[str, list[dict[str, Any]]] = {
-        graph.TEXT: list(_texts(domain, data.texts)),
-        graph.IMAGE: list(_images(domain, data.pixels)),
+        graph.TEXT: list(_texts(adapter, data.texts)),
+        graph.IMAGE: list(_images(adapter, data.pixels)),
     }
     for name, samples in inputs.items():
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # its bars
@@ -76,16 +78,16 @@ def _quantise(directory: Path, exact: Path, domain: Domain, data: CalibrationDat
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
-def _texts(domain: Domain, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _texts(adapter: Adapter, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One caption at a time, so that padding is not measured."""
-    tokens, weights = domain.tokens(texts[:SAMPLES])
+    tokens, weights = adapter.tokens(texts[:SAMPLES])
     for row, factors in zip(tokens, weights, strict=True):
         n = int(row.argmax()) + 1
-        prefix = domain.prefix
+        prefix = adapter.prefix
         yield {"tokens": row[None, :n], "weights": factors[None, :n], "keys": prefix.keys, "values": prefix.values}
 
 
-def _images(domain: Domain, pixels: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
-    prompts = {} if domain.image_prompts is None else {"prompts": domain.image_prompts}
+def _images(adapter: Adapter, pixels: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
+    prompts = {} if adapter.image_prompts is None else {"prompts": adapter.image_prompts}
     for picture in pixels[:SAMPLES]:
         yield {"pixels": picture[None], **prompts}

@@ -1,6 +1,6 @@
-"""What a runtime is: the two frozen towers, tensors of whole batches in, features out. And what a domain gives to it.
+"""What a runtime is: the two frozen towers, tensors of whole batches in, features out. And what a adapter gives to it.
 
-A runtime belongs to a backbone and knows no domain: prompts and token weights are inputs, adapters come after it.
+A runtime belongs to a backbone and knows no adapter: prompts and token weights are inputs, adapters come after it.
 
 Letters as in `towers`: B batch, n tokens without SOS, p = 1 + k length of the prefix, R = 1 or B, D blocks, H heads,
 d width of a head, W_v width, E joint space, S side in pixels.

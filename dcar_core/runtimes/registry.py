@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcar_core.runtimes.export_cache import ExportKey, exported
+from dcar_core.runtimes.export_cache import ExportKey, ensure_export
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import RuntimeUnavailableError
@@ -34,7 +34,7 @@ class Kind:
     extra: str | None = None
 
 
-KINDS: dict[str, Kind] = {
+RUNTIME_KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("torch", "fp32", "any"),
@@ -53,7 +53,7 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadedModel:
     """What a runtime is opened for. backbone_hash: as `Backbone.content_hash`; depth: of the image prompts."""
 
     model: "DCAR"
@@ -76,15 +76,15 @@ def require_known(name: str) -> None:
     Raises:
         RuntimeUnavailableError: there is no such runtime; the message lists those that exist.
     """
-    if name != AUTO and name not in KINDS:
-        raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(KINDS)}")
+    if name != AUTO and name not in RUNTIME_KINDS:
+        raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(RUNTIME_KINDS)}")
 
 
 _open: "weakref.WeakKeyDictionary[Backbone, dict[str, Runtime]]" = weakref.WeakKeyDictionary()
 _exports: "weakref.WeakValueDictionary[tuple[str, Path, int], ExportRuntime]" = weakref.WeakValueDictionary()
 
 
-def open_runtime(name: str, target: Target) -> Runtime:
+def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
     """A runtime by name; the one that is open for this backbone already, if there is one.
 
     Raises:
@@ -92,16 +92,16 @@ def open_runtime(name: str, target: Target) -> Runtime:
         MissingExtraError: an optional dependency is not installed.
     """
     require_known(name)
-    kind, opened = KINDS[name], _open.setdefault(target.backbone, {})
-    device = target.backbone.device.type
+    kind, opened = RUNTIME_KINDS[name], _open.setdefault(loaded.backbone, {})
+    device = loaded.backbone.device.type
     if kind.on not in ("any", device):
         where = "a GPU (--device cuda)" if kind.on == "cuda" else "the processor (--device cpu)"
         raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
     _require_instructions(kind)
-    depth = target.depth if kind.extra else "any"
-    key = f"{name} {depth} {target.fingerprint if name == 'openvino-int8' else ''}"
+    depth = loaded.depth if kind.extra else "any"
+    key = f"{name} {depth} {loaded.fingerprint if name == 'openvino-int8' else ''}"
     if key not in opened:
-        opened[key] = _OPENERS[name.partition("-")[0]](kind, target)
+        opened[key] = _OPENERS[name.partition("-")[0]](kind, loaded)
     return opened[key]
 
 
@@ -111,7 +111,7 @@ def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
     Raises:
         RuntimeUnavailableError, MissingExtraError: it cannot be had here; the message is the reason.
     """
-    kind, key = KINDS[name], (name, directory.resolve(), threads)
+    kind, key = RUNTIME_KINDS[name], (name, directory.resolve(), threads)
     _require_instructions(kind)
     found = _exports.get(key)
     if found is None:
@@ -133,43 +133,43 @@ def _require_instructions(kind: Kind) -> None:
         raise RuntimeUnavailableError(f"the runtime {kind.name} cannot be used: {reason}")
 
 
-def towers(target: Target) -> "tuple[TextTower, ImageTower]":
+def towers(loaded: LoadedModel) -> "tuple[TextTower, ImageTower]":
     """
     Raises:
         RuntimeUnavailableError: the backbone's blocks are of a kind that only `torch` runs.
     """
     from dcar_core.runtimes.graph_modules import ImageTower, TextTower
 
-    return TextTower(target.backbone).eval(), ImageTower(target.backbone, target.depth).eval()
+    return TextTower(loaded.backbone).eval(), ImageTower(loaded.backbone, loaded.depth).eval()
 
 
-def _open_torch(kind: Kind, target: Target) -> Runtime:
+def _open_torch(kind: Kind, loaded: LoadedModel) -> Runtime:
     import torch
 
-    from dcar_core.runtimes.eager import PlainRuntime, TowerRuntime
+    from dcar_core.runtimes.eager import PlainRuntime, TorchRuntime
 
     try:
-        text, image = towers(target)
+        text, image = towers(loaded)
     except RuntimeUnavailableError:
         if kind.name != "torch":
             raise
-        itself: Any = weakref.proxy(target.backbone)  # not to be kept alive by its own entry in `_open`
+        itself: Any = weakref.proxy(loaded.backbone)  # not to be kept alive by its own entry in `_open`
         return PlainRuntime(itself)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind.precision, torch.float32)
     compiled = kind.name == "torch-compile" or kind.on == "cuda"
-    return TowerRuntime(kind.name, text, image, dtype, compiled=compiled)
+    return TorchRuntime(kind.name, text, image, dtype, compiled=compiled)
 
 
-def _open_openvino(kind: Kind, target: Target) -> Runtime:
+def _open_openvino(kind: Kind, loaded: LoadedModel) -> Runtime:
     from dcar_core.runtimes import openvino_graph as graph
 
     version = graph.version()
     int8 = kind.precision == "int8"
     if int8:
-        directory = _calibrated(kind, target, version)
+        directory = _calibrated(kind, loaded, version)
     else:
-        directory = exported(
-            target.key("openvino", version), target.cache, lambda path: graph.write(path, *towers(target))
+        directory = ensure_export(
+            loaded.key("openvino", version), loaded.cache, lambda path: graph.write(path, *towers(loaded))
         )
     return open_export(kind.name, directory, _threads())
 
@@ -180,28 +180,32 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _calibrated(kind: Kind, target: Target, version: str) -> Path:
-    key = target.key(kind.name, version, calibrated=True)
-    if not key.directory(target.cache).is_dir():
+def _calibrated(kind: Kind, loaded: LoadedModel, version: str) -> Path:
+    key = loaded.key(kind.name, version, calibrated=True)
+    if not key.directory(loaded.cache).is_dir():
         raise RuntimeUnavailableError(
             f"the runtime {kind.name} must first be calibrated on your pictures and captions: "
             f"dcar benchmark --checkpoint DIR --data PATH"
         )
-    return exported(key, target.cache, None)
+    return ensure_export(key, loaded.cache, None)
 
 
-def _open_onnx(kind: Kind, target: Target) -> Runtime:
+def _open_onnx(kind: Kind, loaded: LoadedModel) -> Runtime:
     from dcar_core.runtimes import onnx_graph as graph
 
     version = graph.version()
-    directory = exported(target.key("onnx", version), target.cache, lambda path: graph.write(path, *towers(target)))
+    directory = ensure_export(
+        loaded.key("onnx", version), loaded.cache, lambda path: graph.write(path, *towers(loaded))
+    )
     if kind.precision == "int8":
         exact = directory
-        directory = exported(target.key(kind.name, version), target.cache, lambda path: graph.write_int8(path, exact))
+        directory = ensure_export(
+            loaded.key(kind.name, version), loaded.cache, lambda path: graph.write_int8(path, exact)
+        )
     return open_export(kind.name, directory, _threads())
 
 
-_OPENERS: dict[str, Callable[[Kind, Target], Runtime]] = {
+_OPENERS: dict[str, Callable[[Kind, LoadedModel], Runtime]] = {
     "torch": _open_torch,
     "cuda": _open_torch,
     "onnx": _open_onnx,

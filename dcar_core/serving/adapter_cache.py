@@ -1,4 +1,4 @@
-"""A domain on disk, with the name of the export that it goes with: all that a later start needs to encode.
+"""A adapter on disk, with the name of the export that it goes with: all that a later start needs to encode.
 
     CACHE/sealed/FINGERPRINT_RUNTIME_THREADS.safetensors
 
@@ -33,17 +33,17 @@ from safetensors.numpy import save
 from dcar_core.model.checkpoint import backbone_files, fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.runtimes.adapter import Bottleneck, Domain
-from dcar_core.runtimes.equality_proof import Probe, prove, reference
-from dcar_core.runtimes.export_cache import GRAPHS, MANIFEST, ExportKey, default_cache, exported
+from dcar_core.runtimes.adapter import Adapter, Bottleneck
+from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
+from dcar_core.runtimes.export_cache import GRAPHS, MANIFEST, ExportKey, default_cache_directory, ensure_export
 from dcar_core.runtimes.protocol import ExportRuntime, Prefix, Runtime
-from dcar_core.runtimes.registry import AUTO, KINDS, open_export
+from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, open_export
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import atomic_writer
 
 if TYPE_CHECKING:
-    from dcar_core.runtimes.registry import Target
+    from dcar_core.runtimes.registry import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ FORMAT = 1
 _LIBRARIES = ("dcar", "torch", "open_clip_torch", "openvino", "onnxruntime", "tokenizers", "ftfy")
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _TOKENIZER = "tokenizer"
-_ADAPTERS = ("text_adapter", "image_adapter")
+_BOTTLENECKS = ("text_bottleneck", "image_bottleneck")
 _PARTS = ("down", "down_bias", "up", "up_bias")
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LoadRequest:
     """What is to be loaded, as `Encoder.load` was asked for it."""
 
     checkpoint: Path
@@ -68,64 +68,64 @@ class Wanted:
     cache: Path
 
     @property
-    def possible(self) -> bool:
+    def may_use_export(self) -> bool:
         """Whether it can be an export at all."""
         on_cpu = self.device == "cpu" or (
             self.device == "auto" and sys.platform != "darwin" and not any(Path(gpu).exists() for gpu in _GPUS)
         )
-        return on_cpu and (self.runtime == AUTO or KINDS[self.runtime].extra is not None)
+        return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
 
     def file(self, mark: str) -> Path:
-        return directory(self.cache) / f"{mark[:16]}_{self.runtime}_{self.threads or 'auto'}.safetensors"
+        return directory_in(self.cache) / f"{mark[:16]}_{self.runtime}_{self.threads or 'auto'}.safetensors"
 
 
-def directory(cache: Path) -> Path:
-    return cache / "sealed"
+def directory_in(cache: Path) -> Path:
+    return cache / "adapters"
 
 
-def seal(wanted: Wanted, domain: Domain, target: "Target", runtime: Runtime) -> None:
-    """Write down a domain and its runtime, if it runs an export and gives PyTorch's vectors.
+def store(request: LoadRequest, adapter: Adapter, loaded: "LoadedModel", runtime: Runtime) -> None:
+    """Write down a adapter and its runtime, if it runs an export and gives PyTorch's vectors.
 
     A cache that cannot be written costs later starts their time, nothing else.
     """
-    if not wanted.possible or not isinstance(runtime, ExportRuntime):
+    if not request.may_use_export or not isinstance(runtime, ExportRuntime):
         return
-    tokens = target.backbone.own_tokens(target.model.room)
+    tokens = loaded.backbone.standalone_tokenizer(loaded.model.prompt_tokens)
     if tokens is None:
         return
-    probe = Probe.synthetic(domain.preprocess.size)
-    texts, images = reference(target.model, probe)
-    if not prove(domain, runtime, probe, (texts, images)).holds:
+    probe = Probe.synthetic(adapter.preprocess.size)
+    texts, images = reference_vectors(loaded.model, probe)
+    if not prove(adapter, runtime, probe, (texts, images)).holds:
         return
     manifest = json.loads((runtime.directory / MANIFEST).read_text(encoding="utf-8"))
     content = {
-        "circumstances": _circumstances(wanted),
-        "fingerprint": domain.fingerprint,
+        "circumstances": _circumstances(request),
+        "fingerprint": adapter.fingerprint,
         "runtime": runtime.name,
         "threads": runtime.threads,
         "export": {name: manifest[name] for name in ("runtime", "backbone", "depth", "library", "fingerprint")},
-        "dim": domain.dim,
-        "patches": domain.patches,
-        "weighs": domain.weighs,
-        "room": target.model.room,
-        "context": target.backbone.context_length,
-        "preprocess": domain.preprocess.to_dict(),
+        "dim": adapter.dim,
+        "patch_grid": adapter.patch_grid,
+        "uses_token_weights": adapter.uses_token_weights,
+        "room": loaded.model.prompt_tokens,
+        "context": loaded.backbone.context_length,
+        "preprocess": adapter.preprocess.to_dict(),
     }
     arrays: Arrays = {
-        "keys": domain.prefix.keys,
-        "values": domain.prefix.values,
+        "keys": adapter.prefix.keys,
+        "values": adapter.prefix.values,
         "probe_texts": texts,
         "probe_images": images,
-        _TOKENIZER: np.frombuffer(tokens.dump(), np.uint8),
+        _TOKENIZER: np.frombuffer(tokens.to_bytes(), np.uint8),
     }
-    for name, found in (("image_prompts", domain.image_prompts), ("factors", domain.factors)):
+    for name, found in (("image_prompts", adapter.image_prompts), ("factors", adapter.factors)):
         if found is not None:
             arrays[name] = found
-    for name in _ADAPTERS:
-        if (adapter := getattr(domain, name)) is not None:
-            arrays |= {f"{name}.{part}": getattr(adapter, part) for part in _PARTS}
+    for name in _BOTTLENECKS:
+        if (bottleneck := getattr(adapter, name)) is not None:
+            arrays |= {f"{name}.{part}": getattr(bottleneck, part) for part in _PARTS}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    path = wanted.file(domain.fingerprint)
+    path = request.file(adapter.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_writer(path, shared=True) as file:
@@ -134,29 +134,29 @@ def seal(wanted: Wanted, domain: Domain, target: "Target", runtime: Runtime) -> 
         log.warning("what later starts could use cannot be kept in %s: %s", path.parent, error.strerror or error)
 
 
-def unseal(wanted: Wanted) -> tuple[Domain, Runtime] | None:
+def restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
     """What `seal` wrote, if it still holds; else None."""
-    if not wanted.possible:
+    if not request.may_use_export:
         return None
     try:
-        return _unseal(wanted)
+        return _restore(request)
     except (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        log.debug("nothing that was sealed for %s can be used: %s", wanted.checkpoint, error)
+        log.debug("nothing that was sealed for %s can be used: %s", request.checkpoint, error)
         return None
 
 
-def is_kept(checkpoint: Path, mark: str, device: str) -> bool:
+def has_entry(checkpoint: Path, mark: str, device: str) -> bool:
     """Whether `auto` has something to start from in the default cache, so that it need not measure.
 
     mark: the checkpoint's fingerprint.
     """
-    wanted = Wanted(checkpoint, device, AUTO, None, default_cache())
-    return wanted.possible and wanted.file(mark).is_file()
+    request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
+    return request.may_use_export and request.file(mark).is_file()
 
 
-def forget(cache: Path, backbone: str) -> None:
+def discard(cache: Path, backbone: str) -> None:
     """Remove what is sealed of a backbone, by the hash of its weights: the ranking of its runtimes is another now."""
-    for path in directory(cache).glob("*.safetensors"):
+    for path in directory_in(cache).glob("*.safetensors"):
         try:
             with safe_open(str(path), "np") as file:
                 other = json.loads(file.metadata()["content"])["export"]["backbone"] != backbone
@@ -166,11 +166,11 @@ def forget(cache: Path, backbone: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _unseal(wanted: Wanted) -> tuple[Domain, Runtime] | None:
-    described = read_config(wanted.checkpoint)
+def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
+    described = read_config(request.checkpoint)
     config = ModelConfig.from_dict(described["model"])
-    mark = fingerprint(described["backbone"]["sha256"], config, read_trainables(wanted.checkpoint))
-    path = wanted.file(mark)
+    mark = fingerprint(described["backbone"]["sha256"], config, read_trainables(request.checkpoint))
+    path = request.file(mark)
     if not path.is_file():
         return None
     with safe_open(str(path), "np") as file:
@@ -181,46 +181,48 @@ def _unseal(wanted: Wanted) -> tuple[Domain, Runtime] | None:
     if (
         metadata["sha256"] != _checksum(content, arrays)
         or content["fingerprint"] != mark
-        or content["circumstances"] != _circumstances(wanted)
+        or content["circumstances"] != _circumstances(request)
         or (torch is not None and torch.get_num_threads() != content["threads"])
         or content["export"]["backbone"] != described["backbone"]["sha256"]
     ):
         return None
     key = ExportKey(**content["export"])
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(exported, key, wanted.cache, None)  # beside compiling; nothing is used before it is done
-        domain = _domain(content, arrays)
-        runtime = open_export(content["runtime"], key.directory(wanted.cache), content["threads"])
+        checked = pool.submit(
+            ensure_export, key, request.cache, None
+        )  # beside compiling; nothing is used before it is done
+        adapter = _adapter_from(content, arrays)
+        runtime = open_export(content["runtime"], key.directory(request.cache), content["threads"])
         checked.result()
-    probe = Probe.synthetic(domain.preprocess.size)
-    proof = prove(domain, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
-    return (domain, runtime) if proof.holds else None
+    probe = Probe.synthetic(adapter.preprocess.size)
+    proof = prove(adapter, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
+    return (adapter, runtime) if proof.holds else None
 
 
-def _domain(content: Mapping[str, Any], arrays: Arrays) -> Domain:
-    from dcar_core.model.tokenizer import Tokens
+def _adapter_from(content: Mapping[str, Any], arrays: Arrays) -> Adapter:
+    from dcar_core.model.tokenizer import TextTokenizer
 
-    adapters = {
+    bottlenecks = {
         name: Bottleneck(*(arrays[f"{name}.{part}"] for part in _PARTS)) if f"{name}.down" in arrays else None
-        for name in _ADAPTERS
+        for name in _BOTTLENECKS
     }
     shape = content["preprocess"]
     preprocess = Preprocess(**{**shape, "mean": tuple(shape["mean"]), "std": tuple(shape["std"])})
-    return Domain(
+    return Adapter(
         fingerprint=content["fingerprint"],
         dim=content["dim"],
-        patches=content["patches"],
-        weighs=content["weighs"],
+        patch_grid=content["patch_grid"],
+        uses_token_weights=content["uses_token_weights"],
         preprocess=preprocess,
-        tokenize=Tokens.load(arrays[_TOKENIZER].tobytes(), content["context"] - content["room"]),
+        tokenize=TextTokenizer.from_bytes(arrays[_TOKENIZER].tobytes(), content["context"] - content["room"]),
         prefix=Prefix(arrays["keys"], arrays["values"], None),
         image_prompts=arrays.get("image_prompts"),
         factors=arrays.get("factors"),
-        **adapters,
+        **bottlenecks,
     )
 
 
-def _circumstances(wanted: Wanted) -> dict[str, Any]:
+def _circumstances(request: LoadRequest) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "graphs": GRAPHS,
@@ -228,7 +230,7 @@ def _circumstances(wanted: Wanted) -> dict[str, Any]:
         "processor": cpu_features.processor_id(),
         "cores": cpu_features.available_cores(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
-        "backbone": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(wanted.checkpoint)],
+        "backbone": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(request.checkpoint)],
     }
 
 

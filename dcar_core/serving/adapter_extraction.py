@@ -1,4 +1,4 @@
-"""From a model to its `Domain`: what of it does not change any more, computed once."""
+"""From a model to its `Adapter`: what of it does not change any more, computed once."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dcar_core.model.dcar import DCAR, FeatureAdapter
-from dcar_core.runtimes.adapter import Bottleneck, Domain
+from dcar_core.runtimes.adapter import Adapter, Bottleneck
 from dcar_core.runtimes.graph_modules import TextTower
 from dcar_core.runtimes.protocol import Prefix
 from dcar_core.util.arrays import Floats
@@ -18,27 +18,27 @@ _AT_ONCE = 4096  # tokens of the vocabulary
 
 
 @torch.inference_mode()
-def extract(model: DCAR, fingerprint: str) -> Domain:
+def extract(model: DCAR, fingerprint: str) -> Adapter:
     """The model as it is now; later changes of it are not seen."""
     backbone, prompts = model.backbone, model.prompts
     text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
 
     def tokenize(texts: Sequence[str]) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = backbone.tokenize(texts, model.room).cpu().numpy()
+        found: NDArray[np.int64] = backbone.tokenize(texts, model.prompt_tokens).cpu().numpy()
         return found
 
-    return Domain(
+    return Adapter(
         fingerprint=fingerprint,
         dim=backbone.embed_dim,
-        patches=backbone.patches,
-        weighs=model.config.reweight.train != "none",
+        patch_grid=backbone.patch_grid,
+        uses_token_weights=model.config.reweight.train != "none",
         preprocess=backbone.preprocess,
         tokenize=tokenize,
         prefix=_prefix(model, text),
         image_prompts=None if image is None else _floats(image.unsqueeze(1)),
         factors=_factors(model) if model.config.reweight.query == "predicted" else None,
-        text_adapter=_bottleneck(model.text_adapter),
-        image_adapter=_bottleneck(model.image_adapter),
+        text_bottleneck=_bottleneck(model.text_adapter),
+        image_bottleneck=_bottleneck(model.image_adapter),
     )
 
 
@@ -47,7 +47,7 @@ def _prefix(model: DCAR, prompts: Tensor | None) -> Prefix:
     try:
         keys, values = TextTower(model.backbone).prefix(prompts)
     except RuntimeUnavailableError:  # blocks that only the plain runtime can run, and it takes the prompts
-        empty = np.empty((0, 1, 0, 1 + model.room, 0), np.float32)
+        empty = np.empty((0, 1, 0, 1 + model.prompt_tokens, 0), np.float32)
         return Prefix(empty, empty, rows)
     return Prefix(_floats(keys), _floats(values), rows)
 

@@ -4,7 +4,7 @@ from dcar_core import Encoder
 encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
 vectors = encoder.encode_text(["crying cat"])          # float32 (1, E)
 
-What one checkpoint has of its own is a `Domain`; what runs the towers is a `Runtime`, chosen by name or by measuring.
+What one checkpoint has of its own is a `Adapter`; what runs the towers is a `Runtime`, chosen by name or by measuring.
 The model itself is loaded where these two do not exist yet, and for whoever asks for it.
 """
 
@@ -20,10 +20,10 @@ from PIL import Image
 
 from dcar_core.model.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.model.methods import method
-from dcar_core.runtimes.adapter import Domain
-from dcar_core.runtimes.export_cache import default_cache
+from dcar_core.runtimes.adapter import Adapter
+from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
-from dcar_core.runtimes.registry import Target, require_known
+from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import adapter_cache
 from dcar_core.util.errors import ImageError, ModelError
 from dcar_core.util.images import ImageSource
@@ -35,55 +35,57 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Unloaded:
+class DeferredModel:
     """A model that is not in memory: the places where its checkpoint lies, and what loads it from one of them."""
 
     paths: tuple[Path, ...]
-    load: Callable[[Path], Target]
+    load: Callable[[Path], LoadedModel]
 
 
 class Encoder:
     """A model ready to encode. Build it with `load`; `fingerprint` names what its vectors may be compared with."""
 
-    def __init__(self, domain: Domain, target: Target | Unloaded, runtime: Runtime, *, exact: bool = False) -> None:
-        self.domain = domain
+    def __init__(
+        self, adapter: Adapter, loaded: LoadedModel | DeferredModel, runtime: Runtime, *, exact: bool = False
+    ) -> None:
+        self.adapter = adapter
         self.runtime = runtime
-        self.fingerprint = domain.fingerprint
-        self.dim = domain.dim
+        self.fingerprint = adapter.fingerprint
+        self.dim = adapter.dim
         with_torch = not isinstance(runtime, ExportRuntime)  # which is in memory then anyway
-        self.preprocess = domain.preprocess if exact else domain.preprocess.fast(torch=with_torch)
-        self._target = target
+        self.preprocess = adapter.preprocess if exact else adapter.preprocess.fast(torch=with_torch)
+        self._target = loaded
         self._turn = threading.Lock()
 
     @property
-    def target(self) -> Target:
+    def loaded(self) -> LoadedModel:
         """The model and what belongs to it; loaded now if nothing has needed it so far, which takes seconds.
 
         Raises:
             CheckpointError, ModelError: it cannot be loaded any more.
         """
         with self._turn:
-            if isinstance(self._target, Unloaded):
+            if isinstance(self._target, DeferredModel):
                 paths = self._target.paths
                 self._target = self._target.load(next(filter(is_checkpoint, paths), paths[0]))
             return self._target
 
-    def moved(self, path: Path) -> None:
+    def add_checkpoint_path(self, path: Path) -> None:
         """Its checkpoint lies there as well; where it was it may be deleted before anything asks for the model."""
         with self._turn:
-            if isinstance(self._target, Unloaded):
+            if isinstance(self._target, DeferredModel):
                 others = (other for other in self._target.paths if other != path and is_checkpoint(other))
                 self._target = replace(self._target, paths=(path, *others))
 
     @property
     def model(self) -> "DCAR":
-        """See `target`."""
-        return self.target.model
+        """See `loaded`."""
+        return self.loaded.model
 
     @property
     def backbone(self) -> "Backbone | None":
         """The model's, if it is in memory."""
-        return self._target.backbone if isinstance(self._target, Target) else None
+        return self._target.backbone if isinstance(self._target, LoadedModel) else None
 
     @classmethod
     def load(
@@ -110,7 +112,7 @@ class Encoder:
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: pictures to pixels bit for bit as open_clip does it, instead of the fast mode of `Preprocess`.
             runtime: what runs the towers: "torch", "auto" (the fastest that is right here, measured once), or another
-                name of `runtimes.registry.KINDS`.
+                name of `runtimes.registry.RUNTIME_KINDS`.
             cache: where exports and measurements are kept; default: the user's cache directory.
             backbone: one that is loaded already, for a checkpoint made on the same weights to share.
             threads: of the towers; default: PyTorch's own number.
@@ -120,28 +122,28 @@ class Encoder:
             RuntimeUnavailableError, MissingExtraError: the runtime that was named cannot be had here.
         """
         require_known(runtime)
-        path, cache = Path(source), cache or default_cache()
+        path, cache = Path(source), cache or default_cache_directory()
 
-        def whole(path: Path) -> Target:
+        def whole(path: Path) -> LoadedModel:
             if threads is not None:
                 import torch
 
                 torch.set_num_threads(threads)
             return _load(path, str(source), pretrained, pick_device(device), cache, backbone)
 
-        wanted = adapter_cache.Wanted(path, device, runtime, threads, cache) if is_checkpoint(path) else None
-        if wanted is not None and (found := adapter_cache.unseal(wanted)) is not None:
-            domain, graph = found
-            return cls(domain, Unloaded((path,), whole), graph, exact=exact)
+        wanted = adapter_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
+        if wanted is not None and (found := adapter_cache.restore(wanted)) is not None:
+            adapter, graph = found
+            return cls(adapter, DeferredModel((path,), whole), graph, exact=exact)
 
         from dcar_core.serving.adapter_extraction import extract
         from dcar_core.serving.runtime_selection import load_runtime
 
-        target = whole(path)
-        domain = extract(target.model, target.fingerprint)
-        encoder = cls(domain, target, load_runtime(runtime, domain, target), exact=exact)
+        loaded = whole(path)
+        adapter = extract(loaded.model, loaded.fingerprint)
+        encoder = cls(adapter, loaded, load_runtime(runtime, adapter, loaded), exact=exact)
         if wanted is not None:
-            adapter_cache.seal(wanted, domain, target, encoder.runtime)
+            adapter_cache.store(wanted, adapter, loaded, encoder.runtime)
         return encoder
 
     def with_runtime(self, name: str) -> "Encoder":
@@ -152,8 +154,8 @@ class Encoder:
         """
         from dcar_core.serving.runtime_selection import load_runtime
 
-        runtime = load_runtime(name, self.domain, self.target)
-        encoder = Encoder(self.domain, self.target, runtime)
+        runtime = load_runtime(name, self.adapter, self.loaded)
+        encoder = Encoder(self.adapter, self.loaded, runtime)
         encoder.preprocess = self.preprocess
         return encoder
 
@@ -171,7 +173,7 @@ class Encoder:
             or not all(isinstance(each, str) for each in texts)
         ):
             raise TypeError("encode_text takes a list of texts, such as [text]")
-        return self.domain.encode_text(self.runtime, texts, batch_size)
+        return self.adapter.encode_text(self.runtime, texts, batch_size)
 
     def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> NDArray[np.float32]:
         """Pictures (PIL, path or bytes) -> float32 (n, E), L2-normalised.
@@ -198,7 +200,7 @@ class Encoder:
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass."""
-        return self.domain.encode_pixels(self.runtime, pixels)
+        return self.adapter.encode_pixels(self.runtime, pixels)
 
     def release(self) -> None:
         """Let go of what only loading needed, as far as it can be read again from its file: see `mapped`."""
@@ -212,7 +214,7 @@ class Encoder:
 
 def _load(
     path: Path, name: str, pretrained: str | None, device: str, cache: Path, backbone: "Backbone | None"
-) -> Target:
+) -> LoadedModel:
     if is_checkpoint(path):
         model, mark = load_checkpoint(path, device=device, backbone=backbone)
         backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
@@ -225,7 +227,7 @@ def _load(
         mark = fingerprint(backbone_hash, model.config, {})
     prompts = model.config.prompt
     depth = prompts.depth if model.prompts is not None and prompts.image else 0
-    return Target(model.eval(), backbone_hash, depth, mark, cache)
+    return LoadedModel(model.eval(), backbone_hash, depth, mark, cache)
 
 
 def pick_device(device: str) -> str:

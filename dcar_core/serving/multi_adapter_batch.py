@@ -1,4 +1,4 @@
-"""Queries of several domains in one forward pass over the backbone that they share.
+"""Queries of several adapters in one forward pass over the backbone that they share.
 
 - Prompts are inputs: each row brings its encoder's own, so rows of different encoders stand in one batch. The result
   is that of each encoder by itself (tested).
@@ -52,7 +52,7 @@ def encode_text_rows(rows: Sequence[TextRow]) -> Vectors:
     first = rows[0].encoder
     if all(row.encoder is first and row.weights is None for row in rows):
         return first.encode_text([row.text for row in rows])
-    return _in_groups(rows, lambda encoder: encoder.domain.prefix.shape, _encode_texts)
+    return _in_groups(rows, lambda encoder: encoder.adapter.prefix.shape, _encode_texts)
 
 
 def encode_image_rows(rows: Sequence[ImageRow]) -> Vectors:
@@ -64,10 +64,10 @@ def encode_image_rows(rows: Sequence[ImageRow]) -> Vectors:
 
 
 def _encode_texts(rows: Sequence[TextRow]) -> Vectors:
-    tokens = rows[0].encoder.domain.tokenize([row.text for row in rows])  # [B, n]; all have the same room
+    tokens = rows[0].encoder.adapter.tokenize([row.text for row in rows])  # [B, n]; all have the same room
     weights = np.ones(tokens.shape, np.float32)
     for encoder, places in _by_encoder(rows):
-        weights[places] = encoder.domain.query_weights(tokens[places])
+        weights[places] = encoder.adapter.query_weights(tokens[places])
     for place, row in enumerate(rows):
         if row.weights is not None:
             weights[place] = 1
@@ -77,24 +77,24 @@ def _encode_texts(rows: Sequence[TextRow]) -> Vectors:
     out = np.empty((len(rows), rows[0].encoder.dim), np.float32)
     for part in batches(lengths, len(rows)):
         n = int(lengths[part[-1]])
-        prefix = Prefix.rows([rows[place].encoder.domain.prefix for place in part])
+        prefix = Prefix.rows([rows[place].encoder.adapter.prefix for place in part])
         out[part] = rows[0].encoder.runtime.text(given[part, :n], factors[part, :n], prefix)
     for encoder, places in _by_encoder(rows):
-        out[places] = encoder.domain.finish_text(out[places])
+        out[places] = encoder.adapter.finish_text(out[places])
     return out
 
 
 def _encode_images(rows: Sequence[ImageRow]) -> Vectors:
-    each = [prompts for row in rows if (prompts := row.encoder.domain.image_prompts) is not None]
+    each = [prompts for row in rows if (prompts := row.encoder.adapter.image_prompts) is not None]
     pixels = np.stack([row.pixels for row in rows])
     out = rows[0].encoder.runtime.image(pixels, np.concatenate(each, 1) if each else None)
     for encoder, places in _by_encoder(rows):
-        out[places] = encoder.domain.finish_image(out[places])
+        out[places] = encoder.adapter.finish_image(out[places])
     return out
 
 
 def _image_shape(encoder: Encoder) -> Hashable:
-    prompts = encoder.domain.image_prompts
+    prompts = encoder.adapter.image_prompts
     return None if prompts is None else prompts.shape
 
 

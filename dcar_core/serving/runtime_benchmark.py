@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from dcar_core.data import Dataset, load_split, splits_of
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.runtimes.equality_proof import Probe, reference
-from dcar_core.runtimes.registry import KINDS, Target, require_known
+from dcar_core.runtimes.equality_proof import Probe, reference_vectors
+from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, require_known
 from dcar_core.serving.encoder import Encoder
-from dcar_core.serving.runtime_selection import FALLBACK, candidates, rank, remember, remembered
-from dcar_core.serving.runtime_trial import Trial, try_out
+from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranking, rank, save_ranking
+from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime
 from dcar_core.util.errors import DcarError
 from dcar_core.util.retrieval_metrics import recall_at_k
 
@@ -56,7 +56,7 @@ class Row:
     """One line of the table; `trial` is None when the runtime cannot be had, for `reason`. memory: MB at its peak."""
 
     name: str
-    trial: Trial | None = None
+    trial: RuntimeTrial | None = None
     memory: float | None = None
     recall: dict[str, float] | None = None
     open_s: float | None = None
@@ -117,18 +117,18 @@ def benchmark(
     for name in runtimes:
         require_known(name)
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
-    names = list(dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.target), *_quantised(encoder)])]))
+    names = list(dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.loaded), *_quantised(encoder)])]))
     test = load_split(data, "test", image_root=images, image_policy="present")[0]
     say(f"reading {min(limit, len(test)):,} captions and their pictures")
     material, decoding = _material(encoder, test, limit)
     rows = [_baseline(encoder, material)]
-    wanted = reference(encoder.model, material.probe())
+    wanted = reference_vectors(encoder.model, material.probe())
     for name in names:
         say(f"measuring {name}")
         try:
             if name == "openvino-int8":
                 _calibrate(encoder, data, images, say)
-            rows.append(_alone(checkpoint, pretrained, device, name, encoder.target.cache, material, wanted))
+            rows.append(_alone(checkpoint, pretrained, device, name, encoder.loaded.cache, material, wanted))
         except BrokenProcessPool:
             rows.append(Row(name, reason="its process died, perhaps for want of memory"))
         except DcarError as error:
@@ -136,33 +136,33 @@ def benchmark(
         except Exception as error:  # whatever a library raises costs its row, not the others
             rows.append(Row(name, reason=f"{type(error).__name__}: {error}".strip().splitlines()[0]))
     judged = _judged(rows)
-    lengths = encoder.domain.tokens(material.texts)[0].argmax(-1) + 2 + encoder.model.room
+    lengths = encoder.adapter.tokens(material.texts)[0].argmax(-1) + 2 + encoder.model.prompt_tokens
     return Report(
-        tuple(judged), decoding, _tell_auto(encoder.target, judged[1:]), torch.get_num_threads(),
+        tuple(judged), decoding, _tell_auto(encoder.loaded, judged[1:]), torch.get_num_threads(),
         len(material.texts), round(float(lengths.mean()), 1), len(material.pixels),
     )  # fmt: skip
 
 
-def _tell_auto(target: Target, rows: Sequence[Row]) -> str:
+def _tell_auto(loaded: LoadedModel, rows: Sequence[Row]) -> str:
     """Remember what was found, as far as it can be compared; returns what `auto` will take, "" if it is not known."""
-    if set(candidates(target)) <= {row.name for row in rows}:
+    if set(candidates(loaded)) <= {row.name for row in rows}:
         ranking = rank([row.trial for row in rows if row.trial is not None and row.name != "torch-compile"])
-        remember(target, ranking, own=True)
+        save_ranking(loaded, ranking, own=True)
         return ranking.names[0] if ranking.names else FALLBACK
-    before = remembered(target)
+    before = load_ranking(loaded)
     if before is None:
         return ""
     failed = {row.name for row in rows if row.trial is None or not row.trial.holds}
     kept = tuple(name for name in before.names if name not in failed) or (FALLBACK,)
     if kept != before.names:
-        remember(target, replace(before, names=kept), own=True)
+        save_ranking(loaded, replace(before, names=kept), own=True)
     return kept[0]
 
 
 def _quantised(encoder: Encoder) -> list[str]:
     if encoder.model.backbone.device.type != "cpu":
         return []
-    return [name for name, kind in KINDS.items() if kind.precision == "int8"]
+    return [name for name, kind in RUNTIME_KINDS.items() if kind.precision == "int8"]
 
 
 def _material(encoder: Encoder, test: Dataset, limit: int) -> tuple[Material, Decoding]:
@@ -202,8 +202,8 @@ def _baseline(encoder: Encoder, material: Material) -> Row:
     """PyTorch in float32, eager, texts padded to the whole context, 32 at a time."""
     model, probe = encoder.model, material.probe()
     backbone = model.backbone
-    tokens = backbone.tokenize(probe.texts, model.room)
-    padded = torch.nn.functional.pad(tokens, (0, backbone.context_length - model.room - tokens.shape[1]))
+    tokens = backbone.tokenize(probe.texts, model.prompt_tokens)
+    padded = torch.nn.functional.pad(tokens, (0, backbone.context_length - model.prompt_tokens - tokens.shape[1]))
     pixels = torch.from_numpy(backbone.preprocess.normalize(probe.pixels)).to(backbone.device)
 
     @torch.inference_mode()
@@ -220,7 +220,7 @@ def _baseline(encoder: Encoder, material: Material) -> Row:
     text = median(lambda: model.encode_query(padded[:1]).cpu())
     pictures = median(lambda: model.encode_image(pixels).cpu())
     picture = median(lambda: model.encode_image(pixels[:1]).cpu())
-    trial = Trial(
+    trial = RuntimeTrial(
         "reference", round(len(padded) / texts, 1), round(1000 * text, 3), round(len(pixels) / pictures, 1),
         round(1000 * picture, 3), 1.0, 1.0, True,
     )  # fmt: skip
@@ -230,7 +230,7 @@ def _baseline(encoder: Encoder, material: Material) -> Row:
 def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[[str], None]) -> None:
     from dcar_core.runtimes.int8_calibration import SAMPLES, CalibrationData, calibrate, is_calibrated
 
-    if is_calibrated(encoder.target):
+    if is_calibrated(encoder.loaded):
         return
     split = next((name for name in ("train", "val") if name in splits_of(data)), "test")
     say(f"calibrating int8 on {SAMPLES} captions and pictures of {data}, {split}")
@@ -238,7 +238,7 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     step = max(1, len(samples) // SAMPLES)
     part = samples.samples[::step][:SAMPLES]
     pixels = np.stack([encoder.preprocess(samples.read(sample.image)) for sample in part])
-    calibrate(encoder.domain, encoder.target, CalibrationData([sample.caption for sample in part], pixels))
+    calibrate(encoder.adapter, encoder.loaded, CalibrationData([sample.caption for sample in part], pixels))
 
 
 def _alone(*job: Any) -> Row:
@@ -260,9 +260,9 @@ def _measure(
     start = time.perf_counter()
     encoder = encoder.with_runtime(name)
     opened = time.perf_counter() - start
-    domain, runtime = encoder.domain, encoder.runtime
+    adapter, runtime = encoder.adapter, encoder.runtime
     probe = material.probe()
-    trial = try_out(domain, runtime, probe, wanted, texts=material.texts[: 8 * PROBE], pictures=PROBE)
+    trial = measure_runtime(adapter, runtime, probe, wanted, texts=material.texts[: 8 * PROBE], pictures=PROBE)
     texts = encoder.encode_text(material.texts)
     pictures = [encoder.encode_pixels(material.pixels[i : i + 32]) for i in range(0, len(material.pixels), 32)]
     recall = recall_at_k(texts, np.concatenate(pictures), material.image_of, (1,))

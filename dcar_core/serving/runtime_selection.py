@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcar_core.runtimes.adapter import Domain
-from dcar_core.runtimes.equality_proof import Probe, prove, reference
+from dcar_core.runtimes.adapter import Adapter
+from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
 from dcar_core.runtimes.export_cache import GRAPHS
 from dcar_core.runtimes.protocol import Runtime
-from dcar_core.runtimes.registry import AUTO, KINDS, Target, open_runtime
+from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.serving import adapter_cache
-from dcar_core.serving.runtime_trial import Trial, try_out
+from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import write_json
@@ -41,28 +41,28 @@ class Ranking:
 
     names: tuple[str, ...]
     libraries: dict[str, str]
-    trials: tuple[Trial, ...]
+    trials: tuple[RuntimeTrial, ...]
 
 
-def load_runtime(name: str, domain: Domain, target: Target) -> Runtime:
-    """A runtime by name, or the best by `auto`. domain: what `extract` makes of the target's model.
+def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
+    """A runtime by name, or the best by `auto`. adapter: what `extract` makes of the loaded's model.
 
     Raises:
         RuntimeUnavailableError, MissingExtraError: one that was asked for by name cannot be had; never for `auto`.
     """
-    return _opened(name, domain, target) if name != AUTO else _best(domain, target)
+    return _opened(name, adapter, loaded) if name != AUTO else _best(adapter, loaded)
 
 
-def _opened(name: str, domain: Domain, target: Target) -> Runtime:
+def _opened(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
     """A runtime whose towers have run, with one row and with several: some compile only then, or fail.
 
     They may fail with whatever their library raises.
     """
     try:
-        runtime = open_runtime(name, target)
+        runtime = open_runtime(name, loaded)
         for texts in (["a"], ["a", "a b", "a b c d e"]):
-            domain.encode_text(runtime, texts, len(texts))
-            domain.encode_pixels(runtime, np.stack([domain.preprocess.blank()] * len(texts)))
+            adapter.encode_text(runtime, texts, len(texts))
+            adapter.encode_pixels(runtime, np.stack([adapter.preprocess.blank()] * len(texts)))
     except DcarError:
         raise
     except Exception as error:
@@ -75,15 +75,15 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _best(domain: Domain, target: Target) -> Runtime:
-    probe = Probe.synthetic(target.backbone.preprocess.size)
-    wanted = reference(target.model, probe)
-    ranking = remembered(target) or measure(domain, target, probe, candidates(target))
+def _best(adapter: Adapter, loaded: LoadedModel) -> Runtime:
+    probe = Probe.synthetic(loaded.backbone.preprocess.size)
+    wanted = reference_vectors(loaded.model, probe)
+    ranking = load_ranking(loaded) or measure(adapter, loaded, probe, candidates(loaded))
     for i, name in enumerate(ranking.names):
         following = ranking.names[i + 1] if i + 1 < len(ranking.names) else FALLBACK
         try:
-            runtime = _opened(name, domain, target)
-            if (proof := prove(domain, runtime, probe, wanted)).holds:
+            runtime = _opened(name, adapter, loaded)
+            if (proof := prove(adapter, runtime, probe, wanted)).holds:
                 return runtime
             reason = f"its vectors are not those of float32 here: {proof}"
         except DcarError as error:
@@ -92,15 +92,15 @@ def _best(domain: Domain, target: Target) -> Runtime:
             reason = _said(error)
         if name != FALLBACK:
             log.warning("the runtime %s, the fastest here, is not used: %s; using %s instead", name, reason, following)
-    return open_runtime(FALLBACK, target)
+    return open_runtime(FALLBACK, loaded)
 
 
-def candidates(target: Target) -> list[str]:
+def candidates(loaded: LoadedModel) -> list[str]:
     """What `auto` may try by itself: no int8, nothing that compiles for minutes, nothing that is not installed."""
     installed = cpu_features.installed_versions(_LIBRARIES)
-    if target.backbone.device.type == "cuda":
+    if loaded.backbone.device.type == "cuda":
         return ["torch", "cuda-fp16", "cuda-bf16"]
-    if target.backbone.device.type != "cpu":
+    if loaded.backbone.device.type != "cpu":
         return ["torch"]
     fast = cpu_features.missing_instructions("bf16") is None
     names = ["torch", "torch-bf16"] if fast else ["torch"]
@@ -111,14 +111,14 @@ def candidates(target: Target) -> list[str]:
     return names
 
 
-def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) -> Ranking:
+def measure(adapter: Adapter, loaded: LoadedModel, probe: Probe, names: Iterable[str]) -> Ranking:
     """Try runtimes out and remember their ranking; what cannot be had is left out, with a warning."""
     names = list(names)
     log.info("measuring %s, once for this model and machine", ", ".join(names))
-    wanted, trials = reference(target.model, probe), []
+    wanted, trials = reference_vectors(loaded.model, probe), []
     for name in names:
         try:
-            trials.append(try_out(domain, _opened(name, domain, target), probe, wanted))
+            trials.append(measure_runtime(adapter, _opened(name, adapter, loaded), probe, wanted))
         except MissingExtraError as error:
             log.info("the runtime %s is not tried: %s", name, error)
         except DcarError as error:
@@ -126,12 +126,12 @@ def measure(domain: Domain, target: Target, probe: Probe, names: Iterable[str]) 
         except Exception as error:
             log.warning("the runtime %s is not used: %s", name, _said(error))
     ranking = rank(trials)
-    remember(target, ranking)
+    save_ranking(loaded, ranking)
     log.info("runtimes here, best first: %s", ", ".join(ranking.names))
     return ranking
 
 
-def rank(trials: Iterable[Trial]) -> Ranking:
+def rank(trials: Iterable[RuntimeTrial]) -> Ranking:
     """Best first; those whose vectors are wrong are left out."""
     kept = tuple(sorted(trials, key=lambda trial: -trial.score))
     return Ranking(
@@ -139,14 +139,14 @@ def rank(trials: Iterable[Trial]) -> Ranking:
     )
 
 
-def remember(target: Target, ranking: Ranking, *, own: bool = False) -> None:
+def save_ranking(loaded: LoadedModel, ranking: Ranking, *, own: bool = False) -> None:
     """Write a ranking for later starts; a cache that cannot be written costs them the measuring, nothing else.
 
     Args:
         own: for this encoder alone, whatever holds for others on its backbone: its recall was measured.
     """
-    adapter_cache.forget(target.cache, target.backbone_hash)  # by the ranking before this one
-    path = _path(target, target.fingerprint if own else "")
+    adapter_cache.discard(loaded.cache, loaded.backbone_hash)  # by the ranking before this one
+    path = _path(loaded, loaded.fingerprint if own else "")
     content = {
         **_circumstances(),
         "libraries": ranking.libraries,
@@ -160,16 +160,16 @@ def remember(target: Target, ranking: Ranking, *, own: bool = False) -> None:
         log.warning("what was measured cannot be remembered in %s: %s", path.parent, error.strerror or error)
 
 
-def remembered(target: Target) -> Ranking | None:
+def load_ranking(loaded: LoadedModel) -> Ranking | None:
     """What an earlier start or `dcar benchmark` measured here; None when circumstances have changed since."""
-    for fingerprint in (target.fingerprint, ""):
-        path = _path(target, fingerprint)
+    for fingerprint in (loaded.fingerprint, ""):
+        path = _path(loaded, fingerprint)
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            names = tuple(name for name in content["best_first"] if name in KINDS)
+            names = tuple(name for name in content["best_first"] if name in RUNTIME_KINDS)
             libraries = dict(content["libraries"])
             same = all(content.get(name) == value for name, value in _circumstances().items())
-            trials = tuple(Trial(**trial) for trial in content["trials"])
+            trials = tuple(RuntimeTrial(**trial) for trial in content["trials"])
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -182,10 +182,10 @@ def remembered(target: Target) -> Ranking | None:
     return None
 
 
-def _path(target: Target, fingerprint: str) -> Path:
-    device = target.backbone.device.type
-    name = f"{target.backbone_hash[:16]}_d{target.depth}_{device}_{torch.get_num_threads()}"
-    return target.cache / "rankings" / (f"{name}_{fingerprint[:16]}.json" if fingerprint else f"{name}.json")
+def _path(loaded: LoadedModel, fingerprint: str) -> Path:
+    device = loaded.backbone.device.type
+    name = f"{loaded.backbone_hash[:16]}_d{loaded.depth}_{device}_{torch.get_num_threads()}"
+    return loaded.cache / "rankings" / (f"{name}_{fingerprint[:16]}.json" if fingerprint else f"{name}.json")
 
 
 def _circumstances() -> dict[str, Any]:

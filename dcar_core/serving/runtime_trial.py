@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from dcar_core.runtimes.adapter import Domain
+from dcar_core.runtimes.adapter import Adapter
 from dcar_core.runtimes.equality_proof import Probe, prove
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.util.arrays import Floats
 
 
 @dataclass(frozen=True)
-class Trial:
+class RuntimeTrial:
     """One runtime, measured. Rates a second, times in milliseconds, medians; cosines are the least against float32."""
 
     name: str
@@ -35,8 +35,8 @@ class Trial:
         return asdict(self)
 
 
-def try_out(
-    domain: Domain,
+def measure_runtime(
+    adapter: Adapter,
     runtime: Runtime,
     probe: Probe,
     wanted: tuple[Floats, Floats],
@@ -45,7 +45,7 @@ def try_out(
     batch: int = 32,
     pictures: int = 8,
     rounds: int = 3,
-) -> Trial:
+) -> RuntimeTrial:
     """Prove it on the probe, then measure.
 
     Args:
@@ -55,7 +55,7 @@ def try_out(
         pictures: pictures together.
         rounds: of each measurement; the median counts.
     """
-    proof = prove(domain, runtime, probe, wanted)
+    proof = prove(adapter, runtime, probe, wanted)
     many = list(texts or probe.texts)
     together = (many * (-(-batch // len(many))))[:batch] if len(many) < batch else many
     groups = [together[i : i + batch] for i in range(0, len(together), batch)]
@@ -64,13 +64,13 @@ def try_out(
 
     def all_texts() -> None:
         for group in groups:
-            domain.encode_text(runtime, group, batch)
+            adapter.encode_text(runtime, group, batch)
 
     per_text = _median(all_texts, rounds) / len(together)
-    one_text = statistics.median(_median(partial(domain.encode_text, runtime, [text], 1), rounds) for text in singles)
-    many_images = _median(lambda: domain.encode_pixels(runtime, pixels), rounds)
-    one_image = _median(lambda: domain.encode_pixels(runtime, pixels[:1]), rounds)
-    return Trial(
+    one_text = statistics.median(_median(partial(adapter.encode_text, runtime, [text], 1), rounds) for text in singles)
+    many_images = _median(lambda: adapter.encode_pixels(runtime, pixels), rounds)
+    one_image = _median(lambda: adapter.encode_pixels(runtime, pixels[:1]), rounds)
+    return RuntimeTrial(
         runtime.name, round(1 / per_text, 1), round(1000 * one_text, 3), round(pictures / many_images, 1),
         round(1000 * one_image, 3), round(proof.text, 6), round(proof.image, 6), proof.holds,
     )  # fmt: skip

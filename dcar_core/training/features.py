@@ -21,7 +21,7 @@ from dcar_core.data.clean import normalise
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ReweightConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.token_weights import blend, pair_weights, picture_features, real_tokens, word_features
+from dcar_core.model.token_weights import blend, image_features, pair_weights, real_tokens, token_text_features
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.util.arrays import Pixels
@@ -84,7 +84,7 @@ def prepare(
     captions = [sample.caption for sample in data.samples]
     groups: dict[str, int] = {}
     group = np.array([groups.setdefault(normalise(caption), len(groups)) for caption in captions])
-    tokens = backbone.tokenize(captions, model.room)
+    tokens = backbone.tokenize(captions, model.prompt_tokens)
     anchored = for_training and config.loss.anchor > 0
     weighted = for_training and (config.reweight.train == "pair" or model.head is not None)
     features = matching = None
@@ -157,7 +157,7 @@ def note_what_is_cut(
     for name, data in splits.items():
         captions = [sample.caption for sample in data.samples]
         for start in range(0, len(captions), 1024):
-            reports[name].add(what, sum(backbone.too_long(captions[start : start + 1024], room)))
+            reports[name].add(what, sum(backbone.exceeds_context(captions[start : start + 1024], room)))
 
 
 def _of_its_category(sample: Sample, negative: int) -> bool:
@@ -239,7 +239,7 @@ class _Work:
         blank, parts = self._frozen(self.backbone.preprocess.blank()[None], config)[0], []
         pooled = self.images() if config.picture == "pooled" else None
         for i in self._bar(range(0, len(tokens), TEXT_BATCH), "token weights"):
-            words = word_features(self.backbone, tokens[i : i + TEXT_BATCH], config)
+            words = token_text_features(self.backbone, tokens[i : i + TEXT_BATCH], config)
             rows = self.image_of[i : i + TEXT_BATCH]
             if pooled is not None:
                 images = pooled[rows]
@@ -250,7 +250,7 @@ class _Work:
 
     def _frozen(self, pixels: Pixels, config: ReweightConfig) -> Tensor:
         batch = torch.from_numpy(self.backbone.preprocess.normalize(pixels)).to(self.backbone.device)
-        return picture_features(self.backbone, batch, config)
+        return image_features(self.backbone, batch, config)
 
     def negatives(self, alpha: float) -> tuple[Tensor, Tensor]:
         """Frozen features (N, 1 + M, E) of positives and negatives, and their category-matching weights (N, 1 + M)."""

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcar_core.runtimes.registry import AUTO, KINDS
+from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
 from dcar_core.util.errors import DcarError
 from index_jobs.encoding.devices import ImageEncoder, load_replicas
 from index_jobs.encoding.encoding_state import shard_store
@@ -58,7 +58,7 @@ def runtime_in_use(
     gallery: Gallery, encoder: ImageEncoder, fastest: str, work: Path, batch_size: int, shard_rows: int
 ) -> str:
     """The runtime whose shards of this gallery are there; `fastest` where none are, or some of several."""
-    for name in (fastest, *KINDS):
+    for name in (fastest, *RUNTIME_KINDS):
         if shard_store(gallery, encoder, name, work, batch_size, shard_rows).rows_there():
             return name
     return fastest

@@ -27,7 +27,7 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
     from dcar_core.model.token_weights import blend, pair_weights, real_tokens
 
     model = encoder.model
-    tokens = model.backbone.tokenize(["a red square"], model.room)
+    tokens = model.backbone.tokenize(["a red square"], model.prompt_tokens)
     wanted: dict[str, float] = {}
     with torch.inference_mode():
 

@@ -67,7 +67,7 @@ async def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, 
     for start in range(2):
         async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **KEY) as client:
             if start == 0:
-                assert list(adapter_cache.directory(cache).iterdir())
+                assert list(adapter_cache.directory_in(cache).iterdir())
                 continue
             live = client.app.state.collections[None].live  # type: ignore[attr-defined]
             assert live.encoder.backbone is None

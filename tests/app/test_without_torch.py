@@ -26,7 +26,7 @@ DEEP = PLAIN | {"rerank": True, "explain": True}
 def exported(checkpoint: Path, cache: Path) -> Path:
     """A cache with the graphs, which may take longer than a test waits for a service, and nothing sealed."""
     Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache)
-    for seal in adapter_cache.directory(cache).glob("*"):
+    for seal in adapter_cache.directory_in(cache).glob("*"):
         seal.unlink()
     return cache
 
@@ -87,7 +87,7 @@ def test_a_search_from_the_command_line_needs_no_pytorch(
     whole, with_torch = search()
     assert with_torch == "True"
     Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino")
-    (kept,) = adapter_cache.directory(tmp_path / "dcar").iterdir()
+    (kept,) = adapter_cache.directory_in(tmp_path / "dcar").iterdir()
     kept.rename(kept.with_name(kept.name.replace("openvino", "auto")))  # as if it had been the fastest
     quick, with_torch = search()
     assert with_torch == "False"

@@ -18,7 +18,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.registry import Target
+from dcar_core.runtimes.registry import LoadedModel
 from dcar_core.serving import adapter_cache
 from dcar_core.serving.pair_weights import PairWeights
 
@@ -52,7 +52,7 @@ def kept(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that a first start has filled."""
     cache = tmp_path_factory.mktemp("kept")
     load(checkpoint, cache)
-    assert len(list(adapter_cache.directory(cache).iterdir())) == 1
+    assert len(list(adapter_cache.directory_in(cache).iterdir())) == 1
     return cache
 
 
@@ -99,10 +99,10 @@ def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> 
     quick = load(checkpoint, cache)
     pairs = PairWeights(quick)
     assert not from_seal(quick)
-    assert isinstance(quick.target, Target)
+    assert isinstance(quick.loaded, LoadedModel)
     wanted = PairWeights(Encoder.load(checkpoint, device="cpu"))
-    frozen = wanted.frozen(PIXELS)
-    np.testing.assert_array_equal(pairs.weights(TEXTS[0], frozen), wanted.weights(TEXTS[0], frozen))
+    frozen = wanted.image_features(PIXELS)
+    np.testing.assert_array_equal(pairs.factors(TEXTS[0], frozen), wanted.factors(TEXTS[0], frozen))
 
 
 def test_the_model_is_found_wherever_its_checkpoint_still_lies(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_the_model_is_found_wherever_its_checkpoint_still_lies(checkpoint: Path,
         copy_checkpoint(checkpoint, place)
     quick = load(one, cache)
     assert from_seal(quick)
-    quick.moved(other)
-    quick.moved(other)
+    quick.add_checkpoint_path(other)
+    quick.add_checkpoint_path(other)
     shutil.rmtree(other)
-    assert isinstance(quick.target, Target)
+    assert isinstance(quick.loaded, LoadedModel)
 
 
 def test_encoders_share_an_open_export(checkpoint: Path, cache: Path) -> None:
@@ -129,25 +129,25 @@ def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_pat
     if not hasattr(first.runtime, "directory"):
         pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
     assert from_seal(load(checkpoint, tmp_path, "auto"))
-    adapter_cache.forget(tmp_path, first.target.backbone_hash)
+    adapter_cache.discard(tmp_path, first.loaded.backbone_hash)
     assert not from_seal(load(checkpoint, tmp_path, "auto"))
 
 
 def test_a_ranking_forgets_its_own_backbone_alone(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapter_cache.directory(cache), adapter_cache.directory(tmp_path))
-    (adapter_cache.directory(tmp_path) / "broken.safetensors").write_bytes(b"half")
-    (seal,) = adapter_cache.directory(cache).iterdir()
-    adapter_cache.forget(tmp_path, "0" * 64)
-    assert [path.name for path in adapter_cache.directory(tmp_path).iterdir()] == [seal.name]
-    adapter_cache.forget(tmp_path, read_config(checkpoint)["backbone"]["sha256"])
-    assert not list(adapter_cache.directory(tmp_path).iterdir())
+    shutil.copytree(adapter_cache.directory_in(cache), adapter_cache.directory_in(tmp_path))
+    (adapter_cache.directory_in(tmp_path) / "broken.safetensors").write_bytes(b"half")
+    (seal,) = adapter_cache.directory_in(cache).iterdir()
+    adapter_cache.discard(tmp_path, "0" * 64)
+    assert [path.name for path in adapter_cache.directory_in(tmp_path).iterdir()] == [seal.name]
+    adapter_cache.discard(tmp_path, read_config(checkpoint)["backbone"]["sha256"])
+    assert not list(adapter_cache.directory_in(tmp_path).iterdir())
 
 
 @pytest.mark.parametrize("what", ["seal", "backbone", "version", "gone"])
 def test_nothing_is_used_once_anything_has_changed(
     what: str, checkpoint: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (seal,) = adapter_cache.directory(cache).iterdir()
+    (seal,) = adapter_cache.directory_in(cache).iterdir()
     file = model / "open_clip_model.safetensors"
     before = file.stat().st_mtime_ns
     if what == "seal":
@@ -170,10 +170,10 @@ def test_nothing_is_used_once_anything_has_changed(
 def test_another_number_of_threads_is_another_start(
     checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = adapter_cache.Wanted(checkpoint, "cpu", "openvino", None, cache)
-    assert adapter_cache.unseal(wanted) is not None
+    wanted = adapter_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)
+    assert adapter_cache.restore(wanted) is not None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert adapter_cache.unseal(wanted) is None
+    assert adapter_cache.restore(wanted) is None
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["corrupted", "exchanged"])
@@ -188,7 +188,7 @@ def test_a_graph_of_other_weights_is_not_used(checkpoint: Path, cache: Path, lis
         content = json.loads(manifest.read_text())
         content["files"]["image.bin"] = hashlib.sha256(file.read_bytes()).hexdigest()
         manifest.write_text(json.dumps(content))
-    assert adapter_cache.unseal(adapter_cache.Wanted(checkpoint, "cpu", "openvino", None, cache)) is None
+    assert adapter_cache.restore(adapter_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)) is None
 
 
 def test_another_checkpoint_has_another_seal(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_another_checkpoint_has_another_seal(checkpoint: Path, cache: Path, tmp_
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.rmtree(adapter_cache.directory(cache))
-    adapter_cache.directory(cache).write_text("in the way")
+    shutil.rmtree(adapter_cache.directory_in(cache))
+    adapter_cache.directory_in(cache).write_text("in the way")
     assert load(checkpoint, cache).encode_text(TEXTS).shape == (3, 32)
     assert "cannot be kept" in caplog.text

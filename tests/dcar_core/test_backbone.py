@@ -40,14 +40,14 @@ def test_without_prompts_the_stock_encoders(backbone: Backbone, pixels: torch.Te
 def test_prompts_from_words_equal_the_prefixed_sentence(backbone: Backbone) -> None:
     model = DCAR(backbone, ModelConfig(prompt=PromptConfig(image=False)))
     with torch.no_grad():
-        prompted = model.encode_text(backbone.tokenize(TEXTS, model.room))
+        prompted = model.encode_text(backbone.tokenize(TEXTS, model.prompt_tokens))
         written = F.normalize(backbone.encode_text(backbone.tokenize([f"a photo of a {t}" for t in TEXTS])), dim=-1)
     torch.testing.assert_close(prompted, written, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_of_one_change_nothing_and_others_do(backbone: Backbone) -> None:
     model = DCAR(backbone, ModelConfig())
-    tokens = backbone.tokenize(TEXTS, model.room)
+    tokens = backbone.tokenize(TEXTS, model.prompt_tokens)
     with torch.no_grad():
         plain = model.encode_text(tokens)
         torch.testing.assert_close(model.encode_text(tokens, torch.ones(tokens.shape)), plain, rtol=0, atol=0)
@@ -83,7 +83,7 @@ def test_deep_prompts_reach_the_second_block(backbone: Backbone, pixels: torch.T
 
 
 def test_end_of_text_survives_a_long_caption_and_a_marker_is_stripped(backbone: Backbone) -> None:
-    tokens = backbone.tokenize(["word " * 100], room=4)
+    tokens = backbone.tokenize(["word " * 100], prompt_tokens=4)
     assert tokens.shape[1] == 28
     assert tokens[0, -1] == 49407
     marked = backbone.tokenize(["a red <end_of_text> square"])
@@ -100,7 +100,7 @@ def test_a_token_alone_is_a_text_of_its_own(backbone: Backbone) -> None:
 
 def test_patches_are_the_tokens_that_the_pooled_one_is_taken_from(backbone: Backbone, pixels: torch.Tensor) -> None:
     patches = backbone.patch_features(pixels)
-    assert patches.shape == (len(pixels), backbone.patches**2, backbone.embed_dim)
+    assert patches.shape == (len(pixels), backbone.patch_grid**2, backbone.embed_dim)
     visual = backbone.visual
     tokens = visual._pool(visual.transformer(visual._embeds(pixels)))[1]
     torch.testing.assert_close(patches, tokens @ visual.proj)

@@ -10,7 +10,7 @@ import pytest
 
 from dcar_core.data import check_dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.tokenizer import clip_token_counts
+from dcar_core.model.tokenizer import count_clip_tokens
 from dcar_core.util.errors import DataError
 
 
@@ -69,9 +69,9 @@ def test_nothing_to_check(tmp_path: Path) -> None:
 def test_captions_that_the_context_cuts(tiny_model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))  # a context of 32
     texts = ["a " * n for n in (26, 27, 30, 31)]
-    assert clip_token_counts(texts) == [28, 29, 32, 33]
-    assert backbone.too_long(texts) == [False, False, False, True]
-    assert backbone.too_long(texts, room=4) == [False, True, True, True]
+    assert count_clip_tokens(texts) == [28, 29, 32, 33]
+    assert backbone.exceeds_context(texts) == [False, False, False, True]
+    assert backbone.exceeds_context(texts, prompt_tokens=4) == [False, True, True, True]
 
 
 def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_only_trainables_are_saved(tiny_checkpoint: Path) -> None:
 def test_query_weights_come_from_the_text_alone(tiny_model: Path) -> None:
     model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig().with_query_weights("predicted"))
     assert model.head is not None
-    tokens = model.backbone.tokenize(["a red square"], model.room)
+    tokens = model.backbone.tokenize(["a red square"], model.prompt_tokens)
     with torch.no_grad():
         untrained = model.encode_query(tokens)
         torch.testing.assert_close(untrained, model.encode_text(tokens))

@@ -390,7 +390,7 @@ def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, sa
     for sample in sample_split.samples:
         pixels = backbone.preprocess(sample_split.read(sample.image))[None]
         image = model.encode_image(torch.from_numpy(backbone.preprocess.normalize(pixels))).detach()
-        texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.room)).detach()
+        texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.prompt_tokens)).detach()
         scores = (texts @ image.T).flatten()
         hits.append(bool(scores[0] > scores[1:].max()))
     assert found == pytest.approx(100 * np.mean(hits))

@@ -99,15 +99,15 @@ def test_domains_differ_so_that_a_mix_up_would_show(encoders: dict[str, Encoder]
 def test_rows_with_weights_stand_beside_ordinary_ones(encoders: dict[str, Encoder]) -> None:
     encoder = encoders["a"]
     pairs = PairWeights(encoder)
-    frozen = pairs.frozen(np.random.default_rng(1).integers(0, 256, (3, 3, 32, 32), np.uint8))
-    factors = pairs.weights("a red square", frozen)  # [3, n]
+    frozen = pairs.image_features(np.random.default_rng(1).integers(0, 256, (3, 3, 32, 32), np.uint8))
+    factors = pairs.factors("a red square", frozen)  # [3, n]
     assert factors.shape[0] == 3
     assert (factors[:, 0] == 1).all()
     assert (factors[:, -1] == 1).all()
     assert abs(factors[:, 1:-1] - 1).max() > 0.01
     rows = [*(TextRow(encoder, "a red square", each) for each in factors), TextRow(encoders["b"], "a longer text here")]
     mixed = encode_text_rows(rows)
-    tokens = encoder.model.backbone.tokenize(["a red square"], encoder.model.room)
+    tokens = encoder.model.backbone.tokenize(["a red square"], encoder.model.prompt_tokens)
     with torch.inference_mode():
         alone = encoder.model.encode_text(tokens.expand(3, -1), torch.from_numpy(factors)).numpy()
     np.testing.assert_allclose(mixed[:3], alone, atol=2e-6)
@@ -130,9 +130,9 @@ def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> Non
 
     raw = abs(cosine(words, blank) - cosine(words, image))
     wanted = np.clip(1 + 0.5 * (raw / raw.mean() - 1), 0.5, 2)
-    found = pairs.weights(text, pairs.frozen(pixels))[0]
+    found = pairs.factors(text, pairs.image_features(pixels))[0]
     np.testing.assert_allclose(found[1:-1], wanted, atol=1e-5)
-    words_found = pairs.words(text, found)
+    words_found = pairs.word_factors(text, found)
     assert [word for word, _ in words_found] == ["a", "red", "square"]
     np.testing.assert_allclose([weight for _, weight in words_found], wanted, atol=1e-5)
 
@@ -151,8 +151,8 @@ def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
     pairs = PairWeights(encoder)
     assert trained is not None
     for sample, wanted in zip(training.samples, trained, strict=True):
-        frozen = pairs.frozen(encoder.preprocess(training.read(sample.image))[None])
-        found = pairs.weights(sample.caption, frozen)[0]
+        frozen = pairs.image_features(encoder.preprocess(training.read(sample.image))[None])
+        found = pairs.factors(sample.caption, frozen)[0]
         np.testing.assert_allclose(found, wanted[: len(found)], atol=1e-4)
     assert usual is not None
     assert (trained - usual).abs().max() > 0.01
@@ -161,10 +161,10 @@ def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
 def test_words_of_several_tokens_and_of_none(encoders: dict[str, Encoder]) -> None:
     pairs = PairWeights(encoders["a"])
     text = "crying cat 😿 supercalifragilistic"
-    factors = pairs.predicted(text)
-    words = pairs.words(text, factors)
+    factors = pairs.predicted_factors(text)
+    words = pairs.word_factors(text, factors)
     assert [word for word, _ in words] == ["crying", "cat", "😿", "supercalifragilistic"]
     assert len(factors) > len(words) + 2, "some word has several tokens"
-    assert pairs.words("", pairs.predicted("")) == []
+    assert pairs.word_factors("", pairs.predicted_factors("")) == []
     long = "word " * 100
-    assert len(pairs.words(long, pairs.predicted(long))) == 32 - 2 - encoders["a"].model.room
+    assert len(pairs.word_factors(long, pairs.predicted_factors(long))) == 32 - 2 - encoders["a"].model.prompt_tokens

@@ -10,15 +10,15 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.runtimes.equality_proof import Proof, _least
-from dcar_core.runtimes.registry import Target
+from dcar_core.runtimes.registry import LoadedModel
 from dcar_core.serving import runtime_benchmark as module
 from dcar_core.serving.runtime_benchmark import Row, benchmark, table
-from dcar_core.serving.runtime_selection import Ranking, candidates, rank, remember, remembered
-from dcar_core.serving.runtime_trial import Trial
+from dcar_core.serving.runtime_selection import Ranking, candidates, load_ranking, rank, save_ranking
+from dcar_core.serving.runtime_trial import RuntimeTrial
 
 
-def trial(name: str, speed: float, *, holds: bool = True) -> Trial:
-    return Trial(name, speed, 1000 / speed, speed, 1000 / speed, 1.0, 1.0, holds)
+def trial(name: str, speed: float, *, holds: bool = True) -> RuntimeTrial:
+    return RuntimeTrial(name, speed, 1000 / speed, speed, 1000 / speed, 1.0, 1.0, holds)
 
 
 def row(name: str, speed: float, recall: float) -> Row:
@@ -26,23 +26,23 @@ def row(name: str, speed: float, recall: float) -> Row:
 
 
 @pytest.fixture
-def target(tiny_checkpoint: Path, tmp_path: Path) -> Target:
-    return Encoder.load(tiny_checkpoint, device="cpu", cache=tmp_path).target
+def loaded(tiny_checkpoint: Path, tmp_path: Path) -> LoadedModel:
+    return Encoder.load(tiny_checkpoint, device="cpu", cache=tmp_path).loaded
 
 
-def run(target: Target, checkpoint: Path, data: Path, found: list[Row], monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(loaded: LoadedModel, checkpoint: Path, data: Path, found: list[Row], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A benchmark in which `found` is what its processes measure, in place of minutes."""
     rows = iter(found)
     monkeypatch.setattr(module, "_alone", lambda *job: next(rows))
     monkeypatch.setattr(module, "_calibrate", lambda *given: None)
-    return benchmark(str(checkpoint), data, runtimes=[each.name for each in found], cache=target.cache, device="cpu")
+    return benchmark(str(checkpoint), data, runtimes=[each.name for each in found], cache=loaded.cache, device="cpu")
 
 
 def test_every_runtime_is_measured_and_auto_takes_the_best(
-    tiny_checkpoint: Path, tiny_data: Path, target: Target
+    tiny_checkpoint: Path, tiny_data: Path, loaded: LoadedModel
 ) -> None:
     report = benchmark(
-        str(tiny_checkpoint), tiny_data, cache=target.cache, device="cpu", runtimes=["torch", "cuda-fp16"]
+        str(tiny_checkpoint), tiny_data, cache=loaded.cache, device="cpu", runtimes=["torch", "cuda-fp16"]
     )
     first, torch, cuda = report.rows
     assert (first.name, torch.name, cuda.name) == ("reference", "torch", "cuda-fp16")
@@ -57,11 +57,11 @@ def test_every_runtime_is_measured_and_auto_takes_the_best(
 
 
 def test_what_loses_recall_is_not_taken_and_torch_is_always_compared_with(
-    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [row("torch", 10, 60), row("onnx-int8", 90, 59)]
     monkeypatch.setattr(module, "_alone", lambda *job: rows.pop(0))
-    report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx-int8"], cache=target.cache, device="cpu")
+    report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx-int8"], cache=loaded.cache, device="cpu")
     assert [each.name for each in report.rows] == ["reference", "torch", "onnx-int8"]
     assert report.rows[2].reason == "recall@1 is 1.0 points lower"
     unknown = module._judged([Row("torch", reason="its process died"), row("onnx-int8", 90, 59)])[1]
@@ -71,29 +71,29 @@ def test_what_loses_recall_is_not_taken_and_torch_is_always_compared_with(
 
 
 def test_a_second_benchmark_takes_back_what_the_first_one_said(
-    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = [row(name, 10 + i, 60) for i, name in enumerate(candidates(target))]
-    good = run(target, tiny_checkpoint, tiny_data, [*usual, row("onnx-int8", 90, 60)], monkeypatch)
+    usual = [row(name, 10 + i, 60) for i, name in enumerate(candidates(loaded))]
+    good = run(loaded, tiny_checkpoint, tiny_data, [*usual, row("onnx-int8", 90, 60)], monkeypatch)
     assert good.chosen == "onnx-int8"
-    bad = run(target, tiny_checkpoint, tiny_data, [*usual, row("onnx-int8", 90, 10)], monkeypatch)
+    bad = run(loaded, tiny_checkpoint, tiny_data, [*usual, row("onnx-int8", 90, 10)], monkeypatch)
     assert bad.chosen == usual[-1].name
-    found = remembered(target)
+    found = load_ranking(loaded)
     assert found is not None
     assert "onnx-int8" not in found.names
-    other = replace(target, fingerprint="0" * 64)
-    assert remembered(other) is None, "recall of one domain says nothing of another's"
+    other = replace(loaded, fingerprint="0" * 64)
+    assert load_ranking(other) is None, "recall of one adapter says nothing of another's"
 
 
 @pytest.mark.parametrize("field", ["graphs", "processor", "threads", "libraries"])
-def test_a_ranking_of_other_circumstances_is_measured_again(field: str, target: Target) -> None:
-    remember(target, rank([trial("torch", 10)]))
-    assert remembered(target) is not None
-    (path,) = (target.cache / "rankings").glob("*.json")
+def test_a_ranking_of_other_circumstances_is_measured_again(field: str, loaded: LoadedModel) -> None:
+    save_ranking(loaded, rank([trial("torch", 10)]))
+    assert load_ranking(loaded) is not None
+    (path,) = (loaded.cache / "rankings").glob("*.json")
     content = json.loads(path.read_text())
     content[field] = {"torch": "1.0"} if field == "libraries" else "another"
     path.write_text(json.dumps(content))
-    assert remembered(target) is None
+    assert load_ranking(loaded) is None
 
 
 def test_one_wrong_vector_is_enough() -> None:
@@ -105,28 +105,28 @@ def test_one_wrong_vector_is_enough() -> None:
 
 
 def test_faster_is_better_in_each_of_the_three() -> None:
-    usual = Trial("torch", 10, 10, 10, 10, 1.0, 1.0, True)
+    usual = RuntimeTrial("torch", 10, 10, 10, 10, 1.0, 1.0, True)
     for better in ({"texts_per_s": 20}, {"text_ms": 5}, {"images_per_s": 20}):
         assert replace(usual, **better).score == pytest.approx(2 ** (1 / 3) * usual.score)  # type: ignore[arg-type]
 
 
 def test_a_look_at_some_runtimes_makes_no_ranking_but_strikes_what_failed(
-    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "candidates", lambda target: ["torch", "openvino"])
-    looked = run(target, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx", 90, 60)], monkeypatch)
+    monkeypatch.setattr(module, "candidates", lambda loaded: ["torch", "openvino"])
+    looked = run(loaded, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx", 90, 60)], monkeypatch)
     assert looked.chosen == ""
-    assert remembered(target) is None
+    assert load_ranking(loaded) is None
     assert "auto has still to measure" in table(looked)
     before = rank([trial("torch", 10), trial("openvino", 30), trial("onnx-int8", 90)])
-    remember(target, before, own=True)
-    again = run(target, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx-int8", 90, 10)], monkeypatch)
+    save_ranking(loaded, before, own=True)
+    again = run(loaded, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx-int8", 90, 10)], monkeypatch)
     assert again.chosen == "openvino"
-    assert remembered(target) == Ranking(("openvino", "torch"), before.libraries, before.trials)
+    assert load_ranking(loaded) == Ranking(("openvino", "torch"), before.libraries, before.trials)
 
 
 def test_whatever_a_library_raises_costs_one_row(
-    target: Target, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(checkpoint: str, pretrained: str | None, device: str, name: str, *rest: object) -> Row:
         if name == "onnx":
@@ -134,7 +134,7 @@ def test_whatever_a_library_raises_costs_one_row(
         return row(name, 10, 60)
 
     monkeypatch.setattr(module, "_alone", fails)
-    report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx", "torch"], cache=target.cache, device="cpu")
+    report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx", "torch"], cache=loaded.cache, device="cpu")
     assert [(each.name, each.reason) for each in report.rows[1:]] == [
         ("torch", ""),
         ("onnx", "RuntimeError: no kernel image is available"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.runtimes.export_cache import ExportKey, default_cache, exported
+from dcar_core.runtimes.export_cache import ExportKey, default_cache_directory, ensure_export
 from dcar_core.serving import adapter_cache, runtime_selection
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
@@ -27,7 +27,7 @@ def measured(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     content = json.loads(path.read_text())
     content["best_first"] = [NAME, "torch"]
     path.write_text(json.dumps(content))
-    for seal in adapter_cache.directory(cache).glob("*"):  # or a start would look at nothing of this
+    for seal in adapter_cache.directory_in(cache).glob("*"):  # or a start would look at nothing of this
         seal.unlink()
     return cache
 
@@ -159,7 +159,7 @@ def test_a_cache_that_cannot_be_written(
     blocked.write_text("")
     name, warnings = auto(tiny_checkpoint, blocked, caplog)
     assert name.startswith("torch")
-    assert len(warnings) == 2  # no export, and nothing remembered
+    assert len(warnings) == 2  # no export, and nothing load_ranking
     with pytest.raises(RuntimeUnavailableError, match=r"cannot be used: .* name another directory"):
         by_name(tiny_checkpoint, blocked)
 
@@ -167,9 +167,9 @@ def test_a_cache_that_cannot_be_written(
 def test_one_variable_names_the_cache_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.delenv("DCAR_RUNTIME_CACHE", raising=False)
-    assert default_cache() == tmp_path / "user" / "dcar"
+    assert default_cache_directory() == tmp_path / "user" / "dcar"
     monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(tmp_path / "named"))
-    assert default_cache() == tmp_path / "named"
+    assert default_cache_directory() == tmp_path / "named"
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
     def write(directory: Path) -> None:
         (directory / "text.onnx").write_bytes(b"whole")
 
-    made = exported(key, tmp_path, write)
+    made = ensure_export(key, tmp_path, write)
     assert (made / "text.onnx").read_bytes() == b"whole"
     assert not left.exists()
 

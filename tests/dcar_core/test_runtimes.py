@@ -16,14 +16,14 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes import equality_proof
-from dcar_core.runtimes.eager import TowerRuntime
-from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference
+from dcar_core.runtimes.eager import TorchRuntime
+from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
 from dcar_core.runtimes.int8_calibration import CalibrationData, calibrate
 from dcar_core.runtimes.length_batches import PASS, batches
 from dcar_core.runtimes.protocol import Prefix
-from dcar_core.runtimes.registry import KINDS, Target, open_runtime, towers
+from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime, towers
 from dcar_core.serving.adapter_extraction import extract
-from dcar_core.serving.runtime_selection import candidates, load_runtime, measure, remembered
+from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure
 from dcar_core.util import cpu_features
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
@@ -43,15 +43,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Case:
-    """A model, its domain, and what runtimes are opened for."""
+    """A model, its adapter, and what runtimes are opened for."""
 
     def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
         self.model = model
-        self.domain = extract(model, fingerprint)
-        self.target = Target(model, model.backbone.content_hash(), self.domain.depth, fingerprint, cache)
+        self.adapter = extract(model, fingerprint)
+        self.loaded = LoadedModel(model, model.backbone.content_hash(), self.adapter.depth, fingerprint, cache)
 
     def proof(self, name: str, probe: Probe) -> Proof:
-        return prove(self.domain, open_runtime(name, self.target), probe, reference(self.model, probe))
+        return prove(self.adapter, open_runtime(name, self.loaded), probe, reference_vectors(self.model, probe))
 
 
 def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> Case:
@@ -65,7 +65,7 @@ def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> C
 
 
 def require_instructions(name: str) -> None:
-    kind = KINDS[name]
+    kind = RUNTIME_KINDS[name]
     if kind.needs and cpu_features.missing_instructions(kind.needs):
         pytest.skip(str(cpu_features.missing_instructions(kind.needs)))
 
@@ -78,7 +78,7 @@ DEEP = DEEP.with_query_weights("predicted")
 @pytest.mark.parametrize("config", [PLAIN, ModelConfig(), DEEP], ids=["plain", "dcar", "deep"])
 @pytest.mark.parametrize("name", ["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
 def test_vectors_are_those_of_the_model(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
-    kind = KINDS[name]
+    kind = RUNTIME_KINDS[name]
     require(kind.extra)
     require_instructions(name)
     proof = moved(tiny_model, config, cache).proof(name, Probe.synthetic(32))
@@ -92,16 +92,16 @@ def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
     require("openvino")
     require_instructions("openvino-int8")
     case, probe = moved(tiny_model, ModelConfig(), cache), Probe.synthetic(32, 24)
-    domain, where = case.domain, case.target
-    directory = calibrate(domain, where, CalibrationData(probe.texts, probe.pixels))
+    adapter, where = case.adapter, case.loaded
+    directory = calibrate(adapter, where, CalibrationData(probe.texts, probe.pixels))
     assert "Fake" in (directory / "text.xml").read_text()
-    runtime, (texts, pictures) = open_runtime("openvino-int8", where), reference(case.model, probe)
-    text = (domain.encode_text(runtime, probe.texts, 1) * texts).sum(1)
-    picture = (domain.encode_pixels(runtime, probe.pixels) * pictures).sum(1)
+    runtime, (texts, pictures) = open_runtime("openvino-int8", where), reference_vectors(case.model, probe)
+    text = (adapter.encode_text(runtime, probe.texts, 1) * texts).sum(1)
+    picture = (adapter.encode_pixels(runtime, probe.pixels) * pictures).sum(1)
     assert picture.min() > 0.98
     # With AMX, OpenVINO 2026.4 gets single texts of this tiny model wrong (0.8). So the least of them is proved.
     assert np.median(text) > 0.99
-    proof = prove(domain, runtime, probe, (texts, pictures))
+    proof = prove(adapter, runtime, probe, (texts, pictures))
     assert proof.text < text.min() + 0.001
     assert proof.holds == (min(proof.text, proof.image) >= 0.995)
 
@@ -115,9 +115,9 @@ def test_onnx_int8_is_near(tiny_model: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 def test_rows_of_several_domains_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
-    require(KINDS[name].extra)
+    require(RUNTIME_KINDS[name].extra)
     first, second = (moved(tiny_model, ModelConfig(), cache, seed) for seed in (1, 2))
-    one, other, runtime = first.domain, second.domain, open_runtime(name, first.target)
+    one, other, runtime = first.adapter, second.adapter, open_runtime(name, first.loaded)
     tokens, weights = one.tokens(["a red square", "a green circle", "a red square"])
     mixed = runtime.text(tokens, weights, Prefix.rows([one.prefix, other.prefix, other.prefix]))
     np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.prefix), atol=1e-5)
@@ -135,11 +135,11 @@ def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path
     require("openvino")
     first = moved(tiny_model, ModelConfig(), cache)
     longer = moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
-    assert (first.domain.prefix.length, longer.domain.prefix.length) == (5, 7)
-    assert first.target.key("openvino", "x").directory(cache) == longer.target.key("openvino", "x").directory(cache)
+    assert (first.adapter.prefix.length, longer.adapter.prefix.length) == (5, 7)
+    assert first.loaded.key("openvino", "x").directory(cache) == longer.loaded.key("openvino", "x").directory(cache)
     probe = Probe.synthetic(32)
-    runtime = open_runtime("openvino", first.target)
-    assert prove(longer.domain, runtime, probe, reference(longer.model, probe)).holds
+    runtime = open_runtime("openvino", first.loaded)
+    assert prove(longer.adapter, runtime, probe, reference_vectors(longer.model, probe)).holds
 
 
 def test_batches_waste_little() -> None:
@@ -158,16 +158,16 @@ def test_batches_waste_little() -> None:
 
 def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(tiny_model, ModelConfig(), tmp_path)
-    domain, where = case.domain, case.target
-    assert remembered(where) is None
-    chosen = load_runtime("auto", domain, where)
-    ranking = remembered(where)
+    adapter, where = case.adapter, case.loaded
+    assert load_ranking(where) is None
+    chosen = load_runtime("auto", adapter, where)
+    ranking = load_ranking(where)
     assert ranking is not None
     assert chosen.name == ranking.names[0]
     assert {trial.name for trial in ranking.trials} == set(candidates(where))
     assert all(trial.holds and trial.texts_per_s > 0 for trial in ranking.trials)
     monkeypatch.setattr("dcar_core.serving.runtime_selection.measure", None)  # a second measurement would fail
-    assert load_runtime("auto", domain, where) is chosen
+    assert load_runtime("auto", adapter, where) is chosen
 
 
 def test_the_encoder_takes_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -194,18 +194,18 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend=backend, **given))
     case = moved(tiny_model, DEEP, cache)
-    plain, domain = open_runtime("torch", case.target), case.domain
-    runtime = TowerRuntime("torch-compile", *towers(case.target), torch.float32, compiled=True)
+    plain, adapter = open_runtime("torch", case.loaded), case.adapter
+    runtime = TorchRuntime("torch-compile", *towers(case.loaded), torch.float32, compiled=True)
     texts = [" ".join("abcdefghijklmnopqrstuvw"[: 1 + i % 20]) for i in range(40)]
     groups = [texts[:n] for n in (1, 2, 3, 7, 32)] + [[text] for text in texts] + [[""], ["", ""]]
     for group in groups:
-        vectors = domain.encode_text(runtime, group, 32)
-        np.testing.assert_allclose(vectors, domain.encode_text(plain, group, 32), atol=1e-5)
+        vectors = adapter.encode_text(runtime, group, 32)
+        np.testing.assert_allclose(vectors, adapter.encode_text(plain, group, 32), atol=1e-5)
     assert len(graphs) <= 6
     pixels = Probe.synthetic(32, 33).pixels
     for n in (1, 2, 3, 8, 33):
         np.testing.assert_allclose(
-            domain.encode_pixels(runtime, pixels[:n]), domain.encode_pixels(plain, pixels[:n]), atol=1e-5
+            adapter.encode_pixels(runtime, pixels[:n]), adapter.encode_pixels(plain, pixels[:n]), atol=1e-5
         )
     assert len(graphs) <= 9
 
@@ -230,14 +230,14 @@ def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) 
 
 def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(tiny_model, ModelConfig(), tmp_path)
-    domain, where = case.domain, case.target
+    adapter, where = case.adapter, case.loaded
     runtime = (
         open_runtime("torch-bf16", where)
         if not cpu_features.missing_instructions("bf16")
         else open_runtime("torch", where)
     )
     monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
-    ranking = measure(domain, where, Probe.synthetic(32), [runtime.name])
+    ranking = measure(adapter, where, Probe.synthetic(32), [runtime.name])
     assert ranking.names == ()
     assert not ranking.trials[0].holds
 

@@ -13,7 +13,7 @@ import open_clip
 import pytest
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.model.tokenizer import Tokens, clean, clip_token_counts, clip_tokens
+from dcar_core.model.tokenizer import TextTokenizer, clean, clip_token_ids, count_clip_tokens
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -42,8 +42,8 @@ def backbone() -> Backbone:
     return load_backbone(BackboneSource(str(EXAMPLE / "base")))
 
 
-@pytest.mark.parametrize("room", [0, 4])
-def test_numbers_are_open_clips(backbone: Backbone, room: int) -> None:
+@pytest.mark.parametrize("prompt_tokens", [0, 4])
+def test_numbers_are_open_clips(backbone: Backbone, prompt_tokens: int) -> None:
     rng = random.Random(0)
     soup = [
         "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xA0, 0x2000), rng.randrange(0x1F300, 0x1FAD0)]))
@@ -54,17 +54,17 @@ def test_numbers_are_open_clips(backbone: Backbone, room: int) -> None:
     soup = [s for s in soup if not any(unicodedata.category(c) in ("Cn", "Co", "Cs") or c == "\u0345" for c in s)]
     annotations = json.loads((EXAMPLE / "openmoji" / "train.json").read_text())
     texts = [*HARD, *CONTROL, *soup, *(entry["positive"] for entry in annotations.values())]
-    tokens = backbone.own_tokens(room)
+    tokens = backbone.standalone_tokenizer(prompt_tokens)
     assert tokens is not None
-    again = Tokens.load(tokens.dump(), backbone.context_length - room)
+    again = TextTokenizer.from_bytes(tokens.to_bytes(), backbone.context_length - prompt_tokens)
     odd = []
     for text in texts:
-        wanted = backbone.tokenize([text], room).numpy()
+        wanted = backbone.tokenize([text], prompt_tokens).numpy()
         if not np.array_equal(tokens([text]), wanted) or not np.array_equal(again([text]), wanted):
             odd.append(text)
     assert len(odd) <= len(texts) // 1000, odd
     assert not set(odd) & {*HARD, *CONTROL}
-    np.testing.assert_array_equal(tokens(HARD), backbone.tokenize(HARD, room).numpy())
+    np.testing.assert_array_equal(tokens(HARD), backbone.tokenize(HARD, prompt_tokens).numpy())
     assert tokens([]).shape[0] == 0
 
 
@@ -72,12 +72,12 @@ def test_clips_vocabulary_needs_no_open_clip() -> None:
     reference = open_clip.get_tokenizer("ViT-B-32")
     texts = [*HARD, *CONTROL]
     wanted = reference([clean(text) for text in texts]).numpy()
-    found = Tokens.clip()(texts)
+    found = TextTokenizer.for_clip()(texts)
     np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
     assert not wanted[:, found.shape[1] :].any()
-    assert clip_tokens(["a red car"], 8) == [reference("a red car")[0, :5].tolist()]
-    assert clip_token_counts(["a red car", "a " * 5000]) == [5, 5002]
-    assert len(clip_tokens(["a " * 5000], 8)[0]) == 69
+    assert clip_token_ids(["a red car"], 8) == [reference("a red car")[0, :5].tolist()]
+    assert count_clip_tokens(["a red car", "a " * 5000]) == [5, 5002]
+    assert len(clip_token_ids(["a " * 5000], 8)[0]) == 69
     code = "import sys, dcar_core.negatives as n; n.views(None)[1](['a']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -96,4 +96,4 @@ def test_plain_ascii_needs_no_mending() -> None:
 
 
 def test_other_tokenizers_have_no_such_form(backbone: Backbone) -> None:
-    assert Tokens.of(object(), 77) is None
+    assert TextTokenizer.from_open_clip(object(), 77) is None

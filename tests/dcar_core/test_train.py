@@ -245,7 +245,7 @@ def test_a_split_is_encoded_as_its_queries_and_pictures_are_one_by_one(
     backbone = model.backbone
     with torch.no_grad():
         for row, sample in enumerate(split.samples):
-            alone = model.encode_query(backbone.tokenize([sample.caption], model.room))
+            alone = model.encode_query(backbone.tokenize([sample.caption], model.prompt_tokens))
             pixels = backbone.preprocess.normalize(backbone.preprocess(split.read(sample.image))[None])
             picture = model.encode_image(torch.from_numpy(pixels))
             np.testing.assert_allclose(text[row], alone[0], atol=1e-5)

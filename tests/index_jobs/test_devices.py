@@ -56,7 +56,7 @@ def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
 
 def test_lanes_work_at_the_same_time_and_in_order(tiny_checkpoint: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    lanes = [Barrier(encoder.domain, encoder.target, encoder.runtime) for _ in range(2)]
+    lanes = [Barrier(encoder.adapter, encoder.loaded, encoder.runtime) for _ in range(2)]
     lanes[0].barrier = lanes[1].barrier = threading.Barrier(2)
     taken: list[int] = []
     expected = encoder.encode_pixels(np.stack([window.pixels[0] for window in windows(8, [])]))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
-from dcar_core.runtimes.eager import TowerRuntime
+from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.runtimes.registry import towers
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
@@ -103,8 +103,8 @@ def test_changed_picture_or_model_never_meets_old_vectors(
 
 
 def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
-    runtime = TowerRuntime("torch-bf16", *towers(encoder.target), torch.bfloat16)
-    other = Encoder(encoder.domain, encoder.target, runtime)
+    runtime = TorchRuntime("torch-bf16", *towers(encoder.loaded), torch.bfloat16)
+    other = Encoder(encoder.adapter, encoder.loaded, runtime)
 
     def run(model: Counting, work: str) -> EncodedGallery:
         return encode_gallery(scan(tiny_gallery), model, tmp_path / work, batch_size=4, shard_rows=8, progress=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.serving.runtime_selection import Ranking, candidates, remember, remembered
+from dcar_core.serving.runtime_selection import Ranking, candidates, load_ranking, save_ranking
 from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.encoding.replicas import runtime_in_use
 from index_jobs.gallery.scan import scan
@@ -25,9 +25,9 @@ def faster(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if not others:
         pytest.skip("this processor and what is installed leave torch alone")
     assert Encoder.load(tiny_checkpoint, device="cpu", runtime="auto").runtime.name  # measures once
-    found = remembered(target)
+    found = load_ranking(target)
     assert found
-    remember(target, Ranking((others[0], "torch"), found.libraries, found.trials))
+    save_ranking(target, Ranking((others[0], "torch"), found.libraries, found.trials))
     assert Encoder.load(tiny_checkpoint, device="cpu", runtime="auto").runtime.name == others[0]
     return others[0]
 

@@ -7,7 +7,7 @@ from typing import Any
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, VisionModel
 from dcar_core.captioning.questions import QUESTION_TEMPLATES
 from dcar_core.captioning.run import caption_images
-from dcar_core.model.tokenizer import clip_token_counts
+from dcar_core.model.tokenizer import count_clip_tokens
 from tests.support.vision_server import VisionServer
 
 KEY = "sk-very-secret"
@@ -31,7 +31,7 @@ def ask(
     )
     out = out or photos.parent / "captions.json"
     return caption_images(
-        photos, out, drafter, drafter if judge else None, options, clip_token_counts, restart=restart, progress=False
+        photos, out, drafter, drafter if judge else None, options, count_clip_tokens, restart=restart, progress=False
     )
 
 
