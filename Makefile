@@ -1,6 +1,7 @@
 # make demo    search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
 # make test    all tests                                                   (ARGS="-k name" for some)
 # make check   lint, format, types, import direction
+# make reference  the generated pages of docs/reference
 # make install the set-up alone                                           (EXTRAS=dev,openvino,ray for more parts)
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -10,7 +11,7 @@ EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check
+.PHONY: install demo test check reference
 comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
@@ -35,3 +36,6 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+reference: install
+	$(BIN)/python scripts/generate_reference.py

@@ -22,7 +22,8 @@ def index_build(
     checkpoint: Checkpoint,
     out: Out,
     kind: Annotated[
-        str, typer.Option(help="auto, flat, hnsw, ivf, .. (docs/index.md), or a faiss factory string.")
+        str,
+        typer.Option(help="auto, flat, hnsw, ivf, .. (docs/explanation/index-kinds.md), or a faiss factory string."),
     ] = "auto",
     milvus: Annotated[str | None, typer.Option(help="URI of a Milvus for the vectors, or a Milvus Lite file.")] = None,
     memory: Annotated[

@@ -9,7 +9,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
 Data = Annotated[
     Path,
-    typer.Option(help="Directory with train.json, val.json, test.json in FDRD's form, or a table; see docs/data.md."),
+    typer.Option(
+        help="Directory with train.json, val.json, test.json, or a table; see docs/reference/data-formats.md."
+    ),
 ]
 ModelName = Annotated[
     str, typer.Option("--model", help="An open_clip model such as ViT-B-32-quickgelu, or a model directory.")
@@ -29,7 +31,9 @@ Negatives = Annotated[
 ]
 Taxonomy = Annotated[
     Path | None,
-    typer.Option(help="JSON that says which categories are alike, for the negatives that are made; see docs/data.md."),
+    typer.Option(
+        help="JSON that groups similar categories, for generated negatives; see docs/reference/data-formats.md."
+    ),
 ]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode pictures; default: by size.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]

@@ -43,7 +43,9 @@ class Settings(BaseSettings):
     )
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    runtime: str = Field("auto", description="what runs the encoder: auto, torch, openvino-bf16, ..: docs/runtimes.md")
+    runtime: str = Field(
+        "auto", description="what runs the encoder: auto, torch, openvino-bf16, ..: docs/how-to/choose-a-runtime.md"
+    )
     runtime_cache: Path | None = Field(None, description="exports and measurements; unset: the user's cache directory")
     threads: int | None = Field(None, ge=1, description="cores for the model; unset leaves it to PyTorch")
     batch_size: int = Field(32, ge=1, le=1024, description="most queries in one forward pass")
