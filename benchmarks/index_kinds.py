@@ -187,7 +187,7 @@ def resident() -> int:
 
 
 def show(results: dict[str, dict[str, Any]], material: Material, memory: int) -> None:
-    """The table as docs/index.md has it, and what `auto` takes."""
+    """The table as docs/benchmarks.md has it, and what `auto` takes."""
     about = {
         "clusters": f"{material.count:,} clustered vectors of {material.dim}",
         "emoji": f"{material.count:,} pictures drawn from the emoji, {material.dim} dimensions, asked for by texts",

@@ -77,7 +77,7 @@ class Options:
     exact: pictures to pixels bit for bit as open_clip does it, instead of decoding JPEGs at reduced scale.
     pixel_cache: a directory where decoded pictures are kept, so that the next rebuild need not decode them.
     ray: the address of a Ray cluster to encode on, "auto" or "local"; see `index_jobs.encoding.ray_cluster`.
-    runtime: what runs the encoder: "torch", "auto" (the fastest that is right here), or another name; docs/runtimes.md.
+    runtime: what runs the encoder: "torch", "auto", or another name; see docs/how-to/choose-a-runtime.md.
     progress: a bar on stderr.
     """
 

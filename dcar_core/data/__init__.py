@@ -2,7 +2,7 @@
 
     files --readers--> Entry --clean--> Sample --pictures--> Sample with a readable image --> Dataset
 
-In: a directory of annotations (the formats of docs/data.md) and images. Out: a `Dataset` for each split.
+In: annotations (the formats of docs/reference/data-formats.md) and images. Out: a `Dataset` for each split.
 Every folder above `model` may import it; it imports `util` alone.
 """
 

@@ -64,7 +64,7 @@ def add_negatives(
     Args:
         features: names -> (n, d), L2-normalised, for the order of categories and their clusters.
         cut: texts -> the tokens that the encoder would read.
-        taxonomy: a file with meta-categories; see docs/data.md.
+        taxonomy: a file with meta-categories; see docs/reference/data-formats.md.
         count: the most negatives of a pair. seed: which of the possible attribute swaps are taken.
 
     Raises:

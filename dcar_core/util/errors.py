@@ -20,7 +20,7 @@ DcarError
 
 
 class DcarError(Exception):
-    """Base of the tree. exit_code: of a command that it ends; see docs/index.md."""
+    """Base of the tree. exit_code: of a command that it ends; see docs/reference/exit-codes.md."""
 
     exit_code = 1
 

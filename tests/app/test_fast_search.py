@@ -51,8 +51,8 @@ def test_answers_and_errors_are_those_of_the_routes(built_index: Path) -> None:
                         found = essence(await fast.post(path, content=body, headers=headers))
                         assert found == wanted, (path, body)
             for method in ("GET", "PUT", "HEAD"):
-                refused = [await client.request(method, PATHS[0]) for client in (slow, fast)]
-                assert len({(each.status_code, each.headers["allow"]) for each in refused}) == 1
+                wanted, found = await slow.request(method, PATHS[0]), await fast.request(method, PATHS[0])
+                assert (found.status_code, found.headers["allow"]) == (wanted.status_code, wanted.headers["allow"])
             for client in (slow, fast):
                 metrics = (await client.get("/metrics", headers={"accept": CONTENT_TYPE})).text
                 for path in ("/search/text", "/collections/{collection}/search/text"):

@@ -76,7 +76,7 @@ def test_splits_are_by_emoji(domain: str) -> None:
     """No test emoji's picture, in any skin tone, is among the training pictures."""
     lines = [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
     split_of = {line["file_name"]: line["split"] for line in lines}
-    files: dict[str, set[str]] = {s: set() for s in ("train", "val", "test")}
+    files = {s: set() for s in ("train", "val", "test")}
     categories: dict[str, set[str]] = {}
     for split in files:
         entries = json.loads((EXAMPLES / domain / f"{split}.json").read_text()).values()
@@ -147,13 +147,13 @@ def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/search.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/search.md", "docs/how-to/re-rank-and-explain.md"])
 def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -> None:
     """Each on the collection that it is written for: twemoji, which is not the default here."""
     url, _, _ = demo
     text = (ROOT / page).read_text()
     commands = [line for line in text.splitlines() if line.startswith("curl -s http://127.0.0.1:8000/")]
-    assert len(commands) >= (3 if page == "README.md" else 14)
+    assert len(commands) >= {"README.md": 3, "docs/how-to/search.md": 14}.get(page, 2)
     for command in commands:
         path = command.removeprefix("curl -s http://127.0.0.1:8000")
         prefix = "" if path.startswith("/collections") else "/collections/twemoji"

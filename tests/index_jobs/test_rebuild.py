@@ -11,8 +11,8 @@ from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.job import Job
-from index_jobs.options import Options, RebuildSummary
-from index_jobs.rebuild import rebuild
+from index_jobs.options import Options
+from index_jobs.rebuild import RebuildSummary, rebuild
 from index_jobs.store.artifact import open_current, version_numbers
 from index_jobs.store.manifest import Manifest
 

@@ -19,8 +19,16 @@ def ask(
     model = {k: given.pop(k) for k in ("key", "price") if k in given}
     restart = given.pop("restart", False)
     drafter = VisionModel(url=server.url, name="small", **model)
-    usual: dict[str, Any] = {"dataset": "animals", "templates": QUESTION_TEMPLATES, "backoff_s": 0.01}
-    options = CaptionOptions(**usual | {"timeout_s": 20.0, "concurrency": 2} | given)
+    options = CaptionOptions(
+        **{
+            "dataset": "animals",
+            "templates": QUESTION_TEMPLATES,
+            "backoff_s": 0.01,
+            "timeout_s": 20.0,
+            "concurrency": 2,
+        }
+        | given
+    )
     out = out or photos.parent / "captions.json"
     return caption_images(
         photos, out, drafter, drafter if judge else None, options, count_clip_tokens, restart=restart, progress=False
@@ -28,7 +36,7 @@ def ask(
 
 
 def captions(photos: Path) -> dict[str, Any]:
-    return json.loads((photos.parent / "captions.json").read_text())
+    return json.loads((photos.parent / "captions.json").read_text())  # type: ignore[no-any-return]
 
 
 def rejected(photos: Path) -> list[dict[str, str]]:

@@ -44,11 +44,13 @@ def until(condition: Any, seconds: float = 15) -> Any:
 
     end = time.monotonic() + seconds
     while True:
-        found, last = None, None
+        found: Any = None
         try:
             found = condition()
         except WebDriverException as error:
-            last = error
+            found, last = None, error
+        else:
+            last = None
         if found:
             return found
         assert time.monotonic() < end, f"it does not happen: {last or condition}"

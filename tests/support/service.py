@@ -19,10 +19,7 @@ from app.main import create_app
 from app.middleware.http_protocol import LimitedProtocol
 
 ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
-KEYS: dict[str, Any] = {
-    "api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}",
-    "admin_key": f"sha256:{key_hash(ADMIN)}",
-}
+KEYS = {"api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}", "admin_key": f"sha256:{key_hash(ADMIN)}"}
 WORDS = {"query": "red"}
 ODD_ID = "été #1?/100%2F.png"
 
@@ -60,24 +57,18 @@ class _Transport(httpx.ASGITransport):
         return await super().handle_async_request(request)
 
 
-class ServiceClient(httpx.AsyncClient):
-    """A client of an application in this process."""
-
-    app: FastAPI
-
-
 @asynccontextmanager
 async def opened(
     index: Path, *, ready: bool = True, express: bool = True, **given: Any
-) -> AsyncIterator[ServiceClient]:
+) -> AsyncIterator[httpx.AsyncClient]:
     """The application, started; its state is at `client.app`."""
     app = create_app(Settings(index=index, device="cpu", **given), express=express)
     transport = _Transport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        ServiceClient(transport=transport, base_url="http://testserver") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://testserver") as client,
     ):
-        client.app = app
+        client.app = app  # type: ignore[attr-defined]
 
         async def is_ready() -> bool:
             return (await client.get("/readyz")).status_code == 200

@@ -1,0 +1,246 @@
+"""The documentation: its length, links, commands and names agree with the code."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from app.cli import app
+from app.core.settings import Settings
+from dcar_core.util import errors
+from index_jobs.jobs.command_line import parser as rebuild_parser
+from tests.support.paths import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
+MAX_WORDS, MAX_README_WORDS = 1500, 900
+LONG = {"docs/benchmarks.md"}
+UNLINKED = {"README.md"}  # the start of every path to a page
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def prose(page: Path) -> str:
+    """The page without code blocks and comments."""
+    text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def links(page: Path) -> list[str]:
+    return re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", prose(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """Heading anchors as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def shell_commands(page: Path) -> Iterator[list[str]]:
+    """Words of every command in the page's shell blocks and inline code that starts with `dcar`."""
+    text = page.read_text(encoding="utf-8")
+    lines: list[str] = []
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        lines += block.replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:dcar|python -m) [^`\n]*)`", prose(page))
+    for line in lines:
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue  # half of a quoted text, as in a curl command over two lines
+        yield from _split(words)
+
+
+def _split(words: list[str]) -> Iterator[list[str]]:
+    """Simple commands of a line, without environment assignments and shell keywords."""
+    command: list[str] = []
+    for word in [*words, ";"]:
+        if word in ("&&", "||", "|", ";", "&"):
+            while command and (command[0] in ("do", "done", "then", ".", "export") or re.match(r"\w+=", command[0])):
+                command = command[1:]
+            if command:
+                yield command
+            command = []
+        elif word.endswith(";"):
+            command.append(word[:-1])
+        else:
+            command.append(word)
+
+
+def dcar_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that some words call, and the words after its name."""
+    command = typer.main.get_command(app)
+    while words and hasattr(command, "commands") and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def unknown_options(words: list[str]) -> list[str]:
+    """What is wrong with a documented command: a sub-command or an option that does not exist."""
+    if "app.cli" in words[:8]:  # python -m app.cli, torchrun ... -m app.cli
+        words = ["dcar", *words[words.index("app.cli") + 1 :]]
+    elif words[:2] == ["python", "-m"]:
+        words = words[2:]
+    given = [word.partition("=")[0] for word in words if re.fullmatch(r"--[a-z][a-z-]*(=.*)?|-[a-z]", word)]
+    if words[0] == "dcar":
+        command, rest = dcar_command(words[1:])
+        if hasattr(command, "commands"):
+            known = {"--help", "--version"}
+            if rest and re.fullmatch(r"[a-z][a-z-]+", rest[0]):
+                return [rest[0]]
+        else:
+            known = {"--help", *(o for p in command.params for o in [*p.opts, *p.secondary_opts])}
+    elif words[0] == "index_jobs.rebuild":
+        known = set(rebuild_parser()._option_string_actions)
+    elif words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
+        script = ROOT / words[1]
+        if not script.is_file():
+            return [words[1]]
+        source = script.read_text(encoding="utf-8")
+        known = {option for option in given if re.search(rf"{option}\b", source)}
+    elif words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return [word for word in words[1:] if re.fullmatch("[a-z]+", word) and word not in targets]
+    else:
+        return []
+    return [option for option in given if option not in known]
+
+
+def test_pages_are_short() -> None:
+    for page in PAGES:
+        count = sum(bool(re.search(r"\w", word)) for word in page.read_text(encoding="utf-8").split())
+        limit = MAX_README_WORDS if page == ROOT / "README.md" else MAX_WORDS
+        assert count <= limit or name(page) in LONG, f"{name(page)} has {count} words; the limit is {limit}"
+
+
+def test_relative_links_resolve() -> None:
+    for page in PAGES:
+        for link in links(page):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{name(page)} links to {link}, which does not exist"
+            if anchor:
+                assert anchor in anchors(target), f"{name(page)} links to {link}: no such heading"
+
+
+def test_every_page_is_reachable_from_the_readme() -> None:
+    reached: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        targets = {(page.parent / link.partition("#")[0]).resolve() for link in links(page) if link.partition("#")[0]}
+        waiting += [target for target in targets if target.suffix == ".md" and target not in reached]
+    orphans = [name(page) for page in PAGES if page not in reached]
+    assert not orphans, f"no path leads from README.md to {orphans}"
+
+
+def test_images_of_the_documentation_are_used() -> None:
+    used = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    assert set((ROOT / "docs").rglob("*.png")) <= used
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_documented_commands_and_options_exist(page: Path) -> None:
+    for words in shell_commands(page):
+        if unknown := unknown_options(words):
+            pytest.fail(f"{name(page)}: `{shlex.join(words)}`: {unknown} does not exist")
+
+
+def test_a_wrong_command_would_be_noticed() -> None:
+    assert unknown_options(shlex.split("dcar index bild --gallery x")) == ["bild"]
+    assert unknown_options(shlex.split("dcar index build --galery x")) == ["--galery"]
+    assert unknown_options(shlex.split("torchrun -m app.cli train --dta x")) == ["--dta"]
+    assert unknown_options(shlex.split("python -m index_jobs.rebuild --galery x")) == ["--galery"]
+    assert unknown_options(shlex.split("python benchmarks/serve.py --no-such-option")) == ["--no-such-option"]
+    assert unknown_options(shlex.split("make tests")) == ["tests"]
+    assert unknown_options(shlex.split("dcar index build --gallery x --out y")) == []
+
+
+def test_named_source_files_exist() -> None:
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:app|index_jobs|dcar_core|tests|benchmarks|scripts|examples)/[\w/.-]+)`", prose(page)
+        ):
+            assert (ROOT / path).exists(), f"{name(page)} names {path}"
+
+
+def test_named_variables_exist() -> None:
+    """Every DCAR_* variable of the documentation is a setting, or is read somewhere in the code."""
+    sources = [*ROOT.glob("docker-compose.yml"), ROOT / "Makefile", ROOT / ".ci" / "run"]
+    for folder in ("app", "index_jobs", "dcar_core", "tests"):
+        sources += (path for path in (ROOT / folder).rglob("*.py") if path != Path(__file__))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    known = {f"DCAR_{field.upper()}" for field in Settings.model_fields}
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":
+            continue  # names what was removed
+        for variable in re.findall(r"\bDCAR_[A-Z_]+[A-Z]\b", page.read_text(encoding="utf-8")):
+            assert variable in known or variable in code, f"{name(page)} names {variable}"
+
+
+def test_the_generated_reference_is_up_to_date() -> None:
+    """The script needs neither PyTorch nor FAISS."""
+    script = ROOT / "scripts" / "generate_reference.py"
+    code = (
+        f"import runpy, sys; sys.argv = ['x', '--check']\n"
+        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        f"finally: assert not {{'torch', 'faiss'}} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_http_reference_names_every_route() -> None:
+    from app.api.routes import make_router
+
+    page = (ROOT / "docs" / "reference" / "http-api.md").read_text(encoding="utf-8")
+    routes = {route.path.replace(":path", "") for route in _routes(make_router(Settings(index=ROOT)))}
+    assert len(routes) > 8
+    for path in routes:
+        if not path.startswith("/collections/{collection}/"):
+            assert f"{path}`" in page, f"docs/reference/http-api.md does not name {path}"
+
+
+def _routes(router: Any) -> list[Any]:
+    """Every route with a path, through routers that are included in others."""
+    found = []
+    for route in router.routes:
+        if hasattr(route, "path"):
+            found.append(route)
+        elif hasattr(route, "original_router"):
+            found += _routes(route.original_router)
+    return found
+
+
+def test_the_reference_of_exit_codes_is_complete() -> None:
+    page = (ROOT / "docs" / "reference" / "exit-codes.md").read_text(encoding="utf-8")
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    raised = {
+        cls.exit_code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.DcarError)
+    }
+    assert raised <= listed
+
+
+def test_python_examples_run() -> None:
+    """The Python block of the README; that of the client needs a service and is compiled only."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert len(blocks) == 1
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", blocks[0]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            compile(block, name(page), "exec")
