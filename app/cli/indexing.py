@@ -5,69 +5,26 @@ from typing import Annotated
 
 import typer
 
-from app.cli.options import Checkpoint, Device, Gallery, Out, Runtime, Workers
 from dcar_core.util.console import json_text
 from dcar_core.util.errors import ArtifactError
-from index_jobs.jobs.command_line import parse_size
-from index_jobs.options import Options
-from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS
+from index_jobs.jobs.command_line import (
+    EPILOG,
+    BatchSize,
+    Device,
+    Gallery,
+    Keep,
+    MaxFailed,
+    Runtime,
+    Workers,
+    build_index,
+)
+from index_jobs.options import RebuildOptions
 
 commands = typer.Typer(help="Build, update, look into, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
 
 
-@commands.command("build")
-def index_build(
-    gallery: Gallery,
-    checkpoint: Checkpoint,
-    out: Out,
-    kind: Annotated[
-        str,
-        typer.Option(help="auto, flat, hnsw, ivf, .. (docs/explanation/index-kinds.md), or a faiss factory string."),
-    ] = "auto",
-    milvus: Annotated[str | None, typer.Option(help="URI of a Milvus for the vectors, or a Milvus Lite file.")] = None,
-    memory: Annotated[
-        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="For the index, as 4GiB.")
-    ] = None,
-    target_recall: Annotated[
-        float, typer.Option(min=0, max=1, help="At 10, to tune searches for.")
-    ] = Options.target_recall,
-    workers: Workers = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = Options.batch_size,
-    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = Options.keep,
-    max_failed: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")
-    ] = Options.max_failed,
-    device: Device = "auto",
-    exact: Annotated[bool, typer.Option(help="Decode JPEGs whole, bit for bit as open_clip does.")] = False,
-    pixel_cache: Annotated[Path | None, typer.Option(help="Keep decoded pictures there for the next build.")] = None,
-    ray: Annotated[str | None, typer.Option(help="Encode on a Ray cluster: its address, auto, or local.")] = None,
-    runtime: Runtime = "auto",
-    validation: Annotated[
-        Path | None, typer.Option(help="Data whose val pairs judge it, and give the auto min_score.")
-    ] = None,
-    margin: Annotated[float, typer.Option(min=0, max=1, help="How much lower its recall may be.")] = Options.margin,
-    force: Annotated[bool, typer.Option(help="Publish even if nothing changed or it is worse; retry reads.")] = False,
-) -> None:
-    """Encode a gallery, build the index and publish it as a new version. Killed, the same command goes on."""
-    from index_jobs.rebuild import rebuild
-
-    found = rebuild(
-        gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall, workers=workers,
-        batch_size=batch_size, keep=keep, max_failed=max_failed, device=device, exact=exact, pixel_cache=pixel_cache,
-        ray=ray, runtime=runtime, validation=validation, margin=margin, force=force,
-    )  # fmt: skip
-    what = "is up to date with" if found.reused else "published:"
-    typer.echo(f"{out}: version {found.version} {what} {found.count:,} pictures, {found.kind}, {found.failed} broken")
-    if found.gate and not found.reused:
-        typer.echo(f"compared with the version before: {found.gate['reason']}")
-    if found.failed or found.duplicates:
-        typer.echo(
-            f"{out / VERSIONS / str(found.version)}: {FAILED} names what is broken, {DUPLICATES} "
-            f"{found.duplicates:,} pictures that equal another"
-        )
-    if found.hint:
-        typer.echo(found.hint)
+commands.command("build", epilog=EPILOG)(build_index)
 
 
 @commands.command("list")
@@ -143,11 +100,9 @@ def index_add(
     gallery: Gallery,
     replace: Annotated[bool, typer.Option(help="Pictures take the place of items with their ids.")] = False,
     workers: Workers = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")] = Options.batch_size,
-    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = Options.keep,
-    max_failed: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of pictures that may be broken.")
-    ] = Options.max_failed,
+    batch_size: BatchSize = RebuildOptions.batch_size,
+    keep: Keep = RebuildOptions.keep,
+    max_failed: MaxFailed = RebuildOptions.max_failed,
     device: Device = "auto",
     runtime: Runtime = "auto",
 ) -> None:
@@ -171,7 +126,7 @@ def index_remove(
         Path | None, typer.Option(exists=True, dir_okay=False, help="A file with an id a line.")
     ] = None,
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ids that are not there are no error.")] = False,
-    keep: Annotated[int, typer.Option(min=1, help="Versions to keep.")] = Options.keep,
+    keep: Keep = RebuildOptions.keep,
 ) -> None:
     """Publish a version in which these items are never found, without a rebuild."""
     from index_jobs.jobs.updates import remove

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Blocks, Floats
 from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 from index_jobs.store.faiss_search import best_of
 
 logger = logging.getLogger(__name__)
 
 
-TARGET_RECALL = Options.target_recall
+TARGET_RECALL = RebuildOptions.target_recall
 MAX_QUERIES = 1000
 NEIGHBOURS = 10
 _TIMED_QUERIES = 200

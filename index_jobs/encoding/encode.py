@@ -20,7 +20,7 @@ from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusedVectors
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 
 
 def encode_gallery(
@@ -29,9 +29,9 @@ def encode_gallery(
     work: Path,
     *,
     workers: int | None = None,
-    batch_size: int = Options.batch_size,
-    shard_rows: int = Options.shard_rows,
-    max_failed: float = Options.max_failed,
+    batch_size: int = RebuildOptions.batch_size,
+    shard_rows: int = RebuildOptions.shard_rows,
+    max_failed: float = RebuildOptions.max_failed,
     progress: bool = True,
     cache: PixelCache | None = None,
 ) -> EncodedGallery:

@@ -29,7 +29,7 @@ from index_jobs.encoding.encoding_state import LOCATION_COLUMNS, EncodedGallery,
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 
 PLACES = "places.arrow"
 _CORES = 4  # of a worker without a GPU
@@ -92,9 +92,9 @@ def encode_on_ray(
     runtime: str = "torch",
     exact: bool = False,
     workers: int | None = None,
-    batch_size: int = Options.batch_size,
-    shard_rows: int = Options.shard_rows,
-    max_failed: float = Options.max_failed,
+    batch_size: int = RebuildOptions.batch_size,
+    shard_rows: int = RebuildOptions.shard_rows,
+    max_failed: float = RebuildOptions.max_failed,
     progress: bool = True,
     pixel_cache: Path | None = None,
 ) -> EncodedGallery:

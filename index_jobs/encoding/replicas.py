@@ -14,7 +14,7 @@ from dcar_core.util.errors import DcarError
 from index_jobs.encoding.devices import ImageEncoder, load_replicas
 from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.gallery.scan import Gallery
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 
 if TYPE_CHECKING:
     from dcar_core import Encoder
@@ -30,8 +30,8 @@ def choose_replicas(
     device: str = "auto",
     exact: bool = False,
     runtime: str = "torch",
-    batch_size: int = Options.batch_size,
-    shard_rows: int = Options.shard_rows,
+    batch_size: int = RebuildOptions.batch_size,
+    shard_rows: int = RebuildOptions.shard_rows,
 ) -> "list[Encoder]":
     """As `load_replicas`, with the runtime that has begun this gallery's shards where the choice is free.
 

@@ -1,186 +1,259 @@
-"""The command line of `python -m index_jobs.rebuild`, written to teach."""
+"""The command that builds and publishes an index: `dcar index build` and `python -m index_jobs.rebuild`.
 
-import argparse
+- Both forms mount this one function, so options, checks, help, output and exit codes are the same. Only the default
+  of `--json` differs.
+- Nothing heavy is imported before the options are checked.
+"""
+
+import json
+import logging
 import math
-import os
 import re
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from index_jobs.options import Options
-from index_jobs.store.notify import KINDS
+import typer
 
-EXIT_CODES = """exit codes:
-  0  published, or nothing had changed (the summary says "reused": true)
-  1  the output cannot be written, an index or shard is corrupted, or another failure
-  2  wrong usage
-  3  the gallery cannot be used, or too many of its pictures are broken
-  4  the checkpoint or its model cannot be loaded, or the model of the index that is served
-  5  another job is writing to the same index
-  6  not published: it ranks worse than the index that is served (the summary's "gate" says by how much)
-130  interrupted; the same command goes on where it stopped"""
+from dcar_core.util.errors import DcarError
+from index_jobs.jobs.summary import RebuildSummary, RejectedError
+from index_jobs.options import RebuildOptions
+from index_jobs.store.notify import SCHEMES
 
+EPILOG = """\b
+Example:
+  dcar index build --gallery photos --checkpoint checkpoint --out index
 
-def parser() -> argparse.ArgumentParser:
-    """The parser; its values are the arguments of `rebuild`, and `quiet`."""
-    command = argparse.ArgumentParser(
-        prog="python -m index_jobs.rebuild",
-        description="Encode a gallery with a checkpoint, build a FAISS index, verify it and publish it as the current "
-        "version. A running service takes it over by itself. Killed or interrupted, the same command goes on where it "
-        "stopped; with nothing changed, it ends at once. Prints a JSON summary on stdout, progress on stderr.",
-        epilog="example:\n  python -m index_jobs.rebuild --gallery pictures/ --checkpoint runs/best --out index\n\n"
-        + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = command.add_argument
-    add(
-        "--gallery", required=True, metavar="PLACE",
-        help="a folder of pictures and tars, optionally with metadata.jsonl; or one uncompressed .tar; or a .jsonl, "
-        ".csv or .parquet list with a column file_name of paths or URLs. A path, or a URL that fsspec reads: "
-        "s3://, gs://, https://, ..",
-    )  # fmt: skip
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="what `dcar train` or `dcar zero-shot --out DIR` wrote",
-    )
-    add("--out", type=Path, required=True, metavar="DIR", help="the index directory; made when it is missing")
-    add(
-        "--kind", default=Options.kind,
-        help="auto (by count, dimensions, memory and device), flat (exact), pq, hnsw, hnsw-sq8, ivf, ivf-sq8, "
-        "ivf-pq, ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8 "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--milvus", metavar="URI",
-        help="put the vectors into this Milvus (kinds auto, flat, hnsw), with the token in DCAR_MILVUS_TOKEN; a file "
-        "is Milvus Lite (default: a FAISS file)",
-    )  # fmt: skip
-    add(
-        "--memory", type=_bytes, metavar="SIZE",
-        help="what the index may take, such as 800MiB or 4GiB (default: half of the machine's or container's memory)",
-    )  # fmt: skip
-    add(
-        "--target-recall", type=_share, default=Options.target_recall, metavar="SHARE",
-        help="recall at 10, against exact search, that search parameters are tuned for (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--workers", type=_at_least(0), metavar="N",
-        help="decoding processes; 0 decodes in threads of the job (default: all cores but one; 0 for a small gallery "
-        "or up to 4 cores)",
-    )  # fmt: skip
-    add(
-        "--batch-size", type=_at_least(1), default=Options.batch_size, metavar="N",
-        help="pictures a forward pass (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--ray", metavar="ADDRESS",
-        help="encode on a Ray cluster: its address, auto for the one this machine is part of, local to start one here; "
-        "--workers is then the number of its workers",
-    )  # fmt: skip
-    add(
-        "--keep", type=_at_least(1), default=Options.keep, metavar="N",
-        help="versions kept for rollback (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--max-failed", type=_share, default=Options.max_failed, metavar="SHARE",
-        help="how much of the gallery may be unreadable, 0 to 1; such pictures are listed in the version's "
-        "failed.jsonl, each with its reason and its kind: reading or picture (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--device", default=Options.device,
-        help="auto (every GPU, or the CPU), cpu, cuda:1, or several: cuda:0,cuda:1 (default: %(default)s)",
-    )  # fmt: skip
-    add("--exact", action="store_true", help="decode every JPEG whole, as open_clip does it, bit for bit")
-    add(
-        "--pixel-cache", type=Path, metavar="DIR",
-        help="keep decoded pictures there, for the next rebuild; 150 KB a picture at 224 pixels",
-    )  # fmt: skip
-    add(
-        "--runtime", default=os.environ.get("DCAR_RUNTIME") or "auto",
-        help="what runs the encoder: auto (the fastest that is right here, measured once), torch, openvino-bf16, ..; "
-        "with auto a job that has begun goes on with the one that began it, and Ray's workers take torch "
-        "(default: %(default)s, from DCAR_RUNTIME)",
-    )  # fmt: skip
-    add(
-        "--shard-rows", type=_at_least(1), default=Options.shard_rows, metavar="N",
-        help="pictures in a shard, the most that a killed run loses (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--validation", type=Path, metavar="DATA",
-        help="a data set as `dcar train --data` takes it: its val pairs whose pictures are in the gallery (the same "
-        "files, or in a gallery elsewhere the same names) compare the new index with the one that is served, and give "
-        "the cut-off for `min_score: \"auto\"` (default: captions of "
-        "the gallery, no cut-off)",
-    )  # fmt: skip
-    add(
-        "--margin", type=_share, default=Options.margin, metavar="SHARE",
-        help="how much lower recall at 1 or at 10 may be than the served index's (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--force", action="store_true",
-        help="publish although nothing has changed, or although it ranks worse or cannot be compared; pictures that "
-        "could not be read are tried again",
-    )  # fmt: skip
-    add(
-        "--notify", action="append", type=_service, default=[], metavar="URL",
-        help="tell services, again for several: redis://HOST tells all that use this Redis, http://HOST:PORT one, with "
-        "the key in DCAR_ADMIN_KEY (default: none; services look for new versions themselves)",
-    )  # fmt: skip
-    add(
-        "--keep-shards", action=argparse.BooleanOptionalAction, default=True,
-        help="keep the vectors in DIR/work, also of what was not published, so that another --kind needs no encoding",
-    )  # fmt: skip
-    add("--quiet", action="store_true", help="no progress on stderr, errors alone")
-    return command
-
-
-def _service(text: str) -> str:
-    if not text.startswith(KINDS):
-        raise argparse.ArgumentTypeError(f"must begin with one of {', '.join(KINDS)}, not {text!r}")
-    return text
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+\b
+Exit codes:
+  0    published, or nothing had changed ("reused": true in the JSON summary)
+  1    the output cannot be written, an index or shard is corrupted, or another failure
+  2    wrong usage
+  3    the gallery cannot be used, or too many of its images are broken
+  4    the checkpoint, its model or the served version's model cannot be loaded
+  5    another job is writing to the same index
+  6    not published: the new index ranks worse than the served one
+  130  interrupted; run the same command again to resume
+"""
 
 
 def parse_size(text: str) -> int:
-    """ "800MiB" -> bytes; a bare number is bytes.
+    """Return the bytes of a size such as "800MiB"; a bare number is bytes.
 
     Raises:
-        ValueError: no size.
+        typer.BadParameter: the text is no size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise ValueError(f"{text!r} is no size; give one such as 800MiB or 4GiB")
-    power = " KMGT".index(found[2].upper() or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise typer.BadParameter(f"{text!r} is no size; give one such as 800MiB or 4GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def _at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
-        return value
+def parse_share(text: str | float) -> float:
+    """Return a number from 0 to 1.
 
-    return number
-
-
-def _share(text: str) -> float:
+    Raises:
+        typer.BadParameter: the text is no such number.
+    """
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, not {text}")
+        raise typer.BadParameter(f"must be a share from 0 to 1, not {text}")
     return value
+
+
+def parse_service(text: str) -> str:
+    """Return the URL of a service that can be notified.
+
+    Raises:
+        typer.BadParameter: the URL has another scheme.
+    """
+    if not text.startswith(SCHEMES):
+        raise typer.BadParameter(f"must begin with one of {', '.join(SCHEMES)}, not {text!r}")
+    return text
+
+
+Gallery = Annotated[
+    str,
+    typer.Option(
+        metavar="PLACE",
+        help="Images to index: a folder (with tars and metadata.jsonl, if any), an uncompressed .tar, or a .jsonl, "
+        ".csv or .parquet list with a column file_name, image, path or url. A path, or a URL: s3://, gs://, https://.",
+    ),
+]
+Checkpoint = Annotated[
+    Path, typer.Option(metavar="DIR", help="Checkpoint directory that `dcar train` or `dcar zero-shot` wrote.")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Decoding processes; 0 decodes in threads of the job. Default: all cores but one, or 0 for a small "
+        "gallery or up to 4 cores.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+Keep = Annotated[int, typer.Option(min=1, help="Versions to keep for rollback, the new one included.")]
+MaxFailed = Annotated[
+    float,
+    typer.Option(
+        parser=parse_share,
+        metavar="SHARE",
+        help="Share of images that may be unreadable, 0 to 1; the version's failed.jsonl lists them.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto (every GPU, or the CPU), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        envvar="DCAR_RUNTIME",
+        help="Encoder runtime: auto (the fastest correct one on this machine), torch, openvino-bf16, and others of "
+        "docs/how-to/choose-a-runtime.md.",
+    ),
+]
+
+
+def build_index(
+    gallery: Gallery,
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Index directory; created if missing.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="Kind of index: auto (by count, dimensions, memory and device), flat (exact), pq, hnsw, hnsw-sq8, "
+            "ivf, ivf-sq8, ivf-pq, ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as "
+            "IVF1024,SQ8."
+        ),
+    ] = RebuildOptions.kind,
+    milvus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Store the vectors in this Milvus instead of a FAISS file (kinds auto, flat, hnsw); a file path is "
+            "Milvus Lite. The token is read from DCAR_MILVUS_TOKEN.",
+        ),
+    ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Memory that the index may take, such as 800MiB or 4GiB. Default: half of the machine's or "
+            "container's memory.",
+        ),
+    ] = None,
+    target_recall: Annotated[
+        float,
+        typer.Option(
+            parser=parse_share,
+            metavar="SHARE",
+            help="Recall at 10 against exact search that search parameters are tuned to.",
+        ),
+    ] = RebuildOptions.target_recall,
+    workers: Workers = None,
+    batch_size: BatchSize = RebuildOptions.batch_size,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Encode on a Ray cluster: its address, auto for the cluster of this machine, or local to start one. "
+            "--workers is then the number of its workers.",
+        ),
+    ] = None,
+    keep: Keep = RebuildOptions.keep,
+    max_failed: MaxFailed = RebuildOptions.max_failed,
+    device: Device = RebuildOptions.device,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Decode every JPEG at full size, bit for bit as open_clip does.")
+    ] = False,
+    pixel_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep decoded images here for the next rebuild: 150 KB an image at 224 pixels."
+        ),
+    ] = None,
+    runtime: Runtime = "auto",
+    shard_rows: Annotated[
+        int, typer.Option(min=1, help="Images per shard, which is the work that a killed run can lose.")
+    ] = RebuildOptions.shard_rows,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Data set as for `dcar train --data`. Its val pairs with images in the gallery compare the new index "
+            'with the served one and calibrate `min_score: "auto"`. Default: compare by the gallery\'s captions.',
+        ),
+    ] = None,
+    margin: Annotated[
+        float,
+        typer.Option(
+            parser=parse_share, metavar="SHARE", help="Recall at 1 or 10 that the new index may lose and still pass."
+        ),
+    ] = RebuildOptions.margin,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Publish although nothing has changed, or although the new index ranks worse or cannot be compared. "
+            "Images that could not be read are tried again.",
+        ),
+    ] = False,
+    notify: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=parse_service,
+            metavar="URL",
+            help="Notify services of the new version; may be repeated. redis://HOST reaches every service on that "
+            "Redis, http://HOST:PORT one service, with the key in DCAR_ADMIN_KEY. Default: services poll.",
+        ),
+    ] = None,
+    keep_shards: Annotated[
+        bool,
+        typer.Option(
+            help="Keep the vectors in OUT/work, those of a rejected index included, so that the next rebuild encodes "
+            "only new images."
+        ),
+    ] = True,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json/--text",
+            help="Print the summary as JSON or as text. `python -m index_jobs.rebuild` prints JSON by default, `dcar "
+            "index build` text.",
+            show_default=False,
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only, no progress.")] = False,
+) -> None:
+    """Encode a gallery with a checkpoint, build an index, verify it and publish it as the current version.
+
+    Running services load the new version by themselves. An interrupted build resumes when the same command is run
+    again; an unchanged gallery and checkpoint finish at once. The summary goes to stdout, progress to stderr.
+    """
+    from index_jobs.jobs.job import rebuild
+
+    logging.getLogger("index_jobs").setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        summary = rebuild(
+            gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall,
+            workers=workers, batch_size=batch_size, ray=ray, keep=keep, max_failed=max_failed, device=device,
+            exact=exact, pixel_cache=pixel_cache, runtime=runtime, shard_rows=shard_rows, validation=validation,
+            margin=margin, force=force, notify=notify or (), keep_shards=keep_shards, progress=not quiet,
+        )  # fmt: skip
+    except RejectedError as error:
+        _print(error.summary, as_json)
+        raise
+    _print(summary, as_json)
+
+
+def _print(summary: RebuildSummary, as_json: bool) -> None:
+    """Print the summary; a job that is done does not fail because stdout is closed or full."""
+    try:
+        sys.stdout.write((json.dumps(asdict(summary), indent=2) if as_json else summary.to_text()) + "\n")
+        sys.stdout.flush()
+    except (DcarError, OSError) as error:
+        sys.stderr.write(f"the summary is lost: {error}\n")

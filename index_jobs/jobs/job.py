@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcar_core.util.errors import ArtifactError, CheckpointError, ModelError
-from dcar_core.util.files import canonical_json
-from index_jobs.options import Options, RebuildSummary, RejectedError
+from dcar_core.util.files import canonical_json, sha256_of
+from index_jobs.jobs.summary import RebuildSummary, RejectedError
+from index_jobs.options import RebuildOptions
 from index_jobs.store.artifact import open_current
 from index_jobs.store.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, VERSIONS, Manifest
+from index_jobs.store.publish import reporting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +43,46 @@ AUTO = "auto"
 _OF = "of-"  # begins the name of an empty file among the shards, which says of which versions they are
 
 
+def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) -> RebuildSummary:
+    """Publish an index of a gallery, encoded with a checkpoint.
+
+    Args:
+        gallery: a folder, an uncompressed tar, or a list, as a path or URL; see `index_jobs.gallery.scan`.
+        checkpoint: a DCAR checkpoint directory.
+        out: the index directory; created if missing.
+        options: the fields of `RebuildOptions`.
+
+    Raises:
+        DataError: the gallery cannot be used, too many images are broken, or the kind is unknown.
+        CheckpointError, ModelError: the model cannot be loaded; or the served version's model cannot, without force.
+        LockedError: another job is writing to `out`.
+        RejectedError: the rebuilt index ranks worse than the served one, which stays published.
+        ArtifactError: a shard is corrupted, or the written files do not read back.
+        DcarError: the output cannot be written; published versions are unchanged.
+    """
+    start = time.perf_counter()
+    settings = RebuildOptions(**options)
+    with reporting(out):
+        from index_jobs.gallery.scan import scan
+
+        scanned = scan(gallery)
+        job = Job(scanned, checkpoint, _checkpoint_signature(checkpoint), out, settings, start)
+        if not settings.force and (current := job.published(checkpoint_signature=job.signature)):
+            return job.summary(current)
+        return job.run()
+
+
+def _checkpoint_signature(checkpoint: Path) -> str:
+    """Return a hash over the directory's files, to recognise an unchanged checkpoint without loading a model.
+
+    The configuration holds a hash of the backbone, so the signature covers that as well.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is no checkpoint directory; `dcar train --out DIR` writes one")
+    files = {path.name: sha256_of(path) for path in checkpoint.iterdir() if path.is_file()}
+    return hashlib.sha256(canonical_json(files)).hexdigest()
+
+
 @dataclass(frozen=True)
 class Job:
     """One rebuild."""
@@ -49,7 +91,7 @@ class Job:
     checkpoint: Path
     signature: str  # of the checkpoint
     out: Path
-    options: Options
+    options: RebuildOptions
     start: float
 
     def published(self, **same: str) -> Manifest | None:
@@ -151,7 +193,7 @@ class Job:
                 publish.discard(self.out, self.out / WORK)
             kept = replace(serving.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
             summary = self.summary(kept, encoded, verdict, published=False)
-            raise RejectedError(summary, verdict.reason, kept=options.keep_shards)
+            raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
         return verdict
 
     def _serving(self) -> "Artifact | None":

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 from index_jobs.store.artifact import Artifact
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def compare(
     rebuilt: Artifact,
     new: "Encoder",
     pairs: Pairs | None,
-    margin: float = Options.margin,
+    margin: float = RebuildOptions.margin,
 ) -> Verdict:
     """Ask both indexes; the rebuilt one passes when neither recall is lower by more than the margin.
 

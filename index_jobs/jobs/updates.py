@@ -26,7 +26,7 @@ from index_jobs.encoding.replicas import choose_replicas
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.gallery.storage import join_location
 from index_jobs.jobs.version_writer import caption_queries
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, open_current
 from index_jobs.store.columns import Fields
@@ -55,7 +55,7 @@ class Update:
     rebuild: str  # why a rebuild is worth it by now, "" while it is not
 
 
-def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = Options.keep) -> Update:
+def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = RebuildOptions.keep) -> Update:
     """Publish a version in which these items are never found.
 
     Args:
@@ -91,10 +91,10 @@ def add(
     gallery: str | Path,
     *,
     replace_known: bool = False,
-    keep: int = Options.keep,
+    keep: int = RebuildOptions.keep,
     workers: int | None = None,
-    batch_size: int = Options.batch_size,
-    max_failed: float = Options.max_failed,
+    batch_size: int = RebuildOptions.batch_size,
+    max_failed: float = RebuildOptions.max_failed,
     device: str = "auto",
     runtime: str = "torch",
     progress: bool = True,

@@ -20,7 +20,7 @@ from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_duplicates, write_failed
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
 from index_jobs.store.faiss_index import write_faiss
 from index_jobs.store.items import write_items
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 Measured = tuple[Choice, dict[str, Any]]
 
 
-def choose(options: Options, count: int, dim: int, gpu_memory: int) -> list[Choice]:
+def choose(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[Choice]:
     """What may be built, the best first; see `kinds.choose`.
 
     Raises:
@@ -66,7 +66,7 @@ def require_room(out: Path, gallery: Gallery, store: ShardStore, choice: Choice)
         )
 
 
-def stage_vectors(staging: Path, out: Path, options: Options, encoder: "Encoder", encoded: EncodedGallery,
+def stage_vectors(staging: Path, out: Path, options: RebuildOptions, encoder: "Encoder", encoded: EncodedGallery,
                   choices: Sequence[Choice], queries: Queries | None) -> Measured:  # fmt: skip
     """Write the vectors into the staged version; what they became, and what was measured.
 

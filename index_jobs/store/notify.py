@@ -23,14 +23,14 @@ CHANNEL = "dcar:published"
 RELOAD = "/admin/reload"
 _TIMEOUT_S = 10.0
 _REDIS = ("redis://", "rediss://", "unix://")
-KINDS = (*_REDIS, "http://", "https://")
+SCHEMES = (*_REDIS, "http://", "https://")
 
 
 def notify(targets: Sequence[str], index: Path, version: int) -> dict[str, str]:
     """Tell each target; what came of it by target, without secrets. Never raises for a target that cannot be reached.
 
     Args:
-        targets: URLs that begin with one of KINDS.
+        targets: URLs that begin with one of SCHEMES.
     """
     told = {}
     for target in targets:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from dcar_core.util.errors import ArtifactError, DcarError, LockedError
 from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, sha256_of, write_json
-from index_jobs.options import Options
+from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
 from index_jobs.store.artifact import Artifact, current_if_known, open_version, version_numbers
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
@@ -79,7 +79,7 @@ def publish(
     staging: Path,
     manifest: Manifest,
     *,
-    keep: int = Options.keep,
+    keep: int = RebuildOptions.keep,
     shared: Mapping[str, FileInfo] | None = None,
 ) -> Manifest:
     """`prepare` and `commit`, for what needs no look between them."""
@@ -112,7 +112,7 @@ def prepare(
     return staged
 
 
-def commit(index: Path, staged: Artifact, *, keep: int = Options.keep) -> Manifest:
+def commit(index: Path, staged: Artifact, *, keep: int = RebuildOptions.keep) -> Manifest:
     """Make a prepared version the current one, and remove the oldest; within the same `writing`.
 
     Args:

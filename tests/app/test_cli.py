@@ -20,7 +20,7 @@ def test_a_file_that_the_system_refuses_is_one_line(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"dcar: {out}: Not a directory"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {out}: Not a directory"
 
 
 @pytest.mark.parametrize("command", [["build", "--checkpoint", "c", "--out", "i"], ["add", "i"]])

@@ -154,4 +154,4 @@ def test_the_command(photos: Path) -> None:
     without = "import sys; sys.modules['httpx'] = None; sys.argv[0] = 'dcar'; from app.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", without, *command[3:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip() == "dcar: captioning needs an optional dependency: pip install 'dcar[caption]'"
+    assert done.stderr.strip() == "error: captioning needs an optional dependency: pip install 'dcar[caption]'"

@@ -82,7 +82,7 @@ def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, t
     given = ("--data", tmp_path, "--images", tiny_data, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
     done = dcar("train", *given)
     assert done.returncode == 3
-    assert re.search(r"^dcar: train: 1 of 13 pictures are not in .*: lost\.png\. Point --images", done.stderr, re.M)
+    assert re.search(r"^error: train: 1 of 13 pictures are not in .*: lost\.png\. Point --images", done.stderr, re.M)
     done = dcar("train", *given, "--skip-broken")
     assert done.returncode == 0, done.stderr
     assert "1 pictures missing, left out: lost.png" in done.stderr
@@ -99,7 +99,7 @@ def test_training_names_a_broken_picture(tiny_model: Path, tiny_data: Path, tmp_
     given = ("--data", photos, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
     done = dcar("train", *given)
     assert done.returncode == 3
-    assert re.search(rf"^dcar: train: {re.escape(name)}: broken or truncated", done.stderr, re.M)
+    assert re.search(rf"^error: train: {re.escape(name)}: broken or truncated", done.stderr, re.M)
     done = dcar("train", *given, "--skip-broken")
     assert done.returncode == 0, done.stderr
     assert f"1 pictures broken, left out: {name} (" in done.stderr

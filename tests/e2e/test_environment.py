@@ -55,7 +55,7 @@ def test_output_that_cannot_be_written_is_one_line(tiny_gallery: Path, tiny_chec
     assert run(BUILD, tiny_gallery, tiny_checkpoint, tmp_path / "index").returncode == 0
     for buffered in ("", "1"):
         done = run('"$PY" -m app.cli index items "$1" >/dev/full', tmp_path / "index", PYTHONUNBUFFERED=buffered)
-        assert (done.returncode, done.stderr) == (1, "dcar: the output cannot be written: No space left on device\n")
+        assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
     assert run('"$PY" -m app.cli index items "$1" | head -1', tmp_path / "index").stderr == ""
 
 

@@ -71,7 +71,7 @@ def walked(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
     assert "validation text-to-image R@1" in done.stdout
     assert "batch/s" in done.stderr or "s/batch" in done.stderr  # a rate and the time left
     done = dcar("index", "build", "--gallery", tiny_data, "--checkpoint", checkpoint, "--out", index)
-    assert "24 pictures" in done.stdout
+    assert "24 images" in done.stdout
     return checkpoint, index
 
 

@@ -19,8 +19,8 @@ from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import quality_gate
 from index_jobs.jobs.cutoff_calibration import signature
+from index_jobs.jobs.summary import RejectedError
 from index_jobs.jobs.updates import remove
-from index_jobs.options import RejectedError
 from index_jobs.rebuild import main, rebuild
 from index_jobs.store.artifact import current_version, open_current
 from index_jobs.store.notify import notify
@@ -84,7 +84,7 @@ def test_worse_index_is_not_published_unless_forced(
     code, summary, stderr = run()
     assert (code, current_version(index)) == (6, 1)
     assert (summary["published"], summary["version"], summary["gate"]["passed"]) == (False, 1, False)
-    assert "not published, since the rebuilt index ranks worse than version 1: recall_at_1 0." in stderr
+    assert "not published: the rebuilt index ranks worse than version 1: recall_at_1 0." in stderr
     assert stderr.count("\n") == 1
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
     code, summary, _ = run("--margin", "0.9")
@@ -341,7 +341,7 @@ def test_rejected_rebuilds_leave_one_set_of_vectors(
 def test_rejected_vectors_that_are_not_to_be_kept_are_not(
     tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
 ) -> None:
-    with pytest.raises(RejectedError, match="its vectors were not to be kept"):
+    with pytest.raises(RejectedError, match="its vectors are not kept"):
         rebuild(tiny_gallery, better_and_worse[1], index, progress=False, margin=0, keep_shards=False)
     assert not (index / "work").exists()
     assert current_version(index) == 1

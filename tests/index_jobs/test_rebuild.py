@@ -11,8 +11,9 @@ from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.job import Job
-from index_jobs.options import Options
-from index_jobs.rebuild import RebuildSummary, rebuild
+from index_jobs.jobs.summary import RebuildSummary
+from index_jobs.options import RebuildOptions
+from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current, version_numbers
 from index_jobs.store.manifest import Manifest
 
@@ -176,7 +177,7 @@ def test_failures_of_older_versions_have_their_kind_from_the_reason(
     line = json.loads(path.read_text())
     del line["kind"]
     path.write_text(json.dumps(line))
-    job = Job(scan(listed), tiny_checkpoint, "", tmp_path / "index", Options(), 0.0)
+    job = Job(scan(listed), tiny_checkpoint, "", tmp_path / "index", RebuildOptions(), 0.0)
     manifest = Manifest.read(path.with_name("manifest.json"))
     assert job.summary(manifest).unread == 1
     path.unlink()

@@ -1,4 +1,4 @@
-"""The job as a command: its output, its help, its exit codes."""
+"""The rebuild command in both forms: its output, its help, its exit codes."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from app.cli import main as dcar
 from index_jobs.rebuild import main
 from index_jobs.store.artifact import current_version
 
@@ -21,15 +22,8 @@ def test_command_prints_json_on_stdout_and_progress_on_stderr(
     tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     arguments = (
-        "--gallery",
-        tiny_gallery,
-        "--checkpoint",
-        tiny_checkpoint,
-        "--out",
-        tmp_path / "index",
-        "--kind",
-        "ivf",
-    )
+        "--gallery", tiny_gallery, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "index", "--kind", "ivf",
+    )  # fmt: skip
     done = subprocess.run(command(*arguments), capture_output=True, text=True, check=True)
     summary = json.loads(done.stdout)
     assert (summary["version"], summary["count"], summary["reused"], summary["kind"]) == (1, 24, False, "IVF1,Flat")
@@ -39,12 +33,65 @@ def test_command_prints_json_on_stdout_and_progress_on_stderr(
     assert again.stderr == ""
 
 
+def run_as(form: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the command as `dcar index build` or as the module, in this process; return its exit status."""
+    if form == "module":
+        return main(arguments)
+    monkeypatch.setattr(sys, "argv", ["dcar", "index", "build", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        dcar()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_both_forms_have_the_same_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for form in ("module", "dcar"):
+        assert run_as(form, "--help", monkeypatch=monkeypatch) == 0
+        usage, _, text = capsys.readouterr().out.partition("\n")
+        assert usage.endswith("[OPTIONS]")
+        shown.append(text)
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--keep", "0"), ("--margin", "2"), ("--gallery", "/nowhere"), ("--help",)])
+def test_both_forms_end_alike(
+    arguments: tuple[str, ...], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    required = ("--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "index"))
+    seen = []
+    for form in ("module", "dcar"):
+        status = run_as(form, *arguments, *required, monkeypatch=monkeypatch)
+        seen.append((status, capsys.readouterr().err.splitlines()[-1:]))
+    assert seen[0] == seen[1]
+
+
+def test_both_forms_print_the_summary_as_asked(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    required = (
+        "--gallery", str(tiny_gallery), "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "index"),
+    )  # fmt: skip
+    main([*required, "--quiet"])
+    capsys.readouterr()
+    texts, values = set(), []
+    for form in ("module", "dcar"):
+        assert run_as(form, *required, "--text", monkeypatch=monkeypatch) == 0
+        texts.add(capsys.readouterr().out)
+        assert run_as(form, *required, "--json", monkeypatch=monkeypatch) == 0
+        values.append(json.loads(capsys.readouterr().out) | {"seconds": 0})
+    assert texts == {f"{tmp_path / 'index'}: version 1 is up to date with 24 images, Flat, 0 broken\n"}
+    assert values[0] == values[1]
+
+
 def test_help_teaches_and_loads_nothing_heavy() -> None:
     code = "import sys; from index_jobs.rebuild import main, rebuild; print(*sys.modules); main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules, _, text = done.stdout.partition("\n")
     assert not {"torch", "faiss", "pyarrow", "open_clip"} & set(modules.split())
-    for part in ("--gallery", "--checkpoint", "--out", "exit codes:", "metadata.jsonl", "goes on where it stopped"):
+    for part in ("--gallery", "--checkpoint", "--out", "Exit codes:", "metadata.jsonl", "interrupted", "Example:"):
         assert part in text
 
 
@@ -87,20 +134,21 @@ def test_every_failure_has_its_exit_code_and_one_line(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
-        (["--batch-size", "0"], "a whole number of at least 1, not 0"),
-        (["--workers", "-1"], "a whole number of at least 0, not -1"),
-        (["--keep", "two"], "a whole number of at least 1, not two"),
-        (["--max-failed", "2"], "a share from 0 to 1, not 2"),
-        (["--margin", "a bit"], "a share from 0 to 1, not a bit"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--workers", "-1"], "--workers"),
+        (["--keep", "two"], "--keep"),
+        (["--max-failed", "2"], "must be a share from 0 to 1, not 2"),
+        (["--margin", "a bit"], "must be a share from 0 to 1, not a bit"),
+        (["--target-recall", "nan"], "must be a share from 0 to 1, not nan"),
+        (["--memory", "lots"], "'lots' is no size; give one such as 800MiB or 4GiB"),
+        (["--notify", "ftp://host"], "must begin with one of redis://"),
         (["--unknown"], "--unknown"),
         ([], "--gallery"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    needed = ["--gallery", "g", "--checkpoint", "c", "--out", "o"] if wrong else []
-    with pytest.raises(SystemExit) as caught:
-        main([*needed, *wrong])
-    assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+def test_wrong_usage_is_exit_code_2(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    required = ["--gallery", "g", "--checkpoint", "c", "--out", "o"] if wrong else []
+    assert main([*required, *wrong]) == 2
+    assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ from dcar_core.serving.runtime_selection import Ranking, candidates, load_rankin
 from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.encoding.replicas import runtime_in_use
 from index_jobs.gallery.scan import scan
-from index_jobs.options import RebuildSummary
+from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current
 

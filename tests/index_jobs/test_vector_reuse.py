@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from index_jobs.encoding.shards import ShardStore
-from index_jobs.options import RebuildSummary
+from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import open_current
 from tests.support.files import write_jsonl
