@@ -1,8 +1,8 @@
-"""The service as a whole: `create_app` puts it together; `server` runs it.
+"""The application: `create_app` assembles it, `server` runs it.
 
-- What can be wrong with the index is said before the model is loaded, in one line.
-- The lifespan starts loading in the background and returns: /healthz answers at once, /readyz when searches can be.
-- Ending: no new connections, requests under way are finished, then the batcher, the cache and the threads.
+- A missing index is reported before the model is loaded.
+- The lifespan starts loading in the background and returns: /healthz answers at once, /readyz once searches work.
+- Shutdown finishes pending requests, then stops the batcher, the cache and the threads.
 """
 
 import asyncio
@@ -16,10 +16,9 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app.api import openapi
-from app.api.fast_search import Express
+from app.api.bodies import JSON_BYTES_PER_CHAR
 from app.api.pages import make_pages
-from app.api.params import JSON_BYTES_PER_CHAR
-from app.api.routes import make_router
+from app.api.routes import add_routes
 from app.core import problems
 from app.core.metrics import Metrics
 from app.core.rate_limit import Rates
@@ -35,7 +34,7 @@ from app.search.retriever import Retriever
 from dcar_core.util.errors import DcarError
 from index_jobs.store.artifact import require_index
 
-_FORM_BYTES = 64 * 2**10  # boundaries, headers and the other fields of a form
+_FORM_OVERHEAD_BYTES = 64 * 2**10  # boundaries, part headers and the fields beside the file
 
 
 def create_app(
@@ -43,20 +42,16 @@ def create_app(
     *,
     on_start_failure: Callable[[DcarError], None] | None = None,
     tracer: Tracer | None = None,
-    express: bool = True,
 ) -> FastAPI:
-    """The ASGI application.
+    """Return the ASGI application.
 
     Args:
-        settings: checked already; nothing else is read from the environment.
-        on_start_failure: told when the first version cannot be loaded. Without it the application stays up, answers
-            503 with the reason, and tries again.
-        tracer: makes spans of the stages of a search.
-        express: searches by words do without FastAPI's routing; with a tracer they never do, since FastAPI makes the
-            span of a request.
+        settings: validated settings; the environment is not read again.
+        on_start_failure: called if the first version cannot be loaded. Without it the application stays up, answers
+            503 with the reason, and retries.
+        tracer: records spans of the stages of a search.
     """
-
-    metrics, traced = Metrics(tracer), tracer is not None
+    metrics, is_traced = Metrics(tracer), tracer is not None
     rates = _make_rates(settings)
 
     @asynccontextmanager
@@ -79,33 +74,31 @@ def create_app(
             await retriever.close()
             if rates is not None:
                 await rates.close()
-            if tracer is not None:  # now, since the signal that ends the server ends the process after this
+            if tracer is not None:  # uvicorn re-raises the signal after this, which ends the process
                 await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="DCAR image search",
         version=version("dcar"),
-        description="Search a gallery of pictures by text, by picture or by one of its own items.",
+        description="Search a gallery of images by text, by image or by one of its own items.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        telemetry={"tracing": traced, "metrics": traced, "logs": traced},
-        generate_unique_id_function=_operation,
+        telemetry={"tracing": is_traced, "metrics": is_traced, "logs": is_traced},
+        generate_unique_id_function=_operation_id,
         lifespan=lifespan,
     )
     app.state.settings, app.state.metrics = settings, metrics
     problems.install(app)
-    app.include_router(make_router(settings))
+    add_routes(app, settings)
     app.include_router(make_pages())
-    if express and tracer is None:
-        app.add_middleware(Express)
     _add_middleware(app, settings, metrics, rates)
-    openapi.complete(app)
+    openapi.install(app)
     return app
 
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: Rates | None) -> None:
-    """From the inside out: the last one added is the first that a request meets."""
+    """Add the middleware from the inside out: a request meets the last one first."""
     app.add_middleware(
         Guard,
         limit=lambda path: _body_limit(settings, path),
@@ -142,36 +135,35 @@ def _make_rates(settings: Settings) -> Rates | None:
 
 
 def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
-    """What is served, read at each scrape."""
+    """Register gauges about the served indexes; they are read at each scrape."""
 
     def read(value: Callable[[Any], Any]) -> Callable[[], list[tuple[list[str], float]]]:
-        def now() -> list[tuple[list[str], float]]:
-            served = [(name, value(s.live.artifact.manifest)) for name, s in collections if s.live]
-            return [([name], float(found)) for name, found in served if found is not None]
+        def current() -> list[tuple[list[str], float]]:
+            values = [(name, value(s.live.artifact.manifest)) for name, s in collections if s.live]
+            return [([name], float(each)) for name, each in values if each is not None]
 
-        return now
+        return current
 
     label = ["collection"]
-    metrics.watch("dcar_index_version", "The version that answers.", label, read(lambda m: m.version))
-    metrics.watch("dcar_index_items", "Items in it.", label, read(lambda m: m.count))
-    recall = "Its recall at 10 against exact search, as measured when it was built."
+    metrics.watch("dcar_index_version", "Served version.", label, read(lambda m: m.version))
+    metrics.watch("dcar_index_items", "Items in the served version.", label, read(lambda m: m.count))
+    recall = "Recall at 10 against exact search, as measured at build time."
     metrics.watch("dcar_index_recall_at_10", recall, label, read(lambda m: m.measured.get("recall_at_10")))
-    degraded = "1 while a newer version is published that cannot be served."
     metrics.watch(
         "dcar_index_degraded",
-        degraded,
+        "1 while a newer published version cannot be served.",
         label,
         lambda: [([name], float(s.reason is not None)) for name, s in collections],
     )
 
 
-def _operation(route: APIRoute) -> str:
+def _operation_id(route: APIRoute) -> str:
     return f"{route.name}_in" if route.path.startswith("/collections/") else route.name
 
 
 def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
-    """The most bytes that a body may have, and the field that is at fault when it has more."""
+    """Return the largest body in bytes, and the field to blame for a larger one."""
     if path.endswith("/search/image"):
-        return settings.max_upload_bytes + _FORM_BYTES, "file"
+        return settings.max_upload_bytes + _FORM_OVERHEAD_BYTES, "file"
     queries = settings.max_queries if path.endswith("/search/batch") else 1
-    return max(_FORM_BYTES, queries * (2 * settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)), "body"
+    return max(_FORM_OVERHEAD_BYTES, queries * (2 * settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)), "body"

@@ -1,27 +1,29 @@
-"""The OpenAPI document, completed: what FastAPI cannot know, since errors and bodies are made and read by hand.
+"""The OpenAPI document, completed with what FastAPI cannot see.
 
-- Every error is `application/problem+json`, in place of FastAPI's own form, which is never sent; each status says what
-  it means and shows an example.
-- What the middleware may answer (no key, too often, too slow) is added to every operation that it guards.
+- Request bodies are read by hand (see `bodies`), so their schemas are written here, with the limits of the settings.
+- Every error is `application/problem+json` instead of FastAPI's validation error; each status has an example.
+- Statuses that the middleware sends (401, 408, 429) are added to every operation that it guards.
 """
 
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
+from app.api.requests import BatchQuery, ImageForm, TextQuery
 from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem, field_problem
+from app.core.settings import Settings
 
-_OPEN = frozenset({"/healthz", "/readyz"})
-_GUARDED = ("401", "429", "500")
-_WITH_BODY = ("408",)
+_PROBLEM_REF = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
+_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 _ERRORS: dict[str, tuple[str, Problem]] = {
     "400": ("The body cannot be parsed.", field_problem("body", "not valid JSON", status=400)),
     "401": (
-        "A key is needed, and none or an unknown one was given.",
-        field_problem("Authorization", "must be `Bearer` and an API key that is known here", status=401),
+        "The API key is missing or unknown.",
+        field_problem("Authorization", "must be `Bearer` and a known API key", status=401),
     ),
     "403": (
         "Admin routes are disabled.",
@@ -31,39 +33,74 @@ _ERRORS: dict[str, tuple[str, Problem]] = {
         "There is no such item or collection.",
         Problem(404, "There is no item 'x.png' in the index.", errors=[("id", "unknown: 'x.png'")]),
     ),
-    "408": ("The body took too long to arrive.", Problem(408, "The body did not arrive in 30 seconds.")),
+    "408": ("The body took too long to arrive.", Problem(408, "The body did not arrive within 30 seconds.")),
     "409": (
-        "This index cannot do it.",
-        Problem(409, "This needs the items' vectors, which the index does not keep."),
+        "The index does not support this request.",
+        Problem(409, "This needs the items' vectors, which the index does not store."),
     ),
     "413": (
         "The body is too large.",
-        Problem(
-            413, "The body is too large; at most 20 MiB are accepted.", errors=[("file", "at most 20971520 bytes")]
-        ),
+        Problem(413, "The body is too large; the limit is 20 MiB.", errors=[("file", "at most 20 MiB")]),
     ),
     "415": (
-        "The body is of another type.",
+        "The body has the wrong content type.",
         field_problem("Content-Type", "must be application/json, not text/plain", status=415),
     ),
-    "422": ("A field is at fault; `errors` names it.", field_problem("query", "must not be empty")),
+    "422": ("A field is invalid; `errors` names it.", field_problem("query", "must not be empty")),
     "429": (
-        "Too many requests from this key or address; Retry-After says when to come back.",
+        "Too many requests from this key or address; Retry-After gives the seconds to wait.",
         Problem(429, "Too many requests from shop. Try again in 3 s."),
     ),
     "500": (
-        "Something unforeseen; the log has it under the request's id.",
-        Problem(500, "Something went wrong on our side; the log of the service has the details."),
+        "Unexpected error; the log has the details under the request id.",
+        Problem(500, "Unexpected error. The log of the service has the details."),
     ),
     "503": (
-        "Not ready, busy, or out of time; Retry-After says when to come back.",
+        "Not ready, busy or out of time; Retry-After gives the seconds to wait.",
         Problem(503, "The service is busy. Try again in 1 s."),
     ),
 }
 
 
-def complete(app: FastAPI) -> None:
-    """Make the application answer /openapi.json with the whole document."""
+def operation(model: type[Any], *errors: int, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return a route's keyword arguments: its response model, its error statuses and its request body."""
+    arguments: dict[str, Any] = {"responses": {200: {"model": model}, **problem_responses(*errors)}}
+    if body is not None:
+        arguments["openapi_extra"] = {"requestBody": {"required": True, "content": body}}
+    return arguments
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return entries of `responses` for errors; `install` fills in descriptions and examples."""
+    return {status: {"description": "", "content": {MEDIA_TYPE: {"schema": _PROBLEM_REF}}} for status in statuses}
+
+
+def text_body(settings: Settings) -> dict[str, Any]:
+    """Return the body of /search/text."""
+    return {"application/json": {"schema": _limited(TextQuery, settings)}}
+
+
+def batch_body(settings: Settings) -> dict[str, Any]:
+    """Return the body of /search/batch."""
+    schema = _inlined(BatchQuery)
+    schema["properties"]["queries"] |= {"maxItems": settings.max_queries, "items": _limited(TextQuery, settings)}
+    return {"application/json": {"schema": schema}}
+
+
+def image_body(settings: Settings) -> dict[str, Any]:
+    """Return the form of /search/image."""
+    schema = _limited(ImageForm, settings)
+    file = {"type": "string", "format": "binary", "description": f"at most {settings.max_upload_bytes} bytes"}
+    schema["properties"] = {"file": file, **schema["properties"]}
+    schema["required"] = ["file"]
+    for name in ("filter", "weights"):  # OpenAPI would send an object as a file of its own
+        description = schema["properties"][name].get("description", "as in text searches")
+        schema["properties"][name] = {"type": "string", "default": "", "description": f"{description}; as JSON"}
+    return {"multipart/form-data": {"schema": schema}}
+
+
+def install(app: FastAPI) -> None:
+    """Serve the completed document at /openapi.json."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -87,26 +124,51 @@ def _document(app: FastAPI) -> dict[str, Any]:
     problem = ProblemResponse.model_json_schema(ref_template="#/components/schemas/{model}")
     components["schemas"] |= problem.pop("$defs", {})
     components["schemas"][ProblemResponse.__name__] = problem
-    key = "An API key, where the service asks for one; `X-API-Key` will do as well."
+    key = "An API key, if the service requires one; the header `X-API-Key` works too."
     components["securitySchemes"] = {
         "key": {"type": "http", "scheme": "bearer", "description": key},
         "admin": {"type": "http", "scheme": "bearer", "description": "The admin key."},
     }
     for path, methods in document["paths"].items():
-        for operation in methods.values():
-            _complete(path, operation)
+        for each in methods.values():
+            _complete(path, each)
     return document
 
 
 def _complete(path: str, operation: dict[str, Any]) -> None:
-    answers = operation["responses"]
-    if path not in _OPEN:
+    responses = operation["responses"]
+    if path not in _OPEN_PATHS:
         operation["security"] = [{"admin": []}] if path.startswith("/admin/") else [{}, {"key": []}]
-        for status in (*_GUARDED, *(_WITH_BODY if "requestBody" in operation else ())):
-            answers.setdefault(status, {})
+        for status in ("401", "429", "500", *(("408",) if "requestBody" in operation else ())):
+            responses.setdefault(status, {})
     for status, (description, problem) in _ERRORS.items():
-        if status in answers:
-            schema = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
-            content = {MEDIA_TYPE: {"schema": schema, "example": problem.body()}}
-            answers[status] = {"description": description, "content": content}
-    operation["responses"] = dict(sorted(answers.items()))
+        if status in responses:
+            content = {MEDIA_TYPE: {"schema": _PROBLEM_REF, "example": problem.body()}}
+            responses[status] = {"description": description, "content": content}
+    operation["responses"] = dict(sorted(responses.items()))
+
+
+def _limited(model: type[BaseModel], settings: Settings) -> dict[str, Any]:
+    schema = _inlined(model)
+    for name in ("query", "without"):
+        schema["properties"][name]["maxLength"] = settings.max_query_chars
+    schema["properties"]["k"]["maximum"] = settings.max_k
+    schema["properties"]["offset"]["maximum"] = settings.max_window - 1
+    return schema
+
+
+def _inlined(model: type[BaseModel]) -> dict[str, Any]:
+    """Return a schema with its references resolved; `openapi_extra` cannot add to the document's components."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolve(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            node = definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
+        return {name: resolve(value) for name, value in node.items()}
+
+    return {name: resolve(value) for name, value in schema.items()}

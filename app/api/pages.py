@@ -1,7 +1,7 @@
-"""The search page and the API's documentation, served from files that lie in the package: nothing comes from elsewhere.
+"""The search page and the API documentation, served from files in the package; nothing is loaded from other sites.
 
-No page has an inline script or style, so the content security policy can forbid them. What is served is a fixed table
-of names made at start; a requested name is looked up in it and never joined to a path.
+- No page has an inline script or style, so the content security policy forbids them.
+- Files are read once at start. A requested name is looked up in that table and never joined to a path.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from app.core.problems import Problem
 
 _UI = files("app") / "ui"
-_TYPES = {
+_MEDIA_TYPES = {
     ".css": "text/css",
     ".html": "text/html",
     ".js": "text/javascript",
@@ -26,31 +26,24 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-_DOCS_POLICY = _POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger UI styles its elements
+_DOCS_POLICY = _POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger UI sets inline styles
 
 
 @dataclass(frozen=True, slots=True)
 class _Page:
     data: bytes
-    kind: str
-    tag: str
-
-
-def _read(file: Traversable) -> _Page:
-    data = file.read_bytes()
-    kind = _TYPES["." + file.name.rpartition(".")[2]]
-    charset = "" if kind == "image/png" else "; charset=utf-8"
-    return _Page(data, kind + charset, f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"')
+    media_type: str
+    etag: str
 
 
 def make_pages() -> APIRouter:
-    """GET /, /docs and the files that they need below /ui/."""
+    """Return the routes of /, /docs and their files below /ui/."""
     router = APIRouter(include_in_schema=False)
     swagger = files("fastapi_offline") / "static"
     pages = {
         file.name: _read(file)
         for file in [
-            *(file for file in _UI.iterdir() if "." + file.name.rpartition(".")[2] in _TYPES),
+            *(file for file in _UI.iterdir() if _suffix(file) in _MEDIA_TYPES),
             *(swagger / name for name in ("swagger-ui-bundle.js", "swagger-ui.css")),
         ]
     }
@@ -59,12 +52,12 @@ def make_pages() -> APIRouter:
         page = pages.get(name)
         if page is None:
             raise Problem(404, "There is no such file.")
-        headers = {"ETag": page.tag, "Cache-Control": "no-cache"}
+        headers = {"ETag": page.etag, "Cache-Control": "no-cache"}
         if policy is not None:
             headers["Content-Security-Policy"] = policy
-        if page.tag in request.headers.get("if-none-match", ""):
+        if page.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(page.data, media_type=page.kind, headers=headers)
+        return Response(page.data, media_type=page.media_type, headers=headers)
 
     @router.get("/")
     async def page(request: Request) -> Response:
@@ -83,3 +76,14 @@ def make_pages() -> APIRouter:
         return send(request, name)
 
     return router
+
+
+def _suffix(file: Traversable) -> str:
+    return "." + file.name.rpartition(".")[2]
+
+
+def _read(file: Traversable) -> _Page:
+    data = file.read_bytes()
+    media_type = _MEDIA_TYPES[_suffix(file)]
+    charset = "" if media_type == "image/png" else "; charset=utf-8"
+    return _Page(data, media_type + charset, f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"')

@@ -1,7 +1,8 @@
-"""What can be asked for, as pydantic models: the check of requests and their documentation.
+"""Request models: they validate requests and document them.
 
-One set of options serves every kind of search. Limits that are settings (characters, k, ...) are checked when a query
-is read (see `queries`) and written into the OpenAPI document.
+- One set of options (`SearchOptions`) serves every kind of search.
+- Limits that are settings (query length, k, ...) are checked in `bodies` and `params` and written into the OpenAPI
+  document.
 """
 
 from typing import Annotated, Any
@@ -12,48 +13,47 @@ from pydantic_core import from_json
 from app.core.settings import DEFAULT_K, MOST_QUERIES
 from app.search.query import SearchOptions
 
-K = Annotated[int, Field(ge=1, description="how many results")]
-LISTS = ("more_like", "less_like", "fields")  # of texts, which a form may also give one by one
+LIST_FIELDS = ("more_like", "less_like", "fields")  # a form may also repeat the field
 
 
 class PageQuery(BaseModel):
-    """Which of the results of a search that needs no other options."""
+    """A page of results, for searches without other options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    k: K = DEFAULT_K
-    offset: Annotated[int, Field(ge=0)] = 0
+    k: Annotated[int, Field(ge=1, description="number of results")] = DEFAULT_K
+    offset: Annotated[int, Field(ge=0, description="results to skip")] = 0
 
 
 class ItemsQuery(PageQuery):
-    """Which items of the gallery, in the order of the index."""
+    """A page of the gallery's items, in index order."""
 
     filter: Annotated[
         dict[str, Any] | None,
         BeforeValidator(lambda given: from_json(given) if isinstance(given, str) else given),
         WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
-        Field(description='conditions as searches have them, in JSON: {"category": "cat face"}'),
+        Field(description='the same conditions as in searches, as JSON: {"category": "cat face"}'),
     ] = None
 
 
 class TextQuery(SearchOptions):
-    """A search by words, by items of the gallery (more_like, less_like), or both."""
+    """A search by text, by items of the gallery (more_like, less_like), or both."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"query": "crying cat", "k": 10}]})
 
-    query: Annotated[str, Field(description="what the picture shows; may be absent where more_like is given")] = ""
+    query: Annotated[str, Field(description="what the image shows; optional if more_like is given")] = ""
 
 
 class ImageForm(SearchOptions):
-    """The fields beside the picture in a search by picture."""
+    """The fields beside the file in a search by image."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"query": "but red", "k": 10}]})
 
-    query: Annotated[str, Field(description="words that count as well")] = ""
+    query: Annotated[str, Field(description="text to combine with the image")] = ""
 
 
 class BatchQuery(BaseModel):
-    """Several searches, answered together by one version of the index."""
+    """Several text searches, answered together from one index version."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"queries": [{"query": "crying cat"}, {"query": "red apple"}]}]}

@@ -1,4 +1,4 @@
-"""What was found, as the plain dicts of the answers; `schemas` documents them."""
+"""Response bodies as plain dicts; `schemas` documents them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from index_jobs.store.artifact import Item
 
 
 class JsonResponse(Response):
-    """Plain data as JSON, several times as fast as by the standard library; NaN and infinities are null."""
+    """Plain data as JSON, several times as fast as by the standard library; NaN and infinities become null."""
 
     media_type = "application/json"
 
@@ -23,43 +23,46 @@ class JsonResponse(Response):
         return to_json(content, inf_nan_mode="null")
 
 
-def search_response(request: Request, answer: Answer) -> dict[str, Any]:
-    """As `SearchResponse`; what was not asked for is absent."""
-    items, ranked = _items(request), enumerate(answer.matches, answer.offset + 1)
+def search_response(request: Request, results: Answer) -> dict[str, Any]:
+    """Return the body of a `SearchResponse`; fields that were not requested are absent."""
+    items = _items_path(request)
     body: dict[str, Any] = {
-        "index_version": answer.version,
-        "took_ms": round(answer.took_ms, 2),
-        "cached": answer.cached,
-        "results": [_result(items, rank, match, answer.fields) for rank, match in ranked],
+        "index_version": results.version,
+        "took_ms": round(results.took_ms, 2),
+        "cached": results.cached,
+        "results": [
+            _result(items, rank, match, results.fields)
+            for rank, match in enumerate(results.matches, results.offset + 1)
+        ],
     }
-    if answer.next_offset is not None:
-        body["next_offset"] = answer.next_offset
-    if answer.min_score is not None:
-        body["min_score"] = answer.min_score
-    if answer.words is not None:
-        body["words"] = _words(answer.words)
+    if results.next_offset is not None:
+        body["next_offset"] = results.next_offset
+    if results.min_score is not None:
+        body["min_score"] = results.min_score
+    if results.words is not None:
+        body["words"] = _word_weights(results.words)
     return body
 
 
 def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:
-    """As `ItemResponse`."""
-    return {"index_version": version, **_known(_items(request), item)}
+    """Return the body of an `ItemResponse`."""
+    return {"index_version": version, **_item(_items_path(request), item)}
 
 
-def items_response(request: Request, found: Listed) -> dict[str, Any]:
-    """As `ItemsResponse`."""
-    items = _items(request)
+def items_response(request: Request, page: Listed) -> dict[str, Any]:
+    """Return the body of an `ItemsResponse`."""
+    items = _items_path(request)
     body: dict[str, Any] = {
-        "index_version": found.version,
-        "count": found.count,
-        "items": [_known(items, item) for item in found.items],
+        "index_version": page.version,
+        "count": page.count,
+        "items": [_item(items, item) for item in page.items],
     }
-    if found.next_offset is not None:
-        body["next_offset"] = found.next_offset
+    if page.next_offset is not None:
+        body["next_offset"] = page.next_offset
     return body
 
 
-def _known(items: str, item: Item) -> dict[str, Any]:
+def _item(items: str, item: Item) -> dict[str, Any]:
     return {
         "id": item.id,
         "caption": item.caption,
@@ -70,17 +73,20 @@ def _known(items: str, item: Item) -> dict[str, Any]:
 
 
 def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
+    item = match.item
     result: dict[str, Any] = {
         "rank": rank,
-        "id": match.item.id,
+        "id": item.id,
         "score": round(match.score, 6),
-        "caption": match.item.caption,
-        "category": match.item.category,
-        "image_url": _image_url(items, match.item.id),
+        "caption": item.caption,
+        "category": item.category,
+        "image_url": _image_url(items, item.id),
     }
     if fields:
-        known = match.item.metadata
-        result["metadata"] = known if "*" in fields else {name: known[name] for name in fields if name in known}
+        metadata = item.metadata
+        result["metadata"] = (
+            metadata if "*" in fields else {name: metadata[name] for name in fields if name in metadata}
+        )
     if match.reranked is not None:
         result["rerank_score"] = round(match.reranked, 6)
     if match.folded:
@@ -88,16 +94,16 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
     if match.explanation is not None:
         result["explanation"] = {"relevance": match.explanation.relevance, "fit": match.explanation.fit}
         if match.explanation.words is not None:
-            result["explanation"]["words"] = _words(match.explanation.words)
+            result["explanation"]["words"] = _word_weights(match.explanation.words)
     return result
 
 
-def _words(words: Words) -> list[dict[str, Any]]:
+def _word_weights(words: Words) -> list[dict[str, Any]]:
     return [{"word": word, "weight": round(weight, 4)} for word, weight in words]
 
 
-def _items(request: Request) -> str:
-    """Where the items of the request's collection are, as a path."""
+def _items_path(request: Request) -> str:
+    """Return the URL path of the items of the request's collection."""
     collection = collection_of(request)
     prefix = "" if collection is None else f"/collections/{quote(collection, safe='')}"
     return f"{request.scope.get('root_path', '')}{prefix}/items"

@@ -1,27 +1,32 @@
-"""The routes. Each takes a checked query (see `queries`), asks the retriever, and shapes the answer (see `answers`).
+"""The routes. Each takes a checked query (see `params`), calls the retriever and returns a response (see `responses`).
 
-Everything about items is there twice: for the default collection, and below /collections/{collection}. Ids travel in
-URLs percent-encoded and are looked up in the index; no part of a URL is ever used as a path of the file system.
+- Item routes exist twice: for the default collection, and below /collections/{collection}.
+- Ids are percent-encoded in URLs and looked up in the index; no part of a URL is ever used as a file path.
+- The settings only write the actual limits into the documentation.
 """
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, FastAPI, Path, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 
-from app.api.openapi_bodies import batch_body, documented, image_body, problem_responses, text_body
+from app.api.bodies import read_text_query
+from app.api.openapi import batch_body, image_body, operation, problem_responses, text_body
 from app.api.params import (
     BatchDep,
     CollectionsDep,
+    ImageQueryDep,
     ItemId,
     ItemsQueryDep,
-    PictureDep,
     RetrieverDep,
-    SimilarDep,
+    SimilarQueryDep,
     SnapshotDep,
-    WordsDep,
     require_admin,
+    retriever_of,
     settings_of,
+    snapshot_of,
 )
 from app.api.responses import JsonResponse, item_response, items_response, search_response
 from app.api.schemas import (
@@ -40,71 +45,90 @@ from app.core.problems import NotReady, Problem
 from app.core.settings import Settings
 from dcar_core.util.errors import DcarError
 
-_PICTURE_AGE_S = 3600
-_LATER = {"Retry-After": "30"}  # what does not load now will not load a second later
+_COLLECTION = "/collections/{collection}"
+_IMAGE_MAX_AGE_S = 3600
+_RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 
-def make_router(settings: Settings) -> APIRouter:
-    """All routes of the API. The settings only serve to write the true limits into its documentation."""
-    router = APIRouter()
-    router.include_router(_item_routes(settings))
-    router.include_router(
-        _item_routes(settings), prefix="/collections/{collection}", dependencies=[Depends(_named_collection)]
-    )
-    router.include_router(_service_routes())
-    return router
+class DirectRoute(APIRoute):
+    """A route whose endpoint takes only the request: dependency injection costs 20 % of a cached search."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        return self.endpoint
 
 
-async def _named_collection(collection: Annotated[str, Path(description="a name from GET /collections")]) -> None:
-    """Puts the parameter into the documentation; `collection_of` reads it."""
+def add_routes(app: FastAPI, settings: Settings) -> None:
+    """Add every route of the API to the application."""
+    for prefix in ("", _COLLECTION):
+        # On the app itself: FastAPI matches the routes of an included router more slowly.
+        app.router.add_api_route(
+            f"{prefix}/search/text",
+            search_text,
+            methods=["POST"],
+            route_class_override=DirectRoute,
+            tags=["search"],
+            dependencies=_prefix_parameters(prefix),
+            **operation(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=text_body(settings)),
+        )
+        app.include_router(_item_routes(settings), prefix=prefix, dependencies=_prefix_parameters(prefix))
+    app.include_router(_service_routes())
+
+
+async def search_text(request: Request) -> Response:
+    """Find the images that a text describes."""
+    snapshot = await snapshot_of(request)
+    query = await read_text_query(request, settings_of(request))
+    results = await (await retriever_of(request)).search(snapshot, query)
+    return JsonResponse(search_response(request, results))
+
+
+def _prefix_parameters(prefix: str) -> list[Any]:
+    return [Depends(_collection_parameter)] if prefix else []
+
+
+async def _collection_parameter(collection: Annotated[str, Path(description="a name from GET /collections")]) -> None:
+    """Document the path parameter; `collection_of` reads it."""
 
 
 def _item_routes(settings: Settings) -> APIRouter:
     router = APIRouter()
 
     @router.post(
-        "/search/text",
-        tags=["search"],
-        **documented(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=text_body(settings)),
-    )
-    async def search_text(
-        snapshot: SnapshotDep, query: WordsDep, retriever: RetrieverDep, request: Request
-    ) -> Response:
-        """Find the pictures that a text describes."""
-        return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
-
-    @router.post(
         "/search/image",
         tags=["search"],
-        **documented(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=image_body(settings)),
+        **operation(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=image_body(settings)),
     )
     async def search_image(
-        snapshot: SnapshotDep, query: PictureDep, retriever: RetrieverDep, request: Request
+        snapshot: SnapshotDep, query: ImageQueryDep, retriever: RetrieverDep, request: Request
     ) -> Response:
-        """Find the pictures that look like, or mean, the same as the one sent."""
+        """Find the images that resemble an uploaded image."""
         return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
 
     @router.post(
         "/search/batch",
         tags=["search"],
-        **documented(BatchResponse, 400, 404, 409, 413, 415, 422, 503, body=batch_body(settings)),
+        **operation(BatchResponse, 400, 404, 409, 413, 415, 422, 503, body=batch_body(settings)),
     )
     async def search_batch(
         snapshot: SnapshotDep, queries: BatchDep, retriever: RetrieverDep, request: Request
     ) -> Response:
-        """Several searches by words in one request."""
-        answers = await retriever.search_all(snapshot, queries)
-        found = [search_response(request, answer) for answer in answers]
-        return JsonResponse({"index_version": answers[0].version, "answers": found})
+        """Run several text searches in one request."""
+        results = await retriever.search_all(snapshot, queries)
+        responses = [search_response(request, each) for each in results]
+        return JsonResponse({"index_version": results[0].version, "answers": responses})
 
-    @router.get("/items", tags=["items"], **documented(ItemsResponse, 404, 422, 503))
-    async def items(snapshot: SnapshotDep, page: ItemsQueryDep, retriever: RetrieverDep, request: Request) -> Response:
-        """What is in the gallery, page by page, in the order of the index."""
-        return JsonResponse(items_response(request, await retriever.items(snapshot, page.filter, page.offset, page.k)))
+    @router.get("/items", tags=["items"], **operation(ItemsResponse, 404, 422, 503))
+    async def items(snapshot: SnapshotDep, query: ItemsQueryDep, retriever: RetrieverDep, request: Request) -> Response:
+        """List the gallery's items page by page, in index order."""
+        return JsonResponse(
+            items_response(request, await retriever.items(snapshot, query.filter, query.offset, query.k))
+        )
 
-    @router.get("/items/{item_id:path}/similar", tags=["items"], **documented(SearchResponse, 404, 409, 422, 503))
-    async def similar(snapshot: SnapshotDep, query: SimilarDep, retriever: RetrieverDep, request: Request) -> Response:
-        """Find the items nearest to one of the gallery's own; itself is left out."""
+    @router.get("/items/{item_id:path}/similar", tags=["items"], **operation(SearchResponse, 404, 409, 422, 503))
+    async def similar(
+        snapshot: SnapshotDep, query: SimilarQueryDep, retriever: RetrieverDep, request: Request
+    ) -> Response:
+        """Find the items most similar to one of the gallery; the item itself is left out."""
         return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
 
     @router.get(
@@ -112,27 +136,27 @@ def _item_routes(settings: Settings) -> APIRouter:
         tags=["items"],
         response_class=Response,
         responses={
-            200: {"content": {"image/*": {}}, "description": "the picture"},
-            304: {"description": "it is what the caller has, by its ETag"},
+            200: {"content": {"image/*": {}}, "description": "the image file"},
+            304: {"description": "not modified: the ETag in If-None-Match is current"},
             **problem_responses(404, 422, 503),
         },
     )
     async def picture(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
-        """The picture of an item, as it lies in the gallery."""
-        data, mark = await retriever.picture(snapshot, item_id)
-        tag = f'"{mark}"'
-        shared = "private" if settings_of(request).api_keys else "public"
-        headers = {"Cache-Control": f"{shared}, max-age={_PICTURE_AGE_S}", "ETag": tag}
-        if tag in request.headers.get("if-none-match", ""):
+        """Return the image file of an item, as stored in the gallery."""
+        data, digest = await retriever.picture(snapshot, item_id)
+        etag = f'"{digest}"'
+        scope = "private" if settings_of(request).api_keys else "public"
+        headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
+        if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         kind = media_type(data)
-        if kind is None:  # never let a browser guess: it might be a page
+        if kind is None:  # not an image: a browser must not render it as a page
             headers["Content-Disposition"] = "attachment"
         return Response(data, media_type=kind or "application/octet-stream", headers=headers)
 
-    @router.get("/items/{item_id:path}", tags=["items"], **documented(ItemResponse, 404, 422, 503))
+    @router.get("/items/{item_id:path}", tags=["items"], **operation(ItemResponse, 404, 422, 503))
     async def item(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
-        """Everything that is known about an item."""
+        """Return an item with all its metadata."""
         return JsonResponse(item_response(request, *await retriever.item(snapshot, item_id)))
 
     return router
@@ -141,10 +165,10 @@ def _item_routes(settings: Settings) -> APIRouter:
 def _service_routes() -> APIRouter:
     router = APIRouter()
 
-    @router.get("/collections", tags=["service"], **documented(CollectionsResponse))
+    @router.get("/collections", tags=["service"], **operation(CollectionsResponse))
     async def list_collections(collections: CollectionsDep) -> Response:
-        """The domains that are served."""
-        found = [
+        """List the served collections."""
+        entries = [
             {
                 "name": name,
                 "default": name == collections.default,
@@ -154,16 +178,16 @@ def _service_routes() -> APIRouter:
             }
             for name, snapshots in collections
         ]
-        return JsonResponse({"collections": found})
+        return JsonResponse({"collections": entries})
 
-    @router.get("/healthz", tags=["service"], **documented(HealthResponse))
+    @router.get("/healthz", tags=["service"], **operation(HealthResponse))
     async def healthz() -> Response:
-        """The process lives; says nothing of the index."""
+        """Report that the process is alive, whether or not an index is loaded."""
         return JsonResponse({"status": "ok"})
 
-    @router.get("/readyz", tags=["service"], **documented(ReadinessResponse, 503))
+    @router.get("/readyz", tags=["service"], **operation(ReadinessResponse, 503))
     async def readyz(collections: CollectionsDep) -> Response:
-        """Searches are answered in every collection, or why they are not."""
+        """Report whether every collection answers searches, or why not."""
         collections.require_all()
         if collections.draining:
             raise NotReady("The service is shutting down.")
@@ -175,27 +199,31 @@ def _service_routes() -> APIRouter:
         "/metrics",
         tags=["service"],
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}, "description": "for Prometheus"}, **problem_responses(401)},
+        responses={
+            200: {"content": {"text/plain": {}}, "description": "metrics for Prometheus"},
+            **problem_responses(401),
+        },
     )
     async def metrics(request: Request) -> Response:
-        """What the service measures of itself. With API keys it needs one, or the admin key."""
+        """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
         return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE)
 
     @router.post(
         "/admin/reload",
         tags=["service"],
         dependencies=[Depends(require_admin)],
-        **documented(ReloadResponse, 401, 403, 503),
+        **operation(ReloadResponse, 401, 403, 503),
     )
     async def reload(collections: CollectionsDep, request: Request) -> Response:
-        """Serve what is published now, in every collection, without waiting for the next look at it."""
-        await request.body()  # not needed; but a body that nobody takes counts as one that never arrives
+        """Serve the published version of every collection now, without waiting for the next poll."""
+        await request.body()  # unused, but an unread body would count as one that never arrives
         try:
             changed = await collections.reload()
         except DcarError as error:
-            raise Problem(503, f"What is published cannot be served: {error}", headers=_LATER) from None
+            detail = f"The published version cannot be served: {error}"
+            raise Problem(503, detail, headers=_RELOAD_RETRY) from None
         versions = {name: snapshots.require().version for name, snapshots in collections}
-        served = collections[None].require().version
-        return JsonResponse({"index_version": served, "versions": versions, "changed": any(changed.values())})
+        default = collections[None].require().version
+        return JsonResponse({"index_version": default, "versions": versions, "changed": any(changed.values())})
 
     return router

@@ -200,15 +200,3 @@ def install(app: FastAPI) -> None:
     """Register the mapping from exception to answer."""
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-
-
-async def answer_to(request: Request, error: Exception) -> Response:
-    """The answer that an exception is turned into, for what does not go through the routes.
-
-    Raises:
-        Exception: the error itself, where it is none of those foreseen.
-    """
-    for kind in type(error).__mro__:
-        if kind in _HANDLERS:
-            return await _HANDLERS[kind](request, error)
-    raise error

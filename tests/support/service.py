@@ -57,18 +57,22 @@ class _Transport(httpx.ASGITransport):
         return await super().handle_async_request(request)
 
 
+class ServiceClient(httpx.AsyncClient):
+    """A client of an application in this process."""
+
+    app: FastAPI
+
+
 @asynccontextmanager
-async def opened(
-    index: Path, *, ready: bool = True, express: bool = True, **given: Any
-) -> AsyncIterator[httpx.AsyncClient]:
+async def opened(index: Path, *, ready: bool = True, **given: Any) -> AsyncIterator[ServiceClient]:
     """The application, started; its state is at `client.app`."""
-    app = create_app(Settings(index=index, device="cpu", **given), express=express)
+    app = create_app(Settings(index=index, device="cpu", **given))
     transport = _Transport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://testserver") as client,
+        ServiceClient(transport=transport, base_url="http://testserver") as client,
     ):
-        client.app = app  # type: ignore[attr-defined]
+        client.app = app
 
         async def is_ready() -> bool:
             return (await client.get("/readyz")).status_code == 200
