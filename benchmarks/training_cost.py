@@ -31,8 +31,8 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
 from dcar_core.serving.encoder import pick_device
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.features import Prepared, prepare
-from dcar_core.training.grad_cache import Precision, accumulate_gradients
+from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients
+from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 
 METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+"
 WORDS = ("red", "blue", "small", "striped", "shiny", "old", "metal", "round", "with", "a", "and", "on", "near", "the")
@@ -58,8 +58,8 @@ def make_data(folder: Path, pairs: int) -> None:
     (folder / "train.json").write_text(json.dumps(entries))
 
 
-def seconds_a_batch(model: DCAR, data: Prepared, args: argparse.Namespace) -> float:
-    precision = Precision(args.amp, model.backbone.device)
+def seconds_a_batch(model: DCAR, data: PreparedSplit, args: argparse.Namespace) -> float:
+    precision = MixedPrecision(args.amp, model.backbone.device)
     rows = np.arange(min(args.batch_size, len(data)))
     times = []
     for _ in range(1 + args.batches):  # the first warms up
@@ -70,9 +70,9 @@ def seconds_a_batch(model: DCAR, data: Prepared, args: argparse.Namespace) -> fl
     return float(np.median(times[1:]))
 
 
-def timed_prepare(training: Dataset, model: DCAR, cache: FeatureCache) -> tuple[Prepared, float]:
+def timed_prepare(training: Dataset, model: DCAR, cache: FeatureCache) -> tuple[PreparedSplit, float]:
     started = now()
-    return prepare(training, model, for_training=True, progress=False, cache=cache), now() - started
+    return prepare_split(training, model, for_training=True, progress=False, cache=cache), now() - started
 
 
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, float | str | None]:
@@ -91,8 +91,8 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
     without = None
     if model.image_is_frozen:
         pixels = np.stack([backbone.preprocess(training.read(s.image)) for s in training.samples[: args.batch_size]])
-        small = replace(data, image_of=data.image_of[: args.batch_size], pixels=pixels, images=None)
-        without = seconds_a_batch(model, replace(small, captions=None) if model.text_is_frozen else small, args)
+        small = replace(data, image_of=data.image_of[: args.batch_size], pixels=pixels, image_features=None)
+        without = seconds_a_batch(model, replace(small, text_features=None) if model.text_is_frozen else small, args)
     trainable = sum(p.numel() for _, p in model.trainables() if p.requires_grad)
     return {
         "method": name, "trainable": trainable, "batch": batch, "epoch": batch * args.pairs / args.batch_size,

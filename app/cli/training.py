@@ -64,9 +64,9 @@ def train(
     from dcar_core.serving.encoder import pick_device
     from dcar_core.training.distributed import torchrun_group
     from dcar_core.training.feature_cache import FeatureCache
-    from dcar_core.training.features import note_what_is_cut, prepare
+    from dcar_core.training.prepared_split import prepare_split, report_truncation
     from dcar_core.training.train import train as run
-    from dcar_core.training.train_state import forget
+    from dcar_core.training.train_state import delete_state
     from dcar_core.training.validation import evaluate as recall_of
     from dcar_core.training.validation import mean_r1
 
@@ -81,24 +81,24 @@ def train(
         backbone = load_backbone(BackboneSource(model, pretrained), here)
         prompted = seeded_model(backbone, chosen, seed)
         splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
-        note_what_is_cut(splits, reports, backbone, prompted.prompt_tokens)
-        if group.leads:
+        report_truncation(splits, reports, backbone, prompted.prompt_tokens)
+        if group.is_leader:
             typer.echo(describe_reports(splits, reports), err=True)
             save_reports(reports, out)
         with group.leader_first():
-            if restart and group.leads:
-                forget(out)
+            if restart and group.is_leader:
+                delete_state(out)
         cache = FeatureCache(features or out / "features", backbone)
         found = run(
             prompted, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard, group=group
         )
-        if not group.leads:
+        if not group.is_leader:
             return
         notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
         mark = save_checkpoint(prompted, out, training=notes)
-        forget(out)
+        delete_state(out)
         plain = seeded_model(backbone, method_config("clip"), seed)
-        before = recall_of(plain, prepare(splits["val"], plain, for_training=False, cache=cache))
+        before = recall_of(plain, prepare_split(splits["val"], plain, for_training=False, cache=cache))
     typer.echo(
         f"{out}: epoch {found.epoch}, validation text-to-image R@1 {found.best['t2i_r1']:.1f}, "
         f"image-to-text R@1 {found.best['i2t_r1']:.1f}, {found.seconds:.0f} s, fingerprint {mark[:12]}"

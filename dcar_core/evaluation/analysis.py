@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from dcar_core.data import Dataset
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.features import Prepared
-from dcar_core.training.validation import encode_captions, encode_pictures
+from dcar_core.training.prepared_split import PreparedSplit
+from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.arrays import Floats
 from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_of_ranks
 
 MOST_PAIRS, MOST_EXAMPLES = 8, 3
 
 
-def analyse(model: DCAR, data: Dataset, prepared: Prepared) -> dict[str, Any]:
+def analyse(model: DCAR, data: Dataset, prepared: PreparedSplit) -> dict[str, Any]:
     """Everything that is reported of a split, as JSON can hold it; percent.
 
     Returns:
@@ -26,7 +26,7 @@ def analyse(model: DCAR, data: Dataset, prepared: Prepared) -> dict[str, Any]:
         caption.
     """
     model.eval()
-    text, image = encode_captions(model, prepared), encode_pictures(model, prepared)
+    text, image = encode_captions(model, prepared), encode_images(model, prepared)
     image_of = prepared.image_of
     found = compute_ranks(text, image, image_of)
     image_hits = dict(zip(found.described, found.image < 1, strict=True))

@@ -20,7 +20,7 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
 from dcar_core.negatives import add_negatives_with_backbone
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.features import decode, note_what_is_cut
+from dcar_core.training.prepared_split import decode_images, report_truncation
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 
@@ -68,10 +68,10 @@ def compare(
     splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=pictures)
     splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
     room = max(chosen.prompt.length for chosen in configs.values())
-    note_what_is_cut(splits, reports, backbone, room)
+    report_truncation(splits, reports, backbone, room)
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
-    decode(
+    decode_images(
         splits["test"], backbone, cache, progress=progress
     )  # not after hours that one broken picture makes worthless
     runs = Runs(backbone, splits, out, config, cache, progress, say)

@@ -20,9 +20,9 @@ from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.training.feature_cache import FeatureCache, digest
-from dcar_core.training.features import data_key, prepare
+from dcar_core.training.prepared_split import prepare_split, split_key
 from dcar_core.training.train import train
-from dcar_core.training.train_state import forget
+from dcar_core.training.train_state import delete_state
 from dcar_core.training.validation import mean_r1
 from dcar_core.util.errors import DivergedError
 from dcar_core.util.files import write_json
@@ -73,7 +73,7 @@ class Runs:
                     "history": found.history,
                 }
             write_json(done, record)
-            forget(directory)
+            delete_state(directory)
         record = json.loads(done.read_text(encoding="utf-8"))
         if "diverged" in record:
             raise DivergedError(record["diverged"])
@@ -90,7 +90,7 @@ class Runs:
         if not done.is_file():
             model, _ = load_checkpoint(directory, backbone=self.backbone)
             testing = self.splits["test"]
-            prepared = prepare(testing, model, for_training=False, progress=self.progress, cache=self.cache)
+            prepared = prepare_split(testing, model, for_training=False, progress=self.progress, cache=self.cache)
             write_json(done, analyse(model, testing, prepared))
         test = json.loads(done.read_text(encoding="utf-8"))
         return record | {"test": test.pop("recall"), **test}
@@ -119,4 +119,4 @@ class Runs:
 
     @cached_property
     def _data_keys(self) -> list[str]:
-        return [data_key(split, self.cache) for split in self.splits.values()]
+        return [split_key(split, self.cache) for split in self.splits.values()]

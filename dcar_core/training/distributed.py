@@ -1,11 +1,12 @@
-"""Several processes on one batch, as torchrun starts them; alone, every method here does nothing.
+"""Data-parallel training in several processes, as torchrun starts them.
 
-The batch is shared out, features are gathered for the loss, and gradients are summed: a run of several processes
-learns what a run of one does, up to the order in which floats are added.
+- The processes split each batch, gather the features for the loss, and sum the gradients. The result equals that of one
+  process up to the order of floating-point additions.
+- In a single process every method of `ProcessGroup` returns its input.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,37 +20,39 @@ from dcar_core.util.errors import TrainingError
 
 T = TypeVar("T")
 
+_TIMEOUT = timedelta(hours=2)  # the other processes wait while the leader decodes and encodes the data set
+
 
 @dataclass(frozen=True)
-class Group:
-    """rank: which of `size` processes this is."""
+class ProcessGroup:
+    """Process number `rank` of `size` processes."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """This process writes files and shows progress."""
+    def is_leader(self) -> bool:
+        """True for the process that writes files and shows progress."""
         return self.rank == 0
 
-    def gather(self, mine: Tensor, sizes: Sequence[int]) -> Tensor:
-        """(sizes[rank], E) of every process -> (sum(sizes), E) in the order of the ranks, without gradients."""
+    def gather(self, local: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Concatenate (sizes[rank], E) of every process to (sum(sizes), E) in rank order, without gradients."""
         if self.size == 1:
-            return mine
-        padded = mine.new_zeros(max(sizes), *mine.shape[1:])
-        padded[: len(mine)] = mine
+            return local
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
+        padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over all processes; in place."""
+        """Sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every process ends with the sum of all gradients, in one message."""
+        """Replace every gradient by its sum over all processes, in one message."""
         if self.size == 1:
             return
         parameters = list(parameters)
@@ -58,8 +61,8 @@ class Group:
         for parameter, total in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
             parameter.grad = total.view_as(parameter).clone()
 
-    def agree(self, value: T) -> T:
-        """The leader's value, everywhere."""
+    def broadcast(self, value: T) -> T:
+        """Return the leader's value in every process."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
@@ -67,44 +70,42 @@ class Group:
         return box[0]  # type: ignore[no-any-return]
 
     @contextmanager
-    def leader_first(self) -> Any:
-        """The leader runs the block before the others, which then find what it left on the disk."""
-        if self.size > 1 and not self.leads:
+    def leader_first(self) -> Iterator[None]:
+        """Run the block in the leader first; the others then find the leader's files on disk."""
+        if self.size > 1 and not self.is_leader:
             dist.barrier()
         try:
             yield
         finally:
-            if self.size > 1 and self.leads:
+            if self.size > 1 and self.is_leader:
                 dist.barrier()
 
 
-ALONE = Group()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def torchrun_group(device: str) -> Any:
-    """The group that torchrun's environment describes and this process's device; alone without torchrun.
+def torchrun_group(device: str) -> Iterator[tuple[ProcessGroup, str]]:
+    """Yield torchrun's process group and this process's device; without torchrun, a single process and `device`.
 
     Raises:
-        TrainingError: a device that not every process can have.
+        TrainingError: torchrun started more processes than there are GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE, device
+        yield SINGLE_PROCESS, device
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda"):
-        if local >= torch.cuda.device_count():
+        if local_rank >= torch.cuda.device_count():
             raise TrainingError(
                 f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()}); lower "
                 f"--nproc-per-node, or use --device cpu"
             )
-        device = f"cuda:{local}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    # The others wait while the leader decodes and encodes the data set once, which can take long.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_TIMEOUT)
     try:
-        yield Group(rank, size), device
+        yield ProcessGroup(rank, size), device
     finally:
         dist.destroy_process_group()

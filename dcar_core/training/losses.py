@@ -10,13 +10,13 @@ def contrastive_loss(text: Tensor, image: Tensor, positives: Tensor, scale: Tens
 
     Args:
         text, image: L2-normalised features (B, E) of the pairs.
-        positives: bool (B, B), true on the diagonal: caption i is true of image j (it is one of that image's captions,
-            or reads like one, or like one of its attributes), so it is never a negative.
+        positives: bool (B, B), true on the diagonal. True where caption i describes image j: it equals one of the
+            image's captions or attributes. Such a pair is never a negative.
         scale: 1 / tau, CLIP's frozen temperature.
 
-    Each row's target is spread evenly over its positives.
+    Each row's target is distributed evenly over its positives.
     """
-    logits = scale * text @ image.T  # (B texts, B images)
+    logits = scale * text @ image.T  # [B texts, B images]
     target = positives.float()
     rows = target / target.sum(1, keepdim=True)
     columns = target / target.sum(0, keepdim=True)
@@ -32,9 +32,9 @@ def category_loss(image: Tensor, captions: Tensor, weights: Tensor, scale: Tenso
         image: (B, E), prompted and normalised.
         captions: (B, 1 + N, E), normalised; the positive comes first.
         weights: category-matching weights (B, 1 + N): 1 + alpha where a caption is of the image's category,
-            1 where not, 0 for padding.
+            1 where it is not, 0 for padding.
 
-    Logits are s / tau + log w [ours: the paper's figure gives w, not where it enters].
+    Logits are s / tau + log w [ours: the paper's figure shows w, but not where it enters].
     """
     scores = scale * torch.einsum("be,bne->bn", image, captions) + weights.log()
     return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
@@ -43,7 +43,9 @@ def category_loss(image: Tensor, captions: Tensor, weights: Tensor, scale: Tenso
 def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
     """Mean squared error of the predicted token weights (L_head [ours]) over real tokens.
 
-    predicted, target: (B, n); real: bool (B, n), the caption's own tokens.
+    Args:
+        predicted, target: (B, n).
+        real: bool (B, n), true for the caption's own tokens.
     """
     return ((predicted - target) ** 2 * real).sum() / real.sum().clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""A run's curve for people and programs: log.csv always, TensorBoard's event files with the extra."""
+"""The learning curve of a run: log.csv, and TensorBoard event files with the extra `tensorboard`."""
 
 import csv
 import io
@@ -9,24 +9,24 @@ from typing import Any
 from dcar_core.util.errors import MissingExtraError
 from dcar_core.util.files import atomic_writer
 
-CSV = "log.csv"
+LOG_FILE = "log.csv"
 
 
 def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
-    """log.csv, a line for every epoch; written whole, so that a run that went on has no line twice."""
+    """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
     if not history:
         return
     directory.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
-    lines = csv.DictWriter(text, list(history[0]), lineterminator="\n")
-    lines.writeheader()
-    lines.writerows(history)
-    with atomic_writer(directory / CSV) as file:
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    with atomic_writer(directory / LOG_FILE) as file:
         file.write(text.getvalue().encode())
 
 
 class TensorBoard:
-    """Scalars for `tensorboard --logdir`; events after `epoch` that a killed run left are purged.
+    """Scalars for `tensorboard --logdir`. Events after `epoch`, left by a killed run, are purged.
 
     Raises:
         MissingExtraError: tensorboardX is not installed.
@@ -39,12 +39,14 @@ class TensorBoard:
             raise MissingExtraError("a TensorBoard log", "tensorboard") from error
         self._writer = SummaryWriter(str(directory), purge_step=epoch + 1)
 
-    def write(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
+    def write(self, record: dict[str, Any]) -> None:
+        """Add the scalars of one epoch."""
+        for name, value in record.items():
             if name != "epoch" and isinstance(value, int | float):
                 group = "validation" if "_r" in name else "training"
-                self._writer.add_scalar(f"{group}/{name}", value, line["epoch"])
+                self._writer.add_scalar(f"{group}/{name}", value, record["epoch"])
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()

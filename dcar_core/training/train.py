@@ -1,12 +1,12 @@
-"""Training: one visible loop for every method.
+"""The training loop, shared by all methods.
 
-    caption + image -> batch -> weights -> prompted features -> L (see step.py) -> trainables
+    caption + image -> batch -> token weights -> prompted features -> L (see grad_cache) -> trainables
 
-- The best epoch by validation recall (the mean of R@1 both ways, as a query sees it, without pair weights) is kept,
-  and validation decides too whether queries use the predicted token weights. The test split is not touched here.
-- With a run directory, a killed run goes on exactly where it was: on the CPU its weights become bit for bit those of
-  a run that was never interrupted.
-- Under torchrun the processes share each batch; only the first one writes.
+- The best epoch by validation recall is kept (mean of R@1 in both directions, queries encoded from their text alone).
+  Validation also decides whether queries use the predicted token weights. The test split is never read.
+- With a run directory, a killed run resumes where it stopped. On the CPU the final weights equal those of an
+  uninterrupted run bit for bit.
+- Under torchrun the processes share each batch; only the leader writes files.
 """
 
 import math
@@ -24,21 +24,23 @@ from tqdm import tqdm
 from dcar_core.data import Dataset
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.distributed import ALONE, Group
+from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.features import Prepared, prepare
-from dcar_core.training.grad_cache import Precision, accumulate_gradients
-from dcar_core.training.run_log import CSV, TensorBoard, write_csv
-from dcar_core.training.train_state import Progress, State
+from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients
+from dcar_core.training.prepared_split import PreparedSplit, prepare_split
+from dcar_core.training.run_log import LOG_FILE, TensorBoard, write_csv
+from dcar_core.training.train_state import TrainProgress, TrainStateFile
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
+from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DivergedError
 
 SAVE_EVERY_S = 20.0
+MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run found: validation recall of the kept epoch, and a line for every epoch."""
+    """The outcome of a run: validation recall of the best epoch, and one record for each epoch."""
 
     best: Recall
     epoch: int
@@ -53,115 +55,188 @@ def train(
     config: TrainConfig,
     *,
     progress: bool = True,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     run: Path | None = None,
     cache: FeatureCache | None = None,
     tensorboard: bool = False,
-    group: Group = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> TrainResult:
-    """Train in place and leave the model at its best epoch, in eval mode.
+    """Train in place. The model ends at its best epoch, in eval mode.
 
     Args:
-        on_epoch: told the line of every epoch that is finished here.
-        run: where state.pt (to go on from), log.csv and tensorboard/ are kept; None keeps nothing. `resume.forget`
-            removes the state once the caller has saved the result.
+        on_epoch: called with the record of each epoch that this call finishes.
+        run: directory for state.pt, log.csv and tensorboard/; None writes nothing. The caller removes the state with
+            `train_state.delete_state` once the result is saved.
 
     Raises:
-        DataError: pictures that cannot be read.
-        DivergedError: the loss, or what the model makes of the validation split, is no number any more.
+        DataError: an image cannot be read.
+        DivergedError: the loss or a validation vector is not finite.
         TrainingError: `run` holds the state of another run.
     """
     torch.manual_seed(config.seed)
-    shown = progress and group.leads
+    shows_progress = progress and group.is_leader
     with group.leader_first():
-        data = prepare(training, model, for_training=True, progress=shown, cache=cache)
-        held_out = prepare(validation, model, for_training=False, progress=shown, cache=cache)
-    parameters = [p for _, p in model.trainables() if p.requires_grad]
-    if not parameters:  # plain CLIP
-        if run is not None and group.leads:
-            (run / CSV).unlink(missing_ok=True)  # of another method
-        return TrainResult(evaluate(model, held_out), 0, 0.0, [])
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    precision = Precision(config.amp, model.backbone.device)
-    state = State(run, _identity(model, data, held_out, config) if run is not None else {})
-    at, kept = state.restore(model, optimizer, precision.scaler) or (Progress(), _copy(model))
-    board = TensorBoard(run / "tensorboard", at.epoch) if tensorboard and run is not None and group.leads else None
-    batches = math.ceil(len(data) / config.batch_size)
-    total = batches * config.epochs
-    bar = tqdm(total=total, initial=at.epoch * batches + at.step, desc=f"training {model.config.method}", unit="batch",
-               disable=not shown)  # fmt: skip
-    started, saved = time.monotonic() - at.seconds, time.monotonic()
-    while at.epoch < config.epochs and not (config.patience and at.epoch - at.best_epoch >= config.patience):
-        epoch = at.epoch + 1
-        model.train()
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(data))
-        for rows in np.array_split(order, batches)[at.step :]:
-            for options in optimizer.param_groups:
-                options["lr"] = config.lr * _cosine(at.epoch * batches + at.step, total, config.warmup)
-            optimizer.zero_grad(set_to_none=True)
-            loss = accumulate_gradients(
-                model, data, np.sort(rows), parts=config.accumulate, group=group, precision=precision
-            )
-            if not math.isfinite(loss):
-                raise DivergedError(f"the loss is {loss} in epoch {epoch} of {model.config.method}; use a lower --lr")
-            precision.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            precision.scaler.step(optimizer)
-            precision.scaler.update()
-            at.losses.append(loss)
-            at.step += 1
-            bar.update()
-            if group.leads and time.monotonic() - saved > SAVE_EVERY_S:
-                at.seconds, saved = time.monotonic() - started, time.monotonic()
-                state.save(model, optimizer, precision.scaler, at, kept)
-        found = choose_query_weights(model, held_out) if group.leads else None
-        chosen = group.agree(found)
-        assert chosen is not None
-        query, recall = chosen
-        score = mean_r1(recall)
-        at.seconds = time.monotonic() - started
-        line = {"epoch": epoch, "loss": float(np.mean(at.losses)), "query": query, **recall, "seconds": at.seconds}
-        at.history.append(line)
-        at.epoch, at.step, at.losses = epoch, 0, []
-        if score > at.best:
-            at.best, at.best_epoch, at.best_recall, at.best_query = score, epoch, recall, query
-            kept = _copy(model)
-        if group.leads:
-            state.save(model, optimizer, precision.scaler, at, kept)
-            if run is not None:
-                write_csv(run, at.history)
-            if board is not None:
-                board.write(line)
-            on_epoch(line)
-        bar.set_postfix(loss=f"{line['loss']:.3f}", val_r1=f"{score:.1f}")
-    bar.close()
+        train_split = prepare_split(training, model, for_training=True, progress=shows_progress, cache=cache)
+        val_split = prepare_split(validation, model, for_training=False, progress=shows_progress, cache=cache)
+    if not any(p.requires_grad for _, p in model.trainables()):  # zero-shot CLIP
+        if run is not None and group.is_leader:
+            (run / LOG_FILE).unlink(missing_ok=True)  # left by another method
+        return TrainResult(evaluate(model, val_split), 0, 0.0, [])
+    loop = _TrainingLoop(model, train_split, val_split, config, run, group)
+    loop.restore()
+    writes_board = tensorboard and run is not None and group.is_leader
+    board = TensorBoard(run / "tensorboard", loop.progress.epoch) if writes_board and run is not None else None
+    with tqdm(total=loop.total_steps, initial=loop.finished_steps, desc=f"training {model.config.method}",
+              unit="batch", disable=not shows_progress) as bar:  # fmt: skip
+        while not loop.is_finished:
+            loop.run_epoch(on_step=bar.update)
+            record = loop.finish_epoch()
+            if group.is_leader:
+                if board is not None:
+                    board.write(record)
+                on_epoch(record)
+            bar.set_postfix(loss=f"{record['loss']:.3f}", val_r1=f"{mean_r1(record):.1f}")
     if board is not None:
         board.close()
-    with torch.no_grad():
-        for name, parameter in model.trainables():
-            parameter.copy_(kept[name])
-    model.config = model.config.with_query_weights(at.best_query)
-    model.eval()
-    return TrainResult(at.best_recall, at.best_epoch, at.seconds, at.history)
+    return loop.keep_best_epoch()
 
 
-def _identity(model: DCAR, data: Prepared, held_out: Prepared, config: TrainConfig) -> dict[str, Any]:
-    """All that a run follows from: another value of any of these is another run."""
+class _TrainingLoop:
+    """Epochs of optimisation steps, validation after each, and the state from which a run resumes."""
+
+    def __init__(
+        self,
+        model: DCAR,
+        train_split: PreparedSplit,
+        val_split: PreparedSplit,
+        config: TrainConfig,
+        run: Path | None,
+        group: ProcessGroup,
+    ) -> None:
+        self.model, self.train_split, self.val_split = model, train_split, val_split
+        self.config, self.run, self.group = config, run, group
+        self.parameters = [p for _, p in model.trainables() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.precision = MixedPrecision(config.amp, model.backbone.device)
+        self.batches = math.ceil(len(train_split) / config.batch_size)
+        self.total_steps = self.batches * config.epochs
+        identity = _run_identity(model, train_split, val_split, config) if run is not None else {}
+        self.state = TrainStateFile(run, identity)
+        self.progress, self.best_weights = TrainProgress(), _copy_trainables(model)
+        self.started = self.saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Resume from the state file, if there is one."""
+        restored = self.state.restore(self.model, self.optimizer, self.precision.scaler)
+        if restored is not None:
+            self.progress, self.best_weights = restored
+        self.started = time.monotonic() - self.progress.seconds
+
+    @property
+    def finished_steps(self) -> int:
+        """Steps of this run so far, those before a restart included."""
+        return self.progress.epoch * self.batches + self.progress.step
+
+    @property
+    def is_finished(self) -> bool:
+        """True after the last epoch, or after `patience` epochs without a better one."""
+        at, config = self.progress, self.config
+        is_stalled = config.patience > 0 and at.epoch - at.best_epoch >= config.patience
+        return at.epoch >= config.epochs or is_stalled
+
+    def run_epoch(self, on_step: Callable[[], object]) -> None:
+        """Run the remaining steps of the current epoch."""
+        self.model.train()
+        order = np.random.default_rng([self.config.seed, self.progress.epoch + 1]).permutation(len(self.train_split))
+        for rows in np.array_split(order, self.batches)[self.progress.step :]:
+            self._step(np.sort(rows))
+            on_step()
+            if self.group.is_leader and time.monotonic() - self.saved > SAVE_EVERY_S:
+                self._save()
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Validate, remember the weights if they are the best so far, and return the epoch's record.
+
+        Raises:
+            DivergedError: a validation vector is not finite.
+        """
+        own_choice = choose_query_weights(self.model, self.val_split) if self.group.is_leader else None
+        choice = self.group.broadcast(own_choice)
+        assert choice is not None  # the leader's
+        query, recall = choice
+        at = self.progress
+        at.epoch += 1
+        at.seconds = time.monotonic() - self.started
+        loss = float(np.mean(at.losses))
+        record = {"epoch": at.epoch, "loss": loss, "query": query, **recall, "seconds": at.seconds}
+        at.history.append(record)
+        at.step, at.losses = 0, []
+        if mean_r1(recall) > at.best:
+            at.best, at.best_epoch, at.best_recall, at.best_query = mean_r1(recall), at.epoch, recall, query
+            self.best_weights = _copy_trainables(self.model)
+        if self.group.is_leader:
+            self._save()
+            if self.run is not None:
+                write_csv(self.run, at.history)
+        return record
+
+    def keep_best_epoch(self) -> TrainResult:
+        """Load the weights of the best epoch into the model, and return the result."""
+        with torch.no_grad():
+            for name, parameter in self.model.trainables():
+                parameter.copy_(self.best_weights[name])
+        at = self.progress
+        self.model.config = self.model.config.with_query_weights(at.best_query)
+        self.model.eval()
+        return TrainResult(at.best_recall, at.best_epoch, at.seconds, at.history)
+
+    def _step(self, rows: Rows) -> None:
+        for options in self.optimizer.param_groups:
+            options["lr"] = self.config.lr * _lr_factor(self.finished_steps, self.total_steps, self.config.warmup)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = accumulate_gradients(
+            self.model, self.train_split, rows, parts=self.config.accumulate, group=self.group,
+            precision=self.precision,
+        )  # fmt: skip
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"{self.model.config.method} diverged: the loss is {loss} in epoch {self.progress.epoch + 1}; "
+                f"use a lower --lr"
+            )
+        scaler = self.precision.scaler
+        scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.progress.losses.append(loss)
+        self.progress.step += 1
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        self.progress.seconds = self.saved - self.started
+        self.state.save(self.model, self.optimizer, self.precision.scaler, self.progress, self.best_weights)
+
+
+def _run_identity(
+    model: DCAR, train_split: PreparedSplit, val_split: PreparedSplit, config: TrainConfig
+) -> dict[str, Any]:
+    """Return everything that determines a run; a state with any other value belongs to another run."""
     return {
         "backbone": model.backbone.content_hash(),
         "method": model.config.with_query_weights("none").to_dict(),
-        "training data": data.key,
-        "validation data": held_out.key,
+        "training data": train_split.key,
+        "validation data": val_split.key,
         **config.to_dict(),
     }
 
 
-def _cosine(step: int, total: int, warmup: float) -> float:
-    start = max(1, int(warmup * total))
-    if step < start:
-        return (step + 1) / start
-    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, total - start)))
+def _lr_factor(step: int, total: int, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of all steps, then a cosine to 0."""
+    warmup_steps = max(1, int(warmup * total))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
 
 
-def _copy(model: DCAR) -> dict[str, Tensor]:
+def _copy_trainables(model: DCAR) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.trainables()}

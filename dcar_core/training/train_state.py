@@ -1,8 +1,9 @@
-"""A training run's state on disk, so that a run that was killed goes on as if nothing had happened.
+"""The state of a training run on disk, from which a killed run resumes.
 
-Everything that the next step depends on is in it: trainables, optimizer, torch's random state, the position in the
-epoch (whose order follows from seed and epoch alone), and the best epoch so far. The file is written aside, flushed
-and renamed, so a kill at any moment leaves the last state or the one before. It loads without running code.
+- The file holds everything that the next step depends on: trainables, optimizer, torch's random state, the position in
+  the epoch, and the best epoch so far. The order of an epoch's pairs follows from the seed and the epoch alone.
+- It is written to a temporary name, flushed and renamed, so a killed run leaves either the last or the previous state.
+- It loads without executing code (`weights_only`).
 """
 
 import io
@@ -20,12 +21,17 @@ from dcar_core.training.validation import Recall
 from dcar_core.util.errors import TrainingError
 from dcar_core.util.files import atomic_writer
 
-FILE = "state.pt"
+STATE_FILE = "state.pt"
+_FORMAT = 2
 
 
 @dataclass
-class Progress:
-    """How far a run is. epoch: finished ones; step, losses: batches of the next one that are done."""
+class TrainProgress:
+    """The position of a run and its best epoch.
+
+    epoch: number of finished epochs. step, losses: finished batches of the current epoch.
+    history: one record for each finished epoch.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -38,17 +44,25 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-class State:
-    """The state file of one run. `identity` is all that the run follows from; with no directory nothing is kept."""
+class TrainStateFile:
+    """The state file of one run; without a directory nothing is saved.
+
+    identity: the settings, data and weights that determine the run.
+    """
 
     def __init__(self, directory: Path | None, identity: Mapping[str, Any]) -> None:
-        self._path = directory / FILE if directory is not None else None
-        self._identity = dict(identity)
+        self._path = directory / STATE_FILE if directory is not None else None
+        self._identity = {"state format": _FORMAT, **identity}
 
     def save(
-        self, model: DCAR, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, progress: Progress,
-        kept: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
+        self,
+        model: DCAR,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        progress: TrainProgress,
+        best_weights: Mapping[str, Tensor],
+    ) -> None:
+        """Replace the file by the current state."""
         if self._path is None:
             return
         content = {
@@ -58,35 +72,38 @@ class State:
             "scaler": scaler.state_dict(),
             "random": torch.get_rng_state(),
             "progress": asdict(progress),
-            "kept": dict(kept),
+            "best_weights": dict(best_weights),
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        whole = io.BytesIO()  # a few MB: torch's own writer tells a full disk as a bug
-        torch.save(content, whole)
+        buffer = io.BytesIO()  # torch.save reports a full disk as an internal error, so write the file ourselves
+        torch.save(content, buffer)
         with atomic_writer(self._path) as file:
-            file.write(whole.getbuffer())
+            file.write(buffer.getbuffer())
 
     def restore(
         self, model: DCAR, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> tuple[Progress, dict[str, Tensor]] | None:
-        """Bring everything to where the run was; None when there is nothing to go on from.
+    ) -> tuple[TrainProgress, dict[str, Tensor]] | None:
+        """Restore model, optimizer, scaler and random state in place.
+
+        Returns:
+            The progress and the weights of the best epoch; None if there is no state to resume from.
 
         Raises:
-            TrainingError: the file is of a run with other settings, data or weights; the message names what differs.
+            TrainingError: the file belongs to a run with other settings, data or weights; the message names them.
         """
         if self._path is None or not self._path.is_file():
             return None
         try:
             content = torch.load(self._path, map_location=model.backbone.device, weights_only=True)
-            found = content["identity"]
-        except Exception as error:  # torch raises many kinds for a file that is not one of its own
-            raise TrainingError(f"{self._path} is no training state ({type(error).__name__}); delete it") from error
-        if found != self._identity:
-            keys = sorted(found.keys() | self._identity.keys())
-            differs = [key for key in keys if found.get(key) != self._identity.get(key)]
+            identity = content["identity"]
+        except Exception as error:  # torch raises many types for a file that it did not write
+            raise TrainingError(f"{self._path} is not a training state ({type(error).__name__}); delete it") from error
+        if identity != self._identity:
+            keys = sorted(identity.keys() | self._identity.keys())
+            different = [key for key in keys if identity.get(key) != self._identity.get(key)]
             raise TrainingError(
-                f"{self._path.parent} holds an unfinished run with another {', '.join(differs)}; finish it with the "
-                f"same command, give another --out, or forget it with --restart"
+                f"{self._path.parent} holds an unfinished run with another {', '.join(different)}; finish it with the "
+                f"same command, choose another --out, or discard it with --restart"
             )
         with torch.no_grad():
             for name, parameter in model.trainables():
@@ -94,9 +111,9 @@ class State:
         optimizer.load_state_dict(content["optimizer"])
         scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["random"].cpu())
-        return Progress(**content["progress"]), dict(content["kept"])
+        return TrainProgress(**content["progress"]), dict(content["best_weights"])
 
 
-def forget(directory: Path) -> None:
-    """Remove the state of a run that is finished or not wanted."""
-    (directory / FILE).unlink(missing_ok=True)
+def delete_state(directory: Path) -> None:
+    """Delete the state file of a run, if there is one."""
+    (directory / STATE_FILE).unlink(missing_ok=True)

@@ -1,72 +1,72 @@
-"""A split through the two encoders as the service will see it: a query knows no image, a picture no text."""
+"""Encode a split as the service does: queries without their image, images without text. Recall on the result."""
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dcar_core.model.config import QueryWeights
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.features import Prepared
+from dcar_core.training.prepared_split import PreparedSplit
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DivergedError
 from dcar_core.util.retrieval_metrics import recall_at_k
 
 Recall = dict[str, float]
 
 
-def evaluate(model: DCAR, data: Prepared) -> Recall:
-    """Recall@1/5/10 both ways over a split, in percent. Queries never see their image."""
+def evaluate(model: DCAR, split: PreparedSplit) -> Recall:
+    """Return recall at 1, 5 and 10 in both directions, in percent."""
     model.eval()
-    return recall_at_k(encode_captions(model, data), encode_pictures(model, data), data.image_of)
+    return recall_at_k(encode_captions(model, split), encode_images(model, split), split.image_of)
 
 
 def mean_r1(recall: Recall) -> float:
-    """What validation chooses by: the mean of R@1 both ways."""
+    """Return the mean of R@1 in both directions, the measure by which epochs and settings are chosen."""
     return (recall["t2i_r1"] + recall["i2t_r1"]) / 2
 
 
 @torch.inference_mode()
-def encode_captions(model: DCAR, data: Prepared, batch: int = 128) -> NDArray[np.float32]:
-    """(N, E), each caption encoded as a query."""
-    starts = range(0, len(data.tokens), batch)
-    if model.text_is_frozen and data.captions is not None:
-        parts = [model.adapt_text(data.captions[i : i + batch]) for i in starts]
+def encode_captions(model: DCAR, split: PreparedSplit, batch: int = 128) -> Floats:
+    """Encode each caption as a query: (N, E)."""
+    starts = range(0, len(split.tokens), batch)
+    if model.text_is_frozen and split.text_features is not None:
+        parts = [model.adapt_text(split.text_features[i : i + batch]) for i in starts]
     else:
-        parts = [model.encode_query(data.tokens[i : i + batch]) for i in starts]
+        parts = [model.encode_query(split.tokens[i : i + batch]) for i in starts]
     return torch.cat(parts).cpu().numpy()
 
 
 @torch.inference_mode()
-def encode_pictures(model: DCAR, data: Prepared, batch: int = 128) -> NDArray[np.float32]:
-    """(I, E)"""
+def encode_images(model: DCAR, split: PreparedSplit, batch: int = 128) -> Floats:
+    """Encode each image: (I, E)."""
     backbone = model.backbone
-    if data.pixels is None:
-        assert data.images is not None  # `prepare` makes one or the other
-        return model.adapt_image(data.images).cpu().numpy()
+    if split.pixels is None:
+        assert split.image_features is not None  # `prepare_split` makes one or the other
+        return model.adapt_image(split.image_features).cpu().numpy()
     parts = []
-    for i in range(0, len(data.pixels), batch):
-        pixels = backbone.preprocess.normalize(data.pixels[i : i + batch])
+    for i in range(0, len(split.pixels), batch):
+        pixels = backbone.preprocess.normalize(split.pixels[i : i + batch])
         parts.append(model.encode_image(torch.from_numpy(pixels).to(backbone.device)))
     return torch.cat(parts).cpu().numpy()
 
 
-def choose_query_weights(model: DCAR, data: Prepared) -> tuple[QueryWeights, Recall]:
-    """Validation's choice between plain queries and predicted token weights; ties go to plain ones.
+def choose_query_weights(model: DCAR, split: PreparedSplit) -> tuple[QueryWeights, Recall]:
+    """Choose between plain queries and predicted token weights by validation recall; plain queries win a tie.
 
-    The model's configuration is left at the choice.
+    The model's configuration is set to the choice.
 
     Raises:
-        DivergedError: a vector is no number any more: the last step can do that after a loss that was one.
+        DivergedError: an encoded vector is not finite. The last step can cause this after a finite loss.
     """
-    choices: tuple[QueryWeights, ...] = ("none", "predicted") if model.head is not None else ("none",)
+    options: tuple[QueryWeights, ...] = ("none", "predicted") if model.head is not None else ("none",)
     model.eval()
-    pictures = encode_pictures(model, data)
-    found: dict[QueryWeights, Recall] = {}
-    for query in choices:
+    images = encode_images(model, split)
+    recalls: dict[QueryWeights, Recall] = {}
+    for query in options:
         model.config = model.config.with_query_weights(query)
-        captions = encode_captions(model, data)
-        if not (np.isfinite(captions).all() and np.isfinite(pictures).all()):
-            raise DivergedError(f"the vectors of {model.config.method} are no numbers any more; use a lower --lr")
-        found[query] = recall_at_k(captions, pictures, data.image_of)
-    best = max(choices, key=lambda query: mean_r1(found[query]))
+        captions = encode_captions(model, split)
+        if not (np.isfinite(captions).all() and np.isfinite(images).all()):
+            raise DivergedError(f"{model.config.method} diverged: its vectors are not finite; use a lower --lr")
+        recalls[query] = recall_at_k(captions, images, split.image_of)
+    best = max(options, key=lambda query: mean_r1(recalls[query]))
     model.config = model.config.with_query_weights(best)
-    return best, found[best]
+    return best, recalls[best]

@@ -26,7 +26,7 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
-from dcar_core.training.features import prepare
+from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import train
 from dcar_core.training.validation import evaluate
 
@@ -72,7 +72,7 @@ def metadata(domain: str) -> list[str]:
 def test_recall(model: DCAR, domain: str) -> dict[str, dict[str, float]]:
     data = load_split(HERE / domain, "test")[0]
     parts = {"all": data, "base": base_only(data, domain)}
-    return {name: evaluate(model, prepare(part, model, for_training=False)) for name, part in parts.items()}
+    return {name: evaluate(model, prepare_split(part, model, for_training=False)) for name, part in parts.items()}
 
 
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:

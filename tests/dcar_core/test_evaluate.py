@@ -27,7 +27,7 @@ from dcar_core.model.config import PromptConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.features import prepare
+from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult
 from dcar_core.training.validation import evaluate
 from dcar_core.util.errors import DataError, DcarError, DivergedError
@@ -66,7 +66,7 @@ def test_the_table(compared: Compared, backbone: Backbone, tiny_data: Path) -> N
     # a saved checkpoint reproduces the number that was reported for it
     run = results["methods"]["dcar"]["runs"][1]
     model, mark = load_checkpoint(out / run["run"], backbone=backbone)
-    test = prepare(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
+    test = prepare_split(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
     assert evaluate(model, test) == run["test"]
     assert mark == run["fingerprint"]
 
@@ -200,7 +200,7 @@ def test_what_the_table_is_asked_for_reaches_the_data(backbone: Backbone, tiny_d
         run(skip_broken=True, taxonomy=tmp_path / "gone.json")
     cleaning = run(skip_broken=True)["cleaning"]["train"]
     assert cleaning["pictures missing, left out"] == 1
-    assert cleaning["captions longer than the 28 tokens that there is room for, cut"] == 1
+    assert cleaning["captions cut to the 28 tokens that fit"] == 1
 
 
 def test_a_seed_gives_the_same_result_anywhere(
@@ -339,12 +339,12 @@ def test_analysis_by_hand(backbone: Backbone, sample_split: Dataset, monkeypatch
     one, two, three = (replace(s, category=c) for s, c in zip(sample_split.samples[:3], "aab", strict=True))
     data = replace(sample_split, samples=[one, two, three])
     model = seeded_model(backbone, method("clip"), 0)
-    prepared = prepare(data, model, for_training=False, progress=False)
+    prepared = prepare_split(data, model, for_training=False, progress=False)
     image = np.eye(3, dtype=np.float32)
     text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
     monkeypatch.setattr(module, "encode_captions", lambda *_: text)
     monkeypatch.setattr(module, "_negatives", lambda *_: [image[2:], image[:0], image[:1]])
-    monkeypatch.setattr(module, "encode_pictures", lambda *_: image)
+    monkeypatch.setattr(module, "encode_images", lambda *_: image)
     found = analyse(model, data, prepared)
     assert found["recall"]["t2i_r1"] == pytest.approx(200 / 3)
     assert found["hard_negative_accuracy"] == 100  # the second pair has none
@@ -365,11 +365,11 @@ def test_a_picture_that_finds_its_caption_second_is_no_hit(
     samples = [replace(s, category=c) for s, c in zip(sample_split.samples[:4], "baac", strict=True)]
     data = replace(sample_split, samples=samples)
     model = seeded_model(backbone, method("clip"), 0)
-    prepared = prepare(data, model, for_training=False, progress=False)
+    prepared = prepare_split(data, model, for_training=False, progress=False)
     image = np.eye(4, dtype=np.float32)
     text = image[[3, 3, 3, 0]]  # b, a and a find c; c finds b
     monkeypatch.setattr(module, "encode_captions", lambda *_: text)
-    monkeypatch.setattr(module, "encode_pictures", lambda *_: image)
+    monkeypatch.setattr(module, "encode_images", lambda *_: image)
     monkeypatch.setattr(module, "_negatives", lambda *_: [image[:0]] * 4)
     found = analyse(model, data, prepared)
     assert {name: (of["t2i_r1"], of["i2t_r1"]) for name, of in found["categories"].items()} == dict.fromkeys(
@@ -384,7 +384,7 @@ def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, sa
     model = seeded_model(backbone, method(name).with_query_weights("predicted"), 0)
     if model.head is not None:
         torch.nn.init.normal_(model.head.linear.weight)
-    prepared = prepare(sample_split, model, for_training=False, progress=False)
+    prepared = prepare_split(sample_split, model, for_training=False, progress=False)
     found = analyse(model, sample_split, prepared)["hard_negative_accuracy"]
     hits = []
     for sample in sample_split.samples:

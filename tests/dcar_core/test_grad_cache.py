@@ -15,12 +15,12 @@ from dcar_core.model.config import Amp, LossConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, method
 from dcar_core.model.token_weights import blend, pair_weights, real_tokens
-from dcar_core.training import features, grad_cache
+from dcar_core.training import frozen_features, grad_cache
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.features import Prepared, data_key, note_what_is_cut, prepare
-from dcar_core.training.grad_cache import Precision, accumulate_gradients, batch_loss
+from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients, batch_loss
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
-from dcar_core.training.validation import encode_captions, encode_pictures
+from dcar_core.training.prepared_split import PreparedSplit, prepare_split, report_truncation, split_key
+from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.errors import TrainingError
 
 
@@ -36,16 +36,16 @@ def described_twice(training: Dataset) -> Dataset:
     return replace(training, samples=[*training.samples[:6], *again, replace(training.samples[2], caption="one")])
 
 
-def ready(backbone: Backbone, data: Dataset, name: str) -> tuple[DCAR, Prepared]:
+def ready(backbone: Backbone, data: Dataset, name: str) -> tuple[DCAR, PreparedSplit]:
     """A model away from its start, where some gradients are zero."""
     return moved(seeded_model(backbone, method(name), 0), data)
 
 
-def moved(model: DCAR, data: Dataset) -> tuple[DCAR, Prepared]:
+def moved(model: DCAR, data: Dataset) -> tuple[DCAR, PreparedSplit]:
     with torch.no_grad():
         for _, parameter in model.trainables():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model, prepare(data, model, for_training=True, progress=False)
+    return model, prepare_split(data, model, for_training=True, progress=False)
 
 
 def gradients(model: DCAR) -> dict[str, Tensor]:
@@ -111,12 +111,12 @@ def test_the_loss_is_that_of_the_pairs_one_by_one(
         frozen_images.append(normal(backbone.encode_image(pixels), dim=-1))
         frozen_texts.append(normal(backbone.encode_text(backbone.tokenize([sample.caption])), dim=-1))
         read = normal(backbone.encode_text(backbone.tokenize([sample.caption, *sample.negatives])), dim=-1)
-        short = data.matching.shape[1] - len(read) if data.matching is not None else 0
+        short = data.candidate_weights.shape[1] - len(read) if data.candidate_weights is not None else 0
         captions.append(torch.nn.functional.pad(model.adapt_text(read), (0, 0, 0, short)))
     text, image = torch.cat(texts), torch.cat(images)
-    assert data.matching is not None
+    assert data.candidate_weights is not None
     wanted = contrastive_loss(text, image, torch.from_numpy(data.positives(np.arange(len(data)))), scale)
-    wanted = wanted + 0.3 * category_loss(image, torch.stack(captions), data.matching, scale)
+    wanted = wanted + 0.3 * category_loss(image, torch.stack(captions), data.candidate_weights, scale)
     if predicted is not None and data.pair_weights is not None:
         wanted = wanted + 0.7 * head_loss(predicted, data.pair_weights, real_tokens(data.tokens))
     held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(text, torch.cat(frozen_texts))
@@ -128,7 +128,7 @@ def test_token_weights_are_those_of_each_caption_with_its_own_picture(
     name: str, backbone: Backbone, described_twice: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the words and pictures that the method's options name, against a white page."""
-    monkeypatch.setattr(features, "TEXT_BATCH", 4)
+    monkeypatch.setattr(frozen_features, "TEXT_BATCH", 4)
     model, data = ready(backbone, described_twice, name)
     words = backbone.lone_token_features if name == "dcar-alone" else backbone.token_features
     pictures = backbone.patch_features if name == "dcar-patches" else backbone.encode_image
@@ -150,8 +150,8 @@ def test_frozen_towers_take_part_as_cached_features(
     model, data = ready(backbone, training, name)
     assert data.pixels is None
     pixels = np.stack([backbone.preprocess(training.read(sample.image)) for sample in training.samples])
-    forwards = replace(data, pixels=pixels, images=None, captions=None)
-    np.testing.assert_allclose(encode_pictures(model, data), encode_pictures(model, forwards), atol=1e-5)
+    forwards = replace(data, pixels=pixels, image_features=None, text_features=None)
+    np.testing.assert_allclose(encode_images(model, data), encode_images(model, forwards), atol=1e-5)
     np.testing.assert_allclose(encode_captions(model, data), encode_captions(model, forwards), atol=1e-5)
     if name != "clip":
         rows = np.arange(len(data))
@@ -165,7 +165,7 @@ def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training
     rows = np.arange(len(data))
     full = accumulate_gradients(model, data, rows)
     expected = gradients(model)
-    precision = Precision(amp, torch.device("cpu"))
+    precision = MixedPrecision(amp, torch.device("cpu"))
     mixed = accumulate_gradients(model, data, rows, precision=precision)
     scale = precision.scaler.get_scale()
     assert mixed != full  # it really was another precision
@@ -187,25 +187,27 @@ def test_losses_are_full_precision_in_a_mixed_pass(
 
     monkeypatch.setattr(grad_cache, loss, spy)
     model, data = ready(backbone, training, "dcar+")
-    accumulate_gradients(model, data, np.arange(len(data)), precision=Precision("bfloat16", torch.device("cpu")))
+    accumulate_gradients(model, data, np.arange(len(data)), precision=MixedPrecision("bfloat16", torch.device("cpu")))
     assert seen
     assert all(each == (False, {torch.float32}) for each in seen)
 
 
 def test_precision_is_full_where_the_device_has_nothing_better() -> None:
-    assert Precision("auto", torch.device("cpu")).name == "off"
+    assert MixedPrecision("auto", torch.device("cpu")).name == "off"
 
 
 def test_pictures_are_encoded_once_however_many_captions(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "TEXT_BATCH", 2)
+    monkeypatch.setattr(frozen_features, "TEXT_BATCH", 2)
     seen: list[int] = []
-    whole = features._Work._encode_images
+    whole = frozen_features.FrozenFeatures._encode_images
     monkeypatch.setattr(
-        features._Work, "_encode_images", lambda self, given: seen.append(len(given)) or whole(self, given)
+        frozen_features.FrozenFeatures,
+        "_encode_images",
+        lambda self, given: seen.append(len(given)) or whole(self, given),
     )
-    prepare(training, seeded_model(backbone, method("dcar"), 0), for_training=True, progress=False)
+    prepare_split(training, seeded_model(backbone, method("dcar"), 0), for_training=True, progress=False)
     assert len(training) > 2
     assert len(seen) == 1
 
@@ -215,8 +217,17 @@ def test_the_cache_gives_what_was_computed(backbone: Backbone, training: Dataset
     for config in (shorter, *map(method, ("dcar", "clip-adapter", "dcar-alone", "dcar-patches"))):
         model, plain = moved(DCAR(backbone, config), training)
         for _ in range(2):  # the second time from the disk
-            cached = prepare(training, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
-            for field in ("tokens", "images", "captions", "pair_weights", "caption_features", "matching"):
+            cached = prepare_split(
+                training, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone)
+            )
+            for field in (
+                "tokens",
+                "image_features",
+                "text_features",
+                "pair_weights",
+                "candidate_features",
+                "candidate_weights",
+            ):
                 one, other = getattr(plain, field), getattr(cached, field)
                 assert (one is None) == (other is None)
                 assert one is None or torch.equal(one, other), field
@@ -246,7 +257,7 @@ def test_the_cache_knows_other_pictures_texts_and_weights(
 ) -> None:
     def entries(backbone: Backbone, data: Dataset) -> int:
         model = seeded_model(backbone, method("clip-adapter"), 0)
-        prepare(data, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
+        prepare_split(data, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
         return len([path for path in tmp_path.rglob("*") if path.is_file()])
 
     assert entries(backbone, training) == entries(backbone, training) == 3  # pixels, images, texts
@@ -279,14 +290,14 @@ def test_what_training_would_learn_from_names_a_split(backbone: Backbone, traini
         replace(first, negative_categories=("other",)),
         replace(first, attributes=("other",)),
     ]
-    keys = [data_key(replace(training, samples=[one, *training.samples[1:]]), cache) for one in (first, *others)]
+    keys = [split_key(replace(training, samples=[one, *training.samples[1:]]), cache) for one in (first, *others)]
     assert len(set(keys)) == 6
 
 
 def test_prompts_leave_room_for_a_word(backbone: Backbone) -> None:
-    note_what_is_cut({}, {}, backbone, backbone.context_length - 3)
+    report_truncation({}, {}, backbone, backbone.context_length - 3)
     with pytest.raises(TrainingError, match="30 prompts leave no room for words in a context of 32 tokens"):
-        note_what_is_cut({}, {}, backbone, backbone.context_length - 2)
+        report_truncation({}, {}, backbone, backbone.context_length - 2)
 
 
 def test_a_failed_computation_leaves_no_entry(backbone: Backbone, tmp_path: Path) -> None:
@@ -302,13 +313,13 @@ def test_a_failed_computation_leaves_no_entry(backbone: Backbone, tmp_path: Path
 
 def test_negatives_are_encoded_as_one_by_one(backbone: Backbone, training: Dataset) -> None:
     _, data = ready(backbone, training, "dcar")
-    assert data.caption_features is not None
-    assert data.matching is not None
+    assert data.candidate_features is not None
+    assert data.candidate_weights is not None
     for i, sample in enumerate(training.samples):
         texts = [sample.caption, *sample.negatives]
         alone = torch.nn.functional.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
-        torch.testing.assert_close(data.caption_features[i, : len(texts)], alone)
-        assert (data.matching[i] > 0).sum() == len(texts)
+        torch.testing.assert_close(data.candidate_features[i, : len(texts)], alone)
+        assert (data.candidate_weights[i] > 0).sum() == len(texts)
 
 
 def test_category_names_are_compared_folded_and_eight_negatives_are_trained_on(
@@ -322,16 +333,18 @@ def test_category_names_are_compared_folded_and_eight_negatives_are_trained_on(
     )
     data = replace(training, samples=[one, *training.samples[1:]])
     _, prepared = ready(backbone, data, "dcar")
-    assert prepared.matching is not None
-    assert prepared.matching[0].tolist() == [1.5] + [1.5, 1.0] * 4
+    assert prepared.candidate_weights is not None
+    assert prepared.candidate_weights[0].tolist() == [1.5] + [1.5, 1.0] * 4
     unknown = replace(training.samples[0], category="", negatives=("one", "two"), negative_categories=("", "face"))
-    prepared = prepare(
+    prepared = prepare_split(
         replace(training, samples=[unknown]), DCAR(backbone, method("dcar")), for_training=True, progress=False
     )
-    assert prepared.matching is not None
-    assert prepared.matching[0].tolist() == [1.5, 1.0, 1.0], "two categories that nobody knows are not the same one"
+    assert prepared.candidate_weights is not None
+    assert prepared.candidate_weights[0].tolist() == [1.5, 1.0, 1.0], (
+        "two categories that nobody knows are not the same one"
+    )
     reports = {"train": CleaningReport()}
-    note_what_is_cut({"train": data}, reports, backbone, 4)
+    report_truncation({"train": data}, reports, backbone, 4)
     assert reports["train"].counts["negatives after the first 8 of a pair, not trained on"] == 2
 
 
@@ -348,7 +361,7 @@ def test_a_caption_is_no_negative_of_a_picture_that_it_is_true_of(backbone: Back
         replace(other, caption="birthday  party"),
         replace(other, caption="loud"),
     ]
-    data = prepare(
+    data = prepare_split(
         replace(training, samples=samples), DCAR(backbone, method("coop")), for_training=True, progress=False
     )
     found = data.positives(np.arange(6))

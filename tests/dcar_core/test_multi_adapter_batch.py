@@ -19,7 +19,7 @@ from dcar_core.runtimes.protocol import Runtime
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.multi_adapter_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.serving.pair_weights import PairWeights
-from dcar_core.training.features import prepare
+from dcar_core.training.prepared_split import prepare_split
 
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
 SAME = {"a": ModelConfig(), "b": ModelConfig().with_query_weights("predicted")}
@@ -143,9 +143,9 @@ def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
 ) -> None:
     model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=ReweightConfig(**option)))
     training = load_split(tiny_data, "train")[0]
-    trained = prepare(training, model, for_training=True, progress=False).pair_weights
+    trained = prepare_split(training, model, for_training=True, progress=False).pair_weights
     plain = DCAR(model.backbone, ModelConfig())
-    usual = prepare(training, plain, for_training=True, progress=False).pair_weights
+    usual = prepare_split(training, plain, for_training=True, progress=False).pair_weights
     save_checkpoint(model, tmp_path / "checkpoint")
     encoder = Encoder.load(tmp_path / "checkpoint", device="cpu", exact=True)
     pairs = PairWeights(encoder)

@@ -68,7 +68,7 @@ def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: 
             images=tiny_data,
             progress=False,
         )
-        what = f"captions longer than the {32 - (4 if cut else 0)} tokens that there is room for, cut"
+        what = f"captions cut to the {32 - (4 if cut else 0)} tokens that fit"
         assert found["cleaning"]["train"].get(what, 0) == cut
 
 

@@ -15,10 +15,10 @@ from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, method
-from dcar_core.training.features import Prepared, prepare
 from dcar_core.training.grad_cache import batch_loss
+from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.train import TrainResult, train
-from dcar_core.training.validation import choose_query_weights, encode_captions, encode_pictures, evaluate, mean_r1
+from dcar_core.training.validation import choose_query_weights, encode_captions, encode_images, evaluate, mean_r1
 from dcar_core.util.errors import DataError, DcarError, DivergedError, MissingExtraError
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
@@ -42,7 +42,7 @@ def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, tiny_m
 def test_adapters_start_as_plain_clip_and_serve_after(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     plain, adapted = (seeded_model(backbone, method(name), seed=0).eval() for name in ("clip", "clip-adapter"))
-    data = prepare(load_split(tiny_data, "val")[0], plain, for_training=False, progress=False)
+    data = prepare_split(load_split(tiny_data, "val")[0], plain, for_training=False, progress=False)
     np.testing.assert_allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-6)
     before = save_checkpoint(adapted, tmp_path / "start")
     train(adapted, load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0], QUICK, progress=False)
@@ -70,8 +70,8 @@ def test_the_epoch_is_chosen_by_validation_and_it_is_that_ones_weights_that_stay
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
     model = seeded_model(backbone, method("coop"), seed=0)
     found = train(model, training, validation, replace(QUICK, epochs=4, lr=0.05), progress=False)
-    assert found.best == evaluate(model, prepare(validation, model, for_training=False, progress=False))
-    assert found.best != evaluate(model, prepare(training, model, for_training=False, progress=False))
+    assert found.best == evaluate(model, prepare_split(validation, model, for_training=False, progress=False))
+    assert found.best != evaluate(model, prepare_split(training, model, for_training=False, progress=False))
     assert mean_r1(found.best) == max((line["t2i_r1"] + line["i2t_r1"]) / 2 for line in found.history)
 
 
@@ -84,7 +84,7 @@ def test_options_as_published_leave_no_trace_in_what_names_a_run() -> None:
 def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar-deep"), seed=0)
     training = load_split(tiny_data, "train")[0]
-    data = prepare(training, model, for_training=True, progress=False)
+    data = prepare_split(training, model, for_training=True, progress=False)
     rows = np.arange(len(data))
     before = float(batch_loss(model, data, rows).detach())
     train(model, training, training, TrainConfig(epochs=40, batch_size=12, lr=1e-2), progress=False)
@@ -94,7 +94,7 @@ def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tiny_data: Path) -> None:
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    with pytest.raises(DivergedError, match=r"the loss is nan in epoch \d of clip-adapter; use a lower --lr"):
+    with pytest.raises(DivergedError, match=r"clip-adapter diverged: the loss is nan in epoch \d; use a lower --lr"):
         train(model, training, validation, TrainConfig(epochs=3, batch_size=6, lr=1e30), progress=False)
 
 
@@ -102,7 +102,7 @@ def test_a_last_step_that_leaves_no_numbers_is_no_result(tiny_model: Path, tiny_
     """The loss of the only step was a number; what the step made of the model is none."""
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    with pytest.raises(DivergedError, match="the vectors of clip-adapter are no numbers any more; use a lower --lr"):
+    with pytest.raises(DivergedError, match="clip-adapter diverged: its vectors are not finite; use a lower --lr"):
         train(model, training, validation, TrainConfig(epochs=1, batch_size=64, lr=1e25), progress=False)
 
 
@@ -124,11 +124,11 @@ def test_the_epoch_that_validation_likes_best_is_what_is_left(
 
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    asked = prepare(validation, model, for_training=False, progress=False)
+    asked = prepare_split(validation, model, for_training=False, progress=False)
     said: list[tuple[float, QueryWeights]] = [(10, "none"), (50, "predicted"), (40, "none")]
     seen: list[dict[str, torch.Tensor]] = []
 
-    def chosen(model: DCAR, data: Prepared) -> tuple[QueryWeights, dict[str, float]]:
+    def chosen(model: DCAR, data: PreparedSplit) -> tuple[QueryWeights, dict[str, float]]:
         assert data.key == asked.key
         assert data.pair_weights is None
         seen.append({name: p.detach().clone() for name, p in model.trainables()})
@@ -186,7 +186,7 @@ def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
     backbone, whole = load_backbone(BackboneSource(str(tiny_model))), module.accumulate_gradients
     orders: list[list[int]] = []
 
-    def noted(model: DCAR, data: Prepared, rows: np.ndarray, **given: object) -> float:
+    def noted(model: DCAR, data: PreparedSplit, rows: np.ndarray, **given: object) -> float:
         orders.append(rows.tolist())
         return whole(model, data, rows, **given)  # type: ignore[arg-type]
 
@@ -209,19 +209,19 @@ def test_validation_decides_which_weights_queries_have(
     from dcar_core.training import validation
 
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
-    data = prepare(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
+    data = prepare_split(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
     pictures = np.eye(len(data), dtype=np.float32)
 
-    def captions(model: DCAR, data: Prepared) -> np.ndarray:
+    def captions(model: DCAR, data: PreparedSplit) -> np.ndarray:
         return pictures if better in ("neither", model.config.reweight.query) else pictures[::-1]
 
     monkeypatch.setattr(validation, "encode_captions", captions)
-    monkeypatch.setattr(validation, "encode_pictures", lambda *_: pictures)
+    monkeypatch.setattr(validation, "encode_images", lambda *_: pictures)
     query, recall = choose_query_weights(model, data)
     assert query == model.config.reweight.query == wanted
     assert recall["t2i_r1"] == recall["i2t_r1"] == 100
-    monkeypatch.setattr(validation, "encode_pictures", lambda *_: pictures * np.float32("nan"))
-    with pytest.raises(DivergedError, match="the vectors of dcar are no numbers any more"):
+    monkeypatch.setattr(validation, "encode_images", lambda *_: pictures * np.float32("nan"))
+    with pytest.raises(DivergedError, match="dcar diverged: its vectors are not finite"):
         choose_query_weights(model, data)
 
 
@@ -240,8 +240,8 @@ def test_a_split_is_encoded_as_its_queries_and_pictures_are_one_by_one(
         for _, parameter in model.trainables():
             parameter.add_(0.1 * torch.randn_like(parameter))
     split = load_split(tiny_data, "train")[0]
-    data = prepare(split, model, for_training=False, progress=False)
-    text, image = encode_captions(model, data, batch=5), encode_pictures(model, data, batch=5)
+    data = prepare_split(split, model, for_training=False, progress=False)
+    text, image = encode_captions(model, data, batch=5), encode_images(model, data, batch=5)
     backbone = model.backbone
     with torch.no_grad():
         for row, sample in enumerate(split.samples):
@@ -289,7 +289,7 @@ def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: P
     """Shuffling the pictures of the split must not change a single caption's vector."""
     config = ModelConfig().with_query_weights("predicted")
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), config, seed=0)
-    data = prepare(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
+    data = prepare_split(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
     other = replace(data, pixels=data.pixels[::-1].copy())
     np.testing.assert_array_equal(encode_captions(model, data), encode_captions(model, other))
     assert data.pair_weights is None
@@ -301,7 +301,7 @@ def test_unknown_method_and_missing_pictures(tiny_model: Path, tiny_data: Path, 
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
     elsewhere = load_split(tiny_data, "train", image_root=tmp_path, image_policy="ignore")[0]
     with pytest.raises(DataError, match=r"train: no file .*--images"):
-        prepare(elsewhere, model, for_training=False, progress=False)
+        prepare_split(elsewhere, model, for_training=False, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
 from dcar_core.training.train import train
-from dcar_core.training.train_state import FILE, forget
+from dcar_core.training.train_state import STATE_FILE, delete_state
 from dcar_core.util.errors import TrainingError
 from tests.support.paths import TRAIN_PROCESS
 
@@ -59,7 +59,7 @@ def test_killed_training_ends_with_the_same_weights(
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.communicate()
-    assert (tmp_path / FILE).is_file()
+    assert (tmp_path / STATE_FILE).is_file()
     assert not (tmp_path / "trainables.safetensors").exists()
     went_on = finish(start(tiny_model, tiny_data, tmp_path, "dcar")).splitlines()
     assert 0 < len(went_on) < 6  # it did not start anew
@@ -162,10 +162,10 @@ def test_a_state_of_another_run_is_refused(tiny_model: Path, tiny_data: Path, tm
     ):
         with pytest.raises(TrainingError, match=r"another (method|backbone|training data|validation data); "):
             train(*other, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
-    forget(tmp_path)
+    delete_state(tmp_path)
     run(lr=1e-3)
-    (tmp_path / FILE).write_bytes(b"not a state")
-    with pytest.raises(TrainingError, match="no training state"):
+    (tmp_path / STATE_FILE).write_bytes(b"not a state")
+    with pytest.raises(TrainingError, match="not a training state"):
         run(lr=1e-3)
 
 

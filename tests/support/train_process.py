@@ -28,5 +28,5 @@ with torchrun_group("cpu") as (group, device):
         sys.stdout.flush()
 
     train(model, *splits, config, progress=False, run=Path(out), cache=cache, on_epoch=tell, group=group)
-    if group.leads:
+    if group.is_leader:
         save_checkpoint(model, Path(out))
