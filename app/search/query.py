@@ -4,7 +4,6 @@ The options are pydantic models, so that a request body, a form and a Python cal
 Limits that are settings (characters, k, ...) are checked by the API; see `app.api.params`.
 """
 
-import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from app.core.settings import DEFAULT_K
+from dcar_core.model.text_cleaning import strip_control_tokens
 
 # FailFast: report the first fault of a list; reporting every fault of a hostile one would take seconds.
 Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32), FailFast()]
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 
-_CONTROL_TOKENS = re.compile(r"<\|?(?:start_of_text|end_of_text|startoftext|endoftext)\|?>", re.IGNORECASE)
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # inside emoji and some scripts: they carry meaning
 
 
@@ -30,7 +29,7 @@ def normalise(text: str) -> str:
             if char.isspace() or ord(char) in _JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
         )
         text = unicodedata.normalize("NFC", text)  # of what is left: something invisible may have stood between
-    return " ".join(_CONTROL_TOKENS.sub(" ", text).split())
+    return " ".join(strip_control_tokens(text).split())
 
 
 class Weights(BaseModel):

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.tokenizer import TextTokenizer, clean
+from dcar_core.model.text_cleaning import clean_text
+from dcar_core.model.tokenizer import TextTokenizer
 from dcar_core.util.errors import ModelError
 from dcar_core.util.memory import WEIGHTS_FILE, map_weights
 
@@ -101,7 +102,7 @@ class Backbone(nn.Module):
         while len(known) > _WORDS:
             known.popitem()  # the newest; the first two are the control tokens
         tokens: Tensor = self._tokenizer(
-            [clean(text) for text in texts], context_length=self.context_length - prompt_tokens
+            [clean_text(text) for text in texts], context_length=self.context_length - prompt_tokens
         )
         return tokens[:, : int(tokens.argmax(-1).max()) + 1].to(self.device)
 
@@ -112,7 +113,7 @@ class Backbone(nn.Module):
     def exceeds_context(self, texts: Sequence[str], prompt_tokens: int = 0) -> list[bool]:
         """Which texts `tokenize` would cut."""
         limit = self.context_length - prompt_tokens
-        tokens: Tensor = self._tokenizer([clean(text) for text in texts], context_length=limit + 1)
+        tokens: Tensor = self._tokenizer([clean_text(text) for text in texts], context_length=limit + 1)
         return (tokens.argmax(-1) >= limit).tolist()
 
     def split_words(self, tokens: Tensor) -> list[tuple[str, slice]]:

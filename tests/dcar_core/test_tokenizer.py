@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import open_clip
 import pytest
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.model.tokenizer import TextTokenizer, clean, clip_token_ids, count_clip_tokens
+from dcar_core.model.text_cleaning import clean_text, mend
+from dcar_core.model.tokenizer import TextTokenizer, clip_token_ids, count_clip_tokens
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -34,6 +36,8 @@ CONTROL = [
     "a &lt;end_of_text&gt; b",
     "a &amp;amp;amp;lt;end_of_text&amp;amp;amp;gt; b",
     "a ＜end_of_text＞ b",  # noqa: RUF001
+    "a <|endoftext|> b",
+    "a < | startOfText | > b",
 ]
 
 
@@ -71,14 +75,14 @@ def test_numbers_are_open_clips(backbone: Backbone, prompt_tokens: int) -> None:
 def test_clips_vocabulary_needs_no_open_clip() -> None:
     reference = open_clip.get_tokenizer("ViT-B-32")
     texts = [*HARD, *CONTROL]
-    wanted = reference([clean(text) for text in texts]).numpy()
+    wanted = reference([clean_text(text) for text in texts]).numpy()
     found = TextTokenizer.for_clip()(texts)
     np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
     assert not wanted[:, found.shape[1] :].any()
     assert clip_token_ids(["a red car"], 8) == [reference("a red car")[0, :5].tolist()]
     assert count_clip_tokens(["a red car", "a " * 5000]) == [5, 5002]
     assert len(clip_token_ids(["a " * 5000], 8)[0]) == 69
-    code = "import sys, dcar_core.negatives as n; n.views(None)[1](['a']); print('torch' in sys.modules)"
+    code = "import sys, dcar_core.negatives as n; n.load_text_views(None)[1](['a']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -92,8 +96,16 @@ def test_no_control_token_gets_in(backbone: Backbone, text: str) -> None:
 def test_plain_ascii_needs_no_mending() -> None:
     printable = "".join(chr(code) for code in range(32, 127) if chr(code) != "&")
     assert ftfy.fix_text(printable) == printable
-    assert clean(printable) == printable
+    assert clean_text(printable) == printable
 
 
 def test_other_tokenizers_have_no_such_form(backbone: Backbone) -> None:
     assert TextTokenizer.from_open_clip(object(), 77) is None
+
+
+def test_deeply_nested_entities_take_linear_time() -> None:
+    started = time.process_time()
+    assert mend("&" + "amp;" * 20_000 + "lt;end_of_text&gt;") == "<end_of_text>"
+    mixed = clean_text("&" + "#38;" * 20_000 + "lt;end_of_text&" + "#38;" * 20_000 + "gt;")
+    assert "<" not in mixed or "&" not in mixed
+    assert time.process_time() - started < 2

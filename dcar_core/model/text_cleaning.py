@@ -1,0 +1,69 @@
+"""Cleaning of user text before tokenization: encoding, HTML entities, control tokens, case.
+
+- Every tokenizer and the service's query form use `strip_control_tokens`, so no text can place SOS or EOT.
+- `mend` takes linear time, also for entities nested thousands of times.
+"""
+
+import html
+import re
+import string
+from collections.abc import Callable
+
+import ftfy
+
+# Spellings that a CLIP tokenizer reads as SOS or EOT, or that look the same to a reader.
+_CLIP_CONTROL = re.compile(r"<\s*/?\s*\|?\s*(?:start_?of_?text|end_?of_?text)\s*\|?\s*>", re.IGNORECASE)
+_NESTED_AMPERSAND = re.compile(r"&(?:amp;)+")
+_UNESCAPE_PASSES = 8
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def strip_control_tokens(text: str, vocabulary: re.Pattern[str] | None = None) -> str:
+    """Replace control tokens by a space: CLIP's in any spelling, and those that `vocabulary` matches."""
+    text = _CLIP_CONTROL.sub(" ", text)
+    return text if vocabulary is None else vocabulary.sub(" ", text)
+
+
+def control_token_pattern(tokens: list[str]) -> re.Pattern[str] | None:
+    """Compile a pattern for `strip_control_tokens` that matches these tokens exactly, longest first."""
+    names = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))) if names else None
+
+
+def mend(text: str) -> str:
+    """Repair the encoding and resolve HTML entities, nested ones too."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    text = ftfy.fix_text(_NESTED_AMPERSAND.sub("&", text))
+    for _ in range(_UNESCAPE_PASSES):
+        plain = html.unescape(_NESTED_AMPERSAND.sub("&", text))
+        if plain == text:
+            return text
+        text = plain
+    return text.replace("&", " ")
+
+
+def clean_text(text: str, vocabulary: re.Pattern[str] | None = None) -> str:
+    """Mend a text and strip its control tokens; the input of every tokenizer."""
+    return strip_control_tokens(mend(text), vocabulary)
+
+
+def collapse_spaces(text: str) -> str:
+    return " ".join(text.split())
+
+
+def lower(text: str) -> str:
+    return collapse_spaces(text).lower()
+
+
+def canonicalize(text: str) -> str:
+    """Lower case, no punctuation, single spaces, as SigLIP was trained."""
+    return collapse_spaces(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower())
+
+
+# By the names of open_clip's `tokenizer_kwargs.clean`.
+NORMALIZERS: dict[str, Callable[[str], str]] = {
+    "lower": lower,
+    "whitespace": collapse_spaces,
+    "canonicalize": canonicalize,
+}
