@@ -39,7 +39,7 @@ class _Page:
 def make_pages() -> APIRouter:
     """Return the routes of /, /docs and their files below /ui/."""
     router = APIRouter(include_in_schema=False)
-    swagger = files("fastapi_offline") / "static"
+    swagger = _UI / "vendor" / "swagger-ui"
     pages = {
         file.name: _read(file)
         for file in [
