@@ -13,7 +13,8 @@ import ftfy
 
 # Spellings that a CLIP tokenizer reads as SOS or EOT, or that look the same to a reader.
 _CLIP_CONTROL = re.compile(r"<\s*/?\s*\|?\s*(?:start_?of_?text|end_?of_?text)\s*\|?\s*>", re.IGNORECASE)
-_NESTED_AMPERSAND = re.compile(r"&(?:amp;)+")
+# An ampersand that was escaped again and again, in any spelling that `html.unescape` resolves.
+_NESTED_AMPERSAND = re.compile(r"&(?:amp;?|AMP;?|#0*38(?:;|(?!\d))|#[xX]0*26(?:;|(?![0-9a-fA-F])))+")
 _UNESCAPE_PASSES = 8
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
