@@ -15,7 +15,6 @@ import typer
 from app.cli import app
 from app.core.settings import Settings
 from dcar_core.util import errors
-from index_jobs.jobs.command_line import parser as rebuild_parser
 from tests.support.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
@@ -99,7 +98,8 @@ def unknown_options(words: list[str]) -> list[str]:
         else:
             known = {"--help", *(o for p in command.params for o in [*p.opts, *p.secondary_opts])}
     elif words[0] == "index_jobs.rebuild":
-        known = set(rebuild_parser()._option_string_actions)
+        command, _ = dcar_command(["index", "build"])
+        known = {"--help", *(o for p in command.params for o in [*p.opts, *p.secondary_opts])}
     elif words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
         script = ROOT / words[1]
         if not script.is_file():
