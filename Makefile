@@ -1,7 +1,7 @@
 # make demo    search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
 # make test    all tests                                                   (ARGS="-k name" for some)
 # make check   lint, format, types, import direction
-# make reference  the generated pages of docs/reference
+# make reference  the generated pages of docs/reference, and the client's models
 # make install the set-up alone                                           (EXTRAS=dev,openvino,ray for more parts)
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -39,3 +39,4 @@ check: install
 
 reference: install
 	$(BIN)/python scripts/generate_reference.py
+	$(BIN)/python scripts/generate_client_models.py

@@ -1,13 +1,15 @@
-"""The client against the whole service on a real port."""
+"""The Python client against the whole service on a real port, and against services that misbehave."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from dcar_client import AsyncClient, Client, ServiceError, models
+from pydantic import BaseModel
 
-from app.client import Client, ServiceError
 from app.core.keys import key_hash, new_key
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
@@ -17,21 +19,77 @@ from tests.support.service import ODD_ID, serving
 ADMIN = "correct horse battery"
 
 
-def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> None:
+class RecordingTransport(httpx.HTTPTransport):
+    """Keeps the JSON of the last response."""
+
+    body: Any = None
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = super().handle_request(request)
+        response.read()
+        is_json = "json" in response.headers.get("content-type", "")
+        self.body = response.json() if is_json else None
+        return response
+
+
+def models_in(value: Any) -> Iterator[BaseModel]:
+    """The models in a response, at any depth."""
+    if isinstance(value, BaseModel):
+        yield value
+        value = [getattr(value, name) for name in type(value).model_fields]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from models_in(each)
+
+
+def test_every_model_holds_all_that_the_service_sends(built_index: Path, gallery: Path) -> None:
+    seen: set[type[BaseModel]] = set()
+    transport = RecordingTransport()
+
+    def check(value: Any, body: Any) -> None:
+        is_model = isinstance(value, BaseModel)
+        dumped = value.model_dump(exclude_unset=True) if is_model else [m.model_dump(exclude_unset=True) for m in value]
+        assert dumped == body
+        seen.update(type(model) for model in models_in(value))
+
+    with (
+        serving(built_index, admin_key=ADMIN) as (_, port),
+        Client(f"http://127.0.0.1:{port}", key=ADMIN, transport=transport) as client,
+    ):
+        for name in ("health", "readiness", "reload"):
+            check(getattr(client, name)(), transport.body)
+        check(client.collections(), transport.body["collections"])
+        check(client.search_text("a red circle", explain=True, rerank=True, fields=["*"]), transport.body)
+        check(client.search_text("a red circle", fold=0.5, min_score=-1, k=2), transport.body)
+        check(client.search_batch(["red", "blue"], k=2), transport.body["answers"])
+        check(client.search_image(gallery / "circle/blue.png", explain=True), transport.body)
+        check(client.similar(ODD_ID), transport.body)
+        check(client.items(k=4), transport.body)
+        check(client.item(ODD_ID), transport.body)
+        with pytest.raises(ServiceError) as caught:
+            client.item("nothing")
+        check(caught.value.problem, transport.body)
+    inner = {models.BatchResponse, models.CollectionsResponse}  # their lists are returned
+    every = {each for each in vars(models).values() if isinstance(each, type) and issubclass(each, BaseModel)}
+    assert seen | inner | {BaseModel} == every
+
+
+def test_searches_and_items(built_index: Path, gallery: Path) -> None:
     key = new_key()
     with serving(built_index, api_keys=f"shop:{key_hash(key)}", admin_key=ADMIN) as (_, port):
         url = f"http://127.0.0.1:{port}"
         with Client(url, key=key) as client:
-            assert client.ready().count == 24
+            assert client.readiness().count == 24
             (collection,) = client.collections()
-            found = client.search_text("a red circle", k=3, filter={"category": "circle"})
-            assert [result.rank for result in found.results] == [1, 2, 3]
-            assert {result.category for result in found.results} == {"circle"}
+            response = client.search_text("a red circle", k=3, filter={"category": "circle"})
+            assert [result.rank for result in response.results] == [1, 2, 3]
+            assert {result.category for result in response.results} == {"circle"}
             assert client.search_text("a red circle", k=3, offset=3).results[0].rank == 4
-            answers = client.search_batch(["red", "blue"], k=2)
-            assert [len(answer.results) for answer in answers] == [2, 2]
-            each = client.search_batch(["red", {"query": "red", "k": 3, "without": "circle"}], k=2)
-            assert [len(answer.results) for answer in each] == [2, 3]
+            assert [len(each.results) for each in client.search_batch(["red", "blue"], k=2)] == [2, 2]
+            own_options = client.search_batch(["red", {"query": "red", "k": 3, "without": "circle"}], k=2)
+            assert [len(each.results) for each in own_options] == [2, 3]
             file = gallery / "circle/blue.png"
             by_file = client.search_image(file, k=2, filter={"category": "circle"}, less_like=["circle/red.png"])
             assert by_file.results[0].id == "circle/blue.png"
@@ -44,6 +102,54 @@ def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> N
             assert (circles.count, [item.category for item in circles.items]) == (6, ["circle"] * 4)
             assert client.items(filter={"category": "circle"}, offset=4).next_offset is None
             assert client.image("circle/blue.png") == file.read_bytes()
+        with Client(url, key=key, collection=collection.name) as client:
+            assert client.search_text("red").results[0].image_url.startswith(f"/collections/{collection.name}/")
+        with Client(url, key=ADMIN) as admin:
+            assert not admin.reload().changed
+
+
+async def test_the_async_client_returns_the_same(built_index: Path, gallery: Path) -> None:
+    file = gallery / "circle/blue.png"
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("search_text", ("a red circle",), {"k": 3}),
+        ("search_image", (file, "red"), {"k": 2}),
+        ("search_batch", (["red", {"query": "blue", "k": 3}],), {"k": 2}),
+        ("similar", (ODD_ID,), {"k": 4}),
+        ("items", (), {"filter": {"category": "circle"}, "k": 4}),
+        ("item", (ODD_ID,), {}),
+        ("image", ("circle/blue.png",), {}),
+        ("collections", (), {}),
+        ("health", (), {}),
+        ("readiness", (), {}),
+        ("reload", (), {}),
+    ]
+    public = {name for name in vars(Client) if not name.startswith("_")}
+    assert (
+        {name for name, *_ in calls} == public - {"close"} == {n for n in vars(AsyncClient) if n in public} - {"close"}
+    )
+    with serving(built_index, admin_key=ADMIN) as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        with Client(url, key=ADMIN) as client:
+            async with AsyncClient(url, key=ADMIN) as async_client:
+                for name, arguments, options in calls:
+                    expected = getattr(client, name)(*arguments, **options)
+                    found = await getattr(async_client, name)(*arguments, **options)
+                    assert without_timing(found) == without_timing(expected), name
+                with pytest.raises(ServiceError, match="There is no item"):
+                    await async_client.item("nothing")
+
+
+def without_timing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_timing(each) for each in value]
+    changes = {"took_ms": 0.0, "cached": False} if isinstance(value, models.SearchResponse) else {}
+    return value.model_copy(update=changes) if isinstance(value, BaseModel) else value
+
+
+def test_errors_carry_the_problem_document(built_index: Path) -> None:
+    with serving(built_index, api_keys=f"shop:{key_hash('k' * 32)}") as (_, port):
+        url = f"http://127.0.0.1:{port}"
+        with Client(url, key="k" * 32) as client:
             with pytest.raises(ServiceError, match="There is no item") as caught:
                 client.item("nothing")
             assert caught.value.status == 404
@@ -53,10 +159,6 @@ def test_everything_that_the_service_does(built_index: Path, gallery: Path) -> N
             assert caught.value.request_id
             with pytest.raises(ServiceError, match="k: "):
                 client.search_image(png(), k=0)
-        with Client(url, key=key, collection=collection.name) as client:
-            assert client.search_text("red").results[0].image_url.startswith(f"/collections/{collection.name}/")
-        with Client(url, key=ADMIN) as admin:
-            assert not admin.reload().changed
         with Client(url) as stranger, pytest.raises(ServiceError) as caught:
             stranger.search_text("red")
         assert caught.value.status == 401
@@ -71,82 +173,122 @@ def test_ids_that_look_like_lists(tiny_checkpoint: Path, tmp_path: Path) -> None
     rebuild(tmp_path, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     with serving(tmp_path / "index") as (_, port), Client(f"http://127.0.0.1:{port}") as client:
         for each in odd:
-            for found in (
+            for response in (
                 client.search_text("", more_like=[each]),
                 client.search_image(png(), more_like=[each]),
                 client.search_image(png(), more_like=[each, "a"], less_like=["2024"]),
             ):
-                assert each not in [result.id for result in found.results]
+                assert each not in [result.id for result in response.results]
 
 
-def test_it_waits_as_it_is_told_and_gives_up_in_the_end(built_index: Path) -> None:
+def test_a_rate_limit_is_retried_after_the_named_time(built_index: Path) -> None:
     with serving(built_index, rate_limit="2/minute") as (_, port):
-        waited: list[float] = []
-        with Client(f"http://127.0.0.1:{port}", sleep=waited.append, retries=3) as client:
+        waits: list[float] = []
+        with Client(f"http://127.0.0.1:{port}", sleep=waits.append, retries=3, max_wait_s=60) as client:
             client.search_text("red")
             client.search_text("red")
             with pytest.raises(ServiceError) as caught:
                 client.search_text("red")
         assert caught.value.status == 429
-        assert len(waited) == 3
-        assert all(1 <= pause <= 30 for pause in waited)
+        assert len(waits) == 3
+        assert all(1 <= wait <= 60 for wait in waits)
 
 
-def test_a_service_that_cannot_be_reached_in_time_is_tried_again() -> None:
-    asked: list[str] = []
+def test_a_connection_timeout_is_retried() -> None:
+    requests: list[str] = []
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request.url.path)
-        if len(asked) == 1:
+    def respond(request: httpx.Request) -> httpx.Response:
+        requests.append(request.url.path)
+        if len(requests) == 1:
             raise httpx.ConnectTimeout("timed out")
         return httpx.Response(502)
 
-    waited: list[float] = []
-    transport: Any = httpx.MockTransport(answer)
-    with Client("http://far", transport=transport, sleep=waited.append) as client, pytest.raises(ServiceError):
-        client.ready()
-    assert len(asked) == 2
-    assert len(waited) == 1
+    waits: list[float] = []
+    transport = httpx.MockTransport(respond)
+    with Client("http://far", transport=transport, sleep=waits.append) as client, pytest.raises(ServiceError):
+        client.readiness()
+    assert len(requests) == 2
+    assert len(waits) == 1
 
 
-def test_a_service_that_is_not_there_or_is_none() -> None:
-    waited: list[float] = []
-    with Client(f"http://127.0.0.1:{free_port()}", sleep=waited.append) as client, pytest.raises(httpx.ConnectError):
-        client.ready()
-    assert len(waited) == 2
+async def test_the_async_client_retries_as_well() -> None:
+    statuses = iter([None, 429, 503, 200])
 
-    def other(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(502, text="<html>Bad Gateway</html>")
+    def respond(request: httpx.Request) -> httpx.Response:
+        status = next(statuses)
+        if status is None:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(status, headers={"retry-after": "7"}, json={"status": "ok"})
 
-    transport: Any = httpx.MockTransport(other)
-    with Client("http://proxy", transport=transport) as client, pytest.raises(ServiceError, match="502") as caught:
-        client.ready()
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async with AsyncClient("http://busy", transport=httpx.MockTransport(respond), sleep=sleep, retries=3) as client:
+        assert (await client.health()).status == "ok"
+    assert waits == [0.5, 7, 7]
+    statuses = iter([503, None])
+    async with AsyncClient("http://busy", transport=httpx.MockTransport(respond), sleep=sleep, retries=0) as client:
+        with pytest.raises(ServiceError, match="503"):
+            await client.health()
+        with pytest.raises(httpx.ConnectError):
+            await client.health()
+
+
+def test_a_service_that_is_not_there_is_a_transport_error() -> None:
+    waits: list[float] = []
+    with Client(f"http://127.0.0.1:{free_port()}", sleep=waits.append) as client, pytest.raises(httpx.ConnectError):
+        client.readiness()
+    assert len(waits) == 2
+
+
+def test_a_response_of_something_else_is_a_service_error() -> None:
+    proxy = httpx.MockTransport(lambda request: httpx.Response(502, text="<html>Bad Gateway</html>"))
+    with Client("http://proxy", transport=proxy) as client, pytest.raises(ServiceError, match="502") as caught:
+        client.readiness()
     assert caught.value.problem is None
-
-    page: Any = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Please log in</html>"))
-    with Client("http://portal", transport=page) as client:
-        for ask in (client.ready, lambda: client.image("a")):
+    login_page = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Please log in</html>"))
+    with Client("http://portal", transport=login_page) as client:
+        for call in (client.readiness, lambda: client.image("a")):
             with pytest.raises(ServiceError, match="200"):
-                ask()
+                call()
 
 
-@pytest.mark.parametrize(("said", "pause"), [("-5", 1), ("nan", 1), ("soon", 1), ("7", 7), ("1e9", 30), ("inf", 30)])
-def test_it_waits_no_odd_time(said: str, pause: float) -> None:
-    waited: list[float] = []
-    busy: Any = httpx.MockTransport(lambda request: httpx.Response(503, headers={"retry-after": said}))
+@pytest.mark.parametrize(
+    ("retry_after", "waits"),
+    [
+        ("7", [7]),
+        ("-5", [1]),
+        ("nan", [1]),
+        ("soon", [1]),
+        ("Mon, 02 Jan 2006 15:04:05 GMT", [0]),
+        ("31", []),
+        ("inf", []),
+        ("Fri, 31 Dec 2999 23:59:59 GMT", []),
+    ],
+)
+def test_retry_after_is_honoured_up_to_the_longest_wait(retry_after: str, waits: list[float]) -> None:
+    found: list[float] = []
+    busy = httpx.MockTransport(lambda request: httpx.Response(503, headers={"retry-after": retry_after}))
     with (
-        Client("http://busy", transport=busy, sleep=waited.append, retries=1) as client,
+        Client("http://busy", transport=busy, sleep=found.append, retries=1) as client,
         pytest.raises(ServiceError, match="503"),
     ):
-        client.ready()
-    assert waited == [pause]
+        client.readiness()
+    assert found == waits
 
 
-def test_dots_are_no_names() -> None:
-    asked: list[str] = []
-    seen: Any = httpx.MockTransport(lambda request: asked.append(str(request.url)) or httpx.Response(404))
-    with Client("http://service", transport=seen) as client, pytest.raises(ValueError, match=r"'\.\.' is no name"):
+def test_dots_cannot_be_names() -> None:
+    requests: list[str] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        requests.append(str(request.url))
+        return httpx.Response(404)
+
+    transport = httpx.MockTransport(respond)
+    with Client("http://service", transport=transport) as client, pytest.raises(ValueError, match=r"'\.\.' cannot be"):
         client.item("..")
-    with pytest.raises(ValueError, match=r"'\.' is no name"):
+    with pytest.raises(ValueError, match=r"'\.' cannot be"):
         Client("http://service", collection=".")
-    assert asked == []
+    assert requests == []

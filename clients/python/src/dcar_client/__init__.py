@@ -1,0 +1,55 @@
+"""Client of a DCAR image search service, synchronous (`Client`) and asynchronous (`AsyncClient`).
+
+from dcar_client import Client
+
+with Client("http://127.0.0.1:8000") as client:
+    for result in client.search_text("crying cat", k=3).results:
+        print(result.score, result.id, result.caption)
+"""
+
+from dcar_client.client import AsyncClient, Client
+from dcar_client.errors import ServiceError
+from dcar_client.models import (
+    BatchResponse,
+    Collection,
+    CollectionsResponse,
+    FieldError,
+    GalleryItem,
+    HealthResponse,
+    ItemResponse,
+    ItemsResponse,
+    ProblemResponse,
+    ReadinessResponse,
+    ReloadResponse,
+    Result,
+    ResultExplanation,
+    SearchOptions,
+    SearchResponse,
+    TextQuery,
+    Weights,
+    WordWeight,
+)
+
+__all__ = [
+    "AsyncClient",
+    "BatchResponse",
+    "Client",
+    "Collection",
+    "CollectionsResponse",
+    "FieldError",
+    "GalleryItem",
+    "HealthResponse",
+    "ItemResponse",
+    "ItemsResponse",
+    "ProblemResponse",
+    "ReadinessResponse",
+    "ReloadResponse",
+    "Result",
+    "ResultExplanation",
+    "SearchOptions",
+    "SearchResponse",
+    "ServiceError",
+    "TextQuery",
+    "Weights",
+    "WordWeight",
+]

@@ -1,0 +1,137 @@
+"""One `Call` for each route of the service: the HTTP request to send, and how to read the response.
+
+No I/O takes place here, so the synchronous and the asynchronous client share every route.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from dcar_client.errors import error_from
+from dcar_client.models import (
+    BatchResponse,
+    Collection,
+    CollectionsResponse,
+    HealthResponse,
+    ItemResponse,
+    ItemsResponse,
+    ReadinessResponse,
+    ReloadResponse,
+    SearchOptions,
+    SearchResponse,
+    TextQuery,
+)
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A request and the parser of its response. arguments: keyword arguments of `httpx.Client.request`."""
+
+    method: str
+    path: str
+    parse: Callable[[httpx.Response], T]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def search_text(prefix: str, query: str, options: SearchOptions) -> Call[SearchResponse]:
+    """POST /search/text."""
+    return Call("POST", f"{prefix}/search/text", _reader(SearchResponse), {"json": {"query": query, **options}})
+
+
+def search_image(prefix: str, image: Path | str | bytes, query: str, options: SearchOptions) -> Call[SearchResponse]:
+    """POST /search/image, as a multipart form in which every option but texts is JSON."""
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    fields = {"query": query} if query else {}
+    for name, value in options.items():
+        fields[name] = str(value) if name == "without" else json.dumps(value)
+    arguments = {"files": {"file": ("image", data)}, "data": fields}
+    return Call("POST", f"{prefix}/search/image", _reader(SearchResponse), arguments)
+
+
+def search_batch(prefix: str, queries: Sequence[str | TextQuery], options: SearchOptions) -> Call[list[SearchResponse]]:
+    """POST /search/batch. An option of a query takes precedence over the common `options`."""
+    own = [TextQuery(query=query) if isinstance(query, str) else query for query in queries]
+    body = {"queries": [{**options, **query} for query in own]}
+    read = _reader(BatchResponse)
+    return Call("POST", f"{prefix}/search/batch", lambda response: read(response).answers, {"json": body})
+
+
+def similar(prefix: str, item_id: str, k: int, offset: int) -> Call[SearchResponse]:
+    """GET /items/{id}/similar."""
+    path = f"{prefix}/items/{path_segment(item_id)}/similar"
+    return Call("GET", path, _reader(SearchResponse), {"params": {"k": k, "offset": offset}})
+
+
+def items(prefix: str, filter: Mapping[str, Any] | None, k: int, offset: int) -> Call[ItemsResponse]:
+    """GET /items."""
+    params: dict[str, str | int] = {"k": k, "offset": offset}
+    if filter is not None:
+        params["filter"] = json.dumps(filter)
+    return Call("GET", f"{prefix}/items", _reader(ItemsResponse), {"params": params})
+
+
+def item(prefix: str, item_id: str) -> Call[ItemResponse]:
+    """GET /items/{id}."""
+    return Call("GET", f"{prefix}/items/{path_segment(item_id)}", _reader(ItemResponse))
+
+
+def image(prefix: str, item_id: str) -> Call[bytes]:
+    """GET /items/{id}/image."""
+    return Call("GET", f"{prefix}/items/{path_segment(item_id)}/image", _image_bytes)
+
+
+def collections() -> Call[list[Collection]]:
+    """GET /collections."""
+    read = _reader(CollectionsResponse)
+    return Call("GET", "/collections", lambda response: read(response).collections)
+
+
+def health() -> Call[HealthResponse]:
+    """GET /healthz."""
+    return Call("GET", "/healthz", _reader(HealthResponse))
+
+
+def readiness() -> Call[ReadinessResponse]:
+    """GET /readyz."""
+    return Call("GET", "/readyz", _reader(ReadinessResponse))
+
+
+def reload() -> Call[ReloadResponse]:
+    """POST /admin/reload."""
+    return Call("POST", "/admin/reload", _reader(ReloadResponse))
+
+
+def path_segment(name: str) -> str:
+    """Quote a name as one segment of a URL's path.
+
+    Raises:
+        ValueError: the name is "." or "..", which URLs resolve to other paths.
+    """
+    if name in {".", ".."}:
+        raise ValueError(f"{name!r} cannot be the name of an item or a collection")
+    return quote(name, safe="")
+
+
+def _reader(model: type[M]) -> Callable[[httpx.Response], M]:
+    def read(response: httpx.Response) -> M:
+        try:
+            return model.model_validate_json(response.content)
+        except ValidationError:
+            raise error_from(response) from None
+
+    return read
+
+
+def _image_bytes(response: httpx.Response) -> bytes:
+    if not response.headers.get("content-type", "").startswith(("image/", "application/octet-stream")):
+        raise error_from(response)
+    return response.content

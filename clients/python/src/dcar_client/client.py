@@ -1,0 +1,261 @@
+"""`Client` and `AsyncClient`: the same methods, synchronous and asynchronous.
+
+- Responses are the models of `dcar_client.models`; every error response is a `ServiceError`.
+- 429 and 503 are retried after the time in `Retry-After`; connections that cannot be opened are retried too.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+
+from dcar_client import calls
+from dcar_client.calls import Call, path_segment
+from dcar_client.errors import error_from
+from dcar_client.models import (
+    Collection,
+    HealthResponse,
+    ItemResponse,
+    ItemsResponse,
+    ReadinessResponse,
+    ReloadResponse,
+    SearchOptions,
+    SearchResponse,
+    TextQuery,
+)
+from dcar_client.retries import CONNECT_WAIT_S, RETRIED_ERRORS, wait_after
+
+T = TypeVar("T")
+
+
+class Client:
+    """Synchronous client of one service. Use it as a context manager, or call `close`.
+
+    Args:
+        url: address of the service, such as http://127.0.0.1:8000.
+        key: an API key, or the admin key for `reload`.
+        collection: the collection to search; None for the default one.
+        timeout_s: seconds without data after which an attempt fails.
+        retries: further attempts after 429, 503 or a connection that cannot be opened.
+        max_wait_s: the longest wait between attempts; a longer `Retry-After` is an error.
+        transport: an httpx transport, for proxies or tests.
+        sleep: the function that waits between attempts.
+
+    Raises:
+        ValueError: `collection` is "." or "..".
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        collection: str | None = None,
+        timeout_s: float = 15.0,
+        retries: int = 2,
+        max_wait_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._prefix = _prefix(collection)
+        self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s, transport=transport)
+        self._retries, self._max_wait_s, self._sleep = retries, max_wait_s, sleep
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def search_text(self, query: str, **options: Unpack[SearchOptions]) -> SearchResponse:
+        """Find the images that a text describes."""
+        return self._send(calls.search_text(self._prefix, query, options))
+
+    def search_image(
+        self, image: Path | str | bytes, query: str = "", **options: Unpack[SearchOptions]
+    ) -> SearchResponse:
+        """Find the images that resemble an image, given as a path or as bytes, and match the text `query`."""
+        return self._send(calls.search_image(self._prefix, image, query, options))
+
+    def search_batch(
+        self, queries: Sequence[str | TextQuery], **options: Unpack[SearchOptions]
+    ) -> list[SearchResponse]:
+        """Run several text searches in one request; responses are in the order of the queries.
+
+        Args:
+            queries: texts, or dicts of `query` and options that take precedence over the common `options`.
+        """
+        return self._send(calls.search_batch(self._prefix, queries, options))
+
+    def similar(self, item_id: str, *, k: int = 10, offset: int = 0) -> SearchResponse:
+        """Find the items nearest to one of the gallery's items."""
+        return self._send(calls.similar(self._prefix, item_id, k, offset))
+
+    def items(self, *, filter: Mapping[str, Any] | None = None, k: int = 10, offset: int = 0) -> ItemsResponse:
+        """List items in index order; `next_offset` is the start of the next page."""
+        return self._send(calls.items(self._prefix, filter, k, offset))
+
+    def item(self, item_id: str) -> ItemResponse:
+        """Return one item with all its metadata."""
+        return self._send(calls.item(self._prefix, item_id))
+
+    def image(self, item_id: str) -> bytes:
+        """Return the image file of an item."""
+        return self._send(calls.image(self._prefix, item_id))
+
+    def collections(self) -> list[Collection]:
+        """List the served collections, the default one first."""
+        return self._send(calls.collections())
+
+    def health(self) -> HealthResponse:
+        """Return whether the process is alive."""
+        return self._send(calls.health())
+
+    def readiness(self) -> ReadinessResponse:
+        """Return whether searches are served, and from which index version."""
+        return self._send(calls.readiness())
+
+    def reload(self) -> ReloadResponse:
+        """Load the published index version now; needs the admin key."""
+        return self._send(calls.reload())
+
+    def _send(self, call: Call[T]) -> T:
+        for attempt in range(self._retries + 1):
+            is_last = attempt == self._retries
+            try:
+                response = self._http.request(call.method, call.path, **call.arguments)
+            except RETRIED_ERRORS:
+                if is_last:
+                    raise
+                self._sleep(CONNECT_WAIT_S)
+                continue
+            if response.is_success:
+                return call.parse(response)
+            wait = wait_after(response, self._max_wait_s)
+            if wait is None or is_last:
+                raise error_from(response)
+            self._sleep(wait)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+class AsyncClient:
+    """Asynchronous client of one service. Use it as an async context manager, or await `close`.
+
+    Arguments are those of `Client`; `transport` and `sleep` are asynchronous.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        collection: str | None = None,
+        timeout_s: float = 15.0,
+        retries: int = 2,
+        max_wait_s: float = 30.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._prefix = _prefix(collection)
+        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s, transport=transport)
+        self._retries, self._max_wait_s, self._sleep = retries, max_wait_s, sleep
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def search_text(self, query: str, **options: Unpack[SearchOptions]) -> SearchResponse:
+        """Find the images that a text describes."""
+        return await self._send(calls.search_text(self._prefix, query, options))
+
+    async def search_image(
+        self, image: Path | str | bytes, query: str = "", **options: Unpack[SearchOptions]
+    ) -> SearchResponse:
+        """Find the images that resemble an image, given as a path or as bytes, and match the text `query`."""
+        return await self._send(calls.search_image(self._prefix, image, query, options))
+
+    async def search_batch(
+        self, queries: Sequence[str | TextQuery], **options: Unpack[SearchOptions]
+    ) -> list[SearchResponse]:
+        """Run several text searches in one request; responses are in the order of the queries.
+
+        Args:
+            queries: texts, or dicts of `query` and options that take precedence over the common `options`.
+        """
+        return await self._send(calls.search_batch(self._prefix, queries, options))
+
+    async def similar(self, item_id: str, *, k: int = 10, offset: int = 0) -> SearchResponse:
+        """Find the items nearest to one of the gallery's items."""
+        return await self._send(calls.similar(self._prefix, item_id, k, offset))
+
+    async def items(self, *, filter: Mapping[str, Any] | None = None, k: int = 10, offset: int = 0) -> ItemsResponse:
+        """List items in index order; `next_offset` is the start of the next page."""
+        return await self._send(calls.items(self._prefix, filter, k, offset))
+
+    async def item(self, item_id: str) -> ItemResponse:
+        """Return one item with all its metadata."""
+        return await self._send(calls.item(self._prefix, item_id))
+
+    async def image(self, item_id: str) -> bytes:
+        """Return the image file of an item."""
+        return await self._send(calls.image(self._prefix, item_id))
+
+    async def collections(self) -> list[Collection]:
+        """List the served collections, the default one first."""
+        return await self._send(calls.collections())
+
+    async def health(self) -> HealthResponse:
+        """Return whether the process is alive."""
+        return await self._send(calls.health())
+
+    async def readiness(self) -> ReadinessResponse:
+        """Return whether searches are served, and from which index version."""
+        return await self._send(calls.readiness())
+
+    async def reload(self) -> ReloadResponse:
+        """Load the published index version now; needs the admin key."""
+        return await self._send(calls.reload())
+
+    async def _send(self, call: Call[T]) -> T:
+        for attempt in range(self._retries + 1):
+            is_last = attempt == self._retries
+            try:
+                response = await self._http.request(call.method, call.path, **call.arguments)
+            except RETRIED_ERRORS:
+                if is_last:
+                    raise
+                await self._sleep(CONNECT_WAIT_S)
+                continue
+            if response.is_success:
+                return call.parse(response)
+            wait = wait_after(response, self._max_wait_s)
+            if wait is None or is_last:
+                raise error_from(response)
+            await self._sleep(wait)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _prefix(collection: str | None) -> str:
+    return "" if collection is None else f"/collections/{path_segment(collection)}"
+
+
+def _headers(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -1,0 +1,54 @@
+"""The client's distribution: light, generated from the service's models, complete."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from urllib.parse import unquote
+
+from dcar_client import calls
+
+from app.core.settings import Settings
+from app.main import create_app
+from tests.support.paths import ROOT
+
+PACKAGE = ROOT / "clients" / "python"
+
+
+def test_the_generated_models_are_up_to_date() -> None:
+    script = ROOT / "scripts" / "generate_client_models.py"
+    done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_client_depends_on_httpx_and_pydantic_alone() -> None:
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {re.split(r"[<>=]", each)[0] for each in project["dependencies"]} == {"httpx", "pydantic"}
+    code = "import sys, dcar_client; sys.exit(bool({'torch', 'faiss', 'numpy', 'app', 'dcar_core'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE / "src")}
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE, env=environment).returncode == 0
+
+
+def test_the_client_covers_every_route() -> None:
+    """Except /metrics, which is for Prometheus."""
+    schema = create_app(Settings(index=ROOT)).openapi()
+    routes = {
+        f"{method.upper()} {path.removeprefix('/collections/{collection}')}"
+        for path, operations in schema["paths"].items()
+        for method in operations
+    }
+    covered = [
+        calls.search_text("", "red", {}),
+        calls.search_image("", b"", "", {}),
+        calls.search_batch("", [], {}),
+        calls.similar("", "{item_id}", 10, 0),
+        calls.items("", None, 10, 0),
+        calls.item("", "{item_id}"),
+        calls.image("", "{item_id}"),
+        calls.collections(),
+        calls.health(),
+        calls.readiness(),
+        calls.reload(),
+    ]
+    assert {f"{call.method} {unquote(call.path)}" for call in covered} == routes - {"GET /metrics"}
