@@ -72,7 +72,7 @@ def test_every_route_but_pages_and_probes_needs_a_key(built_index: Path) -> None
                 bearer(key_hash(ALICE)),
                 bearer("é"),
             ):
-                headers = {name: value.encode() for name, value in wrong.items()}
+                headers = {name.encode(): value.encode() for name, value in wrong.items()}
                 assert (await client.post("/search/text", json=WORDS, headers=headers)).status_code == 401
             for right in (bearer(ALICE), bearer(BOB), {"X-API-Key": BOB}):
                 assert (await client.post("/search/text", json=WORDS, headers=right)).status_code == 200

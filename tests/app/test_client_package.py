@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from typing import Any
 from urllib.parse import unquote
 
 from dcar_client import calls
@@ -38,7 +39,7 @@ def test_the_client_covers_every_route() -> None:
         for path, operations in schema["paths"].items()
         for method in operations
     }
-    covered = [
+    covered: list[Any] = [
         calls.search_text("", "red", {}),
         calls.search_image("", b"", "", {}),
         calls.search_batch("", [], {}),

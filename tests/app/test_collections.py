@@ -19,7 +19,7 @@ from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
 from tests.support.service import opened, until
 
-KEY = {"admin_key": "correct horse"}
+KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 WORDS = ("red", "a blue circle", "green cross", "square")
 
@@ -114,7 +114,7 @@ async def test_domains_on_two_backbones_share_no_batch(
 
     given: dict[str, Any] = {"collections": {"round": tmp_path / "other"}, "cache_size": 0, "batch_wait_ms": 50}
     async with opened(built_index, **given) as client:
-        encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]  # type: ignore[attr-defined]
+        encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]
         assert encoders[0].model.backbone is not encoders[1].model.backbone
         asked = [(prefix, query) for query in WORDS for prefix in ("", "/collections/round")]
         alone = [await text(client, *each) for each in asked]

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_the_end_waits_for_writes_that_have_the_lifetime_of_the_settings(
     built_index: Path, redis_server: RedisServer
 ) -> None:
     async def main() -> None:
-        given = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "cache_ttl_s": 60}
+        given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "cache_ttl_s": 60}
         ending, other = (make_cache(Settings(index=built_index, **given)) for _ in range(2))
         ending.put("key", VECTOR)
         await ending.close()
@@ -139,7 +140,7 @@ def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
         metrics = Metrics()
         cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
         await cache._write("other", _pack("other", VECTOR))
-        true = await cache._redis.get("other")
+        true: Any = await cache._redis.get("other")
         bent = bytes([*true[:-1], true[-1] ^ 1])
         nan, nothing = (_pack("key", np.full(32, value, np.float32)) for value in (np.nan, 0))
         for lie in (b"", b"x", true[:-1], true * 2, bent, nan, nothing, true):
@@ -292,10 +293,10 @@ def test_what_was_computed_is_known_in_the_process_though_redis_is_away(monkeypa
 @pytest.mark.redis
 def test_answers_from_redis_are_the_same_and_survive_its_death(built_index: Path, redis_server: RedisServer) -> None:
     async def main() -> None:
-        given = {"redis_url": redis_server.url, "redis_timeout_ms": 500, "cache_size": 0}
+        given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 500, "cache_size": 0}
         async with opened(built_index, **given) as client:
 
-            async def ask() -> dict:
+            async def ask() -> Any:
                 answer = await client.post("/search/text", json={"query": "red circle", "k": 24})
                 assert answer.status_code == 200
                 return answer.json()

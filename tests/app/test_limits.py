@@ -72,7 +72,7 @@ def test_a_full_queue_takes_no_picture_and_still_answers_what_is_remembered(buil
         async with opened(built_index, max_queue_ms=1) as client:
             known = {"query": "a red square", "k": 3}
             assert (await client.post("/search/text", json=known)).status_code == 200
-            batcher = client.app.state.retriever._embedder._batcher  # type: ignore[attr-defined]
+            batcher = client.app.state.retriever._embedder._batcher
             batcher._backlog = 5.0
             for answer in (
                 await client.post("/search/image", files={"file": png()}),
@@ -85,7 +85,7 @@ def test_a_full_queue_takes_no_picture_and_still_answers_what_is_remembered(buil
                 assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
             batcher._backlog = 0.0
             assert (await client.post("/search/image", files={"file": png()})).status_code == 200
-            gate, seen = hold(client.app.state.collections[None].live.encoder)  # type: ignore[attr-defined]
+            gate, seen = hold(client.app.state.collections[None].live.encoder)
             first = asyncio.create_task(client.post("/search/text", json={"query": "under way"}))
 
             async def begun() -> bool:
@@ -104,11 +104,11 @@ def test_a_full_queue_takes_no_picture_and_still_answers_what_is_remembered(buil
 @pytest.mark.redis
 def test_a_full_queue_still_answers_what_redis_remembers(built_index: Path, redis_server: RedisServer) -> None:
     async def main() -> None:
-        given = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "max_queue_ms": 1}
+        given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "max_queue_ms": 1}
         async with opened(built_index, **given) as client:
             assert (await client.post("/search/text", json=WORDS)).status_code == 200
         async with opened(built_index, **given) as client:  # which has not seen it
-            client.app.state.retriever._embedder._batcher._backlog = 5.0  # type: ignore[attr-defined]
+            client.app.state.retriever._embedder._batcher._backlog = 5.0
             assert (await client.post("/search/text", json=WORDS)).status_code == 200
             assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
 
@@ -183,7 +183,7 @@ def test_what_is_only_announced_takes_no_room(built_index: Path) -> None:
 def test_a_request_without_a_body_is_whole_from_the_start(built_index: Path, length: dict[str, str]) -> None:
     async def main() -> None:
         async with opened(built_index, upload_timeout_s=0.1, poll_s=0, **KEYS) as client:
-            collections = client.app.state.collections  # type: ignore[attr-defined]
+            collections = client.app.state.collections
             left = asyncio.Event()
 
             async def slow() -> dict[str, bool]:
@@ -211,7 +211,7 @@ def test_a_large_picture_is_not_hashed_in_the_event_loop(built_index: Path, monk
     hashed: list[tuple[int, bool]] = []
     hash_of = hashlib.blake2b
 
-    def seen(data: bytes, **given: int) -> Any:
+    def seen(data: bytes, **given: Any) -> Any:
         hashed.append((len(data), threading.current_thread() is threading.main_thread()))
         return hash_of(data, **given)
 
@@ -219,7 +219,7 @@ def test_a_large_picture_is_not_hashed_in_the_event_loop(built_index: Path, monk
 
     async def main() -> None:
         async with opened(built_index) as client:
-            artifact = type(client.app.state.collections[None].live.artifact)  # type: ignore[attr-defined]
+            artifact = type(client.app.state.collections[None].live.artifact)
             size = 5 * 2**20
             monkeypatch.setattr(artifact, "image_bytes", lambda *_: bytes(size))
             assert len((await client.get("/items/circle%2Fred.png/image")).content) == size

@@ -77,7 +77,7 @@ def test_reranking_side_by_side_with_little_room(
             answers = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
             assert {answer.status_code for answer in answers} == {200}, answers[0].text
             assert_problem(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
-            assert len(http.app.state.collections[None].live.frozen) <= 3  # type: ignore[attr-defined]
+            assert len(http.app.state.collections[None].live.frozen) <= 3
 
     asyncio.run(main())
 
@@ -144,7 +144,7 @@ def test_pictures_are_read_where_no_other_work_waits_behind_them(built_index: Pa
 
     async def main() -> None:
         async with opened(built_index) as http:
-            artifact = http.app.state.collections[None].live.artifact  # type: ignore[attr-defined]
+            artifact = http.app.state.collections[None].live.artifact
             read, threads = artifact.image_bytes, set[str]()
 
             def noted(row: int) -> bytes:

@@ -25,7 +25,8 @@ def test_pages_put_together_are_the_whole(built_index: Path) -> None:
             client = Client(http)
             whole = await client.text(query="red", k=20)
             assert "next_offset" not in whole, "the window ends there"
-            pages, offset = [], 0
+            pages: list[str] = []
+            offset: int | None = 0
             while offset is not None:
                 page = await client.text(query="red", k=6, offset=offset)
                 assert [r["rank"] for r in page["results"]] == list(range(offset + 1, offset + 7))

@@ -9,12 +9,12 @@ import pytest
 from index_jobs.rebuild import rebuild
 from index_jobs.store.notify import notify
 from tests.support.redis_server import RedisServer
-from tests.support.service import opened, serving, until
+from tests.support.service import ServiceClient, opened, serving, until
 
 
-def serves(client: object, version: int) -> Callable[[], Awaitable[bool]]:
+def serves(client: ServiceClient, version: int) -> Callable[[], Awaitable[bool]]:
     async def check() -> bool:
-        return (await client.get("/readyz")).json()["index_version"] == version  # type: ignore[attr-defined]
+        return bool((await client.get("/readyz")).json()["index_version"] == version)
 
     return check
 

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.service import opened
 
-KEY = {"admin_key": "correct horse"}
+KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 
 
@@ -69,7 +70,7 @@ async def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, 
             if start == 0:
                 assert list(adapter_cache.directory_in(cache).iterdir())
                 continue
-            live = client.app.state.collections[None].live  # type: ignore[attr-defined]
+            live = client.app.state.collections[None].live
             assert live.encoder.backbone is None
             for row in range(4):
                 await asyncio.to_thread(remove, index, [live.artifact.item(row).id])

@@ -27,7 +27,7 @@ def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float
     return [(artifact.item(int(r)).id, float(s)) for r, s in zip(rows[0], scores[0], strict=True)]
 
 
-def _check(body: dict, expected: list[tuple[str, float]]) -> None:
+def _check(body: dict[str, Any], expected: list[tuple[str, float]]) -> None:
     SearchResponse.model_validate(body, strict=True)
     assert [r["rank"] for r in body["results"]] == list(range(1, len(expected) + 1))
     np.testing.assert_allclose([r["score"] for r in body["results"]], [s for _, s in expected], atol=1e-4)
@@ -88,7 +88,7 @@ def test_concurrent_queries_share_passes_and_equal_their_single_answers(built_in
             passes: list[int] = []
             encode = encoder.encode_text
 
-            def counted(texts: list[str]) -> np.ndarray:
+            def counted(texts: list[str]) -> Any:
                 passes.append(len(texts))
                 return encode(texts)
 
@@ -200,7 +200,7 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
     async def main() -> tuple[list[Any], int]:
         async with opened(built_index, cache_size=0) as client:
             in_threads = 0
-            pool = client.app.state.retriever._pool  # type: ignore[attr-defined]
+            pool = client.app.state.retriever._pool
             submit = pool.submit
 
             def counted(*given: Any, **more: Any) -> Any:
@@ -243,7 +243,7 @@ def test_an_index_that_another_encoder_made_is_refused(index: Path) -> None:
 def test_vectors_that_do_not_answer_are_worth_another_try(built_index: Path) -> None:
     async def main() -> None:
         async with opened(built_index) as client:
-            artifact = client.app.state.collections[None].live.artifact  # type: ignore[attr-defined]
+            artifact = client.app.state.collections[None].live.artifact
 
             def away(*_: object) -> None:
                 raise StoreUnavailableError("Milvus does not answer: timed out")

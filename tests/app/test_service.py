@@ -31,7 +31,7 @@ from index_jobs.store.publish import rollback
 from tests.support.processes import free_port
 from tests.support.service import opened, until
 
-KEY = {"admin_key": "correct horse"}
+KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 
 
@@ -44,7 +44,7 @@ def test_versions_are_swapped_without_dropping_a_request(
 
     async def main() -> None:
         async with opened(index, poll_s=0, cache_size=100, **KEY) as client:
-            single: dict[int, list] = {}
+            single: dict[int, list[dict[str, Any]]] = {}
             for version in (1, 2, 3):
                 rollback(index, version)
                 reloaded = await client.post("/admin/reload", headers=BEARER)
@@ -226,7 +226,7 @@ def test_admin_needs_the_key(built_index: Path) -> None:
             assert "DCAR_ADMIN_KEY" in refused.json()["detail"]
         async with opened(built_index, **KEY) as client:
             for given in ("", "Bearer", "Bearer wrong", "Basic correct horse", "Bearer correct horsé"):
-                answer = await client.post("/admin/reload", headers={"Authorization": given.encode()})
+                answer = await client.post("/admin/reload", headers={b"Authorization": given.encode()})
                 assert answer.status_code == 401
                 assert answer.headers["www-authenticate"] == "Bearer"
             answer = await client.post("/admin/reload", headers=BEARER)

@@ -14,9 +14,9 @@ import pytest
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.images import png
-from tests.support.service import opened
+from tests.support.service import ServiceClient, opened
 
-KEY = {"admin_key": "correct horse"}
+KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 SWAPS = 20
 WARM = 8  # swaps after which the process has the size that it keeps
@@ -35,8 +35,8 @@ class Kept:
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, weakref.ref[Any]]] = {}
 
-    def note(self, client: httpx.AsyncClient) -> None:
-        live = client.app.state.collections[None].live  # type: ignore[attr-defined]
+    def note(self, client: ServiceClient) -> None:
+        live = client.app.state.collections[None].live
         for part in (live.encoder, live.encoder.model, live.artifact):
             self._seen[id(part)] = live.version, weakref.ref(part)
 

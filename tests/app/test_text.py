@@ -90,6 +90,6 @@ def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.
     assert load_settings(index=tmp_path).cors_origins == ("https://shop.example", "https://other.example")
     with pytest.raises(DcarError, match="redis://"):
         load_settings(index=tmp_path, redis_url="http://localhost")
-    shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))  # type: ignore[arg-type]
+    shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))
     assert "a-long-secret" not in shown
     assert "pass" not in shown

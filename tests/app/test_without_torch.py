@@ -43,7 +43,7 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_a_later_start_answers_the_same(built_index: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    settings = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path)}
+    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path)}
 
     async with opened(built_index, **settings) as http:
         assert live(http).backbone is not None
@@ -61,7 +61,7 @@ async def test_a_model_that_is_gone_fails_only_who_needs_it(
 ) -> None:
     model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
     rebuild(gallery, model / tiny_checkpoint.name, tmp_path / "index", workers=0, progress=False)
-    settings = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path / "cache")}
+    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path / "cache")}
 
     async with opened(tmp_path / "index", **settings) as http:
         await ask(http, PLAIN)

@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -26,7 +27,7 @@ def pixels() -> torch.Tensor:
 
 
 def test_without_prompts_the_stock_encoders(backbone: Backbone, pixels: torch.Tensor) -> None:
-    stock = backbone.clip
+    stock: Any = backbone.clip
     full = open_clip.get_tokenizer("ViT-B-32")(TEXTS, context_length=32)
     with torch.no_grad():
         torch.testing.assert_close(backbone.encode_image(pixels), stock.encode_image(pixels), rtol=0, atol=0)

@@ -35,7 +35,9 @@ BAD: dict[str, Raw | dict[str, Any]] = {
     "a charset of host names": Raw(500, "\u00e9" * 70, headers=(("content-type", "text/plain; charset=idna"),)),
     "no end": Raw(body=" " * (5 << 20) + json.dumps(message("An owl, at last"))),
     "gzip that is none": Raw(body=b"\x1f\x8bhalf", headers=(("content-encoding", "gzip"),)),
-    "half of gzip": Raw(gzip.compress(json.dumps(message("An owl")).encode())[:-20], (("content-encoding", "gzip"),)),
+    "half of gzip": Raw(
+        body=gzip.compress(json.dumps(message("An owl")).encode())[:-20], headers=(("content-encoding", "gzip"),)
+    ),
     "no JSON": Raw(body="all fine"),
     "not UTF-8": Raw(body="\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
     "a list": Raw(body="[]"),

@@ -3,6 +3,7 @@ import json
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -115,7 +116,7 @@ def test_keys_that_occur_twice_and_several_captions(tmp_path: Path) -> None:
 
 
 def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": "a.png", "caption": "a", "split": "train", "category": "x", "negatives": ["b", "c"]},
         {"image": "a.png", "caption": "a, again", "split": "training", "category": "x"},
         {"image": "b.png", "caption": "b", "split": "validation", "negatives": ["d"], "negative_categories": ["y"]},

@@ -28,7 +28,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
-from dcar_core.training.train import TrainResult
+from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate
 from dcar_core.util.errors import DataError, DcarError, DivergedError
 
@@ -148,7 +148,7 @@ def test_training_and_tuning_see_the_validation_split_alone(
     import dcar_core.evaluation.runs as module
 
     seen: list[tuple[str, str]] = []
-    whole = module.train
+    whole = train
 
     def noted(model: DCAR, training: Dataset, validation: Dataset, *given: Any, **more: Any) -> TrainResult:
         seen.append((training.split, validation.split))
@@ -166,7 +166,7 @@ def test_every_seed_has_a_start_of_its_own(
     import dcar_core.evaluation.runs as module
 
     starts: list[torch.Tensor] = []
-    whole = module.train
+    whole = train
 
     def noted(model: DCAR, *given: Any, **more: Any) -> TrainResult:
         starts.append(torch.cat([p.detach().flatten() for _, p in model.trainables()]))

@@ -57,7 +57,7 @@ def counted(runtime: Runtime, name: str) -> Iterator[list[int]]:
 
     def noted(first: np.ndarray, *rest: object) -> np.ndarray:
         sizes.append(len(first))
-        return run(first, *rest)  # type: ignore[no-any-return]
+        return run(first, *rest)
 
     setattr(runtime, name, noted)
     try:
@@ -126,7 +126,8 @@ def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> Non
         words = backbone.token_features(tokens)[0, 1:-1].numpy()  # [3, E]
 
     def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return one @ other / np.linalg.norm(one, axis=-1) / np.linalg.norm(other)
+        similarity: np.ndarray = one @ other / np.linalg.norm(one, axis=-1) / np.linalg.norm(other)
+        return similarity
 
     raw = abs(cosine(words, blank) - cosine(words, image))
     wanted = np.clip(1 + 0.5 * (raw / raw.mean() - 1), 0.5, 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcar_core.data import CleaningReport
+from dcar_core.data import CleaningReport, Sample
 from dcar_core.data.clean import normalise
 from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import add_negatives, add_negatives_with_backbone, load_text_views
@@ -63,7 +63,10 @@ def test_the_same_seed_gives_the_same_and_none_equals_its_caption(tmp_path: Path
         assert not own[s.image] & set(texts)
         assert len(s.negative_categories) == len(texts)
     shuffled = made([samples[i] for i in np.random.default_rng(0).permutation(len(samples))], tmp_path)[0]
-    swapped = lambda found: {s.image + s.caption: s.negatives[:1] for s in found}  # noqa: E731
+
+    def swapped(found: list[Sample]) -> dict[str, tuple[str, ...]]:
+        return {s.image + s.caption: s.negatives[:1] for s in found}
+
     assert swapped(shuffled) == swapped(one)
     found = made([replace(s, image=f"pictures/{s.image}") for s in samples], tmp_path)[0]
     assert [s.negatives for s in found] == [s.negatives for s in one], "wherever the pictures lie"

@@ -15,7 +15,7 @@ from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, method
-from dcar_core.training.grad_cache import batch_loss
+from dcar_core.training.grad_cache import accumulate_gradients, batch_loss
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import choose_query_weights, encode_captions, encode_images, evaluate, mean_r1
@@ -152,12 +152,13 @@ def test_every_step_has_its_rate_and_no_gradient_longer_than_one(
 
     steps: list[tuple[float, float, float]] = []
     losses: list[float] = []
-    whole, gradients = torch.optim.AdamW.step, module.accumulate_gradients
+    whole, gradients = torch.optim.AdamW.step, accumulate_gradients
 
     def steeper(model: DCAR, *given: object, **more: object) -> float:
         losses.append(loss := gradients(model, *given, **more))  # type: ignore[arg-type]
         for _, parameter in model.trainables():
-            parameter.grad *= 1e4  # type: ignore[operator]
+            assert parameter.grad is not None
+            parameter.grad *= 1e4
         return loss
 
     def step(self: torch.optim.AdamW) -> object:
@@ -183,7 +184,7 @@ def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
     import dcar_core.training.train as module
 
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    backbone, whole = load_backbone(BackboneSource(str(tiny_model))), module.accumulate_gradients
+    backbone, whole = load_backbone(BackboneSource(str(tiny_model))), accumulate_gradients
     orders: list[list[int]] = []
 
     def noted(model: DCAR, data: PreparedSplit, rows: np.ndarray, **given: object) -> float:
@@ -290,6 +291,7 @@ def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: P
     config = ModelConfig().with_query_weights("predicted")
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), config, seed=0)
     data = prepare_split(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
+    assert data.pixels is not None
     other = replace(data, pixels=data.pixels[::-1].copy())
     np.testing.assert_array_equal(encode_captions(model, data), encode_captions(model, other))
     assert data.pair_weights is None

@@ -16,6 +16,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
+from dcar_core.training.grad_cache import accumulate_gradients
 from dcar_core.training.train import train
 from dcar_core.training.train_state import STATE_FILE, delete_state
 from dcar_core.util.errors import TrainingError
@@ -82,7 +83,7 @@ def test_an_interruption_within_an_epoch_changes_nothing(
     straight = seeded_model(backbone, method("dcar"), 0)
     train(straight, training, validation, config, progress=False)
     monkeypatch.setattr(module, "SAVE_EVERY_S", -1)
-    real = module.accumulate_gradients
+    real = accumulate_gradients
     done = 0
 
     def interrupted(*args: object, **kwargs: object) -> float:
@@ -113,7 +114,7 @@ def test_a_run_that_goes_on_still_has_its_best_epoch(
     import dcar_core.training.train as module
 
     training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
-    backbone, real = load_backbone(BackboneSource(str(tiny_model))), module.accumulate_gradients
+    backbone, real = load_backbone(BackboneSource(str(tiny_model))), accumulate_gradients
     seen: list[dict[str, Tensor]] = []
     batches = 0
 

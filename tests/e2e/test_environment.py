@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.runtimes.export_cache import default_cache
+from dcar_core.runtimes.export_cache import default_cache_directory
 from index_jobs.store.artifact import open_current, verify_index
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,4 +121,4 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", unknown)
     with pytest.raises(OSError, match="Not a directory"):
-        default_cache().mkdir(parents=True)
+        default_cache_directory().mkdir(parents=True)

@@ -76,7 +76,7 @@ def test_splits_are_by_emoji(domain: str) -> None:
     """No test emoji's picture, in any skin tone, is among the training pictures."""
     lines = [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
     split_of = {line["file_name"]: line["split"] for line in lines}
-    files = {s: set() for s in ("train", "val", "test")}
+    files: dict[str, set[str]] = {s: set() for s in ("train", "val", "test")}
     categories: dict[str, set[str]] = {}
     for split in files:
         entries = json.loads((EXAMPLES / domain / f"{split}.json").read_text()).values()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def server(command: str) -> Iterator[str]:
         assert process.wait(30) in (0, -15)
 
 
-def curl(command: str) -> dict[str, object]:
+def curl(command: str) -> dict[str, Any]:
     """Run a curl command, again until the server is up."""
     deadline = time.monotonic() + 60
     while True:

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,11 +54,10 @@ def server(*args: object) -> Iterator[tuple[str, int]]:
         assert process.wait(20) in (0, -15)
 
 
-def post(url: str, body: dict[str, object]) -> dict[str, object]:
+def post(url: str, body: dict[str, object]) -> dict[str, Any]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
-        found: dict[str, object] = json.load(answer)
-        return found
+        return json.load(answer)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pytest
 from numpy.typing import NDArray
 
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
 from index_jobs.building.build import build
 from index_jobs.building.kinds import Choice
@@ -26,7 +27,8 @@ def vectors() -> NDArray[np.float32]:
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(60, DIM))
     vectors = centres[generator.integers(60, size=COUNT)] + 0.5 * generator.normal(size=(COUNT, DIM))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    unit: Floats = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return unit
 
 
 @pytest.mark.parametrize("kind", ["Flat", "SQ8"])
@@ -116,7 +118,8 @@ def test_only_allowed_rows_and_the_nearest_of_them(
     for share in (0.6, 0.05, 0.003):
         mask = generator.random(COUNT) < share
         scores, rows = index.search(queries, 10, mask)
-        assert (scores.dtype, rows.dtype, rows.shape) == (np.float32, np.int64, (60, 10))
+        assert (scores.dtype, rows.dtype) == (np.dtype(np.float32), np.dtype(np.int64))
+        assert rows.shape == (60, 10)
         assert mask[rows[rows >= 0]].all()
         assert (np.diff(scores[:, :10]) <= 1e-6).all()
         truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]

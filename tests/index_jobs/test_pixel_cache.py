@@ -153,9 +153,9 @@ def test_a_rebuild_uses_it_and_lists_duplicates(
 ) -> None:
     shutil.copy(gallery / "circle" / "red.png", gallery / "circle" / "zz again.png")
     settings = {"pixel_cache": tmp_path / "cache", "workers": 0, "progress": False}
-    summary = rebuild(gallery, tiny_checkpoint, tmp_path / "a", **settings)  # type: ignore[arg-type]
+    summary = rebuild(gallery, tiny_checkpoint, tmp_path / "a", **settings)
     assert len(decoded) == 25
-    rebuild(gallery, tiny_checkpoint, tmp_path / "b", **settings)  # type: ignore[arg-type]
+    rebuild(gallery, tiny_checkpoint, tmp_path / "b", **settings)
     assert len(decoded) == 25
     assert summary.duplicates == 1
     artifact = open_current(tmp_path / "a")

@@ -7,6 +7,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -76,7 +77,7 @@ def test_worse_index_is_not_published_unless_forced(
 ) -> None:
     arguments = ["--gallery", tiny_gallery, "--checkpoint", better_and_worse[1], "--out", index, "--quiet"]
 
-    def run(*more: str) -> tuple[int, dict, str]:
+    def run(*more: str) -> tuple[int, dict[str, Any], str]:
         code = main([*map(str, arguments), *more])
         stdout, stderr = capsys.readouterr()
         return code, json.loads(stdout), stderr
@@ -402,7 +403,7 @@ def test_redirect_does_not_get_the_admin_key(tmp_path: Path, monkeypatch: pytest
         def do_POST(self) -> None:
             asked.append(self.path)
             self.send_response(302)
-            self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere")
+            self.send_header("Location", f"http://localhost:{self.connection.getsockname()[1]}/elsewhere")
             self.end_headers()
 
         do_GET = do_POST  # noqa: N815

@@ -116,7 +116,7 @@ def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoi
     index, more = tmp_path / "index", tmp_path / "more"
     shutil.copytree(gallery / "circle", more / "round")  # other names, other ids
     settings = {"workers": 0, "batch_size": 2, "shard_rows": 2, "progress": False}
-    undisturbed = {}
+    undisturbed: dict[str, np.ndarray] = {}
     for number, source in enumerate((gallery, more)):
         rebuild(source, tiny_checkpoint, tmp_path / str(number), **settings)
         undisturbed |= vectors_of(tmp_path / str(number))

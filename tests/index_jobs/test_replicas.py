@@ -20,7 +20,7 @@ from index_jobs.store.artifact import open_current
 def faster(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A runtime other than torch that `auto` takes, as if it had been measured to be the fastest."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    target = Encoder.load(tiny_checkpoint, device="cpu").target
+    target = Encoder.load(tiny_checkpoint, device="cpu").loaded
     others = [name for name in candidates(target) if name != "torch"]
     if not others:
         pytest.skip("this processor and what is installed leave torch alone")

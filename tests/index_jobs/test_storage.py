@@ -249,5 +249,5 @@ def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_
 def test_a_mark_stands_for_all_but_the_row() -> None:
     place = ImageLocation(0, "a.tar", 512, 100, 7)
     assert replace(place, row=9).mark == place.mark
-    others = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]
+    others: list[dict[str, Any]] = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]
     assert len({place.mark, *(replace(place, **other).mark for other in others)}) == 5

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_manifest_tells_when_a_rebuild_is_worth_it(
 
 
 def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) -> None:
-    given = {"price": 5, "new": True, "tags": ["x"], "note": "7"}
+    given: dict[str, Any] = {"price": 5, "new": True, "tags": ["x"], "note": "7"}
     add(index, more(tmp_path / "typed", "pink", **given), progress=False)
     before = open_current(index).fields
     for name, value, said in (

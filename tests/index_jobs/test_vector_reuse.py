@@ -28,7 +28,7 @@ def same_as_anew(gallery: Path, checkpoint: Path, index: Path, anew: Path) -> No
     run(gallery, checkpoint, anew)
     here, there = open_current(index), open_current(anew)
     rows = np.arange(there.manifest.count)
-    assert [here.item(row).id for row in rows] == [there.item(row).id for row in rows]
+    assert [here.item(int(row)).id for row in rows] == [there.item(int(row)).id for row in rows]
     np.testing.assert_allclose(here.vectors(rows), there.vectors(rows), atol=1e-6)
     for name in ("failed.jsonl", "duplicates.jsonl"):
         assert (here.path / name).read_bytes() == (there.path / name).read_bytes()

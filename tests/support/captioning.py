@@ -19,16 +19,8 @@ def ask(
     model = {k: given.pop(k) for k in ("key", "price") if k in given}
     restart = given.pop("restart", False)
     drafter = VisionModel(url=server.url, name="small", **model)
-    options = CaptionOptions(
-        **{
-            "dataset": "animals",
-            "templates": QUESTION_TEMPLATES,
-            "backoff_s": 0.01,
-            "timeout_s": 20.0,
-            "concurrency": 2,
-        }
-        | given
-    )
+    usual: dict[str, Any] = {"dataset": "animals", "templates": QUESTION_TEMPLATES, "backoff_s": 0.01}
+    options = CaptionOptions(**usual | {"timeout_s": 20.0, "concurrency": 2} | given)
     out = out or photos.parent / "captions.json"
     return caption_images(
         photos, out, drafter, drafter if judge else None, options, count_clip_tokens, restart=restart, progress=False
@@ -36,7 +28,7 @@ def ask(
 
 
 def captions(photos: Path) -> dict[str, Any]:
-    return json.loads((photos.parent / "captions.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((photos.parent / "captions.json").read_text())
 
 
 def rejected(photos: Path) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """A few categories, and negatives made for them."""
 
 from pathlib import Path
+from typing import Any
 
 from dcar_core.data import CleaningReport, Dataset, Sample
 from dcar_core.negatives import add_negatives, load_text_views
@@ -28,11 +29,11 @@ def split(samples: list[Sample], tmp_path: Path, name: str = "train") -> Dataset
 
 
 def made(
-    samples: list[Sample], tmp_path: Path, mode: str = "auto", **given: object
+    samples: list[Sample], tmp_path: Path, mode: str = "auto", **given: Any
 ) -> tuple[list[Sample], CleaningReport]:
     report = CleaningReport()
     features, cut = load_text_views(None)
     done = add_negatives(
         {"train": split(samples, tmp_path)}, {"train": report}, features=features, cut=cut, mode=mode, **given
-    )  # type: ignore[arg-type]
+    )
     return done["train"].samples, report

@@ -44,13 +44,11 @@ def until(condition: Any, seconds: float = 15) -> Any:
 
     end = time.monotonic() + seconds
     while True:
-        found: Any = None
+        found, last = None, None
         try:
             found = condition()
         except WebDriverException as error:
-            found, last = None, error
-        else:
-            last = None
+            last = error
         if found:
             return found
         assert time.monotonic() < end, f"it does not happen: {last or condition}"

@@ -19,7 +19,10 @@ from app.main import create_app
 from app.middleware.http_protocol import LimitedProtocol
 
 ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
-KEYS = {"api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}", "admin_key": f"sha256:{key_hash(ADMIN)}"}
+KEYS: dict[str, Any] = {
+    "api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}",
+    "admin_key": f"sha256:{key_hash(ADMIN)}",
+}
 WORDS = {"query": "red"}
 ODD_ID = "été #1?/100%2F.png"
 

@@ -20,13 +20,13 @@ model_path, data, out, name, *rest = sys.argv[1:]
 config = TrainConfig(epochs=6, batch_size=5, lr=5e-3, accumulate=int(rest[0]) if rest else 1)
 with torchrun_group("cpu") as (group, device):
     model = seeded_model(load_backbone(BackboneSource(model_path), device), method(name), 0)
-    splits = [load_split(Path(data), split)[0] for split in ("train", "val")]
+    training, validation = (load_split(Path(data), split)[0] for split in ("train", "val"))
     cache = FeatureCache(Path(out) / "features", model.backbone)
 
     def tell(line: dict[str, object]) -> None:
         sys.stdout.write(f"epoch {line['epoch']}\n")
         sys.stdout.flush()
 
-    train(model, *splits, config, progress=False, run=Path(out), cache=cache, on_epoch=tell, group=group)
+    train(model, training, validation, config, progress=False, run=Path(out), cache=cache, on_epoch=tell, group=group)
     if group.is_leader:
         save_checkpoint(model, Path(out))

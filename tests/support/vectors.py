@@ -14,7 +14,8 @@ def clustered(count: int, seed: int = 0) -> Floats:
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(50, DIM))
     vectors = centres[generator.integers(50, size=count)] + 0.4 * generator.normal(size=(count, DIM))
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    unit: Floats = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return unit
 
 
 def blocks(vectors: Floats, size: int = 700) -> Blocks:
