@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from dcar_core import Encoder
+from dcar_core.images import open_image
 from dcar_core.util.arrays import Floats
-from dcar_core.util.images import open_image
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import read_image
 

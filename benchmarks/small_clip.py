@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcar_core.data import Dataset, load_split
+from dcar_core.images import open_image
 from dcar_core.training.losses import contrastive_loss
-from dcar_core.util.images import open_image
 
 MEAN = STD = (0.5, 0.5, 0.5)
 VOCABULARY = ROOT / "examples" / "emoji" / "base" / "bpe.txt.gz"  # CLIP's, cut to its most frequent merges

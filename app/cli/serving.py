@@ -48,8 +48,8 @@ def search(
 
     from app.search.query import Weights, normalise
     from dcar_core import Encoder
+    from dcar_core.images import IMAGE_SUFFIXES
     from dcar_core.serving import adapter_cache
-    from dcar_core.util.images import IMAGE_SUFFIXES
     from index_jobs.store.artifact import open_current
 
     words = normalise(query)

@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from app.core.media import media_type
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.threads import compute
 from app.search.batching import Batcher, Flights, Lane, Vector
 from app.search.embedding_cache import VectorCache, cache_key, rounded
 from app.search.snapshots import Snapshot
+from dcar_core.images import Container, inspect
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.cpu_features import available_cores
-from dcar_core.util.errors import DcarError, ImageError
-from dcar_core.util.images import decoded_pixels
 
 if TYPE_CHECKING:  # torch takes seconds
     from dcar_core.model.preprocess import Preprocess
@@ -127,16 +125,16 @@ class Embedder:
         """uint8 (3, S, S), from a picture's file.
 
         Args:
-            max_pixels: see `decoded_pixels`; a gallery's own pictures are only to be those that it took.
+            max_pixels: see `Container.require_cost`; unlimited for images of the gallery, which the index job checked.
 
         Raises:
             ImageError: it cannot be read.
         """
         with self._metrics.timed("decode"):
-            pixels = await self._in_pool(_decode_unless_large, data, preprocess, max_pixels)
-            if pixels is None:
-                pixels = await asyncio.get_running_loop().run_in_executor(self._large, _decode, data, preprocess)
-            return pixels
+            decoded = await self._in_pool(_decode_unless_large, data, preprocess, max_pixels)
+            if isinstance(decoded, Container):
+                return await asyncio.get_running_loop().run_in_executor(self._large, _decode, decoded, preprocess)
+            return decoded
 
     async def with_model(self, call: Callable[..., Vector], *args: Any) -> Vector:
         """Anything else that needs the model, in its thread, when its turn has come."""
@@ -177,20 +175,12 @@ def _lane(encoder: "Encoder", kind: str) -> tuple[int, str]:
 _CALLS = Lane("calls", lambda payloads: [call(*args) for call, args in payloads])
 
 
-def _decode_unless_large(data: bytes, preprocess: "Preprocess", max_pixels: int) -> Pixels | None:
-    """None for a picture that has to wait for the thread of the large ones."""
-    return None if decoded_pixels(data, max_pixels) > _LARGE else _decode(data, preprocess)
+def _decode_unless_large(data: bytes, preprocess: "Preprocess", max_pixels: int) -> "Pixels | Container":
+    """Return the pixels, or the checked file of an image that must wait for the thread of large images."""
+    container = inspect(data)
+    container.require_cost(max_pixels)
+    return container if container.cost > _LARGE else _decode(container, preprocess)
 
 
-def _decode(data: bytes, preprocess: "Preprocess") -> Pixels:
-    """Only kinds that a browser or a camera makes reach the decoders."""
-    if not data:
-        raise ImageError("the file is empty")
-    if media_type(data) is None:
-        raise ImageError("not an image, or of a kind that cannot be read")
-    try:
-        return preprocess(data)
-    except DcarError:
-        raise
-    except Exception as error:  # decoders meet hostile bytes; whatever they raise is the picture's fault
-        raise ImageError(f"broken: {type(error).__name__}") from error
+def _decode(container: Container, preprocess: "Preprocess") -> Pixels:
+    return preprocess(container)

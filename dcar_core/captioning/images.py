@@ -7,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from dcar_core.data import SPLITS
+from dcar_core.images import has_image_suffix, open_image
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
-from dcar_core.util.images import has_image_suffix, open_image
 
 
 def list_images(images: Path) -> tuple[list[str], list[str]]:

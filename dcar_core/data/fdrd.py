@@ -15,8 +15,8 @@ from typing import Any
 
 from dcar_core.data.entries import Entry, caption_texts, label_text, read_text, required_text, text_list
 from dcar_core.data.report import CleaningReport
+from dcar_core.images import has_image_suffix
 from dcar_core.util.errors import DataError
-from dcar_core.util.images import has_image_suffix
 from dcar_core.util.json_text import parse_json
 
 _PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 
 from dcar_core.data.entries import Entry
 from dcar_core.data.report import CleaningReport
+from dcar_core.images import IMAGE_SUFFIXES, ImageRoot, has_image_suffix, open_image
 from dcar_core.util.errors import ImageError
-from dcar_core.util.images import IMAGE_SUFFIXES, ImageRoot, has_image_suffix, open_image
 
 _SUFFIXES = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}), ".JPG", ".JPEG", ".PNG")
 _THREADS = 8

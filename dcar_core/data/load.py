@@ -24,8 +24,8 @@ from dcar_core.data.image_lookup import find_shared_names, find_unreadable, loca
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import SPLITS, Dataset
 from dcar_core.data.tables import read_table, read_tar
+from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError
-from dcar_core.util.images import ImageRoot
 
 ImagePolicy = Literal["require", "present", "skip", "ignore"]
 MISSING_IMAGES = "pictures missing, left out"

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError, ImageError
-from dcar_core.util.images import ImageRoot
 
 SPLITS = ("train", "val", "test")
 

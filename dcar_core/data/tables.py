@@ -16,8 +16,8 @@ from typing import Any
 
 from dcar_core.data.entries import Entry, caption_texts, label_text, required_text, text_list
 from dcar_core.data.report import CleaningReport
+from dcar_core.images import ImageRoot, has_image_suffix
 from dcar_core.util.errors import DataError
-from dcar_core.util.images import ImageRoot, has_image_suffix
 from dcar_core.util.json_text import parse_json
 
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills

@@ -21,8 +21,8 @@ from dcar_core.evaluation.tables import (
     recall_rows,
     settings_rows,
 )
+from dcar_core.images import open_image
 from dcar_core.util.errors import DataError
-from dcar_core.util.images import open_image
 
 THUMBNAIL = 96
 STYLE = """

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dcar_core.util.images import MAX_PIXELS, ImageSource, open_image
+from dcar_core.images import MAX_PIXELS, ImageSource, open_image
 
 # The fast mode never leaves the filter fewer pixels a side than so many times the result's. At 2 some textures fall to
 # a cosine of 0.993, at 1 to 0.84.

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.model.methods import method
 from dcar_core.runtimes.adapter import Adapter
@@ -26,7 +27,6 @@ from dcar_core.runtimes.protocol import ExportRuntime, Runtime
 from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import adapter_cache
 from dcar_core.util.errors import ImageError, ModelError
-from dcar_core.util.images import ImageSource
 from dcar_core.util.memory import release_pages, trim_heap
 
 if TYPE_CHECKING:

@@ -177,7 +177,7 @@ def _material(encoder: Encoder, test: Dataset, limit: int) -> tuple[Material, De
 
 
 def _decoding(encoder: Encoder, files: list[bytes]) -> Decoding:
-    from dcar_core.util.images import open_image
+    from dcar_core.images import open_image
 
     exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
     vectors, seconds = [], []

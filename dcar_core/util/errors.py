@@ -1,46 +1,69 @@
-"""Every error that this project raises on purpose. Messages say what was given and what would do.
+"""Every error that this project raises on purpose. A message says what happened and what to do.
 
 DcarError
 |- DataError             annotations, galleries and their metadata
-|  `- ImageError         one picture that cannot be read
-|- CaptionError          captions cannot be asked for: the key, the model, the address, or another run's journal
+|  `- ImageError         one image that cannot be read
+|- CaptionError          captions cannot be requested: the key, the model, the address, or another run's journal
 |  `- EndpointError      one request that was refused or never answered
 |- ModelError            a backbone that is unknown, unsupported or cannot be loaded
-|  `- RuntimeUnavailableError  an encoder runtime that cannot be had here
+|  `- RuntimeUnavailableError  an encoder runtime that cannot be used on this machine
 |- CheckpointError       trainables that are missing, broken or belong to another backbone
-|- TrainingError         a run that cannot start, or cannot go on from the state it finds
-|  `- DivergedError      its loss is no number any more
+|- TrainingError         a run that cannot start or cannot be resumed
+|  `- DivergedError      the loss is not finite
 |- ArtifactError         a published index that is missing, incomplete or corrupted
 |  |- FingerprintError   an index built by another encoder than the one that serves it
 |  `- StoreUnavailableError  the vector store does not respond
-|- GateError             a rebuilt index ranks worse than the one that is served
+|- GateError             a rebuilt index ranks worse than the served one
 |- LockedError           another writer holds the index
 `- MissingExtraError     an optional dependency is not installed
 """
 
+from enum import StrEnum
+
 
 class DcarError(Exception):
-    """Base of the tree. exit_code: of a command that it ends; see docs/reference/exit-codes.md."""
+    """Base of the tree. `exit_code` is the status of a command that the error ends: docs/reference/exit-codes.md."""
 
     exit_code = 1
 
 
 class DataError(DcarError):
-    """Annotations or a gallery cannot be used as they are."""
+    """Annotations or a gallery cannot be used."""
 
     exit_code = 3
 
 
+class ImageFault(StrEnum):
+    """Why an image cannot be read. Stored in vector shards and `failed.jsonl`, so the values are stable."""
+
+    MISSING = "missing"  # no such file, tar member or URL
+    UNREADABLE = "unreadable"  # the bytes cannot be read now; a later attempt may succeed
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"  # no known image format
+    UNSUPPORTED = "unsupported"  # a known format that is not accepted
+    MISSING_DECODER = "missing_decoder"  # a known format whose optional decoder is not installed
+    TOO_LARGE = "too_large"
+    BROKEN = "broken"  # truncated or damaged
+    HOSTILE = "hostile"  # a structure that would cost far more to decode than its size suggests
+
+
 class ImageError(DataError):
-    """One picture cannot be read; the message is the reason, without its name."""
+    """One image cannot be read. The message is the reason without the image's name."""
+
+    def __init__(self, reason: str, fault: ImageFault = ImageFault.BROKEN) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, ImageFault]]:
+        return type(self), (str(self), self.fault)
 
 
 class CaptionError(DcarError):
-    """Captions cannot be asked for: the key, the model, the address, or the journal of another run."""
+    """Captions cannot be requested: the key, the model, the address, or the journal of another run."""
 
 
 class EndpointError(CaptionError):
-    """One request was refused, or never answered; the message is the reason."""
+    """One request was refused or never answered. The message is the reason."""
 
 
 class ModelError(DcarError):
@@ -50,7 +73,7 @@ class ModelError(DcarError):
 
 
 class RuntimeUnavailableError(ModelError):
-    """An encoder runtime cannot be had here, or its cached export cannot be used; the message is the reason."""
+    """An encoder runtime is unavailable, or its cached export is unusable. The message is the reason."""
 
 
 class CheckpointError(DcarError):
@@ -60,11 +83,11 @@ class CheckpointError(DcarError):
 
 
 class TrainingError(DcarError):
-    """A training run cannot start, or cannot go on from the state it finds."""
+    """A training run cannot start or cannot be resumed."""
 
 
 class DivergedError(TrainingError):
-    """The loss is no number any more."""
+    """The loss is not finite."""
 
 
 class ArtifactError(DcarError):
@@ -72,21 +95,21 @@ class ArtifactError(DcarError):
 
 
 class FingerprintError(ArtifactError):
-    """The index was built by another encoder than the one at hand."""
+    """The index was built by another encoder."""
 
 
 class StoreUnavailableError(ArtifactError):
-    """What holds an index's vectors does not answer; it may soon."""
+    """The vector store does not respond. A later attempt may succeed."""
 
 
 class GateError(DcarError):
-    """A rebuilt index ranks worse than the one that is served."""
+    """A rebuilt index ranks worse than the served one."""
 
     exit_code = 6
 
 
 class LockedError(DcarError):
-    """Another writer is at work on the same index."""
+    """Another writer is working on the same index."""
 
     exit_code = 5
 

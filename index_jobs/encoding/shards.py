@@ -33,7 +33,7 @@ _OF_THE_PICTURE = re.compile(r"the file is empty|\d+ x \d+ pixels|not an image|b
 def kind_of(reason: str) -> str:
     """PICTURE where the bytes were read and are no picture; READING where another attempt may get them.
 
-    Told by the words of `dcar_core.util.images.open_image`, since shards keep nothing else. A reason that is not among
+    Told by the words of `dcar_core.images.open_image`, since shards keep nothing else. A reason that is not among
     them     is READING: to try once more in vain is cheap, never to try again loses a picture.
     """
     return PICTURE if _OF_THE_PICTURE.match(reason) else READING

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dcar_core.data.image_lookup import unicode_forms
+from dcar_core.images import IMAGE_SUFFIXES, index_tar
 from dcar_core.util.errors import DataError
-from dcar_core.util.images import IMAGE_SUFFIXES, index_tar
 from index_jobs.gallery.metadata import BESIDE, Metadata, read_sidecars
 from index_jobs.gallery.records import PATH_COLUMNS, Fields, read_records
 from index_jobs.gallery.storage import (

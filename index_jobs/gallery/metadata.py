@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 from dcar_core.data.load import annotation_files, load_splits
 from dcar_core.data.samples import SPLITS
 from dcar_core.data.tables import lines_of
+from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError
-from dcar_core.util.images import TarSpan
 from dcar_core.util.json_text import parse_json
 from index_jobs.gallery.records import Fields, read_records
 from index_jobs.gallery.storage import join_location, parent_folder

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dcar_core.images import IMAGE_SUFFIXES
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import canonical_json
-from dcar_core.util.images import IMAGE_SUFFIXES
 from index_jobs.gallery import listing
 from index_jobs.gallery.listing import GalleryImage
 from index_jobs.gallery.metadata import split_fields

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from dcar_core import Encoder
-    from dcar_core.util.images import ImageRoot
+    from dcar_core.images import ImageRoot
     from index_jobs.gallery.scan import Gallery
 
 logger = logging.getLogger(__name__)

@@ -183,7 +183,7 @@ def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_other(
         async with opened(built_index) as client:
             decode = embedding._decode
 
-            def slow(data: bytes, preprocess: Any) -> Any:
+            def slow(data: Any, preprocess: Any) -> Any:
                 nonlocal under_way, most
                 if threading.current_thread().name.startswith("dcar-decode-large"):
                     under_way += 1

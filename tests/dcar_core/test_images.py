@@ -1,17 +1,15 @@
 import io
-import struct
 import sys
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dcar_core.util import images
+from dcar_core.images import ImageRoot, colours, index_tar, open_image
 from dcar_core.util.errors import DataError, ImageError
-from dcar_core.util.images import ImageRoot, index_tar, open_image
+from tests.support.hostile_images import png_of_size
 from tests.support.images import encoded
 from tests.support.processes import peak_memory
 
@@ -48,14 +46,6 @@ def deep_or_clear(mode: str, width: int, height: int) -> Image.Image:
     return rgba.convert(mode)
 
 
-def huge_png(width: int, height: int) -> bytes:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
 def test_every_mode_becomes_rgb() -> None:
     gray = Image.new("L", (4, 4), 128)
     for image in (gray, gray.convert("1"), gray.convert("P"), gray.convert("CMYK"), gray.convert("LA")):
@@ -83,7 +73,7 @@ def test_orientation_is_applied() -> None:
         (b"", "empty"),
         (b"hello", "not an image"),
         (encoded(Image.effect_noise((64, 64), 50))[:-600], "broken or truncated"),
-        (huge_png(20_000, 20_000), "20000 x 20000 pixels"),
+        (png_of_size(20_000, 20_000), "20000 x 20000 pixels"),
     ],
 )
 def test_what_cannot_be_read_says_why(data: bytes, reason: str) -> None:
@@ -120,7 +110,7 @@ def test_pictures_in_folders_and_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "I;16B", "I", "F"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
 def test_a_picture_in_tiles_is_the_same_as_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_TILE", tile)
+    monkeypatch.setattr(colours, "_TILE_PIXELS", tile)
     for width, height in ((131, 97), (300, 1), (1, 300)):
         image = deep_or_clear(mode, width, height)
         np.testing.assert_array_equal(np.asarray(open_image(image)), whole(image))
@@ -130,8 +120,8 @@ def test_a_picture_in_tiles_is_the_same_as_in_one_piece(mode: str, tile: int, mo
 def test_a_large_picture_that_is_wanted_small_is_its_average(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = deep_or_clear(mode, 131, 97)
     assert open_image(image, at_least=10).size == (131, 97)  # not large
-    monkeypatch.setattr(images, "_LARGE", 131 * 97 - 1)
-    monkeypatch.setattr(images, "_TILE", 1000)
+    monkeypatch.setattr(colours, "_LARGE_PIXELS", 131 * 97 - 1)
+    monkeypatch.setattr(colours, "_TILE_PIXELS", 1000)
     for at_least, factor in ((10, 9), (31, 3), (49, 1)):
         found = np.asarray(open_image(image, at_least=at_least)).astype(int)
         averaged = np.asarray(Image.fromarray(whole(image).astype(np.uint8)).reduce(factor))
@@ -170,12 +160,15 @@ TAR = tar_bytes(*(f"pic{i}.p" for i in range(5)))
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (TAR[:3082] + b"?" + TAR[3083:], r"t\.tar is damaged or cut off at byte 3,072, behind pic1\.p: what follows"),
-        (TAR[: 3072 + 300], r"t\.tar is damaged or cut off at byte 3,072, behind pic1\.p"),
-        (TAR[:3072] + bytes(512) + TAR[3584:], r"t\.tar ends at byte 3,072, behind pic1\.p, and goes on at byte 3,584"),
+        (TAR[:3082] + b"?" + TAR[3083:], r"t\.tar is damaged or truncated at byte 3,072, after pic1\.p"),
+        (TAR[: 3072 + 300], r"t\.tar is damaged or truncated at byte 3,072, after pic1\.p"),
+        (
+            TAR[:3072] + bytes(512) + TAR[3584:],
+            r"t\.tar ends at byte 3,072, after pic1\.p, but has more data at byte 3,584",
+        ),
         (
             TAR + tar_bytes("more.p"),
-            r"t\.tar ends at byte 7,680, behind pic4\.p, and goes on at byte 10,240, as two tars",
+            r"t\.tar ends at byte 7,680, after pic4\.p, but has more data at byte 10,240",
         ),
         (TAR[:4000], "unexpected end of data"),
     ],

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dcar_core import Encoder
+from dcar_core.images import ImageRoot, index_tar, open_image
 from dcar_core.model import preprocess
-from dcar_core.util.images import ImageRoot, index_tar, open_image
 from tests.support.images import encoded
 from tests.support.processes import peak_memory
 

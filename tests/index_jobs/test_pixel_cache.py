@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dcar_core import Encoder
+from dcar_core.images import ImageSource
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
-from dcar_core.util.images import ImageSource
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.pixel_cache import PixelCache

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcar_core.images import open_image
 from dcar_core.util.errors import ImageError
-from dcar_core.util.images import open_image
 from index_jobs.encoding.decode import Window, decode_windows
 from index_jobs.encoding.encoding_state import any_readable
 from index_jobs.encoding.shards import PICTURE, READING, ShardStore, kind_of

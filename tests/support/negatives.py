@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.data import CleaningReport, Dataset, Sample
+from dcar_core.images import ImageRoot
 from dcar_core.negatives import add_negatives, load_text_views
-from dcar_core.util.images import ImageRoot
 
 FELINE = {"cat": ["Sphynx", "Ragdoll", "Maine Coon"], "dog": ["Beagle", "Pug"]}
 

@@ -1,0 +1,121 @@
+"""Image files by name: in folders, and in uncompressed tars that are indexed once and then read by offset."""
+
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dcar_core.images.formats import has_image_suffix
+from dcar_core.util.errors import DataError, ImageError, ImageFault
+
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class TarSpan:
+    """Offset and size in bytes of a member's content in its tar."""
+
+    offset: int
+    size: int
+
+
+def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, TarSpan]:
+    """Return member name -> span for the regular files of an uncompressed tar.
+
+    Args:
+        file: the opened tar, when `path` is a URL.
+
+    Raises:
+        DataError: not a tar, a compressed tar, or a tar with more data behind its last member.
+    """
+    members: dict[str, TarSpan] = {}
+    last = ""
+    try:
+        with tarfile.open(path, "r:", fileobj=file) as tar:
+            for member in tar:
+                last = member.name
+                if member.isreg():
+                    members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
+                elif member.islnk() and (target := members.get(member.linkname.removeprefix("./"))):
+                    members[last.removeprefix("./")] = target
+            _require_end(path, tar, last)
+            return members
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is not an uncompressed tar ({error}); decompress it first") from error
+
+
+def _require_end(path: Path | str, tar: tarfile.TarFile, last: str) -> None:
+    """Refuse a tar with anything but zeros behind its members: tarfile takes a damaged header for the end."""
+    assert tar.fileobj is not None
+    position = end = tar.offset
+    tar.fileobj.seek(end)
+    while block := tar.fileobj.read(_BLOCK_BYTES):
+        if rest := block.lstrip(b"\0"):
+            position += len(block) - len(rest)
+            if position < end + tarfile.BLOCKSIZE:
+                raise DataError(
+                    f"{path} is damaged or truncated at byte {end:,}, after {last}, and cannot be read beyond it; copy "
+                    f"or create it again"
+                )
+            raise DataError(
+                f"{path} ends at byte {end:,}, after {last}, but has more data at byte {position:,}, as two "
+                f"concatenated tars do; unpack it with `tar -xi` and create it again, or use the two separately"
+            )
+        position += len(block)
+
+
+class ImageRoot:
+    """The images of a data set by name: files below a folder, and members of the tars that lie in it.
+
+    A member is known by its own name and by "shard.tar/member", which stays unique when shards repeat names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise DataError(f"the image root {path} does not exist")
+        self.path = path
+        tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        self.shards = {tar.name: (tar, index_tar(tar)) for tar in tars}
+        self._members = {name: (tar, span) for tar, members in self.shards.values() for name, span in members.items()}
+
+    def _member(self, name: str) -> tuple[Path, TarSpan] | None:
+        if name in self._members:
+            return self._members[name]
+        shard, _, member = name.partition("/")
+        tar, members = self.shards.get(shard, (None, {}))
+        return (tar, members[member]) if tar is not None and member in members else None
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            return self._member(name) is not None or (self.path / name).is_file()
+        except (OSError, ValueError):  # a name that is too long or contains NUL
+            return False
+
+    def names(self) -> list[str]:
+        """Return every image, sorted: files at any depth, then tar members."""
+        paths = self.path.rglob("*") if self.path.is_dir() else ()
+        files = sorted(p.relative_to(self.path).as_posix() for p in paths if has_image_suffix(p.name) and p.is_file())
+        return files + sorted(name for name in self._members if has_image_suffix(name))
+
+    def locate(self, name: str) -> tuple[Path, int | None]:
+        """Return the file that holds an image, and its offset in a tar; None for a file of its own, even if missing."""
+        member = self._member(name)
+        return (self.path / name, None) if member is None else (member[0], member[1].offset)
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one image.
+
+        Raises:
+            ImageError: there is no such file or member.
+        """
+        member = self._member(name)
+        if member is not None:
+            tar, span = member
+            with tar.open("rb") as file:
+                file.seek(span.offset)
+                return file.read(span.size)
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            raise ImageError(f"no file {name} in {self.path}", ImageFault.MISSING) from None

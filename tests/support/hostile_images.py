@@ -1,0 +1,130 @@
+"""Small files that would take a decoder minutes or gigabytes."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from tests.support.images import encoded
+
+
+def _grain(side: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8))
+
+
+def jpeg_with_scans(scans: int, side: int = 2_800) -> bytes:
+    """Return a progressive JPEG whose last scan, without any data, is repeated."""
+    data = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True)
+    scan = struct.pack(">BBHBBBBBB", 0xFF, 0xDA, 8, 1, 1, 0, 1, 1, 0)  # one AC coefficient, first bits
+    empty = (
+        b"\xff\xc4" + struct.pack(">H", 20) + b"\x10" + b"\1" + bytes(15) + b"\0"
+    )  # Huffman table: end of block alone
+    return data[:-2] + empty + scans * scan + b"\xff\xd9"
+
+
+def jpeg_with_segments(count: int, marker: int = 0xE1, payload: bytes = b"Exif\0\0MM\0*\0\0\0\x08") -> bytes:
+    """Return a JPEG with many small segments before its image; EXIF by default."""
+    segment = struct.pack(">BBH", 0xFF, marker, 2 + len(payload)) + payload
+    data = encoded(_grain(16), "JPEG")
+    return data[:2] + count * segment + data[2:]
+
+
+def jpeg_with_exif(exif: bytes) -> bytes:
+    """Return a JPEG with this EXIF block."""
+    return jpeg_with_segments(1, payload=b"Exif\0\0" + exif)
+
+
+def exif_of_large_tags(count: int, size: int) -> bytes:
+    """Return an EXIF block in which every tag claims the same bytes."""
+    tags = b"".join(struct.pack("<HHLL", 40_000 + i, 7, size, 8) for i in range(count))
+    block = struct.pack("<2sHLH", b"II", 42, 8, count) + tags
+    return block + bytes(max(0, size + 8 - len(block)))
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    """Return one chunk with its length and checksum."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_with_chunks(count: int, name: bytes = b"IDAT", data: bytes = b"") -> bytes:
+    """Return a PNG with many chunks between its header and its image."""
+    image = encoded(_grain(16))
+    return image[:33] + count * png_chunk(name, data) + image[33:]
+
+
+def png_with_profile(size: int) -> bytes:
+    """Return a PNG with a colour profile of zeros."""
+    return png_with_chunks(1, b"iCCP", b"x\0\0" + zlib.compress(bytes(size), 9))
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """Return a PNG that declares a size and holds next to nothing."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0")) + png_chunk(b"IEND", b"")
+
+
+def gif_with_comment_blocks(count: int) -> bytes:
+    """Return a GIF with one comment in many blocks of one byte."""
+    data = encoded(_grain(16).convert("P"), "GIF")
+    head = 13 + (3 << (data[10] & 7) + 1)
+    return data[:head] + b"\x21\xfe" + count * b"\1c" + b"\0" + data[head:]
+
+
+def gif_of_frame(width: int, height: int) -> bytes:
+    """Return a GIF whose screen is small and whose first frame declares a size of its own."""
+    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x44\x01\0"
+    return b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0x80, 0, 0) + bytes(6) + frame + b";"
+
+
+def webp_with_chunks(count: int) -> bytes:
+    """Return a WebP file with many empty chunks behind its image."""
+    body = encoded(_grain(16).convert("RGB"), "WEBP")[8:] + count * (b"junk" + bytes(4))
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def avif_with_index(size: int) -> bytes:
+    """Return an AVIF file whose index is padded to a size."""
+    data = encoded(_grain(16).convert("RGB"), "AVIF", speed=10)
+    start = data.index(b"meta") - 4
+    length = int.from_bytes(data[start : start + 4])
+    padding = struct.pack(">I", size) + b"free" + bytes(size - 8)
+    meta = struct.pack(">I", length + size) + data[start + 4 : start + length] + padding
+    return data[:start] + meta + data[start + length :]
+
+
+def tiff(tags: dict[int, tuple[int, int, bytes]], extra: bytes = b"") -> bytes:
+    """Return a little-endian TIFF of number -> (type, count, value or offset in four bytes)."""
+    entries = b"".join(struct.pack("<HHL4s", n, kind, count, value) for n, (kind, count, value) in sorted(tags.items()))
+    return struct.pack("<2sHLH", b"II", 42, 8, len(tags)) + entries + bytes(4) + extra
+
+
+def _short(value: int) -> tuple[int, int, bytes]:
+    return (4, 1, struct.pack("<L", value))
+
+
+def tiff_with_tile(side: int) -> bytes:
+    """Return a TIFF of 16 x 16 pixels in one deflated tile of another size."""
+    tile = zlib.compress(bytes(side) * min(side, 4_000), 9)
+    tags = {256: _short(16), 257: _short(16), 258: _short(8), 259: _short(8), 262: _short(1), 277: _short(1),
+            322: _short(side), 323: _short(side), 324: _short(8 + 2 + 10 * 12 + 4), 325: _short(len(tile))}  # fmt: skip
+    return tiff(tags, tile)
+
+
+def tiff_with_tags(count: int) -> bytes:
+    """Return a TIFF of 16 x 16 pixels with many private tags, each of them damaged."""
+    pixels = bytes(256)
+    tags = {256: _short(16), 257: _short(16), 258: _short(8), 259: _short(1), 262: _short(1), 277: _short(1)}
+    tags |= {40_000 + i: (2, 1_000, struct.pack("<L", 2**31)) for i in range(count - 9)}
+    tags |= {278: _short(16), 279: _short(256), 273: _short(8 + 2 + count * 12 + 4)}
+    return tiff(tags, pixels)
+
+
+def bmp_of_runs(size: int) -> bytes:
+    """Return a run-length encoded BMP of many short runs."""
+    buffer = io.BytesIO()
+    _grain(64).convert("P").save(buffer, "BMP")
+    data = bytearray(buffer.getvalue())
+    data[30:34] = struct.pack("<I", 1)
+    return bytes(data) + bytes(size)
