@@ -6,6 +6,8 @@
 # A mirror goes into PIP_INDEX_URL. PIP_FIND_LINKS and PIP_CONSTRAINT are addresses, or paths that the build can see
 # (podman build -v DIR:DIR:ro). BASE is any Debian with Python 3.11 or newer as `python`, with pip. EXTRAS are parts of
 # pyproject.toml that the image is to have as well: openvino (several times as fast on a CPU), otel, http, s3, ...
+# LOCK names a lock file with hashes, such as requirements.lock; without it, pyproject.toml's ranges decide. Pin BASE by
+# digest (python:3.12-slim@sha256:...) for builds that can be repeated. docs/how-to/lock-dependencies.md says more.
 ARG BASE=python:3.12-slim
 
 # What pyproject.toml asks for, alone: an edit there that leaves the dependencies as they are installs nothing anew.
@@ -18,9 +20,14 @@ RUN python -c "import sys, tomllib; wanted = tomllib.load(open('pyproject.toml',
 
 FROM ${BASE} AS builder
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
+ARG LOCK=""
 ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv --without-pip /opt/venv
 COPY --from=requirements /requirements.txt /requirements.txt
+COPY requirements*.lock /locks/
+# The lock leaves out PyTorch, whose build the index decides; the second command adds it.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    test -z "$LOCK" || pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$LOCK"
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/venv/bin/python install --requirement /requirements.txt
 

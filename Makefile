@@ -3,6 +3,7 @@
 # make check   lint, format, types, import direction
 # make reference  the generated pages of docs/reference, and the client's models
 # make install the set-up alone                                           (EXTRAS=dev,openvino,ray for more parts)
+#              LOCK=requirements.lock installs the versions and hashes of a lock file
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -22,6 +23,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -z "$(LOCK)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
