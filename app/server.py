@@ -14,13 +14,14 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from app.core.logs import log_config
 from app.core.settings import Settings
 from app.core.threads import give_way
 from app.core.tracing import start_tracing
 from app.main import create_app
-from app.middleware.http_protocol import LimitedProtocol
+from app.middleware.http_protocol import BoundedProtocol, track_requests
 from app.search.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.artifact import require_index
@@ -52,17 +53,8 @@ def serve(settings: Settings) -> None:
         app = create_app(settings, on_start_failure=fail, tracer=tracer)
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        config = uvicorn.Config(
-            app,
-            http=LimitedProtocol,
-            log_config=None,
-            access_log=False,
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=_FINISH_S,
-        )
         server = _Server(
-            config, collections_of=lambda: getattr(app.state, "collections", None), drain_s=settings.drain_s
+            server_config(app), collections_of=lambda: getattr(app.state, "collections", None), drain_s=settings.drain_s
         )
         try:
             server.run(sockets=[listener])
@@ -70,6 +62,19 @@ def serve(settings: Settings) -> None:
             log.info("stopped")
     if failures:
         raise failures[0]
+
+
+def server_config(app: ASGIApp) -> uvicorn.Config:
+    """Return uvicorn's configuration for an application, with limited connections."""
+    return uvicorn.Config(
+        track_requests(app),
+        http=BoundedProtocol,
+        log_config=None,
+        access_log=False,
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=_FINISH_S,
+    )
 
 
 class _Server(uvicorn.Server):

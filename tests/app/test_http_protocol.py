@@ -1,24 +1,24 @@
-"""What a connection may do beside its request: trailers, bodies that were answered already, idling, leaving."""
+"""What a connection may do: slow heads, trailers, upgrades, idling, bodies that were answered, leaving."""
 
-import asyncio
 import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from app.core.keys import key_hash, new_key
-from app.middleware.http_protocol import HEAD_BYTES, LimitedProtocol
+from app.middleware.http_protocol import HEAD_BYTES
 from tests.support.service import hold, opened, serving
 
 KEY = new_key()
-CHUNKED = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
-UNKNOWN = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 AUTHORIZATION = b"Authorization: Bearer " + KEY.encode() + b"\r\n"
+CHUNKED = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+UNAUTHORISED = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+SEARCH = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + AUTHORIZATION
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUPGRADE: %b\r\nHTTP2-Settings: AAMA\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +35,17 @@ def connection(port: int) -> Iterator[socket.socket]:
 
 
 @pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = LimitedProtocol.__init__
-
-    def hasty(self: LimitedProtocol, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        self.timeout_keep_alive = 0.4  # type: ignore[assignment]
-
-    monkeypatch.setattr(LimitedProtocol, "__init__", hasty)
-    monkeypatch.setattr("app.middleware.http_protocol.HEAD_S", 0.4)
-    monkeypatch.setattr("app.middleware.http_protocol.LINGER_S", 0.4, raising=False)
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.middleware.http_protocol.HEAD_S", 0.6)
+    monkeypatch.setattr("app.middleware.http_protocol.WRITE_S", 0.6)
 
 
-def answer(connection: socket.socket) -> bytes:
-    """One answer with its body."""
+def read_response(connection: socket.socket) -> bytes:
+    """Return the head of one response; its body is read too."""
     data = b""
     while b"\r\n\r\n" not in data:
         part = connection.recv(65536)
-        assert part, "closed without an answer"
+        assert part, "closed without a response"
         data += part
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
@@ -61,49 +54,74 @@ def answer(connection: socket.socket) -> bytes:
     return head
 
 
-def is_closed(connection: socket.socket, within: float = 3) -> bool:
-    """Whether the other side ends the connection; what it still says is read."""
-    connection.settimeout(within)
+def read_until_closed(connection: socket.socket) -> bytes:
+    data = b""
     try:
-        while connection.recv(65536):
-            pass
+        while part := connection.recv(65536):
+            data += part
     except ConnectionError:
-        return True
-    except TimeoutError:
-        return False
-    return True
+        pass
+    return data
 
 
-def breaks_off(connection: socket.socket, pieces: Iterable[bytes], every: float = 0) -> bool:
-    """Whether the other side ends the connection before it has taken all that is sent."""
+def is_cut_off(connection: socket.socket, pieces: Iterable[bytes], every_s: float = 0) -> bool:
+    """Send pieces; True if the server ends the connection before it has taken all of them."""
     try:
         for piece in pieces:
             connection.sendall(piece)
-            time.sleep(every)
+            time.sleep(every_s)
     except ConnectionError:
         return True
     return False
 
 
-def test_trailers_are_no_headers(connection: socket.socket) -> None:
-    body = b'12\r\n{"query": "a cat"}\r\n0\r\n'
-    connection.sendall(CHUNKED + b"\r\n" + body + AUTHORIZATION + b"\r\n")
-    assert answer(connection).startswith(b"HTTP/1.1 401")
-    connection.sendall(CHUNKED + AUTHORIZATION + b"\r\n" + body + b"X-Checksum: 7\r\n\r\n")
-    assert answer(connection).startswith(b"HTTP/1.1 200"), "they do no harm either"
+def test_head_of_one_byte_a_moment_ends_the_connection(connection: socket.socket) -> None:
+    assert is_cut_off(connection, (bytes([byte]) for byte in HEALTH), every_s=0.1)
 
 
-@pytest.mark.parametrize("piece", [b"X-Y: z\r\n", b"x"], ids=["many", "one long"])
-def test_trailers_without_end_are_refused(connection: socket.socket, piece: bytes) -> None:
-    head = CHUNKED + AUTHORIZATION + b"\r\n"
-    connection.sendall(head + b"0\r\n")
-    left = HEAD_BYTES + 1 - len(head) - len(b"0\r\n")
-    connection.sendall((piece * left)[:left])
-    assert answer(connection).startswith(b"HTTP/1.1 431")
-    assert is_closed(connection)
+def test_silent_connection_is_refused_408(connection: socket.socket) -> None:
+    assert read_until_closed(connection).startswith(b"HTTP/1.1 408")
 
 
-def test_a_body_may_come_in_many_small_chunks(connection: socket.socket) -> None:
+def test_slow_second_head_ends_the_connection(connection: socket.socket) -> None:
+    connection.sendall(HEALTH)
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
+    assert is_cut_off(connection, (bytes([byte]) for byte in HEALTH), every_s=0.1)
+
+
+@pytest.mark.parametrize("piece", [b"X-Y: z\r\n", b"x"], ids=["many headers", "one long header"])
+def test_large_head_is_refused_431(connection: socket.socket, piece: bytes) -> None:
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    left = HEAD_BYTES + 1 - len(head)
+    connection.sendall(head + (piece * left)[:left])
+    assert read_response(connection).startswith(b"HTTP/1.1 431")
+    assert read_until_closed(connection) == b""
+
+
+def test_endless_head_is_cut_off(connection: socket.socket) -> None:
+    connection.sendall(b"GET /healthz HTTP/1.1\r\n")
+    assert is_cut_off(connection, [b"X-Y: " + b"x" * 1000 + b"\r\n"] * 50_000)
+
+
+def test_used_connection_may_idle_between_requests(port: int) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        for _ in range(2):
+            assert client.get("/healthz").status_code == 200
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize("key", [b"", AUTHORIZATION], ids=["instead of a header", "beside the header"])
+def test_trailers_end_the_connection_and_are_no_headers(connection: socket.socket, key: bytes) -> None:
+    connection.sendall(CHUNKED + key + b'\r\n12\r\n{"query": "a cat"}\r\n0\r\n' + AUTHORIZATION + b"\r\n")
+    assert b"HTTP/1.1 200" not in read_until_closed(connection)
+
+
+def test_endless_trailer_is_cut_off(connection: socket.socket) -> None:
+    connection.sendall(CHUNKED + AUTHORIZATION + b"\r\n0\r\nX-Y: ")
+    assert is_cut_off(connection, [b"x" * 10_000] * 1000)
+
+
+def test_body_may_come_in_many_small_chunks(connection: socket.socket) -> None:
     body = b'{"query": "a cat"}' + b" " * 12_000
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
     assert len(chunks) > HEAD_BYTES
@@ -111,129 +129,135 @@ def test_a_body_may_come_in_many_small_chunks(connection: socket.socket) -> None
     for start in range(0, len(chunks), 5000):
         connection.sendall(chunks[start : start + 5000])
     connection.sendall(b"0\r\n\r\n")
-    assert answer(connection).startswith(b"HTTP/1.1 200")
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
 
 
-def test_a_dripping_body_that_was_answered_ends(connection: socket.socket) -> None:
-    connection.sendall(UNKNOWN + b"Content-Length: 1000000\r\n\r\n")
-    assert answer(connection).startswith(b"HTTP/1.1 401")
-    assert breaks_off(connection, [b"x"] * 30, every=0.1)
+def test_slow_rest_of_an_answered_body_ends_the_connection(connection: socket.socket) -> None:
+    connection.sendall(UNAUTHORISED + b"Content-Length: 1000000\r\n\r\n")
+    assert read_response(connection).startswith(b"HTTP/1.1 401")
+    assert is_cut_off(connection, [b"x"] * 30, every_s=0.1)
 
 
-def test_an_endless_body_that_was_answered_ends(connection: socket.socket) -> None:
-    connection.sendall(UNKNOWN + b"Transfer-Encoding: chunked\r\n\r\n")
-    assert answer(connection).startswith(b"HTTP/1.1 401")
-    assert breaks_off(connection, [b"100000\r\n" + bytes(2**20) + b"\r\n"] * 200)
+def test_endless_rest_of_an_answered_body_ends_the_connection(connection: socket.socket) -> None:
+    connection.sendall(UNAUTHORISED + b"Transfer-Encoding: chunked\r\n\r\n")
+    assert read_response(connection).startswith(b"HTTP/1.1 401")
+    assert is_cut_off(connection, [b"10000\r\n" + bytes(2**16) + b"\r\n"] * 200, every_s=0.01)
 
 
-def test_a_body_that_was_answered_and_comes_nevertheless_costs_no_connection(connection: socket.socket) -> None:
+def test_connection_is_kept_if_the_rest_of_an_answered_body_arrives(connection: socket.socket) -> None:
     for _ in range(2):
-        connection.sendall(UNKNOWN + b"Content-Length: 1000000\r\n\r\n")
-        assert answer(connection).startswith(b"HTTP/1.1 401")
-        connection.sendall(bytes(1_000_000))
-        connection.sendall(HEALTH)
-        assert answer(connection).startswith(b"HTTP/1.1 200")
-    connection.sendall(UNKNOWN + b"Content-Length: 3\r\n\r\n")
-    assert answer(connection).startswith(b"HTTP/1.1 401")
+        connection.sendall(UNAUTHORISED + b"Content-Length: 1000000\r\n\r\n")
+        assert read_response(connection).startswith(b"HTTP/1.1 401")
+        connection.sendall(bytes(1_000_000) + HEALTH)
+        assert read_response(connection).startswith(b"HTTP/1.1 200")
+    connection.sendall(UNAUTHORISED + b"Content-Length: 3\r\n\r\n")
+    assert read_response(connection).startswith(b"HTTP/1.1 401")
     connection.sendall(b"abc")
-    assert is_closed(connection), "an idle one ends, here too"
+    assert read_until_closed(connection) == b"", "idle connections end here too"
 
 
-def test_line_breaks_do_not_keep_a_connection(connection: socket.socket) -> None:
+def test_line_breaks_do_not_keep_a_connection_open(connection: socket.socket) -> None:
     connection.sendall(HEALTH)
-    assert answer(connection).startswith(b"HTTP/1.1 200")
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
     connection.sendall(b"\r\n" + HEALTH)
-    assert answer(connection).startswith(b"HTTP/1.1 200")
-    connection.sendall(b"\r\n")
-    assert is_closed(connection)
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
+    assert is_cut_off(connection, [b"\r\n"] * 30, every_s=0.1)
 
 
-def test_requests_in_one_go_are_answered_in_turn(connection: socket.socket) -> None:
-    early = UNKNOWN + b"Content-Length: 3\r\n\r\nabc"
-    connection.sendall(HEALTH + early + HEALTH + UNKNOWN + b"Content-Length: 3\r\n\r\n")
-    data = b""
-    while data.count(b"HTTP/1.1 ") < 4:
-        data += connection.recv(65536)
-    assert [part[:3] for part in data.split(b"HTTP/1.1 ")[1:]] == [b"200", b"401", b"200", b"401"]
-    assert is_closed(connection), "what the last one announced never comes"
-
-
-def test_head_is_get_without_the_body(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for path in (
-                "/",
-                "/docs",
-                "/openapi.json",
-                "/healthz",
-                "/readyz",
-                "/metrics",
-                "/items/circle%2Fred.png",
-                "/items/circle%2Fred.png/image",
-                "/items/nothing",
-            ):
-                get, head = await client.get(path), await client.head(path)
-                assert head.status_code == get.status_code, path
-                assert head.content == b""
-                assert head.headers["content-type"] == get.headers["content-type"]
-                if path != "/metrics":
-                    assert head.headers["content-length"] == get.headers["content-length"]
-            wrong = await client.head("/search/text")
-            assert wrong.status_code == 405
-            assert wrong.headers["allow"] == "POST"
-            assert (await client.delete("/healthz")).headers["allow"] == "GET, HEAD"
-
-    asyncio.run(main())
-
-
-def _read_all(connection: socket.socket) -> bytes:
-    connection.settimeout(10)
-    data = b""
-    while part := connection.recv(65536):
-        data += part
-    return data
-
-
-def test_connections_without_a_request_and_callers_that_leave(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("app.middleware.http_protocol.HEAD_S", 0.3)
-    with serving(built_index) as (app, port):
-        at = ("127.0.0.1", port)
-        with socket.create_connection(at) as silent, socket.create_connection(at) as slow:
-            slow.sendall(b"GET /healthz HTTP/1.1\r\nHo")
-            assert _read_all(silent).startswith(b"HTTP/1.1 408")
-            assert _read_all(slow).startswith(b"HTTP/1.1 408")
-        with socket.create_connection(at) as endless:
-            endless.sendall(b"GET /healthz HTTP/1.1\r\n")
-            with pytest.raises(ConnectionError):  # broken off long before this
-                endless.sendall((b"X-Y: " + b"x" * 1000 + b"\r\n") * 50_000)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            assert client.get("/healthz").status_code == 200
-            time.sleep(0.5)
-            assert client.get("/healthz").status_code == 200, "an idle connection that was used is kept a while"
-
-            encoder = app.state.collections[None].live.encoder
-            gate, seen = hold(encoder)
-            for query in ("first", "left"):
-                with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(f"http://127.0.0.1:{port}/search/text", json={"query": query}, timeout=0.3)
-            end = time.monotonic() + 5
-            while app.state.retriever._pending.total() and time.monotonic() < end:
-                time.sleep(0.02)
-            assert app.state.retriever._pending.total() == 0, "their searches are given up"
-            gate.set()
-            assert client.post("/search/text", json={"query": "stays"}).status_code == 200
-            assert seen == ["first", "stays"]
+def test_pipelined_requests_are_answered_in_order(connection: socket.socket) -> None:
+    early = UNAUTHORISED + b"Content-Length: 3\r\n\r\nabc"
+    connection.sendall(HEALTH + early + HEALTH + UNAUTHORISED + b"Content-Length: 3\r\n\r\n")
+    responses = read_until_closed(connection).split(b"HTTP/1.1 ")[1:]
+    assert [each[:3] for each in responses] == [b"200", b"401", b"200", b"401"]
 
 
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
-def test_an_offer_of_another_protocol_is_not_heard(connection: socket.socket, protocol: bytes) -> None:
+def test_offers_to_upgrade_are_ignored(connection: socket.socket, protocol: bytes) -> None:
     body = b'{"query": "a cat\\r\\nUpgrade: x", "filter": {"category": "Upgrade:"}}'
-    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUPGRADE: " + protocol + b"\r\nHTTP2-Settings: AAMA\r\n"
-    head = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + AUTHORIZATION
-    for sent in range(2):
-        connection.sendall(head + offer + b"Content-Length: %d\r\n\r\n" % len(body) + body[: 20 * sent])
+    for sent in (0, 20, len(body)):
+        head = SEARCH + OFFER % protocol + b"Content-Length: %d\r\n\r\n" % len(body)
+        connection.sendall(head + body[:sent])
         time.sleep(0.05)
-        connection.sendall(body[20 * sent :])
-        assert answer(connection).startswith(b"HTTP/1.1 200")
+        connection.sendall(body[sent:])
+        assert read_response(connection).startswith(b"HTTP/1.1 200")
+    connection.sendall(HEALTH[:-2] + OFFER % protocol + b"\r\n")
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: %d\r\n\r\n%b", b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("how", ["split header", "pipelined", "byte by byte"])
+def test_body_behind_an_offer_to_upgrade_is_never_run_as_a_request(
+    connection: socket.socket, how: str, framing: bytes
+) -> None:
+    smuggled = b"GET /collections HTTP/1.1\r\nHost: x\r\n" + AUTHORIZATION + b"\r\n"
+    before, after = SEARCH, OFFER % b"h2c" + framing % (len(smuggled), smuggled)
+    head_end = after.index(b"\r\n\r\n") + 4
+    if how == "split header":
+        pieces = [before + after[:40], after[40:head_end], after[head_end:]]
+    elif how == "pipelined":
+        pieces = [HEALTH + before + after[:head_end], after[head_end:]]
+    else:
+        pieces = [bytes([byte]) for byte in before + after]
+    is_cut_off(connection, pieces, every_s=0.05 if len(pieces) < 5 else 0)
+    assert b'"collections"' not in read_until_closed(connection)
+
+
+def test_connect_is_refused(connection: socket.socket) -> None:
+    connection.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n" + HEALTH)
+    assert read_until_closed(connection).startswith(b"HTTP/1.1 400")
+
+
+def test_responses_that_are_not_read_end_the_connection(port: int) -> None:
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", port))
+        document = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"  # over 1 MB
+        deaf.sendall(document * 20)
+        end = time.monotonic() + 10
+        while not is_cut_off(deaf, [b"\r\n"]):
+            assert time.monotonic() < end, "still connected"
+            time.sleep(0.1)
+
+
+async def test_head_is_get_without_the_body(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        for path in (
+            "/",
+            "/docs",
+            "/openapi.json",
+            "/healthz",
+            "/readyz",
+            "/metrics",
+            "/items/circle%2Fred.png",
+            "/items/circle%2Fred.png/image",
+            "/items/nothing",
+        ):
+            get, head = await client.get(path), await client.head(path)
+            assert head.status_code == get.status_code, path
+            assert head.content == b""
+            assert head.headers["content-type"] == get.headers["content-type"]
+            if path != "/metrics":
+                assert head.headers["content-length"] == get.headers["content-length"]
+        refused = await client.head("/search/text")
+        assert refused.status_code == 405
+        assert refused.headers["allow"] == "POST"
+        assert (await client.delete("/healthz")).headers["allow"] == "GET, HEAD"
+
+
+def test_searches_of_clients_that_left_are_skipped(built_index: Path) -> None:
+    with serving(built_index) as (app, port):
+        encoder = app.state.collections[None].live.encoder
+        gate, seen = hold(encoder)
+        url = f"http://127.0.0.1:{port}/search/text"
+        for query in ("first", "left"):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json={"query": query}, timeout=0.3)
+        end = time.monotonic() + 5
+        while app.state.retriever._pending.total() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert app.state.retriever._pending.total() == 0
+        gate.set()
+        assert httpx.post(url, json={"query": "stays"}).status_code == 200
+        assert seen == ["first", "stays"]

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from app.core.keys import key_hash, new_key
 from app.core.settings import Settings
 from app.main import create_app
-from app.middleware.http_protocol import LimitedProtocol
+from app.server import server_config
 
 ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
 KEYS: dict[str, Any] = {
@@ -92,8 +92,7 @@ def serving(index: Path, **given: Any) -> Iterator[tuple[FastAPI, int]]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        config = uvicorn.Config(app, http=LimitedProtocol, log_config=None, access_log=False, ws="none")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(server_config(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         port = int(listener.getsockname()[1])
