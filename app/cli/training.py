@@ -154,7 +154,7 @@ def evaluate(
     A run that is finished is not run again, so the same command goes on, and with another method or seed in its
     lists costs only that. The table has what the lists name.
     """
-    from dcar_core.evaluation import compare, settings_table, table
+    from dcar_core.evaluation import compare, recall_table, settings_table
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods import method
     from dcar_core.serving.encoder import pick_device
@@ -167,9 +167,9 @@ def evaluate(
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     results = compare(
         backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
-        taxonomy=taxonomy, tune=tune, grid=rates, features=features, say=lambda line: typer.echo(line, err=True),
+        taxonomy=taxonomy, tune=tune, grid=rates, features=features, on_message=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
-    typer.echo(table(results))
+    typer.echo(recall_table(results))
     if tune:
         typer.echo(settings_table(results))
     typer.echo(f"{out / 'report.html'} shows more, without a server")

@@ -4,7 +4,7 @@ In: a data set, a model and the names of methods. Out: results as JSON, CSV, Mar
 The CLI imports it; it may import every other folder of `dcar_core`.
 """
 
-from dcar_core.evaluation.comparison import compare, summary
-from dcar_core.evaluation.tables import settings_table, table
+from dcar_core.evaluation.comparison import compare, summarise
+from dcar_core.evaluation.tables import recall_table, settings_table
 
-__all__ = ["compare", "settings_table", "summary", "table"]
+__all__ = ["compare", "recall_table", "settings_table", "summarise"]

@@ -1,7 +1,7 @@
-"""The table: several methods, several seeds, one data set.
+"""Comparison of several methods with several seeds on one data set.
 
-Choices are made on validation; each run reads the test split once, at its end. With `tune` every method gets the same
-budget: the same learning rates, tried with seed 0 and judged by validation recall.
+- Choices are made on validation; each run reads the test split once, at its end.
+- With `tune`, every method gets the same budget: the same learning rates with seed 0, judged by validation recall.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from dcar_core.data import SPLITS, ImagePolicy, load_splits, save_reports
+from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import write_report
-from dcar_core.evaluation.runs import Runs
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import GRID, TrainConfig
+from dcar_core.model.config import GRID, ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
 from dcar_core.negatives import add_negatives_with_backbone
@@ -41,44 +41,40 @@ def compare(
     grid: Sequence[float] = GRID,
     features: Path | None = None,
     progress: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    on_message: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Train and test every method with every seed, and write results.json, .csv, .md and report.html to `out`.
+    """Train and test every method with every seed; write results.json, .csv, .md and report.html to `out`.
 
     Args:
-        negatives, taxonomy: which pairs get negative captions made, and what says which categories are alike; see
-            `negatives.complete`.
-        tune: choose each method's learning rate from `grid` on validation; else all take `config.lr`.
-        features: where frozen features are kept, for other runs on this data; `out`/features by default.
-        say: told what is about to run.
+        negatives, taxonomy: see `negatives.add_negatives_with_backbone`.
+        tune: choose each method's learning rate from `grid` on validation; otherwise all use `config.lr`.
+        features: directory of frozen features, shared with other runs on this data; `out`/features by default.
+        on_message: called with one line before each training.
 
     Returns:
-        What results.json holds: per method, each seed's recall in percent, their mean and standard deviation. A method
-        that diverged with any seed is not among `methods` but among `diverged`, with the reason.
+        The content of results.json: for each method, the recall of each seed in percent, their mean and standard
+        deviation. A method that diverged with any seed is in `diverged` with the reason, instead of in `methods`.
 
     Raises:
-        DcarError: an unknown method, data that cannot be read, or every method diverged.
+        DcarError: a method is unknown, the data cannot be read, or every method diverged.
     """
     configs = {name: method(name) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
     if seeds < 1:
         raise DataError(f"--seeds must be at least 1, not {seeds}")
-    pictures: ImagePolicy = "skip" if skip_broken else "require"
-    splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=pictures)
+    image_policy: ImagePolicy = "skip" if skip_broken else "require"
+    splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
     splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
-    room = max(chosen.prompt.length for chosen in configs.values())
-    report_truncation(splits, reports, backbone, room)
+    report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
-    decode_images(
-        splits["test"], backbone, cache, progress=progress
-    )  # not after hours that one broken picture makes worthless
-    runs = Runs(backbone, splits, out, config, cache, progress, say)
+    decode_images(splits["test"], backbone, cache, progress=progress)  # report broken images before hours of training
+    runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message)
     results: dict[str, Any] = {
         "data": data.resolve().name,
         "pairs": {name: len(split) for name, split in splits.items()},
-        "cleaning": {name: dict(found.counts) for name, found in reports.items()},
+        "cleaning": {name: dict(report.counts) for name, report in reports.items()},
         "backbone": Path(backbone.source.model).name,
         "training": config.to_dict(),
         "grid": list(grid) if tune else None,
@@ -87,35 +83,44 @@ def compare(
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, chosen in configs.items():
-        learns = any(True for _ in seeded_model(backbone, chosen, 0).trainables())
         try:
-            lr, tuning = runs.tuned(chosen, tuple(grid)) if tune and learns else (config.lr, None)
-            # zero-shot has nothing that varies
-            found = [runs.tested(chosen, seed, lr) for seed in range(seeds if learns else 1)]
-        except DivergedError as error:  # the other methods' hours are not lost for it
-            say(f"{name} is left out: {error}")
+            results["methods"][name] = _run_method(runner, chosen, seeds, tuple(grid) if tune else None)
+        except DivergedError as error:  # keep the results of the other methods
+            on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
-        else:
-            accuracy = [run["hard_negative_accuracy"] for run in found if run["hard_negative_accuracy"] is not None]
-            results["methods"][name] = {
-                "lr": lr if learns else None,
-                "tuning": tuning,
-                "trainable": found[0]["trainable"],
-                "hard_negative_accuracy": _spread(accuracy) if accuracy else None,
-                **summary([run["test"] for run in found]),
-                "runs": found,
-            }
-        write_json(out / "results.json", results)  # what is done is kept
+        write_json(out / "results.json", results)  # after each method, so that an interruption loses nothing
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
     write_report(results, splits["test"], out)
     return results
 
 
-def summary(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation over runs, by measure."""
-    spread = {c: _spread([run[c] for run in runs]) for c in COLUMNS}
-    return {key: {c: spread[c][key] for c in COLUMNS} for key in ("mean", "std")}
+def summarise(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return mean and sample standard deviation over runs, for each measure."""
+    spread = {column: _spread([run[column] for run in runs]) for column in COLUMNS}
+    return {key: {column: spread[column][key] for column in COLUMNS} for key in ("mean", "std")}
+
+
+def _run_method(
+    runner: MethodRunner, config: ModelConfig, seeds: int, grid: tuple[float, ...] | None
+) -> dict[str, Any]:
+    """Tune, train and test one method.
+
+    Raises:
+        DivergedError: a run diverged.
+    """
+    has_trainables = any(True for _ in seeded_model(runner.backbone, config, 0).trainables())
+    lr, tuning = runner.tune(config, grid) if grid and has_trainables else (runner.config.lr, None)
+    runs = [runner.test(config, seed, lr) for seed in range(seeds if has_trainables else 1)]  # zero-shot has no seed
+    accuracy = [run["hard_negative_accuracy"] for run in runs if run["hard_negative_accuracy"] is not None]
+    return {
+        "lr": lr if has_trainables else None,
+        "tuning": tuning,
+        "trainable": runs[0]["trainable"],
+        "hard_negative_accuracy": _spread(accuracy) if accuracy else None,
+        **summarise([run["test"] for run in runs]),
+        "runs": runs,
+    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

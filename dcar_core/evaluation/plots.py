@@ -1,7 +1,7 @@
-"""Two small plots as SVG text, without a plotting library: recall by method with its spread, and training curves.
+"""Plots as SVG text, without a plotting library: recall of each method with its spread, and training curves.
 
-Text and axes take the page's own colour; the methods' colours are Okabe and Ito's, which colour-blind people can tell
-apart, and a dash pattern tells methods apart beyond the eighth.
+- Text and axes take the page's own colour, so a plot fits light and dark pages.
+- The methods' colours are Okabe and Ito's, chosen for colour-blind readers; after the eighth, lines are dashed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,77 +13,86 @@ import numpy as np
 from dcar_core.training.validation import mean_r1
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
-WIDTH, LEFT, ROW = 720, 150, 30
+WIDTH = 720
+LABEL_WIDTH, ROW_HEIGHT, ROWS_TOP = 150, 30, 40  # of the recall plot
+CURVES_LEFT, CURVES_RIGHT, CURVES_TOP, CURVES_BOTTOM = 50, WIDTH - 160, 34, 300
 
 
 def recall_plot(methods: Mapping[str, Any], direction: str, title: str) -> str:
-    """R@1, R@5 and R@10 of one direction ("t2i" or "i2t"): mean, standard deviation as a bar, each seed as a dot."""
-    bottom = 40 + ROW * len(methods)
-    low, high = _bounds(
-        [run["test"][f"{direction}_r{k}"] for m in methods.values() for run in m["runs"] for k in (1, 5, 10)]
-    )
-    parts = [f'<text x="{LEFT}" y="18" class="title">{escape(title)}</text>', _ticks(low, high, 28, bottom)]
-    for row, (name, found) in enumerate(methods.items()):
-        y, color = 40 + ROW * row + ROW / 2, COLORS[row % len(COLORS)]
-        parts.append(f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+    """Draw R@1, R@5 and R@10 of one direction ("t2i" or "i2t").
+
+    The large dot is the mean, the bar the standard deviation, and each small dot one seed.
+    """
+    bottom = ROWS_TOP + ROW_HEIGHT * len(methods)
+    recalls = [
+        run["test"][f"{direction}_r{k}"] for method in methods.values() for run in method["runs"] for k in (1, 5, 10)
+    ]
+    low, high = _bounds(recalls)
+    parts = [f'<text x="{LABEL_WIDTH}" y="18" class="title">{escape(title)}</text>']
+    parts.append(_vertical_grid(low, high, 28, bottom))
+    for row, (name, method) in enumerate(methods.items()):
+        y = ROWS_TOP + ROW_HEIGHT * (row + 0.5)
+        parts.append(f'<text x="{LABEL_WIDTH - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
         for k in (1, 5, 10):
-            column = f"{direction}_r{k}"
-            mean, std = found["mean"][column], found["std"][column]
-            a, b, x = (_x(value, low, high) for value in (mean - std, mean + std, mean))
-            parts.append(f'<path d="M{a:.1f} {y:.1f}H{b:.1f}" stroke="{color}" stroke-width="6" stroke-opacity=".35"/>')
-            for run in found["runs"]:
-                dot = f'cx="{_x(run["test"][column], low, high):.1f}" cy="{y + 7:.1f}" r="2"'
-                parts.append(f'<circle {dot} fill="{color}" fill-opacity=".6"/>')
-            tip = f"{name}: R@{k} {mean:.1f} ± {std:.1f}"
-            parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"><title>{escape(tip)}</title></circle>'
-                f'<text x="{x:.1f}" y="{y - 8:.1f}" class="small" text-anchor="middle">{k}</text>'
-            )
+            parts.append(_recall_mark(name, method, direction, k, y, COLORS[row % len(COLORS)], (low, high)))
     return _svg(bottom + 28, parts, title)
 
 
+def _recall_mark(
+    name: str, method: dict[str, Any], direction: str, k: int, y: float, color: str, bounds: tuple[float, float]
+) -> str:
+    column = f"{direction}_r{k}"
+    mean, std = method["mean"][column], method["std"][column]
+    left, right, x = (_recall_x(value, bounds) for value in (mean - std, mean + std, mean))
+    parts = [f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{color}" stroke-width="6" stroke-opacity=".35"/>']
+    for run in method["runs"]:
+        cx = _recall_x(run["test"][column], bounds)
+        parts.append(f'<circle cx="{cx:.1f}" cy="{y + 7:.1f}" r="2" fill="{color}" fill-opacity=".6"/>')
+    tooltip = escape(f"{name}: R@{k} {mean:.1f} ± {std:.1f}")
+    parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"><title>{tooltip}</title></circle>')
+    parts.append(f'<text x="{x:.1f}" y="{y - 8:.1f}" class="small" text-anchor="middle">{k}</text>')
+    return "".join(parts)
+
+
 def curves_plot(methods: Mapping[str, Any], title: str) -> str:
-    """Validation R@1 (the mean of both ways) by epoch: a thin line for a seed, a dot for the epoch that was kept."""
-    drawn = {name: m for name, m in methods.items() if any(run["history"] for run in m["runs"])}
-    if not drawn:
+    """Draw validation R@1 (mean of both directions) by epoch, one line a seed; a dot marks the epoch that was kept."""
+    trained = {name: method for name, method in methods.items() if any(run["history"] for run in method["runs"])}
+    if not trained:
         return ""
-    top, bottom = 34, 300
-    scores = [mean_r1(line) for m in drawn.values() for run in m["runs"] for line in run["history"]]
-    low, high = _bounds(scores)
-    last = max(len(run["history"]) for m in drawn.values() for run in m["runs"])
+    histories = [run["history"] for method in trained.values() for run in method["runs"]]
+    low, high = _bounds([mean_r1(record) for history in histories for record in history])
+    last_epoch = max(map(len, histories))
 
-    def at(epoch: int, score: float) -> tuple[float, float]:
-        x = 50 + (WIDTH - 210) * ((epoch - 1) / max(1, last - 1))
-        return x, bottom - (bottom - top) * (score - low) / (high - low)
+    def place(epoch: int, score: float) -> tuple[float, float]:
+        x = CURVES_LEFT + (CURVES_RIGHT - CURVES_LEFT) * ((epoch - 1) / max(1, last_epoch - 1))
+        return x, CURVES_BOTTOM - (CURVES_BOTTOM - CURVES_TOP) * (score - low) / (high - low)
 
-    parts = [f'<text x="50" y="18" class="title">{escape(title)}</text>']
-    for value in _steps(low, high):
-        y = at(1, value)[1]
-        parts.append(f'<path d="M50 {y:.1f}H{WIDTH - 160}" class="grid"/>')
-        parts.append(f'<text x="42" y="{y + 4:.1f}" text-anchor="end" class="small">{value:g}</text>')
-    for epoch in range(1, last + 1, max(1, last // 10)):
-        x = at(epoch, low)[0]
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" class="small" text-anchor="middle">{epoch}</text>')
-    for row, (name, found) in enumerate(methods.items()):
-        if name not in drawn:
+    parts = [f'<text x="{CURVES_LEFT}" y="18" class="title">{escape(title)}</text>']
+    for value in _ticks(low, high):
+        _, y = place(1, value)
+        parts.append(f'<path d="M{CURVES_LEFT} {y:.1f}H{CURVES_RIGHT}" class="grid"/>')
+        parts.append(f'<text x="{CURVES_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" class="small">{value:g}</text>')
+    for epoch in range(1, last_epoch + 1, max(1, last_epoch // 10)):
+        x, _ = place(epoch, low)
+        parts.append(f'<text x="{x:.1f}" y="{CURVES_BOTTOM + 16}" class="small" text-anchor="middle">{epoch}</text>')
+    legend_y = CURVES_TOP
+    for row, (name, method) in enumerate(methods.items()):
+        if name not in trained:
             continue
         color, dash = COLORS[row % len(COLORS)], "" if row < len(COLORS) else ' stroke-dasharray="5 3"'
-        for run in found["runs"]:
-            points = [at(line["epoch"], mean_r1(line)) for line in run["history"]]
+        for run in method["runs"]:
+            points = [place(record["epoch"], mean_r1(record)) for record in run["history"]]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash}/>')
             x, y = points[run["epoch"] - 1]
-            tip = f"{name}, seed {run['seed']}: epoch {run['epoch']}, {mean_r1(run['val']):.1f}"
-            parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"><title>{escape(tip)}</title></circle>'
-            )
-        y = top + 18 * list(drawn).index(name)
-        parts.append(f'<path d="M{WIDTH - 140} {y}h22" stroke="{color}" stroke-width="3"{dash}/>')
-        parts.append(f'<text x="{WIDTH - 112}" y="{y + 4}">{escape(name)}</text>')
-    parts.append(
-        f'<text x="{50 + (WIDTH - 210) / 2:.0f}" y="{bottom + 34}" class="small" text-anchor="middle">epoch</text>'
-    )
-    return _svg(bottom + 42, parts, title)
+            tooltip = escape(f"{name}, seed {run['seed']}: epoch {run['epoch']}, {mean_r1(run['val']):.1f}")
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"><title>{tooltip}</title></circle>')
+        parts.append(f'<path d="M{CURVES_RIGHT + 20} {legend_y}h22" stroke="{color}" stroke-width="3"{dash}/>')
+        parts.append(f'<text x="{CURVES_RIGHT + 48}" y="{legend_y + 4}">{escape(name)}</text>')
+        legend_y += 18
+    middle = (CURVES_LEFT + CURVES_RIGHT) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{CURVES_BOTTOM + 34}" class="small" text-anchor="middle">epoch</text>')
+    return _svg(CURVES_BOTTOM + 42, parts, title)
 
 
 def _svg(height: float, parts: Sequence[str], title: str) -> str:
@@ -92,24 +101,27 @@ def _svg(height: float, parts: Sequence[str], title: str) -> str:
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis in percent: the values' range with a margin."""
     low, high = min(values), max(values)
     margin = max(1.0, 0.05 * (high - low))
     return max(0.0, np.floor(low - margin)), min(100.0, np.ceil(high + margin))
 
 
-def _x(value: float, low: float, high: float) -> float:
-    return LEFT + (WIDTH - LEFT - 20) * (value - low) / (high - low)
+def _recall_x(value: float, bounds: tuple[float, float]) -> float:
+    low, high = bounds
+    return LABEL_WIDTH + (WIDTH - LABEL_WIDTH - 20) * (value - low) / (high - low)
 
 
-def _steps(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float) -> list[float]:
+    """Return at most nine round values within the bounds."""
     step = next(s for s in (1, 2, 5, 10, 20, 50) if (high - low) / s <= 8)
     return [float(v) for v in np.arange(np.ceil(low / step) * step, high + 1e-9, step)]
 
 
-def _ticks(low: float, high: float, top: float, bottom: float) -> str:
+def _vertical_grid(low: float, high: float, top: float, bottom: float) -> str:
     lines = []
-    for value in _steps(low, high):
-        x = _x(value, low, high)
+    for value in _ticks(low, high):
+        x = _recall_x(value, (low, high))
         lines.append(f'<path d="M{x:.1f} {top}V{bottom}" class="grid"/>')
         lines.append(f'<text x="{x:.1f}" y="{bottom + 16}" class="small" text-anchor="middle">{value:g}</text>')
     return "".join(lines)

@@ -1,4 +1,4 @@
-"""report.html: one file that opens without a server or a network, its plots and pictures inside it."""
+"""report.html: one file with its plots and images inside, which opens without a server or a network."""
 
 import base64
 import io
@@ -14,17 +14,17 @@ from dcar_core.evaluation.plots import curves_plot, recall_plot
 from dcar_core.evaluation.tables import (
     Results,
     best_method,
-    csv_runs,
-    markdown,
+    column_means,
     mean_categories,
-    means,
     recall_rows,
+    results_csv,
+    results_markdown,
     settings_rows,
 )
 from dcar_core.images import open_image
 from dcar_core.util.errors import DataError
 
-THUMBNAIL = 96
+THUMBNAIL_SIZE = 96
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -40,31 +40,31 @@ figcaption { max-width: 16rem; font-size: 13px; } details { margin: .6rem 0; } s
 """
 
 
-def write_report(results: Results, testing: Dataset, out: Path) -> None:
-    """results.md, results.csv and report.html in `out`. `testing` gives the pictures of the examples."""
-    (out / "results.md").write_text(markdown(results), encoding="utf-8")
-    (out / "results.csv").write_text(csv_runs(results), encoding="utf-8")
-    (out / "report.html").write_text(html(results, _thumbnails(testing)), encoding="utf-8")
+def write_report(results: Results, test_data: Dataset, out: Path) -> None:
+    """Write results.md, results.csv and report.html to `out`. `test_data` has the example images."""
+    (out / "results.md").write_text(results_markdown(results), encoding="utf-8")
+    (out / "results.csv").write_text(results_csv(results), encoding="utf-8")
+    (out / "report.html").write_text(report_html(results, _thumbnails(test_data)), encoding="utf-8")
 
 
-def html(results: Results, picture: Callable[[str], str]) -> str:
-    """The page. `picture` gives an image's data URL by its name."""
+def report_html(results: Results, image_url: Callable[[str], str]) -> str:
+    """Return the page. image_url: returns a data URL for the name of an image."""
     methods, pairs, settings = results["methods"], results["pairs"], results["training"]
     title = f"Retrieval on {results['data']}"
-    tuned = "learning rates chosen on validation with the same budget" if results["grid"] else "one learning rate"
+    tuning = "learning rates tuned on validation with equal budgets" if results["grid"] else "one learning rate"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>Backbone {escape(results['backbone'])}; {pairs['train']:,} pairs to train, {pairs['val']:,} to choose on, "
-        f"{pairs['test']:,} to test. {settings['epochs']} epochs of batches of {settings['batch_size']}, {tuned}. "
-        f"Percent, mean ± standard deviation over seeds; bold is the best mean.</p>",
+        f"<p>Backbone {escape(results['backbone'])}; {pairs['train']:,} training pairs, {pairs['val']:,} validation "
+        f"pairs, {pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}, "
+        f"{tuning}. Percent, mean ± standard deviation over seeds; bold is the best mean.</p>",
         _recall_table(results),
         *(f"<p>{escape(name)} is left out: {escape(reason)}</p>" for name, reason in results["diverged"].items()),
         recall_plot(methods, "t2i", "Text-to-image recall: R@1, R@5, R@10 of each method"),
         recall_plot(methods, "i2t", "Image-to-text recall: R@1, R@5, R@10 of each method"),
-        curves_plot(methods, "Validation R@1 by epoch, the mean of both ways; dots are the epochs kept"),
+        curves_plot(methods, "Validation R@1 by epoch, mean of both directions; dots mark the epochs that were kept"),
         "<h2>Settings</h2>",
         _settings_table(results),
-        _confusions(results, picture),
+        _confusions(results, image_url),
         _categories(results),
     ]
     return (
@@ -74,51 +74,54 @@ def html(results: Results, picture: Callable[[str], str]) -> str:
 
 
 def _recall_table(results: Results) -> str:
-    heads, *rows = recall_rows(results)
-    measured = [means(found) for found in results["methods"].values()]
-    best = [max((mean for mean in column if mean is not None), default=None) for column in zip(*measured, strict=True)]
+    headings, *rows = recall_rows(results)
+    means = [column_means(method) for method in results["methods"].values()]
+    best = [max((mean for mean in column if mean is not None), default=None) for column in zip(*means, strict=True)]
     lines = []
-    for number, (name, *cells) in enumerate(rows):  # those that diverged come last, and have no means
-        found = measured[number] if number < len(measured) else [None] * len(best)
-        marks = [mean is not None and mean == top for mean, top in zip(found, best, strict=True)]
-        opened = ['<td class="best">' if mark else "<td>" for mark in marks]
-        lines.append([f"<td>{escape(name)}</td>", *(f"{o}{cell}</td>" for o, cell in zip(opened, cells, strict=True))])
-    return _table(heads, lines)
+    for number, (name, *cells) in enumerate(rows):
+        row_means = means[number] if number < len(means) else [None] * len(best)  # diverged methods come last
+        is_best = [mean is not None and mean == top for mean, top in zip(row_means, best, strict=True)]
+        opening = ['<td class="best">' if mark else "<td>" for mark in is_best]
+        marked = [f"{tag}{cell}</td>" for tag, cell in zip(opening, cells, strict=True)]
+        lines.append([f"<td>{escape(name)}</td>", *marked])
+    return _table(headings, lines)
 
 
 def _settings_table(results: Results) -> str:
-    heads, *rows = settings_rows(results)
-    return _table(heads, [[f"<td>{escape(cell)}</td>" for cell in row] for row in rows])
+    headings, *rows = settings_rows(results)
+    return _table(headings, [[f"<td>{escape(cell)}</td>" for cell in row] for row in rows])
 
 
-def _confusions(results: Results, picture: Callable[[str], str]) -> str:
-    """For every method the category pairs that it confuses most, with pictures; the best method's are open."""
+def _confusions(results: Results, image_url: Callable[[str], str]) -> str:
+    """Show each method's most confused categories with images; those of the best method are open."""
     best, parts = best_method(results), []
-    for name, found in results["methods"].items():
+    for name, method in results["methods"].items():
         blocks = []
-        for pair in found["runs"][0]["confusions"]:
+        for confusion in method["runs"][0]["confusions"]:
             examples = "".join(
-                f'<figure><img src="{picture(e["image"])}" alt="asked for"><span>→</span><img src="'
-                f'{picture(e["found"])}" alt="found first"><figcaption>{escape(e["caption"])}</figcaption></figure>'
-                for e in pair["examples"]
+                f'<figure><img src="{image_url(example["image"])}" alt="image of the caption"><span>→</span><img src="'
+                f'{image_url(example["found"])}" alt="first result"><figcaption>{escape(example["caption"])}'
+                f"</figcaption></figure>"
+                for example in confusion["examples"]
             )
             blocks.append(
-                f"<h4>{escape(pair['category'])} → {escape(pair['taken_for'])}: {pair['count']} of {pair['of']} "
-                f"captions</h4>{examples}"
+                f"<h4>{escape(confusion['category'])} → {escape(confusion['taken_for'])}: {confusion['count']} of "
+                f"{confusion['of']} captions</h4>{examples}"
             )
         if blocks:
-            mark = " open" if name == best else ""
-            parts.append(f"<details{mark}><summary>{escape(name)}, first seed</summary>{''.join(blocks)}</details>")
+            attribute = " open" if name == best else ""
+            summary = f"<summary>{escape(name)}, first seed</summary>"
+            parts.append(f"<details{attribute}>{summary}{''.join(blocks)}</details>")
     if not parts:
         return ""
     return (
-        "<h2>Most confused categories</h2><p>What was asked for (left) and what was found first (right), where the "
-        f"two are of different categories.</p>{''.join(parts)}"
+        "<h2>Most confused categories</h2><p>The image of the caption (left) and the first result (right), where "
+        f"their categories differ.</p>{''.join(parts)}"
     )
 
 
 def _categories(results: Results) -> str:
-    """R@1 of each category by method, the mean of both ways; where the best method is weakest comes first."""
+    """Show R@1 by category, as the mean of both directions; the best method's weakest categories come first."""
     means = {name: mean_categories(results, name) for name in results["methods"]}
     best = means[best_method(results)]
     if not best:
@@ -129,13 +132,13 @@ def _categories(results: Results) -> str:
         + [f"<td>{(m[category]['t2i_r1'] + m[category]['i2t_r1']) / 2:.1f}</td>" for m in means.values()]
         for category in order
     ]
-    inner = _table(["category", "pairs", *means], rows)
+    table = _table(["category", "pairs", *means], rows)
     summary = f"{len(order)} categories, weakest first"
-    return f"<h2>R@1 by category</h2><details><summary>{summary}</summary>{inner}</details>"
+    return f"<h2>R@1 by category</h2><details><summary>{summary}</summary>{table}</details>"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
@@ -145,9 +148,9 @@ def _thumbnails(data: Dataset) -> Callable[[str], str]:
     def thumbnail(name: str) -> str:
         try:
             image = open_image(data.read(name))
-        except DataError:  # the picture went away since the run; the report is still of use
+        except DataError:  # removed since the run; the report is still useful
             image = Image.new("RGB", (8, 8), "gray")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=85)
         return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

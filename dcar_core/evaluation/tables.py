@@ -1,4 +1,4 @@
-"""The results as Markdown and CSV: the paper's table first, then what it does not show. All figures in percent."""
+"""Results as Markdown and CSV tables. All figures are percentages."""
 
 import csv
 import io
@@ -6,45 +6,44 @@ from typing import Any
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
 HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10")
+HARD_NEGATIVES = "above its hard negatives"
+MIN_CATEGORY_PAIRS = 3  # R@1 of fewer pairs is noise
+WEAKEST_CATEGORIES = 10
+
 Results = dict[str, Any]
 
 
-def table(results: Results) -> str:
-    """The paper's table: mean ± standard deviation over the seeds."""
+def recall_table(results: Results) -> str:
+    """Return recall and hard-negative accuracy of each method as Markdown: mean ± standard deviation over seeds."""
     return _markdown(recall_rows(results))
 
 
 def recall_rows(results: Results) -> list[list[str]]:
-    """The same as rows of cells, the headings first; as many columns as `means` has, and one for the name."""
-    rows = [["method", *HEADINGS, "above its hard negatives"]]
-    for name, found in results["methods"].items():
-        stds = [*(found["std"][c] for c in COLUMNS), (found["hard_negative_accuracy"] or {"std": None})["std"]]
-        several = len(found["runs"]) > 1
-        rows.append([name, *(_spread(mean, std, several) for mean, std in zip(means(found), stds, strict=True))])
+    """Return the cells of `recall_table`, headings first; diverged methods come last."""
+    rows = [["method", *HEADINGS, HARD_NEGATIVES]]
+    for name, method in results["methods"].items():
+        stds = [*(method["std"][column] for column in COLUMNS), (method["hard_negative_accuracy"] or {}).get("std")]
+        has_spread = len(method["runs"]) > 1
+        cells = zip(column_means(method), stds, strict=True)
+        rows.append([name, *(_mean_and_std(mean, std, has_spread) for mean, std in cells)])
     return rows + [[name, *["diverged"] * len(COLUMNS), "-"] for name in results["diverged"]]
 
 
-def means(found: dict[str, Any]) -> list[float | None]:
-    """Of a method, by column of the table; None for hard negatives where the data have none."""
-    return [*(found["mean"][c] for c in COLUMNS), (found["hard_negative_accuracy"] or {"mean": None})["mean"]]
+def column_means(method: dict[str, Any]) -> list[float | None]:
+    """Return a method's mean in each column of `recall_table`; None for hard negatives if the data have none."""
+    return [*(method["mean"][column] for column in COLUMNS), (method["hard_negative_accuracy"] or {}).get("mean")]
 
 
-def _spread(mean: float | None, std: float | None, several: bool) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.1f} ± {std:.1f}" if several else f"{mean:.1f}"
-
-
-def markdown(results: Results) -> str:
-    """results.md: the table, how it came about, the weakest categories and the most frequent confusions."""
-    seeds = max(len(found["runs"]) for found in results["methods"].values())
+def results_markdown(results: Results) -> str:
+    """Return results.md: recall, settings, the weakest categories and the most frequent confusions."""
+    seeds = max(len(method["runs"]) for method in results["methods"].values())
     pairs, settings = results["pairs"], results["training"]
     parts = [
         f"# {results['data']}",
-        f"Backbone {results['backbone']}; {pairs['train']:,} pairs to train, {pairs['val']:,} to choose on, "
-        f"{pairs['test']:,} to test. {settings['epochs']} epochs of batches of {settings['batch_size']}; "
+        f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
+        f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}; "
         f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation, percent.",
-        table(results),
+        recall_table(results),
         *(f"{name} is left out: {reason}" for name, reason in results["diverged"].items()),
         "## Settings",
         settings_table(results),
@@ -52,51 +51,50 @@ def markdown(results: Results) -> str:
     best = best_method(results)
     categories = mean_categories(results, best)
     if categories:
-        telling = {n: c for n, c in categories.items() if c["pairs"] >= 3} or categories  # of one pair, R@1 says little
-        weakest = sorted(telling.items(), key=lambda item: (item[1]["t2i_r1"] + item[1]["i2t_r1"], item[0]))[:10]
+        large = {name: c for name, c in categories.items() if c["pairs"] >= MIN_CATEGORY_PAIRS} or categories
+        weakest = sorted(large.items(), key=lambda item: (item[1]["t2i_r1"] + item[1]["i2t_r1"], item[0]))
         rows = [["category", "pairs", "text-to-image R@1", "image-to-text R@1"]]
-        rows += [[n, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"] for n, c in weakest]
+        rows += [
+            [name, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"]
+            for name, c in weakest[:WEAKEST_CATEGORIES]
+        ]
         parts += [f"## Weakest categories of {best}", _markdown(rows)]
     confusions = results["methods"][best]["runs"][0]["confusions"]
     if confusions:
-        rows = [["asked for", "found first", "captions"]]
+        rows = [["category of the caption", "category of the first image", "captions"]]
         rows += [[c["category"], c["taken_for"], f"{c['count']} of {c['of']}"] for c in confusions]
         parts += [f"## Most confused categories of {best}", _markdown(rows)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
 def settings_table(results: Results) -> str:
-    """Trainable parameters, learning rate, and what validation said of the others and of the queries' weights."""
+    """Return, for each method, its trainable parameters, query weights, seconds, and tuned learning rate."""
     return _markdown(settings_rows(results))
 
 
 def settings_rows(results: Results) -> list[list[str]]:
-    """The same as rows of cells, the headings first."""
+    """Return the cells of `settings_table`, headings first."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
     rows = [["method", "trainable", "query weights", "seconds a run", "learning rate"]]
     rows[0] += [f"validation R@1 at {lr}" for lr in grid]
-    for name, found in results["methods"].items():
-        rate = f"{found['lr']:g}" if found["lr"] is not None else "-"
-        seconds = sum(run["seconds"] for run in found["runs"]) / len(found["runs"])
-        reached = found["tuning"] or {}
-        cells = ["-" if not reached else _reached(reached.get(lr)) for lr in grid]
-        rows.append([name, f"{found['trainable']:,}", query_weights(found), f"{seconds:.0f}", rate, *cells])
+    for name, method in results["methods"].items():
+        chosen = f"{method['lr']:g}" if method["lr"] is not None else "-"
+        seconds = sum(run["seconds"] for run in method["runs"]) / len(method["runs"])
+        tuning = method["tuning"]
+        cells = [_tuning_cell(tuning.get(lr)) if tuning else "-" for lr in grid]
+        rows.append([name, f"{method['trainable']:,}", query_weights(method), f"{seconds:.0f}", chosen, *cells])
     return rows
 
 
-def query_weights(found: dict[str, Any]) -> str:
-    """What validation chose for the queries of a method's runs: token weights predicted from the text, or none."""
-    runs = found["runs"]
+def query_weights(method: dict[str, Any]) -> str:
+    """Return the token weights that validation chose for the queries of a method's runs: "predicted" or "none"."""
+    runs = method["runs"]
     predicted = sum(run["query"] == "predicted" for run in runs)
     return f"predicted in {predicted} of {len(runs)}" if 0 < predicted < len(runs) else str(runs[0]["query"])
 
 
-def _reached(score: float | None) -> str:
-    return "diverged" if score is None else f"{score:.1f}"
-
-
 def best_method(results: Results) -> str:
-    """By validation, as a user would choose."""
+    """Return the method with the best validation recall, as a user would choose it."""
     methods = results["methods"]
 
     def validation(name: str) -> float:
@@ -108,7 +106,7 @@ def best_method(results: Results) -> str:
 
 
 def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:
-    """Per category: pairs, and R@1 both ways as the mean over a method's seeds."""
+    """Return, for each category, its pairs and R@1 in both directions, as means over a method's seeds."""
     runs = [run["categories"] for run in results["methods"][name]["runs"]]
     return {
         category: {key: sum(run[category][key] for run in runs) / len(runs) for key in ("t2i_r1", "i2t_r1")}
@@ -117,23 +115,33 @@ def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:
     }
 
 
-def csv_runs(results: Results) -> str:
-    """results.csv: a line for every run."""
+def results_csv(results: Results) -> str:
+    """Return results.csv: one line for each run."""
     text = io.StringIO(newline="")
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
         ["method", "seed", "lr", "trainable", "query_weights", "epoch", "seconds", *COLUMNS, "hard_negative_accuracy"]
     )
-    for name, found in results["methods"].items():
-        for run in found["runs"]:
-            hard = run["hard_negative_accuracy"]
-            lr = "" if found["lr"] is None else run["lr"]
-            lines.writerow(
+    for name, method in results["methods"].items():
+        for run in method["runs"]:
+            accuracy = run["hard_negative_accuracy"]
+            lr = "" if method["lr"] is None else run["lr"]
+            writer.writerow(
                 [name, run["seed"], lr, run["trainable"], run["query"], run["epoch"], run["seconds"]]
-                + [f"{run['test'][c]:.3f}" for c in COLUMNS]
-                + ["" if hard is None else f"{hard:.3f}"]
+                + [f"{run['test'][column]:.3f}" for column in COLUMNS]
+                + ["" if accuracy is None else f"{accuracy:.3f}"]
             )
     return text.getvalue()
+
+
+def _mean_and_std(mean: float | None, std: float | None, has_spread: bool) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.1f} ± {std:.1f}" if has_spread else f"{mean:.1f}"
+
+
+def _tuning_cell(score: float | None) -> str:
+    return "diverged" if score is None else f"{score:.1f}"
 
 
 def _markdown(rows: list[list[str]]) -> str:

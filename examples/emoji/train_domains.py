@@ -19,7 +19,7 @@ from pathlib import Path
 from captions import TONES, facts, short_caption
 
 from dcar_core.data import Dataset, load_split
-from dcar_core.evaluation import summary
+from dcar_core.evaluation import summarise
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
@@ -112,7 +112,7 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
         "runs": runs,
         "bundled_seed": best["seed"],
         "zero_shot": {part: runs[0]["test"][part] for part in ("all", "base")},
-        "adapted": {part: summary([run["test"][part] for run in adapted]) for part in ("all", "base")},
+        "adapted": {part: summarise([run["test"][part] for run in adapted]) for part in ("all", "base")},
     }
 
 

@@ -1,4 +1,4 @@
-"""The table and the report, from real runs on a tiny CLIP."""
+"""Tables and report, from real runs on a tiny CLIP."""
 
 import base64
 import csv
@@ -16,11 +16,18 @@ import torch
 from PIL import Image
 
 from dcar_core.data import Dataset, load_split
-from dcar_core.evaluation import compare, summary
+from dcar_core.evaluation import compare, summarise
 from dcar_core.evaluation.analysis import analyse
-from dcar_core.evaluation.report import html
-from dcar_core.evaluation.runs import Runs
-from dcar_core.evaluation.tables import COLUMNS, best_method, csv_runs, markdown, mean_categories, query_weights
+from dcar_core.evaluation.method_runner import MethodRunner
+from dcar_core.evaluation.report import report_html
+from dcar_core.evaluation.tables import (
+    COLUMNS,
+    best_method,
+    mean_categories,
+    query_weights,
+    results_csv,
+    results_markdown,
+)
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import PromptConfig, TrainConfig
@@ -43,7 +50,9 @@ def compared(backbone: Backbone, tiny_data: Path, tmp_path_factory: pytest.TempP
     return out, compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)
 
 
-def test_the_table(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
+def test_results_are_written_and_reproduced_by_the_checkpoints(
+    compared: Compared, backbone: Backbone, tiny_data: Path
+) -> None:
     out, results = compared
     assert json.loads((out / "results.json").read_text()) == results
     assert [len(found["runs"]) for found in results["methods"].values()] == [1, 2, 2]
@@ -63,7 +72,7 @@ def test_the_table(compared: Compared, backbone: Backbone, tiny_data: Path) -> N
         ("clip", "0"), ("clip-adapter", "0"), ("clip-adapter", "1"), ("dcar", "0"), ("dcar", "1"),
     ]  # fmt: skip
     assert [row["lr"] for row in rows if row["method"] == "clip"] == [""], "as in the other tables: it learns nothing"
-    # a saved checkpoint reproduces the number that was reported for it
+    # the saved checkpoint reproduces the reported number
     run = results["methods"]["dcar"]["runs"][1]
     model, mark = load_checkpoint(out / run["run"], backbone=backbone)
     test = prepare_split(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
@@ -71,7 +80,7 @@ def test_the_table(compared: Compared, backbone: Backbone, tiny_data: Path) -> N
     assert mark == run["fingerprint"]
 
 
-def test_the_table_says_which_weights_the_queries_had(compared: Compared) -> None:
+def test_the_table_shows_the_query_weights(compared: Compared) -> None:
     out, results = compared
     assert {run["query"] for run in results["methods"]["clip"]["runs"]} == {"none"}
     runs = [{**run, "query": query} for run in results["methods"]["clip"]["runs"] for query in ("none", "predicted")]
@@ -84,8 +93,8 @@ def test_the_table_says_which_weights_the_queries_had(compared: Compared) -> Non
         assert "query weights" in (out / file).read_text()
 
 
-def run_by_hand(seed: int, val: float, test: float, weak: float) -> dict[str, Any]:
-    """A run's record. `weak`: R@1 of the one category that is not known by heart."""
+def example_run(seed: int, val: float, test: float, weak: float) -> dict[str, Any]:
+    """Return a run's record. weak: R@1 of the category "weak"."""
     return {
         "seed": seed, "lr": 2e-3, "trainable": 5, "query": "none", "epoch": 1, "seconds": 1.0, "history": [],
         "val": dict.fromkeys(COLUMNS, val), "test": {c: test + i for i, c in enumerate(COLUMNS)},
@@ -98,16 +107,16 @@ def run_by_hand(seed: int, val: float, test: float, weak: float) -> dict[str, An
     }  # fmt: skip
 
 
-def results_by_hand() -> dict[str, Any]:
-    """`chosen` is better on validation, `tempting` on the test split."""
+def example_results() -> dict[str, Any]:
+    """Return results in which `chosen` is better on validation, `tempting` on the test split."""
     methods = {
         name: {
-            "lr": 2e-3, "tuning": None, "trainable": 5, **summary([run["test"] for run in runs]), "runs": runs,
+            "lr": 2e-3, "tuning": None, "trainable": 5, **summarise([run["test"] for run in runs]), "runs": runs,
             "hard_negative_accuracy": {"mean": runs[0]["test"]["t2i_r1"], "std": 0.0},
         }
         for name, runs in {
-            "chosen": [run_by_hand(0, 60, 30, 20), run_by_hand(1, 62, 40, 40)],
-            "tempting": [run_by_hand(0, 50, 70, 60), run_by_hand(1, 51, 72, 62)],
+            "chosen": [example_run(0, 60, 30, 20), example_run(1, 62, 40, 40)],
+            "tempting": [example_run(0, 50, 70, 60), example_run(1, 51, 72, 62)],
         }.items()
     }  # fmt: skip
     return {
@@ -116,36 +125,36 @@ def results_by_hand() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_best_method_is_that_of_validation() -> None:
-    assert best_method(results_by_hand()) == "chosen"
+def test_the_best_method_is_chosen_on_validation() -> None:
+    assert best_method(example_results()) == "chosen"
 
 
-def test_the_csv_holds_what_the_test_split_gave() -> None:
-    rows = list(csv.DictReader(io.StringIO(csv_runs(results_by_hand()))))
+def test_the_csv_holds_test_results() -> None:
+    rows = list(csv.DictReader(io.StringIO(results_csv(example_results()))))
     assert [[float(row[c]) for c in COLUMNS] for row in rows] == [[t + i for i in range(6)] for t in (30, 40, 70, 72)]
     assert [float(row["hard_negative_accuracy"]) for row in rows] == [30, 40, 70, 72]
 
 
 def test_categories_are_means_over_seeds_and_the_weakest_come_first() -> None:
-    results = results_by_hand()
+    results = example_results()
     assert mean_categories(results, "chosen")["weak"] == {"pairs": 4, "t2i_r1": 30, "i2t_r1": 40}
-    lines = markdown(results).partition("## Weakest categories of chosen")[2].split("\n## ")[0].splitlines()
-    assert [line for line in lines if line.startswith("| ")][2:] == [  # of few pairs, R@1 says little
+    lines = results_markdown(results).partition("## Weakest categories of chosen")[2].split("\n## ")[0].splitlines()
+    assert [line for line in lines if line.startswith("| ")][2:] == [  # categories of few pairs are left out
         "| weak | 4 | 30.0 | 40.0 |", "| known | 3 | 90.0 | 80.0 |",
     ]  # fmt: skip
-    page = html(results, str).partition("<h2>R@1 by category</h2>")[2]
+    page = report_html(results, str).partition("<h2>R@1 by category</h2>")[2]
     assert "<td>weak</td><td>4</td><td>35.0</td><td>66.0</td>" in page
     assert page.index("<td>rare</td>") < page.index("<td>weak</td>") < page.index("<td>known</td>")
 
 
 def test_the_highest_mean_is_bold() -> None:
-    assert html(results_by_hand(), str).count('<td class="best">7') == 7  # all of tempting's, from 71.0 on
+    assert report_html(example_results(), str).count('<td class="best">7') == 7  # all of tempting's, from 71.0 on
 
 
-def test_training_and_tuning_see_the_validation_split_alone(
+def test_training_and_tuning_read_no_test_split(
     backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dcar_core.evaluation.runs as module
+    import dcar_core.evaluation.method_runner as module
 
     seen: list[tuple[str, str]] = []
     whole = train
@@ -157,13 +166,13 @@ def test_training_and_tuning_see_the_validation_split_alone(
     monkeypatch.setattr(module, "train", noted)
     compare(backbone, tiny_data, ["coop"], 1, tmp_path, QUICK, progress=False, tune=True, grid=(1e-4, 1e-2))
     assert seen == [("train", "val")] * 2
-    assert not list(tmp_path.rglob("state.pt"))  # of finished runs nothing is left to go on from
+    assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
 
 
-def test_every_seed_has_a_start_of_its_own(
+def test_seeds_start_from_different_weights(
     backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dcar_core.evaluation.runs as module
+    import dcar_core.evaluation.method_runner as module
 
     starts: list[torch.Tensor] = []
     whole = train
@@ -178,7 +187,7 @@ def test_every_seed_has_a_start_of_its_own(
     assert not torch.equal(*starts)
 
 
-def test_what_the_table_is_asked_for_reaches_the_data(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+def test_options_reach_the_data(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for split in ("train", "val", "test"):
         content = json.loads((tiny_data / f"{split}.json").read_text())
@@ -203,7 +212,7 @@ def test_what_the_table_is_asked_for_reaches_the_data(backbone: Backbone, tiny_d
     assert cleaning["captions cut to the 28 tokens that fit"] == 1
 
 
-def test_a_seed_gives_the_same_result_anywhere(
+def test_a_seed_gives_the_same_result_in_another_directory(
     compared: Compared, backbone: Backbone, tiny_data: Path, tmp_path: Path
 ) -> None:
     again = compare(backbone, tiny_data, ["dcar"], 1, tmp_path, QUICK, progress=False)
@@ -212,42 +221,42 @@ def test_a_seed_gives_the_same_result_anywhere(
     assert first["test"] == second["test"]
 
 
-def test_a_finished_run_is_not_run_again(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
+def test_a_finished_run_is_not_repeated(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
     out, results = compared
-    said: list[str] = []
-    again = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False, say=said.append)
-    assert said == []
+    messages: list[str] = []
+    again = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False, on_message=messages.append)
+    assert messages == []
     assert again == results
-    compare(backbone, tiny_data, [*METHODS, "coop"], 1, out, QUICK, progress=False, say=said.append)
-    assert said == ["coop, seed 0, learning rate 0.002"]  # one method more, one run more
-    compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), progress=False, say=said.append)
-    assert len(said) == 2  # other settings are another run
+    compare(backbone, tiny_data, [*METHODS, "coop"], 1, out, QUICK, progress=False, on_message=messages.append)
+    assert messages == ["coop, seed 0, learning rate 0.002"]  # one method more, one run more
+    compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), progress=False, on_message=messages.append)
+    assert len(messages) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
 
 
 def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     splits = {split: load_split(tiny_data, split)[0] for split in ("train", "val", "test")}
-    runs = Runs(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
+    runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
     shorter = replace(method("coop"), prompt=PromptConfig(length=2, image=False))
-    assert runs._directory(method("coop"), 0, 1e-3) != runs._directory(shorter, 0, 1e-3)
+    assert runs.directory(method("coop"), 0, 1e-3) != runs.directory(shorter, 0, 1e-3)
 
 
-def test_tuning_has_one_budget_and_looks_at_validation_alone(
+def test_tuning_has_equal_budgets_and_reads_validation_only(
     backbone: Backbone, tiny_data: Path, tmp_path: Path
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     grid = (1e-4, 1e-2, 1e30)
     results = compare(
         backbone, tiny_data, ["clip", "coop", "clip-adapter"], 2, tmp_path, QUICK, progress=False, tune=True, grid=grid,
-        say=said.append,
+        on_message=messages.append,
     )  # fmt: skip
-    assert len(said) == 1 + 2 * (len(grid) + 1)  # the run with the chosen rate and seed 0 serves twice
+    assert len(messages) == 1 + 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
     for name in ("coop", "clip-adapter"):
         found = results["methods"][name]
         scores = {lr: score for lr, score in found["tuning"].items() if score is not None}
         assert set(found["tuning"]) == {"0.0001", "0.01", "1e+30"}
         assert scores[f"{found['lr']:g}"] == max(scores.values())
-        # what was not chosen never saw the test split
+        # runs with other rates never read the test split
         tested = {path.parent.name for path in (tmp_path / "runs" / name).rglob("test.json")}
         assert tested == {Path(run["run"]).name for run in found["runs"]}
     assert results["methods"]["clip-adapter"]["tuning"]["1e+30"] is None
@@ -255,12 +264,14 @@ def test_tuning_has_one_budget_and_looks_at_validation_alone(
     assert "diverged" in (tmp_path / "report.html").read_text()
 
 
-def test_a_method_that_diverges_costs_the_others_nothing(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    wild, said = replace(QUICK, lr=1e30, epochs=1), list[str]()
-    results = compare(backbone, tiny_data, ["clip", "clip-adapter"], 1, tmp_path, wild, progress=False, say=said.append)
+def test_a_diverged_method_leaves_the_others_in_the_table(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    wild, messages = replace(QUICK, lr=1e30, epochs=1), list[str]()
+    results = compare(
+        backbone, tiny_data, ["clip", "clip-adapter"], 1, tmp_path, wild, progress=False, on_message=messages.append
+    )
     assert list(results["methods"]) == ["clip"]
     assert "lower --lr" in results["diverged"]["clip-adapter"]
-    assert said[-1].startswith("clip-adapter is left out: ")
+    assert messages[-1].startswith("clip-adapter is left out: ")
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert "| clip-adapter | diverged |" in (tmp_path / "results.md").read_text()
     assert "clip-adapter is left out: " in (tmp_path / "report.html").read_text()
@@ -268,9 +279,7 @@ def test_a_method_that_diverges_costs_the_others_nothing(backbone: Backbone, tin
         compare(backbone, tiny_data, ["clip-adapter"], 1, tmp_path, wild, progress=False)
 
 
-def test_a_broken_test_picture_is_told_before_anything_is_trained(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_a_broken_test_image_is_reported_before_training(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     broken = load_split(data, "test")[0].samples[0].image
     (data / broken).write_bytes(b"hi")
@@ -290,9 +299,9 @@ class Page(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "action", "xlink:href"}]
 
 
-def test_the_report_needs_nothing_but_itself(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
+def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
     out = compared[0]
-    results = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)  # nothing is run again
+    results = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)  # no run is repeated
     page = Page()
     text = (out / "report.html").read_text()
     page.feed(text)
@@ -309,7 +318,7 @@ def test_the_report_needs_nothing_but_itself(compared: Compared, backbone: Backb
     assert text.count('class="best"') >= 7
 
 
-def test_names_from_data_are_text_in_the_report(
+def test_the_report_escapes_names_from_the_data(
     backbone: Backbone, tiny_data: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "<b>data"
@@ -332,8 +341,8 @@ def sample_split(tiny_data: Path) -> Dataset:
     return load_split(tiny_data, "train")[0]
 
 
-def test_analysis_by_hand(backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors that are known: two pictures of one category, one of another that takes the second's caption."""
+def test_analysis_of_known_vectors(backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images of one category, and one of another that is the first result for the second caption."""
     import dcar_core.evaluation.analysis as module
 
     one, two, three = (replace(s, category=c) for s, c in zip(sample_split.samples[:3], "aab", strict=True))
@@ -343,11 +352,11 @@ def test_analysis_by_hand(backbone: Backbone, sample_split: Dataset, monkeypatch
     image = np.eye(3, dtype=np.float32)
     text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
     monkeypatch.setattr(module, "encode_captions", lambda *_: text)
-    monkeypatch.setattr(module, "_negatives", lambda *_: [image[2:], image[:0], image[:1]])
+    monkeypatch.setattr(module, "_encode_negatives", lambda *_: [image[2:], image[:0], image[:1]])
     monkeypatch.setattr(module, "encode_images", lambda *_: image)
     found = analyse(model, data, prepared)
     assert found["recall"]["t2i_r1"] == pytest.approx(200 / 3)
-    assert found["hard_negative_accuracy"] == 100  # the second pair has none
+    assert found["hard_negative_accuracy"] == 100  # the second pair has no negatives
     assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
     assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
     assert found["confusions"] == [
@@ -356,10 +365,10 @@ def test_analysis_by_hand(backbone: Backbone, sample_split: Dataset, monkeypatch
     ]  # fmt: skip
 
 
-def test_a_picture_that_finds_its_caption_second_is_no_hit(
+def test_a_caption_at_rank_two_is_no_hit(
     backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what is confused most often comes first."""
+    """The most frequent confusion comes first."""
     import dcar_core.evaluation.analysis as module
 
     samples = [replace(s, category=c) for s, c in zip(sample_split.samples[:4], "baac", strict=True)]
@@ -370,7 +379,7 @@ def test_a_picture_that_finds_its_caption_second_is_no_hit(
     text = image[[3, 3, 3, 0]]  # b, a and a find c; c finds b
     monkeypatch.setattr(module, "encode_captions", lambda *_: text)
     monkeypatch.setattr(module, "encode_images", lambda *_: image)
-    monkeypatch.setattr(module, "_negatives", lambda *_: [image[:0]] * 4)
+    monkeypatch.setattr(module, "_encode_negatives", lambda *_: [image[:0]] * 4)
     found = analyse(model, data, prepared)
     assert {name: (of["t2i_r1"], of["i2t_r1"]) for name, of in found["categories"].items()} == dict.fromkeys(
         "abc", (0.0, 0.0)

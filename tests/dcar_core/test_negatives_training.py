@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dcar_core.data import load_split, load_splits
 from dcar_core.evaluation import compare
-from dcar_core.evaluation.runs import Runs
+from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.methods import method
@@ -81,11 +81,12 @@ def test_data_with_negatives_of_its_own_keeps_its_runs(backbone: Backbone, tiny_
     assert counts == {name: dict(report.counts) for name, report in reports.items()}
     cache, quick = FeatureCache(None, backbone), TrainConfig(epochs=1, batch_size=6)
     before, after = (
-        Runs(backbone, given, tmp_path, quick, cache)._directory(method("dcar"), 0, 1e-3) for given in (splits, same)
+        MethodRunner(backbone, given, tmp_path, quick, cache).directory(method("dcar"), 0, 1e-3)
+        for given in (splits, same)
     )
     assert before == after
     other = add_negatives_with_backbone(splits, reports, backbone, mode="all")
-    assert Runs(backbone, other, tmp_path, quick, cache)._directory(method("dcar"), 0, 1e-3) != before
+    assert MethodRunner(backbone, other, tmp_path, quick, cache).directory(method("dcar"), 0, 1e-3) != before
 
 
 def test_a_sound_data_set_has_nothing_in_its_report(tiny_data: Path) -> None:
