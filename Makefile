@@ -1,9 +1,9 @@
-# make demo    search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
-# make test    all tests                                                   (ARGS="-k name" for some)
-# make check   lint, format, types, import direction
-# make reference  the generated pages of docs/reference, and the client's models
-# make install the set-up alone                                           (EXTRAS=dev,openvino,ray for more parts)
-#              LOCK=requirements.lock installs the versions and hashes of a lock file
+# make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
+# make test       all tests                                                   (ARGS="-k name" for some)
+# make check      lint, format, types, import direction
+# make reference  generated pages of docs/reference, and the client's models
+# make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
+#                 LOCK=requirements.lock installs the versions and hashes of a lock file
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -18,8 +18,8 @@ INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 install: $(INSTALLED)
 
-# PyPI's torch for Linux is the CUDA build, gigabytes of it. Where pip's own configuration offers a CPU build, pip takes
-# that; set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL as usual.
+# PyPI's torch for Linux is the CUDA build, several GB. Set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to an index of CPU builds
+# to avoid it.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

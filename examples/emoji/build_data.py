@@ -2,15 +2,15 @@
 
     python examples/emoji/build_data.py
 
-needs Node.js 20 or newer with npm, and takes about two minutes. It leaves in build/renders every vendor style as PNG
-(what train_base.py reads) and writes for each domain, twemoji and openmoji,
+It needs Node.js 20 or newer with npm, and takes about two minutes. Every vendor style is rendered to PNG files in
+build/renders, which train_base.py reads. For each domain, twemoji and openmoji, it writes
 
-    gallery.tar                       every picture of the style, palette PNG, 64 px
-    metadata.jsonl                    a line per picture: caption, category, meta-category, attributes, split
-    train.json val.json test.json     the pairs in FDRD's form, with swapped negatives
+    gallery.tar                       every image of the style, palette PNG, 64 px
+    metadata.jsonl                    one line per image: caption, category, meta-category, attributes, split
+    train.json val.json test.json     the pairs in the FDRD format, with swapped negatives
 
-Emoji are split by the base emoji, so that all skin tones of one are in the same split. The result is the same bytes
-every time. A killed run goes on with the pictures that are missing.
+Emoji are split by the base emoji, so all skin tones of one are in the same split. The output is byte for byte the same
+every time. An interrupted run continues with the missing images.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def render(renders: Path) -> None:
 
 
 def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
-    """A tar without times and owners; palettes keep 4,000 pictures under 8 MB."""
+    """Write a tar without times and owners; palettes keep 4,000 images under 8 MB."""
     part = HERE / domain / "gallery.tar.part"
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
@@ -53,7 +53,7 @@ def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
 
 
 def negatives(name: str, emoji: dict, siblings: dict, rng: random.Random) -> list[tuple[str, str]]:
-    """(caption, category): two other emoji of the subgroup, then the same emoji with other attributes."""
+    """Return (caption, category) pairs: two other emoji of the subgroup, then the same emoji with other attributes."""
     own = emoji[name]
     others = [k for k in siblings[own["subgroup"]] if emoji[k]["base"] != own["base"]]
     swapped = [
@@ -102,7 +102,7 @@ def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renders", type=Path, default=HERE / "build" / "renders", help="default: %(default)s")
-    parser.add_argument("--no-render", action="store_true", help="the pictures are there already")
+    parser.add_argument("--no-render", action="store_true", help="use the images of an earlier run")
     args = parser.parse_args()
     if not args.no_render:
         render(args.renders)

@@ -1,4 +1,4 @@
-"""How an emoji is put into words: one caption for the domains, many for training the base model."""
+"""Captions of emoji: one per emoji for the domains, many for training the base model."""
 
 import hashlib
 import random
@@ -9,7 +9,7 @@ TEMPLATES = ("{}", "{}", "{}", "{} emoji", "a picture of {}", "an emoji of {}", 
 
 
 def plain_label(label: str) -> str:
-    """Emoji labels as people would write them: "flag: Japan" -> "flag of Japan"."""
+    """Return an emoji label as people write it: "flag: Japan" -> "flag of Japan"."""
     if label.startswith("flag: "):
         return "flag of " + label.removeprefix("flag: ")
     return label.replace("\u201c", "").replace("\u201d", "").replace(": ", ", ")
@@ -20,20 +20,21 @@ def tone_words(tones: list[int]) -> list[str]:
 
 
 def useful_tags(emoji: dict) -> list[str]:
-    """Tags that add a word to the label."""
+    """Return the tags that add a word to the label."""
     known = set(plain_label(emoji["label"]).lower().replace(",", "").split())
     return [tag for tag in emoji["tags"] if tag.lower() not in known]
 
 
 def domain_caption(emoji: dict) -> str:
-    """The one caption of an emoji in a domain: its label, then up to four tags."""
+    """Return the caption of an emoji in a domain: its label, then up to four tags."""
     return ", ".join([plain_label(emoji["label"]), *useful_tags(emoji)[:4]])
 
 
 def sample_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str] | None]:
-    """One of the ways to say it: label, another name, label and tags, or tags alone.
+    """Draw a caption: the label, another name, label and tags, or tags alone.
 
-    Tags alone may be true of other emoji too: the second value then holds what an emoji must have (`facts`).
+    Tags alone may describe other emoji too. The second value is then the set of facts that an emoji must have to match
+    (see `facts`), otherwise None.
     """
     label, tags = plain_label(emoji["label"]), emoji["tags"]
     names = [name.replace("_", " ").replace("-", " ").lower() for name in emoji["names"]]
@@ -60,7 +61,7 @@ def sample_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]
 
 
 def short_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]]:
-    """What somebody types: one tag or two, half of the time with the skin tones; and what an emoji must have for it."""
+    """Draw a short query, one or two tags, half of the time with skin tones, and the facts that match it."""
     if not emoji["tags"]:
         return plain_label(emoji["label"]), facts(emoji)
     words = rng.sample(emoji["tags"], min(len(emoji["tags"]), rng.choice((1, 1, 1, 2))))
@@ -69,17 +70,17 @@ def short_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]]
 
 
 def facts(emoji: dict) -> frozenset[str]:
-    """Tags, skin tones and the words of the label, lower case."""
+    """Return tags, skin tones and the words of the label, in lower case."""
     words = plain_label(emoji["label"]).lower().replace(",", "").split()
     return frozenset([*words, *(tag.lower() for tag in emoji["tags"]), *tone_words(emoji["tones"])])
 
 
 def family(emoji: dict) -> str:
-    """What an emoji shows apart from gender and skin tone: "woman running" and "man running" are one."""
+    """Return the label without gender and skin tone: "woman running" and "man running" are one family."""
     return re.sub(r"\b(man|woman|men|women|person|people|boy|girl)s?\b", "", emoji["base_label"]).strip()
 
 
 def split_of(base: str) -> str:
-    """train (50 %), val (10 %) or test (40 %) by a hash of the base emoji: skin tones of one stay together."""
+    """Return train (50 %), val (10 %) or test (40 %) by a hash of the base emoji; its skin tones share a split."""
     slot = int(hashlib.sha256(base.encode()).hexdigest()[:8], 16) % 100
     return "train" if slot < 50 else "val" if slot < 60 else "test"

@@ -1,11 +1,11 @@
-// Renders every emoji of every vendor style to a PNG, and writes what is known of each emoji to emoji.json.
+// Render every emoji of every vendor style to a PNG, and write the data of each emoji to emoji.json.
 //
 //   node render.mjs OUT [size]      ->  OUT/<style>/<code points>.png, OUT/emoji.json
 //
-// - Styles with a code point table are matched by it; the others by icon name, through the names that the
-//   tables give. Flag sets are matched by country code.
-// - Pictures keep their alpha channel, so that training can put them on any background.
-// - A picture that exists is not rendered again: a killed run goes on where it stopped.
+// - Styles with a code point table are matched by it, the others by icon name, through the names in the
+//   tables. Flag sets are matched by country code.
+// - Images keep their alpha channel, so training can put them on any background.
+// - An existing image is not rendered again: an interrupted run continues where it stopped.
 import { createRequire } from "node:module";
 import { existsSync, mkdirSync, renameSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -27,7 +27,7 @@ const charsOf = (style) => require(`@iconify-json/${style}/chars.json`);
 const key = (hexcode) => hexcode.toLowerCase().split("-").filter((c) => c !== "fe0f").join("-");
 const squash = (name) => name.toLowerCase().replace(/[^a-z0-9]/g, "");
 
-/** Follow aliases; null for what is rotated or flipped, which no emoji set uses. */
+/** Follow aliases; null for rotated or flipped icons, which no emoji set uses. */
 function resolve(set, name) {
   for (let hops = 0; hops < 5; hops++) {
     if (set.icons[name]) return { width: set.width, height: set.height, left: 0, top: 0, ...set.icons[name] };

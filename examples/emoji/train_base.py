@@ -2,16 +2,16 @@
 
     python examples/emoji/train_base.py --renders build/renders --out build/base
 
-- A batch holds N emoji, one caption each, and two pictures of each in different styles. Half of the batch comes in
-  fours that are hard to tell apart: one family in other genders and skin tones, or one subgroup. Pictures of an emoji,
-  captions that read the same, and bare tags that are true of another emoji in the batch are positives. A second
-  contrastive term draws the two styles of an emoji together, since the domains are styles never seen here.
-- Pictures keep their alpha until the batch: background, outline, colour and geometry are drawn anew
-  each time, on the whole batch at once.
-- Hidden matrices learn with Muon, the rest with AdamW; bf16 autocast; half of the patches are
-  dropped (FLIP) until the last part of the run.
-- The validation emoji of the unseen styles are looked at on the way, for the log; nothing is chosen by them.
-- Killed at any time, the same command goes on from the last checkpoint.
+- A batch holds N emoji, one caption each, and two images of each in different styles. Half of the batch comes in fours
+  that are hard to distinguish: one family in other genders and skin tones, or one subgroup. Images of one emoji, equal
+  captions, and bare tags that are true of another emoji in the batch are positives. A second contrastive term draws the
+  two styles of an emoji together, since the domains are styles never seen here.
+- Images keep their alpha channel until the batch: background, outline, colour and geometry are randomised each time, on
+  the whole batch at once.
+- Muon trains the hidden matrices, AdamW the rest; bf16 autocast; half of the patches are dropped (FLIP) until the last
+  part of the run.
+- Recall on the validation emoji of the unseen styles is logged; nothing is chosen by it.
+- An interrupted run continues from the last checkpoint with the same command.
 """
 
 import argparse
@@ -60,7 +60,7 @@ MODEL = {
     },
 }
 MEAN = STD = (0.5, 0.5, 0.5)
-# What mirrors into something else.
+# Subgroups whose mirror image means something else.
 DIRECTED = {
     "country-flag",
     "subdivision-flag",
@@ -83,7 +83,7 @@ SIDED = ("left", "right", "clockwise", "magnifying")
 
 
 def write_tokenizer(out: Path) -> open_clip.SimpleTokenizer:
-    """CLIP's vocabulary cut to its most frequent merges: two thirds of the parameters saved."""
+    """Write CLIP's vocabulary cut to its most frequent merges, which saves two thirds of the parameters."""
     packed_lines = Path(open_clip.tokenizer.default_bpe()).read_bytes()
     lines = gzip.decompress(packed_lines).decode().split("\n")[: MERGES + 1]
     with (out / "bpe.txt.gz").open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed:
@@ -91,8 +91,8 @@ def write_tokenizer(out: Path) -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(bpe_path=str(out / "bpe.txt.gz"), context_length=CONTEXT)
 
 
-def load_pictures(renders: Path, styles: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
-    """All pictures of the styles, uint8 (n, 4, 64, 64), and the emoji of each. Packed once, then memory-mapped."""
+def load_images(renders: Path, styles: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
+    """Return all images of the styles, uint8 (n, 4, 64, 64), and the emoji of each. Packed once, then memory-mapped."""
     packed, names = renders / f"packed-{len(styles)}.npy", renders / f"packed-{len(styles)}.json"
     if not names.exists():
         files = [f for style in styles for f in sorted((renders / style).glob("*.png"))]
@@ -105,7 +105,7 @@ def load_pictures(renders: Path, styles: tuple[str, ...]) -> tuple[np.ndarray, l
 
 
 def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
-    """(B, 4, 64, 64) in 0..1 -> (B, 3, 48, 48), normalised; every picture drawn with its own accidents."""
+    """(B, 4, 64, 64) in 0..1 -> (B, 3, 48, 48), normalised, with random changes per image."""
     n = rgba.shape[0]
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -143,33 +143,33 @@ def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
 
 
 def plain(rgba: np.ndarray) -> Tensor:
-    """Pictures on white at the model's size, as the encoder will see them (n, 3, 48, 48)."""
+    """Return images on white at the model's size, as the encoder sees them (n, 3, 48, 48)."""
     x = torch.from_numpy(rgba.astype(np.float32) / 255)
     x = x[:, :3] * x[:, 3:] + 1 - x[:, 3:]
     return (F.interpolate(x, SIDE, mode="bicubic", antialias=True).clamp(0, 1) - 0.5) / 0.5
 
 
 class Sampler:
-    """Emoji by emoji, two styles each: half of a batch at random, half in fours of one family or subgroup."""
+    """Draws emoji with two styles each: half of a batch at random, half in fours of one family or subgroup."""
 
     GROUP = 4
 
     def __init__(self, rows: list[str], emoji: dict, seed: int) -> None:
-        self.pictures: dict[str, list[int]] = {}
+        self.images: dict[str, list[int]] = {}
         for row, k in enumerate(rows):
-            self.pictures.setdefault(k, []).append(row)
-        self.base = [k for k in self.pictures if emoji[k]["base"] == k]
+            self.images.setdefault(k, []).append(row)
+        self.base = [k for k in self.images if emoji[k]["base"] == k]
         self.families: dict[str, list[str]] = {}
         self.subgroups: dict[str, list[str]] = {}
-        for k in self.pictures:
+        for k in self.images:
             self.families.setdefault(family(emoji[k]), []).append(k)
         for k in self.base:
             self.subgroups.setdefault(emoji[k]["subgroup"], []).append(k)
-        self.facts = {k: facts(emoji[k]) for k in self.pictures}
+        self.facts = {k: facts(emoji[k]) for k in self.images}
         self.emoji, self.rng = emoji, random.Random(seed)
         self.may_flip = {
             k: emoji[k]["subgroup"] not in DIRECTED and not any(s in emoji[k]["label"] for s in SIDED)
-            for k in self.pictures
+            for k in self.images
         }
 
     def draw(self, n: int) -> tuple[list[str], list[int], list[int]]:
@@ -181,7 +181,7 @@ class Sampler:
                 alike = self.subgroups[self.emoji[self.rng.choice(self.base)]["subgroup"]]
             chosen |= dict.fromkeys(self.rng.sample(alike, min(self.GROUP, len(alike))))
         keys = list(chosen)[:n]
-        pairs = [self.rng.sample(p, 2) if len(p) > 1 else p * 2 for p in map(self.pictures.__getitem__, keys)]
+        pairs = [self.rng.sample(p, 2) if len(p) > 1 else p * 2 for p in map(self.images.__getitem__, keys)]
         return keys, [a for a, _ in pairs], [b for _, b in pairs]
 
 
@@ -202,7 +202,7 @@ def recall_at(images: Tensor, texts: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -
 
 @torch.inference_mode()
 def peek(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, views: dict) -> dict:
-    """Text-to-image recall on the base validation emoji of each unseen style."""
+    """Return text-to-image recall on the base validation emoji of each unseen style."""
     model.eval()
     found = {}
     for style, (pixels, captions) in views.items():
@@ -216,7 +216,7 @@ def peek(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, views: dic
 
 
 def save_base(model: open_clip.CLIP, out: Path) -> None:
-    """Half-precision weights and the config that open_clip rebuilds the model from."""
+    """Write half-precision weights and the config from which open_clip rebuilds the model."""
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, str(out / "open_clip_model.safetensors"), metadata={"format": "pt"})
     config = {
@@ -234,15 +234,15 @@ def save_base(model: open_clip.CLIP, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renders", type=Path, required=True, help="what render.mjs wrote")
+    parser.add_argument("--renders", type=Path, required=True, help="output of render.mjs")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--full", type=float, default=0.1, help="share of the steps, at the end, with every patch")
-    parser.add_argument("--emoji", type=int, default=128, help="emoji in a batch; twice as many pictures")
+    parser.add_argument("--emoji", type=int, default=128, help="emoji in a batch; twice as many images")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="default: one a core")
+    parser.add_argument("--threads", type=int, help="default: one per core")
     parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule (for trials)")
     args = parser.parse_args()
 
@@ -251,8 +251,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     emoji = json.loads((args.renders / "emoji.json").read_text())
-    pictures, rows = load_pictures(args.renders, STYLES)
-    unseen, unseen_rows = load_pictures(args.renders, UNSEEN)
+    images, rows = load_images(args.renders, STYLES)
+    unseen, unseen_rows = load_images(args.renders, UNSEEN)
     views, half = {}, len(unseen_rows) // 2
     for offset, style in ((0, "twemoji"), (half, "openmoji")):
         chosen = [
@@ -284,7 +284,7 @@ def main() -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
-        print(f"going on from step {step}", flush=True)
+        print(f"continuing from step {step}", flush=True)
     sampler = Sampler(rows, emoji, args.seed + step)
     n, started, first, losses = args.emoji, time.time(), step, []
     eye = torch.eye(n, dtype=torch.bool)
@@ -299,7 +299,7 @@ def main() -> None:
         texts = [text.lower() for text, _ in captions]
         tokens = tokenizer(texts)
         tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
-        raw = torch.from_numpy(pictures[np.array(first_rows + second_rows)]).float().div_(255)
+        raw = torch.from_numpy(images[np.array(first_rows + second_rows)]).float().div_(255)
         pixels = augment(raw, torch.tensor([sampler.may_flip[k] for k in keys] * 2))
         with torch.autocast("cpu", torch.bfloat16):
             image = model.encode_image(pixels, normalize=True).float()

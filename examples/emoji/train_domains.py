@@ -1,12 +1,13 @@
-"""Adapt the base model to both domains and measure what it brought: the checkpoints and figures of the model card.
+"""Adapt the base model to both domains and measure the gain: the checkpoints and figures of the model card.
 
     python examples/emoji/train_domains.py --domains twemoji
     python examples/emoji/train_domains.py --domains openmoji --epochs 16 --short 1 --anchor 3
 
-For each domain: zero-shot, then the method with three seeds. The best epoch of a run is chosen on the validation
-emoji, and so is the seed whose checkpoint is bundled; the test emoji are read once a run. Figures are given on all
-test pictures and on the base emoji alone (without skin tones), each with its own pictures as the gallery.
-A finished run is not repeated; `--restart` forgets them.
+- Each domain runs zero-shot, then the method with three seeds.
+- The best epoch of a run and the seed of the bundled checkpoint are chosen on the validation emoji; the test emoji are
+  read once per run.
+- Figures are for all test images and for the base emoji alone (without skin tones), each searched among its own images.
+- A finished run is not repeated; `--restart` discards finished runs.
 """
 
 import argparse
@@ -40,9 +41,9 @@ def base_only(data: Dataset, domain: str) -> Dataset:
 
 
 def with_short_captions(data: Dataset, domain: str, count: int) -> Dataset:
-    """Beside each caption `count` short ones, a tag or two: people search for "birthday".
+    """Add `count` short captions of one or two tags to each caption, since people search for "birthday".
 
-    They are true of more pictures than their own, which the attributes say, so that none is held to be false there.
+    A short caption is true of several images; their attributes list it, so training never treats it as a negative.
     """
     rng = random.Random(0)
     known = {row["file_name"]: emoji_of(row) for row in map(json.loads, metadata(domain))}
@@ -58,7 +59,7 @@ def with_short_captions(data: Dataset, domain: str, count: int) -> Dataset:
 
 
 def emoji_of(row: dict) -> dict:
-    """A line of metadata.jsonl in the form that `captions` takes."""
+    """Return a line of metadata.jsonl in the form that `captions` takes."""
     numbers = {f"{name} skin tone": number for number, name in TONES.items()}
     tones = [numbers[attribute] for attribute in row["attributes"] if attribute in numbers]
     tags = [attribute for attribute in row["attributes"] if attribute not in numbers]
@@ -117,7 +118,7 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 def bundle(source: Path, target: Path) -> None:
-    """Copy a checkpoint and point it to the base model beside it."""
+    """Copy a checkpoint and point it to the base model next to it."""
     target.mkdir(exist_ok=True)
     shutil.copyfile(source / "trainables.safetensors", target / "trainables.safetensors")
     config = json.loads((source / "config.json").read_text())
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--short", type=int, default=0, help="short captions beside each; default: %(default)s")
+    parser.add_argument("--short", type=int, default=0, help="short captions per caption; default: %(default)s")
     parser.add_argument("--anchor", type=float, help="weight of the loss that holds features near CLIP's; default: the "
                         "method's")  # fmt: skip
     parser.add_argument("--lr", type=float, default=5e-3)
