@@ -15,13 +15,12 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import openapi
+from app.api import error_handlers, openapi
 from app.api.bodies import JSON_BYTES_PER_CHAR
 from app.api.pages import make_pages
 from app.api.routes import add_routes
-from app.core import problems
 from app.core.metrics import Metrics
-from app.core.rate_limit import Rates
+from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
 from app.core.tracing import Tracer
 from app.middleware.access import Access
@@ -29,7 +28,7 @@ from app.middleware.body_limit import Guard
 from app.middleware.request_log import Observe
 from app.search.collections import Collections
 from app.search.embedding_cache import make_cache
-from app.search.reload_listener import Announcements
+from app.search.reload_listener import ReloadListener
 from app.search.retriever import Retriever
 from dcar_core.util.errors import DcarError
 from index_jobs.store.artifact import require_index
@@ -89,7 +88,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings, app.state.metrics = settings, metrics
-    problems.install(app)
+    error_handlers.install(app)
     add_routes(app, settings)
     app.include_router(make_pages())
     _add_middleware(app, settings, metrics, rates)
@@ -97,7 +96,7 @@ def create_app(
     return app
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: Rates | None) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: RateLimiter | None) -> None:
     """Add the middleware from the inside out: a request meets the last one first."""
     app.add_middleware(
         Guard,
@@ -119,19 +118,19 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: R
     app.add_middleware(Observe, metrics=metrics)
 
 
-def _listen(settings: Settings, collections: Collections) -> Announcements | None:
+def _listen(settings: Settings, collections: Collections) -> ReloadListener | None:
     if settings.redis_url is None:
         return None
-    announcements = Announcements(settings.redis_url.get_secret_value(), collections)
+    announcements = ReloadListener(settings.redis_url.get_secret_value(), collections)
     announcements.start()
     return announcements
 
 
-def _make_rates(settings: Settings) -> Rates | None:
+def _make_rates(settings: Settings) -> RateLimiter | None:
     if settings.rate_limit is None:
         return None
     url = settings.redis_url.get_secret_value() if settings.redis_url else None
-    return Rates(settings.rate_limit, redis_url=url, timeout_s=settings.redis_timeout_ms / 1000)
+    return RateLimiter(settings.rate_limit, redis_url=url, timeout_s=settings.redis_timeout_ms / 1000)
 
 
 def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
@@ -145,11 +144,11 @@ def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
         return current
 
     label = ["collection"]
-    metrics.watch("dcar_index_version", "Served version.", label, read(lambda m: m.version))
-    metrics.watch("dcar_index_items", "Items in the served version.", label, read(lambda m: m.count))
+    metrics.add_gauge("dcar_index_version", "Served version.", label, read(lambda m: m.version))
+    metrics.add_gauge("dcar_index_items", "Items in the served version.", label, read(lambda m: m.count))
     recall = "Recall at 10 against exact search, as measured at build time."
-    metrics.watch("dcar_index_recall_at_10", recall, label, read(lambda m: m.measured.get("recall_at_10")))
-    metrics.watch(
+    metrics.add_gauge("dcar_index_recall_at_10", recall, label, read(lambda m: m.measured.get("recall_at_10")))
+    metrics.add_gauge(
         "dcar_index_degraded",
         "1 while a newer published version cannot be served.",
         label,

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from app.core.logs import log_config
 from app.core.settings import Settings
-from app.core.threads import give_way
+from app.core.threads import use_batch_scheduling
 from app.core.tracing import start_tracing
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
@@ -54,7 +54,10 @@ def serve(settings: Settings) -> None:
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         server = _Server(
-            server_config(app), collections_of=lambda: getattr(app.state, "collections", None), drain_s=settings.drain_s
+            server_config(app),
+            collections_of=lambda: getattr(app.state, "collections", None),
+            drain_s=settings.drain_s,
+            batch_scheduling=settings.batch_scheduling,
         )
         try:
             server.run(sockets=[listener])
@@ -84,15 +87,21 @@ class _Server(uvicorn.Server):
       balances the load can turn to others before connections are refused. A second signal ends it at once.
     - When all is loaded, the hundreds of thousands of objects of the libraries are taken out of the garbage collector's
       sight: looking through them stops every request for a third of a second, again and again under load.
-    - From then on the event loop does not interrupt the model: see `threads`.
+    - From then on, with `batch_scheduling`, the event loop does not interrupt the model: see `app.core.threads`.
     """
 
     def __init__(
-        self, config: uvicorn.Config, *, collections_of: Callable[[], Collections | None], drain_s: float
+        self,
+        config: uvicorn.Config,
+        *,
+        collections_of: Callable[[], Collections | None],
+        drain_s: float,
+        batch_scheduling: bool,
     ) -> None:
         super().__init__(config)
         self._collections_of = collections_of
         self._drain_s = drain_s
+        self._batch_scheduling = batch_scheduling
         self._timer: threading.Timer | None = None
         self._settled = False
 
@@ -100,7 +109,8 @@ class _Server(uvicorn.Server):
         collections = self._collections_of()
         if not self._settled and collections is not None and all(each.live is not None for _, each in collections):
             gc.freeze()
-            give_way()
+            if self._batch_scheduling:
+                use_batch_scheduling()
             self._settled = True
         return await super().on_tick(counter)
 
@@ -111,7 +121,7 @@ class _Server(uvicorn.Server):
         if self._timer is not None or self._drain_s == 0 or collections is None or collections[None].live is None:
             super().handle_exit(sig, frame)
             return
-        collections.draining = True
+        collections.is_draining = True
         log.info("told to end: going on for %g s, then ending", self._drain_s)
         self._timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
         self._timer.daemon = True

@@ -180,7 +180,7 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     vectors = Clusters(count, 512).draw(count, seed=1)
     choices = kinds.choose("auto", count, 512)
     built = build(lambda: iter([vectors]), count, 512, choices)
-    with publish.writing(out) as staging:
+    with publish.write_breaker(out) as staging:
         copy_checkpoint(checkpoint, staging / CHECKPOINT)
         encoder = Encoder.load(staging / CHECKPOINT, device="cpu")
         write_faiss(built.index, staging / VECTORS)

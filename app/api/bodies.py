@@ -85,7 +85,7 @@ async def read_image_query(request: Request, settings: Settings) -> Query:
         data = await file.read()
     if not data:
         raise field_problem("file", "the file is empty")
-    return Query(options, text, data, without=without)
+    return Query(options, text, data, without_text=without)
 
 
 def check_window(options: SearchOptions, settings: Settings) -> None:
@@ -121,7 +121,7 @@ def _text_query(query: TextQuery, settings: Settings) -> Query:
             raise field_problem(subtracted, "needs a query or more_like to subtract from")
         raise field_problem("query", "must not be empty")
     check_window(query, settings)
-    return Query(query, text, without=_without(query, settings))
+    return Query(query, text, without_text=_without(query, settings))
 
 
 def _normalised(text: str, settings: Settings, field: str) -> str:

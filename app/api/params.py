@@ -10,7 +10,7 @@ from fastapi import Query as QueryParam
 
 from app.api.bodies import check_batch, check_form_type, check_window, read_batch, read_image_query
 from app.api.requests import ItemsQuery, PageQuery
-from app.core.keys import given_key, is_key
+from app.core.keys import is_key, key_in
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
@@ -48,7 +48,8 @@ async def snapshot_of(request: Request) -> Snapshot:
     """Return the live version of the collection named in the path.
 
     Raises:
-        Problem: there is no such collection, or it is not loaded yet.
+        CollectionNotFoundError: there is no such collection.
+        NotReadyError: it is not loaded yet.
     """
     return (await collections_of(request))[collection_of(request)].require()
 
@@ -76,7 +77,7 @@ async def similar_query_of(request: Request, item_id: ItemId, page: Annotated[Pa
     """Return the query of GET /items/{id}/similar."""
     options = SearchOptions(k=page.k, offset=page.offset)
     check_window(options, settings_of(request))
-    return Query(options, item=item_id)
+    return Query(options, item_id=item_id)
 
 
 async def items_query_of(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> ItemsQuery:
@@ -92,7 +93,7 @@ async def require_admin(request: Request) -> None:
     key = settings_of(request).admin_key
     if key is None:
         raise Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
-    given = given_key(request.headers)
+    given = key_in(request.headers)
     if given is None or not is_key(given, key.get_secret_value()):
         metrics: Metrics = request.app.state.metrics
         metrics.refused("key")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 from pydantic_core import from_json
 
-from app.core.settings import DEFAULT_K, MOST_QUERIES
+from app.core.settings import DEFAULT_K, MAX_QUERIES
 from app.search.query import SearchOptions
 
 LIST_FIELDS = ("more_like", "less_like", "fields")  # a form may also repeat the field
@@ -59,4 +59,4 @@ class BatchQuery(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"queries": [{"query": "crying cat"}, {"query": "red apple"}]}]}
     )
 
-    queries: Annotated[list[TextQuery], Field(min_length=1, max_length=MOST_QUERIES), FailFast()]
+    queries: Annotated[list[TextQuery], Field(min_length=1, max_length=MAX_QUERIES), FailFast()]

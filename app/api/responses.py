@@ -9,8 +9,7 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 
 from app.api.params import collection_of
-from app.search.pairs import Words
-from app.search.retriever import Answer, Listed, Match
+from app.search.query import ItemPage, Match, SearchResults, WordWeights
 from index_jobs.store.artifact import Item
 
 
@@ -23,13 +22,13 @@ class JsonResponse(Response):
         return to_json(content, inf_nan_mode="null")
 
 
-def search_response(request: Request, results: Answer) -> dict[str, Any]:
+def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
     """Return the body of a `SearchResponse`; fields that were not requested are absent."""
     items = _items_path(request)
     body: dict[str, Any] = {
         "index_version": results.version,
         "took_ms": round(results.took_ms, 2),
-        "cached": results.cached,
+        "cached": results.is_cached,
         "results": [
             _result(items, rank, match, results.fields)
             for rank, match in enumerate(results.matches, results.offset + 1)
@@ -49,7 +48,7 @@ def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:
     return {"index_version": version, **_item(_items_path(request), item)}
 
 
-def items_response(request: Request, page: Listed) -> dict[str, Any]:
+def items_response(request: Request, page: ItemPage) -> dict[str, Any]:
     """Return the body of an `ItemsResponse`."""
     items = _items_path(request)
     body: dict[str, Any] = {
@@ -87,8 +86,8 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
         result["metadata"] = (
             metadata if "*" in fields else {name: metadata[name] for name in fields if name in metadata}
         )
-    if match.reranked is not None:
-        result["rerank_score"] = round(match.reranked, 6)
+    if match.rerank_score is not None:
+        result["rerank_score"] = round(match.rerank_score, 6)
     if match.folded:
         result["folded"] = match.folded
     if match.explanation is not None:
@@ -98,7 +97,7 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
     return result
 
 
-def _word_weights(words: Words) -> list[dict[str, Any]]:
+def _word_weights(words: WordWeights) -> list[dict[str, Any]]:
     return [{"word": word, "weight": round(weight, 4)} for word, weight in words]
 
 

@@ -41,8 +41,9 @@ from app.api.schemas import (
 )
 from app.core.media import media_type
 from app.core.metrics import CONTENT_TYPE
-from app.core.problems import NotReady, Problem
+from app.core.problems import Problem
 from app.core.settings import Settings
+from app.search.errors import NotReadyError
 from dcar_core.util.errors import DcarError
 
 _COLLECTION = "/collections/{collection}"
@@ -113,7 +114,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         snapshot: SnapshotDep, queries: BatchDep, retriever: RetrieverDep, request: Request
     ) -> Response:
         """Run several text searches in one request."""
-        results = await retriever.search_all(snapshot, queries)
+        results = await retriever.search_batch(snapshot, queries)
         responses = [search_response(request, each) for each in results]
         return JsonResponse({"index_version": results[0].version, "answers": responses})
 
@@ -143,7 +144,7 @@ def _item_routes(settings: Settings) -> APIRouter:
     )
     async def picture(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
         """Return the image file of an item, as stored in the gallery."""
-        data, digest = await retriever.picture(snapshot, item_id)
+        data, digest = await retriever.image(snapshot, item_id)
         etag = f'"{digest}"'
         scope = "private" if settings_of(request).api_keys else "public"
         headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
@@ -189,8 +190,8 @@ def _service_routes() -> APIRouter:
     async def readyz(collections: CollectionsDep) -> Response:
         """Report whether every collection answers searches, or why not."""
         collections.require_all()
-        if collections.draining:
-            raise NotReady("The service is shutting down.")
+        if collections.is_draining:
+            raise NotReadyError("The service is shutting down.")
         live, reason = collections[None].require(), collections.reason
         status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
         return JsonResponse({**status, "count": live.artifact.manifest.count, "reason": reason})

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from app.search.pairs import Fit
+from app.search.query import ObjectFit
 
 
 class WordWeight(BaseModel):
@@ -28,7 +28,7 @@ class ResultExplanation(BaseModel):
     """
 
     relevance: list[list[float]]
-    fit: Fit = "cover"
+    fit: ObjectFit = "cover"
     words: list[WordWeight] | None = None
 
 

@@ -44,9 +44,7 @@ def search(
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
-    import numpy as np
-
-    from app.search.query import Weights, normalise
+    from app.search.query import QueryPart, Weights, compose, normalise
     from dcar_core import Encoder
     from dcar_core.images import IMAGE_SUFFIXES
     from dcar_core.serving import adapter_cache
@@ -65,10 +63,10 @@ def search(
     path = Path(query)
     is_picture = path.suffix.lower() in IMAGE_SUFFIXES
     vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([words])
+    parts = [QueryPart(1.0, vector[0])]
     if unwanted:
-        vector = vector - Weights().without * encoder.encode_text([unwanted])
-        vector /= np.linalg.norm(vector)
-    scores, rows = artifact.search(vector, min(k, artifact.manifest.count))
+        parts.append(QueryPart(-Weights().without, encoder.encode_text([unwanted])[0]))
+    scores, rows = artifact.search(compose(parts)[None], min(k, artifact.manifest.count))
     results: list[dict[str, Any]] = []
     for score, row in zip(scores[0], rows[0], strict=True):
         if row >= 0:

@@ -1,33 +1,35 @@
-"""A store that fails is left alone for a while, so that nobody waits for it again and again."""
+"""Circuit breaker: a failing store is not used for a while, so callers do not wait for it again and again."""
 
 import logging
 import time
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class Breaker:
-    """Open after `failures` in a row: then `allows()` is False for `pause_s`, and True once for a trial after that.
+class CircuitBreaker:
+    """Open after `failures` in a row; then `allows()` returns False for `pause_s`, and True once for a trial.
 
     Args:
-        does: what is not done while it is open, for the log.
+        failures: in a row, until it opens.
+        pause_s: seconds between two trials.
+        purpose: what is unavailable while it is open, for the log.
     """
 
-    def __init__(self, failures: int = 3, pause_s: float = 5.0, *, does: str = "the cache") -> None:
+    def __init__(self, failures: int = 3, pause_s: float = 5.0, *, purpose: str = "the cache") -> None:
         self._limit = failures
         self._pause = pause_s
-        self._does = does
+        self._purpose = purpose
         self._failures = 0
         self._retry_at = 0.0
 
     @property
-    def open(self) -> bool:
-        """Whether the last word was that the store is out of order."""
+    def is_open(self) -> bool:
+        """True from the last of `failures` in a row until the next success."""
         return self._failures >= self._limit
 
     def allows(self) -> bool:
-        """Whether to try the store now."""
-        if not self.open:
+        """Return True if the store may be used now."""
+        if not self.is_open:
             return True
         now = time.monotonic()
         if now < self._retry_at:
@@ -36,15 +38,17 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
-        """The store answered."""
-        if self.open:
-            log.info("Redis is back; %s in use again", self._does)
+        """Record a success."""
+        if self.is_open:
+            logger.info("Redis responds again; %s resumed", self._purpose)
         self._failures = 0
 
     def failed(self, error: Exception) -> None:
-        """The store did not answer, or not in time."""
+        """Record a failure, or a response that came too late."""
         self._failures += 1
         if self._failures == self._limit:
-            log.warning("Redis fails (%s); going on without %s", str(error) or type(error).__name__, self._does)
-        if self.open:
+            logger.warning(
+                "Redis failed (%s); continuing without %s", str(error) or type(error).__name__, self._purpose
+            )
+        if self.is_open:
             self._retry_at = time.monotonic() + self._pause

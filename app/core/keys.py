@@ -1,8 +1,8 @@
-"""Who may ask: keys, of which the service knows only hashes.
+"""API keys, known to the service only by their hashes.
 
-- A key has 256 random bits, so a plain SHA-256 of it cannot be turned back, and no slow hash is needed.
-- Hashes are compared in constant time, and with every key that there is: how long it takes tells nothing.
-- `dcar key NAME` makes one: the key is for the caller, the line `NAME:HASH` for DCAR_API_KEYS.
+- A key has 256 random bits, so a plain SHA-256 cannot be reversed and no slow hash is needed.
+- Hashes are compared in constant time and with every known key, so the response time reveals nothing.
+- `dcar key NAME` makes a key for the caller and the line `NAME:HASH` for DCAR_API_KEYS.
 """
 
 import hashlib
@@ -18,52 +18,52 @@ _HASHED = "sha256:"
 
 
 def new_key() -> str:
-    """A fresh key, such as dcar_3f.. (48 characters)."""
+    """Return a new random key, such as dcar_3f.. (48 characters)."""
     return _PREFIX + secrets.token_urlsafe(32)
 
 
 def key_hash(key: str) -> str:
-    """What the service is told of a key: 64 hexadecimal digits."""
+    """Return the hash of a key: 64 hexadecimal digits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def parse_keys(text: str) -> dict[str, str]:
-    """NAME:HASH, separated by commas or white space, as a table.
+    """Return a table of names and hashes from NAME:HASH pairs, separated by commas or white space.
 
     Raises:
-        ValueError: something is no such pair, or a name comes twice. The message holds no hash.
+        ValueError: an entry is no such pair, or a name is repeated. The message holds no hash.
     """
     keys: dict[str, str] = {}
     for entry in text.replace(",", " ").split():
         name, _, digest = entry.partition(":")
         if not _NAME.fullmatch(name) or not _HASH.fullmatch(digest.lower()):
-            raise ValueError("must be NAME:HASH, separated by commas, as `dcar key NAME` prints it")
+            raise ValueError("must be NAME:HASH pairs, separated by commas, as `dcar key NAME` prints them")
         if name in keys:
             raise ValueError(f"has two keys named {name}")
         keys[name] = digest.lower()
     if not keys:
-        raise ValueError("names no key; leave it out to let everybody search")
+        raise ValueError("has no key; leave it unset to serve everybody")
     return keys
 
 
-def holder(keys: Mapping[str, str], given: str) -> str | None:
-    """The name under which a key is known, None for a key that is not."""
-    digest = key_hash(given).encode()
-    found = None
-    for name, known in keys.items():
+def find_key_name(keys: Mapping[str, str], key: str) -> str | None:
+    """Return the name of a key, None for an unknown key."""
+    digest = key_hash(key).encode()
+    match = None
+    for name, known in keys.items():  # all of them, in constant time
         if hmac.compare_digest(digest, known.encode()):
-            found = name
-    return found
+            match = name
+    return match
 
 
-def is_key(given: str, wanted: str) -> bool:
-    """Whether the key is the wanted one, which is given as it is or as `sha256:HASH`."""
-    digest = wanted.removeprefix(_HASHED).lower() if wanted.startswith(_HASHED) else key_hash(wanted)
-    return hmac.compare_digest(key_hash(given).encode(), digest.encode())
+def is_key(key: str, secret: str) -> bool:
+    """Return True if `key` is the secret, which is given in plain text or as `sha256:HASH`."""
+    digest = secret.removeprefix(_HASHED).lower() if secret.startswith(_HASHED) else key_hash(secret)
+    return hmac.compare_digest(key_hash(key).encode(), digest.encode())
 
 
-def given_key(headers: Mapping[str, str]) -> str | None:
-    """The key that a request carries: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+def key_in(headers: Mapping[str, str]) -> str | None:
+    """Return the key of a request: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()

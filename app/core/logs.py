@@ -1,7 +1,7 @@
-"""Log lines with the id of the request that they belong to: plain, or one JSON object each (DCAR_LOG_FORMAT=json).
+"""Logging: plain lines or JSON objects (DCAR_LOG_FORMAT=json), each with the id of its request.
 
-- A request's id is the caller's X-Request-ID when that is well-formed, else a new one; the answer carries it back.
-- No log line holds a query's text or a key.
+- The id of a request is the caller's X-Request-ID if it is well-formed, else a new one; the response returns it.
+- No log line holds the text of a query or a key.
 """
 
 import contextvars
@@ -14,24 +14,27 @@ from typing import Any
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 _PROCESS = os.urandom(8).hex()
-_numbers = itertools.count()
+_counter = itertools.count()
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_OURS = ("app", "dcar_core", "index_jobs")
+_PACKAGES = ("app", "dcar_core", "index_jobs")
 
 
-def choose_id(given: str | None) -> str:
-    """The id of a request: the given one, or a number after what is random for each process."""
-    return given if given is not None and _WELL_FORMED.fullmatch(given) else f"{_PROCESS}{next(_numbers):016x}"
+def choose_id(sent: str | None) -> str:
+    """Return the id of a request: the one that the caller sent if it is well-formed, else a new one."""
+    return sent if sent is not None and _WELL_FORMED.fullmatch(sent) else f"{_PROCESS}{next(_counter):016x}"
 
 
-class _WithId(logging.Filter):
+class _AddRequestId(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id.get()
         return True
 
 
-def log_config(level: str, form: str) -> dict[str, Any]:
-    """For logging.config.dictConfig: everything to stderr; of uvicorn only what went wrong, since we log accesses."""
+def log_config(level: str, log_format: str) -> dict[str, Any]:
+    """Return the argument of logging.config.dictConfig.
+
+    Everything goes to stderr. Of uvicorn only warnings are logged: the service logs requests itself.
+    """
     line = {
         "format": "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s",
         "datefmt": "%Y-%m-%d %H:%M:%S",
@@ -45,12 +48,12 @@ def log_config(level: str, form: str) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": json if form == "json" else line},
-        "filters": {"with_id": {"()": _WithId}},
+        "formatters": {"line": json if log_format == "json" else line},
+        "filters": {"with_id": {"()": _AddRequestId}},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["with_id"]}},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},  # libraries tell much while they load
+        "root": {"handlers": ["stderr"], "level": "WARNING"},  # libraries log much while they load
         "loggers": {
-            **{name: {"level": level.upper()} for name in _OURS},
+            **{name: {"level": level.upper()} for name in _PACKAGES},
             "uvicorn.error": {"level": "DEBUG" if level == "debug" else "WARNING"},
             "uvicorn.access": {"level": "CRITICAL", "propagate": False},
             "python_multipart": {"level": "ERROR"},

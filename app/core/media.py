@@ -1,4 +1,4 @@
-"""What kind of picture some bytes are, by their first bytes alone: names and declared types are not to be trusted."""
+"""Media types of images by their first bytes: file names and declared types are not trusted."""
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
@@ -12,7 +12,7 @@ _MAGIC = (
 
 
 def media_type(data: bytes) -> str | None:
-    """The media type, or None when it is no picture of a kind that is served and searched by."""
+    """Return the media type, or None for data that is not an image of a supported format."""
     for magic, kind in _MAGIC:
         if data.startswith(magic):
             return kind

@@ -1,9 +1,9 @@
-"""How the threads of the service share its cores.
+"""Scheduling of threads on shared cores.
 
-- The event loop's waits for its turn where all cores are busy, those that compute do not.
-- What computes now and then, such as loading a model, has a thread that ends with it. OpenMP keeps workers for every
-  thread that ever computed; once they are more than the cores, none of them waits awake for its next part any more, and
-  PyTorch took a fifth longer for a text.
+- On Linux a woken thread usually takes its core from the running one. Each arriving request would then interrupt the
+  model, which loses its cache contents and keeps its other threads waiting. With DCAR_BATCH_SCHEDULING the event loop's
+  thread uses SCHED_BATCH: it waits for its turn, a few milliseconds at most.
+- New threads inherit the policy, so threads that compute reset it: pass `use_default_scheduling` as initializer.
 """
 
 import asyncio
@@ -16,31 +16,30 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def in_own_thread(call: Callable[..., T], *args: object) -> T:
-    """As `asyncio.to_thread`, in a thread that ends afterwards. A caller that is cancelled leaves it to its end."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-once", initializer=compute)
-    try:
-        return await asyncio.get_running_loop().run_in_executor(thread, call, *args)
-    finally:
-        thread.shutdown(wait=False)
+async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
+    """Run a call as `asyncio.to_thread` does, in a thread that ends with it. Cancelling the caller does not stop it.
 
-
-def give_way() -> None:
-    """Let this thread, the event loop's, wait for its turn, some milliseconds at most.
-
-    As Linux has it by default, each arrival takes the core from the model at once. That costs the model what it had in
-    the core's caches, many times what reading a request takes; and one of its threads that was interrupted keeps the
-    others waiting. Where a core is idle nothing is different.
+    Use it for rare heavy work, such as loading a model: OpenMP keeps workers for each thread that ever computed, and
+    idle workers slowed PyTorch by a fifth.
     """
-    _become("SCHED_BATCH")
+    executor = ThreadPoolExecutor(1, thread_name_prefix="dcar-once", initializer=use_default_scheduling)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, call, *args)
+    finally:
+        executor.shutdown(wait=False)
 
 
-def compute() -> None:
-    """Be scheduled as threads are by default: a new thread takes after the one that starts it, which may give way."""
-    _become("SCHED_OTHER")
+def use_batch_scheduling() -> None:
+    """Let this thread wait for a core instead of interrupting another thread. Does nothing outside Linux."""
+    _set_policy("SCHED_BATCH")
 
 
-def _become(policy: str) -> None:
-    if hasattr(os, policy):
+def use_default_scheduling() -> None:
+    """Reset the policy of this thread, which it inherited from the thread that started it."""
+    _set_policy("SCHED_OTHER")
+
+
+def _set_policy(name: str) -> None:
+    if hasattr(os, name):
         with contextlib.suppress(OSError):  # forbidden in some containers
-            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
+            os.sched_setscheduler(0, getattr(os, name), os.sched_param(0))

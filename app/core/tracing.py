@@ -1,8 +1,8 @@
-"""OpenTelemetry traces, when DCAR_TRACING is on: a span for each request, and in it one for each stage of a search.
+"""OpenTelemetry traces (DCAR_TRACING): a span for each request, and within it a span for each stage of a search.
 
-- FastAPI makes the request's span once a tracer provider is set, and continues the caller's trace (`traceparent`).
-- Where spans go is told by OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, ...
-- Needs `pip install 'dcar[otel]'`; without the setting nothing of it is imported.
+- FastAPI makes the span of a request once a tracer provider is set, and continues the caller's trace (`traceparent`).
+- OpenTelemetry's own variables say where spans go: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, ...
+- Needs `pip install 'dcar[otel]'`. Without the setting OpenTelemetry is not imported.
 """
 
 import threading
@@ -13,13 +13,15 @@ from typing import Any
 
 from dcar_core.util.errors import MissingExtraError
 
-_LAST_S = 3.0
+_CLOSE_TIMEOUT_S = 3.0
 
 
 class Tracer:
-    """Makes the spans of stages. `context` is what `current` gave in the task that the work is for.
+    """Make the spans of the stages.
 
-    close: sends the last spans, in a few seconds or never; to be called at the end, not in the event loop.
+    Attributes:
+        current: returns the trace context of the current task.
+        close: sends the last spans, within a few seconds or never. Blocks: do not call it in the event loop.
     """
 
     def __init__(self, tracer: Any, current: Callable[[], Any], close: Callable[[], None]) -> None:
@@ -28,23 +30,23 @@ class Tracer:
         self.close = close
 
     def span(self, stage: str) -> Any:
-        """A context manager around the stage."""
+        """Return a context manager that spans the stage."""
         return self._tracer.start_as_current_span(stage)
 
-    def past(self, stage: str, context: Any, began: float, ended: float, **attributes: int) -> None:
-        """A stage that is over. began, ended: of time.monotonic."""
-        now = time.time() - time.monotonic()
+    def past_span(self, stage: str, context: Any, started: float, ended: float, **attributes: int) -> None:
+        """Add the span of a finished stage. Times are of time.monotonic."""
+        offset = time.time() - time.monotonic()
         span = self._tracer.start_span(
-            stage, context=context, start_time=int((now + began) * 1e9), attributes=attributes
+            stage, context=context, start_time=int((offset + started) * 1e9), attributes=attributes
         )
-        span.end(int((now + ended) * 1e9))
+        span.end(int((offset + ended) * 1e9))
 
 
 def start_tracing() -> Tracer:
-    """Set the process's tracer provider.
+    """Set the tracer provider of the process.
 
     Raises:
-        MissingExtraError: OpenTelemetry's SDK is not installed.
+        MissingExtraError: the SDK of OpenTelemetry is not installed.
     """
     try:
         from opentelemetry import context, trace
@@ -54,14 +56,14 @@ def start_tracing() -> Tracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise MissingExtraError("tracing", "otel") from None
-    ours = Resource({SERVICE_NAME: "dcar", SERVICE_VERSION: version("dcar")})
-    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
+    defaults = Resource({SERVICE_NAME: "dcar", SERVICE_VERSION: version("dcar")})
+    provider = TracerProvider(resource=defaults.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
 
     def close() -> None:
-        last = threading.Thread(target=provider.shutdown, daemon=True)  # a collector may accept and never answer
-        last.start()
-        last.join(_LAST_S)
+        shutdown = threading.Thread(target=provider.shutdown, daemon=True)  # a collector may accept and never respond
+        shutdown.start()
+        shutdown.join(_CLOSE_TIMEOUT_S)
 
     return Tracer(provider.get_tracer("dcar"), context.get_current, close)

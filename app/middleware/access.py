@@ -12,10 +12,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.core.keys import given_key, holder, is_key
+from app.core.keys import find_key_name, is_key, key_in
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
-from app.core.rate_limit import Rates
+from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
 
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
@@ -26,7 +26,7 @@ _CHARGE = "dcar.charge"  # of a request's scope: counts more for its caller
 class Access:
     """rates: None when there is no limit."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, rates: Rates | None, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, rates: RateLimiter | None, metrics: Metrics) -> None:
         self._app = app
         self._keys = settings.api_keys
         self._admin = settings.admin_key
@@ -60,7 +60,7 @@ class Access:
         scope[_CHARGE] = partial(self._charge, self._rates, caller)
         return await self._charge(self._rates, caller)
 
-    async def _charge(self, rates: Rates, caller: str, more: int | None = None) -> Problem | None:
+    async def _charge(self, rates: RateLimiter, caller: str, more: int | None = None) -> Problem | None:
         wait = await rates.wait_for(caller, more)
         if not wait:
             return None
@@ -70,12 +70,12 @@ class Access:
         return Problem(429, detail, headers={"Retry-After": str(seconds)})
 
     def _name(self, headers: Headers, *, metrics: bool) -> str | None:
-        given = given_key(headers)
+        given = key_in(headers)
         if given is None:
             return None
         if metrics and self._admin is not None and is_key(given, self._admin.get_secret_value()):
             return "admin"
-        return holder(self._keys, given)
+        return find_key_name(self._keys, given)
 
 
 async def _private(send: Send, message: Message) -> None:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.logs import choose_id, request_id
 from app.core.metrics import Metrics
-from app.core.problems import NotReady, Problem
+from app.core.problems import Problem
 from app.middleware.access import CALLER
 
 log = logging.getLogger("app.middleware.access")
@@ -61,7 +61,8 @@ class Observe:
         except asyncio.CancelledError as error:
             if status or "shutdown" not in str(error):
                 raise
-            await NotReady("The service is ending, and this took too long.").response()(inner, receive, observed)
+            detail = "The service is shutting down, and the request took too long."
+            await Problem(503, detail, headers={"Retry-After": "2"}).response()(inner, receive, observed)
         except Exception:
             self._metrics.error()
             log.exception("unforeseen error in %s %s", method, quote(scope["path"][:_SHOWN]))

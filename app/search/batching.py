@@ -1,18 +1,11 @@
-"""Concurrent queries share forward passes, and identical ones share a single computation.
+"""Micro-batching: concurrent queries share forward passes, and identical queries share one computation.
 
-- `Flights`: callers that ask for the same key while it is being computed wait for the same task. When the last one has
-  gone away (client closed, deadline), the task is cancelled.
-- `Batcher`: one queue, one model thread. While a pass runs, arrivals gather and make the next batch. An idle service
-  starts at once. Under load, those whom a pass has answered ask again within milliseconds: the next pass waits for
-  them, a short while from the end of the last, and makes one batch of what would else be two that take turns.
-- A batch that raises is halved until the culprit is alone: a bad item fails by itself. The same holds for an embedding
-  that is not finite.
-- A job whose caller is gone before its batch starts is dropped. `close` finishes what was accepted.
-- A job that would wait longer than `max_queue_s`, by the pace of the last batches, is refused at once: under overload
-  the model goes on with what it can finish in time, and the others hear soon that they should come back.
-
-A `Lane` is what may share a batch: one backbone and one kind of query. N queries of a lane: list of N payloads ->
-float32 (N, E).
+- `SharedTasks`: callers with the same key wait for one task. It is cancelled when its last waiter leaves.
+- `Batcher`: one queue and one model thread. Queries that arrive during a forward pass form the next batch. An idle
+  batcher starts at once; under load it waits a few milliseconds for the callers of the last batch to return.
+- A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
+- Cancelled work is skipped. `close` finishes the accepted work.
+- A query whose expected wait is longer than `max_queue_s` is refused at once.
 """
 
 import asyncio
@@ -26,79 +19,93 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from app.core.metrics import Metrics
-from app.core.problems import NotReady, Overloaded
-from app.core.threads import compute
+from app.core.threads import use_default_scheduling
+from app.search.errors import NotReadyError, OverloadedError
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
 
 T = TypeVar("T")
-Vector = NDArray[np.float32]
 
-_SMOOTH = 0.2  # weight of the newest batch in the pace
+_NEWEST_WEIGHT = 0.2  # of the last batch in the smoothed seconds per query
 
 
 @dataclass(slots=True)
-class _Flight(Generic[T]):
+class _SharedTask(Generic[T]):
     task: asyncio.Task[T]
     waiters: int = 0
 
 
-class Flights(Generic[T]):
-    """Shares one computation among all who ask for the same key at the same time."""
+class SharedTasks(Generic[T]):
+    """Share one computation among all callers that use the same key at the same time."""
 
     def __init__(self) -> None:
-        self._flights: dict[Hashable, _Flight[T]] = {}
+        self._tasks: dict[Hashable, _SharedTask[T]] = {}
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._tasks)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._flights
+        return key in self._tasks
 
     async def run(self, key: Hashable, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Wait for the computation of `key`, beginning it with `start()` if none is under way."""
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = _Flight(asyncio.create_task(start()))
-            self._flights[key] = flight
-            flight.task.add_done_callback(lambda task: self._landed(key, task))
-        flight.waiters += 1
+        """Wait for the running computation of `key`, or begin one with `start()`."""
+        shared = self._tasks.get(key)
+        if shared is None:
+            shared = _SharedTask(asyncio.create_task(start()))
+            self._tasks[key] = shared
+            shared.task.add_done_callback(lambda task: self._forget(key, task))
+        shared.waiters += 1
         try:
-            return await asyncio.shield(flight.task)
+            return await asyncio.shield(shared.task)
         finally:
-            flight.waiters -= 1
-            if flight.waiters == 0 and not flight.task.done():
-                self._landed(key, flight.task)
-                flight.task.cancel()
+            shared.waiters -= 1
+            if shared.waiters == 0 and not shared.task.done():
+                self._forget(key, shared.task)
+                shared.task.cancel()
 
-    def _landed(self, key: Hashable, task: asyncio.Task[T]) -> None:
-        flight = self._flights.get(key)
-        if flight is not None and flight.task is task:
-            del self._flights[key]
+    def _forget(self, key: Hashable, task: asyncio.Task[T]) -> None:
+        shared = self._tasks.get(key)
+        if shared is not None and shared.task is task:
+            del self._tasks[key]
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
-    """Queries that may share a forward pass: equal `key`, same `run`."""
+class BatchGroup:
+    """Queries that may share a forward pass: equal `key`, same `run`.
+
+    Attributes:
+        key: the backbone and the kind of query.
+        run: N payloads -> float32 (N, E).
+    """
 
     key: Hashable
-    run: Callable[[list[Any]], Vector | list[Vector]] = field(compare=False)
+    run: Callable[[list[Any]], Floats | list[Floats]] = field(compare=False)
 
 
 @dataclass(slots=True)
 class _Job:
-    lane: Lane
+    group: BatchGroup
     payload: Any
-    future: asyncio.Future[Vector]
+    future: asyncio.Future[Floats]
     arrived: float
-    cost: float  # seconds that it will take the model, as far as is known
-    context: Any = None  # of the trace that it is part of
+    cost: float  # expected seconds of the model
+    context: Any = None  # trace context of the request
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.future.done()
 
 
 class Batcher:
-    """Runs the queries of all lanes, batch after batch, in one thread that owns the model."""
+    """Run the queries of all groups, batch after batch, in the one thread that owns the model.
+
+    Args:
+        max_batch: queries in one forward pass.
+        max_wait_s: longest wait for more queries, under load only.
+        max_queue_s: longest expected wait for the model; queries beyond it are refused.
+    """
 
     def __init__(
         self, *, max_batch: int, max_wait_s: float, max_queue_s: float = math.inf, metrics: Metrics | None = None
@@ -109,136 +116,142 @@ class Batcher:
         self._max_wait = max_wait_s
         self._max_queue = max_queue_s
         self._metrics = metrics or Metrics()
-        self._pace: dict[Hashable, float] = {}  # lane -> seconds a query, smoothed
-        self._backlog = 0.0  # seconds that the jobs in the queue will take
+        self._seconds_per_query: dict[Hashable, float] = {}  # group key -> smoothed
         self._jobs: deque[_Job] = deque()
-        self._arrived = asyncio.Event()
-        self._together = asyncio.Event()
-        self._closing = False
-        self._ended = -math.inf  # the last pass
-        self._company: dict[Hashable, int] = {}  # lane -> jobs that were in its last pass, or waited when it ended
-        self._missing: tuple[Lane, int] | None = None  # jobs of a lane that the next pass waits for
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-model", initializer=compute)
+        self._backlog = 0.0  # expected seconds of all jobs in the queue
+        self._has_arrived = asyncio.Event()
+        self._batch_is_full = asyncio.Event()
+        self._awaited: tuple[BatchGroup, int] | None = None  # group and number of jobs that the next batch waits for
+        self._expected_size: dict[Hashable, int] = {}  # group key -> jobs that ran or waited when its last batch ended
+        self._last_end = -math.inf  # of the last forward pass
+        self._is_closing = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-model", initializer=use_default_scheduling)
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to work; must be called with the event loop running."""
+        """Begin to work. The event loop must be running."""
         self._worker = asyncio.create_task(self._work(), name="dcar-batcher")
 
-    async def submit(self, lane: Lane, payload: Any) -> Vector:
-        """Embed one query: float32 (E,). Raises what the lane raised for this very item."""
-        self.require_room()
-        return await self._enqueue(lane, payload)
+    async def submit(self, group: BatchGroup, payload: Any) -> Floats:
+        """Return the vector (E,) of one query.
 
-    async def submit_all(self, lane: Lane, payloads: Sequence[Any]) -> list[Vector]:
-        """Embed what one request needs together: admitted or refused as a whole, by what waits already.
-
-        An idle service so takes it on, however many there are and however slow it was before.
+        Raises:
+            NotReadyError: see `require_room`.
+            OverloadedError: see `require_room`.
+            Exception: whatever the group's `run` raised for this payload alone.
         """
         self.require_room()
-        return await asyncio.gather(*(self._enqueue(lane, payload) for payload in payloads))
+        return await self._enqueue(group, payload)
+
+    async def submit_all(self, group: BatchGroup, payloads: Sequence[Any]) -> list[Floats]:
+        """Return the vectors (E,) of several queries, accepted or refused together.
+
+        The work that waits already decides, so an idle service accepts a batch of any size.
+        """
+        self.require_room()
+        return await asyncio.gather(*(self._enqueue(group, payload) for payload in payloads))
 
     @property
-    def full(self) -> bool:
-        """Whether what waits already would keep another job too long."""
+    def is_full(self) -> bool:
+        """True if a new query would wait too long."""
         return self._backlog > self._max_queue
 
     def require_room(self) -> None:
-        """Nothing happens when another job would be taken on.
+        """Check that a new query would be accepted.
 
         Raises:
-            NotReady: the service ends.
-            Overloaded: what waits already would keep it too long.
+            NotReadyError: the service is shutting down.
+            OverloadedError: the query would wait too long.
         """
-        if self._closing:
-            raise NotReady("The service is shutting down.")
-        if self.full:
+        if self._is_closing:
+            raise NotReadyError("The service is shutting down.")
+        if self.is_full:
             self._metrics.refused("queue_time")
-            raise Overloaded(self._backlog)
-
-    def _enqueue(self, lane: Lane, payload: Any) -> asyncio.Future[Vector]:
-        cost = self._pace.get(lane.key, 0.0)
-        future: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
-        self._jobs.append(_Job(lane, payload, future, time.monotonic(), cost, self._metrics.trace_context()))
-        self._backlog += cost
-        self._arrived.set()
-        if self._missing is not None and self._missing[0] == lane:
-            self._missing = lane, self._missing[1] - 1
-            if self._missing[1] == 0:
-                self._together.set()
-        return future
+            raise OverloadedError(self._backlog)
 
     async def close(self) -> None:
-        """Finish every accepted job, then let the thread go."""
-        self._closing = True
-        self._arrived.set()
-        self._together.set()
+        """Finish the accepted work, then end the thread."""
+        self._is_closing = True
+        self._has_arrived.set()
+        self._batch_is_full.set()
         if self._worker is not None:
             await self._worker
         self._thread.shutdown()
 
+    def _enqueue(self, group: BatchGroup, payload: Any) -> asyncio.Future[Floats]:
+        cost = self._seconds_per_query.get(group.key, 0.0)
+        future: asyncio.Future[Floats] = asyncio.get_running_loop().create_future()
+        self._jobs.append(_Job(group, payload, future, time.monotonic(), cost, self._metrics.trace_context()))
+        self._backlog += cost
+        self._has_arrived.set()
+        if self._awaited is not None and self._awaited[0] == group:
+            self._awaited = group, self._awaited[1] - 1
+            if self._awaited[1] == 0:
+                self._batch_is_full.set()
+        return future
+
     async def _work(self) -> None:
         while True:
-            while self._jobs and self._jobs[0].future.done():  # its caller is gone
+            while self._jobs and self._jobs[0].is_cancelled:
                 self._backlog -= self._jobs.popleft().cost
             if not self._jobs:
-                if self._closing:
+                if self._is_closing:
                     return
-                self._arrived.clear()
-                await self._arrived.wait()
+                self._has_arrived.clear()
+                await self._has_arrived.wait()
                 continue
-            await self._wait_for_company()
-            await self._run(self._take())  # no name for it here: it would keep a replaced model until the next batch
+            await self._wait_for_more()
+            await self._run(self._next_batch())  # not bound to a name here: it would keep a replaced model alive
 
-    async def _wait_for_company(self) -> None:
-        lane = self._jobs[0].lane
-        missing = min(self._company.get(lane.key, 1), self._max_batch) - self._waiting(lane)
-        left = max(self._jobs[0].arrived, self._ended) + self._max_wait - time.monotonic()
-        if missing <= 0 or left <= 0 or self._closing:
+    async def _wait_for_more(self) -> None:
+        """Wait, for `max_wait_s` at most, until the batch is as large as the last one of its group."""
+        group = self._jobs[0].group
+        missing = min(self._expected_size.get(group.key, 1), self._max_batch) - self._waiting(group)
+        remaining = max(self._jobs[0].arrived, self._last_end) + self._max_wait - time.monotonic()
+        if missing <= 0 or remaining <= 0 or self._is_closing:
             return
-        self._together.clear()
-        self._missing = lane, missing
+        self._batch_is_full.clear()
+        self._awaited = group, missing
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._together.wait(), left)
-        self._missing = None
+            await asyncio.wait_for(self._batch_is_full.wait(), remaining)
+        self._awaited = None
 
-    def _waiting(self, lane: Lane) -> int:
-        return sum(job.lane == lane and not job.future.done() for job in self._jobs)
+    def _waiting(self, group: BatchGroup) -> int:
+        return sum(job.group == group and not job.is_cancelled for job in self._jobs)
 
-    def _take(self) -> list[_Job]:
-        """The oldest job and those that may join it, oldest first; the others keep their places."""
+    def _next_batch(self) -> list[_Job]:
+        """Take the oldest job and the jobs of its group, oldest first; the others keep their places."""
         batch: list[_Job] = []
-        rest: deque[_Job] = deque()
+        remaining: deque[_Job] = deque()
         for job in self._jobs:
-            if job.future.done():
+            if job.is_cancelled:
                 continue
-            if len(batch) < self._max_batch and (not batch or job.lane == batch[0].lane):
+            if len(batch) < self._max_batch and (not batch or job.group == batch[0].group):
                 batch.append(job)
             else:
-                rest.append(job)
-        self._jobs = rest
-        self._backlog = sum(job.cost for job in rest)
+                remaining.append(job)
+        self._jobs = remaining
+        self._backlog = sum(job.cost for job in remaining)
         return batch
 
     async def _run(self, batch: list[_Job]) -> None:
         if not batch:
             return
-        payloads = [job.payload for job in batch]
-        began = time.monotonic()
-        outcomes: list[Vector | Exception]
+        group, payloads = batch[0].group, [job.payload for job in batch]
+        started = time.monotonic()
+        outcomes: list[Floats | Exception]
         try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(
-                self._thread, _forward, batch[0].lane.run, payloads
-            )
-        except Exception as error:  # the thread itself failed; each caller must hear of it
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, _forward, group.run, payloads)
+        except Exception as error:  # the thread itself failed; every caller must learn of it
             outcomes = [error] * len(batch)
-        self._ended = ended = time.monotonic()
-        self._metrics.passed(batch, began, ended)
-        pace, lane = (ended - began) / len(batch), batch[0].lane
-        self._pace[lane.key] = _SMOOTH * pace + (1 - _SMOOTH) * self._pace.get(lane.key, pace)
-        self._company[lane.key] = len(batch) + self._waiting(lane)
+        self._last_end = time.monotonic()
+        self._metrics.forward_pass(batch, started, self._last_end)
+        seconds = (self._last_end - started) / len(batch)
+        smoothed = self._seconds_per_query.get(group.key, seconds)
+        self._seconds_per_query[group.key] = _NEWEST_WEIGHT * seconds + (1 - _NEWEST_WEIGHT) * smoothed
+        self._expected_size[group.key] = len(batch) + self._waiting(group)
         for job, outcome in zip(batch, outcomes, strict=True):
-            if job.future.done():
+            if job.is_cancelled:
                 continue
             if isinstance(outcome, Exception):
                 job.future.set_exception(outcome)
@@ -246,10 +259,10 @@ class Batcher:
                 job.future.set_result(outcome)
 
 
-def _forward(run: Callable[[list[Any]], Vector | list[Vector]], payloads: list[Any]) -> list[Vector | Exception]:
-    """One outcome per payload. Rows are copied, so that a cached one does not keep its whole batch alive."""
+def _forward(run: Callable[[list[Any]], Floats | list[Floats]], payloads: list[Any]) -> list[Floats | Exception]:
+    """Return one outcome per payload. Rows are copied, so a cached row does not keep its batch alive."""
     try:
-        vectors = run(payloads)  # [n, E]
+        vectors = run(payloads)  # [N, E]
         if len(vectors) != len(payloads):
             raise RuntimeError(f"{len(vectors)} embeddings for {len(payloads)} queries")
     except Exception as error:
@@ -258,6 +271,6 @@ def _forward(run: Callable[[list[Any]], Vector | list[Vector]], payloads: list[A
         half = len(payloads) // 2
         return _forward(run, payloads[:half]) + _forward(run, payloads[half:])
     return [
-        vector.copy() if np.isfinite(vector).all() else DataError("The model finds no finite embedding for this query.")
+        vector.copy() if np.isfinite(vector).all() else DataError("The model has no finite embedding for this query.")
         for vector in vectors
     ]

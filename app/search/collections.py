@@ -1,93 +1,247 @@
-"""The domains that one process serves: by name, an index with its own checkpoint, over one backbone in memory.
+"""Collections: the indexes that one process serves, by name, and the swap to new versions without dropping a request.
 
 - The default collection is DCAR_INDEX, named after its directory; routes without a name mean it.
-- Backbone and encoders are shared through what is loaded: a collection costs its trainables and its index.
-- The service is ready when each collection has been loaded, and stays so when one cannot follow a new version.
+- A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference.
+- If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
+- CURRENT is polled. `reload` does the same at once, for `POST /admin/reload` and for notices over Redis.
+- The service is ready when every collection is loaded, and stays ready when one cannot follow a new version.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
-from app.core.problems import NotReady, Problem
 from app.core.settings import Settings
-from app.search.snapshots import Snapshot, Snapshots
-from dcar_core.util.errors import DcarError
+from app.core.threads import run_in_new_thread
+from app.search.errors import CollectionNotFoundError, NotReadyError
+from app.search.snapshots import Snapshot, load_snapshot
+from dcar_core.util.errors import ArtifactError, DcarError
+from index_jobs.store.artifact import current_version, read_manifest, require_index
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 30.0
+_LOADING = "The model is being loaded."
+
+
+class ServedIndex:
+    """One published index and its live snapshot.
+
+    Args:
+        index: directory of the index.
+        loaded: returns the live snapshots of all collections, to share their encoders.
+        load_lock: held while a version is loaded, so one is loaded at a time.
+        on_start_failure: called if the first version cannot be loaded.
+
+    Attributes:
+        reason: why the published version is not served; None if it is.
+    """
+
+    def __init__(
+        self,
+        index: Path,
+        settings: Settings,
+        *,
+        loaded: Callable[[], Iterable[Snapshot]],
+        load_lock: asyncio.Lock,
+        on_start_failure: Callable[[DcarError], None] | None = None,
+    ) -> None:
+        self.index = index
+        self.reason: str | None = _LOADING
+        self._settings = settings
+        self._loaded = loaded
+        self._load_lock = load_lock
+        self._on_start_failure = on_start_failure
+        self._live: Snapshot | None = None
+        self._failed_version: int | None = None
+        self._retry_at = 0.0
+        self._poller: asyncio.Task[None] | None = None
+        self._loads: set[asyncio.Task[bool]] = set()
+        self._is_closing = False
+
+    @property
+    def live(self) -> Snapshot | None:
+        """The snapshot that answers searches; None while the first one is loaded."""
+        return self._live
+
+    def require(self) -> Snapshot:
+        """Return the live snapshot.
+
+        Raises:
+            NotReadyError: none is loaded.
+        """
+        if self._live is None:
+            raise NotReadyError(self.reason or _LOADING)
+        return self._live
+
+    def start(self) -> None:
+        """Load the first version and begin to poll, in the background."""
+        self._poller = asyncio.create_task(self._poll(), name="dcar-snapshots")
+
+    async def close(self) -> None:
+        """Stop polling, and wait for a load in progress: its thread cannot be stopped."""
+        self._is_closing = True
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+        await asyncio.gather(*self._loads, return_exceptions=True)
+
+    async def reload(self) -> bool:
+        """Serve the published version. Return False if it is live already.
+
+        A load that has begun continues, and keeps the lock, if its caller stops waiting.
+
+        Raises:
+            DcarError: the version cannot be loaded; the live one stays.
+        """
+        load = asyncio.create_task(self._load(), name="dcar-load")
+        self._loads.add(load)
+        load.add_done_callback(self._loads.discard)
+        load.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved even if nobody waits
+        return await asyncio.shield(load)
+
+    async def _load(self) -> bool:
+        async with self._load_lock:
+            if self._is_closing:
+                return False
+            version: int | None = None
+            started = time.perf_counter()
+            try:
+                version = await asyncio.to_thread(require_index, self.index)
+                if self._live is not None and await asyncio.to_thread(_is_live, self._live, self.index, version):
+                    self.reason, self._failed_version = None, None
+                    return False
+                snapshot = await run_in_new_thread(load_snapshot, self.index, self._settings, self._loaded())
+            except Exception as error:
+                failure = self._record_failure(version, error)
+                raise failure from (None if failure is error else error)
+            self._live, self.reason, self._failed_version = snapshot, None, None
+            count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
+            logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
+            return True
+
+    def _record_failure(self, version: int | None, error: Exception) -> DcarError:
+        """Note why a version is not served. Log it once, and not at all if `on_start_failure` reports it."""
+        failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
+        is_reported = self._live is None and self._on_start_failure is not None
+        if str(failure) != self.reason and not is_reported:
+            logger.error("version %s of %s is not served: %s", version or "?", self.index, failure)
+        self.reason = str(failure)
+        self._failed_version, self._retry_at = version, time.monotonic() + _RETRY_S
+        return failure
+
+    async def _poll(self) -> None:
+        try:
+            await self.reload()
+        except DcarError as error:
+            if self._on_start_failure is not None:
+                self._on_start_failure(error)
+        while self._settings.poll_s > 0:
+            await asyncio.sleep(self._settings.poll_s)
+            with contextlib.suppress(DcarError):  # `_record_failure` has logged it
+                version = await asyncio.to_thread(_published_version, self.index)
+                if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
+                    await self.reload()
+
+
+def _is_live(live: Snapshot, index: Path, version: int) -> bool:
+    """Return True if a published version is the live one. The numbers of a rebuilt index begin anew."""
+    if live.version != version:
+        return False
+    try:
+        return read_manifest(index, version) == live.artifact.manifest
+    except ArtifactError:
+        return True  # the published manifest is broken, the live version is not
+
+
+def _published_version(index: Path) -> int | None:
+    """Return the published version, or None if it cannot be read; `reload` reports why."""
+    try:
+        return current_version(index)
+    except ArtifactError:
+        return None
 
 
 class Collections:
-    """All collections; the default one comes first."""
+    """All collections by name; the default one is first.
+
+    Attributes:
+        default: name of the default collection.
+        is_draining: True if the service is about to stop: it still answers, but is not ready.
+    """
 
     def __init__(self, settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> None:
-        turn = asyncio.Lock()
-        self._all = {
-            name: Snapshots(index, settings, loaded=self._loaded, turn=turn, on_start_failure=on_start_failure)
+        lock = asyncio.Lock()
+        self._indexes = {
+            name: ServedIndex(
+                index, settings, loaded=self._live_snapshots, load_lock=lock, on_start_failure=on_start_failure
+            )
             for name, index in settings.indexes.items()
         }
-        self.default = next(iter(self._all))
-        self.draining = False  # about to end: still answers, but says that it is not ready
+        self.default = next(iter(self._indexes))
+        self.is_draining = False
 
-    def __iter__(self) -> Iterator[tuple[str, Snapshots]]:
-        return iter(self._all.items())
+    def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
+        return iter(self._indexes.items())
 
-    def __getitem__(self, name: str | None) -> Snapshots:
-        """A collection; None is the default.
+    def __getitem__(self, name: str | None) -> ServedIndex:
+        """Return a collection; None means the default.
 
         Raises:
-            Problem: there is none of this name.
+            CollectionNotFoundError: no collection has this name.
         """
-        found = self._all.get(self.default if name is None else name)
-        if found is None:
-            known = ", ".join(self._all)
-            message = f"there is no collection {str(name)[:200]!r}; there are: {known}"
-            raise Problem(404, message[:1].upper() + message[1:], errors=[("collection", message)])
-        return found
+        index = self._indexes.get(self.default if name is None else name)
+        if index is None:
+            raise CollectionNotFoundError(str(name), list(self._indexes))
+        return index
 
     def require_all(self) -> None:
-        """Nothing happens when every collection can answer.
+        """Check that every collection can be searched.
 
         Raises:
-            NotReady: one cannot; the message is its reason.
+            NotReadyError: one cannot; the message is its reason.
         """
-        for name, snapshots in self:
-            if snapshots.live is None:
-                where = "" if len(self._all) == 1 else f"{name}: "
-                raise NotReady(where + (snapshots.reason or "The model is being loaded."))
+        for name, index in self:
+            if index.live is None:
+                raise NotReadyError(self._with_name(name, index.reason or _LOADING))
 
     @property
     def reason(self) -> str | None:
-        """Why some collection is not at its published version; None when all are."""
-        reasons = [
-            snapshots.reason if len(self._all) == 1 else f"{name}: {snapshots.reason}"
-            for name, snapshots in self
-            if snapshots.reason is not None
-        ]
+        """Why some published version is not served; None if all are."""
+        reasons = [self._with_name(name, index.reason) for name, index in self if index.reason is not None]
         return "; ".join(reasons) or None
 
     def start(self) -> None:
         """Load every collection, one after the other, and begin to poll, in the background."""
-        for _, snapshots in self:
-            snapshots.start()
+        for _, index in self:
+            index.start()
 
     async def close(self) -> None:
         """Stop polling."""
-        await asyncio.gather(*(snapshots.close() for _, snapshots in self))
+        await asyncio.gather(*(index.close() for _, index in self))
 
     async def reload(self) -> dict[str, bool]:
-        """Serve what is published; says by name what has changed.
+        """Serve the published version of every collection. Return which ones changed, by name.
 
         Raises:
-            DcarError: of those collections that cannot be loaded, after all have been tried.
+            DcarError: some cannot be loaded; the others have been reloaded.
         """
         changed: dict[str, bool] = {}
-        failed: list[str] = []
-        for name, snapshots in self:
+        failures: list[str] = []
+        for name, index in self:
             try:
-                changed[name] = await snapshots.reload()
+                changed[name] = await index.reload()
             except DcarError as error:
-                failed.append(str(error) if len(self._all) == 1 else f"{name}: {error}")
-        if failed:
-            raise DcarError("; ".join(failed))
+                failures.append(self._with_name(name, str(error)))
+        if failures:
+            raise DcarError("; ".join(failures))
         return changed
 
-    def _loaded(self) -> list[Snapshot]:
-        return [snapshots.live for _, snapshots in self if snapshots.live is not None]
+    def _with_name(self, name: str, message: str) -> str:
+        return message if len(self._indexes) == 1 else f"{name}: {message}"
+
+    def _live_snapshots(self) -> list[Snapshot]:
+        return [index.live for _, index in self if index.live is not None]

@@ -1,12 +1,12 @@
-"""Query embeddings, remembered: in this process, and behind that in Redis when DCAR_REDIS_URL is set.
+"""Cached embeddings of queries: in this process and, with DCAR_REDIS_URL, in Redis behind it.
 
-- The key carries the encoder's fingerprint, the kind of query and a hash of the normalised text or of the image bytes:
-  a retrained model never reads an old embedding, and no query text is stored.
-- Values are float16, half the memory. A computed embedding is searched with as `rounded`, which is what the cache would
-  give back for it, so an answer is the same to the bit whether it is computed, remembered here or read from Redis.
-- Redis may be down, slow, full or wrong; a search never fails for it. Short timeouts, one attempt, a checksum over key
-  and value, and a `Breaker` each for reading and for writing: a full Redis is still read.
-- Writing does not delay the answer: `put` returns at once and the write goes on in the background, bounded in number.
+- A key holds the fingerprint of the encoder, the kind of query, and a hash of the normalised text or the image bytes.
+  A retrained model never reads an old embedding, and no query text is stored.
+- Values are float16. A computed embedding is rounded in the same way before it is used (`rounded`), so a search has the
+  same results, to the bit, whether its embedding is computed, cached here or read from Redis.
+- A search never fails because Redis is down, slow, full or corrupted: short timeouts, one attempt, a checksum over key
+  and value, and one `CircuitBreaker` for reads and one for writes, so a full Redis is still read.
+- `put` returns at once; the write runs in the background. The number of pending writes is bounded.
 """
 
 import asyncio
@@ -18,62 +18,68 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.breaker import Breaker
+from app.core.breaker import CircuitBreaker
 from app.core.metrics import Metrics
 from app.core.redis import STORE_FAULTS, connect, disconnect
 from app.core.settings import Settings
-from app.search.batching import Vector
+from dcar_core.util.arrays import Floats
 
 _DTYPE = np.dtype("<f2")
-_CHECK_BYTES = 4
-_FORMAT = 2  # part of the key: raise it when the value's form changes
+_CHECKSUM_BYTES = 4
+_FORMAT = 2  # part of the key; raise it when the format of a value changes
 _MAX_WRITES = 256
+_CLOSE_TIMEOUT_S = 1.0
 
 
 def cache_key(fingerprint: str, kind: Literal["text", "image"], content: bytes) -> str:
-    """The name of an embedding; equal content under another encoder has another name."""
+    """Return the key of an embedding. Equal content has another key under another encoder."""
     return f"dcar:{_FORMAT}:{fingerprint}:{kind}:{hashlib.sha256(content).hexdigest()}"
 
 
-def rounded(vector: Vector) -> Vector:
-    """What the cache gives back for a vector: float32 (E,) of unit length, with float16's precision."""
+def rounded(vector: Floats) -> Floats:
+    """Return a vector as the cache returns it: float32 (E,) of unit length, with the precision of float16."""
     return _widened(vector.astype(_DTYPE))
 
 
-def _widened(half: NDArray[np.float16]) -> Vector:
-    vector: Vector = half.astype(np.float32)
-    vector /= np.sqrt(vector @ vector)  # a third of the time of np.linalg.norm
+def _widened(half: NDArray[np.float16]) -> Floats:
+    vector: Floats = half.astype(np.float32)
+    vector /= np.sqrt(vector @ vector)  # three times as fast as np.linalg.norm
     return vector
 
 
 class VectorCache(Protocol):
-    """Where embeddings are remembered. No method raises for a fault of the store.
+    """A cache of embeddings. No method raises when its store fails.
 
-    shared: `get` may find what `peek` does not, since others write there too.
+    Attributes:
+        is_shared: True if other processes write to it, so `get` may find what `peek` does not.
     """
 
-    shared: bool
+    is_shared: bool
 
-    def peek(self, key: str, dim: int, *, counted: bool = True) -> Vector | None:
-        """The float32 (dim,) vector if it is known in this process. counted: as a hit or a miss, once a query."""
+    def peek(self, key: str, dim: int, *, counted: bool = True) -> Floats | None:
+        """Return the vector, float32 (dim,), if this process has it.
 
-    async def get(self, key: str, dim: int) -> Vector | None:
-        """The float32 (dim,) vector from wherever it is, or None when it is unknown, unusable or not there in time.
-
-        To be asked after `peek`, which has counted the look into this process.
+        Args:
+            counted: count a hit or a miss in the metrics. Do it once a query.
         """
 
-    def put(self, key: str, vector: Vector) -> None:
-        """Remember the vector, soon and if possible."""
+    async def get(self, key: str, dim: int) -> Floats | None:
+        """Return the vector, float32 (dim,), from any level; None if it is missing, unusable or late.
+
+        Call it after `peek`, which has counted the lookup in this process.
+        """
+
+    def put(self, key: str, vector: Floats) -> None:
+        """Cache the vector, soon and if possible."""
 
     async def close(self) -> None:
-        """Finish pending writes and let connections go."""
+        """Finish pending writes and release connections."""
 
 
 class MemoryCache:
-    """Least recently used entries go first, beyond `size` of them."""
+    """Embeddings in this process; the least recently used entries beyond `size` are dropped."""
 
-    shared = False
+    is_shared = False
 
     def __init__(self, size: int, metrics: Metrics | None = None) -> None:
         self._size = size
@@ -83,24 +89,25 @@ class MemoryCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def peek(self, key: str, dim: int, *, counted: bool = True) -> Vector | None:
+    def peek(self, key: str, dim: int, *, counted: bool = True) -> Floats | None:
         entry = self._entries.get(key)
-        known = entry is not None and entry.shape == (dim,)
+        if entry is not None and entry.shape != (dim,):
+            entry = None
         if counted and self._size:
-            self._metrics.lookup("memory", "hit" if known else "miss")
-        if entry is None or not known:
+            self._metrics.lookup("memory", "miss" if entry is None else "hit")
+        if entry is None:
             return None
         self._entries.move_to_end(key)
         return _widened(entry)
 
-    async def get(self, key: str, dim: int) -> Vector | None:
+    async def get(self, key: str, dim: int) -> Floats | None:
         return self.peek(key, dim, counted=False)
 
-    def put(self, key: str, vector: Vector) -> None:
-        self.keep(key, vector.astype(_DTYPE))
+    def put(self, key: str, vector: Floats) -> None:
+        self.put_half(key, vector.astype(_DTYPE))
 
-    def keep(self, key: str, half: NDArray[np.float16]) -> None:
-        """Remember what is rounded already: doing it twice could change a bit."""
+    def put_half(self, key: str, half: NDArray[np.float16]) -> None:
+        """Cache a vector that is rounded already: rounding twice could change a bit."""
         if self._size == 0:
             return
         self._entries[key] = half
@@ -113,12 +120,17 @@ class MemoryCache:
 
 
 class RedisCache:
-    """Embeddings in Redis, with a lifetime, behind those in this process; shared by all that serve the same model.
+    """Embeddings in Redis, behind those in this process; shared by all services of the same model.
 
-    How much Redis holds is its own setting: `maxmemory` with `maxmemory-policy allkeys-lru`.
+    Redis bounds its own memory: set `maxmemory` with `maxmemory-policy allkeys-lru`.
+
+    Args:
+        ttl_s: lifetime of an entry.
+        timeout_s: of each read and write.
+        memory: the level before Redis; None for Redis alone.
     """
 
-    shared = True
+    is_shared = True
 
     def __init__(
         self,
@@ -133,37 +145,37 @@ class RedisCache:
         self._timeout = timeout_s
         self._metrics = metrics or Metrics()
         self._memory = MemoryCache(0) if memory is None else memory
-        self.reading = Breaker(does="cached embeddings")
-        self.writing = Breaker(does="caching new embeddings")
+        self.read_breaker = CircuitBreaker(purpose="cached embeddings")
+        self.write_breaker = CircuitBreaker(purpose="caching new embeddings")
         self._redis = connect(url, timeout_s=timeout_s)
         self._writes: set[asyncio.Task[None]] = set()
 
-    def peek(self, key: str, dim: int, *, counted: bool = True) -> Vector | None:
+    def peek(self, key: str, dim: int, *, counted: bool = True) -> Floats | None:
         return self._memory.peek(key, dim, counted=counted)
 
-    async def get(self, key: str, dim: int) -> Vector | None:
-        if not self.reading.allows():
+    async def get(self, key: str, dim: int) -> Floats | None:
+        if not self.read_breaker.allows():
             self._metrics.lookup("redis", "skipped")
             return None
         try:
             async with asyncio.timeout(self._timeout):
                 value = await self._redis.get(key)
         except STORE_FAULTS as error:
-            self.reading.failed(error)
+            self.read_breaker.failed(error)
             self._metrics.lookup("redis", "error")
             return None
-        self.reading.succeeded()
+        self.read_breaker.succeeded()
         half = None if value is None else _unpack(key, value, dim)
         if half is None:
             self._metrics.lookup("redis", "miss" if value is None else "wrong")
             return None
         self._metrics.lookup("redis", "hit")
-        self._memory.keep(key, half)
+        self._memory.put_half(key, half)
         return _widened(half)
 
-    def put(self, key: str, vector: Vector) -> None:
+    def put(self, key: str, vector: Floats) -> None:
         self._memory.put(key, vector)
-        if len(self._writes) >= _MAX_WRITES or not self.writing.allows():
+        if len(self._writes) >= _MAX_WRITES or not self.write_breaker.allows():
             self._metrics.write("skipped")
             return
         task = asyncio.create_task(self._write(key, _pack(key, vector)))
@@ -175,38 +187,38 @@ class RedisCache:
             async with asyncio.timeout(self._timeout):
                 await self._redis.set(key, value, ex=self._ttl)
         except STORE_FAULTS as error:
-            self.writing.failed(error)
+            self.write_breaker.failed(error)
             self._metrics.write("error")
         else:
-            self.writing.succeeded()
+            self.write_breaker.succeeded()
             self._metrics.write("ok")
 
     async def close(self) -> None:
         if self._writes:
-            await asyncio.wait(self._writes, timeout=1.0)
+            await asyncio.wait(self._writes, timeout=_CLOSE_TIMEOUT_S)
         await self._memory.close()
         await disconnect(self._redis)
 
 
-def _pack(key: str, vector: Vector) -> bytes:
-    """crc32 of key and value, little endian, then the value: float16 (E,)."""
+def _pack(key: str, vector: Floats) -> bytes:
+    """Return the crc32 of key and value, little endian, then the value: float16 (E,)."""
     value = vector.astype(_DTYPE).tobytes()
-    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(_CHECK_BYTES, "little") + value
+    return zlib.crc32(value, zlib.crc32(key.encode())).to_bytes(_CHECKSUM_BYTES, "little") + value
 
 
 def _unpack(key: str, packed: object, dim: int) -> NDArray[np.float16] | None:
-    """float16 (dim,), None when it is not what was once put under this key."""
-    if not isinstance(packed, bytes) or len(packed) != _CHECK_BYTES + dim * _DTYPE.itemsize:
+    """Return the value, float16 (dim,), or None if it is not what `_pack` made for this key."""
+    if not isinstance(packed, bytes) or len(packed) != _CHECKSUM_BYTES + dim * _DTYPE.itemsize:
         return None
-    check, value = packed[:_CHECK_BYTES], packed[_CHECK_BYTES:]
-    if zlib.crc32(value, zlib.crc32(key.encode())) != int.from_bytes(check, "little"):
+    checksum, value = packed[:_CHECKSUM_BYTES], packed[_CHECKSUM_BYTES:]
+    if zlib.crc32(value, zlib.crc32(key.encode())) != int.from_bytes(checksum, "little"):
         return None
     half = np.frombuffer(value, _DTYPE)
     return half if np.isfinite(half).all() and half.any() else None
 
 
 def make_cache(settings: Settings, metrics: Metrics | None = None) -> VectorCache:
-    """The cache that the settings ask for. Does not connect: Redis may come later than the service."""
+    """Make the cache that the settings ask for. It does not connect: Redis may start later than the service."""
     metrics = metrics or Metrics()
     memory = MemoryCache(settings.cache_size, metrics)
     if settings.redis_url is None:
@@ -218,10 +230,10 @@ def make_cache(settings: Settings, metrics: Metrics | None = None) -> VectorCach
         memory=memory,
         metrics=metrics,
     )
-    metrics.watch(
+    metrics.add_gauge(
         "dcar_redis_breaker_open",
-        "1 while Redis is left alone because it failed.",
+        "1 while Redis is not used because it failed.",
         ["use"],
-        lambda: [(["read"], float(cache.reading.open)), (["write"], float(cache.writing.open))],
+        lambda: [(["read"], float(cache.read_breaker.is_open)), (["write"], float(cache.write_breaker.is_open))],
     )
     return cache

@@ -1,191 +1,182 @@
-"""What looks at a query together with each of some results: re-ranking, and explaining.
+"""Re-ranking and explanation of (query, result) pairs.
 
-- Re-ranking encodes the query once for every candidate, with DCAR's exact weights for that pair, and compares it with
-  the candidate's vector again. Every candidate is treated alike, but one whose picture is gone keeps its score and
-  comes after the others; it has no map either.
-- A word's weight is what the model's head predicts from the text; for a result it is the exact one of the pair.
-- A picture's relevance map is measured: how much the score falls when a part of it is blanked. It needs nothing but the
-  encoder, and holds for whatever the query consists of.
-
-The model itself is loaded when the first query needs it: see `Snapshot.pairs`.
-
-A candidate's feature from the frozen image encoder is computed from its picture at first need and kept for the
-version's life: see `Snapshot.frozen`.
+- Re-ranking encodes the query once for each candidate, with DCAR's exact weights for the pair, and compares it with the
+  vector of the candidate again. A candidate without its image keeps its score and comes after the others.
+- The weight of a word is predicted from the text alone; for one result it is the exact weight of the pair.
+- A relevance map is measured: how much the score falls when a part of the image is blanked. It needs only the encoder,
+  and holds for any kind of query.
+- The full model is loaded by the first query that needs it: see `Snapshot.pair_weights`.
+- The feature that the frozen image encoder has for a candidate is computed once and cached: see `Snapshot.frozen`.
 """
 
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.problems import Problem
-from app.core.threads import in_own_thread
-from app.search.batching import Vector
+from app.core.threads import run_in_new_thread
 from app.search.embedding import Embedder
-from app.search.ranking import Hit, vectors_of
+from app.search.errors import MissingImagesError, MissingTokenWeightsError, ModelUnavailableError
+from app.search.query import Explanation, ObjectFit, WordWeights
+from app.search.ranking import RankedRow, row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.util.arrays import Pixels
+from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DcarError, ImageError
 
 if TYPE_CHECKING:
     from dcar_core.serving.pair_weights import PairWeights
 
-Fit = Literal["cover", "fill", "contain"]
-Words = list[tuple[str, float]]
-
-_FITS: dict[str, Fit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
-
-PARTS = 6  # a map has at most so many parts a side
-_KEPT = 40 * 2**20  # bytes of features: 20,000 of 512 dimensions, fewer where each patch has one
+MAX_PARTS = 6  # of a relevance map, in each direction
+_FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
+_MAX_FROZEN_BYTES = 40 * 2**20  # of cached features: 20,000 of 512 dimensions
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Of one result. relevance: what each patch adds to the score, row by row; words: None without a text.
+class PairScorer:
+    """Score and explain pairs.
 
-    fit: how a square shows of the picture what the model sees, in CSS's words.
+    Args:
+        embedder: encodes texts and images.
+        image_threads: read the images of the gallery.
     """
 
-    relevance: list[list[float]]
-    fit: Fit
-    words: Words | None
-
-
-class Pairing:
-    """Works with the embedder's threads, and reads the gallery's pictures in those that are given."""
-
-    def __init__(self, embedder: Embedder, reading: Executor) -> None:
+    def __init__(self, embedder: Embedder, image_threads: Executor) -> None:
         self._embedder = embedder
-        self._reading = reading
+        self._image_threads = image_threads
 
-    async def rerank(self, snapshot: Snapshot, text: str, hits: Sequence[Hit]) -> list[Hit]:
-        """The same hits, scored and sorted by the exact pair weights.
+    async def rerank(self, snapshot: Snapshot, text: str, ranked: Sequence[RankedRow]) -> list[RankedRow]:
+        """Return the same rows, scored and sorted by the exact pair weights.
 
         Raises:
-            Problem: the model knows no token weights, or every picture is gone.
+            MissingTokenWeightsError: the model was trained without token weights.
+            MissingImagesError: every image is missing.
+            ModelUnavailableError: the full model cannot be loaded.
         """
         if not snapshot.encoder.adapter.uses_token_weights:
-            raise Problem(409, "This model was trained without token weights, so there is nothing to re-rank by.")
-        if not hits:
+            raise MissingTokenWeightsError
+        if not ranked:
             return []
-        pairs = await _pairs(snapshot)
-        frozen = await self._frozen(snapshot, [hit.row for hit in hits])
-        there, gone = [hit for hit in hits if hit.row in frozen], [hit for hit in hits if hit.row not in frozen]
-        if not there:
-            raise _no_pictures()
-        factors = await self._embedder.with_model(pairs.factors, text, np.stack(list(frozen.values())))  # [C, n]
-        texts = await self._embedder.weighted(snapshot, text, factors)  # [C, E]
-        images = await asyncio.to_thread(vectors_of, snapshot, [hit.row for hit in there])  # [C, E]
+        pairs = await _pair_weights(snapshot)
+        frozen = await self._frozen_features(snapshot, [each.row for each in ranked])
+        candidates = [each for each in ranked if each.row in frozen]
+        if not candidates:
+            raise MissingImagesError
+        features = np.stack(list(frozen.values()))
+        factors = await self._embedder.run_in_model_thread(pairs.factors, text, features)  # [C, n]
+        texts = await self._embedder.weighted_text(snapshot, text, factors)  # [C, E]
+        images = await asyncio.to_thread(row_vectors, snapshot, [each.row for each in candidates])  # [C, E]
         scores = np.einsum("ce,ce->c", texts, images)
-        scored = [replace(hit, reranked=float(score)) for hit, score in zip(there, scores, strict=True)]
-        return sorted(scored, key=lambda hit: -(hit.reranked or 0.0)) + gone
+        scored = [replace(each, rerank_score=float(score)) for each, score in zip(candidates, scores, strict=True)]
+        scored.sort(key=lambda each: -(each.rerank_score or 0.0))
+        return scored + [each for each in ranked if each.row not in frozen]
 
-    async def words(self, snapshot: Snapshot, text: str) -> Words:
-        """The query's words with the weights that the text alone gives them."""
-        pairs = await _pairs(snapshot)
-        factors = await self._embedder.with_model(pairs.predicted_factors, text)
+    async def word_weights(self, snapshot: Snapshot, text: str) -> WordWeights:
+        """Return the words of a query with the weights that the text alone gives them."""
+        pairs = await _pair_weights(snapshot)
+        factors = await self._embedder.run_in_model_thread(pairs.predicted_factors, text)
         return pairs.word_factors(text, factors)
 
     async def explain(
-        self, snapshot: Snapshot, text: str, vector: Vector, hits: Sequence[Hit]
+        self, snapshot: Snapshot, text: str, vector: Floats, ranked: Sequence[RankedRow]
     ) -> list[Explanation | None]:
-        """Why results have their scores: by the query's vector (E,), and by its words if it has any.
+        """Explain the scores of results by the vector (E,) of the query, and by its words if it has any.
 
         Raises:
-            Problem: every picture is gone.
+            MissingImagesError: every image is missing.
+            ModelUnavailableError: the full model cannot be loaded.
         """
-        explained = []
-        for hit in hits:  # one after the other: others get their turn
-            explained.append(await self._explained(snapshot, text, vector, hit))
-        if hits and not any(explained):
-            raise _no_pictures()
-        return explained
+        explanations = []
+        for each in ranked:  # one after the other: other queries get their turn
+            explanations.append(await self._explain_row(snapshot, text, vector, each.row))
+        if ranked and not any(explanations):
+            raise MissingImagesError
+        return explanations
 
-    async def _explained(self, snapshot: Snapshot, text: str, vector: Vector, hit: Hit) -> Explanation | None:
-        pixels = (await self._pictures(snapshot, [hit.row])).get(hit.row)
+    async def _explain_row(self, snapshot: Snapshot, text: str, vector: Floats, row: int) -> Explanation | None:
+        """Return None if the image of the row is missing."""
+        pixels = (await self._images(snapshot, [row])).get(row)
         if pixels is None:
             return None
-        parts, part_of = blanked(pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.adapter.patch_grid)
-        whole, *without = await self._embedder.pixels(snapshot, [pixels, *parts])
-        falls = np.array([float(vector @ (whole - each)) for each in without])
+        variants, part_of_patch = blank_parts(
+            pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.adapter.patch_grid
+        )
+        original, *blanked = await self._embedder.pixels(snapshot, [pixels, *variants])
+        falls = np.array([float(vector @ (original - each)) for each in blanked])
         words = None
         if text and snapshot.encoder.adapter.uses_token_weights:
-            pairs = await _pairs(snapshot)
-            frozen = (await self._frozen(snapshot, [hit.row])).get(hit.row)
+            pairs = await _pair_weights(snapshot)
+            frozen = (await self._frozen_features(snapshot, [row])).get(row)
             if frozen is None:
                 return None
-            factors = await self._embedder.with_model(pairs.factors, text, frozen[None])
+            factors = await self._embedder.run_in_model_thread(pairs.factors, text, frozen[None])
             words = pairs.word_factors(text, factors[0])
-        return Explanation(np.round(falls[part_of], 4).tolist(), _FITS[snapshot.preprocess.resize], words)
+        return Explanation(np.round(falls[part_of_patch], 4).tolist(), _FITS[snapshot.preprocess.resize], words)
 
-    async def _frozen(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Vector]:
-        """By row, in their order, the frozen features of those whose pictures are there."""
-        kept = snapshot.frozen
-        known = {row: kept[row] for row in rows if row in kept}  # what others let go of meanwhile is still here
-        missing = [row for row in rows if row not in known]
-        pixels = await self._pictures(snapshot, missing)
-        if pixels:
-            pairs = await _pairs(snapshot)
-            features = await self._embedder.with_model(pairs.image_features, np.stack(list(pixels.values())))
-            found = dict(zip(pixels, features, strict=True))
-            known |= found
-            kept.update(found)
-            most = _KEPT // features[0].nbytes
-            while len(kept) > most:
-                del kept[next(iter(kept))]
-        return {row: known[row] for row in rows if row in known}
+    async def _frozen_features(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Floats]:
+        """Return the frozen features of the rows whose images exist, by row and in their order."""
+        cache = snapshot.frozen
+        features = {row: cache[row] for row in rows if row in cache}  # the cache may drop them during the await below
+        images = await self._images(snapshot, [row for row in rows if row not in features])
+        if images:
+            pairs = await _pair_weights(snapshot)
+            computed = await self._embedder.run_in_model_thread(pairs.image_features, np.stack(list(images.values())))
+            new = dict(zip(images, computed, strict=True))
+            features |= new
+            cache.update(new)
+            while len(cache) > _MAX_FROZEN_BYTES // computed[0].nbytes:
+                del cache[next(iter(cache))]
+        return {row: features[row] for row in rows if row in features}
 
-    async def _pictures(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
-        """By row, in their order, the pictures that are still in the gallery."""
+    async def _images(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+        """Return the images that are still in the gallery, by row and in their order."""
 
-        async def picture(row: int) -> Pixels | None:
+        async def image(row: int) -> Pixels | None:
+            loop = asyncio.get_running_loop()
             try:
-                read = asyncio.get_running_loop().run_in_executor(self._reading, snapshot.artifact.image_bytes, row)
-                data = await read
+                data = await loop.run_in_executor(self._image_threads, snapshot.artifact.image_bytes, row)
                 return await self._embedder.decode(data, snapshot.encoder.preprocess)
             except (ArtifactError, ImageError, OSError):
                 return None
 
-        found = zip(rows, await asyncio.gather(*map(picture, rows)), strict=True)
-        return {row: pixels for row, pixels in found if pixels is not None}
+        images = zip(rows, await asyncio.gather(*map(image, rows)), strict=True)
+        return {row: pixels for row, pixels in images if pixels is not None}
 
 
-def _no_pictures() -> Problem:
-    return Problem(409, "This needs the results' pictures, and none of them is in the gallery any more.")
-
-
-async def _pairs(snapshot: Snapshot) -> "PairWeights":
+async def _pair_weights(snapshot: Snapshot) -> "PairWeights":
     try:
-        return await in_own_thread(snapshot.pairs)  # which may have to load the model first
+        return await run_in_new_thread(snapshot.pair_weights)  # may load the model
     except DcarError as error:
-        detail = f"This needs the model itself, and it cannot be loaded: {error}"
-        raise Problem(503, detail, headers={"Retry-After": "30"}) from None
+        raise ModelUnavailableError(str(error)) from None
 
 
-def blanked(pixels: Pixels, blank: Pixels, patches: int) -> tuple[list[Pixels], NDArray[np.int64]]:
-    """The picture (3, S, S) with each part of it in turn taken from the blank one; parts consist of whole patches.
+def blank_parts(pixels: Pixels, blank: Pixels, patches: int) -> tuple[list[Pixels], NDArray[np.int64]]:
+    """Blank each part of an image in turn. A part consists of whole patches.
+
+    Args:
+        pixels: the image, (3, S, S).
+        blank: the blank image, (3, S, S).
+        patches: number of patches in each direction.
 
     Returns:
-        the pictures, and the number of its part for each patch, int64 (patches, patches).
+        One image (3, S, S) for each part, and the number of the part of each patch: int64 (patches, patches).
     """
     size = pixels.shape[1]
-    edges = np.linspace(0, patches, min(PARTS, patches) + 1).round().astype(int)
-    part_of = np.empty((patches, patches), np.int64)
-    pictures: list[Pixels] = []
+    edges = np.linspace(0, patches, min(MAX_PARTS, patches) + 1).round().astype(int)
+    part_of_patch = np.empty((patches, patches), np.int64)
+    images: list[Pixels] = []
     for top, bottom in pairwise(edges):
         for left, right in pairwise(edges):
-            part_of[top:bottom, left:right] = len(pictures)
+            part_of_patch[top:bottom, left:right] = len(images)
             area = (
                 slice(None),
                 slice(size * top // patches, size * bottom // patches),
                 slice(size * left // patches, size * right // patches),
             )
-            picture = pixels.copy()
-            picture[area] = blank[area]
-            pictures.append(picture)
-    return pictures, part_of
+            image = pixels.copy()
+            image[area] = blank[area]
+            images.append(image)
+    return images, part_of_patch

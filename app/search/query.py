@@ -1,39 +1,48 @@
-"""One search as the engine takes it: normalised words, an image, items, and the options.
+"""Queries, the composition of their vectors, and results.
 
-The options are pydantic models, so that a request body, a form and a Python caller are checked by the same rules.
-Limits that are settings (characters, k, ...) are checked by the API; see `app.api.params`.
+- The options are pydantic models: JSON bodies, forms and Python callers are checked by the same rules.
+- Limits that are settings (characters, k, ...) are checked by `app.api.params`.
+- The vector of a query is the weighted sum of its parts: see `compose`. Only the ratios of the weights matter.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from app.core.settings import DEFAULT_K
+from app.search.errors import InvalidQueryError
 from dcar_core.model.text_cleaning import strip_control_tokens
+from dcar_core.util.arrays import Floats
+from index_jobs.store.artifact import Item
 
-# FailFast: report the first fault of a list; reporting every fault of a hostile one would take seconds.
+# FailFast reports the first fault of a list: reporting every fault of a hostile one would take seconds.
 Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32), FailFast()]
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
+ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
+WordWeights = list[tuple[str, float]]
 
-_JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # inside emoji and some scripts: they carry meaning
+_MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
+_JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
 
 def normalise(text: str) -> str:
-    """The form in which a query is encoded and remembered: NFC, single spaces, nothing invisible, no control token."""
+    """Return the form in which a text is encoded and cached: NFC, single spaces, no invisible or control tokens."""
     if not text.isascii() or not text.isprintable():
         text = "".join(
             " " if char.isspace() else char
             for char in text
             if char.isspace() or ord(char) in _JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
         )
-        text = unicodedata.normalize("NFC", text)  # of what is left: something invisible may have stood between
+        text = unicodedata.normalize("NFC", text)  # last: a letter and its mark may only now be neighbours
     return " ".join(strip_control_tokens(text).split())
 
 
 class Weights(BaseModel):
-    """How much each part of a query counts; less and without are subtracted."""
+    """Weights of the parts of a query. `less` and `without` are subtracted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,35 +54,37 @@ class Weights(BaseModel):
 
 
 class SearchOptions(BaseModel):
-    """What every search can be told beside the words or the picture."""
+    """Options of every kind of search."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    k: Annotated[int, Field(ge=1, strict=True, description="how many results")] = DEFAULT_K
+    k: Annotated[int, Field(ge=1, strict=True, description="number of results")] = DEFAULT_K
     offset: Annotated[
-        int, Field(ge=0, strict=True, description="results to skip: `next_offset` of the page before")
+        int, Field(ge=0, strict=True, description="results to skip: `next_offset` of the previous page")
     ] = 0
     filter: Annotated[
         dict[str, Any] | None,
         Field(
             description="conditions on id, caption, category and metadata fields: a value, a list of values, or "
-            '{"in", "not", "contains", "gt", "gte", "lt", "lte"}; null: it has none; {"$or": [filter, ..]}',
+            '{"in", "not", "contains", "gt", "gte", "lt", "lte"}; null matches a missing value; {"$or": [filter, ..]}',
             examples=[{"category": ["cat face"], "base": True}],
         ),
     ] = None
     min_score: Annotated[
         Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None,
-        Field(description='only results that score at least this; "auto": as calibrated, for searches by words alone'),
+        Field(description='lowest score of a result; "auto" uses the calibrated cut-off, for text queries alone'),
     ] = None
-    more_like: Annotated[Ids, Field(description="ids of items that results should be like; they are left out")] = ()
-    less_like: Annotated[Ids, Field(description="ids of items that results should not be like; left out")] = ()
-    without: Annotated[
-        str, Field(description="words for what results should not show, such as tears", examples=["tears"])
-    ] = ""
+    more_like: Annotated[
+        Ids, Field(description="ids of items that results should resemble; these items are left out")
+    ] = ()
+    less_like: Annotated[
+        Ids, Field(description="ids of items that results should not resemble; these items are left out")
+    ] = ()
+    without: Annotated[str, Field(description="what results should not show, such as tears", examples=["tears"])] = ""
     weights: Weights = Weights()
     fields: Annotated[
         Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64), FailFast()],
-        Field(description='metadata that each result is to have, ["*"] for all', examples=[["*"]]),
+        Field(description='metadata fields to return with each result, ["*"] for all', examples=[["*"]]),
     ] = ()
     fold: Annotated[
         float | None,
@@ -81,26 +92,122 @@ class SearchOptions(BaseModel):
             strict=True,
             gt=0,
             le=1,
-            description="show items whose cosine is at least this as one, the others under `folded`",
+            description="show items with at least this cosine as one result; the others are listed under `folded`",
         ),
     ] = None
     rerank: Annotated[
         bool, Field(strict=True, description="score the first results again, with exact pair weights")
     ] = False
-    explain: Annotated[bool, Field(strict=True, description="say which words and which parts of a picture count")] = (
-        False
-    )
+    explain: Annotated[
+        bool, Field(strict=True, description="show which words and which parts of an image contribute to a score")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One search: normalised words, a picture's file, an item's id, the options; something says what to look for.
+    """One search. At least one of text, image, item_id and more_like is set.
 
-    without: normalised words for what results should not show.
+    Attributes:
+        text: normalised.
+        image: an image file.
+        item_id: search for items that are similar to this one.
+        without_text: what results should not show; normalised.
     """
 
     options: SearchOptions
     text: str = ""
-    picture: bytes | None = None
-    item: str | None = None
-    without: str = ""
+    image: bytes | None = None
+    item_id: str | None = None
+    without_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryPart:
+    """A text, an image, or the mean of some items: its weight, negative if it is subtracted, and its vector (E,)."""
+
+    weight: float
+    vector: Floats
+
+
+def compose(parts: Sequence[QueryPart]) -> Floats:
+    """Return the unit vector (E,) of a query.
+
+    Raises:
+        InvalidQueryError: every weight is zero, or the parts cancel each other out.
+    """
+    scale = max((abs(part.weight) for part in parts), default=0.0)
+    if scale == 0:
+        raise InvalidQueryError("weights", "at least one part of the query must have a weight above 0")
+    weights = [part.weight / scale for part in parts]  # tiny weights would underflow
+    total: Floats = np.sum([weight * part.vector for weight, part in zip(weights, parts, strict=True)], axis=0)
+    length = float(np.linalg.norm(total))
+    if length < _MIN_LENGTH * sum(map(abs, weights)):
+        raise InvalidQueryError("weights", "the parts of this query cancel each other out; change their weights")
+    return np.asarray(total / length, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a result has its score.
+
+    Attributes:
+        relevance: contribution of each patch of the image to the score, row by row.
+        fit: how a square shows what the model sees of the image.
+        words: the words of the query with their exact weights for this image; None without a text.
+    """
+
+    relevance: list[list[float]]
+    fit: ObjectFit
+    words: WordWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One result.
+
+    Attributes:
+        score: the cosine between query and item.
+        folded: ids of its near-duplicates.
+        rerank_score: the cosine under the exact pair weights, None without re-ranking.
+    """
+
+    item: Item
+    score: float
+    folded: list[str]
+    rerank_score: float | None
+    explanation: Explanation | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResults:
+    """The matches of one query.
+
+    Attributes:
+        version: of the index that was searched.
+        is_cached: True if every embedding of the query was cached.
+        offset: number of results before these.
+        next_offset: offset of the next page; None after the last.
+        min_score: the applied cut-off.
+        words: the words of the query with the weights that the text alone gives them.
+        fields: metadata fields to return with each result.
+    """
+
+    version: int
+    matches: list[Match]
+    is_cached: bool
+    took_ms: float
+    offset: int
+    next_offset: int | None
+    min_score: float | None
+    words: WordWeights | None
+    fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ItemPage:
+    """One page of items; `count` is the number of all, `next_offset` is None after the last page."""
+
+    version: int
+    count: int
+    items: list[Item]
+    next_offset: int | None

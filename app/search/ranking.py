@@ -1,7 +1,7 @@
-"""From a query's vector to ranked rows of an index, in one call that a thread can make.
+"""Ranking: from the vector of a query to rows of an index, in one call for a thread.
 
-- A filter is applied inside the index's own search, so as many results come back as were asked for, where they exist.
-- Near-duplicates fold into the best of them. The search is widened until there are enough different ones.
+- A filter applies inside the search of the index, so as many results return as were requested, if they exist.
+- Near-duplicates are folded into the best of them. The search widens until enough different results are found.
 """
 
 import json
@@ -11,129 +11,135 @@ from typing import Any
 
 import numpy as np
 
-from app.core.problems import Problem, field_problem
-from app.search.batching import Vector
+from app.search.errors import InvalidQueryError, MissingVectorsError
 from app.search.snapshots import Snapshot
-from dcar_core.util.arrays import Mask
+from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ArtifactError, StoreUnavailableError
 from index_jobs.store.filters import FilterError
 
-_WIDEST = 10_000  # rows looked at for one page of different results
-_MOST_EQUAL = 2_048  # rows looked at to put equal scores in order
-_ROUNDING = 1e-6  # of a vector's product with itself
-_BLOCK = 128  # rows compared at once for near-duplicates
+_MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
+_MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
+_ROUNDING = 1e-6  # of a unit vector's product with itself
+_FOLD_BLOCK = 128  # rows compared at once
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """A row, its cosine to the query, the rows that were folded into it, and its score after re-ranking."""
+class RankedRow:
+    """A row of the index.
+
+    Attributes:
+        score: cosine to the query.
+        folded: rows of near-duplicates.
+        rerank_score: cosine under the exact pair weights, None without re-ranking.
+    """
 
     row: int
     score: float
     folded: tuple[int, ...] = ()
-    reranked: float | None = None
+    rerank_score: float | None = None
 
 
-def find(
+def rank(
     snapshot: Snapshot,
-    vector: Vector,
+    vector: Floats,
     count: int,
     *,
-    without: Set[int] = frozenset(),
+    excluded_rows: Set[int] = frozenset(),
     filter: dict[str, Any] | None = None,
     min_score: float | None = None,
     fold: float | None = None,
-) -> list[Hit]:
-    """The `count` best rows, best first.
+) -> list[RankedRow]:
+    """Return the `count` best rows, best first.
 
-    Of equal scores, as equal pictures have, the lowest row comes first: a longer answer begins with the shorter one.
+    Rows of equal score, such as equal images, are in the order of the index, so a longer list begins with the shorter.
 
     Args:
         vector: (E,), L2-normalised.
-        without: rows to leave out.
         filter: see `index_jobs.store.filters`.
-        min_score: lower ones are left out; scores are compared as answers round them.
+        min_score: compared with scores as responses round them.
         fold: cosine from which on two items are shown as one.
 
     Raises:
-        Problem: the filter does not fit the index, or its kind keeps no vectors to fold by.
+        InvalidQueryError: the filter does not fit the index.
+        MissingVectorsError: `fold` needs vectors, and the index keeps none.
     """
     artifact = snapshot.artifact
-    allowed = None
-    if filter:
-        allowed = matching(snapshot, filter)
-    wide = min(count + 1 + len(without), artifact.rows)
+    mask = filter_mask(snapshot, filter) if filter else None
+    lowest = -np.inf if min_score is None else min_score
+    widest = min(artifact.rows, _MAX_ROWS_TIED if fold is None else _MAX_ROWS_FOLDED)
+    width = min(count + 1 + len(excluded_rows), artifact.rows)
     while True:
-        scores, rows = artifact.search(vector[None], wide, allowed)  # [1, wide], [1, wide]
-        least, last = -np.inf if min_score is None else min_score, scores[0, -1]
-        found = [
-            Hit(int(row), float(score))
+        scores, rows = artifact.search(vector[None], width, mask)  # [1, width], [1, width]
+        last_score = scores[0, -1]
+        ranked = [
+            RankedRow(int(row), float(score))
             for row, score in zip(rows[0], scores[0], strict=True)
-            if row >= 0 and row not in without and (min_score is None or round(float(score), 6) >= least)
+            if row >= 0 and row not in excluded_rows and (min_score is None or round(float(score), 6) >= lowest)
         ]
-        found.sort(key=lambda hit: (-hit.score, hit.row))
-        hits = found[:count] if fold is None else _folded(snapshot, found, fold - _ROUNDING, count)
-        ended = wide >= min(artifact.rows, _MOST_EQUAL if fold is None else _WIDEST) or rows[0, -1] < 0 or last < least
-        if ended or (len(hits) >= count and hits[-1].score > last):  # what is not here may score as much as the last
-            return hits
-        wide = min(2 * wide, artifact.rows)
+        ranked.sort(key=lambda each: (-each.score, each.row))
+        best = ranked[:count] if fold is None else _fold(snapshot, ranked, fold - _ROUNDING, count)
+        is_complete = width >= widest or rows[0, -1] < 0 or last_score < lowest
+        if is_complete or (len(best) >= count and best[-1].score > last_score):  # no missing row ties with the last
+            return best
+        width = min(2 * width, artifact.rows)
 
 
-def matching(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
-    """bool (rows,): the items that fulfil a filter; see `index_jobs.store.filters`.
+def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
+    """Return bool (rows,): the rows that fulfil a filter; see `index_jobs.store.filters`.
 
     Raises:
-        Problem: it does not fit the index.
+        InvalidQueryError: the filter does not fit the index.
     """
     try:
-        return snapshot.matching(json.dumps(filter, sort_keys=True))
+        return snapshot.filter_mask(json.dumps(filter, sort_keys=True))
     except FilterError as error:
-        raise field_problem(f"filter.{error.field}", error.message) from None
+        raise InvalidQueryError(f"filter.{error.field}", error.message) from None
 
 
-def vectors_of(snapshot: Snapshot, rows: list[int]) -> Vector:
-    """float32 (m, E), as the index keeps them.
+def row_vectors(snapshot: Snapshot, rows: list[int]) -> Floats:
+    """Return the vectors, float32 (m, E), that the index keeps.
 
     Raises:
-        Problem: this kind of index keeps none.
+        MissingVectorsError: this kind of index keeps none.
     """
     try:
         return snapshot.artifact.vectors(np.array(rows, np.int64))
     except StoreUnavailableError:
         raise
     except ArtifactError as error:
-        raise Problem(409, f"This needs the items' vectors, which the index does not keep: {error}") from None
+        raise MissingVectorsError(str(error)) from None
 
 
-def _folded(snapshot: Snapshot, found: list[Hit], fold: float, count: int) -> list[Hit]:
-    """The best `count` that differ, each with those that are folded into it: the most like it of all that are shown.
+def _fold(snapshot: Snapshot, ranked: list[RankedRow], threshold: float, count: int) -> list[RankedRow]:
+    """Return the best `count` rows that differ, each with the near-duplicates that are most similar to it.
 
-    Rows are compared by the block, since a product of matrices takes a fraction of the time of one for each row.
+    Rows are compared in blocks: one product of matrices is many times as fast as one product for each row.
     """
-    if not found:
+    if not ranked:
         return []
-    vectors = vectors_of(snapshot, [hit.row for hit in found])  # (m, E)
-    kept = np.empty_like(vectors)  # of what is shown
-    shown: list[int] = []  # places in `found`
+    vectors = row_vectors(snapshot, [each.row for each in ranked])  # [m, E]
+    shown = np.empty_like(vectors)  # vectors of the rows that are shown
+    positions: list[int] = []  # of the rows that are shown, in `ranked`
     members: list[list[int]] = []
-    start, end = 0, len(found)
+    start, end = 0, len(ranked)
     while start < end:
-        block, known = vectors[start : min(start + _BLOCK, end)], len(shown)
-        fresh: list[int] = []  # places in the block
-        for place, (before, within) in enumerate(zip(block @ kept[:known].T, block @ block.T, strict=True)):
-            alike = np.concatenate((before, within[fresh]))
-            if len(alike) and alike.max() >= fold:
-                members[int(alike.argmax())].append(found[start + place].row)
+        block, shown_before = vectors[start : min(start + _FOLD_BLOCK, end)], len(positions)
+        new: list[int] = []  # positions in the block
+        similarities = zip(block @ shown[:shown_before].T, block @ block.T, strict=True)
+        for place, (to_shown, to_block) in enumerate(similarities):
+            similarity = np.concatenate((to_shown, to_block[new]))
+            if len(similarity) and similarity.max() >= threshold:
+                members[int(similarity.argmax())].append(ranked[start + place].row)
             else:
-                kept[len(shown)] = block[place]
-                fresh.append(place)
-                shown.append(start + place)
+                shown[len(positions)] = block[place]
+                new.append(place)
+                positions.append(start + place)
                 members.append([])
         start += len(block)
-        if known < count <= len(shown):  # enough: to the end comes only what folds into these
-            alike = vectors[start:end] @ kept[:count].T
-            end = start + 1 + int(np.flatnonzero((alike >= fold).any(1)).max(initial=-1))
+        if shown_before < count <= len(positions):  # enough: of the rest, only rows that fold into these matter
+            similarity = vectors[start:end] @ shown[:count].T
+            end = start + 1 + int(np.flatnonzero((similarity >= threshold).any(1)).max(initial=-1))
     return [
-        Hit(found[place].row, found[place].score, tuple(rows))
-        for place, rows in zip(shown[:count], members, strict=False)
+        RankedRow(ranked[place].row, ranked[place].score, tuple(rows))
+        for place, rows in zip(positions[:count], members, strict=False)
     ]

@@ -1,8 +1,8 @@
-"""Hearing of a new index version at once: the channel on which index jobs announce what they published.
+"""Notices of new index versions over Redis, so a service reloads at once.
 
-- Only a hint, where the service has a Redis anyway: CURRENT alone says what is served, and is still looked at.
-- Whatever happens to the connection, it is made anew, without a word louder than a debug line.
-- A Redis cluster is not listened to; services with one look at CURRENT.
+- A notice is only a hint for services that use Redis anyway: CURRENT decides which version is served, and is polled.
+- After any failure the listener reconnects; failures are logged at debug level.
+- Redis clusters are not listened to; services that use one poll.
 """
 
 import asyncio
@@ -16,30 +16,31 @@ from app.search.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.notify import CHANNEL
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-_AGAIN_S = 5.0
+_RECONNECT_S = 5.0
 _TIMEOUT_S = 5.0
 
 
-class Announcements:
-    """Listens while the service runs."""
+class ReloadListener:
+    """Reload all collections at each notice."""
 
     def __init__(self, url: str, collections: Collections) -> None:
-        self._url, self._collections = url, collections
+        self._url = url
+        self._collections = collections
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to listen, in the background."""
-        self._task = asyncio.create_task(self._run(), name="dcar-announcements")
+        self._task = asyncio.create_task(self._listen(), name="dcar-reload-listener")
 
     async def close(self) -> None:
-        """Stop."""
+        """Stop listening."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _run(self) -> None:
+    async def _listen(self) -> None:
         while True:
             client = connect(self._url, timeout_s=_TIMEOUT_S)
             if isinstance(client, RedisCluster):
@@ -49,11 +50,11 @@ class Announcements:
                     await channel.subscribe(CHANNEL)
                     while True:
                         if await channel.get_message(ignore_subscribe_messages=True, timeout=_TIMEOUT_S):
-                            with contextlib.suppress(DcarError):  # it is logged, and readiness tells it
+                            with contextlib.suppress(DcarError):  # logged, and shown by /readyz
                                 await self._collections.reload()
-            except Exception as error:  # whatever it is, polling goes on, and so does this
-                log.debug("no announcements from Redis: %s", error)
+            except Exception as error:
+                logger.debug("no notices from Redis: %s", error)
             finally:
                 with contextlib.suppress(Exception):
                     await disconnect(client)
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_RECONNECT_S)

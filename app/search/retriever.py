@@ -1,14 +1,14 @@
-"""From a query to ranked items.
+"""The query path: from a query to ranked items.
 
-    words, picture, items  -> vectors (`embedding`) -> their weighted sum -> rows (`finding`) -> re-ranking and
-    explanations where asked for (`pairing`) -> items
+    query -> plan (`planning`) -> vectors of its parts (`embedding`) -> one vector (`query.compose`) -> rows (`ranking`)
+    -> re-ranking and explanations, where requested (`pairs`) -> items
 
-- A search that takes less time than handing it to a thread is made at once; all others have threads.
+- A search that takes less time than handing it to a thread runs in the event loop; all others run in threads.
 - Each search takes one `Snapshot` and ends on it, whatever is published meanwhile.
-- More than `max_pending` searches at a time are refused at once, so a queue cannot grow without end; so is one that the
-  batcher could not take up soon. Each search has a deadline, and what is not wanted any more is not computed.
-- Items' pictures have the same limits and threads of their own: a gallery may be a slow disk or another machine, and no
-  search waits behind it.
+- At most `max_pending` searches are in progress; more are refused at once, like those the batcher has no room for. Each
+  search has a deadline, and cancelled work is skipped.
+- Images of items have the same limits and their own threads: a gallery may be a slow disk or another machine, and no
+  search waits for it.
 """
 
 import asyncio
@@ -18,272 +18,257 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from app.core.metrics import Metrics, Waiting
-from app.core.problems import Late, Overloaded, Problem, field_problem
+from app.core.metrics import Metrics, PendingKind
 from app.core.settings import Settings
-from app.core.threads import compute
-from app.search.batching import Vector
+from app.core.threads import use_default_scheduling
 from app.search.embedding import Embedder
 from app.search.embedding_cache import VectorCache
-from app.search.pairs import Explanation, Pairing, Words
-from app.search.query import Query, SearchOptions
-from app.search.ranking import Hit, find, matching, vectors_of
+from app.search.errors import (
+    BatchQueryError,
+    DeadlineError,
+    ImageUnavailableError,
+    OverloadedError,
+    SearchError,
+)
+from app.search.pairs import PairScorer
+from app.search.planning import Plan, make_plan, row_of
+from app.search.query import (
+    Explanation,
+    ItemPage,
+    Match,
+    Query,
+    QueryPart,
+    SearchResults,
+    WordWeights,
+    compose,
+)
+from app.search.ranking import RankedRow, filter_mask, rank, row_vectors
 from app.search.snapshots import Snapshot
+from dcar_core.util.arrays import Floats
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
 
-_QUICK_DEPTH = 50  # results
-_PICTURES = 8  # read from the gallery at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """One result; score is the inner product of unit vectors, the cosine. folded: ids of its near-duplicates."""
-
-    item: Item
-    score: float
-    folded: list[str]
-    reranked: float | None
-    explanation: Explanation | None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a search found, by which version, and whether the query's embedding came from the cache.
-
-    offset: results before these. next_offset: where the next page begins, None after the last. min_score: the cut-off
-    that was applied. fields: of the metadata, that each result is to have.
-    """
-
-    version: int
-    matches: list[Match]
-    cached: bool
-    took_ms: float
-    offset: int
-    next_offset: int | None
-    min_score: float | None
-    words: Words | None
-    fields: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """Some items, and how many there are in all; see `Answer`."""
-
-    version: int
-    count: int
-    items: list[Item]
-    next_offset: int | None
+_QUICK_DEPTH = 50  # results of a search that may run in the event loop
+_IMAGE_THREADS = 8
 
 
 class Retriever:
-    """The query path; one per process."""
+    """Search snapshots. One per process."""
 
     def __init__(self, settings: Settings, cache: VectorCache, metrics: Metrics | None = None) -> None:
         self._metrics = metrics or Metrics()
         self._settings = settings
-        self._pending = Counter[Waiting]()
+        self._pending = Counter[PendingKind]()
         self._embedder = Embedder(settings, cache, self._metrics)
-        self._pool = ThreadPoolExecutor(
-            min(4, available_cores()),
-            thread_name_prefix="dcar-search",
-            initializer=_search_thread,
-        )
-        self._pictures = ThreadPoolExecutor(_PICTURES, thread_name_prefix="dcar-picture")
-        self._pairing = Pairing(self._embedder, self._pictures)
+        threads = min(4, available_cores())
+        self._search_threads = ThreadPoolExecutor(threads, "dcar-search", initializer=_prepare_search_thread)
+        self._image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
+        self._pairs = PairScorer(self._embedder, self._image_threads)
 
     def start(self) -> None:
-        """Begin to work; must be called with the event loop running."""
+        """Begin to work. The event loop must be running."""
         self._embedder.start()
 
     async def close(self) -> None:
-        """Finish what was accepted, then let threads and connections go."""
+        """Finish the accepted work, then release threads and connections."""
         await self._embedder.close()
-        self._pool.shutdown()
-        self._pictures.shutdown(wait=False, cancel_futures=True)
+        self._search_threads.shutdown()
+        self._image_threads.shutdown(wait=False, cancel_futures=True)
 
     def require_room(self) -> None:
-        """See `Batcher.require_room`."""
+        """Check that the model would accept a new query; see `Batcher.require_room`."""
         self._embedder.require_room()
 
-    async def search(self, snapshot: Snapshot, search: Query) -> Answer:
-        """The items that a search is for.
+    async def search(self, snapshot: Snapshot, query: Query) -> SearchResults:
+        """Return the matches of a query.
 
         Raises:
-            ImageError: the picture cannot be read; the message is the reason.
-            Problem: what is asked for cannot be done.
+            ImageError: the image cannot be read; the message is the reason.
+            SearchError: the query cannot be answered.
         """
-        for words in (search.text, search.without):
-            if words:
-                self._embedder.require_room_for(snapshot, words)
+        for text in (query.text, query.without_text):
+            if text:
+                self._embedder.require_room_for(snapshot, text)
         async with self._admitted():
-            return await self._answer(snapshot, search)
+            return await self._search(snapshot, query)
 
-    async def search_all(self, snapshot: Snapshot, searches: Sequence[Query]) -> list[Answer]:
-        """Several searches, answered by one version; one that cannot be answered fails them all, under its number."""
-        turns = asyncio.Semaphore(1 if any(_is_long(each) for each in searches) else len(searches))
+    async def search_batch(self, snapshot: Snapshot, queries: Sequence[Query]) -> list[SearchResults]:
+        """Return the matches of several queries, all from one version.
 
-        async def answer(search: Query) -> Answer:
-            async with turns:  # re-ranked all at once, they would be too much for the model's queue
-                return await self._answer(snapshot, search)
+        Raises:
+            BatchQueryError: one query cannot be answered.
+        """
+        has_long_queries = any(query.options.rerank or query.options.explain for query in queries)
+        slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # all at once they would fill the queue
 
-        async with self._admitted(len(searches)):
-            answers = await asyncio.gather(*map(answer, searches), return_exceptions=True)
-        for number, found in enumerate(answers):
-            if isinstance(found, Problem):
-                raise found.within(f"queries.{number}")
-            if isinstance(found, BaseException):
-                raise found
-        return [found for found in answers if isinstance(found, Answer)]
+        async def search(query: Query) -> SearchResults:
+            async with slots:
+                return await self._search(snapshot, query)
+
+        async with self._admitted(len(queries)):
+            outcomes = await asyncio.gather(*map(search, queries), return_exceptions=True)
+        results = []
+        for number, outcome in enumerate(outcomes):
+            if isinstance(outcome, SearchError):
+                raise BatchQueryError(number, outcome)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            results.append(outcome)
+        return results
 
     async def item(self, snapshot: Snapshot, item_id: str) -> tuple[int, Item]:
-        """An item and the version that knows it."""
-        row = _row(snapshot, item_id, "id")
-        return snapshot.version, await self._in_pool(snapshot.artifact.item, row)
-
-    async def items(self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int) -> Listed:
-        """Some of the items that fulfil a filter, in the order of the index.
+        """Return the version of the index and an item.
 
         Raises:
-            Problem: the filter does not fit the index.
+            ItemNotFoundError: there is no such item.
+        """
+        row = row_of(snapshot, item_id, "id")
+        return snapshot.version, await self._in_search_thread(snapshot.artifact.item, row)
+
+    async def items(self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int) -> ItemPage:
+        """Return a page of the items that fulfil a filter, in the order of the index.
+
+        Raises:
+            InvalidQueryError: the filter does not fit the index.
         """
 
-        def look() -> Listed:
-            rows = np.flatnonzero(snapshot.artifact.live if filter is None else matching(snapshot, filter))
+        def list_items() -> ItemPage:
+            rows = np.flatnonzero(snapshot.artifact.live if filter is None else filter_mask(snapshot, filter))
             items = [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
-            following = offset + count if len(rows) > offset + count else None
-            return Listed(snapshot.version, len(rows), items, following)
+            next_offset = offset + count if len(rows) > offset + count else None
+            return ItemPage(snapshot.version, len(rows), items, next_offset)
 
         async with self._admitted():
-            return await self._in_pool(look)
+            return await self._in_search_thread(list_items)
 
-    async def picture(self, snapshot: Snapshot, item_id: str) -> tuple[bytes, str]:
-        """The bytes of an item's picture, from the gallery, and what tells them from others: 32 hex digits."""
-        row = _row(snapshot, item_id, "id")
+    async def image(self, snapshot: Snapshot, item_id: str) -> tuple[bytes, str]:
+        """Return the bytes of an item's image and their digest, 32 hexadecimal digits.
+
+        Raises:
+            ItemNotFoundError: there is no such item.
+            ImageUnavailableError: the gallery no longer has the image.
+        """
+        row = row_of(snapshot, item_id, "id")
 
         def read() -> tuple[bytes, str]:
             data = snapshot.artifact.image_bytes(row)
             return data, hashlib.blake2b(data, digest_size=16).hexdigest()
 
         try:
-            async with self._admitted(to="pictures"):
-                return await asyncio.get_running_loop().run_in_executor(self._pictures, read)
+            async with self._admitted(kind="pictures"):
+                return await asyncio.get_running_loop().run_in_executor(self._image_threads, read)
         except (ArtifactError, ImageError, OSError):
-            raise Problem(404, "The picture of this item is no longer in the gallery.") from None
+            raise ImageUnavailableError from None
 
-    async def _answer(self, snapshot: Snapshot, search: Query) -> Answer:
-        began = time.perf_counter()
-        options = search.options
-        _require_fields(snapshot, options.fields)
-        if options.rerank and not search.text:
-            raise field_problem("rerank", "weighs the words of a query, and there are none")
-        more = [_row(snapshot, each, "more_like") for each in options.more_like]
-        if search.item is not None:
-            more.append(_row(snapshot, search.item, "id"))
-        less = [_row(snapshot, each, "less_like") for each in options.less_like]
-        vector, cached = await self._vector(snapshot, search, more, less)
-        end = options.offset + options.k
-        reranked = self._settings.rerank_depth if options.rerank else 0
-        min_score = _min_score(snapshot, search)
-
-        def look() -> tuple[list[Hit], list[Match]]:
-            hits = find(
-                snapshot,
-                vector,
-                max(end + 1, reranked),
-                without={*more, *less},
-                filter=options.filter,
-                min_score=min_score,
-                fold=options.fold,
-            )
-            final = not (reranked or options.explain)  # most searches: the thread is asked once
-            return hits, _matches(snapshot, hits[options.offset : end], []) if final else []
-
-        with self._metrics.timed("search"):
-            hits, matches = _at_once(look) if _is_quick(snapshot, options, end) else await self._in_pool(look)
-        if reranked and options.offset < reranked:
-            with self._metrics.timed("rerank"):
-                hits = await self._pairing.rerank(snapshot, search.text, hits[:reranked]) + hits[reranked:]
-        shown = hits[options.offset : end]
-        words: Words | None = None
-        explanations: Sequence[Explanation | None] = []
-        if options.explain:
-            with self._metrics.timed("explain"):
-                words = await self._pairing.words(snapshot, search.text) if search.text else None
-                explained = shown[: self._settings.explain_results]
-                explanations = await self._pairing.explain(snapshot, search.text, vector, explained)
-        if reranked or options.explain:
-            matches = await self._in_pool(_matches, snapshot, shown, explanations)
-        following = end if len(hits) > end and end + options.k <= self._settings.max_window else None
-        took_ms = (time.perf_counter() - began) * 1000
-        return Answer(
-            snapshot.version,
-            matches,
-            cached,
-            took_ms,
-            options.offset,
-            following,
-            min_score,
-            words,
-            options.fields,
+    async def _search(self, snapshot: Snapshot, query: Query) -> SearchResults:
+        started = time.perf_counter()
+        options = query.options
+        plan = make_plan(snapshot, query, self._settings)
+        vector, is_cached = await self._query_vector(snapshot, plan)
+        ranked, matches = await self._rank(snapshot, plan, vector)
+        words: WordWeights | None = None
+        if plan.rerank_depth or options.explain:
+            ranked = await self._rerank(snapshot, plan, ranked)
+            page = ranked[options.offset : plan.end]
+            words, explanations = await self._explain(snapshot, query, vector, page)
+            matches = await self._in_search_thread(_matches, snapshot, page, explanations)
+        has_next = len(ranked) > plan.end and plan.end + options.k <= self._settings.max_window
+        return SearchResults(
+            version=snapshot.version,
+            matches=matches,
+            is_cached=is_cached,
+            took_ms=(time.perf_counter() - started) * 1000,
+            offset=options.offset,
+            next_offset=plan.end if has_next else None,
+            min_score=plan.min_score,
+            words=words,
+            fields=options.fields,
         )
 
-    async def _vector(self, snapshot: Snapshot, search: Query, more: list[int], less: list[int]) -> tuple[Vector, bool]:
-        """The query as one vector (E,): the weighted sum of its parts, or its only part as it is."""
-        weights = search.options.weights
-        parts: list[tuple[float, Vector]] = []
-        cached = bool(search.text or search.picture)
-        for weight, vector, known in await self._texts(snapshot, search):
-            parts.append((weight, vector))
-            cached &= known
-        if search.picture is not None:
-            vector, known = await self._embedder.picture(snapshot, search.picture)
-            parts.append((weights.image, vector))
-            cached &= known
-        for weight, rows in ((weights.more, more), (-weights.less, less)):
+    async def _query_vector(self, snapshot: Snapshot, plan: Plan) -> tuple[Floats, bool]:
+        """Return the vector (E,) of the query, and True if all of its embeddings were cached."""
+        weights, query = plan.options.weights, plan.query
+        parts, is_cached = await self._text_parts(snapshot, query)
+        if query.image is not None:
+            vector, is_image_cached = await self._embedder.image(snapshot, query.image)
+            parts.append(QueryPart(weights.image, vector))
+            is_cached &= is_image_cached
+        for weight, rows in ((weights.more, plan.more_rows), (-weights.less, plan.less_rows)):
             if rows:
-                vectors = await self._in_pool(vectors_of, snapshot, rows)
-                parts.append((weight, vectors.mean(0)))
-        if not any(weight for weight, _ in parts):
-            raise field_problem("weights", "leave nothing of this query")
-        if len(parts) == 1 and len(more) < 2:
-            return parts[0][1], cached
-        most = max(abs(weight) for weight, _ in parts)  # only their ratio counts, and tiny ones would vanish
-        total = np.sum([weight / most * vector for weight, vector in parts], 0)
-        length = float(np.linalg.norm(total))
-        if length < 1e-4 * sum(abs(weight) / most for weight, _ in parts):
-            raise field_problem("weights", "the parts of this query cancel each other out")
-        return (total / length).astype(np.float32), cached
+                vectors = await self._in_search_thread(row_vectors, snapshot, rows)
+                parts.append(QueryPart(weight, vectors.mean(0)))
+        return compose(parts), is_cached and bool(query.text or query.image)
 
-    async def _texts(self, snapshot: Snapshot, search: Query) -> list[tuple[float, Vector, bool]]:
-        """The query's words and those for what is not wanted: weight, vector (E,), and whether it was remembered."""
-        weights = search.options.weights
-        given = [(weights.text, search.text), (-weights.without, search.without)]
-        there = [(weight, words) for weight, words in given if words]
-        if len(there) == 1:
-            ((weight, words),) = there
-            return [(weight, *await self._embedder.text(snapshot, words))]
-        found = await asyncio.gather(*(self._embedder.text(snapshot, words) for _, words in there))  # in one pass
-        return [(weight, *each) for (weight, _), each in zip(there, found, strict=True)]
+    async def _text_parts(self, snapshot: Snapshot, query: Query) -> tuple[list[QueryPart], bool]:
+        """Return the texts of the query as parts, and True if all of them were cached."""
+        weights = query.options.weights
+        weighted = [(weights.text, query.text), (-weights.without, query.without_text)]
+        texts = [(weight, text) for weight, text in weighted if text]
+        if len(texts) == 1:  # the usual case, without the cost of gather
+            embeddings = [await self._embedder.text(snapshot, texts[0][1])]
+        else:  # in one forward pass
+            embeddings = await asyncio.gather(*(self._embedder.text(snapshot, text) for _, text in texts))
+        parts = [QueryPart(weight, vector) for (weight, _), (vector, _) in zip(texts, embeddings, strict=True)]
+        return parts, all(is_cached for _, is_cached in embeddings)
 
-    async def _in_pool(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
+    async def _rank(self, snapshot: Snapshot, plan: Plan, vector: Floats) -> tuple[list[RankedRow], list[Match]]:
+        """Return the ranked rows up to the next page, and the matches of this page unless they will change."""
+        options = plan.options
+        is_final = not (plan.rerank_depth or options.explain)
+
+        def search() -> tuple[list[RankedRow], list[Match]]:
+            ranked = rank(
+                snapshot,
+                vector,
+                max(plan.end + 1, plan.rerank_depth),
+                excluded_rows={*plan.more_rows, *plan.less_rows},
+                filter=options.filter,
+                min_score=plan.min_score,
+                fold=options.fold,
+            )
+            return ranked, _matches(snapshot, ranked[options.offset : plan.end]) if is_final else []
+
+        with self._metrics.timed("search"):
+            if _is_quick(snapshot, plan):
+                _use_one_faiss_thread()
+                return search()
+            return await self._in_search_thread(search)
+
+    async def _rerank(self, snapshot: Snapshot, plan: Plan, ranked: list[RankedRow]) -> list[RankedRow]:
+        depth = plan.rerank_depth
+        if plan.options.offset >= depth:
+            return ranked
+        with self._metrics.timed("rerank"):
+            return await self._pairs.rerank(snapshot, plan.query.text, ranked[:depth]) + ranked[depth:]
+
+    async def _explain(
+        self, snapshot: Snapshot, query: Query, vector: Floats, page: Sequence[RankedRow]
+    ) -> tuple[WordWeights | None, list[Explanation | None]]:
+        if not query.options.explain:
+            return None, []
+        with self._metrics.timed("explain"):
+            words = await self._pairs.word_weights(snapshot, query.text) if query.text else None
+            explained = page[: self._settings.explain_results]
+            return words, await self._pairs.explain(snapshot, query.text, vector, explained)
+
+    async def _in_search_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._search_threads, call, *args)
 
     @asynccontextmanager
-    async def _admitted(self, count: int = 1, *, to: Waiting = "searches") -> AsyncIterator[None]:
-        if self._pending[to] + count > self._settings.max_pending:
+    async def _admitted(self, count: int = 1, *, kind: PendingKind = "searches") -> AsyncIterator[None]:
+        """Count work in progress, and bound its number and its time."""
+        if self._pending[kind] + count > self._settings.max_pending:
             self._metrics.refused("queue_full")
-            raise Overloaded
-        self._pending[to] += count
-        self._metrics.pending[to].inc(count)
+            raise OverloadedError
+        self._pending[kind] += count
+        self._metrics.pending[kind].inc(count)
         deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
         try:
             async with deadline:
@@ -292,74 +277,35 @@ class Retriever:
             if not deadline.expired():
                 raise
             self._metrics.refused("late")
-            raise Late from None
+            raise DeadlineError from None
         finally:
-            self._pending[to] -= count
-            self._metrics.pending[to].dec(count)
+            self._pending[kind] -= count
+            self._metrics.pending[kind].dec(count)
 
 
-def _is_quick(snapshot: Snapshot, options: SearchOptions, end: int) -> bool:
-    plain = options.filter is None and options.fold is None and end <= _QUICK_DEPTH
-    return plain and snapshot.quick
+def _is_quick(snapshot: Snapshot, plan: Plan) -> bool:
+    options = plan.options
+    return snapshot.is_quick and options.filter is None and options.fold is None and plan.end <= _QUICK_DEPTH
 
 
-def _is_long(search: Query) -> bool:
-    return search.options.rerank or search.options.explain
-
-
-def _at_once(call: Callable[[], T]) -> T:
-    _one_thread()  # each thread has a setting of its own; asking for it again costs less than remembering
-    return call()
-
-
-def _matches(snapshot: Snapshot, hits: Sequence[Hit], explanations: Sequence[Explanation | None]) -> list[Match]:
+def _matches(
+    snapshot: Snapshot, ranked: Sequence[RankedRow], explanations: Sequence[Explanation | None] = ()
+) -> list[Match]:
     item = snapshot.artifact.item
-    explained = [*explanations, *[None] * len(hits)]
+    padded = [*explanations, *[None] * (len(ranked) - len(explanations))]
     return [
-        Match(item(hit.row), hit.score, [item(row).id for row in hit.folded], hit.reranked, explanation)
-        for hit, explanation in zip(hits, explained, strict=False)
+        Match(item(each.row), each.score, [item(row).id for row in each.folded], each.rerank_score, explanation)
+        for each, explanation in zip(ranked, padded, strict=True)
     ]
 
 
-def _min_score(snapshot: Snapshot, search: Query) -> float | None:
-    options = search.options
-    wanted = options.min_score
-    if wanted != "auto":
-        return wanted
-    if search.picture is not None or search.item or search.without or options.more_like or options.less_like:
-        raise field_problem("min_score", '"auto" is calibrated for searches by words alone; give a number')
-    if snapshot.min_score is None:
-        raise Problem(
-            409,
-            "This index was built without --validation, so it is not calibrated; give min_score as a number.",
-            errors=[("min_score", "this index has no calibrated cut-off")],
-        )
-    return snapshot.min_score
+def _prepare_search_thread() -> None:
+    use_default_scheduling()
+    _use_one_faiss_thread()
 
 
-def _require_fields(snapshot: Snapshot, fields: Sequence[str]) -> None:
-    known = snapshot.artifact.fields if fields else {}
-    for name in fields:
-        if name not in known and name != "*":
-            raise field_problem("fields", f"no item has {name[:80]!r}; there are: {', '.join(sorted(known))}")
-
-
-def _row(snapshot: Snapshot, item_id: str, field: str) -> int:
-    row = snapshot.artifact.row_of(item_id)
-    if row is None:
-        status = 404 if field == "id" else 422
-        shown = repr(item_id[:200])
-        raise Problem(status, f"There is no item {shown} in the index.", errors=[(field, f"unknown: {shown}")])
-    return row
-
-
-def _search_thread() -> None:
-    compute()
-    _one_thread()
-
-
-def _one_thread() -> None:
-    """One query gains nothing from more threads inside FAISS, and they would take the encoder's cores to wait on."""
+def _use_one_faiss_thread() -> None:
+    """One query gains nothing from more threads, which would take cores from the encoder. The setting is per thread."""
     import faiss
 
     faiss.omp_set_num_threads(1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core.keys import holder, is_key, key_hash, new_key, parse_keys
-from app.core.rate_limit import Rates, parse_rate
+from app.core.keys import find_key_name, is_key, key_hash, new_key, parse_keys
+from app.core.rate_limit import RateLimiter, parse_rate
 from app.core.settings import load_settings
 from dcar_core.util.errors import DcarError
 from tests.support.redis_server import RedisServer
@@ -16,7 +16,12 @@ from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened
 
 def test_keys_are_told_apart_by_their_hashes() -> None:
     keys = parse_keys(f"alice:{key_hash(ALICE)}\nbob:{key_hash(BOB).upper()}")
-    assert (holder(keys, ALICE), holder(keys, BOB), holder(keys, ALICE[:-1]), holder(keys, "")) == (
+    assert (
+        find_key_name(keys, ALICE),
+        find_key_name(keys, BOB),
+        find_key_name(keys, ALICE[:-1]),
+        find_key_name(keys, ""),
+    ) == (
         "alice",
         "bob",
         None,
@@ -143,13 +148,13 @@ def test_what_needs_no_key_needs_none_below_a_root_path(built_index: Path) -> No
 @pytest.mark.redis
 def test_processes_count_together_in_redis_and_alone_without(redis_server: RedisServer) -> None:
     async def main() -> None:
-        first, second = (Rates("4/minute", redis_url=redis_server.url, timeout_s=1) for _ in range(2))
+        first, second = (RateLimiter("4/minute", redis_url=redis_server.url, timeout_s=1) for _ in range(2))
         waits = [await rates.wait_for("alice") for rates in (first, second, first, second, first, second)]
         assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
         assert all(0 < wait <= 60.1 for wait in waits[4:])
         redis_server.stop()
         assert [await first.wait_for("alice") == 0 for _ in range(6)] == [True] * 4 + [False] * 2
-        assert first.breaker.open
+        assert first.breaker.is_open
         await first.close()
         await second.close()
 
@@ -199,10 +204,10 @@ def test_nothing_that_needs_a_key_is_for_a_shared_cache(built_index: Path) -> No
 @pytest.mark.parametrize("cost", [3, 6, 10])
 def test_a_caller_who_waits_as_long_as_told_is_answered(cost: int) -> None:
     async def main() -> None:
-        rates, refused = Rates("10/second"), 0
+        rates, refused = RateLimiter("10/second"), 0
         for _ in range(4):
             for attempt in range(3):
-                wait = await rates.wait_for("alice") or await rates.wait_for("alice", more=cost - 1)
+                wait = await rates.wait_for("alice") or await rates.wait_for("alice", extra=cost - 1)
                 if not wait:
                     break
                 refused += 1
@@ -216,10 +221,10 @@ def test_a_caller_who_waits_as_long_as_told_is_answered(cost: int) -> None:
 @pytest.mark.redis
 def test_the_wait_is_true_where_redis_counts(redis_server: RedisServer) -> None:
     async def main() -> None:
-        rates = Rates("10/second", redis_url=redis_server.url, timeout_s=1)
+        rates = RateLimiter("10/second", redis_url=redis_server.url, timeout_s=1)
         for _ in range(3):
             for attempt in range(3):
-                wait = await rates.wait_for("alice") or await rates.wait_for("alice", more=5)
+                wait = await rates.wait_for("alice") or await rates.wait_for("alice", extra=5)
                 if not wait:
                     break
                 assert attempt < 2, "told to wait, and refused all the same"

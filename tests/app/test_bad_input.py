@@ -192,7 +192,7 @@ def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_other(
                     under_way -= 1
                 return decode(data, preprocess)
 
-            monkeypatch.setattr(embedding, "_LARGE", 1000)
+            monkeypatch.setattr(embedding, "_LARGE_PIXELS", 1000)
             monkeypatch.setattr(embedding, "_decode", slow)
             colours = ("red", "green", "blue", "white", "black")
             large = [

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.core.problems import NotReady, Overloaded
-from app.search.batching import Batcher, Flights, Lane, Vector
+from app.search.batching import Batcher, BatchGroup, SharedTasks
+from app.search.errors import NotReadyError, OverloadedError
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
 
 
 class Recorder:
-    """A lane's function that notes its batches; it can be held back, and it fails on some payloads."""
+    """A group's function that notes its batches; it can be held back, and it fails on some payloads."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -22,7 +23,7 @@ class Recorder:
         self.gate.set()
         self.threads: set[str] = set()
 
-    def __call__(self, payloads: list[Any]) -> Vector:
+    def __call__(self, payloads: list[Any]) -> Floats:
         self.batches.append(list(payloads))
         self.threads.add(threading.current_thread().name)
         assert self.gate.wait(5)
@@ -31,17 +32,17 @@ class Recorder:
         return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
 
 
-async def _held(batcher: Batcher, lane: Lane, recorder: Recorder) -> asyncio.Task[Vector]:
+async def _held(batcher: Batcher, group: BatchGroup, recorder: Recorder) -> asyncio.Task[Floats]:
     """Keep the model thread busy, so that what comes next gathers."""
     recorder.gate.clear()
-    task = asyncio.create_task(batcher.submit(lane, "first"))
+    task = asyncio.create_task(batcher.submit(group, "first"))
     while not recorder.batches:
         await asyncio.sleep(0.001)
     return task
 
 
-async def _submit(batcher: Batcher, lane: Lane, payloads: list[str]) -> list[asyncio.Task[Vector]]:
-    tasks = [asyncio.create_task(batcher.submit(lane, payload)) for payload in payloads]
+async def _submit(batcher: Batcher, group: BatchGroup, payloads: list[str]) -> list[asyncio.Task[Floats]]:
+    tasks = [asyncio.create_task(batcher.submit(group, payload)) for payload in payloads]
     await asyncio.sleep(0)
     return tasks
 
@@ -50,9 +51,9 @@ def test_arrivals_during_a_pass_make_the_next_batch() -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=3, max_wait_s=0)
         batcher.start()
-        lane = Lane("text", recorder)
-        first = await _held(batcher, lane, recorder)
-        rest = await _submit(batcher, lane, ["a", "bb", "ccc", "dddd"])
+        group = BatchGroup("text", recorder)
+        first = await _held(batcher, group, recorder)
+        rest = await _submit(batcher, group, ["a", "bb", "ccc", "dddd"])
         recorder.gate.set()
         assert [int(v[0]) for v in await asyncio.gather(first, *rest)] == [5, 1, 2, 3, 4]
         assert recorder.batches == [["first"], ["a", "bb", "ccc"], ["dddd"]]
@@ -66,11 +67,11 @@ def test_lanes_do_not_mix_and_keep_their_order() -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
         batcher.start()
-        text, image = Lane("text", recorder), Lane("image", recorder)
+        text, image = BatchGroup("text", recorder), BatchGroup("image", recorder)
         first = await _held(batcher, text, recorder)
         tasks = []
-        for lane, payload in [(text, "t1"), (image, "i1"), (text, "t2"), (image, "i2")]:
-            tasks += await _submit(batcher, lane, [payload])
+        for group, payload in [(text, "t1"), (image, "i1"), (text, "t2"), (image, "i2")]:
+            tasks += await _submit(batcher, group, [payload])
         recorder.gate.set()
         await asyncio.gather(first, *tasks)
         assert recorder.batches[1:] == [["t1", "t2"], ["i1", "i2"]]
@@ -84,9 +85,9 @@ def test_a_bad_item_fails_alone(poison: str) -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
         batcher.start()
-        lane = Lane("text", recorder)
-        first = await _held(batcher, lane, recorder)
-        rest = await _submit(batcher, lane, ["a", "bb", poison, "dddd", "eeeee"])
+        group = BatchGroup("text", recorder)
+        first = await _held(batcher, group, recorder)
+        rest = await _submit(batcher, group, ["a", "bb", poison, "dddd", "eeeee"])
         recorder.gate.set()
         await first
         outcomes = await asyncio.gather(*rest, return_exceptions=True)
@@ -103,8 +104,8 @@ def test_what_is_no_embedding_fails_its_caller_and_not_those_after_it(found: lis
         batcher = Batcher(max_batch=8, max_wait_s=0)
         batcher.start()
         with pytest.raises((RuntimeError, TypeError)):
-            await asyncio.wait_for(batcher.submit(Lane("broken", lambda payloads: found), "first"), 5)
-        assert (await asyncio.wait_for(batcher.submit(Lane("text", Recorder()), "after"), 5))[0] == 5
+            await asyncio.wait_for(batcher.submit(BatchGroup("broken", lambda payloads: found), "first"), 5)
+        assert (await asyncio.wait_for(batcher.submit(BatchGroup("text", Recorder()), "after"), 5))[0] == 5
         await batcher.close()
 
     asyncio.run(main())
@@ -114,9 +115,9 @@ def test_a_caller_that_left_takes_no_place_and_harms_nobody() -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
         batcher.start()
-        lane = Lane("text", recorder)
-        first = await _held(batcher, lane, recorder)
-        queued, stays, behind = await _submit(batcher, lane, ["gone", "stays", "gone as well"])
+        group = BatchGroup("text", recorder)
+        first = await _held(batcher, group, recorder)
+        queued, stays, behind = await _submit(batcher, group, ["gone", "stays", "gone as well"])
         queued.cancel()
         behind.cancel()
         first.cancel()  # its batch runs already
@@ -133,33 +134,33 @@ def test_a_queue_that_all_have_left_is_empty() -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0, max_queue_s=0.5)
         batcher.start()
-        lane = Lane("text", recorder)
-        first = await _held(batcher, lane, recorder)
-        batcher._pace["text"] = 1.0  # seconds a query
-        (waits,) = await _submit(batcher, lane, ["waits"])
-        for refused in (batcher.submit(lane, "another"), batcher.submit_all(lane, ["and", "others"])):
-            with pytest.raises(Overloaded):
+        group = BatchGroup("text", recorder)
+        first = await _held(batcher, group, recorder)
+        batcher._seconds_per_query["text"] = 1.0  # seconds a query
+        (waits,) = await _submit(batcher, group, ["waits"])
+        for refused in (batcher.submit(group, "another"), batcher.submit_all(group, ["and", "others"])):
+            with pytest.raises(OverloadedError):
                 await refused
         waits.cancel()
         recorder.gate.set()
         await first
-        assert (await batcher.submit(lane, "again"))[0] == 5, "refused for ever, for work that nobody waits for"
+        assert (await batcher.submit(group, "again"))[0] == 5, "refused for ever, for work that nobody waits for"
         await batcher.close()
 
     asyncio.run(main())
 
 
 def test_a_shared_pass_is_not_what_a_single_query_takes() -> None:
-    def slowly(payloads: list[str]) -> Vector:
+    def slowly(payloads: list[str]) -> Floats:
         time.sleep(0.2)
         return np.ones((len(payloads), 2), np.float32)
 
     async def main() -> None:
         batcher = Batcher(max_batch=32, max_wait_s=0, max_queue_s=0.5)
         batcher.start()
-        lane = Lane("text", slowly)
-        await batcher.submit_all(lane, ["part"] * 20)  # a hundredth of a second each
-        await asyncio.gather(*(batcher.submit(lane, "another") for _ in range(20)))
+        group = BatchGroup("text", slowly)
+        await batcher.submit_all(group, ["part"] * 20)  # a hundredth of a second each
+        await asyncio.gather(*(batcher.submit(group, "another") for _ in range(20)))
         await batcher.close()
 
     asyncio.run(main())
@@ -169,13 +170,13 @@ def test_close_finishes_what_was_accepted_and_takes_no_more() -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=1, max_wait_s=0)
         batcher.start()
-        lane = Lane("text", recorder)
-        first = await _held(batcher, lane, recorder)
-        rest = await _submit(batcher, lane, ["a", "bb"])
+        group = BatchGroup("text", recorder)
+        first = await _held(batcher, group, recorder)
+        rest = await _submit(batcher, group, ["a", "bb"])
         closing = asyncio.create_task(batcher.close())
         await asyncio.sleep(0)
-        with pytest.raises(NotReady):
-            await batcher.submit(lane, "late")
+        with pytest.raises(NotReadyError):
+            await batcher.submit(group, "late")
         recorder.gate.set()
         await closing
         assert [int((await task)[0]) for task in (first, *rest)] == [5, 1, 2]
@@ -187,18 +188,18 @@ def test_a_busy_batcher_waits_for_company_and_an_idle_one_does_not() -> None:
     async def main() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0.5)
         batcher.start()
-        lane = Lane("text", recorder)
+        group = BatchGroup("text", recorder)
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await batcher.submit(lane, "alone")
+        await batcher.submit(group, "alone")
         assert loop.time() - began < 0.25
-        first = await _held(batcher, lane, recorder)
-        pair = await _submit(batcher, lane, ["a", "bb"])
+        first = await _held(batcher, group, recorder)
+        pair = await _submit(batcher, group, ["a", "bb"])
         recorder.gate.set()
         await asyncio.gather(first, *pair)
-        early = await _submit(batcher, lane, ["early"])
+        early = await _submit(batcher, group, ["early"])
         await asyncio.sleep(0.05)
-        late = await _submit(batcher, lane, ["late"])
+        late = await _submit(batcher, group, ["late"])
         await asyncio.gather(*early, *late)
         assert recorder.batches[-1] == ["early", "late"]
         await batcher.close()
@@ -214,15 +215,15 @@ def test_two_groups_that_would_take_turns_become_one_batch() -> None:
         recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0.3)
         batcher.start()
 
-        def slow(payloads: list[Any]) -> Vector:
+        def slow(payloads: list[Any]) -> Floats:
             time.sleep(0.4)
             return recorder(payloads)
 
-        lane = Lane("text", slow)
+        group = BatchGroup("text", slow)
 
         async def caller(name: str) -> None:
             for _ in range(5):
-                await batcher.submit(lane, name)
+                await batcher.submit(group, name)
 
         callers = [asyncio.create_task(caller(name)) for name in "abcd"]
         await asyncio.sleep(0.6)  # the second pass is under way
@@ -232,7 +233,7 @@ def test_two_groups_that_would_take_turns_become_one_batch() -> None:
         loop, took = asyncio.get_running_loop(), []
         for name in ("alone", "again", "still"):  # that the company is gone is found out once
             began = loop.time()
-            await batcher.submit(lane, name)
+            await batcher.submit(group, name)
             took.append(loop.time() - began)
         assert took[0] > 0.55 > max(took[1:])
         await batcher.close()
@@ -243,21 +244,21 @@ def test_two_groups_that_would_take_turns_become_one_batch() -> None:
 def test_what_one_request_needs_is_admitted_as_a_whole() -> None:
     """However slow single queries were: an idle service does not refuse a request for its own sake."""
 
-    def slowly(payloads: list[str]) -> Vector:
+    def slowly(payloads: list[str]) -> Floats:
         time.sleep(0.1)
         return np.ones((len(payloads), 2), np.float32)
 
     async def main() -> None:
         batcher = Batcher(max_batch=32, max_wait_s=0, max_queue_s=0.5)
         batcher.start()
-        lane = Lane("image", slowly)
-        await batcher.submit(lane, "alone")  # a tenth of a second a query, as far as is known
-        parts = asyncio.create_task(batcher.submit_all(lane, ["part"] * 20))
+        group = BatchGroup("image", slowly)
+        await batcher.submit(group, "alone")  # a tenth of a second a query, as far as is known
+        parts = asyncio.create_task(batcher.submit_all(group, ["part"] * 20))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded):  # two seconds of work wait, it seems
-            await batcher.submit(lane, "another")
+        with pytest.raises(OverloadedError):  # two seconds of work wait, it seems
+            await batcher.submit(group, "another")
         assert len(await parts) == 20
-        assert len(await batcher.submit_all(lane, ["part"] * 20)) == 20
+        assert len(await batcher.submit_all(group, ["part"] * 20)) == 20
         await batcher.close()
 
     asyncio.run(main())
@@ -265,7 +266,7 @@ def test_what_one_request_needs_is_admitted_as_a_whole() -> None:
 
 def test_flights_share_one_computation_and_its_failure() -> None:
     async def main() -> None:
-        flights: Flights[int] = Flights()
+        shared_tasks: SharedTasks[int] = SharedTasks()
         started = 0
 
         async def compute() -> int:
@@ -278,18 +279,18 @@ def test_flights_share_one_computation_and_its_failure() -> None:
             await asyncio.sleep(0.01)
             raise DataError("no")
 
-        assert await asyncio.gather(*(flights.run("a", compute) for _ in range(5))) == [7] * 5
+        assert await asyncio.gather(*(shared_tasks.run("a", compute) for _ in range(5))) == [7] * 5
         assert started == 1
-        outcomes = await asyncio.gather(*(flights.run("b", fail) for _ in range(3)), return_exceptions=True)
+        outcomes = await asyncio.gather(*(shared_tasks.run("b", fail) for _ in range(3)), return_exceptions=True)
         assert [type(each) for each in outcomes] == [DataError] * 3
-        assert len(flights) == 0
+        assert len(shared_tasks) == 0
 
     asyncio.run(main())
 
 
 def test_a_flight_ends_with_its_last_passenger() -> None:
     async def main() -> None:
-        flights: Flights[int] = Flights()
+        shared_tasks: SharedTasks[int] = SharedTasks()
         ended: list[str] = []
 
         async def compute() -> int:
@@ -300,21 +301,21 @@ def test_a_flight_ends_with_its_last_passenger() -> None:
                 raise
             return 7
 
-        one = asyncio.create_task(flights.run("a", compute))
-        two = asyncio.create_task(flights.run("a", compute))
+        one = asyncio.create_task(shared_tasks.run("a", compute))
+        two = asyncio.create_task(shared_tasks.run("a", compute))
         await asyncio.sleep(0)
         one.cancel()
         assert await two == 7
         assert not ended
-        three = asyncio.create_task(flights.run("a", compute))
+        three = asyncio.create_task(shared_tasks.run("a", compute))
         await asyncio.sleep(0.01)
         three.cancel()
         await asyncio.sleep(0)
-        four = asyncio.create_task(flights.run("a", compute))  # does not board the one that was called off
+        four = asyncio.create_task(shared_tasks.run("a", compute))  # does not board the one that was called off
         await asyncio.sleep(0.01)
-        assert "a" in flights, "others board the fourth, although the third has landed since it started"
+        assert "a" in shared_tasks, "others board the fourth, although the third has landed since it started"
         assert await four == 7
         assert ended == ["cancelled"]
-        assert len(flights) == 0
+        assert len(shared_tasks) == 0
 
     asyncio.run(main())

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import redis.asyncio
 
-from app.core.breaker import Breaker
+from app.core.breaker import CircuitBreaker
 from app.core.metrics import Metrics
-from app.core.rate_limit import Rates
+from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
 from app.search.embedding_cache import MemoryCache, RedisCache, _pack, cache_key, make_cache, rounded
 from tests.support.redis_server import RedisServer
@@ -64,7 +64,7 @@ def test_memory_forgets_what_was_longest_unused() -> None:
 def test_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("app.core.breaker.time", SimpleNamespace(monotonic=lambda: now))
-    breaker = Breaker(failures=2, pause_s=5)
+    breaker = CircuitBreaker(failures=2, pause_s=5)
     breaker.failed(OSError("x"))
     assert breaker.allows()
     breaker.failed(OSError("x"))
@@ -112,7 +112,7 @@ def test_values_come_back_bit_for_bit_and_expire(redis_server: RedisServer) -> N
             return await cache.get("key", 32) is None
 
         await until(expired)
-        assert not cache.reading.open
+        assert not cache.read_breaker.is_open
         await cache.close()
 
     asyncio.run(main())
@@ -192,7 +192,7 @@ def test_a_redis_that_talks_nonsense_fails_nothing(reply: bytes) -> None:
                 cache.put("key", VECTOR)
                 assert await asyncio.gather(*cache._writes, return_exceptions=True) in ([None], [])
             await cache.close()
-        rates = Rates("2/minute", redis_url=f"redis://127.0.0.1:{port}/0", timeout_s=0.1)
+        rates = RateLimiter("2/minute", redis_url=f"redis://127.0.0.1:{port}/0", timeout_s=0.1)
         assert min([await rates.wait_for("alice") for _ in range(3)]) >= 0
         await rates.close()
         server.close()
@@ -247,8 +247,8 @@ def test_a_full_redis_is_still_read(redis_server: RedisServer) -> None:
         for i in range(5):
             cache.put(f"more {i}", VECTOR)
             await asyncio.gather(*cache._writes)
-        assert cache.writing.open
-        assert not cache.reading.open
+        assert cache.write_breaker.is_open
+        assert not cache.read_breaker.is_open
         assert await cache.get("key", 32) is not None
         assert count(metrics, "dcar_cache_writes_total", outcome="error") == 3
         assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 2
@@ -311,17 +311,17 @@ def test_answers_from_redis_are_the_same_and_survive_its_death(built_index: Path
             assert (await ask())["results"] == first["results"]
         async with opened(built_index, **given) as client:  # another process would find it, too
             assert (await ask())["cached"] is True
-            breaker = client.app.state.retriever._embedder._cache.reading
+            breaker = client.app.state.retriever._embedder._cache.read_breaker
             breaker._pause = 0.2
             redis_server.stop()
             for _ in range(4):
                 answer = await ask()
                 assert answer["cached"] is False
                 assert answer["results"] == first["results"]
-            assert breaker.open
+            assert breaker.is_open
             redis_server.start()
             await until(cached)
-            assert not breaker.open
+            assert not breaker.is_open
 
     asyncio.run(main())
 
@@ -340,7 +340,7 @@ def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_serv
                     assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
                     slowest = max(slowest, time.perf_counter() - began)
                 assert slowest < 1
-                assert client.app.state.retriever._embedder._cache.reading.open
+                assert client.app.state.retriever._embedder._cache.read_breaker.is_open
             finally:
                 os.kill(redis_server._process.pid, signal.SIGCONT)
 

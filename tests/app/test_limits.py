@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from app.core.problems import Overloaded
-from app.search.batching import Batcher, Lane
+from app.search.batching import Batcher, BatchGroup
+from app.search.errors import OverloadedError
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.redis_server import RedisServer
@@ -56,12 +56,12 @@ def test_a_queue_that_cannot_be_worked_off_in_time_takes_no_more() -> None:
             time.sleep(0.03)
             return np.ones((len(payloads), 2), np.float32)
 
-        lane = Lane("text", slow)
-        await batcher.submit(lane, "the pace is known now")
-        answers = await asyncio.gather(*(batcher.submit(lane, i) for i in range(20)), return_exceptions=True)
-        refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+        group = BatchGroup("text", slow)
+        await batcher.submit(group, "the pace is known now")
+        answers = await asyncio.gather(*(batcher.submit(group, i) for i in range(20)), return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, OverloadedError)]
         assert 12 <= len(refused) <= 17, "about 0.1 s of work is taken on"
-        assert isinstance(await batcher.submit(lane, "again"), np.ndarray)
+        assert isinstance(await batcher.submit(group, "again"), np.ndarray)
         await batcher.close()
 
     asyncio.run(main())

@@ -124,7 +124,7 @@ def test_what_is_not_done_at_the_end_is_told_so(built_index: Path) -> None:
             kind = {"Content-Type": "multipart/form-data; boundary=b"}
             answer = client.post("/search/image", content=dripping(), headers=kind)
             assert answer.status_code == 503
-            assert "ending" in answer.json()["detail"]
+            assert "shutting down" in answer.json()["detail"]
             assert answer.headers["x-content-type-options"] == "nosniff"
     finally:
         process.send_signal(signal.SIGTERM)

@@ -69,7 +69,7 @@ def test_reranking_side_by_side_with_little_room(
     built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one request lets go of is still there for another; the gallery's pictures may be larger than a query's."""
-    monkeypatch.setattr(pairs, "_KEPT", 3 * 4 * encoder.dim)
+    monkeypatch.setattr(pairs, "_MAX_FROZEN_BYTES", 3 * 4 * encoder.dim)
 
     async def main() -> None:
         async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
@@ -154,7 +154,7 @@ def test_pictures_are_read_where_no_other_work_waits_behind_them(built_index: Pa
             artifact.image_bytes = noted
             body = {"query": "red", "rerank": True, "explain": True}
             assert (await http.post("/search/text", json=body)).status_code == 200
-            assert threads == {"dcar-picture"}
+            assert threads == {"dcar-image"}
 
     asyncio.run(main())
 

@@ -306,7 +306,7 @@ def test_results_have_the_fields_that_were_asked_for(built_index: Path, artifact
             unknown = assert_problem(
                 await http.post("/search/text", json={"query": "x", "fields": ["colour"]}), 422, "fields"
             )
-            assert "there are: caption, category, color, file_name, id" in unknown["detail"]
+            assert "available: caption, category, color, file_name, id" in unknown["detail"]
             form = {"fields": '["file_name"]', "k": "1"}
             found = (await http.post("/search/image", files={"file": png()}, data=form)).json()["results"]
             assert found[0]["metadata"].keys() == {"file_name"}

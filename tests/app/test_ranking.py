@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.search.ranking import _BLOCK, Hit, _folded, find
+from app.search.ranking import _FOLD_BLOCK, RankedRow, _fold, rank
 
 
-def row_by_row(vectors: np.ndarray, found: list[Hit], fold: float) -> list[Hit]:
+def row_by_row(vectors: np.ndarray, found: list[RankedRow], fold: float) -> list[RankedRow]:
     """What folding means: each row goes to the most like it of those that are shown, or is shown."""
     shown: list[int] = []
     members: dict[int, list[int]] = {}
@@ -21,7 +21,7 @@ def row_by_row(vectors: np.ndarray, found: list[Hit], fold: float) -> list[Hit]:
         else:
             shown.append(place)
             members[place] = []
-    return [Hit(found[place].row, found[place].score, tuple(members[place])) for place in shown]
+    return [RankedRow(found[place].row, found[place].score, tuple(members[place])) for place in shown]
 
 
 def snapshot_of(vectors: np.ndarray) -> Any:
@@ -33,15 +33,15 @@ def snapshot_of(vectors: np.ndarray) -> Any:
 def test_blocks_fold_as_single_rows_do(seed: int) -> None:
     """Vectors of small whole numbers: sums are exact in any order, and many rows are equally like several others."""
     rng = np.random.default_rng(seed)
-    rows = int(rng.choice([1, 5, _BLOCK, _BLOCK + 1, 700]))
+    rows = int(rng.choice([1, 5, _FOLD_BLOCK, _FOLD_BLOCK + 1, 700]))
     vectors = rng.integers(-2, 3, (rows, int(rng.integers(2, 7)))).astype(np.float32)
     vectors[rng.random(rows) < 0.02] = np.nan
-    found = [Hit(int(row), 1 - place / rows) for place, row in enumerate(rng.permutation(rows))]
+    found = [RankedRow(int(row), 1 - place / rows) for place, row in enumerate(rng.permutation(rows))]
     fold = float(rng.integers(1, 14))
     wanted = row_by_row(vectors, found, fold)
     for count in {1, 2, len(wanted) // 2 + 1, len(wanted), len(wanted) + 1, 2 * rows}:
-        assert _folded(snapshot_of(vectors), found, fold, count) == wanted[:count], count
-    assert _folded(snapshot_of(vectors), [], fold, 3) == []
+        assert _fold(snapshot_of(vectors), found, fold, count) == wanted[:count], count
+    assert _fold(snapshot_of(vectors), [], fold, 3) == []
 
 
 def test_folding_many_rows_takes_little_time() -> None:
@@ -49,11 +49,11 @@ def test_folding_many_rows_takes_little_time() -> None:
     different = rng.standard_normal((900, 512)).astype(np.float32)
     vectors = different[rng.integers(0, 900, 4000)] + rng.standard_normal((4000, 512)).astype(np.float32) / 100
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = [Hit(row, 0.5) for row in range(4000)]
+    found = [RankedRow(row, 0.5) for row in range(4000)]
     times, hits = [], []
     for fold in (
         lambda: row_by_row(vectors, found, 0.95),
-        lambda: _folded(snapshot_of(vectors), found, 0.95, 1001),
+        lambda: _fold(snapshot_of(vectors), found, 0.95, 1001),
     ):
         took = []
         for _ in range(3):  # the quickest: other work on the machine comes and goes
@@ -93,14 +93,14 @@ def copies() -> tuple[Any, np.ndarray]:
     return SimpleNamespace(artifact=Exact(vectors)), wanted / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("options", [{}, {"without": {0, 1, 2, 50}}, {"fold": 0.9}, {"min_score": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"excluded_rows": {0, 1, 2, 50}}, {"fold": 0.9}, {"min_score": 0.0}], ids=str)
 def test_a_longer_answer_begins_with_the_shorter(options: dict[str, Any]) -> None:
     """So pages have every item once, however many score the same."""
     snapshot, vector = copies()
-    rows = [hit.row for hit in find(snapshot, vector, 300, **options)]
+    rows = [hit.row for hit in rank(snapshot, vector, 300, **options)]
     assert len(rows) == len(set(rows))
     for count in range(1, 120):
-        assert [hit.row for hit in find(snapshot, vector, count, **options)] == rows[:count]
+        assert [hit.row for hit in rank(snapshot, vector, count, **options)] == rows[:count]
     assert not options or len(rows) < 300
     if not options:
         assert sorted(rows) == list(range(300))
@@ -108,9 +108,9 @@ def test_a_longer_answer_begins_with_the_shorter(options: dict[str, Any]) -> Non
 
 def test_only_equal_scores_cost_a_wider_search() -> None:
     snapshot, vector = copies()
-    find(snapshot, vector, 10)
+    rank(snapshot, vector, 10)
     assert snapshot.artifact.asked == 88, "11, 22, 44: the sixty copies of one picture"
-    find(snapshot, vector, 150)
+    rank(snapshot, vector, 150)
     assert snapshot.artifact.asked == 151
 
 
@@ -118,13 +118,13 @@ def test_equal_pictures_fold_at_one() -> None:
     """Though the product of a vector with itself may be a little less."""
     snapshot, vector = copies()
     assert not np.all((snapshot.artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
-    hits = find(snapshot, vector, 300, fold=1.0)
+    hits = rank(snapshot, vector, 300, fold=1.0)
     assert sorted(len(hit.folded) for hit in hits)[-2:] == [39, 59]
     assert len(hits) == 300 - 98
 
 
 def test_a_score_that_was_shown_can_be_the_least() -> None:
     snapshot, vector = copies()
-    for number, hit in enumerate(find(snapshot, vector, 300)[:150], 1):
-        kept = find(snapshot, vector, 300, min_score=round(hit.score, 6))
+    for number, hit in enumerate(rank(snapshot, vector, 300)[:150], 1):
+        kept = rank(snapshot, vector, 300, min_score=round(hit.score, 6))
         assert len(kept) >= number

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.core.redis import check
+from app.core.redis import check_url
 from app.search.embedding_cache import RedisCache, rounded
 from tests.support.processes import free_port
 from tests.support.redis_server import RedisServer
@@ -45,15 +45,15 @@ async def assert_cached(url: str, seconds: float = 10) -> None:
                 np.testing.assert_array_equal(found, rounded(VECTOR))
                 break
             assert time.monotonic() < end, "nothing is cached"
-            cache.reading._pause = cache.writing._pause = 0.05
+            cache.read_breaker._pause = cache.write_breaker._pause = 0.05
             await asyncio.sleep(0.1)
         for key in range(100):
             cache.put(str(key), VECTOR)
         await asyncio.gather(*cache._writes)
         found_by = await asyncio.gather(*(cache.get(str(key), 32) for key in range(100)))
         assert all(each is not None for each in found_by)
-        assert not cache.reading.open
-        assert not cache.writing.open
+        assert not cache.read_breaker.is_open
+        assert not cache.write_breaker.is_open
     finally:
         await cache.close()
 
@@ -133,9 +133,9 @@ async def test_sentinel(tmp_path: Path) -> None:
 )
 def test_a_url_that_is_none_is_refused_without_its_password(url: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
-        check(url)
+        check_url(url)
     with pytest.raises(ValueError, match="must") as caught:
-        check(url.replace("://", "://:secretword@") if "://" in url else f":secretword@{url}")
+        check_url(url.replace("://", "://:secretword@") if "://" in url else f":secretword@{url}")
     assert "secretword" not in str(caught.value)
 
 
@@ -146,7 +146,7 @@ def test_a_url_that_is_none_is_refused_without_its_password(url: str, hint: str)
         ("redis://:secretword@localhost?socket_timeout=soon", "socket_timeout"),
         ("redis://:secretword@localhost?colour=red", "an option that redis-py does not know"),
         ("redis+cluster://:secretword@localhost?colour=red", "an option that redis-py does not know"),
-        ("redis+cluster://:secretword@localhost?db=3", "does not fit: Argument 'db'"),
+        ("redis+cluster://:secretword@localhost?db=3", "invalid option: Argument 'db'"),
         ("redis+sentinel://:secretword@localhost/pictures?colour=red", "an option that redis-py does not know"),
         ("rediss://:secretword@localhost?ssl_ca_certs=/nowhere.pem", r"/nowhere\.pem as ssl_ca_certs"),
         ("rediss+sentinel://:secretword@localhost/pictures?ssl_keyfile=/nowhere.pem", "ssl_keyfile"),
@@ -154,6 +154,6 @@ def test_a_url_that_is_none_is_refused_without_its_password(url: str, hint: str)
 )
 def test_what_would_fail_with_every_command_is_said_at_the_start(url: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint) as caught:
-        check(url)
+        check_url(url)
     assert "half" not in str(caught.value)
     assert "secretword" not in str(caught.value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.search import snapshots
+from app.search.snapshots import load_snapshot
 from dcar_core.serving import adapter_cache
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
@@ -30,7 +30,7 @@ def index(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 async def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, lock = snapshots.load_snapshot, threading.Lock()
+    whole, lock = load_snapshot, threading.Lock()
     under_way = most = 0
 
     def slow(*given: object) -> object:
@@ -44,7 +44,7 @@ async def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypa
         return whole(*given)  # type: ignore[arg-type]
 
     async with opened(index, poll_s=0, **KEY) as client:
-        monkeypatch.setattr(snapshots, "load_snapshot", slow)
+        monkeypatch.setattr("app.search.collections.load_snapshot", slow)
         rollback(index, 2)
         first = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
         await asyncio.sleep(0.2)
@@ -103,14 +103,14 @@ async def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_s
 
 
 async def test_a_body_that_nobody_needs_is_not_waited_for(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = snapshots.load_snapshot
+    whole = load_snapshot
 
     def slow(*given: object) -> object:
         time.sleep(1)
         return whole(*given)  # type: ignore[arg-type]
 
     async with opened(index, poll_s=0, upload_timeout_s=0.3, **KEY) as client:
-        monkeypatch.setattr(snapshots, "load_snapshot", slow)
+        monkeypatch.setattr("app.search.collections.load_snapshot", slow)
         rollback(index, 2)
         answer = await client.post("/admin/reload", headers=BEARER, json={})
         assert answer.json()["changed"], answer.text

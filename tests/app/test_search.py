@@ -200,7 +200,7 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
     async def main() -> tuple[list[Any], int]:
         async with opened(built_index, cache_size=0) as client:
             in_threads = 0
-            pool = client.app.state.retriever._pool
+            pool = client.app.state.retriever._search_threads
             submit = pool.submit
 
             def counted(*given: Any, **more: Any) -> Any:
@@ -226,11 +226,11 @@ def test_an_index_that_was_updated_is_not_as_quick_as_it_was_measured(
 ) -> None:
     monkeypatch.setattr("app.search.snapshots._QUICK_MS", 1000)
     snapshot = load_snapshot(index, Settings(index=index))
-    assert snapshot.quick
+    assert snapshot.is_quick
     snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="http://milvus:19530")
-    assert not snapshot.quick, "another machine may take any time"
+    assert not snapshot.is_quick, "another machine may take any time"
     remove(index, ["circle/red.png"])
-    assert not load_snapshot(index, Settings(index=index)).quick
+    assert not load_snapshot(index, Settings(index=index)).is_quick
 
 
 def test_an_index_that_another_encoder_made_is_refused(index: Path) -> None:

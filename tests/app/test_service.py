@@ -176,7 +176,7 @@ def test_a_version_that_failed_is_tried_again_after_a_while(
     index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, whole = newer_weights, newer_weights.read_bytes()
-    monkeypatch.setattr("app.search.snapshots._RETRY_S", 0.1)
+    monkeypatch.setattr("app.search.collections._RETRY_S", 0.1)
 
     async def main() -> None:
         async with opened(index, poll_s=0.02) as client:
@@ -372,10 +372,14 @@ def test_a_broken_index_ends_a_starting_server_with_its_reason(index: Path) -> N
     assert log.count("trainables.safetensors") == 1, "said once"
 
 
-def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_model_alone() -> None:
+@pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
+def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_model_alone(
+    batch_scheduling: bool, policy: int
+) -> None:
     loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
     config = uvicorn.Config(lambda: None, log_config=None)
-    server = _Server(config, collections_of=lambda: loaded.items(), drain_s=0)  # type: ignore[arg-type, return-value]
+    collections: Any = loaded.items()
+    server = _Server(config, collections_of=lambda: collections, drain_s=0, batch_scheduling=batch_scheduling)
     before = gc.get_freeze_count()
     try:
         asyncio.run(server.on_tick(1))
@@ -384,9 +388,9 @@ def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_m
         loaded["one"].live = object()
         asyncio.run(server.on_tick(2))
         assert gc.get_freeze_count() > before + 10_000
-        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+        assert os.sched_getscheduler(0) == policy
         embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())
-        for pool in (embedder._batcher._thread, embedder._pool):  # their threads begin with the first query
+        for pool in (embedder._batcher._thread, embedder._decoders):  # their threads begin with the first query
             assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_OTHER
             pool.shutdown()
     finally:
@@ -396,13 +400,13 @@ def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_m
 
 def test_a_second_signal_ends_the_wait_but_not_the_requests_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     class Loaded(dict[None, Any]):
-        draining = False
+        is_draining = False
 
-    loaded = Loaded({None: SimpleNamespace(live=object())})
+    loaded: Any = Loaded({None: SimpleNamespace(live=object())})
     config = uvicorn.Config(lambda: None, log_config=None)
-    server = _Server(config, collections_of=lambda: loaded, drain_s=0.2)  # type: ignore[arg-type, return-value]
+    server = _Server(config, collections_of=lambda: loaded, drain_s=0.2, batch_scheduling=True)
     server.handle_exit(signal.SIGINT, None)
-    assert (loaded.draining, server.should_exit) == (True, False)
+    assert (loaded.is_draining, server.should_exit) == (True, False)
     server.handle_exit(signal.SIGINT, None)
     assert (server.should_exit, server.force_exit) == (True, False)
     assert server._timer is not None

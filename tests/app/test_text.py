@@ -82,7 +82,7 @@ def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.
             load_settings(index=tmp_path)
     monkeypatch.delenv("DCAR_COLLECTIONS")
     monkeypatch.setenv("DCAR_API_KEY", "shop:hash")
-    with pytest.raises(DcarError, match="DCAR_API_KEY: there is no such setting; is DCAR_API_KEYS meant"):
+    with pytest.raises(DcarError, match="DCAR_API_KEY: there is no such setting; did you mean DCAR_API_KEYS"):
         load_settings(index=tmp_path)
     monkeypatch.delenv("DCAR_API_KEY")
     monkeypatch.setenv("DCAR_FEATURES", "of another command")

@@ -162,7 +162,7 @@ class ProblemResponse(BaseModel):
 
 
 class Weights(TypedDict, total=False):
-    """How much each part of a query counts; less and without are subtracted."""
+    """Weights of the parts of a query. `less` and `without` are subtracted."""
 
     text: float
     image: float
@@ -172,33 +172,33 @@ class Weights(TypedDict, total=False):
 
 
 class SearchOptions(TypedDict, total=False):
-    """What every search can be told beside the words or the picture."""
+    """Options of every kind of search."""
 
     k: int
-    """How many results."""
+    """Number of results."""
     offset: int
-    """Results to skip: `next_offset` of the page before."""
+    """Results to skip: `next_offset` of the previous page."""
     filter: dict[str, Any] | None
     """Conditions on id, caption, category and metadata fields: a value, a list of values, or {"in", "not",
-    "contains", "gt", "gte", "lt", "lte"}; null: it has none; {"$or": [filter, ..]}.
+    "contains", "gt", "gte", "lt", "lte"}; null matches a missing value; {"$or": [filter, ..]}.
     """
     min_score: float | Literal["auto"] | None
-    """Only results that score at least this; "auto": as calibrated, for searches by words alone."""
+    """Lowest score of a result; "auto" uses the calibrated cut-off, for text queries alone."""
     more_like: list[str]
-    """Ids of items that results should be like; they are left out."""
+    """Ids of items that results should resemble; these items are left out."""
     less_like: list[str]
-    """Ids of items that results should not be like; left out."""
+    """Ids of items that results should not resemble; these items are left out."""
     without: str
-    """Words for what results should not show, such as tears."""
+    """What results should not show, such as tears."""
     weights: Weights
     fields: list[str]
-    """Metadata that each result is to have, ["*"] for all."""
+    """Metadata fields to return with each result, ["*"] for all."""
     fold: float | None
-    """Show items whose cosine is at least this as one, the others under `folded`."""
+    """Show items with at least this cosine as one result; the others are listed under `folded`."""
     rerank: bool
     """Score the first results again, with exact pair weights."""
     explain: bool
-    """Say which words and which parts of a picture count."""
+    """Show which words and which parts of an image contribute to a score."""
 
 
 class TextQuery(SearchOptions, total=False):
