@@ -1,6 +1,7 @@
 # make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
 # make test       all tests                                                   (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
+# make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make reference  generated pages of docs/reference, and the client's models
 # make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file
@@ -12,7 +13,7 @@ EXTRAS ?= dev
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check reference
+.PHONY: install demo test check coverage reference
 comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
@@ -42,3 +43,6 @@ check: install
 reference: install
 	$(BIN)/python scripts/generate_reference.py
 	$(BIN)/python scripts/generate_client_models.py
+
+coverage: install
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
