@@ -1,10 +1,9 @@
 """A captioning run that ends early, and what the next one finds."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from filelock import FileLock
 
 from dcar_core.util.errors import CaptionError, LockedError
 from tests.support.captioning import ask, captions, one_picture
+from tests.support.commands import Command, dcar
 from tests.support.images import draw
-from tests.support.paths import ROOT
 from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good
 
 
@@ -49,8 +48,8 @@ def test_killed_it_goes_on_and_asks_nothing_twice(photos: Path) -> None:
     arguments = ["--images", photos, "--out", out, "--model", "small", "--concurrency", "1"]
     hold: Behave = lambda asked, n: Raw(wait=60) if len(server.asked) == 6 else good(asked)  # noqa: E731
     with VisionServer(hold) as server:
-        command = [sys.executable, "-m", "app.cli", "data", "caption", "--url", server.url, *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        command = ["data", "caption", "--url", server.url, *map(str, arguments)]
+        process = Command("app.cli", *command, stdout=os.devnull, stderr=os.devnull)
         until = time.monotonic() + 120
         while len(server.asked) < 6 and time.monotonic() < until:
             time.sleep(0.05)
@@ -61,7 +60,7 @@ def test_killed_it_goes_on_and_asks_nothing_twice(photos: Path) -> None:
             file.write(b'{"image": "owl/2.png", "finis')  # cut off in the middle of a line
         before = len(server.asked)
         server.behave = good
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = dcar(*command)
     assert before == 6
     assert done.returncode == 0, done.stderr
     assert "4 captions" in done.stdout

@@ -16,6 +16,7 @@ from dcar_core.captioning.summary import summarize
 from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from tests.support.captioning import KEY, ask, captions
+from tests.support.commands import dcar
 from tests.support.images import draw
 from tests.support.paths import ROOT
 from tests.support.vision_server import Behave, VisionServer, good, message
@@ -136,11 +137,11 @@ def test_templates(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_the_command(photos: Path) -> None:
-    environment = {**os.environ, "DCAR_CAPTION_API_KEY": KEY}
+    environment = {"DCAR_CAPTION_API_KEY": KEY}
     given = ["--images", photos, "--out", photos.parent / "captions.json", "--model", "small", "--judge-model", "large"]
     with VisionServer() as server:
-        command = [sys.executable, "-m", "app.cli", "data", "caption", "--url", server.url, *map(str, given)]
-        done = subprocess.run([*command, "--price", "1,2"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        command = ["data", "caption", "--url", server.url, *map(str, given)]
+        done = dcar(*command, "--price", "1,2", environment=environment)
         assert done.returncode == 0, done.stderr
         assert "4 captions" in done.stdout
         assert "cost 0.0006" in done.stdout
@@ -148,10 +149,10 @@ def test_the_command(photos: Path) -> None:
         assert KEY not in done.stdout + done.stderr
         assert {(a.kind, a.body["model"]) for a in server.asked} == {("draft", "small"), ("judge", "large")}
         assert "photos" in server.asked[0].body["messages"][0]["content"][0]["text"]
-        done = subprocess.run([*command, "--price", "cheap"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = dcar(*command, "--price", "cheap", environment=environment)
         assert done.returncode == 2
         assert "a price is IN,OUT" in done.stderr
     without = "import sys; sys.modules['httpx'] = None; sys.argv[0] = 'dcar'; from app.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", without, *command[3:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", without, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: captioning needs an optional dependency: pip install 'dcar[caption]'"

@@ -1,8 +1,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +10,7 @@ from dcar_core.data import check_dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.tokenizer import count_clip_tokens
 from dcar_core.util.errors import DataError
-
-
-def dcar(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+from tests.support.commands import dcar
 
 
 def test_a_sound_data_set(tiny_data: Path) -> None:

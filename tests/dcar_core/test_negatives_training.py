@@ -1,8 +1,6 @@
 """Negatives that training and the table make, and the command that shows them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from dcar_core.data import load_split, load_splits
@@ -13,9 +11,8 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.methods import method
 from dcar_core.negatives import add_negatives_with_backbone
 from dcar_core.training.feature_cache import FeatureCache
+from tests.support.commands import dcar
 from tests.support.files import write_json
-
-ROOT = Path(__file__).parents[2]
 
 
 def bare_data(tiny_data: Path, directory: Path) -> Path:
@@ -25,11 +22,6 @@ def bare_data(tiny_data: Path, directory: Path) -> Path:
         content = json.loads((tiny_data / f"{name}.json").read_text())
         write_json(directory / f"{name}.json", {key: entry | {"negative": []} for key, entry in content.items()})
     return directory
-
-
-def dcar(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_training_and_the_table_make_negatives(

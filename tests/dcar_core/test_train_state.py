@@ -1,8 +1,6 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import dcar_core
 from dcar_core.data import load_split
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
@@ -20,23 +17,15 @@ from dcar_core.training.grad_cache import accumulate_gradients
 from dcar_core.training.train import train
 from dcar_core.training.train_state import STATE_FILE, delete_state
 from dcar_core.util.errors import TrainingError
+from tests.support.commands import Command, run
 from tests.support.paths import TRAIN_PROCESS
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dcar_core.__file__).parents[1])}
-
-
-def start(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(TRAIN_PROCESS), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+from tests.support.processes import free_port
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    out, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return out
+def train_in_process(*arguments: object) -> str:
+    done = run(TRAIN_PROCESS, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -46,15 +35,14 @@ def weights(path: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(tiny_model, tiny_data, out, "dcar"))
+    train_in_process(tiny_model, tiny_data, out, "dcar")
     return out
 
 
 def test_killed_training_ends_with_the_same_weights(
     uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    process = start(tiny_model, tiny_data, tmp_path, "dcar")
-    assert process.stdout is not None
+    process = Command(TRAIN_PROCESS, tiny_model, tiny_data, tmp_path, "dcar")
     for _ in range(3):  # in the middle of the run, wherever it is by then
         assert process.stdout.readline().startswith("epoch")
     os.kill(process.pid, signal.SIGKILL)
@@ -62,7 +50,7 @@ def test_killed_training_ends_with_the_same_weights(
     process.communicate()
     assert (tmp_path / STATE_FILE).is_file()
     assert not (tmp_path / "trainables.safetensors").exists()
-    went_on = finish(start(tiny_model, tiny_data, tmp_path, "dcar")).splitlines()
+    went_on = train_in_process(tiny_model, tiny_data, tmp_path, "dcar").splitlines()
     assert 0 < len(went_on) < 6  # it did not start anew
     expected, found = weights(uninterrupted), weights(tmp_path)
     assert expected.keys() == found.keys()
@@ -175,7 +163,20 @@ def test_parts_and_processes_learn_what_one_process_learns(
     processes: int, parts: int, uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Batches of five and two (12 pairs): processes get unequal shares, and some parts are empty."""
-    finish(start(tiny_model, tiny_data, tmp_path, "dcar", str(parts), processes=processes))
+    arguments = [tiny_model, tiny_data, tmp_path, "dcar", parts]
+    if processes == 1:
+        train_in_process(*arguments)
+    elif parts == 1:  # with what torchrun sets
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        both = [
+            Command(TRAIN_PROCESS, *arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+        ]
+        for process in both:
+            _, errors = process.communicate()
+            assert process.wait() == 0, errors
+    else:
+        done = run("torch.distributed.run", "--standalone", "--nproc-per-node=2", TRAIN_PROCESS, *arguments)
+        assert done.returncode == 0, done.stderr
     expected, found = weights(uninterrupted), weights(tmp_path)
     for name in expected:  # Adam turns the rounding of a gradient near zero (the head's bias) into steps of full size
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-3)

@@ -1,0 +1,17 @@
+"""Everything that commands import, for the process that `tests.support.commands` forks them from."""
+
+import faiss  # noqa: F401
+import pytest
+
+import app.cli.datasets
+import app.cli.indexing
+import app.cli.serving
+import app.cli.training
+import app.main
+import app.server  # noqa: F401
+import dcar_core.evaluation
+import dcar_core.training.train  # noqa: F401
+import index_jobs.rebuild  # noqa: F401
+from tests.support.vocabulary import share_vocabulary
+
+share_vocabulary(pytest.MonkeyPatch())
