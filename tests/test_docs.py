@@ -170,9 +170,19 @@ def test_a_wrong_command_would_be_noticed() -> None:
 def test_named_source_files_exist() -> None:
     for page in PAGES:
         for path in re.findall(
-            r"`((?:app|index_jobs|dcar_core|tests|benchmarks|scripts|examples)/[\w/.-]+)`", prose(page)
+            r"`((?:app|index_jobs|dcar_core|clients|docs|tests|benchmarks|scripts|examples)/[\w/.-]+)`", prose(page)
         ):
             assert (ROOT / path).exists(), f"{name(page)} names {path}"
+
+
+def test_a_newcomer_changes_at_most_four_files() -> None:
+    """Each answer of CONTRIBUTING's table; that the files exist is checked above."""
+    rows = re.findall(
+        r"^\| an? ([a-z ]+) \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [what for what, _ in rows] == ["search option", "backbone family", "kind of index", "baseline method"]
+    for what, change in rows:
+        assert 1 <= len(re.findall(r"`[\w/.-]+\.\w+`", change)) <= 4, what
 
 
 def test_named_variables_exist() -> None:
