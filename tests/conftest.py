@@ -35,7 +35,7 @@ TINY = {
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash", "size": [32, 32]},
 }
 
-# What `auto` would measure and export belongs into no user's cache, and most tests are not about it.
+# Keep exported models out of the user's cache. Few tests are about the runtime `auto`.
 os.environ.pop("DCAR_RUNTIME_CACHE", None)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dcar-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -104,7 +104,7 @@ def other_checkpoint(tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures in a folder per shape, with metadata.jsonl."""
+    """Draw 24 images, in one folder per shape, with a metadata.jsonl."""
     root = tmp_path_factory.mktemp("gallery")
     lines = []
     for shape in SHAPES:
@@ -119,7 +119,7 @@ def tiny_gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tiny_gallery: Path) -> Path:
-    """The gallery's pictures as annotations in FDRD's form, 12 for training, 6 for validation, 6 for the test."""
+    """Write FDRD annotations of the gallery: 12 pairs for training, 6 for validation and 6 for testing."""
     rows = [json.loads(line) for line in (tiny_gallery / "metadata.jsonl").read_text().splitlines()]
     order = np.random.default_rng(0).permutation(len(rows))
     for split, part in (("train", order[:12]), ("val", order[12:18]), ("test", order[18:])):

@@ -35,7 +35,7 @@ def test_the_papers_table_beside_ours(tmp_path: Path) -> None:
     done = run("paper_table.py", tmp_path / "results.json")
     assert done.returncode == 0, done.stderr
     assert "| dtd |  / 37.94 |  / 40.19 |  / 45.93 |  / 44.39 | 12.35 / 47.10 |" in done.stdout
-    assert "| average of nine |  / 20.62 |" in done.stdout  # of one data set there is no such average
+    assert "| average of nine |  / 20.62 |" in done.stdout  # one data set has no average
     found["data"] = "emoji"
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert "emoji is not in the paper's table" in run("paper_table.py", tmp_path / "results.json").stderr

@@ -83,7 +83,7 @@ def dcar_command(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def unknown_options(words: list[str]) -> list[str]:
-    """What is wrong with a documented command: a sub-command or an option that does not exist."""
+    """Return the error in a documented command: a missing sub-command or option."""
     if "app.cli" in words[:8]:  # python -m app.cli, torchrun ... -m app.cli
         words = ["dcar", *words[words.index("app.cli") + 1 :]]
     elif words[:2] == ["python", "-m"]:
@@ -176,7 +176,7 @@ def test_named_source_files_exist() -> None:
 
 
 def test_a_newcomer_changes_at_most_four_files() -> None:
-    """Each answer of CONTRIBUTING's table; that the files exist is checked above."""
+    """Check each row of CONTRIBUTING's table; another test checks that the files exist."""
     rows = re.findall(
         r"^\| an? ([a-z ]+) \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -194,7 +194,7 @@ def test_named_variables_exist() -> None:
     known = {f"DCAR_{field.upper()}" for field in Settings.model_fields}
     for page in PAGES:
         if page.name == "CHANGELOG.md":
-            continue  # names what was removed
+            continue  # names removed things
         for variable in re.findall(r"\bDCAR_[A-Z_]+[A-Z]\b", page.read_text(encoding="utf-8")):
             assert variable in known or variable in code, f"{name(page)} names {variable}"
 

@@ -54,7 +54,7 @@ def index(built_index: Path, tmp_path: Path) -> Path:
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in Settings.model_fields:
         monkeypatch.delenv(f"DCAR_{name.upper()}", raising=False)
-    monkeypatch.setenv("DCAR_RUNTIME", "torch")  # which one `auto` takes is no matter of these tests
+    monkeypatch.setenv("DCAR_RUNTIME", "torch")  # these tests are not about `auto`
 
 
 @pytest.fixture

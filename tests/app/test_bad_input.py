@@ -1,4 +1,4 @@
-"""Whatever is sent: a 4xx in the form of RFC 9457 that names the field, and no traceback in the log."""
+"""Invalid requests: a 4xx as in RFC 9457 that names the field, and no traceback in the log."""
 
 import asyncio
 import errno

@@ -1,4 +1,4 @@
-"""Several domains in one process: each answers by its own checkpoint and index; they share a backbone and batches."""
+"""Collections with their own checkpoints and indexes share a backbone and batches."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""What a connection may do: slow heads, trailers, upgrades, idling, bodies that were answered, leaving."""
+"""Connections: slow heads, trailers, upgrades, idling, unread bodies, early ends."""
 
 import socket
 import time

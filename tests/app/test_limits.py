@@ -1,4 +1,4 @@
-"""How much is taken on at a time, for how long, and what overload looks like."""
+"""Limits on concurrent work and its duration, and responses under overload."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What an operator sees: metrics by stage, log lines that belong together, and an end that drops nothing."""
+"""Metrics by stage, log lines of one request, and a graceful shutdown."""
 
 import json
 import logging
@@ -102,12 +102,12 @@ def _until_ready(client: httpx.Client) -> None:
                 return
         except httpx.TransportError:
             pass
-        time.sleep(0.5)  # each answer is a line in a pipe that nobody empties yet
+        time.sleep(0.5)  # each response writes a line into a pipe that is read only later
     raise AssertionError("it does not become ready")
 
 
 def test_what_is_not_done_at_the_end_is_told_so(built_index: Path) -> None:
-    """uvicorn gives requests ten seconds, less here, and cancels what is left."""
+    """uvicorn cancels requests that run for ten seconds after the shutdown began, fewer here."""
     port = free_port()
     process = _server(built_index, port, f"import app.server as s; s._FINISH_S = 1; {SERVE}")
     try:
@@ -142,7 +142,7 @@ async def test_a_long_path_is_cut_in_the_log(built_index: Path, caplog: pytest.L
 
 
 def test_the_end_drops_nothing_and_the_log_is_json(built_index: Path) -> None:
-    """Told to end, the server first says that it is not ready, still answers, and finishes an upload under way."""
+    """A stopping server first reports that it is not ready, still responds, and finishes a running upload."""
     port = free_port()
     process = _server(built_index, port, DCAR_LOG_FORMAT="json", DCAR_DRAIN_S="0.5")
     try:

@@ -68,7 +68,7 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
 def test_reranking_side_by_side_with_little_room(
     built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one request lets go of is still there for another; the gallery's pictures may be larger than a query's."""
+    """Entries that one request releases stay for others. Gallery images may be larger than a query's."""
     monkeypatch.setattr(pairs, "_MAX_FROZEN_BYTES", 3 * 4 * encoder.dim)
 
     async def main() -> None:

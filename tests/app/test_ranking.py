@@ -1,4 +1,4 @@
-"""What is found: in which order, how far, and near-duplicates folded by the block, the same as row by row."""
+"""Order and depth of results, and folding of near-duplicates in blocks as row by row."""
 
 import time
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from app.search.ranking import _FOLD_BLOCK, RankedRow, _fold, rank
 
 
 def row_by_row(vectors: np.ndarray, found: list[RankedRow], fold: float) -> list[RankedRow]:
-    """What folding means: each row goes to the most like it of those that are shown, or is shown."""
+    """Fold row by row: each row joins the most similar shown row, or is shown itself."""
     shown: list[int] = []
     members: dict[int, list[int]] = {}
     for place, hit in enumerate(found):

@@ -75,7 +75,7 @@ async def test_tls(tmp_path: Path) -> None:
     options = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
     with running(*options) as server:
         await assert_cached(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
-        with pytest.raises(AssertionError, match="nothing is cached"):  # a certificate that nobody vouches for
+        with pytest.raises(AssertionError, match="nothing is cached"):  # an untrusted certificate
             await assert_cached(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
 
 

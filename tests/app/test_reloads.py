@@ -1,4 +1,4 @@
-"""Loads that take long: each is the only one, whoever waits for it; and a model that is needed long after its start."""
+"""Slow loads of a version run once, and a model loads long after the start."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""Searching: the same answers as the encoder and the index give, however they are asked for."""
+"""Searches return what the encoder and the index give, through every route."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Twenty swaps under load: nothing is dropped, each answer is one version's, and what was replaced is let go."""
+"""Twenty swaps under load: no request fails, each response is of one version, and replaced versions are freed."""
 
 import asyncio
 import gc
@@ -30,7 +30,7 @@ def resident() -> int:
 
 
 class Kept:
-    """Which of the encoders and indexes that were served are still in memory."""
+    """Encoders and indexes that were served and are still in memory."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, weakref.ref[Any]]] = {}
@@ -61,7 +61,7 @@ async def test_twenty_swaps_and_rollbacks_under_load(
         rebuild(gallery, checkpoints[version], index, workers=0, progress=False, force=True, keep=SWAPS)
     rollback(index, 1)
     kept, sizes = Kept(), []
-    words = (f"a red square {number}" for number in itertools.count())  # never remembered
+    words = (f"a red square {number}" for number in itertools.count())  # never cached
 
     async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **KEY) as client:
 

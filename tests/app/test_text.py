@@ -1,4 +1,4 @@
-"""The form in which queries are encoded and remembered, and the settings."""
+"""Normalisation of queries, and the settings."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Threads that compute are no more than those that have to."""
+"""Limits on compute threads."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""What several files of tests begin with."""
+"""Photos and a loaded backbone for the tests of dcar_core."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.support.images import draw
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two categories with two pictures each."""
+    """Draw two categories with two images each."""
     root = tmp_path / "photos"
     for name in ("red_fox/1.png", "red_fox/2.png", "owl/1.png", "owl/2.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a start without PyTorch gives is what the model gives, and nothing of it is used once anything has changed."""
+"""A start without PyTorch gives the model's vectors, and is used only while nothing has changed."""
 
 import hashlib
 import json
@@ -106,7 +106,7 @@ def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> 
 
 
 def test_the_model_is_found_wherever_its_checkpoint_still_lies(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
-    """Two indexes hold a copy each; one of them lets go of its own."""
+    """Two indexes hold a copy each, and one deletes its own."""
     one, other = tmp_path / "one", tmp_path / "other"
     for place in (one, other):
         copy_checkpoint(checkpoint, place)

@@ -1,4 +1,4 @@
-"""Drafts that are no captions, and the judge of those that are."""
+"""Unusable drafts, and the judge of usable ones."""
 
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def test_drafts_are_tidied() -> None:
 
 
 def test_half_of_a_surrogate_pair_in_a_verdict_is_replaced(photos: Path) -> None:
-    """The verdict is JSON inside the answer's, read after it."""
+    """The verdict is JSON inside the response's JSON and is parsed after it."""
     said = r'{"accept": false, "feedback": "no \ud83d good"}'
     behave: Behave = lambda asked, n: said if asked.kind == "judge" and n == 0 else good(asked)  # noqa: E731
     with VisionServer(behave) as server:

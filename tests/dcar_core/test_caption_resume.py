@@ -75,7 +75,7 @@ def test_a_run_with_other_settings_is_another_run(photos: Path) -> None:
         ask(photos, server)
         with pytest.raises(CaptionError, match=r"of a run with another rounds \(was 3\); give the same again"):
             ask(photos, server, rounds=5)
-        assert ask(photos, server, concurrency=4, tries=2).accepted == 4  # how it is asked changes no answer
+        assert ask(photos, server, concurrency=4, tries=2).accepted == 4  # the way of asking changes no response
         assert len(server.asked) == 8
         assert ask(photos, server, rounds=5, restart=True).accepted == 4
         assert len(server.asked) == 16
@@ -122,7 +122,7 @@ def test_a_caption_of_an_earlier_run_is_taken(photos: Path) -> None:
 
 
 def no_fantasy(asked: Asked, _: int = 0) -> str:
-    """One caption for all pictures of a category, as long as nobody minds."""
+    """Return one caption for all images of a category, unless another is asked for."""
     return f"Any {asked.category} on grass." if asked.kind == "draft" and asked.turn == 0 else good(asked)
 
 
@@ -173,7 +173,7 @@ def test_the_caption_of_a_picture_that_was_replaced_may_be_had_by_another(photos
 
 
 def test_a_picture_that_came_back_keeps_its_caption_from_others(photos: Path) -> None:
-    """Which of a name's captions counts is said by the bytes, not by which came last."""
+    """The image's bytes decide between captions of one name, not their order."""
     first = (one_picture(photos) / "owl" / "1.png").read_bytes()
     with VisionServer(no_fantasy) as server:
         ask(photos, server)

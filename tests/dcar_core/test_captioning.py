@@ -1,4 +1,4 @@
-"""Captions for pictures of one's own, from a real HTTP server that speaks the protocol."""
+"""Captions of the user's images from a real HTTP server that speaks the protocol."""
 
 import base64
 import io
@@ -106,7 +106,7 @@ def test_tokens_and_cost(photos: Path) -> None:
             80,
         )
         assert found.cost == pytest.approx(8 * (100 * 1000 + 20 * 5000) / 1e6)
-        assert ask(photos, server, price=(1000.0, 5000.0)).cost == found.cost  # what was spent before counts
+        assert ask(photos, server, price=(1000.0, 5000.0)).cost == found.cost  # earlier spending counts
         assert "cost 1.6000" in summarize(found)
         assert ask(photos, server).cost is None
     silent: Behave = lambda asked, n: {k: v for k, v in message(good(asked)).items() if k != "usage"}  # noqa: E731

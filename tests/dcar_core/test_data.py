@@ -94,7 +94,7 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
 
 
 def test_categories_that_are_not_one_for_each_negative_are_left_out(tmp_path: Path) -> None:
-    """Which negative each belongs to is not guessed."""
+    """Ambiguous negatives are dropped."""
     write_json(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
     data, report = load_split(tmp_path, "train", image_policy="ignore")
     assert (data.samples[0].negatives, data.samples[0].negative_categories) == (("a van", "a bus"), ())
@@ -192,7 +192,7 @@ def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, rows)))
     parts = {split: load_split(file, split, image_policy="ignore") for split in ("train", "val", "test")}
     images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
-    assert sum(map(len, images.values())) == 300  # no picture is in two splits
+    assert sum(map(len, images.values())) == 300  # no image is in two splits
     assert len(images["train"]) > 210
     assert min(len(images["val"]), len(images["test"])) > 10
     assert [n for what, n in parts["val"][1].counts.items() if "cut by a hash" in what] == [2 * len(images["val"])]

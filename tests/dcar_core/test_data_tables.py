@@ -83,7 +83,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("image,caption,caption\na.png,x,y\n")
     with pytest.raises(DataError, match="two columns named 'caption'"):
         load_split(tmp_path, "train", image_policy="ignore")
-    (tmp_path / "train.csv").write_text("image,caption,note,note\na.png,x,y,z\n")  # which nobody reads
+    (tmp_path / "train.csv").write_text("image,caption,note,note\na.png,x,y,z\n")  # never read
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 1
 
 

@@ -307,7 +307,7 @@ def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, ti
     page.feed(text)
     assert page.tags.count("svg") == 3  # recall both ways, training curves
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert page.addresses  # the example pictures
+    assert page.addresses  # the example images
     for address in page.addresses:
         head, _, content = address.partition(",")
         assert head == "data:image/jpeg;base64"

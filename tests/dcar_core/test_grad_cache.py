@@ -32,7 +32,7 @@ def training(tiny_data: Path) -> Dataset:
 
 @pytest.fixture
 def described_twice(training: Dataset) -> Dataset:
-    """Pictures with several captions, of several lengths, and not one after the other."""
+    """Return images with several captions of different lengths, interleaved."""
     again = [replace(s, caption=f"{s.caption} on a white page, seen from the front") for s in training.samples[3::-1]]
     return replace(training, samples=[*training.samples[:6], *again, replace(training.samples[2], caption="one")])
 
@@ -92,7 +92,7 @@ def test_parts_of_pictures_with_several_captions_have_the_gradients_of_the_whole
 def test_the_loss_is_that_of_the_pairs_one_by_one(
     weights: TrainWeights, backbone: Backbone, described_twice: Dataset
 ) -> None:
-    """Every caption and every picture alone through its encoder, and the four terms with their factors."""
+    """Compute the loss with every caption and image encoded alone, from its four weighted terms."""
     config = replace(
         method("dcar+"),
         reweight=ReweightConfig(train=weights),
@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_the_pairs_one_by_one(
 def test_token_weights_are_those_of_each_caption_with_its_own_picture(
     name: str, backbone: Backbone, described_twice: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the words and pictures that the method's options name, against a white page."""
+    """Compute weights from the texts and images that the options name, relative to a white image."""
     monkeypatch.setattr(frozen_features, "TEXT_BATCH", 4)
     model, data = ready(backbone, described_twice, name)
     words = backbone.lone_token_features if name == "dcar-alone" else backbone.token_features
@@ -350,7 +350,7 @@ def test_category_names_are_compared_folded_and_eight_negatives_are_trained_on(
 
 
 def test_a_caption_is_no_negative_of_a_picture_that_it_is_true_of(backbone: Backbone, training: Dataset) -> None:
-    """It is true of its own picture, of one that has a caption or an attribute that reads the same, and of no other."""
+    """A caption matches its own image and images with an equal caption or attribute, and no others."""
     gift, popper, cat, other = (
         replace(sample, negatives=(), negative_categories=()) for sample in training.samples[:4]
     )

@@ -15,7 +15,7 @@ from tests.support.processes import peak_memory
 
 
 def whole(image: Image.Image) -> np.ndarray:
-    """What a picture that is transparent or deep is as RGB, in one piece."""
+    """Convert a transparent or deep image to RGB in one piece."""
     if image.mode in {"I;16", "I;16B", "I", "F"}:
         values = np.asarray(image, np.float64)
         top = 65535.0 if image.mode != "F" else max(1.0, float(np.nanmax(values)))

@@ -36,7 +36,7 @@ def test_equal_captions_are_positives_never_negatives() -> None:
 
 
 def test_a_caption_may_be_true_of_a_picture_whose_own_caption_is_not_true_of_its() -> None:
-    """Caption 0 is true of picture 1 too, caption 1 of its own alone: rows and columns have other targets."""
+    """Caption 0 also matches image 1, caption 1 only its own: rows and columns have different targets."""
     text, image, scale = features(3, 0), features(3, 1), torch.tensor(20.0)
     positives = torch.eye(3, dtype=torch.bool)
     positives[0, 1] = True
@@ -88,7 +88,7 @@ def test_pair_weights_and_blend() -> None:
     gentle = blend(raw, real, ReweightConfig(strength=0.1))[0, 1:3]
     torch.testing.assert_close(gentle, 1 + 0.1 * torch.tensor([2 * half - 1, 1 - 2 * half]))
     torch.testing.assert_close(pair_weights(3 * words, torch.tensor([[0.0, 2.0]]), torch.tensor([1.0, 1.0])), raw)
-    assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()  # a white picture
+    assert blend(torch.zeros(1, 4), real, ReweightConfig()).isfinite().all()  # a white image
 
 
 def test_predicted_weights_follow_the_direction_of_an_embedding_and_stay_in_bounds() -> None:
@@ -143,7 +143,7 @@ def test_vectors_that_are_no_numbers_are_no_hits() -> None:
     text, image = np.eye(20, dtype=np.float32), np.eye(20, dtype=np.float32)
     image[0] = np.nan
     found = recall_at_k(text, image, np.arange(20), ks=(1,))
-    assert found == {"t2i_r1": 0, "i2t_r1": 95}  # the broken picture may stand before any other
+    assert found == {"t2i_r1": 0, "i2t_r1": 95}  # the broken image may come before any other
 
 
 def test_recall_by_hand_with_two_captions_for_an_image() -> None:

@@ -68,9 +68,7 @@ def counted(runtime: Runtime, name: str) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), (["a", "b", *SHAPES], 3)])
 def test_texts(encoders: dict[str, Encoder], names: list[str], passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "dcar_core.runtimes.length_batches.PASS", 10_000
-    )  # so that length alone is no reason for a pass
+    monkeypatch.setattr("dcar_core.runtimes.length_batches.PASS", 10_000)  # so length alone does not split a batch
     rows = [TextRow(encoders[name], text) for text in TEXTS for name in names]
     with counted(rows[0].encoder.runtime, "text") as sizes:
         mixed = encode_text_rows(rows)
@@ -115,7 +113,7 @@ def test_rows_with_weights_stand_beside_ordinary_ones(encoders: dict[str, Encode
 
 
 def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> None:
-    """By the formula: the change of the word's cosine from a blank picture to this one, relative to the mean."""
+    """Apply the formula: the change of a word's cosine from a blank image to this one, relative to the mean."""
     encoder, text = encoders["a"], "a red square"
     backbone, pairs = encoder.model.backbone, PairWeights(encoder)
     pixels = np.random.default_rng(2).integers(0, 256, (1, 3, 32, 32), np.uint8)

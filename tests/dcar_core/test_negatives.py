@@ -1,4 +1,4 @@
-"""Negative captions: both perspectives, their modes, and what is none."""
+"""Negative captions: both perspectives, modes, and rejected candidates."""
 
 from dataclasses import replace
 from pathlib import Path

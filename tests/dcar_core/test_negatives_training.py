@@ -65,7 +65,7 @@ def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: 
 
 
 def test_data_with_negatives_of_its_own_keeps_its_runs(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    """What a finished run is found by does not change where nothing is made."""
+    """The identity of a finished run does not change when no negatives are made."""
     splits, reports = load_splits(tiny_data, ("train", "val", "test"))
     counts = {name: dict(report.counts) for name, report in reports.items()}
     same = add_negatives_with_backbone(splits, reports, backbone)

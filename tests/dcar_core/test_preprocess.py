@@ -26,7 +26,7 @@ def encoder() -> Encoder:
 
 
 def jpegs(width: int, height: int, count: int) -> list[bytes]:
-    """Pages full of pictures, sharp at every size, as JPEG files."""
+    """Return JPEG files with detail at every scale."""
     gallery = EXAMPLE / "gallery.tar"
     root, names = ImageRoot(gallery), sorted(index_tar(gallery))[:: 3 * count]
     tiles = [open_image(root.read(name)).resize((70, 70)) for name in names if name.endswith(".png")][: 6 * count]

@@ -1,4 +1,4 @@
-"""`dcar benchmark`: what is measured, what is judged by it, and what `auto` hears of it."""
+"""`dcar benchmark`: measurements, ranking, and the choice that `auto` makes from them."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a runtime can lack: an error when it was asked for by name, one warning and another runtime with `auto`."""
+"""Faulty runtimes: an error when requested by name, one warning and another runtime with `auto`."""
 
 import json
 import logging

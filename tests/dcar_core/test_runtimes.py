@@ -184,7 +184,7 @@ def test_the_encoder_takes_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> N
 def test_a_compiled_runtime_needs_a_handful_of_graphs(
     tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the batches and the lengths: a graph for each shape would be a wait in the middle of a request."""
+    """Few graphs cover all batch sizes and lengths: compiling one per shape would delay requests."""
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

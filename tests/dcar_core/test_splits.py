@@ -1,4 +1,4 @@
-"""Which picture an annotation means, and which split it is of: what must not be guessed, and what must not leak."""
+"""Matching annotations to images and splits, without guesses and without leaks between splits."""
 
 import json
 from pathlib import Path

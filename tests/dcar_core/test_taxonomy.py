@@ -1,4 +1,4 @@
-"""Which categories are alike: by the data, a file, or CLIP."""
+"""Similar categories from the data, a file, or CLIP."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -147,7 +147,7 @@ def test_the_epoch_that_validation_likes_best_is_what_is_left(
 def test_every_step_has_its_rate_and_no_gradient_longer_than_one(
     amp: Amp, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where gradients were scaled up for float16: what is cut is their true length."""
+    """Gradients scaled up for float16 are clipped by their true length."""
     import dcar_core.training.train as module
 
     steps: list[tuple[float, float, float]] = []
@@ -287,7 +287,7 @@ def run_coop(tiny_model: Path, tiny_data: Path, run: Path, *, tensorboard: bool 
 
 
 def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: Path) -> None:
-    """Shuffling the pictures of the split must not change a single caption's vector."""
+    """Shuffling the images of the split changes no caption's vector."""
     config = ModelConfig().with_query_weights("predicted")
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), config, seed=0)
     data = prepare_split(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)

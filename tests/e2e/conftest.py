@@ -1,4 +1,4 @@
-"""What several files of tests begin with."""
+"""A browser, and services with one or two collections."""
 
 import shutil
 from collections.abc import Iterator

@@ -73,7 +73,7 @@ def test_the_first_row_shows_what_anyone_would_expect(
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_splits_are_by_emoji(domain: str) -> None:
-    """No test emoji's picture, in any skin tone, is among the training pictures."""
+    """No test emoji, in any skin tone, is among the training images."""
     lines = [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
     split_of = {line["file_name"]: line["split"] for line in lines}
     files: dict[str, set[str]] = {s: set() for s in ("train", "val", "test")}
@@ -105,7 +105,7 @@ def test_the_cut_off_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]
 
 @pytest.fixture(scope="module")
 def demo(data: Path) -> Iterator[tuple[str, str, float]]:
-    """`dcar demo` for the second time, openmoji the default: its address, what it says, when it was started."""
+    """Start `dcar demo` on built indexes with openmoji as default; return its address, output and start time."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

@@ -72,7 +72,7 @@ def test_search_by_picture(page: Page, site: str, tiny_gallery: Path) -> None:
     assert float(cards[0].find_element("css selector", ".number").text) > 0.999
     assert page.driver.execute_script("return document.getElementById('chip-image').naturalWidth") > 0
 
-    page.one("#query").send_keys("green")  # words take the place of the picture
+    page.one("#query").send_keys("green")  # text replaces the image
     until(lambda: "#q=green" in page.driver.current_url)
     page.settled(24)
     assert not page.one("#chip").is_displayed()

@@ -1,4 +1,4 @@
-"""Two collections' answers side by side on the page."""
+"""Two collections' results side by side on the page."""
 
 from typing import Any
 

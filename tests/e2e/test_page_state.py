@@ -1,4 +1,4 @@
-"""What the page keeps and shows: what is typed, links, collections, the keyboard."""
+"""State of the page: input, links, collections, the keyboard."""
 
 from pathlib import Path
 

@@ -61,7 +61,7 @@ def commands() -> list[str]:
 
 
 def run(command: str) -> str:
-    """Run a `dcar` command in this process; returns what it prints."""
+    """Run a `dcar` command in this process and return its output."""
     result = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
     assert result.exit_code == 0, (command, result.output)
     return result.stdout

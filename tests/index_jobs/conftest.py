@@ -1,4 +1,4 @@
-"""What several files of tests begin with."""
+"""Galleries, an encoder and a published index for the tests of index_jobs."""
 
 import shutil
 from pathlib import Path

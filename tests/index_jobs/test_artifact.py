@@ -161,7 +161,7 @@ def test_harm_to_any_file_is_found_and_named(index: Path, name: str, harm: Calla
     harm(index / "versions" / "1" / name)
     with pytest.raises(ArtifactError, match=name):
         verify_index(index)
-    if harm is not flip:  # what is missing or of another length is found on opening
+    if harm is not flip:  # opening finds missing files and wrong lengths
         with pytest.raises(ArtifactError, match=name):
             open_current(index)
 

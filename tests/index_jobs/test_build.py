@@ -157,7 +157,7 @@ def test_the_memory_is_half_of_what_the_machine_or_its_container_has(
 ) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(kinds, "Path", lambda _: limit)
-    machine = machine_memory()  # there is no limit yet
+    machine = machine_memory()  # no limit is set
     for text, memory in (("max", machine), (str(2 * machine), machine), (str(GIB), GIB)):
         limit.write_text(f"{text}\n")
         assert machine_memory() == memory
@@ -270,7 +270,7 @@ def test_lists_that_a_graph_finds_are_found(gallery: Floats, tmp_path: Path) -> 
 
 
 def test_recall_is_that_of_queries_that_did_not_tune(gallery: Floats) -> None:
-    """Half of the queries lie where nobody searches: those that tune must not be those that measure."""
+    """Queries that tune must not measure: half of these are outliers."""
     queries = clustered(100, seed=9)
     queries[::2] = clustered(5000)[:50]
     asked = Queries(queries, "captions", np.full(100, -1))

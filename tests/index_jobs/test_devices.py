@@ -79,7 +79,7 @@ def test_a_device_that_is_not_there_is_named(tiny_checkpoint: Path) -> None:
 
 
 def test_half_precision_stays_close(tiny_checkpoint: Path) -> None:
-    """What a GPU does by autocast, on this machine's CPU in its half precision."""
+    """Autocast as on a GPU, here on the CPU in its half precision."""
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
     with torch.autocast("cpu", torch.bfloat16):

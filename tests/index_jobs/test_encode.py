@@ -41,7 +41,7 @@ def vectors_of(encoded: EncodedGallery) -> Floats:
 
 
 class Counting:
-    """A real encoder that counts its forward passes, and can be told to die in one."""
+    """A real encoder that counts its forward passes and can fail in one."""
 
     def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
         self.encoder, self.die_at, self.calls = encoder, die_at, 0
@@ -128,7 +128,7 @@ def seen() -> Image.Image:
 
 
 def made(how: str, path: Path) -> Path:
-    """The same picture as cameras, scanners and printers leave it."""
+    """Return one image in the formats of cameras, scanners and printers."""
     picture, turned = seen(), Image.Exif()
     turned[0x0112] = 6  # to be seen, it is to be turned by 90 degrees
     if how == "turned":

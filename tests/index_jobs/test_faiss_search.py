@@ -61,7 +61,7 @@ def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
 def test_many_results_come_back_and_are_near(
     kind: str, width: int, recall: float, vectors: NDArray[np.float32]
 ) -> None:
-    """Tuned for ten, such an index holds fewer than a hundred in what it looks at."""
+    """An index tuned for ten results visits fewer than a hundred vectors."""
     whole = build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index
     inner, _ = faiss_search._innermost(whole)
     graph = kind.startswith("HNSW")  # in which some rows may have no way to them
@@ -104,7 +104,7 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[
         ("IVF32,RaBitQ,Refine(SQ8)", 0.93),
         ("IVF32,PQ16x4fs,Refine(SQ8)", 0.93),
         ("PCA32,IVF32,Flat", 0.8),
-        ("PQ16x4fs,RFlat", 0.97),  # takes no selector, so that it is searched exactly
+        ("PQ16x4fs,RFlat", 0.97),  # takes no selector: searched exactly
     ],
 )
 @pytest.mark.parametrize("exact_up_to", [0, 20_000])
@@ -129,7 +129,7 @@ def test_only_allowed_rows_and_the_nearest_of_them(
 
 @pytest.mark.parametrize("kind", ["HNSW16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
 def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As pictures of one category do, asked with words for another: the nearest of them are found all the same."""
+    """Allowed rows that lie away from the query, like another category, are found too."""
     monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 100)
     generator = np.random.default_rng(2)
     centres = generator.normal(size=(120, DIM))
@@ -139,7 +139,7 @@ def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypa
     vectors = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
     index = FaissIndex(build(lambda: iter([vectors]), len(vectors), DIM, [Choice(kind, "test")]).index)
     far = np.arange(len(vectors)) >= 6000
-    side = vectors[:, 1] > np.quantile(vectors[:, 1], 0.7)  # what is allowed begins near some queries, not at others
+    side = vectors[:, 1] > np.quantile(vectors[:, 1], 0.7)  # allowed rows start near some queries only
     queries = vectors[generator.integers(6000, size=60)]
     lowest = 0.85 if "PQ" in kind else 0.9
     for mask in (far, side):

@@ -1,4 +1,4 @@
-"""What lists and sidecars say, in odd rows too, and what a CSV's texts are."""
+"""Metadata from lists and sidecars, including odd rows, and the types of CSV values."""
 
 import datetime
 import json

@@ -75,7 +75,7 @@ def test_rows_go_on_from_one_request_to_the_next(
 def test_what_a_damaged_version_names_is_not_dropped(
     tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
 ) -> None:
-    """Which collection that is nobody knows, so none of them goes."""
+    """An unknown collection keeps all of them alive."""
     out, client = tmp_path / "index", milvus.connect(uri)
     rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False)
     place = milvus.Place.read(out / "versions/1/milvus.json")
@@ -149,7 +149,7 @@ class Broken:
         self.client, self.left = client, left
 
     def __getattr__(self, name: str) -> object:
-        if name in {"create_schema", "prepare_index_params"}:  # which ask nobody
+        if name in {"create_schema", "prepare_index_params"}:  # they need no Milvus
             return getattr(self.client, name)
 
         def call(*args: object, **how: object) -> object:

@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: what is found again, what is not, and that it is never fatal."""
+"""The cache of decoded images: hits, misses, and failures that cost only time."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def encoder(tiny_checkpoint: Path) -> Encoder:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every picture that is decoded in this process."""
+    """Count the images that this process decodes."""
     calls: list[int] = []
     whole = Preprocess.__call__
 

@@ -1,4 +1,4 @@
-"""A rebuilt index against the one that is served: who is published, and who is told."""
+"""The quality gate between a rebuilt and a served index, and notifications of the service."""
 
 import json
 import shutil
@@ -98,7 +98,7 @@ def test_worse_index_is_not_published_unless_forced(
 def test_grown_gallery_is_no_worse_model(
     tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
 ) -> None:
-    """Forty near copies of one picture push it down, but they are not what is compared."""
+    """Forty near copies of one image lower its rank but are not compared."""
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     for number in range(40):
         draw("red", "circle", 48 + number % 7).save(gallery / f"copy{number}.png")
@@ -124,7 +124,7 @@ def test_validation_pairs_are_found_in_the_gallery(
 
 
 def named(gallery: Gallery, data: Path) -> dict[str, str]:
-    """The pairs that are found: the name of a picture in the gallery -> its text."""
+    """Return the text of each matched pair by the name of its image in the gallery."""
     pairs = quality_gate.pairs_of(gallery, data)
     assert pairs is not None
     names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
@@ -143,7 +143,7 @@ def test_validation_pictures_that_are_gone_are_left_out(
 
 
 def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:
-    """The folder by another name, on either side, and pictures that are links themselves."""
+    """Symbolic links to the folder, on either side, and images that are links."""
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     (tmp_path / "alias").symlink_to(data)
@@ -322,7 +322,7 @@ def test_served_model_that_nobody_asks_may_be_gone(
 def test_rejected_rebuilds_leave_one_set_of_vectors(
     tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
 ) -> None:
-    """Beside the vectors of what is served; so the disk does not fill by retraining."""
+    """Rejected rebuilds keep one set of vectors besides the served one, so retraining does not fill the disk."""
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
     captions = (gallery / "metadata.jsonl").read_text()
     assert rebuild(gallery, better_and_worse[0], index, progress=False).published

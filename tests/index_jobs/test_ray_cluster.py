@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> Path:
-    """Pictures that take a while to decode, one of them broken."""
+    """Write images that are slow to decode, one of them broken."""
     root = tmp_path / "gallery"
     root.mkdir()
     draw = np.random.default_rng(0)

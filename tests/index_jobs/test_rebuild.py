@@ -1,4 +1,4 @@
-"""The whole job as a function: what it makes, what it keeps, what it does again."""
+"""The rebuild job as a function: results, reuse and repeated work."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def test_failed_pictures_are_published_with_the_version(gallery: Path, tiny_chec
 
 @pytest.fixture
 def listed(gallery: Path, tmp_path: Path) -> Path:
-    """The gallery as a list of URLs, of which nothing is known but what they are."""
+    """List the gallery as URLs without metadata."""
     rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
     lines = [json.dumps(row | {"file_name": f"file://{gallery}/{row['file_name']}"}) for row in rows]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
@@ -118,7 +118,7 @@ def listed(gallery: Path, tmp_path: Path) -> Path:
 def test_pictures_that_could_not_be_read_are_tried_again(
     gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Rows 3 and 20 are missing for a while, row 10 is no picture; of three shards only those of the first two."""
+    """Rows 3 and 20 are missing at first, row 10 is not an image. Only the first two of three shards are affected."""
     names = [json.loads(line)["file_name"].partition(f"{gallery}/")[2] for line in listed.read_text().splitlines()]
 
     def run(index: str = "index", **options: object) -> RebuildSummary:

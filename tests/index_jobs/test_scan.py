@@ -1,4 +1,4 @@
-"""Galleries of every form, and what is wrong with one."""
+"""Galleries of every form, and errors about broken ones."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What a shard's failures are of: the picture, or reading it."""
+"""Kinds of failures in shards: broken images and failed reads."""
 
 import io
 import shutil
@@ -92,7 +92,7 @@ def test_one_that_can_be_read_by_now_is_enough(tiny_gallery: Path, tmp_path: Pat
 
 
 def test_asking_again_has_an_end(tiny_gallery: Path) -> None:
-    """A host that answers nothing takes as long as its time-out for each question."""
+    """A silent host costs its time-out for each request."""
     gallery = scan(tiny_gallery)
     assert any_readable(gallery, [0, 1], time.monotonic() + 60)
     assert not any_readable(gallery, [0, 1], time.monotonic())

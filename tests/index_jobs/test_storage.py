@@ -39,7 +39,7 @@ from tests.support.images import png
 
 
 class Server(SimpleHTTPRequestHandler):
-    """Serves a folder, and ranges of its files, as every store does; stumbles over what is named in `stumbles`."""
+    """Serve a folder, and ranges of its files. Requests for names in `stumbles` fail."""
 
     stumbles: dict[str, int]
     asked: list[str]

@@ -25,7 +25,7 @@ class Found:
 
 
 def placeholders(count: int, share: float) -> Floats:
-    """A gallery of which so much is one and the same picture."""
+    """Return a gallery with this share of copies of one image."""
     vectors = clustered(count)
     vectors[np.random.default_rng(1).random(count) < share] = vectors[0]
     return vectors

@@ -1,4 +1,4 @@
-"""Items added and removed without a rebuild: what is found, what is shared, and what is refused."""
+"""Items added and removed without a rebuild."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.support.images import draw
 
 
 def more(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:
-    """A gallery with a picture a colour."""
+    """Write a gallery with one image per colour."""
     path.mkdir()
     lines = []
     for color in colors:
@@ -239,7 +239,7 @@ main()
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> None:
-    """No file may grow beyond a limit, below that of the manifest and of what is added."""
+    """Limit file sizes below those of the manifest and of the added files."""
     gallery = more(tmp_path / "more", "pink", caption="pink " * 1000)
     before = sorted(path.relative_to(index) for path in index.rglob("*"))
     for limit, command in (

@@ -1,4 +1,4 @@
-"""A gallery that has changed: what it has in common with the one before is not encoded again."""
+"""Reuse of vectors when a gallery changes."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What goes into a version, taken from galleries whose text exceeds what one array of Arrow's holds."""
+"""Version contents for galleries with more text than one Arrow array holds."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from index_jobs.jobs.version_writer import caption_queries
 
 
 class Written:
-    """An encoder that keeps what it was asked, and answers with one of four vectors."""
+    """An encoder that records its inputs and returns one of four vectors."""
 
     dim = 4
 

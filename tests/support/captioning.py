@@ -36,7 +36,7 @@ def rejected(photos: Path) -> list[dict[str, str]]:
 
 
 def one_picture(photos: Path) -> Path:
-    """Leave one, so that what is asked comes in one order."""
+    """Delete all images but one, so requests have one order."""
     for path in sorted(photos.rglob("*.png"))[1:]:
         path.unlink()
     return photos

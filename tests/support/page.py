@@ -1,4 +1,4 @@
-"""What a visitor sees and does on the page, and a service to look at."""
+"""The search page in a browser, and a service to show it."""
 
 import socket
 import threading
@@ -56,7 +56,7 @@ def until(condition: Any, seconds: float = 15) -> Any:
 
 
 class Page:
-    """What a visitor sees and does."""
+    """The search page in a browser."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -73,7 +73,7 @@ class Page:
         self.driver.get(address)
 
     def settled(self, cards: int) -> list[Any]:
-        """The results, once there are this many, their pictures shown and no request under way."""
+        """Wait until this many results and their images are shown and no request runs; return them."""
         until(lambda: len(self.all("#results .card")) == cards and not self.all("#results[aria-busy]"))
         loaded = "return [...document.querySelectorAll('#results img')].every(i => i.complete && i.naturalWidth > 0)"
         self.driver.execute_script("document.querySelectorAll('#results img').forEach(i => i.loading = 'eager')")

@@ -1,4 +1,4 @@
-"""The whole application over a real index, called in-process through ASGI; a real redis-server; small pictures."""
+"""The application over a real index, in this process through ASGI or on a port."""
 
 import asyncio
 import socket
@@ -40,7 +40,10 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -
 
 
 def hold(encoder: Any) -> tuple[threading.Event, list[str]]:
-    """Texts wait in the model until the event is set; those that came to it. `del encoder.encode_text` ends it."""
+    """Block text encoding until the returned event is set; also return the texts that arrive.
+
+    `del encoder.encode_text` undoes it.
+    """
     encode, gate, seen = encoder.encode_text, threading.Event(), list[str]()
 
     def held(texts: list[str]) -> Any:
@@ -53,7 +56,7 @@ def hold(encoder: Any) -> tuple[threading.Event, list[str]]:
 
 
 class _Transport(httpx.ASGITransport):
-    """Takes the time of a network, in which other tasks and threads get their turn: a remembered answer takes none."""
+    """Delay requests like a network, so other tasks and threads run: cached responses would never yield."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0.001)

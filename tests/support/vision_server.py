@@ -1,4 +1,4 @@
-"""A local server that speaks the chat protocol of vision endpoints, and misbehaves when it is told to."""
+"""A local server that speaks the chat protocol of vision endpoints and misbehaves on request."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: a draft or a judgement, of which picture (by its bytes), and the how-manieth turn of its chat."""
+    """One request for a draft or a judgement: its image (by a hash of the bytes) and its turn in the chat."""
 
     kind: str
     category: str
@@ -28,7 +28,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Raw:
-    """An answer that is not simply a message.
+    """A response that is not simply a message.
 
     headers: instead of the usual ones, or as well. cut: promise all of the body and send half; silent: close at once;
     drip: seconds between bytes.
@@ -60,7 +60,7 @@ def good(asked: Asked, _: int = 0) -> str:
 
 
 class VisionServer:
-    """`behave(asked, n)` gives the answer to the n-th request (from 0) of the same kind, picture and turn."""
+    """Serve what `behave(asked, n)` returns for request n (from 0) of the same kind, image and turn."""
 
     def __init__(self, behave: Behave = good) -> None:
         self.behave, self.asked = behave, list[Asked]()
