@@ -31,7 +31,7 @@ from app.search.embedding_cache import make_cache
 from app.search.reload_listener import ReloadListener
 from app.search.retriever import Retriever
 from dcar_core.util.errors import DcarError
-from index_jobs.store.artifact import require_index
+from index_jobs.store.versions import require_index
 
 _FORM_OVERHEAD_BYTES = 64 * 2**10  # boundaries, part headers and the fields beside the file
 

@@ -24,7 +24,7 @@ from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
 from app.search.collections import Collections
 from dcar_core.util.errors import DcarError
-from index_jobs.store.artifact import require_index
+from index_jobs.store.versions import require_index
 
 log = logging.getLogger(__name__)
 

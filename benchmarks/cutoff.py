@@ -22,7 +22,7 @@ from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import cutoff
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import quality_gate
-from index_jobs.store.artifact import open_current
+from index_jobs.store.versions import open_current
 
 ELSEWHERE = (
     "quarterly tax report", "how do I reset my password", "stainless steel hex bolt M8", "kernel panic stack trace",

@@ -19,7 +19,8 @@ from dcar_core.serving.multi_adapter_batch import TextRow, encode_text_rows
 from dcar_core.serving.pair_weights import PairWeights
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import quality_gate
-from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current
 
 RANKS = (1, 5, 10)
 

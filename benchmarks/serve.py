@@ -96,7 +96,7 @@ class Bare:
 
     def __init__(self, index: Path, runtime: str, cache: str | None) -> None:
         from dcar_core import Encoder
-        from index_jobs.store.artifact import open_current
+        from index_jobs.store.versions import open_current
 
         self.encoder = Encoder.load(
             open_current(index).checkpoint, device="cpu", runtime=runtime, cache=Path(cache) if cache else None

@@ -192,5 +192,5 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
             gallery_signature=gallery.content_signature,
             created=datetime.datetime.now(datetime.UTC).isoformat(), failed=0, measured=built.measured, files={},
         )  # fmt: skip
-        publish.publish(out, staging, manifest)
+        publish.publish_version(out, staging, manifest)
     return out

@@ -25,8 +25,8 @@ from load import Requests, closed_loop, image_request, post, text_request, uniqu
 from serve import bomb, fresh_pictures, fresh_texts, pictures
 from service import ROOT, Redis, Server, emoji
 
-from index_jobs.store.artifact import version_numbers
 from index_jobs.store.publish import rollback
+from index_jobs.store.versions import version_numbers
 
 PAUSE_S = 0.01  # of each caller between two requests: enough load for everybody to be heard
 GROWTH = 1.10  # most that the median of the last quarter may exceed that of the second

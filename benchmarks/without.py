@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from dcar_core import Encoder
-from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current
 
 FIRST = 5
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)

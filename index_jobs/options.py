@@ -22,7 +22,7 @@ class RebuildOptions:
     margin: recall that the new index may lose against the served one.
     force: publish although nothing has changed, or although the new index ranks worse or cannot be compared. Images
         that could not be read are tried again.
-    notify: URLs of services to notify; see `index_jobs.store.notify`.
+    notify: URLs of services to notify; see `index_jobs.jobs.notify`.
     keep_shards: keep the vectors in `out/work` for the next rebuild, those of a rejected index included.
     shard_rows: images per shard, which is the work that a killed run can lose.
     device: "auto" (every GPU, or the CPU), "cpu", "cuda:1", "cuda:0,cuda:1", ...

@@ -30,9 +30,9 @@ commands.command("build", epilog=EPILOG)(build_index)
 @commands.command("list")
 def index_list(index: Index) -> None:
     """The versions, newest first; * marks the one that is served."""
-    from index_jobs.store.artifact import current_if_known, list_versions, require_index
+    from index_jobs.store.versions import current_version_or_none, list_versions, require_index
 
-    current, versions = current_if_known(index), list_versions(index)
+    current, versions = current_version_or_none(index), list_versions(index)
     if not versions:
         require_index(index)  # which says what to do
         raise ArtifactError(f"{index} has no version that can be read; `dcar index verify {index}` says why")
@@ -58,8 +58,8 @@ def index_items(
 
     import numpy as np
 
-    from index_jobs.store.artifact import open_current
-    from index_jobs.store.filters import matching
+    from index_jobs.store.filters import match_rows
+    from index_jobs.store.versions import open_current
 
     artifact = open_current(index)
     try:
@@ -68,7 +68,7 @@ def index_items(
         raise typer.BadParameter(f"--filter is JSON: {error}") from None
     if not isinstance(chosen, dict):
         raise typer.BadParameter("--filter is an object: field to condition")
-    for row in np.flatnonzero(matching(artifact, chosen)):
+    for row in np.flatnonzero(match_rows(artifact, chosen)):
         item = artifact.item(int(row))
         known = {"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}
         typer.echo(json_text(known))
@@ -77,7 +77,7 @@ def index_items(
 @commands.command("verify")
 def index_verify(index: Index) -> None:
     """Check every file of every version against its checksum."""
-    from index_jobs.store.artifact import verify_index
+    from index_jobs.store.versions import verify_index
 
     for manifest in verify_index(index):
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")

@@ -48,7 +48,7 @@ def search(
     from dcar_core import Encoder
     from dcar_core.images import IMAGE_SUFFIXES
     from dcar_core.serving import adapter_cache
-    from index_jobs.store.artifact import open_current
+    from index_jobs.store.versions import open_current
 
     words = normalise(query)
     if not words:

@@ -19,7 +19,7 @@ from app.core.threads import run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
-from index_jobs.store.artifact import current_version, read_manifest, require_index
+from index_jobs.store.versions import current_version, read_manifest, require_index
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from redis.asyncio import RedisCluster
 from app.core.redis import connect, disconnect
 from app.search.collections import Collections
 from dcar_core.util.errors import DcarError
-from index_jobs.store.notify import CHANNEL
+from index_jobs.store.manifest import PUBLISHED_CHANNEL
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ReloadListener:
                 return
             try:
                 async with client.pubsub() as channel:
-                    await channel.subscribe(CHANNEL)
+                    await channel.subscribe(PUBLISHED_CHANNEL)
                     while True:
                         if await channel.get_message(ignore_subscribe_messages=True, timeout=_TIMEOUT_S):
                             with contextlib.suppress(DcarError):  # logged, and shown by /readyz

@@ -16,7 +16,8 @@ import numpy as np
 from app.core.settings import Settings
 from dcar_core.util.arrays import Floats, Mask
 from index_jobs.store import filters
-from index_jobs.store.artifact import Artifact, open_current, require_index
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current, require_index
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
     from dcar_core import Encoder
@@ -101,7 +102,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     warm_up()  # lets the runtime convert the weights
     encoder.release()
     warm_up()  # reads the pages that queries need back into memory
-    filter_mask = lru_cache(_MAX_FILTERS)(lambda filter: filters.matching(artifact, json.loads(filter)))
+    filter_mask = lru_cache(_MAX_FILTERS)(lambda filter: filters.match_rows(artifact, json.loads(filter)))
     return Snapshot(encoder, artifact, preprocess, backbone, pair_weights, filter_mask)
 
 

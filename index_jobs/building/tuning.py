@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from dcar_core.util.arrays import Blocks, Floats
 from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
 from index_jobs.options import RebuildOptions
-from index_jobs.store.faiss_search import best_of
+from index_jobs.store.faiss_search import merge_top_k
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def neighbours(blocks: Blocks, queries: Queries) -> Neighbours:
         scores, rows = faiss.knn(
             queries.vectors, np.ascontiguousarray(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
         )
-        best_scores, best_rows = best_of([best_scores, scores], [best_rows, rows + start], k)
+        best_scores, best_rows = merge_top_k([best_scores, scores], [best_rows, rows + start], k)
         start += len(block)
     others = np.argsort(best_rows == queries.own_rows[:, None], 1, kind="stable")[:, : NEIGHBOURS + 1]  # its own last
     scores, rows = np.take_along_axis(best_scores, others, 1), np.take_along_axis(best_rows, others, 1)

@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 from dcar_core.util.errors import DcarError
+from index_jobs.jobs.notify import SCHEMES
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.options import RebuildOptions
-from index_jobs.store.notify import SCHEMES
 
 EPILOG = """\b
 Example:

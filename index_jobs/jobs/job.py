@@ -22,9 +22,9 @@ from dcar_core.util.errors import ArtifactError, CheckpointError, ModelError
 from dcar_core.util.files import canonical_json, sha256_of
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.options import RebuildOptions
-from index_jobs.store.artifact import open_current
 from index_jobs.store.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, VERSIONS, Manifest
-from index_jobs.store.publish import reporting
+from index_jobs.store.publish import report_os_errors
+from index_jobs.store.versions import open_current
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) ->
     """
     start = time.perf_counter()
     settings = RebuildOptions(**options)
-    with reporting(out):
+    with report_os_errors(out):
         from index_jobs.gallery.scan import scan
 
         scanned = scan(gallery)
@@ -136,19 +136,19 @@ class Job:
         """Do all steps that are needed; see `rebuild`."""
         from dcar_core.model.checkpoint import copy_checkpoint
         from index_jobs.encoding.encoding_state import shard_store
+        from index_jobs.jobs.notify import notify
         from index_jobs.jobs.version_writer import choose, require_room
         from index_jobs.store import gpu_search, milvus, publish
-        from index_jobs.store.notify import notify
 
         options, gallery = self.options, self.gallery
         pairs = self.pairs
-        with publish.writing(self.out) as staging:
+        with publish.open_staging(self.out) as staging:
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
             lanes, runtime = self._lanes(staging / CHECKPOINT)
             encoder = lanes[0]
             if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
                 return self.summary(same)
-            gpu_memory = gpu_search.memory() if _wants_gpu(options.kind, options.device) else 0
+            gpu_memory = gpu_search.free_gpu_memory() if _wants_gpu(options.kind, options.device) else 0
             # Told now, not after hours: an unknown kind, a Milvus out of reach, a served model that is gone, a disk
             # that is too small.
             expected = choose(options, len(gallery), encoder.dim, gpu_memory)[0]
@@ -158,14 +158,14 @@ class Job:
             serving = self._serving()
             if serving is not None:
                 self._require_model(serving, encoder.fingerprint, pairs)
-            publish.clear(self.out, self.out / WORK, self._wanted(store.path, serving))
+            publish.clean_work(self.out, self.out / WORK, self._wanted(store.path, serving))
             require_room(self.out, gallery, store, expected)
             encoded = self._encode(lanes, runtime, staging / CHECKPOINT)
             choices = choose(options, len(encoded), encoder.dim, gpu_memory)
             manifest = replace(self._stage(staging, encoder, encoded, choices), runtime=runtime)
-            staged = publish.prepare(self.out, staging, manifest)
+            staged = publish.prepare_version(self.out, staging, manifest)
             verdict = None if serving is None else self._require_no_worse(serving, staged, encoded, encoder)
-            manifest = publish.commit(self.out, staged, keep=options.keep)
+            manifest = publish.commit_version(self.out, staged, keep=options.keep)
             if serving is not None and (serving.manifest.additions or serving.manifest.removed):
                 logger.warning(
                     "version %d holds the gallery as it is; what was added to or removed from version %d by hand is "
@@ -190,7 +190,7 @@ class Job:
         logger.info("compared with version %d: %s", serving.manifest.version, verdict.reason)
         if not verdict.passed and not options.force:
             if not options.keep_shards:
-                publish.discard(self.out, self.out / WORK)
+                publish.remove_directory(self.out, self.out / WORK)
             kept = replace(serving.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
             summary = self.summary(kept, encoded, verdict, published=False)
             raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
@@ -356,11 +356,11 @@ class Job:
 
         work = self.out / WORK
         if not self.options.keep_shards:
-            publish.discard(self.out, work)
+            publish.remove_directory(self.out, work)
             return
         with contextlib.suppress(OSError):  # it is published; without the mark, it is encoded again at worst
             (own / _mark(manifest)).touch()
-        publish.clear(self.out, work, lambda folder: folder == own)
+        publish.clean_work(self.out, work, lambda folder: folder == own)
 
     def summary(
         self,

@@ -28,12 +28,13 @@ from index_jobs.gallery.storage import join_location
 from index_jobs.jobs.version_writer import caption_queries
 from index_jobs.options import RebuildOptions
 from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact, open_current
-from index_jobs.store.columns import Fields
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.columns import FieldTypes
 from index_jobs.store.faiss_index import write_faiss
-from index_jobs.store.items import COLUMNS, Items, taken, write_items
+from index_jobs.store.items import COLUMNS, Items, take_rows, write_items
 from index_jobs.store.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
 from index_jobs.store.segments import write_removed
+from index_jobs.store.versions import open_current
 
 WORK = "work-added"
 MOST_PARTS = 8
@@ -67,7 +68,7 @@ def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: i
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; what was published is unchanged.
     """
-    with publish.reporting(index), publish.writing(index) as staging:
+    with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
         wanted = list(dict.fromkeys(ids))
         if missing_ok:
@@ -79,10 +80,10 @@ def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: i
         if len(dead) == current.rows:
             raise DataError(f"no item would be left in {index}; delete the directory instead")
         files = {name: info for name, info in current.manifest.files.items() if name != REMOVED}
-        shared = publish.share(current.path, staging, files)
+        shared = publish.share_files(current.path, staging, files)
         write_removed(staging / REMOVED, dead)
         manifest = _updated(current.manifest, current.rows, dead, current.manifest.additions)
-        manifest = publish.publish(index, staging, manifest, keep=keep, shared=shared)
+        manifest = publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
     return Update(manifest.version, manifest.count, 0, len(gone), 0, manifest.rebuild)
 
 
@@ -114,7 +115,7 @@ def add(
         DcarError: the disk is full or cannot be written; what was published is unchanged.
     """
     scanned = scan(gallery)
-    with publish.reporting(index), publish.writing(index) as staging:
+    with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
         ids = scanned.table["id"].to_pylist()
         known = [item_id for item_id in ids if current.row_of(item_id) is not None]
@@ -142,7 +143,7 @@ def add(
         folder = f"added-{manifest.version + 1}"
         (staging / folder).mkdir()
         tables, blocks = old.live(kept, dead)
-        tables.append(taken(_absolute(scanned), rows))
+        tables.append(take_rows(_absolute(scanned), rows))
         write_failed(staging / folder / FAILED, scanned, encoded.failed)
         table = pa.concat_tables(tables)
         built = build(
@@ -161,11 +162,11 @@ def add(
         )
         gone = (*(f"{addition.folder}/" for addition in manifest.additions[kept:]), REMOVED)
         files = {name: info for name, info in manifest.files.items() if not name.startswith(gone)}
-        shared = publish.share(current.path, staging, files)
+        shared = publish.share_files(current.path, staging, files)
         additions = [*manifest.additions[:kept], addition]
         manifest = _updated(manifest, int(old.starts[kept]) + table.num_rows, dead, additions)
-        manifest = publish.publish(index, staging, manifest, keep=keep, shared=shared)
-        publish.discard(index, index / WORK)
+        manifest = publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
+        publish.remove_directory(index, index / WORK)
     return Update(manifest.version, manifest.count, len(rows), len(replaced), len(encoded.failed), manifest.rebuild)
 
 
@@ -209,7 +210,7 @@ def _rows_of(artifact: Artifact, ids: Sequence[str]) -> NDArray[np.int64]:
 def _require_fitting(artifact: Artifact, gallery: Gallery, given: str) -> None:
     """Refuse values of another type than a field's: as both it would be text, in which 19.90 is not 19.9."""
     known = artifact.fields
-    for name, kind in Fields.of(gallery.table["metadata"]).types.items():
+    for name, kind in FieldTypes.infer(gallery.table["metadata"]).types.items():
         have = known.get(name, str(kind))
         if have != str(kind) and {have, str(kind)} != {"int64", "double"}:
             raise DataError(

@@ -81,8 +81,8 @@ def stage_vectors(staging: Path, out: Path, options: RebuildOptions, encoder: "E
         write_faiss(built.index, staging / VECTORS)
         return built.choice, built.measured | {"bytes": (staging / VECTORS).stat().st_size}
     number = next_version(out)
-    place = milvus.create(options.milvus, out, number, encoder.fingerprint, options.kind, blocks, dim)
-    milvus.write_place(staging / milvus.MILVUS, place)
+    place = milvus.create_collection(options.milvus, out, number, encoder.fingerprint, options.kind, blocks, dim)
+    place.write(staging / milvus.MILVUS)
     tuning = Tuning(blocks, queries or own_queries(blocks, len(encoded)), target=target)
     return choices[0], tuning.measure(milvus.MilvusIndex(place))
 

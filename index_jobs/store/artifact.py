@@ -1,24 +1,12 @@
-"""A published index as its readers see it: open, search, verify. What the service has of this room.
+"""One opened version of an index: search, items, vectors and integrity.
 
-INDEX/CURRENT                    one line, the version that is served; replaced atomically
-INDEX/versions/<n>/manifest.json fingerprint, counts, kind, measurements, checksums of the other files and of itself
-INDEX/versions/<n>/index.faiss   vectors, memory-mapped
-INDEX/versions/<n>/milvus.json   in its place: which collection of which Milvus holds them
-INDEX/versions/<n>/items.arrow   ids, captions, metadata and where each picture lies, memory-mapped
-INDEX/versions/<n>/added-<m>/    vectors and items that were added after it was built; see `parts`
-INDEX/versions/<n>/removed.npy   rows of items that were removed after it was built
-INDEX/versions/<n>/failed.jsonl  pictures that could not be read, with the reason
-INDEX/versions/<n>/duplicates.jsonl  pictures whose pixels an earlier one has
-INDEX/versions/<n>/checkpoint/   the model that made the vectors
-
-- A version never changes once it has its name, so readers need no lock. One that is removed while it is open stays
-  usable where the system keeps open files, as Linux and macOS do.
-- Opening checks that every file is there at its full length; `verify` also reads them all.
-- An artifact may be used by many threads at once.
+- A version never changes after publication, so readers need no lock. A removed version stays usable while it is open,
+  on systems that keep open files, as Linux and macOS do.
+- Opening checks that every file has its full length; `Artifact.verify` also reads and hashes them.
+- Many threads may share an artifact.
 """
 
 import json
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,28 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.storage import read_image
-from index_jobs.store.faiss_search import as_mask
-from index_jobs.store.manifest import CHECKPOINT, CURRENT, ITEMS, MANIFEST, REMOVED, VECTORS, VERSIONS, Manifest
-from index_jobs.store.segments import Part, Parts, read_removed
+from index_jobs.store.faiss_search import ScoredRows, as_mask
+from index_jobs.store.manifest import CHECKPOINT, ITEMS, MANIFEST, REMOVED, VECTORS, Manifest
+from index_jobs.store.segments import Segment, Segments, read_removed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from index_jobs.store.faiss_index import VectorIndex
 
-logger = logging.getLogger(__name__)
-
-_ITEMS = 4096  # kept as objects, some 2 MB: what is found once is often found again
+_CACHED_ITEMS = 4096  # some 2 MB of objects
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One picture of the gallery; what was not given is "". fields: the metadata as JSON, for who asks for it."""
+    """One image of the gallery. Missing values are "". fields: the metadata as JSON, parsed on demand."""
 
     id: str
     caption: str
@@ -56,166 +42,161 @@ class Item:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The fields that have no column of their own."""
+        """Fields without a column of their own."""
         value: dict[str, Any] = json.loads(self.fields)
         return value
 
 
-def _read_item(parts: Parts, row: int) -> Item:
-    part, place = parts.locate(row)
-    return Item(*(part.items.value(place, column) for column in ("id", "caption", "category", "metadata")))
+def _read_item(segments: Segments, row: int) -> Item:
+    segment, place = segments.locate(row)
+    return Item(*(segment.items.cell(place, column) for column in ("id", "caption", "category", "metadata")))
 
 
 class Artifact:
     """One opened version."""
 
     def __init__(self, path: Path) -> None:
-        """Open the version in directory `path`; see `open_current`.
+        """Open the version in directory `path`; see `index_jobs.store.versions`.
 
         Raises:
-            ArtifactError: a file is missing, too short or unreadable, or the files do not fit each other.
+            ArtifactError: a file is missing, too short or unreadable, or the files do not fit together.
         """
         self.path = path
         self.manifest = Manifest.read(path / MANIFEST)
         self._check_sizes()
-        self._parts = self._open()
-        self._item = lru_cache(_ITEMS)(partial(_read_item, self._parts))
+        self._segments = self._open()
+        self._item = lru_cache(_CACHED_ITEMS)(partial(_read_item, self._segments))
 
-    def _open(self) -> Parts:
+    def _open(self) -> Segments:
         from index_jobs.store.faiss_index import FaissIndex
         from index_jobs.store.items import Items
 
         path, manifest = self.path, self.manifest
-        vectors: VectorIndex
-        if manifest.milvus:
-            from index_jobs.store.milvus import MILVUS, MilvusIndex, Place
-
-            vectors = MilvusIndex(Place.read(path / MILVUS))
-        else:
-            vectors = FaissIndex.open(path / VECTORS, gpu=manifest.gpu)
-        parts = [Part(vectors, Items(path / ITEMS), manifest.root)]
+        segments = [Segment(self._open_vectors(), Items(path / ITEMS), manifest.root)]
         for addition in manifest.additions:
             folder = path / addition.folder
-            parts.append(Part(FaissIndex.open(folder / VECTORS), Items(folder / ITEMS), root=""))
-        removed = read_removed(path / REMOVED) if manifest.removed else np.empty(0, np.int64)
+            segments.append(Segment(FaissIndex.open(folder / VECTORS), Items(folder / ITEMS), root=""))
+        added = [addition.count for addition in manifest.additions]
         total = manifest.count + manifest.removed
-        for part, count in [
-            (parts[0], total - sum(addition.count for addition in manifest.additions)),
-            *[(part, addition.count) for part, addition in zip(parts[1:], manifest.additions, strict=True)],
-        ]:
-            found = (part.vectors.count, len(part.items), part.vectors.dim)
-            if found != (count, count, manifest.dim):
+        for segment, count in zip(segments, [total - sum(added), *added], strict=True):
+            actual = (segment.vectors.count, len(segment.items), segment.vectors.dim)
+            if actual != (count, count, manifest.dim):
                 raise ArtifactError(
-                    f"{path} does not fit together: {found[0]} vectors of {found[2]} and {found[1]} items, but the "
+                    f"{path} does not fit together: {actual[0]} vectors of {actual[2]} and {actual[1]} items, but the "
                     f"manifest says {count} of {manifest.dim}; roll back, or rebuild the index"
                 )
+        removed = read_removed(path / REMOVED) if manifest.removed else np.empty(0, np.int64)
         if len(removed) != manifest.removed or (len(removed) and not 0 <= removed.min() <= removed.max() < total):
             raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
-        return Parts(parts, removed)
+        return Segments(segments, removed)
+
+    def _open_vectors(self) -> "VectorIndex":
+        if self.manifest.milvus:
+            from index_jobs.store.milvus import MILVUS, MilvusIndex, MilvusLocation
+
+            return MilvusIndex(MilvusLocation.read(self.path / MILVUS))
+        from index_jobs.store.faiss_index import FaissIndex
+
+        return FaissIndex.open(self.path / VECTORS, gpu=self.manifest.gpu)
 
     @property
     def checkpoint(self) -> Path:
-        """The model that made the vectors, for `Encoder.load`."""
+        """The model that encoded the vectors, for `Encoder.load`."""
         return self.path / CHECKPOINT
 
-    def search(
-        self,
-        vectors: NDArray[np.float32],
-        k: int,
-        allowed: NDArray[np.bool_] | NDArray[np.int64] | None = None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k best rows for each query.
+    def search(self, vectors: Floats, k: int, allowed: Mask | Rows | None = None) -> ScoredRows:
+        """Return the k best rows for each query.
 
         Args:
             vectors: float32 (n, E), L2-normalised.
-            allowed: the rows that may be found: their numbers, or bool (rows,); None for all.
+            allowed: the rows that may be found, as row numbers or as bool (rows,); None for all.
 
         Returns:
-            scores float32 (n, k), best first, and rows int64 (n, k). Where there are fewer than k, row -1.
+            scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer than k.
 
         Raises:
-            ArtifactError: the vectors are of another length than the index's.
+            ArtifactError: the vectors have another length than those of the index.
             IndexError: an allowed row does not exist.
-            ValueError: k is less than 1, or not one truth value a row.
+            ValueError: k is less than 1, or allowed has not one truth value for each row.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
-            raise ArtifactError(f"the index holds vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
+            raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         mask = None if allowed is None else as_mask(allowed, self.rows)
-        return self._parts.search(vectors, k, mask)
+        return self._segments.search(vectors, k, mask)
 
     @property
     def rows(self) -> int:
-        """How many rows there are, removed ones included: row numbers are 0..rows - 1."""
-        return self._parts.rows
+        """Number of rows, removed ones included: row numbers are 0..rows - 1."""
+        return self._segments.rows
 
     @property
-    def live(self) -> NDArray[np.bool_]:
-        """bool (rows,), read-only: false where an item was removed. Searches find live rows alone."""
-        return self._parts.live
+    def live(self) -> Mask:
+        """bool (rows,), read-only: false where an item was removed. Searches find live rows only."""
+        return self._segments.live
 
     @property
     def fields(self) -> dict[str, str]:
-        """What items can be chosen by: id, caption, category and the metadata's fields, each with its Arrow type."""
-        return self._parts.fields
+        """Arrow types of the fields that filters accept: id, caption, category and the metadata fields."""
+        return self._segments.fields
 
     def column(self, name: str) -> "pa.ChunkedArray":
-        """One field of every row, memory-mapped, null where an item has none. Meant for filters.
+        """Return one field of every row, memory-mapped, null where an item has none; for filters.
 
         Raises:
             DataError: no item has such a field.
         """
-        return self._parts.column(name)
+        return self._segments.column(name)
 
     def item(self, row: int) -> Item:
-        """The item of a row.
+        """Return the item of a row.
 
         Raises:
-            IndexError: no such row, or it was removed.
+            IndexError: there is no such row, or it was removed.
         """
         return self._item(row)
 
     def row_of(self, item_id: str) -> int | None:
-        """The row of an id, None when there is no such item."""
-        return self._parts.row_of(item_id)
+        """Return the row of an id, None if there is no such item."""
+        return self._segments.row_of(item_id)
 
-    def vector(self, row: int) -> NDArray[np.float32]:
-        """The row's vector, float32 (E,); see `vectors`."""
-        vector: NDArray[np.float32] = self.vectors(np.array([row]))[0]
+    def vector(self, row: int) -> Floats:
+        """Return the vector of one row, float32 (E,); see `vectors`."""
+        vector: Floats = self.vectors(np.array([row]))[0]
         return vector
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The vectors of some rows, float32 (m, E), normalised; approximate where the kind compresses.
+    def vectors(self, rows: Rows) -> Floats:
+        """Return the vectors of some rows, float32 (m, E), normalised; approximate for a compressing kind.
 
         Raises:
-            IndexError: no such row.
-            ArtifactError: this kind of index cannot give vectors back.
+            IndexError: there is no such row.
+            ArtifactError: this kind of index cannot reconstruct vectors.
         """
-        return self._parts.vectors(rows)
+        return self._segments.vectors(rows)
 
     def image_bytes(self, row: int) -> bytes:
-        """The picture's file, from the gallery, at the place noted when the index was built.
+        """Return the file of the row's image, read from the gallery.
 
         Raises:
-            IndexError: no such row.
-            ArtifactError: the picture is no longer there.
+            IndexError: there is no such row.
+            ArtifactError: the image cannot be read.
         """
-        part, place = self._parts.locate(row)
-        location, offset, size = (part.items.value(place, column) for column in ("location", "offset", "size"))
+        segment, place = self._segments.locate(row)
+        location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
         try:
-            return read_image(part.root, location, offset, size)
+            return read_image(segment.root, location, offset, size)
         except OSError as error:
             raise ArtifactError(
-                f"the picture of item {part.items.value(place, 'id')!r} cannot be read from the gallery "
+                f"the image of item {segment.items.cell(place, 'id')!r} cannot be read from the gallery "
                 f"{self.manifest.source}: {error.strerror or error}"
             ) from error
 
     def require(self, fingerprint: str) -> None:
-        """Refuse an encoder that did not make this index.
+        """Refuse an encoder that did not encode this index.
 
         Raises:
-            FingerprintError: with the command that makes an index for that encoder.
+            FingerprintError: the message names the command that builds an index for that encoder.
         """
         if fingerprint != self.manifest.fingerprint:
             index = self.path.parent.parent
@@ -225,21 +206,21 @@ class Artifact:
                 f"--checkpoint CHECKPOINT_OF_THIS_ENCODER --out {index}"
             )
 
-    def verify(self, *, known: Collection[str] = ()) -> None:
-        """Read every file, but the known ones, and compare checksums.
+    def verify(self, *, skip: Collection[str] = ()) -> None:
+        """Read every file except the skipped ones, and compare checksums.
 
         Raises:
-            ArtifactError: naming the first file that differs.
+            ArtifactError: a file differs; the message names the first one.
         """
         self._check_sizes()
         for name, info in self.manifest.files.items():
-            if name in known:
+            if name in skip:
                 continue
             try:
-                changed = sha256_of(self.path / name) != info.sha256
+                is_changed = sha256_of(self.path / name) != info.sha256
             except OSError as error:
                 raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror or error}") from error
-            if changed:
+            if is_changed:
                 raise ArtifactError(
                     f"{self.path / name} is corrupted: its checksum differs; roll back, or rebuild the index"
                 )
@@ -255,117 +236,3 @@ class Artifact:
                 raise ArtifactError(
                     f"{path} has {size:,} bytes, but should have {info.size:,}; roll back, or rebuild the index"
                 )
-
-
-def current_version(index: Path) -> int | None:
-    """The version that CURRENT names, None when nothing is published. Reads one line; fit for polling.
-
-    Raises:
-        ArtifactError: CURRENT cannot be read or names no version.
-    """
-    try:
-        text = (index / CURRENT).read_text(encoding="ascii").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{index / CURRENT} cannot be read: {error}") from error
-    if not text.isdigit():
-        raise ArtifactError(f"{index / CURRENT} names no version: {text[:40]!r}; roll back to one of `dcar index list`")
-    return int(text)
-
-
-def current_if_known(index: Path) -> int | None:
-    """As `current_version`, and None where CURRENT is damaged: for what mends it."""
-    try:
-        return current_version(index)
-    except ArtifactError as error:
-        logger.warning("%s", error)
-        return None
-
-
-def require_index(index: Path) -> int:
-    """The version that CURRENT names.
-
-    Raises:
-        ArtifactError: nothing is published there; the message says what to run.
-    """
-    version = current_version(index)
-    if version is None and version_numbers(index):
-        raise ArtifactError(
-            f"{index} has versions, but CURRENT is lost; `dcar index rollback {index}` names the newest"
-        )
-    if version is None:
-        raise ArtifactError(
-            f"{index} holds no published index; make one with "
-            f"`dcar index build --gallery PATH --checkpoint DIR --out {index}`"
-        )
-    return version
-
-
-def open_current(index: Path) -> Artifact:
-    """Open the published version.
-
-    Raises:
-        ArtifactError: nothing is published, or the version is incomplete.
-    """
-    version = require_index(index)
-    while True:
-        try:
-            return open_version(index, version)
-        except ArtifactError:  # a writer may have published anew and removed this one in the meantime
-            newest = current_version(index)
-            if newest is None or newest == version:
-                raise
-            version = newest
-
-
-def open_version(index: Path, version: int) -> Artifact:
-    """Open one version.
-
-    Raises:
-        ArtifactError: there is no such version, or it is incomplete.
-    """
-    path = index / VERSIONS / str(version)
-    if not path.is_dir():
-        have = ", ".join(map(str, version_numbers(index))) or "none"
-        raise ArtifactError(f"{index} has no version {version}; it has {have}")
-    return Artifact(path)
-
-
-def version_numbers(index: Path) -> list[int]:
-    """Every version on disk, ascending; unfinished ones have no number yet."""
-    folder = index / VERSIONS
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-
-
-def read_manifest(index: Path, version: int) -> Manifest:
-    """What a version says of itself.
-
-    Raises:
-        ArtifactError: it is missing, changed, or of another format.
-    """
-    return Manifest.read(index / VERSIONS / str(version) / MANIFEST)
-
-
-def list_versions(index: Path) -> list[Manifest]:
-    """The manifests of every version, ascending. One that cannot be read is logged and left out."""
-    manifests = []
-    for version in version_numbers(index):
-        try:
-            manifests.append(read_manifest(index, version))
-        except ArtifactError as error:
-            logger.warning("%s", error)
-    return manifests
-
-
-def verify_index(index: Path) -> list[Manifest]:
-    """Verify CURRENT and every version. Returns the manifests of what was verified.
-
-    Raises:
-        ArtifactError: the first fault found.
-    """
-    open_current(index)
-    artifacts = [open_version(index, number) for number in version_numbers(index)]
-    for artifact in artifacts:
-        artifact.verify()
-    return [artifact.manifest for artifact in artifacts]

@@ -1,8 +1,8 @@
-"""Metadata in JSON to typed Arrow columns, one for each field.
+"""Typed Arrow columns from metadata in JSON, one for each field.
 
-- A field's type is the narrowest that holds all of its values: bool, int64, float64, string, or a list of strings.
-  Values that do not go together, or are objects, become text.
-- Galleries with very many fields get columns for the most frequent ones.
+- A field gets the narrowest type that holds all of its values: bool, int64, float64, string, or a list of strings.
+  Values of incompatible types, and objects, become text.
+- Galleries with very many fields get columns for the most frequent ones only.
 """
 
 import json
@@ -16,41 +16,43 @@ import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
-MOST_FIELDS = 256
+MAX_FIELDS = 256
 _TEXT = pa.string()
 _LIST = pa.list_(pa.string())
 
 
 @dataclass(frozen=True)
-class Fields:
-    """The fields of a gallery's metadata with their Arrow types, by name."""
+class FieldTypes:
+    """Arrow types of a gallery's metadata fields, by name."""
 
     types: dict[str, pa.DataType]
 
     @classmethod
-    def of(cls, metadata: pa.ChunkedArray) -> "Fields":
-        """Look through a column of JSON objects."""
-        seen: Counter[str] = Counter()
+    def infer(cls, metadata: pa.ChunkedArray) -> "FieldTypes":
+        """Infer the types from a column of JSON objects."""
+        frequency: Counter[str] = Counter()
         types: dict[str, pa.DataType] = {}
         for record in _records(metadata):
             for name, value in record.items():
                 if value is None:
                     continue
-                seen[name] += 1
-                kind = _type(value)
-                known = types.get(name, kind)
-                types[name] = kind if kind == known else common(known, kind)
-        kept = [name for name, _ in seen.most_common(MOST_FIELDS)]
-        if len(kept) < len(seen):
-            logger.warning("items have %d metadata fields; filters know the %d most frequent", len(seen), len(kept))
+                frequency[name] += 1
+                value_type = _type_of(value)
+                previous = types.get(name, value_type)
+                types[name] = value_type if value_type == previous else common_type(previous, value_type)
+        kept = [name for name, _ in frequency.most_common(MAX_FIELDS)]
+        if len(kept) < len(frequency):
+            logger.warning(
+                "items have %d metadata fields; filters accept the %d most frequent ones", len(frequency), len(kept)
+            )
         return cls({name: types[name] for name in sorted(kept)})
 
     def arrays(self, metadata: pa.ChunkedArray) -> dict[str, pa.Array]:
-        """The columns of a part of the gallery, null where a field is missing."""
+        """Return the columns of a part of the gallery, null where a field is missing."""
         records = list(_records(metadata))
         return {
-            name: pa.array([_cast(record.get(name), kind) for record in records], kind)
-            for name, kind in self.types.items()
+            name: pa.array([_cast(record.get(name), field_type) for record in records], field_type)
+            for name, field_type in self.types.items()
         }
 
 
@@ -60,7 +62,7 @@ def _records(metadata: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
-def _type(value: Any) -> pa.DataType:
+def _type_of(value: Any) -> pa.DataType:
     if isinstance(value, bool):
         return pa.bool_()
     if isinstance(value, int):
@@ -72,20 +74,20 @@ def _type(value: Any) -> pa.DataType:
     return _TEXT
 
 
-def common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """The narrowest type for the values of both."""
+def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    """Return the narrowest type that holds the values of two different types."""
     numbers = (pa.int64(), pa.float64())
-    return pa.float64() if one in numbers and other in numbers else _TEXT
+    return pa.float64() if first in numbers and second in numbers else _TEXT
 
 
-def converted(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column as a type that is wider than its own."""
-    return pa.chunked_array([[_cast(value, kind) for value in chunk.to_pylist()] for chunk in column.chunks], kind)
+def cast_column(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
+    """Return a column converted to a wider type."""
+    return pa.chunked_array([[_cast(value, target) for value in chunk.to_pylist()] for chunk in column.chunks], target)
 
 
-def _cast(value: Any, kind: pa.DataType) -> Any:
-    if value is None or (kind != _TEXT and not (kind == pa.float64() and isinstance(value, int))):
+def _cast(value: Any, target: pa.DataType) -> Any:
+    if value is None or (target != _TEXT and not (target == pa.float64() and isinstance(value, int))):
         return value
-    if kind == pa.float64():
+    if target == pa.float64():
         return float(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

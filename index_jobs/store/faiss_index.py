@@ -1,8 +1,8 @@
-"""The search side of an index: a small protocol, and FAISS behind it.
+"""The vector index of a version: a small protocol, and its implementation with FAISS.
 
-- `VectorIndex` is all that an artifact needs, so that another engine can stand in FAISS's place.
-- FAISS files are memory-mapped, so processes on one machine share the pages, and an index opens at once.
-- Metric is the inner product of normalised vectors, the cosine similarity.
+- `VectorIndex` is everything that an artifact needs, so another engine can replace FAISS.
+- FAISS files are memory-mapped: processes on one machine share the pages, and an index opens at once.
+- The metric is the inner product of normalised vectors, which is the cosine similarity.
 """
 
 from functools import cached_property
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
-from index_jobs.store.faiss_search import Breadth, Found, Selection, search_among
-from index_jobs.store.gpu_search import MOST_K, GpuSearch
-from index_jobs.store.gpu_search import memory as gpu_memory
+from index_jobs.store.faiss_search import RowSelection, ScoredRows, WideSearch, search_selection
+from index_jobs.store.gpu_search import MAX_K, GpuSearch, free_gpu_memory
 
 _WRITE_BYTES = 1 << 20
 
@@ -28,15 +27,20 @@ class VectorIndex(Protocol):
     def count(self) -> int: ...
     @property
     def dim(self) -> int: ...
-    def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
-        """float32 (n, E) -> scores float32 (n, k), rows int64 (n, k), best first; -1 where there are fewer than k.
+    def search(self, vectors: Floats, k: int, mask: Mask | None = None) -> ScoredRows:
+        """Return the k best rows for each query.
 
-        mask, bool (count,), says which rows may be found.
+        Args:
+            vectors: float32 (n, E).
+            mask: bool (count,), the rows that may be found; None for all.
+
+        Returns:
+            scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer than k.
         """
         ...
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """int64 (m,) -> float32 (m, E), normalised; approximate where the kind compresses."""
+    def vectors(self, rows: Rows) -> Floats:
+        """Return the vectors of rows int64 (m,): float32 (m, E), normalised; approximate for a compressing kind."""
         ...
 
 
@@ -44,18 +48,18 @@ class FaissIndex:
     """A FAISS index on disk. Safe for concurrent searches."""
 
     def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
-        """Take an index on the CPU; with on_gpu, a copy on the GPU answers the searches among all rows."""
+        """Wrap an index on the CPU. With on_gpu, a copy on the GPU answers searches among all rows."""
         self._index = index
-        self._all = GpuSearch(index) if on_gpu else index
+        self._unfiltered = GpuSearch(index) if on_gpu else index
         self.count, self.dim = int(index.ntotal), int(index.d)
-        self._last: Selection | None = None
+        self._cached_selection: RowSelection | None = None
 
     @classmethod
     def open(cls, path: Path, *, gpu: bool = False) -> "FaissIndex":
         """Memory-map an index where its kind allows, read it otherwise.
 
         Args:
-            gpu: search on a GPU when there is one.
+            gpu: search on a GPU if there is one.
 
         Raises:
             ArtifactError: the file is missing, truncated or no index.
@@ -69,59 +73,65 @@ class FaissIndex:
                 index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError:
                 index = faiss.read_index(str(path))
-            return cls(index, on_gpu=gpu and gpu_memory() > 0)
+            return cls(index, on_gpu=gpu and free_gpu_memory() > 0)
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {_reason(error)}") from error
 
-    def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
+    def search(self, vectors: Floats, k: int, mask: Mask | None = None) -> ScoredRows:
+        """As `VectorIndex.search`."""
         vectors = np.ascontiguousarray(vectors, np.float32)
-        among = None if mask is None else self._selection(mask)
-        if among is None or among.whole:
-            return self._breadth.search(vectors, k, self._all if k <= MOST_K else self._index)
-        return search_among(self._index, vectors, k, among)
+        selection = None if mask is None else self._select(mask)
+        if selection is None or selection.is_everything:
+            return self._wide_search.search(vectors, k, self._unfiltered if k <= MAX_K else self._index)
+        return search_selection(self._index, vectors, k, selection)
 
     @cached_property
-    def _breadth(self) -> Breadth:
-        return Breadth(self._index)
+    def _wide_search(self) -> WideSearch:
+        return WideSearch(self._index)
 
-    def _selection(self, mask: NDArray[np.bool_]) -> Selection:
-        """Of a mask that cannot change, as that of the rows that are left after removals, the one made last time."""
-        last = self._last
+    def _select(self, mask: Mask) -> RowSelection:
+        """Return the selection of a mask; that of a read-only mask, such as the live rows, is cached."""
+        cached = self._cached_selection
         if mask.flags.writeable:
-            return Selection(mask)
-        if last is None or (mask.ctypes.data, len(mask)) != (last.mask.ctypes.data, len(last.mask)):
-            self._last = last = Selection(mask)
-        return last
+            return RowSelection(mask)
+        if cached is None or (mask.ctypes.data, len(mask)) != (cached.mask.ctypes.data, len(cached.mask)):
+            self._cached_selection = cached = RowSelection(mask)
+        return cached
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def vectors(self, rows: Rows) -> Floats:
+        """As `VectorIndex.vectors`.
+
+        Raises:
+            ArtifactError: this kind of index cannot reconstruct vectors.
+        """
         try:
-            found: NDArray[np.float32] = self._index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+            vectors: Floats = self._index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
         except RuntimeError as error:
-            raise ArtifactError(f"this kind of index cannot give a vector back: {_reason(error)}") from error
-        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-        return found
+            raise ArtifactError(f"this kind of index cannot reconstruct a vector: {_reason(error)}") from error
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
 
 
 def write_faiss(index: Any, path: Path) -> None:
-    """Write a FAISS index whole or not at all.
+    """Write a FAISS index completely or not at all.
 
-    Through Python's own file, since faiss overlooks what fails when a file is closed, as on a full disk.
+    FAISS overlooks errors on closing a file, as on a full disk, so it writes through Python's own file.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
     import faiss
 
-    library: Any = faiss  # whose type hints know neither of the two writers
-    problem: OSError | None = None
+    library: Any = faiss  # the type hints lack the two writers
+    write_error: OSError | None = None
     with atomic_writer(path) as file:
 
         def write(data: bytes) -> int:
-            nonlocal problem
+            nonlocal write_error
             try:
                 return file.write(data)
-            except OSError as error:  # must not cross faiss, which would lose it
-                problem = error
+            except OSError as error:  # FAISS would lose it
+                write_error = error
                 return 0
 
         writer = library.BufferedIOWriter(library.PyCallbackIOWriter(write), _WRITE_BYTES)
@@ -129,12 +139,12 @@ def write_faiss(index: Any, path: Path) -> None:
             faiss.write_index(index, writer)
             del writer  # flushes
         except RuntimeError as error:
-            raise problem or OSError(_reason(error)) from error
-        if problem:
-            raise problem
+            raise write_error or OSError(_reason(error)) from error
+        if write_error:
+            raise write_error
 
 
 def _reason(error: Exception) -> str:
-    """faiss's messages start with the C++ function and the source line; the last part is for people."""
+    """Return the readable part of a FAISS message, which starts with the C++ function and the source line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rsplit("failed: ", 1)[-1]

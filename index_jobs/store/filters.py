@@ -1,12 +1,12 @@
-"""Conditions on items' fields, as a search is given them, to the rows that fulfil them.
+"""Filters on items' fields, evaluated to a mask of rows.
 
-filter     {field: condition, ...}                  all must hold; a field is id, caption, category or any of metadata
+filter     {field: condition, ...}                  all must hold; a field is id, caption, category or a metadata field
            {"$or": [filter, ...]}                   one of them must hold
 condition  value | [value, ...]                     equal to it, or to one of them; null: the item has no such field
            {"in": [...], "gt" "gte" "lt" "lte": value, "contains": text, "not": condition}    all must hold
 
-An item without the field fulfils no condition but `null` and `not`; an empty caption or category is none. A field that
-holds a list fulfils a condition when one of its members does.
+An item without the field meets no condition except `null` and `not`. An empty caption or category counts as missing. A
+field that holds a list meets a condition if one of its members does.
 """
 
 import json
@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Mask
+from dcar_core.util.arrays import Mask, Rows
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import replace_surrogates
 
@@ -28,15 +27,15 @@ if TYPE_CHECKING:
 
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _OR = "$or"
-_MOST = 64  # conditions: each looks at every item, and cannot be stopped
-_CONDITIONS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
-_INTS = range(-(2**63), 2**63)  # of int64
-_EMPTY_IS_NONE = frozenset({"caption", "category"})
-_WORDS = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
+_MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
+_OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
+_INT64 = range(-(2**63), 2**63)
+_EMPTY_IS_MISSING = frozenset({"caption", "category"})
+_TYPE_NAMES = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
 
 
 class FilterError(DataError):
-    """A condition that cannot be checked; `field` is the one at fault."""
+    """A condition that cannot be evaluated; `field` is the one at fault."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
@@ -44,166 +43,176 @@ class FilterError(DataError):
         self.message = message
 
 
-def matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
-    """bool (rows,): the items that fulfil every condition and were not removed.
+def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
+    """Return the live items that meet every condition, bool (rows,).
 
     Raises:
-        FilterError: no item has such a field, a condition does not fit it, or there are too many.
+        FilterError: no item has such a field, a condition does not fit it, or there are too many conditions.
     """
-    for number, field in enumerate(_conditions(filter)):
-        if number == _MOST:
-            raise FilterError(field, f"at most {_MOST} conditions in all; a list of values is one")
-    return _matching(artifact, filter)
+    for number, field in enumerate(_condition_fields(filter)):
+        if number == _MAX_CONDITIONS:
+            raise FilterError(field, f"at most {_MAX_CONDITIONS} conditions in all; a list of values is one")
+    return _match_all(artifact, filter)
 
 
-def _conditions(filter: Mapping[str, Any]) -> Iterator[str]:
-    """The field of each condition, those in "$or" and "not" too."""
-    for field, condition in filter.items():
-        if field == _OR:
-            for each in condition if isinstance(condition, list) else ():
-                yield from _conditions(each) if isinstance(each, dict) and each else (_OR,)
-        elif isinstance(condition, dict):
-            for name, operand in condition.items():
-                yield from _conditions({field: operand}) if name == "not" else (field,)
-        else:
-            yield field
+def match_column(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
+    """Return the rows of a column that meet a condition, bool (rows,).
 
-
-def _matching(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
-    mask = artifact.live.copy()
-    for field, condition in filter.items():
-        if field == _OR:
-            mask &= _one_of(artifact, condition)
-            continue
-        try:
-            column = artifact.column(field)
-        except DataError:
-            known = ", ".join(sorted(artifact.fields))
-            raise FilterError(field, f"no item has this field; there are: {known}") from None
-        mask &= _fulfilled(column, condition, field)
-    return mask
-
-
-def _one_of(artifact: "Artifact", filters: Any) -> Mask:
-    if not isinstance(filters, list) or not filters or not all(isinstance(each, dict) for each in filters):
-        raise FilterError(_OR, "takes a list of filters, of which one must hold")
-    mask = np.zeros(artifact.rows, np.bool_)
-    for each in filters:
-        mask |= _matching(artifact, each)
-    return mask
-
-
-def _fulfilled(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
+    Raises:
+        FilterError: the condition does not fit the column.
+    """
     if isinstance(condition, list):
-        return _among(column, condition, field)
+        return _match_values(column, condition, field)
     if not isinstance(condition, dict):
-        return _among(column, [condition], field)
+        return _match_values(column, [condition], field)
     if not condition:
-        raise FilterError(field, f"is empty; give a value, a list of values, or one of {_CONDITIONS}")
+        raise FilterError(field, f"is empty; give a value, a list of values, or one of {_OPERATORS}")
     mask, ranges = np.ones(len(column), np.bool_), dict[str, Any]()
     for name, operand in condition.items():
         if name == "not":
-            mask &= ~_fulfilled(column, operand, field)
+            mask &= ~match_column(column, operand, field)
         elif name == "in" and isinstance(operand, list):
-            mask &= _among(column, operand, field)
+            mask &= _match_values(column, operand, field)
         elif name == "contains":
-            mask &= _containing(column, operand, field)
+            mask &= _match_substring(column, operand, field)
         elif name in _RANGES:
             ranges[name] = operand
         elif name == "in":
             raise FilterError(field, '"in" takes a list of values')
         else:
-            raise FilterError(field, f"{name[:40]!r} is none of {_CONDITIONS}")
-    return mask & _within(column, ranges, field) if ranges else mask
+            raise FilterError(field, f"{name[:40]!r} is none of {_OPERATORS}")
+    return mask & _match_ranges(column, ranges, field) if ranges else mask
 
 
-def _among(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the field of each condition, those in "$or" and "not" included."""
+    for field, condition in filter.items():
+        if field == _OR:
+            for part in condition if isinstance(condition, list) else ():
+                yield from _condition_fields(part) if isinstance(part, dict) and part else (_OR,)
+        elif isinstance(condition, dict):
+            for name, operand in condition.items():
+                yield from _condition_fields({field: operand}) if name == "not" else (field,)
+        else:
+            yield field
 
-    kind = _member_type(column)
-    wanted = [_fitting(value, kind, field) for value in values if value is not None]
-    if kind == pa.int64():
-        wanted = [int(value) for value in wanted if _INTS.start <= value < _INTS.stop and value == int(value)]
-    mask = np.zeros(len(column), np.bool_)
-    if None in values:
-        mask |= _bools(column.is_null())
-        if field in _EMPTY_IS_NONE:
-            mask |= _bools(pc.equal(column, ""))
-    if kind == pa.float64() and 0 in wanted:
-        wanted += [0.0, -0.0]  # equal, but not to is_in
-    if wanted:
-        members, parents = _members(column)
-        mask |= _any(_bools(pc.is_in(members, value_set=pa.array(wanted, members.type))), parents, len(column))
+
+def _match_all(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
+    mask = artifact.live.copy()
+    for field, condition in filter.items():
+        if field == _OR:
+            mask &= _match_any(artifact, condition)
+            continue
+        try:
+            column = artifact.column(field)
+        except DataError:
+            fields = ", ".join(sorted(artifact.fields))
+            raise FilterError(field, f"no item has this field; there are: {fields}") from None
+        mask &= match_column(column, condition, field)
     return mask
 
 
-def _containing(column: "pa.ChunkedArray", text: Any, field: str) -> Mask:
-    """Upper and lower case are the same."""
+def _match_any(artifact: "Artifact", filters: Any) -> Mask:
+    if not isinstance(filters, list) or not filters or not all(isinstance(part, dict) for part in filters):
+        raise FilterError(_OR, "takes a list of filters, of which one must hold")
+    mask = np.zeros(artifact.rows, np.bool_)
+    for part in filters:
+        mask |= _match_all(artifact, part)
+    return mask
+
+
+def _match_values(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    member_type = _member_type(column)
+    targets = [_checked_value(value, member_type, field) for value in values if value is not None]
+    if member_type == pa.int64():
+        targets = [int(value) for value in targets if _INT64.start <= value < _INT64.stop and value == int(value)]
+    mask = np.zeros(len(column), np.bool_)
+    if None in values:
+        mask |= _to_mask(column.is_null())
+        if field in _EMPTY_IS_MISSING:
+            mask |= _to_mask(pc.equal(column, ""))
+    if member_type == pa.float64() and 0 in targets:
+        targets += [0.0, -0.0]  # equal numbers that is_in tells apart
+    if targets:
+        members, parents = _members(column)
+        is_match = _to_mask(pc.is_in(members, value_set=pa.array(targets, members.type)))
+        mask |= _any_member(is_match, parents, len(column))
+    return mask
+
+
+def _match_substring(column: "pa.ChunkedArray", text: Any, field: str) -> Mask:
+    """Match a substring, without regard to case."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if not isinstance(text, str) or _member_type(column) != pa.string():
         raise FilterError(field, '"contains" takes a text, and a field of texts')
     members, parents = _members(column)
-    found = pc.match_substring(members, replace_surrogates(text), ignore_case=True)
-    return _any(_bools(found) & _there(members, field), parents, len(column))
+    is_match = _to_mask(pc.match_substring(members, replace_surrogates(text), ignore_case=True))
+    return _any_member(is_match & _is_present(members, field), parents, len(column))
 
 
-def _within(column: "pa.ChunkedArray", ranges: dict[str, Any], field: str) -> Mask:
-    """Of a list, one member must lie within all bounds."""
+def _match_ranges(column: "pa.ChunkedArray", ranges: dict[str, Any], field: str) -> Mask:
+    """Match bounds; of a list, one member must lie within all of them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kind = _member_type(column)
+    member_type = _member_type(column)
     members, parents = _members(column)
-    mask = _there(members, field)
+    mask = _is_present(members, field)
     for name, bound in ranges.items():
-        if kind == pa.bool_() or isinstance(bound, bool | None):
-            raise FilterError(field, f"{name!r} takes a number or a text, and a field of such")
-        bound = _fitting(bound, kind, field)
-        if kind == pa.int64():
-            name, bound = _whole(name, bound)
-        mask &= _bools(pc.call_function(_RANGES[name], [members, pa.scalar(bound, members.type)]))
-    return _any(mask, parents, len(column))
+        if member_type == pa.bool_() or isinstance(bound, bool | None):
+            raise FilterError(field, f"{name!r} takes a number or a text, and a field of numbers or texts")
+        bound = _checked_value(bound, member_type, field)
+        if member_type == pa.int64():
+            name, bound = _integer_bound(name, bound)
+        mask &= _to_mask(pc.call_function(_RANGES[name], [members, pa.scalar(bound, members.type)]))
+    return _any_member(mask, parents, len(column))
 
 
-def _there(members: "pa.ChunkedArray", field: str) -> Mask:
-    """False where an empty text means that there is none."""
+def _is_present(members: "pa.ChunkedArray", field: str) -> Mask:
+    """Return False where an empty text means a missing value."""
     import pyarrow.compute as pc
 
-    return _bools(pc.not_equal(members, "")) if field in _EMPTY_IS_NONE else np.ones(len(members), np.bool_)
+    return _to_mask(pc.not_equal(members, "")) if field in _EMPTY_IS_MISSING else np.ones(len(members), np.bool_)
 
 
-def _whole(name: str, bound: float) -> tuple[str, int]:
-    """A condition on whole numbers, the bound one too: beyond 2^53 a float would stand for several of them."""
+def _integer_bound(name: str, bound: float) -> tuple[str, int]:
+    """Return an equal condition with an integer bound; beyond 2^53 one float stands for several integers."""
     if math.isnan(bound):
-        return "gt", _INTS.stop - 1  # nothing is
-    up = name in {"gt", "gte"}
-    if _INTS.start <= bound < _INTS.stop:
+        return "gt", _INT64.stop - 1  # matches nothing
+    is_lower = name in {"gt", "gte"}
+    if _INT64.start <= bound < _INT64.stop:
         return name, math.floor(bound) if name in {"gt", "lte"} else math.ceil(bound)
-    everything = (bound < 0) == up
-    if everything:
-        return ("gte", _INTS.start) if up else ("lte", _INTS.stop - 1)
-    return ("gt", _INTS.stop - 1) if up else ("lt", _INTS.start)
+    matches_everything = (bound < 0) == is_lower
+    if matches_everything:
+        return ("gte", _INT64.start) if is_lower else ("lte", _INT64.stop - 1)
+    return ("gt", _INT64.stop - 1) if is_lower else ("lt", _INT64.start)
 
 
-def _fitting(value: Any, kind: "pa.DataType", field: str) -> Any:
-    """The value, if a field of this type can have it."""
+def _checked_value(value: Any, member_type: "pa.DataType", field: str) -> Any:
+    """Return the value if a field of this type can have it.
+
+    Raises:
+        FilterError: it cannot.
+    """
     import pyarrow as pa
 
-    if kind == pa.bool_():
+    if member_type == pa.bool_():
         fits = isinstance(value, bool)
-    elif kind == pa.string():
+    elif member_type == pa.string():
         fits = isinstance(value, str)
     else:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits:
-        raise FilterError(field, f"its values are {_WORDS[str(kind)]}, which {json.dumps(value)[:40]} is not")
+        raise FilterError(field, f"values are {_TYPE_NAMES[str(member_type)]}, not {json.dumps(value)[:40]}")
     if isinstance(value, str):
         return replace_surrogates(value)
-    beyond = isinstance(value, int) and value not in _INTS
-    return _as_float(value) if kind == pa.float64() or (kind == pa.int64() and beyond) else value
+    is_huge = isinstance(value, int) and value not in _INT64
+    return _as_float(value) if member_type == pa.float64() or (member_type == pa.int64() and is_huge) else value
 
 
 def _as_float(number: float) -> float:
@@ -219,8 +228,8 @@ def _member_type(column: "pa.ChunkedArray") -> "pa.DataType":
     return column.type.value_type if pa.types.is_list(column.type) else column.type
 
 
-def _members(column: "pa.ChunkedArray") -> tuple["pa.ChunkedArray", NDArray[np.int64] | None]:
-    """All values, and for a column of lists the row that each is from."""
+def _members(column: "pa.ChunkedArray") -> tuple["pa.ChunkedArray", Rows | None]:
+    """Return all values, and for a column of lists the row of each value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -230,16 +239,17 @@ def _members(column: "pa.ChunkedArray") -> tuple["pa.ChunkedArray", NDArray[np.i
     return pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
 
 
-def _bools(found: "pa.ChunkedArray") -> Mask:
+def _to_mask(values: "pa.ChunkedArray") -> Mask:
     import pyarrow.compute as pc
 
-    mask: Mask = pc.fill_null(found, False).to_numpy().astype(np.bool_, copy=False)
+    mask: Mask = pc.fill_null(values, False).to_numpy().astype(np.bool_, copy=False)
     return mask
 
 
-def _any(found: Mask, parents: NDArray[np.int64] | None, count: int) -> Mask:
+def _any_member(is_match: Mask, parents: Rows | None, count: int) -> Mask:
+    """Return the rows with a matching member, bool (count,)."""
     if parents is None:
-        return found
+        return is_match
     mask = np.zeros(count, np.bool_)
-    mask[parents[found]] = True
+    mask[parents[is_match]] = True
     return mask

@@ -1,23 +1,24 @@
-"""Search a FAISS index on a CUDA device.
+"""Search of a FAISS index on a CUDA device.
 
-- A version on disk always holds the CPU form, so it opens on any machine; with a GPU it is searched there.
-- FAISS's GPU indexes are not safe for concurrent readers: one search runs at a time, behind a lock.
+- A version on disk holds the CPU form, so it opens on any machine; with a GPU, searches run there.
+- FAISS's GPU indexes are not safe for concurrent readers, so a lock admits one search at a time.
 - Filtered searches and vectors by row use the CPU form, which stays memory-mapped beside the GPU copy.
 """
 
 import threading
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from dcar_core.util.arrays import Floats
+from index_jobs.store.faiss_search import ScoredRows
 
-from index_jobs.store.faiss_search import Found
-
-MOST_K = 2048  # results of a search; more are asked of the CPU form
+MAX_K = 2048  # results of a GPU search; larger searches run on the CPU
 
 
-def memory() -> int:
-    """Bytes of the first GPU that an index may take: half of what is free; 0 without a GPU or FAISS's GPU build."""
+def free_gpu_memory() -> int:
+    """Return the bytes of the first GPU that an index may take: half of the free memory.
+
+    Returns 0 without a GPU or FAISS's GPU build.
+    """
     import faiss
     import torch
 
@@ -36,10 +37,10 @@ class GpuSearch:
         library: Any = faiss
         self._resources = library.StandardGpuResources()  # must outlive the index
         self._index = library.index_cpu_to_gpu(self._resources, 0, index)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
-    def search(self, vectors: NDArray[np.float32], k: int) -> Found:
-        """As `VectorIndex.search`, over all rows."""
-        with self._turn:
+    def search(self, vectors: Floats, k: int) -> ScoredRows:
+        """Search all rows, as `VectorIndex.search` does."""
+        with self._lock:
             scores, rows = self._index.search(vectors, k)
         return scores, rows

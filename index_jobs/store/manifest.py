@@ -1,4 +1,4 @@
-"""What a version of an index says of itself: `manifest.json`, with a checksum of every file and of itself."""
+"""The manifest of a version: `manifest.json`, with a checksum of every file and of itself."""
 
 import hashlib
 import json
@@ -11,15 +11,9 @@ from dcar_core.util.files import canonical_json
 
 FORMAT = 2
 CURRENT, VERSIONS = "CURRENT", "versions"
-DUPLICATES = "duplicates.jsonl"
-MANIFEST, VECTORS, ITEMS, CHECKPOINT, FAILED = (
-    "manifest.json",
-    "index.faiss",
-    "items.arrow",
-    "checkpoint",
-    "failed.jsonl",
-)
-REMOVED = "removed.npy"
+MANIFEST, VECTORS, ITEMS, REMOVED = "manifest.json", "index.faiss", "items.arrow", "removed.npy"
+CHECKPOINT, FAILED, DUPLICATES = "checkpoint", "failed.jsonl", "duplicates.jsonl"
+PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
 
 
 @dataclass(frozen=True)
@@ -32,50 +26,50 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Addition:
-    """What was added to a version after it was built: a folder beside it with vectors and items of its own."""
+    """Items added to a version after it was built, in a folder with vectors and items of their own."""
 
     folder: str
-    count: int  # of rows, removed ones included
+    count: int  # rows, removed ones included
     kind: str
     sources: list[str]  # the galleries as they were given
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a version is and how it came to be."""
+    """Contents and origin of a version."""
 
     version: int
     fingerprint: str  # of the encoder
-    count: int  # of items that can be found
+    count: int  # items that can be found
     dim: int
     kind: str  # FAISS index_factory string
-    reason: str  # why this kind
-    milvus: str = ""  # URI of the Milvus that holds the vectors, "" where index.faiss does
-    gpu: bool  # searched on a GPU where there is one
-    requested_kind: str  # as it was asked for, such as "auto"
-    requested_memory: int | None  # bytes that the index may take, as asked for
+    reason: str  # why this kind was chosen
+    milvus: str = ""  # URI of the Milvus that stores the vectors, "" for index.faiss
+    gpu: bool  # searched on a GPU if there is one
+    requested_kind: str  # as requested, such as "auto"
+    requested_memory: int | None  # bytes that the index may take, as requested
     target_recall: float  # at 10, against exact search
     source: str  # the gallery as it was given
-    root: str  # what relative locations of pictures start from
-    checkpoint: str  # where the model was copied from
+    root: str  # base of relative image locations
+    checkpoint: str  # the directory that the model was copied from
     checkpoint_signature: str  # hash over that directory's files
     gallery_signature: str
     created: str  # UTC, ISO 8601
-    failed: int  # pictures that could not be read
-    measured: dict[str, Any]  # recall_at_10, parameters, latencies in ms, bytes, ..
+    failed: int  # images that could not be read
+    measured: dict[str, Any]  # recall_at_10, parameters, latencies in ms, bytes, ...
     files: dict[str, FileInfo]  # by path relative to the version
     additions: list[Addition] = field(default_factory=list)
     removed: int = 0  # rows that are never found
-    rebuild: str = ""  # why a rebuild from a gallery is worth it by now
-    cutoff: dict[str, Any] = field(default_factory=dict)  # of "auto" min_score, see cutoff.py; empty: not calibrated
-    runtime: str = ""  # what ran the encoder; "" in versions that are older than this field
-    replaced: int | None = None  # the version that was current before; None: the first, or older than this field
-    exact: bool = False  # pictures to pixels bit for bit as open_clip does it
+    rebuild: str = ""  # why a rebuild is recommended, "" while it is not
+    cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
+    runtime: str = ""  # runtime that encoded the images; "" in versions older than this field
+    replaced: int | None = None  # the previous version; None for the first, or in versions older than this field
+    exact: bool = False  # images decoded bit for bit as open_clip does
     metric: str = "inner_product"
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """With a checksum over all other values, so that a changed manifest is noticed."""
+        """Return the values with a checksum over all of them, which reveals a changed manifest."""
         values = asdict(self)
         return values | {"checksum": hashlib.sha256(canonical_json(values)).hexdigest()}
 
@@ -84,7 +78,7 @@ class Manifest:
         """Read a manifest.json.
 
         Raises:
-            ArtifactError: missing, changed, or of another format.
+            ArtifactError: it is missing, changed, or of another format.
         """
         try:
             values = json.loads(path.read_bytes())

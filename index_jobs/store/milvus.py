@@ -1,11 +1,11 @@
-"""Vectors in Milvus, for when one machine is outgrown; behind the same `VectorIndex` as FAISS.
+"""Vectors in Milvus instead of a FAISS file, behind the same `VectorIndex`.
 
-- A collection for each version, named after the index, the version and the encoder's fingerprint, so that a collection
-  cannot be taken for another model's. `milvus.json` in the version says which it is.
-- CURRENT decides what is served. The alias `<name>_current` follows it, also in a rollback, for other readers.
-- Collections that no kept version names are dropped after a publication; so are those of jobs that were killed.
-- The primary key is the row, so items, filters, additions and removals work as they do with FAISS.
-- The token is read from DCAR_MILVUS_TOKEN, and is never written down. A path as URI is Milvus Lite, in this process.
+- Each built version has a collection, named after the index, the version and the encoder's fingerprint, so it cannot be
+  mistaken for another model's. `milvus.json` in the version names it.
+- CURRENT decides which version is served. The alias `<name>_current` follows it, also in a rollback, for other readers.
+- Collections of removed versions and killed jobs are dropped after a publication.
+- The primary key is the row number, so items, filters, additions and removals work as with FAISS.
+- The token is read from DCAR_MILVUS_TOKEN and never written. A path as URI is Milvus Lite, in this process.
 """
 
 import contextlib
@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Blocks
+from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
 from dcar_core.util.errors import (
     ArtifactError,
     DataError,
@@ -32,7 +31,7 @@ from dcar_core.util.errors import (
     StoreUnavailableError,
 )
 from dcar_core.util.files import write_json
-from index_jobs.store.faiss_search import Found, best_of
+from index_jobs.store.faiss_search import ScoredRows, merge_top_k
 from index_jobs.store.manifest import VERSIONS
 
 logger = logging.getLogger(__name__)
@@ -40,9 +39,11 @@ logger = logging.getLogger(__name__)
 MILVUS = "milvus.json"
 TOKEN = "DCAR_MILVUS_TOKEN"
 _ROW, _VECTOR = "row", "vector"
-_INSERTED = 1000  # vectors in one request
-_MOST_K = 16_384  # results of a search
-_LISTED = 5000  # rows in one expression
+_INSERT_ROWS = 1000  # vectors in one insert
+_MAX_K = 16_384  # results of one search
+_MAX_OVERFETCH = 4096  # results of a search without a filter, to choose the allowed ones from
+_LISTED_UP_TO = 5000  # rows whose list in a filter costs little: some 15 us a row
+_MAX_LISTED = 100_000  # rows in one filter
 _FINGERPRINT = 16
 _TYPES: dict[str, dict[str, Any]] = {
     "auto": {"index_type": "AUTOINDEX"},
@@ -52,8 +53,8 @@ _TYPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a version's vectors are, as `milvus.json` holds it."""
+class MilvusLocation:
+    """The collection with a version's vectors, as in `milvus.json`."""
 
     uri: str
     collection: str
@@ -62,7 +63,7 @@ class Place:
     fingerprint: str
 
     @classmethod
-    def read(cls, path: Path) -> "Place":
+    def read(cls, path: Path) -> "MilvusLocation":
         """Read milvus.json.
 
         Raises:
@@ -73,83 +74,120 @@ class Place:
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
 
+    def write(self, path: Path) -> None:
+        """Write milvus.json."""
+        write_json(path, asdict(self))
+
 
 class MilvusIndex:
-    """One version's collection. Safe for concurrent searches."""
+    """The collection of one version. Safe for concurrent searches."""
 
-    def __init__(self, place: Place) -> None:
-        """Connect.
+    def __init__(self, location: MilvusLocation) -> None:
+        """Connect to the collection.
 
         Raises:
-            ArtifactError: Milvus cannot be reached, or the collection is gone or not whole.
+            ArtifactError: Milvus cannot be reached, or the collection is missing or incomplete.
             FingerprintError: the collection holds another encoder's vectors.
         """
-        self.count, self.dim, self._name = place.count, place.dim, place.collection
-        if not place.collection.endswith(place.fingerprint[:_FINGERPRINT]):
-            raise FingerprintError(f"{place.collection} was not made by encoder {place.fingerprint[:12]}; rebuild it")
-        if "://" not in place.uri and not Path(place.uri).exists():  # Milvus Lite would make an empty one
-            raise ArtifactError(f"the Milvus Lite file {place.uri} is gone; bring it back, or rebuild the index")
-        self._client = connect(place.uri)
-        with _answering():
+        uri, self.count, self.dim, self._name = location.uri, location.count, location.dim, location.collection
+        if not self._name.endswith(location.fingerprint[:_FINGERPRINT]):
+            raise FingerprintError(
+                f"{self._name} was not made by encoder {location.fingerprint[:12]}; rebuild the index"
+            )
+        if "://" not in uri and not Path(uri).exists():  # Milvus Lite would create an empty file
+            raise ArtifactError(f"the Milvus Lite file {uri} is missing; restore it, or rebuild the index")
+        self._client = connect(uri)
+        with _translate_errors():
             if not self._client.has_collection(self._name):
-                raise ArtifactError(f"{place.uri} has no collection {self._name}; roll back, or rebuild the index")
+                raise ArtifactError(f"{uri} has no collection {self._name}; roll back, or rebuild the index")
             self._client.load_collection(self._name)
-            found = int(self._client.get_collection_stats(self._name)["row_count"])
-        if found != self.count:
+            count = int(self._client.get_collection_stats(self._name)["row_count"])
+        if count != self.count:
             raise ArtifactError(
-                f"collection {self._name} holds {found:,} vectors, not {self.count:,}; roll back, or rebuild the index"
+                f"collection {self._name} holds {count:,} vectors, not {self.count:,}; roll back, or rebuild the index"
             )
 
-    def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None = None) -> Found:
-        scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
-        for chosen in _expressions(mask):
-            with _answering():
-                answers = self._client.search(
-                    self._name, data=list(np.asarray(vectors, np.float32)), limit=min(k, self.count, _MOST_K),
-                    filter=chosen, anns_field=_VECTOR, output_fields=[_ROW],
-                )  # fmt: skip
-            found = np.full((len(vectors), k), -1, np.int64)
-            near = np.full((len(vectors), k), -np.inf, np.float32)
-            for number, hits in enumerate(answers):
-                found[number, : len(hits)] = [hit[_ROW] for hit in hits]
-                near[number, : len(hits)] = [hit["distance"] for hit in hits]
-            scores.append(near)
-            rows.append(found)
-        return best_of(scores, rows, k)
+    def search(self, vectors: Floats, k: int, mask: Mask | None = None) -> ScoredRows:
+        """As `VectorIndex.search`.
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        found = np.empty((len(rows), self.dim), np.float32)
-        for start in range(0, len(rows), _INSERTED):
-            part = rows[start : start + _INSERTED].tolist()
-            with _answering():
+        A filter that names thousands of rows is slow in Milvus. A mask that allows many rows is therefore applied to a
+        larger unfiltered result first; only if that leaves fewer than k rows, the filter names the rows.
+        """
+        if mask is None or mask.all():
+            return self._search(vectors, k)
+        if not mask.any():
+            return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
+        allowed = int(np.count_nonzero(mask))
+        overfetch = int(2 * k * len(mask) / allowed)
+        if min(allowed, len(mask) - allowed) > _LISTED_UP_TO and overfetch <= _MAX_OVERFETCH:
+            scores, rows = self._search(vectors, overfetch)
+            rows[~mask[rows]] = -1  # row -1 reads the last mask value, and stays -1 or becomes it
+            scores, rows = merge_top_k([scores], [rows], k)
+            if (rows[:, k - 1] >= 0).all():
+                return scores, rows
+        results = [self._search(vectors, k, expression) for expression in _expressions(mask)]
+        return merge_top_k([scores for scores, _ in results], [rows for _, rows in results], k)
+
+    def _search(self, vectors: Floats, k: int, expression: str = "") -> ScoredRows:
+        with _translate_errors():
+            results = self._client.search(
+                self._name, data=list(np.asarray(vectors, np.float32)), limit=min(k, self.count, _MAX_K),
+                filter=expression, anns_field=_VECTOR, output_fields=[_ROW],
+            )  # fmt: skip
+        rows = np.full((len(vectors), k), -1, np.int64)
+        scores = np.full((len(vectors), k), -np.inf, np.float32)
+        for number, hits in enumerate(results):
+            rows[number, : len(hits)] = [hit[_ROW] for hit in hits]
+            scores[number, : len(hits)] = [hit["distance"] for hit in hits]
+        return merge_top_k([scores], [rows], k)
+
+    def vectors(self, rows: Rows) -> Floats:
+        """As `VectorIndex.vectors`."""
+        vectors = np.empty((len(rows), self.dim), np.float32)
+        for start in range(0, len(rows), _INSERT_ROWS):
+            part = rows[start : start + _INSERT_ROWS].tolist()
+            with _translate_errors():
                 entries = self._client.get(self._name, ids=part, output_fields=[_ROW, _VECTOR])
             by_row = {entry[_ROW]: entry[_VECTOR] for entry in entries}
             if missing := [row for row in part if row not in by_row]:
                 raise ArtifactError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
-            found[start : start + len(part)] = [by_row[row] for row in part]
-        return found
+            vectors[start : start + len(part)] = [by_row[row] for row in part]
+        return vectors
+
+
+def _expressions(mask: Mask) -> list[str]:
+    """Return filters for the allowed rows, each with a limited number of rows, to be searched one by one."""
+    hidden = np.flatnonzero(~mask)
+    if len(hidden) <= _MAX_LISTED and 2 * len(hidden) <= len(mask):
+        return [f"{_ROW} not in {hidden.tolist()}"]
+    allowed = np.flatnonzero(mask)
+    starts = range(0, len(allowed), _MAX_LISTED)
+    return [f"{_ROW} in {allowed[start : start + _MAX_LISTED].tolist()}" for start in starts]
 
 
 @contextlib.contextmanager
-def _answering() -> Iterator[None]:
+def _translate_errors() -> Iterator[None]:
+    """Turn the errors of pymilvus and of grpc into an StoreUnavailableError."""
     try:
         yield
     except DcarError:
         raise
-    except Exception as error:  # pymilvus has many, and grpc's own pass through it
-        raise StoreUnavailableError(f"Milvus does not answer: {error}") from error
+    except Exception as error:
+        raise StoreUnavailableError(f"Milvus is unavailable: {error}") from error
 
 
-def create(uri: str, index: Path, version: int, fingerprint: str, kind: str, blocks: Blocks, dim: int) -> Place:
-    """Fill a collection for a version that is about to be published.
+def create_collection(
+    uri: str, index: Path, version: int, fingerprint: str, kind: str, blocks: Blocks, dim: int
+) -> MilvusLocation:
+    """Create and fill the collection of a version that is about to be published.
 
     Args:
         index: the index directory, which collections are named after.
         kind: auto, flat or hnsw.
-        blocks: vectors, L2-normalised; their order is the rows.
+        blocks: vectors, L2-normalised, in row order.
 
     Raises:
-        DataError: Milvus does not have the kind.
+        DataError: Milvus does not offer the kind.
         ArtifactError: Milvus cannot be reached.
     """
     require_kind(kind)
@@ -161,90 +199,85 @@ def create(uri: str, index: Path, version: int, fingerprint: str, kind: str, blo
     schema.add_field(_VECTOR, DataType.FLOAT_VECTOR, dim=dim)
     parameters = client.prepare_index_params()
     parameters.add_index(_VECTOR, metric_type="IP", **_TYPES[kind])
-    name = f"{prefix(index)}_v{version}_{fingerprint[:_FINGERPRINT]}"
-    with _answering():
-        if client.has_collection(name):  # of a job that was killed
+    name = f"{collection_prefix(index)}_v{version}_{fingerprint[:_FINGERPRINT]}"
+    with _translate_errors():
+        if client.has_collection(name):  # of a killed job
             client.drop_collection(name)
         client.create_collection(name, schema=schema, index_params=parameters, consistency_level="Strong")
     count = 0
     for block in blocks():
-        for start in range(0, len(block), _INSERTED):
-            part = np.asarray(block[start : start + _INSERTED])
-            with _answering():
+        for start in range(0, len(block), _INSERT_ROWS):
+            part = np.asarray(block[start : start + _INSERT_ROWS])
+            with _translate_errors():
                 client.insert(name, [{_ROW: count + number, _VECTOR: vector} for number, vector in enumerate(part)])
             count += len(part)
-    with _answering():
+    with _translate_errors():
         client.flush(name)
-    return Place(uri, name, count, dim, fingerprint)
+    return MilvusLocation(uri, name, count, dim, fingerprint)
 
 
 def require_kind(kind: str) -> None:
-    """Refuse a kind that Milvus is not asked for.
+    """Check that Milvus offers a kind.
 
     Raises:
-        DataError: with those it is.
+        DataError: it does not; the message lists the kinds.
     """
     if kind not in _TYPES:
         raise DataError(f"vectors in Milvus can be of kind {', '.join(_TYPES)}, not {kind!r}")
 
 
-def write_place(path: Path, place: Place) -> None:
-    """Write milvus.json."""
-    write_json(path, asdict(place))
+def read_locations(index: Path) -> dict[int, MilvusLocation]:
+    """Return the collection of each version that has its vectors in Milvus."""
+    locations = {}
+    for path in _location_files(index):
+        with contextlib.suppress(ArtifactError):  # damaged; `verify` reports it
+            locations[int(path.parent.name)] = MilvusLocation.read(path)
+    return locations
 
 
-def places(index: Path) -> dict[int, Place]:
-    """Where the vectors of each version are that Milvus holds."""
-    found = {}
-    for path in _place_files(index):
-        with contextlib.suppress(ArtifactError):  # damaged: `verify` says so
-            found[int(path.parent.name)] = Place.read(path)
-    return found
-
-
-def _place_files(index: Path) -> list[Path]:
+def _location_files(index: Path) -> list[Path]:
     return [path for path in (index / VERSIONS).glob(f"*/{MILVUS}") if path.parent.name.isdecimal()]
 
 
-def follow(index: Path, version: int, before: Mapping[int, Place] | None = None) -> None:
-    """After CURRENT: point the alias to the version's collection, and drop those that no version names any more.
+def sync_collections(index: Path, version: int, before: Mapping[int, MilvusLocation] | None = None) -> None:
+    """Point the alias to the current version's collection, and drop collections that no version names.
+
+    Failures are logged, since CURRENT alone decides which version is served.
 
     Args:
-        before: the index's `places` before versions were removed, whose collections are to go.
-
-    What fails is logged, since CURRENT alone decides what is served.
+        before: the index's locations before versions were removed.
     """
-    now, name = places(index), prefix(index)
-    kept = {place.collection for place in now.values()}
-    all_read = len(now) == len(_place_files(index))
-    for uri in {place.uri for place in [*(before or {}).values(), *now.values()]}:
+    locations, prefix = read_locations(index), collection_prefix(index)
+    named = {location.collection for location in locations.values()}
+    all_read = len(locations) == len(_location_files(index))
+    for uri in {location.uri for location in [*(before or {}).values(), *locations.values()]}:
         try:
-            client, alias = connect(uri), f"{name}_current"
-            known = [entry for entry in client.list_collections() if entry.startswith(f"{name}_v")]
-            aliased = [entry for entry in known if alias in client.list_aliases(entry)["aliases"]]
-            if version not in now or now[version].uri != uri:
+            client, alias = connect(uri), f"{prefix}_current"
+            collections = [entry for entry in client.list_collections() if entry.startswith(f"{prefix}_v")]
+            aliased = [entry for entry in collections if alias in client.list_aliases(entry)["aliases"]]
+            if version not in locations or locations[version].uri != uri:
                 if aliased:
                     client.drop_alias(alias)
             elif aliased:
-                client.alter_alias(now[version].collection, alias)
+                client.alter_alias(locations[version].collection, alias)
             else:
-                client.create_alias(now[version].collection, alias)
-            for entry in known:
-                if entry not in kept and all_read:
+                client.create_alias(locations[version].collection, alias)
+            for entry in collections:
+                if entry not in named and all_read:
                     client.drop_collection(entry)
         except Exception as error:
-            logger.warning("the Milvus at %s could not be told of version %d: %s", uri, version, error)
+            logger.warning("the Milvus at %s could not be updated to version %d: %s", uri, version, error)
 
 
-def prefix(index: Path) -> str:
-    """What the names of an index's collections begin with, told apart by its absolute path."""
-    whole = str(index.absolute())
-    slug = re.sub(r"\W+", "_", index.absolute().name)[:40]
-    return f"dcar_{slug}_{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+def collection_prefix(index: Path) -> str:
+    """Return the prefix of an index's collections, which depends on its absolute path."""
+    path = index.absolute()
+    slug = re.sub(r"\W+", "_", path.name)[:40]
+    return f"dcar_{slug}_{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
 def connect(uri: str) -> Any:
-    """A client.
+    """Return a client.
 
     Raises:
         MissingExtraError: pymilvus is not installed.
@@ -258,14 +291,3 @@ def connect(uri: str) -> Any:
         return MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=30)
     except Exception as error:
         raise ArtifactError(f"Milvus at {uri} cannot be reached: {error}") from error
-
-
-def _expressions(mask: NDArray[np.bool_] | None) -> list[str]:
-    """Which rows may be found, as filters of which each names a limited number of rows; searched one by one."""
-    if mask is None or mask.all():
-        return [""]
-    hidden = np.flatnonzero(~mask)
-    if len(hidden) <= _LISTED:
-        return [f"{_ROW} not in {hidden.tolist()}"]
-    allowed = np.flatnonzero(mask)
-    return [f"{_ROW} in {allowed[start : start + _LISTED].tolist()}" for start in range(0, len(allowed), _LISTED)]

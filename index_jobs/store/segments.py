@@ -1,8 +1,8 @@
-"""A version's vectors and items, in one or several parts that are searched as one.
+"""Vectors and items of a version in one or several segments that are searched as one.
 
-- A version that was built is one part. What was added to it later lies in parts of its own, what was removed in a list
-  of rows; so an update shares all other files with the version before.
-- Rows are numbered through all parts. A removed row keeps its number and is never found, by a search or by its id.
+- A built version is one segment. Later additions are segments of their own, and removed items are a list of rows, so an
+  update shares all other files with the version before.
+- Rows are numbered through all segments. A removed row keeps its number and is never found, by a search or by its id.
 """
 
 from bisect import bisect_right
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError
 from dcar_core.util.files import atomic_writer
-from index_jobs.store.faiss_search import Found, best_of
+from index_jobs.store.faiss_search import ScoredRows, merge_top_k
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,120 +28,121 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Vectors, their items, and what the items' relative locations start from."""
+class Segment:
+    """Vectors, their items, and the base of the items' relative image locations."""
 
     vectors: "VectorIndex"
     items: "Items"
     root: str
 
 
-class Parts:
+class Segments:
     """All rows of a version. Safe for concurrent readers."""
 
-    def __init__(self, parts: Sequence[Part], removed: NDArray[np.int64]) -> None:
-        self._parts = parts
-        self._starts = [0, *accumulate(part.vectors.count for part in parts)]
+    def __init__(self, segments: Sequence[Segment], removed: Rows) -> None:
+        self._segments = segments
+        self._starts = [0, *accumulate(segment.vectors.count for segment in segments)]
         self.rows = self._starts[-1]
         self._removed = removed
 
     @cached_property
-    def live(self) -> NDArray[np.bool_]:
-        """bool (rows,): false where the item was removed."""
+    def live(self) -> Mask:
+        """bool (rows,), read-only: false where the item was removed."""
         mask = np.ones(self.rows, np.bool_)
         mask[self._removed] = False
         mask.flags.writeable = False
         return mask
 
-    def search(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None) -> Found:
-        """As `VectorIndex.search`, over the rows that were not removed."""
+    def search(self, vectors: Floats, k: int, mask: Mask | None) -> ScoredRows:
+        """Search the rows that were not removed, as `VectorIndex.search` does."""
         if len(self._removed):
             mask = self.live if mask is None else mask & self.live
-        if len(self._parts) == 1:
-            return self._parts[0].vectors.search(vectors, k, mask)
+        if len(self._segments) == 1:
+            return self._segments[0].vectors.search(vectors, k, mask)
         scores, rows = [], []
-        for part, (start, stop) in zip(self._parts, pairwise(self._starts), strict=True):
-            found, places = part.vectors.search(vectors, k, None if mask is None else mask[start:stop])
-            scores.append(found)
+        for segment, (start, stop) in zip(self._segments, pairwise(self._starts), strict=True):
+            segment_mask = None if mask is None else mask[start:stop]
+            segment_scores, places = segment.vectors.search(vectors, k, segment_mask)
+            scores.append(segment_scores)
             rows.append(np.where(places >= 0, places + start, -1))
-        return best_of(scores, rows, k)
+        return merge_top_k(scores, rows, k)
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """int64 (m,) -> float32 (m, E)."""
+    def vectors(self, rows: Rows) -> Floats:
+        """Return the vectors of rows int64 (m,): float32 (m, E)."""
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
-            self.locate(int(row))
-        found = np.empty((len(rows), self._parts[0].vectors.dim), np.float32)
-        for part, (start, stop) in zip(self._parts, pairwise(self._starts), strict=True):
-            here = (rows >= start) & (rows < stop)
-            if here.any():
-                found[here] = part.vectors.vectors(rows[here] - start)
-        return found
+            self.locate(int(row))  # raises
+        vectors = np.empty((len(rows), self._segments[0].vectors.dim), np.float32)
+        for segment, (start, stop) in zip(self._segments, pairwise(self._starts), strict=True):
+            inside = (rows >= start) & (rows < stop)
+            if inside.any():
+                vectors[inside] = segment.vectors.vectors(rows[inside] - start)
+        return vectors
 
-    def locate(self, row: int) -> tuple[Part, int]:
-        """The part of a row, and the row's number in it.
+    def locate(self, row: int) -> tuple[Segment, int]:
+        """Return the segment of a row, and the row's number in it.
 
         Raises:
-            IndexError: no such row, or it was removed.
+            IndexError: there is no such row, or it was removed.
         """
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
         if len(self._removed) and not self.live[row]:
             raise IndexError(f"row {row} was removed")
         number = bisect_right(self._starts, row) - 1
-        return self._parts[number], row - self._starts[number]
+        return self._segments[number], row - self._starts[number]
 
     def row_of(self, item_id: str) -> int | None:
-        """The row of an id that was not removed; the newest first, since an item may have been replaced."""
-        for part, start in zip(reversed(self._parts), reversed(self._starts[:-1]), strict=True):
-            row = part.items.row_of(item_id)
+        """Return the live row of an id, or None; newer segments first, since an item may have been replaced."""
+        for segment, start in zip(reversed(self._segments), reversed(self._starts[:-1]), strict=True):
+            row = segment.items.row_of(item_id)
             if row is not None and (not len(self._removed) or self.live[row + start]):
                 return int(row + start)
         return None
 
     @cached_property
     def fields(self) -> dict[str, str]:
-        """The names that `column` knows, with their Arrow types."""
-        names = dict.fromkeys(name for part in self._parts for name in part.items.fields)
-        return {name: str(_kind(self._kinds(name))) for name in names}
+        """Arrow types of the fields that `column` accepts, by name."""
+        names = dict.fromkeys(name for segment in self._segments for name in segment.items.fields)
+        return {name: str(_common_type(self._types(name))) for name in names}
 
     def column(self, name: str) -> "pa.ChunkedArray":
-        """One field of every row, null where a part knows it not.
+        """Return one field of every row, null in segments without it.
 
         Raises:
-            DataError: no part knows it.
+            DataError: no segment has the field.
         """
         import pyarrow as pa
 
-        from index_jobs.store.columns import converted
+        from index_jobs.store.columns import cast_column
 
-        known = self._kinds(name)
-        if not known:
+        types = self._types(name)
+        if not types:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
-        kind = _kind(known)
+        target = _common_type(types)
         chunks = []
-        for part in self._parts:
-            if name not in part.items.fields:
-                chunks.append(pa.nulls(len(part.items), kind))
+        for segment in self._segments:
+            if name not in segment.items.fields:
+                chunks.append(pa.nulls(len(segment.items), target))
                 continue
-            column = part.items.column(name)
-            chunks += (column if column.type == kind else converted(column, kind)).chunks
-        return pa.chunked_array(chunks, kind)
+            column = segment.items.column(name)
+            chunks += (column if column.type == target else cast_column(column, target)).chunks
+        return pa.chunked_array(chunks, target)
 
-    def _kinds(self, name: str) -> "list[pa.DataType]":
-        return [part.items.column(name).type for part in self._parts if name in part.items.fields]
-
-
-def _kind(kinds: "list[pa.DataType]") -> "pa.DataType":
-    from index_jobs.store.columns import common
-
-    kind = kinds[0]
-    for other in kinds[1:]:
-        kind = kind if kind == other else common(kind, other)
-    return kind
+    def _types(self, name: str) -> "list[pa.DataType]":
+        return [segment.items.column(name).type for segment in self._segments if name in segment.items.fields]
 
 
-def write_removed(path: Path, rows: NDArray[np.int64]) -> None:
-    """The removed rows of a version.
+def _common_type(types: "list[pa.DataType]") -> "pa.DataType":
+    from index_jobs.store.columns import common_type
+
+    common = types[0]
+    for other in types[1:]:
+        common = common if common == other else common_type(common, other)
+    return common
+
+
+def write_removed(path: Path, rows: Rows) -> None:
+    """Write the removed rows of a version.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -150,14 +151,14 @@ def write_removed(path: Path, rows: NDArray[np.int64]) -> None:
         np.save(file, rows.astype(np.int64), allow_pickle=False)
 
 
-def read_removed(path: Path) -> NDArray[np.int64]:
-    """int64 (n,).
+def read_removed(path: Path) -> Rows:
+    """Read the removed rows of a version, int64 (n,).
 
     Raises:
         ArtifactError: the file holds no row numbers.
     """
     try:
-        rows: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        rows: Rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     return rows.reshape(-1).astype(np.int64)

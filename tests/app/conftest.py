@@ -10,7 +10,8 @@ import pytest
 from app.core.settings import Settings
 from dcar_core import Encoder
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current
 from tests.support.redis_server import RedisServer
 from tests.support.service import ODD_ID
 

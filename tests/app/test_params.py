@@ -12,7 +12,8 @@ from app.api.schemas import BatchResponse, ItemsResponse
 from dcar_core import Encoder
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.searches import Client, close, ids, ranked

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from index_jobs.jobs.notify import notify
 from index_jobs.rebuild import rebuild
-from index_jobs.store.notify import notify
 from tests.support.redis_server import RedisServer
 from tests.support.service import ServiceClient, opened, serving, until
 
@@ -30,12 +30,12 @@ def test_rebuild_announces_over_redis(
             async def heard() -> bool:
                 """Said again until the service has subscribed."""
                 told = await asyncio.to_thread(notify, [redis_server.url], index, 1)
-                return list(told.values()) == ["heard by 1"]
+                return list(told.values()) == ["received by 1"]
 
             await until(heard)
             options = {"force": True, "notify": [redis_server.url], "progress": False, "workers": 0}
             summary = await asyncio.to_thread(lambda: rebuild(gallery, tiny_checkpoint, index, **options))
-            assert list(summary.notified.values()) == ["heard by 1"]
+            assert list(summary.notified.values()) == ["received by 1"]
             await until(serves(client, 2))
             await asyncio.to_thread(redis_server.stop)
             assert (await client.get("/readyz")).status_code == 200

@@ -16,7 +16,7 @@ from app.search.snapshots import load_snapshot
 from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import remove
-from index_jobs.store.artifact import open_current
+from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.service import hold, opened
 

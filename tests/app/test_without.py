@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.search.query import Weights
 from dcar_core import Encoder
-from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.searches import Client, close, ids, ranked

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcar_core.runtimes.export_cache import default_cache_directory
-from index_jobs.store.artifact import open_current, verify_index
+from index_jobs.store.versions import open_current, verify_index
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")

@@ -18,7 +18,8 @@ from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.zero_shot import save_zero_shot
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact, open_current
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "emoji"

@@ -17,25 +17,19 @@ from dcar_core.util.errors import ArtifactError, DcarError, FingerprintError, Lo
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
 from index_jobs.store import items
-from index_jobs.store.artifact import (
-    Artifact,
-    current_version,
-    list_versions,
-    open_current,
-    verify_index,
-    version_numbers,
-)
-from index_jobs.store.publish import next_version, publish, rollback, writing
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.publish import next_version, open_staging, publish_version, rollback
+from index_jobs.store.versions import current_version, list_versions, open_current, verify_index, version_numbers
 
 
 def publish_copy(index: Path, keep: int = 3) -> int:
     """Publish the current version once more."""
     current = open_current(index)
-    with writing(index) as staging:
+    with open_staging(index) as staging:
         for name in current.manifest.files:
             (staging / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(current.path / name, staging / name)
-        return publish(index, staging, current.manifest, keep=keep).version
+        return publish_version(index, staging, current.manifest, keep=keep).version
 
 
 def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path) -> None:
@@ -66,7 +60,7 @@ def test_items_lie_in_many_batches(tmp_path: Path, tiny_gallery: Path, monkeypat
     items.write_items(tmp_path / "items.arrow", table, rows)
     found = items.Items(tmp_path / "items.arrow")
     ids = table["id"].to_pylist()
-    assert [found.value(i, "id") for i in range(len(found))] == [ids[row] for row in rows]
+    assert [found.cell(i, "id") for i in range(len(found))] == [ids[row] for row in rows]
     assert [found.row_of(ids[row]) for row in rows] == list(range(23))
     assert found.row_of(ids[7]) is None
 
@@ -77,7 +71,7 @@ def test_rows_and_queries_out_of_range(published: Path) -> None:
         for read in (artifact.item, artifact.vector, artifact.image_bytes):
             with pytest.raises(IndexError, match=f"row {row} is not in 0..23"):
                 read(row)
-    with pytest.raises(ArtifactError, match=r"the index holds vectors of 32, but the queries are \(1, 16\)"):
+    with pytest.raises(ArtifactError, match=r"the index has vectors of 32, but the queries are \(1, 16\)"):
         artifact.search(np.zeros((1, 16), np.float32), 1)
     with pytest.raises(ValueError, match="k must be at least 1, not 0"):
         artifact.search(np.zeros((1, 32), np.float32), 0)
@@ -132,7 +126,7 @@ def test_picture_that_is_gone_is_an_artifact_error(tiny_gallery: Path, tiny_chec
     artifact = open_current(tmp_path / "index")
     (gallery / "circle" / "black.png").unlink()
     with pytest.raises(
-        ArtifactError, match=r"the picture of item '\w+' cannot be read from the gallery .*: No such file"
+        ArtifactError, match=r"the image of item '\w+' cannot be read from the gallery .*: No such file"
     ):
         artifact.image_bytes(0)
 
@@ -271,11 +265,11 @@ def test_second_writer_is_told_at_once(index: Path) -> None:
 
 def test_staged_version_that_does_not_read_back_is_not_published(index: Path) -> None:
     manifest = open_current(index).manifest
-    with writing(index) as staging:
+    with open_staging(index) as staging:
         shutil.copyfile(index / "versions" / "1" / "index.faiss", staging / "index.faiss")
         (staging / "items.arrow").write_bytes(b"ARROW1")
         with pytest.raises(ArtifactError, match=r"items\.arrow"):
-            publish(index, staging, manifest)
+            publish_version(index, staging, manifest)
     assert current_version(index) == 1
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
 

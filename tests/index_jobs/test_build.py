@@ -324,11 +324,11 @@ def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Pa
 def test_gpu_finds_what_the_cpu_finds(kind: str, gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
-    if not gpu_search.memory():
+    if not gpu_search.free_gpu_memory():
         pytest.skip("no CUDA device, or FAISS's CPU build: pip install 'dcar[gpu]' in faiss-cpu's place")
     if kind == "gpu-cagra" and "CUVS" not in faiss.get_compile_options():
         pytest.skip("FAISS was built without cuVS")
-    choices = choose(kind, len(gallery), DIM, gpu_memory=gpu_search.memory())
+    choices = choose(kind, len(gallery), DIM, gpu_memory=gpu_search.free_gpu_memory())
     built = build(blocks(gallery), len(gallery), DIM, choices)
     assert built.measured["recall_at_10"] >= 0.98
     write_faiss(built.index, tmp_path / "index.faiss")

@@ -14,10 +14,11 @@ from index_jobs.building.build import build
 from index_jobs.building.kinds import Choice
 from index_jobs.rebuild import rebuild
 from index_jobs.store import faiss_search
-from index_jobs.store.artifact import Artifact, open_current
-from index_jobs.store.columns import MOST_FIELDS, Fields
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.columns import MAX_FIELDS, FieldTypes
 from index_jobs.store.faiss_index import FaissIndex
-from index_jobs.store.gpu_search import MOST_K
+from index_jobs.store.gpu_search import MAX_K
+from index_jobs.store.versions import open_current
 
 DIM, COUNT = 32, 6000
 
@@ -38,10 +39,10 @@ def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
     index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
     mask = np.ones(COUNT, np.bool_)
     mask[::7] = False
-    monkeypatch.setattr(faiss_search, "_MOST_OF", 1.0)
+    monkeypatch.setattr(faiss_search, "_SELECTOR_SHARE", 1.0)
     scores, rows = index.search(vectors[:50], 10, mask)
-    monkeypatch.setattr(faiss_search, "_MOST_OF", 0.25)
-    monkeypatch.setattr(faiss_search, "_exact", None)  # takes every allowed row out of the index
+    monkeypatch.setattr(faiss_search, "_SELECTOR_SHARE", 0.25)
+    monkeypatch.setattr(faiss_search, "_search_exactly", None)  # takes every allowed row out of the index
     again, same = index.search(vectors[:50], 10, mask)
     assert np.mean(rows == same) > 0.99
     np.testing.assert_allclose(again, scores, atol=1e-5)
@@ -84,13 +85,13 @@ def test_many_results_come_back_and_are_near(
 def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[np.float32]) -> None:
     class Gpu:
         def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            assert k <= MOST_K
+            assert k <= MAX_K
             return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
 
     index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice("Flat", "test")]).index)
-    index._all = Gpu()
-    assert index.search(vectors[:1], MOST_K)[1].max() == 0
-    assert sorted(index.search(vectors[:1], MOST_K + 1)[1][0][:MOST_K]) != [0] * MOST_K
+    index._unfiltered = Gpu()
+    assert index.search(vectors[:1], MAX_K)[1].max() == 0
+    assert sorted(index.search(vectors[:1], MAX_K + 1)[1][0][:MAX_K]) != [0] * MAX_K
 
 
 @pytest.mark.parametrize(
@@ -155,16 +156,16 @@ def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(vectors: NDArray[np.
     mask = np.arange(COUNT) >= 10
     mask.flags.writeable = False
     index.search(vectors[:1], 5, mask)
-    kept = index._last
+    kept = index._cached_selection
     assert kept is not None
     index.search(vectors[:1], 5, mask[:])  # a part's view of the same bits
-    assert index._last is kept
+    assert index._cached_selection is kept
     other = ~mask
     assert other[index.search(vectors[:1], 5, other)[1]].all()  # may change, so it is looked at anew
-    assert index._last is kept
+    assert index._cached_selection is kept
     other.flags.writeable = False
     assert other[index.search(vectors[:1], 5, other)[1]].all()
-    assert index._last is not kept
+    assert index._cached_selection is not kept
 
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
@@ -182,7 +183,7 @@ def test_what_was_not_found_comes_last_whatever_score_it_is_given() -> None:
     """faiss gives the lowest float, others nought, which is more than a cosine below it."""
     one = np.array([[-0.5, 0.0]], np.float32), np.array([[3, -1]])
     other = np.array([[-0.7, np.finfo(np.float32).min]], np.float32), np.array([[8, -1]])
-    scores, rows = faiss_search.best_of([one[0], other[0]], [one[1], other[1]], 3)
+    scores, rows = faiss_search.merge_top_k([one[0], other[0]], [one[1], other[1]], 3)
     assert rows.tolist() == [[3, 8, -1]]
     assert scores.tolist() == [[-0.5, np.float32(-0.7), -np.inf]]
 
@@ -231,7 +232,7 @@ def test_columns_have_the_narrowest_type_that_holds_all_values() -> None:
         "{}",
     ]
     metadata = pa.chunked_array([lines[:1], lines[1:]])
-    fields = Fields.of(metadata)
+    fields = FieldTypes.infer(metadata)
     found = {name: (str(array.type), array.to_pylist()) for name, array in fields.arrays(metadata).items()}
     assert found == {
         "huge": ("string", ["1", "100000000000000000000", None]),
@@ -245,8 +246,8 @@ def test_columns_have_the_narrowest_type_that_holds_all_values() -> None:
 
 
 def test_more_fields_than_columns_keeps_the_frequent_ones(caplog: pytest.LogCaptureFixture) -> None:
-    rare = [f'{{"often": 1, "rare{number}": 2}}' for number in range(MOST_FIELDS + 5)]
-    types = Fields.of(pa.chunked_array([rare])).types
-    assert len(types) == MOST_FIELDS
+    rare = [f'{{"often": 1, "rare{number}": 2}}' for number in range(MAX_FIELDS + 5)]
+    types = FieldTypes.infer(pa.chunked_array([rare])).types
+    assert len(types) == MAX_FIELDS
     assert "often" in types
-    assert f"{MOST_FIELDS + 6} metadata fields" in caplog.text
+    assert f"{MAX_FIELDS + 6} metadata fields" in caplog.text

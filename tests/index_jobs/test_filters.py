@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact, open_current
-from index_jobs.store.filters import FilterError, _fulfilled, matching
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.filters import FilterError, match_column, match_rows
+from index_jobs.store.versions import open_current
 from tests.support.images import draw
 
 Row = dict[str, Any]
@@ -101,7 +102,7 @@ def test_filters_choose_what_the_same_condition_in_python_does(
 ) -> None:
     items = [shop.item(row) for row in range(shop.rows)]
     rows = [{"id": item.id, "category": item.category} | item.metadata for item in items]
-    assert matching(shop, filter).tolist() == [wanted(row) for row in rows]
+    assert match_rows(shop, filter).tolist() == [wanted(row) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_filters_choose_what_the_same_condition_in_python_does(
 )
 def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, said: str) -> None:
     with pytest.raises(FilterError) as caught:
-        matching(shop, filter)
+        match_rows(shop, filter)
     assert caught.value.field == field
     assert said in caught.value.message
 
@@ -138,7 +139,7 @@ def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, sai
 @pytest.mark.parametrize(("field", "none"), [("caption", True), ("category", True), ("color", False)])
 def test_an_empty_caption_or_category_is_none(field: str, none: bool) -> None:
     column = pa.chunked_array([["a", "", None]], pa.string())
-    assert _fulfilled(column, None, field).tolist() == [False, none, True]
+    assert match_column(column, None, field).tolist() == [False, none, True]
 
 
 TOP = 2**63
@@ -153,7 +154,7 @@ BOUNDS = [
 def test_a_fraction_and_whole_numbers_compare_exactly(bound: float) -> None:
     column = pa.chunked_array([[*WHOLE, None]], pa.int64())
     for name, holds in (("gt", operator.gt), ("gte", operator.ge), ("lt", operator.lt), ("lte", operator.le)):
-        found = _fulfilled(column, {name: bound}, "n").tolist()
+        found = match_column(column, {name: bound}, "n").tolist()
         assert found == [*(holds(value, bound) for value in WHOLE), False], name  # as Python does, exactly
     for condition in (bound, [bound], {"in": [bound, 0.25]}):
-        assert _fulfilled(column, condition, "n").tolist() == [*(value == bound for value in WHOLE), False]
+        assert match_column(column, condition, "n").tolist() == [*(value == bound for value in WHOLE), False]

@@ -28,18 +28,17 @@ def large_table() -> pa.Table:
 
 
 @pytest.mark.parametrize("rows", [[], [0], [19], [3, 4], [0, 1, 7, 8, 19], [*range(20)], [5, 6, 7, 8, 9]])
-def test_taken_are_the_rows_that_arrow_takes(rows: list[int]) -> None:
+def test_take_rows_returns_the_rows_that_arrow_takes(rows: list[int]) -> None:
     columns = {"text": pa.chunked_array([[str(i) for i in part] for part in np.split(np.arange(20), [3, 3, 8, 19])])}
     columns["number"] = pa.chunked_array([[*range(11)], [*range(11, 20)]])
     table = pa.table(columns)
-    assert (
-        items.taken(table, np.array(rows, np.int64)).to_pylist() == table.take(pa.array(rows, pa.int64())).to_pylist()
-    )
+    taken = items.take_rows(table, np.array(rows, np.int64))
+    assert taken.to_pylist() == table.take(pa.array(rows, pa.int64())).to_pylist()
 
 
 def test_rows_that_do_not_ascend_are_refused() -> None:
     with pytest.raises(ValueError, match="rows must ascend"):
-        items.taken(pa.table({"number": [1, 2, 3]}), np.array([0, 2, 1]))
+        items.take_rows(pa.table({"number": [1, 2, 3]}), np.array([0, 2, 1]))
 
 
 def test_no_column_is_joined_for_a_part_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from dcar_core.util.errors import DataError
 from index_jobs.gallery.records import read_records
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import open_current
-from index_jobs.store.filters import matching
+from index_jobs.store.filters import match_rows
+from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
@@ -59,9 +59,9 @@ def test_numbers_of_a_csv_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> 
     rebuild(tmp_path / "g", tiny_checkpoint, tmp_path / "index", progress=False)
     artifact = open_current(tmp_path / "index")
     assert (artifact.fields["price"], artifact.fields["stock"]) == ("double", "int64")
-    assert matching(artifact, {"price": {"gte": 9.5}}).tolist() == [True, True, False, False]
-    assert matching(artifact, {"stock": {"gt": 9}}).tolist() == [False, True, True, False]
-    assert matching(artifact, {"stock": None}).tolist() == [False, False, False, True]
+    assert match_rows(artifact, {"price": {"gte": 9.5}}).tolist() == [True, True, False, False]
+    assert match_rows(artifact, {"stock": {"gt": 9}}).tolist() == [False, True, True, False]
+    assert match_rows(artifact, {"stock": None}).tolist() == [False, False, False, True]
 
 
 def test_captions_and_categories_have_the_names_that_training_knows(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, St
 from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import milvus
-from index_jobs.store.artifact import open_current, verify_index
 from index_jobs.store.publish import rollback
+from index_jobs.store.versions import open_current, verify_index
 from tests.support.images import draw
 
 pytestmark = [
@@ -65,7 +66,7 @@ def test_searches_are_those_of_faiss(index: Path, plain: Path) -> None:
 def test_rows_go_on_from_one_request_to_the_next(
     plain: Path, tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(milvus, "_INSERTED", 7)
+    monkeypatch.setattr(milvus, "_INSERT_ROWS", 7)
     rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, progress=False)
     rows = np.arange(24)
     found, truth = (open_current(path).vectors(rows) for path in (tmp_path / "index", plain))
@@ -78,20 +79,74 @@ def test_what_a_damaged_version_names_is_not_dropped(
     """An unknown collection keeps all of them alive."""
     out, client = tmp_path / "index", milvus.connect(uri)
     rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False)
-    place = milvus.Place.read(out / "versions/1/milvus.json")
+    place = milvus.MilvusLocation.read(out / "versions/1/milvus.json")
     rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False, force=True)
     (out / "versions/1/milvus.json").write_text("{")
-    milvus.follow(out, 2)
+    milvus.sync_collections(out, 2)
     assert client.has_collection(place.collection)
 
 
-def test_long_filters_are_asked_in_pieces(index: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milvus, "_LISTED", 3)
+class CountedSearches:
+    """A Milvus client that notes the filter of each search."""
+
+    def __init__(self, client: Any) -> None:
+        self.client, self.filters = client, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def search(self, *args: object, filter: str, **options: object) -> Any:
+        self.filters.append(filter)
+        return self.client.search(*args, filter=filter, **options)
+
+
+@pytest.fixture
+def searched(index: Path) -> tuple[milvus.MilvusIndex, CountedSearches]:
+    milvus_index = milvus.MilvusIndex(milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS))
+    client = CountedSearches(milvus_index._client)
+    milvus_index._client = client
+    return milvus_index, client
+
+
+@pytest.mark.parametrize(
+    ("allowed", "filters"),
+    [
+        ("every second", [""]),
+        ("farthest twelve", ["", "row"]),
+        ("two", ["row in"]),
+    ],
+)
+def test_a_filter_takes_at_most_two_searches(
+    allowed: str, filters: list[str], searched: tuple[milvus.MilvusIndex, CountedSearches], plain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A broad filter is applied to a larger unfiltered result, and sent to Milvus only if that falls short."""
+    monkeypatch.setattr(milvus, "_LISTED_UP_TO", 3)
+    artifact = open_current(plain)
+    query = artifact.vectors(np.array([6]))
+    nearest_first = artifact.search(query, 24)[1][0]
+    mask = np.zeros(24, np.bool_)
+    chosen = {"every second": slice(0, None, 2), "farthest twelve": slice(12, None), "two": slice(3, 5)}[allowed]
+    mask[nearest_first[chosen]] = True
+    scores, rows = searched[0].search(query, 3, mask)
+    expected_scores, expected = artifact.search(query, 3, mask)
+    assert rows.tolist() == expected.tolist()
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+    assert len(searched[1].filters) == len(filters)
+    for sent, start in zip(searched[1].filters, filters, strict=True):
+        assert sent.startswith(start)
+        assert bool(sent) == bool(start)
+
+
+def test_a_filter_of_very_many_rows_is_sent_in_parts(index: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milvus, "_LISTED_UP_TO", 3)
+    monkeypatch.setattr(milvus, "_MAX_OVERFETCH", 0)
+    monkeypatch.setattr(milvus, "_MAX_LISTED", 3)
     allowed = np.arange(24) % 3 != 0
     queries = open_current(plain).vectors(np.arange(24))
-    found, truth = (open_current(path).search(queries, 16, allowed)[1] for path in (index, plain))
-    assert [set(row) for row in found.tolist()] == [set(row) for row in truth.tolist()]
-    assert (found >= 0).all()
+    milvus_rows, faiss_rows = (open_current(path).search(queries, 16, allowed)[1] for path in (index, plain))
+    assert [set(row) for row in milvus_rows.tolist()] == [set(row) for row in faiss_rows.tolist()]
+    assert (milvus_rows >= 0).all()
 
 
 def test_versions_alias_rollback_and_updates(
@@ -99,7 +154,7 @@ def test_versions_alias_rollback_and_updates(
 ) -> None:
     out = tmp_path / "versions"
     client = milvus.connect(uri)
-    name = milvus.prefix(out)
+    name = milvus.collection_prefix(out)
 
     def state() -> tuple[list[str], str]:
         collections = sorted(entry for entry in client.list_collections() if entry.startswith(name))
@@ -135,10 +190,10 @@ def test_no_answer_is_an_error_of_its_own(tiny_gallery: Path, tiny_checkpoint: P
     rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "gone", milvus=uri, progress=False)
     artifact = open_current(tmp_path / "gone")
     queries = artifact.vectors(np.arange(2))
-    milvus.connect(uri).drop_collection(milvus.Place.read(artifact.path / milvus.MILVUS).collection)
-    with pytest.raises(StoreUnavailableError, match="Milvus does not answer"):
+    milvus.connect(uri).drop_collection(milvus.MilvusLocation.read(artifact.path / milvus.MILVUS).collection)
+    with pytest.raises(StoreUnavailableError, match="Milvus is unavailable"):
         artifact.search(queries, 3)
-    with pytest.raises(StoreUnavailableError, match="Milvus does not answer"):
+    with pytest.raises(StoreUnavailableError, match="Milvus is unavailable"):
         artifact.vectors(np.arange(2))
 
 
@@ -163,7 +218,7 @@ class Broken:
 
 @pytest.mark.parametrize("left", range(4))
 def test_it_may_be_gone_at_any_step(index: Path, uri: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, client = milvus.Place.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
+    place, client = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
     monkeypatch.setattr(milvus, "connect", lambda uri: Broken(client, left))
     if left < 3:  # has_collection, load_collection, get_collection_stats
         with pytest.raises(StoreUnavailableError, match="connection reset"):
@@ -172,11 +227,11 @@ def test_it_may_be_gone_at_any_step(index: Path, uri: str, left: int, monkeypatc
     with pytest.raises(
         StoreUnavailableError, match="connection reset"
     ):  # has_collection, create_collection, insert, flush
-        milvus.create(uri, index / "other", 1, "f" * 64, "flat", lambda: iter(blocks), place.dim)
+        milvus.create_collection(uri, index / "other", 1, "f" * 64, "flat", lambda: iter(blocks), place.dim)
 
 
 def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: str) -> None:
-    place = milvus.Place.read(open_current(index).path / milvus.MILVUS)
+    place = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS)
     with pytest.raises(FingerprintError, match="was not made by encoder ffffffffffff"):
         milvus.MilvusIndex(replace(place, fingerprint="f" * 64))
     with pytest.raises(ArtifactError, match="holds 24 vectors, not 25; roll back"):
@@ -184,7 +239,7 @@ def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: st
     with pytest.raises(ArtifactError, match=r"has no collection other_v1_.*; roll back"):
         milvus.MilvusIndex(replace(place, collection=f"other_v1_{place.fingerprint[:16]}"))
     with pytest.raises(ArtifactError, match=r"milvus\.json cannot be read"):
-        milvus.Place.read(index / "nowhere" / milvus.MILVUS)
+        milvus.MilvusLocation.read(index / "nowhere" / milvus.MILVUS)
 
 
 def test_kind_that_milvus_is_not_asked_for(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
@@ -209,7 +264,7 @@ def test_a_milvus_out_of_reach_is_told_before_anything_is_encoded(
     def no_work(*given: object, **how: object) -> None:
         raise AssertionError("pictures were encoded for a Milvus that is not there")
 
-    monkeypatch.setattr("index_jobs.encoding.encode.encode", no_work)
+    monkeypatch.setattr("index_jobs.encoding.encode.encode_gallery", no_work)
     with pytest.raises(ArtifactError, match="cannot be reached"):
         rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus="http://127.0.0.1:9", progress=False)
 
@@ -219,7 +274,7 @@ def test_a_milvus_lite_file_that_is_gone_is_not_made_anew(
 ) -> None:
     file = tmp_path / "m.db"
     rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus=str(file), progress=False)
-    place = replace(milvus.Place.read(open_current(tmp_path / "out").path / milvus.MILVUS), uri=str(tmp_path / "n.db"))
-    with pytest.raises(ArtifactError, match=r"n\.db is gone"):
-        milvus.MilvusIndex(place)
+    location = milvus.MilvusLocation.read(open_current(tmp_path / "out").path / milvus.MILVUS)
+    with pytest.raises(ArtifactError, match=r"n\.db is missing"):
+        milvus.MilvusIndex(replace(location, uri=str(tmp_path / "n.db")))
     assert not (tmp_path / "n.db").exists()

@@ -21,7 +21,7 @@ from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import open_current
+from index_jobs.store.versions import open_current
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import quality_gate
 from index_jobs.jobs.cutoff_calibration import signature
+from index_jobs.jobs.notify import notify
 from index_jobs.jobs.summary import RejectedError
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import main, rebuild
-from index_jobs.store.artifact import current_version, open_current
-from index_jobs.store.notify import notify
+from index_jobs.store.versions import current_version, open_current
 from tests.support.files import write_jsonl
 from tests.support.images import draw
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dcar_core.util.errors import MissingExtraError
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import open_current, verify_index
+from index_jobs.store.versions import open_current, verify_index
 from tests.support.processes import children_of, is_alive
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ from index_jobs.jobs.job import Job
 from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import open_current, version_numbers
 from index_jobs.store.manifest import Manifest
+from index_jobs.store.versions import open_current, version_numbers
 
 
 def test_published_vectors_are_the_encoders(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

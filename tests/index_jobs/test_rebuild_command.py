@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from app.cli import main as dcar
 from index_jobs.rebuild import main
-from index_jobs.store.artifact import current_version
+from index_jobs.store.versions import current_version
 
 
 def command(*arguments: object) -> list[str]:

@@ -14,8 +14,8 @@ import pytest
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import current_version, open_current, verify_index
-from index_jobs.store.publish import reporting
+from index_jobs.store.publish import report_os_errors
+from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.processes import children_of, is_alive
 
 FULL_DISK = """
@@ -45,7 +45,7 @@ def test_full_disk_leaves_everything_as_it_was(gallery: Path, tiny_checkpoint: P
     assert len(lines) == 2
     for line in lines:
         assert "cannot be written: File too large" in line
-        assert "what was published before is unchanged" in line
+        assert "published versions are unchanged" in line
     assert sorted(path.relative_to(index) for path in (index / "versions").rglob("*")) == before
     assert [manifest.version for manifest in verify_index(index)] == [1]
     summary = rebuild(gallery, tiny_checkpoint, index, progress=False)
@@ -79,7 +79,7 @@ import os, signal, sys, time
 from pathlib import Path
 import faiss, open_clip, pyarrow.compute, torch
 import dcar_core.serving.encoder, index_jobs.jobs.quality_gate, index_jobs.jobs.job, index_jobs.jobs.updates
-from index_jobs.store.artifact import open_current
+from index_jobs.store.versions import open_current
 from index_jobs.rebuild import rebuild
 from index_jobs.jobs.updates import add, remove
 gallery, more, checkpoint, index = map(Path, sys.argv[1:])
@@ -188,8 +188,8 @@ def test_killed_command_takes_its_workers_along_and_resumes(
 
 def test_a_full_disk_is_named_whoever_reports_it(tmp_path: Path) -> None:
     """NumPy says only how much it wrote."""
-    told = r"No space left on device.* unchanged, and the same command goes on"
-    with pytest.raises(DcarError, match=told), reporting(tmp_path):
+    told = r"No space left on device.* unchanged, run the same command again"
+    with pytest.raises(DcarError, match=told), report_os_errors(tmp_path):
         raise OSError("4352 requested and 992 written")
-    with pytest.raises(DcarError, match="cannot be made: no such library"), reporting(tmp_path):
+    with pytest.raises(DcarError, match="cannot be made: no such library"), report_os_errors(tmp_path):
         raise OSError("no such library")

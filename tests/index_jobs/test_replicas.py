@@ -13,7 +13,7 @@ from index_jobs.encoding.replicas import runtime_in_use
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import open_current
+from index_jobs.store.versions import open_current
 
 
 @pytest.fixture

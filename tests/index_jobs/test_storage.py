@@ -32,7 +32,7 @@ from index_jobs.gallery.storage import (
     read_images,
 )
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import open_current
+from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png

@@ -18,9 +18,10 @@ from dcar_core.util.errors import ArtifactError, DataError, LockedError
 from index_jobs.jobs import updates
 from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact, current_version, open_current, open_version, verify_index
-from index_jobs.store.filters import matching
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback
+from index_jobs.store.versions import current_version, open_current, open_version, verify_index
 from tests.support.images import draw
 
 
@@ -59,7 +60,7 @@ def test_added_items_are_found_beside_the_others(index: Path, encoder: Encoder, 
     assert artifact.item(row).metadata == {"file_name": "pink.png", "color": "pink", "year": 1999}
     assert artifact.fields["year"] == "int64"
     assert artifact.column("year").to_pylist() == [None] * 24 + [1999, 1999]
-    assert np.flatnonzero(matching(artifact, {"color": ["pink", "red"]})).tolist()[-1] == row
+    assert np.flatnonzero(match_rows(artifact, {"color": ["pink", "red"]})).tolist()[-1] == row
 
 
 def test_unchanged_files_are_shared(index: Path, tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_removed_item_is_never_seen(index: Path) -> None:
     for read in (artifact.item, artifact.image_bytes):
         with pytest.raises(IndexError, match="row 3 was removed"):
             read(3)
-    assert not matching(artifact, {})[[3, 17]].any()
+    assert not match_rows(artifact, {})[[3, 17]].any()
     with pytest.raises(DataError, match=f"1 of 1 ids are not in the index: '{gone[0]}'; nothing was removed"):
         remove(index, [gone[0]])
     assert rollback(index) == 1
@@ -195,7 +196,7 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
     artifact = open_current(index)
     assert artifact.fields == before | {"price": "double"}
     assert artifact.column("price").to_pylist()[-3:] == [5.0, 6.5, None]
-    assert matching(artifact, {"price": {"gt": 5}}).sum() == 1
+    assert match_rows(artifact, {"price": {"gt": 5}}).sum() == 1
 
 
 def test_what_cannot_be_done_changes_nothing(index: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import open_current
+from index_jobs.store.versions import open_current
 from tests.support.files import write_jsonl
 from tests.support.images import draw
 
