@@ -1,14 +1,13 @@
-"""What the calibrated cut-off (`min_score: "auto"`) keeps of true queries, and what it cuts of nonsense.
+"""Measure the calibrated cut-off (`min_score: "auto"`): the share of true queries kept, and of nonsense cut.
 
     python benchmarks/cutoff.py data/index/twemoji --validation examples/emoji/twemoji
 
-- True queries are the validation texts. Half of them set a cut-off, the other half is judged by it, and the other way
-  round. Kept: the share whose own picture reaches it.
-- Nonsense is of two kinds: texts about things that no emoji shows, and strings of random letters. Cut: the share for
-  which nothing in the whole index reaches the cut-off, so that the answer is empty.
-- Results left: how many items of the index reach the cut-off, for the validation texts, median and 90th percentile.
-
-The test split plays no part. Encoding is by PyTorch on one thread.
+- True queries are the validation texts. One half sets a cut-off and the other half is judged by it, and vice versa.
+  Kept: the share of queries whose own image reaches the cut-off.
+- Nonsense queries are texts about things that no emoji shows, and strings of random letters. Cut: the share for which
+  nothing in the index reaches the cut-off, so the result is empty.
+- Results left: the number of items that reach the cut-off for the validation texts, median and 90th percentile.
+- The test split plays no part. PyTorch encodes on one thread.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def random_words(count: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a published index")
-    parser.add_argument("--validation", type=Path, required=True, help="the data set whose val pairs are asked")
+    parser.add_argument("--validation", type=Path, required=True, help="the data set with the val pairs to query")
     args = parser.parse_args()
     torch.set_num_threads(1)
     artifact = open_current(args.index)

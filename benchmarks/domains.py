@@ -1,10 +1,10 @@
-"""What one more domain costs a process that serves one already, in memory.
+"""Measure the memory that one more collection adds to a process that serves one already.
 
     python benchmarks/domains.py data/index/twemoji data/index/openmoji
 
-Opens the indexes one after the other as the service does, asks each a few hundred queries, and prints by how much the
-resident memory grew: what is private to the process, and what it maps from files, which the kernel may drop.
-The last line opens the last index once more with a backbone of its own, which is what a process a domain would take.
+- Opens the indexes one after the other as the service does, runs a few hundred queries on each, and prints the growth
+  of resident memory: private to the process, and mapped from files, which the kernel may drop.
+- The last line opens the last index again with a backbone of its own, as a process per collection would.
 """
 
 import argparse
@@ -20,7 +20,7 @@ QUERIES = 300
 
 
 def memory() -> dict[str, int]:
-    """Bytes that are resident: private ("anon") and mapped from files ("file")."""
+    """Return resident bytes: private ("anon") and mapped from files ("file")."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[key].split()[0]) * 1024 for name, key in (("anon", "RssAnon"), ("file", "RssFile"))}
 
@@ -40,7 +40,7 @@ def opened(index: Path, loaded: Sequence[Snapshot], runtime: str) -> Snapshot:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("indexes", type=Path, nargs="+", help="published indexes over one backbone")
-    parser.add_argument("--runtime", default="torch", help="what runs the encoders (default: %(default)s)")
+    parser.add_argument("--runtime", default="torch", help="runtime of the encoders (default: %(default)s)")
     args = parser.parse_args()
     loaded: list[Snapshot] = []
     print(f"{'':34}{'private':>10}{'mapped':>10}{'items':>10}")
@@ -49,9 +49,9 @@ def main() -> None:
         before = memory()
         loaded.append(opened(index, loaded if sharing else [], args.runtime))
         grown = {name: value - before[name] for name, value in memory().items()}
-        what = "everything" if not loaded[1:] else "shared backbone" if sharing else "its own backbone"
+        label = "everything" if not loaded[1:] else "shared backbone" if sharing else "its own backbone"
         count = loaded[-1].artifact.manifest.count
-        print(f"{index.name + ', ' + what:34}{grown['anon'] / MIB:7.1f} MB{grown['file'] / MIB:7.1f} MB{count:>10,}")
+        print(f"{index.name + ', ' + label:34}{grown['anon'] / MIB:7.1f} MB{grown['file'] / MIB:7.1f} MB{count:>10,}")
     assert loaded[1].encoder.runtime is loaded[0].encoder.runtime or len(args.indexes) == 1
 
 

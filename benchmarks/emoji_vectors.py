@@ -1,10 +1,9 @@
-"""Vectors of a trained encoder, for benchmarks of indexes: pictures drawn from the bundled emoji, texts as queries.
+"""Vectors of a trained encoder for benchmarks of indexes: images drawn from the bundled emoji, texts as queries.
 
-Synthetic clusters flatter inverted lists. Here texts ask for pictures, and lie elsewhere than these do.
-
-- Every emoji of both styles is drawn often enough to reach the count, each time moved, turned, scaled and coloured
+- Synthetic clusters flatter inverted lists. Here queries are texts, whose vectors lie elsewhere than those of images.
+- Every emoji of both styles is drawn until the count is reached, each time moved, rotated, scaled and coloured
   differently, and encoded by the adapted checkpoint of one style.
-- Queries are the captions, each alone once, the others in pairs, so that there are enough to tune and to measure.
+- Queries are the captions, each alone once, then in pairs, so that there are enough to tune and to measure.
 """
 
 import itertools
@@ -30,7 +29,7 @@ def encoder() -> Encoder:
 
 
 def captions(count: int) -> list[str]:
-    """`count` texts: captions, and where they do not suffice, two in one."""
+    """Return `count` texts: captions, then pairs of captions."""
     alone = list(dict.fromkeys(scan(EMOJI / STYLES[0]).table["caption"].to_pylist()))
     draw = np.random.default_rng(5)
     order = [alone[i] for i in draw.permutation(len(alone))]
@@ -39,7 +38,7 @@ def captions(count: int) -> list[str]:
 
 
 def vectors(model: Encoder, count: int) -> Iterator[Floats]:
-    """float32 (m, E) at a time, L2-normalised, `count` in all."""
+    """Yield float32 (m, E), L2-normalised, `count` rows in all."""
     files = (data for style in STYLES for data in _files(EMOJI / style))
     images = [open_image(data) for data in itertools.islice(files, count)]
     drawn = (_varied(images[i % len(images)], i, i < len(images)) for i in range(count))
@@ -53,8 +52,8 @@ def _files(place: Path) -> Iterator[bytes]:
         yield read_image(gallery.root, row["location"], row["offset"], row["size"])
 
 
-def _varied(image: Image.Image, seed: int, as_it_is: bool) -> Image.Image:
-    if as_it_is:
+def _varied(image: Image.Image, seed: int, unchanged: bool) -> Image.Image:
+    if unchanged:
         return image
     draw = np.random.default_rng([11, seed])
     turned = image.rotate(draw.normal(0, 12), Image.Resampling.BILINEAR, fillcolor="white")

@@ -1,20 +1,20 @@
-"""Encoding a gallery against the bare encoder, and the memory that it takes.
+"""Measure the encoding of a gallery: its rate against the bare encoder, and its memory.
 
     python benchmarks/encode.py                                  ViT-B-32, a minute or two
     python benchmarks/encode.py --pictures 2048 --rounds 4       for a figure to quote
-    python benchmarks/encode.py --runtime openvino-bf16          as an index job runs by default where that is fastest
-    python benchmarks/encode.py --memory 100000                  peak memory over 100,000 pictures, minutes
+    python benchmarks/encode.py --runtime openvino-bf16          the default of index jobs where it is fastest
+    python benchmarks/encode.py --memory 100000                  peak memory over 100,000 images, minutes
     python benchmarks/encode.py --memory 100000 --tars           the same from webdataset tars of 10,000 each
 
-- The bare encoder is the same runtime's forward pass over one batch of pixels that lies in memory. It and the job take
-  turns in rounds, so that what else the machine does falls on both; the ratio is the figure, the rates the machine's.
-- The job is all of `dcar index build` up to the vectors: scan, read, decode, resize, encode, and shards with checksums
-  on the disk.
-- Processor time is compared as well: on a shared machine, whose other work comes and goes, it is the steadier measure.
-- ViT-B-32 has random weights, which cost what trained ones do. Pictures are JPEGs of 500 x 375 pixels, drawn here.
-- Memory is that of the job and its worker processes together, sampled as it goes; a small encoder leaves the most to
-  the rest. Of the pictures 256 are drawn, the others are hard links to them, or their bytes again. What the gallery's
-  table takes is told beside it, since it alone may grow with the gallery.
+- The bare encoder is the forward pass of the same runtime over one batch of pixels in memory. It takes turns with the
+  job in rounds, so other load affects both. The ratio is the figure to quote; rates depend on the machine.
+- The job is all of `dcar index build` up to the vectors: scan, read, decode, resize, encode, and write checksummed
+  shards.
+- Processor time is compared as well: on a shared machine it varies less than wall time.
+- ViT-B-32 has random weights, which cost as much as trained ones. Images are JPEGs of 500 x 375 pixels, drawn here.
+- Memory is that of the job and its worker processes together, sampled over time; a small encoder leaves the most to the
+  rest. 256 images are drawn; the others are hard links to them, or copies of their bytes. The size of the gallery's
+  table is printed separately, since only the table may grow with the gallery.
 """
 
 import argparse
@@ -50,7 +50,7 @@ BASE = Path(__file__).resolve().parents[1] / "examples" / "emoji" / "base"
 
 
 def picture(seed: int, size: tuple[int, int]) -> bytes:
-    """A JPEG with what photos have: large shapes, texture, and grain."""
+    """Return a JPEG with large shapes, texture and grain, as photos have."""
     draw = np.random.default_rng(seed)
     width, height = size
 
@@ -65,7 +65,7 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def gallery(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """`count` pictures, a thousand in a folder."""
+    """Write `count` images, a thousand per folder."""
     drawn = []
     for number in range(min(DRAWN, count)):
         drawn.append(folder / f"{number // 1000:04}" / f"{number:07}.jpg")
@@ -79,7 +79,7 @@ def gallery(folder: Path, count: int, size: tuple[int, int]) -> Path:
 
 
 def tars(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """`count` pictures with a caption each, 10,000 in a webdataset tar."""
+    """Write `count` images with captions, 10,000 per webdataset tar."""
     drawn = [picture(number, size) for number in range(min(DRAWN, count))]
     folder.mkdir(parents=True)
     for start in range(0, count, IN_A_TAR):
@@ -94,7 +94,7 @@ def tars(folder: Path, count: int, size: tuple[int, int]) -> Path:
 
 
 def random_model(folder: Path, name: str) -> Path:
-    """An open_clip model with random weights, as a model directory."""
+    """Write an open_clip model with random weights as a model directory."""
     torch.manual_seed(0)
     config = open_clip.get_model_config(name)
     model = open_clip.create_model(name, pretrained=None)
@@ -106,18 +106,18 @@ def random_model(folder: Path, name: str) -> Path:
 
 
 class Clock:
-    """Seconds by the wall, and by the processors for this process and those it has ended."""
+    """Wall seconds, and processor seconds of this process and its finished children."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.perf_counter(), sum(os.times()[:4])
 
     def stop(self) -> np.ndarray:
-        """(wall, processor) since the start."""
+        """Return (wall, processor) seconds since the start."""
         return np.array([time.perf_counter() - self.wall, sum(os.times()[:4]) - self.cpu])
 
 
 def bare(encoder: Encoder, batch: int, batches: int) -> np.ndarray:
-    """Seconds a picture of the forward pass alone, over pixels in memory."""
+    """Return seconds per image of the forward pass alone, over pixels in memory."""
     side = encoder.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), np.uint8)
     clock = Clock()
@@ -159,7 +159,7 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def resident(pid: int) -> int:
-    """Bytes that a process and those it started have in memory, without what only mirrors a file."""
+    """Return the bytes that a process and its children have in memory, without pages that mirror a file."""
     total, pids = 0, [pid]
     for process in pids:
         try:
@@ -176,7 +176,7 @@ def resident(pid: int) -> int:
 
 @contextmanager
 def sampled(shards: Path, samples: list[tuple[int, int]]) -> Iterator[None]:
-    """Memory twice a second: (pictures that have their shard, bytes)."""
+    """Sample the memory twice a second: (encoded images, bytes)."""
     ended = threading.Event()
 
     def sample() -> None:

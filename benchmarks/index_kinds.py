@@ -1,17 +1,17 @@
-"""Index kinds side by side: build time, memory, latency and recall; the table, as Markdown, on stdout.
+"""Compare index kinds: build time, memory, latency and recall, printed as a Markdown table.
 
     python benchmarks/index_kinds.py                                        20,000 clustered vectors, every kind
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m         an hour or more
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m --kind hnsw      one kind; --out keeps the others
     python benchmarks/index_kinds.py --emoji --count 100000                 a trained encoder's vectors, texts to search
 
-- Each kind is built, tuned and written by the code that `dcar index build` runs, then opened as the service does, in
-  a process of its own, of which latency (one query at a time, on one core), recall and memory are taken.
-- Vectors lie around clusters of unequal size, each wide in directions of its own, so that the cluster alone does not
-  tell the neighbours. Queries are drawn anew from the same clusters: some to tune, others to measure.
-- Synthetic clusters still flatter inverted lists, whose centres they resemble; with --emoji, pictures of the bundled
-  galleries are asked for by texts. `dcar index build` measures on your own.
-- What `auto` tries before it settles is built in its turn, so its build time is that of all of them.
+- Each kind is built, tuned and written by the code of `dcar index build`, then opened as the service does in a process
+  of its own, which measures latency (one query at a time, on one core), recall and memory.
+- Vectors lie around clusters of unequal size, each wide in directions of its own, so the cluster alone does not give
+  the neighbours. Queries are drawn from the same clusters: some to tune, others to measure.
+- Synthetic clusters still flatter inverted lists, whose centres they resemble. With --emoji, texts query images of the
+  bundled galleries. `dcar index build` measures on your own.
+- `auto` builds everything that it tries, so its build time is the sum.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SPREAD = 24  # directions in which a cluster is wide
 
 
 class Clusters:
-    """sqrt(count) clusters, the largest many times the smallest."""
+    """sqrt(count) clusters of unequal size; the largest is many times the smallest."""
 
     def __init__(self, count: int, dim: int) -> None:
         fixed = np.random.default_rng(0)
@@ -57,7 +57,7 @@ class Clusters:
         self.shares /= self.shares.sum()
 
     def draw(self, size: int, seed: int) -> Floats:
-        """float32 (size, dim), L2-normalised."""
+        """Return float32 (size, dim), L2-normalised."""
         draw = np.random.default_rng([7, seed])
         which = draw.choice(len(self.centres), size, p=self.shares)
         wide = 0.25 * draw.normal(size=(size, SPREAD)).astype(np.float32)
@@ -70,7 +70,7 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Material:
-    """Where vectors, queries to tune with, and queries to measure with their exact neighbours lie; made once."""
+    """Files of vectors, queries to tune with, and queries to measure with their exact neighbours; made once."""
 
     out: Path
     name: str  # "clusters" or "emoji"
@@ -89,7 +89,7 @@ class Material:
         return self.out / f"{kind}-{self.mark}.faiss"
 
     def prepare(self) -> tuple[Floats, Queries]:
-        """The vectors, memory-mapped, and queries to tune with."""
+        """Return the vectors, memory-mapped, and queries to tune with."""
         path = self.out / f"vectors-{self.mark}.npy"
         if not (path.exists() and self.truth.exists()):
             drawn, queries = self._emoji() if self.name == "emoji" else self._clusters()
@@ -127,7 +127,7 @@ def blocks(vectors: Floats) -> Iterator[Floats]:
 
 
 def make(kind: str, path: Path, vectors: Floats, queries: Queries, memory: int) -> dict[str, object]:
-    """Build one kind, tune it and write it. `built_s`, seconds, is with the tuning, and for auto with what it tried."""
+    """Build one kind, tune it and write it. `built_s` (seconds) includes the tuning, and for auto all attempts."""
     count, dim = vectors.shape
     start, worked = time.perf_counter(), time.process_time()
     built = build(lambda: blocks(vectors), count, dim, choose(kind, count, dim, memory=memory), queries)
@@ -145,7 +145,7 @@ def make(kind: str, path: Path, vectors: Floats, queries: Queries, memory: int) 
 
 
 def try_out(kind: str, material: Material) -> dict[str, object]:
-    """Measure what was made, in a fresh process."""
+    """Measure a built index in a fresh process."""
     path = material.index(kind)
     command = [sys.executable, __file__, "--measure", str(path), "--truth", str(material.truth)]
     found: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -154,7 +154,7 @@ def try_out(kind: str, material: Material) -> dict[str, object]:
 
 
 def measure(path: Path, truth_path: Path) -> dict[str, float]:
-    """Open as the service does; latency, recall, and how much the process has grown."""
+    """Open an index as the service does; return latency, recall and the growth of the process."""
     import faiss
 
     faiss.omp_set_num_threads(1)
@@ -182,15 +182,15 @@ def measure(path: Path, truth_path: Path) -> dict[str, float]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory, shared pages of files included."""
+    """Return the bytes of this process in memory, shared pages of files included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def show(results: dict[str, dict[str, Any]], material: Material, memory: int) -> None:
-    """The table as docs/benchmarks.md has it, and what `auto` takes."""
+    """Print the table of docs/benchmarks.md, and the choice of `auto`."""
     about = {
         "clusters": f"{material.count:,} clustered vectors of {material.dim}",
-        "emoji": f"{material.count:,} pictures drawn from the emoji, {material.dim} dimensions, asked for by texts",
+        "emoji": f"{material.count:,} images drawn from the emoji, {material.dim} dimensions, queried by texts",
     }[material.name]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{about}; built on {cores} cores, searched on one, one query at a time:\n")
@@ -215,11 +215,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--dim", type=int, default=512, help="of clustered vectors")
-    parser.add_argument("--emoji", action="store_true", help="vectors of a trained encoder in the place of clusters")
-    parser.add_argument("--kind", action="append", help=f"again for several; default: {', '.join(KINDS)}")
+    parser.add_argument("--emoji", action="store_true", help="vectors of a trained encoder in place of clusters")
+    parser.add_argument("--kind", action="append", help=f"may be repeated; default: {', '.join(KINDS)}")
     parser.add_argument("--memory", type=float, default=0, help="GiB that auto may use (default: half of all)")
-    parser.add_argument("--out", type=Path, help="keeps vectors and results for later kinds (default: nothing is kept)")
-    parser.add_argument("--build-only", action="store_true", help="leave measuring to a quieter moment; needs --out")
+    parser.add_argument(
+        "--out", type=Path, help="keep vectors and results here for later kinds (default: discard them)"
+    )
+    parser.add_argument("--build-only", action="store_true", help="build now and measure in a later run; needs --out")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--truth", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

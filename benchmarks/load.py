@@ -1,7 +1,8 @@
-"""HTTP load over loopback: closed loops (the next request when the last was answered) and open ones (a fixed rate).
+"""HTTP load over loopback, in closed loops (each caller waits for its response) and open loops (a fixed rate).
 
-A small asyncio client with keep-alive: it must cost less than what it measures. Latencies are from the first byte
-written to the whole answer; an open loop counts from when a request was due, so waiting for a free connection shows.
+- A small asyncio client with keep-alive, which must cost less than the service under test.
+- Latency is measured from the first byte written to the whole response. An open loop measures from the time at which a
+  request was due, so waiting for a free connection counts.
 """
 
 import asyncio
@@ -19,21 +20,21 @@ Requests = Callable[[], bytes]
 
 @dataclass
 class Tally:
-    """What came back. seconds: how long the load lasted."""
+    """Results of a load. `seconds` is its duration."""
 
     latencies: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     good: list[float] = field(default_factory=list)  # latencies of 200s
-    broken: int = 0  # connections that ended without an answer
+    broken: int = 0  # connections that ended without a response
     seconds: float = 0.0
 
     @property
     def rate(self) -> float:
-        """200s a second."""
+        """200s per second."""
         return len(self.good) / self.seconds
 
     def percentile(self, share: float) -> float:
-        """Of the 200s' latencies, in ms."""
+        """Return a percentile of the latencies of 200s, in ms."""
         return float(np.percentile(self.good, share)) * 1000 if self.good else float("nan")
 
     def __str__(self) -> str:
@@ -49,7 +50,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._data = bytearray()
         self._wanted: int | None = None
-        self._answer: asyncio.Future[int] | None = None
+        self._response: asyncio.Future[int] | None = None
         self._status = 0
         self.alive = True
 
@@ -58,11 +59,11 @@ class _Connection(asyncio.Protocol):
         self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def ask(self, request: bytes) -> "asyncio.Future[int]":
-        self._answer = asyncio.get_running_loop().create_future()
+        self._response = asyncio.get_running_loop().create_future()
         self._data.clear()
         self._wanted = None
         self.transport.write(request)
-        return self._answer
+        return self._response
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -77,13 +78,13 @@ class _Connection(asyncio.Protocol):
             self._wanted = end + 4 + length
             if b"connection: close" in head:
                 self.alive = False
-        if len(self._data) >= self._wanted and self._answer is not None and not self._answer.done():
-            self._answer.set_result(self._status)
+        if len(self._data) >= self._wanted and self._response is not None and not self._response.done():
+            self._response.set_result(self._status)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.alive = False
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(ConnectionError("closed without an answer"))
+        if self._response is not None and not self._response.done():
+            self._response.set_exception(ConnectionError("closed without a response"))
 
 
 async def _connect(port: int) -> _Connection:
@@ -112,7 +113,7 @@ async def _once(
 async def closed_loop(
     port: int, requests: Requests, *, connections: int, seconds: float, pause_s: float = 0.0
 ) -> Tally:
-    """So many callers, each asking again as soon as it has its answer, or after a pause."""
+    """Run callers that send the next request as soon as they have a response, or after a pause."""
     tally = Tally()
     began = time.perf_counter()
 
@@ -131,7 +132,7 @@ async def closed_loop(
 
 
 async def open_loop(port: int, requests: Requests, *, rate: float, seconds: float, most: int = 1000) -> Tally:
-    """So many requests a second, whether the earlier ones are answered or not; at most `most` at a time."""
+    """Send a fixed rate of requests whether earlier ones are finished or not; at most `most` run at a time."""
     tally = Tally()
     idle: list[_Connection] = []
     running: set[asyncio.Task[None]] = set()
@@ -162,23 +163,23 @@ async def open_loop(port: int, requests: Requests, *, rate: float, seconds: floa
 
 
 def text_request(query: str, k: int = 10) -> bytes:
-    """POST /search/text."""
+    """Return a POST /search/text."""
     import json
 
     return post("/search/text", "application/json", json.dumps({"query": query, "k": k}).encode())
 
 
-def image_request(picture: bytes, k: int = 10) -> bytes:
-    """POST /search/image."""
+def image_request(image: bytes, k: int = 10) -> bytes:
+    """Return a POST /search/image."""
     body = (
         b'--b\r\nContent-Disposition: form-data; name="k"\r\n\r\n%d\r\n'
-        b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%b\r\n--b--\r\n' % (k, picture)
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%b\r\n--b--\r\n' % (k, image)
     )
     return post("/search/image", "multipart/form-data; boundary=b", body)
 
 
 def post(path: str, kind: str, body: bytes) -> bytes:
-    """A whole request."""
+    """Return a whole request."""
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
@@ -242,7 +243,7 @@ _WORDS = [
 
 
 def unique_texts(seed: int = 0) -> Iterator[str]:
-    """Captions of five to ten words, none twice."""
+    """Yield captions of five to ten words without repetition."""
     rng = np.random.default_rng(seed)
     i = 0
     while True:

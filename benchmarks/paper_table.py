@@ -1,9 +1,10 @@
-"""Lay results of `dcar evaluate` beside the paper's table (ViT-B/32, R@1): a column of ours for each one of theirs.
+"""Print results of `dcar evaluate` next to the paper's table (ViT-B/32, R@1).
 
     python benchmarks/paper_table.py results/*/results.json
 
-A data set is recognised by the name of its directory; the average is over the data sets that are there, and is compared
-with the paper's only when all nine are. Without arguments the paper's numbers stand beside empty columns.
+- A data set is recognised by the name of its directory.
+- The average is over the given data sets, and is compared with the paper's only if all nine are given.
+- Without arguments the paper's numbers stand next to empty columns.
 """
 
 import argparse
@@ -28,7 +29,7 @@ DIRECTIONS = (("image-to-text", "i2t_r1"), ("text-to-image", "t2i_r1"))
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown: a row for each data set, "ours / paper" for each method."""
+    """Return Markdown with one row per data set and "ours / paper" for each method."""
     parts = []
     for which, (words, column) in enumerate(DIRECTIONS):
         rows = [[f"{words} R@1, ours / paper", *METHODS], ["---"] * (1 + len(METHODS))]

@@ -1,10 +1,10 @@
-"""The service beside clip-retrieval and infinity: the same load, in turns, on the same cores.
+"""Compare the service with clip-retrieval and infinity: the same load, in turns, on the same cores.
 
     python benchmarks/peers.py --clip-retrieval http://127.0.0.1:8111 --infinity http://127.0.0.1:8121
 
-Each answers unique texts and pictures by a ViT-B/32 with random weights; clip-retrieval and this service search 100,000
-vectors as well, infinity embeds alone. Figures are medians of `--rounds`. The two must be running, in environments of
-their own (as of clip-retrieval 2.45.0 and infinity 0.0.78, Python 3.11):
+Each receives unique texts and images and encodes them with a ViT-B/32 with random weights. clip-retrieval and this
+service also search 100,000 vectors; infinity only embeds. Figures are medians of `--rounds`. Start both peers in
+environments of their own first (for clip-retrieval 2.45.0 and infinity 0.0.78, Python 3.11):
 
     pip install 'setuptools<81' wheel
     pip install --no-build-isolation clip-retrieval==2.45.0 'setuptools<81' 'numpy<2'
@@ -21,7 +21,7 @@ their own (as of clip-retrieval 2.45.0 and infinity 0.0.78, Python 3.11):
 - EMBEDDINGS has img_emb/img_emb_0.npy, float16 or float32 (100000, 512), and metadata/metadata_0.parquet with as many
   rows; WEIGHTS.pt is the state dict of open_clip's ViT-B-32; MODEL is transformers' CLIPModel with CLIPConfig's own
   values, and its processor.
-- Infinity cuts texts after 20 tokens with these versions; those here are shorter.
+- With these versions infinity truncates texts after 20 tokens; the texts used here are shorter.
 """
 
 import argparse
@@ -60,7 +60,7 @@ PEERS: dict[str, tuple[str, Body]] = {
 
 
 def asked(name: str, kind: str) -> Requests:
-    """What a peer is asked, each time for another text or picture."""
+    """Return the requests to a peer, each with another text or image."""
     path, body = PEERS[name]
     if kind == "text":
         texts = unique_texts(time.time_ns())
@@ -77,10 +77,15 @@ def asked(name: str, kind: str) -> Requests:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in PEERS:
-        parser.add_argument(f"--{name}", metavar="URL", help="where it runs; default: it is left out")
-    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where the index is kept")
-    parser.add_argument("--runtimes", nargs="+", default=["torch", "auto"], help="of this service, one after the other")
-    parser.add_argument("--cache", type=Path, help="where exports are kept; default: the user's cache directory")
+        parser.add_argument(f"--{name}", metavar="URL", help="address of the peer; default: skip it")
+    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the index")
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        default=["torch", "auto"],
+        help="runtimes of this service, measured one after the other",
+    )
+    parser.add_argument("--cache", type=Path, help="folder of exported models; default: the user's cache directory")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What does it cost a query that something was learned? Text encoding with prompts and head, over plain CLIP's time.
+"""Measure the cost of prompts and head at query time, as a ratio to plain CLIP's text encoding.
 
     python benchmarks/query_time.py                     # random ViT-B/32, one query at a time and a batch of 32
 
-Weights do not matter for time, so they are random. Methods take turns within each round, so that a busy moment of the
-machine meets all of them, and the ratio is the median of the rounds' ratios.
+Weights do not affect time, so they are random. Methods take turns within each round, so other load affects all of them;
+the ratio is the median over the rounds.
 """
 
 import argparse
@@ -32,14 +32,14 @@ QUERIES = (
 def seconds(encoder: Encoder, texts: list[str], repeat: int) -> float:
     started = time.perf_counter()
     for _ in range(repeat):
-        encoder.encode_text(texts)  # copies to the CPU, so a GPU is waited for
+        encoder.encode_text(texts)  # the copy to the CPU waits for a GPU
     return (time.perf_counter() - started) / repeat
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
-    parser.add_argument("--pretrained", default="random", help="default: random weights, since speed alone is measured")
+    parser.add_argument("--pretrained", default="random", help="default: random weights, since only speed is measured")
     parser.add_argument("--methods", default="coop,dcar,dcar+", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
@@ -54,7 +54,7 @@ def main() -> None:
         for name in names:
             config = method(name)
             if config.reweight.train != "none":
-                config = config.with_query_weights("predicted")  # the dearer choice
+                config = config.with_query_weights("predicted")  # the more expensive choice
             save_checkpoint(seeded_model(backbone, config, 0), Path(folder) / name)
             encoders[name] = Encoder.load(Path(folder) / name, device=str(backbone.device), backbone=backbone)
     print(f"{args.model}, {backbone.device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")

@@ -1,10 +1,10 @@
-"""What `rerank` brings: recall of searches by words with and without it, and the forward passes that it takes.
+"""Measure the gain and cost of `rerank`: recall with and without it, and the forward passes that it takes.
 
     python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji
 
-Every validation text searches the whole index; its first `--depth` results are scored again with the exact weights of
-the text for each of them, all treated alike, by the code that the service runs. A hit is the text's own picture. The
-test split plays no part.
+Every validation text searches the whole index. Its first `--depth` results are scored again with the exact weights of
+the text for each of them, all treated alike, by the code of the service. A hit is the text's own image. The test split
+plays no part.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def reranked(
     encoder: Encoder, pairs: PairWeights, artifact: Artifact, text: str, rows: NDArray[np.int64],
     frozen: dict[int, NDArray[np.float32]],
 ) -> NDArray[np.int64]:  # fmt: skip
-    """The same rows (C,), best first by the exact weights. frozen: by row, filled as they are needed."""
+    """Return the rows (C,) sorted by the exact weights. `frozen` caches image features by row."""
     for row in rows:
         if row not in frozen:
             pixels = encoder.preprocess(artifact.image_bytes(int(row)))
@@ -43,9 +43,9 @@ def reranked(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a published index")
-    parser.add_argument("--validation", type=Path, required=True, help="the data set whose val pairs are asked")
-    parser.add_argument("--depth", type=int, default=20, help="results that are scored again (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="ask only so many")
+    parser.add_argument("--validation", type=Path, required=True, help="the data set with the val pairs to query")
+    parser.add_argument("--depth", type=int, default=20, help="results to score again (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="number of queries (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     artifact = open_current(args.index)

@@ -1,12 +1,12 @@
-"""Every encoder runtime on a ViT-B/32 with random weights, as ratios to plain PyTorch in the same run.
+"""Measure every encoder runtime on a ViT-B/32 with random weights, as ratios to plain PyTorch in the same run.
 
     python benchmarks/runtimes.py [--runtimes torch,openvino-bf16,openvino-int8]
 
 - The reference is PyTorch in float32, eager, texts padded to 77 tokens, 32 at a time.
-- The captions are those of the bundled emoji; the pictures are 500 x 400 JPEGs of about 40 KB, drawn from the bundled
-  gallery on backgrounds that no two share.
-- decoding / encoder: the time that decoding takes on all cores, as a share of the encoder's for as many pictures.
-- Random weights tell speed and how near the vectors are, and nothing of ranking: for recall run `dcar benchmark` on a
+- Captions are those of the bundled emoji. Images are 500 x 400 JPEGs of about 40 KB, drawn from the bundled gallery,
+  each on a background of its own.
+- decoding / encoder: the time of decoding on all cores, as a share of the encoder's for the same number of images.
+- Random weights show speed and accuracy of the vectors, but nothing about ranking; for recall run `dcar benchmark` on a
   trained checkpoint.
 """
 
@@ -28,7 +28,7 @@ SIZE = (500, 400)
 
 
 def catalogue(work: Path, count: int) -> Path:
-    """`count` captioned JPEGs for calibration and as many to measure with; made once."""
+    """Write `count` captioned JPEGs for calibration and as many to measure with; made once."""
     out = work / f"photos-{count}"
     if (out / "pairs.jsonl").exists():
         return out
@@ -51,7 +51,7 @@ def catalogue(work: Path, count: int) -> Path:
 
 
 def photo(picture: bytes, seed: int) -> Image.Image:
-    """A gallery picture, large, on a textured background: as much detail for the JPEG decoder as a photo has."""
+    """Return a gallery image, enlarged, on a textured background: as much detail for the JPEG decoder as in a photo."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
     grain = rng.normal(0, 5, (SIZE[1], SIZE[0], 1))
@@ -62,7 +62,7 @@ def photo(picture: bytes, seed: int) -> Image.Image:
 
 
 def ratios(report: Report) -> str:
-    """Markdown: each runtime against the reference of the same run."""
+    """Return Markdown: each runtime against the reference of the same run."""
     reference = report.rows[0].trial
     assert reference is not None
     lines = [
@@ -86,11 +86,11 @@ def ratios(report: Report) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where model and pictures are kept")
+    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of model and images")
     parser.add_argument("--pictures", type=int, default=256)
-    parser.add_argument("--checkpoint", type=Path, help="measure this one instead")
+    parser.add_argument("--checkpoint", type=Path, help="measure this model instead")
     parser.add_argument("--runtimes", default="", help="comma-separated; default: what `auto` tries, and int8")
-    parser.add_argument("--out", type=Path, help="a JSON file for everything that was measured")
+    parser.add_argument("--out", type=Path, help="JSON file for all measurements")
     given = parser.parse_args()
     checkpoint = given.checkpoint or vit_checkpoint(given.work)
     report = benchmark(

@@ -1,13 +1,13 @@
-"""The service under load over loopback.
+"""Measure the service under load over loopback.
 
     python benchmarks/serve.py cached       cached embeddings on one core, in the process and from Redis
-    python benchmarks/serve.py uncached     unique texts and pictures at 1, 8, 32, 128 connections, in turns with the
-                                            bare encoder in batches of the size that the service made of them
-    python benchmarks/serve.py overload     four times as many requests as can be answered
-    python benchmarks/serve.py poison       truncated pictures and bombs between good ones
+    python benchmarks/serve.py uncached     unique texts and images at 1, 8, 32, 128 connections, in turns with the
+                                            bare encoder in batches of the size that the service formed
+    python benchmarks/serve.py overload     four times as many requests as the service can answer
+    python benchmarks/serve.py poison       truncated images and decompression bombs between good ones
 
-- In `cached`, `overload` and `poison` the server has core 0 to itself, and the load comes from another; in `uncached`
-  it has every core, since that is how a model is served. Each figure is the median of `--rounds`.
+- In `cached`, `overload` and `poison` the server has core 0 to itself, and another core sends the load. In `uncached`
+  it has every core, as in production. Each figure is the median of `--rounds`.
 - `uncached` runs on a random ViT-B/32 with 100,000 vectors, or --count; --index takes any other index.
 """
 
@@ -31,7 +31,7 @@ LOAD_CORES = set(range(1, os.cpu_count() or 1)) or {0}
 
 
 def run(loop: Any) -> Tally:
-    """On the fast event loop, so that the load does not wait for itself."""
+    """Run on uvloop, so the load generator is not the bottleneck."""
     import uvloop
 
     tally: Tally = uvloop.run(loop)
@@ -39,12 +39,12 @@ def run(loop: Any) -> Tally:
 
 
 def median(tallies: list[Tally]) -> Tally:
-    """The round in the middle, by rate."""
+    """Return the median round, by rate."""
     return sorted(tallies, key=lambda tally: tally.rate)[len(tallies) // 2]
 
 
 def pictures(count: int, side: int = 500) -> list[bytes]:
-    """JPEGs of about 40 KB, no two alike."""
+    """Return different JPEGs of about 40 KB."""
     made = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def pictures(count: int, side: int = 500) -> list[bytes]:
 
 
 def fresh_pictures() -> Requests:
-    """Picture searches that no cache knows: each file ends in bytes of its own, after the picture's end."""
+    """Return image searches that miss every cache: each file has unique bytes after the end of the image."""
     known, number = pictures(16), itertools.count()
     return lambda: image_request(known[(n := next(number)) % 16] + n.to_bytes(8, "big"))
 
@@ -77,7 +77,7 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
         ):
             with serving(index, cores={0}, threads=1, **settings) as server:
                 known = 0
-                while known < len(texts):  # however slow the machine is, what is measured is remembered
+                while known < len(texts):  # a hit however slow the machine is
                     known += len(run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=1)).latencies)
                 for connections in (1, 4, 8):
                     began = server.cpu_s()
@@ -105,13 +105,13 @@ class Bare:
         self._pixels = np.stack([self.encoder.preprocess(each) for each in pictures(32)])
 
     def rate(self, kind: str, size: float) -> float:
-        """Items a second in batches of `size`; between two whole sizes, what lies between their times."""
+        """Return items per second in batches of `size`, interpolated between whole sizes."""
         low, share = int(size), size - int(size)
         took = self._seconds(kind, low) * (1 - share) + (self._seconds(kind, low + 1) * share if share else 0.0)
         return size / took
 
     def _seconds(self, kind: str, size: int) -> float:
-        """For one batch, the mean over a second: the service's rate is a mean as well."""
+        """Return the seconds of one batch, as a mean over a second, since the service's rate is a mean too."""
         took: list[float] = []
         end = time.perf_counter() + 1
         while len(took) < 5 or time.perf_counter() < end:
@@ -145,7 +145,7 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
 
 
 def overload(index: Path, seconds: float, rounds: int) -> None:
-    """Peak and overload take turns, so that what else the machine does falls on both."""
+    """Measure peak and overload in turns, so other load affects both."""
     with serving(index, cores={0}, threads=1, cache_size=0, max_queue_ms=500) as server:
         run(closed_loop(server.port, fresh_texts(1), connections=8, seconds=2))
         peaks, loads = [], []
@@ -161,7 +161,7 @@ def overload(index: Path, seconds: float, rounds: int) -> None:
 
 
 def bomb(side: int = 60_000) -> bytes:
-    """A PNG of a few bytes that announces side x side pixels."""
+    """Return a PNG of a few bytes that announces side x side pixels."""
     import struct
     import zlib
 
@@ -205,9 +205,9 @@ def poison(index: Path, seconds: float, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cached", "uncached", "overload", "poison"])
-    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where indexes are kept")
-    parser.add_argument("--index", type=Path, help="serve this one instead")
-    parser.add_argument("--count", type=int, default=100_000, help="vectors of the index that `uncached` makes")
+    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the indexes")
+    parser.add_argument("--index", type=Path, help="serve this index instead")
+    parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached`")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

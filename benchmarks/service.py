@@ -1,8 +1,8 @@
-"""What the service benchmarks run against: a server in a process of its own, a Redis, and galleries to serve.
+"""A server process, a Redis and galleries for the benchmarks of the service.
 
 - `emoji`: the bundled example, indexed once by `dcar index build`.
-- `random_vit`: ViT-B/32 with random weights over 100,000 clustered vectors: the size and speed of a real model, without
-  its meaning. Published by the code that publishes every index.
+- `random_vit`: ViT-B/32 with random weights over 100,000 clustered vectors, with the size and speed of a real model.
+  Published by the code that publishes every index.
 """
 
 import json
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 class Server:
-    """`dcar serve`. cores: those it may run on; settings: as in DCAR_*."""
+    """A `dcar serve` process on some cores, with settings as in DCAR_*."""
 
     def __init__(self, index: Path, *, cores: set[int] | None = None, **settings: Any) -> None:
         self.port = free_port()
@@ -57,17 +57,17 @@ class Server:
             return False
 
     def rss_mb(self) -> float:
-        """Resident memory now."""
+        """Return the resident memory."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(text.split("VmRSS:")[1].split()[0]) / 1024
 
     def cpu_s(self) -> float:
-        """Seconds of processor time so far."""
+        """Return the seconds of processor time so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def batches(self) -> tuple[float, float]:
-        """Queries that went through forward passes so far, and how many passes those were."""
+        """Return the number of encoded queries and of forward passes so far."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         values = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("dcar_batch_size_")}
@@ -81,7 +81,7 @@ class Server:
 
 @contextmanager
 def serving(index: Path, *, cores: set[int] | None = None, **settings: Any) -> Iterator[Server]:
-    """A server, stopped at the end."""
+    """Run a server and stop it at the end."""
     server = Server(index, cores=cores, **settings)
     try:
         yield server
@@ -90,7 +90,7 @@ def serving(index: Path, *, cores: set[int] | None = None, **settings: Any) -> I
 
 
 class Redis:
-    """A redis-server without persistence, which can be killed and started again."""
+    """A redis-server without persistence that can be killed and restarted."""
 
     def __init__(self) -> None:
         if shutil.which("redis-server") is None:
@@ -115,7 +115,7 @@ class Redis:
 
 
 def emoji(work: Path) -> Path:
-    """An index of the bundled twemoji gallery."""
+    """Return an index of the bundled twemoji gallery."""
     out = work / "twemoji"
     example = ROOT / "examples" / "emoji" / "twemoji"
     command = [sys.executable, "-m", "app.cli", "index", "build", "--gallery", str(example)]
@@ -125,7 +125,7 @@ def emoji(work: Path) -> Path:
 
 
 def vit_checkpoint(work: Path) -> Path:
-    """A ViT-B/32 with random weights and DCAR's prompts; made once."""
+    """Return a ViT-B/32 with random weights and DCAR's prompts; made once."""
     checkpoint = work / "vit-checkpoint"
     if (checkpoint / "config.json").exists():
         return checkpoint
@@ -151,7 +151,7 @@ def vit_checkpoint(work: Path) -> Path:
 
 
 def random_vit(work: Path, count: int = 100_000) -> Path:
-    """An index of `count` random vectors under a random ViT-B/32; made once."""
+    """Return an index of `count` random vectors under a random ViT-B/32; made once."""
     out = work / f"vit-{count}"
     if (out / "CURRENT").exists():
         return out

@@ -1,11 +1,11 @@
-"""Train a small CLIP from nothing on the training pairs of data sets, for machines that reach no pretrained weights.
+"""Train a small CLIP from scratch on the training pairs of data sets, for machines without pretrained weights.
 
     python benchmarks/small_clip.py --data photos/cars photos/textures --out small-clip
     dcar evaluate --data photos/cars --model small-clip ...
 
-A few thousand pairs make no general CLIP: it ranks far above chance within its own domains and knows nothing else. It
-serves to compare ways of adapting one and the same frozen model. Only training splits are read. Killed, the same
-command goes on from its last epoch.
+- A few thousand pairs do not make a general CLIP: the model ranks far above chance within its own domains only. Use it
+  to compare methods on one frozen model.
+- Only training splits are read. An interrupted run continues from its last epoch.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def model_config(side: int) -> dict:
 
 
 def read_pictures(data: Dataset, side: int) -> np.ndarray:
-    """uint8 (N, side, side, 3): squeezed to a square."""
+    """Return uint8 (N, side, side, 3), squeezed to a square."""
 
     def read(i: int) -> np.ndarray:
         picture = open_image(data.read(data.samples[i].image)).convert("RGB")
@@ -60,7 +60,7 @@ def read_pictures(data: Dataset, side: int) -> np.ndarray:
 
 
 def augmented(pictures: Tensor, side: int) -> Tensor:
-    """uint8 (B, S, S, 3) -> float32 (B, 3, side, side): a random crop, mirrored or not, with other light."""
+    """uint8 (B, S, S, 3) -> float32 (B, 3, side, side): random crop, mirroring and brightness."""
     n = len(pictures)
     x = pictures.permute(0, 3, 1, 2).float() / 255
     zoom = torch.empty(n).uniform_(0.7, 1.0)
@@ -77,7 +77,7 @@ def save(model: open_clip.CLIP, out: Path, side: int) -> None:
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     weights_file = out / "open_clip_model.safetensors"
     save_file(weights, str(weights_file), metadata={"format": "pt"})
-    weights_file.chmod(0o644)  # safetensors makes a file that its owner alone can read
+    weights_file.chmod(0o644)  # safetensors creates a file that only its owner can read
     shape = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash", "size": [side, side]}
     config = {"model_cfg": model_config(side), "preprocess_cfg": shape}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -87,7 +87,9 @@ def save(model: open_clip.CLIP, out: Path, side: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="data sets; their training splits are read")
-    parser.add_argument("--out", type=Path, required=True, help="what --model of dcar train and evaluate takes")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="model directory to write, for --model of dcar train and evaluate"
+    )
     parser.add_argument("--side", type=int, default=64, help="pixels; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")

@@ -1,12 +1,12 @@
-"""A long mixed load in which things go wrong: does the service stay whole, and its memory flat?
+"""Run a long mixed load with faults: the service must stay correct and its memory level.
 
     python benchmarks/soak.py --minutes 10
 
-- Callers ask by remembered and fresh texts, good pictures, items and their pictures; others send broken pictures,
-  bombs, bodies that are too large, JSON that is none, ids that do not exist, and leave before the answer.
-- Meanwhile the index is swapped between two versions every `--swap` seconds, and Redis is killed, started again, and
-  stopped for a while without dying.
-- Ends with status 1 when an answer had an unexpected status, a connection broke, or memory grew.
+- Callers request cached and new texts, good images, items and their images. Others send broken images, bombs, oversized
+  bodies, invalid JSON and unknown ids, or disconnect before the response.
+- Meanwhile the index alternates between two versions every `--swap` seconds, and Redis is killed, restarted, and
+  suspended for a while.
+- Exits with 1 if a response had an unexpected status, a connection broke, or memory grew.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from service import ROOT, Redis, Server, emoji
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import version_numbers
 
-PAUSE_S = 0.01  # of each caller between two requests: enough load for everybody to be heard
-GROWTH = 1.10  # most that the median of the last quarter may exceed that of the second
+PAUSE_S = 0.01  # pause of each caller between two requests, so every caller gets its turn
+GROWTH = 1.10  # limit of the growth from the median of the second quarter to that of the last
 
 
 def get(path: str) -> bytes:
@@ -37,7 +37,7 @@ def get(path: str) -> bytes:
 
 
 def callers(item: str) -> dict[str, tuple[Requests, set[int]]]:
-    """Name -> what is sent, and the statuses that are right for it. 503 is a deliberate one: overload or a deadline."""
+    """Return name -> request and its valid statuses. 503 is valid: overload or a deadline."""
     known = itertools.cycle([text_request(text) for text in itertools.islice(unique_texts(1), 300)])
     whole, number = pictures(4), itertools.count()
     kind = "multipart/form-data; boundary=b"
@@ -66,7 +66,7 @@ def callers(item: str) -> dict[str, tuple[Requests, set[int]]]:
 
 
 async def leavers(port: int, until: float) -> None:
-    """Callers that close the connection before, while or after they send, and without reading."""
+    """Disconnect before, while or after sending, without reading."""
     texts = fresh_texts(3)
     for n in itertools.count():
         if time.monotonic() > until:
@@ -161,7 +161,7 @@ async def soak(server: Server, redis: Redis, index: Path, seconds: float, every:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where the index is kept")
+    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the index")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--swap", type=float, default=15.0, help="seconds between swaps of the index")
     given = parser.parse_args()

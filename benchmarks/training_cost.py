@@ -1,14 +1,14 @@
-"""What training costs, method by method, on a random ViT-B/32: trainable parameters, seconds an epoch, peak memory.
+"""Measure the cost of training per method on a random ViT-B/32: trainable parameters, seconds per epoch, peak memory.
 
-    python benchmarks/training_cost.py              # an epoch of 1,000 made-up pairs in batches of 64, each method
+    python benchmarks/training_cost.py              # an epoch of 1,000 generated pairs in batches of 64, each method
 
-- Pictures are noise and captions made up: what they show does not matter for the cost. Weights are random.
-- Every method runs in a process of its own, since a process's peak memory never falls.
-- On a CPU, seconds are of processor time on one thread, which other work on the machine distorts least; `--wall` takes
-  the clock on the wall, as on a GPU.
-- `batches` are timed and taken for an epoch of `pairs`; all batches are alike.
-- Preparation (decoding, frozen features, token weights) is timed with an empty cache and again with a full one; and for
-  methods with a frozen tower, a batch is timed too as if that tower's features had not been kept.
+- Images are noise and captions are generated, since their content does not affect the cost. Weights are random.
+- Every method runs in a process of its own, since the peak memory of a process never falls.
+- On a CPU, seconds are processor time on one thread, which other load distorts least; `--wall` takes wall time, as on a
+  GPU.
+- `batches` are timed and extrapolated to an epoch of `pairs`; all batches are alike.
+- Preparation (decoding, frozen features, token weights) is timed with an empty and with a full cache. For methods with
+  a frozen tower, a batch is also timed without the cached features of that tower.
 """
 
 import argparse
@@ -46,7 +46,7 @@ now = time.perf_counter
 
 
 def make_data(folder: Path, pairs: int) -> None:
-    """Pictures of 256 x 256 with a caption of 20 words and four negatives each."""
+    """Return images of 256 x 256 with a caption of 20 words and four negatives each."""
     rng, entries = np.random.default_rng(0), {}
     for i in range(pairs):
         pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
@@ -65,7 +65,7 @@ def seconds_a_batch(model: DCAR, data: PreparedSplit, args: argparse.Namespace) 
     for _ in range(1 + args.batches):  # the first warms up
         started = now()
         model.zero_grad(set_to_none=True)
-        accumulate_gradients(model, data, rows, precision=precision)  # returns a float, so a GPU is waited for
+        accumulate_gradients(model, data, rows, precision=precision)  # converting to a float waits for a GPU
         times.append(now() - started)
     return float(np.median(times[1:]))
 
@@ -103,16 +103,16 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
-    parser.add_argument("--pretrained", default="random", help="default: random weights, since speed alone is measured")
+    parser.add_argument("--pretrained", default="random", help="default: random weights, since only speed is measured")
     parser.add_argument("--methods", default=METHODS, help="default: %(default)s")
-    parser.add_argument("--pairs", type=int, default=1000, help="pairs of an epoch; two batches are really made")
+    parser.add_argument("--pairs", type=int, default=1000, help="pairs per epoch; only two batches are generated")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=3, help="batches that are timed")
+    parser.add_argument("--batches", type=int, default=3, help="batches to time")
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--wall", action="store_true", help="time by the clock on the wall on a CPU too")
-    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # one method, on data that are there
+    parser.add_argument("--wall", action="store_true", help="wall time on a CPU too")
+    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # one method, on existing data
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

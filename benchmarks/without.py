@@ -1,13 +1,11 @@
-"""How well `without` keeps out of the results what is not wanted, and how well a "without" among the words does.
+"""Measure `without`: the share of unwanted results, against naming "without ..." in the query.
 
     python benchmarks/without.py data/index/twemoji
 
-- Asked for is each category of at least eight items, without each attribute that 15 to 85 % of them have (metadata
-  fields `category` and `attributes`), as "woman running" without "dark skin tone".
-- Unwanted: the share of the first five results that have the attribute. Right: the share that are of the category and
-  have it not.
-
-Encoding is by PyTorch on one thread.
+- A query is a category of at least eight items without an attribute that 15 to 85 % of them have (metadata fields
+  `category` and `attributes`), such as "woman running" without "dark skin tone".
+- Unwanted: the share of the first five results with the attribute. Right: the share of the category without it.
+- PyTorch encodes on one thread.
 """
 
 import argparse
@@ -38,7 +36,7 @@ def asked_for(categories: list[str], attributes: list[set[str]]) -> Iterator[tup
 
 
 def unwanted_and_right(artifact: Artifact, queries: np.ndarray, asked: list[tuple[str, str]]) -> tuple[float, float]:
-    """float32 queries (N, E) of any length -> both shares, in percent."""
+    """Return both shares, in percent, for float32 queries (N, E) of any norm."""
     _, rows = artifact.search(queries / np.linalg.norm(queries, axis=1, keepdims=True), FIRST)
     unwanted = right = 0
     for (category, name), found in zip(asked, rows, strict=True):
