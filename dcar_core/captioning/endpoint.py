@@ -1,10 +1,10 @@
-"""One OpenAI-compatible endpoint: a question in, an answer out, however it misbehaves on the way.
+"""Client of one OpenAI-compatible chat endpoint, with retries and bounds.
 
-- Tried again, with pauses that double and jitter: 408, 409, 425, 429, 5xx, time-outs, connections that break, answers
-  that are no JSON, end in the middle or do not end, and answers without choices. Retry-After is honoured, in seconds or
-  as a date, where it is longer than the pause, and while one request waits for it no other is sent.
-- A key that is refused or a model that is not there ends the run; another 4xx fails the one picture.
-- Redirects are not followed: they could take the key elsewhere.
+- Retried with exponential backoff and jitter: 408, 409, 425, 429, 5xx, timeouts, broken connections, and responses that
+  are truncated, oversized, not JSON, or without choices.
+- Retry-After, in seconds or as a date, holds back every request of the endpoint.
+- A refused key or an unknown model ends the run. Any other 4xx fails one image.
+- Redirects are not followed, since they could send the key to another host.
 """
 
 import asyncio
@@ -27,20 +27,23 @@ try:
 except ImportError:  # pragma: no cover - the tests have it
     raise MissingExtraError("captioning", "caption") from None
 
-_AGAIN = frozenset({408, 409, 425, 429})
+_RETRIED = frozenset({408, 409, 425, 429})
 _FATAL = {
     401: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY)",
     403: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY)",
     404: "has no such model or address",
 }
-_LONGEST_PAUSE_S = 30.0
-_USELESS = 3  # answers of a model that keeps talking past the question
-_LONGEST_ANSWER = 4 << 20  # bytes, packed as well as unpacked: a thousand times a caption with all around it
+_MAX_PAUSE_S = 30.0
+_MAX_UNUSABLE = 3  # unusable completions before an image fails
+_MAX_RESPONSE = 4 << 20  # bytes, compressed and decompressed
 
 
 @dataclass(frozen=True)
 class Completion:
-    """text may be empty; finish: why the model stopped, or REFUSED. usage: of every attempt, since all are paid."""
+    """One completion of the model.
+
+    text: may be empty. finish: the reason why the model stopped, or REFUSED. usage: the sum over all attempts.
+    """
 
     text: str
     finish: str = ""
@@ -48,22 +51,22 @@ class Completion:
 
 
 class _Reply(NamedTuple):
-    """What came, unpacked; whole: false where there was more of it than anybody needs."""
+    """A decompressed HTTP response. is_complete: False when it exceeds the size limit."""
 
     status: int
     retry_after: str | None
     content: bytes
-    whole: bool
+    is_complete: bool
 
 
 class Endpoint:
-    """Asks one model. Must be closed."""
+    """Client of one model. Close it after use."""
 
     def __init__(self, model: VisionModel, options: CaptionOptions) -> None:
         self.model, self._options = model, options
         self._not_before = 0.0
         self._wasted = TokenUsage()
-        # gzip alone: it can be unpacked up to a bound, and most of what httpx would unpack by itself cannot.
+        # gzip only: its decompression can be bounded; that of httpx's other encodings cannot.
         headers = {"accept-encoding": "gzip"} | ({"authorization": f"Bearer {model.key}"} if model.key else {})
         self._client = httpx.AsyncClient(
             headers=headers, timeout=options.timeout_s, limits=httpx.Limits(max_connections=options.concurrency)
@@ -73,74 +76,74 @@ class Endpoint:
         await self._client.aclose()
 
     def take_wasted(self) -> TokenUsage:
-        """What failed requests have used since this was last called: answers that came and were of no use."""
+        """Return and reset the token usage of failed requests."""
         wasted, self._wasted = self._wasted, TokenUsage()
         return wasted
 
     async def ask(
         self, messages: list[dict[str, Any]], usable: Callable[[Completion], bool] = lambda _: True
     ) -> Completion:
-        """The model's answer to a chat.
+        """Send a chat and return the completion.
 
         Args:
-            usable: false for an answer that cannot be used and is asked for again.
+            usable: returns False for a completion that must be requested again.
 
         Raises:
-            EndpointError: the request was refused, or no try gave an answer; this picture has failed.
-            CaptionError: no request can succeed: the key, the model or the address is wrong.
+            EndpointError: the request was refused, or every attempt failed; this image has failed.
+            CaptionError: no request can succeed, because the key, the model or the address is wrong.
         """
         usage = TokenUsage()
         try:
-            return await self._tried(messages, usable, usage)
+            return await self._attempt(messages, usable, usage)
         except CaptionError:
             self._wasted.add(usage)
             raise
 
-    async def _tried(
+    async def _attempt(
         self, messages: list[dict[str, Any]], usable: Callable[[Completion], bool], usage: TokenUsage
     ) -> Completion:
-        why, useless = "", 0
+        reason, unusable = "", 0
         for attempt in range(self._options.tries):
             await self._pause()
             try:
-                async with asyncio.timeout(self._options.timeout_s):  # httpx's own starts anew with every byte
+                async with asyncio.timeout(self._options.timeout_s):  # httpx's timeout restarts with every byte
                     reply = await self._post(messages)
             except (httpx.HTTPError, TimeoutError) as error:
-                why = f"{type(error).__name__}: {error}".rstrip(": ")
+                reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 await self._back_off(attempt, None)
                 continue
             if reply.status == 200:
-                found = _read(reply, usage)
-                if isinstance(found, Completion) and usable(found):
-                    return found
-                if isinstance(found, str):
-                    why = f"{found}: {self._said(reply)}".rstrip(": ")
+                completion = _read(reply, usage)
+                if isinstance(completion, Completion) and usable(completion):
+                    return completion
+                if isinstance(completion, str):
+                    reason = f"{completion}: {self._excerpt(reply)}".rstrip(": ")
                 else:
-                    why = f"an answer that cannot be used: {self._shown(found.text)!r}"
-                useless += isinstance(found, Completion)
-                if useless == _USELESS:
-                    raise EndpointError(why)
+                    reason = f"an unusable completion: {self._shortened(completion.text)!r}"
+                    unusable += 1
+                if unusable == _MAX_UNUSABLE:
+                    raise EndpointError(reason)
                 await self._back_off(attempt, None)
                 continue
-            why = f"{reply.status} {self._said(reply)}"
+            reason = f"{reply.status} {self._excerpt(reply)}"
             if reply.status in _FATAL:
-                raise CaptionError(f"{self._url} {_FATAL[reply.status]}: {why} (model {self.model.name!r})")
-            if reply.status not in _AGAIN and reply.status < 500:
-                raise EndpointError(why)
+                raise CaptionError(f"{self._url} {_FATAL[reply.status]}: {reason} (model {self.model.name!r})")
+            if reply.status not in _RETRIED and reply.status < 500:
+                raise EndpointError(reason)
             await self._back_off(attempt, reply.retry_after)
-        raise EndpointError(f"no answer in {self._options.tries} tries; the last: {why}")
+        raise EndpointError(f"no usable response in {self._options.tries} attempts; the last: {reason}")
 
     async def _post(self, messages: list[dict[str, Any]]) -> _Reply:
-        """Reads no further than the longest answer that can be one: more could fill the memory."""
+        """Send one request; stop reading at the size limit."""
         async with self._client.stream("POST", self._url, json=self._body(messages)) as reply:
             content = bytearray()
             async for part in reply.aiter_raw():
                 content += part
-                if len(content) > _LONGEST_ANSWER:
+                if len(content) > _MAX_RESPONSE:
                     break
-        unpacked = _unpacked(bytes(content), reply.headers.get("content-encoding", ""))
-        whole = max(len(content), len(unpacked)) <= _LONGEST_ANSWER
-        return _Reply(reply.status_code, reply.headers.get("retry-after"), unpacked, whole)
+        content_bytes = _decompressed(bytes(content), reply.headers.get("content-encoding", ""))
+        is_complete = max(len(content), len(content_bytes)) <= _MAX_RESPONSE
+        return _Reply(reply.status_code, reply.headers.get("retry-after"), content_bytes, is_complete)
 
     @property
     def _url(self) -> str:
@@ -155,12 +158,12 @@ class Endpoint:
             "temperature": options.temperature,
         }
 
-    def _said(self, reply: _Reply) -> str:
-        """What an error answer says, short, and never with the key in it; as UTF-8, whatever it claims to be."""
-        return self._shown(reply.content.decode("utf-8", "replace"))
+    def _excerpt(self, reply: _Reply) -> str:
+        """Return the start of a response body, without the key."""
+        return self._shortened(reply.content.decode("utf-8", "replace"))
 
-    def _shown(self, text: str) -> str:
-        """Short; the key is taken out first, so that no part of it stays at the cut."""
+    def _shortened(self, text: str) -> str:
+        """Mask the key, then shorten; in this order no part of the key remains."""
         text = text.replace(self.model.key, "***") if self.model.key else text
         return " ".join(text.split())[:200]
 
@@ -171,37 +174,42 @@ class Endpoint:
     async def _back_off(self, attempt: int, retry_after: str | None) -> None:
         if attempt + 1 == self._options.tries:
             return
-        asked = seconds_of(retry_after)
-        if asked is not None:
-            if asked > self._options.longest_wait_s:
-                raise EndpointError(f"asked to wait {asked:.0f} s, longer than {self._options.longest_wait_s:.0f}")
-            self._not_before = max(self._not_before, time.monotonic() + asked)
-        pause = min(_LONGEST_PAUSE_S, self._options.backoff_s * 2**attempt)
+        requested_s = seconds_of(retry_after)
+        if requested_s is not None:
+            if requested_s > self._options.longest_wait_s:
+                raise EndpointError(
+                    f"asked to wait {requested_s:.0f} s, longer than {self._options.longest_wait_s:.0f} s"
+                )
+            self._not_before = max(self._not_before, time.monotonic() + requested_s)
+        pause = min(_MAX_PAUSE_S, self._options.backoff_s * 2**attempt)
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
 
 
-def _unpacked(content: bytes, encoding: str) -> bytes:
-    """Up to a byte more than the longest answer; what is packed in another way than was asked for stays packed."""
+def _decompressed(content: bytes, encoding: str) -> bytes:
+    """Decompress gzip up to one byte beyond the size limit; return other encodings unchanged."""
     if encoding.strip().lower() not in {"gzip", "x-gzip"}:
         return content
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(content, _LONGEST_ANSWER + 1)
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(content, _MAX_RESPONSE + 1)
     except zlib.error:
         return content
 
 
 def _read(reply: _Reply, usage: TokenUsage) -> Completion | str:
-    """The answer, or what is wrong with it; what was used is added up either way."""
-    if not reply.whole:
+    """Parse a response to its completion, or to a description of its fault; add its token usage in both cases."""
+    if not reply.is_complete:
         usage.add(TokenUsage(1, unknown=1))
-        return f"an answer of more than {_LONGEST_ANSWER >> 20} MiB"
+        return f"a response of more than {_MAX_RESPONSE >> 20} MiB"
     try:
         content = parse_json(reply.content)
-        said = content.get("usage")
-        said = said if isinstance(said, dict) else {}
-        tokens = [said.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        given, made = (number if isinstance(number, int) else None for number in tokens)
-        usage.add(TokenUsage(1, unknown=1) if given is None or made is None else TokenUsage(1, given, made))
+        reported = content.get("usage")
+        reported = reported if isinstance(reported, dict) else {}
+        counts = [reported.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        tokens_in, tokens_out = (count if isinstance(count, int) else None for count in counts)
+        if tokens_in is None or tokens_out is None:
+            usage.add(TokenUsage(1, unknown=1))
+        else:
+            usage.add(TokenUsage(1, tokens_in, tokens_out))
         choice = content["choices"][0]
         message = choice["message"]
         text, finish = _text_of(message.get("content")), str(choice.get("finish_reason") or "")
@@ -209,21 +217,21 @@ def _read(reply: _Reply, usage: TokenUsage) -> Completion | str:
             text, finish = refusal, REFUSED
     except ValueError:
         usage.add(TokenUsage(1, unknown=1))
-        return "an answer that is no JSON, or ends in the middle"
+        return "a response that is not JSON or is truncated"
     except (AttributeError, IndexError, KeyError, TypeError):
-        return "an answer without choices"
+        return "a response without choices"
     return Completion(text, finish, usage)
 
 
 def _text_of(content: Any) -> str:
-    """Some give the parts of a message: texts, objects with one, or with none."""
+    """Join the text parts of a message: a string, or a list of strings and objects."""
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return " ".join(text for text in texts if isinstance(text, str))
 
 
 def seconds_of(retry_after: str | None) -> float | None:
-    """Retry-After in seconds; None where it is missing or says nothing."""
+    """Parse a Retry-After header to seconds; None if it is missing or invalid."""
     if retry_after is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What makes a draft useless, told before a judge is asked for money."""
+"""Checks that reject a draft caption before the judge model is paid to look at it."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ EMPTY, CUT, REFUSAL, LONG, NAMELESS, DUPLICATE, JUDGED = (
     "a refusal",
     "longer than the context",
     "does not name the category",
-    "another picture has it too",
-    "turned down by the judge",
+    "another image has the same caption",
+    "rejected by the judge",
 )
-REFUSED = "refusal"  # why a model stopped that says by a field of the answer that it refuses
+REFUSED = "refusal"  # finish reason of a completion whose `refusal` field is set
 _REFUSAL = re.compile(
     r"\b(i('m| am) (very |so )?sorry|i (can(no|')t|can not|am unable|'m unable|won't|will not|do not|don't) "
     r"(\w+ )?(see|view|assist|help|provide|process|describe|identify|comply|access|caption|fulfil|able)|"
@@ -29,26 +29,32 @@ _REFUSAL = re.compile(
 
 
 class Rejection(NamedTuple):
-    """Why a draft cannot be used: the reason that is counted, and what the model is told."""
+    """The reason of a rejection, for the statistics, and the feedback for the model."""
 
     reason: str
     feedback: str
 
 
 class DraftFilter:
-    """Remembers the captions that were accepted. count_tokens: CLIP's, SOS and EOT included."""
+    """Rejects unusable drafts and records accepted captions.
+
+    Args:
+        context: the maximum number of CLIP tokens, SOS and EOT included.
+        words: the word limit that the feedback names.
+        count_tokens: counts CLIP tokens, SOS and EOT included.
+    """
 
     def __init__(self, context: int, words: int, count_tokens: Callable[[Sequence[str]], list[int]]) -> None:
         self._context, self._words, self._count = context, words, count_tokens
         self._accepted: dict[str, str] = {}
 
     def rejected(self, draft: str, *, image: str, category: str, finish: str) -> Rejection | None:
-        """Why this draft will not do, or None."""
+        """Return why a draft is rejected, or None if it is usable."""
         if finish == "content_filter":
-            return Rejection(REFUSAL, "it was held back by a content filter; describe only what is harmless.")
+            return Rejection(REFUSAL, "it was withheld by a content filter; describe only harmless content.")
         straight = draft.replace("\u2019", "'")
         if finish == REFUSED or _REFUSAL.search(straight):
-            return Rejection(REFUSAL, "it is no description of the picture.")
+            return Rejection(REFUSAL, "it is not a description of the image.")
         if finish == "length":
             return Rejection(CUT, f"it was cut off; use at most {self._words} words.")
         if not re.search(r"[^\W\d_]", draft):
@@ -59,12 +65,12 @@ class DraftFilter:
         if not find_mentions(draft, category):
             return Rejection(NAMELESS, f'it does not contain the words "{category}".')
         if self.owner(draft) not in {None, image}:
-            return Rejection(DUPLICATE, "another picture has the very same caption; say what sets this one apart.")
+            return Rejection(DUPLICATE, "another image has the same caption; describe what is specific to this one.")
         return None
 
     def accept(self, draft: str, image: str) -> None:
         self._accepted[normalise(draft)] = image
 
     def owner(self, draft: str) -> str | None:
-        """The picture that has this caption."""
+        """Return the image that has this caption, None if no image has it."""
         return self._accepted.get(normalise(draft))

@@ -1,4 +1,4 @@
-"""Pictures in a folder for each category, and one of them as endpoints take it."""
+"""Images in one folder per category, and their form in a request."""
 
 import base64
 import io
@@ -13,29 +13,29 @@ from dcar_core.util.errors import DataError
 
 
 def list_images(images: Path) -> tuple[list[str], list[str]]:
-    """Names of pictures in categories' folders, and of those in none; a folder `_` names no category."""
+    """List the images in category folders, and the images outside of them; a folder `_` is not a category."""
     if not images.is_dir():
-        raise DataError(f"{images} is no directory; --images takes one with a folder for each category")
+        raise DataError(f"{images} is not a directory; --images takes one with a folder for each category")
     files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
     shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
     inside = [name for name in shown if "/" in name and fold_name(folder_category(name)[0])]
     if not inside:
-        raise DataError(f"{images} has no pictures in folders; put each category's into a folder of its name")
+        raise DataError(f"{images} has no images in folders; use one folder per category")
     return inside, sorted(set(shown) - set(inside))
 
 
 def folder_category(name: str) -> tuple[str, str]:
-    """The folder that a picture lies in, and the one above, which groups similar categories."""
+    """Return the folder of an image (its category) and the folder above (its meta-category, or "")."""
     folders = name.split("/")[:-1]
     meta = folders[-2] if len(folders) > 1 and folders[-2] not in SPLITS else ""
     return folders[-1], meta
 
 
 def data_uri(content: bytes, side: int) -> str:
-    """A picture as endpoints take it: JPEG, its longer side at most `side` pixels.
+    """Encode an image as a JPEG data URI, its longer side at most `side` pixels.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: the image cannot be read.
     """
     image = open_image(content, at_least=side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -1,8 +1,8 @@
-"""Every answer of a captioning run, on disk before it is used: a run that was killed asks nothing twice.
+"""Journal of a captioning run: every response is on disk before it is used, so a killed run pays for nothing twice.
 
-One JSON object a line: first the run's settings, then answers, rejected drafts and finished pictures as they came. A
-picture is its name and the hash of its bytes, so a picture that was replaced is asked for anew. A last line that was
-cut off by a kill is dropped.
+- One JSON object per line: the settings, then responses, rejected drafts and finished images in order of arrival.
+- An image is identified by name and content hash, so a replaced image is captioned again.
+- An incomplete last line is dropped.
 """
 
 import errno
@@ -22,23 +22,23 @@ VERSION = 1
 
 
 class CaptionedImage(NamedTuple):
-    """A picture of a category: its name below the images, and the hash of its bytes."""
+    """An image: its name relative to the image directory, its category, and the hash of its content."""
 
-    image: str
+    name: str
     category: str
     sha: str
 
 
 class CaptionJournal:
-    """Append-only; `finished` and `usage` hold what earlier runs did too.
+    """Append-only journal; `finished` and `usage` include earlier runs.
 
     Raises:
-        CaptionError: it is of a run with other settings, no journal at all, or cannot be written.
+        CaptionError: the file belongs to a run with other settings, is not a journal, or cannot be written.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self.file = file
-        self.finished: dict[tuple[str, str], str] = {}  # picture -> its caption, or "" for one that was given up
+        self.finished: dict[tuple[str, str], str] = {}  # (name, hash) -> caption, "" if given up
         self.usage: dict[str, TokenUsage] = {}
         self._answers: dict[tuple[str, str, str, int], Completion] = {}
         self._rejected: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -53,37 +53,37 @@ class CaptionJournal:
     def close(self) -> None:
         self._out.close()
 
-    def answer(self, picture: CaptionedImage, asked: str, turn: int) -> Completion | None:
-        """What was answered before."""
-        return self._answers.get((picture.image, picture.sha, asked, turn))
+    def answer(self, image: CaptionedImage, asked: str, turn: int) -> Completion | None:
+        """Return the recorded response, None if there is none."""
+        return self._answers.get((image.name, image.sha, asked, turn))
 
-    def answered(self, picture: CaptionedImage, asked: str, turn: int, answer: Completion) -> None:
+    def answered(self, image: CaptionedImage, asked: str, turn: int, answer: Completion) -> None:
         line = {"asked": asked, "turn": turn, "text": answer.text, "finish": answer.finish}
-        self._note(picture, line | {"usage": list(astuple(answer.usage))})
+        self._note(image, line | {"usage": list(astuple(answer.usage))})
 
     def wasted(self, asked: str, usage: TokenUsage) -> None:
-        """What was paid for answers that could not be used."""
+        """Record the token usage of unusable responses."""
         if usage.requests:
             self._apply_and_write({"asked": asked, "wasted": list(astuple(usage))})
 
-    def rejected(self, picture: CaptionedImage, turn: int, draft: str, why: Rejection) -> None:
-        if (picture.image, picture.sha, turn) not in self._rejected:
+    def rejected(self, image: CaptionedImage, turn: int, draft: str, why: Rejection) -> None:
+        if (image.name, image.sha, turn) not in self._rejected:
             line = {"rejected": why.reason, "turn": turn, "draft": draft, "feedback": why.feedback}
-            self._note(picture, line | {"category": picture.category})
+            self._note(image, line | {"category": image.category})
 
-    def finish(self, picture: CaptionedImage, caption: str) -> None:
-        self._note(picture, {"finished": caption})
+    def finish(self, image: CaptionedImage, caption: str) -> None:
+        self._note(image, {"finished": caption})
 
     @property
     def rejected_drafts(self) -> int:
         return len(self._rejected)
 
     def latest(self) -> dict[str, str]:
-        """The caption of every finished picture by its name, "" for one that was given up."""
+        """Return the caption of every finished image by name, "" if it was given up."""
         return {image: said for (image, _), said in self.finished.items()}
 
     def rejections(self) -> Iterator[dict[str, Any]]:
-        """Every rejected draft with its reason, in the order of the pictures."""
+        """Iterate over rejected drafts with reasons, in the order of the images."""
         for _, line in sorted(self._rejected.items()):
             yield {
                 "image": line["image"],
@@ -93,8 +93,8 @@ class CaptionJournal:
                 "feedback": line["feedback"],
             }
 
-    def _note(self, picture: CaptionedImage, line: dict[str, Any]) -> None:
-        self._apply_and_write({"image": picture.image, "sha": picture.sha, **line})
+    def _note(self, image: CaptionedImage, line: dict[str, Any]) -> None:
+        self._apply_and_write({"image": image.name, "sha": image.sha, **line})
 
     def _apply_and_write(self, line: dict[str, Any]) -> None:
         self._write(line)
@@ -108,20 +108,22 @@ class CaptionJournal:
             os.fsync(self._out.fileno())
         except OSError as error:
             self._out.close()
-            raise CaptionError(f"{self.file} cannot be written: {error.strerror}; what was answered is kept") from error
+            raise CaptionError(
+                f"{self.file} cannot be written: {error.strerror}; earlier responses are kept"
+            ) from error
 
     def _apply(self, line: dict[str, Any]) -> None:
-        picture = (line.get("image", ""), line.get("sha", ""))
+        image = (line.get("image", ""), line.get("sha", ""))
         if "wasted" in line:
             self.usage.setdefault(line["asked"], TokenUsage()).add(TokenUsage(*line["wasted"]))
         elif "asked" in line:
             answer = Completion(line["text"], line["finish"], TokenUsage(*line["usage"]))
-            self._answers[(*picture, line["asked"], line["turn"])] = answer
+            self._answers[(*image, line["asked"], line["turn"])] = answer
             self.usage.setdefault(line["asked"], TokenUsage()).add(answer.usage)
         elif "rejected" in line:
-            self._rejected[(*picture, line["turn"])] = line
+            self._rejected[(*image, line["turn"])] = line
         elif "finished" in line:
-            self.finished[picture] = line["finished"]
+            self.finished[image] = line["finished"]
 
     def _load(self, settings: dict[str, Any]) -> None:
         content = self.file.read_bytes()
@@ -135,11 +137,11 @@ class CaptionJournal:
                 self._apply(line)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise CaptionError(
-                f"{self.file} is no journal of captions ({error}); move it, or give --restart"
+                f"{self.file} is not a captioning journal ({error}); move it, or give --restart"
             ) from error
         other = [name for name in settings if before.get(name) != settings[name]]
         if other:
             changed = ", ".join(f"{name} (was {before.get(name)!r:.80})" for name in other)
             raise CaptionError(
-                f"{self.file} is of a run with another {changed}; give the same again, another --out, or --restart"
+                f"{self.file} belongs to a run with another {changed}; keep them, or give another --out or --restart"
             )

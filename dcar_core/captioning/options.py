@@ -1,4 +1,4 @@
-"""What a captioning run is asked for, and how it ended."""
+"""Options and result of a captioning run."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -13,8 +13,8 @@ from dcar_core.util.errors import DataError
 class VisionModel:
     """A model behind an OpenAI-compatible endpoint.
 
-    url: the part before /chat/completions, such as http://127.0.0.1:8000/v1. key: never shown or written.
-    price: of a million tokens in and out, in whatever currency, for the cost that is shown.
+    url: the base URL, without /chat/completions, such as http://127.0.0.1:8000/v1. key: never logged or written.
+    price: of a million input and output tokens, in any currency, for the displayed cost.
     """
 
     url: str
@@ -29,14 +29,14 @@ class VisionModel:
         except ValueError:
             fits = False
         if not fits:
-            raise DataError(f"{self.url!r} is no http(s) URL of an endpoint, such as http://127.0.0.1:8000/v1")
+            raise DataError(f"{self.url!r} is not an http(s) URL of an endpoint, such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
-            raise DataError("the endpoint's URL holds a password; give keys by the environment alone")
+            raise DataError("the endpoint's URL contains a password; pass keys through the environment")
 
     def judge(
         self, url: str | None, name: str | None, key: str | None, price: tuple[float, float] | None
     ) -> "VisionModel":
-        """The model that judges: this one, but for what is given. A key goes to the host that it is meant for alone."""
+        """Return the judge model: this model with the given changes. The key is reused for the same origin only."""
         where = url or self.url
         own = key or (self.key if _origin(where) == _origin(self.url) else None)
         same = where == self.url and name in {None, self.name}
@@ -53,12 +53,12 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions:
-    """Everything but the models and places.
+    """Options of a run, without models and paths.
 
-    dataset: what the pictures are of, as the questions name it. context: the most CLIP tokens of a caption, SOS and
-    EOT included; the default leaves the prompts their four. rounds: drafts of one picture before it is given up.
-    side: pixels of the longer side of the picture that is sent. tries: of one request. longest_wait_s: of Retry-After.
-    give_up_after: so many pictures in a row that fail end the run.
+    dataset: a description of the images, used in the questions. context: maximum CLIP tokens of a caption, SOS and EOT
+    included; the default leaves room for four prompts. rounds: drafts per image. side: longer side of the image that is
+    sent, in pixels. tries: attempts per request. longest_wait_s: longest accepted Retry-After. give_up_after: number of
+    consecutive failed images that ends the run.
     """
 
     dataset: str
@@ -76,7 +76,7 @@ class CaptionOptions:
     give_up_after: int = 8
 
     def settings(self, drafter: VisionModel, judge: VisionModel | None) -> dict[str, Any]:
-        """What answers depend on: another value of any of these is another run."""
+        """Return the settings that responses depend on; a journal with other settings belongs to another run."""
         chosen = ("dataset", "templates", "context", "rounds", "side", "max_tokens", "temperature")
         values = {name: value for name, value in asdict(self).items() if name in chosen}
         values["templates"] = list(self.templates)
@@ -85,7 +85,7 @@ class CaptionOptions:
 
 @dataclass
 class TokenUsage:
-    """Requests that were answered, and their tokens; `unknown`: answers that did not say how many."""
+    """Number of responses and their tokens. unknown: responses without token counts."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -104,10 +104,10 @@ class TokenUsage:
 
 @dataclass
 class CaptioningResult:
-    """How a run ended.
+    """Outcome of a run.
 
-    Names of pictures: given_up (no draft was accepted), failed (the same command asks again), broken, loose (in no
-    category's folder). usage and cost: of this run and those before it.
+    Names of images: given_up (no draft was accepted), failed (retried by the next run), broken (unreadable), loose
+    (outside of the category folders). usage and cost include earlier runs.
     """
 
     out: Path

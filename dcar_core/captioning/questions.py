@@ -1,7 +1,8 @@
-"""What is asked of the models, and how their answers are read (the paper's Figure 3, in our words).
+"""Prompts for the captioning models, and parsers of their responses (the paper's Figure 3, own wording).
 
-The question names the data set and the category and asks for main object, scene and background; the judge sees picture
-and draft, and answers with a verdict and what to mend; the draft is then asked for again with that feedback.
+- The question names the data set and the category, and asks for main object, scene and background.
+- The judge sees image and draft, and returns a verdict with feedback.
+- A rejected draft is requested again with that feedback.
 """
 
 import json
@@ -37,24 +38,24 @@ _FIELDS = frozenset({"category", "dataset", "words"})
 
 
 class Judgement(NamedTuple):
-    """The judge's answer; feedback says what to mend."""
+    """Verdict of the judge, with feedback for the next draft."""
 
     accept: bool
     feedback: str
 
 
 def load_templates(file: Path) -> tuple[str, ...]:
-    """A question a line, with {category} in it, and {dataset} and {words} where wanted; empty lines are skipped.
+    """Load question templates, one per line, with {category} and optionally {dataset} and {words}.
 
     Raises:
-        DataError: the file cannot be read, or a line is no such question.
+        DataError: the file cannot be read, or a line is not a valid template.
     """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the templates {file} cannot be read: {error}") from error
     if not lines:
-        raise DataError(f"the templates {file} hold no line")
+        raise DataError(f"the templates file {file} is empty")
     for line in lines:
         names = set(re.findall(r"{(\w*)}", line))
         if "category" not in names or names - _FIELDS or re.search(r"[{}]", re.sub(r"{\w+}", "", line)):
@@ -66,19 +67,19 @@ def load_templates(file: Path) -> tuple[str, ...]:
 
 
 def question(templates: Sequence[str], *, image: str, category: str, dataset: str, context: int) -> str:
-    """The question for a picture: one of the templates, always the same one for the same picture."""
+    """Return the question for an image. The template is chosen by a hash of the image name."""
     template = templates[zlib.crc32(image.encode()) % len(templates)]
     return template.format(category=category, dataset=dataset, words=word_limit(context)) + _ONLY
 
 
 def word_limit(context: int) -> int:
-    """So many words fit the context, nearly always."""
+    """Return a number of words that nearly always fits the context."""
     return max(8, int(0.6 * context))
 
 
-def draft_messages(asked: str, picture: str, before: tuple[str, str] | None) -> list[dict[str, Any]]:
-    """The chat that asks for a draft; before: the last draft, and why it cannot be used."""
-    messages = [_with_picture(asked, picture)]
+def draft_messages(asked: str, image_uri: str, before: tuple[str, str] | None) -> list[dict[str, Any]]:
+    """Build the chat for a draft. before: the previous draft and the feedback on it."""
+    messages = [_with_image(asked, image_uri)]
     if before is not None:
         draft, feedback = before
         messages.append({"role": "assistant", "content": draft})
@@ -86,26 +87,26 @@ def draft_messages(asked: str, picture: str, before: tuple[str, str] | None) -> 
     return messages
 
 
-def judge_messages(draft: str, picture: str, *, category: str, dataset: str) -> list[dict[str, Any]]:
-    return [_with_picture(_JUDGE.format(draft=draft, category=category, dataset=dataset), picture)]
+def judge_messages(draft: str, image_uri: str, *, category: str, dataset: str) -> list[dict[str, Any]]:
+    return [_with_image(_JUDGE.format(draft=draft, category=category, dataset=dataset), image_uri)]
 
 
-def _with_picture(text: str, picture: str) -> dict[str, Any]:
-    content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": picture}}]
+def _with_image(text: str, image_uri: str) -> dict[str, Any]:
+    content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image_uri}}]
     return {"role": "user", "content": content}
 
 
 def _without_thoughts(answer: str) -> str:
-    """What follows the last thought; nothing where it does not end, for there the answer was cut off.
+    """Return the text after the last thought; "" if a thought is not closed, since the response was cut off.
 
-    A chat template may have opened the thought, so that the answer has its end alone.
+    The opening tag may be missing, because some chat templates contain it.
     """
-    spoken = _THOUGHT_ENDS.split(answer)[-1]
-    return "" if _THOUGHT_BEGINS.search(spoken) else spoken.strip()
+    remainder = _THOUGHT_ENDS.split(answer)[-1]
+    return "" if _THOUGHT_BEGINS.search(remainder) else remainder.strip()
 
 
 def tidy_draft(answer: str) -> str:
-    """The caption in an answer: without thoughts, labels, marks and quotation marks, on one line."""
+    """Extract the caption: one line, without thoughts, labels, markup and quotation marks."""
     text = _without_thoughts(answer)
     text = _LABEL.sub("", text)
     text = " ".join(re.sub(r"[*#`]+", "", text).split())
@@ -114,7 +115,7 @@ def tidy_draft(answer: str) -> str:
 
 
 def read_verdict(answer: str) -> Judgement | None:
-    """JSON, alone or inside other text, or an answer that begins with yes, accept, no or reject; None: no verdict."""
+    """Parse a verdict: JSON inside any text, or a leading yes, accept, no or reject; None if there is none."""
     text = _without_thoughts(answer)
     for start in (match.start() for match in re.finditer("{", text)):
         try:
@@ -125,7 +126,7 @@ def read_verdict(answer: str) -> Judgement | None:
                 return Judgement(accept, replace_surrogates(" ".join(str(found.get("feedback") or "").split())))
         except ValueError:
             continue
-        except RecursionError:  # no verdict is nested like this, and each of its braces would be tried
+        except RecursionError:  # nested too deeply for a verdict
             return None
     word = _WORD.match(text)
     if word is None:

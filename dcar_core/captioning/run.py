@@ -1,10 +1,10 @@
-"""A folder per category becomes annotations in FDRD's form, as FDRD was made (the paper's Figure 3).
+"""Captioning run: images in one folder per category become annotations in FDRD's format (the paper's Figure 3).
 
-    picture --question--> draft --filters--> --judge--> caption; or the draft with its reason, and the question again
+    image --question--> draft --filters, judge--> caption; a rejected draft is requested again with feedback
 
-- captions.json gets the accepted captions, captions.rejected.jsonl every other draft with its reason, and
-  captions.journal.jsonl every answer: killed, the same run goes on with what is not answered yet.
-- A picture whose drafts are all rejected is given up and not asked for again; one whose requests fail is, next time.
+- captions.json holds the accepted captions, captions.rejected.jsonl the rejected drafts with reasons, and
+  captions.journal.jsonl every response, so that a killed run resumes.
+- An image without an accepted draft is given up for good. An image whose requests failed is retried by the next run.
 """
 
 import asyncio
@@ -49,23 +49,23 @@ def caption_images(
     restart: bool = False,
     progress: bool = True,
 ) -> CaptioningResult:
-    """Have captions written for every picture of a folder per category, and write them to `out`.
+    """Caption every image of a directory with one folder per category, and write the annotations to `out`.
 
     Args:
-        judge: None accepts what the filters let through.
-        count_tokens: CLIP's tokens of texts, SOS and EOT included.
-        restart: forget what an earlier run to `out` was answered.
+        judge: None accepts every draft that passes the filters.
+        count_tokens: counts CLIP tokens, SOS and EOT included.
+        restart: discard the journal of an earlier run to `out`.
 
     Raises:
-        DataError: no pictures in folders, or an `out` that is not this command's.
-        CaptionError: nothing can be asked (key, model, address), or `out` belongs to a run with other settings.
+        DataError: no images in folders, or `out` exists and was not written by this command.
+        CaptionError: the key, model or address is wrong, or `out` belongs to a run with other settings.
         LockedError: another run writes to `out`.
     """
     journal_file = _beside(out, "journal")
     if out.suffix != ".json":
         raise DataError(f"{out}: the annotations are JSON; give --out a name that ends in .json")
     if out.exists() and not journal_file.exists():
-        raise DataError(f"{out} is there already and not from this command; give another --out")
+        raise DataError(f"{out} exists and was not written by this command; give another --out")
     names, loose = list_images(images)
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
@@ -121,27 +121,26 @@ class _Run:
         self.outcome = CaptioningResult(out)
         self._captions = journal.latest()
         self._of_bytes = {
-            (sha, folder_category(image)[0]): said for (image, sha), said in journal.finished.items() if said
+            (sha, folder_category(image)[0]): caption for (image, sha), caption in journal.finished.items() if caption
         }
         self._in_a_row = 0
 
     async def all(self, names: Sequence[str], progress: bool) -> None:
-        """Every picture, `concurrency` of them at a time.
+        """Process every image, `concurrency` at a time.
 
-        Those that are finished come first: theirs are the captions that no other picture may have. Those of pictures
-        that are gone may be had again.
+        Finished images come first, so that their captions are reserved. The captions of deleted images are free again.
         """
         self.endpoints = {asked: Endpoint(model, self.options) for asked, model in self.models.items()}
-        with tqdm(total=len(names), unit="picture", desc="captions", disable=not progress) as bar:
+        with tqdm(total=len(names), unit="image", desc="captions", disable=not progress) as bar:
             try:
                 await self._each([name for name in names if name in self._captions], self._recall, bar)
-                await self._each([name for name in names if name not in self._captions], self._picture, bar)
+                await self._each([name for name in names if name not in self._captions], self._image, bar)
             finally:
                 for endpoint in self.endpoints.values():
                     await endpoint.close()
 
     async def _each(self, names: Sequence[str], do: Callable[[str], Awaitable[bool]], bar: Any) -> None:
-        """do: says whether the picture is done with."""
+        """Run `do` on every name; it returns True when the image is finished."""
         left = iter(names)
 
         async def worker() -> None:
@@ -154,23 +153,23 @@ class _Run:
                 tasks.create_task(worker())
 
     async def _recall(self, name: str) -> bool:
-        """Take what an earlier run made of this picture; not if it cannot be read, or another one has its name now."""
+        """Reuse the caption of an earlier run, unless the image is unreadable or has changed."""
         try:
-            picture, _ = await self._read(name)
-            said = self.journal.finished[name, picture.sha]
+            image, _ = await self._read(name)
+            caption = self.journal.finished[name, image.sha]
         except (OSError, KeyError):
             del self._captions[name]
             return False
-        if said:
-            self.filters.accept(said, name)
-        self._done(picture)
+        if caption:
+            self.filters.accept(caption, name)
+        self._done(image)
         return True
 
-    async def _picture(self, name: str) -> bool:
+    async def _image(self, name: str) -> bool:
         try:
-            name.encode()  # neither the journal nor the annotations could hold it
-            picture, content = await self._read(name)
-            moved = self._moved(picture)
+            name.encode()  # the journal and the annotations are UTF-8
+            image, content = await self._read(name)
+            moved = self._moved(image)
             uri = "" if moved else await asyncio.to_thread(data_uri, content, self.options.side)
         except (ImageError, OSError) as error:
             self.outcome.broken[name] = str(error)
@@ -180,85 +179,83 @@ class _Run:
             return True
         try:
             if moved:
-                self._accept(picture, moved)
+                self._accept(image, moved)
             else:
-                await self._converse(picture, uri)
+                await self._converse(image, uri)
         except EndpointError as error:
             self.outcome.failed[name] = str(error)
             self._in_a_row += 1
             if self._in_a_row >= self.options.give_up_after:
                 raise CaptionError(
-                    f"{self._in_a_row} pictures in a row failed; the last, {name}: {error}. What was answered is kept: "
-                    f"the same command goes on"
+                    f"{self._in_a_row} consecutive images failed; the last, {name}: {error}. Responses are kept; "
+                    f"run the same command to resume"
                 ) from error
             return True
         self._in_a_row = 0
-        self._done(picture)
+        self._done(image)
         return True
 
     async def _read(self, name: str) -> tuple[CaptionedImage, bytes]:
         content = await asyncio.to_thread((self.images / name).read_bytes)
         return CaptionedImage(name, folder_category(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
 
-    def _moved(self, picture: CaptionedImage) -> str | None:
-        """The caption that this picture had under another name in a folder of the same category, if that is gone."""
-        said = self._of_bytes.get((picture.sha, picture.category))
-        return said if said and self.filters.owner(said) is None else None
+    def _moved(self, image: CaptionedImage) -> str | None:
+        """Return the caption of the same image under a former name in the same category, None if there is none."""
+        caption = self._of_bytes.get((image.sha, image.category))
+        return caption if caption and self.filters.owner(caption) is None else None
 
-    def _accept(self, picture: CaptionedImage, said: str) -> None:
-        self.filters.accept(said, picture.image)
-        self.journal.finish(picture, said)
+    def _accept(self, image: CaptionedImage, caption: str) -> None:
+        self.filters.accept(caption, image.name)
+        self.journal.finish(image, caption)
 
-    def _done(self, picture: CaptionedImage) -> None:
-        said = self._captions[picture.image] = self.journal.finished[picture.image, picture.sha]
-        if said:
+    def _done(self, image: CaptionedImage) -> None:
+        caption = self._captions[image.name] = self.journal.finished[image.name, image.sha]
+        if caption:
             self.outcome.accepted += 1
         else:
-            self.outcome.given_up.append(picture.image)
+            self.outcome.given_up.append(image.name)
 
-    async def _converse(self, picture: CaptionedImage, uri: str) -> None:
-        """Drafts until one is accepted, or the rounds are over."""
-        options, category = self.options, picture.category.replace("_", " ")
+    async def _converse(self, image: CaptionedImage, uri: str) -> None:
+        """Request drafts until one is accepted or the rounds are used up."""
+        options, category = self.options, image.category.replace("_", " ")
         asked = question(
             options.templates,
-            image=picture.image, category=category, dataset=options.dataset, context=options.context,
+            image=image.name, category=category, dataset=options.dataset, context=options.context,
         )  # fmt: skip
         before: tuple[str, str] | None = None
         for turn in range(options.rounds):
-            answer = await self._ask("draft", picture, turn, draft_messages(asked, uri, before))
+            answer = await self._ask("draft", image, turn, draft_messages(asked, uri, before))
             draft = tidy_draft(answer.text)
-            why = self.filters.rejected(draft, image=picture.image, category=category, finish=answer.finish)
+            why = self.filters.rejected(draft, image=image.name, category=category, finish=answer.finish)
             if why is None and "judge" in self.models:
-                why = await self._judged(picture, turn, draft, uri, category)
+                why = await self._judged(image, turn, draft, uri, category)
             if why is None:
-                self._accept(picture, draft)
+                self._accept(image, draft)
                 return
-            self.journal.rejected(picture, turn, draft, why)
+            self.journal.rejected(image, turn, draft, why)
             before = (draft or "(nothing)", why.feedback)
-        self.journal.finish(picture, "")
+        self.journal.finish(image, "")
 
-    async def _judged(
-        self, picture: CaptionedImage, turn: int, draft: str, uri: str, category: str
-    ) -> Rejection | None:
+    async def _judged(self, image: CaptionedImage, turn: int, draft: str, uri: str, category: str) -> Rejection | None:
         messages = judge_messages(draft, uri, category=category, dataset=self.options.dataset)
-        answer = await self._ask("judge", picture, turn, messages, usable=lambda answer: _verdict(answer) is not None)
+        answer = await self._ask("judge", image, turn, messages, usable=lambda answer: _verdict(answer) is not None)
         verdict = _verdict(answer)
-        assert verdict is not None  # `usable` saw to it
+        assert verdict is not None  # guaranteed by `usable`
         if not verdict.accept:
-            return Rejection(JUDGED, verdict.feedback or "it does not fit the picture.")
-        if self.filters.owner(draft) not in {None, picture.image}:  # accepted while the judge was thinking
-            return Rejection(DUPLICATE, "another picture has the very same caption; say what sets this one apart.")
+            return Rejection(JUDGED, verdict.feedback or "it does not match the image.")
+        if self.filters.owner(draft) not in {None, image.name}:  # accepted in the meantime
+            return Rejection(DUPLICATE, "another image has the same caption; describe what is specific to this one.")
         return None
 
     async def _ask(
         self,
         asked: str,
-        picture: CaptionedImage,
+        image: CaptionedImage,
         turn: int,
         messages: list[dict[str, object]],
         usable: Callable[[Completion], bool] = lambda _: True,
     ) -> Completion:
-        before = self.journal.answer(picture, asked, turn)
+        before = self.journal.answer(image, asked, turn)
         if before is not None and usable(before):
             return before
         endpoint = self.endpoints[asked]
@@ -267,11 +264,11 @@ class _Run:
         except EndpointError:
             self.journal.wasted(asked, endpoint.take_wasted())
             raise
-        self.journal.answered(picture, asked, turn, answer)
+        self.journal.answered(image, asked, turn, answer)
         return answer
 
     def spent(self) -> str:
-        """Accepted, rejected, tokens and cost so far, earlier runs included."""
+        """Format accepted and rejected drafts, tokens and cost, earlier runs included."""
         usage = self.journal.usage.values()
         tokens = sum(u.tokens_in + u.tokens_out for u in usage)
         cost = self._cost()
@@ -288,10 +285,10 @@ class _Run:
         )
 
     def write(self, names: Sequence[str]) -> None:
-        """The annotations, and the rejected drafts, as far as the run has come.
+        """Write the annotations and the rejected drafts of the run so far.
 
         Raises:
-            CaptionError: they cannot be written.
+            CaptionError: a file cannot be written.
         """
         entries = {}
         for name in names:
@@ -312,7 +309,7 @@ class _Run:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in rejections)
         except OSError as error:
             raise CaptionError(
-                f"{self.out} cannot be written: {error.strerror}; what was answered is kept: the same command goes on"
+                f"{self.out} cannot be written: {error.strerror}; responses are kept; run the same command to resume"
             ) from error
         self.outcome.rejected = Counter(line["reason"] for line in rejections)
         self.outcome.given_up.sort()

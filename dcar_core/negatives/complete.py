@@ -1,9 +1,8 @@
-"""A data set's pairs, given negatives where they have none, with every count in the cleaning report.
+"""Addition of negatives to a data set, with every count in the cleaning report.
 
-- `auto` (the default) makes negatives in a split where most pairs have none, for the pairs without: FDRD's newer files
-  come so. Where the data bring their own, it changes nothing. `missing` gives every pair without negatives some, `all`
-  replaces the data's own, `off` makes none.
-- A split takes other categories from itself and from the training split, so no test category is seen in training.
+- `auto` (the default) completes splits where most pairs have no negatives, as in FDRD's newer files. `missing`
+  completes every pair without negatives, `all` also replaces the data's own, and `off` does nothing.
+- A split uses categories of its own and of the training split, so training never sees a test category.
 """
 
 from collections import Counter
@@ -39,10 +38,10 @@ def add_negatives_with_backbone(
     mode: str = "auto",
     taxonomy: Path | None = None,
 ) -> dict[str, Dataset]:
-    """`fill` with CLIP's own view of which category names are alike, and of where a text is cut.
+    """Call `add_negatives` with category similarity and token limits from a loaded CLIP.
 
     Raises:
-        DataError: as `fill`.
+        DataError: see `add_negatives`.
     """
     features, cut = backbone_views(backbone)
     return add_negatives(splits, reports, features=features, cut=cut, mode=mode, taxonomy=taxonomy)
@@ -59,33 +58,34 @@ def add_negatives(
     count: int = COUNT,
     seed: int = 0,
 ) -> dict[str, Dataset]:
-    """The splits with negatives as `mode` wants them; what was made is added to the reports.
+    """Return the splits with negatives according to `mode`, and count them in the reports.
 
     Args:
-        features: names -> (n, d), L2-normalised, for the order of categories and their clusters.
-        cut: texts -> the tokens that the encoder would read.
+        features: maps names to (n, d), L2-normalised, for ranking and clustering categories.
+        cut: maps texts to the tokens that the encoder reads.
         taxonomy: a file with meta-categories; see docs/reference/data-formats.md.
-        count: the most negatives of a pair. seed: which of the possible attribute swaps are taken.
+        count: maximum negatives per pair.
+        seed: selects among the possible attribute swaps.
 
     Raises:
-        DataError: an unknown mode, an unusable taxonomy, an empty split, or negatives demanded (`missing`, `all`) of
-            data without categories.
+        DataError: an unknown mode, an unusable taxonomy, an empty split, or mode `missing` or `all` for data without
+            categories.
     """
     if mode not in get_args(Mode):
         raise DataError(f"--negatives must be {', '.join(get_args(Mode))}, not {mode!r}")
     tree = load_taxonomy(taxonomy) if taxonomy is not None else None
     done = {}
     for name, data in splits.items():
-        wanted = _wanted(data, cast(Mode, mode), reports[name])
-        if wanted:
-            known = [*data.samples, *(splits["train"].samples if "train" in splits and name != "train" else ())]
-            data = _filled(data, known, wanted, tree, features, cut, count, seed, reports[name])
+        rows = _rows_to_complete(data, cast(Mode, mode), reports[name])
+        if rows:
+            samples = [*data.samples, *(splits["train"].samples if "train" in splits and name != "train" else ())]
+            data = _completed(data, samples, rows, tree, features, cut, count, seed, reports[name])
         done[name] = data
     return done
 
 
-def _wanted(data: Dataset, mode: Mode, report: CleaningReport) -> set[int]:
-    """The rows that are to get negatives."""
+def _rows_to_complete(data: Dataset, mode: Mode, report: CleaningReport) -> set[int]:
+    """Select the rows that get negatives."""
     if not data.samples:
         raise DataError(f"the split {data.split} has no pairs")
     without = {row for row, sample in enumerate(data.samples) if not sample.negatives}
@@ -102,9 +102,9 @@ def _wanted(data: Dataset, mode: Mode, report: CleaningReport) -> set[int]:
     return known
 
 
-def _filled(
+def _completed(
     data: Dataset,
-    known: Sequence[Sample],
+    context: Sequence[Sample],
     rows: set[int],
     taxonomy: Taxonomy | None,
     features: NameFeatures,
@@ -113,7 +113,7 @@ def _filled(
     seed: int,
     report: CleaningReport,
 ) -> Dataset:
-    ranked = rank_categories(known, taxonomy, features, report)
+    ranked = rank_categories(context, taxonomy, features, report)
     own = {fold_name(sample.category): sample.category for sample in data.samples if sample.category}
     if len(own) == 1 and not any(ranked.values()):
         report.add("splits with one category only: no category can be swapped for another")

@@ -1,12 +1,11 @@
-"""Negative captions of one sample, from two perspectives (section 3 of the method), FDRD's number of them: four.
+"""Generator of negative captions for one sample, by two kinds of swap (section 3 of the method).
 
-- Category swap: the caption's words with another category of the same meta-category, the most similar first.
-- Attribute swap: another caption of the category, or the caption with an attribute word replaced.
-- Half of each, by turns between the two kinds of attribute swap; what one cannot give, the other does [ours].
-
-None equals a caption of its picture, nor another negative of it, after normalisation; nor does one differ only behind
-the end of the context, where the encoder does not read. The same seed gives the same negatives whatever else is in the
-split but captions of the category.
+- Category swap: the caption with another category of the same meta-category, most similar first.
+- Attribute swap: another caption of the category, or the caption with one attribute word replaced.
+- Half of each kind; a shortage of one kind is filled with the other [ours]. FDRD has four negatives per pair.
+- A negative never equals a caption or another negative of its image, after normalisation and after truncation to the
+  context.
+- Negatives depend on the seed and on the captions of the same category only.
 """
 
 from collections import Counter, defaultdict
@@ -26,22 +25,22 @@ CATEGORY, CAPTION, ATTRIBUTE = "category", "caption", "attribute"
 
 
 class Negative(NamedTuple):
-    """A text, the category that it speaks of, and how it was made."""
+    """A negative caption, the category it names, and the kind of swap."""
 
     text: str
     category: str
     kind: str
 
 
-ReadTokens = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> the tokens that the encoder reads
+ReadTokens = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts -> tokens that the encoder reads
 
 
 class NegativeGenerator:
-    """Makes negatives for the samples of one split.
+    """Generates negatives for the samples of one split.
 
     Args:
-        samples: the split, whose captions may be taken for one another.
-        ranked: folded category -> other categories of its meta-category, most similar first.
+        samples: the split, as the source of other captions.
+        ranked: maps a folded category to others of its meta-category, most similar first.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class NegativeGenerator:
     ) -> None:
         self.ranked, self.count, self.seed, self._cut = ranked, count, seed, cut
         self.unnamed = 0  # captions without their category
-        self.unread = 0  # negatives that read like another text of their picture, as far as the encoder reads
+        self.unread = 0  # negatives equal to another text of their image after truncation
         captions = list(dict.fromkeys(sample.caption for sample in samples))
         self._context = len(cut(["a " * 1000])[0])
         read = zip(captions, map(tuple, cut(captions)), strict=True)
@@ -63,8 +62,8 @@ class NegativeGenerator:
         self._longer = _contained([*self._captions, *(fold_name(name) for names in ranked.values() for name in names)])
 
     def negatives(self, sample: Sample) -> list[Negative]:
-        """At most `count` negatives of a sample that has a category; swapped categories come first."""
-        name = PurePosixPath(sample.image).name  # without its folder, which depends on how the pictures are looked for
+        """Generate at most `count` negatives of a sample with a category; category swaps come first."""
+        name = PurePosixPath(sample.image).name  # without the folder, which depends on the image root
         random = Random(f"{self.seed}\n{name}\n{sample.caption}")
         taken = set(self._own[sample.image])
         swapped, changed = self._category_swaps(sample), self._attribute_swaps(sample, random)
@@ -75,7 +74,7 @@ class NegativeGenerator:
         return [*found, *more, *others]
 
     def _take(self, negatives: Iterator[Negative], number: int, taken: set[Hashable]) -> list[Negative]:
-        """The first `number` that are not taken yet; they are taken then."""
+        """Take the first `number` negatives that are not in `taken`, and add them to it."""
         found: list[Negative] = []
         while len(found) < number:
             negative = next(negatives, None)
@@ -93,7 +92,7 @@ class NegativeGenerator:
         return found
 
     def _reading(self, negative: Negative) -> Hashable | None:
-        """The tokens of a text that fills the context, so that another may read like it; None of a shorter one."""
+        """Return the tokens of a text that fills the context, None for a shorter text."""
         if negative.kind == CAPTION:
             return self._full.get(negative.text)
         if len(negative.text.encode()) + 2 < self._context:  # a token is a byte or more
@@ -109,7 +108,7 @@ class NegativeGenerator:
             self.unnamed += 1
             return
         for other in others:
-            if fold_name(other) != key and not find_mentions(caption, other):  # else it may still be true
+            if fold_name(other) != key and not find_mentions(caption, other):  # otherwise the caption may still be true
                 yield Negative(replace_name(caption, places, sample.category, other), other, CATEGORY)
 
     def _attribute_swaps(self, sample: Sample, random: Random) -> Iterator[Negative]:
@@ -123,12 +122,12 @@ class NegativeGenerator:
 
 
 def _same(text: str) -> str:
-    """Equal for texts that differ in writing alone."""
+    """Normalise a text for comparison."""
     return normalise(text.replace("-", " ")).rstrip(".! ")
 
 
 def _contained(categories: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Folded category -> longer categories that contain its words: "shorthair" -> ("british shorthair",)."""
+    """Map each category to the longer ones that contain it: "shorthair" -> ("british shorthair",)."""
     unique = sorted(set(categories) - {""})
     by_word: dict[str, list[str]] = defaultdict(list)
     for name in unique:

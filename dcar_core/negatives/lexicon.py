@@ -1,7 +1,7 @@
-"""Words that say an attribute: colours, counts, positions, materials, sizes. [ours]
+"""Lexicon of attribute words: colours, counts, positions, materials, sizes. [ours]
 
-A row holds words that mean nearly the same, so a word is replaced by one of another row alone. What is ambiguous stands
-in a phrase: "on the left", never "left", which may be a verb.
+- A row holds near-synonyms; a word is replaced by a word of another row.
+- Ambiguous words appear in phrases only: "on the left", not "left", which may be a verb.
 """
 
 import re
@@ -24,7 +24,7 @@ LEXICON: dict[str, tuple[tuple[str, ...], ...]] = {
         ("white", "cream"),
         ("gray", "grey", "silver"),
     ),
-    # "one" takes another number of its noun, so it is left alone
+    # "one" is missing, because its noun would change number
     "count": (("two",), ("three",), ("four",), ("five",), ("six",), ("seven",), ("eight",), ("nine",), ("ten",)),
     "material": (
         ("wooden",),
@@ -38,7 +38,7 @@ LEXICON: dict[str, tuple[tuple[str, ...], ...]] = {
         ("ceramic", "porcelain"),
     ),
 }
-# What has one opposite: each is replaced by the other.
+# Pairs of opposites; each word is replaced by the other.
 OPPOSITES: dict[str, tuple[tuple[str, str], ...]] = {
     "position": (
         ("on the left", "on the right"),
@@ -67,7 +67,7 @@ OPPOSITES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-    """Each word with what may stand in its place."""
+    """Map each word to its replacements."""
     found: dict[str, list[str]] = {}
     for rows in LEXICON.values():
         for row in rows:
@@ -88,7 +88,7 @@ _WORDS = re.compile(
 
 
 def swap_attributes(caption: str, kept: list[tuple[int, int]], random: Random) -> Iterator[str]:
-    """The caption with one attribute replaced, again and again with another one; `kept` spans stay as they are."""
+    """Yield variants of the caption with one attribute replaced, in random order; `kept` spans stay unchanged."""
     places = [
         m for m in _WORDS.finditer(caption) if not any(m.start() < end and start < m.end() for start, end in kept)
     ]

@@ -1,8 +1,9 @@
-"""Which categories are alike: meta-categories, and inside them the most similar first.
+"""Similarity of categories: meta-categories, and a ranking inside each.
 
-A category's meta-category is said by the taxonomy file, else by the data; where neither says anything, categories are
-clustered by CLIP's text features of their names [ours]. Inside a meta-category the order is the taxonomy file's, then
-that in which the data's own negatives prefer other categories, then the cosine of the same features.
+- The meta-category comes from the taxonomy file, else from the data, else from clusters of CLIP text features of the
+  names [ours].
+- Inside a meta-category the order is that of the taxonomy file, then the frequency in the data's own negatives, then
+  the cosine of the features.
 """
 
 import zlib
@@ -22,7 +23,7 @@ from dcar_core.util.json_text import parse_json
 
 NameVectors = NDArray[np.floating[Any]]
 NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalised
-CLUSTER = 8  # categories in a cluster, about
+CLUSTER = 8  # approximate cluster size
 _FORM = (
     '{"meta_categories": {"cats": ["Sphynx", "Ragdoll"]}, "similar": {"Sphynx": ["Ragdoll"]}}; either may be left out'
 )
@@ -30,9 +31,9 @@ _FORM = (
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """meta_categories: folded category -> its group. similar: folded category -> others, most similar first.
+    """A taxonomy file with folded category names as keys.
 
-    names: folded category -> as the file writes it.
+    meta_categories: category -> group. similar: category -> others, most similar first. names: category -> spelling.
     """
 
     meta_categories: Mapping[str, str] = field(default_factory=dict)
@@ -44,7 +45,7 @@ def load_taxonomy(file: Path) -> Taxonomy:
     """Read a taxonomy file.
 
     Raises:
-        DataError: it is missing, is no JSON or has another shape, or puts a category into two groups.
+        DataError: the file is missing, is not valid, or puts a category into two groups.
     """
     try:
         content = parse_json(file.read_text(encoding="utf-8-sig"))
@@ -81,7 +82,7 @@ def _lists(file: Path, part: str, value: object) -> dict[str, list[str]]:
 def rank_categories(
     samples: Iterable[Sample], taxonomy: Taxonomy | None, features: NameFeatures, report: CleaningReport
 ) -> dict[str, list[str]]:
-    """Folded category -> the names of others of its meta-category, most similar first.
+    """Map each folded category to the others of its meta-category, most similar first.
 
     Raises:
         DataError: the taxonomy has none of the data's categories.
@@ -100,7 +101,7 @@ def rank_categories(
     for members in groups.values():
         vectors = features([names[key] for key in members])
         for row, key in enumerate(members):
-            near = np.round(vectors @ vectors[row], 4)  # equal on every device
+            near = np.round(vectors @ vectors[row], 4)  # rounded, to be equal on every device
             asked = {other: place for place, other in enumerate(similar.get(key, ()))}
             others = sorted(
                 (other for other in range(len(members)) if other != row),
@@ -108,7 +109,7 @@ def rank_categories(
             )
             ranked[key] = [names[members[other]] for other in others]
     for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
-        said = [names[other] for other in order if other != key]  # what the file names comes first, of any group
+        said = [names[other] for other in order if other != key]  # the file's order comes first, across groups
         ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in order)]
     return ranked
 
@@ -120,7 +121,7 @@ def _groups(
     features: NameFeatures,
     report: CleaningReport,
 ) -> dict[str, list[str]]:
-    """Group -> folded categories, in a stable order. A category without a group is in none."""
+    """Map each group to its folded categories, in a stable order; categories without a group are left out."""
     groups: dict[str, list[str]] = defaultdict(list)
     if taxonomy is not None:
         known = {*taxonomy.meta_categories, *taxonomy.similar}
@@ -163,7 +164,7 @@ def _preferred(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
 
 
 def cluster_names(features: NameVectors) -> list[int]:
-    """A cluster for each of (n, d) normalised rows: spherical k-means from rows far apart; none has one row alone."""
+    """Cluster (n, d) normalised rows by spherical k-means with distant starts; no cluster has a single row."""
     n = len(features)
     k = max(1, round(n / CLUSTER))
     chosen = [int(np.argmax(features @ features.mean(0)))]
@@ -185,7 +186,7 @@ def cluster_names(features: NameVectors) -> list[int]:
 
 
 def letter_features(names: Sequence[str]) -> NameVectors:
-    """(n, 512) from the letters of names alone, three by three, where there is no CLIP at hand."""
+    """Return hashed letter-trigram features (n, 512) of names, for use without a CLIP."""
     found = np.zeros((len(names), 512))
     for row, name in enumerate(names):
         text = f"  {fold_name(name)} "

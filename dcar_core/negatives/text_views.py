@@ -1,4 +1,4 @@
-"""How negatives see names and captions, by a CLIP or without one: which names are alike, where a caption is cut."""
+"""Text functions for negatives, with or without a CLIP: features of names, and tokens after truncation."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,10 +19,10 @@ ROOM = 8
 def load_text_views(
     model: str | None, pretrained: str | None = None, device: str = "cpu"
 ) -> tuple[NameFeatures, ReadTokens]:
-    """What `fill` needs from a CLIP by name; without a model, from letters and CLIP's own vocabulary.
+    """Load the text functions from a CLIP by name, or from letters and CLIP's vocabulary without a model.
 
     Raises:
-        ModelError: a model that cannot be loaded.
+        ModelError: the model cannot be loaded.
     """
     if model is None:
         return letter_features, lambda texts: clip_token_ids(texts, ROOM)
@@ -33,12 +33,12 @@ def load_text_views(
 
 
 def backbone_views(backbone: "Backbone") -> tuple[NameFeatures, ReadTokens]:
-    """The same from a CLIP that is loaded."""
+    """Return the text functions of a loaded CLIP."""
     return _features(backbone), _tokens(backbone)
 
 
 def _features(backbone: "Backbone") -> NameFeatures:
-    """CLIP's text features of category names, without prompts."""
+    """Return a function from category names to CLIP text features, without prompts."""
     import torch
     import torch.nn.functional as F
 
@@ -54,7 +54,7 @@ def _features(backbone: "Backbone") -> NameFeatures:
 
 
 def _tokens(backbone: "Backbone") -> ReadTokens:
-    """The tokens that are left of texts when prompts of up to ROOM vectors join them."""
+    """Return a function from texts to tokens that leaves room for ROOM prompt vectors."""
 
     def cut(texts: Sequence[str]) -> list[list[int]]:
         rows: list[list[int]] = []
@@ -66,5 +66,5 @@ def _tokens(backbone: "Backbone") -> ReadTokens:
 
 
 def _stripped(row: list[int]) -> list[int]:
-    """Up to EOT: padding depends on what else was tokenised."""
+    """Cut a row after EOT; the padding depends on the batch."""
     return row[: row.index(max(row)) + 1]

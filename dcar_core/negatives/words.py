@@ -1,9 +1,9 @@
-"""Names in captions: found as whole words, replaced with article, number and way of writing kept right.
+"""Names in captions: find them as whole words, and replace them with correct article, number and spelling.
 
-- Case, underscores and hyphens are folded: "A morning_glory" names the category "Morning glory". "catalogue" and
-  "cat-like" do not name "cat".
-- The singular and the plural of a name are found too, and replaced by the same number of the new one.
-- "a" and "an" right before what is replaced follow the new word's sound, as far as spelling tells it.
+- Case, underscores and hyphens are folded: "A morning_glory" contains "Morning glory"; "catalogue" and "cat-like" do
+  not contain "cat".
+- Singular and plural forms are found too, and replaced by the same number of the new name.
+- A preceding "a" or "an" follows the sound of the new word, as far as its spelling shows it.
 """
 
 import re
@@ -48,19 +48,19 @@ _UNCHANGED = frozenset({
     "salmon", "scissors", "series", "sheep", "shorts", "shrimp", "spacecraft", "species", "sunglasses", "swine",
     "thermos", "tongs", "trousers", "trout",
 })  # fmt: skip
-# Spelled with a vowel and spoken with a consonant, and the other way round.
+# Words whose first sound differs from their first letter: vowel spoken as consonant, and the reverse.
 _A = re.compile(
     r"(uni(?!n|m|dent|ron)|unanim|use|usu|usa|ut[aei]|ouija|eu|ewe|one(?!i)|once|uk|u[.-]|ubiq|ufo|ur[aiu])",
     re.IGNORECASE,
 )
 _AN = re.compile(r"(hour|honest|honou?r|heir|mp\d)", re.IGNORECASE)
-# Capitals with a vowel behind the first that are spoken letter by letter all the same.
+# Abbreviations with vowels that are spoken letter by letter.
 _SPELLED = frozenset({"FBI", "HDMI", "LED", "MRI", "NBA", "OLED", "RAF", "SOS", "SUV", "UAV", "USB"})
 _VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
 
 
 class Mention(NamedTuple):
-    """Where a name stands in a caption, and whether as given, or as its singular or plural."""
+    """Position of a name in a caption, and its number: "given", "singular" or "plural"."""
 
     start: int
     end: int
@@ -68,12 +68,12 @@ class Mention(NamedTuple):
 
 
 def fold_name(name: str) -> str:
-    """For comparison of names: case, underscores, hyphens, spacing and Unicode forms folded."""
+    """Fold case, underscores, hyphens, spacing and Unicode forms of a name for comparison."""
     return " ".join(filter(None, re.split(_GAP, unicodedata.normalize("NFKC", name).casefold())))
 
 
 def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[Mention]:
-    """Every place where a caption names `name`, but not as a part of one of the `longer` names that contain it."""
+    """Find every mention of `name` in a caption, except inside one of the `longer` names that contain it."""
     if not fold_name(name):
         return []
     taken = [match.span() for other in longer for match in _pattern(other).finditer(caption)]
@@ -85,7 +85,7 @@ def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[M
 
 
 def replace_name(caption: str, places: Sequence[Mention], name: str, new: str) -> str:
-    """The caption with `new` where `name` stands at `places`."""
+    """Replace `name` at `places` of the caption by `new`."""
     for start, end, number in sorted(places, reverse=True):
         text = {"given": new, "plural": plural(new), "singular": singular(new)}[number]
         caption = splice_phrase(caption, start, end, _written_like(caption[start:end], name, text))
@@ -93,7 +93,7 @@ def replace_name(caption: str, places: Sequence[Mention], name: str, new: str) -
 
 
 def splice_phrase(caption: str, start: int, end: int, new: str) -> str:
-    """Put `new` in place of caption[start:end]: capital at a sentence's start kept, the article before it set right."""
+    """Replace caption[start:end] by `new`; keep a sentence's capital and correct the preceding article."""
     head, old = caption[:start], caption[start:end]
     if _SENTENCE_START.search(head) and old[:1].isupper():
         new = new[:1].upper() + new[1:]
@@ -106,7 +106,7 @@ def splice_phrase(caption: str, start: int, end: int, new: str) -> str:
 
 
 def article(phrase: str) -> str:
-    """ "a" or "an", by the first word's spelling; numbers and spelled-out letters as they are spoken: an 8, an MX-5."""
+    """Return "a" or "an" for a phrase, by its first word as spoken: an 8, an MX-5."""
     first = re.match(r"\W*([^\W_]+)([.\-]?)", phrase)
     if first is None:
         return "a"
@@ -119,19 +119,19 @@ def article(phrase: str) -> str:
         return "an" if word[0] in _SPOKEN_WITH_A_VOWEL else "a"
     if _AN.match(word):
         return "an"
-    sound = unicodedata.normalize("NFD", word[0])[0].casefold()  # without its accent
+    sound = unicodedata.normalize("NFD", word[0])[0].casefold()  # without accent
     return "an" if sound in _VOWELS and not _A.match(word + first[2]) else "a"
 
 
 @lru_cache(maxsize=65536)
 def plural(name: str) -> str:
-    """The plural of a name's head word: "birds of paradise", "wolves"; a plural stays as it is."""
+    """Return the plural of a name by its head word: "birds of paradise"; a plural stays unchanged."""
     return name if singular(name) != name else _with_head(name, _plural_word)
 
 
 @lru_cache(maxsize=65536)
 def singular(name: str) -> str:
-    """The singular of a name that looks like a plural, else the name."""
+    """Return the singular of a name that looks like a plural, else the name."""
     return _with_head(name, _singular_word)
 
 
@@ -150,7 +150,7 @@ def _plural_word(word: str) -> str:
         return word[0] + irregular[1:]
     if re.search(r"(s|x|z|ch|sh)$", low):
         return word + "es"
-    if re.search(r"[^aeiou\d]y$", low) and word[0].islower():  # names of people and makes keep it: two Camrys
+    if re.search(r"[^aeiou\d]y$", low) and word[0].islower():  # proper names keep it: two Camrys
         return word[:-1] + "ies"
     return word + "s"
 
@@ -165,14 +165,14 @@ def _singular_word(word: str) -> str:
         return word[:-3] + "y"
     if re.search(r"(ch|sh|x|ss|zz|[^eo]us)es$", low):
         return word[:-2]
-    plural_in_os = word[0].islower() and _PLURAL_IN_OS.search(low)  # Barbados is one
+    plural_in_os = word[0].islower() and _PLURAL_IN_OS.search(low)  # proper names such as Barbados stay
     if plural_in_os or (low.endswith("s") and not low.endswith(("ss", "us", "is", "as", "os"))):
         return word[:-1]
     return word
 
 
 def _irregular(low: str, forms: Mapping[str, str], last_parts: Sequence[str]) -> str | None:
-    """The other form of a word or of its last part: firemen, grandchild."""
+    """Return the other number of an irregular word or of its last part: firemen, grandchild."""
     if low in forms or low in _NO_COMPOUNDS:
         return forms.get(low)
     part = next((part for part in last_parts if low.endswith(part) and len(low) > len(part) + 1), None)
@@ -194,7 +194,7 @@ def _number(found: str, name: str) -> str:
 
 
 def _written_like(found: str, name: str, new: str) -> str:
-    """`new` with the capitals and separators that the caption uses for the old name."""
+    """Write `new` with the capitals and separators of the old name in the caption."""
     spaced = " ".join(re.split(r"[\s_]+", found))
     if spaced[: len(name)] != " ".join(name.split())[: len(spaced)]:
         if found.islower():

@@ -43,7 +43,7 @@ def test_no_two_pictures_have_one_caption(photos: Path) -> None:
     with VisionServer(behave) as server:
         found = ask(photos, server)
     assert found.accepted == 4
-    assert [line["reason"] for line in rejected(photos)] == ["another picture has it too"] * 2
+    assert [line["reason"] for line in rejected(photos)] == ["another image has the same caption"] * 2
     texts = [entry["positive"].casefold() for entry in captions(photos).values()]
     assert len(set(texts)) == 4
 
@@ -57,7 +57,7 @@ def test_the_judge_is_heard_and_the_rounds_are_bounded(photos: Path) -> None:
         assert (found.accepted, found.given_up) == (0, ["owl/1.png"])
         assert server.kinds() == ["draft", "judge"] * 3
         assert "It is dusk, not noon." in server.asked[2].text
-        assert found.rejected == {"turned down by the judge": 3}
+        assert found.rejected == {"rejected by the judge": 3}
         assert [line["feedback"] for line in rejected(photos)] == ["It is dusk, not noon."] * 3
         assert ask(photos, server, rounds=3).given_up == ["owl/1.png"]
         assert len(server.asked) == 6  # not asked again
@@ -91,7 +91,7 @@ def test_a_judge_that_gives_no_verdict_fails_the_picture_and_keeps_the_draft(pho
     behave: Behave = lambda asked, n: "What a lovely owl" if asked.kind == "judge" else good(asked)  # noqa: E731
     with VisionServer(behave) as server:
         found = ask(one_picture(photos), server)
-        assert found.failed == {"owl/1.png": "an answer that cannot be used: 'What a lovely owl'"}
+        assert found.failed == {"owl/1.png": "an unusable completion: 'What a lovely owl'"}
         assert server.kinds() == ["draft", *["judge"] * 3]
         assert found.usage["judge"].requests == 3  # paid for, though of no use
         server.behave = good

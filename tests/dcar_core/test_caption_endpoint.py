@@ -85,7 +85,7 @@ def test_retry_after_holds_every_request_back(photos: Path) -> None:
     assert seconds_of(f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT") is None
     with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", "4000"),))) as server:
         found = ask(one_picture(photos), server, photos.parent / "other.json")
-    assert list(found.failed.values()) == ["asked to wait 4000 s, longer than 300"]
+    assert list(found.failed.values()) == ["asked to wait 4000 s, longer than 300 s"]
     assert len(server.asked) == 1
 
 
@@ -117,7 +117,7 @@ def test_a_packed_answer_is_read_but_not_all_of_one_that_fills_the_memory(photos
         assert most < 50 << 20
         server.behave = lambda asked, n: Raw(body=bomb, headers=packed)
         found = ask(photos, server, photos.parent / "other.json", tries=2)
-    assert list(found.failed.values()) == ["no answer in 2 tries; the last: an answer of more than 4 MiB"]
+    assert list(found.failed.values()) == ["no usable response in 2 attempts; the last: a response of more than 4 MiB"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_refusal_is_a_refusal_whatever_it_says(photos: Path) -> None:
         assert (kept["reason"], kept["draft"]) == ("a refusal", "No owl may be described.")
         server.behave = lambda asked, n: good(asked) if asked.kind == "draft" else refused
         found = ask(photos, server, photos.parent / "other.json")
-    assert list(found.failed.values()) == ["an answer that cannot be used: 'No owl may be described.'"]  # no verdict
+    assert list(found.failed.values()) == ["an unusable completion: 'No owl may be described.'"]  # no verdict
 
 
 @pytest.mark.parametrize(
@@ -215,22 +215,22 @@ def test_a_refused_request_fails_its_picture_alone(photos: Path) -> None:
         found = ask(photos, server, concurrency=1)
     assert found.accepted == 3
     assert found.failed == {"owl/1.png": "400 image too odd"}
-    assert "1 pictures failed, the same command asks again: owl/1.png (400 image too odd)" in summarize(found)
+    assert "1 images failed, retried by the same command: owl/1.png (400 image too odd)" in summarize(found)
 
 
 def test_a_run_in_which_all_fails_ends(photos: Path) -> None:
     with VisionServer(lambda asked, n: Raw(400, "no pictures here")) as server:
         with pytest.raises(
-            CaptionError, match=r"3 pictures in a row failed; the last, red_fox/1\.png: 400 no pictures"
+            CaptionError, match=r"3 consecutive images failed; the last, red_fox/1\.png: 400 no pictures"
         ):
             ask(photos, server, concurrency=1, give_up_after=3)
         assert len(server.asked) == 3
     with (
         VisionServer(lambda asked, n: good(asked) if asked.kind == "draft" else "Hm.") as server,
-        pytest.raises(CaptionError, match=r"2 pictures in a row failed"),  # however good the drafts are
+        pytest.raises(CaptionError, match=r"2 consecutive images failed"),  # however good the drafts are
     ):
         ask(photos, server, photos.parent / "other.json", concurrency=1, give_up_after=2)
-    with pytest.raises(CaptionError, match=r"no answer in 2 tries; the last: ConnectError"):
+    with pytest.raises(CaptionError, match=r"no usable response in 2 attempts; the last: ConnectError"):
         ask(photos, server, tries=2, give_up_after=2)  # it is gone
 
 

@@ -73,14 +73,14 @@ def test_killed_it_goes_on_and_asks_nothing_twice(photos: Path) -> None:
 def test_a_run_with_other_settings_is_another_run(photos: Path) -> None:
     with VisionServer() as server:
         ask(photos, server)
-        with pytest.raises(CaptionError, match=r"of a run with another rounds \(was 3\); give the same again"):
+        with pytest.raises(CaptionError, match=r"to a run with another rounds \(was 3\); keep them"):
             ask(photos, server, rounds=5)
         assert ask(photos, server, concurrency=4, tries=2).accepted == 4  # the way of asking changes no response
         assert len(server.asked) == 8
         assert ask(photos, server, rounds=5, restart=True).accepted == 4
         assert len(server.asked) == 16
         (photos.parent / "captions.journal.jsonl").write_text('{"settings": 3}\nnonsense\n')
-        with pytest.raises(CaptionError, match="is no journal of captions"):
+        with pytest.raises(CaptionError, match="is not a captioning journal"):
             ask(photos, server)
         with (
             FileLock(photos.parent / ".captions.json.lock"),
@@ -102,7 +102,7 @@ def test_annotations_that_cannot_be_written_keep_what_was_answered(photos: Path)
     in_the_way = photos.parent / "captions.rejected.jsonl"
     in_the_way.mkdir()
     with VisionServer() as server:
-        with pytest.raises(CaptionError, match=r"captions\.json cannot be written: Is a directory; what was"):
+        with pytest.raises(CaptionError, match=r"captions\.json cannot be written: Is a directory; responses are kept"):
             ask(photos, server)
         in_the_way.rmdir()
         asked = len(server.asked)
@@ -118,7 +118,7 @@ def test_a_caption_of_an_earlier_run_is_taken(photos: Path) -> None:
         ask(one_picture(photos), server)
         draw("green", "triangle").save(photos / "owl" / "3.png")
         found = ask(photos, server)
-    assert (found.accepted, found.rejected) == (2, {"another picture has it too": 1})
+    assert (found.accepted, found.rejected) == (2, {"another image has the same caption": 1})
 
 
 def no_fantasy(asked: Asked, _: int = 0) -> str:
@@ -144,7 +144,7 @@ def test_a_copy_or_a_picture_of_another_category_is_asked_for(photos: Path) -> N
         shutil.copy(photos / "owl" / "1.png", photos / "owl" / "0.png")
         shutil.copy(photos / "owl" / "1.png", photos / "red_fox" / "1.png")
         found = ask(photos, server)
-    assert (found.accepted, found.rejected) == (3, {"another picture has it too": 1})
+    assert (found.accepted, found.rejected) == (3, {"another image has the same caption": 1})
     said = {name: entry["positive"] for name, entry in captions(photos).items()}
     assert said.pop("owl/0.png").startswith("A owl on grass, number ")
     assert said == {"owl/1.png": "Any owl on grass.", "red_fox/1.png": "Any red fox on grass."}
@@ -184,7 +184,7 @@ def test_a_picture_that_came_back_keeps_its_caption_from_others(photos: Path) ->
         (photos / "owl" / "1.png").write_bytes(first)
         draw("green", "cross").save(photos / "owl" / "0.png")
         found = ask(photos, server, concurrency=1)
-    assert (found.accepted, found.rejected) == (2, {"another picture has it too": 1})
+    assert (found.accepted, found.rejected) == (2, {"another image has the same caption": 1})
     assert captions(photos)["owl/1.png"]["positive"] == "Any owl on grass."
 
 

@@ -72,7 +72,7 @@ def test_a_name_that_is_not_utf_8_is_its_own_picture_s_trouble(photos: Path) -> 
             found = ask(photos, server)
             assert (found.accepted, found.failed, len(server.asked)) == (4, {}, 8)
             assert found.broken == {odd: "its name is not UTF-8; rename the file"}
-    assert "1 pictures broken, left out: owl/" in summarize(found)
+    assert "1 images unreadable, left out: owl/" in summarize(found)
 
 
 def test_places_that_cannot_be_used(photos: Path) -> None:
@@ -81,14 +81,14 @@ def test_places_that_cannot_be_used(photos: Path) -> None:
     (photos.parent / "empty").mkdir()
     for images, out, says in (
         (photos, "captions.jsonl", "ends in .json"),
-        (photos, "mine.json", "is there already and not from this command"),
-        (photos.parent / "empty", "new.json", "has no pictures in folders"),
-        (photos.parent / "gone", "new.json", "is no directory"),
+        (photos, "mine.json", "exists and was not written by this command"),
+        (photos.parent / "empty", "new.json", "has no images in folders"),
+        (photos.parent / "gone", "new.json", "is not a directory"),
     ):
         with pytest.raises(DataError, match=says):
             ask(images, server, photos.parent / out)
     for url, says in (
-        ("localhost:8000", "is no http"),
+        ("localhost:8000", "is not an http"),
         ("http://a:b@host/v1", "password"),
         ("http://h:99999", "no http"),
     ):
@@ -113,14 +113,14 @@ def test_tokens_and_cost(photos: Path) -> None:
     with VisionServer(silent) as server:
         found = ask(photos, server, photos.parent / "silent.json", price=(1.0, 1.0))
     assert found.usage["draft"].unknown == 4
-    assert "4 draft answers, 0 + 0 tokens, 4 answers did not say how many" in summarize(found)
+    assert "4 draft responses, 0 + 0 tokens, 4 responses without token counts" in summarize(found)
     assert "cost 0.0000 at least" in summarize(found)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "hold no line"),
+        ("", "is empty"),
         ("What is it?", "needs {category}"),
         ("{category} {name}", "needs {category}"),
         ("{category} {", "needs"),
