@@ -46,6 +46,11 @@ class ImageFault(StrEnum):
     BROKEN = "broken"  # truncated or damaged
     HOSTILE = "hostile"  # a structure that would cost far more to decode than its size suggests
 
+    @property
+    def is_temporary(self) -> bool:
+        """True where another attempt to read the image may succeed."""
+        return self in {ImageFault.MISSING, ImageFault.UNREADABLE}
+
 
 class ImageError(DataError):
     """One image cannot be read. The message is the reason without the image's name."""

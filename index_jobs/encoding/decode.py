@@ -1,14 +1,13 @@
-"""Pictures to pixels, ahead of the encoder, in worker processes or in threads of this process.
+"""Decode images to pixels ahead of the encoder, in worker processes or in threads of this process.
 
-- The unit of work is a window: the pictures of one forward pass. Windows come back in order, a bounded number of
-  them in flight, so memory does not grow with the gallery.
-- Workers are spawned, not forked (torch and faiss have threads by then), import no more than they resize with, and end
-  with the job, also when it is killed.
-- Pillow and PyTorch let go of the interpreter lock while they decode and resize. So threads do for a small gallery,
-  which would be done before a process has started, and for a few cores, where they are faster (on 2 cores by a tenth
-  for JPEGs of 640 pixels, by a third for PNGs of 72): nothing is sent between processes.
-- A broken picture is a reason in the result, never an exception.
-- Each picture's pixels are hashed on the way, so that the same picture under two names can be told afterwards.
+- The unit of work is a window: the images of one forward pass. Windows come back in order, and a bounded number of them
+  is in flight, so memory does not grow with the gallery.
+- Workers are spawned, not forked, because torch and faiss have started threads. They end with the job, even if it is
+  killed.
+- Pillow and PyTorch release the interpreter lock while they decode and resize. On few cores, and for small galleries,
+  threads are therefore faster than processes: by 10 % for JPEGs of 640 pixels, by 30 % for PNGs of 72.
+- A broken image is a reason in the result, never an exception.
+- The pixels of each image are hashed, which finds the same image under two names.
 """
 
 import hashlib
@@ -27,40 +26,46 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dcar_core.util.arrays import Pixels
 from dcar_core.util.cpu_features import available_cores
-from dcar_core.util.errors import DcarError, ImageError
+from dcar_core.util.errors import DcarError, ImageError, ImageFault
 from index_jobs.encoding.pixel_cache import PixelCache
+from index_jobs.encoding.shards import FailedImage
 from index_jobs.gallery.storage import ImageLocation, read_images
 
-Preprocess = Callable[[bytes], NDArray[np.uint8]]
-SMALL_GALLERY = 2_000  # below, threads are done before worker processes have started
-_THREADS = 4  # up to so many cores, threads keep them busy
-_AHEAD = 2  # windows in flight beyond those that the workers are at
+PreprocessBytes = Callable[[bytes], Pixels]
+SMALL_GALLERY = 2_000  # threads finish a smaller gallery before worker processes have started
+_MAX_THREADS = 4  # threads keep up to this many cores busy
+_WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
 
 
 @dataclass(frozen=True)
 class Window:
-    """The pictures of one forward pass."""
+    """The images of one forward pass."""
 
     root: str
-    places: tuple[ImageLocation, ...]
+    locations: tuple[ImageLocation, ...]
 
 
 @dataclass(frozen=True)
 class DecodedWindow:
-    """A decoded window: pixels uint8 (m, 3, S, S) of the readable pictures in order; (row, reason) of the others.
+    """A decoded window.
 
-    digests: hashes of the pixels, uint64 (m,). size: of the window.
+    pixels: uint8 (m, 3, S, S) of the readable images, in order. failed: the other images.
+    pixel_hashes: uint64 (m,). size: number of images in the window.
     """
 
-    pixels: NDArray[np.uint8]
-    failed: tuple[tuple[int, str], ...]
-    digests: NDArray[np.uint64]
+    pixels: Pixels
+    failed: tuple[FailedImage, ...]
+    pixel_hashes: NDArray[np.uint64]
     size: int
 
 
-def worker_count(workers: int | None, pictures: int) -> int:
-    """Worker processes to start: what was asked for; else none for a small gallery or few cores, or all cores but one.
+def worker_count(workers: int | None, images: int) -> int:
+    """Return the number of worker processes; 0 decodes in threads of this process.
+
+    Args:
+        workers: the requested number. None chooses 0 for a small gallery or few cores, otherwise all cores but one.
 
     Raises:
         ValueError: a negative number.
@@ -69,96 +74,102 @@ def worker_count(workers: int | None, pictures: int) -> int:
         if workers < 0:
             raise ValueError(f"workers must be 0 (in this process) or more, not {workers}")
         return workers
-    return 0 if pictures < SMALL_GALLERY or available_cores() <= _THREADS else available_cores() - 1
+    return 0 if images < SMALL_GALLERY or available_cores() <= _MAX_THREADS else available_cores() - 1
 
 
 def decode_windows(
-    windows: Iterator[Window], preprocess: Preprocess, workers: int, cache: PixelCache | None = None
+    windows: Iterator[Window], preprocess: PreprocessBytes, workers: int, cache: PixelCache | None = None
 ) -> Generator[DecodedWindow, None, None]:
-    """Decode windows in order; workers as from `worker_count`.
+    """Decode windows in order, with `workers` from `worker_count`.
 
     Raises:
-        DcarError: a worker process died, for example for want of memory.
+        DcarError: a worker process died, for example out of memory.
     """
-    decoder = Decoder(preprocess, cache)
-    pool, parallel = _pool(decoder, workers)
-    run = _decode_here if workers else decoder
+    decoder = WindowDecoder(preprocess, cache)
+    pool, parallel = _start_pool(decoder, workers)
+    run = _decode_in_worker if workers else decoder
     pending: deque[Future[DecodedWindow]] = deque()
     try:
         for window in windows:
             pending.append(pool.submit(run, window))
-            if len(pending) > _AHEAD + parallel:
+            if len(pending) > _WINDOWS_AHEAD + parallel:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise DcarError(
-            "a decoding worker died, perhaps for want of memory; run again with fewer --workers (0 decodes in the "
-            "job's own process); whole shards are kept"
+            "a decoding worker died, perhaps out of memory; run the command again with fewer --workers (0 decodes in "
+            "the job's own process); complete shards are kept"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _pool(decoder: "Decoder", workers: int) -> tuple[Executor, int]:
+def _start_pool(decoder: "WindowDecoder", workers: int) -> tuple[Executor, int]:
     if workers == 0:
-        threads = min(_THREADS, available_cores())
+        threads = min(_MAX_THREADS, available_cores())
         return ThreadPoolExecutor(threads, thread_name_prefix="decode"), threads
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(decoder,)), workers
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """A window's bytes to its pixels, by way of the cache where there is one."""
+class WindowDecoder:
+    """Reads and decodes the images of a window, through the cache if there is one."""
 
-    preprocess: Preprocess
+    preprocess: PreprocessBytes
     cache: PixelCache | None = None
 
     def __call__(self, window: Window) -> DecodedWindow:
-        pixels = self.cache.get(window.root, window.places) if self.cache else {}
-        missing = [place for place in window.places if place.row not in pixels]
-        fresh: dict[ImageLocation, NDArray[np.uint8]] = {}
+        pixels = self.cache.get(window.root, window.locations) if self.cache else {}
+        missing = [location for location in window.locations if location.row not in pixels]
+        decoded: dict[ImageLocation, Pixels] = {}
         failed = []
-        for place, data in zip(missing, read_images(window.root, missing), strict=True):
-            try:
-                if isinstance(data, Exception):
-                    raise data
-                pixels[place.row] = fresh[place] = self.preprocess(data)
-            except ImageError as error:
-                failed.append((place.row, str(error)))
-            except FileNotFoundError:
-                failed.append((place.row, "no such file"))
-            except OSError as error:
-                failed.append((place.row, error.strerror or str(error)))
-            except Exception as error:  # a decoder's own surprise must not cost the other pictures
-                failed.append((place.row, f"{type(error).__name__}: {error}"))
-        if self.cache and fresh:
-            self.cache.put(window.root, fresh)
+        for location, data in zip(missing, read_images(window.root, missing), strict=True):
+            result = self._decode(location.row, data)
+            if isinstance(result, FailedImage):
+                failed.append(result)
+            else:
+                pixels[location.row] = decoded[location] = result
+        if self.cache and decoded:
+            self.cache.put(window.root, decoded)
         stacked = np.stack([pixels[row] for row in sorted(pixels)]) if pixels else np.empty((0, 3, 0, 0), np.uint8)
-        digests = [int.from_bytes(hashlib.blake2b(picture.data, digest_size=8).digest()) for picture in stacked]
-        return DecodedWindow(stacked, tuple(failed), np.array(digests, np.uint64), len(window.places))
+        hashes = [int.from_bytes(hashlib.blake2b(image.data, digest_size=8).digest()) for image in stacked]
+        return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), len(window.locations))
+
+    def _decode(self, row: int, data: bytes | Exception) -> Pixels | FailedImage:
+        if isinstance(data, FileNotFoundError):
+            return FailedImage(row, "no such file", ImageFault.MISSING)
+        if isinstance(data, Exception):
+            reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
+            return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)
+        try:
+            return self.preprocess(data)
+        except ImageError as error:
+            return FailedImage(row, str(error), error.fault)
+        except Exception as error:  # an unforeseen decoder error fails one image, not the job
+            return FailedImage(row, f"{type(error).__name__}: {error}", ImageFault.BROKEN)
 
 
-_worker: Decoder | None = None  # one for each worker process, so that it is sent once
+_worker: WindowDecoder | None = None  # one per worker process, sent once
 
 
-def _start_worker(decoder: Decoder) -> None:
+def _start_worker(decoder: WindowDecoder) -> None:
     global _worker
     _worker = decoder
-    warnings.simplefilter("ignore")  # Pillow's remarks on single pictures
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the job's to handle
+    warnings.simplefilter("ignore")  # Pillow warns about single images
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """A killed job cannot stop its workers, and they would wait for work forever."""
+    """End this worker when its job ends: a killed job cannot stop its workers."""
     parent.join()
     os._exit(1)
 
 
-def _decode_here(window: Window) -> DecodedWindow:
+def _decode_in_worker(window: Window) -> DecodedWindow:
     assert _worker is not None
     return _worker(window)

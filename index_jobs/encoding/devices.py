@@ -1,9 +1,9 @@
-"""Forward passes on one device or on several, results in the order of the windows.
+"""Forward passes on one or several devices, with results in the order of the windows.
 
-- Every GPU of the machine is used unless one is named; each has its own copy of the model.
-- A GPU has two threads, so that one window is on its way while another is computed. A CPU computes in the job's own
-  thread: its cores are taken either way.
-- Windows are dealt in turn and are the same however many devices there are, so the vectors are too.
+- Every GPU of the machine is used unless one is named, and each holds a copy of the model.
+- A GPU has two replicas, so that one window is transferred while another is computed. A CPU computes in the job's own
+  thread.
+- Windows are dealt in turn and do not depend on the number of devices, so the vectors do not either.
 """
 
 from collections import deque
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.protocol import Runtime
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Pixels
 from index_jobs.encoding.decode import DecodedWindow
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ImageEncoder(Protocol):
-    """What encoding needs of `dcar_core.Encoder`."""
+    """The part of `dcar_core.Encoder` that encoding uses."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -36,19 +35,19 @@ class ImageEncoder(Protocol):
     def preprocess(self) -> Preprocess: ...
     @property
     def runtime(self) -> Runtime: ...
-    def encode_pixels(self, pixels: NDArray[np.uint8]) -> Floats: ...
+    def encode_pixels(self, pixels: Pixels) -> Floats: ...
 
 
 def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list["Encoder"]:
-    """The lanes of `encode_windows`: an encoder for each device, twice where it is a GPU; all on one kind of runtime.
+    """Load an encoder for each device, twice for a GPU, all on one runtime.
 
     Args:
-        device: "auto" for every GPU, or what else there is; or devices by name with commas between: cuda:0,cuda:1.
-        exact: pictures to pixels as open_clip does it, bit for bit.
-        runtime: what runs the encoder, as `Encoder.load` takes it.
+        device: "auto" for every GPU or else the CPU; or device names with commas between them: cuda:0,cuda:1.
+        exact: preprocess images as open_clip does, bit for bit.
+        runtime: the encoder's runtime, as `Encoder.load` takes it.
 
     Raises:
-        CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device is not there.
+        CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device does not exist.
     """
     import torch
 
@@ -58,37 +57,37 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
     if names == ["auto"] and torch.cuda.is_available():
         names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if runtime == "auto" and len({name.partition(":")[0] for name in names}) > 1:
-        runtime = "torch"  # which runs on all of them
+        runtime = "torch"  # runs on all of them
     encoders = list[Encoder]()
     for name in names:
         encoder = Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime)
-        if not exact:  # by PyTorch whatever the runtime, so that all have the same pixels
+        if not exact:  # PyTorch resizes on every runtime, so the pixels are the same
             encoder.preprocess = encoder.preprocess.fast(torch=True)
         encoders.append(encoder)
-        runtime = encoders[0].runtime.name  # what "auto" took for the first
+        runtime = encoders[0].runtime.name  # "auto" has chosen
     return encoders + [encoder for encoder, name in zip(encoders, names, strict=True) if name.startswith("cuda")]
 
 
 def encode_windows(
-    windows: Iterator[DecodedWindow], lanes: Sequence[ImageEncoder]
+    windows: Iterator[DecodedWindow], replicas: Sequence[ImageEncoder]
 ) -> Generator[tuple[DecodedWindow, Floats], None, None]:
-    """Each window with its vectors, float32 (m, E), in order; at most two windows a lane are in flight."""
-    if len(lanes) == 1:
+    """Yield each window with its vectors, float32 (m, E), in order; at most two windows per replica are in flight."""
+    if len(replicas) == 1:
         for window in windows:
-            yield window, _vectors(lanes[0], window)
+            yield window, _encode(replicas[0], window)
         return
     pending: deque[tuple[DecodedWindow, Future[Floats]]] = deque()
     with ExitStack() as stack:
-        threads = [stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="forward")) for _ in lanes]
+        threads = [stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="forward")) for _ in replicas]
         for number, window in enumerate(windows):
-            lane = number % len(lanes)
-            pending.append((window, threads[lane].submit(_vectors, lanes[lane], window)))
-            if len(pending) >= 2 * len(lanes):
+            turn = number % len(replicas)
+            pending.append((window, threads[turn].submit(_encode, replicas[turn], window)))
+            if len(pending) >= 2 * len(replicas):
                 first, future = pending.popleft()
                 yield first, future.result()
         for last, future in pending:
             yield last, future.result()
 
 
-def _vectors(encoder: ImageEncoder, window: DecodedWindow) -> Floats:
+def _encode(encoder: ImageEncoder, window: DecodedWindow) -> Floats:
     return encoder.encode_pixels(window.pixels) if len(window.pixels) else np.empty((0, encoder.dim), np.float32)

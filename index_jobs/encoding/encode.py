@@ -1,8 +1,8 @@
-"""Encode a gallery into vector shards: decode ahead, a forward pass a window, a shard every thousand rows.
+"""Encode a gallery into vector shards: decode ahead, one forward pass per window, one shard per thousand rows.
 
-- Windows are fixed parts of a shard, whatever fails in them, so that every run makes the same forward passes and a
-  resumed job's vectors are bit for bit those of an undisturbed one.
-- Pictures whose vectors are known from another gallery are in no window: see `known`.
+- Windows are fixed parts of a shard, whichever images fail. Every run therefore makes the same forward passes, and the
+  vectors of a resumed job are bit for bit those of an uninterrupted one.
+- Images whose vectors another gallery has are in no window: see `vector_reuse`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,81 +35,85 @@ def encode_gallery(
     progress: bool = True,
     cache: PixelCache | None = None,
 ) -> EncodedGallery:
-    """Encode every picture that has no vector yet.
+    """Encode every image that has no vector yet.
 
     Args:
-        encoder: one, or the lanes that `load_encoders` gives for several devices.
-        work: the directory for shards; see `ShardStore`.
-        workers: decoding processes, 0 for threads of this process, None to choose.
-        batch_size: pictures in one forward pass.
-        shard_rows: pictures in one shard; rounded up to whole batches.
+        encoder: one, or the replicas of `load_replicas`.
+        work: the directory of the shards; see `ShardStore`.
+        workers: decoding processes; 0 decodes in threads of this process, None chooses.
+        batch_size: images per forward pass.
+        shard_rows: images per shard, rounded up to whole batches.
         max_failed: the share of the gallery that may be unreadable, 0 to 1.
-        progress: a bar on stderr with rate, time left and failures.
-        cache: where decoded pictures are kept and looked for.
+        progress: show a bar on stderr with rate, time left and failures.
+        cache: the cache of decoded images.
 
     Raises:
-        DataError: too many pictures cannot be read, or none can.
+        DataError: too many images cannot be read, or none can.
         ArtifactError: a shard of an earlier run is corrupted.
         OSError: the disk is full or cannot be written.
     """
-    lanes = list(encoder) if isinstance(encoder, Sequence) else [encoder]
-    job = EncodingState(
-        gallery, lanes[0], work, runtime=lanes[0].runtime.name, batch_size=batch_size, shard_rows=shard_rows,
+    replicas = list(encoder) if isinstance(encoder, Sequence) else [encoder]
+    state = EncodingState(
+        gallery, replicas[0], work, runtime=replicas[0].runtime.name, batch_size=batch_size, shard_rows=shard_rows,
         max_failed=max_failed, progress=progress,
     )  # fmt: skip
-    windows = (window for number in job.todo for window in split_windows(gallery.root, job.unknown(number), batch_size))
-    decoded = decode_windows(windows, lanes[0].preprocess, worker_count(workers, job.left), cache)
-    with closing(decoded), job.bar() as bar:
+    windows = (
+        window for number in state.todo for window in split_windows(gallery.root, state.missing(number), batch_size)
+    )
+    decoded = decode_windows(windows, replicas[0].preprocess, worker_count(workers, state.remaining), cache)
+    with closing(decoded), state.progress_bar() as bar:
 
-        def watched() -> Iterator[DecodedWindow]:
-            """Failures are counted before the forward pass, so that a hopeless job ends without it."""
+        def checked() -> Iterator[DecodedWindow]:
+            """Count failures before the forward pass, so that a hopeless job ends early."""
             for window in decoded:
-                job.guard.add(window.failed)
+                state.limit.add(window.failed)
                 yield window
 
-        def shown() -> Iterator[tuple[DecodedWindow, Floats]]:
+        def counted() -> Iterator[tuple[DecodedWindow, Floats]]:
             for window, encoded in vectors:
-                job.advance(bar, window.size)
+                state.advance(bar, window.size)
                 yield window, encoded
 
-        with closing(encode_windows(watched(), lanes)) as vectors:
-            done = shown()
-            for number in job.todo:
-                job.shards[number] = save_shard(job.store, number, job.places(number), done, job.taken(number))
-    return job.encoded()
+        with closing(encode_windows(checked(), replicas)) as vectors:
+            encoded_windows = counted()
+            for number in state.todo:
+                state.shards[number] = save_shard(
+                    state.store, number, state.locations(number), encoded_windows, state.reused(number)
+                )
+    return state.result()
 
 
-def split_windows(root: str, places: Sequence[ImageLocation], batch: int) -> Iterator[Window]:
-    """The forward passes of a shard."""
-    for start in range(0, len(places), batch):
-        yield Window(root, tuple(places[start : start + batch]))
+def split_windows(root: str, locations: Sequence[ImageLocation], batch: int) -> Iterator[Window]:
+    """Yield the windows of a shard."""
+    for start in range(0, len(locations), batch):
+        yield Window(root, tuple(locations[start : start + batch]))
 
 
 def save_shard(
     store: ShardStore,
     number: int,
-    places: Sequence[ImageLocation],
+    locations: Sequence[ImageLocation],
     windows: Iterator[tuple[DecodedWindow, Floats]],
-    taken: ReusedVectors | None = None,
+    reused: ReusedVectors | None = None,
 ) -> Shard:
-    """Take a shard's windows, and write it.
+    """Consume the windows of a shard and write it.
 
     Args:
-        places: of all its pictures.
-        taken: what is known of them already, and in no window.
+        locations: of all images of the shard.
+        reused: the vectors that exist already; their images are in no window.
     """
-    known = taken.which if taken is not None else np.empty(0, np.int64)
-    vectors, digests = ([taken.vectors], [taken.digests]) if taken is not None else ([], [])
-    failed = list[FailedImage]()  # and no pixels, of which a shard has 150 MB
-    missing = len(places) - len(known)
-    while missing:
+    reused_at = reused.indices if reused is not None else np.empty(0, np.int64)
+    vectors, hashes = ([reused.vectors], [reused.pixel_hashes]) if reused is not None else ([], [])
+    failed = list[FailedImage]()
+    missing = len(locations) - len(reused_at)
+    while missing:  # keeps no window: the pixels of a shard take 150 MB
         window, encoded = next(windows)
         vectors.append(encoded)
-        digests.append(window.digests)
+        hashes.append(window.pixel_hashes)
         failed += window.failed
         missing -= window.size
-    lost = {row for row, _ in failed}
-    read = np.array([at for at, place in enumerate(places) if place.row not in lost], np.int64)
-    order = np.argsort(np.concatenate([known, np.setdiff1d(read, known)]))
-    marks = np.array([places[at].mark for at in read], np.uint64)
-    return store.save(number, np.concatenate(vectors)[order], failed, np.concatenate(digests)[order], marks)
+    failed_rows = {failure.row for failure in failed}
+    readable = np.array([i for i, location in enumerate(locations) if location.row not in failed_rows], np.int64)
+    order = np.argsort(np.concatenate([reused_at, np.setdiff1d(readable, reused_at)]))
+    location_hashes = np.array([locations[i].location_hash for i in readable], np.uint64)
+    return store.save(number, np.concatenate(vectors)[order], failed, np.concatenate(hashes)[order], location_hashes)

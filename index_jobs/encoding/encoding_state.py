@@ -1,10 +1,9 @@
-"""What every way of encoding a gallery shares: which shards are there, which are to do, and when to give up.
+"""Shared state of every way to encode a gallery: complete shards, shards to do, and the limit of failures.
 
-- Whole shards are skipped, after their checksum was checked.
-- But a shard that lacks a picture for want of its bytes, where these can be read by now, is encoded again, so that a
-  store that was down for a while costs no picture for good. Those that are still missing cost nothing but the question:
-  a list with dead links is not encoded anew for another kind of index. Windows are fixed, so that what comes of it is
-  what an undisturbed job would have made.
+- Complete shards are skipped after their checksum has been verified.
+- A shard with an image that could not be read is encoded again if the image can be read now, so a store that was down
+  for a while costs no image. Images that are still missing cost one request, not a new encoding.
+- Windows are fixed, so the result is that of an uninterrupted job.
 """
 
 import logging
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dcar_core.util.arrays import Floats, Rows
 from index_jobs.encoding.devices import ImageEncoder
 from index_jobs.encoding.failures import FailureLimit
 from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
@@ -28,14 +28,14 @@ from index_jobs.gallery.storage import ImageLocation, read_images
 
 logger = logging.getLogger(__name__)
 
-LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the columns that `Place` is made of
-_ASKED = 32  # pictures at a time, whose bytes are in memory together
-_PATIENCE_S = 60.0  # for asking again in all: a host that swallows every question must not keep a job for hours
+LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the fields of `ImageLocation` beside the row
+_READ_AT_ONCE = 32  # images whose bytes are in memory together
+_MAX_RETRY_S = 60.0  # for all images: a host that never responds must not hold a job for hours
 
 
 @dataclass(frozen=True)
 class EncodedGallery:
-    """A gallery in shards. `encoded` pictures were encoded by this run in `seconds`, `resumed` by an earlier one."""
+    """A gallery in shards. This run encoded `encoded` images in `seconds`; earlier runs had encoded `resumed`."""
 
     shards: list[Shard]
     failed: list[FailedImage]
@@ -48,21 +48,21 @@ class EncodedGallery:
 
     @property
     def unread(self) -> int:
-        """How many of the failed could not be read, and may be another time."""
+        """Number of failed images that a later run may be able to read."""
         return sum(len(shard.unread) for shard in self.shards)
 
-    def rows(self) -> NDArray[np.int64]:
+    def rows(self) -> Rows:
         """Gallery row of every vector, int64 (n,), ascending."""
         return np.concatenate([shard.rows for shard in self.shards])
 
     def duplicates(self) -> list[tuple[int, int]]:
-        """(gallery row, the first row with the same pixels) of every picture that was there before."""
-        rows, digests = self.rows(), np.concatenate([shard.digests for shard in self.shards])
-        _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+        """(gallery row, first row with the same pixels) of every repeated image."""
+        rows, hashes = self.rows(), np.concatenate([shard.pixel_hashes for shard in self.shards])
+        _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
         same = first[group]
         return [(int(rows[i]), int(rows[same[i]])) for i in np.flatnonzero(same != np.arange(len(rows)))]
 
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
+    def blocks(self) -> Iterator[Floats]:
         """The vectors, float32 (m, E) at a time."""
         return (shard.vectors() for shard in self.shards)
 
@@ -70,10 +70,10 @@ class EncodedGallery:
 def shard_store(
     gallery: Gallery, encoder: ImageEncoder, runtime: str, work: Path, batch_size: int, shard_rows: int
 ) -> ShardStore:
-    """Where the shards of a gallery lie that a runtime makes of it.
+    """Return the store of the shards that a runtime makes of a gallery.
 
     Raises:
-        ValueError: no pictures in a batch or a shard.
+        ValueError: a batch or a shard without images.
     """
     if batch_size < 1 or shard_rows < 1:
         raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
@@ -90,31 +90,30 @@ def shard_store(
     )
 
 
-def any_readable(gallery: Gallery, rows: Sequence[int], until: float) -> bool:
-    """Whether the bytes of any of these pictures can be had. Each is asked for once, and none is decoded.
+def any_readable(gallery: Gallery, rows: Sequence[int], deadline: float) -> bool:
+    """Return whether the bytes of any of these images can be read. Each is requested once, and none is decoded.
 
-    until: by `time.monotonic`, when to ask for no more.
+    deadline: by `time.monotonic`; no image is requested after it.
     """
     columns = [gallery.table[name] for name in LOCATION_COLUMNS]
-    for start in range(0, len(rows), _ASKED):
-        if time.monotonic() >= until:
+    for start in range(0, len(rows), _READ_AT_ONCE):
+        if time.monotonic() >= deadline:
             return False
-        places = [
-            ImageLocation(row, *(column[row].as_py() for column in columns)) for row in rows[start : start + _ASKED]
-        ]
-        if any(isinstance(data, bytes) for data in read_images(gallery.root, places, pauses=())):
+        batch = rows[start : start + _READ_AT_ONCE]
+        locations = [ImageLocation(row, *(column[row].as_py() for column in columns)) for row in batch]
+        if any(isinstance(data, bytes) for data in read_images(gallery.root, locations, pauses=())):
             return True
     return False
 
 
 def image_locations(table: Any, span: range) -> list[ImageLocation]:
-    """Where some rows' pictures lie; `table` has the columns PLACE."""
+    """Return the locations of some rows of a table with the LOCATION_COLUMNS."""
     rows = table.slice(span.start, len(span)).select(LOCATION_COLUMNS).to_pylist()
     return [ImageLocation(row, *columns.values()) for row, columns in zip(span, rows, strict=True)]
 
 
 class EncodingState:
-    """One gallery on its way into shards: fill `shards` for every number in `todo`, then take `encoded`."""
+    """The encoding of one gallery: fill `shards` for every number in `todo`, then call `result`."""
 
     def __init__(
         self,
@@ -127,79 +126,84 @@ class EncodingState:
         shard_rows: int,
         max_failed: float,
         progress: bool,
-        whole: bool = False,
+        whole_shards: bool = False,
     ) -> None:
-        """See `encode`, whose arguments these are.
+        """The arguments are those of `encode_gallery`.
 
         Args:
-            runtime: the name of what the vectors will be made with.
-            whole: whether a shard is encoded whole if any of its pictures is not known.
+            runtime: the name of the runtime that will make the vectors.
+            whole_shards: encode all images of a shard unless all of their vectors can be reused.
 
         Raises:
-            DataError: too many pictures of an earlier run could not be read.
+            DataError: too many images of an earlier run could not be read.
             ArtifactError: a shard of an earlier run is corrupted.
         """
         if not 0 <= max_failed <= 1:
             raise ValueError(f"max_failed is a share from 0 to 1, not {max_failed}")
         self.store = shard_store(gallery, encoder, runtime, work, batch_size, shard_rows)
+        self._gallery, self._progress = gallery, progress
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
-        unread, until = {n: s.unread for n, s in self.shards.items() if s.unread}, time.monotonic() + _PATIENCE_S
-        if unread:
-            logger.info("asking again for %d pictures that could not be read", sum(map(len, unread.values())))
-        mended = [number for number, rows in unread.items() if any_readable(gallery, rows, until)]
-        for number in mended:
-            del self.shards[number]
-            self.store.reopen(number)
-        if mended:
-            logger.info("%d shards lack pictures that can be read by now, and are encoded again", len(mended))
-        self._gallery, self._known = gallery, ReusableVectors(self.store.others())
+        self._reopen_readable()
+        self._reusable = ReusableVectors(self.store.other_galleries())
         self._positions: dict[int, NDArray[np.int64]] = {}
-        for number in [number for number in numbers if number not in self.shards] if len(self._known) else ():
-            self._use_known(number, whole=whole)
+        for number in [number for number in numbers if number not in self.shards] if len(self._reusable) else ():
+            self._reuse(number, whole_shards=whole_shards)
         self.todo = [number for number in numbers if number not in self.shards]
         self.resumed = sum(shard.stop - shard.start for shard in self.shards.values())
         self.resumed += sum(int((positions >= 0).sum()) for positions in self._positions.values())
-        self.left = len(gallery) - self.resumed
+        self.remaining = len(gallery) - self.resumed
         if self.resumed:
-            logger.info("%d of %d pictures were encoded before", self.resumed, len(gallery))
+            logger.info("%d of %d images have vectors already", self.resumed, len(gallery))
         failed = [failure for shard in self.shards.values() for failure in shard.failed]
-        self.guard = FailureLimit(gallery, self.store.path, max_failed, failed)
-        self.guard.check()
+        self.limit = FailureLimit(gallery, self.store.path, max_failed, failed)
+        self.limit.check()
         self._start = time.perf_counter()
-        self._progress = progress
 
-    def places(self, number: int) -> list[ImageLocation]:
-        """Where the pictures of a shard lie."""
-        return image_locations(self._gallery.table, self.store.span(number))
+    def _reopen_readable(self) -> None:
+        """Mark shards as to do again whose unread images can be read now."""
+        unread, deadline = {n: s.unread for n, s in self.shards.items() if s.unread}, time.monotonic() + _MAX_RETRY_S
+        if unread:
+            logger.info("retrying %d images that could not be read", sum(map(len, unread.values())))
+        readable = [number for number, rows in unread.items() if any_readable(self._gallery, rows, deadline)]
+        for number in readable:
+            del self.shards[number]
+            self.store.reopen(number)
+        if readable:
+            logger.info("%d shards are encoded again, since images that they lack can be read now", len(readable))
 
-    def unknown(self, number: int) -> list[ImageLocation]:
-        """Those of them that are to be encoded."""
-        places = self.places(number)
-        if number not in self._positions:
-            return places
-        return [place for place, at in zip(places, self._positions[number], strict=True) if at < 0]
-
-    def taken(self, number: int) -> ReusedVectors | None:
-        """What is known of the others, None where there are none."""
-        if number not in self._positions:
-            return None
-        return self._known.take(self._positions[number], self.store.dim)
-
-    def _use_known(self, number: int, *, whole: bool) -> None:
-        places = self.places(number)
-        positions = self._known.positions(places)
+    def _reuse(self, number: int, *, whole_shards: bool) -> None:
+        """Save a shard from the vectors of other galleries, or remember which of its images they have."""
+        locations = self.locations(number)
+        positions = self._reusable.positions(locations)
         if (positions >= 0).all():
-            taken = self._known.take(positions, self.store.dim)
-            marks = np.array([place.mark for place in places], np.uint64)
-            self.shards[number] = self.store.save(number, taken.vectors, [], taken.digests, marks)
-        elif (positions >= 0).any() and not whole:
+            reused = self._reusable.take(positions, self.store.dim)
+            hashes = np.array([location.location_hash for location in locations], np.uint64)
+            self.shards[number] = self.store.save(number, reused.vectors, [], reused.pixel_hashes, hashes)
+        elif (positions >= 0).any() and not whole_shards:
             self._positions[number] = positions
 
-    def bar(self) -> "tqdm[NoReturn]":
-        """Rate, time left and failures on stderr: on a terminal twice a second, in a log file every ten seconds."""
+    def locations(self, number: int) -> list[ImageLocation]:
+        """Return the locations of the images of a shard."""
+        return image_locations(self._gallery.table, self.store.span(number))
+
+    def missing(self, number: int) -> list[ImageLocation]:
+        """Return the locations of the images of a shard that must be encoded."""
+        locations = self.locations(number)
+        if number not in self._positions:
+            return locations
+        return [location for location, at in zip(locations, self._positions[number], strict=True) if at < 0]
+
+    def reused(self, number: int) -> ReusedVectors | None:
+        """Return the vectors of a shard that other galleries have, if any."""
+        if number not in self._positions:
+            return None
+        return self._reusable.take(self._positions[number], self.store.dim)
+
+    def progress_bar(self) -> "tqdm[NoReturn]":
+        """Return a bar on stderr: updated twice a second on a terminal, every ten seconds in a log file."""
         return tqdm(
-            total=self.left + self.resumed,
+            total=self.remaining + self.resumed,
             initial=self.resumed,
             desc="encode",
             unit="img",
@@ -209,18 +213,18 @@ class EncodingState:
             dynamic_ncols=True,
         )
 
-    def advance(self, bar: "tqdm[NoReturn]", pictures: int) -> None:
-        """Move the bar."""
-        bar.set_postfix_str(f"{len(self.guard.failed)} failed", refresh=False)
-        bar.update(pictures)
+    def advance(self, bar: "tqdm[NoReturn]", images: int) -> None:
+        """Advance the bar."""
+        bar.set_postfix_str(f"{len(self.limit.failed)} failed", refresh=False)
+        bar.update(images)
 
-    def encoded(self) -> EncodedGallery:
-        """The gallery in shards, once none is to do.
+    def result(self) -> EncodedGallery:
+        """Return the encoded gallery, once no shard is left to do.
 
         Raises:
-            DataError: no picture can be read.
+            DataError: no image can be read.
         """
         seconds = time.perf_counter() - self._start
-        self.guard.check(final=True)
+        self.limit.check(final=True)
         shards = [self.shards[number] for number in sorted(self.shards)]
-        return EncodedGallery(shards, sorted(self.guard.failed), self.left, self.resumed, seconds)
+        return EncodedGallery(shards, sorted(self.limit.failed), self.remaining, self.resumed, seconds)

@@ -1,11 +1,11 @@
-"""Encoding on Ray Data, when one machine is outgrown: the same shards, made by many workers.
+"""Encoding on Ray Data across machines: the same shards, made by many workers.
 
-- A worker makes whole shards, out of the windows that one machine would take, and leaves them where one machine would:
-  resuming, checksums and everything after are the same, and a job may go on with or without Ray.
-- A worker that dies is Ray's to replace; a shard counts only when it is whole, so what it had begun is made again.
-- All workers encode with one runtime, plain PyTorch where none is named: what is fastest here may not run there.
-- Every machine sees the output directory under one path, as on a shared file system; the gallery too, or by its URL.
-- Workers read where pictures lie from one memory-mapped file; nothing but shard numbers travels through Ray.
+- A worker makes complete shards from the windows that one machine would use, and stores them in the same place.
+  Resuming, checksums and every later step are the same, so a job can continue with or without Ray.
+- Ray replaces a worker that dies. A shard counts only when it is complete, so an unfinished one is made again.
+- All workers use one runtime, plain PyTorch unless one is named: the fastest runtime here may not run there.
+- Every machine sees the output directory under one path, as on a shared file system; likewise the gallery, or its URL.
+- Workers read the locations from one memory-mapped file. Only shard numbers travel through Ray.
 """
 
 import logging
@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dcar_core.util import cpu_features
+from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.files import atomic_writer
 from index_jobs.encoding.decode import decode_windows
@@ -31,16 +31,16 @@ from index_jobs.encoding.shards import Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.options import RebuildOptions
 
-PLACES = "places.arrow"
-_CORES = 4  # of a worker without a GPU
-_BLOCKS = 10_000  # of shard numbers; a block is what Ray starts anew when a worker dies
-_BLOCK_BYTES = 1_000_000  # of shard numbers; what Ray keeps room for
-_STORE_BYTES = 200_000_000  # of Ray's own object store on this machine, which sees shard numbers alone
+LOCATIONS = "places.arrow"
+_CORES_PER_WORKER = 4  # without a GPU
+_MAX_BLOCKS = 10_000  # of shard numbers; Ray restarts a block when a worker dies
+_BLOCK_BYTES = 1_000_000  # of shard numbers; Ray reserves this much
+_OBJECT_STORE_BYTES = 200_000_000  # of Ray on this machine, which holds shard numbers alone
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a worker needs to know; sent once."""
+class EncodingTask:
+    """Everything a worker needs, sent once."""
 
     store: ShardStore
     root: str
@@ -53,20 +53,22 @@ class Task:
     pixel_cache: Path | None
 
 
-class Worker:
-    """Loads the model once, then makes one shard after the other."""
+class ShardWorker:
+    """Loads the model once, then makes shards."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: EncodingTask) -> None:
         self.task = task
-        self.lanes = load_replicas(task.checkpoint, task.device, exact=task.exact, runtime=task.runtime)
-        if self.lanes[0].fingerprint != task.fingerprint:
-            raise DcarError(f"a worker loaded another model from {task.checkpoint}; is it the same file everywhere?")
-        with pa.memory_map(str(task.store.path / PLACES)) as source:
-            self.places = pa.ipc.open_file(source).read_all()
-        self.cache = PixelCache.open(task.pixel_cache, self.lanes[0].preprocess) if task.pixel_cache else None
+        self.replicas = load_replicas(task.checkpoint, task.device, exact=task.exact, runtime=task.runtime)
+        if self.replicas[0].fingerprint != task.fingerprint:
+            raise DcarError(
+                f"a worker loaded another model from {task.checkpoint}; give every machine the same checkpoint"
+            )
+        with pa.memory_map(str(task.store.path / LOCATIONS)) as source:
+            self.table = pa.ipc.open_file(source).read_all()
+        self.cache = PixelCache.open(task.pixel_cache, self.replicas[0].preprocess) if task.pixel_cache else None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make the shards of batch["shard"]; gives back the numbers of those that are there."""
+        """Make the shards of batch["shard"] and return the batch."""
         for number in batch["shard"].tolist():
             if self.task.store.load(number) is None:
                 self._make(number)
@@ -74,11 +76,11 @@ class Worker:
 
     def _make(self, number: int) -> None:
         store = self.task.store
-        places = image_locations(self.places, store.span(number))
-        windows = split_windows(self.task.root, places, self.task.batch_size)
-        decoded = decode_windows(windows, self.lanes[0].preprocess, 0, self.cache)
-        with closing(decoded), closing(encode_windows(decoded, self.lanes)) as vectors:
-            save_shard(store, number, places, vectors)
+        locations = image_locations(self.table, store.span(number))
+        windows = split_windows(self.task.root, locations, self.task.batch_size)
+        decoded = decode_windows(windows, self.replicas[0].preprocess, 0, self.cache)
+        with closing(decoded), closing(encode_windows(decoded, self.replicas)) as vectors:
+            save_shard(store, number, locations, vectors)
 
 
 def encode_on_ray(
@@ -98,61 +100,63 @@ def encode_on_ray(
     progress: bool = True,
     pixel_cache: Path | None = None,
 ) -> EncodedGallery:
-    """Encode every picture that has no vector yet, on the machines of a Ray cluster.
+    """Encode every image that has no vector yet on the machines of a Ray cluster.
 
     Args:
-        encoder: the model, here; not used to encode.
-        address: of the cluster, "auto" for the one that this machine is part of, "local" to start one here.
+        encoder: the model on this machine, which does not encode.
+        address: of the cluster; "auto" for the cluster of this machine, "local" to start one here.
         checkpoint: the same model, for the workers.
-        device: "auto" and "cuda" give each worker a GPU where the cluster has any.
-        runtime: by name, what every worker encodes with.
-        workers: how many; by default one for each GPU, or one for four cores.
-        work, exact, batch_size, shard_rows, max_failed, progress: as `encode` and `load_replicas` take them.
+        device: "auto" and "cuda" give each worker a GPU if the cluster has any.
+        runtime: the name of the runtime that every worker uses.
+        workers: their number; by default one per GPU, or one per four cores.
+        work, exact, batch_size, shard_rows, max_failed, progress: as in `encode_gallery` and `load_replicas`.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        DcarError: the cluster cannot be reached, or a worker failed by an error of its own.
-        DataError, ArtifactError, OSError: as `encode`.
+        DcarError: the cluster cannot be reached, or a worker failed.
+        DataError, ArtifactError, OSError: as `encode_gallery`.
     """
-    job = EncodingState(gallery, encoder, work, runtime=runtime, batch_size=batch_size, shard_rows=shard_rows,
-                   max_failed=max_failed, progress=progress, whole=True)  # fmt: skip
-    if job.todo:
-        _write_places(job.store.path / PLACES, gallery.table)
-        task = Task(job.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, device, runtime, exact,
-                    batch_size, pixel_cache and pixel_cache.absolute())  # fmt: skip
-        with _ray(address, workers or 1), job.bar() as bar:
-            for number in _made(job.todo, task, workers):
-                job.shards[number] = shard = _load(job.store, number)
-                job.guard.add(shard.failed)
-                job.advance(bar, shard.stop - shard.start)
-    return job.encoded()
+    state = EncodingState(gallery, encoder, work, runtime=runtime, batch_size=batch_size, shard_rows=shard_rows,
+                          max_failed=max_failed, progress=progress, whole_shards=True)  # fmt: skip
+    if state.todo:
+        _write_locations(state.store.path / LOCATIONS, gallery.table)
+        task = EncodingTask(state.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, device, runtime,
+                            exact, batch_size, pixel_cache and pixel_cache.absolute())  # fmt: skip
+        with _ray_session(address, workers or 1), state.progress_bar() as bar:
+            for number in _make_shards(state.todo, task, workers):
+                state.shards[number] = shard = _load_shard(state.store, number)
+                state.limit.add(shard.failed)
+                state.advance(bar, shard.stop - shard.start)
+    return state.result()
 
 
-def _made(todo: list[int], task: Task, workers: int | None) -> Iterator[int]:
-    """The numbers of shards as they are finished, in any order."""
+def _make_shards(todo: list[int], task: EncodingTask, workers: int | None) -> Iterator[int]:
+    """Yield the numbers of shards as they are completed, in any order."""
     import ray
     import ray.data
 
-    have = ray.cluster_resources()
-    cores, gpus = int(have.get("CPU", 1)), int(have.get("GPU", 0)) if task.device in {"auto", "cuda"} else 0
-    size = workers or gpus or max(1, cores // _CORES)
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if task.device in {"auto", "cuda"} else 0
+    cores = int(resources.get("CPU", 1))
+    size = workers or gpus or max(1, cores // _CORES_PER_WORKER)
     share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, (cores - 1) // size)}
-    numbers = ray.data.from_items([{"shard": number} for number in todo], override_num_blocks=min(len(todo), _BLOCKS))
-    made = numbers.map_batches(
-        Worker, fn_constructor_args=(task,), batch_size=1, compute=ray.data.ActorPoolStrategy(size=size), **share
+    blocks = min(len(todo), _MAX_BLOCKS)
+    numbers = ray.data.from_items([{"shard": number} for number in todo], override_num_blocks=blocks)
+    shards = numbers.map_batches(
+        ShardWorker, fn_constructor_args=(task,), batch_size=1, compute=ray.data.ActorPoolStrategy(size=size), **share
     )
     try:
-        for batch in made.iter_batches(batch_size=1, prefetch_batches=0):
+        for batch in shards.iter_batches(batch_size=1, prefetch_batches=0):
             yield from batch["shard"].tolist()
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         raise DcarError(
-            f"encoding on Ray failed: {str(cause).strip().splitlines()[-1]}; whole shards are kept, and the "
-            f"same command goes on where it stopped"
+            f"encoding on Ray failed: {str(cause).strip().splitlines()[-1]}; complete shards are kept, and the same "
+            f"command continues where it stopped"
         ) from error
 
 
-def _load(store: ShardStore, number: int) -> Shard:
+def _load_shard(store: ShardStore, number: int) -> Shard:
     shard = store.load(number)
     if shard is None:
         raise DcarError(
@@ -162,33 +166,33 @@ def _load(store: ShardStore, number: int) -> Shard:
     return shard
 
 
-def _write_places(path: Path, table: pa.Table) -> None:
+def _write_locations(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    places = table.select(LOCATION_COLUMNS)
-    with atomic_writer(path) as file, pa.ipc.new_file(file, places.schema) as writer:
-        writer.write_table(places)
+    locations = table.select(LOCATION_COLUMNS)
+    with atomic_writer(path) as file, pa.ipc.new_file(file, locations.schema) as writer:
+        writer.write_table(locations)
 
 
 @contextmanager
-def _ray(address: str, workers: int) -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a job tells nobody outside of it
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the rest is in Ray's log files
+def _ray_session(address: str, workers: int) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no statistics leave the machine
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's log files have the rest
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise MissingExtraError("encoding on Ray", "ray") from error
-    own: dict[str, Any] = {}
+    local: dict[str, Any] = {}
     if address == "local":
-        cores = 1 + max(workers, cpu_features.available_cores())  # one for Ray Data itself
-        own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-        own["_node_ip_address"] = "127.0.0.1"  # nobody else is to reach it
+        cores = 1 + max(workers, available_cores())  # one for Ray Data itself
+        local = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        local["_node_ip_address"] = "127.0.0.1"  # no other machine can reach it
     sys.stdout.flush()
     stdout = os.dup(1)
-    os.dup2(2, 1)  # Ray, and what it starts, write remarks to stdout, which is the summary's alone
+    os.dup2(2, 1)  # Ray writes remarks to stdout, which is for the summary alone
     try:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DcarError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
         context = ray.data.DataContext.get_current()

@@ -1,8 +1,8 @@
-"""Which encoders make a gallery's vectors: on the devices and the runtime asked for, or on the one that has begun.
+"""Choice of the encoders of a gallery: the requested devices and runtime, or the runtime that has begun.
 
-- Vectors of two runtimes differ in their last digits, so shards are kept apart by runtime.
-- "auto" measures what is fastest, and may find another one on another day. Where a job has begun, "auto" goes on with
-  the runtime that began it, so that nothing is encoded twice. A runtime that was named is used, and encodes anew.
+- Vectors of two runtimes differ in their last digits, so their shards are kept apart.
+- "auto" takes the fastest runtime, which may be another one on another day. Where a job has begun, "auto" continues
+  with its runtime, so that nothing is encoded twice. A named runtime is always used.
 """
 
 import logging
@@ -33,32 +33,32 @@ def choose_replicas(
     batch_size: int = RebuildOptions.batch_size,
     shard_rows: int = RebuildOptions.shard_rows,
 ) -> "list[Encoder]":
-    """As `load_replicas`, with the runtime that has begun this gallery's shards where the choice is free.
+    """Load replicas as `load_replicas` does; "auto" continues with the runtime of this gallery's shards.
 
     Raises:
-        CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device is not there.
+        CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device does not exist.
     """
-    lanes = load_replicas(checkpoint, device, exact=exact, runtime=runtime)
-    fastest = lanes[0].runtime.name
-    if (
-        runtime != AUTO
-        or (begun := runtime_in_use(gallery, lanes[0], fastest, work, batch_size, shard_rows)) == fastest
-    ):
-        return lanes
+    replicas = load_replicas(checkpoint, device, exact=exact, runtime=runtime)
+    fastest = replicas[0].runtime.name
+    if runtime != AUTO:
+        return replicas
+    begun = runtime_in_use(gallery, replicas[0], fastest, work, batch_size, shard_rows)
+    if begun == fastest:
+        return replicas
     try:
-        others = {id(lane): lane.with_runtime(begun) for lane in lanes}
+        others = {id(replica): replica.with_runtime(begun) for replica in replicas}
     except DcarError as error:
-        logger.warning("vectors of %s are there, but are made anew with %s: %s", begun, fastest, error)
-        return lanes
-    logger.info("going on with %s, which began, although %s is faster here", begun, fastest)
-    return [others[id(lane)] for lane in lanes]
+        logger.warning("the vectors of %s cannot be continued and are made again with %s: %s", begun, fastest, error)
+        return replicas
+    logger.info("continuing with %s, which has begun, although %s is faster here", begun, fastest)
+    return [others[id(replica)] for replica in replicas]
 
 
 def runtime_in_use(
     gallery: Gallery, encoder: ImageEncoder, fastest: str, work: Path, batch_size: int, shard_rows: int
 ) -> str:
-    """The runtime whose shards of this gallery are there; `fastest` where none are, or some of several."""
+    """Return the runtime that has shards of this gallery; `fastest` if none has, or if it is among several."""
     for name in (fastest, *RUNTIME_KINDS):
-        if shard_store(gallery, encoder, name, work, batch_size, shard_rows).rows_there():
+        if shard_store(gallery, encoder, name, work, batch_size, shard_rows).stored_rows():
             return name
     return fastest

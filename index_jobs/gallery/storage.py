@@ -1,9 +1,9 @@
-"""Where a gallery's bytes lie: files of this machine, or anything that fsspec reaches (s3://, gs://, https://, ..).
+"""Reading of a gallery's bytes: files of this machine, or any store that fsspec reads (s3://, gs://, https://, ...).
 
-- A place is a string: a URL where it names a protocol, else a path. The rest of this room treats both alike.
-- The pictures of a window are asked for together, so that a network's delay is paid once a window, not once a picture.
-- A network that stumbles is asked again; only what is missing for good becomes a failed picture.
-- fsspec is imported at the first URL: a decoding worker of a local gallery starts in a fraction of a second.
+- A place is a string: a URL if it names a protocol, otherwise a path. The other modules treat both alike.
+- The images of a window are requested together, so that a network's latency is paid once per window.
+- A request that fails is repeated; an image fails only when it is missing or the retries are used up.
+- fsspec is imported at the first URL, so a decoding worker of a local gallery starts quickly.
 """
 
 import errno
@@ -19,16 +19,16 @@ from typing import Any, BinaryIO
 
 from dcar_core.util.errors import DataError, MissingExtraError
 
-WHOLE_FILE = -1  # the offset of a picture that is a file of its own
+WHOLE_FILE = -1  # the offset of an image that is a file of its own
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _PAUSES_S = (0.2, 1.0, 3.0)
-_GONE = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # asking again would not help
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # not worth a retry
 
 
 @dataclass(frozen=True)
 class ImageLocation:
-    """One picture: gallery row, where its bytes lie, and a number that changes when they do."""
+    """The gallery row of an image, the place of its bytes, and a number that changes when they do."""
 
     row: int
     location: str
@@ -37,41 +37,41 @@ class ImageLocation:
     version: int = 0
 
     @property
-    def mark(self) -> int:
-        """64 bits that stand for all but the row: the same picture of another gallery has them too."""
+    def location_hash(self) -> int:
+        """64 bits of everything but the row, so the same image of another gallery has the same hash."""
         value = f"{self.location}\0{self.offset}\0{self.size}\0{self.version}"
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest())
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is fsspec's to read."""
+    """Return whether fsspec reads a place."""
     return _URL.match(place) is not None
 
 
 def join_location(root: str, location: str) -> str:
-    """A location of a gallery as a path or URL: an absolute path or a URL stands for itself."""
+    """Return a location below a root as a path or URL; an absolute path or a URL stands for itself."""
     if is_url(location) or not is_url(root):
-        return location if is_url(location) else os.path.join(root, location)  # noqa: PTH118  a million times over
-    before, path, after = _parts(root)
+        return location if is_url(location) else os.path.join(root, location)  # noqa: PTH118  called a million times
+    before, path, after = _split_chain(root)
     return f"{before}{path if path.endswith('://') else path.rstrip('/') + '/'}{location}{after}"
 
 
 def parent_folder(place: str) -> str:
-    """The folder that a file lies in."""
+    """Return the folder of a file."""
     if not is_url(place):
         return str(Path(place).parent)
-    before, path, after = _parts(place)
+    before, path, after = _split_chain(place)
     return f"{before}{path.rpartition('/')[0] + '/'}{after}"
 
 
 def file_suffix(place: str) -> str:
-    """The file's suffix, in lower case."""
-    path = _parts(place)[1].partition("?")[0] if is_url(place) else place
+    """Return the suffix of a file in lower case."""
+    path = _split_chain(place)[1].partition("?")[0] if is_url(place) else place
     return os.path.splitext(path)[1].lower()  # noqa: PTH122
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it.
+    """Return fsspec's file system for a URL, and the path in it.
 
     Raises:
         MissingExtraError: the protocol needs a package that is not installed.
@@ -92,7 +92,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def open_location(place: str) -> BinaryIO:
-    """A file to read from, at any position.
+    """Open a file for reading at any position.
 
     Raises:
         OSError: it cannot be read.
@@ -105,21 +105,21 @@ def open_location(place: str) -> BinaryIO:
 
 
 def _open_file(path: str) -> BinaryIO:
-    """A pipe would be waited for, and a device may have no end."""
+    """Open a regular file: a pipe would block, and a device may have no end."""
 
-    def regular(path: str, flags: int) -> int:
+    def open_regular(path: str, flags: int) -> int:
         descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
         mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a directory is refused by what called this
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` refuses a directory
             os.close(descriptor)
             raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
         return descriptor
 
-    return open(path, "rb", opener=regular)
+    return open(path, "rb", opener=open_regular)
 
 
 def remote_version(info: Mapping[str, Any]) -> int:
-    """A number that changes when a remote file does, as far as its store tells; 0 where it tells nothing."""
+    """Return a number that changes when a remote file does; 0 if its store does not say."""
     for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "updated", "created"):
         if info.get(key):
             return int.from_bytes(hashlib.sha256(str(info[key]).encode()).digest()[:7])
@@ -127,11 +127,11 @@ def remote_version(info: Mapping[str, Any]) -> int:
 
 
 def read_image(root: str, location: str, offset: int, size: int) -> bytes:
-    """The bytes of one picture, asked for once.
+    """Return the bytes of one image, without a retry.
 
     Args:
         root: the gallery's root; an absolute location or a URL stands for itself.
-        location: a file, or the tar that the picture lies in.
+        location: a file, or the tar that holds the image.
         offset, size: the span in the tar, in bytes; offset is WHOLE_FILE for a file of its own.
 
     Raises:
@@ -144,78 +144,82 @@ def read_image(root: str, location: str, offset: int, size: int) -> bytes:
 
 
 def read_images(
-    root: str, places: Sequence[ImageLocation], pauses: Sequence[float] = _PAUSES_S
+    root: str, locations: Sequence[ImageLocation], pauses: Sequence[float] = _PAUSES_S
 ) -> list[bytes | Exception]:
-    """The bytes of several pictures, or why there are none. `pauses` in seconds, before a URL is asked for again."""
-    found: list[bytes | Exception] = [b""] * len(places)
+    """Return the bytes of several images, or the error of each.
+
+    Args:
+        pauses: seconds before each retry of a URL.
+    """
+    results: list[bytes | Exception] = [b""] * len(locations)
     remote: dict[int, str] = {}
-    for i, place in enumerate(places):
-        path = join_location(root, place.location)
+    for i, location in enumerate(locations):
+        path = join_location(root, location.location)
         if is_url(path):
             remote[i] = path
             continue
         try:
-            found[i] = _read(path, place)
+            results[i] = _read_file(path, location)
         except OSError as error:
-            found[i] = error
-        except ValueError as error:  # a NUL in it, or what the file system's encoding lacks
-            found[i] = OSError(f"no path: {error}")
+            results[i] = error
+        except ValueError as error:  # NUL, or a character that the file system's encoding lacks
+            results[i] = OSError(f"not a path: {error}")
     for pause in (0.0, *pauses):
         if not remote:
             break
         time.sleep(pause)
-        for i, data in _fetch(remote, places).items():
-            found[i] = data
-        remote = {i: url for i, url in remote.items() if isinstance(found[i], Exception)}
-        remote = {i: url for i, url in remote.items() if not isinstance(found[i], _GONE)}
-    return found
+        for i, data in _fetch(remote, locations).items():
+            results[i] = data
+        remote = {i: url for i, url in remote.items() if isinstance(results[i], Exception)}
+        remote = {i: url for i, url in remote.items() if not isinstance(results[i], _PERMANENT)}
+    return results
 
 
-def _read(path: str, place: ImageLocation) -> bytes:
+def _read_file(path: str, location: ImageLocation) -> bytes:
     with _open_file(path) as file:
-        if place.offset == WHOLE_FILE:
+        if location.offset == WHOLE_FILE:
             return file.read()
-        file.seek(place.offset)
-        data = file.read(place.size)
-    if len(data) != place.size:
-        raise OSError(f"{path} ends inside this picture")
+        file.seek(location.offset)
+        data = file.read(location.size)
+    if len(data) != location.size:
+        raise OSError(f"{path} ends inside this image")
     return data
 
 
-def _fetch(urls: Mapping[int, str], places: Sequence[ImageLocation]) -> dict[int, bytes | Exception]:
-    """URLs by file system, the spans of each at once."""
-    found: dict[int, bytes | Exception] = {}
+def _fetch(urls: Mapping[int, str], locations: Sequence[ImageLocation]) -> dict[int, bytes | Exception]:
+    """Fetch URLs, all spans of one file system at once."""
+    results: dict[int, bytes | Exception] = {}
     groups: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
     for i, url in urls.items():
         try:
             fs, path = file_system(url)
         except Exception as error:
-            found[i] = error
+            results[i] = error
         else:
             groups.setdefault(id(fs), (fs, []))[1].append((i, path))
-    for fs, wanted in groups.values():
-        spans = [places[i] for i, _ in wanted]
-        starts = [None if p.offset == WHOLE_FILE else p.offset for p in spans]
-        ends = [None if p.offset == WHOLE_FILE else p.offset + p.size for p in spans]
+    for fs, members in groups.values():
+        spans = [locations[i] for i, _ in members]
+        starts = [None if span.offset == WHOLE_FILE else span.offset for span in spans]
+        ends = [None if span.offset == WHOLE_FILE else span.offset + span.size for span in spans]
         try:
-            data = fs.cat_ranges([path for _, path in wanted], starts, ends, on_error="return")
-        except Exception as error:  # what a store raises is its own
-            data = [error] * len(wanted)
-        for (i, path), place, value in zip(wanted, spans, data, strict=True):
-            found[i] = value if isinstance(value, Exception) else _span(value, place, path)
-    return found
+            data = fs.cat_ranges([path for _, path in members], starts, ends, on_error="return")
+        except Exception as error:  # each store raises errors of its own
+            data = [error] * len(members)
+        for (i, path), span, value in zip(members, spans, data, strict=True):
+            results[i] = value if isinstance(value, Exception) else _cut_span(value, span, path)
+    return results
 
 
-def _span(data: bytes, place: ImageLocation, path: str) -> bytes | Exception:
-    if place.offset == WHOLE_FILE or len(data) == place.size:
+def _cut_span(data: bytes, span: ImageLocation, path: str) -> bytes | Exception:
+    if span.offset == WHOLE_FILE or len(data) == span.size:
         return bytes(data)
-    if len(data) >= place.offset + place.size:  # a server that knows no ranges sends the whole file
-        return bytes(data[place.offset : place.offset + place.size])
-    return ValueError(f"{path} ends inside this picture")
+    if len(data) >= span.offset + span.size:  # a server without ranges sends the whole file
+        return bytes(data[span.offset : span.offset + span.size])
+    return ValueError(f"{path} ends inside this image")
 
 
-def _parts(url: str) -> tuple[str, str, str]:
-    """What comes before the path that a name is joined to, the path, and what comes after: zip://[a/b]::s3://x.zip."""
+def _split_chain(url: str) -> tuple[str, str, str]:
+    """Split a chained URL such as zip://a/b::s3://x.zip around the path that names are joined to: a/b."""
     links = url.split("::")
     at = next((i for i, link in enumerate(links) if "://" in link), 0)
     return "".join(f"{link}::" for link in links[:at]), links[at], "".join(f"::{link}" for link in links[at + 1 :])

@@ -328,14 +328,18 @@ class Job:
         return calibrate(self.gallery, self.pairs, encoder, encoded)
 
     def _unread_of(self, manifest: Manifest) -> int:
-        """How many pictures of a version could not be read; versions older than the kinds have reasons alone."""
-        from index_jobs.encoding.shards import READING, kind_of
+        """Return the number of images of a version that a later job may be able to read; 0 if its list is gone."""
+        from dcar_core.util.errors import ImageFault
+
+        def is_temporary(row: dict[str, str]) -> bool:
+            if "fault" in row:
+                return ImageFault(row["fault"]).is_temporary
+            return row.get("kind") != "picture"  # the field of older versions; the oldest have none
 
         try:
             lines = (self.out / VERSIONS / str(manifest.version) / FAILED).read_bytes().splitlines()
-            rows = [json.loads(line) for line in lines]
-            return sum((row.get("kind") or kind_of(row["reason"])) == READING for row in rows)
-        except (OSError, ValueError, KeyError):  # it is a hint that is lost, which is no cause for an error
+            return sum(is_temporary(json.loads(line)) for line in lines)
+        except (OSError, ValueError):
             return 0
 
     def _duplicates_of(self, manifest: Manifest) -> int:

@@ -56,7 +56,7 @@ def require_room(out: Path, gallery: Gallery, store: ShardStore, choice: Choice)
     Raises:
         DcarError: there is less room; the message says how much it takes.
     """
-    vectors = 4 * store.dim * (len(gallery) - store.rows_there())
+    vectors = 4 * store.dim * (len(gallery) - store.stored_rows())
     needed = vectors + choice.bytes + gallery.table.nbytes
     free = shutil.disk_usage(out).free
     if needed > free:

@@ -21,9 +21,9 @@ from index_jobs.gallery.scan import scan
 def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     gallery_path = Path(shutil.copytree(tiny_gallery, tmp_path / "g", copy_function=shutil.copy2))
     (gallery_path / "circle" / "blue.png").write_bytes(b"")
-    lanes = load_replicas(tiny_checkpoint, "cpu,cpu")
-    assert len(lanes) == 2
-    assert lanes[0] is not lanes[1]
+    replicas = load_replicas(tiny_checkpoint, "cpu,cpu")
+    assert len(replicas) == 2
+    assert replicas[0] is not replicas[1]
 
     def run(encoders: list[Encoder], work: str) -> tuple[NDArray[np.float32], object]:
         encoded = encode_gallery(
@@ -31,14 +31,14 @@ def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: P
         )
         return np.concatenate(list(encoded.blocks())), encoded.failed
 
-    one, two = run(lanes[:1], "a"), run(lanes, "b")
+    one, two = run(replicas[:1], "a"), run(replicas, "b")
     np.testing.assert_array_equal(one[0], two[0])
     assert one[1] == two[1]
     assert len(one[0]) == 23
 
 
 class Barrier(Encoder):
-    """A real encoder whose forward passes go on only when as many are under way as there are lanes."""
+    """A real encoder whose forward passes go on only when as many are under way as there are replicas."""
 
     barrier: threading.Barrier
 
@@ -56,11 +56,11 @@ def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
 
 def test_lanes_work_at_the_same_time_and_in_order(tiny_checkpoint: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    lanes = [Barrier(encoder.adapter, encoder.loaded, encoder.runtime) for _ in range(2)]
-    lanes[0].barrier = lanes[1].barrier = threading.Barrier(2)
+    replicas = [Barrier(encoder.adapter, encoder.loaded, encoder.runtime) for _ in range(2)]
+    replicas[0].barrier = replicas[1].barrier = threading.Barrier(2)
     taken: list[int] = []
     expected = encoder.encode_pixels(np.stack([window.pixels[0] for window in windows(8, [])]))
-    for number, (window, vectors) in enumerate(encode_windows(windows(8, taken), lanes)):
+    for number, (window, vectors) in enumerate(encode_windows(windows(8, taken), replicas)):
         assert window.pixels[0, 0, 0, 0] == number
         np.testing.assert_allclose(vectors[0], expected[number], atol=1e-5)
         assert len(taken) <= number + 5  # decoded windows do not pile up
@@ -93,9 +93,9 @@ def test_half_precision_stays_close(tiny_checkpoint: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def run(device: str) -> NDArray[np.float32]:
-        lanes = load_replicas(tiny_checkpoint, device)
+        replicas = load_replicas(tiny_checkpoint, device)
         encoded = encode_gallery(
-            scan(tiny_gallery), lanes, tmp_path / device, batch_size=4, shard_rows=8, progress=False
+            scan(tiny_gallery), replicas, tmp_path / device, batch_size=4, shard_rows=8, progress=False
         )
         return np.concatenate(list(encoded.blocks()))
 

@@ -17,7 +17,7 @@ from dcar_core import Encoder
 from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.runtimes.registry import towers
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import ArtifactError, DataError, DcarError
+from dcar_core.util.errors import ArtifactError, DataError, DcarError, ImageFault
 from index_jobs.encoding.decode import Window, decode_windows, worker_count
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery
@@ -188,8 +188,8 @@ def test_broken_pictures_are_listed_and_the_others_keep_their_rows(
         gallery, encoder, tmp_path / "b", batch_size=4, shard_rows=8, max_failed=0.2, progress=False
     )
     names = gallery.table["name"].to_pylist()
-    assert {names[row] for row, _ in encoded.failed} == set(broken)
-    assert all(reason for _, reason in encoded.failed)
+    assert {names[failure.row] for failure in encoded.failed} == set(broken)
+    assert all(failure.reason for failure in encoded.failed)
     expected = [row for row, name in enumerate(names) if name not in broken]
     assert encoded.rows().tolist() == expected
     np.testing.assert_allclose(vectors_of(encoded), vectors_of(whole)[expected], atol=1e-5)
@@ -202,7 +202,7 @@ def test_a_window_and_a_shard_may_be_broken_throughout(encoder: Encoder, gallery
         break_picture(path, "dangling link")
     encoded = encode_gallery(scan(gallery_path), encoder, tmp_path / "w", batch_size=3, shard_rows=6, max_failed=0.5)
     assert encoded.rows().tolist() == list(range(6, 24))
-    assert {reason for _, reason in encoded.failed} == {"no such file"}
+    assert {failure.reason for failure in encoded.failed} == {"no such file"}
 
 
 def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_p
     assert str(listed) in message
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [line["name"] for line in lines] == [f"circle/{c}.png" for c in ("black", "blue", "green", "orange")]
-    with pytest.raises(DataError, match=r"too few pictures"):  # what an earlier run found counts as well
+    with pytest.raises(DataError, match=r"too few images"):  # what an earlier run found counts as well
         encode_gallery(
             scan(gallery_path), model, tmp_path / "w", batch_size=2, shard_rows=2, max_failed=0.1, progress=False
         )
@@ -230,7 +230,7 @@ def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_p
 def test_no_readable_picture_is_an_error_whatever_is_allowed(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "a.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no picture of .* can be read: 1 of 1 failed"):
+    with pytest.raises(DataError, match=r"no image of .* can be read: 1 of 1 failed"):
         encode_gallery(scan(tmp_path / "g"), encoder, tmp_path / "w", max_failed=1.0, progress=False)
 
 
@@ -309,7 +309,7 @@ def surprise(data: bytes) -> NDArray[np.uint8]:
 def test_surprise_in_a_decoder_is_a_failed_picture(tiny_gallery: Path) -> None:
     windows = iter([Window(str(tiny_gallery), (ImageLocation(5, "circle/red.png", -1, 0),))])
     (result,) = decode_windows(windows, surprise, 0)
-    assert result.failed == ((5, "ZeroDivisionError: in a decoder"),)
+    assert result.failed == ((5, "ZeroDivisionError: in a decoder", ImageFault.BROKEN),)
 
 
 def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:

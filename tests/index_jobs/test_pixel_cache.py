@@ -132,7 +132,7 @@ def test_a_damaged_cache_is_never_fatal(
     connection.close()
     assert len(run(gallery, encoder, tmp_path / "a", cache)) == 24
     assert len(decoded) == 24
-    assert "cannot be read (no such table: pixels); pictures are decoded instead" in caplog.text
+    assert "cannot be read (no such table: pixels); images are decoded instead" in caplog.text
     assert "cannot be written" in caplog.text
 
 

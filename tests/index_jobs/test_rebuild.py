@@ -102,7 +102,7 @@ def test_failed_pictures_are_published_with_the_version(gallery: Path, tiny_chec
         "circle/black.png", "circle/green.png", "circle/orange.png",
     ]  # fmt: skip
     assert rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False).reused
-    with pytest.raises(DcarError, match="too few pictures"):  # more than are accepted now
+    with pytest.raises(DcarError, match="too few images"):  # more than are accepted now
         rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, max_failed=0)
 
 
@@ -132,7 +132,7 @@ def test_pictures_that_could_not_be_read_are_tried_again(
     first = run()
     assert (first.count, first.failed, first.unread) == (21, 3, 2)
     lines = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["reading", "picture", "reading"]
+    assert [json.loads(line)["fault"] for line in lines] == ["missing", "not_an_image", "missing"]
     assert (run(force=True).encoded, run(kind="hnsw").encoded) == (0, 0), "what is still missing costs no encoding"
     again = run(kind="hnsw")
     assert (again.reused, again.unread) == (True, 2)
@@ -160,7 +160,7 @@ def test_a_gallery_that_was_away_does_not_keep_its_job_from_going_on(
     settings = {"batch_size": 2, "shard_rows": 2, "max_failed": 0.3, "progress": False}
     shutil.move(gallery / "triangle", tmp_path / "triangle")
     shutil.move(gallery / "cross", tmp_path / "cross")
-    with pytest.raises(DcarError, match="too few pictures"):
+    with pytest.raises(DcarError, match="too few images"):
         rebuild(listed, tiny_checkpoint, tmp_path / "index", **settings)
     for name in ("triangle", "cross"):
         shutil.move(tmp_path / name, gallery / name)
@@ -168,14 +168,14 @@ def test_a_gallery_that_was_away_does_not_keep_its_job_from_going_on(
     assert (summary.count, summary.failed) == (24, 0)
 
 
-def test_failures_of_older_versions_have_their_kind_from_the_reason(
+def test_failures_of_older_versions_count_as_unread(
     gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     (gallery / "circle" / "blue.png").unlink()
     rebuild(listed, tiny_checkpoint, tmp_path / "index", progress=False)
     path = open_current(tmp_path / "index").path / "failed.jsonl"
     line = json.loads(path.read_text())
-    del line["kind"]
+    del line["fault"]
     path.write_text(json.dumps(line))
     job = Job(scan(listed), tiny_checkpoint, "", tmp_path / "index", RebuildOptions(), 0.0)
     manifest = Manifest.read(path.with_name("manifest.json"))

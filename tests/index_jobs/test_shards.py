@@ -1,6 +1,7 @@
 """Kinds of failures in shards: broken images and failed reads."""
 
 import io
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import pytest
 from PIL import Image
 
 from dcar_core.images import open_image
-from dcar_core.util.errors import ImageError
+from dcar_core.util.errors import ImageError, ImageFault
 from index_jobs.encoding.decode import Window, decode_windows
 from index_jobs.encoding.encoding_state import any_readable
-from index_jobs.encoding.shards import PICTURE, READING, ShardStore, kind_of
+from index_jobs.encoding.shards import FailedImage, ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 
@@ -29,13 +30,13 @@ def encoded(form: str) -> bytes:
 def test_what_is_no_picture_is_not_worth_another_attempt(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:
         open_image(data)
-    assert kind_of(str(caught.value)) == PICTURE
+    assert not caught.value.fault.is_temporary
 
 
 def test_what_is_too_large_is_not_worth_another_attempt() -> None:
     with pytest.raises(ImageError) as caught:
         open_image(encoded("PNG"), max_pixels=100)
-    assert kind_of(str(caught.value)) == PICTURE
+    assert not caught.value.fault.is_temporary
 
 
 def cut(path: Path) -> ImageLocation:
@@ -60,28 +61,24 @@ def folder(path: Path) -> ImageLocation:
 def test_what_cannot_be_read_is(made: Callable[[Path], ImageLocation], tmp_path: Path) -> None:
     window = Window(str(tmp_path), (made(tmp_path / "picture.png"),))
     ((decoded),) = decode_windows(iter([window]), lambda data: np.zeros((3, 1, 1), np.uint8), 0)
-    ((_, reason),) = decoded.failed
-    assert kind_of(reason) == READING
-
-
-@pytest.mark.parametrize("reason", ["Input/output error", "ClientResponseError: 503, message='x'", "TimeoutError: "])
-def test_an_unknown_reason_is_worth_another_attempt(reason: str) -> None:
-    assert kind_of(reason) == READING
+    (failure,) = decoded.failed
+    assert failure.fault.is_temporary
 
 
 def test_a_reopened_shard_is_still_to_do(tmp_path: Path) -> None:
     store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
                        rows=2)  # fmt: skip
     one = np.zeros(1, np.uint64)
-    store.save(0, np.zeros((1, 2), np.float32), [(1, "no such file")], one, one)
+    store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "no such file", ImageFault.MISSING)], one, one)
     store.save(1, np.zeros((1, 2), np.float32), [], one, one)
     shard = store.load(0)
     assert shard is not None
     assert shard.unread == [1]
+    assert shard.failed == (FailedImage(1, "no such file", ImageFault.MISSING),)
     store.reopen(0)
     assert store.load(0) is None
     assert store.load(1) is not None
-    assert store.rows_there() == 1
+    assert store.stored_rows() == 1
 
 
 def test_one_that_can_be_read_by_now_is_enough(tiny_gallery: Path, tmp_path: Path) -> None:
@@ -96,3 +93,18 @@ def test_asking_again_has_an_end(tiny_gallery: Path) -> None:
     gallery = scan(tiny_gallery)
     assert any_readable(gallery, [0, 1], time.monotonic() + 60)
     assert not any_readable(gallery, [0, 1], time.monotonic())
+
+
+def test_failures_of_older_shards_are_tried_again(tmp_path: Path) -> None:
+    """Older shards say the reason alone."""
+    store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=2, dim=2, batch=2,
+                       rows=2)  # fmt: skip
+    one = np.zeros(1, np.uint64)
+    store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "not an image", ImageFault.NOT_AN_IMAGE)], one, one)
+    note = store.path / "000000.json"
+    values = json.loads(note.read_text())
+    values["failed"] = [failure[:2] for failure in values["failed"]]
+    note.write_text(json.dumps(values))
+    shard = store.load(0)
+    assert shard is not None
+    assert shard.unread == [1]

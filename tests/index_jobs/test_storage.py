@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
+from dcar_core.util.errors import ArtifactError, DataError, ImageFault, MissingExtraError
 from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.shards import FailedImage
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import (
     WHOLE_FILE,
     ImageLocation,
-    _span,
+    _cut_span,
     file_suffix,
     is_url,
     join_location,
@@ -120,10 +121,10 @@ def test_places_are_joined_and_taken_apart(root: str, location: str, place: str)
     assert join_location(parent_folder(place), "x.png") == place.replace("b.png", "x.png")
 
 
-def test_a_span_is_cut_out_of_what_a_server_without_ranges_sends() -> None:
+def test_a_span_is_cut_from_the_response_of_a_server_without_ranges() -> None:
     span = ImageLocation(0, "a.tar", 3, 4)
-    assert _span(b"0123456789", span, "a.tar") == _span(b"3456", span, "a.tar") == b"3456"
-    assert isinstance(_span(b"012345", span, "a.tar"), ValueError)
+    assert _cut_span(b"0123456789", span, "a.tar") == _cut_span(b"3456", span, "a.tar") == b"3456"
+    assert isinstance(_cut_span(b"012345", span, "a.tar"), ValueError)
 
 
 def test_what_is_a_url() -> None:
@@ -196,9 +197,9 @@ def test_a_stumbling_network_costs_no_picture(
     encoded = encode_gallery(gallery, encoder, tmp_path / "w", max_failed=0.5, progress=False)
     assert encoded.rows().tolist() == [0, 1]
     (gone, down) = encoded.failed
-    assert gone == (2, "no such file")
-    assert down[0] == 3
-    assert "503" in down[1]
+    assert gone == FailedImage(2, "no such file", ImageFault.MISSING)
+    assert (down.row, down.fault) == (3, ImageFault.UNREADABLE)
+    assert "503" in down.reason
     asked = [handler.asked.count(f"/{name}") for name in names]
     assert asked == [1, 3, 1, 4]
 
@@ -242,12 +243,12 @@ def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_
         str(tmp_path), [ImageLocation(i, name, WHOLE_FILE, 0) for i, name in enumerate(names)], pauses=()
     )
     assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]
-    with pytest.raises(OSError, match="no path: embedded null byte"):
+    with pytest.raises(OSError, match="not a path: embedded null byte"):
         read_image(str(tmp_path), names[1], WHOLE_FILE, 0)
 
 
 def test_a_mark_stands_for_all_but_the_row() -> None:
     place = ImageLocation(0, "a.tar", 512, 100, 7)
-    assert replace(place, row=9).mark == place.mark
+    assert replace(place, row=9).location_hash == place.location_hash
     others: list[dict[str, Any]] = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]
-    assert len({place.mark, *(replace(place, **other).mark for other in others)}) == 5
+    assert len({place.location_hash, *(replace(place, **other).location_hash for other in others)}) == 5
