@@ -114,7 +114,7 @@ def _setting_default(value: Any) -> str:
         return "*required*"
     if value in (None, {}, ()) or value is False:
         return ""
-    return f"`{value}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _limits(schema: dict[str, Any]) -> str:

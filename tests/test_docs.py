@@ -185,6 +185,19 @@ def test_a_newcomer_changes_at_most_four_files() -> None:
         assert 1 <= len(re.findall(r"`[\w/.-]+\.\w+`", change)) <= 4, what
 
 
+def test_the_architecture_lists_every_folder() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "app/ " in block)
+    listed, package = set(), ""
+    for indent, folder in re.findall(r"^( *)([\w/]+)/ ", tree, re.MULTILINE):
+        package = package if indent else folder
+        listed.add(f"{package}/{folder}" if indent else folder)
+    packages = ("app", "index_jobs", "dcar_core")
+    folders = {f"{name}/{path.name}" for name in packages for path in (ROOT / name).iterdir() if path.is_dir()}
+    folders = {folder for folder in folders if not folder.endswith("__pycache__")}
+    assert {folder for folder in listed if folder.split("/")[0] in packages} == folders | set(packages)
+
+
 def test_named_variables_exist() -> None:
     """Every DCAR_* variable of the documentation is a setting, or is read somewhere in the code."""
     sources = [*ROOT.glob("docker-compose.yml"), ROOT / "Makefile", ROOT / ".ci" / "run"]
