@@ -1,13 +1,13 @@
-"""Measure the calibrated cut-off (`min_score: "auto"`): the share of true queries kept, and of nonsense cut.
+"""Share of true queries that the calibrated cut-off (`min_score: "auto"`) keeps, and of nonsense that it rejects.
 
     python benchmarks/cutoff.py data/index/twemoji --validation examples/emoji/twemoji
 
-- True queries are the validation texts. One half sets a cut-off and the other half is judged by it, and vice versa.
-  Kept: the share of queries whose own image reaches the cut-off.
-- Nonsense queries are texts about things that no emoji shows, and strings of random letters. Cut: the share for which
-  nothing in the index reaches the cut-off, so the result is empty.
-- Results left: the number of items that reach the cut-off for the validation texts, median and 90th percentile.
-- The test split plays no part. PyTorch encodes on one thread.
+- True queries are the validation texts, in two halves; each half is judged by the cut-off of the other. Kept: the share
+  whose own image reaches the cut-off.
+- Nonsense queries describe things that no emoji shows, or are random letters. Rejected: the share without any result.
+- Remaining results: the number of items that reach the cut-off for a validation text, median and 90th percentile.
+
+The test split is not read. PyTorch encodes on one thread.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from index_jobs.gallery.scan import scan
 from index_jobs.jobs import quality_gate
 from index_jobs.store.versions import open_current
 
-ELSEWHERE = (
+UNRELATED_TEXTS = (
     "quarterly tax report", "how do I reset my password", "stainless steel hex bolt M8", "kernel panic stack trace",
     "two people signing a contract", "lorem ipsum dolor sit amet", "refund policy for annual subscription",
     "python list comprehension", "concrete mixer rental price", "portrait of a baroque nobleman",
@@ -32,42 +32,44 @@ ELSEWHERE = (
     "minutes of the board meeting", "proof of residence document", "scratched hardwood floor", "a pump's wiring plan",
     "mortgage interest rates", "aerial view of farmland", "electron microscope picture of pollen",
 )  # fmt: skip
-LETTERS = 200
+RANDOM_TEXTS = 200
 
 
-def random_words(count: int) -> list[str]:
-    draw = random.Random(0)
+def random_texts(count: int) -> list[str]:
+    """Return texts of two random words."""
+    rng = random.Random(0)
 
     def word() -> str:
-        return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(4, 9)))
+        return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(4, 9)))
 
     return [f"{word()} {word()}" for _ in range(count)]
 
 
 def main() -> None:
+    """Print the three figures of one index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a published index")
-    parser.add_argument("--validation", type=Path, required=True, help="the data set with the val pairs to query")
+    parser.add_argument("--validation", type=Path, required=True, help="data set; its validation pairs are the queries")
     args = parser.parse_args()
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
     pairs = quality_gate.pairs_of(scan(artifact.manifest.source), args.validation)
-    assert pairs is not None  # --validation is given
-    both = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
-    rows = np.array([row for _, row in both if row is not None])
-    texts = encoder.encode_text([text for text, row in both if row is not None])  # [N, E]
-    found = cutoff(np.einsum("ne,ne->n", texts, artifact.vectors(rows)))
-    print(f"{args.index}: cut-off {found.min_score:.3f} from {found.pairs} validation pairs")
-    print(f"  kept of true queries, by halves   {100 * (found.kept or 0):.1f} %")
-    for name, queries in (("things that it does not hold", ELSEWHERE), ("random letters", random_words(LETTERS))):
-        best, _ = artifact.search(encoder.encode_text(list(queries)), 1)
-        print(f"  cut of {len(queries)} queries: {name:30}{100 * float((best[:, 0] < found.min_score).mean()):.1f} %")
-    scores, _ = artifact.search(texts, artifact.manifest.count)
-    left = (scores >= found.min_score).sum(1)
-    print(
-        f"  results left, of {artifact.manifest.count}: median {np.median(left):.0f}, p90 {np.quantile(left, 0.9):.0f}"
-    )
+    assert pairs is not None  # --validation is required
+    queries = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
+    rows = np.array([row for _, row in queries if row is not None])
+    texts = encoder.encode_text([text for text, row in queries if row is not None])  # [N, E]
+    calibrated = cutoff(np.einsum("ne,ne->n", texts, artifact.vectors(rows)))
+    min_score, count = calibrated.min_score, artifact.manifest.count
+    print(f"{args.index}: cut-off {min_score:.3f} from {calibrated.pairs} validation pairs")
+    print(f"  true queries kept, by halves      {100 * (calibrated.kept or 0):.1f} %")
+    for name, nonsense in (("unrelated things", UNRELATED_TEXTS), ("random letters", random_texts(RANDOM_TEXTS))):
+        best, _ = artifact.search(encoder.encode_text(list(nonsense)), 1)
+        rejected = 100 * float((best[:, 0] < min_score).mean())
+        print(f"  {len(nonsense)} queries rejected: {name:20}{rejected:.1f} %")
+    scores, _ = artifact.search(texts, count)
+    remaining = (scores >= min_score).sum(1)
+    print(f"  results of {count}: median {np.median(remaining):.0f}, p90 {np.quantile(remaining, 0.9):.0f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Vectors of a trained encoder for benchmarks of indexes: images drawn from the bundled emoji, texts as queries.
+"""Vectors of a trained encoder for index benchmarks: images drawn from the bundled emoji, and captions as queries.
 
-- Synthetic clusters flatter inverted lists. Here queries are texts, whose vectors lie elsewhere than those of images.
-- Every emoji of both styles is drawn until the count is reached, each time moved, rotated, scaled and coloured
-  differently, and encoded by the adapted checkpoint of one style.
-- Queries are the captions, each alone once, then in pairs, so that there are enough to tune and to measure.
+Synthetic clusters flatter inverted lists: real queries are texts, and lie in another region than image vectors.
+
+- Every emoji of both styles is drawn as often as needed, each time moved, rotated, scaled and coloured differently, and
+  encoded by the adapted checkpoint of one style.
+- Queries are the captions: each alone first, then random pairs of captions.
 """
 
 import itertools
@@ -24,41 +25,41 @@ STYLES = ("twemoji", "openmoji")
 BATCH = 256
 
 
-def encoder() -> Encoder:
+def load_encoder() -> Encoder:
+    """Load the encoder that makes all vectors."""
     return Encoder.load(EMOJI / STYLES[0] / "checkpoint", device="cpu")
 
 
 def captions(count: int) -> list[str]:
-    """Return `count` texts: captions, then pairs of captions."""
-    alone = list(dict.fromkeys(scan(EMOJI / STYLES[0]).table["caption"].to_pylist()))
-    draw = np.random.default_rng(5)
-    order = [alone[i] for i in draw.permutation(len(alone))]
-    pairs = (f"{order[i]}, {order[j]}" for i, j in draw.integers(len(order), size=(count, 2)))
+    """Return `count` query texts."""
+    unique = list(dict.fromkeys(scan(EMOJI / STYLES[0]).table["caption"].to_pylist()))
+    rng = np.random.default_rng(5)
+    order = [unique[i] for i in rng.permutation(len(unique))]
+    pairs = (f"{order[i]}, {order[j]}" for i, j in rng.integers(len(order), size=(count, 2)))
     return list(itertools.islice(itertools.chain(order, pairs), count))
 
 
 def vectors(model: Encoder, count: int) -> Iterator[Floats]:
-    """Yield float32 (m, E), L2-normalised, `count` rows in all."""
-    files = (data for style in STYLES for data in _files(EMOJI / style))
+    """Yield blocks (m, E) of L2-normalised vectors, `count` in total."""
+    files = (data for style in STYLES for data in _image_files(EMOJI / style))
     images = [open_image(data) for data in itertools.islice(files, count)]
-    drawn = (_varied(images[i % len(images)], i, i < len(images)) for i in range(count))
-    while batch := list(itertools.islice(drawn, BATCH)):
+    variants = (_variant(images[i % len(images)], i) if i >= len(images) else images[i] for i in range(count))
+    while batch := list(itertools.islice(variants, BATCH)):
         yield model.encode_images(batch, batch_size=BATCH)
 
 
-def _files(place: Path) -> Iterator[bytes]:
-    gallery = scan(place)
+def _image_files(directory: Path) -> Iterator[bytes]:
+    gallery = scan(directory)
     for row in gallery.table.select(["location", "offset", "size"]).to_pylist():
         yield read_image(gallery.root, row["location"], row["offset"], row["size"])
 
 
-def _varied(image: Image.Image, seed: int, unchanged: bool) -> Image.Image:
-    if unchanged:
-        return image
-    draw = np.random.default_rng([11, seed])
-    turned = image.rotate(draw.normal(0, 12), Image.Resampling.BILINEAR, fillcolor="white")
-    side = int(image.width * draw.uniform(0.6, 1))
-    canvas = Image.new("RGB", image.size, tuple(draw.integers(200, 256, 3).tolist()))
-    place = tuple(draw.integers(0, image.width - side + 1, 2).tolist())
-    canvas.paste(turned.resize((side, side)), place)
-    return ImageEnhance.Color(canvas).enhance(draw.uniform(0.3, 1.6))
+def _variant(image: Image.Image, seed: int) -> Image.Image:
+    """Rotate, scale, move and recolour an image at random."""
+    rng = np.random.default_rng([11, seed])
+    rotated = image.rotate(rng.normal(0, 12), Image.Resampling.BILINEAR, fillcolor="white")
+    side = int(image.width * rng.uniform(0.6, 1))
+    canvas = Image.new("RGB", image.size, tuple(rng.integers(200, 256, 3).tolist()))
+    place = tuple(rng.integers(0, image.width - side + 1, 2).tolist())
+    canvas.paste(rotated.resize((side, side)), place)
+    return ImageEnhance.Color(canvas).enhance(rng.uniform(0.3, 1.6))

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from emoji_vectors import captions, encoder
+from emoji_vectors import captions, load_encoder
 from emoji_vectors import vectors as drawn_emoji
 
 from dcar_core.util.arrays import Floats
@@ -114,7 +114,7 @@ class Material:
         return drawn, clusters.draw(2 * QUERIES, seed=2**31 - 1)
 
     def _emoji(self) -> tuple[Iterator[Floats], Floats]:
-        model = encoder()
+        model = load_encoder()
         return drawn_emoji(model, self.count), model.encode_text(captions(2 * QUERIES))
 
 

@@ -1,10 +1,9 @@
-"""Print results of `dcar evaluate` next to the paper's table (ViT-B/32, R@1).
+"""Results of `dcar evaluate` next to the paper's table (ViT-B/32, R@1), column by column.
 
     python benchmarks/paper_table.py results/*/results.json
 
-- A data set is recognised by the name of its directory.
-- The average is over the given data sets, and is compared with the paper's only if all nine are given.
-- Without arguments the paper's numbers stand next to empty columns.
+- A data set is identified by the name of its directory.
+- The average is printed once all nine data sets have results. Without arguments, our columns are empty.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import json
 from pathlib import Path
 
 METHODS = ("clip", "clip-adapter", "coop", "maple", "dcar")
-# R@1 of METHODS, image-to-text and text-to-image, from the result table of arXiv 2508.04028
+# R@1 of METHODS, image-to-text and text-to-image, from the results table of arXiv 2508.04028
 PAPER = {
     "caltech101": ((38.99, 39.41, 45.13, 46.26, 48.13), (32.17, 30.22, 29.70, 29.69, 36.78)),
     "pets": ((40.77, 43.43, 49.88, 49.40, 52.88), (30.69, 29.19, 31.59, 30.50, 39.82)),
@@ -29,33 +28,38 @@ DIRECTIONS = (("image-to-text", "i2t_r1"), ("text-to-image", "t2i_r1"))
 
 
 def table(results: dict[str, dict]) -> str:
-    """Return Markdown with one row per data set and "ours / paper" for each method."""
+    """Return Markdown: one row for each data set, "ours / paper" for each method."""
     parts = []
-    for which, (words, column) in enumerate(DIRECTIONS):
-        rows = [[f"{words} R@1, ours / paper", *METHODS], ["---"] * (1 + len(METHODS))]
-        ours = {name: {m: f["mean"][column] for m, f in found["methods"].items()} for name, found in results.items()}
+    for direction, (label, column) in enumerate(DIRECTIONS):
+        rows = [[f"{label} R@1, ours / paper", *METHODS], ["---"] * (1 + len(METHODS))]
+        ours = {
+            name: {method: result["mean"][column] for method, result in content["methods"].items()}
+            for name, content in results.items()
+        }
         for name, paper in PAPER.items():
-            found = ours.get(name, {})
-            rows.append([name, *(cell(found.get(m), paper[which][i]) for i, m in enumerate(METHODS))])
-        full = {m: [found[m] for found in ours.values() if m in found] for m in METHODS}
-        means = [sum(full[m]) / len(PAPER) if len(full[m]) == len(PAPER) else None for m in METHODS]
-        rows.append(["average of nine", *(cell(mean, AVERAGE[which][i]) for i, mean in enumerate(means))])
+            recalls = ours.get(name, {})
+            rows.append([name, *(cell(recalls.get(m), paper[direction][i]) for i, m in enumerate(METHODS))])
+        measured = {m: [recalls[m] for recalls in ours.values() if m in recalls] for m in METHODS}
+        means = [sum(measured[m]) / len(PAPER) if len(measured[m]) == len(PAPER) else None for m in METHODS]
+        rows.append(["average of nine", *(cell(mean, AVERAGE[direction][i]) for i, mean in enumerate(means))])
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     return "\n\n".join(parts)
 
 
 def cell(ours: float | None, paper: float) -> str:
+    """Return "ours / paper"; ours is empty if it was not measured."""
     return f"{'' if ours is None else f'{ours:.2f}'} / {paper:.2f}"
 
 
 def main() -> None:
+    """Print the tables for the given results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="results.json files, one for each data set")
-    read = [json.loads(path.read_text()) for path in parser.parse_args().results]
-    unknown = sorted({found["data"] for found in read} - set(PAPER))
+    contents = [json.loads(path.read_text()) for path in parser.parse_args().results]
+    unknown = sorted({content["data"] for content in contents} - set(PAPER))
     if unknown:
         parser.error(f"{', '.join(unknown)} is not in the paper's table; it has {', '.join(PAPER)}")
-    print(table({found["data"]: found for found in read}))
+    print(table({content["data"]: content for content in contents}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Measure the cost of prompts and head at query time, as a ratio to plain CLIP's text encoding.
+"""Text encoding time of adapted models as a ratio to plain CLIP: the cost of prompts and token weights at query time.
 
-    python benchmarks/query_time.py                     # random ViT-B/32, one query at a time and a batch of 32
+    python benchmarks/query_time.py                     # random ViT-B/32, batches of 1 and of 32
 
-Weights do not affect time, so they are random. Methods take turns within each round, so other load affects all of them;
-the ratio is the median over the rounds.
+- Weights do not affect the time, so they are random.
+- Methods alternate within each round, so that other load on the machine affects all of them. The ratio is the median
+  of the rounds' ratios.
 """
 
 import argparse
@@ -29,17 +30,21 @@ QUERIES = (
 )
 
 
-def seconds(encoder: Encoder, texts: list[str], repeat: int) -> float:
+def seconds_per_call(encoder: Encoder, texts: list[str], repeat: int) -> float:
+    """Return the mean seconds of encoding `texts`."""
     started = time.perf_counter()
     for _ in range(repeat):
-        encoder.encode_text(texts)  # the copy to the CPU waits for a GPU
+        encoder.encode_text(texts)  # copies to the CPU, which waits for the GPU
     return (time.perf_counter() - started) / repeat
 
 
 def main() -> None:
+    """Print one line for each query and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
-    parser.add_argument("--pretrained", default="random", help="default: random weights, since only speed is measured")
+    parser.add_argument(
+        "--pretrained", default="random", help="default: random weights, which suffice to measure speed"
+    )
     parser.add_argument("--methods", default="coop,dcar,dcar+", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
@@ -64,13 +69,13 @@ def main() -> None:
         for query in QUERIES:
             texts, repeat = [query] * batch, 5 if batch == 1 else 1
             for encoder in encoders.values():
-                seconds(encoder, texts, 2)
+                seconds_per_call(encoder, texts, 2)  # warm-up
             rounds = [
-                {name: seconds(encoder, texts, repeat) for name, encoder in encoders.items()}
+                {name: seconds_per_call(encoder, texts, repeat) for name, encoder in encoders.items()}
                 for _ in range(args.rounds)
             ]
-            plain = statistics.median(found["clip"] for found in rounds)
-            ratios = [statistics.median(found[name] / found["clip"] for found in rounds) for name in names[1:]]
+            plain = statistics.median(times["clip"] for times in rounds)
+            ratios = [statistics.median(times[name] / times["clip"] for times in rounds) for name in names[1:]]
             cells = [f"{batch}", f"{len(query.split())}", f"{1000 * plain:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
             print(f"| {' | '.join(cells)} |", flush=True)
 

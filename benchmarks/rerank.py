@@ -1,10 +1,10 @@
-"""Measure the gain and cost of `rerank`: recall with and without it, and the forward passes that it takes.
+"""Recall of text searches with and without `rerank`, and the forward passes that it costs.
 
     python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji
 
-Every validation text searches the whole index. Its first `--depth` results are scored again with the exact weights of
-the text for each of them, all treated alike, by the code of the service. A hit is the text's own image. The test split
-plays no part.
+- Every validation text searches the whole index. Its first `--depth` results are scored again with the exact token
+  weights of the text for each result, by the code of the service. A hit is the text's own image.
+- The test split is not read.
 """
 
 import argparse
@@ -25,53 +25,57 @@ from index_jobs.store.versions import open_current
 RANKS = (1, 5, 10)
 
 
-def reranked(
+def rerank(
     encoder: Encoder, pairs: PairWeights, artifact: Artifact, text: str, rows: NDArray[np.int64],
-    frozen: dict[int, NDArray[np.float32]],
+    image_features: dict[int, NDArray[np.float32]],
 ) -> NDArray[np.int64]:  # fmt: skip
-    """Return the rows (C,) sorted by the exact weights. `frozen` caches image features by row."""
+    """Sort rows (C,) by their scores under the exact pair weights, best first.
+
+    image_features: frozen features by row, filled on demand.
+    """
     for row in rows:
-        if row not in frozen:
+        if row not in image_features:
             pixels = encoder.preprocess(artifact.image_bytes(int(row)))
-            frozen[row] = pairs.image_features(pixels[None])[0]
-    factors = pairs.factors(text, np.stack([frozen[row] for row in rows]))  # [C, n]
+            image_features[row] = pairs.image_features(pixels[None])[0]
+    factors = pairs.factors(text, np.stack([image_features[row] for row in rows]))  # [C, n]
     texts = encode_text_rows([TextRow(encoder, text, each) for each in factors])  # [C, E]
     scores = np.einsum("ce,ce->c", texts, artifact.vectors(rows))
     return rows[np.argsort(-scores, kind="stable")]
 
 
 def main() -> None:
+    """Print recall with and without re-ranking."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a published index")
-    parser.add_argument("--validation", type=Path, required=True, help="the data set with the val pairs to query")
-    parser.add_argument("--depth", type=int, default=20, help="results to score again (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="number of queries (default: all)")
+    parser.add_argument("--validation", type=Path, required=True, help="data set; its validation pairs are the queries")
+    parser.add_argument("--depth", type=int, default=20, help="results to re-rank (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT queries")
     args = parser.parse_args()
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    weigher = PairWeights(encoder)
+    pair_weights = PairWeights(encoder)
     pairs = quality_gate.pairs_of(scan(artifact.manifest.source), args.validation)
-    assert pairs is not None  # --validation is given
-    asked = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))[: args.limit]
+    assert pairs is not None  # --validation is required
+    queries = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))[: args.limit]
     depth = max(args.depth, *RANKS)
-    plain, again = np.zeros(len(RANKS)), np.zeros(len(RANKS))
-    frozen: dict[int, NDArray[np.float32]] = {}
-    for text, row in asked:
+    plain_hits, reranked_hits = np.zeros(len(RANKS)), np.zeros(len(RANKS))
+    image_features: dict[int, NDArray[np.float32]] = {}
+    for text, row in queries:
         rows = artifact.search(encoder.encode_text([text]), depth)[1][0]
-        better = np.concatenate(
-            [reranked(encoder, weigher, artifact, text, rows[: args.depth], frozen), rows[args.depth :]]
+        reranked = np.concatenate(
+            [rerank(encoder, pair_weights, artifact, text, rows[: args.depth], image_features), rows[args.depth :]]
         )
-        plain += [row in rows[:k] for k in RANKS]
-        again += [row in better[:k] for k in RANKS]
-    print(f"{args.index}: {len(asked)} validation texts among {artifact.manifest.count:,} items, percent")
-    for name, hits in (("as found", plain), (f"first {args.depth} re-ranked", again)):
+        plain_hits += [row in rows[:k] for k in RANKS]
+        reranked_hits += [row in reranked[:k] for k in RANKS]
+    print(f"{args.index}: {len(queries)} validation texts among {artifact.manifest.count:,} items, percent")
+    for name, hits in (("not re-ranked", plain_hits), (f"first {args.depth} re-ranked", reranked_hits)):
         print(
-            f"  {name:22}" + "".join(f"  R@{k} {100 * n / len(asked):5.1f}" for k, n in zip(RANKS, hits, strict=True))
+            f"  {name:22}" + "".join(f"  R@{k} {100 * n / len(queries):5.1f}" for k, n in zip(RANKS, hits, strict=True))
         )
     print(
-        f"  a query then encodes {args.depth} texts more, and each picture once through the frozen encoder: "
-        f"{len(frozen):,} for all of these"
+        f"  each query encodes {args.depth} more texts, and each image once by the frozen encoder: "
+        f"{len(image_features):,} in total"
     )
 
 

@@ -1,14 +1,14 @@
-"""Measure the cost of training per method on a random ViT-B/32: trainable parameters, seconds per epoch, peak memory.
+"""Cost of training by method on a random ViT-B/32: trainable parameters, seconds an epoch, peak memory.
 
     python benchmarks/training_cost.py              # an epoch of 1,000 generated pairs in batches of 64, each method
 
-- Images are noise and captions are generated, since their content does not affect the cost. Weights are random.
-- Every method runs in a process of its own, since the peak memory of a process never falls.
-- On a CPU, seconds are processor time on one thread, which other load distorts least; `--wall` takes wall time, as on a
-  GPU.
-- `batches` are timed and extrapolated to an epoch of `pairs`; all batches are alike.
-- Preparation (decoding, frozen features, token weights) is timed with an empty and with a full cache. For methods with
-  a frozen tower, a batch is also timed without the cached features of that tower.
+- Images are noise, captions and weights random: their content does not affect the cost.
+- Every method runs in a process of its own, because a process's peak memory never falls.
+- On a CPU, seconds are processor time on one thread, which other load distorts least; `--wall` measures wall-clock
+  time, as on a GPU.
+- `--batches` batches are timed and extrapolated to an epoch of `--pairs`.
+- Preparation (decoding, frozen features, token weights) is timed with an empty cache and with a full one. For methods
+  with a frozen tower, a batch is also timed without cached features of that tower.
 """
 
 import argparse
@@ -37,16 +37,15 @@ from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+"
 WORDS = ("red", "blue", "small", "striped", "shiny", "old", "metal", "round", "with", "a", "and", "on", "near", "the")
 HEADS = (
-    "method", "trainable", "s a batch", "s an epoch", "peak MB", "preparing, s", "again with the cache, s",
-    "s a batch without the cache",
+    "method", "trainable", "s per batch", "s per epoch", "peak MB", "preparation, s", "again with the cache, s",
+    "s per batch without the cache",
 )  # fmt: skip
 
-
-now = time.perf_counter
+clock = time.perf_counter
 
 
 def make_data(folder: Path, pairs: int) -> None:
-    """Return images of 256 x 256 with a caption of 20 words and four negatives each."""
+    """Write images of 256 x 256, each with a caption of 20 words and four negatives."""
     rng, entries = np.random.default_rng(0), {}
     for i in range(pairs):
         pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
@@ -58,76 +57,80 @@ def make_data(folder: Path, pairs: int) -> None:
     (folder / "train.json").write_text(json.dumps(entries))
 
 
-def seconds_a_batch(model: DCAR, data: PreparedSplit, args: argparse.Namespace) -> float:
+def seconds_per_batch(model: DCAR, data: PreparedSplit, args: argparse.Namespace) -> float:
+    """Return the median seconds of a batch's forward and backward pass."""
     precision = MixedPrecision(args.amp, model.backbone.device)
     rows = np.arange(min(args.batch_size, len(data)))
     times = []
-    for _ in range(1 + args.batches):  # the first warms up
-        started = now()
+    for _ in range(1 + args.batches):  # the first one is a warm-up
+        started = clock()
         model.zero_grad(set_to_none=True)
-        accumulate_gradients(model, data, rows, precision=precision)  # converting to a float waits for a GPU
-        times.append(now() - started)
+        accumulate_gradients(model, data, rows, precision=precision)  # returns a float, which waits for the GPU
+        times.append(clock() - started)
     return float(np.median(times[1:]))
 
 
 def timed_prepare(training: Dataset, model: DCAR, cache: FeatureCache) -> tuple[PreparedSplit, float]:
-    started = now()
-    return prepare_split(training, model, for_training=True, progress=False, cache=cache), now() - started
+    """Return the prepared split and the seconds it took."""
+    started = clock()
+    return prepare_split(training, model, for_training=True, progress=False, cache=cache), clock() - started
 
 
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, float | str | None]:
+    """Measure one method in this process."""
     backbone = load_backbone(BackboneSource(args.model, args.pretrained), pick_device(args.device))
     model = seeded_model(backbone, method(name), 0).train()
     training = load_split(folder, "train")[0]
     cache = folder / f"features-{name}"
     data, cold = timed_prepare(training, model, FeatureCache(cache, backbone))
     data, warm = timed_prepare(training, model, FeatureCache(cache, backbone))
-    batch = seconds_a_batch(model, data, args)
+    batch = seconds_per_batch(model, data, args)
     peak = (
         torch.cuda.max_memory_allocated() / 2**20
         if backbone.device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     )
-    without = None
+    uncached = None
     if model.image_is_frozen:
         pixels = np.stack([backbone.preprocess(training.read(s.image)) for s in training.samples[: args.batch_size]])
         small = replace(data, image_of=data.image_of[: args.batch_size], pixels=pixels, image_features=None)
-        without = seconds_a_batch(model, replace(small, text_features=None) if model.text_is_frozen else small, args)
+        uncached = seconds_per_batch(model, replace(small, text_features=None) if model.text_is_frozen else small, args)
     trainable = sum(p.numel() for _, p in model.trainables() if p.requires_grad)
     return {
         "method": name, "trainable": trainable, "batch": batch, "epoch": batch * args.pairs / args.batch_size,
-        "peak": peak, "cold": cold, "warm": warm, "without": without,
+        "peak": peak, "cold": cold, "warm": warm, "uncached": uncached,
     }  # fmt: skip
 
 
 def main() -> None:
+    """Print one line for each method, each measured in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
-    parser.add_argument("--pretrained", default="random", help="default: random weights, since only speed is measured")
+    parser.add_argument("--pretrained", default="random", help="default: random weights, which suffice to measure cost")
     parser.add_argument("--methods", default=METHODS, help="default: %(default)s")
-    parser.add_argument("--pairs", type=int, default=1000, help="pairs per epoch; only two batches are generated")
+    parser.add_argument("--pairs", type=int, default=1000, help="pairs of an epoch; two batches are generated")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=3, help="batches to time")
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--wall", action="store_true", help="wall time on a CPU too")
-    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # one method, on existing data
+    parser.add_argument("--wall", action="store_true", help="measure wall-clock time on a CPU too")
+    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # measure one method, on existing data
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if not args.wall and pick_device(args.device) == "cpu":
-        global now
-        now = time.process_time
+        global clock
+        clock = time.process_time
     if args.only:
         print(json.dumps(measure(args.methods, args.only, args)))
         return
-    made = min(args.pairs, 2 * args.batch_size)
+    generated = min(args.pairs, 2 * args.batch_size)
     print(f"{args.model}, {pick_device(args.device)}, {torch.get_num_threads()} threads, batches of {args.batch_size}; "
-          f"an epoch of {args.pairs:,} pairs; preparation of {made}\n")  # fmt: skip
+          f"an epoch of {args.pairs:,} pairs; preparation of {generated} pairs\n")  # fmt: skip
     print(f"| {' | '.join(HEADS)} |\n{'| --- ' * len(HEADS)}|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        make_data(Path(folder), made)
+        make_data(Path(folder), generated)
         for name in args.methods.split(","):
             command = [sys.executable, __file__, "--methods", name, "--only", folder]
             command += ["--wall"] if args.wall else []
@@ -135,9 +138,9 @@ def main() -> None:
                 command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             m = json.loads(done.stdout.splitlines()[-1])
-            without = "-" if m["without"] is None else f"{m['without']:.3g}"
+            uncached = "-" if m["uncached"] is None else f"{m['uncached']:.3g}"
             print(f"| {name} | {m['trainable']:,} | {m['batch']:.3g} | {m['epoch']:.3g} | {m['peak']:.0f} | "
-                  f"{m['cold']:.1f} | {m['warm']:.1f} | {without} |", flush=True)  # fmt: skip
+                  f"{m['cold']:.1f} | {m['warm']:.1f} | {uncached} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

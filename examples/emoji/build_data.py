@@ -2,15 +2,15 @@
 
     python examples/emoji/build_data.py
 
-It needs Node.js 20 or newer with npm, and takes about two minutes. Every vendor style is rendered to PNG files in
-build/renders, which train_base.py reads. For each domain, twemoji and openmoji, it writes
+Needs Node.js 20 or newer with npm, and takes about two minutes. Renders every vendor style as PNG to build/renders,
+which train_base.py reads, and writes for each domain (twemoji and openmoji):
 
     gallery.tar                       every image of the style, palette PNG, 64 px
     metadata.jsonl                    one line per image: caption, category, meta-category, attributes, split
-    train.json val.json test.json     the pairs in the FDRD format, with swapped negatives
+    train.json val.json test.json     the pairs in FDRD's form, with swapped negatives
 
-Emoji are split by the base emoji, so all skin tones of one are in the same split. The output is byte for byte the same
-every time. An interrupted run continues with the missing images.
+- Emoji are split by the base emoji, so all skin tones of an emoji are in the same split.
+- The output has the same bytes every time. A killed run resumes with the images that are missing.
 """
 
 import argparse
@@ -32,13 +32,14 @@ GENDERS = {0: "woman", 1: "man"}
 
 
 def render(renders: Path) -> None:
+    """Render every vendor style as PNG, with Node.js."""
     for command in (["npm", "ci", "--no-fund", "--no-audit"], ["node", "render.mjs", str(renders.resolve())]):
         if subprocess.run(command, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
             sys.exit(f"`{' '.join(command)}` failed; Node.js 20 or newer and npm are needed")
 
 
 def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
-    """Write a tar without times and owners; palettes keep 4,000 images under 8 MB."""
+    """Write gallery.tar without times and owners. Palette images keep 4,000 of them below 8 MB."""
     part = HERE / domain / "gallery.tar.part"
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
@@ -53,7 +54,7 @@ def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
 
 
 def negatives(name: str, emoji: dict, siblings: dict, rng: random.Random) -> list[tuple[str, str]]:
-    """Return (caption, category) pairs: two other emoji of the subgroup, then the same emoji with other attributes."""
+    """Return negatives as (caption, category): two other emoji of the subgroup, then one with other attributes."""
     own = emoji[name]
     others = [k for k in siblings[own["subgroup"]] if emoji[k]["base"] != own["base"]]
     swapped = [
@@ -71,6 +72,7 @@ def negatives(name: str, emoji: dict, siblings: dict, rng: random.Random) -> lis
 
 
 def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, int]:
+    """Write metadata.jsonl and the splits' pairs; return the number of pairs of each split."""
     siblings: dict[str, list[str]] = {}
     for name in names:
         siblings.setdefault(emoji[name]["subgroup"], []).append(name)
@@ -100,9 +102,10 @@ def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, i
 
 
 def main() -> None:
+    """Render if needed, and write both domains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renders", type=Path, default=HERE / "build" / "renders", help="default: %(default)s")
-    parser.add_argument("--no-render", action="store_true", help="use the images of an earlier run")
+    parser.add_argument("--no-render", action="store_true", help="use the images that are already rendered")
     args = parser.parse_args()
     if not args.no_render:
         render(args.renders)

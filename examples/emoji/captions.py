@@ -9,32 +9,34 @@ TEMPLATES = ("{}", "{}", "{}", "{} emoji", "a picture of {}", "an emoji of {}", 
 
 
 def plain_label(label: str) -> str:
-    """Return an emoji label as people write it: "flag: Japan" -> "flag of Japan"."""
+    """Return an emoji label in plain English: "flag: Japan" -> "flag of Japan"."""
     if label.startswith("flag: "):
         return "flag of " + label.removeprefix("flag: ")
     return label.replace("\u201c", "").replace("\u201d", "").replace(": ", ", ")
 
 
 def tone_words(tones: list[int]) -> list[str]:
+    """Return the names of skin tones, without repetitions."""
     return [f"{TONES[tone]} skin tone" for tone in dict.fromkeys(tones)]
 
 
 def useful_tags(emoji: dict) -> list[str]:
     """Return the tags that add a word to the label."""
-    known = set(plain_label(emoji["label"]).lower().replace(",", "").split())
-    return [tag for tag in emoji["tags"] if tag.lower() not in known]
+    label_words = set(plain_label(emoji["label"]).lower().replace(",", "").split())
+    return [tag for tag in emoji["tags"] if tag.lower() not in label_words]
 
 
 def domain_caption(emoji: dict) -> str:
-    """Return the caption of an emoji in a domain: its label, then up to four tags."""
+    """Return an emoji's caption in a domain: its label, then up to four tags."""
     return ", ".join([plain_label(emoji["label"]), *useful_tags(emoji)[:4]])
 
 
 def sample_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str] | None]:
     """Draw a caption: the label, another name, label and tags, or tags alone.
 
-    Tags alone may describe other emoji too. The second value is then the set of facts that an emoji must have to match
-    (see `facts`), otherwise None.
+    Returns:
+        The caption, and for tags alone the `facts` that an emoji must have for the caption to be true of it; otherwise
+        None.
     """
     label, tags = plain_label(emoji["label"]), emoji["tags"]
     names = [name.replace("_", " ").replace("-", " ").lower() for name in emoji["names"]]
@@ -61,7 +63,7 @@ def sample_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]
 
 
 def short_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]]:
-    """Draw a short query, one or two tags, half of the time with skin tones, and the facts that match it."""
+    """Draw a short query: one tag or two, half of the time with skin tones. Also return the facts it requires."""
     if not emoji["tags"]:
         return plain_label(emoji["label"]), facts(emoji)
     words = rng.sample(emoji["tags"], min(len(emoji["tags"]), rng.choice((1, 1, 1, 2))))
@@ -70,17 +72,20 @@ def short_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]]
 
 
 def facts(emoji: dict) -> frozenset[str]:
-    """Return tags, skin tones and the words of the label, in lower case."""
+    """Return an emoji's tags, skin tones and label words, in lower case."""
     words = plain_label(emoji["label"]).lower().replace(",", "").split()
     return frozenset([*words, *(tag.lower() for tag in emoji["tags"]), *tone_words(emoji["tones"])])
 
 
 def family(emoji: dict) -> str:
-    """Return the label without gender and skin tone: "woman running" and "man running" are one family."""
+    """Return an emoji's label without gender and skin tone: "woman running" and "man running" are one family."""
     return re.sub(r"\b(man|woman|men|women|person|people|boy|girl)s?\b", "", emoji["base_label"]).strip()
 
 
 def split_of(base: str) -> str:
-    """Return train (50 %), val (10 %) or test (40 %) by a hash of the base emoji; its skin tones share a split."""
+    """Return "train" (50 %), "val" (10 %) or "test" (40 %) by a hash of the base emoji.
+
+    All skin tones of an emoji are in the same split.
+    """
     slot = int(hashlib.sha256(base.encode()).hexdigest()[:8], 16) % 100
     return "train" if slot < 50 else "val" if slot < 60 else "test"

@@ -1,13 +1,12 @@
-"""Adapt the base model to both domains and measure the gain: the checkpoints and figures of the model card.
+"""Adapt the base model to both domains: the checkpoints and figures of the model card.
 
     python examples/emoji/train_domains.py --domains twemoji
     python examples/emoji/train_domains.py --domains openmoji --epochs 16 --short 1 --anchor 3
 
-- Each domain runs zero-shot, then the method with three seeds.
-- The best epoch of a run and the seed of the bundled checkpoint are chosen on the validation emoji; the test emoji are
-  read once per run.
-- Figures are for all test images and for the base emoji alone (without skin tones), each searched among its own images.
-- A finished run is not repeated; `--restart` discards finished runs.
+- For each domain: zero-shot, then the method with three seeds. Validation emoji choose the best epoch of a run and the
+  seed whose checkpoint is bundled; each run reads the test emoji once.
+- Figures are given for all test images and for the base emoji alone (without skin tones), each with its own gallery.
+- A finished run is not repeated; `--restart` discards all runs.
 """
 
 import argparse
@@ -36,30 +35,32 @@ DOMAINS = ("twemoji", "openmoji")
 
 
 def base_only(data: Dataset, domain: str) -> Dataset:
+    """Return the pairs of base emoji, without skin tones."""
     base = {row["file_name"] for row in map(json.loads, metadata(domain)) if row["base"]}
     return replace(data, samples=[sample for sample in data.samples if sample.image in base])
 
 
 def with_short_captions(data: Dataset, domain: str, count: int) -> Dataset:
-    """Add `count` short captions of one or two tags to each caption, since people search for "birthday".
+    """Add `count` short captions of one or two tags to each pair, since people search for "birthday".
 
-    A short caption is true of several images; their attributes list it, so training never treats it as a negative.
+    A short caption is true of several images. It is listed in their attributes, so it is never their negative.
     """
     rng = random.Random(0)
-    known = {row["file_name"]: emoji_of(row) for row in map(json.loads, metadata(domain))}
-    short = [[short_caption(known[sample.image], rng) for _ in range(count)] for sample in data.samples]
-    needed = {text: need for each in short for text, need in each}
+    emoji = {row["file_name"]: emoji_of(row) for row in map(json.loads, metadata(domain))}
+    short = [[short_caption(emoji[sample.image], rng) for _ in range(count)] for sample in data.samples]
+    required_facts = {text: required for each in short for text, required in each}
     samples = []
     for sample, each in zip(data.samples, short, strict=True):
-        true = facts(known[sample.image])
-        sample = replace(sample, attributes=tuple(text for text, need in needed.items() if need <= true))
-        further = replace(sample, negatives=(), negative_categories=())
-        samples += [sample, *(replace(further, caption=text) for text, _ in each)]
+        own_facts = facts(emoji[sample.image])
+        true_texts = tuple(text for text, required in required_facts.items() if required <= own_facts)
+        sample = replace(sample, attributes=true_texts)
+        without_negatives = replace(sample, negatives=(), negative_categories=())
+        samples += [sample, *(replace(without_negatives, caption=text) for text, _ in each)]
     return replace(data, samples=samples)
 
 
 def emoji_of(row: dict) -> dict:
-    """Return a line of metadata.jsonl in the form that `captions` takes."""
+    """Convert a line of metadata.jsonl to the form that `captions` takes."""
     numbers = {f"{name} skin tone": number for number, name in TONES.items()}
     tones = [numbers[attribute] for attribute in row["attributes"] if attribute in numbers]
     tags = [attribute for attribute in row["attributes"] if attribute not in numbers]
@@ -67,16 +68,19 @@ def emoji_of(row: dict) -> dict:
 
 
 def metadata(domain: str) -> list[str]:
+    """Return the lines of metadata.jsonl."""
     return (HERE / domain / "metadata.jsonl").read_text().splitlines()
 
 
 def test_recall(model: DCAR, domain: str) -> dict[str, dict[str, float]]:
+    """Return recall on all test images, and on the base emoji alone."""
     data = load_split(HERE / domain, "test")[0]
     parts = {"all": data, "base": base_only(data, domain)}
     return {name: evaluate(model, prepare_split(part, model, for_training=False)) for name, part in parts.items()}
 
 
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
+    """Train zero-shot and all seeds, bundle the best checkpoint, and return the domain's results."""
     work = args.work / domain
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
     training = with_short_captions(load_split(HERE / domain, "train")[0], domain, args.short)
@@ -85,27 +89,28 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     runs = []
     for name, seeds in (("clip", 1), (args.method, args.seeds)):
         for seed in range(seeds):
-            done = work / f"{name}-{seed}-{settings}" / "run.json"
-            if not done.is_file():
+            record = work / f"{name}-{seed}-{settings}" / "run.json"
+            if not record.is_file():
                 config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
-                chosen = method(name)
+                model_config = method(name)
                 if name != "clip" and args.anchor is not None:
-                    chosen = replace(chosen, loss=replace(chosen.loss, anchor=args.anchor))
-                model = seeded_model(backbone, chosen, seed)
-                found = train(model, training, validation, config)
-                notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
-                save_checkpoint(model, done.parent, training=notes)
+                    loss = replace(model_config.loss, anchor=args.anchor)
+                    model_config = replace(model_config, loss=loss)
+                model = seeded_model(backbone, model_config, seed)
+                result = train(model, training, validation, config)
+                notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
+                save_checkpoint(model, record.parent, training=notes)
                 run = {
                     "method": name,
                     "seed": seed,
-                    "epoch": found.epoch,
-                    "seconds": round(found.seconds),
+                    "epoch": result.epoch,
+                    "seconds": round(result.seconds),
                     "query": model.config.reweight.query,
-                    "val": found.best,
+                    "val": result.best,
                     "test": test_recall(model, domain),
                 }
-                done.write_text(json.dumps(run) + "\n")
-            runs.append(json.loads(done.read_text()))
+                record.write_text(json.dumps(run) + "\n")
+            runs.append(json.loads(record.read_text()))
     adapted = [run for run in runs if run["method"] == args.method]
     best = max(adapted, key=lambda run: run["val"]["t2i_r1"] + run["val"]["i2t_r1"])
     bundle(work / f"{args.method}-{best['seed']}-{settings}", HERE / domain / "checkpoint")
@@ -118,7 +123,7 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 def bundle(source: Path, target: Path) -> None:
-    """Copy a checkpoint and point it to the base model next to it."""
+    """Copy a checkpoint and set its backbone to the bundled base model."""
     target.mkdir(exist_ok=True)
     shutil.copyfile(source / "trainables.safetensors", target / "trainables.safetensors")
     config = json.loads((source / "config.json").read_text())
@@ -127,27 +132,28 @@ def bundle(source: Path, target: Path) -> None:
 
 
 def card(results: dict[str, dict]) -> str:
+    """Return the model card's table."""
     lines = ["| style, test emoji | | text-to-image R@1 | R@5 | R@10 | image-to-text R@1 | R@5 | R@10 |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for domain, found in results.items():
-        for part, words in (("all", "all"), ("base", "base only")):
-            plain, mean, std = found["zero_shot"][part], *(found["adapted"][part][k] for k in ("mean", "std"))
-            lines.append(f"| {domain}, {words} | zero-shot | " + " | ".join(f"{plain[c]:.1f}" for c in COLUMNS) + " |")
+    for domain, result in results.items():
+        for part, label in (("all", "all"), ("base", "base only")):
+            plain, mean, std = result["zero_shot"][part], *(result["adapted"][part][k] for k in ("mean", "std"))
+            lines.append(f"| {domain}, {label} | zero-shot | " + " | ".join(f"{plain[c]:.1f}" for c in COLUMNS) + " |")
             cells = " | ".join(f"{mean[c]:.1f} ± {std[c]:.1f}" for c in COLUMNS)
             lines.append(f"| | adapted | {cells} |")
     return "\n".join(lines)
 
 
 def main() -> None:
+    """Adapt the given domains, update results.json and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="some of them; default: all")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both")
     parser.add_argument("--method", default="dcar+", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--short", type=int, default=0, help="short captions per caption; default: %(default)s")
-    parser.add_argument("--anchor", type=float, help="weight of the loss that holds features near CLIP's; default: the "
-                        "method's")  # fmt: skip
+    parser.add_argument("--short", type=int, default=0, help="short captions to add to each pair; default: %(default)s")
+    parser.add_argument("--anchor", type=float, help="weight of the anchor loss; default: the method's")  # fmt: skip
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true")
