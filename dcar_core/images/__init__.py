@@ -1,8 +1,8 @@
-"""Image files: which formats are read, the check of a file's structure, decoding to RGB, and files in folders and tars.
+"""Image files: known formats, the check of a file's structure, decoding to RGB, and files in folders and tars.
 
     bytes --inspect--> Container (checked, metadata removed) --open_image--> RGB
 
-In: bytes, paths or Pillow images. Out: RGB images, or an `ImageError` that says what is wrong with the file.
+In: bytes, paths or Pillow images. Out: RGB images, or an `ImageError` with the reason.
 Every folder above `util` may import it; it imports `util` alone.
 """
 

@@ -2,7 +2,7 @@
 
 - Pillow parses every metadata segment in Python, some in quadratic time, and libjpeg walks all blocks of the image once
   per scan. So metadata never reaches them, and the number of scans is limited.
-- What follows the first scan is passed on as it is: libjpeg alone reads it.
+- Everything after the first scan is passed on unchanged: libjpeg alone reads it.
 """
 
 import re
@@ -96,7 +96,7 @@ def _require_few_scans(data: bytes, position: int) -> None:
 
 
 def _marker_in_scan(values: NDArray[np.uint8], position: int) -> int:
-    """Return where the next marker begins that is no restart and no stuffed byte, or -1."""
+    """Return the position of the next marker, -1 if there is none; restarts and stuffed bytes are no markers."""
     for start in range(position, len(values) - 1, _BLOCK):
         block = values[start : start + _BLOCK + 1]
         starts = np.flatnonzero(block[:-1] == 0xFF)

@@ -1,4 +1,4 @@
-"""TIFF structure, which EXIF shares: tags are read here, and only those that make an image reach a decoder.
+"""TIFF structure, which EXIF shares: tags are read here, and only the tags of the image itself reach a decoder.
 
 - Every tag may claim any amount of data, and Pillow writes a warning for each that is odd. So the list of tags is
   rewritten with known ones alone.

@@ -1,7 +1,4 @@
-"""Standard streams as commands find them: closed, full, or of another encoding. None of that is to cost the work.
-
-Only the standard library is imported.
-"""
+"""Standard streams that survive being closed, full, or of another encoding. Imports only the standard library."""
 
 import contextlib
 import json
@@ -13,7 +10,7 @@ from typing import Any, TextIO
 from dcar_core.util.errors import DcarError
 
 
-class _Wrapped:
+class _WrappedStream:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
@@ -21,8 +18,8 @@ class _Wrapped:
         return getattr(self._stream, name)
 
 
-class _Unheard(_Wrapped):
-    """stderr: what cannot be written there, such as a progress bar on a full disk, is not."""
+class _TolerantStderr(_WrappedStream):
+    """stderr that ignores write errors, such as those of a progress bar on a full disk."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -34,25 +31,25 @@ class _Unheard(_Wrapped):
             self._stream.flush()
 
 
-class _Output(_Wrapped):
-    """stdout: what cannot be written is one clear error; a pipe whose reader is gone is an ordinary end."""
+class _CheckedStdout(_WrappedStream):
+    """stdout that turns a write error into one clear error. A pipe without a reader is an ordinary end."""
 
     def write(self, text: str) -> int:
-        if text == "":  # as libraries try whether a stream takes text, and pass over every error
+        if text == "":  # libraries test a stream this way and ignore every error
             return 0
-        with self._told():
+        with self._translated_errors():
             return self._stream.write(text)
 
     def flush(self) -> None:
-        with self._told():
+        with self._translated_errors():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            with contextlib.suppress(OSError):  # Python writes what is left once more when it ends
+            with contextlib.suppress(OSError):  # Python flushes once more when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if isinstance(error, BrokenPipeError):
                 raise
@@ -61,19 +58,19 @@ class _Output(_Wrapped):
 
 def prepare_streams() -> None:
     """Make the streams of a command safe to write to. Called once, by its entry point."""
-    for name, kind in (("stdout", _Output), ("stderr", _Unheard)):
+    for name, kind in (("stdout", _CheckedStdout), ("stderr", _TolerantStderr)):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # open to the end
-        elif not isinstance(stream, _Wrapped):
+        elif not isinstance(stream, _WrappedStream):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, kind(stream))
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
-        sys.stderr.write("WARNING: names of files are not read as UTF-8 here; set PYTHONUTF8=1 or LC_ALL=C.UTF-8\n")
+        sys.stderr.write("WARNING: file names are not read as UTF-8 here; set PYTHONUTF8=1 or LC_ALL=C.UTF-8\n")
 
 
 def json_text(value: Any) -> str:
-    """JSON for stdout, in plain ASCII where that cannot show all of Unicode."""
+    """Return JSON for stdout, in ASCII if stdout cannot show all of Unicode."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     return json.dumps(value, ensure_ascii=not unicode)

@@ -1,4 +1,4 @@
-"""What this processor can do, by the names that the operating system gives its instructions; what is installed."""
+"""Features of the processor, by the names that the operating system gives them, and versions of installed libraries."""
 
 import os
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# Any one of them will do. The first group is x86's, the second Arm's.
+# One instruction set of either group suffices; the first group is of x86, the second of Arm.
 _NEEDED = {
     "bf16": ({"avx512_bf16", "amx_bf16"}, {"bf16"}),
     "int8": ({"avx512_vnni", "avx_vnni", "amx_int8"}, {"i8mm", "asimddp"}),
@@ -15,36 +15,36 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed, by name."""
-    found = {}
+    """Return the versions of the libraries that are installed, by name."""
+    versions = {}
     for name in libraries:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def available_cores() -> int:
-    """Those that this process may use, which in a container are fewer than the machine's."""
+    """Return the number of cores that this process may use; a container may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def instruction_sets() -> frozenset[str]:
-    """The processor's instruction sets; empty where the system does not tell."""
-    return frozenset(_said("flags", "features").split())
+    """Return the processor's instruction sets; empty if the system does not list them."""
+    return frozenset(_cpuinfo("flags", "features").split())
 
 
 @cache
 def processor_id() -> str:
-    """What distinguishes this processor from another one, for remembering what was measured on it."""
+    """Return the model and kinds of instructions of the processor, a key for measurements made on it."""
     kinds = sorted(kind for kind in _NEEDED if missing_instructions(kind) is None)
-    return f"{_said('model name') or 'unknown'} {'+'.join(kinds)}"
+    return f"{_cpuinfo('model name') or 'unknown'} {'+'.join(kinds)}"
 
 
 def missing_instructions(kind: str) -> str | None:
-    """Why this processor cannot compute in "bf16" or "int8" by itself; None when it can."""
+    """Return the reason why this processor cannot compute in "bf16" or "int8" natively; None if it can."""
     needed = _NEEDED[kind]
     if any(group & instruction_sets() for group in needed):
         return None
@@ -52,8 +52,8 @@ def missing_instructions(kind: str) -> str | None:
     return f"this processor has no {kind} instructions ({names})"
 
 
-def _said(*names: str) -> str:
-    """The first line of /proc/cpuinfo with one of these names; nothing where there is none."""
+def _cpuinfo(*names: str) -> str:
+    """Return the first line of /proc/cpuinfo with one of these names; empty if there is none."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,7 +1,8 @@
-"""Bytes on disk: checksums and durable writes.
+"""Checksums and durable writes.
 
-- A file that others may read appears whole or not at all: written beside its name, flushed to the disk, renamed.
-- Only the standard library is imported, so that a decoding worker starts in a fraction of a second.
+- A file that others may read appears complete or not at all: it is written under a temporary name, flushed to the disk
+  and renamed.
+- Imports only the standard library, so a decoding worker starts quickly.
 """
 
 import contextlib
@@ -14,20 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# The disk is full, read-only or broken, or this user may write no more.
+# The disk is full, read-only or broken, or the user's quota is used up.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
-_UMASK = os.umask(0o077)  # which the system tells only to those who set it
+_UMASK = os.umask(0o077)  # reading the umask requires setting it
 os.umask(_UMASK)
 
 
 def apply_umask(mode: int) -> int:
-    """What `mkdir` or `open` would make of a mode; some libraries write for this user alone."""
+    """Return the mode that `mkdir` or `open` would use; some libraries write for this user alone."""
     return mode & ~_UMASK
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file as 64 hex digits.
+    """Return the sha256 of a file as 64 hex digits.
 
     Raises:
         OSError: the file cannot be read.
@@ -37,24 +38,24 @@ def sha256_of(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON of which equal values have equal bytes."""
+    """Return JSON in which equal values have equal bytes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file, or a directory's entries, to the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        if path.is_file():  # some file systems cannot sync a directory; none refuses a file without a cause
+        if path.is_file():  # some file systems cannot flush a directory
             raise
     finally:
         os.close(descriptor)
 
 
 def fsync_tree(directory: Path) -> None:
-    """Flush every file and directory below, and the directory itself."""
+    """Flush a directory and everything below it to the disk."""
     for path in directory.rglob("*"):
         fsync_path(path)
     fsync_path(directory)
@@ -62,10 +63,12 @@ def fsync_tree(directory: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
-    """A file to write into that takes the place of `path` at the end, at once and durably; on an error, all stays.
+    """Open a temporary file that replaces `path` at the end, atomically and durably; after an error nothing changes.
 
-    One who writes alone (a job with its lock, a training run) has a fixed temporary name: a killed one leaves one file
-    at most. `shared` is for a file that two processes may write at once: each has a name of its own.
+    Args:
+        shared: two processes may write the file at once, so each uses a temporary name of its own. A single writer,
+        such
+            as a job with a lock, uses a fixed name: killed, it leaves one file at most.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:
@@ -81,6 +84,6 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
-    """Replace `path` by indented JSON, atomically; `shared` as in `atomic_writer`."""
+    """Replace `path` with indented JSON, atomically; `shared` as in `atomic_writer`."""
     with atomic_writer(path, shared=shared) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

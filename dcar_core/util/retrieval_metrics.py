@@ -1,8 +1,8 @@
-"""Recall@k in both directions and hard-negative accuracy, in chunks; ties, and scores that are no number, count against
-the model.
+"""Recall@k in both directions and hard-negative accuracy, computed in chunks.
 
-Equal vectors get scores that differ in the last bits, by where in a product of matrices they stand: what is nearer than
-SAME_SCORE is a tie.
+- Ties and NaN scores count against the model.
+- Scores of equal vectors differ in the last bits, depending on their place in a matrix product. Differences below
+  TIE_TOLERANCE are therefore ties.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
 
-TIE_TOLERANCE = 1e-6  # some ten times what float32 loses in a product of unit vectors
+TIE_TOLERANCE = 1e-6  # about ten times the error of float32 in a product of unit vectors
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many wrong targets score as high as a query's best true one, or higher; 0 is a hit at once.
+    """The number of wrong targets that score at least as high as the best true one; rank 0 is a hit at k = 1.
 
-    text: (T,) of each text among the images. image: (D,) of each described image among the texts, and described: (D,)
-    those images' rows.
+    text: (T,) rank of each text's image. image: (D,) rank of the text of each described image; described: (D,) rows of
+    these images.
     """
 
     text: NDArray[np.int64]
@@ -30,7 +30,7 @@ class Ranks:
 
 
 def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64], chunk: int = 1024) -> Ranks:
-    """Ranks both ways; arguments as in `recall_at_k`."""
+    """Return the ranks in both directions; arguments as in `recall_at_k`."""
     t2i = _ranks(text, image, [np.array([i]) for i in image_of_text], chunk)
     texts_of: list[list[int]] = [[] for _ in range(len(image))]
     for t, i in enumerate(image_of_text):
@@ -43,11 +43,11 @@ def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64],
 def recall_at_k(
     text: Floats, image: Floats, image_of_text: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
 ) -> dict[str, float]:
-    """Retrieval recall in percent.
+    """Return retrieval recall in percent.
 
     Args:
         text: (T, E) and image: (I, E), float32, L2-normalised.
-        image_of_text: (T,) the image that each text describes; an image may have several.
+        image_of_text: (T,) the row of each text's image; an image may have several texts.
 
     Returns:
         {"t2i_r1": .., "i2t_r1": .., ...}. Image-to-text counts a hit when any caption of the image is among
@@ -56,31 +56,31 @@ def recall_at_k(
     return recall_of_ranks(compute_ranks(text, image, image_of_text, chunk), ks)
 
 
-def recall_of_ranks(found: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Recall in percent from ranks."""
-    percent = {f"t2i_r{k}": 100 * float((found.text < k).mean()) for k in ks}
-    return percent | {f"i2t_r{k}": 100 * float((found.image < k).mean()) for k in ks}
+def recall_of_ranks(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Return recall in percent from ranks."""
+    percent = {f"t2i_r{k}": 100 * float((ranks.text < k).mean()) for k in ks}
+    return percent | {f"i2t_r{k}": 100 * float((ranks.image < k).mean()) for k in ks}
 
 
 def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
-    """How many wrong targets do not score clearly below the query's best true one."""
+    """Return for each query the number of wrong targets that do not score clearly below its best true one."""
     compute_ranks = np.empty(len(query), np.int64)
     for start in range(0, len(query), chunk):
         scores = query[start : start + chunk] @ target.T
         for row, own in enumerate(truth[start : start + chunk]):
-            below = scores[row] < scores[row, own].max() - TIE_TOLERANCE  # false where either is no number
+            below = scores[row] < scores[row, own].max() - TIE_TOLERANCE  # False for NaN
             compute_ranks[start + row] = (~below).sum() - (~below[own]).sum()
     return compute_ranks
 
 
 def best_targets(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int64]:
-    """(Q,) the row of the target that scores highest for each query."""
+    """Return (Q,) the row of the best target of each query."""
     parts = [(query[i : i + chunk] @ target.T).argmax(1) for i in range(0, len(query), chunk)]
     return np.concatenate(parts)
 
 
 def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float:
-    """Percent of images whose caption scores above all of its swapped negatives; images without any are left out."""
+    """Return the percentage of images whose caption scores above all of its negatives, among images that have some."""
     hits = [
         bool(image[i] @ positive[i] - TIE_TOLERANCE > (negatives[i] @ image[i]).max())
         for i in range(len(image))

@@ -49,7 +49,7 @@ class ReusableVectors:
         return np.where(self._hashes[near] == wanted, self._positions[near], -1)
 
     def take(self, positions: NDArray[np.int64], dim: int) -> ReusedVectors:
-        """Return the vectors at `positions`, without those that are -1."""
+        """Return the vectors at `positions`; -1 is left out."""
         indices = np.flatnonzero(positions >= 0)
         vectors = np.empty((len(indices), dim), np.float32)
         pixel_hashes = np.empty(len(indices), np.uint64)
