@@ -1,7 +1,7 @@
-"""The application: `create_app` assembles it, `server` runs it.
+"""Assemble the application.
 
 - A missing index is reported before the model is loaded.
-- The lifespan starts loading in the background and returns: /healthz answers at once, /readyz once searches work.
+- The lifespan starts loading in the background and returns: /healthz works at once, /readyz once searches do.
 - Shutdown finishes pending requests, then stops the batcher, the cache and the threads.
 """
 
@@ -24,8 +24,8 @@ from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
 from app.core.tracing import Tracer
 from app.middleware.access import Access
-from app.middleware.body_limit import Guard
-from app.middleware.request_log import Observe
+from app.middleware.body_limit import BodyLimit
+from app.middleware.request_log import RequestLog
 from app.search.collections import Collections
 from app.search.embedding_cache import make_cache
 from app.search.reload_listener import ReloadListener
@@ -46,8 +46,8 @@ def create_app(
 
     Args:
         settings: validated settings; the environment is not read again.
-        on_start_failure: called if the first version cannot be loaded. Without it the application stays up, answers
-            503 with the reason, and retries.
+        on_start_failure: called if the first version cannot be loaded. Without it the application stays up, responds
+            with 503 and the reason, and retries.
         tracer: records spans of the stages of a search.
     """
     metrics, is_traced = Metrics(tracer), tracer is not None
@@ -99,7 +99,7 @@ def create_app(
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: RateLimiter | None) -> None:
     """Add the middleware from the inside out: a request meets the last one first."""
     app.add_middleware(
-        Guard,
+        BodyLimit,
         limit=lambda path: _body_limit(settings, path),
         metrics=metrics,
         in_flight=settings.max_in_flight_bytes,
@@ -115,7 +115,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: R
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics)
 
 
 def _listen(settings: Settings, collections: Collections) -> ReloadListener | None:

@@ -1,7 +1,7 @@
-"""Runs the service: `serve` is what `dcar serve` calls.
+"""Run the service: `dcar serve` calls `serve`.
 
-- Whatever can be wrong is said before the model is loaded, in one line: no index, a taken port.
-- Ending: for `drain_s` it goes on but is not ready; then no new connections, and requests under way are finished.
+- A missing index or a taken port is reported in one line before the model is loaded.
+- Shutdown: for `drain_s` the service responds but is not ready; then it refuses connections and finishes its requests.
 """
 
 import errno
@@ -26,16 +26,16 @@ from app.search.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.versions import require_index
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-_FINISH_S = 10  # for requests under way at the end
+_FINISH_S = 10  # for pending requests at shutdown
 
 
 def serve(settings: Settings) -> None:
     """Run until interrupted.
 
     Raises:
-        DcarError: with one line that says why it cannot start: no index, a taken port, a broken model.
+        DcarError: the service cannot start: no index, a taken port, a broken model.
     """
     logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
     failures: list[DcarError] = []
@@ -52,7 +52,7 @@ def serve(settings: Settings) -> None:
     with listener:
         app = create_app(settings, on_start_failure=fail, tracer=tracer)
         host, port = listener.getsockname()[:2]
-        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         server = _Server(
             server_config(app),
             collections_of=lambda: getattr(app.state, "collections", None),
@@ -61,8 +61,8 @@ def serve(settings: Settings) -> None:
         )
         try:
             server.run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn raises it again after it has shut down properly
-            log.info("stopped")
+        except KeyboardInterrupt:  # uvicorn raises it again after a clean shutdown
+            logger.info("stopped")
     if failures:
         raise failures[0]
 
@@ -81,13 +81,13 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, with what it lacks at both ends.
+    """uvicorn's server with a drain period and two measures against pauses.
 
-    - At the first signal it says through /readyz that it is about to end, and goes on for drain_s, so that whoever
-      balances the load can turn to others before connections are refused. A second signal ends it at once.
-    - When all is loaded, the hundreds of thousands of objects of the libraries are taken out of the garbage collector's
-      sight: looking through them stops every request for a third of a second, again and again under load.
-    - From then on, with `batch_scheduling`, the event loop does not interrupt the model: see `app.core.threads`.
+    - The first signal makes /readyz fail and leaves the service running for drain_s, which gives load balancers time to
+      stop sending requests. A second signal ends the wait.
+    - Once everything is loaded, the objects of the libraries are frozen: otherwise each full garbage collection stops
+      every request for a third of a second.
+    - From then on, with `batch_scheduling`, the event loop does not preempt the model: see `app.core.threads`.
     """
 
     def __init__(
@@ -103,71 +103,71 @@ class _Server(uvicorn.Server):
         self._drain_s = drain_s
         self._batch_scheduling = batch_scheduling
         self._timer: threading.Timer | None = None
-        self._settled = False
+        self._is_loaded = False
 
     async def on_tick(self, counter: int) -> bool:
         collections = self._collections_of()
-        if not self._settled and collections is not None and all(each.live is not None for _, each in collections):
+        if not self._is_loaded and collections is not None and all(each.live is not None for _, each in collections):
             gc.freeze()
             if self._batch_scheduling:
                 use_batch_scheduling()
-            self._settled = True
+            self._is_loaded = True
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         collections = self._collections_of()
         if self._timer is not None:
-            self._timer.cancel()  # uvicorn takes another signal for a demand to leave all where it stands
+            self._timer.cancel()  # uvicorn treats a further signal as a demand to drop pending requests
         if self._timer is not None or self._drain_s == 0 or collections is None or collections[None].live is None:
             super().handle_exit(sig, frame)
             return
         collections.is_draining = True
-        log.info("told to end: going on for %g s, then ending", self._drain_s)
+        logger.info("received a signal: shutting down in %g s", self._drain_s)
         self._timer = threading.Timer(self._drain_s, super().handle_exit, (sig, frame))
         self._timer.daemon = True
         self._timer.start()
 
 
 def _allow_connections() -> None:
-    """As many open files as the system lets this process have: the usual 1,024 are few for connections."""
+    """Raise the limit of open files as far as allowed: the usual 1,024 are few for connections."""
     try:
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except (ImportError, ValueError, OSError):  # not a system that has them, or that lets them be raised
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    except (ImportError, ValueError, OSError):  # the system has no such limit, or forbids raising it
         pass
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Say now that a port is taken, before minutes are spent on what would be served there.
+    """Check a port before minutes are spent on building an index for it.
 
     Raises:
-        DcarError: it cannot be listened on.
+        DcarError: the port cannot be listened on.
     """
     _listen(host, port).close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, taken before the model is loaded.
+    """Return a listening socket.
 
     Raises:
-        DcarError: with a message for the user.
+        DcarError: the address or the port is not available.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError:
-        raise DcarError(f"{host} is no address of this machine; try --host 127.0.0.1") from None
+        raise DcarError(f"{host} is not an address of this machine; try --host 127.0.0.1") from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(1024)  # claims the port: a second bind to it fails from here on
+        listener.listen(1024)  # now, so that a second server fails to bind
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRNOTAVAIL:
-            raise DcarError(f"{host} is no address of this machine; try --host 127.0.0.1") from None
+            raise DcarError(f"{host} is not an address of this machine; try --host 127.0.0.1") from None
         if isinstance(error, PermissionError):
-            raise DcarError(f"port {port} needs more rights; choose one above 1023 with --port") from None
-        raise DcarError(f"port {port} on {host} is taken or not to be had; choose another with --port") from None
+            raise DcarError(f"port {port} needs root privileges; choose one above 1023 with --port") from None
+        raise DcarError(f"port {port} on {host} is taken or not available; choose another with --port") from None
     return listener

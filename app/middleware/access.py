@@ -1,7 +1,7 @@
-"""Pure ASGI, before any body is read: API keys where they are required, and how often a caller may ask.
+"""ASGI middleware that runs before any body is read: API keys and rate limits.
 
-Everything needs a key except what is listed here, so a new route is protected without a thought. /metrics takes an API
-key or the admin key; /admin has the admin key alone, which its routes check.
+- Every path needs a key unless it is listed in _OPEN_PATHS, so new routes are protected by default.
+- /metrics accepts an API key or the admin key. Routes below /admin check the admin key themselves.
 """
 
 import math
@@ -18,13 +18,15 @@ from app.core.problems import Problem, field_problem
 from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
 
-_OPEN = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
-CALLER = "dcar.caller"  # of a request's scope: the name of its key
-_CHARGE = "dcar.charge"  # of a request's scope: counts more for its caller
+_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
+CALLER = "dcar.caller"  # scope key: the name of the request's API key
+_CHARGE = "dcar.charge"  # scope key: counts more requests for the caller
 
 
 class Access:
-    """rates: None when there is no limit."""
+    """Args:
+    rates: None for no rate limit.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings, rates: RateLimiter | None, metrics: Metrics) -> None:
         self._app = app
@@ -40,20 +42,20 @@ class Access:
                 await problem.response()(scope, receive, send)
                 return
             if scope["method"] in ("GET", "HEAD") and CALLER in scope:
-                send = partial(_private, send)
+                send = partial(_send_private, send)
         await self._app(scope, receive, send)
 
     async def _problem(self, scope: Scope) -> Problem | None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path in _OPEN or path.startswith("/ui/") or scope["method"] == "OPTIONS":
+        if path in _OPEN_PATHS or path.startswith("/ui/") or scope["method"] == "OPTIONS":
             return None
         client = scope.get("client")
         caller = client[0] if client else "unknown"
         if self._keys and not path.startswith("/admin/"):
-            name = self._name(Headers(scope=scope), metrics=path == "/metrics")
+            name = self._key_name(Headers(scope=scope), is_metrics=path == "/metrics")
             if name is None:
                 self._metrics.refused("key")
-                return unauthorised("must be `Bearer` and an API key that is known here")
+                return unauthorised("must be `Bearer` and a known API key")
             caller = scope[CALLER] = name
         if self._rates is None or path == "/metrics":
             return None
@@ -69,17 +71,17 @@ class Access:
         detail = f"Too many requests from {caller}. Try again in {seconds} s."
         return Problem(429, detail, headers={"Retry-After": str(seconds)})
 
-    def _name(self, headers: Headers, *, metrics: bool) -> str | None:
-        given = key_in(headers)
-        if given is None:
+    def _key_name(self, headers: Headers, *, is_metrics: bool) -> str | None:
+        key = key_in(headers)
+        if key is None:
             return None
-        if metrics and self._admin is not None and is_key(given, self._admin.get_secret_value()):
+        if is_metrics and self._admin is not None and is_key(key, self._admin.get_secret_value()):
             return "admin"
-        return find_key_name(self._keys, given)
+        return find_key_name(self._keys, key)
 
 
-async def _private(send: Send, message: Message) -> None:
-    """A cache that others share must not keep what needed a key: it would show it to those who have none."""
+async def _send_private(send: Send, message: Message) -> None:
+    """Keep shared caches from storing a response that needed a key."""
     if message["type"] == "http.response.start":
         headers = MutableHeaders(raw=message["headers"])
         headers.setdefault("Cache-Control", "private")
@@ -88,19 +90,19 @@ async def _private(send: Send, message: Message) -> None:
 
 
 async def charge(request: Request, more: int) -> None:
-    """Count a request, which was counted when it came, as so many more.
+    """Count a request, already counted once, as `more` additional requests.
 
     Raises:
-        Problem: its caller asks too often.
+        Problem: the caller exceeds the rate limit.
     """
-    charged: Callable[[int], Awaitable[Problem | None]] | None = request.scope.get(_CHARGE)
-    problem = await charged(more) if charged is not None and more else None
+    count: Callable[[int], Awaitable[Problem | None]] | None = request.scope.get(_CHARGE)
+    problem = await count(more) if count is not None and more else None
     if problem is not None:
         raise problem
 
 
 def unauthorised(message: str) -> Problem:
-    """401, naming the header and the scheme."""
+    """Return a 401 that names the header and the scheme."""
     problem = field_problem("Authorization", message, status=401)
     problem.headers["WWW-Authenticate"] = "Bearer"
     return problem

@@ -1,12 +1,10 @@
-"""Pure ASGI, around the routes: bodies are limited while they arrive, every answer carries the safe headers, and work
-whose caller has left is given up.
+"""ASGI middleware around the routes: limits bodies as they arrive, adds security headers, cancels abandoned requests.
 
-- A body that announces too much is refused before a byte of it is read; one that does not say (chunked) is counted, and
-  refused at the first byte too many. Nothing of it is kept.
-- A body must be whole in `upload_s`; what has come of all bodies under way is at most `in_flight` bytes together. What
-  is only announced counts for nothing: it costs its sender nothing either.
-- What the client still sends after such a refusal is thrown away: see `connections`.
-- A request that takes long is watched: when its caller closes the connection it is cancelled, and the batcher drops it.
+- A body that announces too much is refused unread; a chunked one is refused at the first byte over its limit.
+- A body must be complete within `upload_s`. All unfinished bodies together may hold `in_flight` bytes; beyond that the
+  largest one is dropped. The first FREE_BYTES of a body do not count, so text searches never compete with uploads.
+- Bytes that arrive after a refusal are discarded by the HTTP protocol.
+- A request whose client disconnects is cancelled, and the batcher skips its work.
 """
 
 import asyncio
@@ -17,28 +15,33 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.core.metrics import Metrics
 from app.core.problems import SAFE_HEADERS, Problem
 
+FREE_BYTES = 64 * 2**10
 _SAFE = [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 _WATCH_AFTER_S = 0.05
 
 
 class _RefusedError(Exception):
-    """Breaks off what reads the body; the problem that is answered lies in the request's `_Body`."""
+    """Unwinds the reader of a body; the response is the `refusal` of its `_Body`."""
 
 
 class _Body:
-    """What has come of one body, and why no more of it is wanted."""
+    """The state of one request body.
+
+    received: bytes so far. held: its part of the shared budget. cancel: cancels the request.
+    """
 
     def __init__(self) -> None:
         self.received = 0
         self.held = 0
-        self.whole = False
+        self.is_complete = False
         self.refusal: Problem | None = None
+        self.cancel: Callable[[], None] = lambda: None
 
 
-class Guard:
+class BodyLimit:
     """Args:
-    limit: request path -> (most bytes of a body, the field to blame for more).
-    in_flight: bytes of all bodies under way.
+    limit: request path -> (largest body in bytes, field to blame for a larger one).
+    in_flight: bytes of all unfinished bodies together.
     upload_s: seconds for one body to arrive.
     """
 
@@ -49,8 +52,9 @@ class Guard:
         self._limit = limit
         self._metrics = metrics
         self._in_flight = in_flight
-        self._held = 0
         self._upload_s = upload_s
+        self._bodies: set[_Body] = set()  # with a part of the budget
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,136 +62,149 @@ class Guard:
             return
         limit, field = self._limit(scope["path"])
         body = _Body()
-        announced, body.whole = _announced(scope)
-        started = False
+        announced, body.is_complete = _announced(scope)
+        has_started = False
 
-        async def counted() -> Message:
+        async def limited_receive() -> Message:
             message = await receive()
             if message["type"] == "http.request":
                 body.received += len(message.get("body", b""))
-                body.whole = not message.get("more_body", False)
+                body.is_complete = not message.get("more_body", False)
                 if body.received > limit:
-                    body.refusal = self._large(limit, field)
-                elif not self._hold(body):
-                    body.refusal = self._full()
+                    body.refusal = self._too_large(limit, field)
+                else:
+                    self._hold(body)
                 if body.refusal is not None:
                     raise _RefusedError
             return message
 
-        async def safe(message: Message) -> None:
-            nonlocal started
-            if body.refusal is not None and not started:
-                return  # whatever the application makes of the broken-off body, the answer is the refusal
+        async def safe_send(message: Message) -> None:
+            nonlocal has_started
+            if body.refusal is not None and not has_started:
+                return  # the refusal replaces the application's response to the broken body
             if message["type"] == "http.response.start":
-                started = True
-                given = message["headers"]
-                names = {name for name, _ in given}
-                message = {**message, "headers": [*given, *(each for each in _SAFE if each[0] not in names)]}
+                has_started = True
+                headers = message["headers"]
+                names = {name for name, _ in headers}
+                message = {**message, "headers": [*headers, *(each for each in _SAFE if each[0] not in names)]}
             await send(message)
 
-        def late() -> None:
-            body.refusal = self._slow()
+        def refuse_late() -> None:
+            body.refusal = self._too_slow()
 
         try:
             if announced > limit:
-                body.refusal = self._large(limit, field)
+                body.refusal = self._too_large(limit, field)
             else:
-                with _Watch(receive, body, self._upload_s, late):
-                    await self._app(scope, counted, safe)
+                with _Watch(receive, body, self._upload_s, refuse_late):
+                    await self._app(scope, limited_receive, safe_send)
         except _RefusedError:
             pass
         except Exception:
             if body.refusal is None:
                 raise
         finally:
-            self._held -= body.held
-        if body.refusal is not None and not started:
+            self._release(body)
+        if body.refusal is not None and not has_started:
             await body.refusal.response()(scope, receive, send)
 
-    def _hold(self, body: _Body) -> bool:
-        """Take room for what has come of a body. One body alone always has room."""
-        more = body.received - body.held
-        if more and self._held > body.held and self._held + more > self._in_flight:
-            return False
-        self._held += more
+    def _hold(self, body: _Body) -> None:
+        """Count the body's bytes. While the budget is exceeded, refuse the largest unfinished body."""
+        more = max(0, body.received - FREE_BYTES) - body.held
+        if not more:
+            return
+        self._bodies.add(body)
         body.held += more
-        return True
+        self._held += more
+        while self._held > self._in_flight and len(self._bodies) > 1:  # a single body always has room
+            unfinished = (each for each in self._bodies if not each.is_complete or each is body)
+            largest = max(unfinished, key=lambda each: each.held)
+            largest.refusal = self._full()
+            self._release(largest)
+            if largest is body:
+                return
+            largest.cancel()
 
-    def _large(self, limit: int, field: str) -> Problem:
+    def _release(self, body: _Body) -> None:
+        self._bodies.discard(body)
+        self._held -= body.held
+        body.held = 0
+
+    def _too_large(self, limit: int, field: str) -> Problem:
         self._metrics.refused("body_size")
         size = f"{limit / 2**20:.0f} MiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB"
-        detail = f"The body is too large; at most {size} are accepted."
+        detail = f"The body is too large; the limit is {size}."
         return Problem(413, detail, errors=[(field, f"at most {size}")])
 
     def _full(self) -> Problem:
         self._metrics.refused("uploads")
-        return Problem(503, "Too many uploads are under way. Try again in a second.", headers={"Retry-After": "1"})
+        return Problem(503, "Too many uploads are in progress. Try again in 1 s.", headers={"Retry-After": "1"})
 
-    def _slow(self) -> Problem:
+    def _too_slow(self) -> Problem:
         self._metrics.refused("slow_body")
-        return Problem(408, f"The body did not arrive in {self._upload_s:g} seconds.")
+        return Problem(408, f"The body did not arrive within {self._upload_s:g} seconds.")
 
 
 class _Watch:
-    """Cancels the request that it surrounds, once that has taken longer than usual: when its body is still not whole
-    after `upload_s`, having called `late`, or when the caller leaves.
+    """Cancels the surrounded request if its body is unfinished after `upload_s`, or if the client disconnects.
 
-    One timer for both, since most requests are answered before it rings. While the body comes nothing else may read
-    from the connection, so whether the caller is there is only watched afterwards.
+    One timer serves both, because most requests are answered before it fires. Only one reader may use the connection,
+    so the disconnect is watched once the body is complete.
     """
 
-    def __init__(self, receive: Receive, body: _Body, upload_s: float, late: Callable[[], None]) -> None:
+    def __init__(self, receive: Receive, body: _Body, upload_s: float, refuse_late: Callable[[], None]) -> None:
         self._receive = receive
         self._body = body
-        self._late = late
+        self._refuse_late = refuse_late
         self._loop = asyncio.get_running_loop()
-        self._ends = self._loop.time() + upload_s
+        self._deadline = self._loop.time() + upload_s
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._given_up = False
+        self._is_cancelled = False
+        body.cancel = self._cancel
 
     def __enter__(self) -> None:
-        self._timer = self._loop.call_later(_WATCH_AFTER_S, self._look)
+        self._timer = self._loop.call_later(_WATCH_AFTER_S, self._check)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._given_up and self._task is not None:
+        if self._is_cancelled and self._task is not None:
             self._task.uncancel()
             return kind is asyncio.CancelledError
         return False
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self._loop.time()
-        if self._body.whole:
-            self._watcher = self._loop.create_task(self._watch())
-        elif now < self._ends:
-            self._timer = self._loop.call_at(min(now + _WATCH_AFTER_S, self._ends), self._look)
+        if self._body.is_complete:
+            self._watcher = self._loop.create_task(self._wait_for_disconnect())
+        elif now < self._deadline:
+            self._timer = self._loop.call_at(min(now + _WATCH_AFTER_S, self._deadline), self._check)
         else:
-            self._late()
-            self._give_up()
+            self._refuse_late()
+            self._cancel()
 
-    async def _watch(self) -> None:
+    async def _wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._give_up()
+        self._cancel()
 
-    def _give_up(self) -> None:
-        if self._task is not None and not self._task.done():
-            self._given_up = True
+    def _cancel(self) -> None:
+        if self._task is not None and not self._task.done() and not self._is_cancelled:
+            self._is_cancelled = True
             self._task.cancel()
 
 
 def _announced(scope: Scope) -> tuple[int, bool]:
-    """The length that the body is said to have, 0 when it is not said, and whether it is certain that there is none.
+    """Return the announced length of the body (0 if unknown), and whether there is certainly none.
 
-    HTTP tells by one of two headers that a body comes, whatever the method.
+    Two headers announce a body, whatever the method.
     """
-    length, chunked = 0, False
+    length, is_chunked = 0, False
     for name, value in scope["headers"]:
         if name == b"content-length":
             length = int(value) if value.isdigit() else 0
         elif name == b"transfer-encoding":
-            chunked = True
-    return length, not (length or chunked)
+            is_chunked = True
+    return length, not (length or is_chunked)

@@ -1,9 +1,9 @@
-"""Pure ASGI, outermost: each request gets an id, a line in the log and its place in the metrics; HEAD is answered.
+"""Outermost ASGI middleware: request ids, the access log, request metrics and HEAD.
 
-- HEAD is GET without the body, on every route that GET has.
-- A request that is not done when the service ends (uvicorn then cancels it) is answered 503.
-- What a request raised is logged here, once and with its id, and answered with a 500 that tells nothing of it.
-- Metrics name the route's template; a path that matches none counts as "none", however many of them are tried.
+- HEAD is GET without the body, on every route that has GET.
+- A request that is unfinished when the service shuts down (uvicorn cancels it) is answered 503.
+- An unexpected exception is logged once, with the request id, and answered 500 without details.
+- Metrics name the route's template; paths that match no route count as "none".
 """
 
 import asyncio
@@ -19,16 +19,19 @@ from app.core.metrics import Metrics
 from app.core.problems import Problem
 from app.middleware.access import CALLER
 
-log = logging.getLogger("app.middleware.access")
+logger = logging.getLogger("app.middleware.access")
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
-_ID = b"x-request-id"
-_SHOWN = 300  # characters of a path
-_NAMED = "/collections/{collection}"
+_REQUEST_ID = b"x-request-id"
+_MAX_LOGGED_PATH = 300  # characters
+_COLLECTION = "/collections/{collection}"
+_CLIENT_CLOSED = 499  # logged if the client disconnected before the response
 
 
-class Observe:
-    """metrics: where requests are counted."""
+class RequestLog:
+    """Args:
+    metrics: counts requests and errors.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -41,15 +44,15 @@ class Observe:
         began = time.perf_counter()
         method = scope["method"]
         inner = {**scope, "method": "GET"} if method == "HEAD" else scope
-        known_as = choose_id(_given_id(scope))
-        token = request_id.set(known_as)
+        identifier = choose_id(_given_id(scope))
+        token = request_id.set(identifier)
         status = 0
 
         async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (_ID, known_as.encode())]}
+                message = {**message, "headers": [*message["headers"], (_REQUEST_ID, identifier.encode())]}
             elif method == "HEAD":
                 if message.get("more_body", False):
                     return
@@ -65,40 +68,39 @@ class Observe:
             await Problem(503, detail, headers={"Retry-After": "2"}).response()(inner, receive, observed)
         except Exception:
             self._metrics.error()
-            log.exception("unforeseen error in %s %s", method, quote(scope["path"][:_SHOWN]))
+            logger.exception("unexpected error in %s %s", method, quote(scope["path"][:_MAX_LOGGED_PATH]))
             if status == 0:
-                problem = "Something went wrong on our side; the log of the service has the details."
-                await Problem(500, problem).response()(inner, receive, observed)
+                problem = Problem(500, "Unexpected error. The log of the service has the details.")
+                await problem.response()(inner, receive, observed)
         finally:
-            self._note(inner, method, status, time.perf_counter() - began)
+            self._record(inner, method, status or _CLIENT_CLOSED, time.perf_counter() - began)
             request_id.reset(token)
 
-    def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
-        template = _template(scope)
-        self._metrics.request(template, status or 499, seconds)  # 499: the caller left before the answer
+    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+        self._metrics.request(_template(scope), status, seconds)
         if status == 200 and scope["path"] in _PROBES:
-            return  # they come every few seconds
-        if log.isEnabledFor(logging.INFO):
+            return  # probes arrive every few seconds
+        if logger.isEnabledFor(logging.INFO):
             client = scope.get("client")
-            path = quote(scope["path"][:_SHOWN])  # as it was, it could hold line breaks
+            path = quote(scope["path"][:_MAX_LOGGED_PATH])  # a raw path may contain line breaks
             extra = {
                 "method": method,
                 "path": path,
-                "status": status or 499,
+                "status": status,
                 "ms": round(seconds * 1000, 2),
                 "client": client[0] if client else None,
                 "caller": scope.get(CALLER),
             }
-            log.info("%s %s %d in %.1f ms", method, path, status or 499, seconds * 1000, extra=extra)
+            logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
 
 
 def _given_id(scope: Scope) -> str | None:
-    return next((value.decode("latin-1") for name, value in scope["headers"] if name == _ID), None)
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), None)
 
 
 def _template(scope: Scope) -> str:
     route: Any = scope.get("route")
     template: str = getattr(route, "path", None) or "none"
-    if "collection" in scope.get("path_params", {}) and not template.startswith(_NAMED):
-        return _NAMED + template  # some versions of FastAPI tell the path without its router's prefix
+    if "collection" in scope.get("path_params", {}) and not template.startswith(_COLLECTION):
+        return _COLLECTION + template  # FastAPI may omit the prefix of an included router
     return template

@@ -26,7 +26,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def huge_png(side: int) -> bytes:
-    """A few bytes that announce side x side pixels."""
+    """Return a PNG of a few bytes whose header announces side x side pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -80,29 +80,26 @@ TEXTS: list[tuple[bytes, int, str]] = [
 ]
 
 
-def test_text_queries(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for content, status, field in TEXTS:
-                assert_problem(await client.post("/search/text", content=content, headers=JSON), status, field)
-            good = b'{"query": "x"}'
-            for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
-                answer = await client.post("/search/text", content=good, headers={"Content-Type": kind})
-                assert_problem(answer, 415, "Content-Type")
-            assert_problem(await client.post("/search/text", content=good), 415, "Content-Type")
-            exact = await client.post("/search/text", json={"query": "x" * 1000, "k": 200})
-            assert exact.status_code == 200
-            charset = {"Content-Type": "application/json; charset=utf-8"}
-            assert (await client.post("/search/text", content=good, headers=charset)).status_code == 200
-
-    asyncio.run(main())
+async def test_invalid_text_queries_name_the_field(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        for content, status, field in TEXTS:
+            assert_problem(await client.post("/search/text", content=content, headers=JSON), status, field)
+        good = b'{"query": "x"}'
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+            response = await client.post("/search/text", content=good, headers={"Content-Type": kind})
+            assert_problem(response, 415, "Content-Type")
+        assert_problem(await client.post("/search/text", content=good), 415, "Content-Type")
+        exact = await client.post("/search/text", json={"query": "x" * 1000, "k": 200})
+        assert exact.status_code == 200
+        charset = {"Content-Type": "application/json; charset=utf-8"}
+        assert (await client.post("/search/text", content=good, headers=charset)).status_code == 200
 
 
-def _pictures() -> list[tuple[str, bytes]]:
+def _broken_images() -> list[tuple[str, bytes]]:
     jpeg, picture = noise_jpeg(), png()
     return [
         ("empty", b""),
-        ("text", b"this is no picture"),
+        ("text", b"this is not an image"),
         ("svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"),
         ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"),
         ("truncated jpeg", jpeg[: len(jpeg) // 2]),
@@ -117,238 +114,200 @@ def _pictures() -> list[tuple[str, bytes]]:
     ]
 
 
-def test_pictures(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for name, data in _pictures():
-                body = assert_problem(await client.post("/search/image", files={"file": (name, data)}), 422, "file")
-                assert len(body["detail"]) > 10, name
-            huge = await client.post("/search/image", files={"file": ("huge.png", huge_png(20_000))})
-            assert "20000" in huge.text
-            for k in ("0", "-1", "201", "many", "1.5", ""):
-                answer = await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": k})
-                assert_problem(answer, 422, "k")
-            assert_problem(await client.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
-            assert_problem(
-                await client.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file"
-            )
-            two = [("file", ("a.png", png())), ("file", ("b.png", png()))]
-            assert_problem(await client.post("/search/image", files=two), 400)
-            assert_problem(
-                await client.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415
-            )
-            assert_problem(await client.post("/search/image", json={"file": "x"}), 415, "Content-Type")
-            assert_problem(await client.post("/search/image"), 415, "Content-Type")
-            no_boundary = {"Content-Type": "multipart/form-data"}
-            assert_problem(await client.post("/search/image", content=b"x", headers=no_boundary), 400)
-            broken = {"Content-Type": "multipart/form-data; boundary=b"}
-            assert_problem(await client.post("/search/image", content=b"--x\r\nbroken", headers=broken), 400)
-            assert_problem(await client.post("/search/image", content=b"", headers=broken), 422, "file")
-            good = await client.post("/search/image", files={"file": ("../../etc/passwd", png())})
-            assert good.status_code == 200
-
-    asyncio.run(main())
+async def test_invalid_images_and_forms_name_the_field(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        for name, data in _broken_images():
+            body = assert_problem(await client.post("/search/image", files={"file": (name, data)}), 422, "file")
+            assert len(body["detail"]) > 10, name
+        huge = await client.post("/search/image", files={"file": ("huge.png", huge_png(20_000))})
+        assert "20000" in huge.text
+        for k in ("0", "-1", "201", "many", "1.5", ""):
+            response = await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": k})
+            assert_problem(response, 422, "k")
+        assert_problem(await client.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
+        assert_problem(await client.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file")
+        two = [("file", ("a.png", png())), ("file", ("b.png", png()))]
+        assert_problem(await client.post("/search/image", files=two), 400)
+        assert_problem(await client.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415)
+        assert_problem(await client.post("/search/image", json={"file": "x"}), 415, "Content-Type")
+        assert_problem(await client.post("/search/image"), 415, "Content-Type")
+        no_boundary = {"Content-Type": "multipart/form-data"}
+        assert_problem(await client.post("/search/image", content=b"x", headers=no_boundary), 400)
+        broken = {"Content-Type": "multipart/form-data; boundary=b"}
+        assert_problem(await client.post("/search/image", content=b"--x\r\nbroken", headers=broken), 400)
+        assert_problem(await client.post("/search/image", content=b"", headers=broken), 422, "file")
+        good = await client.post("/search/image", files={"file": ("../../etc/passwd", png())})
+        assert good.status_code == 200
 
 
-def test_a_bad_picture_does_not_harm_its_neighbours(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            sent = [data for _, data in _pictures()[1:]] + [png(color) for color in ("red", "green", "blue")]
-            answers = await asyncio.gather(*(client.post("/search/image", files={"file": data}) for data in sent))
-            assert [a.status_code for a in answers] == [422] * (len(sent) - 3) + [200] * 3
-
-    asyncio.run(main())
+async def test_broken_images_do_not_affect_concurrent_ones(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        sent = [data for _, data in _broken_images()[1:]] + [png(color) for color in ("red", "green", "blue")]
+        responses = await asyncio.gather(*(client.post("/search/image", files={"file": data}) for data in sent))
+        assert [a.status_code for a in responses] == [422] * (len(sent) - 3) + [200] * 3
 
 
-def test_a_huge_picture_is_refused_before_it_is_decoded(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, max_pixels=1000) as client:
-            assert (await client.post("/search/image", files={"file": png(size=(25, 40))})).status_code == 200
-            assert_problem(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
-            for size, status in (((25, 10), 200), ((25, 11), 422)):  # of WebP a quarter: its decoder holds four
-                data = io.BytesIO()
-                Image.new("RGB", size).save(data, "WEBP")
-                assert (await client.post("/search/image", files={"file": data.getvalue()})).status_code == status
-
-    asyncio.run(main())
+async def test_huge_image_is_refused_before_decoding(built_index: Path) -> None:
+    async with opened(built_index, max_pixels=1000) as client:
+        assert (await client.post("/search/image", files={"file": png(size=(25, 40))})).status_code == 200
+        assert_problem(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
+        for size, status in (((25, 10), 200), ((25, 11), 422)):  # WebP counts four times: its decoder holds four copies
+            data = io.BytesIO()
+            Image.new("RGB", size).save(data, "WEBP")
+            assert (await client.post("/search/image", files={"file": data.getvalue()})).status_code == status
 
 
-def test_large_pictures_are_decoded_one_at_a_time_and_hold_up_no_other(
+async def test_large_images_are_decoded_one_at_a_time_and_delay_no_others(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, under_way, most = threading.Event(), 0, 0
+    gate, decoding, highest = threading.Event(), 0, 0
+    async with opened(built_index) as client:
+        decode = embedding._decode
 
-    async def main() -> None:
-        nonlocal under_way, most
-        async with opened(built_index) as client:
-            decode = embedding._decode
+        def slow(data: Any, preprocess: Any) -> Any:
+            nonlocal decoding, highest
+            if threading.current_thread().name.startswith("dcar-decode-large"):
+                decoding += 1
+                highest = max(highest, decoding)
+                gate.wait(10)
+                decoding -= 1
+            return decode(data, preprocess)
 
-            def slow(data: Any, preprocess: Any) -> Any:
-                nonlocal under_way, most
-                if threading.current_thread().name.startswith("dcar-decode-large"):
-                    under_way += 1
-                    most = max(most, under_way)
-                    gate.wait(10)
-                    under_way -= 1
-                return decode(data, preprocess)
-
-            monkeypatch.setattr(embedding, "_LARGE_PIXELS", 1000)
-            monkeypatch.setattr(embedding, "_decode", slow)
-            colours = ("red", "green", "blue", "white", "black")
-            large = [
-                asyncio.create_task(client.post("/search/image", files={"file": png(each, size=(25, 41))}))
-                for each in colours
-            ]
-            for each in colours:
-                assert (await client.post("/search/image", files={"file": png(each, size=(20, 20))})).status_code == 200
-            gate.set()
-            assert [answer.status_code for answer in await asyncio.gather(*large)] == [200] * 5
-            assert most == 1
-
-    asyncio.run(main())
+        monkeypatch.setattr(embedding, "_LARGE_PIXELS", 1000)
+        monkeypatch.setattr(embedding, "_decode", slow)
+        colours = ("red", "green", "blue", "white", "black")
+        large = [
+            asyncio.create_task(client.post("/search/image", files={"file": png(each, size=(25, 41))}))
+            for each in colours
+        ]
+        for each in colours:
+            assert (await client.post("/search/image", files={"file": png(each, size=(20, 20))})).status_code == 200
+        gate.set()
+        assert [response.status_code for response in await asyncio.gather(*large)] == [200] * 5
+        assert highest == 1
 
 
-def test_forms_that_hold_no_picture_say_what_is_wrong(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            assert_problem(await client.post("/search/image", files={"file": (None, "a text")}), 422, "file")
-            two = [("file", png()), ("file", png())]
-            assert "many files" in assert_problem(await client.post("/search/image", files=two), 400, "body")["detail"]
-            assert_problem(
-                await client.post("/search/image", files={"file": png()}, data={"query": "a" * 20_000}), 400, "body"
-            )
-            full = OSError(errno.ENOSPC, "No space left on device")
-            monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", Mock(side_effect=full))
-            refused = await client.post("/search/image", files={"file": png()})
-            assert_problem(refused, 503)
-            assert refused.headers["retry-after"] == "10"
-
-    asyncio.run(main())
+async def test_forms_without_an_image_name_the_fault(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(built_index) as client:
+        assert_problem(await client.post("/search/image", files={"file": (None, "a text")}), 422, "file")
+        two = [("file", png()), ("file", png())]
+        assert "many files" in assert_problem(await client.post("/search/image", files=two), 400, "body")["detail"]
+        assert_problem(
+            await client.post("/search/image", files={"file": png()}, data={"query": "a" * 20_000}), 400, "body"
+        )
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", Mock(side_effect=full))
+        refused = await client.post("/search/image", files={"file": png()})
+        assert_problem(refused, 503)
+        assert refused.headers["retry-after"] == "10"
 
 
 @pytest.mark.parametrize("path", ["/search/batch", "/search/text"])
-def test_thousands_of_faults_are_told_in_short(built_index: Path, path: str) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for body, field in (
-                ({"queries": [1] * 30_000, "query": "a", "more_like": [1] * 30_000}, "more_like.0"),
-                ({f"f{n}": 1 for n in range(5000)}, "f0"),
-                ({"queries": [{}] * 1001}, "queries"),
-            ):
-                content = json.dumps(body).encode()[: 60_000 if path == "/search/text" else None]
-                began = time.monotonic()
-                answer = await client.post(path, content=content, headers=JSON)
-                assert time.monotonic() - began < 1
-                assert answer.status_code in (400, 422)
-                assert len(answer.content) < 4000
-                if path == "/search/batch":
-                    assert (field if field != "more_like.0" else "queries.0") in answer.text
-
-    asyncio.run(main())
+async def test_thousands_of_faults_are_summarised(built_index: Path, path: str) -> None:
+    async with opened(built_index) as client:
+        for body, field in (
+            ({"queries": [1] * 30_000, "query": "a", "more_like": [1] * 30_000}, "more_like.0"),
+            ({f"f{n}": 1 for n in range(5000)}, "f0"),
+            ({"queries": [{}] * 1001}, "queries"),
+        ):
+            content = json.dumps(body).encode()[: 60_000 if path == "/search/text" else None]
+            began = time.monotonic()
+            response = await client.post(path, content=content, headers=JSON)
+            assert time.monotonic() - began < 1
+            assert response.status_code in (400, 422)
+            assert len(response.content) < 4000
+            if path == "/search/batch":
+                assert (field if field != "more_like.0" else "queries.0") in response.text
 
 
-def test_unknown_items_routes_and_methods(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for item in (
-                "nothing",
-                "..%2f..%2fetc%2fpasswd",
-                "%00",
-                "circle",
-                "a" * 1000,
-                "%F0%9F%98%80",
-                "..%5C..%5Cx",
-            ):
-                for suffix in ("", "/image", "/similar"):
-                    assert_problem(await client.get(f"/items/{item}{suffix}"), 404, "id")
-            assert_problem(await client.get("/items/" + "a" * 2000), 422, "item_id")
-            for path in (
-                "/nothing",
-                "/ui/nothing.js",
-                "/ui/..%2fmain.py",
-                "/ui/%2e%2e/main.py",
-                "/search",
-                "/search/text/",
-            ):
-                assert_problem(await client.get(path, follow_redirects=False), 404)
-            for method, path in (
-                ("GET", "/search/text"),
-                ("PUT", "/search/image"),
-                ("POST", "/healthz"),
-                ("DELETE", "/"),
-            ):
-                answer = await client.request(method, path)
-                assert_problem(answer, 405)
-                assert "allow" in answer.headers
-            for k in ("0", "x", "201", "-5"):
-                assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
-            assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
-
-    asyncio.run(main())
+async def test_unknown_items_routes_and_methods_are_problems(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        for item in (
+            "nothing",
+            "..%2f..%2fetc%2fpasswd",
+            "%00",
+            "circle",
+            "a" * 1000,
+            "%F0%9F%98%80",
+            "..%5C..%5Cx",
+        ):
+            for suffix in ("", "/image", "/similar"):
+                assert_problem(await client.get(f"/items/{item}{suffix}"), 404, "id")
+        assert_problem(await client.get("/items/" + "a" * 2000), 422, "item_id")
+        for path in (
+            "/nothing",
+            "/ui/nothing.js",
+            "/ui/..%2fmain.py",
+            "/ui/%2e%2e/main.py",
+            "/search",
+            "/search/text/",
+        ):
+            assert_problem(await client.get(path, follow_redirects=False), 404)
+        for method, path in (
+            ("GET", "/search/text"),
+            ("PUT", "/search/image"),
+            ("POST", "/healthz"),
+            ("DELETE", "/"),
+        ):
+            response = await client.request(method, path)
+            assert_problem(response, 405)
+            assert "allow" in response.headers
+        for k in ("0", "x", "201", "-5"):
+            assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
+        assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
 
 
-def test_a_field_with_a_slip_in_its_name_is_not_taken_for_none(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for field in ("min_scor", "filtre", "K"):
-                answer = await client.post("/search/image", files={"file": png()}, data={field: "1"})
-                assert_problem(answer, 422, field)
-                assert_problem(await client.post("/search/text", json={"query": "red", field: 1}), 422, field)
-            low = assert_problem(
-                await client.post("/search/text", json={"query": "red", "min_score": 2}), 422, "min_score"
-            )
-            assert {each["field"] for each in low["errors"]} == {"min_score"}
-
-    asyncio.run(main())
+async def test_misspelt_fields_are_refused(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        for field in ("min_scor", "filtre", "K"):
+            response = await client.post("/search/image", files={"file": png()}, data={field: "1"})
+            assert_problem(response, 422, field)
+            assert_problem(await client.post("/search/text", json={"query": "red", field: 1}), 422, field)
+        low = assert_problem(await client.post("/search/text", json={"query": "red", "min_score": 2}), 422, "min_score")
+        assert {each["field"] for each in low["errors"]} == {"min_score"}
 
 
-def test_a_large_body_is_refused_while_it_arrives(built_index: Path) -> None:
-    async def main() -> None:
+async def test_large_body_is_refused_while_it_arrives(built_index: Path) -> None:
+    sent = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+        for _ in range(1600):
+            sent += 2**16
+            yield bytes(2**16)
+        yield b"\r\n--b--\r\n"
+
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    async with opened(built_index, max_upload_bytes=2**20) as client:
+        assert_problem(await client.post("/search/image", content=chunks(), headers=kind), 413, "file")
+        assert sent < 8 * 2**20, "the rest of the body is not read"
+        announced = kind | {"Content-Length": str(100 * 2**20)}
         sent = 0
-
-        async def chunks() -> AsyncIterator[bytes]:
-            nonlocal sent
-            yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
-            for _ in range(1600):
-                sent += 2**16
-                yield bytes(2**16)
-            yield b"\r\n--b--\r\n"
-
-        kind = {"Content-Type": "multipart/form-data; boundary=b"}
-        async with opened(built_index, max_upload_bytes=2**20) as client:
-            assert_problem(await client.post("/search/image", content=chunks(), headers=kind), 413, "file")
-            assert sent < 8 * 2**20, "what is too much is not read to its end"
-            announced = kind | {"Content-Length": str(100 * 2**20)}
-            sent = 0
-            assert_problem(await client.post("/search/image", content=chunks(), headers=announced), 413, "file")
-            assert sent < 8 * 2**20
-            slightly = {"file": ("x.png", bytes(2**20 + 10))}
-            assert_problem(await client.post("/search/image", files=slightly), 413, "file")
-            assert (await client.post("/search/image", files={"file": png()})).status_code == 200
-
-    asyncio.run(main())
+        assert_problem(await client.post("/search/image", content=chunks(), headers=announced), 413, "file")
+        assert sent < 8 * 2**20
+        slightly = {"file": ("x.png", bytes(2**20 + 10))}
+        assert_problem(await client.post("/search/image", files=slightly), 413, "file")
+        assert (await client.post("/search/image", files={"file": png()})).status_code == 200
 
 
-def test_a_caller_that_leaves_while_sending_is_no_error(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            kind = b"multipart/form-data; boundary=b"
-            for path, content_type in (("/search/text", b"application/json"), ("/search/image", kind)):
-                messages = [{"type": "http.request", "body": b"--b", "more_body": True}, {"type": "http.disconnect"}]
-                answered: list[Any] = []
+async def test_client_that_disconnects_while_sending_is_not_an_error(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        kind = b"multipart/form-data; boundary=b"
+        for path, content_type in (("/search/text", b"application/json"), ("/search/image", kind)):
+            messages = [{"type": "http.request", "body": b"--b", "more_body": True}, {"type": "http.disconnect"}]
+            answered: list[Any] = []
 
-                async def receive(messages: list[Any] = messages) -> Any:
-                    return messages.pop(0)
+            async def receive(messages: list[Any] = messages) -> Any:
+                return messages.pop(0)
 
-                async def send(message: Any, answered: list[Any] = answered) -> None:
-                    answered.append(message)
+            async def send(message: Any, answered: list[Any] = answered) -> None:
+                answered.append(message)
 
-                scope = {
-                    "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-                    "headers": [(b"content-type", content_type)], "http_version": "1.1", "scheme": "http",
-                    "server": ("testserver", 80), "client": ("127.0.0.1", 1), "root_path": "",
-                }  # fmt: skip
-                await client.app(scope, receive, send)
-                assert answered[0]["status"] == 400
-
-    asyncio.run(main())
+            scope = {
+                "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+                "headers": [(b"content-type", content_type)], "http_version": "1.1", "scheme": "http",
+                "server": ("testserver", 80), "client": ("127.0.0.1", 1), "root_path": "",
+            }  # fmt: skip
+            await client.app(scope, receive, send)
+            assert answered[0]["status"] == 400

@@ -1,6 +1,5 @@
-"""Richer queries, each against what the same thing computed by hand gives."""
+"""Search options, each compared with the same result computed by hand."""
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -20,167 +19,149 @@ from tests.support.searches import Client, close, ids, ranked
 from tests.support.service import opened
 
 
-def test_pages_put_together_are_the_whole(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, max_window=20) as http:
-            client = Client(http)
-            whole = await client.text(query="red", k=20)
-            assert "next_offset" not in whole, "the window ends there"
-            pages: list[str] = []
-            offset: int | None = 0
-            while offset is not None:
-                page = await client.text(query="red", k=6, offset=offset)
-                assert [r["rank"] for r in page["results"]] == list(range(offset + 1, offset + 7))
-                pages += ids(page)
-                offset = page.get("next_offset")
-            assert pages == ids(whole)[:18], "a further page would reach beyond the window"
-            assert_problem(await http.post("/search/text", json={"query": "red", "k": 6, "offset": 15}), 422, "offset")
-        async with opened(built_index) as http:
-            client = Client(http)
-            last = await client.text(query="red", k=10, offset=20)
-            assert len(last["results"]) == 4
-            assert "next_offset" not in last
-            assert "next_offset" not in await client.text(query="red", k=24)
-            assert (await client.text(query="red", k=23))["next_offset"] == 23
-            assert (await client.text(query="red", offset=500))["results"] == []
-            similar = (await http.get("/items/circle%2Fred.png/similar", params={"k": 5, "offset": 5})).json()
-            first = (await http.get("/items/circle%2Fred.png/similar", params={"k": 10})).json()
-            assert ids(similar) == ids(first)[5:]
-
-    asyncio.run(main())
+async def test_pages_together_equal_one_large_page(built_index: Path) -> None:
+    async with opened(built_index, max_window=20) as http:
+        client = Client(http)
+        whole = await client.text(query="red", k=20)
+        assert "next_offset" not in whole, "the window ends here"
+        pages: list[str] = []
+        offset: int | None = 0
+        while offset is not None:
+            page = await client.text(query="red", k=6, offset=offset)
+            assert [r["rank"] for r in page["results"]] == list(range(offset + 1, offset + 7))
+            pages += ids(page)
+            offset = page.get("next_offset")
+        assert pages == ids(whole)[:18], "another page would exceed the window"
+        assert_problem(await http.post("/search/text", json={"query": "red", "k": 6, "offset": 15}), 422, "offset")
+    async with opened(built_index) as http:
+        client = Client(http)
+        last = await client.text(query="red", k=10, offset=20)
+        assert len(last["results"]) == 4
+        assert "next_offset" not in last
+        assert "next_offset" not in await client.text(query="red", k=24)
+        assert (await client.text(query="red", k=23))["next_offset"] == 23
+        assert (await client.text(query="red", offset=500))["results"] == []
+        similar = (await http.get("/items/circle%2Fred.png/similar", params={"k": 5, "offset": 5})).json()
+        first = (await http.get("/items/circle%2Fred.png/similar", params={"k": 10})).json()
+        assert ids(similar) == ids(first)[5:]
 
 
-def test_filters_give_k_results_where_they_exist(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as http:
-            client = Client(http)
-            order = ids(await client.text(query="red square", k=24))
+async def test_filtered_search_returns_k_matching_results(built_index: Path) -> None:
+    async with opened(built_index) as http:
+        client = Client(http)
+        order = ids(await client.text(query="red square", k=24))
 
-            async def found(**filter: Any) -> list[str]:
-                return ids(await client.text(query="red square", k=6, filter=filter))
+        async def found(**filter: Any) -> list[str]:
+            return ids(await client.text(query="red square", k=6, filter=filter))
 
-            crosses = [item for item in order if item.startswith(("cross", "été"))]
-            assert await found(category="cross") == crosses, "all six, however far down they are"
-            both = [i for i in order if i.startswith(("circle", "square"))]
-            assert await found(category=["circle", "square"]) == both[:6]
-            assert await found(category={"not": ["circle", "square", "triangle"]}) == crosses
-            assert sorted(await found(color="red")) == [
-                f"{s}/red.png" for s in ("circle", "cross", "square", "triangle")
-            ]
-            assert await found(color="red", category="circle") == ["circle/red.png"]
-            assert await found(color={"gt": "green", "lt": "purple"}) == [i for i in order if "orange" in i]
-            assert await found(color="pink") == []
-            form = await client.image(png(), k="4", filter='{"color": "red"}')
-            assert len(form["results"]) == 4
-            for wrong, field in (
-                ({"price": 3}, "filter.price"),
-                ({"color": 3}, "filter.color"),
-                ({"color": {"near": "red"}}, "filter.color"),
-            ):
-                body = {"query": "x", "filter": wrong}
-                assert_problem(await http.post("/search/text", json=body), 422, field)
-            assert_problem(await http.post("/search/text", json={"query": "x", "filter": ["red"]}), 422, "filter")
-            bad = await http.post("/search/image", files={"file": png()}, data={"filter": "red"})
-            assert_problem(bad, 422, "filter")
-
-    asyncio.run(main())
+        crosses = [item for item in order if item.startswith(("cross", "été"))]
+        assert await found(category="cross") == crosses, "all six, at any rank"
+        both = [i for i in order if i.startswith(("circle", "square"))]
+        assert await found(category=["circle", "square"]) == both[:6]
+        assert await found(category={"not": ["circle", "square", "triangle"]}) == crosses
+        assert sorted(await found(color="red")) == [f"{s}/red.png" for s in ("circle", "cross", "square", "triangle")]
+        assert await found(color="red", category="circle") == ["circle/red.png"]
+        assert await found(color={"gt": "green", "lt": "purple"}) == [i for i in order if "orange" in i]
+        assert await found(color="pink") == []
+        form = await client.image(png(), k="4", filter='{"color": "red"}')
+        assert len(form["results"]) == 4
+        for wrong, field in (
+            ({"price": 3}, "filter.price"),
+            ({"color": 3}, "filter.color"),
+            ({"color": {"near": "red"}}, "filter.color"),
+        ):
+            body = {"query": "x", "filter": wrong}
+            assert_problem(await http.post("/search/text", json=body), 422, field)
+        assert_problem(await http.post("/search/text", json={"query": "x", "filter": ["red"]}), 422, "filter")
+        bad = await http.post("/search/image", files={"file": png()}, data={"filter": "red"})
+        assert_problem(bad, 422, "filter")
 
 
-def test_what_a_form_cannot_hold_is_named(built_index: Path) -> None:
+async def test_invalid_json_and_charsets_in_forms_name_the_field(built_index: Path) -> None:
     body = b'--b\r\nContent-Disposition: form-data; name="query"\r\n\r\nxn--a\r\n'
     body += b'--b\r\nContent-Disposition: form-data; name="file"; filename="p"\r\n\r\n' + png() + b"\r\n--b--\r\n"
 
-    async def main() -> None:
-        async with opened(built_index) as http:
-            for name, value in (
-                ("filter", r'{"category": "\ud800"}'),
-                ("filter", r'{"\ud800": 1}'),
-                ("filter", '{"category": ' + "[" * 5000 + "]" * 5000 + "}"),
-                ("weights", r'{"\udfff": 1}'),
-                ("min_score", r'"\ud800"'),
-            ):
-                answer = await http.post("/search/image", files={"file": png()}, data={name: value})
-                problem = assert_problem(answer, 422)
-                assert all(each["field"].startswith(name) for each in problem["errors"])
-            for charset, status in (
-                *((codec, 400) for codec in ("idna", "punycode", "undefined", "utf-7", "rot13", "zlib", "no-such", "")),
-                *((codec, 200) for codec in ("utf-8", "UTF-8", '"utf-8"', "us-ascii", "iso-8859-1")),
-            ):
-                kind = {"Content-Type": f"multipart/form-data; boundary=b; charset={charset}"}
-                answer = await http.post("/search/image", content=body, headers=kind)
-                assert answer.status_code == status, charset
-                if status == 400:
-                    assert_problem(answer, 400, "Content-Type")
-
-    asyncio.run(main())
+    async with opened(built_index) as http:
+        for name, value in (
+            ("filter", r'{"category": "\ud800"}'),
+            ("filter", r'{"\ud800": 1}'),
+            ("filter", '{"category": ' + "[" * 5000 + "]" * 5000 + "}"),
+            ("weights", r'{"\udfff": 1}'),
+            ("min_score", r'"\ud800"'),
+        ):
+            response = await http.post("/search/image", files={"file": png()}, data={name: value})
+            problem = assert_problem(response, 422)
+            assert all(each["field"].startswith(name) for each in problem["errors"])
+        for charset, status in (
+            *((codec, 400) for codec in ("idna", "punycode", "undefined", "utf-7", "rot13", "zlib", "no-such", "")),
+            *((codec, 200) for codec in ("utf-8", "UTF-8", '"utf-8"', "us-ascii", "iso-8859-1")),
+        ):
+            kind = {"Content-Type": f"multipart/form-data; boundary=b; charset={charset}"}
+            response = await http.post("/search/image", content=body, headers=kind)
+            assert response.status_code == status, charset
+            if status == 400:
+                assert_problem(response, 400, "Content-Type")
 
 
-def test_a_cut_off_leaves_out_what_scores_less(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as http:
-            client = Client(http)
-            whole = await client.text(query="red", k=24)
-            cut = whole["results"][9]["score"]
-            some = await client.text(query="red", k=24, min_score=cut - 1e-6)
-            assert ids(some) == ids(whole)[:10]
-            assert some["min_score"] == cut - 1e-6
-            assert (await client.text(query="red", min_score=1.0))["results"] == []
-            assert "min_score" not in whole
-            for wrong in (2, -2, "high", True):
-                assert_problem(await http.post("/search/text", json={"query": "x", "min_score": wrong}), 422)
-            never = assert_problem(
-                await http.post("/search/text", json={"query": "x", "min_score": "auto"}), 409, "min_score"
-            )
-            assert "--validation" in never["detail"]
-            by_picture = await http.post("/search/image", files={"file": png()}, data={"min_score": "auto"})
-            assert_problem(by_picture, 422, "min_score")
-            for name in ("more_like", "less_like"):
-                given = {"query": "x", "min_score": "auto", name: ["circle/red.png"]}
-                assert_problem(await http.post("/search/text", json=given), 422, "min_score")
-
-    asyncio.run(main())
+async def test_min_score_drops_lower_results(built_index: Path) -> None:
+    async with opened(built_index) as http:
+        client = Client(http)
+        whole = await client.text(query="red", k=24)
+        cut = whole["results"][9]["score"]
+        some = await client.text(query="red", k=24, min_score=cut - 1e-6)
+        assert ids(some) == ids(whole)[:10]
+        assert some["min_score"] == cut - 1e-6
+        assert (await client.text(query="red", min_score=1.0))["results"] == []
+        assert "min_score" not in whole
+        for wrong in (2, -2, "high", True):
+            assert_problem(await http.post("/search/text", json={"query": "x", "min_score": wrong}), 422)
+        never = assert_problem(
+            await http.post("/search/text", json={"query": "x", "min_score": "auto"}), 409, "min_score"
+        )
+        assert "--validation" in never["detail"]
+        by_picture = await http.post("/search/image", files={"file": png()}, data={"min_score": "auto"})
+        assert_problem(by_picture, 422, "min_score")
+        for name in ("more_like", "less_like"):
+            given = {"query": "x", "min_score": "auto", name: ["circle/red.png"]}
+            assert_problem(await http.post("/search/text", json=given), 422, "min_score")
 
 
-def test_the_calibrated_cut_off_travels_with_the_index(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+async def test_auto_min_score_comes_from_the_index(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     rebuild(tiny_data, tiny_checkpoint, tmp_path / "index", workers=0, progress=False, validation=tiny_data)
     cut = open_current(tmp_path / "index").manifest.cutoff["min_score"]
 
-    async def main() -> None:
-        async with opened(tmp_path / "index") as http:
-            client = Client(http)
-            whole = await client.text(query="red", k=24)
-            auto = await client.text(query="red", k=24, min_score="auto")
-            assert auto["min_score"] == cut
-            assert ids(auto) == [r["id"] for r in whole["results"] if r["score"] >= cut]
-            assert 0 < len(auto["results"]) < 24
-
-    asyncio.run(main())
+    async with opened(tmp_path / "index") as http:
+        client = Client(http)
+        whole = await client.text(query="red", k=24)
+        auto = await client.text(query="red", k=24, min_score="auto")
+        assert auto["min_score"] == cut
+        assert ids(auto) == [r["id"] for r in whole["results"] if r["score"] >= cut]
+        assert 0 < len(auto["results"]) < 24
 
 
-def test_words_and_picture_are_weighed(built_index: Path, gallery: Path, encoder: Encoder, artifact: Artifact) -> None:
+async def test_text_and_image_are_weighted(
+    built_index: Path, gallery: Path, encoder: Encoder, artifact: Artifact
+) -> None:
     data = (gallery / "circle/blue.png").read_bytes()
     text, image = encoder.encode_text(["a red square"])[0], encoder.encode_images([data])[0]
 
-    async def main() -> None:
-        async with opened(built_index) as http:
-            client = Client(http)
-            both = await client.image(data, k="24", query="a red square")
-            close(both, ranked(artifact, text + image))
-            words = await client.image(data, k="24", query="a red square", weights='{"text": 3, "image": 0.5}')
-            close(words, ranked(artifact, 3 * text + 0.5 * image))
-            alone = await client.image(data, k="24", query="a red square", weights='{"text": 0}')
-            close(alone, ranked(artifact, image))
-            for wrong in ('{"text": -1}', '{"text": "a"}', '{"colour": 1}', "3", '{"text": NaN}'):
-                answer = await http.post("/search/image", files={"file": data}, data={"weights": wrong})
-                assert answer.status_code == 422, wrong
-            nothing = {"query": "x", "weights": json.dumps({"text": 0, "image": 0})}
-            assert_problem(await http.post("/search/image", files={"file": data}, data=nothing), 422, "weights")
-            assert_problem(await http.post("/search/text", json={"query": "x", "weights": {"text": 0}}), 422, "weights")
-
-    asyncio.run(main())
+    async with opened(built_index) as http:
+        client = Client(http)
+        both = await client.image(data, k="24", query="a red square")
+        close(both, ranked(artifact, text + image))
+        words = await client.image(data, k="24", query="a red square", weights='{"text": 3, "image": 0.5}')
+        close(words, ranked(artifact, 3 * text + 0.5 * image))
+        alone = await client.image(data, k="24", query="a red square", weights='{"text": 0}')
+        close(alone, ranked(artifact, image))
+        for wrong in ('{"text": -1}', '{"text": "a"}', '{"colour": 1}', "3", '{"text": NaN}'):
+            response = await http.post("/search/image", files={"file": data}, data={"weights": wrong})
+            assert response.status_code == 422, wrong
+        nothing = {"query": "x", "weights": json.dumps({"text": 0, "image": 0})}
+        assert_problem(await http.post("/search/image", files={"file": data}, data=nothing), 422, "weights")
+        assert_problem(await http.post("/search/text", json={"query": "x", "weights": {"text": 0}}), 422, "weights")
 
 
-def test_like_and_unlike(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
+async def test_more_like_and_less_like_shift_the_query(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
     def vector(item: str) -> np.ndarray:
         row = artifact.row_of(item)
         assert row is not None
@@ -189,40 +170,33 @@ def test_like_and_unlike(built_index: Path, encoder: Encoder, artifact: Artifact
     text = encoder.encode_text(["red"])[0]
     a, b, c = (vector(item) for item in ("circle/red.png", "cross/blue.png", "square/green.png"))
 
-    async def main() -> None:
-        async with opened(built_index) as http:
-            client = Client(http)
-            more = await client.text(more_like=["circle/red.png"], k=23)
-            similar = (await http.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
-            assert more["results"] == similar["results"]
-            two = await client.text(more_like=["circle/red.png", "cross/blue.png"], k=24)
-            given = {"circle/red.png", "cross/blue.png", "square/green.png"}
-            close(two, [each for each in ranked(artifact, a + b) if each[0] not in given - {"square/green.png"}])
-            few = (await http.get("/items/circle%2Fred.png/similar", params={"k": 5})).json()
-            assert (ids(few), few["next_offset"]) == (ids(similar)[:5], 5), "what is left out takes no place"
-            all_of_it = await client.text(
-                query="red", k=24, more_like=["circle/red.png", "cross/blue.png"], less_like=["square/green.png"],
-                weights={"more": 2, "less": 0.25},
-            )  # fmt: skip
-            wanted = ranked(artifact, text + 2 * (a + b) / 2 - 0.25 * c)
-            close(all_of_it, [each for each in wanted if each[0] not in given])
-            assert_problem(await http.post("/search/text", json={"more_like": ["nothing"]}), 422, "more_like")
-            assert_problem(
-                await http.post("/search/text", json={"query": "x", "less_like": ["nothing"]}), 422, "less_like"
-            )
-            assert_problem(await http.post("/search/text", json={"less_like": ["circle/red.png"]}), 422, "less_like")
-            assert_problem(
-                await http.post("/search/text", json={"query": "x", "more_like": ["a"] * 40}), 422, "more_like"
-            )
-            form = await client.image(png(), less_like=["circle/red.png", "cross/blue.png"], k="24")
-            same = await client.image(png(), less_like='["circle/red.png", "cross/blue.png"]', k="24")
-            assert [each["id"] for each in same["results"]] == [each["id"] for each in form["results"]]
-            assert not {"circle/red.png", "cross/blue.png"} & set(ids(form))
-
-    asyncio.run(main())
+    async with opened(built_index) as http:
+        client = Client(http)
+        more = await client.text(more_like=["circle/red.png"], k=23)
+        similar = (await http.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
+        assert more["results"] == similar["results"]
+        two = await client.text(more_like=["circle/red.png", "cross/blue.png"], k=24)
+        given = {"circle/red.png", "cross/blue.png", "square/green.png"}
+        close(two, [each for each in ranked(artifact, a + b) if each[0] not in given - {"square/green.png"}])
+        few = (await http.get("/items/circle%2Fred.png/similar", params={"k": 5})).json()
+        assert (ids(few), few["next_offset"]) == (ids(similar)[:5], 5), "excluded items do not use up results"
+        all_of_it = await client.text(
+            query="red", k=24, more_like=["circle/red.png", "cross/blue.png"], less_like=["square/green.png"],
+            weights={"more": 2, "less": 0.25},
+        )  # fmt: skip
+        wanted = ranked(artifact, text + 2 * (a + b) / 2 - 0.25 * c)
+        close(all_of_it, [each for each in wanted if each[0] not in given])
+        assert_problem(await http.post("/search/text", json={"more_like": ["nothing"]}), 422, "more_like")
+        assert_problem(await http.post("/search/text", json={"query": "x", "less_like": ["nothing"]}), 422, "less_like")
+        assert_problem(await http.post("/search/text", json={"less_like": ["circle/red.png"]}), 422, "less_like")
+        assert_problem(await http.post("/search/text", json={"query": "x", "more_like": ["a"] * 40}), 422, "more_like")
+        form = await client.image(png(), less_like=["circle/red.png", "cross/blue.png"], k="24")
+        same = await client.image(png(), less_like='["circle/red.png", "cross/blue.png"]', k="24")
+        assert [each["id"] for each in same["results"]] == [each["id"] for each in form["results"]]
+        assert not {"circle/red.png", "cross/blue.png"} & set(ids(form))
 
 
-def test_near_duplicates_are_shown_as_one(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+async def test_near_duplicates_are_folded(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(gallery, tmp_path / "gallery"))
     lines = (root / "metadata.jsonl").read_text().splitlines()
     for copy in range(5):
@@ -233,151 +207,130 @@ def test_near_duplicates_are_shown_as_one(gallery: Path, tiny_checkpoint: Path, 
     rebuild(root, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     same = {"circle/red.png", *(f"copy {copy}" for copy in range(5))}
 
-    async def main() -> None:
-        async with opened(tmp_path / "index") as http:
-            client = Client(http)
-            plain = await client.text(query="x", k=24)
-            assert len(same & set(ids(plain))) > 1
-            folded = await client.text(query="x", k=24, fold=0.99999)
-            shown = same & set(ids(folded))
-            assert len(shown) == 1
-            assert len(folded["results"]) == 24, "others take their places"
-            (one,) = (result for result in folded["results"] if result["id"] in same)
-            assert {one["id"], *one["folded"]} == same
-            assert [r["id"] for r in folded["results"] if "folded" in r] == [one["id"]]
-            first = await client.text(query="x", k=5, fold=0.99999)
-            second = await client.text(query="x", k=5, offset=5, fold=0.99999)
-            assert ids(first) + ids(second) == ids(folded)[:10]
-            everything = await client.text(query="x", k=24, fold=0.01)
-            assert len(everything["results"]) < 24
-            for wrong in (0, 1.5, "much"):
-                assert_problem(await http.post("/search/text", json={"query": "x", "fold": wrong}), 422, "fold")
-
-    asyncio.run(main())
+    async with opened(tmp_path / "index") as http:
+        client = Client(http)
+        plain = await client.text(query="x", k=24)
+        assert len(same & set(ids(plain))) > 1
+        folded = await client.text(query="x", k=24, fold=0.99999)
+        shown = same & set(ids(folded))
+        assert len(shown) == 1
+        assert len(folded["results"]) == 24, "other items fill the page"
+        (one,) = (result for result in folded["results"] if result["id"] in same)
+        assert {one["id"], *one["folded"]} == same
+        assert [r["id"] for r in folded["results"] if "folded" in r] == [one["id"]]
+        first = await client.text(query="x", k=5, fold=0.99999)
+        second = await client.text(query="x", k=5, offset=5, fold=0.99999)
+        assert ids(first) + ids(second) == ids(folded)[:10]
+        everything = await client.text(query="x", k=24, fold=0.01)
+        assert len(everything["results"]) < 24
+        for wrong in (0, 1.5, "much"):
+            assert_problem(await http.post("/search/text", json={"query": "x", "fold": wrong}), 422, "fold")
 
 
-def test_several_queries_in_one_request(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, max_queries=4, cache_size=0) as http:
-            client = Client(http)
-            queries: list[dict[str, Any]] = [
-                {"query": "red", "k": 3},
-                {"query": "blue circle", "filter": {"category": "circle"}},
-                {"more_like": ["cross/blue.png"], "k": 2, "offset": 1},
-                {"query": "red", "k": 3},
-            ]
-            answer = await http.post("/search/batch", json={"queries": queries})
-            body = answer.json()
-            BatchResponse.model_validate(body, strict=True)
-            assert [len(each["results"]) for each in body["answers"]] == [3, 6, 2, 3]
-            for query, each in zip(queries, body["answers"], strict=True):
-                alone = await client.text(**query)
-                np.testing.assert_allclose(
-                    [r["score"] for r in each["results"]], [r["score"] for r in alone["results"]], atol=1e-5
-                )
-            for wrong, field in (
-                ({"queries": []}, "queries"),
-                ({"queries": [{"query": "x"}] * 5}, "queries"),
-                ({"queries": [{"query": "x"}, {"query": ""}]}, "queries.1.query"),
-                ({"queries": [{"query": "x"}, {"query": "y", "k": 0}]}, "queries.1.k"),
-                ({"queries": [{"query": "x", "filter": {"a": 1}}]}, "queries.0.filter.a"),
-            ):
-                assert_problem(await http.post("/search/batch", json=wrong), 422, field)
-            assert_problem(await http.post("/search/batch", content=b"{}"), 415)
-
-    asyncio.run(main())
-
-
-def test_results_have_the_fields_that_were_asked_for(built_index: Path, artifact: Artifact) -> None:
-    async def main() -> None:
-        async with opened(built_index) as http:
-            client = Client(http)
-            plain = await client.text(query="a red square", k=3)
-            assert all("metadata" not in result for result in plain["results"])
-            every = {"file_name", "color"}
-            for fields, wanted in ((["color"], {"color"}), (["*"], every), (["id", "caption"], set())):
-                results = (await client.text(query="a red square", k=3, fields=fields))["results"]
-                assert [result["id"] for result in results] == ids(plain)
-                for result in results:
-                    assert result["metadata"].keys() == wanted
-                    for name, value in result["metadata"].items():
-                        row = artifact.row_of(result["id"])
-                        assert row is not None
-                        assert artifact.item(row).metadata[name] == value
-            unknown = assert_problem(
-                await http.post("/search/text", json={"query": "x", "fields": ["colour"]}), 422, "fields"
+async def test_batch_answers_each_query(built_index: Path) -> None:
+    async with opened(built_index, max_queries=4, cache_size=0) as http:
+        client = Client(http)
+        queries: list[dict[str, Any]] = [
+            {"query": "red", "k": 3},
+            {"query": "blue circle", "filter": {"category": "circle"}},
+            {"more_like": ["cross/blue.png"], "k": 2, "offset": 1},
+            {"query": "red", "k": 3},
+        ]
+        response = await http.post("/search/batch", json={"queries": queries})
+        body = response.json()
+        BatchResponse.model_validate(body, strict=True)
+        assert [len(each["results"]) for each in body["answers"]] == [3, 6, 2, 3]
+        for query, each in zip(queries, body["answers"], strict=True):
+            alone = await client.text(**query)
+            np.testing.assert_allclose(
+                [r["score"] for r in each["results"]], [r["score"] for r in alone["results"]], atol=1e-5
             )
-            assert "available: caption, category, color, file_name, id" in unknown["detail"]
-            form = {"fields": '["file_name"]', "k": "1"}
-            found = (await http.post("/search/image", files={"file": png()}, data=form)).json()["results"]
-            assert found[0]["metadata"].keys() == {"file_name"}
-
-    asyncio.run(main())
-
-
-def test_all_items_are_listed_page_by_page(built_index: Path, artifact: Artifact) -> None:
-    async def main() -> None:
-        async with opened(built_index) as http:
-            whole, offset = list[dict[str, Any]](), 0
-            while offset is not None:
-                page = (await http.get("/items", params={"k": 7, "offset": offset})).json()
-                assert (page["count"], page["index_version"]) == (24, 1)
-                whole += page["items"]
-                offset = page.get("next_offset")
-            assert [each["id"] for each in whole] == [artifact.item(row).id for row in range(24)]
-            one = (await http.get("/items/circle%2Fred.png")).json()
-            del one["index_version"]
-            assert one in whole
-            some = (await http.get("/items", params={"filter": '{"category": ["circle"]}'})).json()
-            assert {each["category"] for each in some["items"]} == {"circle"}
-            assert (some["count"], len(some["items"])) == (6, 6)
-            ItemsResponse.model_validate(some, strict=True)
-            for given, field in (
-                ({"filter": "{"}, "filter"), ({"filter": "[]"}, "filter"),
-                ({"filter": '{"colour": 1}'}, "filter.colour"), ({"k": 201}, "k"), ({"k": 0}, "k"),
-                ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
-            ):  # fmt: skip
-                assert_problem(await http.get("/items", params=given), 422, field)
-
-    asyncio.run(main())
+        for wrong, field in (
+            ({"queries": []}, "queries"),
+            ({"queries": [{"query": "x"}] * 5}, "queries"),
+            ({"queries": [{"query": "x"}, {"query": ""}]}, "queries.1.query"),
+            ({"queries": [{"query": "x"}, {"query": "y", "k": 0}]}, "queries.1.k"),
+            ({"queries": [{"query": "x", "filter": {"a": 1}}]}, "queries.0.filter.a"),
+        ):
+            assert_problem(await http.post("/search/batch", json=wrong), 422, field)
+        assert_problem(await http.post("/search/batch", content=b"{}"), 415)
 
 
-def test_the_list_of_items_has_none_that_was_removed(index: Path) -> None:
+async def test_results_have_the_requested_fields(built_index: Path, artifact: Artifact) -> None:
+    async with opened(built_index) as http:
+        client = Client(http)
+        plain = await client.text(query="a red square", k=3)
+        assert all("metadata" not in result for result in plain["results"])
+        every = {"file_name", "color"}
+        for fields, wanted in ((["color"], {"color"}), (["*"], every), (["id", "caption"], set())):
+            results = (await client.text(query="a red square", k=3, fields=fields))["results"]
+            assert [result["id"] for result in results] == ids(plain)
+            for result in results:
+                assert result["metadata"].keys() == wanted
+                for name, value in result["metadata"].items():
+                    row = artifact.row_of(result["id"])
+                    assert row is not None
+                    assert artifact.item(row).metadata[name] == value
+        unknown = assert_problem(
+            await http.post("/search/text", json={"query": "x", "fields": ["colour"]}), 422, "fields"
+        )
+        assert "available: caption, category, color, file_name, id" in unknown["detail"]
+        form = {"fields": '["file_name"]', "k": "1"}
+        found = (await http.post("/search/image", files={"file": png()}, data=form)).json()["results"]
+        assert found[0]["metadata"].keys() == {"file_name"}
+
+
+async def test_items_are_listed_page_by_page(built_index: Path, artifact: Artifact) -> None:
+    async with opened(built_index) as http:
+        whole, offset = list[dict[str, Any]](), 0
+        while offset is not None:
+            page = (await http.get("/items", params={"k": 7, "offset": offset})).json()
+            assert (page["count"], page["index_version"]) == (24, 1)
+            whole += page["items"]
+            offset = page.get("next_offset")
+        assert [each["id"] for each in whole] == [artifact.item(row).id for row in range(24)]
+        one = (await http.get("/items/circle%2Fred.png")).json()
+        del one["index_version"]
+        assert one in whole
+        some = (await http.get("/items", params={"filter": '{"category": ["circle"]}'})).json()
+        assert {each["category"] for each in some["items"]} == {"circle"}
+        assert (some["count"], len(some["items"])) == (6, 6)
+        ItemsResponse.model_validate(some, strict=True)
+        for given, field in (
+            ({"filter": "{"}, "filter"), ({"filter": "[]"}, "filter"),
+            ({"filter": '{"colour": 1}'}, "filter.colour"), ({"k": 201}, "k"), ({"k": 0}, "k"),
+            ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
+        ):  # fmt: skip
+            assert_problem(await http.get("/items", params=given), 422, field)
+
+
+async def test_removed_items_are_not_listed(index: Path) -> None:
     gone = open_current(index).item(2).id
     remove(index, [gone])
 
-    async def main() -> None:
-        async with opened(index) as http:
-            listed = (await http.get("/items", params={"k": 30})).json()
-            assert listed["count"] == len(listed["items"]) == 23
-            assert gone not in [item["id"] for item in listed["items"]]
-            last = (await http.get("/items", params={"k": 3, "offset": 20})).json()
-            assert "next_offset" not in last, "23 end there"
-
-    asyncio.run(main())
+    async with opened(index) as http:
+        listed = (await http.get("/items", params={"k": 30})).json()
+        assert listed["count"] == len(listed["items"]) == 23
+        assert gone not in [item["id"] for item in listed["items"]]
+        last = (await http.get("/items", params={"k": 3, "offset": 20})).json()
+        assert "next_offset" not in last, "23 end there"
 
 
-def test_parts_that_cancel_each_other_are_no_query(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as http:
-            known = open_current(built_index).item(0).id
-            body = {"query": "", "more_like": [known], "less_like": [known], "weights": {"more": 1, "less": 1}}
-            assert_problem(await http.post("/search/text", json=body), 422, "weights")
-            found = []
-            for more in (1, 1e-6):
-                body = {"more_like": [known, "circle/blue.png"], "weights": {"more": more}}
-                found.append((await http.post("/search/text", json=body)).json()["results"])
-            assert found[0] == found[1], "one part's weight is no matter"
-
-    asyncio.run(main())
+async def test_parts_that_cancel_out_are_refused(built_index: Path) -> None:
+    async with opened(built_index) as http:
+        known = open_current(built_index).item(0).id
+        body = {"query": "", "more_like": [known], "less_like": [known], "weights": {"more": 1, "less": 1}}
+        assert_problem(await http.post("/search/text", json=body), 422, "weights")
+        found = []
+        for more in (1, 1e-6):
+            body = {"more_like": [known, "circle/blue.png"], "weights": {"more": more}}
+            found.append((await http.post("/search/text", json=body)).json()["results"])
+        assert found[0] == found[1], "the weight of a single part has no effect"
 
 
-def test_as_many_results_as_asked_for_without_those_that_were_named(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as http:
-            named = [open_current(built_index).item(row).id for row in (0, 1, 2)]
-            found = ids(await Client(http).text(query="", more_like=named, k=10))
-            assert len(found) == 10
-            assert not set(named) & set(found)
-
-    asyncio.run(main())
+async def test_k_results_beside_the_excluded_items(built_index: Path) -> None:
+    async with opened(built_index) as http:
+        named = [open_current(built_index).item(row).id for row in (0, 1, 2)]
+        found = ids(await Client(http).text(query="", more_like=named, k=10))
+        assert len(found) == 10
+        assert not set(named) & set(found)

@@ -1,4 +1,4 @@
-"""The service around the search: versions swapped under load, start and end, admin, pages, unforeseen errors."""
+"""The service around the search: version swaps, start and shutdown, admin, pages, unexpected errors."""
 
 import asyncio
 import gc
@@ -35,280 +35,252 @@ KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 
 
-def test_versions_are_swapped_without_dropping_a_request(
+async def test_swapping_versions_drops_no_request(
     index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path
 ) -> None:
     rebuild(gallery, other_checkpoint, index, workers=0, progress=False)  # version 2, another encoder
     rebuild(gallery, tiny_checkpoint, index, workers=0, progress=False, force=True)  # version 3, the first again
     rollback(index, 1)
 
-    async def main() -> None:
-        async with opened(index, poll_s=0, cache_size=100, **KEY) as client:
-            single: dict[int, list[dict[str, Any]]] = {}
-            for version in (1, 2, 3):
-                rollback(index, version)
-                reloaded = await client.post("/admin/reload", headers=BEARER)
-                ReloadResponse.model_validate(reloaded.json(), strict=True)
-                assert reloaded.json() == {
-                    "index_version": version,
-                    "versions": {index.name: version},
-                    "changed": version != 1,
-                }
-                single[version] = (await client.post("/search/text", json={"query": "red", "k": 24})).json()["results"]
-            assert single[1] == single[3]
-            assert [r["score"] for r in single[1]] != [r["score"] for r in single[2]]
+    async with opened(index, poll_s=0, cache_size=100, **KEY) as client:
+        single: dict[int, list[dict[str, Any]]] = {}
+        for version in (1, 2, 3):
+            rollback(index, version)
+            reloaded = await client.post("/admin/reload", headers=BEARER)
+            ReloadResponse.model_validate(reloaded.json(), strict=True)
+            assert reloaded.json() == {
+                "index_version": version,
+                "versions": {index.name: version},
+                "changed": version != 1,
+            }
+            single[version] = (await client.post("/search/text", json={"query": "red", "k": 24})).json()["results"]
+        assert single[1] == single[3]
+        assert [r["score"] for r in single[1]] != [r["score"] for r in single[2]]
 
-            done = False
-            seen: set[int] = set()
+        done = False
+        seen: set[int] = set()
 
-            async def load() -> None:
-                while not done:
-                    answer = await client.post("/search/text", json={"query": "red", "k": 24})
-                    assert answer.status_code == 200, answer.text
-                    body = answer.json()
-                    seen.add(body["index_version"])
-                    assert body["results"] == single[body["index_version"]], "answered by one version, whole"
-                    await asyncio.sleep(0.02)  # the load's thread shares the interpreter with these callers
+        async def load() -> None:
+            while not done:
+                response = await client.post("/search/text", json={"query": "red", "k": 24})
+                assert response.status_code == 200, response.text
+                body = response.json()
+                seen.add(body["index_version"])
+                assert body["results"] == single[body["index_version"]], "each response comes from one version"
+                await asyncio.sleep(0.02)  # leaves time for the thread that loads the version
 
-            clients = [asyncio.create_task(load()) for _ in range(8)]
-            for version in (2, 1, 3, 2, 1, 2):
-                rollback(index, version)
-                assert (await client.post("/admin/reload", headers=BEARER)).json()["index_version"] == version
-                await asyncio.sleep(0.02)
-            done = True
-            await asyncio.gather(*clients)
-            assert seen >= {1, 2, 3}
-
-    asyncio.run(main())
+        clients = [asyncio.create_task(load()) for _ in range(8)]
+        for version in (2, 1, 3, 2, 1, 2):
+            rollback(index, version)
+            assert (await client.post("/admin/reload", headers=BEARER)).json()["index_version"] == version
+            await asyncio.sleep(0.02)
+        done = True
+        await asyncio.gather(*clients)
+        assert seen >= {1, 2, 3}
 
 
-def test_a_new_version_is_noticed(index: Path, gallery: Path, other_checkpoint: Path) -> None:
-    async def main() -> None:
-        async with opened(index, poll_s=0.02) as client:
-            before = client.app.state.collections[None].live.encoder.fingerprint
-            await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
+async def test_new_version_is_picked_up(index: Path, gallery: Path, other_checkpoint: Path) -> None:
+    async with opened(index, poll_s=0.02) as client:
+        before = client.app.state.collections[None].live.encoder.fingerprint
+        await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
 
-            async def swapped() -> bool:
-                return (await client.get("/readyz")).json()["index_version"] == 2
+        async def swapped() -> bool:
+            return (await client.get("/readyz")).json()["index_version"] == 2
 
-            await until(swapped)
-            live = client.app.state.collections[None].live
-            assert live.encoder.fingerprint == live.artifact.manifest.fingerprint != before
-
-    asyncio.run(main())
+        await until(swapped)
+        live = client.app.state.collections[None].live
+        assert live.encoder.fingerprint == live.artifact.manifest.fingerprint != before
 
 
 @pytest.fixture
 def newer_weights(index: Path, gallery: Path, other_checkpoint: Path) -> Path:
-    """Of a second version, which has been rolled back from."""
+    """Return the weights file of version 2; version 1 is current."""
     rebuild(gallery, other_checkpoint, index, workers=0, progress=False)
     rollback(index, 1)
     return index / "versions/2/checkpoint/trainables.safetensors"
 
 
-def test_a_broken_version_leaves_the_old_one(
+async def test_broken_version_keeps_the_old_one_served(
     index: Path, newer_weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights, whole = newer_weights, newer_weights.read_bytes()
 
-    async def main() -> None:
-        async with opened(index, poll_s=0.02, **KEY) as client:
-            weights.write_bytes(whole[:100])
-            (index / "CURRENT").write_text("2\n")
+    async with opened(index, poll_s=0.02, **KEY) as client:
+        weights.write_bytes(whole[:100])
+        (index / "CURRENT").write_text("2\n")
 
-            async def degraded() -> bool:
-                return (await client.get("/readyz")).json()["status"] == "degraded"
+        async def degraded() -> bool:
+            return (await client.get("/readyz")).json()["status"] == "degraded"
 
-            await until(degraded)
-            ready = (await client.get("/readyz")).json()
-            assert ready["index_version"] == 1
-            assert "trainables.safetensors" in ready["reason"]
-            refused = await client.post("/admin/reload", headers=BEARER)
-            assert refused.status_code == 503
-            assert "trainables.safetensors" in refused.json()["detail"]
-            assert int(refused.headers["retry-after"]) > 0
-            assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
-            weights.write_bytes(whole)
-            assert (await client.post("/admin/reload", headers=BEARER)).json() == {
-                "index_version": 2,
-                "versions": {index.name: 2},
-                "changed": True,
-            }
-            assert (await client.get("/readyz")).json()["status"] == "ready"
-            (index / "CURRENT").write_text("junk\n")
-            await until(degraded)
-            (index / "CURRENT").write_text("2\n")
+        await until(degraded)
+        ready = (await client.get("/readyz")).json()
+        assert ready["index_version"] == 1
+        assert "trainables.safetensors" in ready["reason"]
+        refused = await client.post("/admin/reload", headers=BEARER)
+        assert refused.status_code == 503
+        assert "trainables.safetensors" in refused.json()["detail"]
+        assert int(refused.headers["retry-after"]) > 0
+        assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
+        weights.write_bytes(whole)
+        assert (await client.post("/admin/reload", headers=BEARER)).json() == {
+            "index_version": 2,
+            "versions": {index.name: 2},
+            "changed": True,
+        }
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        (index / "CURRENT").write_text("junk\n")
+        await until(degraded)
+        (index / "CURRENT").write_text("2\n")
 
-            async def ready_again() -> bool:
-                return (await client.get("/readyz")).json()["status"] == "ready"
+        async def ready_again() -> bool:
+            return (await client.get("/readyz")).json()["status"] == "ready"
 
-            await until(ready_again)
-
-    asyncio.run(main())
+        await until(ready_again)
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_a_version_put_right_is_tried_at_once_when_it_is_published_again(index: Path, newer_weights: Path) -> None:
+async def test_repaired_version_is_loaded_at_once_when_published_again(index: Path, newer_weights: Path) -> None:
     weights, whole = newer_weights, newer_weights.read_bytes()
 
-    async def main() -> None:
-        async with opened(index, poll_s=0.02) as client:
+    async with opened(index, poll_s=0.02) as client:
 
-            def readiness(name: str, value: object) -> Callable[[], Awaitable[bool]]:
-                async def reached() -> bool:
-                    return (await client.get("/readyz")).json()[name] == value
+        def readiness(name: str, value: object) -> Callable[[], Awaitable[bool]]:
+            async def reached() -> bool:
+                return (await client.get("/readyz")).json()[name] == value
 
-                return reached
+            return reached
 
-            weights.write_bytes(whole[:100])
-            (index / "CURRENT").write_text("2\n")
-            await until(readiness("status", "degraded"))
-            (index / "CURRENT").write_text("1\n")
-            await until(readiness("status", "ready"))
-            weights.write_bytes(whole)
-            (index / "CURRENT").write_text("2\n")
-            await until(readiness("index_version", 2))
-
-    asyncio.run(main())
+        weights.write_bytes(whole[:100])
+        (index / "CURRENT").write_text("2\n")
+        await until(readiness("status", "degraded"))
+        (index / "CURRENT").write_text("1\n")
+        await until(readiness("status", "ready"))
+        weights.write_bytes(whole)
+        (index / "CURRENT").write_text("2\n")
+        await until(readiness("index_version", 2))
 
 
-def test_a_version_that_failed_is_tried_again_after_a_while(
+async def test_failed_version_is_retried_later(
     index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, whole = newer_weights, newer_weights.read_bytes()
     monkeypatch.setattr("app.search.collections._RETRY_S", 0.1)
 
-    async def main() -> None:
-        async with opened(index, poll_s=0.02) as client:
-            weights.write_bytes(whole[:100])
-            (index / "CURRENT").write_text("2\n")
+    async with opened(index, poll_s=0.02) as client:
+        weights.write_bytes(whole[:100])
+        (index / "CURRENT").write_text("2\n")
 
-            async def degraded() -> bool:
-                return (await client.get("/readyz")).json()["status"] == "degraded"
+        async def degraded() -> bool:
+            return (await client.get("/readyz")).json()["status"] == "degraded"
 
-            async def served() -> bool:
-                return (await client.get("/readyz")).json()["index_version"] == 2
+        async def served() -> bool:
+            return (await client.get("/readyz")).json()["index_version"] == 2
 
-            await until(degraded)
-            weights.write_bytes(whole)
-            await until(served)
-
-    asyncio.run(main())
+        await until(degraded)
+        weights.write_bytes(whole)
+        await until(served)
 
 
-def test_nothing_is_answered_before_the_model_is_there(index: Path) -> None:
-    async def main() -> None:
-        (index / "versions/1/items.arrow").write_bytes(b"")
-        async with opened(index, ready=False, poll_s=0) as client:
-            assert (await client.get("/healthz")).status_code == 200
-            early = await client.post("/search/text", json={"query": "x"})
-            assert early.status_code == 503
-            assert early.headers["retry-after"]
-            assert early.headers["content-type"] == "application/problem+json"
-            snapshots = client.app.state.collections[None]
+async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -> None:
+    (index / "versions/1/items.arrow").write_bytes(b"")
+    async with opened(index, ready=False, poll_s=0) as client:
+        assert (await client.get("/healthz")).status_code == 200
+        early = await client.post("/search/text", json={"query": "x"})
+        assert early.status_code == 503
+        assert early.headers["retry-after"]
+        assert early.headers["content-type"] == "application/problem+json"
+        snapshots = client.app.state.collections[None]
 
-            async def failed() -> bool:
-                return "items.arrow" in (await client.get("/readyz")).json()["detail"]
+        async def failed() -> bool:
+            return "items.arrow" in (await client.get("/readyz")).json()["detail"]
 
-            await until(failed)
-            assert (await client.get("/readyz")).status_code == 503
-            assert (await client.get("/items/x")).status_code == 503
-            assert snapshots.live is None
-
-    asyncio.run(main())
+        await until(failed)
+        assert (await client.get("/readyz")).status_code == 503
+        assert (await client.get("/items/x")).status_code == 503
+        assert snapshots.live is None
 
 
-def test_admin_needs_the_key(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            refused = await client.post("/admin/reload")
-            assert refused.status_code == 403
-            assert "DCAR_ADMIN_KEY" in refused.json()["detail"]
-        async with opened(built_index, **KEY) as client:
-            for given in ("", "Bearer", "Bearer wrong", "Basic correct horse", "Bearer correct horsé"):
-                answer = await client.post("/admin/reload", headers={b"Authorization": given.encode()})
-                assert answer.status_code == 401
-                assert answer.headers["www-authenticate"] == "Bearer"
-            answer = await client.post("/admin/reload", headers=BEARER)
-            assert answer.json() == {"index_version": 1, "versions": {built_index.name: 1}, "changed": False}
-
-    asyncio.run(main())
+async def test_admin_routes_need_the_admin_key(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        refused = await client.post("/admin/reload")
+        assert refused.status_code == 403
+        assert "DCAR_ADMIN_KEY" in refused.json()["detail"]
+    async with opened(built_index, **KEY) as client:
+        for given in ("", "Bearer", "Bearer wrong", "Basic correct horse", "Bearer correct horsé"):
+            response = await client.post("/admin/reload", headers={b"Authorization": given.encode()})
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+        response = await client.post("/admin/reload", headers=BEARER)
+        assert response.json() == {"index_version": 1, "versions": {built_index.name: 1}, "changed": False}
 
 
-def test_a_picture_that_left_the_gallery(index: Path, tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
+async def test_image_missing_from_the_gallery_is_404(
+    index: Path, tmp_path: Path, gallery: Path, tiny_checkpoint: Path
+) -> None:
     changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
     rebuild(changing, tiny_checkpoint, tmp_path / "other", workers=0, progress=False)
     (changing / "circle/red.png").unlink()
     (changing / "circle/blue.png").write_text("<script>alert(1)</script>")
 
-    async def main() -> None:
-        async with opened(tmp_path / "other") as client:
-            gone = await client.get("/items/circle%2Fred.png/image")
-            assert gone.status_code == 404
-            assert str(changing) not in gone.text
-            changed = await client.get("/items/circle%2Fblue.png/image")
-            if changed.status_code == 200:  # never as a page
-                assert changed.headers["content-type"] == "application/octet-stream"
-                assert changed.headers["content-disposition"] == "attachment"
-
-    asyncio.run(main())
+    async with opened(tmp_path / "other") as client:
+        gone = await client.get("/items/circle%2Fred.png/image")
+        assert gone.status_code == 404
+        assert str(changing) not in gone.text
+        changed = await client.get("/items/circle%2Fblue.png/image")
+        if changed.status_code == 200:  # never rendered as a page
+            assert changed.headers["content-type"] == "application/octet-stream"
+            assert changed.headers["content-disposition"] == "attachment"
 
 
-def test_an_unforeseen_error_shows_no_internals(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            encoder = client.app.state.collections[None].live.encoder
+async def test_unexpected_error_reveals_no_internals(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        encoder = client.app.state.collections[None].live.encoder
 
-            def broken(texts: list[str]) -> None:
-                raise RuntimeError("a secret of the house")
+        def broken(texts: list[str]) -> None:
+            raise RuntimeError("a secret detail")
 
-            encoder.encode_text = broken
-            answer = await client.post("/search/text", json={"query": "x"})
-            assert answer.status_code == 500
-            assert answer.headers["content-type"] == "application/problem+json"
-            assert "secret" not in answer.text
-            del encoder.encode_text
-            assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
-
-    asyncio.run(main())
+        encoder.encode_text = broken
+        response = await client.post("/search/text", json={"query": "x"})
+        assert response.status_code == 500
+        assert response.headers["content-type"] == "application/problem+json"
+        assert "secret" not in response.text
+        del encoder.encode_text
+        assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
 
 
-def test_pages_need_nothing_from_elsewhere(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            for path in ("/", "/docs"):
-                page = await client.get(path)
-                assert page.headers["content-type"].startswith("text/html")
-                assert "http:" not in page.text
-                assert "https:" not in page.text
-                policy = page.headers["content-security-policy"]
-                assert "script-src 'self';" in policy
-                assert "access-control-allow-origin" not in page.headers
-                again = await client.get(path, headers={"If-None-Match": page.headers["etag"]})
-                assert again.status_code == 304
-                for name in [part.split('"')[0] for part in page.text.split('"ui/')[1:]]:
-                    assert (await client.get(f"/ui/{name}")).status_code == 200, name
-            document = (await client.get("/openapi.json")).json()
-            text = json.dumps(document)
-            for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
-                assert reference in document["components"]["schemas"]
-            of_items = {
-                "/search/text", "/search/image", "/search/batch", "/items", "/items/{item_id}",
-                "/items/{item_id}/image", "/items/{item_id}/similar",
-            }  # fmt: skip
-            assert set(document["paths"]) == {
-                *of_items, *(f"/collections/{{collection}}{path}" for path in of_items),
-                "/collections", "/healthz", "/readyz", "/metrics", "/admin/reload",
-            }  # fmt: skip
-            operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
-            assert len(set(operations)) == len(operations) == 19
-            words = document["paths"]["/search/text"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-            assert words["properties"]["k"]["maximum"] == 200
-
-    asyncio.run(main())
+async def test_pages_load_nothing_from_other_sites(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        for path in ("/", "/docs"):
+            page = await client.get(path)
+            assert page.headers["content-type"].startswith("text/html")
+            assert "http:" not in page.text
+            assert "https:" not in page.text
+            policy = page.headers["content-security-policy"]
+            assert "script-src 'self';" in policy
+            assert "access-control-allow-origin" not in page.headers
+            again = await client.get(path, headers={"If-None-Match": page.headers["etag"]})
+            assert again.status_code == 304
+            for name in [part.split('"')[0] for part in page.text.split('"ui/')[1:]]:
+                assert (await client.get(f"/ui/{name}")).status_code == 200, name
+        document = (await client.get("/openapi.json")).json()
+        text = json.dumps(document)
+        for reference in {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
+            assert reference in document["components"]["schemas"]
+        of_items = {
+            "/search/text", "/search/image", "/search/batch", "/items", "/items/{item_id}",
+            "/items/{item_id}/image", "/items/{item_id}/similar",
+        }  # fmt: skip
+        assert set(document["paths"]) == {
+            *of_items, *(f"/collections/{{collection}}{path}" for path in of_items),
+            "/collections", "/healthz", "/readyz", "/metrics", "/admin/reload",
+        }  # fmt: skip
+        operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
+        assert len(set(operations)) == len(operations) == 19
+        words = document["paths"]["/search/text"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert words["properties"]["k"]["maximum"] == 200
 
 
-def test_it_does_not_start_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
+def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
     with pytest.raises(DcarError, match="dcar index build"):
         serve(Settings(index=tmp_path))
     with socket.socket() as taken:
@@ -330,7 +302,7 @@ def _started(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_real_server_from_start_to_end(built_index: Path) -> None:
+def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
     port = free_port()
     process = _started(built_index, port)
     try:
@@ -363,19 +335,17 @@ def test_a_real_server_from_start_to_end(built_index: Path) -> None:
     assert process.returncode in (0, -signal.SIGTERM)
 
 
-def test_a_broken_index_ends_a_starting_server_with_its_reason(index: Path) -> None:
+def test_server_with_a_broken_index_exits_with_the_reason(index: Path) -> None:
     (index / "versions/1/checkpoint/trainables.safetensors").unlink()
     process = _started(index, free_port())
     _, log = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "trainables.safetensors" in log.splitlines()[-1]
-    assert log.count("trainables.safetensors") == 1, "said once"
+    assert log.count("trainables.safetensors") == 1, "logged once"
 
 
 @pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
-def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_model_alone(
-    batch_scheduling: bool, policy: int
-) -> None:
+def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
     loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
     config = uvicorn.Config(lambda: None, log_config=None)
     collections: Any = loaded.items()
@@ -390,7 +360,7 @@ def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_m
         assert gc.get_freeze_count() > before + 10_000
         assert os.sched_getscheduler(0) == policy
         embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())
-        for pool in (embedder._batcher._thread, embedder._decoders):  # their threads begin with the first query
+        for pool in (embedder._batcher._thread, embedder._decoders):  # their threads start with the first query
             assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_OTHER
             pool.shutdown()
     finally:
@@ -398,7 +368,7 @@ def test_once_all_is_loaded_the_garbage_collector_and_the_event_loop_leave_the_m
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def test_a_second_signal_ends_the_wait_but_not_the_requests_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_signal_ends_the_drain_but_not_pending_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     class Loaded(dict[None, Any]):
         is_draining = False
 
@@ -411,4 +381,4 @@ def test_a_second_signal_ends_the_wait_but_not_the_requests_under_way(monkeypatc
     assert (server.should_exit, server.force_exit) == (True, False)
     assert server._timer is not None
     server._timer.join(5)
-    assert not server.force_exit, "the timer's signal would have been the third"
+    assert not server.force_exit, "the timer must not send a third signal"

@@ -1,4 +1,4 @@
-"""Searching on the page, and the documentation, in a real browser."""
+"""The search page and the API documentation in a real browser."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from tests.support.page import Page, until
 pytestmark = pytest.mark.browser
 
 
-def test_search_by_text_and_by_result(page: Page, site: str) -> None:
+def test_search_by_text_and_by_clicking_a_result(page: Page, site: str) -> None:
     page.open(site)
     assert page.one("#empty").is_displayed()
     assert page.driver.switch_to.active_element == page.one("#query")
-    page.one("#query").send_keys("red circle")  # no key is needed to begin
+    page.one("#query").send_keys("red circle")  # typing starts the search
     cards = page.settled(24)
     assert "#q=red+circle&k=24" in page.driver.current_url
     assert "24 results" in page.one("#status").text
@@ -38,7 +38,7 @@ def test_search_by_text_and_by_result(page: Page, site: str) -> None:
     assert "cached" in page.one("#status").text
     assert not page.one("#chip").is_displayed()
 
-    page.open(item_address)  # shared with somebody else
+    page.open(item_address)  # as a shared link
     page.settled(23)
     until(lambda: caption in page.one("#chip").text)
     page.one("#chip-clear").click()
@@ -46,13 +46,13 @@ def test_search_by_text_and_by_result(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_examples_and_the_number_of_results(page: Page, site: str) -> None:
+def test_examples_and_number_of_results(page: Page, site: str) -> None:
     page.open(site)
     examples = until(lambda: page.all("#examples button"))
     words = [each.text for each in examples]
     assert len(set(words)) == 6
     known = {item["caption"] for item in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]}
-    assert set(words) <= known, "of the gallery"
+    assert set(words) <= known, "examples come from the gallery"
     examples[1].click()
     page.settled(24)
     assert page.one("#query").get_attribute("value") == words[1]
@@ -63,7 +63,7 @@ def test_examples_and_the_number_of_results(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_search_by_picture(page: Page, site: str, tiny_gallery: Path) -> None:
+def test_search_by_image(page: Page, site: str, tiny_gallery: Path) -> None:
     page.open(site)
     page.one("#file").send_keys(str(tiny_gallery / "circle/blue.png"))
     cards = page.settled(24)
@@ -79,7 +79,7 @@ def test_search_by_picture(page: Page, site: str, tiny_gallery: Path) -> None:
     assert page.errors() == []
 
 
-def test_a_dropped_and_a_pasted_picture(page: Page, site: str) -> None:
+def test_dropped_and_pasted_images_are_searched(page: Page, site: str) -> None:
     make = """
         const done = arguments[1], canvas = document.createElement('canvas');
         canvas.width = canvas.height = 20;
@@ -102,7 +102,7 @@ def test_a_dropped_and_a_pasted_picture(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_an_error_is_told_in_words(page: Page, site: str, tmp_path: Path) -> None:
+def test_errors_are_shown_in_words(page: Page, site: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     page.open(site)
@@ -113,12 +113,12 @@ def test_an_error_is_told_in_words(page: Page, site: str, tmp_path: Path) -> Non
     page.one("#query").send_keys("red")
     page.settled(24)
     assert not page.one("#error").is_displayed()
-    refused = page.errors()  # Chromium itself notes every 4xx
+    refused = page.errors()  # Chromium logs every 4xx itself
     assert len(refused) == 1
     assert "422" in refused[0]
 
 
-def test_a_category_filters(page: Page, site: str) -> None:
+def test_clicking_a_category_filters(page: Page, site: str) -> None:
     page.open(f"{site}/#q=red&k=24")
     cards = page.settled(24)
     category = cards[0].find_element("css selector", ".category")
@@ -141,7 +141,7 @@ def test_a_category_filters(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_documentation(page: Page, site: str, tiny_gallery: Path) -> None:
+def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path) -> None:
     page.open(f"{site}/docs")
     until(lambda: len(page.all(".opblock")) == 19)
     page.one("#operations-search-search_text .opblock-summary-control").click()

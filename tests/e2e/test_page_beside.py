@@ -24,10 +24,10 @@ def marks(cards: list[Any]) -> list[str]:
     return [card.find_element("css selector", ".place").text for card in cards]
 
 
-def test_one_gallery_by_two_models(page: Page, site: str, rivals: str) -> None:
+def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals: str) -> None:
     page.open(f"{site}/#q=red&k=12")
     page.settled(12)
-    assert not page.one("#versus").is_displayed(), "there is nothing to compare with"
+    assert not page.one("#versus").is_displayed(), "there is no other collection"
 
     page.open(f"{rivals}/#q=a+red+circle&k=12")
     page.settled(12)
@@ -53,13 +53,13 @@ def test_one_gallery_by_two_models(page: Page, site: str, rivals: str) -> None:
                 "only here" if gain is None else "=" if not gain else f"{'↑' if gain > 0 else '↓'} {abs(gain)}"
             )
         assert marks(cards) == expected
-    assert {"only here"} < {*marks(here), *marks(there)}, "the two differ, and not in everything"
+    assert {"only here"} < {*marks(here), *marks(there)}, "the lists differ in part"
     title = here[0].find_element("css selector", ".place").get_attribute("title")
     assert title == (f"number {ids[1].index(ids[0][0]) + 1} in another" if ids[0][0] in ids[1]
                      else "not among the first 12 of another")  # fmt: skip
     address = page.driver.current_url
 
-    there[0].click()  # the gallery is the same, so the sides stay
+    there[0].click()  # same gallery: both lists stay
     page.settled(12)
     others(page, 12)
     assert f"item={ids[1][0]}" in page.driver.current_url
@@ -69,14 +69,14 @@ def test_one_gallery_by_two_models(page: Page, site: str, rivals: str) -> None:
     others(page, 12)
     page.driver.back()
     until(lambda: not page.one("#other").is_displayed())
-    page.open(address)  # shared with somebody else
+    page.open(address)  # as a shared link
     others(page, 12)
-    choose(page, "collection", "another")  # the two change sides
+    choose(page, "collection", "another")  # the sides swap
     until(lambda: page.one("#results-name").text == "another" and page.one("#other-name").text == "one")
     assert page.errors() == []
 
 
-def test_two_galleries(page: Page, two: str) -> None:
+def test_two_galleries_are_compared(page: Page, two: str) -> None:
     page.open(f"{two}/#q=red&k=12&beside=circles")
     page.settled(12)
     cards = others(page, 6)
@@ -94,7 +94,7 @@ def test_two_galleries(page: Page, two: str) -> None:
     assert not page.one("#other").is_displayed()
 
 
-def test_the_keyboard_stays_among_the_results_of_both_lists(page: Page, rivals: str) -> None:
+def test_arrow_keys_move_through_both_lists(page: Page, rivals: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
     page.open(f"{rivals}/#q=a+red+circle&k=12&beside=another")
@@ -109,7 +109,7 @@ def test_the_keyboard_stays_among_the_results_of_both_lists(page: Page, rivals: 
 
 
 @pytest.mark.parametrize("width", [600, 640, 700])
-def test_a_window_of_middling_width_is_not_too_narrow(page: Page, rivals: str, width: int) -> None:
+def test_medium_window_fits_both_lists(page: Page, rivals: str, width: int) -> None:
     size = page.driver.get_window_size()
     page.driver.set_window_size(width, 900)
     try:

@@ -1,4 +1,4 @@
-"""Explanations that the page draws, and the line under what fits."""
+"""Explanations drawn on the page, and the line below the cut-off."""
 
 from urllib.parse import quote
 
@@ -29,10 +29,10 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
         const data = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
         return [map.width, map.height, new Set(Array.from({length: data.length / 4}, (_, i) => data[4 * i + 3])).size];
     """)
-    assert colors[:2] == [4, 4], "a value a patch"
-    assert colors[2] > 3, "not all alike"
+    assert colors[:2] == [4, 4], "one value per patch"
+    assert colors[2] > 3, "values differ"
     picture = page.all("#results .explained img")[0]
-    ActionChains(page.driver).move_to_element(picture).click().perform()  # the whole card is its button
+    ActionChains(page.driver).move_to_element(picture).click().perform()  # the whole card is a button
     page.settled(23)
     assert "#item=" in page.driver.current_url
     page.driver.back()
@@ -43,7 +43,7 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_what_does_not_fit_is_told_apart(page: Page, two: str) -> None:
+def test_results_below_the_cut_off_are_separated(page: Page, two: str) -> None:
     cut = httpx.get(f"{two}/collections").json()["collections"][0]["min_score"]
     best: dict[str, float] = {}
     fitting: dict[str, int] = {}
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_told_apart(page: Page, two: str) -> None:
     assert f"Nothing fits “{none}”" in page.one("#nothing").text
     assert len(page.all("#results .weak")) == 24
     assert page.all("#results .divider") == []
-    page.all("#results .card")[0].click()  # a search by an item knows no cut-off
+    page.all("#results .card")[0].click()  # item searches have no cut-off
     page.settled(23)
     assert page.all("#results .weak") == []
     assert not page.one("#nothing").is_displayed()

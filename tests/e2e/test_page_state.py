@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 PICTURE = Path(__file__).parents[2] / "examples/emoji/query.png"
 
 
-def test_what_is_typed_while_the_page_loads_is_kept(page: Page, two: str) -> None:
+def test_text_typed_while_the_page_loads_is_kept(page: Page, two: str) -> None:
     slow = {"offline": False, "latency": 400, "downloadThroughput": -1, "uploadThroughput": -1}
     page.open(f"{two}/#q=red&k=24&in=circles")
     page.settled(6)
@@ -30,7 +30,7 @@ def test_what_is_typed_while_the_page_loads_is_kept(page: Page, two: str) -> Non
     assert page.errors() == []
 
 
-def test_a_link_never_shows_what_it_does_not_name(page: Page, two: str) -> None:
+def test_link_shows_only_what_it_names(page: Page, two: str) -> None:
     page.open(f"{two}/#q=red&k=24&in=gone")
     until(lambda: "no collection “gone”" in page.one("#error").text)
     page.open(f"{two}/#picture=1&k=24")
@@ -52,7 +52,7 @@ def test_a_link_never_shows_what_it_does_not_name(page: Page, two: str) -> None:
     assert page.errors() == []
 
 
-def test_the_keyboard_stays_among_the_results(page: Page, site: str) -> None:
+def test_arrow_keys_stay_among_the_results(page: Page, site: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
     page.open(f"{site}/#q=red&k=24")
@@ -69,9 +69,9 @@ def test_the_keyboard_stays_among_the_results(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_the_collection_is_chosen(page: Page, site: str, two: str) -> None:
+def test_collection_can_be_chosen(page: Page, site: str, two: str) -> None:
     page.open(site)
-    assert not page.one("#where").is_displayed(), "there is nothing to choose"
+    assert not page.one("#where").is_displayed(), "there is only one collection"
     page.open(two)
     until(lambda: page.one("#where").is_displayed())
     assert [option.text for option in page.all("#collection option")] == ["shapes", "circles"]
@@ -92,13 +92,13 @@ def test_the_collection_is_chosen(page: Page, site: str, two: str) -> None:
     page.settled(24)
     assert page.one("#collection").get_attribute("value") == "shapes"
     until(lambda: any("square" in each.text for each in page.all("#examples button")))
-    page.open(address)  # shared with somebody else
+    page.open(address)  # as a shared link
     page.settled(5)
     assert page.one("#collection").get_attribute("value") == "circles"
     assert page.errors() == []
 
 
-def test_what_is_not_wanted_stays_out_and_in_the_address(page: Page, site: str) -> None:
+def test_without_removes_results_and_is_in_the_address(page: Page, site: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
     def answer(**body: object) -> list[str]:
@@ -113,7 +113,7 @@ def test_what_is_not_wanted_stays_out_and_in_the_address(page: Page, site: str) 
     page.one("#without").send_keys("red ")
     until(lambda: "without=red" in page.driver.current_url)
     until(lambda: shown(answer(query="a circle", without="red")))
-    assert page.one("#without").get_attribute("value") == "red ", "whoever types keeps the space"
+    assert page.one("#without").get_attribute("value") == "red ", "typing keeps the trailing space"
     page.one("#results .caption").click()
     until(lambda: "item=" in page.driver.current_url)
     first = answer(query="a circle", without="red")[0]
@@ -129,9 +129,9 @@ def test_what_is_not_wanted_stays_out_and_in_the_address(page: Page, site: str) 
     assert page.errors() == []
 
 
-def test_what_is_not_wanted_goes_with_a_picture_as_well(page: Page, site: str) -> None:
+def test_without_applies_to_image_searches(page: Page, site: str) -> None:
     page.open(site)
-    page.one("#without").send_keys("7")  # a number, which a form would take for JSON
+    page.one("#without").send_keys("7")  # a number, which a form would parse as JSON
     page.one("#file").send_keys(str(PICTURE))
     page.settled(24)
     assert "without=7" in page.driver.current_url
@@ -142,7 +142,7 @@ def test_what_is_not_wanted_goes_with_a_picture_as_well(page: Page, site: str) -
     assert page.errors() == []
 
 
-def test_what_is_typed_in_both_fields_is_searched_for(page: Page, site: str) -> None:
+def test_text_in_both_fields_is_searched(page: Page, site: str) -> None:
     page.open(f"{site}/#q=old&k=24")
     page.settled(24)
     page.driver.execute_script("""
