@@ -31,7 +31,7 @@ def parse_keys(text: str) -> dict[str, str]:
     """Return a table of names and hashes from NAME:HASH pairs, separated by commas or white space.
 
     Raises:
-        ValueError: an entry is no such pair, or a name is repeated. The message holds no hash.
+        ValueError: an entry is malformed, or a name is repeated. The message holds no hash.
     """
     keys: dict[str, str] = {}
     for entry in text.replace(",", " ").split():

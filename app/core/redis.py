@@ -70,7 +70,7 @@ def check_url(url: str) -> str:
         raise ValueError(f"has an invalid option: {error}") from None
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if (file := options.get(name)) and not Path(file).is_file():
-            raise ValueError(f"names {file} as {name}, but there is no such file")
+            raise ValueError(f"names {file} as {name}, but the file does not exist")
     return scheme
 
 

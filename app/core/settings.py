@@ -220,4 +220,4 @@ def _check_variable_names() -> None:
         if not variable.startswith("DCAR_") or name in Settings.model_fields:
             continue
         if similar := difflib.get_close_matches(name, Settings.model_fields, 1, _TYPO_SIMILARITY):
-            raise DcarError(f"{variable}: there is no such setting; did you mean DCAR_{similar[0].upper()}?")
+            raise DcarError(f"{variable}: unknown setting; did you mean DCAR_{similar[0].upper()}?")

@@ -64,7 +64,7 @@ class ServedIndex:
 
     @property
     def live(self) -> Snapshot | None:
-        """The snapshot that answers searches; None while the first one is loaded."""
+        """The snapshot in use; None while the first one is loaded."""
         return self._live
 
     def require(self) -> Snapshot:
@@ -100,7 +100,9 @@ class ServedIndex:
         load = asyncio.create_task(self._load(), name="dcar-load")
         self._loads.add(load)
         load.add_done_callback(self._loads.discard)
-        load.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved even if nobody waits
+        load.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # retrieved even without a waiting caller
         return await asyncio.shield(load)
 
     async def _load(self) -> bool:
@@ -170,7 +172,7 @@ class Collections:
 
     Attributes:
         default: name of the default collection.
-        is_draining: True if the service is about to stop: it still answers, but is not ready.
+        is_draining: True if the service is about to stop: it still serves, but is not ready.
     """
 
     def __init__(self, settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> None:

@@ -164,7 +164,7 @@ class Embedder:
                 vector = await self._cache.get(key, dim)
             if vector is not None:
                 return vector, True
-            self._batcher.require_room()  # before an image is decoded in vain
+            self._batcher.require_room()  # before an image is decoded
             vector = await embed()
             self._cache.put(key, vector)
             return rounded(vector), False

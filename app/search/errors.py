@@ -69,7 +69,7 @@ class ImageUnavailableError(SearchError):
 
 
 class UnsupportedQueryError(SearchError):
-    """The served index or model cannot answer this kind of query.
+    """The served index or model does not support this kind of query.
 
     Attributes:
         field: the field of the query that asks for it, if there is one.
@@ -110,7 +110,7 @@ class MissingImagesError(UnsupportedQueryError):
 
 
 class UnavailableError(SearchError):
-    """The service cannot answer now.
+    """The service is temporarily unavailable.
 
     Attributes:
         retry_after_s: seconds after which a retry may succeed.

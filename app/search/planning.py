@@ -64,7 +64,7 @@ def row_of(snapshot: Snapshot, item_id: str, field: str = "id") -> int:
         field: the field of the query that names the item.
 
     Raises:
-        ItemNotFoundError: there is no such item.
+        ItemNotFoundError: no item has this id.
     """
     row = snapshot.artifact.row_of(item_id)
     if row is None:

@@ -91,7 +91,7 @@ class Retriever:
 
         Raises:
             ImageError: the image cannot be read; the message is the reason.
-            SearchError: the query cannot be answered.
+            SearchError: the search failed.
         """
         for text in (query.text, query.without_text):
             if text:
@@ -103,7 +103,7 @@ class Retriever:
         """Return the matches of several queries, all from one version.
 
         Raises:
-            BatchQueryError: one query cannot be answered.
+            BatchQueryError: one search failed.
         """
         has_long_queries = any(query.options.rerank or query.options.explain for query in queries)
         slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # all at once they would fill the queue
@@ -127,7 +127,7 @@ class Retriever:
         """Return the version of the index and an item.
 
         Raises:
-            ItemNotFoundError: there is no such item.
+            ItemNotFoundError: no item has this id.
         """
         row = row_of(snapshot, item_id, "id")
         return snapshot.version, await self._in_search_thread(snapshot.artifact.item, row)
@@ -152,8 +152,8 @@ class Retriever:
         """Return the bytes of an item's image and their digest, 32 hexadecimal digits.
 
         Raises:
-            ItemNotFoundError: there is no such item.
-            ImageUnavailableError: the gallery no longer has the image.
+            ItemNotFoundError: no item has this id.
+            ImageUnavailableError: the image is missing in the gallery.
         """
         row = row_of(snapshot, item_id, "id")
 

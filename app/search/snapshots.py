@@ -1,6 +1,6 @@
 """One version of an index, ready to search, together with its encoder.
 
-- A request takes one `Snapshot` and keeps it to its end, so one version answers it.
+- A request takes one `Snapshot` and keeps it to its end, so all of its results are from one version.
 - An encoder in memory is shared by every version of the same fingerprint, and a backbone by every encoder on it.
 """
 

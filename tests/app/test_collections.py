@@ -1,4 +1,4 @@
-"""Collections with their own checkpoints and indexes share a backbone and batches."""
+"""Several collections in one process: own checkpoints and indexes, a shared backbone and shared batches."""
 
 import asyncio
 import shutil
@@ -26,7 +26,7 @@ WORDS = ("red", "a blue circle", "green cross", "square")
 
 @pytest.fixture(scope="module")
 def circles_built(gallery: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another gallery, with another checkpoint on the same backbone."""
+    """An index of another gallery by another checkpoint on the same backbone."""
     out = tmp_path_factory.mktemp("circles") / "circles"
     rebuild(gallery / "circle", other_checkpoint, out, workers=0, progress=False)
     return out
@@ -38,15 +38,15 @@ def circles(circles_built: Path, tmp_path: Path) -> Path:
 
 
 async def text(client: httpx.AsyncClient, prefix: str, query: str) -> list[dict[str, Any]]:
-    answer = await client.post(f"{prefix}/search/text", json={"query": query, "k": 24})
-    assert answer.status_code == 200, answer.text
-    results: list[dict[str, Any]] = answer.json()["results"]
+    response = await client.post(f"{prefix}/search/text", json={"query": query, "k": 24})
+    assert response.status_code == 200, response.text
+    results: list[dict[str, Any]] = response.json()["results"]
     return results
 
 
-async def test_each_collection_answers_for_itself(built_index: Path, circles: Path) -> None:
+async def test_each_collection_has_its_own_checkpoint_and_index(built_index: Path, circles: Path) -> None:
     async with opened(circles) as alone:
-        wanted = await text(alone, "", "red")
+        expected = await text(alone, "", "red")
     async with opened(built_index, collections={"round": circles}) as client:
         listed = (await client.get("/collections")).json()
         CollectionsResponse.model_validate(listed, strict=True)
@@ -54,7 +54,7 @@ async def test_each_collection_answers_for_itself(built_index: Path, circles: Pa
             ("index", True, 24), ("round", False, 6),
         ]  # fmt: skip
         found = await text(client, "/collections/round", "red")
-        assert [(r["id"], r["score"]) for r in found] == [(r["id"], r["score"]) for r in wanted]
+        assert [(r["id"], r["score"]) for r in found] == [(r["id"], r["score"]) for r in expected]
         assert len(found) == 6
         assert await text(client, "/collections/index", "red") != await text(client, "/collections/round", "red")
         default = await text(client, "", "red")
@@ -64,8 +64,8 @@ async def test_each_collection_answers_for_itself(built_index: Path, circles: Pa
             picture = await client.get(result["image_url"])
             assert picture.headers["content-type"] == "image/png"
         assert found[0]["image_url"].startswith("/collections/round/items/")
-        by_picture = await client.post("/collections/round/search/image", files={"file": png()})
-        assert by_picture.status_code == 200
+        by_image = await client.post("/collections/round/search/image", files={"file": png()})
+        assert by_image.status_code == 200
         item = found[0]["id"]
         assert (await client.get(f"/collections/round/items/{item}")).status_code == 200
         assert len((await client.get(f"/collections/round/items/{item}/similar")).json()["results"]) == 5
@@ -74,7 +74,7 @@ async def test_each_collection_answers_for_itself(built_index: Path, circles: Pa
         assert (await client.post("/collections/round/search/batch", json=batch)).status_code == 200
 
 
-async def test_a_name_that_is_none_is_a_404(built_index: Path, circles: Path) -> None:
+async def test_an_unknown_collection_is_a_404(built_index: Path, circles: Path) -> None:
     async with opened(built_index, collections={"round": circles}) as client:
         for name in ("squares", "ROUND", "..%2f..%2fetc", "%00", "é", "x" * 3000):
             body = assert_problem(await client.post(f"/collections/{name}/search/text", json={"query": "x"}), 404)
@@ -83,7 +83,7 @@ async def test_a_name_that_is_none_is_a_404(built_index: Path, circles: Path) ->
         assert "index, round" in body["detail"]
 
 
-async def test_domains_share_a_backbone_and_its_batches(built_index: Path, circles: Path) -> None:
+async def test_collections_on_one_backbone_share_batches(built_index: Path, circles: Path) -> None:
     async with opened(built_index, collections={"round": circles}, cache_size=0, batch_wait_ms=50) as client:
         encoders = [snapshots.live.encoder for _, snapshots in client.app.state.collections]
         assert encoders[0] is not encoders[1]
@@ -97,17 +97,17 @@ async def test_domains_share_a_backbone_and_its_batches(built_index: Path, circl
             np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
         passes = after["dcar_batch_size_count", ()] - before["dcar_batch_size_count", ()]
         assert after["dcar_batch_size_sum", ()] - before["dcar_batch_size_sum", ()] == len(asked)
-        assert passes <= 3, "fewer than one a collection and query: both kinds went together"
+        assert passes <= 3, "both collections share forward passes"
 
 
-async def test_domains_on_two_backbones_share_no_batch(
+async def test_collections_on_two_backbones_share_no_batch(
     built_index: Path, tiny_model: Path, gallery: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     weights = load_file(base / "open_clip_model.safetensors")
-    weights["text_projection"] = -weights["text_projection"]  # by the other's backbone each score has the other sign
+    weights["text_projection"] = -weights["text_projection"]  # negates every score of the other backbone
     save_file(weights, base / "open_clip_model.safetensors")
     save_checkpoint(DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), tmp_path / "checkpoint")
     rebuild(gallery / "circle", tmp_path / "checkpoint", tmp_path / "other", workers=0, progress=False)
@@ -123,18 +123,20 @@ async def test_domains_on_two_backbones_share_no_batch(
             np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
 
 
-async def test_one_that_cannot_be_loaded_is_named_and_the_other_answers(built_index: Path, circles: Path) -> None:
+async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_served(
+    built_index: Path, circles: Path
+) -> None:
     items = circles / "versions/1/items.arrow"
     whole = items.read_bytes()
     items.write_bytes(b"")
 
     async with opened(built_index, collections={"round": circles}, ready=False, poll_s=0, **KEY) as client:
 
-        async def told() -> bool:
+        async def is_reported() -> bool:
             ready = await client.get("/readyz")
             return ready.status_code == 503 and "round: " in ready.json()["detail"]
 
-        await until(told)
+        await until(is_reported)
 
         async def default_answers() -> bool:
             return (await client.post("/search/text", json={"query": "red"})).status_code == 200
@@ -153,13 +155,13 @@ async def test_one_that_cannot_be_loaded_is_named_and_the_other_answers(built_in
         assert found["dcar_index_items", (("collection", "index"),)] == 24
 
 
-async def test_one_that_cannot_follow_a_new_version_is_named(built_index: Path, circles: Path) -> None:
+async def test_a_collection_that_cannot_follow_a_new_version_is_named(built_index: Path, circles: Path) -> None:
     async with opened(built_index, collections={"round": circles}, poll_s=0.02) as client:
         (circles / "CURRENT").write_text("7\n")
 
-        async def told() -> bool:
+        async def is_reported() -> bool:
             ready = (await client.get("/readyz")).json()
             return ready["status"] == "degraded" and ready["reason"].startswith("round: ")
 
-        await until(told)
+        await until(is_reported)
         assert await text(client, "/collections/round", "red")

@@ -1,4 +1,4 @@
-"""The cache, in the process and in a real Redis that is killed, stopped and made to lie."""
+"""The embedding cache in the process, and in a real Redis that is killed, stopped and corrupted."""
 
 import asyncio
 import contextlib
@@ -22,14 +22,14 @@ from tests.support.redis_server import RedisServer
 from tests.support.service import opened, until
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
-KEPT = rounded(VECTOR)
+ROUNDED = rounded(VECTOR)
 
 
 def count(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def test_keys_tell_apart_what_must_not_be_confused() -> None:
+def test_keys_differ_by_encoder_kind_and_content() -> None:
     keys = {
         cache_key(fingerprint, kind, content)
         for fingerprint in ("a" * 64, "b" * 64)
@@ -40,28 +40,25 @@ def test_keys_tell_apart_what_must_not_be_confused() -> None:
     assert not any("secret words" in cache_key("a" * 64, "text", b"secret words") for _ in "1")
 
 
-def test_memory_forgets_what_was_longest_unused() -> None:
-    async def main() -> None:
-        cache = MemoryCache(2)
-        cache.put("a", VECTOR)
-        cache.put("b", VECTOR + 1)
-        assert await cache.get("a", 32) is not None
-        cache.put("c", VECTOR)
-        assert await cache.get("b", 32) is None
-        assert len(cache) == 2
-        assert await cache.get("a", 16) is None, "of another size"
-        kept = await cache.get("a", 32)
-        assert kept is not None
-        np.testing.assert_array_equal(kept, KEPT)
-        kept[0] = 5
-        again = await cache.get("a", 32)
-        assert again is not None
-        np.testing.assert_array_equal(again, KEPT, "a caller cannot change what is remembered")
-
-    asyncio.run(main())
+async def test_the_least_recently_used_entry_is_dropped() -> None:
+    cache = MemoryCache(2)
+    cache.put("a", VECTOR)
+    cache.put("b", VECTOR + 1)
+    assert await cache.get("a", 32) is not None
+    cache.put("c", VECTOR)
+    assert await cache.get("b", 32) is None
+    assert len(cache) == 2
+    assert await cache.get("a", 16) is None, "of another size"
+    kept = await cache.get("a", 32)
+    assert kept is not None
+    np.testing.assert_array_equal(kept, ROUNDED)
+    kept[0] = 5
+    again = await cache.get("a", 32)
+    assert again is not None
+    np.testing.assert_array_equal(again, ROUNDED, "a caller cannot change a cached vector")
 
 
-def test_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("app.core.breaker.time", SimpleNamespace(monotonic=lambda: now))
     breaker = CircuitBreaker(failures=2, pause_s=5)
@@ -76,85 +73,71 @@ def test_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert breaker.allows()
 
 
-def test_an_absent_redis_costs_little_and_fails_nothing(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, redis_url="redis://127.0.0.1:1/0", cache_size=0) as client:
-            for _ in range(5):
-                answer = await client.post("/search/text", json={"query": "red"})
-                assert answer.status_code == 200
-                assert answer.json()["cached"] is False
-            began = time.perf_counter()
-            assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
-            assert time.perf_counter() - began < 1
-            metrics = (await client.get("/metrics")).text
-            assert 'dcar_redis_breaker_open{use="read"} 1.0' in metrics
-            for outcome in ("error", "skipped"):  # after three failures it is not even asked
-                assert f'dcar_cache_lookups_total{{level="redis",outcome="{outcome}"}} 3.0' in metrics
-
-    asyncio.run(main())
+async def test_a_missing_redis_fails_no_search_and_costs_little(built_index: Path) -> None:
+    async with opened(built_index, redis_url="redis://127.0.0.1:1/0", cache_size=0) as client:
+        for _ in range(5):
+            response = await client.post("/search/text", json={"query": "red"})
+            assert response.status_code == 200
+            assert response.json()["cached"] is False
+        started = time.perf_counter()
+        assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
+        assert time.perf_counter() - started < 1
+        metrics = (await client.get("/metrics")).text
+        assert 'dcar_redis_breaker_open{use="read"} 1.0' in metrics
+        for outcome in ("error", "skipped"):  # not used after three failures
+            assert f'dcar_cache_lookups_total{{level="redis",outcome="{outcome}"}} 3.0' in metrics
 
 
 @pytest.mark.redis
-def test_values_come_back_bit_for_bit_and_expire(redis_server: RedisServer) -> None:
-    async def main() -> None:
-        cache = RedisCache(redis_server.url, ttl_s=1, timeout_s=1)
-        cache.put("key", VECTOR)
+async def test_values_are_read_back_exactly_and_expire(redis_server: RedisServer) -> None:
+    cache = RedisCache(redis_server.url, ttl_s=1, timeout_s=1)
+    cache.put("key", VECTOR)
 
-        async def stored() -> bool:
-            return await cache.get("key", 32) is not None
+    async def stored() -> bool:
+        return await cache.get("key", 32) is not None
 
-        await until(stored)
-        value = await cache.get("key", 32)
-        assert value is not None
-        np.testing.assert_array_equal(value, KEPT)
+    await until(stored)
+    value = await cache.get("key", 32)
+    assert value is not None
+    np.testing.assert_array_equal(value, ROUNDED)
 
-        async def expired() -> bool:
-            return await cache.get("key", 32) is None
+    async def expired() -> bool:
+        return await cache.get("key", 32) is None
 
-        await until(expired)
-        assert not cache.read_breaker.is_open
-        await cache.close()
-
-    asyncio.run(main())
+    await until(expired)
+    assert not cache.read_breaker.is_open
+    await cache.close()
 
 
 @pytest.mark.redis
-def test_the_end_waits_for_writes_that_have_the_lifetime_of_the_settings(
-    built_index: Path, redis_server: RedisServer
-) -> None:
-    async def main() -> None:
-        given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "cache_ttl_s": 60}
-        ending, other = (make_cache(Settings(index=built_index, **given)) for _ in range(2))
-        ending.put("key", VECTOR)
-        await ending.close()
-        assert isinstance(other, RedisCache)
-        assert 0 < await other._redis.ttl("key") <= 60
-        await other.close()
-
-    asyncio.run(main())
+async def test_close_waits_for_pending_writes(built_index: Path, redis_server: RedisServer) -> None:
+    given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "cache_ttl_s": 60}
+    ending, other = (make_cache(Settings(index=built_index, **given)) for _ in range(2))
+    ending.put("key", VECTOR)
+    await ending.close()
+    assert isinstance(other, RedisCache)
+    assert 0 < await other._redis.ttl("key") <= 60
+    await other.close()
 
 
 @pytest.mark.redis
-def test_a_lying_redis_is_not_believed(redis_server: RedisServer) -> None:
-    async def main() -> None:
-        metrics = Metrics()
-        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
-        await cache._write("other", _pack("other", VECTOR))
-        true: Any = await cache._redis.get("other")
-        bent = bytes([*true[:-1], true[-1] ^ 1])
-        nan, nothing = (_pack("key", np.full(32, value, np.float32)) for value in (np.nan, 0))
-        for lie in (b"", b"x", true[:-1], true * 2, bent, nan, nothing, true):
-            await cache._redis.set("key", lie)
-            assert await cache.get("key", 32) is None
-        assert await cache.get("other", 32) is not None
-        assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="wrong") == 8
-        await cache._redis.delete("key")
-        await cache._redis.lpush("key", "a list")
+async def test_corrupted_values_are_not_used(redis_server: RedisServer) -> None:
+    metrics = Metrics()
+    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
+    await cache._write("other", _pack("other", VECTOR))
+    true: Any = await cache._redis.get("other")
+    bent = bytes([*true[:-1], true[-1] ^ 1])
+    nan, nothing = (_pack("key", np.full(32, fill, np.float32)) for fill in (np.nan, 0))
+    for value in (b"", b"x", true[:-1], true * 2, bent, nan, nothing, true):
+        await cache._redis.set("key", value)
         assert await cache.get("key", 32) is None
-        assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="error") == 1
-        await cache.close()
-
-    asyncio.run(main())
+    assert await cache.get("other", 32) is not None
+    assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="wrong") == 8
+    await cache._redis.delete("key")
+    await cache._redis.lpush("key", "a list")
+    assert await cache.get("key", 32) is None
+    assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="error") == 1
+    await cache.close()
 
 
 NONSENSE = {
@@ -173,7 +156,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("reply", NONSENSE.values(), ids=NONSENSE)
-def test_a_redis_that_talks_nonsense_fails_nothing(reply: bytes) -> None:
+async def test_an_invalid_redis_reply_fails_no_search(reply: bytes) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             while await reader.readline():
@@ -182,51 +165,45 @@ def test_a_redis_that_talks_nonsense_fails_nothing(reply: bytes) -> None:
                 await reader.read(4096)
         writer.close()
 
-    async def main() -> None:
-        server = await asyncio.start_server(talk, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        for options in ("", "?protocol=2"):
-            cache = RedisCache(f"redis://127.0.0.1:{port}/0{options}", ttl_s=60)
-            for _ in range(4):
-                assert await cache.get("key", 32) is None
-                cache.put("key", VECTOR)
-                assert await asyncio.gather(*cache._writes, return_exceptions=True) in ([None], [])
-            await cache.close()
-        rates = RateLimiter("2/minute", redis_url=f"redis://127.0.0.1:{port}/0", timeout_s=0.1)
-        assert min([await rates.wait_for("alice") for _ in range(3)]) >= 0
-        await rates.close()
-        server.close()
-
-    asyncio.run(main())
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    for options in ("", "?protocol=2"):
+        cache = RedisCache(f"redis://127.0.0.1:{port}/0{options}", ttl_s=60)
+        for _ in range(4):
+            assert await cache.get("key", 32) is None
+            cache.put("key", VECTOR)
+            assert await asyncio.gather(*cache._writes, return_exceptions=True) in ([None], [])
+        await cache.close()
+    rates = RateLimiter("2/minute", redis_url=f"redis://127.0.0.1:{port}/0", timeout_s=0.1)
+    assert min([await rates.wait_for("alice") for _ in range(3)]) >= 0
+    await rates.close()
+    server.close()
 
 
-def test_each_query_is_counted_once(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            metrics = client.app.state.metrics
+async def test_each_query_is_counted_once(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        metrics = client.app.state.metrics
 
-            def counted() -> tuple[float, float]:
-                hit, miss = (
-                    count(metrics, "dcar_cache_lookups_total", level="memory", outcome=outcome)
-                    for outcome in ("hit", "miss")
-                )
-                return hit, miss
+        def counted() -> tuple[float, float]:
+            hit, miss = (
+                count(metrics, "dcar_cache_lookups_total", level="memory", outcome=outcome)
+                for outcome in ("hit", "miss")
+            )
+            return hit, miss
 
-            for ask, wanted in (
-                ({"query": "new"}, (0, 1)),
-                ({"query": "newer"}, (0, 2)),
-                ({"query": "new"}, (1, 2)),
-                ({"query": "new", "k": 3}, (2, 2)),
-            ):
-                assert (await client.post("/search/text", json=ask)).status_code == 200
-                assert counted() == wanted
-            assert (await client.post("/search/text", json={"query": ""})).status_code == 422
-            assert counted() == (2, 2), "an empty query is not looked up"
-
-    asyncio.run(main())
+        for ask, expected in (
+            ({"query": "new"}, (0, 1)),
+            ({"query": "newer"}, (0, 2)),
+            ({"query": "new"}, (1, 2)),
+            ({"query": "new", "k": 3}, (2, 2)),
+        ):
+            assert (await client.post("/search/text", json=ask)).status_code == 200
+            assert counted() == expected
+        assert (await client.post("/search/text", json={"query": ""})).status_code == 422
+        assert counted() == (2, 2), "an empty query is not looked up"
 
 
-def test_a_look_need_not_be_counted() -> None:
+def test_a_peek_can_stay_uncounted() -> None:
     metrics = Metrics()
     cache = MemoryCache(2, metrics)
     assert cache.peek("key", 32, counted=False) is None
@@ -238,127 +215,108 @@ def test_a_look_need_not_be_counted() -> None:
 
 
 @pytest.mark.redis
-def test_a_full_redis_is_still_read(redis_server: RedisServer) -> None:
-    async def main() -> None:
-        metrics = Metrics()
-        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
-        await cache._write("key", _pack("key", VECTOR))
-        await cache._redis.config_set("maxmemory", "1")
-        for i in range(5):
-            cache.put(f"more {i}", VECTOR)
-            await asyncio.gather(*cache._writes)
-        assert cache.write_breaker.is_open
-        assert not cache.read_breaker.is_open
-        assert await cache.get("key", 32) is not None
-        assert count(metrics, "dcar_cache_writes_total", outcome="error") == 3
-        assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 2
-        await cache.close()
-
-    asyncio.run(main())
+async def test_a_full_redis_is_still_read(redis_server: RedisServer) -> None:
+    metrics = Metrics()
+    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
+    await cache._write("key", _pack("key", VECTOR))
+    await cache._redis.config_set("maxmemory", "1")
+    for i in range(5):
+        cache.put(f"more {i}", VECTOR)
+        await asyncio.gather(*cache._writes)
+    assert cache.write_breaker.is_open
+    assert not cache.read_breaker.is_open
+    assert await cache.get("key", 32) is not None
+    assert count(metrics, "dcar_cache_writes_total", outcome="error") == 3
+    assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 2
+    await cache.close()
 
 
 @pytest.mark.redis
-def test_what_redis_gave_is_then_known_in_the_process(redis_server: RedisServer) -> None:
-    async def main() -> None:
-        cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, memory=MemoryCache(10))
-        await cache._write("key", _pack("key", VECTOR))
-        assert cache.peek("key", 32) is None
-        assert await cache.get("key", 32) is not None
-        known = cache.peek("key", 32)
-        assert known is not None
-        np.testing.assert_array_equal(known, KEPT)
-        await cache.close()
-
-    asyncio.run(main())
+async def test_a_value_from_redis_is_cached_in_the_process(redis_server: RedisServer) -> None:
+    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, memory=MemoryCache(10))
+    await cache._write("key", _pack("key", VECTOR))
+    assert cache.peek("key", 32) is None
+    assert await cache.get("key", 32) is not None
+    known = cache.peek("key", 32)
+    assert known is not None
+    np.testing.assert_array_equal(known, ROUNDED)
+    await cache.close()
 
 
-def test_what_was_computed_is_known_in_the_process_though_redis_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.search.embedding_cache._MAX_WRITES", 2)
-
-    async def main() -> None:
-        metrics = Metrics()
-        cache = RedisCache("redis://127.0.0.1:1/0", ttl_s=60, memory=MemoryCache(10), metrics=metrics)
-        for i in range(5):
-            cache.put(f"key {i}", VECTOR)
-            known = cache.peek(f"key {i}", 32)
-            assert known is not None
-            np.testing.assert_array_equal(known, KEPT)
-        assert len(cache._writes) == 2, "however slow Redis is, only so many writes wait for it"
-        assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 3
-        await cache.close()
-
-    asyncio.run(main())
+    metrics = Metrics()
+    cache = RedisCache("redis://127.0.0.1:1/0", ttl_s=60, memory=MemoryCache(10), metrics=metrics)
+    for i in range(5):
+        cache.put(f"key {i}", VECTOR)
+        known = cache.peek(f"key {i}", 32)
+        assert known is not None
+        np.testing.assert_array_equal(known, ROUNDED)
+    assert len(cache._writes) == 2, "the number of pending writes is bounded"
+    assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 3
+    await cache.close()
 
 
 @pytest.mark.redis
-def test_answers_from_redis_are_the_same_and_survive_its_death(built_index: Path, redis_server: RedisServer) -> None:
-    async def main() -> None:
-        given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 500, "cache_size": 0}
-        async with opened(built_index, **given) as client:
+async def test_results_are_the_same_with_and_without_redis(built_index: Path, redis_server: RedisServer) -> None:
+    given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 500, "cache_size": 0}
+    async with opened(built_index, **given) as client:
 
-            async def ask() -> Any:
-                answer = await client.post("/search/text", json={"query": "red circle", "k": 24})
-                assert answer.status_code == 200
-                return answer.json()
+        async def ask() -> Any:
+            response = await client.post("/search/text", json={"query": "red circle", "k": 24})
+            assert response.status_code == 200
+            return response.json()
 
-            first = await ask()
-            assert first["cached"] is False
+        first = await ask()
+        assert first["cached"] is False
 
-            async def cached() -> bool:
-                return (await ask())["cached"]
+        async def cached() -> bool:
+            return (await ask())["cached"]
 
-            await until(cached)
-            assert (await ask())["results"] == first["results"]
-        async with opened(built_index, **given) as client:  # another process would find it, too
-            assert (await ask())["cached"] is True
-            breaker = client.app.state.retriever._embedder._cache.read_breaker
-            breaker._pause = 0.2
-            redis_server.stop()
-            for _ in range(4):
-                answer = await ask()
-                assert answer["cached"] is False
-                assert answer["results"] == first["results"]
-            assert breaker.is_open
-            redis_server.start()
-            await until(cached)
-            assert not breaker.is_open
-
-    asyncio.run(main())
+        await until(cached)
+        assert (await ask())["results"] == first["results"]
+    async with opened(built_index, **given) as client:  # as another process would
+        assert (await ask())["cached"] is True
+        breaker = client.app.state.retriever._embedder._cache.read_breaker
+        breaker._pause = 0.2
+        redis_server.stop()
+        for _ in range(4):
+            response = await ask()
+            assert response["cached"] is False
+            assert response["results"] == first["results"]
+        assert breaker.is_open
+        redis_server.start()
+        await until(cached)
+        assert not breaker.is_open
 
 
 @pytest.mark.redis
-def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_server: RedisServer) -> None:
-    async def main() -> None:
-        async with opened(built_index, redis_url=redis_server.url, redis_timeout_ms=100) as client:
-            await client.post("/search/text", json={"query": "warm"})
-            assert redis_server._process is not None
-            os.kill(redis_server._process.pid, signal.SIGSTOP)
-            try:
-                slowest = 0.0
-                for i in range(6):
-                    began = time.perf_counter()
-                    assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
-                    slowest = max(slowest, time.perf_counter() - began)
-                assert slowest < 1
-                assert client.app.state.retriever._embedder._cache.read_breaker.is_open
-            finally:
-                os.kill(redis_server._process.pid, signal.SIGCONT)
-
-    asyncio.run(main())
+async def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_server: RedisServer) -> None:
+    async with opened(built_index, redis_url=redis_server.url, redis_timeout_ms=100) as client:
+        await client.post("/search/text", json={"query": "warm"})
+        assert redis_server._process is not None
+        os.kill(redis_server._process.pid, signal.SIGSTOP)
+        try:
+            slowest = 0.0
+            for i in range(6):
+                started = time.perf_counter()
+                assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
+                slowest = max(slowest, time.perf_counter() - started)
+            assert slowest < 1
+            assert client.app.state.retriever._embedder._cache.read_breaker.is_open
+        finally:
+            os.kill(redis_server._process.pid, signal.SIGCONT)
 
 
-def test_entries_have_the_lifetime_that_is_set(built_index: Path, redis_server: RedisServer) -> None:
-    async def main() -> None:
-        async with opened(built_index, redis_url=redis_server.url, cache_ttl_s=100) as client:
-            await client.post("/search/text", json={"query": "red"})
-            remembered = redis.asyncio.Redis.from_url(redis_server.url)
+async def test_entries_have_the_lifetime_of_the_settings(built_index: Path, redis_server: RedisServer) -> None:
+    async with opened(built_index, redis_url=redis_server.url, cache_ttl_s=100) as client:
+        await client.post("/search/text", json={"query": "red"})
+        store = redis.asyncio.Redis.from_url(redis_server.url)
 
-            async def written() -> bool:
-                return bool(await remembered.keys("dcar:*"))
+        async def written() -> bool:
+            return bool(await store.keys("dcar:*"))
 
-            await until(written)
-            (key,) = await remembered.keys("dcar:*")
-            assert 0 < await remembered.ttl(key) <= 100
-            await remembered.aclose()
-
-    asyncio.run(main())
+        await until(written)
+        (key,) = await store.keys("dcar:*")
+        assert 0 < await store.ttl(key) <= 100
+        await store.aclose()

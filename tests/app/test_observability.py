@@ -1,4 +1,4 @@
-"""Metrics by stage, log lines of one request, and a graceful shutdown."""
+"""Metrics, request ids, logs, and a shutdown that drops no request."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from tests.support.service import opened
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 
 
-async def test_metrics_tell_what_was_done(built_index: Path) -> None:
+async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path) -> None:
     async with opened(built_index) as client:
         for k in (3, 4, 4):  # computed, then cached twice
             assert (await client.post("/search/text", json={"query": "red", "k": k})).status_code == 200
@@ -65,7 +65,7 @@ async def test_metrics_tell_what_was_done(built_index: Path) -> None:
         del encoder.encode_text
 
 
-async def test_a_request_keeps_its_id(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_well_formed_request_id_is_kept_and_logged(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "app.middleware.access")
     async with opened(built_index) as client:
         given = await client.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
@@ -76,14 +76,14 @@ async def test_a_request_keeps_its_id(built_index: Path, caplog: pytest.LogCaptu
         assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
 
     lines = [record.getMessage() for record in caplog.records if record.name == "app.middleware.access"]
-    lines = [line for line in lines if "/readyz 503" not in line]  # while it was loading
-    assert len(lines) == 3, "probes that went well are left out"
+    lines = [line for line in lines if "/readyz 503" not in line]  # logged while loading
+    assert len(lines) == 3, "successful probes are not logged"
     assert lines[0].startswith("POST /search/text 200 in ")
     assert lines[2].startswith("GET /items/nothing%0Aat%20all 404 in ")
     assert "secret wish" not in caplog.text
 
 
-def test_ids_are_well_formed() -> None:
+def test_malformed_request_ids_are_replaced() -> None:
     assert choose_id("4bf92f3577b34da6a3ce929d0e0e4736") == "4bf92f3577b34da6a3ce929d0e0e4736"
     for wrong in (None, "", "x" * 129, "a\nb", "<script>"):
         assert choose_id(wrong) != wrong
@@ -102,12 +102,12 @@ def _until_ready(client: httpx.Client) -> None:
                 return
         except httpx.TransportError:
             pass
-        time.sleep(0.5)  # each response writes a line into a pipe that is read only later
+        time.sleep(0.5)  # each request is a line in a pipe that is not read yet
     raise AssertionError("it does not become ready")
 
 
-def test_what_is_not_done_at_the_end_is_told_so(built_index: Path) -> None:
-    """uvicorn cancels requests that run for ten seconds after the shutdown began, fewer here."""
+def test_a_request_that_outlasts_the_shutdown_gets_503(built_index: Path) -> None:
+    """uvicorn cancels requests after ten seconds, one second here."""
     port = free_port()
     process = _server(built_index, port, f"import app.server as s; s._FINISH_S = 1; {SERVE}")
     try:
@@ -122,17 +122,17 @@ def test_what_is_not_done_at_the_end_is_told_so(built_index: Path) -> None:
                     time.sleep(0.05)
 
             kind = {"Content-Type": "multipart/form-data; boundary=b"}
-            answer = client.post("/search/image", content=dripping(), headers=kind)
-            assert answer.status_code == 503
-            assert "shutting down" in answer.json()["detail"]
-            assert answer.headers["x-content-type-options"] == "nosniff"
+            response = client.post("/search/image", content=dripping(), headers=kind)
+            assert response.status_code == 503
+            assert "shutting down" in response.json()["detail"]
+            assert response.headers["x-content-type-options"] == "nosniff"
     finally:
         process.send_signal(signal.SIGTERM)
         _, text = process.communicate(timeout=20)
     assert "Traceback" not in text
 
 
-async def test_a_long_path_is_cut_in_the_log(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_long_path_is_shortened_in_the_log(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async with opened(built_index) as client:
@@ -141,17 +141,17 @@ async def test_a_long_path_is_cut_in_the_log(built_index: Path, caplog: pytest.L
     assert max(len(record.getMessage()) for record in caplog.records if record.name == "app.middleware.access") < 5000
 
 
-def test_the_end_drops_nothing_and_the_log_is_json(built_index: Path) -> None:
-    """A stopping server first reports that it is not ready, still responds, and finishes a running upload."""
+def test_a_shutdown_finishes_requests_and_logs_json(built_index: Path) -> None:
+    """After SIGTERM /readyz turns to 503 first; requests are still served and an upload is finished."""
     port = free_port()
     process = _server(built_index, port, DCAR_LOG_FORMAT="json", DCAR_DRAIN_S="0.5")
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             _until_ready(client)
-            picture = png()
+            image = png()
 
             def slowly() -> Any:
-                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + picture
+                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + image
                 process.send_signal(signal.SIGTERM)
                 time.sleep(0.2)
                 with httpx.Client(base_url=f"http://127.0.0.1:{port}") as other:

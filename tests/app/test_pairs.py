@@ -1,4 +1,4 @@
-"""A query together with each of its results: re-ranking by exact weights, and explanations that are measured."""
+"""Pairs of a query and a result: re-ranking by exact weights, and measured explanations."""
 
 import asyncio
 import shutil
@@ -19,7 +19,7 @@ from tests.support.searches import Client, ids
 from tests.support.service import opened
 
 
-def test_reranking_is_the_exact_weights_for_every_candidate(
+async def test_reranking_applies_the_exact_weights_to_every_candidate(
     built_index: Path, gallery: Path, encoder: Encoder, artifact: Artifact
 ) -> None:
     import torch
@@ -28,7 +28,7 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
 
     model = encoder.model
     tokens = model.backbone.tokenize(["a red square"], model.prompt_tokens)
-    wanted: dict[str, float] = {}
+    expected: dict[str, float] = {}
     with torch.inference_mode():
 
         def frozen(pixels: np.ndarray) -> torch.Tensor:
@@ -40,61 +40,49 @@ def test_reranking_is_the_exact_weights_for_every_candidate(
             image = frozen(pixels)
             raw = pair_weights(model.backbone.token_features(tokens), image, blank)
             vector = model.encode_text(tokens, blend(raw, real_tokens(tokens), model.config.reweight))[0].numpy()
-            wanted[artifact.item(row).id] = float(vector @ artifact.vector(row))
-
-    async def main() -> None:
-        async with opened(built_index, rerank_depth=8) as http:
-            client = Client(http)
-            plain = await client.text(query="a red square", k=24)
-            some = {"id": [ids(plain)[place] for place in (2, 5)]}  # whose features are known by then
-            await client.text(query="a blue circle", filter=some, rerank=True)
-            again = await client.text(query="a red square", k=24, rerank=True)
-            assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
-            assert ids(again)[8:] == ids(plain)[8:]
-            rescored = [r["rerank_score"] for r in again["results"][:8]]
-            assert rescored == sorted(rescored, reverse=True)
-            np.testing.assert_allclose(rescored, [wanted[i] for i in ids(again)[:8]], atol=1e-5)
-            assert all("rerank_score" not in r for r in again["results"][8:])
-            assert {r["id"]: r["score"] for r in again["results"]} == {r["id"]: r["score"] for r in plain["results"]}
-            pages = [ids(await client.text(query="a red square", k=4, offset=o, rerank=True)) for o in (0, 4, 8)]
-            assert [each for page in pages for each in page] == ids(again)[:12]
-            for offset in (0, 12):
-                body = {"more_like": ["circle/red.png"], "rerank": True, "offset": offset}
-                assert_problem(await http.post("/search/text", json=body), 422, "rerank")
-
-    asyncio.run(main())
+            expected[artifact.item(row).id] = float(vector @ artifact.vector(row))
+    async with opened(built_index, rerank_depth=8) as http:
+        client = Client(http)
+        plain = await client.text(query="a red square", k=24)
+        some = {"id": [ids(plain)[place] for place in (2, 5)]}  # their features are cached afterwards
+        await client.text(query="a blue circle", filter=some, rerank=True)
+        again = await client.text(query="a red square", k=24, rerank=True)
+        assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
+        assert ids(again)[8:] == ids(plain)[8:]
+        rescored = [r["rerank_score"] for r in again["results"][:8]]
+        assert rescored == sorted(rescored, reverse=True)
+        np.testing.assert_allclose(rescored, [expected[i] for i in ids(again)[:8]], atol=1e-5)
+        assert all("rerank_score" not in r for r in again["results"][8:])
+        assert {r["id"]: r["score"] for r in again["results"]} == {r["id"]: r["score"] for r in plain["results"]}
+        pages = [ids(await client.text(query="a red square", k=4, offset=o, rerank=True)) for o in (0, 4, 8)]
+        assert [each for page in pages for each in page] == ids(again)[:12]
+        for offset in (0, 12):
+            body = {"more_like": ["circle/red.png"], "rerank": True, "offset": offset}
+            assert_problem(await http.post("/search/text", json=body), 422, "rerank")
 
 
-def test_reranking_side_by_side_with_little_room(
+async def test_concurrent_reranking_works_with_a_small_feature_cache(
     built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Entries that one request releases stay for others. Gallery images may be larger than a query's."""
+    """A feature that one request drops stays usable for another; images of the gallery may exceed max_pixels."""
     monkeypatch.setattr(pairs, "_MAX_FROZEN_BYTES", 3 * 4 * encoder.dim)
-
-    async def main() -> None:
-        async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
-            bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
-            answers = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
-            assert {answer.status_code for answer in answers} == {200}, answers[0].text
-            assert_problem(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
-            assert len(http.app.state.collections[None].live.frozen) <= 3
-
-    asyncio.run(main())
+    async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
+        bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
+        responses = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
+        assert {response.status_code for response in responses} == {200}, responses[0].text
+        assert_problem(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
+        assert len(http.app.state.collections[None].live.frozen) <= 3
 
 
-def test_a_request_is_not_too_much_for_itself(built_index: Path) -> None:
-    """Re-ranked all at once its queries would wait longer for the model than a query may."""
-
-    async def main() -> None:
-        async with opened(built_index, max_queue_ms=1, cache_size=0) as http:
-            body = {"queries": [{"query": f"a red square {i}", "k": 8, "rerank": True} for i in range(8)]}
-            for _ in range(2):  # how long it takes is known from the first on
-                assert (await http.post("/search/batch", json=body)).status_code == 200
-
-    asyncio.run(main())
+async def test_a_batch_of_reranked_queries_does_not_overload_itself(built_index: Path) -> None:
+    """Re-ranked at once, its queries would wait longer than max_queue_ms."""
+    async with opened(built_index, max_queue_ms=1, cache_size=0) as http:
+        body = {"queries": [{"query": f"a red square {i}", "k": 8, "rerank": True} for i in range(8)]}
+        for _ in range(2):  # the first one measures the cost
+            assert (await http.post("/search/batch", json=body)).status_code == 200
 
 
-def test_reranking_needs_weights_and_pictures(
+async def test_reranking_without_token_weights_or_images_is_refused(
     tmp_path: Path, gallery: Path, tiny_model: Path, tiny_checkpoint: Path
 ) -> None:
     from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -107,83 +95,72 @@ def test_reranking_needs_weights_and_pictures(
     changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
     rebuild(changing, tmp_path / "clip", tmp_path / "plain", workers=0, progress=False)
     rebuild(changing, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
-
-    async def main() -> None:
-        body = {"query": "red", "rerank": True, "k": 24}
-        async with opened(tmp_path / "plain") as http:
-            assert "token weights" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
-            explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
-            assert explained["words"] == [{"word": "red", "weight": 1.0}]
-            assert "words" not in explained["results"][0]["explanation"]
-        (changing / "circle/red.png").unlink()
-        async with opened(tmp_path / "index", rerank_depth=24) as http:
-            results = (await http.post("/search/text", json=body | {"explain": True})).json()["results"]
-            assert ["rerank_score" in result for result in results] == [True] * 23 + [False]
-            assert results[-1]["caption"] == "a red circle"
-            alone = {"query": "red", "filter": {"caption": ["a red circle", "a blue circle"]}, "explain": True}
-            results = (await http.post("/search/text", json=alone)).json()["results"]
-            assert {r["caption"]: "explanation" in r for r in results} == {"a red circle": False, "a blue circle": True}
-            shutil.copy(gallery / "circle/red.png", changing / "circle/red.png")
-            for asked, field in ((body | {"explain": True}, "rerank_score"), (alone, "explanation")):
-                results = (await http.post("/search/text", json=asked)).json()["results"]
-                assert all(field in result for result in results[:2]), "what was missing is not remembered"
-            assert len(results) == 2
-            shutil.rmtree(changing)
-            assert (
-                "none of them" in assert_problem(await http.post("/search/text", json=alone | {"k": 3}), 409)["detail"]
-            )
-        async with opened(tmp_path / "index") as http:
-            assert "none of them" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
-            assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
-
-    asyncio.run(main())
+    body = {"query": "red", "rerank": True, "k": 24}
+    async with opened(tmp_path / "plain") as http:
+        assert "token weights" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
+        explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
+        assert explained["words"] == [{"word": "red", "weight": 1.0}]
+        assert "words" not in explained["results"][0]["explanation"]
+    (changing / "circle/red.png").unlink()
+    async with opened(tmp_path / "index", rerank_depth=24) as http:
+        results = (await http.post("/search/text", json=body | {"explain": True})).json()["results"]
+        assert ["rerank_score" in result for result in results] == [True] * 23 + [False]
+        assert results[-1]["caption"] == "a red circle"
+        alone = {"query": "red", "filter": {"caption": ["a red circle", "a blue circle"]}, "explain": True}
+        results = (await http.post("/search/text", json=alone)).json()["results"]
+        assert {r["caption"]: "explanation" in r for r in results} == {"a red circle": False, "a blue circle": True}
+        shutil.copy(gallery / "circle/red.png", changing / "circle/red.png")
+        for asked, field in ((body | {"explain": True}, "rerank_score"), (alone, "explanation")):
+            results = (await http.post("/search/text", json=asked)).json()["results"]
+            assert all(field in result for result in results[:2]), "a missing image is looked for again"
+        assert len(results) == 2
+        shutil.rmtree(changing)
+        assert "none of them" in assert_problem(await http.post("/search/text", json=alone | {"k": 3}), 409)["detail"]
+    async with opened(tmp_path / "index") as http:
+        assert "none of them" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
+        assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
 
 
-def test_pictures_are_read_where_no_other_work_waits_behind_them(built_index: Path) -> None:
-    """A gallery that hangs must not keep new versions from being seen."""
+async def test_images_are_read_in_their_own_threads(built_index: Path) -> None:
+    """A gallery that hangs must not block the check for new versions."""
+    async with opened(built_index) as http:
+        artifact = http.app.state.collections[None].live.artifact
+        read, threads = artifact.image_bytes, set[str]()
 
-    async def main() -> None:
-        async with opened(built_index) as http:
-            artifact = http.app.state.collections[None].live.artifact
-            read, threads = artifact.image_bytes, set[str]()
+        def noted(row: int) -> bytes:
+            threads.add(threading.current_thread().name.rpartition("_")[0])
+            return bytes(read(row))
 
-            def noted(row: int) -> bytes:
-                threads.add(threading.current_thread().name.rpartition("_")[0])
-                return bytes(read(row))
-
-            artifact.image_bytes = noted
-            body = {"query": "red", "rerank": True, "explain": True}
-            assert (await http.post("/search/text", json=body)).status_code == 200
-            assert threads == {"dcar-image"}
-
-    asyncio.run(main())
+        artifact.image_bytes = noted
+        body = {"query": "red", "rerank": True, "explain": True}
+        assert (await http.post("/search/text", json=body)).status_code == 200
+        assert threads == {"dcar-image"}
 
 
-def test_explanations_are_measured(built_index: Path, gallery: Path, encoder: Encoder) -> None:
-    async def main() -> None:
-        async with opened(built_index, explain_results=2) as http:
-            client = Client(http)
-            body = await client.text(query="a red square", k=4, explain=True)
-            assert [each["word"] for each in body["words"]] == ["a", "red", "square"]
-            assert ["explanation" in result for result in body["results"]] == [True, True, False, False]
-            first = body["results"][0]
-            words = first["explanation"]["words"]
-            assert [each["word"] for each in words] == ["a", "red", "square"]
-            assert len({each["weight"] for each in words}) > 1
-            relevance = np.array(first["explanation"]["relevance"])
-            assert relevance.shape == (4, 4), "32 pixels, patches of 8"
-            assert first["explanation"]["fit"] == "fill", "this model squeezes pictures into its square"
+async def test_explanations_match_measured_falls_of_the_score(
+    built_index: Path, gallery: Path, encoder: Encoder
+) -> None:
+    async with opened(built_index, explain_results=2) as http:
+        client = Client(http)
+        body = await client.text(query="a red square", k=4, explain=True)
+        assert [each["word"] for each in body["words"]] == ["a", "red", "square"]
+        assert ["explanation" in result for result in body["results"]] == [True, True, False, False]
+        first = body["results"][0]
+        words = first["explanation"]["words"]
+        assert [each["word"] for each in words] == ["a", "red", "square"]
+        assert len({each["weight"] for each in words}) > 1
+        relevance = np.array(first["explanation"]["relevance"])
+        assert relevance.shape == (4, 4), "32 pixels, patches of 8"
+        assert first["explanation"]["fit"] == "fill", "this model squeezes images into its square"
 
-            item = (await http.get(f"/items/{first['id'].replace('/', '%2F')}")).json()
-            pixels = encoder.preprocess(gallery / item["metadata"]["file_name"])
-            hidden = pixels.copy()
-            hidden[:, 8:16, 24:32] = 255
-            whole, without = encoder.encode_pixels(np.stack([pixels, hidden]))
-            text = encoder.encode_text(["a red square"])[0]
-            np.testing.assert_allclose(relevance[1, 3], text @ whole - text @ without, atol=1e-3)
-            by_picture = await client.image((gallery / "circle/blue.png").read_bytes(), k="1", explain="true")
-            assert "words" not in by_picture
-            assert by_picture["results"][0]["explanation"].keys() == {"relevance", "fit"}
-            assert np.ptp(by_picture["results"][0]["explanation"]["relevance"]) > 0.001
-
-    asyncio.run(main())
+        item = (await http.get(f"/items/{first['id'].replace('/', '%2F')}")).json()
+        pixels = encoder.preprocess(gallery / item["metadata"]["file_name"])
+        hidden = pixels.copy()
+        hidden[:, 8:16, 24:32] = 255
+        whole, without = encoder.encode_pixels(np.stack([pixels, hidden]))
+        text = encoder.encode_text(["a red square"])[0]
+        np.testing.assert_allclose(relevance[1, 3], text @ whole - text @ without, atol=1e-3)
+        by_image = await client.image((gallery / "circle/blue.png").read_bytes(), k="1", explain="true")
+        assert "words" not in by_image
+        assert by_image["results"][0]["explanation"].keys() == {"relevance", "fit"}
+        assert np.ptp(by_image["results"][0]["explanation"]["relevance"]) > 0.001

@@ -1,4 +1,4 @@
-"""Order and depth of results, and folding of near-duplicates in blocks as row by row."""
+"""Ranking: the order of results, the width of the search, and folding of near-duplicates in blocks."""
 
 import time
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from app.search.ranking import _FOLD_BLOCK, RankedRow, _fold, rank
 
 
 def row_by_row(vectors: np.ndarray, found: list[RankedRow], fold: float) -> list[RankedRow]:
-    """Fold row by row: each row joins the most similar shown row, or is shown itself."""
+    """Fold each row into the most similar row that is shown, or show it."""
     shown: list[int] = []
     members: dict[int, list[int]] = {}
     for place, hit in enumerate(found):
@@ -29,22 +29,22 @@ def snapshot_of(vectors: np.ndarray) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(60))
-@np.errstate(invalid="ignore")  # which BLAS reports of some NaN, now and then
-def test_blocks_fold_as_single_rows_do(seed: int) -> None:
-    """Vectors of small whole numbers: sums are exact in any order, and many rows are equally like several others."""
+@np.errstate(invalid="ignore")  # BLAS may report NaN
+def test_folding_in_blocks_equals_folding_row_by_row(seed: int) -> None:
+    """Vectors of small integers: sums are exact in any order, and many similarities are equal."""
     rng = np.random.default_rng(seed)
     rows = int(rng.choice([1, 5, _FOLD_BLOCK, _FOLD_BLOCK + 1, 700]))
     vectors = rng.integers(-2, 3, (rows, int(rng.integers(2, 7)))).astype(np.float32)
     vectors[rng.random(rows) < 0.02] = np.nan
     found = [RankedRow(int(row), 1 - place / rows) for place, row in enumerate(rng.permutation(rows))]
     fold = float(rng.integers(1, 14))
-    wanted = row_by_row(vectors, found, fold)
-    for count in {1, 2, len(wanted) // 2 + 1, len(wanted), len(wanted) + 1, 2 * rows}:
-        assert _fold(snapshot_of(vectors), found, fold, count) == wanted[:count], count
+    expected = row_by_row(vectors, found, fold)
+    for count in {1, 2, len(expected) // 2 + 1, len(expected), len(expected) + 1, 2 * rows}:
+        assert _fold(snapshot_of(vectors), found, fold, count) == expected[:count], count
     assert _fold(snapshot_of(vectors), [], fold, 3) == []
 
 
-def test_folding_many_rows_takes_little_time() -> None:
+def test_folding_in_blocks_is_faster_than_row_by_row() -> None:
     rng = np.random.default_rng(0)
     different = rng.standard_normal((900, 512)).astype(np.float32)
     vectors = different[rng.integers(0, 900, 4000)] + rng.standard_normal((4000, 512)).astype(np.float32) / 100
@@ -56,10 +56,10 @@ def test_folding_many_rows_takes_little_time() -> None:
         lambda: _fold(snapshot_of(vectors), found, 0.95, 1001),
     ):
         took = []
-        for _ in range(3):  # the quickest: other work on the machine comes and goes
-            began = time.perf_counter()
+        for _ in range(3):  # take the fastest: the machine may be busy
+            started = time.perf_counter()
             result = fold()  # type: ignore[no-untyped-call]
-            took.append(time.perf_counter() - began)
+            took.append(time.perf_counter() - started)
         hits.append(result)
         times.append(min(took))
     assert hits[0] == hits[1]
@@ -67,14 +67,14 @@ def test_folding_many_rows_takes_little_time() -> None:
 
 
 class Exact:
-    """Exact search. Which of equal scores it keeps, and their order, depends on how many are asked for, as in FAISS."""
+    """Exact search. The order and choice among equal scores depend on k, as in FAISS."""
 
     def __init__(self, vectors: np.ndarray) -> None:
         self._vectors, self.rows, self.asked = vectors, len(vectors), 0
 
     def search(self, vector: np.ndarray, k: int, allowed: Any = None) -> tuple[np.ndarray, np.ndarray]:
         self.asked = k
-        scores = (self._vectors * vector).sum(1)  # one by one, so that equal vectors have equal scores
+        scores = (self._vectors * vector).sum(1)  # row by row: equal vectors get equal scores
         shuffled = np.random.default_rng(k).permutation(self.rows)
         rows = shuffled[np.argsort(-scores[shuffled], kind="stable")][:k]
         return scores[rows][None], rows[None]
@@ -84,18 +84,18 @@ class Exact:
 
 
 def copies() -> tuple[Any, np.ndarray]:
-    """300 rows, 100 of them copies of two; and what to look for."""
+    """Return a snapshot of 300 rows, 100 of them copies of two, and a query vector."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((300, 64)).astype(np.float32)
     vectors[::5], vectors[1:200:5] = vectors[0], vectors[1]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    wanted = vectors[0] + vectors[1] + vectors[2]
-    return SimpleNamespace(artifact=Exact(vectors)), wanted / np.linalg.norm(wanted)
+    expected = vectors[0] + vectors[1] + vectors[2]
+    return SimpleNamespace(artifact=Exact(vectors)), expected / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"excluded_rows": {0, 1, 2, 50}}, {"fold": 0.9}, {"min_score": 0.0}], ids=str)
-def test_a_longer_answer_begins_with_the_shorter(options: dict[str, Any]) -> None:
-    """So pages have every item once, however many score the same."""
+def test_a_longer_list_begins_with_the_shorter_one(options: dict[str, Any]) -> None:
+    """Pages then have every item once, however many scores are equal."""
     snapshot, vector = copies()
     rows = [hit.row for hit in rank(snapshot, vector, 300, **options)]
     assert len(rows) == len(set(rows))
@@ -106,16 +106,16 @@ def test_a_longer_answer_begins_with_the_shorter(options: dict[str, Any]) -> Non
         assert sorted(rows) == list(range(300))
 
 
-def test_only_equal_scores_cost_a_wider_search() -> None:
+def test_only_tied_scores_widen_the_search() -> None:
     snapshot, vector = copies()
     rank(snapshot, vector, 10)
-    assert snapshot.artifact.asked == 88, "11, 22, 44: the sixty copies of one picture"
+    assert snapshot.artifact.asked == 88, "11, 22, 44: the sixty copies of one image"
     rank(snapshot, vector, 150)
     assert snapshot.artifact.asked == 151
 
 
-def test_equal_pictures_fold_at_one() -> None:
-    """Though the product of a vector with itself may be a little less."""
+def test_identical_vectors_fold_at_a_threshold_of_one() -> None:
+    """The product of a float32 vector with itself may be slightly below 1."""
     snapshot, vector = copies()
     assert not np.all((snapshot.artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
     hits = rank(snapshot, vector, 300, fold=1.0)
@@ -123,7 +123,7 @@ def test_equal_pictures_fold_at_one() -> None:
     assert len(hits) == 300 - 98
 
 
-def test_a_score_that_was_shown_can_be_the_least() -> None:
+def test_a_displayed_score_works_as_min_score() -> None:
     snapshot, vector = copies()
     for number, hit in enumerate(rank(snapshot, vector, 300)[:150], 1):
         kept = rank(snapshot, vector, 300, min_score=round(hit.score, 6))

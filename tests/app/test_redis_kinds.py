@@ -1,4 +1,4 @@
-"""Every kind of Redis that a URL can name, each a real one: TLS, sentinel, cluster, socket."""
+"""Each kind of Redis URL against a real server: TLS, sentinel, cluster, socket."""
 
 import asyncio
 import shutil
@@ -59,7 +59,7 @@ async def assert_cached(url: str, seconds: float = 10) -> None:
 
 
 def certificates(folder: Path) -> tuple[Path, Path]:
-    """A key and a certificate of its own for 127.0.0.1."""
+    """Make a key and a self-signed certificate for 127.0.0.1."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-keyout", str(key), "-out", str(certificate), "-days", "1", "-subj", "/CN=127.0.0.1"]
@@ -70,26 +70,26 @@ def certificates(folder: Path) -> tuple[Path, Path]:
     return key, certificate
 
 
-async def test_tls(tmp_path: Path) -> None:
+async def test_a_tls_server_is_used_and_its_certificate_checked(tmp_path: Path) -> None:
     key, certificate = certificates(tmp_path)
     options = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
     with running(*options) as server:
         await assert_cached(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
-        with pytest.raises(AssertionError, match="nothing is cached"):  # an untrusted certificate
+        with pytest.raises(AssertionError, match="nothing is cached"):  # an unknown certificate authority
             await assert_cached(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
 
 
-async def test_password_and_database() -> None:
+async def test_a_password_and_a_database_are_used() -> None:
     with running("--requirepass", "pass/word") as server:
         await assert_cached(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
 
 
-async def test_socket(tmp_path: Path) -> None:
+async def test_a_unix_socket_is_used(tmp_path: Path) -> None:
     with running("--unixsocket", str(tmp_path / "redis.sock")):
         await assert_cached(f"unix://{tmp_path / 'redis.sock'}?db=2")
 
 
-async def test_cluster() -> None:
+async def test_a_cluster_is_used() -> None:
     bus = free_port()
     with running(
         "--cluster-enabled",
@@ -110,7 +110,7 @@ async def test_cluster() -> None:
             Path(f"/tmp/nodes-{bus}.conf").unlink(missing_ok=True)
 
 
-async def test_sentinel(tmp_path: Path) -> None:
+async def test_the_master_of_a_sentinel_is_used(tmp_path: Path) -> None:
     with running("--requirepass", "word") as master:
         configuration = tmp_path / "sentinel.conf"
         configuration.write_text(
@@ -131,7 +131,7 @@ async def test_sentinel(tmp_path: Path) -> None:
         ("redis://localhost:many", "must have a number as its port"),
     ],
 )
-def test_a_url_that_is_none_is_refused_without_its_password(url: str, hint: str) -> None:
+def test_an_invalid_url_is_refused_without_showing_its_password(url: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         check_url(url)
     with pytest.raises(ValueError, match="must") as caught:
@@ -152,7 +152,7 @@ def test_a_url_that_is_none_is_refused_without_its_password(url: str, hint: str)
         ("rediss+sentinel://:secretword@localhost/pictures?ssl_keyfile=/nowhere.pem", "ssl_keyfile"),
     ],
 )
-def test_what_would_fail_with_every_command_is_said_at_the_start(url: str, hint: str) -> None:
+def test_invalid_options_are_refused_before_the_first_command(url: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint) as caught:
         check_url(url)
     assert "half" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A rebuild tells the running service, which does not look for versions itself here."""
+"""A rebuild notifies the running service; polling is off in these tests."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,30 +20,27 @@ def serves(client: ServiceClient, version: int) -> Callable[[], Awaitable[bool]]
 
 
 @pytest.mark.redis
-def test_rebuild_announces_over_redis(
+async def test_a_rebuild_notifies_the_service_over_redis(
     index: Path, gallery: Path, tiny_checkpoint: Path, redis_server: RedisServer
 ) -> None:
-    async def walk() -> None:
-        async with opened(index, redis_url=redis_server.url, poll_s=0) as client:
-            assert await serves(client, 1)()
+    async with opened(index, redis_url=redis_server.url, poll_s=0) as client:
+        assert await serves(client, 1)()
 
-            async def heard() -> bool:
-                """Said again until the service has subscribed."""
-                told = await asyncio.to_thread(notify, [redis_server.url], index, 1)
-                return list(told.values()) == ["received by 1"]
+        async def heard() -> bool:
+            """Notify again until the service has subscribed."""
+            notified = await asyncio.to_thread(notify, [redis_server.url], index, 1)
+            return list(notified.values()) == ["heard by 1"]
 
-            await until(heard)
-            options = {"force": True, "notify": [redis_server.url], "progress": False, "workers": 0}
-            summary = await asyncio.to_thread(lambda: rebuild(gallery, tiny_checkpoint, index, **options))
-            assert list(summary.notified.values()) == ["received by 1"]
-            await until(serves(client, 2))
-            await asyncio.to_thread(redis_server.stop)
-            assert (await client.get("/readyz")).status_code == 200
-
-    asyncio.run(walk())
+        await until(heard)
+        options = {"force": True, "notify": [redis_server.url], "progress": False, "workers": 0}
+        summary = await asyncio.to_thread(lambda: rebuild(gallery, tiny_checkpoint, index, **options))
+        assert list(summary.notified.values()) == ["heard by 1"]
+        await until(serves(client, 2))
+        await asyncio.to_thread(redis_server.stop)
+        assert (await client.get("/readyz")).status_code == 200
 
 
-def test_rebuild_posts_to_the_admin_route(
+def test_a_rebuild_posts_to_the_admin_route(
     index: Path, gallery: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(index, admin_key="long enough", poll_s=0) as (_, port):

@@ -1,4 +1,4 @@
-"""Slow loads of a version run once, and a model loads long after the start."""
+"""Slow loads, and a model that is loaded long after the start."""
 
 import asyncio
 import shutil
@@ -29,18 +29,18 @@ def index(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-async def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, lock = load_snapshot, threading.Lock()
-    under_way = most = 0
+    running = most = 0
 
     def slow(*given: object) -> object:
-        nonlocal under_way, most
+        nonlocal running, most
         with lock:
-            under_way += 1
-            most = max(most, under_way)
+            running += 1
+            most = max(most, running)
         time.sleep(0.5)
         with lock:
-            under_way -= 1
+            running -= 1
         return whole(*given)  # type: ignore[arg-type]
 
     async with opened(index, poll_s=0, **KEY) as client:
@@ -51,17 +51,17 @@ async def test_a_load_goes_on_alone_when_its_caller_leaves(index: Path, monkeypa
         first.cancel()
         again = await client.post("/admin/reload", headers=BEARER)
         assert again.json()["index_version"] == 2
-        assert not again.json()["changed"], "the first load was not thrown away"
+        assert not again.json()["changed"], "the first load was used"
         assert most == 1
         rollback(index, 1)
         last = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
         await asyncio.sleep(0.2)
         last.cancel()
-    assert under_way == 0, "the end waits for a load"
+    assert running == 0, "closing waits for a load"
 
 
-async def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, tmp_path: Path) -> None:
-    """A start without the model, and updates until the version that it began with is deleted."""
+async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path: Path) -> None:
+    """Start without the model, then update until the first version is deleted."""
     pytest.importorskip("openvino", reason="needs the extra [openvino]")
     cache = tmp_path / "cache"
 
@@ -77,11 +77,11 @@ async def test_the_model_is_loaded_from_the_version_that_is_served(index: Path, 
                 assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
             assert not live.artifact.checkpoint.exists()
             for what in ("rerank", "explain"):
-                answer = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
-                assert answer.status_code == 200, answer.text
+                response = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
+                assert response.status_code == 200, response.text
 
 
-async def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_same(
+async def test_a_rebuilt_index_with_the_same_version_number_is_served(
     index: Path, tiny_gallery: Path, other_checkpoint: Path
 ) -> None:
     async with opened(index, poll_s=0, **KEY) as client:
@@ -90,7 +90,7 @@ async def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_s
         manifest = index / "versions" / "1" / "manifest.json"
         manifest.rename(index / "aside")
         assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
-        assert (await client.get("/readyz")).json()["status"] == "ready", "what is served is whole"
+        assert (await client.get("/readyz")).json()["status"] == "ready", "the served version is intact"
         shutil.rmtree(index)
         await asyncio.to_thread(
             rebuild, tiny_gallery, other_checkpoint, index, workers=0, progress=False, runtime="torch"
@@ -102,7 +102,7 @@ async def test_an_index_that_was_built_anew_is_served_though_its_number_is_the_s
         assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
 
 
-async def test_a_body_that_nobody_needs_is_not_waited_for(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reload_with_a_body_does_not_time_out(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_snapshot
 
     def slow(*given: object) -> object:
@@ -112,5 +112,5 @@ async def test_a_body_that_nobody_needs_is_not_waited_for(index: Path, monkeypat
     async with opened(index, poll_s=0, upload_timeout_s=0.3, **KEY) as client:
         monkeypatch.setattr("app.search.collections.load_snapshot", slow)
         rollback(index, 2)
-        answer = await client.post("/admin/reload", headers=BEARER, json={})
-        assert answer.json()["changed"], answer.text
+        response = await client.post("/admin/reload", headers=BEARER, json={})
+        assert response.json()["changed"], response.text

@@ -1,4 +1,4 @@
-"""Searches return what the encoder and the index give, through every route."""
+"""Searches over HTTP equal the results of encoder and index."""
 
 import asyncio
 import json
@@ -36,159 +36,137 @@ def _check(body: dict[str, Any], expected: list[tuple[str, float]]) -> None:
         assert [r["id"] for r in body["results"]] == [i for i, _ in expected]
 
 
-def test_text_search_is_the_encoder_and_the_index(built_index: Path, tiny_checkpoint: Path) -> None:
-    async def main() -> None:
-        encoder = Encoder.load(tiny_checkpoint, device="cpu")
-        async with opened(built_index) as client:
-            for query in ("a red square", "blue circle", "🙂"):
-                body = (await client.post("/search/text", json={"query": query, "k": 5})).json()
-                _check(body, _expected(built_index, encoder.encode_text([query]), 5))
-                assert body["index_version"] == 1
-                assert body["took_ms"] > 0
-            assert len((await client.post("/search/text", json={"query": "x"})).json()["results"]) == 10
-            assert len((await client.post("/search/text", json={"query": "x", "k": 200})).json()["results"]) == 24
-
-    asyncio.run(main())
+async def test_text_search_equals_encoder_and_index(built_index: Path, tiny_checkpoint: Path) -> None:
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    async with opened(built_index) as client:
+        for query in ("a red square", "blue circle", "🙂"):
+            body = (await client.post("/search/text", json={"query": query, "k": 5})).json()
+            _check(body, _expected(built_index, encoder.encode_text([query]), 5))
+            assert body["index_version"] == 1
+            assert body["took_ms"] > 0
+        assert len((await client.post("/search/text", json={"query": "x"})).json()["results"]) == 10
+        assert len((await client.post("/search/text", json={"query": "x", "k": 200})).json()["results"]) == 24
 
 
-def test_image_search_is_the_encoder_and_the_index(built_index: Path, gallery: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            data = (gallery / "circle/blue.png").read_bytes()
-            answers = [
-                (await client.post("/search/image", files={"file": ("x.png", data)}, data={"k": "3"})).json()
-                for _ in range(2)
-            ]
-            assert [answer["cached"] for answer in answers] == [False, True]
-            assert answers[0]["results"] == answers[1]["results"]
-            assert len(answers[0]["results"]) == 3
-            assert answers[0]["results"][0]["score"] > 0.9999
-            top = [r["id"] for r in answers[0]["results"] if r["score"] > 0.9999]
-            assert any("blue" in item for item in top)
-
-    asyncio.run(main())
+async def test_image_search_finds_the_image_itself(built_index: Path, gallery: Path) -> None:
+    async with opened(built_index) as client:
+        data = (gallery / "circle/blue.png").read_bytes()
+        responses = [
+            (await client.post("/search/image", files={"file": ("x.png", data)}, data={"k": "3"})).json()
+            for _ in range(2)
+        ]
+        assert [response["cached"] for response in responses] == [False, True]
+        assert responses[0]["results"] == responses[1]["results"]
+        assert len(responses[0]["results"]) == 3
+        assert responses[0]["results"][0]["score"] > 0.9999
+        top = [r["id"] for r in responses[0]["results"] if r["score"] > 0.9999]
+        assert any("blue" in item for item in top)
 
 
-def test_a_remembered_query_has_the_same_ranks_and_scores(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            first = (await client.post("/search/text", json={"query": "green  triangle", "k": 24})).json()
-            second = (await client.post("/search/text", json={"query": " green triangle\n", "k": 24})).json()
-            assert (first["cached"], second["cached"]) == (False, True)
-            assert first["results"] == second["results"]
-
-    asyncio.run(main())
+async def test_a_cached_query_has_the_same_ranks_and_scores(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        first = (await client.post("/search/text", json={"query": "green  triangle", "k": 24})).json()
+        second = (await client.post("/search/text", json={"query": " green triangle\n", "k": 24})).json()
+        assert (first["cached"], second["cached"]) == (False, True)
+        assert first["results"] == second["results"]
 
 
-def test_concurrent_queries_share_passes_and_equal_their_single_answers(built_index: Path) -> None:
-    async def main() -> None:
-        queries = [f"query number {i % 12}" for i in range(48)]
-        async with opened(built_index, cache_size=0) as client:
-            encoder = client.app.state.collections[None].live.encoder
-            passes: list[int] = []
-            encode = encoder.encode_text
+async def test_concurrent_queries_share_forward_passes_and_keep_their_results(built_index: Path) -> None:
+    queries = [f"query number {i % 12}" for i in range(48)]
+    async with opened(built_index, cache_size=0) as client:
+        encoder = client.app.state.collections[None].live.encoder
+        passes: list[int] = []
+        encode = encoder.encode_text
 
-            def counted(texts: list[str]) -> Any:
-                passes.append(len(texts))
-                return encode(texts)
+        def counted(texts: list[str]) -> Any:
+            passes.append(len(texts))
+            return encode(texts)
 
-            encoder.encode_text = counted
-            answers = await asyncio.gather(
-                *(client.post("/search/text", json={"query": query, "k": 24}) for query in queries)
-            )
-            assert sum(passes) == 12, "identical queries in flight are computed once"
-            assert len(passes) < 12
-            singles = {q: (await client.post("/search/text", json={"query": q, "k": 24})).json() for q in queries[:12]}
-        for query, answer in zip(queries, answers, strict=True):
-            wanted = singles[query]["results"]
-            scores = [r["score"] for r in answer.json()["results"]]
-            np.testing.assert_allclose(scores, [r["score"] for r in wanted], atol=1e-5)
-
-    asyncio.run(main())
+        encoder.encode_text = counted
+        responses = await asyncio.gather(
+            *(client.post("/search/text", json={"query": query, "k": 24}) for query in queries)
+        )
+        assert sum(passes) == 12, "identical concurrent queries are computed once"
+        assert len(passes) < 12
+        singles = {q: (await client.post("/search/text", json={"query": q, "k": 24})).json() for q in queries[:12]}
+    for query, response in zip(queries, responses, strict=True):
+        wanted = singles[query]["results"]
+        scores = [r["score"] for r in response.json()["results"]]
+        np.testing.assert_allclose(scores, [r["score"] for r in wanted], atol=1e-5)
 
 
-def test_the_event_loop_answers_while_the_model_works(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            encoder = client.app.state.collections[None].live.encoder
-            gate, _ = hold(encoder)
-            search = asyncio.create_task(client.post("/search/text", json={"query": "slow"}))
-            await asyncio.sleep(0.05)
-            assert (await client.get("/healthz")).json() == {"status": "ok"}
-            similar = await client.get("/items/circle%2Fred.png/similar")
-            assert similar.status_code == 200
-            assert not search.done()
-            gate.set()
-            assert (await search).status_code == 200
-
-    asyncio.run(main())
+async def test_other_requests_are_served_while_the_model_works(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        encoder = client.app.state.collections[None].live.encoder
+        gate, _ = hold(encoder)
+        search = asyncio.create_task(client.post("/search/text", json={"query": "slow"}))
+        await asyncio.sleep(0.05)
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+        similar = await client.get("/items/circle%2Fred.png/similar")
+        assert similar.status_code == 200
+        assert not search.done()
+        gate.set()
+        assert (await search).status_code == 200
 
 
-def test_more_searches_than_the_service_takes_on_are_refused(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index, max_pending=2) as client:
-            answers = await asyncio.gather(*(client.post("/search/text", json={"query": f"q{i}"}) for i in range(10)))
-            statuses = sorted(answer.status_code for answer in answers)
-            assert statuses == [200] * 2 + [503] * 8
-            assert all("retry-after" in a.headers for a in answers if a.status_code == 503)
-            assert (await client.post("/search/text", json={"query": "q1"})).status_code == 200
-            for count, status in ((2, 200), (3, 503), (2, 200)):  # a batch counts as its searches
-                batch = {"queries": [{"query": f"q{i}"} for i in range(count)]}
-                assert (await client.post("/search/batch", json=batch)).status_code == status
-
-    asyncio.run(main())
+async def test_searches_beyond_max_pending_are_refused(built_index: Path) -> None:
+    async with opened(built_index, max_pending=2) as client:
+        responses = await asyncio.gather(*(client.post("/search/text", json={"query": f"q{i}"}) for i in range(10)))
+        statuses = sorted(response.status_code for response in responses)
+        assert statuses == [200] * 2 + [503] * 8
+        assert all("retry-after" in a.headers for a in responses if a.status_code == 503)
+        assert (await client.post("/search/text", json={"query": "q1"})).status_code == 200
+        for count, status in ((2, 200), (3, 503), (2, 200)):  # each search of a batch counts
+            batch = {"queries": [{"query": f"q{i}"} for i in range(count)]}
+            assert (await client.post("/search/batch", json=batch)).status_code == status
 
 
-def test_items_their_pictures_and_their_neighbours(built_index: Path, gallery: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            found = (await client.post("/search/text", json={"query": "cross", "k": 24})).json()["results"]
-            assert len({r["id"] for r in found}) == 24
-            for result in found:
-                picture = await client.get(result["image_url"])
-                item = (await client.get(result["image_url"].removesuffix("/image"))).json()
-                assert item["id"] == result["id"]
-                assert picture.content == (gallery / item["metadata"]["file_name"]).read_bytes()
-            assert picture.headers["content-type"] == "image/png"
-            assert picture.headers["x-content-type-options"] == "nosniff"
-            assert "max-age" in picture.headers["cache-control"]
-            again = await client.get(result["image_url"], headers={"If-None-Match": picture.headers["etag"]})
-            assert (again.status_code, again.content) == (304, b"")
+async def test_items_have_images_and_similar_items(built_index: Path, gallery: Path) -> None:
+    async with opened(built_index) as client:
+        found = (await client.post("/search/text", json={"query": "cross", "k": 24})).json()["results"]
+        assert len({r["id"] for r in found}) == 24
+        for result in found:
+            image = await client.get(result["image_url"])
+            item = (await client.get(result["image_url"].removesuffix("/image"))).json()
+            assert item["id"] == result["id"]
+            assert image.content == (gallery / item["metadata"]["file_name"]).read_bytes()
+        assert image.headers["content-type"] == "image/png"
+        assert image.headers["x-content-type-options"] == "nosniff"
+        assert "max-age" in image.headers["cache-control"]
+        again = await client.get(result["image_url"], headers={"If-None-Match": image.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
 
-            item = (await client.get("/items/circle%2Fred.png")).json()
-            ItemResponse.model_validate(item, strict=True)
-            assert item["caption"] == "a red circle"
-            assert item["category"] == "circle"
-            assert item["metadata"]["color"] == "red"
+        item = (await client.get("/items/circle%2Fred.png")).json()
+        ItemResponse.model_validate(item, strict=True)
+        assert item["caption"] == "a red circle"
+        assert item["category"] == "circle"
+        assert item["metadata"]["color"] == "red"
 
-            similar = (await client.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
-            SearchResponse.model_validate(similar, strict=True)
-            ids = [r["id"] for r in similar["results"]]
-            assert len(ids) == 23
-            assert "circle/red.png" not in ids
-            everything = (await client.get("/items/circle%2Fred.png/similar", params={"k": 200})).json()["results"]
-            assert len(everything) == 23
-
-    asyncio.run(main())
+        similar = (await client.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
+        SearchResponse.model_validate(similar, strict=True)
+        ids = [r["id"] for r in similar["results"]]
+        assert len(ids) == 23
+        assert "circle/red.png" not in ids
+        everything = (await client.get("/items/circle%2Fred.png/similar", params={"k": 200})).json()["results"]
+        assert len(everything) == 23
 
 
-def test_readiness_and_root_path(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            ready = (await client.get("/readyz")).json()
-            ReadinessResponse.model_validate(ready, strict=True)
-            assert ready == {"status": "ready", "index_version": 1, "count": 24, "reason": None}
-            client._transport.root_path = "/pictures"  # type: ignore[attr-defined]
-            body = (await client.get("/pictures/items/circle%2Fred.png")).json()
-            assert body["image_url"] == "/pictures/items/circle%2Fred.png/image"
-            picture = png("red")
-            answer = await client.post("/pictures/search/image", files={"file": picture})
-            assert answer.status_code == 200
-
-    asyncio.run(main())
+async def test_readiness_names_the_version_and_urls_respect_the_root_path(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        ready = (await client.get("/readyz")).json()
+        ReadinessResponse.model_validate(ready, strict=True)
+        assert ready == {"status": "ready", "index_version": 1, "count": 24, "reason": None}
+        client._transport.root_path = "/pictures"  # type: ignore[attr-defined]
+        body = (await client.get("/pictures/items/circle%2Fred.png")).json()
+        assert body["image_url"] == "/pictures/items/circle%2Fred.png/image"
+        image = png("red")
+        response = await client.post("/pictures/search/image", files={"file": image})
+        assert response.status_code == 200
 
 
-def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_search_in_the_event_loop_equals_one_in_a_thread(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     questions: list[dict[str, Any]] = [
         {"query": "a red square"},
         {"query": "a blue circle", "k": 3, "offset": 4, "min_score": -0.5},
@@ -197,7 +175,7 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
         {"query": "red", "filter": {"category": "circle"}},
     ]
 
-    async def main() -> tuple[list[Any], int]:
+    async def search_all() -> tuple[list[Any], int]:
         async with opened(built_index, cache_size=0) as client:
             in_threads = 0
             pool = client.app.state.retriever._search_threads
@@ -209,60 +187,57 @@ def test_a_quick_search_finds_what_one_in_a_thread_does(built_index: Path, monke
                 return submit(*given, **more)
 
             pool.submit = counted
-            answers = [(await client.post("/search/text", json=question)).json() for question in questions]
-            return [answer["results"] for answer in answers], in_threads
+            responses = [(await client.post("/search/text", json=question)).json() for question in questions]
+            return [response["results"] for response in responses], in_threads
 
     monkeypatch.setattr("app.search.snapshots._QUICK_MS", 1000)
-    quick, few = asyncio.run(main())
+    quick, few = await search_all()
     monkeypatch.setattr("app.search.snapshots._QUICK_MS", -1)
-    slow, many = asyncio.run(main())
+    slow, many = await search_all()
     assert quick == slow
     assert all(quick)
-    assert many == few + 3, "the first three are plain"
+    assert many == few + 3, "the first three run in the event loop"
 
 
-def test_an_index_that_was_updated_is_not_as_quick_as_it_was_measured(
+def test_an_updated_or_remote_index_is_not_searched_in_the_event_loop(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.search.snapshots._QUICK_MS", 1000)
     snapshot = load_snapshot(index, Settings(index=index))
     assert snapshot.is_quick
     snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="http://milvus:19530")
-    assert not snapshot.is_quick, "another machine may take any time"
+    assert not snapshot.is_quick, "another machine may be slow"
     remove(index, ["circle/red.png"])
     assert not load_snapshot(index, Settings(index=index)).is_quick
 
 
-def test_an_index_that_another_encoder_made_is_refused(index: Path) -> None:
+def test_an_index_of_another_encoder_is_refused(index: Path) -> None:
     manifest = replace(open_current(index).manifest, fingerprint="f" * 64)
     (index / "versions/1/manifest.json").write_text(json.dumps(manifest.to_dict()))
     with pytest.raises(FingerprintError, match="was built by encoder ffffffffffff, not by"):
         load_snapshot(index, Settings(index=index, device="cpu"))
 
 
-def test_vectors_that_do_not_answer_are_worth_another_try(built_index: Path) -> None:
-    async def main() -> None:
-        async with opened(built_index) as client:
-            artifact = client.app.state.collections[None].live.artifact
+async def test_an_unavailable_vector_store_is_a_503_with_retry_after(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        artifact = client.app.state.collections[None].live.artifact
 
-            def away(*_: object) -> None:
-                raise StoreUnavailableError("Milvus does not answer: timed out")
+        def away(*_: object) -> None:
+            raise StoreUnavailableError("Milvus does not response: timed out")
 
-            artifact.search = artifact.vectors = away
-            for path, body in (
-                ("/search/text", {"query": "red"}),
-                ("/search/text", {"more_like": ["circle/red.png"]}),
-                ("/search/batch", {"queries": [{"query": "red"}]}),
-            ):
-                answer = await client.post(path, json=body)
-                assert (answer.status_code, answer.headers["retry-after"]) == (503, "2"), path
-                assert "timed out" not in answer.text
-            similar = await client.get("/items/circle%2Fred.png/similar")
-            assert similar.status_code == 503
-
-    asyncio.run(main())
+        artifact.search = artifact.vectors = away
+        for path, body in (
+            ("/search/text", {"query": "red"}),
+            ("/search/text", {"more_like": ["circle/red.png"]}),
+            ("/search/batch", {"queries": [{"query": "red"}]}),
+        ):
+            response = await client.post(path, json=body)
+            assert (response.status_code, response.headers["retry-after"]) == (503, "2"), path
+            assert "timed out" not in response.text
+        similar = await client.get("/items/circle%2Fred.png/similar")
+        assert similar.status_code == 503
 
 
-def test_what_json_has_no_words_for_is_null() -> None:
+def test_nan_and_infinity_become_null() -> None:
     metadata = {"price": float("nan"), "sizes": [1.5, float("inf")], "more": {"least": float("-inf")}}
     assert JsonResponse(metadata).body == b'{"price":null,"sizes":[1.5,null],"more":{"least":null}}'

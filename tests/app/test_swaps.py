@@ -1,4 +1,4 @@
-"""Twenty swaps under load: no request fails, each response is of one version, and replaced versions are freed."""
+"""Twenty swaps under load: no request fails, each response is from one version, and old versions are freed."""
 
 import asyncio
 import gc
@@ -19,17 +19,17 @@ from tests.support.service import ServiceClient, opened
 KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 SWAPS = 20
-WARM = 8  # swaps after which the process has the size that it keeps
+WARM = 8  # swaps after which the size of the process is stable
 ROOM = 8 * 2**20  # bytes; a backbone alone has 13 MB
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
-class Kept:
+class LiveParts:
     """Encoders and indexes that were served and are still in memory."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Kept:
             self._seen[id(part)] = live.version, weakref.ref(part)
 
     def alive(self) -> list[tuple[int, str]]:
-        """The version and the type of each."""
+        """Return the version and the type of each."""
         found = [(version, part()) for version, part in self._seen.values()]
         return [(version, type(part).__name__) for version, part in found if part is not None]
 
@@ -51,24 +51,24 @@ async def swap(client: httpx.AsyncClient, version: int) -> None:
     assert (reloaded.json()["index_version"], reloaded.json()["changed"]) == (version, True)
 
 
-async def test_twenty_swaps_and_rollbacks_under_load(
+async def test_twenty_swaps_under_load_drop_no_request_and_leak_no_memory(
     index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.root.manager, "disable", logging.INFO)  # pytest keeps each line, and they are thousands
+    monkeypatch.setattr(logging.root.manager, "disable", logging.INFO)  # pytest would keep thousands of lines
     checkpoints = {1: tiny_checkpoint}
     for version in range(2, SWAPS // 2 + 2):
         checkpoints[version] = tiny_checkpoint if version % 2 else other_checkpoint
         rebuild(gallery, checkpoints[version], index, workers=0, progress=False, force=True, keep=SWAPS)
     rollback(index, 1)
-    kept, sizes = Kept(), []
+    kept, sizes = LiveParts(), []
     words = (f"a red square {number}" for number in itertools.count())  # never cached
 
     async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **KEY) as client:
 
         async def ask() -> tuple[int, list[dict[str, Any]]]:
-            answer = await client.post("/search/text", json={"query": "a red square", "k": 24})
-            assert answer.status_code == 200, answer.text
-            return answer.json()["index_version"], answer.json()["results"]
+            response = await client.post("/search/text", json={"query": "a red square", "k": 24})
+            assert response.status_code == 200, response.text
+            return response.json()["index_version"], response.json()["results"]
 
         expected = {tiny_checkpoint: (await ask())[1]}
         asked, done = 0, False
@@ -76,15 +76,15 @@ async def test_twenty_swaps_and_rollbacks_under_load(
         async def same() -> None:
             while not done:
                 version, results = await ask()
-                assert results == expected.setdefault(checkpoints[version], results), "by one version, whole"
-                await asyncio.sleep(0.01)  # the load's thread shares the interpreter with these callers
+                assert results == expected.setdefault(checkpoints[version], results), "results of one version"
+                await asyncio.sleep(0.01)  # leave the interpreter to the loading thread
 
         async def other(send: Any) -> None:
             nonlocal asked
             while not done:
-                answer = await send()
-                assert answer.status_code == 200, answer.text
-                assert answer.json()["index_version"] in checkpoints
+                response = await send()
+                assert response.status_code == 200, response.text
+                assert response.json()["index_version"] in checkpoints
                 asked += 1
 
         sent = [
@@ -94,7 +94,7 @@ async def test_twenty_swaps_and_rollbacks_under_load(
             lambda: client.get("/items/circle%2Fred.png/similar"),
         ]
         load = [asyncio.create_task(same()) for _ in range(4)] + [asyncio.create_task(other(send)) for send in sent]
-        for number in range(1, SWAPS // 2 + 1):  # to each newer version, and then back to the one before
+        for number in range(1, SWAPS // 2 + 1):  # to each newer version, then back
             for version in (number + 1, number):
                 rollback(index, version)
                 await swap(client, version)
@@ -105,9 +105,9 @@ async def test_twenty_swaps_and_rollbacks_under_load(
         await asyncio.gather(*load)
         assert asked > SWAPS
         assert len(expected) == 2
-        await sent[0]()  # the model's last work is for the version that is replaced
+        await sent[0]()  # the model's last work is for the replaced version
         await asyncio.to_thread(rollback, index, SWAPS // 2 + 1)
-        await swap(client, SWAPS // 2 + 1)  # no search follows that would push anything out
+        await swap(client, SWAPS // 2 + 1)  # no search follows that would free memory
         kept.note(client)
         gc.collect()
         assert sorted(kept.alive()) == [(SWAPS // 2 + 1, name) for name in ("Artifact", "DCAR", "Encoder")]

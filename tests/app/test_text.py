@@ -1,4 +1,4 @@
-"""Normalisation of queries, and the settings."""
+"""Normalised texts, media types and settings."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from dcar_core.util.errors import DcarError
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "expected"),
     [
         ("  red \t apple\n", "red apple"),
         ("cafe\u0301", "café"),
@@ -26,12 +26,12 @@ from dcar_core.util.errors import DcarError
         ("\x00\n", ""),
     ],
 )
-def test_normalise(given: str, wanted: str) -> None:
-    assert normalise(given) == wanted
-    assert normalise(wanted) == wanted
+def test_normalised_texts_have_no_invisible_characters_or_control_tokens(given: str, expected: str) -> None:
+    assert normalise(given) == expected
+    assert normalise(expected) == expected
 
 
-def test_media_type_is_told_by_content() -> None:
+def test_the_media_type_comes_from_the_content() -> None:
     assert media_type(b"\x89PNG\r\n\x1a\nrest") == "image/png"
     assert media_type(b"RIFF\x00\x00\x00\x00WEBPVP8 ") == "image/webp"
     assert media_type(b"<svg xmlns='http://www.w3.org/2000/svg'>") is None
@@ -39,7 +39,7 @@ def test_media_type_is_told_by_content() -> None:
     assert media_type(b"") is None
 
 
-def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_flags_take_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DCAR_PORT", "9000")
     monkeypatch.setenv("DCAR_MAX_K", "17")
     monkeypatch.setenv("DCAR_REDIS_URL", "")
@@ -47,7 +47,7 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (settings.port, settings.max_k, settings.host, settings.redis_url) == (9001, 17, "127.0.0.1", None)
 
 
-def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_name_the_setting_and_show_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(DcarError, match="DCAR_INDEX"):
         load_settings()
     monkeypatch.setenv("DCAR_PORT", "many")
@@ -67,7 +67,7 @@ def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.
         monkeypatch.setenv("DCAR_ADMIN_KEY", right)
         known = load_settings(index=tmp_path).admin_key
         assert known is not None
-        assert known.get_secret_value() == right.strip(), "as a request's is"
+        assert known.get_secret_value() == right.strip(), "white space is stripped, as from a request"
     monkeypatch.setenv("DCAR_ADMIN_KEY", "pässwörd123")
     with pytest.raises(DcarError, match="ASCII"):
         load_settings(index=tmp_path)
@@ -82,7 +82,7 @@ def test_wrong_settings_are_named_and_secrets_are_not_shown(monkeypatch: pytest.
             load_settings(index=tmp_path)
     monkeypatch.delenv("DCAR_COLLECTIONS")
     monkeypatch.setenv("DCAR_API_KEY", "shop:hash")
-    with pytest.raises(DcarError, match="DCAR_API_KEY: there is no such setting; did you mean DCAR_API_KEYS"):
+    with pytest.raises(DcarError, match="DCAR_API_KEY: unknown setting; did you mean DCAR_API_KEYS"):
         load_settings(index=tmp_path)
     monkeypatch.delenv("DCAR_API_KEY")
     monkeypatch.setenv("DCAR_FEATURES", "of another command")

@@ -1,6 +1,5 @@
-"""Limits on compute threads."""
+"""Threads for rare work end with it, so few threads compute."""
 
-import asyncio
 import threading
 from pathlib import Path
 
@@ -12,20 +11,17 @@ from dcar_core.serving import pair_weights
 from tests.support.service import opened
 
 
-def test_a_thread_of_its_own_ends_with_what_it_did() -> None:
-    async def main() -> None:
-        thread = await run_in_new_thread(threading.current_thread)
-        assert thread is not threading.current_thread()
-        thread.join(10)
-        assert not thread.is_alive()
-        with pytest.raises(ZeroDivisionError):
-            await run_in_new_thread(divmod, 1, 0)
-
-    asyncio.run(main())
+async def test_a_new_thread_ends_with_its_call() -> None:
+    thread = await run_in_new_thread(threading.current_thread)
+    assert thread is not threading.current_thread()
+    thread.join(10)
+    assert not thread.is_alive()
+    with pytest.raises(ZeroDivisionError):
+        await run_in_new_thread(divmod, 1, 0)
 
 
-def test_threads_that_load_a_model_end(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that stays keeps OpenMP's workers, and those of the model's thread go to sleep between any two steps."""
+async def test_threads_that_loaded_a_model_end(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that stays keeps OpenMP workers, which slow the model's thread."""
     load, make, loaders = load_snapshot, pair_weights.PairWeights, list[threading.Thread]()
 
     def loading(*given: object) -> object:
@@ -38,14 +34,10 @@ def test_threads_that_load_a_model_end(built_index: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("app.search.collections.load_snapshot", loading)
     monkeypatch.setattr(pair_weights, "PairWeights", making)
-
-    async def main() -> None:
-        async with opened(built_index, poll_s=0) as client:
-            answer = await client.post("/search/text", json={"query": "a red square", "rerank": True})
-            assert answer.status_code == 200
-            assert len(loaders) == 2
-            for thread in loaders:
-                thread.join(10)
-                assert not thread.is_alive()
-
-    asyncio.run(main())
+    async with opened(built_index, poll_s=0) as client:
+        response = await client.post("/search/text", json={"query": "a red square", "rerank": True})
+        assert response.status_code == 200
+        assert len(loaders) == 2
+        for thread in loaders:
+            thread.join(10)
+            assert not thread.is_alive()

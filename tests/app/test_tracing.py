@@ -1,4 +1,4 @@
-"""Traces of a real server, received by a collector of OTLP over HTTP."""
+"""Traces of a real server, received by an OTLP collector over HTTP."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
     server.server_close()
 
 
-def test_stages_are_spans_in_the_callers_trace(built_index: Path, collector: tuple[str, list[Any]]) -> None:
+def test_stages_are_spans_in_the_trace_of_the_caller(built_index: Path, collector: tuple[str, list[Any]]) -> None:
     url, spans = collector
     port = free_port()
     environment = os.environ | {

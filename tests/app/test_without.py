@@ -1,4 +1,4 @@
-"""Words for what results should not show: subtracted from whatever a query consists of."""
+"""The option `without`: its text is subtracted from every kind of query."""
 
 import json
 from pathlib import Path
@@ -25,10 +25,10 @@ def artifact(built_index: Path) -> Artifact:
     return open_current(built_index)
 
 
-async def test_words_are_subtracted_from_all_that_is_asked_for(built_index: Path, artifact: Artifact) -> None:
+async def test_without_is_subtracted_from_every_kind_of_query(built_index: Path, artifact: Artifact) -> None:
     encoder = Encoder.load(artifact.checkpoint)
     circle, red = encoder.encode_text(["a circle"])[0], encoder.encode_text(["red"])[0]
-    picture = encoder.encode_images([png()])[0]
+    image = encoder.encode_images([png()])[0]
     row = artifact.row_of("circle/red.png")
     assert row is not None
     item = artifact.vector(row)
@@ -42,18 +42,18 @@ async def test_words_are_subtracted_from_all_that_is_asked_for(built_index: Path
         assert ids(found) != ids(plain)
         strong = await client.text(query="a circle", without="red", weights={"without": 0.8}, k=24)
         close(strong, ranked(artifact, circle - 0.8 * red))
-        tiny = {"text": 5e-324, "without": 5e-324}  # only their ratio counts
+        tiny = {"text": 5e-324, "without": 5e-324}  # only the ratio matters
         ratio = await client.text(query="a circle", without="red", weights=tiny, k=24)
         close(ratio, ranked(artifact, circle - red))
         same = await client.text(query="a circle", without="red", weights={"without": 0}, k=24)
         assert ids(same) == ids(plain)
         both = await client.image(png(), query="a circle", without="red", k="24")
-        close(both, ranked(artifact, picture + circle - USUAL * red))
+        close(both, ranked(artifact, image + circle - USUAL * red))
         like = await client.text(more_like=["circle/red.png"], without="red", k=24)
         close(like, [each for each in ranked(artifact, item - USUAL * red) if each[0] != "circle/red.png"])
 
 
-async def test_it_is_remembered_and_told_apart(built_index: Path) -> None:
+async def test_without_texts_are_cached_separately(built_index: Path) -> None:
     async with opened(built_index) as http:
         client = Client(http)
         await client.text(query="a circle")
@@ -67,7 +67,7 @@ async def test_it_is_remembered_and_told_apart(built_index: Path) -> None:
         assert ids(without) == ids(half) != ids(plain)
 
 
-async def test_what_cannot_be_done_names_the_field(built_index: Path) -> None:
+async def test_invalid_combinations_name_the_field(built_index: Path) -> None:
     async with opened(built_index, max_query_chars=20) as http:
         for body, field in (
             ({"without": "red"}, "without"),
@@ -83,16 +83,16 @@ async def test_what_cannot_be_done_names_the_field(built_index: Path) -> None:
         form = {"without": " "}
         assert_problem(await http.post("/search/image", files={"file": png()}, data=form), 422, "without")
         number = await http.post("/search/image", files={"file": png()}, data={"without": "7"})
-        assert number.status_code == 200, "a form's words are words"
+        assert number.status_code == 200, "a form field is text"
         longest = {"query": "\U0001f534" * 20, "without": "\U0001f534" * 20}
         assert (await http.post("/search/text", json=longest)).status_code == 200
 
 
-def test_the_command_line_subtracts_as_well(built_index: Path, artifact: Artifact) -> None:
+def test_the_command_line_subtracts_without_too(built_index: Path, artifact: Artifact) -> None:
     encoder = Encoder.load(artifact.checkpoint)
     texts = encoder.encode_text(["a circle", "red"])
-    wanted = [each for each, _ in ranked(artifact, texts[0] - USUAL * texts[1])]
+    expected = [each for each, _ in ranked(artifact, texts[0] - USUAL * texts[1])]
     asked = ["search", "a circle", "--index", str(built_index), "--without", "red", "-k", "24", "--json"]
     found = json.loads(CliRunner().invoke(app, asked).stdout)
-    assert ids(found) == wanted
+    assert ids(found) == expected
     assert np.isclose(found["results"][0]["score"], ranked(artifact, texts[0] - USUAL * texts[1])[0][1], atol=1e-3)

@@ -1,4 +1,4 @@
-"""A service whose towers an exported graph runs starts without the model, and loads it when a query needs it."""
+"""With exported graphs the service starts without the model, and loads it when a query needs it."""
 
 import importlib.util
 import json
@@ -24,10 +24,10 @@ DEEP = PLAIN | {"rerank": True, "explain": True}
 
 
 def exported(checkpoint: Path, cache: Path) -> Path:
-    """A cache with the graphs, which may take longer than a test waits for a service, and nothing sealed."""
+    """Export the graphs, which may take long, and delete the cached adapters."""
     Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache)
-    for seal in adapter_cache.directory_in(cache).glob("*"):
-        seal.unlink()
+    for entry in adapter_cache.directory_in(cache).glob("*"):
+        entry.unlink()
     return cache
 
 
@@ -37,12 +37,14 @@ def live(http: httpx.AsyncClient) -> Encoder:
 
 
 async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-    answer = await http.post("/search/text", json=body)
-    assert answer.status_code == 200, answer.text
-    return {name: value for name, value in answer.json().items() if name not in ("took_ms", "cached")}
+    response = await http.post("/search/text", json=body)
+    assert response.status_code == 200, response.text
+    return {name: value for name, value in response.json().items() if name not in ("took_ms", "cached")}
 
 
-async def test_a_later_start_answers_the_same(built_index: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+async def test_a_later_start_loads_no_model_and_has_the_same_results(
+    built_index: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path)}
 
     async with opened(built_index, **settings) as http:
@@ -56,7 +58,7 @@ async def test_a_later_start_answers_the_same(built_index: Path, tiny_checkpoint
         assert live(http).backbone is not None
 
 
-async def test_a_model_that_is_gone_fails_only_who_needs_it(
+async def test_a_missing_model_fails_only_queries_that_need_it(
     gallery: Path, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
@@ -73,7 +75,7 @@ async def test_a_model_that_is_gone_fails_only_who_needs_it(
         await ask(http, PLAIN | {"k": 3})
 
 
-def test_a_search_from_the_command_line_needs_no_pytorch(
+def test_dcar_search_runs_without_pytorch(
     built_index: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -88,8 +90,8 @@ def test_a_search_from_the_command_line_needs_no_pytorch(
     assert with_torch == "True"
     Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino")
     (kept,) = adapter_cache.directory_in(tmp_path / "dcar").iterdir()
-    kept.rename(kept.with_name(kept.name.replace("openvino", "auto")))  # as if it had been the fastest
+    kept.rename(kept.with_name(kept.name.replace("openvino", "auto")))  # as if it were the fastest runtime
     quick, with_torch = search()
     assert with_torch == "False"
-    wanted, found = json.loads(whole), json.loads(quick)
-    assert [each["id"] for each in found["results"]] == [each["id"] for each in wanted["results"]]
+    expected, found = json.loads(whole), json.loads(quick)
+    assert [each["id"] for each in found["results"]] == [each["id"] for each in expected["results"]]
