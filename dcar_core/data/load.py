@@ -1,9 +1,10 @@
 """Which file holds which split, and one split as a Dataset.
 
-A directory has a file for each split, `train.json` (or cars_train.json), `train.jsonl`, `train.csv`, `train.tar` or
-`train-*.tar`, or one table `pairs.jsonl` / `pairs.csv` for all. A single file may be given instead of a directory. Rows
-say their split in a column, a file in its name; where neither does, a hash of the picture's name decides. Data with a
-train split but no val gives a tenth of its training pictures to validation.
+- A directory has one file for each split: `train.json` (or cars_train.json), `train.jsonl`, .csv, .parquet, `train.tar`
+  or `train-*.tar`; or one table `pairs.jsonl`, `.csv` or `.parquet`. Without any, a gallery's own files are read: its
+  `metadata` table, otherwise its tars. A single file may be given instead of a directory.
+- A row names its split in a column, a file in its name; otherwise a hash of the image's name decides.
+- Data with a train split but no validation split gives a tenth of its training images to validation.
 """
 
 import contextlib
@@ -32,7 +33,11 @@ MISSING_IMAGES = "pictures missing, left out"
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _NAMES = {split: (split, *(alias for alias, meant in _ALIASES.items() if meant == split)) for split in SPLITS}
 _IN_NAME = re.compile(rf"(?:^|[_\-.])({'|'.join([*SPLITS, *_ALIASES])})(?:$|[_\-.]\d+$)", re.IGNORECASE)
-_FORMS = "train.json (FDRD's form), train.jsonl, train.csv, train.tar, or pairs.jsonl or pairs.csv with a split column"
+_TABLES = (".jsonl", ".csv", ".parquet")
+_FORMS = (
+    "train.json (FDRD's form), train.jsonl, .csv, .parquet or .tar, pairs.jsonl, .csv or .parquet with a split column, "
+    "or a gallery's metadata file or tars"
+)
 _SHARES = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # up to here
 
 
@@ -62,7 +67,7 @@ class Annotations:
         found = {split: entries for split in SPLITS if (entries := self._of(split))}
         has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
         if not found:
-            needed = "" if any(annotation_files(self.path, split) for split in SPLITS) else f": {self._needed()}"
+            needed = "" if any(map(self._files, SPLITS)) else f": {self._needed()}"
             raise DataError(f"{self.path} has no pairs for {', '.join(SPLITS)}{needed}")
         return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
@@ -124,8 +129,8 @@ class Annotations:
                 report.add("pairs held out for validation, as the data has no val split", whole - len(own))
             else:
                 report.add("pairs taken from the training split, as the data has no val split", len(own))
-        if not own and not annotation_files(self.path, source):
-            there = [name for name in SPLITS if annotation_files(self.path, name)]
+        if not own and not self._files(source):
+            there = [name for name in SPLITS if self._files(name)]
             has = f"it has {', '.join(there)} alone" if there else self._needed()
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
@@ -138,10 +143,15 @@ class Annotations:
         packed = [file.name for pattern in ("*.tar.*", "*.tgz") for file in self.path.glob(pattern)]
         return f"it needs {_FORMS}" + (f"; unpack {shorten(packed)} first" if packed else "")
 
+    def _files(self, split: str) -> list[Path]:
+        """Return the files that may hold a split. A gallery's own files are used if there are no annotations."""
+        files = {name: annotation_files(self.path, name) for name in SPLITS}
+        return files.get(split, []) if any(files.values()) else _gallery_files(self.path)
+
     def _of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
         """The entries that say they are of a split; none where there is no file for it."""
         found = list[Entry]()
-        for file in annotation_files(self.path, split):
+        for file in self._files(split):
             if file not in self._known:
                 noted = CleaningReport()
                 self._known[file] = list(_with_splits(file, list(_read(file, noted)), noted)), noted
@@ -225,7 +235,7 @@ def annotation_files(path: Path, split: str) -> list[Path]:
         return [path]
     named_so = list[Path]()
     for name in _NAMES[split]:
-        for suffix in (".json", ".jsonl", ".csv"):
+        for suffix in (".json", *_TABLES):
             if (path / f"{name}{suffix}").is_file():
                 return [path / f"{name}{suffix}"]
         shards = sorted(p for p in path.glob("*.tar") if re.fullmatch(rf"{name}([_\-.]\d+)?", p.stem))
@@ -236,19 +246,27 @@ def annotation_files(path: Path, split: str) -> list[Path]:
         raise DataError(
             f"{path} has several files for {split} ({shorten([p.name for p in named_so])}); name one of them"
         )
-    tables = [path / name for name in ("pairs.jsonl", "pairs.csv") if (path / name).is_file()]
-    return named_so or tables[:1]
+    return named_so or _tables(path, "pairs")[:1]
+
+
+def _gallery_files(path: Path) -> list[Path]:
+    """Return the files that describe a gallery's images: its metadata file, otherwise its tars."""
+    return _tables(path, "metadata")[:1] or sorted(path.glob("*.tar"))
+
+
+def _tables(path: Path, name: str) -> list[Path]:
+    return [file for suffix in _TABLES if (file := path / f"{name}{suffix}").is_file()]
 
 
 def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
     suffix = file.suffix.lower()
     if suffix == ".json":
         return read_fdrd(file, report)
-    if suffix in {".jsonl", ".csv"}:
+    if suffix in _TABLES:
         return read_table(file)
     if suffix == ".tar":
         return read_tar(file, report)
-    raise DataError(f"{file}: annotations are read from .json, .jsonl, .csv and .tar files")
+    raise DataError(f"{file}: annotations are read from .json, .jsonl, .csv, .parquet and .tar files")
 
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""JSONL, CSV, and webdataset tars of pictures with captions.
+"""JSONL, CSV and Parquet tables, and webdataset tars, of pictures with captions.
 
 - A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives and
   negative_categories. `file_name`, which comes first, or `path` is read for image, `class_name` for category.
@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from dcar_core.data.entries import Entry, caption_texts, label_text, required_text, text_list
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import ImageRoot, has_image_suffix
@@ -26,12 +29,17 @@ _READ = (*IMAGE_COLUMNS, *_LISTS, "caption", "split", "category", "class_name", 
 
 
 def read_table(file: Path) -> Iterator[Entry]:
-    """The rows of a .jsonl or .csv file.
+    """Read the rows of a .jsonl, .csv or .parquet file.
+
+    Rows of a Parquet file or of a gallery's metadata may lack a caption; cleaning counts them.
 
     Raises:
-        DataError: a row that is no object, or without image or caption; names the file and the row.
+        DataError: a row is not an object, or lacks an image or a caption; the message names the file and the row.
     """
-    for where, row in _rows(file):
+    may_lack_caption = file.suffix.lower() == ".parquet" or file.stem == "metadata"
+    for where, row in _parquet_rows(file) if file.suffix.lower() == ".parquet" else _rows(file):
+        if may_lack_caption and row.get("caption") is None and row.get("captions") is None:
+            row = {**row, "caption": ""}
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
         yield _entry(row, where, image=required_text({"image": image}, "image", where))
 
@@ -76,6 +84,23 @@ def _jsonl_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping
         if not isinstance(row, dict):
             raise DataError(f"{where}: must be an object, not a {type(row).__name__}")
         yield where, row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a Parquet file; only columns that annotations have are read."""
+    try:
+        with pq.ParquetFile(file) as table:
+            columns = [name for name in table.schema_arrow.names if name in _READ]
+            if not set(IMAGE_COLUMNS) & set(columns):
+                names = ", ".join(table.schema_arrow.names)
+                raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {names or 'none'}")
+            number = 0
+            for batch in table.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {error}") from error
 
 
 def _csv_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

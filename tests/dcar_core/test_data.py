@@ -344,7 +344,7 @@ def test_no_annotations(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no val pairs; it has train"):  # one pair, and it is needed for training
         load_split(tmp_path, "val")
     (tmp_path / "a.xml").write_text("<a/>")
-    with pytest.raises(DataError, match=r"read from \.json, \.jsonl, \.csv and \.tar"):
+    with pytest.raises(DataError, match=r"read from \.json, \.jsonl, \.csv, \.parquet and \.tar"):
         load_split(tmp_path / "a.xml", "val")
 
 
