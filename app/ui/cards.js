@@ -1,17 +1,17 @@
-// Results as cards, best first, with a line above those that fall below the calibrated cut-off.
+// Renders results as cards, best first, with a divider above results below the calibrated cut-off.
 
 import { drawMap, drawWords } from "./explain.js";
 
-const AGAIN_MS = [1500, 4000, 10000]; // when a picture that did not come is asked for again
+const RETRY_MS = [1500, 4000, 10000]; // delays before an image that failed to load is requested again
 
-// results: of one answer. items: where its items are, as seen from the page. least: the cut-off. more and only are called
-// with the result that is clicked, for more like it or for its category alone.
-export function makeCards(results, { items, least, more, only }) {
+// results: of one response. items: URL of the items, relative to the page. minScore: the cut-off. more and only: called
+// with the clicked result, for similar items or for its category.
+export function makeCards(results, { items, minScore, more, only }) {
   const scores = results.map(({ score }) => score);
   const top = Math.max(...scores), span = Math.max(top - Math.min(...scores), 1e-6);
-  const share = (score) => 1 - (0.9 * (top - score)) / span; // 1 for the best, 0.1 for the last one shown
-  const cards = results.map((result) => card(result, items, share(result.score), result.score < least, more, only));
-  const fitting = scores.filter((score) => score >= least).length;
+  const share = (score) => 1 - (0.9 * (top - score)) / span; // 1 for the best result, 0.1 for the last
+  const cards = results.map((result) => card(result, items, share(result.score), result.score < minScore, more, only));
+  const fitting = scores.filter((score) => score >= minScore).length;
   if (fitting && fitting < cards.length) cards.splice(fitting, 0, divider());
   return { cards, fitting };
 }
@@ -38,16 +38,16 @@ function card(result, items, share, weak, more, only) {
     find(".picture img").style.objectFit = result.explanation.fit;
     drawMap(find(".map"), result.explanation.relevance);
     drawWords(find(".words"), result.explanation.words);
-    caption.title += "\nOrange: this part adds to the score; blue: it takes away";
+    caption.title += "\nOrange parts raise the score, blue parts lower it";
   }
   return node;
 }
 
-function load(image, url, frame) { // tried again: a service that limits how often it is asked counts pictures too
+function load(image, url, frame) { // retries: rate limits count images too
   let tries = 0;
   image.addEventListener("error", () => {
-    if (tries === AGAIN_MS.length) frame.classList.add("gone");
-    else setTimeout(() => (image.src = url), AGAIN_MS[tries++] * (0.5 + Math.random()));
+    if (tries === RETRY_MS.length) frame.classList.add("gone");
+    else setTimeout(() => (image.src = url), RETRY_MS[tries++] * (0.5 + Math.random()));
   });
   image.src = url;
 }
@@ -59,8 +59,7 @@ function divider() {
   return node;
 }
 
-// Marks each card with where its item stands in the other list, if the two lists have any item in common: one gallery,
-// two models.
+// Marks each card with the rank of its item in the other list, if the lists share an item: one gallery, two models.
 export function markPlaces(cards, others, name) {
   const place = new Map(others.map(({ id }, i) => [id, i + 1]));
   const items = cards.filter((node) => node.dataset.id !== undefined);
@@ -69,8 +68,8 @@ export function markPlaces(cards, others, name) {
     const mark = node.querySelector(".place"), other = place.get(node.dataset.id), gain = other - (i + 1);
     mark.hidden = false;
     mark.textContent = other === undefined ? "only here" : gain > 0 ? `↑ ${gain}` : gain < 0 ? `↓ ${-gain}` : "=";
-    mark.role = "img"; // so that what is read out is its label
-    mark.ariaLabel = mark.title = other === undefined ? `not among the first ${others.length} of ${name}` : `number ${other} in ${name}`;
+    mark.role = "img"; // screen readers read the label
+    mark.ariaLabel = mark.title = other === undefined ? `not in the first ${others.length} of ${name}` : `rank ${other} in ${name}`;
     mark.classList.toggle("lone", other === undefined);
   });
 }

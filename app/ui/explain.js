@@ -1,6 +1,6 @@
-// Explanations as the API gives them, drawn: weights behind words, and what each part of a picture adds over the picture.
+// Draws the explanations of the API: word weights, and the contribution of each image part as an overlay.
 
-// words: [{word, weight}], 1 is the average; a heavier word gets a darker ground.
+// words: [{word, weight}]; weight 1 is the average. A heavier word gets a darker background.
 export function drawWords(place, words) {
   place.hidden = !words?.length;
   place.replaceChildren(
@@ -18,8 +18,8 @@ export function drawWords(place, words) {
   );
 }
 
-// relevance: rows of patches, each what that patch adds to the score. What adds is left clear, the rest is veiled, so
-// that the picture stays to be seen; what takes away is tinted.
+// relevance: rows of patches, each the patch's contribution to the score. Positive patches are tinted orange, negative
+// ones blue.
 export function drawMap(canvas, relevance) {
   const rows = relevance.length, columns = relevance[0].length;
   const most = Math.max(...relevance.flat().map(Math.abs), 1e-6);

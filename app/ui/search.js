@@ -1,8 +1,10 @@
-// The search page. The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), the one whose
-// answer stands beside (beside=), a category, words for what is not wanted and whether to explain, so it can be shared and "back" works; a picture
-// cannot be put into an address and is kept in memory under a name (#picture=lx3k2a) as long as the page lives.
-// Every request aborts the one before; an answer that is no longer wanted is never shown. Nothing is searched before the
-// collections are known; what is typed meanwhile waits.
+// The search page.
+//
+// - The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), a second collection to compare
+//   with (beside=), a category, `without` and `explain`, so links can be shared and "back" works.
+// - An image does not fit into an address; it is kept in memory under a name (#picture=lx3k2a) until the page is closed.
+// - Every request aborts the previous one, and stale responses are dropped.
+// - Searches start once the collections are loaded; text typed before that waits.
 
 import { makeCards, markPlaces } from "./cards.js";
 import { drawWords } from "./explain.js";
@@ -17,70 +19,70 @@ const LONGEST_EXAMPLE = 40; // characters
 const SLOW_MS = 500;
 const UNREADABLE = "This file cannot be read.";
 
-const pictures = new Map(); // name -> {file, url}
-const captions = new Map(); // collection and id -> caption of the items seen so far
+const images = new Map(); // name -> {file, url}
+const captions = new Map(); // collection and id -> caption of each item shown so far
 let collections = []; // as GET /collections lists them, the default one first
-let ready = false; // they are known
-let suggested = null; // the collection that the examples are of
+let ready = false; // the collections are loaded
+let suggested = null; // the collection that the examples belong to
 let typing = 0;
 let running = null;
 
-function read() {
-  const given = new URLSearchParams(location.hash.slice(1));
-  const wanted = { q: given.get("q") ?? "", explain: given.get("explain") };
-  for (const name of ["item", "picture", "k", "in", "beside", "category", "without"]) wanted[name] = given.get(name);
-  wanted.lost = wanted.picture !== null && !pictures.has(wanted.picture); // the page was reloaded
-  if (wanted.lost) wanted.picture = null;
-  return wanted;
+function readAddress() {
+  const params = new URLSearchParams(location.hash.slice(1));
+  const state = { q: params.get("q") ?? "", explain: params.get("explain") };
+  for (const name of ["item", "picture", "k", "in", "beside", "category", "without"]) state[name] = params.get(name);
+  state.isLost = state.picture !== null && !images.has(state.picture); // after a reload
+  if (state.isLost) state.picture = null;
+  return state;
 }
 
-function go(wanted, { replace = false } = {}) {
+function go(state, { replace = false } = {}) {
   const parts = new URLSearchParams();
-  for (const name of ["q", "item", "picture"]) if (wanted[name]) parts.set(name, wanted[name]);
+  for (const name of ["q", "item", "picture"]) if (state[name]) parts.set(name, state[name]);
   if ([...parts].length) {
     parts.set("k", count.value);
-    if (wanted.category) parts.set("category", wanted.category);
+    if (state.category) parts.set("category", state.category);
     if (without.value.trim()) parts.set("without", without.value.trim());
     if (explain.checked) parts.set("explain", "1");
   }
-  const where = ready ? collection.value : read().in;
+  const where = ready ? collection.value : readAddress().in;
   if (where && where !== collections[0]?.name) parts.set("in", where);
-  const second = wanted.beside ?? (ready ? beside.value : read().beside);
+  const second = state.beside ?? (ready ? beside.value : readAddress().beside);
   if (second && second !== where) parts.set("beside", second);
   const address = [...parts].length ? `#${parts}` : location.pathname + location.search;
   if (`#${parts}` !== location.hash) history[replace ? "replaceState" : "pushState"](null, "", address);
   show();
 }
 
-// Whoever is typing keeps the spaces.
-function keep(input, words) {
+// Sets an input's text; while the user types in it, surrounding spaces stay.
+function setText(input, words) {
   if (document.activeElement !== input || input.value.trim() !== words) input.value = words;
 }
 
-const known = (id) => captions.get(base() + id);
+const captionOf = (id) => captions.get(base() + id);
 const base = (name = collection.value) =>
   name && name !== collections[0]?.name ? `collections/${encodeURIComponent(name)}/` : "";
 
-// What the service says of a query in one collection: its answer's fields, and `ok` as of the response.
-async function ask(wanted, signal, name) {
-  const answer = await send(wanted, signal, base(name));
-  return { status: answer.status, ...(await answer.json().catch(() => ({}))), ok: answer.ok };
+// Returns the body of a search response, with `ok` and `status`.
+async function search(state, signal, name) {
+  const response = await send(state, signal, base(name));
+  return { status: response.status, ...(await response.json().catch(() => ({}))), ok: response.ok };
 }
 
-async function send(wanted, signal, from) {
+async function send(state, signal, from) {
   const options = { k: Number(count.value) };
-  if (wanted.category) options.filter = { category: wanted.category };
-  if (wanted.without) options.without = wanted.without;
+  if (state.category) options.filter = { category: state.category };
+  if (state.without) options.without = state.without;
   if (explain.checked) options.explain = true;
-  if (wanted.picture) {
-    const body = new FormData(), { file } = pictures.get(wanted.picture);
-    await file.slice(0, 1).arrayBuffer().catch(() => { throw UNREADABLE; }); // a folder, or gone since
+  if (state.picture) {
+    const body = new FormData(), { file } = images.get(state.picture);
+    await file.slice(0, 1).arrayBuffer().catch(() => { throw UNREADABLE; }); // a folder, or deleted
     body.append("file", file);
     for (const [name, value] of Object.entries(options)) body.append(name, name === "without" ? value : JSON.stringify(value));
     return fetch(`${from}search/image`, { method: "POST", body, signal });
   }
   const headers = { "Content-Type": "application/json" };
-  const body = JSON.stringify({ ...options, ...(wanted.item ? { more_like: [wanted.item] } : { query: wanted.q }) });
+  const body = JSON.stringify({ ...options, ...(state.item ? { more_like: [state.item] } : { query: state.q }) });
   return fetch(`${from}search/text`, { method: "POST", headers, body, signal });
 }
 
@@ -88,45 +90,45 @@ async function show() {
   clearTimeout(typing);
   running?.abort();
   if (!ready) return;
-  const wanted = read();
-  if (wanted.k && [...count.options].some((option) => option.value === wanted.k)) count.value = wanted.k;
-  collection.value = collections.some(({ name }) => name === wanted.in) ? wanted.in : (collections[0]?.name ?? "");
-  offerBeside(wanted.beside);
+  const state = readAddress();
+  if (state.k && [...count.options].some((option) => option.value === state.k)) count.value = state.k;
+  collection.value = collections.some(({ name }) => name === state.in) ? state.in : (collections[0]?.name ?? "");
+  offerCompared(state.beside);
   if (suggested !== base()) suggest();
-  if (wanted.q || wanted.item || wanted.picture) { // until then the options wait for it
-    explain.checked = wanted.explain === "1";
-    keep(without, wanted.without ?? "");
+  if (state.q || state.item || state.picture) { // a link without a query leaves the options alone
+    explain.checked = state.explain === "1";
+    setText(without, state.without ?? "");
   }
-  $("category").hidden = !wanted.category;
-  $("category").textContent = wanted.category ?? "";
-  keep(query, wanted.q);
-  chip(wanted);
-  for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === wanted.q);
-  const subject = entitle(wanted);
-  for (const name of [wanted.in, wanted.beside]) {
-    if (name && collections.every((each) => each.name !== name)) return fail(`There is no collection “${name}” here.`);
+  $("category").hidden = !state.category;
+  $("category").textContent = state.category ?? "";
+  setText(query, state.q);
+  chip(state);
+  for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === state.q);
+  const subject = setTitle(state);
+  for (const name of [state.in, state.beside]) {
+    if (name && collections.every((each) => each.name !== name)) return fail(`There is no collection “${name}”.`);
   }
-  if (wanted.lost) return fail("A picture is not part of a link, and is gone with the page that it was given to. Choose it again.");
+  if (state.isLost) return fail("An image is not part of a link and is lost when the page is closed. Choose it again.");
   if (!subject) return draw(null);
 
   const mine = (running = new AbortController());
   results.setAttribute("aria-busy", "true");
   const slow = setTimeout(() => {
     status.textContent = "Searching…";
-    error.hidden = true; // it spoke of the search before
+    error.hidden = true; // it belongs to the previous search
   }, SLOW_MS);
   try {
-    const asked = ask(wanted, mine.signal, collection.value);
-    const beyond = async () => { // explanations take long: one after the other, so that each has its time
-      if (explain.checked) await asked;
-      return ask(wanted, mine.signal, beside.value);
+    const first = search(state, mine.signal, collection.value);
+    const compared = async () => { // explanations are slow: run them one after the other
+      if (explain.checked) await first;
+      return search(state, mine.signal, beside.value);
     };
-    const [answer, second] = await Promise.all([asked, beside.value ? beyond().catch(() => ({})) : null]);
-    if (wanted.item && known(wanted.item) === undefined) await name(wanted, mine.signal);
+    const [response, second] = await Promise.all([first, beside.value ? compared().catch(() => ({})) : null]);
+    if (state.item && captionOf(state.item) === undefined) await loadCaption(state, mine.signal);
     if (mine.signal.aborted) return;
-    if (!answer.ok) return fail(answer.detail || `Error ${answer.status}`);
-    draw(answer, wanted);
-    if (second) drawBeside(second, wanted, answer);
+    if (!response.ok) return fail(response.detail || `Error ${response.status}`);
+    draw(response, state);
+    if (second) drawCompared(second, state, response);
   } catch (reason) {
     if (!mine.signal.aborted) fail(reason === UNREADABLE ? UNREADABLE : "The service cannot be reached.");
   } finally {
@@ -135,103 +137,103 @@ async function show() {
   }
 }
 
-async function name(wanted, signal) { // the address was opened from elsewhere, so the item has not been seen yet
-  const item = await fetch(`${base()}items/${encodeURIComponent(wanted.item)}`, { signal });
+async function loadCaption(state, signal) { // a shared link: the item has not been shown yet
+  const item = await fetch(`${base()}items/${encodeURIComponent(state.item)}`, { signal });
   if (!item.ok) return;
-  captions.set(base() + wanted.item, (await item.json()).caption || wanted.item);
+  captions.set(base() + state.item, (await item.json()).caption || state.item);
   if (signal.aborted) return;
-  chip(wanted);
-  entitle(wanted);
+  chip(state);
+  setTitle(state);
 }
 
-function entitle(wanted) { // what is searched for, in the window's title too; "" where it is nothing
-  const subject = wanted.q || (wanted.picture || wanted.item ? $("chip-label").textContent : "");
-  document.title = subject ? `${subject} · Picture search` : "Picture search";
+function setTitle(state) { // returns the subject of the search, "" without one
+  const subject = state.q || (state.picture || state.item ? $("chip-label").textContent : "");
+  document.title = subject ? `${subject} · Image search` : "Image search";
   return subject;
 }
 
-function draw(answer, wanted) {
+function draw(response, state) {
   error.hidden = nothing.hidden = true;
-  empty.hidden = answer !== null;
-  drawWords($("words"), answer?.words);
-  if (answer === null) {
+  empty.hidden = response !== null;
+  drawWords($("words"), response?.words);
+  if (response === null) {
     results.removeAttribute("aria-busy");
     place([]);
     status.textContent = "";
     return;
   }
-  const cards = listed(answer, wanted, collection.value);
+  const cards = makeList(response, state, collection.value);
   place(cards.cards);
-  if (!cards.fitting) tellNothing(wanted, answer.results.length);
-  status.textContent = facts(answer, cards.fitting);
+  if (!cards.fitting) showNoMatch(state, response.results.length);
+  status.textContent = facts(response, cards.fitting);
 }
 
-function listed(answer, wanted, name, to = name) { // a click goes on in the collection `to`
-  for (const { id, caption } of answer.results) captions.set(base(name) + id, caption || id);
-  return makeCards(answer.results, {
+function makeList(response, state, name, to = name) { // a click searches the collection `to`
+  for (const { id, caption } of response.results) captions.set(base(name) + id, caption || id);
+  return makeCards(response.results, {
     items: `${base(name)}items`,
-    least: leastScore(wanted, name),
+    minScore: minScoreOf(state, name),
     more: ({ id }) => {
       scrollTo({ top: 0 });
       const swapped = to !== collection.value ? { beside: collection.value } : {};
       collection.value = to;
       go({ item: id, ...swapped });
     },
-    only: ({ category }) => go({ ...read(), category }),
+    only: ({ category }) => go({ ...readAddress(), category }),
   });
 }
 
-function facts(answer, fitting) {
-  const n = answer.results.length;
-  const all = [`${n} ${n === 1 ? "result" : "results"}`, `${answer.took_ms.toFixed(1)} ms`];
-  if (fitting < n) all[0] += `, ${fitting || "none"} that ${fitting === 1 ? "fits" : "fit"}`;
-  if (answer.cached) all.push("cached");
-  return [...all, `index version ${answer.index_version}`].join(" · ");
+function facts(response, fitting) {
+  const n = response.results.length;
+  const all = [`${n} ${n === 1 ? "result" : "results"}`, `${response.took_ms.toFixed(1)} ms`];
+  if (fitting < n) all[0] += `, ${fitting || "none"} above the cut-off`;
+  if (response.cached) all.push("cached");
+  return [...all, `index version ${response.index_version}`].join(" · ");
 }
 
-// The second collection's answer, with marks on both lists where they are of one gallery.
-function drawBeside(answer, wanted, first) {
+// Draws the second collection's results; marks both lists if they share a gallery.
+function drawCompared(response, state, first) {
   other.hidden = $("results-name").hidden = false;
   document.body.classList.add("beside");
   $("results-name").textContent = collection.value;
   $("other-name").textContent = beside.value;
-  if (!answer.ok) {
-    $("other-status").textContent = answer.detail || (answer.status ? `Error ${answer.status}` : "The service cannot be reached.");
+  if (!response.ok) {
+    $("other-status").textContent = response.detail || (response.status ? `Error ${response.status}` : "The service cannot be reached.");
     return;
   }
   const ids = new Set(first.results.map(({ id }) => id));
-  const alike = answer.results.some(({ id }) => ids.has(id));
-  const { cards, fitting } = listed(answer, wanted, beside.value, alike ? collection.value : beside.value);
+  const alike = response.results.some(({ id }) => ids.has(id));
+  const { cards, fitting } = makeList(response, state, beside.value, alike ? collection.value : beside.value);
   $("others").replaceChildren(...cards);
-  markPlaces([...results.children], answer.results, beside.value);
+  markPlaces([...results.children], response.results, beside.value);
   markPlaces(cards, first.results, collection.value);
-  $("other-status").textContent = facts(answer, fitting);
+  $("other-status").textContent = facts(response, fitting);
 }
 
-function hideBeside() {
+function hideCompared() {
   other.hidden = $("results-name").hidden = true;
   document.body.classList.remove("beside");
   $("others").replaceChildren();
 }
 
-function offerBeside(wanted) { // every collection but the one that is searched
+function offerCompared(state) { // every other collection
   const names = collections.map(({ name }) => name).filter((name) => name !== collection.value);
   beside.replaceChildren(new Option("nothing", ""), ...names.map((name) => new Option(name, name)));
-  beside.value = names.includes(wanted) ? wanted : "";
+  beside.value = names.includes(state) ? state : "";
 }
 
-// The calibrated cut-off, which holds for searches by words alone; without one everything counts as fitting.
-function leastScore(wanted, name) {
-  const words = wanted.q && !wanted.item && !wanted.picture && !wanted.without;
+// Returns the calibrated cut-off, which applies to plain text searches; -Infinity without one.
+function minScoreOf(state, name) {
+  const words = state.q && !state.item && !state.picture && !state.without;
   const found = words ? collections.find((each) => each.name === name)?.min_score : null;
   return found ?? -Infinity;
 }
 
-function tellNothing(wanted, shown) {
-  const where = wanted.category ? ` in the category “${wanted.category}”` : "";
-  nothing.querySelector(".lead").textContent = wanted.q ? `Nothing fits “${wanted.q}”${where}` : `Nothing is there${where}`;
+function showNoMatch(state, shown) {
+  const where = state.category ? ` in the category “${state.category}”` : "";
+  nothing.querySelector(".lead").textContent = state.q ? `No match for “${state.q}”${where}` : `No items${where}`;
   nothing.querySelector(".why").textContent = shown
-    ? "These come nearest, but score less than nearly all queries do with the picture that they mean."
+    ? "These are the nearest items, but their scores are below those of nearly all correct matches."
     : "";
   nothing.hidden = false;
 }
@@ -245,63 +247,63 @@ function fail(message) {
   place([]);
 }
 
-function place(cards) { // who was among the results with the keyboard stays there
+function place(cards) { // keeps keyboard focus among the results
   const within = $("lists").contains(document.activeElement);
-  hideBeside();
+  hideCompared();
   results.replaceChildren(...cards);
   if (within) results.focus({ preventScroll: true });
 }
 
-function chip(wanted) {
-  $("chip").hidden = !wanted.item && !wanted.picture;
-  if (wanted.picture) {
-    const { file, url } = pictures.get(wanted.picture);
+function chip(state) {
+  $("chip").hidden = !state.item && !state.picture;
+  if (state.picture) {
+    const { file, url } = images.get(state.picture);
     $("chip-image").src = url;
-    $("chip-label").textContent = $("chip").title = file.name || "pasted picture";
-  } else if (wanted.item) {
-    $("chip-image").src = `${base()}items/${encodeURIComponent(wanted.item)}/image`;
-    $("chip-label").textContent = $("chip").title = `more like ${known(wanted.item) ?? wanted.item}`;
+    $("chip-label").textContent = $("chip").title = file.name || "pasted image";
+  } else if (state.item) {
+    $("chip-image").src = `${base()}items/${encodeURIComponent(state.item)}/image`;
+    $("chip-label").textContent = $("chip").title = `more like ${captionOf(state.item) ?? state.item}`;
   } else {
     $("chip-image").removeAttribute("src");
   }
-  query.placeholder = $("chip").hidden ? "What does the picture show?" : "Or search by words";
+  query.placeholder = $("chip").hidden ? "What does the image show?" : "Or search by text";
 }
 
 function searchBy(chosen) {
   if (!chosen) return;
-  const name = `${Date.now().toString(36)}${pictures.size}`; // as of no other load of the page
-  pictures.set(name, { file: chosen, url: URL.createObjectURL(chosen) });
-  go({ ...read(), q: "", item: null, picture: name });
+  const name = `${Date.now().toString(36)}${images.size}`; // unique across reloads
+  images.set(name, { file: chosen, url: URL.createObjectURL(chosen) });
+  go({ ...readAddress(), q: "", item: null, picture: name });
 }
 
-const pictureAmong = (files) => [...files].find((each) => each.type.startsWith("image/"));
+const imageAmong = (files) => [...files].find((each) => each.type.startsWith("image/"));
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (query.value.trim()) go({ q: query.value.trim(), category: read().category });
+  if (query.value.trim()) go({ q: query.value.trim(), category: readAddress().category });
 });
 for (const input of [query, without]) {
   input.addEventListener("input", () => {
     clearTimeout(typing);
-    const before = read();
+    const before = readAddress();
     typing = setTimeout(() => {
-      if (!ready) return; // `begin` looks at what was typed
+      if (!ready) return; // `begin` reads the typed text
       const q = query.value.trim();
       if (q !== before.q) go({ q, category: before.category }, { replace: Boolean(before.q && q) });
       else if (without.value.trim() !== (before.without ?? "")) go(before, { replace: true });
     }, TYPING_MS);
   });
 }
-count.addEventListener("change", () => go(read(), { replace: true }));
-explain.addEventListener("change", () => go(read(), { replace: true }));
-beside.addEventListener("change", () => go({ ...read(), beside: beside.value }));
+count.addEventListener("change", () => go(readAddress(), { replace: true }));
+explain.addEventListener("change", () => go(readAddress(), { replace: true }));
+beside.addEventListener("change", () => go({ ...readAddress(), beside: beside.value }));
 collection.addEventListener("change", () => {
-  const { q, picture, in: before, beside: second } = read();
+  const { q, picture, in: before, beside: second } = readAddress();
   go({ q, picture, beside: second === collection.value ? before ?? collections[0].name : second });
 });
 $("category").addEventListener("click", () => {
   results.focus({ preventScroll: true });
-  go({ ...read(), category: null });
+  go({ ...readAddress(), category: null });
 });
 $("examples").addEventListener("click", (event) => {
   if (event.target instanceof HTMLButtonElement) go({ q: event.target.textContent });
@@ -317,8 +319,8 @@ $("chip-clear").addEventListener("click", () => {
 });
 addEventListener("popstate", show);
 addEventListener("paste", (event) => {
-  const chosen = pictureAmong(event.clipboardData.files);
-  const words = event.target === query && event.clipboardData.types.includes("text/plain"); // as office programs copy both
+  const chosen = imageAmong(event.clipboardData.files);
+  const words = event.target === query && event.clipboardData.types.includes("text/plain"); // office programs copy both
   if (chosen && !words) {
     event.preventDefault();
     searchBy(chosen);
@@ -343,14 +345,14 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   drag(0);
   const { files } = event.dataTransfer;
-  searchBy(pictureAmong(files) ?? files[0]);
+  searchBy(imageAmong(files) ?? files[0]);
 });
 
-async function suggest() { // what can be asked for: captions of the gallery, or what is known of the bundled ones
+async function suggest() { // examples: captions of the gallery, or fixed ones for the bundled gallery
   const from = (suggested = base());
   const items = async (options) => {
-    const answer = await fetch(`${from}items?${new URLSearchParams(options)}`);
-    return answer.ok ? answer.json() : { count: 0, items: [] };
+    const response = await fetch(`${from}items?${new URLSearchParams(options)}`);
+    return response.ok ? response.json() : { count: 0, items: [] };
   };
   let examples = [];
   try {
@@ -364,36 +366,36 @@ async function suggest() { // what can be asked for: captions of the gallery, or
       examples = fitting.filter((_, i) => i % step === 0).slice(0, BUNDLED.length);
     }
   } catch {
-    // the first search will tell
+    // the first search shows the error
   }
-  if (from !== base()) return; // another collection was chosen meanwhile
+  if (from !== base()) return; // the collection changed meanwhile
   const button = (textContent) =>
-    Object.assign(document.createElement("button"), { type: "button", dir: "auto", textContent, ariaPressed: textContent === read().q });
+    Object.assign(document.createElement("button"), { type: "button", dir: "auto", textContent, ariaPressed: textContent === readAddress().q });
   $("examples").replaceChildren(...examples.map(button));
   $("examples").hidden = !examples.length;
 }
 
 async function begin() {
   for (let wait = 1000; !ready; wait = Math.min(2 * wait, 15000)) {
-    const answer = await fetch("collections").catch(() => null);
-    if (answer?.ok) {
-      collections = (await answer.json()).collections;
+    const response = await fetch("collections").catch(() => null);
+    if (response?.ok) {
+      collections = (await response.json()).collections;
       ready = true;
     } else {
-      const problem = await answer?.json().catch(() => null);
-      fail(problem?.detail || (answer ? `Error ${answer.status}` : "The service cannot be reached."));
-      if (answer?.status === 401) return;
+      const problem = await response?.json().catch(() => null);
+      fail(problem?.detail || (response ? `Error ${response.status}` : "The service cannot be reached."));
+      if (response?.status === 401) return;
       await new Promise((done) => setTimeout(done, wait));
     }
   }
   error.hidden = true;
   collection.replaceChildren(...collections.map(({ name }) => new Option(name, name)));
   $("where").hidden = $("versus").hidden = collections.length < 2;
-  const { in: where, category } = read(), typed = query.value.trim();
+  const { in: where, category } = readAddress(), typed = query.value.trim();
   if (collections.some(({ name }) => name === where)) collection.value = where;
   if (typed) go({ q: typed, category });
   else show();
 }
 
-without.value = read().without ?? "";
+without.value = readAddress().without ?? "";
 begin();

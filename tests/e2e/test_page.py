@@ -104,7 +104,7 @@ def test_dropped_and_pasted_images_are_searched(page: Page, site: str) -> None:
 
 def test_errors_are_shown_in_words(page: Page, site: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     page.open(site)
     page.one("#file").send_keys(str(broken))
     until(lambda: page.one("#error").is_displayed())

@@ -55,8 +55,8 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals:
         assert marks(cards) == expected
     assert {"only here"} < {*marks(here), *marks(there)}, "the lists differ in part"
     title = here[0].find_element("css selector", ".place").get_attribute("title")
-    assert title == (f"number {ids[1].index(ids[0][0]) + 1} in another" if ids[0][0] in ids[1]
-                     else "not among the first 12 of another")  # fmt: skip
+    assert title == (f"rank {ids[1].index(ids[0][0]) + 1} in another" if ids[0][0] in ids[1]
+                     else "not in the first 12 of another")  # fmt: skip
     address = page.driver.current_url
 
     there[0].click()  # same gallery: both lists stay
@@ -105,7 +105,7 @@ def test_arrow_keys_move_through_both_lists(page: Page, rivals: str) -> None:
     until(lambda: "item=" in page.driver.current_url)
     others(page, 12)
     assert page.driver.switch_to.active_element == page.one("#results")
-    until(lambda: page.driver.title == f"more like {caption} · Picture search")
+    until(lambda: page.driver.title == f"more like {caption} · Image search")
 
 
 @pytest.mark.parametrize("width", [600, 640, 700])

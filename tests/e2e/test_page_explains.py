@@ -69,12 +69,12 @@ def test_results_below_the_cut_off_are_separated(page: Page, two: str) -> None:
     page.settled(24)
     assert len(page.all("#results .weak")) == 24 - fitting[some]
     assert len(page.all("#results .divider")) == 1
-    assert f"{fitting[some]} that fit" in page.one("#status").text
+    assert f"{fitting[some]} above the cut-off" in page.one("#status").text
     assert not page.one("#nothing").is_displayed()
     assert none is not None, (best, cut)
     page.open(f"{two}/#q={quote(none)}&k=24")
     page.settled(24)
-    assert f"Nothing fits “{none}”" in page.one("#nothing").text
+    assert f"No match for “{none}”" in page.one("#nothing").text
     assert len(page.all("#results .weak")) == 24
     assert page.all("#results .divider") == []
     page.all("#results .card")[0].click()  # item searches have no cut-off

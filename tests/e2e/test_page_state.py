@@ -34,7 +34,7 @@ def test_link_shows_only_what_it_names(page: Page, two: str) -> None:
     page.open(f"{two}/#q=red&k=24&in=gone")
     until(lambda: "no collection “gone”" in page.one("#error").text)
     page.open(f"{two}/#picture=1&k=24")
-    until(lambda: "A picture is not part of a link" in page.one("#error").text)
+    until(lambda: "An image is not part of a link" in page.one("#error").text)
     assert page.all("#results .card") == []
     fails_twice = """
         const whole = window.fetch; let asked = 0;
