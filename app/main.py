@@ -57,18 +57,18 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for index in settings.indexes.values():
             require_index(index)
-        collections = Collections(settings, on_start_failure=on_start_failure)
+        collections = Collections(settings, metrics, on_start_failure=on_start_failure)
         retriever = Retriever(settings, make_cache(settings, metrics), metrics)
         app.state.collections, app.state.retriever = collections, retriever
         _watch_indexes(metrics, collections)
         retriever.start()
         collections.start()
-        announcements = _listen(settings, collections)
+        listener = _listen(settings, collections, metrics)
         try:
             yield
         finally:
-            if announcements is not None:
-                await announcements.close()
+            if listener is not None:
+                await listener.close()
             await collections.close()
             await retriever.close()
             if rates is not None:
@@ -118,12 +118,12 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: R
     app.add_middleware(RequestLog, metrics=metrics)
 
 
-def _listen(settings: Settings, collections: Collections) -> ReloadListener | None:
+def _listen(settings: Settings, collections: Collections, metrics: Metrics) -> ReloadListener | None:
     if settings.redis_url is None:
         return None
-    announcements = ReloadListener(settings.redis_url.get_secret_value(), collections)
-    announcements.start()
-    return announcements
+    listener = ReloadListener(settings.redis_url.get_secret_value(), collections, metrics)
+    listener.start()
+    return listener
 
 
 def _make_rates(settings: Settings) -> RateLimiter | None:

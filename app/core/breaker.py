@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class CircuitBreaker:
-    """Open after `failures` in a row; then `allows()` returns False for `pause_s`, and True once for a trial.
+    """Open after `failures` in a row; then `allows()` returns False for `pause_s`, and then True for one trial.
 
     Args:
         failures: in a row, until it opens.

@@ -72,6 +72,9 @@ class Metrics:
             "dcar_refused_total", "Requests refused to protect the service.", ["reason"], registry=registry
         )
         self._errors = Counter("dcar_errors_total", "Unforeseen errors.", registry=registry)
+        self._task_failures = Counter(
+            "dcar_task_failures_total", "Failures of background tasks.", ["task"], registry=registry
+        )
         pending = Gauge("dcar_pending", "Searches and image requests in progress.", ["what"], registry=registry)
         self.pending: dict[PendingKind, Gauge] = {kind: pending.labels(kind) for kind in get_args(PendingKind)}
         ProcessCollector(registry=registry)
@@ -129,6 +132,10 @@ class Metrics:
     def error(self) -> None:
         """Count an unforeseen error."""
         self._errors.inc()
+
+    def task_failed(self, name: str) -> None:
+        """Count a failure of a background task."""
+        self._task_failures.labels(name).inc()
 
     def add_gauge(self, name: str, description: str, labels: list[str], read: ReadGauge) -> None:
         """Add a gauge that is read from its owner at each scrape."""

@@ -30,7 +30,7 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
 
     Args:
         status: HTTP status code.
-        detail: one sentence for the caller: what is wrong and what to do.
+        detail: one sentence for the caller: the fault and the remedy.
         errors: (field, message) pairs of faulty fields.
         headers: extra response headers, such as Retry-After.
     """

@@ -1,10 +1,12 @@
 """Rate limits: a sliding window for each caller, by `limits`, counted in Redis if there is one.
 
-- A caller is the name of an API key where keys are required, else an address.
+- A caller is the name of an API key where keys are required, else an address: of IPv6 the /64 network, which one host
+  can use in full.
 - While Redis fails, each process counts alone, so the limit is multiplied by the number of processes.
 """
 
 import asyncio
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
 
 from limits import RateLimitItem, parse_many
@@ -31,6 +33,19 @@ def parse_rate(text: str) -> RateLimitItem:
     except ValueError:
         pass
     raise ValueError("must be one rate such as 20/second or 600/minute")
+
+
+def network_of(address: str) -> str:
+    """Return the address that requests are counted by: an IPv4 address, or the /64 network of an IPv6 address."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:  # a Unix socket, or a name
+        return address
+    if not isinstance(parsed, IPv6Address):
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ip_network((int(parsed), 64), strict=False))
 
 
 class RateLimiter:

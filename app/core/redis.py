@@ -49,7 +49,7 @@ def check_url(url: str) -> str:
     """Return the scheme of a usable URL.
 
     Raises:
-        ValueError: the URL is invalid; the message says what is expected.
+        ValueError: the URL is invalid; the message names the fault.
     """
     scheme = url.partition("://")[0].lower()
     if scheme not in SCHEMES:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.core.keys import find_key_name, is_key, key_in
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
-from app.core.rate_limit import RateLimiter
+from app.core.rate_limit import RateLimiter, network_of
 from app.core.settings import Settings
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
@@ -50,7 +50,7 @@ class Access:
         if path in _OPEN_PATHS or path.startswith("/ui/") or scope["method"] == "OPTIONS":
             return None
         client = scope.get("client")
-        caller = client[0] if client else "unknown"
+        caller = network_of(client[0]) if client else "unknown"
         if self._keys and not path.startswith("/admin/"):
             name = self._key_name(Headers(scope=scope), is_metrics=path == "/metrics")
             if name is None:

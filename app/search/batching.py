@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from app.core.metrics import Metrics
+from app.core.supervision import supervise
 from app.core.threads import use_default_scheduling
 from app.search.errors import NotReadyError, OverloadedError
 from dcar_core.util.arrays import Floats
@@ -130,7 +131,7 @@ class Batcher:
 
     def start(self) -> None:
         """Begin to work. The event loop must be running."""
-        self._worker = asyncio.create_task(self._work(), name="dcar-batcher")
+        self._worker = asyncio.create_task(supervise("batcher", self._work, self._metrics), name="dcar-batcher")
 
     async def submit(self, group: BatchGroup, payload: Any) -> Floats:
         """Return the vector (E,) of one query.
@@ -245,11 +246,6 @@ class Batcher:
         except Exception as error:  # the thread itself failed; every caller must learn of it
             outcomes = [error] * len(batch)
         self._last_end = time.monotonic()
-        self._metrics.forward_pass(batch, started, self._last_end)
-        seconds = (self._last_end - started) / len(batch)
-        smoothed = self._seconds_per_query.get(group.key, seconds)
-        self._seconds_per_query[group.key] = _NEWEST_WEIGHT * seconds + (1 - _NEWEST_WEIGHT) * smoothed
-        self._expected_size[group.key] = len(batch) + self._waiting(group)
         for job, outcome in zip(batch, outcomes, strict=True):
             if job.is_cancelled:
                 continue
@@ -257,6 +253,11 @@ class Batcher:
                 job.future.set_exception(outcome)
             else:
                 job.future.set_result(outcome)
+        self._metrics.forward_pass(batch, started, self._last_end)
+        seconds = (self._last_end - started) / len(batch)
+        smoothed = self._seconds_per_query.get(group.key, seconds)
+        self._seconds_per_query[group.key] = _NEWEST_WEIGHT * seconds + (1 - _NEWEST_WEIGHT) * smoothed
+        self._expected_size[group.key] = len(batch) + self._waiting(group)
 
 
 def _forward(run: Callable[[list[Any]], Floats | list[Floats]], payloads: list[Any]) -> list[Floats | Exception]:

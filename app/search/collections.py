@@ -3,18 +3,21 @@
 - The default collection is DCAR_INDEX, named after its directory; routes without a name mean it.
 - A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference.
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
-- CURRENT is polled. `reload` does the same at once, for `POST /admin/reload` and for notices over Redis.
+- A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload` and notices over Redis.
 - The service is ready when every collection is loaded, and stays ready when one cannot follow a new version.
 """
 
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from app.core.metrics import Metrics
 from app.core.settings import Settings
+from app.core.supervision import supervise
 from app.core.threads import run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
 from app.search.snapshots import Snapshot, load_snapshot
@@ -24,6 +27,7 @@ from index_jobs.store.versions import current_version, read_manifest, require_in
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
+_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)*")  # of an absolute path, but not of a URL
 _LOADING = "The model is being loaded."
 
 
@@ -34,10 +38,11 @@ class ServedIndex:
         index: directory of the index.
         loaded: returns the live snapshots of all collections, to share their encoders.
         load_lock: held while a version is loaded, so one is loaded at a time.
+        metrics: counts failures of the poller.
         on_start_failure: called if the first version cannot be loaded.
 
     Attributes:
-        reason: why the published version is not served; None if it is.
+        reason: why the published version is not served, without directories, since anybody may read it; None if it is.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class ServedIndex:
         *,
         loaded: Callable[[], Iterable[Snapshot]],
         load_lock: asyncio.Lock,
+        metrics: Metrics,
         on_start_failure: Callable[[DcarError], None] | None = None,
     ) -> None:
         self.index = index
@@ -54,8 +60,10 @@ class ServedIndex:
         self._settings = settings
         self._loaded = loaded
         self._load_lock = load_lock
+        self._metrics = metrics
         self._on_start_failure = on_start_failure
         self._live: Snapshot | None = None
+        self._failure: str | None = None  # the last one, in full
         self._failed_version: int | None = None
         self._retry_at = 0.0
         self._poller: asyncio.Task[None] | None = None
@@ -79,7 +87,7 @@ class ServedIndex:
 
     def start(self) -> None:
         """Load the first version and begin to poll, in the background."""
-        self._poller = asyncio.create_task(self._poll(), name="dcar-snapshots")
+        self._poller = asyncio.create_task(self._load_and_poll(), name="dcar-snapshots")
 
     async def close(self) -> None:
         """Stop polling, and wait for a load in progress: its thread cannot be stopped."""
@@ -114,13 +122,14 @@ class ServedIndex:
             try:
                 version = await asyncio.to_thread(require_index, self.index)
                 if self._live is not None and await asyncio.to_thread(_is_live, self._live, self.index, version):
-                    self.reason, self._failed_version = None, None
+                    self.reason, self._failure, self._failed_version = None, None, None
                     return False
                 snapshot = await run_in_new_thread(load_snapshot, self.index, self._settings, self._loaded())
             except Exception as error:
                 failure = self._record_failure(version, error)
                 raise failure from (None if failure is error else error)
-            self._live, self.reason, self._failed_version = snapshot, None, None
+            self._live = snapshot
+            self.reason, self._failure, self._failed_version = None, None, None
             count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
             logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
             return True
@@ -129,24 +138,38 @@ class ServedIndex:
         """Note why a version is not served. Log it once, and not at all if `on_start_failure` reports it."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
         is_reported = self._live is None and self._on_start_failure is not None
-        if str(failure) != self.reason and not is_reported:
+        if str(failure) != self._failure and not is_reported:
             logger.error("version %s of %s is not served: %s", version or "?", self.index, failure)
-        self.reason = str(failure)
+        self._failure = str(failure)
+        self.reason = _without_directories(self._failure, self.index)
         self._failed_version, self._retry_at = version, time.monotonic() + _RETRY_S
         return failure
 
-    async def _poll(self) -> None:
+    async def _load_and_poll(self) -> None:
         try:
             await self.reload()
         except DcarError as error:
             if self._on_start_failure is not None:
                 self._on_start_failure(error)
+        await supervise("version poller", self._poll, self._metrics, on_failure=self._record_poll_failure)
+
+    def _record_poll_failure(self, error: Exception) -> None:
+        self.reason = f"The check for new versions failed: {type(error).__name__}; the log has the details."
+
+    async def _poll(self) -> None:
         while self._settings.poll_s > 0:
             await asyncio.sleep(self._settings.poll_s)
             with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                 version = await asyncio.to_thread(_published_version, self.index)
                 if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
                     await self.reload()
+
+
+def _without_directories(message: str, index: Path) -> str:
+    """Shorten absolute paths in a message to their last part."""
+    for directory in (index.absolute(), index.resolve()):
+        message = message.replace(str(directory), index.resolve().name)
+    return _DIRECTORIES.sub("", message)
 
 
 def _is_live(live: Snapshot, index: Path, version: int) -> bool:
@@ -175,11 +198,22 @@ class Collections:
         is_draining: True if the service is about to stop: it still serves, but is not ready.
     """
 
-    def __init__(self, settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> None:
-        lock = asyncio.Lock()
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics | None = None,
+        *,
+        on_start_failure: Callable[[DcarError], None] | None = None,
+    ) -> None:
+        lock, metrics = asyncio.Lock(), metrics or Metrics()
         self._indexes = {
             name: ServedIndex(
-                index, settings, loaded=self._live_snapshots, load_lock=lock, on_start_failure=on_start_failure
+                index,
+                settings,
+                loaded=self._live_snapshots,
+                load_lock=lock,
+                metrics=metrics,
+                on_start_failure=on_start_failure,
             )
             for name, index in settings.indexes.items()
         }

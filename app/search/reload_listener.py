@@ -11,7 +11,9 @@ import logging
 
 from redis.asyncio import RedisCluster
 
+from app.core.metrics import Metrics
 from app.core.redis import connect, disconnect
+from app.core.supervision import supervise
 from app.search.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import PUBLISHED_CHANNEL
@@ -25,14 +27,17 @@ _TIMEOUT_S = 5.0
 class ReloadListener:
     """Reload all collections at each notice."""
 
-    def __init__(self, url: str, collections: Collections) -> None:
+    def __init__(self, url: str, collections: Collections, metrics: Metrics | None = None) -> None:
         self._url = url
+        self._metrics = metrics or Metrics()
         self._collections = collections
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to listen, in the background."""
-        self._task = asyncio.create_task(self._listen(), name="dcar-reload-listener")
+        self._task = asyncio.create_task(
+            supervise("reload listener", self._listen, self._metrics), name="dcar-reload-listener"
+        )
 
     async def close(self) -> None:
         """Stop listening."""

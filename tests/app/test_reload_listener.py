@@ -26,15 +26,15 @@ async def test_a_rebuild_notifies_the_service_over_redis(
     async with opened(index, redis_url=redis_server.url, poll_s=0) as client:
         assert await serves(client, 1)()
 
-        async def heard() -> bool:
+        async def is_received() -> bool:
             """Notify again until the service has subscribed."""
             notified = await asyncio.to_thread(notify, [redis_server.url], index, 1)
-            return list(notified.values()) == ["heard by 1"]
+            return list(notified.values()) == ["received by 1"]
 
-        await until(heard)
+        await until(is_received)
         options = {"force": True, "notify": [redis_server.url], "progress": False, "workers": 0}
         summary = await asyncio.to_thread(lambda: rebuild(gallery, tiny_checkpoint, index, **options))
-        assert list(summary.notified.values()) == ["heard by 1"]
+        assert list(summary.notified.values()) == ["received by 1"]
         await until(serves(client, 2))
         await asyncio.to_thread(redis_server.stop)
         assert (await client.get("/readyz")).status_code == 200

@@ -1,0 +1,37 @@
+"""Supervision of background tasks: one that fails is logged, counted and restarted."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from app.core.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+RESTART_S = 1.0
+
+
+async def supervise(
+    name: str,
+    run: Callable[[], Awaitable[None]],
+    metrics: Metrics,
+    *,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> None:
+    """Run a background loop until it returns. Restart it after `RESTART_S` whenever it raises.
+
+    Args:
+        name: of the task, for the log and the metric.
+        on_failure: called with each error.
+    """
+    while True:
+        try:
+            await run()
+        except Exception as error:
+            logger.exception("the %s failed; restarting it in %g s", name, RESTART_S)
+            metrics.task_failed(name)
+            if on_failure is not None:
+                on_failure(error)
+            await asyncio.sleep(RESTART_S)
+        else:
+            return

@@ -1,0 +1,89 @@
+"""Addresses that rate limits are counted by, and comparison of keys in constant time."""
+
+import asyncio
+import hmac
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.core.keys import find_key_name, is_key, key_hash
+from app.core.rate_limit import RateLimiter, network_of
+from app.core.redis import connect, disconnect
+from app.core.settings import Settings
+from app.main import create_app
+from app.search.embedding_cache import RedisCache
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("unknown", "unknown"),
+    ],
+)
+def test_ipv6_addresses_are_counted_by_network(address: str, network: str) -> None:
+    assert network_of(address) == network
+
+
+async def test_one_ipv6_network_shares_a_rate_limit(tmp_path: Path) -> None:
+    app = create_app(Settings(index=tmp_path, rate_limit="1/hour"))
+
+    async def get(address: str) -> int:
+        transport = httpx.ASGITransport(app, client=(address, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            return (await client.get("/nothing")).status_code
+
+    statuses = [await get(address) for address in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")]
+    assert statuses == [404, 429, 404]
+
+
+def test_keys_are_compared_in_constant_time_with_every_known_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare, compared = hmac.compare_digest, list[tuple[bytes, bytes]]()
+
+    def record(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", record)
+    keys = {name: key_hash(name) for name in ("first", "second", "third")}
+    for key, name in (("first", "first"), ("third", "third"), ("none of them", None)):
+        compared.clear()
+        assert find_key_name(keys, key) == name
+        assert [other for _, other in compared] == [digest.encode() for digest in keys.values()]
+    compared.clear()
+    assert is_key("secret", "secret")
+    assert not is_key("wrong", f"sha256:{key_hash('secret')}")
+    assert [other for _, other in compared] == [key_hash("secret").encode()] * 2
+
+
+async def test_every_use_of_a_hanging_redis_times_out() -> None:
+    """A URL may set longer timeouts for the connection, so the cache and the limiter have their own."""
+    silent = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        await silent.wait()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+    started = time.monotonic()
+    client = connect(url, timeout_s=0.1)
+    with pytest.raises(Exception, match="Timeout"):
+        await asyncio.wait_for(client.get("key"), 10)
+    await disconnect(client)
+    patient = f"{url}?socket_timeout=60&socket_connect_timeout=60"
+    cache = RedisCache(patient, ttl_s=60, timeout_s=0.1)
+    assert await asyncio.wait_for(cache.get("key", 32), 10) is None
+    limiter = RateLimiter("1/hour", redis_url=patient, timeout_s=0.1)
+    assert await asyncio.wait_for(limiter.wait_for("alice"), 10) == 0
+    assert time.monotonic() - started < 9
+    silent.set()
+    await cache.close()
+    await limiter.close()
+    server.close()

@@ -1,0 +1,106 @@
+"""Background tasks that fail are restarted, and readiness and metrics show it."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.metrics import Metrics
+from app.core.supervision import supervise
+from app.search.batching import Batcher, BatchGroup
+from dcar_core.util.arrays import Floats
+from index_jobs.store.versions import current_version
+from tests.support.responses import scrape
+from tests.support.service import ServiceClient, opened, until
+
+
+@pytest.fixture(autouse=True)
+def _restart_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.core.supervision.RESTART_S", 0.01)
+
+
+async def test_a_failing_task_is_counted_and_restarted_until_it_returns() -> None:
+    metrics, errors, runs = Metrics(), list[Exception](), 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise ValueError(runs)
+
+    await supervise("test task", run, metrics, on_failure=errors.append)
+    assert [str(error) for error in errors] == ["1", "2"]
+    assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "test task"}) == 2
+
+
+async def test_a_cancelled_task_is_not_restarted() -> None:
+    task = asyncio.create_task(supervise("test task", lambda: asyncio.sleep(60), Metrics()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(index, poll_s=0.02) as client:
+
+        def fail(_: Path) -> int:
+            raise RecursionError("from /a/place/in/the/file/system")
+
+        monkeypatch.setattr("app.search.collections.current_version", fail)
+        await until(lambda: has_status(client, "degraded"))
+        reason = (await client.get("/readyz")).json()["reason"]
+        assert "check for new versions failed: RecursionError" in reason
+        assert "/a/place" not in reason
+        metrics = await scrape(client)
+        assert metrics["dcar_task_failures_total", (("task", "version poller"),)] >= 1
+        assert metrics["dcar_index_degraded", (("collection", "index"),)] == 1
+        monkeypatch.setattr("app.search.collections.current_version", current_version)
+        await until(lambda: has_status(client, "ready"))
+
+
+async def test_an_endless_version_number_degrades_readiness(index: Path) -> None:
+    async with opened(index, poll_s=0.02) as client:
+        (index / "CURRENT").write_text("7" * 5000)
+        await until(lambda: has_status(client, "degraded"))
+        (index / "CURRENT").write_text("1\n")
+        await until(lambda: has_status(client, "ready"))
+
+
+async def test_readiness_shows_no_absolute_path(index: Path) -> None:
+    async with opened(index, poll_s=0.02) as client:
+        (index / "CURRENT").write_text("7\n")
+        await until(lambda: has_status(client, "degraded"))
+        ready = await client.get("/readyz")
+        assert str(index.parent) not in ready.text
+        assert ready.json()["reason"].startswith("index has no version 7")
+
+
+async def test_the_batcher_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    batcher = Batcher(max_batch=2, max_wait_s=0, metrics=metrics)
+    forward_pass = metrics.forward_pass
+
+    def fail_once(*args: Any) -> None:
+        monkeypatch.setattr(metrics, "forward_pass", forward_pass)
+        raise OSError("no metrics")
+
+    def run(payloads: list[str]) -> Floats:
+        import numpy as np
+
+        return np.ones((len(payloads), 2), np.float32)
+
+    monkeypatch.setattr(metrics, "forward_pass", fail_once)
+    batcher.start()
+    group = BatchGroup("text", run)
+    for payload in ("first", "second"):
+        assert len(await asyncio.wait_for(batcher.submit(group, payload), 5)) == 2
+    await batcher.close()
+    assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
+
+
+async def has_status(client: ServiceClient, status: str) -> bool:
+    return bool((await client.get("/readyz")).json()["status"] == status)
