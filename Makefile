@@ -1,5 +1,5 @@
 # make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
-# make test       all tests                                                   (ARGS="-k name" for some)
+# make test       all tests, in JOBS=2 processes                              (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make reference  generated pages of docs/reference, and the client's models
@@ -10,6 +10,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 DOMAIN ?= twemoji
 EXTRAS ?= dev
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -32,7 +33,7 @@ demo: install
 	@$(BIN)/dcar demo --host $(HOST) --port $(PORT) --domain $(DOMAIN)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
@@ -45,4 +46,4 @@ reference: install
 	$(BIN)/python scripts/generate_client_models.py
 
 coverage: install
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)

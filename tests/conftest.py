@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -40,6 +41,8 @@ os.environ.pop("DCAR_RUNTIME_CACHE", None)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dcar-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("DCAR_RUNTIME", "torch")
+# OpenVINO works without this package, which reports every conversion to its makers.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 @pytest.hookimpl(wrapper=True)

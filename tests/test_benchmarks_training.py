@@ -1,19 +1,15 @@
 """The benchmark scripts run, on a tiny CLIP; their figures are for a quiet machine."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import commands
+from tests.support.paths import ROOT
 
 
-def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *arguments], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+def run(script: str, *arguments: str | Path) -> CompletedProcess[str]:
+    return commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
 
 
 def test_training_cost(tiny_model: Path) -> None:

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import httpx
 import pytest
 
 from app.core.logs import choose_id
+from tests.support.commands import Command
 from tests.support.images import png
 from tests.support.processes import free_port
 from tests.support.responses import scrape
@@ -89,9 +87,9 @@ def test_malformed_request_ids_are_replaced() -> None:
         assert choose_id(wrong) != wrong
 
 
-def _server(index: Path, port: int, script: str = SERVE, **given: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
-    return subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+def _server(index: Path, port: int, script: str = SERVE, **given: str) -> Command:
+    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
+    return Command("-c", script, environment=environment)
 
 
 def _until_ready(client: httpx.Client) -> None:
@@ -102,7 +100,7 @@ def _until_ready(client: httpx.Client) -> None:
                 return
         except httpx.TransportError:
             pass
-        time.sleep(0.5)  # each request is a line in a pipe that is not read yet
+        time.sleep(0.1)  # each request is a line in a pipe that is not read yet
     raise AssertionError("it does not become ready")
 
 

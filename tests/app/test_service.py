@@ -28,6 +28,7 @@ from app.server import _Server, serve
 from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
+from tests.support.commands import Command
 from tests.support.processes import free_port
 from tests.support.service import opened, until
 
@@ -337,7 +338,8 @@ def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
 
 def test_server_with_a_broken_index_exits_with_the_reason(index: Path) -> None:
     (index / "versions/1/checkpoint/trainables.safetensors").unlink()
-    process = _started(index, free_port())
+    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu"}
+    process = Command("-c", SERVE, environment=environment)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "trainables.safetensors" in log.splitlines()[-1]

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.commands import Command
 from tests.support.processes import free_port
 
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
@@ -57,14 +56,14 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
 def test_stages_are_spans_in_the_trace_of_the_caller(built_index: Path, collector: tuple[str, list[Any]]) -> None:
     url, spans = collector
     port = free_port()
-    environment = os.environ | {
+    environment = {
         "DCAR_INDEX": str(built_index),
         "DCAR_PORT": str(port),
         "DCAR_DEVICE": "cpu",
         "DCAR_TRACING": "true",
         "OTEL_EXPORTER_OTLP_ENDPOINT": url,
     }
-    process = subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
+    process = Command("-c", SERVE, environment=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             end = time.monotonic() + 150
@@ -75,7 +74,7 @@ def test_stages_are_spans_in_the_trace_of_the_caller(built_index: Path, collecto
                         break
                 except httpx.TransportError:
                     pass
-                time.sleep(0.5)
+                time.sleep(0.1)
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
             assert client.post("/search/text", json={"query": "red"}, headers=headers).status_code == 200
     finally:

@@ -3,71 +3,73 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
 from dcar_core.runtimes.export_cache import default_cache_directory
 from index_jobs.store.versions import open_current, verify_index
+from tests.support.commands import UNREAD, dcar, run
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")
 
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 
 
-def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A shell's command; $PY is Python, $1, $2, .. the arguments."""
-    words = ["sh", "-c", script, "sh", *map(str, arguments)]
-    settings = {**os.environ, "PY": sys.executable, **environment}
-    return subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120)
+def build(gallery: Path, checkpoint: Path, out: Path, *more: object, **options: Any) -> CompletedProcess[str]:
+    return run("index_jobs.rebuild", "--gallery", gallery, "--checkpoint", checkpoint, "--out", out, *more, **options)
 
 
-BUILD = '"$PY" -m index_jobs.rebuild --gallery "$1" --checkpoint "$2" --out "$3"'
-
-
-@pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full", ">/dev/full", "| true", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "streams",
+    [{"stderr": None}, {"stderr": FULL}, {"stdout": FULL}, {"stdout": UNREAD}, {"stdout": None, "stderr": None}],
+    ids=["stderr closed", "stderr full", "stdout full", "stdout unread", "both closed"],
+)
 @needs_full
 def test_nobody_who_listens_is_no_reason_to_fail(
-    streams: str, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    streams: dict[str, Any], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    done = run(f"{BUILD} {streams}", tiny_gallery, tiny_checkpoint, tmp_path / "index")
+    done = build(tiny_gallery, tiny_checkpoint, tmp_path / "index", **streams)
     assert done.returncode == 0, done.stderr
     assert open_current(tmp_path / "index").manifest.count == 24
     assert "Traceback" not in done.stderr
-    if streams == ">/dev/full":
+    if streams == {"stdout": FULL}:
         assert "the summary is lost: the output cannot be written: No space left on device" in done.stderr
 
 
 @needs_full
 def test_training_is_not_ended_by_a_bar(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
-    train = '"$PY" -m app.cli train --data "$1" --model "$2" --out "$3" --epochs 1 --batch-size 6'
-    for number, streams in enumerate(("2>&-", "2>/dev/full")):
-        done = run(f"{train} {streams}", tiny_data, tiny_model, tmp_path / str(number))
+    for number, stderr in enumerate((None, FULL)):
+        train = ("train", "--data", tiny_data, "--model", tiny_model, "--out", tmp_path / str(number))
+        done = dcar(*train, "--epochs", 1, "--batch-size", 6, stderr=stderr)
         assert done.returncode == 0
         assert "validation text-to-image R@1" in done.stdout
 
 
 @needs_full
 def test_output_that_cannot_be_written_is_one_line(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    assert run(BUILD, tiny_gallery, tiny_checkpoint, tmp_path / "index").returncode == 0
+    assert build(tiny_gallery, tiny_checkpoint, tmp_path / "index").returncode == 0
     for buffered in ("", "1"):
-        done = run('"$PY" -m app.cli index items "$1" >/dev/full', tmp_path / "index", PYTHONUNBUFFERED=buffered)
+        environment = {"PYTHONUNBUFFERED": buffered}
+        done = dcar("index", "items", tmp_path / "index", stdout=FULL, environment=environment)
         assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
-    assert run('"$PY" -m app.cli index items "$1" | head -1', tmp_path / "index").stderr == ""
+    assert dcar("index", "items", tmp_path / "index", stdout=UNREAD).stderr == ""
 
 
 def test_output_of_another_encoding(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "examples/emoji/query.png", tmp_path / "1.png")
     row = {"file_name": "1.png", "id": "日本 😀", "caption": "日本 😀"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-    assert run(BUILD, tmp_path, tiny_checkpoint, tmp_path / "index").returncode == 0
-    for command in ('index items "$1"', 'search cat --index "$1" --json', 'search cat --index "$1"'):
-        done = run(f'"$PY" -m app.cli {command}', tmp_path / "index", PYTHONIOENCODING="latin1")
+    index = tmp_path / "index"
+    assert build(tmp_path, tiny_checkpoint, index).returncode == 0
+    search = ["search", "cat", "--index", index]
+    for command in (["index", "items", index], [*search, "--json"], search):
+        done = dcar(*command, environment={"PYTHONIOENCODING": "latin1"})
         assert done.returncode == 0, done.stderr
-        if command.endswith('"$1"') and "search" in command:
+        if command is search:
             assert r"\u65e5\u672c" in done.stdout
         else:
             found = json.loads(done.stdout)
@@ -85,7 +87,7 @@ def test_what_is_no_file_is_a_picture_that_cannot_be_read(
     os.mkfifo(gallery / "pipe.png")
     (tmp_path / "elsewhere").mkdir()
     (gallery / "linked").symlink_to(tmp_path / "elsewhere")
-    done = run(f"{BUILD} --max-failed 0.5", gallery, tiny_checkpoint, tmp_path / "index")
+    done = build(gallery, tiny_checkpoint, tmp_path / "index", "--max-failed", 0.5)
     assert done.returncode == 0, done.stderr
     assert "1 links to folders are not followed, such as " in done.stderr
     index = open_current(tmp_path / "index")
@@ -101,10 +103,10 @@ def test_what_is_no_file_is_a_picture_that_cannot_be_read(
 
 def test_a_disk_that_is_full_ends_training_with_a_line(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """By the size that a file may have, which needs no disk of one's own."""
-    train = 'ulimit -f "$4"; exec "$PY" -m app.cli train --data "$1" --model "$2" --out "$3" --epochs 2 --batch-size 6'
     endings = set()
     for blocks in (1, 8, 40, 200):
-        done = run(train, tiny_data, tiny_model, tmp_path / str(blocks), blocks)
+        train = ("train", "--data", tiny_data, "--model", tiny_model, "--out", tmp_path / str(blocks))
+        done = dcar(*train, "--epochs", 2, "--batch-size", 6, file_size=blocks * 512)
         assert "Traceback" not in done.stderr, done.stderr
         if done.returncode:
             assert done.returncode == 3 or done.returncode == 1

@@ -1,11 +1,12 @@
 """The bundled example: its model loads, its galleries are whole, and searching by eye convinces."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from dcar_core.model.zero_shot import save_zero_shot
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
+from tests.support.commands import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "emoji"
@@ -110,15 +112,14 @@ def demo(data: Path) -> Iterator[tuple[str, str, float]]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "app.cli", "demo", "--domain", "openmoji", "--data", data, "--port", port]
     started = time.monotonic()
-    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = ("demo", "--domain", "openmoji", "--data", data, "--port", port)
+    process = Command("app.cli", *command, environment={"PYTHONUNBUFFERED": "1"}, stderr=os.devnull)
     try:
-        assert process.stdout is not None
         said = "".join(iter(process.stdout.readline, "Stop with Ctrl-C.\n"))
         yield f"http://127.0.0.1:{port}", said, started
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
 
 

@@ -5,8 +5,8 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from app.cli import app
+from tests.support.commands import Command
 from tests.support.images import draw
 from tests.support.paths import ROOT
 from tests.support.processes import free_port
@@ -71,13 +72,12 @@ def run(command: str) -> str:
 def server(command: str) -> Iterator[str]:
     """The tutorial's `dcar serve` on a free port; gives its address."""
     port = free_port()
-    words = [sys.executable, "-m", "app.cli", *shlex.split(command)[1:], "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [*shlex.split(command)[1:], "--port", port]
+    process = Command("app.cli", *words, directory=Path.cwd(), stdout=os.devnull, stderr=os.devnull)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait(30) in (0, -15)
 
 

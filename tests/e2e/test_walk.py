@@ -3,42 +3,36 @@
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
+import signal
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import commands
+from tests.support.commands import Command
+from tests.support.processes import free_port
 
 
-def dcar(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app.cli", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def dcar(*args: object, check: bool = True) -> CompletedProcess[str]:
+    done = commands.dcar(*args)
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @contextmanager
 def server(*args: object) -> Iterator[tuple[str, int]]:
     port = free_port()
-    command = [sys.executable, "-m", "app.cli", *map(str, args), "--port", str(port)]
-    env = os.environ | {"DCAR_HOST": "127.0.0.1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Command(
+        "app.cli", *args, "--port", port, environment={"DCAR_HOST": "127.0.0.1"}, stdout=os.devnull, stderr=os.devnull
+    )
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(400):
@@ -50,7 +44,7 @@ def server(*args: object) -> Iterator[tuple[str, int]]:
                 time.sleep(0.1)
         yield url, port
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -15)
 
 
@@ -93,10 +87,8 @@ def test_versions(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
     checkpoint, index = walked
     again = dcar("index", "build", "--gallery", tiny_gallery, "--checkpoint", checkpoint, "--out", index)
     assert "version 1 is up to date" in again.stdout
-    command = [sys.executable, "-m", "index_jobs.rebuild", "--gallery", tiny_gallery, "--checkpoint", checkpoint]
-    done = subprocess.run(
-        [*map(str, command), "--out", str(index), "--force"], cwd=ROOT, capture_output=True, text=True
-    )
+    job = ("--gallery", tiny_gallery, "--checkpoint", checkpoint, "--out", index, "--force")
+    done = commands.run("index_jobs.rebuild", *job)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["version"] == 2
     listed = dcar("index", "list", index).stdout

@@ -12,10 +12,7 @@ from filelock import FileLock
 from app.cli import main as dcar
 from index_jobs.rebuild import main
 from index_jobs.store.versions import current_version
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "index_jobs.rebuild", *map(str, arguments)]
+from tests.support.commands import run
 
 
 def test_command_prints_json_on_stdout_and_progress_on_stderr(
@@ -24,11 +21,12 @@ def test_command_prints_json_on_stdout_and_progress_on_stderr(
     arguments = (
         "--gallery", tiny_gallery, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "index", "--kind", "ivf",
     )  # fmt: skip
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=True)
+    done = run("index_jobs.rebuild", *arguments)
+    assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["version"], summary["count"], summary["reused"], summary["kind"]) == (1, 24, False, "IVF1,Flat")
     assert "24/24" in done.stderr
-    again = subprocess.run(command(*arguments, "--quiet"), capture_output=True, text=True, check=True)
+    again = run("index_jobs.rebuild", *arguments, "--quiet")
     assert json.loads(again.stdout)["reused"] is True
     assert again.stderr == ""
 

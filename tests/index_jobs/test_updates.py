@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, open_version, verify_index
+from tests.support.commands import dcar
 from tests.support.images import draw
 
 
@@ -229,15 +229,6 @@ def test_harm_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> N
         open_version(index, 3)
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from app.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-main()
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> None:
     """Limit file sizes below those of the manifest and of the added files."""
@@ -247,8 +238,7 @@ def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> N
         (100, ["remove", index, open_current(index).item(0).id]),
         (3000, ["add", index, "--gallery", gallery]),
     ):
-        given = [sys.executable, "-c", FULL_DISK, limit, "index", *command]
-        done = subprocess.run([str(part) for part in given], capture_output=True, text=True)
+        done = dcar("index", *command, file_size=limit)
         assert done.returncode == 1
         assert "cannot be written: File too large" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
@@ -258,8 +248,7 @@ def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> N
         ]
         assert [manifest.version for manifest in verify_index(index)] == [1]
     assert add(index, gallery, progress=False).version == 2
-    back = [sys.executable, "-c", FULL_DISK, "1", "index", "rollback", str(index)]
-    done = subprocess.run(back, capture_output=True, text=True)
+    done = dcar("index", "rollback", index, file_size=1)
     assert (done.returncode, "Traceback" in done.stderr, current_version(index)) == (1, False, 2)
     assert "cannot be written: File too large" in done.stderr
     (index / "CURRENT").unlink()

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 from tests.support.paths import ROOT
 
 PRELOADED = ["tests.support.preloaded"]
-PIPE = "pipe"
+PIPE, UNREAD = "a pipe", "a pipe without a reader"
 
 _context: ForkServerContext = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -32,7 +33,8 @@ _context.set_forkserver_preload(PRELOADED)
 class Command:
     """A running `python -m MODULE ARGUMENTS`, `python -c CODE ARGUMENTS`, or `python SCRIPT ARGUMENTS` for a path.
 
-    stdout, stderr: PIPE, the path of a file to write to, or None for a closed stream.
+    stdout, stderr: PIPE, UNREAD, the path of a file to write to, or None for a closed stream.
+    file_size: the size in bytes that no file may exceed.
     """
 
     def __init__(
@@ -43,15 +45,19 @@ class Command:
         stdout: str | Path | None = PIPE,
         stderr: str | Path | None = PIPE,
         file_size: int | None = None,
+        directory: Path = ROOT,
     ) -> None:
         readers, streams = [], []
         for given in (stdout, stderr):
-            reader, writer = _context.Pipe(duplex=False) if given == PIPE else (None, given)
+            reader, writer = _context.Pipe(duplex=False) if given in (PIPE, UNREAD) else (None, given)
+            if reader and given == UNREAD:
+                reader.close()
+                reader = None
             readers.append(reader)
             streams.append(writer)
         environment = {**os.environ, **(environment or {})}
         self._process = _context.Process(
-            target=_execute, args=(str(program), list(map(str, arguments)), environment, streams, file_size)
+            target=_execute, args=(str(program), list(map(str, arguments)), environment, streams, file_size, directory)
         )
         self._process.start()
         for writer in streams:
@@ -67,18 +73,25 @@ class Command:
 
     @property
     def pid(self) -> int:
+        """The number of the process."""
         assert self._process.pid is not None
         return self._process.pid
 
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, minus the signal that ended the process, or None while it runs."""
+        return self._process.exitcode
+
     def poll(self) -> int | None:
-        """Return the exit status, None while the process runs."""
+        """Return `returncode`."""
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        os.kill(self.pid, number)
+        """Send a signal, unless the process has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 240) -> int:
         """Wait for the end, kill the process after `timeout` seconds, and return its exit status."""
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -87,7 +100,7 @@ class Command:
             raise subprocess.TimeoutExpired(str(self._process), timeout)
         return self._process.exitcode
 
-    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
         """Read both streams to their ends, wait, and return them."""
         read: dict[str, str] = {}
         threads = [
@@ -123,10 +136,15 @@ def dcar(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 def _execute(
-    program: str, arguments: list[str], environment: dict[str, str], streams: list[Any], file_size: int | None
+    program: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    streams: list[Any],
+    file_size: int | None,
+    directory: Path,
 ) -> None:
     """Become the command: in the forked process."""
-    os.chdir(ROOT)
+    os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
     for number, stream in ((1, streams[0]), (2, streams[1])):
@@ -135,7 +153,7 @@ def _execute(
             continue
         opened = stream.fileno() if isinstance(stream, Connection) else os.open(stream, os.O_WRONLY)
         os.dup2(opened, number)
-        os.close(opened) if isinstance(stream, str) else stream.close()
+        stream.close() if isinstance(stream, Connection) else os.close(opened)
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
     sys.stdout = _stream(1) if streams[0] is not None else None
     sys.stderr = _stream(2) if streams[1] is not None else None
@@ -149,8 +167,10 @@ def _execute(
         if code is not None:
             exec(code, {"__name__": "__main__"})
         elif Path(program).suffix == ".py":
+            sys.path.insert(0, str(Path(program).parent))
             runpy.run_path(program, run_name="__main__")
         else:
+            sys.modules.pop(program, None)  # it runs as __main__, and was imported before
             runpy.run_module(program, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()

@@ -12,6 +12,7 @@ import app.server  # noqa: F401
 import dcar_core.evaluation
 import dcar_core.training.train  # noqa: F401
 import index_jobs.rebuild  # noqa: F401
+import tests.support.commands  # noqa: F401
 from tests.support.vocabulary import share_vocabulary
 
 share_vocabulary(pytest.MonkeyPatch())
