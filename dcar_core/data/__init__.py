@@ -1,6 +1,6 @@
 """Data sets: annotation files become cleaned image-caption pairs, with a report of what was repaired or left out.
 
-    files --readers--> Entry --clean--> Sample --pictures--> Sample with a readable image --> Dataset
+    files --readers--> Entry --clean--> Sample --lookup--> Sample with a readable image --> Dataset
 
 In: annotations (the formats of docs/reference/data-formats.md) and images. Out: a `Dataset` for each split.
 Every folder above `model` may import it; it imports `util` alone.

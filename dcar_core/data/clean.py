@@ -1,4 +1,4 @@
-"""Entries to samples: what is broken is repaired or left out, and counted."""
+"""Cleaning: entries become samples; broken ones are repaired or left out, and every case is counted."""
 
 import re
 import unicodedata
@@ -14,16 +14,16 @@ _GLUED = re.compile(r"(?<=[\w)\"'])\.(?=[A-Z][a-z]|[A-Z] )")
 
 
 def normalise(text: str) -> str:
-    """For comparison: case, underscores, spacing and Unicode forms folded."""
+    """Return the text with case, underscores, spacing and Unicode forms folded, for comparisons."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("_", " ").casefold().split())
 
 
 def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[Sample]:
-    """One sample a caption, in the order of the entries."""
+    """Yield one sample per caption, in the order of the entries."""
     seen: set[str] = set()
     pairs: set[tuple[str, str]] = set()
     entries = list(entries)
-    captions = defaultdict[str, set[str]](set)  # of a picture, whichever entries they stand in
+    captions = defaultdict[str, set[str]](set)  # of an image, over all of its entries
     spellings = defaultdict[str, dict[str, None]](dict)
     for entry in entries:
         captions[entry.image] |= {normalise(tidy_caption(caption)) for caption in entry.captions}
@@ -37,15 +37,15 @@ def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[
             if not normal:
                 report.add("empty captions, left out", names=[entry.image])
                 continue
-            if _spaced(raw) != raw:
+            if _collapse_spaces(raw) != raw:
                 report.add("captions with stray white space, repaired")
-            if caption != _spaced(raw):
+            if caption != _collapse_spaces(raw):
                 report.add("captions with sentences that touch, repaired")
             if (entry.image, normal) in pairs:
                 report.add("pairs that occur twice, left out once")
                 continue
             if normal in seen:
-                report.add("captions that another picture has too (positives of each other in training)")
+                report.add("captions that another image has too (positives of each other in training)")
             seen.add(normal)
             pairs.add((entry.image, normal))
             if "_" in caption:
@@ -57,16 +57,16 @@ def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[
 
 
 def tidy_caption(text: str) -> str:
-    """White space to single spaces, and one between sentences that touch."""
-    return _GLUED.sub(". ", _spaced(text))
+    """Return the caption with single spaces, and one between sentences that touch."""
+    return _GLUED.sub(". ", _collapse_spaces(text))
 
 
-def _spaced(text: str) -> str:
+def _collapse_spaces(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _negatives(entry: Entry, own: set[str], report: CleaningReport) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The negatives that can be used, and their categories if each has one."""
+    """Return the usable negatives, and their categories if each has one."""
     matched = len(entry.negative_categories) == len(entry.negatives)
     if entry.negative_categories and not matched:
         report.add("entries whose negatives and negative categories differ in number, categories left out")
@@ -78,7 +78,7 @@ def _negatives(entry: Entry, own: set[str], report: CleaningReport) -> tuple[tup
         if not normal:
             report.add("empty negatives, left out")
         elif normal in own:
-            report.add("negatives equal to a caption of their picture, left out")
+            report.add("negatives equal to a caption of their image, left out")
         elif normal in kept:
             report.add("negatives that occur twice for one caption, left out once")
         else:

@@ -1,4 +1,4 @@
-"""All that can be said about a data set before anything is trained on it."""
+"""Check of a data set before training: counts, repairs, and images that are missing or broken."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dcar_core.data.samples import Dataset
 
 @dataclass(frozen=True)
 class CheckedSplit:
-    """One split: its pairs, the report, the names of missing pictures and, with the reason, of broken ones."""
+    """One split, its report, the names of missing images, and "name (reason)" of broken ones."""
 
     data: Dataset
     report: CleaningReport
@@ -21,16 +21,16 @@ class CheckedSplit:
     def __str__(self) -> str:
         samples = self.data.samples
         categories = {sample.category for sample in samples} - {""}
-        pictures = len({sample.image for sample in samples})
+        images = len({sample.image for sample in samples})
         lines = [
-            f"{self.data.split}: {len(samples):,} pairs, {pictures:,} pictures, "
+            f"{self.data.split}: {len(samples):,} pairs, {images:,} images, "
             f"{len(categories) or 'no'} {'category' if len(categories) == 1 else 'categories'}",
             *str(self.report).splitlines(),
         ]
         if self.missing:
-            lines.append(f"{len(self.missing):7,} pictures missing: {shorten(self.missing)}")
+            lines.append(f"{len(self.missing):7,} images missing: {shorten(self.missing)}")
         if self.broken:
-            lines.append(f"{len(self.broken):7,} pictures broken: {shorten(self.broken)}")
+            lines.append(f"{len(self.broken):7,} images broken: {shorten(self.broken)}")
         return "\n".join(lines)
 
 
@@ -42,10 +42,11 @@ def check_dataset(
     context: int = 0,
     count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
 ) -> list[CheckedSplit]:
-    """Read every split of a data set and, with `decode_images`, decode every picture.
+    """Return every split of a data set, checked.
 
     Args:
-        context, count_tokens: captions of more than `context` tokens are counted.
+        decode_images: decode every image.
+        context, count_tokens: count captions of more than `context` tokens.
 
     Raises:
         DataError: there are no annotations, or they cannot be read.
@@ -71,6 +72,6 @@ def _checked(
     if count_tokens is not None:
         lengths = count_tokens([sample.caption for sample in data.samples])
         report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
-    missing, broken, found = annotations.unusable_images(split) if decode_images else ([], [], CleaningReport())
-    report.merge(found)
+    missing, broken, lookups = annotations.unusable_images(split) if decode_images else ([], [], CleaningReport())
+    report.merge(lookups)
     return CheckedSplit(data, report, missing, broken)

@@ -1,4 +1,4 @@
-"""What every reader yields, and how fields are checked."""
+"""The annotated image that every reader yields, checks of its fields, and the limit of rows that may be bad."""
 
 import json
 from collections.abc import Mapping
@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcar_core.data.report import CleaningReport
 from dcar_core.util.errors import DataError
+
+MAX_BAD_ROWS = 0.1  # share of a file's rows
+SKIPPED_ROWS = "rows that cannot be used, left out"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One annotated picture as a file gives it, before cleaning.
+    """One annotated image, before cleaning.
 
-    image: its name; path: a longer path, perhaps of another machine, or "". split: "" when the file does not say.
-    cut_by: what decides the split then.
-    notes: what its reader repaired, for the report of the split that it belongs to.
+    image: its name. path: a longer path, perhaps of another machine, or "".
+    split: "" if the file does not state one; cut_by then decides the split.
+    notes: repairs of the reader, for the report of the entry's split.
     """
 
     image: str
@@ -30,8 +34,39 @@ class Entry:
     notes: tuple[str, ...] = ()
 
 
+class BadRowsError(DataError):
+    """Too many rows of an annotation file cannot be used, but some can."""
+
+
+class RowLimit:
+    """Counts the rows of a file, skips bad ones, and refuses the file when there are too many."""
+
+    def __init__(self, file: Path, report: CleaningReport) -> None:
+        self._file, self._report = file, report
+        self._bad = list[DataError]()
+        self.rows = 0
+
+    def skip(self, error: DataError) -> None:
+        """Leave out the row of an error."""
+        self._bad.append(error)
+
+    def finish(self) -> None:
+        """Report the skipped rows.
+
+        Raises:
+            BadRowsError: more than MAX_BAD_ROWS of the rows were skipped.
+            DataError: all rows were skipped, so the file may not hold annotations at all.
+        """
+        if len(self._bad) > MAX_BAD_ROWS * self.rows:
+            counts = f"{len(self._bad):,} of {self.rows:,} rows cannot be used"
+            kind = BadRowsError if len(self._bad) < self.rows else DataError
+            raise kind(f"{self._bad[0]} ({counts}; at most {MAX_BAD_ROWS:.0%} may be left out)")
+        names = [str(error).removeprefix(f"{self._file}, ") for error in self._bad]
+        self._report.add(SKIPPED_ROWS, names=names)
+
+
 def read_text(file: Path) -> str:
-    """The file's text, with or without a byte-order mark.
+    """Return the text of a file, with or without a byte-order mark.
 
     Raises:
         DataError: it is not UTF-8.
@@ -43,17 +78,21 @@ def read_text(file: Path) -> str:
 
 
 def required_text(entry: Mapping[str, Any], name: str, where: str) -> str:
-    """A field that must be there and hold text."""
+    """Return a field that must hold text.
+
+    Raises:
+        DataError: it is missing, empty, or not text.
+    """
     value = entry.get(name)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value)[:60]}")
+        raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value, default=str)[:60]}")
     if not value or not value.strip():
         raise DataError(f"{where}: field {name!r} is missing or empty")
     return value
 
 
 def label_text(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
-    """The first of these fields that holds something, as text: a category may be a number, 0 too.
+    """Return the first filled field of these as text: a category may be a number, even 0. "" if none is filled.
 
     Raises:
         DataError: it is a list or an object.
@@ -61,28 +100,34 @@ def label_text(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> 
     for name in names:
         value = entry.get(name)
         if isinstance(value, list | dict):
-            raise DataError(f"{where}: field {name!r} must be one text, not {json.dumps(value)[:60]}")
+            raise DataError(f"{where}: field {name!r} must be one text, not {json.dumps(value, default=str)[:60]}")
         if value is not None and value == value and str(value).strip():
             return str(value)
     return ""
 
 
 def text_list(value: object, where: str, name: str) -> tuple[str, ...]:
-    """Nothing, a text, or a list of texts."""
+    """Return the texts of a field that holds nothing, a text, or a list of texts.
+
+    Raises:
+        DataError: it holds anything else.
+    """
     if value is None or value == "":
         return ()
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise DataError(f"{where}: field {name!r} must be text or a list of texts, not {json.dumps(value)[:60]}")
+    raise DataError(
+        f"{where}: field {name!r} must be text or a list of texts, not {json.dumps(value, default=str)[:60]}"
+    )
 
 
 def caption_texts(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The caption or captions, under the first of these names that has any; an empty one is for the cleaning to count.
+    """Return the captions of the first of these fields that has any; an empty caption is left to the cleaning.
 
     Raises:
-        DataError: none of the names is there, or it holds no text.
+        DataError: no field is present, or it does not hold text.
     """
     first: tuple[str, ...] | None = None
     for name in names:

@@ -1,11 +1,11 @@
-"""FDRD's JSON, in the two generations that its authors released.
+"""Reader of FDRD's JSON, in the two generations that its authors released.
 
     key -> {"file_name", "file_path", "positive", "negative": [...], "class_name"?}
 
-The older files give absolute paths of another machine, file names without a suffix and four negatives, and some no
-class_name; the newer ones (`inter_*`) give the placeholder YOUR_IMAGE_PATH, file names with a suffix, class names and
-no negatives. Every departure is noted. Beyond FDRD, `positive` may be a list, and `negative_class` and `meta_category`
-are read.
+- Older files give absolute paths of another machine, file names without a suffix and four negatives; some give no
+  class_name.
+- Newer files (`inter_*`) give the placeholder YOUR_IMAGE_PATH, file names with a suffix, class names and no negatives.
+- Every repair is reported. Beyond FDRD, `positive` may be a list, and `negative_class` and `meta_category` are read.
 """
 
 import re
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dcar_core.data.entries import Entry, caption_texts, label_text, read_text, required_text, text_list
+from dcar_core.data.entries import Entry, RowLimit, caption_texts, label_text, read_text, required_text, text_list
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import has_image_suffix
 from dcar_core.util.errors import DataError
@@ -25,7 +25,7 @@ _VIDEO = re.compile(r"^v_(\w+)_g\d+_c\d+$")  # UCF101's frames
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that still knows the keys that occurred twice."""
+    """A JSON object that keeps repeated keys in `pairs`."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -33,10 +33,10 @@ class _Object(dict[str, Any]):
 
 
 def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
-    """The entries of one file; a key that occurs twice gives two.
+    """Yield the entries of one file; a repeated key gives two. A bad entry is skipped and reported.
 
     Raises:
-        DataError: not JSON, another shape, or an entry without caption or name; names the file and the entry.
+        DataError: not JSON, another shape, or too many bad entries.
     """
     try:
         content = parse_json(read_text(file), _Object)
@@ -45,13 +45,21 @@ def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
     if not isinstance(content, _Object):
         raise DataError(f"{file} must hold an object, key -> entry, not a {type(content).__name__}")
     report.add("keys that occur twice, both entries kept", len(content.pairs) - len(content))
-    for key, entry in content.pairs:
-        if not isinstance(entry, dict):
-            raise DataError(f"{file}, entry {key!r}: must be an object, not a {type(entry).__name__}")
-        yield _entry(file, key, entry)
+    limit = RowLimit(file, report)
+    for key, value in content.pairs:
+        limit.rows += 1
+        try:
+            if not isinstance(value, dict):
+                raise DataError(f"{file}, entry {key!r}: must be an object, not a {type(value).__name__}")
+            entry = _make_entry(file, key, value)
+        except DataError as error:
+            limit.skip(error)
+            continue
+        yield entry
+    limit.finish()
 
 
-def _entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
+def _make_entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
     where, notes = f"{file}, entry {key!r}", []
     path = str(entry.get("file_path") or "").replace("\\", "/")
     if _PLACEHOLDER.match(path):
@@ -82,7 +90,10 @@ def _entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
 
 
 def category_of_key(key: str) -> str:
-    """ "great_pyrenees_43" -> "great pyrenees", "707-320_1514522" -> "707-320", "1514522" -> ""."""
+    """Return the category that a key states.
+
+    "great_pyrenees_43" -> "great pyrenees", "707-320_1514522" -> "707-320", "1514522" -> "".
+    """
     stem = PurePosixPath(key).stem if has_image_suffix(key) else key
     video = _VIDEO.match(stem)
     if video:

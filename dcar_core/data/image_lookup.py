@@ -1,8 +1,9 @@
-"""Where an entry's picture is, and whether it can be read.
+"""Lookup of an entry's image, and the check whether it can be decoded.
 
-A name is tried as it is, with a picture's suffix, then by the last parts of its path, the longest first (so that
-/elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg), then as the only file of that name below the image root:
-but not where the annotations have several pictures of that name, or the folder that they name is there without it.
+- A name is tried as it is, with image suffixes, then by the last parts of its path, the longest first, so that
+  /elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg.
+- The last attempt is the only file of that name below the image root. It is skipped if several annotated images share
+  the name, or if the annotated folder exists without the image.
 """
 
 import unicodedata
@@ -21,7 +22,7 @@ _THREADS = 8
 
 
 class ImageFinder:
-    """Names of annotations to names below an image root. shared: file names that several pictures have."""
+    """Finds annotated names below an image root. shared: file names of several images."""
 
     def __init__(self, root: ImageRoot, shared: Set[str] = frozenset()) -> None:
         self.root = root
@@ -30,10 +31,10 @@ class ImageFinder:
         self._by_base: dict[str, list[str]] | None = None
 
     def find(self, image: str, path: str = "") -> str | None:
-        """The name that `root.read` takes, or None: no such picture, or several in different folders."""
+        """Return the name for `root.read`, or None if there is no such image, or several in different folders."""
         for candidate in _candidates(image, path):
             if candidate in self._shared and candidate != (path or image):
-                continue  # without its folder it may be any of them
+                continue  # ambiguous without its folder
             for form in unicode_forms(candidate):
                 if form in self.root:
                     return form
@@ -44,26 +45,26 @@ class ImageFinder:
                 self._by_base.setdefault(base.name, []).append(name)
                 self._by_base.setdefault(base.stem, []).append(name)
                 self._folders.add(base.parent.name)
-        wanted = PurePosixPath(path or image)
-        if wanted.name in self._shared or (wanted.parent.name and wanted.parent.name in self._folders):
+        annotated = PurePosixPath(path or image)
+        if annotated.name in self._shared or (annotated.parent.name and annotated.parent.name in self._folders):
             return None
-        found = self._by_base.get(PurePosixPath(image).name, [])
-        return found[0] if len(found) == 1 else None
+        matches = self._by_base.get(PurePosixPath(image).name, [])
+        return matches[0] if len(matches) == 1 else None
 
 
 def find_shared_names(entries: Iterable[Entry]) -> frozenset[str]:
-    """File names that pictures in different folders have; a/b.jpg and b.jpg may be one picture."""
+    """Return file names that occur in different folders; a/b.jpg and b.jpg may be one image."""
     places = defaultdict[str, set[tuple[str, ...]]](set)
     for entry in entries:
         parts = PurePosixPath(entry.path or entry.image).parts
         places[parts[-1] if parts else ""].add(parts)
     return frozenset(
-        name for name, known in places.items() if any(max(known, key=len)[-len(each) :] != each for each in known)
+        name for name, paths in places.items() if any(max(paths, key=len)[-len(path) :] != path for path in paths)
     )
 
 
 def unicode_forms(name: str) -> Iterable[str]:
-    """The name as it is, and in the Unicode forms in which other systems write it."""
+    """Return the name and its Unicode forms on other systems."""
     if name.isascii():
         return (name,)
     return dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
@@ -73,8 +74,8 @@ def _candidates(image: str, path: str) -> Iterator[str]:
     if image and not image.startswith("/"):
         yield image
     if not has_image_suffix(image):
-        given = PurePosixPath(path).suffix
-        yield from (image + suffix for suffix in dict.fromkeys((given, *_SUFFIXES)) if suffix)
+        suffix_of_path = PurePosixPath(path).suffix
+        yield from (image + suffix for suffix in dict.fromkeys((suffix_of_path, *_SUFFIXES)) if suffix)
     path = path or image
     parts = PurePosixPath(path).parts
     if path in {"", "."}:
@@ -87,19 +88,21 @@ def _candidates(image: str, path: str) -> Iterator[str]:
 def locate_images(
     entries: Iterable[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str] = frozenset()
 ) -> Iterator[tuple[Entry, str | None]]:
-    """Each entry with its picture's name below the root, or None."""
+    """Yield each entry with the name of its image below the root, or None."""
     finder = ImageFinder(root, shared)
     for entry in entries:
         name = finder.find(entry.image, entry.path)
         if name is not None and name != entry.image:
             change = f"{entry.image} as {name}"
-            report.add("pictures found under a name that differs from the annotated one", names=[change])
+            report.add("images found under a name that differs from the annotated one", names=[change])
         yield entry, name
 
 
 def name_without_lookup(entry: Entry, shared: Set[str] = frozenset()) -> str:
-    """The picture's name when no picture is looked for: with the suffix of its path, if it lacks one; its whole path
-    where others have its name."""
+    """Return the name of an image that is not looked up.
+
+    It has the suffix of its path if it lacks one, and is the whole path if others share the name.
+    """
     suffix = PurePosixPath(entry.path).suffix
     if PurePosixPath(entry.path).name in shared:
         return entry.path
@@ -109,7 +112,7 @@ def name_without_lookup(entry: Entry, shared: Set[str] = frozenset()) -> str:
 
 
 def find_unreadable(names: Sequence[str], root: ImageRoot) -> dict[str, str]:
-    """Decode every picture once; those that cannot be read, with the reason."""
+    """Decode every image once and return name -> reason of those that cannot be read."""
 
     def reason(name: str) -> str | None:
         try:

@@ -1,10 +1,10 @@
-"""Which file holds which split, and one split as a Dataset.
+"""Splits of a data set: which files hold them, and one split as a `Dataset`.
 
 - A directory has one file for each split: `train.json` (or cars_train.json), `train.jsonl`, .csv, .parquet, `train.tar`
   or `train-*.tar`; or one table `pairs.jsonl`, `.csv` or `.parquet`. Without any, a gallery's own files are read: its
   `metadata` table, otherwise its tars. A single file may be given instead of a directory.
-- A row names its split in a column, a file in its name; otherwise a hash of the image's name decides.
-- Data with a train split but no validation split gives a tenth of its training images to validation.
+- A column or the file's name states the split; otherwise a hash of the image's name decides.
+- Data with a train split but no val gives a tenth of its training images to validation.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError
 
 ImagePolicy = Literal["require", "present", "skip", "ignore"]
-MISSING_IMAGES = "pictures missing, left out"
+MISSING_IMAGES = "images missing, left out"
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _NAMES = {split: (split, *(alias for alias, meant in _ALIASES.items() if meant == split)) for split in SPLITS}
 _IN_NAME = re.compile(rf"(?:^|[_\-.])({'|'.join([*SPLITS, *_ALIASES])})(?:$|[_\-.]\d+$)", re.IGNORECASE)
@@ -38,17 +38,17 @@ _FORMS = (
     "train.json (FDRD's form), train.jsonl, .csv, .parquet or .tar, pairs.jsonl, .csv or .parquet with a split column, "
     "or a gallery's metadata file or tars"
 )
-_SHARES = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # up to here
+_UPPER_BOUNDS = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # of a hash in [0, 1)
 
 
 class Annotations:
-    """A data set's files, each read once and not before something is asked of it."""
+    """The annotation files of a data set, each read once, when it is needed."""
 
     def __init__(self, path: Path, image_root: Path | None = None) -> None:
         """
         Args:
             path: the directory that holds the annotations, or one annotation file.
-            image_root: the image root, when it is not `path` (or the file's folder).
+            image_root: the image root, if it is not `path` (or the file's folder).
 
         Raises:
             DataError: there is no such path.
@@ -56,25 +56,25 @@ class Annotations:
         if not path.exists():
             raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
         self.path, self._image_root = path, image_root
-        self._known: dict[Path, tuple[list[Entry], CleaningReport]] = {}
+        self._read_files: dict[Path, tuple[list[Entry], CleaningReport]] = {}
 
     def splits(self) -> list[str]:
-        """Those that the data set has, of train, val and test; a val that is held out from training counts.
+        """Return the splits that the data set has; a val split held out from training counts.
 
         Raises:
-            DataError: there are none, or annotations cannot be read.
+            DataError: there are none, or the annotations cannot be read.
         """
-        found = {split: entries for split in SPLITS if (entries := self._of(split))}
+        found = {split: entries for split in SPLITS if (entries := self._entries_of(split))}
         has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
         if not found:
-            needed = "" if any(map(self._files, SPLITS)) else f": {self._needed()}"
+            needed = "" if any(map(self._files, SPLITS)) else f": {self._needed_files()}"
             raise DataError(f"{self.path} has no pairs for {', '.join(SPLITS)}{needed}")
         return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
     def load(self, split: str, image_policy: ImagePolicy = "require") -> tuple[Dataset, CleaningReport]:
-        """See `load_split`."""
+        """Return one split and its report; see `load_split`."""
         report = CleaningReport()
-        entries = self._chosen(split, report)
+        entries = self._select(split, report)
         for note in (note for entry in entries for note in entry.notes):
             report.add(note)
         if image_policy == "ignore":
@@ -85,32 +85,35 @@ class Annotations:
             )
             if missing and image_policy == "require":
                 raise DataError(
-                    f"{split}: {len(missing):,} of {len(entries):,} pictures are not in {self._root.path}: "
+                    f"{split}: {len(missing):,} of {len(entries):,} images are not in {self._root.path}: "
                     f"{shorten(missing)}. Point --images to the folder or tar that holds them, or leave them out with "
                     f"--skip-broken"
                 )
             report.add(MISSING_IMAGES, names=missing)
-            report.add("pictures broken, left out", names=broken)
+            report.add("images broken, left out", names=broken)
         samples = list(clean_entries(found, report))
         if not samples:
             raise DataError(f"{self.path} has no {split} pairs that can be used:\n{report}")
         return Dataset(split, samples, self._root), report
 
     def unusable_images(self, split: str) -> tuple[list[str], list[str], CleaningReport]:
-        """Decode a split's pictures: the names of the missing ones, "name (reason)" of the broken ones, and how others
-        were found."""
+        """Decode the images of a split.
+
+        Returns:
+            the names of missing images, "name (reason)" of broken ones, and a report of how others were found.
+        """
         report = CleaningReport()
-        entries = self._chosen(split, CleaningReport())
+        entries = self._select(split, CleaningReport())
         _, missing, broken = _with_images(entries, self._root, report, self._shared, decode=True)
         return missing, broken, report
 
     @cached_property
     def _shared(self) -> frozenset[str]:
-        """See `shared_names`, of all splits: a picture that is missing in one is not taken from another."""
+        """Shared file names of all splits, so that a missing image of one is not taken from another."""
         entries = list[Entry]()
         for split in SPLITS:
-            with contextlib.suppress(DataError):  # whoever asks for that split will hear
-                entries += self._of(split)
+            with contextlib.suppress(DataError):  # raised again when that split is loaded
+                entries += self._entries_of(split)
         return find_shared_names(entries)
 
     @cached_property
@@ -118,28 +121,28 @@ class Annotations:
         beside = self.path if self.path.is_dir() or self.path.suffix.lower() == ".tar" else self.path.parent
         return ImageRoot(self._image_root or beside)
 
-    def _chosen(self, split: str, report: CleaningReport) -> list[Entry]:
-        """The split's entries; of data with a train split but no val, a tenth of the training pictures are val."""
-        divided = split in {"train", "val"} and not self._of("val")
+    def _select(self, split: str, report: CleaningReport) -> list[Entry]:
+        """Return the entries of a split; without a val split, a tenth of the training images are val."""
+        divided = split in {"train", "val"} and not self._entries_of("val")
         source = "train" if divided else split
-        own = self._of(source, report)
+        own = self._entries_of(source, report)
         if divided:
-            whole, own = len(own), [entry for entry in own if _is_held_out(entry) == (split == "val")]
+            count, own = len(own), [entry for entry in own if _is_held_out(entry) == (split == "val")]
             if split == "train":
-                report.add("pairs held out for validation, as the data has no val split", whole - len(own))
+                report.add("pairs held out for validation, as the data has no val split", count - len(own))
             else:
                 report.add("pairs taken from the training split, as the data has no val split", len(own))
         if not own and not self._files(source):
             there = [name for name in SPLITS if self._files(name)]
-            has = f"it has {', '.join(there)} alone" if there else self._needed()
+            has = f"it has {', '.join(there)} alone" if there else self._needed_files()
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
             others = ", ".join(name for name in self.splits() if name != split)
-            hint = "Where a hash cuts them, few pictures can leave a split empty: give each row one"
+            hint = "Where a hash cuts them, few images can leave a split empty: give each row one"
             raise DataError(f"{self.path} has no {split} pairs; it has {others}. {hint}")
         return own
 
-    def _needed(self) -> str:
+    def _needed_files(self) -> str:
         packed = [file.name for pattern in ("*.tar.*", "*.tgz") for file in self.path.glob(pattern)]
         return f"it needs {_FORMS}" + (f"; unpack {shorten(packed)} first" if packed else "")
 
@@ -148,35 +151,35 @@ class Annotations:
         files = {name: annotation_files(self.path, name) for name in SPLITS}
         return files.get(split, []) if any(files.values()) else _gallery_files(self.path)
 
-    def _of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
-        """The entries that say they are of a split; none where there is no file for it."""
+    def _entries_of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
+        """Return the entries of a split; none if no file holds it."""
         found = list[Entry]()
         for file in self._files(split):
-            if file not in self._known:
-                noted = CleaningReport()
-                self._known[file] = list(_with_splits(file, list(_read(file, noted)), noted)), noted
-            entries, noted = self._known[file]
+            if file not in self._read_files:
+                file_report = CleaningReport()
+                entries = list(_with_splits(file, list(_read(file, file_report)), file_report))
+                self._read_files[file] = entries, file_report
+            entries, file_report = self._read_files[file]
             found += (entry for entry in entries if entry.split == split)
             if report is not None:
-                report.merge(noted)
+                report.merge(file_report)
         return found
 
 
 def load_split(
     path: Path, split: str, *, image_root: Path | None = None, image_policy: ImagePolicy = "require"
 ) -> tuple[Dataset, CleaningReport]:
-    """Read one split of a data set.
+    """Return one split of a data set and the report of its cleaning.
 
     Args:
         path: the directory that holds the annotations, or one annotation file.
         split: train, val or test.
-        image_root: the image root, when it is not `path` (or the file's folder).
+        image_root: the image root, if it is not `path` (or the file's folder).
         image_policy: "require" every image to be there; "present" leaves out missing images and reports their names;
             "skip" also leaves out images that cannot be decoded; "ignore" reads the annotations alone.
 
     Raises:
-        DataError: no annotations, none for this split, a field that is missing, or missing pictures; names the file
-            and the entry.
+        DataError: no annotations, none for this split, too many bad rows, or missing images.
     """
     return Annotations(path, image_root).load(split, image_policy)
 
@@ -188,7 +191,7 @@ def load_splits(
     image_root: Path | None = None,
     image_policy: ImagePolicy = "require",
 ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
-    """Several splits with their reports, as `load_split` reads each; None: all that there are."""
+    """Return several splits, None for all, and their reports; see `load_split`."""
     annotations = Annotations(path, image_root)
     read = {split: annotations.load(split, image_policy) for split in splits or annotations.splits()}
     datasets = {split: data for split, (data, _) in read.items()}
@@ -198,15 +201,15 @@ def load_splits(
 
 
 def note_overlaps(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport]) -> None:
-    """Report pictures that an earlier split has too: what is measured on them is no measure of new pictures."""
+    """Report images that an earlier split has too: results on them do not carry over to new images."""
     for earlier, later in combinations(splits, 2):
         known = {sample.image for sample in splits[earlier].samples}
         both = dict.fromkeys(sample.image for sample in splits[later].samples if sample.image in known)
-        reports[later].add(f"pictures that {earlier} has too, which makes {later} no measure", names=list(both))
+        reports[later].add(f"images that {earlier} has too, so {later} measures nothing new", names=list(both))
 
 
 def splits_of(path: Path) -> list[str]:
-    """See `Annotations.splits`."""
+    """Return the splits that a data set has; see `Annotations.splits`."""
     return Annotations(path).splits()
 
 
@@ -217,7 +220,7 @@ def _is_held_out(entry: Entry) -> bool:
 def _with_images(
     entries: Sequence[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str], *, decode: bool
 ) -> tuple[list[Entry], list[str], list[str]]:
-    """Entries whose picture is there (and can be decoded), missing names, broken names with the reason."""
+    """Return entries with a usable image, names of missing images, and "name (reason)" of broken ones."""
     found, missing = [], []
     for entry, name in locate_images(entries, root, report, shared):
         if name is None:
@@ -225,15 +228,15 @@ def _with_images(
         else:
             found.append(replace(entry, image=name))
     broken = find_unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
-    whole = [entry for entry in found if entry.image not in broken]
-    return whole, list(dict.fromkeys(missing)), [f"{name} ({why})" for name, why in broken.items()]
+    usable = [entry for entry in found if entry.image not in broken]
+    return usable, list(dict.fromkeys(missing)), [f"{name} ({why})" for name, why in broken.items()]
 
 
 def annotation_files(path: Path, split: str) -> list[Path]:
-    """Those that may hold a split, of a directory or a single file."""
+    """Return the files of a directory, or the single file, that may hold a split."""
     if path.is_file():
         return [path]
-    named_so = list[Path]()
+    named = list[Path]()
     for name in _NAMES[split]:
         for suffix in (".json", *_TABLES):
             if (path / f"{name}{suffix}").is_file():
@@ -241,12 +244,10 @@ def annotation_files(path: Path, split: str) -> list[Path]:
         shards = sorted(p for p in path.glob("*.tar") if re.fullmatch(rf"{name}([_\-.]\d+)?", p.stem))
         if shards:
             return shards
-        named_so += sorted(path.glob(f"*_{name}.json"))
-    if len(named_so) > 1:
-        raise DataError(
-            f"{path} has several files for {split} ({shorten([p.name for p in named_so])}); name one of them"
-        )
-    return named_so or _tables(path, "pairs")[:1]
+        named += sorted(path.glob(f"*_{name}.json"))
+    if len(named) > 1:
+        raise DataError(f"{path} has several files for {split} ({shorten([p.name for p in named])}); name one of them")
+    return named or _tables(path, "pairs")[:1]
 
 
 def _gallery_files(path: Path) -> list[Path]:
@@ -263,22 +264,22 @@ def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
     if suffix == ".json":
         return read_fdrd(file, report)
     if suffix in _TABLES:
-        return read_table(file)
+        return read_table(file, report)
     if suffix == ".tar":
         return read_tar(file, report)
     raise DataError(f"{file}: annotations are read from .json, .jsonl, .csv, .parquet and .tar files")
 
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:
-    """Each entry with its split: of the file's name, of its own column, or by a hash."""
-    entries = _to_cut(entries)
+    """Yield each entry with its split: from the file's name, from its column, or by a hash."""
+    entries = _set_cut_by(entries)
     in_name = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
     if in_name:
         split = _split_named(in_name[1])
         other = [entry for entry in entries if entry.split and _split_named(entry.split) != split]
         if other:
             raise DataError(
-                f"{file}: {len(other):,} rows say that they are of another split, such as {other[0].image!r} "
+                f"{file}: {len(other):,} rows state another split, such as {other[0].image!r} "
                 f"({other[0].split}); call the file pairs{file.suffix} for the column to decide, or leave it out"
             )
         yield from (replace(entry, split=split) for entry in entries)
@@ -289,7 +290,7 @@ def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> It
             f"{file}: {said.count(False):,} rows have no split, such as {entries[said.index(False)].image!r}"
         )
     if not any(said):
-        note = f"entries of {file.name}, which names no splits, cut by a hash of the picture's name (80/10/10)"
+        note = f"entries of {file.name}, which names no splits, cut by a hash of the image's name (80/10/10)"
         yield from (replace(e, split=_hashed(e.cut_by), notes=(*e.notes, note)) for e in entries)
         return
     for entry in entries:
@@ -303,8 +304,8 @@ def _split_named(name: str) -> str:
     return _ALIASES.get(name.lower(), name.lower())
 
 
-def _to_cut(entries: list[Entry]) -> list[Entry]:
-    """With what a hash decides by: the picture's name, without the folder that all absolute ones have in common."""
+def _set_cut_by(entries: list[Entry]) -> list[Entry]:
+    """Set `cut_by`: the image's name, without the folder that all absolute names have in common."""
     absolute = [entry.image for entry in entries if entry.image.startswith("/")]
     common = os.path.commonpath([PurePosixPath(image).parent for image in absolute]) if absolute else "/"
     return [replace(entry, cut_by=_below(entry.image, common)) for entry in entries]
@@ -316,4 +317,4 @@ def _below(image: str, folder: str) -> str:
 
 def _hashed(image: str) -> str:
     share = int.from_bytes(hashlib.sha256(image.encode()).digest()[:4]) / 2**32
-    return next(split for split, up_to in _SHARES if share < up_to)
+    return next(split for split, bound in _UPPER_BOUNDS if share < bound)

@@ -1,4 +1,4 @@
-"""What was not as it should be: nothing is repaired, left out or made up in silence."""
+"""The report of a data set's cleaning: every repair and every omission is counted."""
 
 import json
 from collections import Counter
@@ -12,42 +12,43 @@ SHOWN = 5
 
 @dataclass
 class CleaningReport:
-    """Counts by a phrase that says what was found and what was done about it; names where a user will want them."""
+    """Counts of cases by a phrase that states the finding and its treatment, with names of the affected items."""
 
     counts: Counter[str] = field(default_factory=Counter)
     names: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, what: str, number: int = 1, *, names: Sequence[str] | None = None) -> None:
-        """Count `number` cases, or one for each name: none where the names are empty."""
+    def add(self, phrase: str, number: int = 1, *, names: Sequence[str] | None = None) -> None:
+        """Count `number` cases, or one per name; empty names count nothing."""
         if names is not None:
             number = len(names)
         if number:
-            self.counts[what] += number
+            self.counts[phrase] += number
         if names:
-            self.names.setdefault(what, []).extend(names)
+            self.names.setdefault(phrase, []).extend(names)
 
     def merge(self, other: "CleaningReport") -> None:
-        """Count what another counted as well."""
+        """Add the counts of another report."""
         self.counts.update(other.counts)
-        for what, names in other.names.items():
-            self.names.setdefault(what, []).extend(names)
+        for phrase, names in other.names.items():
+            self.names.setdefault(phrase, []).extend(names)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"counts": {phrase: number}, "names": {phrase: [every name]}}, for a JSON file."""
+        """Return {"counts": {phrase: number}, "names": {phrase: [every name]}} for a JSON file."""
         return {"counts": dict(self.counts.most_common()), "names": self.names}
 
     def __str__(self) -> str:
         if not self.counts:
             return "nothing to repair"
-        return "\n".join(f"{number:7,} {what}{self._examples(what)}" for what, number in self.counts.most_common())
+        lines = (f"{number:7,} {phrase}{self._examples(phrase)}" for phrase, number in self.counts.most_common())
+        return "\n".join(lines)
 
-    def _examples(self, what: str) -> str:
-        names = self.names.get(what, [])
+    def _examples(self, phrase: str) -> str:
+        names = self.names.get(phrase, [])
         return f": {shorten(names)}" if names else ""
 
 
 def shorten(names: Sequence[str], shown: int = SHOWN) -> str:
-    """ "a, b, c and 4 more" """
+    """Return the first names and the number of the others: "a, b, c and 4 more"."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest:,} more" if rest > 0 else "")
 
@@ -56,7 +57,7 @@ REPORT_FILE = "cleaning.json"
 
 
 def describe_reports(sizes: Mapping[str, Sized], reports: Mapping[str, CleaningReport]) -> str:
-    """A line for each split, and below it what was found there."""
+    """Return a line for each split, followed by its report."""
     return "\n".join(f"{split}: {len(sizes[split]):,} pairs\n{report}" for split, report in reports.items())
 
 

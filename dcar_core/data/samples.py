@@ -11,12 +11,12 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image-caption pair; a picture with several captions has several samples. "" is what is not known.
+    """One image-caption pair; an image with several captions has several samples. Unknown texts are "".
 
-    image: the picture's name below the image root.
-    negative_categories: the category that each negative speaks of, "" where it is not known, or empty for all.
-    meta_category: the group of similar categories, where the data say so.
-    attributes: short texts that are true of the picture: a caption that reads like one is no negative of it.
+    image: the image's name below the image root.
+    negative_categories: the category of each negative, "" if unknown; empty if all are unknown.
+    meta_category: the group of similar categories, if the data state one.
+    attributes: short texts that are true of the image; a caption equal to one is not used as its negative.
     """
 
     image: str
@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The pairs of one split and where their pictures are."""
+    """The pairs of one split and the root of their images."""
 
     split: str
     samples: list[Sample]
@@ -41,11 +41,11 @@ class Dataset:
 
     @cached_property
     def images(self) -> list[str]:
-        """Every picture once, in the order of the pairs."""
+        """Every image once, in the order of the pairs."""
         return list(dict.fromkeys(sample.image for sample in self.samples))
 
     def read(self, image: str) -> bytes:
-        """A picture's bytes.
+        """Return the bytes of an image.
 
         Raises:
             DataError: it is missing; the message names it.

@@ -1,4 +1,4 @@
-"""Samples as a table that the readers take."""
+"""Writing of data sets as JSONL tables that the readers accept."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,15 +9,15 @@ from dcar_core.util.errors import DataError
 
 
 def write_splits(splits: Mapping[str, Dataset], directory: Path) -> list[Path]:
-    """Write a JSONL file for each split; picture names stay relative to the image root.
+    """Write a JSONL file for each split and return the files; image names stay relative to the image root.
 
     Raises:
-        DataError: the directory already holds annotations, which would be mixed up with these.
+        DataError: the directory already holds annotations.
     """
-    for pattern in ("*.json", "*.jsonl", "*.csv", "*.tar"):
-        there = sorted(directory.glob(pattern))
-        if there:
-            raise DataError(f"{directory} holds {there[0].name} already; give --out an empty or a new directory")
+    for pattern in ("*.json", "*.jsonl", "*.csv", "*.parquet", "*.tar"):
+        existing = sorted(directory.glob(pattern))
+        if existing:
+            raise DataError(f"{directory} already holds {existing[0].name}; give --out an empty or a new directory")
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for name, data in splits.items():

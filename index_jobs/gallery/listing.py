@@ -1,23 +1,26 @@
-"""The pictures of a folder, a tar or a list: their names, where their bytes lie, and what is said about them.
+"""Listing of a gallery: the images of a folder, a tar or a list, with their locations and metadata.
 
-- A folder is searched recursively, hidden files left out, and sorted by name; a list keeps its own order.
-- Nothing is unpacked: a tar's member is the tar's name, an offset and a size.
-- A row of a list is not looked up at its store, which would take as long as reading it: a URL stands for its content.
+- A folder is searched recursively, without hidden files, and sorted by name; a list keeps its own order.
+- Nothing is unpacked: a tar member is the tar's name, an offset and a size.
+- Rows of a list are not looked up at their store, which would take as long as reading them: a URL stands for its
+  content.
+- Files of image kinds that are not read are counted and reported, never skipped in silence.
 """
 
 import errno
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dcar_core.data.image_lookup import unicode_forms
-from dcar_core.images import IMAGE_SUFFIXES, index_tar
+from dcar_core.data.records import IMAGE_COLUMNS, Record
+from dcar_core.images import IMAGE_SUFFIXES, has_image_suffix, index_tar
 from dcar_core.util.errors import DataError
-from index_jobs.gallery.metadata import BESIDE, Metadata, read_sidecars
-from index_jobs.gallery.records import PATH_COLUMNS, Fields, read_records
+from index_jobs.gallery.metadata import METADATA_FILES, GalleryMetadata, read_gallery_records, read_sidecars
 from index_jobs.gallery.storage import (
     WHOLE_FILE,
     file_suffix,
@@ -31,19 +34,37 @@ from index_jobs.gallery.storage import (
 
 logger = logging.getLogger(__name__)
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+PATH_COLUMNS = (*IMAGE_COLUMNS, "url")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_SKIPPED_KINDS = {
+    **dict.fromkeys((".heic", ".heif"), "HEIC"),
+    **dict.fromkeys((".svg", ".svgz"), "SVG"),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), "RAW"),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), "video"),
+    **dict.fromkeys((".psd", ".jp2", ".jxl", ".ico"), "other image"),
+}
+_HINTS = {
+    "HEIC": "pip install 'dcar[heic]'",
+    "SVG": "convert them to PNG",
+    "RAW": "convert them to JPEG",
+    "video": "extract frames as images",
+    "other image": "convert them to JPEG or PNG",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class GalleryImage:
-    """`version` changes when the file does: its time of change in ns, or a hash of what its store says; 0 unknown."""
+    """An image of a gallery.
+
+    version: changes when the file does: its time of change in ns, or a hash of its store's information; 0 if unknown.
+    """
 
     name: str
     location: str
     offset: int
     size: int
     version: int
-    fields: Fields = field(default_factory=dict)
+    fields: Record = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +75,28 @@ class _File:
 
 
 def list_folder(root: str) -> Iterator[GalleryImage]:
-    """Every picture below a folder, and in the tars below it, by name."""
-    files = list(_remote_files(root) if is_url(root) else _local_files(root))
-    metadata = Metadata.beside(root, (file.name for file in files))
+    """Return the images of a folder, and of the tars in it, sorted by name."""
+    skipped = Counter[str]()
+    files = list(_remote_files(root, skipped) if is_url(root) else _local_files(root, skipped))
+    metadata = GalleryMetadata.of_folder(root, (file.name for file in files))
     if metadata is None and not is_url(root):
-        metadata = Metadata.annotated(root)
-    pictures: list[GalleryImage] = []
+        metadata = GalleryMetadata.from_annotations(root)
+    images: list[GalleryImage] = []
     for file in files:
-        suffix = file_suffix(file.name)
-        if suffix == ".tar":
-            pictures += _members(root, file, metadata)
-        elif suffix in IMAGE_SUFFIXES:
-            fields = metadata.of(file.name) if metadata else {}
-            pictures.append(GalleryImage(file.name, file.name, WHOLE_FILE, file.size, file.version, fields))
-    if metadata and pictures:
-        metadata.report()
-    return _sorted(pictures)
+        if file_suffix(file.name) == ".tar":
+            images += _tar_images(root, file, metadata)
+        elif has_image_suffix(file.name):
+            fields = metadata.find(file.name) if metadata else {}
+            images.append(GalleryImage(file.name, file.name, WHOLE_FILE, file.size, file.version, fields))
+    if metadata and images:
+        metadata.report_unused()
+    for kind, count in skipped.most_common():
+        logger.warning("%d %s files are skipped: %s", count, kind, _HINTS[kind])
+    return _sorted_by_name(images)
 
 
 def list_tar(place: str) -> Iterator[GalleryImage]:
-    """The pictures of one tar, by name."""
+    """Return the images of one tar, sorted by name."""
     root = parent_folder(place)
     if is_url(place):
         fs, path = file_system(place)
@@ -83,133 +106,141 @@ def list_tar(place: str) -> Iterator[GalleryImage]:
         stat = Path(place).stat()
         size, version = stat.st_size, stat.st_mtime_ns
     name = place.partition("::")[0].rpartition("/")[2] if is_url(place) else Path(place).name
-    return _sorted(_members(root, _File(name, size, version), None))
+    return _sorted_by_name(_tar_images(root, _File(name, size, version), None))
 
 
 def list_rows(place: str) -> Iterator[GalleryImage]:
-    """The pictures of a list, in its order.
+    """Yield the images of a list, in its order.
 
     Raises:
-        DataError: there is no column of pictures, no row, or one that names no picture; names the row.
+        DataError: no column of images, no row, or a row without an image. The message names the row.
     """
     root, column, line, protocols = parent_folder(place), "", 0, set[str]()
-    for line, record in read_records(place):
-        column = column or next((c for c in PATH_COLUMNS if c in record), "")
+    for line, record in read_gallery_records(place):
+        column = column or next((name for name in PATH_COLUMNS if name in record), "")
         if not column:
-            have = ", ".join(record) or "none"
+            columns = ", ".join(record) or "none"
             raise DataError(
-                f"{place} has no column {' or '.join(PATH_COLUMNS)} with the pictures' paths; it has {have}"
+                f"{place} has no column {' or '.join(PATH_COLUMNS)} with the images' paths; it has {columns}"
             )
-        given = record.get(column)
-        if isinstance(given, dict | bytes):
+        value = record.get(column)
+        if isinstance(value, dict | bytes):
             raise DataError(
-                f"{place}, row {line}: {column} holds the picture itself; write the pictures to files, or into a "
-                f"webdataset tar, and index that"
+                f"{place}, row {line}: {column} holds the image itself; write the images to files or into a webdataset "
+                f"tar, and index that"
             )
-        if not isinstance(given, str) or not given.strip():
-            raise DataError(f"{place}, row {line}: {column} is empty or no text")
-        location = _inside(place, line, given)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{place}, row {line}: {column} is empty or not text")
+        location = _row_location(place, line, value)
         size = version = 0
-        full = join_location(root, location)
-        if not is_url(full):
-            location = _as_written(root, location)
-            full = join_location(root, location)
+        path = join_location(root, location)
+        if not is_url(path):
+            location = _existing_form(root, location)
             try:
-                stat = os.stat(full)  # noqa: PTH116
+                stat = os.stat(join_location(root, location))  # noqa: PTH116
                 size, version = stat.st_size, stat.st_mtime_ns
             except (OSError, ValueError):
-                pass  # reported with the pictures that cannot be read
-        elif (protocol := full.partition(":")[0]) not in protocols:
-            file_system(full)  # a protocol that cannot be read is an error now, not after hours
+                pass  # reported with the images that cannot be read
+        elif (protocol := path.partition(":")[0]) not in protocols:
+            file_system(path)  # an unknown protocol is an error now, not after hours
             protocols.add(protocol)
-        yield GalleryImage(location, location, WHOLE_FILE, size, version, record | {"file_name": given})
+        yield GalleryImage(location, location, WHOLE_FILE, size, version, record | {"file_name": value})
     if not line:
         raise DataError(f"the list {place} has no rows")
 
 
-def _local_files(root: str) -> Iterator[_File]:
+def _local_files(root: str, skipped: Counter[str]) -> Iterator[_File]:
     def fail(error: OSError) -> None:
         raise error
 
-    linked = list[str]()
+    linked_folders = list[str]()
     for directory, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        linked += [path for path in (f"{directory}/{f}" for f in folders) if os.path.islink(path)]  # noqa: PTH114
-        below = os.path.relpath(directory, root).replace(os.sep, "/")
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        paths = (f"{directory}/{folder}" for folder in folders)
+        linked_folders += [path for path in paths if os.path.islink(path)]  # noqa: PTH114
+        relative_folder = os.path.relpath(directory, root).replace(os.sep, "/")
         for name in names:
-            relative = name if below == "." else f"{below}/{name}"
-            if not _wanted(root, relative):
+            relative = name if relative_folder == "." else f"{relative_folder}/{name}"
+            if not _is_read(root, relative, skipped):
                 continue
             try:
-                stat = os.stat(os.path.join(directory, name))  # noqa: PTH116, PTH118  a Path for each of millions is slow
+                stat = os.stat(os.path.join(directory, name))  # noqa: PTH116, PTH118  called for millions
                 yield _File(relative, stat.st_size, stat.st_mtime_ns)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     raise
-                yield _File(relative, 0, 0)  # a link to nothing is a picture that cannot be read
-    if linked:
-        logger.warning("%d links to folders are not followed, such as %s", len(linked), linked[0])
+                yield _File(relative, 0, 0)  # a broken link counts as an unreadable image
+    if linked_folders:
+        logger.warning("%d links to folders are not followed, such as %s", len(linked_folders), linked_folders[0])
 
 
-def _remote_files(root: str) -> Iterator[_File]:
+def _remote_files(root: str, skipped: Counter[str]) -> Iterator[_File]:
     fs, path = file_system(root)
     base = path.rstrip("/")
-    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
-    if not found and not fs.exists(path):
+    files: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    if not files and not fs.exists(path):
         raise DataError(f"the gallery {root} does not exist, or its store cannot be reached")
-    for full, info in found.items():
+    for full, info in files.items():
         relative = full.removeprefix(base).lstrip("/")
-        if not any(part.startswith(".") for part in relative.split("/")) and _wanted(root, relative):
+        is_hidden = any(part.startswith(".") for part in relative.split("/"))
+        if not is_hidden and _is_read(root, relative, skipped):
             yield _File(relative, int(info.get("size") or 0), remote_version(info))
 
 
-def _wanted(root: str, name: str) -> bool:
-    if name.lower().endswith(_COMPRESSED):
+def _is_read(root: str, name: str, skipped: Counter[str]) -> bool:
+    """Return whether a file belongs to the gallery; count files of image kinds that are not read."""
+    if name.lower().endswith(_COMPRESSED_TARS):
         raise DataError(f"{join_location(root, name)} is a compressed tar; decompress it first")
-    hidden = name.rpartition("/")[2].startswith(".")
-    return not hidden and (name in BESIDE or file_suffix(name) in IMAGE_SUFFIXES or file_suffix(name) == ".tar")
+    if name.rpartition("/")[2].startswith("."):
+        return False
+    suffix = file_suffix(name)
+    if name in METADATA_FILES or suffix in IMAGE_SUFFIXES or suffix == ".tar":
+        return True
+    if suffix in _SKIPPED_KINDS:
+        skipped[_SKIPPED_KINDS[suffix]] += 1
+    return False
 
 
-def _members(root: str, file: _File, metadata: Metadata | None) -> list[GalleryImage]:
-    """The pictures of a tar, with the members of the same stem (.json, .txt, .cls) as their metadata."""
+def _tar_images(root: str, file: _File, metadata: GalleryMetadata | None) -> list[GalleryImage]:
+    """Return the images of a tar, with the members of the same stem (.json, .txt, .cls) as their metadata."""
     place = join_location(root, file.name)
-    with open_location(place) as opened:
-        members = index_tar(place, opened)
-        beside = read_sidecars(place, opened, members)
-    pictures = []
+    with open_location(place) as tar:
+        members = index_tar(place, tar)
+        sidecars = read_sidecars(place, tar, members)
+    images = []
     for member, span in members.items():
-        inner = PurePosixPath(member)
-        if inner.suffix.lower() not in IMAGE_SUFFIXES or inner.name.startswith("."):
+        path = PurePosixPath(member)
+        if not has_image_suffix(member) or path.name.startswith("."):
             continue
-        full = f"{file.name}/{member}"
-        joined = metadata.of(full, member, inner.name) if metadata else {}
-        fields = {**beside.get(_stem(inner), {}), **joined}
-        pictures.append(GalleryImage(full, file.name, span.offset, span.size, file.version, fields))
-    return pictures
+        name = f"{file.name}/{member}"
+        from_folder = metadata.find(name, member, path.name) if metadata else {}
+        fields = {**sidecars.get(_sample_key(path), {}), **from_folder}
+        images.append(GalleryImage(name, file.name, span.offset, span.size, file.version, fields))
+    return images
 
 
-def _stem(member: PurePosixPath) -> str:
-    """webdataset's key: everything before the first dot of the last part."""
+def _sample_key(member: PurePosixPath) -> str:
+    """Return webdataset's key: everything before the first dot of the last part."""
     return (member.parent / member.name.split(".", 1)[0]).as_posix()
 
 
-def _inside(place: str, line: int, given: str) -> str:
-    """The path of one row: a URL, absolute, or relative to the list's folder and inside it."""
-    if is_url(given) or os.path.isabs(given):  # noqa: PTH117
-        return given
-    location = os.path.normpath(given.replace("\\", "/")).replace(os.sep, "/")
+def _row_location(place: str, line: int, value: str) -> str:
+    """Return the location of a row: a URL, absolute, or relative to the list's folder and inside it."""
+    if is_url(value) or os.path.isabs(value):  # noqa: PTH117
+        return value
+    location = os.path.normpath(value.replace("\\", "/")).replace(os.sep, "/")
     if location == ".." or location.startswith("../"):
-        raise DataError(f"{place}, row {line}: {given} leads out of the list's folder; give an absolute path instead")
+        raise DataError(f"{place}, row {line}: {value} leads out of the list's folder; give an absolute path instead")
     return location
 
 
-def _as_written(root: str, location: str) -> str:
-    """The path in the Unicode form that the file's name has: lists and archives of other systems differ in it."""
+def _existing_form(root: str, location: str) -> str:
+    """Return the location in the Unicode form of the file's name: lists of other systems may use another one."""
     if location.isascii():
         return location
-    there = (form for form in unicode_forms(location) if os.path.exists(join_location(root, form)))  # noqa: PTH110
-    return next(there, location)
+    forms = (form for form in unicode_forms(location) if os.path.exists(join_location(root, form)))  # noqa: PTH110
+    return next(forms, location)
 
 
-def _sorted(pictures: Iterable[GalleryImage]) -> Iterator[GalleryImage]:
-    return iter(sorted(pictures, key=lambda picture: picture.name))
+def _sorted_by_name(images: Iterable[GalleryImage]) -> Iterator[GalleryImage]:
+    return iter(sorted(images, key=lambda image: image.name))

@@ -1,140 +1,157 @@
-"""What is said about pictures: lists, files beside a folder's pictures, members beside a tar's pictures.
+"""Metadata of images: from lists, from files beside a folder's images, and from tar members.
 
 `id`, `caption` (or `captions`) and `category` (or `class_name`) have a meaning, as in annotations for training; every
-other field is kept as it is, as JSON.
+other field is stored as JSON.
 """
 
 import datetime
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from dcar_core.data.entries import SKIPPED_ROWS, BadRowsError
 from dcar_core.data.load import annotation_files, load_splits
+from dcar_core.data.records import Record, read_records
+from dcar_core.data.report import shorten
 from dcar_core.data.samples import SPLITS
-from dcar_core.data.tables import lines_of
+from dcar_core.data.tables import split_lines
 from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
-from index_jobs.gallery.records import Fields, read_records
-from index_jobs.gallery.storage import join_location, parent_folder
+from index_jobs.gallery.storage import join_location, open_location, parent_folder
 
 logger = logging.getLogger(__name__)
 
-BESIDE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-class Metadata:
-    """What is said of pictures, by their names; each of them remembers whether a picture asked for it."""
+def read_gallery_records(place: str) -> Iterator[tuple[int, Record]]:
+    """Yield (number, record) of a list at a path or URL, with typed CSV columns; see `read_records`."""
+    return read_records(place, lambda: open_location(place), infer_types=True)
 
-    def __init__(self, path: str, fields: dict[str, Fields]) -> None:
+
+class GalleryMetadata:
+    """Records by image name, which remember whether an image has used them."""
+
+    def __init__(self, path: str, records: dict[str, Record]) -> None:
         self.path = path
-        self._fields = fields
+        self._records = records
         self._used: set[str] = set()
 
     @classmethod
-    def read(cls, path: str) -> "Metadata":
-        """The rows of a metadata file, by `file_name`.
+    def read(cls, path: str) -> "GalleryMetadata":
+        """Read a metadata file, by `file_name`.
 
         Raises:
             DataError: it cannot be used.
         """
-        fields: dict[str, Fields] = {}
-        rows: dict[str, int] = {}
-        for line, record in read_records(path):
+        records: dict[str, Record] = {}
+        lines: dict[str, int] = {}
+        for line, record in read_gallery_records(path):
             name = record.get("file_name")
             if "file_name" not in record:
                 raise DataError(f"{path}, row {line}: no column file_name; it has {', '.join(record) or 'none'}")
             if not isinstance(name, str) or not name.strip():
-                raise DataError(f"{path}, row {line}: file_name is empty or no text")
+                raise DataError(f"{path}, row {line}: file_name is empty or not text")
             name = name.replace("\\", "/").removeprefix("./")
-            if name in rows:
-                raise DataError(f"{path}: rows {rows[name]} and {line} both describe {name}; keep one")
-            rows[name] = line
-            fields[name] = record
-        return cls(path, fields)
+            if name in lines:
+                raise DataError(f"{path}: rows {lines[name]} and {line} both describe {name}; keep one")
+            lines[name] = line
+            records[name] = record
+        return cls(path, records)
 
     @classmethod
-    def annotated(cls, folder: str) -> "Metadata | None":
-        """What a folder's annotations for training say (`train.json`, `pairs.csv`, ..), if it has any that can be read.
+    def from_annotations(cls, folder: str) -> "GalleryMetadata | None":
+        """Read a folder's annotations for training (`train.json`, `pairs.csv`, ...), if there are any.
 
-        Tars are left out, since a tar's pictures find theirs by themselves.
+        Tars are left out: their images have metadata of their own.
+
+        Raises:
+            BadRowsError: too many of their rows cannot be used.
         """
-        fields: dict[str, Fields] = {}
+        records: dict[str, Record] = {}
         try:
             files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
             if not files or any(file.suffix == ".tar" for file in files):
                 return None
-            splits, _ = load_splits(Path(folder), image_policy="present")
+            splits, reports = load_splits(Path(folder), image_policy="present")
+        except BadRowsError:
+            raise
         except DataError as error:
             logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)
             return None
+        skipped = {name: None for report in reports.values() for name in report.names.get(SKIPPED_ROWS, ())}
+        if skipped:
+            logger.warning(
+                "%d rows of the annotations in %s are left out: %s", len(skipped), folder, shorten([*skipped])
+            )
         for sample in (sample for data in splits.values() for sample in data.samples):
-            known = fields.setdefault(sample.image, {"captions": [], "category": sample.category})
-            known["captions"].append(sample.caption)
-        for known in fields.values():
-            if len(known["captions"]) == 1:
-                (known["caption"],) = known.pop("captions")
-        return cls(", ".join(sorted({str(file) for file in files})), fields)
+            record = records.setdefault(sample.image, {"captions": [], "category": sample.category})
+            record["captions"].append(sample.caption)
+        for record in records.values():
+            if len(record["captions"]) == 1:
+                (record["caption"],) = record.pop("captions")
+        return cls(", ".join(sorted({str(file) for file in files})), records)
 
     @classmethod
-    def beside(cls, folder: str, names: Iterable[str]) -> "Metadata | None":
-        """The folder's own metadata file, if it has one among the names of its files.
+    def of_folder(cls, folder: str, names: Iterable[str]) -> "GalleryMetadata | None":
+        """Read the folder's metadata file, if there is one among the names of its files.
 
         Raises:
-            DataError: it has two, or one that cannot be used.
+            DataError: there are two, or it cannot be used.
         """
-        here = set(names)
-        found = [name for name in BESIDE if name in here]
-        if len(found) > 1:
-            raise DataError(f"{join_location(folder, found[0])} and {found[1]} are both there; keep one")
-        return cls.read(join_location(folder, found[0])) if found else None
+        present = set(names)
+        files = [name for name in METADATA_FILES if name in present]
+        if len(files) > 1:
+            raise DataError(f"{join_location(folder, files[0])} and {files[1]} both exist; keep one")
+        return cls.read(join_location(folder, files[0])) if files else None
 
-    def of(self, *names: str) -> Fields:
-        """The row of the first of a picture's names that has one."""
+    def find(self, *names: str) -> Record:
+        """Return the record of the first of an image's names that has one."""
         for name in names:
-            if name in self._fields:
+            if name in self._records:
                 self._used.add(name)
-                return self._fields[name]
+                return self._records[name]
         return {}
 
-    def report(self) -> None:
-        """Tell of rows that no picture belongs to.
+    def report_unused(self) -> None:
+        """Warn about records without an image.
 
         Raises:
-            DataError: there are rows, and none has a picture, so that the names must be of another kind.
+            DataError: no record has an image, so the names must be of another form.
         """
-        unused = [name for name in self._fields if name not in self._used]
+        unused = [name for name in self._records if name not in self._used]
         if unused and not self._used:
             raise DataError(
-                f"no row of {self.path} names a picture of this gallery ({unused[0]!r} is not here); file_name must be "
+                f"no row of {self.path} names an image of this gallery ({unused[0]!r} is not here); file_name must be "
                 f"the path relative to {parent_folder(self.path)}, or a tar member's name"
             )
         if unused:
-            logger.warning("%d rows of %s name no picture here, such as %s", len(unused), self.path, unused[0])
+            logger.warning("%d rows of %s name no image here, such as %s", len(unused), self.path, unused[0])
 
 
-def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Fields]:
-    """webdataset metadata: the .json, .txt and .cls members of a tar, which is open as `file`, by stem."""
-    fields: dict[str, Fields] = {}
+def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Record]:
+    """Return webdataset metadata by stem: the .json, .txt and .cls members of a tar, which is open as `file`."""
+    records: dict[str, Record] = {}
     for member, span in members.items():
-        inner = PurePosixPath(member)
-        base, _, extension = inner.name.partition(".")
+        path = PurePosixPath(member)
+        base, _, extension = path.name.partition(".")
         if extension.lower() not in {"json", "txt", "cls"} or not base:
             continue
         file.seek(span.offset)
-        of_stem = fields.setdefault((inner.parent / base).as_posix(), {})
-        of_stem.update(_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
-    return fields
+        record = records.setdefault((path.parent / base).as_posix(), {})
+        record.update(_parse_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
+    return records
 
 
-def _sidecar(where: str, extension: str, data: bytes) -> Fields:
+def _parse_sidecar(where: str, extension: str, data: bytes) -> Record:
     try:
         text = data.decode("utf-8-sig").strip()
         if extension == "txt":
-            lines = [line.strip() for line in lines_of(text) if line.strip()]
+            lines = [line.strip() for line in split_lines(text) if line.strip()]
             return {"captions": lines} if len(lines) > 1 else {"caption": text}
         if extension == "cls":
             return {"category": text}
@@ -142,34 +159,37 @@ def _sidecar(where: str, extension: str, data: bytes) -> Fields:
     except ValueError as error:
         raise DataError(f"{where} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: an object is expected, not {type(value).__name__}")
+        raise DataError(f"{where}: must be an object, not a {type(value).__name__}")
     return value
 
 
-def split_fields(fields: Fields) -> tuple[str, str, str, Fields]:
-    """(id, caption, category, every other field as JSON can hold it); what is missing is "".
+def split_fields(fields: Record) -> tuple[str, str, str, Record]:
+    """Return (id, caption, category, all other fields as JSON values); missing texts are "".
 
-    Of a list of captions the first is the caption, and the list stays as `captions`.
+    Of a list of captions, the first is the caption, and the list stays as `captions`.
     """
-    rest = {key: _plain(value) for key, value in fields.items() if key not in {"id", "caption", "category"}}
+    others = {key: _to_json(value) for key, value in fields.items() if key not in {"id", "caption", "category"}}
     caption = fields.get("caption")
     if isinstance(caption, list):
-        rest.setdefault("captions", _plain(caption))
-    elif not _text(caption):
+        others.setdefault("captions", _to_json(caption))
+    elif not _to_text(caption):
         caption = fields.get("captions")
     if isinstance(caption, list):
-        caption = next(filter(None, map(_text, caption)), "")
-    category = _text(fields.get("category")) or _text(fields.get("class_name"))
-    return _text(fields.get("id")), _text(caption), category, rest
+        caption = next(filter(None, map(_to_text, caption)), "")
+    category = _to_text(fields.get("category")) or _to_text(fields.get("class_name"))
+    return _to_text(fields.get("id")), _to_text(caption), category, others
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
 
 
-def _plain(value: Any) -> Any:
-    """JSON's own types. NaN and infinity, which JSON lacks, become null, decimals numbers, dates and times ISO 8601, of
-    which the later is the greater text; what is unknown becomes text."""
+def _to_json(value: Any) -> Any:
+    """Return the value with JSON types.
+
+    NaN and infinity become null, decimals numbers, and dates and times ISO 8601, whose order as text is that in time.
+    Other types become text.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float | Decimal):
@@ -177,7 +197,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     return str(value)

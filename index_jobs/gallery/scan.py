@@ -1,11 +1,11 @@
-"""From a gallery to an Arrow table with one row a picture.
+"""Scan of a gallery: an Arrow table with one row per image.
 
-- A gallery is a folder (searched recursively for pictures and tars), one tar, or a list (.jsonl, .csv, .parquet), on
-  this machine or at any URL that fsspec reads; a list's rows may be URLs themselves.
-- Order and ids are stable: a folder is sorted by name, a list keeps its own order; an id is given, or a hash of the
-  picture's relative name, so that it survives moving the gallery.
-- What is wrong with the gallery as a whole is an error here, before any picture is decoded.
-- Two signatures: `vectors` changes when a picture may have changed, `content` also when its metadata has.
+- A gallery is a folder (searched recursively for images and tars), one tar, or a list (.jsonl, .csv, .parquet), on this
+  machine or at any URL that fsspec reads; rows of a list may be URLs.
+- Order and ids are stable: a folder is sorted by name, a list keeps its order. An id is given, or a hash of the image's
+  relative name, so it survives moving the gallery.
+- Faults of the gallery as a whole are errors here, before any image is decoded.
+- Two signatures: `vectors` changes when an image may have changed, `content` also when its metadata has.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dcar_core.data.records import RECORD_SUFFIXES
 from dcar_core.images import IMAGE_SUFFIXES
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import canonical_json
 from index_jobs.gallery import listing
 from index_jobs.gallery.listing import GalleryImage
 from index_jobs.gallery.metadata import split_fields
-from index_jobs.gallery.records import LIST_SUFFIXES
 from index_jobs.gallery.storage import file_suffix, is_url, parent_folder
 
 SCHEMA = pa.schema(
@@ -36,20 +36,20 @@ SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("metadata", pa.string()),  # JSON
-        ("name", pa.string()),  # the location, and behind it the member of a tar
-        ("mtime_ns", pa.int64()),  # or what else tells one version of the file from another; 0 unknown
+        ("name", pa.string()),  # the location, followed by the tar member
+        ("mtime_ns", pa.int64()),  # or another number that changes with the file; 0 if unknown
     ]
 )
-_ADDRESSES = ("image", "similar")  # /items/{id}/image is an item's picture, not the item {id}/image
-_LONGEST_ID = 1024
-_PICTURE_COLUMNS = ["id", "name", "location", "offset", "size", "mtime_ns"]
+_ROUTE_ENDINGS = ("image", "similar")  # /items/{id}/image is a route of its own
+_MAX_ID_LENGTH = 1024
+_VECTOR_COLUMNS = ["id", "name", "location", "offset", "size", "mtime_ns"]
 _TABLE_ROWS = 65_536
-_ID_DIGITS = 20  # of sha256: 80 bits, so that a billion names do not collide
+_ID_DIGITS = 20  # of sha256: 80 bits, enough for a billion names
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A scanned gallery. `root` is what relative locations start from, `source` is the place as it was given."""
+    """A scanned gallery. root: the base of relative locations. source: the place as the caller gave it."""
 
     source: str
     root: str
@@ -62,17 +62,17 @@ class Gallery:
 
 
 def scan(place: str | Path) -> Gallery:
-    """Read a gallery's names, places and metadata; no picture is opened.
+    """Read names, locations and metadata of a gallery without opening any image.
 
     Raises:
-        DataError: the gallery is missing, empty, of an unknown kind, holds an id twice, has a list without a picture
-            column or a compressed tar. The message says what to do.
+        DataError: the gallery is missing, empty, of an unknown kind, repeats an id, has no column of images, or holds
+            a compressed tar.
         MissingExtraError: its URL needs a package that is not installed.
     """
-    source = _source(str(place))
+    source = _absolute(str(place))
     try:
-        root, pictures = _pictures(source, str(place))
-        table = _table(pictures)
+        root, images = _list_images(source, str(place))
+        table = _table(images)
     except DcarError:
         raise
     except OSError as error:
@@ -87,37 +87,37 @@ def scan(place: str | Path) -> Gallery:
         raise DataError(f"the gallery {place} is empty: no file or tar member with one of the suffixes {suffixes}")
     _require_unique_ids(table)
     _require_addressable_ids(table)
-    vectors = _signature(table, _PICTURE_COLUMNS)
+    vectors = _signature(table, _VECTOR_COLUMNS)
     return Gallery(source, root, table, vectors, _signature(table, SCHEMA.names))
 
 
-def _source(place: str) -> str:
+def _absolute(place: str) -> str:
     if not is_url(place):
-        return os.path.abspath(place)  # noqa: PTH100  symbolic links keep the name that the user knows
+        return os.path.abspath(place)  # noqa: PTH100  keeps the names of symbolic links
     return os.path.abspath(place.removeprefix("file://")) if place.startswith("file://") else place  # noqa: PTH100
 
 
-def _pictures(source: str, given: str) -> tuple[str, Iterable[GalleryImage]]:
+def _list_images(source: str, place: str) -> tuple[str, Iterable[GalleryImage]]:
     suffix, remote = file_suffix(source), is_url(source)
     if not remote and Path(source).is_dir():
         return source, listing.list_folder(source)
     if remote or Path(source).is_file():
         if suffix == ".tar":
             return parent_folder(source), listing.list_tar(source)
-        if suffix in LIST_SUFFIXES:
+        if suffix in RECORD_SUFFIXES:
             return parent_folder(source), listing.list_rows(source)
     if remote:
         return source, listing.list_folder(source)
     if not Path(source).exists():
-        raise DataError(f"the gallery {given} does not exist")
-    kinds = ", ".join(sorted(LIST_SUFFIXES))
-    raise DataError(f"{given} is no gallery: give a folder, an uncompressed .tar or a list ({kinds})")
+        raise DataError(f"the gallery {place} does not exist")
+    kinds = ", ".join(sorted(RECORD_SUFFIXES))
+    raise DataError(f"{place} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
 
 
-def _table(pictures: Iterable[GalleryImage]) -> pa.Table:
+def _table(images: Iterable[GalleryImage]) -> pa.Table:
     batches, rows = [], []
-    for picture in pictures:
-        rows.append(_row(picture))
+    for image in images:
+        rows.append(_row(image))
         if len(rows) == _TABLE_ROWS:
             batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
             rows = []
@@ -125,30 +125,30 @@ def _table(pictures: Iterable[GalleryImage]) -> pa.Table:
     return pa.Table.from_batches(batches, SCHEMA)
 
 
-def _row(picture: GalleryImage) -> dict[str, Any]:
+def _row(image: GalleryImage) -> dict[str, Any]:
     try:
-        digest = hashlib.sha256(picture.name.encode()).hexdigest()
+        digest = hashlib.sha256(image.name.encode()).hexdigest()
     except UnicodeEncodeError:
-        raise DataError(f"the name {picture.name!r} is not UTF-8; rename the file") from None
+        raise DataError(f"the name {image.name!r} is not UTF-8; rename the file") from None
     try:
-        given, caption, category, metadata = split_fields(picture.fields)
+        stated_id, caption, category, metadata = split_fields(image.fields)
     except RecursionError:
-        raise DataError(f"the metadata of {picture.name} are nested too deeply; flatten them") from None
+        raise DataError(f"the metadata of {image.name} are nested too deeply; flatten them") from None
     return {
-        "id": given or digest[:_ID_DIGITS],
+        "id": stated_id or digest[:_ID_DIGITS],
         "caption": caption,
         "category": category,
-        "location": picture.location,
-        "offset": picture.offset,
-        "size": picture.size,
-        "metadata": canonical_json({"file_name": picture.name} | metadata).decode(),
-        "name": picture.name,
-        "mtime_ns": picture.version,
+        "location": image.location,
+        "offset": image.offset,
+        "size": image.size,
+        "metadata": canonical_json({"file_name": image.name} | metadata).decode(),
+        "name": image.name,
+        "mtime_ns": image.version,
     }
 
 
 def _require_unique_ids(table: pa.Table) -> None:
-    ids = table["id"].cast(pa.large_string())  # of the others Arrow counts no more than 2 GiB
+    ids = table["id"].cast(pa.large_string())  # Arrow counts at most 2 GiB of the other type
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counts = pc.value_counts(ids)
@@ -163,20 +163,20 @@ def _require_unique_ids(table: pa.Table) -> None:
 
 
 def _require_addressable_ids(table: pa.Table) -> None:
-    """Refuse ids that the service could not be asked for."""
+    """Refuse ids that cannot be part of a URL of the service."""
     ids = table["id"]
-    for word in _ADDRESSES:
-        _require_none(ids, pc.ends_with(ids, "/" + word), f"ends in /{word}, as addresses of items' parts do")
+    for word in _ROUTE_ENDINGS:
+        _require_none(ids, pc.ends_with(ids, "/" + word), f"ends in /{word}, which is a route of the service")
     _require_none(
         ids, pc.match_substring_regex(ids, "[\\x00-\\x1f\\x7f]"), "has a line break or another control character"
     )
-    _require_none(ids, pc.is_in(ids, pa.array([".", ".."])), "means another place in an address")
-    _require_none(ids, pc.greater(pc.utf8_length(ids), _LONGEST_ID), f"is longer than {_LONGEST_ID} characters")
+    _require_none(ids, pc.is_in(ids, pa.array([".", ".."])), "has a meaning of its own in a URL")
+    _require_none(ids, pc.greater(pc.utf8_length(ids), _MAX_ID_LENGTH), f"is longer than {_MAX_ID_LENGTH} characters")
 
 
-def _require_none(ids: pa.ChunkedArray, bad: pa.ChunkedArray, why: str) -> None:
+def _require_none(ids: pa.ChunkedArray, bad: pa.ChunkedArray, reason: str) -> None:
     if pc.any(bad).as_py():
-        raise DataError(f"the id {ids.filter(bad)[0].as_py()[:80]!r} {why}; give another")
+        raise DataError(f"the id {ids.filter(bad)[0].as_py()[:80]!r} {reason}; give another")
 
 
 def _signature(table: pa.Table, columns: list[str]) -> str:

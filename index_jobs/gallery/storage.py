@@ -71,7 +71,7 @@ def file_suffix(place: str) -> str:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it.
+    """Return the file system of a URL in fsspec, and the path in it.
 
     Raises:
         MissingExtraError: the protocol needs a package that is not installed.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dcar_core.data import check_dataset, load, load_split, load_splits, splits_of, write_splits
+from dcar_core.data import CleaningReport, check_dataset, load, load_split, load_splits, splits_of, write_splits
 from dcar_core.data.entries import Entry
 from dcar_core.data.tables import read_table
 from dcar_core.util.errors import DataError
@@ -53,7 +53,7 @@ def test_the_older_fdrd_form(tmp_path: Path) -> None:
         "absolute paths of another machine, replaced by the image root": 4,
         "file names without a suffix": 4,
         "categories derived from the key": 3,
-        "negatives equal to a caption of their picture, left out": 1,
+        "negatives equal to a caption of their image, left out": 1,
         "negatives that occur twice for one caption, left out once": 1,
         "pairs without a negative": 3,
         "captions with stray white space, repaired": 1,
@@ -71,7 +71,7 @@ def test_a_negative_that_is_another_caption_of_the_picture_is_left_out(tmp_path:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data, report = load_split(tmp_path, "train", image_policy="ignore")
     assert data.samples[0].negatives == ("A blue van.",)
-    assert report.counts["negatives equal to a caption of their picture, left out"] == 1
+    assert report.counts["negatives equal to a caption of their image, left out"] == 1
 
 
 def test_a_negative_that_equals_its_repaired_positive_is_left_out(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
     assert [s.category for s in data.samples] == ["Apply Eye Makeup", "b", "Boxing Speed Bag"]
     assert report.counts["placeholder paths, replaced by the image root"] == 3
     assert report.counts["pairs without a negative"] == 2
-    assert report.counts["captions that another picture has too (positives of each other in training)"] == 2
+    assert report.counts["captions that another image has too (positives of each other in training)"] == 2
 
 
 def test_categories_that_are_not_one_for_each_negative_are_left_out(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_table_says_what_its_header_lacks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no column file_name or image or path; it has Image, Caption"):
         load_split(table, "train", image_policy="ignore")
     table.write_text("image;caption;split\na.png;a;train\n")
-    with pytest.raises(DataError, match="its columns between semicolons; save it with commas"):
+    with pytest.raises(DataError, match="its columns by semicolons; save it with commas"):
         load_split(table, "train", image_policy="ignore")
     table.write_text("path,caption,split\na.png,a,train\n")
     assert load_split(table, "train", image_policy="ignore")[0].samples[0].image == "a.png"
@@ -239,7 +239,7 @@ def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:
     file = write_json(tmp_path / "train.json", {"k": entry(file_name="1.jpg")})
     write_image(tmp_path / "a" / "1.jpg")
     write_image(tmp_path / "b" / "1.jpg")
-    with pytest.raises(DataError, match=r"1 of 1 pictures are not in .*: 1\.jpg\. Point --images .* --skip-broken"):
+    with pytest.raises(DataError, match=r"1 of 1 images are not in .*: 1\.jpg\. Point --images .* --skip-broken"):
         load_split(file, "train")
 
 
@@ -248,12 +248,12 @@ def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: 
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:40])
     rows = {name: entry(file_name=f"{name}.png", positive=f"a {name} one") for name in ("good", "cut", "gone")}
     write_json(tmp_path / "train.json", rows)
-    with pytest.raises(DataError, match=r"train: 1 of 3 pictures .*gone\.png"):
+    with pytest.raises(DataError, match=r"train: 1 of 3 images .*gone\.png"):
         load_split(tmp_path, "train")
     data, report = load_split(tmp_path, "train", image_policy="skip")
     assert [s.image for s in data.samples] == ["good.png"]
-    assert report.names["pictures missing, left out"] == ["gone.png"]
-    [broken] = report.names["pictures broken, left out"]
+    assert report.names["images missing, left out"] == ["gone.png"]
+    [broken] = report.names["images broken, left out"]
     assert broken.startswith("cut.png (")
     assert "gone.png" in str(report)
     good.unlink()
@@ -353,9 +353,9 @@ def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     reads = list[Path]()
 
-    def read(file: Path) -> Iterator[Entry]:
+    def read(file: Path, report: CleaningReport) -> Iterator[Entry]:
         reads.append(file)
-        return read_table(file)
+        return read_table(file, report)
 
     monkeypatch.setattr(load, "read_table", read)
     splits = check_dataset(tmp_path, decode_images=False)

@@ -33,12 +33,12 @@ def test_the_command_names_what_is_wrong(tiny_data: Path, tmp_path: Path) -> Non
     done = dcar("data", "check", tmp_path, "--images", tmp_path / "photos")
     assert done.returncode == 1
     for line in (
-        r"train: 3 pairs, 3 pictures, 1 category",
+        r"train: 3 pairs, 3 images, 1 category",
         r" 1 pairs without a category",
         r" 1 splits with one category only",
         r" 1 captions longer than the context's 77 tokens, cut",
-        r" 1 pictures missing: gone\.png",
-        r" 1 pictures broken: cut\.png \(",
+        r" 1 images missing: gone\.png",
+        r" 1 images broken: cut\.png \(",
     ):
         assert re.search(line, done.stdout), line
     assert "2 pictures cannot be used: point --images" in done.stderr
@@ -76,13 +76,13 @@ def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, t
     given = ("--data", tmp_path, "--images", tiny_data, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
     done = dcar("train", *given)
     assert done.returncode == 3
-    assert re.search(r"^error: train: 1 of 13 pictures are not in .*: lost\.png\. Point --images", done.stderr, re.M)
+    assert re.search(r"^error: train: 1 of 13 images are not in .*: lost\.png\. Point --images", done.stderr, re.M)
     done = dcar("train", *given, "--skip-broken")
     assert done.returncode == 0, done.stderr
-    assert "1 pictures missing, left out: lost.png" in done.stderr
+    assert "1 images missing, left out: lost.png" in done.stderr
     saved = json.loads((tmp_path / "c" / "cleaning.json").read_text())
-    assert saved["train"]["names"] == {"pictures missing, left out": ["lost.png"]}
-    assert saved["val"]["counts"]["pictures missing, left out"] == 1
+    assert saved["train"]["names"] == {"images missing, left out": ["lost.png"]}
+    assert saved["val"]["counts"]["images missing, left out"] == 1
 
 
 def test_training_names_a_broken_picture(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -96,4 +96,4 @@ def test_training_names_a_broken_picture(tiny_model: Path, tiny_data: Path, tmp_
     assert re.search(rf"^error: train: {re.escape(name)}: broken or truncated", done.stderr, re.M)
     done = dcar("train", *given, "--skip-broken")
     assert done.returncode == 0, done.stderr
-    assert f"1 pictures broken, left out: {name} (" in done.stderr
+    assert f"1 images broken, left out: {name} (" in done.stderr

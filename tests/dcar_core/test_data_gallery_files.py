@@ -99,7 +99,7 @@ def test_rows_without_a_caption_are_counted(tmp_path: Path) -> None:
 
 def test_a_parquet_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"train\.parquet cannot be read as Parquet"):
+    with pytest.raises(DataError, match=r"train\.parquet is not a parquet file"):
         load_split(tmp_path, "train")
     pq.write_table(pa.Table.from_pylist([{"caption": "a"}]), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="no column file_name or image or path; it has caption"):

@@ -5,6 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dcar_core.data import load_split, load_splits
@@ -35,7 +37,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",))
     assert data.read(data.samples[2].image) == png
     assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
-    assert report.names["tar samples without a picture, left out"] == ["train-0000.tar/2"]
+    assert report.names["tar samples without an image, left out"] == ["train-0000.tar/2"]
     (validation,) = load_split(tmp_path, "val")[0].samples
     assert (validation.caption, validation.category) == ("for validation", "square")
     assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
@@ -46,7 +48,7 @@ def test_the_picture_of_a_sample_is_the_one_without_a_kind_of_its_own(tmp_path: 
     tar(tmp_path / "train.tar", {"0.depth.png": b"depth", "0.png": png, "0.mask.png": b"mask", "0.txt": b"red"})
     data, report = load_split(tmp_path, "train", image_policy="skip")
     assert [sample.image for sample in data.samples] == ["train.tar/0.png"]
-    assert report.names["tar samples with several pictures, of which one was taken"] == ["0.png"]
+    assert report.names["tar samples with several images, of which one was taken"] == ["0.png"]
 
 
 def test_a_caption_ends_where_a_line_of_the_file_does(tmp_path: Path) -> None:
@@ -106,3 +108,24 @@ def test_compressed_tars_are_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match=r"unpack train\.tar\.gz"):
         load_splits(tmp_path, ("train",))
+
+
+def test_a_bad_row_is_left_out_and_named(tmp_path: Path) -> None:
+    rows = [json.dumps({"image": f"{n}.png", "caption": f"number {n}"}) for n in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows, '{"image": "x.png"}', "{"]))
+    splits, reports = load_splits(tmp_path, image_policy="ignore")
+    assert sum(map(len, splits.values())) == 20
+    first, second = reports["train"].names["rows that cannot be used, left out"]
+    assert first.startswith("line 21: field 'caption' is missing")
+    assert second.startswith("line 22: not JSON")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_tables_of_every_form_hold_pairs(suffix: str, tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "caption": "a red car", "category": "007"}]
+    if suffix == ".csv":
+        (tmp_path / "train.csv").write_text("image,caption,category\na.png,a red car,007\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    data, _ = load_split(tmp_path, "train", image_policy="ignore")
+    assert [(s.image, s.caption, s.category) for s in data.samples] == [("a.png", "a red car", "007")]

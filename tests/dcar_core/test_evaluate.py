@@ -203,12 +203,12 @@ def test_options_reach_the_data(backbone: Backbone, tiny_data: Path, tmp_path: P
             backbone, tmp_path / "data", ["clip", "coop"], 1, out, quick, images=tiny_data, progress=False, **given
         )
 
-    with pytest.raises(DataError, match=r"1 of \d+ pictures are not in .*: lost\.png"):
+    with pytest.raises(DataError, match=r"1 of \d+ images are not in .*: lost\.png"):
         run()
     with pytest.raises(DataError, match=r"the taxonomy .*gone\.json cannot be read"):
         run(skip_broken=True, taxonomy=tmp_path / "gone.json")
     cleaning = run(skip_broken=True)["cleaning"]["train"]
-    assert cleaning["pictures missing, left out"] == 1
+    assert cleaning["images missing, left out"] == 1
     assert cleaning["captions cut to the 28 tokens that fit"] == 1
 
 

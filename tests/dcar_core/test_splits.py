@@ -33,7 +33,7 @@ def test_a_missing_picture_is_not_taken_from_another_folder(tmp_path: Path) -> N
     table(tmp_path / "train.jsonl", [row("cats/1.png"), row("cats/2.png")])
     table(tmp_path / "test.jsonl", [row("dogs/1.png")])
     for splits in (("train",), ("train", "test")):
-        with pytest.raises(DataError, match=r"train: 1 of 2 pictures are not in .*: cats/1\.png"):
+        with pytest.raises(DataError, match=r"train: 1 of 2 images are not in .*: cats/1\.png"):
             load_splits(tmp_path, splits)
     train = check_dataset(tmp_path)[0]
     assert train.missing == ["cats/1.png"]
@@ -50,7 +50,7 @@ def test_a_picture_that_was_found_elsewhere_is_told(tmp_path: Path) -> None:
     pictures(tmp_path, "pets/a.png", "cat/0.png")
     table(tmp_path / "train.jsonl", [row("images/a.png"), row("data/cat/0.png")])
     (train,) = check_dataset(tmp_path)
-    told = train.report.names["pictures found under a name that differs from the annotated one"]
+    told = train.report.names["images found under a name that differs from the annotated one"]
     assert told == ["images/a.png as pets/a.png", "data/cat/0.png as cat/0.png"]
     assert not train.missing
 
@@ -88,14 +88,14 @@ def test_pictures_of_two_splits_are_told(tmp_path: Path) -> None:
     table(tmp_path / "val.jsonl", [row("img/b.png")])
     table(tmp_path / "test.jsonl", [row("a.png", caption="spelled otherwise")])
     _, reports = load_splits(tmp_path)
-    assert reports["val"].names["pictures that train has too, which makes val no measure"] == ["img/b.png"]
-    assert reports["test"].names["pictures that train has too, which makes test no measure"] == ["img/a.png"]
-    assert "pictures that train has too" in str(check_dataset(tmp_path)[1])
+    assert reports["val"].names["images that train has too, so val measures nothing new"] == ["img/b.png"]
+    assert reports["test"].names["images that train has too, so test measures nothing new"] == ["img/a.png"]
+    assert "images that train has too" in str(check_dataset(tmp_path)[1])
 
 
 def test_a_column_that_contradicts_the_files_name_is_an_error(tmp_path: Path) -> None:
     table(tmp_path / "train.jsonl", [row("a.png", split="train"), row("b.png", split="valid")])
-    with pytest.raises(DataError, match=r"1 rows say that they are of another split, such as 'b\.png' \(valid\)"):
+    with pytest.raises(DataError, match=r"1 rows state another split, such as 'b\.png' \(valid\)"):
         load_split(tmp_path, "train", image_policy="ignore")
     table(tmp_path / "train.jsonl", [row("a.png", split="Training")])
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0]) == 1
@@ -113,7 +113,7 @@ def test_validation_has_several_names(name: str, tmp_path: Path) -> None:
 
 def test_what_a_hash_leaves_empty_says_what_to_do(tmp_path: Path) -> None:
     file = table(tmp_path / "pairs.jsonl", [row("a.png")])
-    with pytest.raises(DataError, match="few pictures can leave a split empty: give each row one"):
+    with pytest.raises(DataError, match="few images can leave a split empty: give each row one"):
         load_splits(file, ("train", "val", "test"), image_policy="ignore")
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dcar_core.util.errors import DataError
-from index_jobs.gallery.records import read_records
+from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
 from index_jobs.store.filters import match_rows
@@ -44,7 +44,7 @@ from tests.support.images import png
 def test_a_column_of_one_kind_is_of_that_kind(cells: list[str], values: list[Any], tmp_path: Path) -> None:
     lines = [f'{i}.png,7,7,7,"{cell}"\n' for i, cell in enumerate(cells)]
     path = write_file(tmp_path / "l.csv", ("file_name,id,caption,category,n\n" + "".join(lines)).encode())
-    records = [record for _, record in read_records(str(path))]
+    records = [record for _, record in read_gallery_records(str(path))]
     assert [record["n"] for record in records] == values
     assert [type(record["n"]) for record in records] == [type(value) for value in values]
     assert {record[name] for record in records for name in ("id", "caption", "category")} == {"7"}
@@ -98,7 +98,7 @@ def test_paths_of_other_systems(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
 def test_columns_without_commas_are_named(sign: str, name: str, tmp_path: Path) -> None:
     path = write_file(tmp_path / "l.csv", f"path{sign}caption\na.png{sign}x\n".encode())
-    with pytest.raises(DataError, match=f"its columns between {name}; save it with commas"):
+    with pytest.raises(DataError, match=f"its columns by {name}; save it with commas"):
         scan(path)
 
 
@@ -137,15 +137,19 @@ def lines(*rows: str) -> Any:
         (
             "l.jsonl",
             lines('{"path": "a.png"}', f'{{"path": "b.png", "n": {"9" * 5000}}}'),
-            r"l\.jsonl, row 2 cannot be read",
+            r"l\.jsonl, line 2: not JSON that can be read",
         ),
-        ("l.jsonl", lines(f'{{"path": "a.png", "n": {"[" * 5000}{"]" * 5000}}}'), r"l\.jsonl, row 1 cannot be read"),
+        (
+            "l.jsonl",
+            lines(f'{{"path": "a.png", "n": {"[" * 5000}{"]" * 5000}}}'),
+            r"l\.jsonl, line 1: not JSON that can be read",
+        ),
         (
             "l.jsonl",
             lines(f'{{"path": "a.png", "n": {"[" * 800}{"]" * 800}}}'),
-            r"a\.png.* nested too deeply|row 1 cannot",
+            r"a\.png.* nested too deeply|line 1: not JSON",
         ),
-        ("l.csv", lines("path,n", "a.png,1", f"b.png,{'9' * 200_000}"), r"l\.csv, row 3 cannot be read"),
+        ("l.csv", lines("path,n", "a.png,1", f"b.png,{'9' * 200_000}"), r"l\.csv, line 3 is not CSV"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named(name: str, make: Any, says: str, tmp_path: Path) -> None:
@@ -168,7 +172,7 @@ def test_an_odd_path_costs_one_picture(tiny_checkpoint: Path, tmp_path: Path) ->
     done = rebuild(path, tiny_checkpoint, tmp_path / "index", progress=False, max_failed=0.9, workers=0)
     assert (done.count, done.failed) == (1, 2)
     failed = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
-    assert [json.loads(line)["reason"] for line in failed] == ["no path: embedded null byte", "no such file"]
+    assert [json.loads(line)["reason"] for line in failed] == ["not a path: embedded null byte", "no such file"]
 
 
 def test_a_folder_without_metadata_takes_its_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -200,3 +204,36 @@ def test_each_line_of_a_text_beside_a_picture_is_a_caption(tmp_path: Path) -> No
     rows = rows_of(scan(write_tar(tmp_path / "a.tar", members)))
     assert [row["caption"] for row in rows.values()] == ["one", "alone"]
     assert [row["metadata"].get("captions") for row in rows.values()] == [["one", "two"], None]
+
+
+def annotated_gallery(folder: Path, count: int, *bad_rows: object) -> Path:
+    """Write images with captions in pairs.jsonl, followed by other rows."""
+    for number in range(count):
+        write_file(folder / f"{number}.png", png())
+    rows: list[object] = [{"image": f"{n}.png", "caption": f"number {n}", "category": "red"} for n in range(count)]
+    write_file(folder / "pairs.jsonl", "\n".join(map(json.dumps, [*rows, *bad_rows])).encode())
+    return folder
+
+
+def test_one_bad_row_costs_its_own_caption_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = rows_of(scan(annotated_gallery(tmp_path, 59, {"image": "x.jpg"})))
+    assert [row["caption"] for row in rows.values()].count("") == 0
+    assert "1 rows of the annotations" in caplog.text
+    assert "line 60: field 'caption' is missing" in caplog.text
+
+
+def test_too_many_bad_rows_are_an_error_not_a_gallery_without_captions(tmp_path: Path) -> None:
+    annotated_gallery(tmp_path, 4, {"image": "x.jpg"}, {"caption": "nothing"})
+    with pytest.raises(DataError, match=r"line 5: field 'caption' is missing.*2 of 6 rows cannot be used; at most 10%"):
+        scan(tmp_path)
+
+
+def test_files_of_image_kinds_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_file(tmp_path / "a.png", png())
+    for name in ("b.svg", "c.SVG", "d.mp4", "e.cr2", "notes.txt"):
+        write_file(tmp_path / name, b"")
+    assert len(scan(tmp_path)) == 1
+    assert "2 SVG files are skipped: convert them to PNG" in caplog.text
+    assert "1 video files are skipped: extract frames as images" in caplog.text
+    assert "1 RAW files are skipped: convert them to JPEG" in caplog.text
+    assert "notes" not in caplog.text

@@ -158,7 +158,7 @@ def test_unmatched_metadata_rows_are_told(tmp_path: Path, caplog: pytest.LogCapt
     write_file(tmp_path / "a.png", png())
     write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "gone.png"})
     scan(tmp_path)
-    assert "/metadata.jsonl name no picture here, such as gone.png" in caplog.text
+    assert "/metadata.jsonl name no image here, such as gone.png" in caplog.text
 
 
 def bad_empty(root: Path) -> Path:
@@ -303,30 +303,30 @@ def bad_name_column(root: Path) -> Path:
         (bad_empty, "is empty: no file or tar member with one of the suffixes"),
         (bad_metadata_only, "is empty"),
         (bad_missing, "nowhere does not exist"),
-        (bad_kind, "is no gallery: give a folder"),
-        (bad_column, "no column file_name or image or path or url with the pictures' paths; it has filename, caption"),
+        (bad_kind, "is not a gallery; give a folder"),
+        (bad_column, "no column file_name or image or path or url with the images' paths; it has filename, caption"),
         (bad_empty_list, "has no rows"),
-        (bad_embedded, "row 1: image holds the picture itself; write the pictures to files"),
+        (bad_embedded, "row 1: image holds the image itself; write the images to files"),
         (bad_blank, "row 2: file_name is empty"),
-        (bad_json, "row 2: not JSON"),
-        (bad_row, "row 1: an object is expected, not list"),
-        (bad_encoding, "cannot be read as UTF-8 CSV"),
-        (bad_parquet, "is no parquet file"),
+        (bad_json, "line 2: not JSON"),
+        (bad_row, "line 1: must be an object, not a list"),
+        (bad_encoding, "is not UTF-8"),
+        (bad_parquet, "is not a parquet file"),
         (bad_url, "nosuch://example.org/a.png cannot be read: Protocol not known"),
         (bad_escape, "leads out of the list's folder"),
         (bad_ids, r"a\.png and c\.png both have the id '7'"),
-        (bad_address, "the id 'shop/7/image' ends in /image, as addresses of items' parts do"),
+        (bad_address, "the id 'shop/7/image' ends in /image, which is a route of the service"),
         (bad_line, r"the id 'new\\nline' has a line break or another control character; give another"),
-        (bad_dots, r"the id '\.\.' means another place in an address; give another"),
+        (bad_dots, r"the id '\.\.' has a meaning of its own in a URL; give another"),
         (bad_long, r"the id 'x{80}' is longer than 1024 characters; give another"),
         (bad_repeat, r"a\.png is listed twice; keep one row"),
         (bad_gzip, "is a compressed tar.*decompress it first"),
         (bad_hidden_gzip, "is not an uncompressed tar"),
         (bad_cut_tar, "is not an uncompressed tar"),
         (bad_sidecar, r"a\.json cannot be read"),
-        (bad_join, "no row of .*metadata.jsonl names a picture of this gallery"),
+        (bad_join, "no row of .*metadata.jsonl names an image of this gallery"),
         (bad_twice, "rows 1 and 2 both describe a.png"),
-        (bad_two_files, "are both there; keep one"),
+        (bad_two_files, "both exist; keep one"),
         (bad_name_column, "row 1: no column file_name; it has file"),
     ],
 )

@@ -1,0 +1,227 @@
+"""One reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record is a dict of column to value.
+
+- Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows of commas alone, are skipped.
+- CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
+  and false, and JSON lists of texts; an empty cell is no value.
+- The columns in LIST_COLUMNS hold several texts: a JSON list, or texts with bars between them.
+- A line that cannot be read is an error, or is passed to `on_bad_line` and skipped.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from dcar_core.util.errors import DataError
+from dcar_core.util.json_text import parse_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Record = dict[str, Any]
+OnBadLine = Callable[[DataError], None]
+RECORD_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
+IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
+TEXT_COLUMNS = frozenset({"id", "caption", "category", "class_name", "url", *IMAGE_COLUMNS})  # whatever they look like
+LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categories", "negative_class"})
+# Numbers as programs write them; "007", "+1" and "1_000" are codes.
+_INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
+
+
+def read_records(
+    name: str,
+    open_file: Callable[[], BinaryIO],
+    *,
+    infer_types: bool = False,
+    used_columns: Sequence[str] | None = None,
+    on_bad_line: OnBadLine | None = None,
+) -> Iterator[tuple[int, Record]]:
+    """Yield (number, record); the number is the line of a text file, or the row of a parquet file, from 1.
+
+    Args:
+        name: the path or URL for messages; its suffix decides the format.
+        open_file: opens the file; called twice for a CSV with `infer_types`.
+        used_columns: the columns to read of a parquet file, and those that must not occur twice in a CSV header; None
+            for all.
+        on_bad_line: receives the error of a line that is skipped; None raises it.
+
+    Raises:
+        DataError: the file cannot be parsed. The message names the line.
+    """
+
+    def raise_error(error: DataError) -> None:
+        raise error
+
+    on_bad_line = on_bad_line or raise_error
+    if name.partition("?")[0].lower().endswith(".jsonl"):
+        return _read_jsonl(name, open_file, on_bad_line)
+    if name.partition("?")[0].lower().endswith(".csv"):
+        if infer_types:
+            return _read_typed_csv(name, open_file, on_bad_line)
+        return _read_text_csv(name, open_file, used_columns, on_bad_line)
+    return _read_parquet(name, open_file, used_columns)
+
+
+def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBadLine) -> Iterator[tuple[int, Record]]:
+    try:
+        with io.TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
+            for line, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    record = parse_json(text)
+                except json.JSONDecodeError as error:
+                    reason = f"not JSON ({error.msg} at column {error.colno})"
+                    on_bad_line(DataError(f"{name}, line {line}: {reason}"))
+                    continue
+                except ValueError as error:  # a number of thousands of digits, or nested too deeply
+                    on_bad_line(DataError(f"{name}, line {line}: not JSON that can be read ({error})"))
+                    continue
+                if not isinstance(record, dict):
+                    kind = type(record).__name__
+                    on_bad_line(DataError(f"{name}, line {line}: must be an object, not a {kind}"))
+                    continue
+                yield line, record
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def _read_text_csv(
+    name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None, on_bad_line: OnBadLine
+) -> Iterator[tuple[int, Record]]:
+    for line, row in _read_csv_rows(name, open_file, used_columns, on_bad_line):
+        yield line, {column: texts_of_cell(cell) if column in LIST_COLUMNS else cell for column, cell in row.items()}
+
+
+def _read_typed_csv(
+    name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBadLine
+) -> Iterator[tuple[int, Record]]:
+    """Read the file twice: only the last row decides the type of a column."""
+    types = dict.fromkeys(TEXT_COLUMNS, "text") | {"captions": "texts"}
+    fixed = frozenset(types)
+    for _, row in _read_csv_rows(name, open_file, None, lambda _: None):
+        for column, cell in row.items():
+            if cell and column not in fixed:
+                types[column] = _common_type(types.get(column), _type_of_cell(cell))
+    for line, row in _read_csv_rows(name, open_file, None, on_bad_line):
+        try:
+            values = {column: _OF_CELL[types[column]](cell) for column, cell in row.items() if cell}
+        except (KeyError, ValueError):
+            raise DataError(f"{name}, line {line} changed while it was read; run the command again") from None
+        yield line, {column: "" if column in TEXT_COLUMNS else None for column in row} | values
+
+
+def _read_csv_rows(
+    name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None, on_bad_line: OnBadLine
+) -> Iterator[tuple[int, dict[str, str]]]:
+    with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
+        # Strict: otherwise a quote that is never closed takes the following rows into its cell.
+        reader, line = csv.DictReader(file, restval="", strict=True), 0
+        try:
+            _check_header(reader, name, used_columns)
+            line = reader.line_num
+            for row in reader:
+                line = reader.line_num
+                if not any(row.values()):
+                    continue
+                if None in row:
+                    reason = "more cells than the header has columns; quote a text that has commas"
+                    on_bad_line(DataError(f"{name}, line {line}: {reason}"))
+                    continue
+                yield line, row
+        except csv.Error as error:
+            hint = "is a quote not closed, not doubled in a text, or followed by a blank?"
+            raise DataError(f"{name}, line {line + 1} is not CSV: {error}; {hint}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} is not UTF-8 ({error.reason}); convert it first") from error
+
+
+def _check_header(reader: "csv.DictReader[str]", name: str, used_columns: Sequence[str] | None) -> None:
+    columns = list(reader.fieldnames or ())
+    for sign, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(columns) == 1 and sign in columns[0]:
+            raise DataError(f"{name} separates its columns by {word}; save it with commas")
+    used = [column for column in columns if column and (used_columns is None or column in used_columns)]
+    repeated = next((column for column, count in Counter(used).items() if count > 1), None)
+    if repeated is not None:
+        raise DataError(f"{name} has two columns named {repeated!r}; rename one of them")
+
+
+def _type_of_cell(cell: str) -> str:
+    if _INT.fullmatch(cell):
+        return "int" if -(2**63) <= int(cell) < 2**63 else "text"
+    if _FLOAT.fullmatch(cell) and math.isfinite(float(cell)):
+        return "float"
+    if cell.casefold() in {"true", "false"}:
+        return "bool"
+    values = _json_list(cell)
+    return "texts" if values is not None and all(isinstance(value, str) for value in values) else "text"
+
+
+def _common_type(known: str | None, other: str) -> str:
+    """Return the type of a column that has cells of two types."""
+    if known is None or known == other:
+        return other
+    return "float" if {known, other} == {"int", "float"} else "text"
+
+
+def texts_of_cell(cell: str | None) -> list[Any] | None:
+    """Return the texts of a CSV cell: a JSON list, whatever is in it, or texts with bars between them."""
+    if not cell or not cell.strip():
+        return None
+    values = _json_list(cell)
+    return [part.strip() for part in cell.split("|") if part.strip()] if values is None else values
+
+
+def _json_list(cell: str) -> list[Any] | None:
+    if not cell.lstrip().startswith("["):
+        return None
+    try:
+        values = parse_json(cell)
+    except ValueError:
+        return None
+    return values if isinstance(values, list) else None
+
+
+_OF_CELL: dict[str, Callable[[str], Any]] = {
+    "int": int, "float": float, "bool": lambda cell: cell.casefold() == "true", "texts": texts_of_cell, "text": str,
+}  # fmt: skip
+
+
+def _read_parquet(
+    name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None
+) -> Iterator[tuple[int, Record]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with open_file() as source, pq.ParquetFile(source) as file:
+            names = file.schema_arrow.names
+            columns = names if used_columns is None else [column for column in names if column in used_columns]
+            for batch in file.iter_batches(columns=columns):
+                for record in _batch_records(name, batch, row):
+                    row += 1
+                    yield row, record
+    except pa.ArrowException as error:
+        raise DataError(f"{name} is not a parquet file: {error}") from error
+
+
+def _batch_records(name: str, batch: "pa.RecordBatch", rows_before: int) -> list[Record]:
+    try:
+        records: list[Record] = batch.to_pylist()
+    except Exception:  # Python has no year 10000 and no nanoseconds; the loop finds the value
+        for row in range(len(batch)):
+            for column, values in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    values[row].as_py()
+                except Exception as error:
+                    place = f"{name}, row {rows_before + row + 1}"
+                    raise DataError(f"{place}: {column} cannot be read: {error}") from error
+        raise
+    return records
