@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dcar_core import Encoder
-from dcar_core.serving.score_cutoff import cutoff
+from dcar_core.serving.score_cutoff import compute_cutoff
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import quality_gate
 from index_jobs.store.versions import open_current
@@ -59,7 +59,7 @@ def main() -> None:
     queries = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
     rows = np.array([row for _, row in queries if row is not None])
     texts = encoder.encode_text([text for text, row in queries if row is not None])  # [N, E]
-    calibrated = cutoff(np.einsum("ne,ne->n", texts, artifact.vectors(rows)))
+    calibrated = compute_cutoff(np.einsum("ne,ne->n", texts, artifact.vectors(rows)))
     min_score, count = calibrated.min_score, artifact.manifest.count
     print(f"{args.index}: cut-off {min_score:.3f} from {calibrated.pairs} validation pairs")
     print(f"  true queries kept, by halves      {100 * (calibrated.kept or 0):.1f} %")

@@ -21,7 +21,7 @@ from PIL import Image
 from service import ROOT, vit_checkpoint
 from tqdm import tqdm
 
-from dcar_core.serving.runtime_benchmark import Report, benchmark, table
+from dcar_core.serving.runtime_benchmark import RuntimeReport, benchmark, format_report
 
 EXAMPLE = ROOT / "examples" / "emoji" / "twemoji"
 SIZE = (500, 400)
@@ -61,7 +61,7 @@ def photo(picture: bytes, seed: int) -> Image.Image:
     return ground
 
 
-def ratios(report: Report) -> str:
+def ratios(report: RuntimeReport) -> str:
     """Return Markdown: each runtime against the reference of the same run."""
     reference = report.rows[0].trial
     assert reference is not None
@@ -97,7 +97,7 @@ def main() -> None:
         str(checkpoint), catalogue(given.work, given.pictures), cache=given.work / "runtimes",
         runtimes=[name for name in given.runtimes.split(",") if name], say=lambda line: print(line, flush=True),
     )  # fmt: skip
-    print(table(report), ratios(report), sep="\n\n")
+    print(format_report(report), ratios(report), sep="\n\n")
     if given.out is not None:
         given.out.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 

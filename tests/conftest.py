@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for NumPy, as in the service; see also torch's below
@@ -20,7 +20,6 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.dcar import DCAR
 from tests.support.images import draw
-from tests.support.vocabulary import share_vocabulary
 
 # A tiny model gains nothing from several threads, and loses much to them where other processes run.
 torch.set_num_threads(1)
@@ -60,13 +59,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def anyio_backend() -> str:
     """Run `async def` tests on asyncio, as the service does."""
     return "asyncio"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _vocabulary() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        share_vocabulary(patch)
-        yield
 
 
 @pytest.fixture(scope="session")

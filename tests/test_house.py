@@ -22,7 +22,7 @@ def test_open_clip_is_imported_in_one_place() -> None:
         for p in modules(room)
         if re.search(r"^\s*(import|from) open_clip", p.read_text(), re.M)
     }
-    assert importers == {"backbone.py"}
+    assert importers == {"open_clip_source.py"}
 
 
 MOST_AT_THE_TOP = 6

@@ -23,7 +23,7 @@ def data_check(
 ) -> None:
     """Print what a data set holds and what was repaired or left out; fails if pictures are missing or broken."""
     from dcar_core.data import check_dataset
-    from dcar_core.model.tokenizer import count_clip_tokens
+    from dcar_core.model.text.tokenizer import count_clip_tokens
 
     count = count_clip_tokens if context else None
     unusable = 0
@@ -116,7 +116,7 @@ def data_caption(
     from dcar_core.captioning.questions import QUESTION_TEMPLATES, load_templates
     from dcar_core.captioning.run import caption_images
     from dcar_core.captioning.summary import summarize
-    from dcar_core.model.tokenizer import count_clip_tokens
+    from dcar_core.model.text.tokenizer import count_clip_tokens
 
     drafter = VisionModel(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_price(price))
     second = drafter.judge(judge_url, judge_model, os.environ.get("DCAR_JUDGE_API_KEY"), _price(judge_price))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from app.core.settings import DEFAULT_K
 from app.search.errors import InvalidQueryError
-from dcar_core.model.text_cleaning import strip_control_tokens
+from dcar_core.model.text.cleaning import strip_control_tokens
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 

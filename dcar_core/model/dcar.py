@@ -1,4 +1,4 @@
-"""What is learned around the frozen CLIP, and the two encoders that use it.
+"""The learned parts around the frozen CLIP, and the two encoders that use them.
 
 One class holds DCAR, its ablations and the prompt-learning baselines, since they differ only in which parts exist:
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ModelConfig, PromptConfig
-from dcar_core.model.token_weights import TokenWeightHead, real_tokens
+from dcar_core.model.methods import require_runnable
+from dcar_core.model.token_weights import TokenWeightHead
 
 INITIAL_TEXT = "a photo of a"
 
@@ -33,10 +34,12 @@ class DualPrompts(nn.Module):
     def __init__(self, backbone: Backbone, config: PromptConfig) -> None:
         super().__init__()
         self.config = config
-        start = torch.empty(config.depth, config.length, backbone.text_width).normal_(std=0.02)
-        words = backbone.tokenize([INITIAL_TEXT])
-        if config.length == words.shape[1] - 2:
-            start[0] = backbone.token_embeddings(words)[0, 1:-1].detach().cpu()
+        std = backbone.text_tower.prompt_std
+        start = torch.empty(config.depth, config.length, backbone.text_width).normal_(std=std)
+        tokens = backbone.tokenize([INITIAL_TEXT])
+        words = tokens[backbone.caption_mask(tokens)][None]
+        if words.shape[1] == config.length:
+            start[0] = backbone.token_embeddings(words)[0].detach().cpu()
         self.text = nn.Parameter(start)
         if config.image:
             self.couple = nn.Linear(backbone.text_width, backbone.vision_width)
@@ -52,7 +55,7 @@ class DualPrompts(nn.Module):
 
 
 class FeatureAdapter(nn.Module):
-    """A residual bottleneck on features that left a tower, zero at the start.
+    """A residual bottleneck on the features of a tower, zero at the start.
 
     On frozen caption features it is the paper's CAA: part of L_cate, not of serving. On the towers' outputs it is
     CLIP-Adapter's, here without a fixed residual ratio [ours].
@@ -71,10 +74,15 @@ class FeatureAdapter(nn.Module):
 
 
 class DCAR(nn.Module):
-    """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalised features (B, E)."""
+    """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalised features (B, E).
+
+    Raises:
+        ModelError: the backbone's towers cannot run the method; the message names one that they can.
+    """
 
     def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
         super().__init__()
+        require_runnable(config, backbone.level, backbone.source.model, backbone.context_length - backbone.layout.start)
         self.backbone = backbone
         self.config = config
         prompt = config.prompt
@@ -98,14 +106,15 @@ class DCAR(nn.Module):
         return prompt.length if self.prompts is not None and prompt.text else 0
 
     def trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything but the backbone: what a checkpoint holds."""
+        """The parameters that a checkpoint holds: all but the backbone's."""
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("backbone."))
 
     def predicted_weights(self, tokens: Tensor) -> Tensor | None:
-        """(B, n) from the text alone; None when there is no head."""
+        """Factors (B, n) from the text alone; None without a head."""
         if self.head is None:
             return None
-        return self.head(self.backbone.token_embeddings(tokens), real_tokens(tokens))  # type: ignore[no-any-return]
+        mask = self.backbone.caption_mask(tokens)
+        return self.head(self.backbone.token_embeddings(tokens), mask)  # type: ignore[no-any-return]
 
     def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
         """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""
@@ -113,7 +122,7 @@ class DCAR(nn.Module):
         return self.adapt_text(F.normalize(self.backbone.encode_text(tokens, prompts, weights), dim=-1))
 
     def encode_query(self, tokens: Tensor) -> Tensor:
-        """As a query is encoded: with the head's weights if validation preferred them, else none. Sees no image."""
+        """Encode as a query: with the head's factors if validation preferred them, without an image."""
         use = self.config.reweight.query == "predicted"
         return self.encode_text(tokens, self.predicted_weights(tokens) if use else None)
 
@@ -123,31 +132,31 @@ class DCAR(nn.Module):
         return self.adapt_image(F.normalize(self.backbone.encode_image(pixels, prompts), dim=-1))
 
     def adapt_text(self, features: Tensor) -> Tensor:
-        """What follows the text tower: (B, E) -> (B, E), both normalised."""
+        """Apply the text adapter: (B, E) -> (B, E), both normalised."""
         return features if self.text_adapter is None else self.text_adapter(features)
 
     def adapt_image(self, features: Tensor) -> Tensor:
-        """What follows the image tower: (B, E) -> (B, E), both normalised."""
+        """Apply the image adapter: (B, E) -> (B, E), both normalised."""
         return features if self.image_adapter is None else self.image_adapter(features)
 
     @property
     def text_is_frozen(self) -> bool:
-        """Nothing is learned in or before the text tower: its features can be computed once."""
+        """True if nothing is learned in or before the text tower, so that its features can be computed once."""
         return self.head is None and (self.prompts is None or not self.config.prompt.text)
 
     @property
     def image_is_frozen(self) -> bool:
-        """Nothing is learned in or before the image tower: its features can be computed once."""
+        """True if nothing is learned in or before the image tower, so that its features can be computed once."""
         return self.prompts is None or not self.config.prompt.image
 
     def category_adapter(self) -> FeatureAdapter | None:
-        """What L_cate's captions go through; None when the loss has no such term."""
+        """The adapter of L_cate's captions; None if the loss has no such term."""
         if self.config.loss.category <= 0:
             return None
         return self.text_adapter or self.caa
 
 
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
-    """A fresh model whose initial trainables follow from the seed."""
+    """Create a model whose initial trainables follow from the seed."""
     torch.manual_seed(seed)
     return DCAR(backbone, config)

@@ -1,8 +1,9 @@
 """The methods by name: each a configuration of the one model, so that all share data, loop and evaluation."""
 
 from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, ModelError
 
+MAX_DEPTH = 128  # more blocks than any tower has
 _NO_WEIGHTS = ReweightConfig(train="none")
 _CONTRASTIVE = LossConfig(category=0, head=0)
 
@@ -18,7 +19,7 @@ METHODS: dict[str, ModelConfig] = {
         _prompts_alone("clip", length=0),
         # text prompts alone
         _prompts_alone("coop", image=False),
-        # bottlenecks on both towers' features
+        # bottlenecks on the features of both towers
         ModelConfig(
             method="clip-adapter",
             prompt=PromptConfig(length=0),
@@ -30,7 +31,7 @@ METHODS: dict[str, ModelConfig] = {
         _prompts_alone("maple", depth=4),
         # the paper's figure: dual prompts, token weights from the pair in training, category adapter in the loss
         ModelConfig(method="dcar"),
-        # its options: a token's feature apart from its caption; the patch most like it in place of the whole picture
+        # its options: a token's feature apart from its caption; the patch most like it instead of the whole image
         ModelConfig(method="dcar-alone", reweight=ReweightConfig(word="alone")),
         ModelConfig(method="dcar-patches", reweight=ReweightConfig(picture="patches")),
         # its ablations
@@ -46,12 +47,20 @@ METHODS: dict[str, ModelConfig] = {
             adapter=AdapterConfig(text=True, image=True),
             loss=LossConfig(anchor=1.0),
         ),
+        # both without image prompts, for image towers that take none [ours]
+        ModelConfig(method="dcar-text", prompt=PromptConfig(image=False)),
+        ModelConfig(
+            method="dcar+-text",
+            prompt=PromptConfig(depth=4, image=False),
+            adapter=AdapterConfig(text=True, image=True),
+            loss=LossConfig(anchor=1.0),
+        ),
     )
 }
 
 
 def method(name: str) -> ModelConfig:
-    """The configuration of a method.
+    """Return the configuration of a method.
 
     Raises:
         DcarError: no method has this name; the message lists those that exist.
@@ -59,3 +68,40 @@ def method(name: str) -> ModelConfig:
     if name not in METHODS:
         raise DcarError(f"no method is named {name!r}; there are: {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def require_runnable(config: ModelConfig, level: str, model: str, context: int) -> None:
+    """Check that towers of a level can run a method.
+
+    Args:
+        level: as `towers.select.Level`.
+        model: its name, for the message.
+        context: token positions behind the start tokens.
+
+    Raises:
+        ModelError: they cannot; the message names a method that they can run.
+    """
+    prompt, has_prompts = config.prompt, config.prompt.length > 0
+    needs_text = (has_prompts and (prompt.text or prompt.image)) or config.reweight.train != "none"
+    needs_rows = (has_prompts and prompt.image) or config.reweight.picture == "patches"
+    if level == "adapters" and needs_text:
+        raise ModelError(
+            f"{config.method} needs prompts or token weights, which the towers of {model} do not take; "
+            f"use the method clip-adapter"
+        )
+    if level == "text" and needs_rows:
+        raise ModelError(
+            f"{config.method} needs image prompts or patches, which the image tower of {model} does not have; "
+            f"use the method {_text_variant(config)}"
+        )
+    if has_prompts and prompt.length > context - 1:
+        raise ModelError(f"{prompt.length} prompts do not fit into the {context} tokens of {model}")
+    if has_prompts and prompt.depth > MAX_DEPTH:
+        raise ModelError(f"prompts for {prompt.depth} blocks are too many; a tower has at most {MAX_DEPTH}")
+
+
+def _text_variant(config: ModelConfig) -> str:
+    """The method that is most like this one without image prompts."""
+    if config.adapter != AdapterConfig():
+        return "dcar+-text"
+    return "coop" if config.reweight.train == "none" and config.loss.category == 0 else "dcar-text"

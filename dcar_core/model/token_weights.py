@@ -1,7 +1,9 @@
-"""Dynamic token re-weighting (section 2 of the method): which words of a caption have to do with its image.
+"""Dynamic token re-weighting (section 2 of the method): how much each token of a caption has to do with its image.
 
 - `pair_weights` needs the paired image, so it belongs to training and to re-ranking, where both are known.
-- `TokenWeightHead` [ours] predicts the weight from the word alone. It is what a query may use: a query has no image.
+- `TokenWeightHead` [ours] predicts the weight from the token alone, for queries, which have no image.
+
+Letters: B batch, n tokens, P patches, W_t width, E joint space.
 """
 
 from typing import TYPE_CHECKING
@@ -16,19 +18,13 @@ if TYPE_CHECKING:
     from dcar_core.model.backbone import Backbone
 
 
-def real_tokens(tokens: Tensor) -> Tensor:
-    """bool (B, n): the caption's own tokens, without SOS, EOT and padding."""
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    return (position > 0) & (position < tokens.argmax(-1, keepdim=True))
-
-
 def token_text_features(backbone: "Backbone", tokens: Tensor, config: ReweightConfig) -> Tensor:
     """(B, n) -> (B, n, E), not normalised, of the frozen text encoder without prompts."""
     return backbone.lone_token_features(tokens) if config.word == "alone" else backbone.token_features(tokens)
 
 
 def image_features(backbone: "Backbone", pixels: Tensor, config: ReweightConfig) -> Tensor:
-    """(B, 3, S, S), normalised -> (B, E), or (B, P, E) of P patches; not normalised, of the frozen image encoder."""
+    """(B, 3, S, S), normalised -> (B, E), or (B, P, E) by patches; not normalised, of the frozen image encoder."""
     return backbone.patch_features(pixels) if config.picture == "patches" else backbone.encode_image(pixels)
 
 
@@ -38,34 +34,37 @@ def pair_weights(token_features: Tensor, image: Tensor, blank: Tensor) -> Tensor
     Args:
         token_features: (B, n, E) from `token_text_features`.
         image: (B, E) from `image_features`, or (B, P, E): then S is that of the patch most like the token.
-        blank: (E,) or (P, E), the same of a white picture [ours].
+        blank: (E,) or (P, E), the same of a white image [ours].
 
     Returns:
         Raw weights (B, n), about 0.02 in size; see `blend`.
     """
-    words = F.normalize(token_features, dim=-1)
+    tokens = F.normalize(token_features, dim=-1)
     patches = F.normalize(image if image.ndim == 3 else image[:, None], dim=-1)  # [B, P, E]
     white = F.normalize(blank if blank.ndim == 2 else blank[None], dim=-1)  # [P, E]
-    to_image = torch.einsum("bne,bpe->bnp", words, patches).amax(-1)
-    to_blank = (words @ white.T).amax(-1)
+    to_image = torch.einsum("bne,bpe->bnp", tokens, patches).amax(-1)
+    to_blank = (tokens @ white.T).amax(-1)
     return (to_blank - to_image).abs()
 
 
-def blend(raw: Tensor, real: Tensor, config: ReweightConfig) -> Tensor:
-    """Raw weights (B, n) to factors around 1 [ours]: 1 + strength * (w / mean - 1), clipped; exactly 1 where not real.
+def blend(raw: Tensor, mask: Tensor, config: ReweightConfig) -> Tensor:
+    """Turn raw weights (B, n) into factors around 1 [ours]: 1 + strength * (w / mean - 1), clipped.
 
     Raw weights would shrink the embeddings to nothing, so they are taken relative to the caption's mean.
+
+    Args:
+        mask: bool (B, n), the caption's own tokens; the factor of every other is exactly 1.
     """
-    mean = (raw * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+    mean = (raw * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     factor = 1 + config.strength * (raw / mean.clamp(min=1e-8) - 1)
-    return torch.where(real, factor.clamp(config.low, config.high), torch.ones_like(factor))
+    return torch.where(mask, factor.clamp(config.low, config.high), torch.ones_like(factor))
 
 
 class TokenWeightHead(nn.Module):
     """One linear layer from a token's frozen embedding to its factor [ours].
 
-    It reads the embedding table rather than contextual features, so at query time it is a look-up per word instead
-    of a second pass through the text encoder. Zero-initialised: before training every factor is 1.
+    It reads the embedding table rather than contextual features, so a query needs a look-up per token instead of a
+    second pass through the text encoder. Zero-initialised: before training every factor is 1.
     """
 
     def __init__(self, text_width: int, config: ReweightConfig) -> None:
@@ -75,8 +74,8 @@ class TokenWeightHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, embeddings: Tensor, real: Tensor) -> Tensor:
-        """(B, n, W_t) and bool (B, n) -> factors (B, n); exactly 1 where not real."""
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """(B, n, W_t) and bool (B, n) -> factors (B, n); exactly 1 outside of the mask."""
         scaled = F.layer_norm(embeddings, embeddings.shape[-1:])  # CLIP's embeddings are small: 0.02
         factor = (1 + self.linear(scaled).squeeze(-1)).clamp(self.config.low, self.config.high)
-        return torch.where(real, factor, torch.ones_like(factor))
+        return torch.where(mask, factor, torch.ones_like(factor))

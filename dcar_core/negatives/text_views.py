@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcar_core.model.tokenizer import clip_token_ids
+from dcar_core.model.text.tokenizer import clip_token_ids
 from dcar_core.negatives.generate import ReadTokens
 from dcar_core.negatives.taxonomy import NameFeatures, letter_features
 from dcar_core.util.arrays import Floats
@@ -55,16 +55,4 @@ def _features(backbone: "Backbone") -> NameFeatures:
 
 def _tokens(backbone: "Backbone") -> ReadTokens:
     """Return a function from texts to tokens that leaves room for ROOM prompt vectors."""
-
-    def cut(texts: Sequence[str]) -> list[list[int]]:
-        rows: list[list[int]] = []
-        for i in range(0, len(texts), 1024):
-            rows += [_stripped(row) for row in backbone.tokenize(texts[i : i + 1024], ROOM).tolist()]
-        return rows
-
-    return cut
-
-
-def _stripped(row: list[int]) -> list[int]:
-    """Cut a row after EOT; the padding depends on the batch."""
-    return row[: row.index(max(row)) + 1]
+    return backbone.text_tokenizer(ROOM).encode

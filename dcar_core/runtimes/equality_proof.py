@@ -1,18 +1,17 @@
 """Proof of equality: a runtime's vectors against those of PyTorch in float32, on this machine, with these weights.
 
-The reference is `DCAR.encode_query` and `encode_image`, the path that training and evaluation take.
+The reference is `DCAR.encode_query` and `encode_image`, the path of training and evaluation.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dcar_core.runtimes.adapter import Adapter
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import RUNTIME_KINDS
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Pixels
 
 if TYPE_CHECKING:
     from dcar_core.model.dcar import DCAR
@@ -31,17 +30,17 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """What runtimes are compared on: texts, and pictures as uint8 (m, 3, S, S)."""
+    """Inputs that runtimes are compared on: texts, and images as uint8 (m, 3, S, S)."""
 
     texts: tuple[str, ...]
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
 
     @classmethod
-    def synthetic(cls, size: int, pictures: int = 4) -> "Probe":
-        """Sentences, and smooth coloured pictures with some noise: where there is no data at hand."""
+    def synthetic(cls, size: int, images: int = 4) -> "Probe":
+        """Sentences, and smooth coloured images with some noise, where no data is at hand."""
         rng = np.random.default_rng(0)
         at = np.linspace(0, 2 * np.pi, size)
-        waves = rng.uniform(0.3, 3, (pictures, 3, 2))
+        waves = rng.uniform(0.3, 3, (images, 3, 2))
         smooth = np.sin(waves[..., :1] * at)[..., None] * np.cos(waves[..., 1:] * at)[..., None, :]  # [m, 3, S, S]
         values = 127.5 + 100 * smooth + rng.normal(0, 8, smooth.shape)
         return cls(_TEXTS, values.clip(0, 255).round().astype(np.uint8))
@@ -49,22 +48,22 @@ class Probe:
 
 @dataclass(frozen=True)
 class Proof:
-    """The least cosine with the reference, text and image; least: what is asked for."""
+    """The lowest cosine with the reference, of texts and of images, and the threshold."""
 
     text: float
     image: float
-    least: float
+    threshold: float
 
     @property
     def holds(self) -> bool:
-        return min(self.text, self.image) >= self.least
+        return min(self.text, self.image) >= self.threshold
 
     def __str__(self) -> str:
-        return f"cosine {self.text:.5f} (text), {self.image:.5f} (image), at least {self.least} is asked for"
+        return f"cosine {self.text:.5f} (text), {self.image:.5f} (image); at least {self.threshold} is required"
 
 
 def reference_vectors(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Floats, Floats]:
-    """The probe's vectors by PyTorch in float32, eager: texts (n, E), pictures (m, E)."""
+    """Compute the probe's vectors by PyTorch in float32, eager: texts (n, E), images (m, E)."""
     import torch
 
     backbone = model.backbone
@@ -79,16 +78,16 @@ def reference_vectors(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Flo
         return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
 
 
-def prove(adapter: Adapter, runtime: Runtime, probe: Probe, wanted: tuple[Floats, Floats]) -> Proof:
-    """Compare a runtime's vectors with those of `reference`."""
+def prove(adapter: Adapter, runtime: Runtime, probe: Probe, expected: tuple[Floats, Floats]) -> Proof:
+    """Compare a runtime's vectors with those of `reference_vectors`."""
     texts = adapter.encode_text(runtime, probe.texts, 32)
     images = np.concatenate(
         [adapter.encode_pixels(runtime, probe.pixels[i : i + 8]) for i in range(0, len(probe.pixels), 8)]
     )
-    least = 0.995 if RUNTIME_KINDS[runtime.name].precision == "int8" else 0.999
-    return Proof(_least(texts, wanted[0]), _least(images, wanted[1]), least)
+    threshold = 0.995 if RUNTIME_KINDS[runtime.name].precision == "int8" else 0.999
+    return Proof(_lowest_cosine(texts, expected[0]), _lowest_cosine(images, expected[1]), threshold)
 
 
-def _least(vectors: Floats, wanted: Floats) -> float:
-    cosines = (vectors * wanted).sum(1)
+def _lowest_cosine(vectors: Floats, expected: Floats) -> float:
+    cosines = (vectors * expected).sum(1)
     return float(cosines.min()) if np.isfinite(cosines).all() else -1.0

@@ -1,11 +1,11 @@
-"""Graphs on disk: made once for a backbone and a library's version, checked at every use.
+"""Exported graphs on disk: made once for a backbone and a library's version, checked at every use.
 
-    CACHE/exports/KEY/manifest.json    what it was made of, and the checksum of every file
+    CACHE/exports/KEY/manifest.json    its key, and the checksum of every file
     CACHE/exports/KEY/*.xml, *.bin, *.onnx, *.safetensors
 
-- KEY names backbone, depth of the image prompts, library and version, so an upgrade exports anew beside the old one.
-- Written aside and renamed, under a lock: a killed export leaves nothing that could be taken for a whole one.
-- Nothing is a pickle: reading a cache never runs what somebody put there.
+- KEY names backbone, depth of the prompts, library and version, so an upgrade exports anew beside the old one.
+- Exports are written aside and renamed under a lock, so a killed process leaves no half of one in place.
+- Nothing is a pickle: reading a cache never runs code.
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,55 +22,59 @@ from dcar_core.util.errors import RuntimeUnavailableError
 from dcar_core.util.files import apply_umask, sha256_of
 
 MANIFEST = "manifest.json"
-# Raised when the graphs change, so that what an older version of this package exported is not used.
-GRAPHS = 1
+GRAPHS = 2  # version of the graphs: exports of another one are not used
 
 
 def default_cache_directory() -> Path:
-    """What DCAR_RUNTIME_CACHE says, for jobs, commands and the service alike; else the user's cache directory."""
+    """Return DCAR_RUNTIME_CACHE, which jobs, commands and the service share; else the user's cache directory."""
     if named := os.environ.get("DCAR_RUNTIME_CACHE"):
         return Path(named)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "dcar"
     try:
         return Path.home() / ".cache" / "dcar"
-    except RuntimeError:  # a user whom the system does not know, as in a container: there is no place that is theirs
+    except RuntimeError:  # the system does not know the user, as in a container
         return Path(os.devnull) / "dcar"
 
 
 @dataclass(frozen=True)
 class ExportKey:
-    """What an export is made of. fingerprint: of the encoder whose data calibrated it, empty for an exact one."""
+    """What an export is made of.
+
+    depth, text_depth: of image and text prompts; text_depth is 0 where one graph serves every depth.
+    fingerprint: of the encoder whose data calibrated it, empty for an exact export.
+    """
 
     runtime: str
     backbone: str
     depth: int
+    text_depth: int
     library: str
     fingerprint: str = ""
 
     def directory(self, cache: Path) -> Path:
-        parts = [self.backbone[:16], f"d{self.depth}", self.runtime, self.library.replace(" ", "-")]
+        depths = f"d{self.depth}t{self.text_depth}" if self.text_depth else f"d{self.depth}"
+        parts = [self.backbone[:16], depths, self.runtime, self.library.replace(" ", "-")]
         return cache / "exports" / "_".join([*parts, self.fingerprint[:16]] if self.fingerprint else parts)
 
-    def described(self) -> dict[str, object]:
-        return {
-            "graphs": GRAPHS,
-            "runtime": self.runtime,
-            "backbone": self.backbone,
-            "depth": self.depth,
-            "library": self.library,
-            "fingerprint": self.fingerprint,
-        }
+    def to_dict(self) -> dict[str, object]:
+        return {"graphs": GRAPHS} | asdict(self)
+
+    @classmethod
+    def from_manifest(cls, directory: Path) -> "ExportKey":
+        """Read the key of an export that is there."""
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return cls(**{name: manifest[name] for name in cls.__dataclass_fields__})
 
 
 def ensure_export(key: ExportKey, cache: Path, write: Callable[[Path], None] | None) -> Path:
-    """The directory of a checked export; made with `write(directory)` when there is none.
+    """Return the directory of a checked export; make it with `write(directory)` if there is none.
 
     Args:
-        write: None when it cannot be made here and now.
+        write: None where it cannot be made.
 
     Raises:
-        RuntimeUnavailableError: it is corrupted, made of something else, cannot be made or cannot be written.
+        RuntimeUnavailableError: it is corrupted, has another key, or cannot be made or written.
     """
     final = key.directory(cache)
     try:
@@ -98,12 +102,12 @@ def _make(key: ExportKey, final: Path, write: Callable[[Path], None]) -> None:
             write(aside)
         except (RuntimeUnavailableError, OSError):
             raise
-        except Exception as error:  # exporters raise what they like
+        except Exception as error:  # exporters raise errors of any kind
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RuntimeUnavailableError(f"this model cannot be exported for {key.runtime}: {reason}") from error
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps({**key.described(), "files": files}, indent=2) + "\n")
-        aside.chmod(apply_umask(0o777))  # a job's export serves the service, whose user may be another
+        (aside / MANIFEST).write_text(json.dumps({**key.to_dict(), "files": files}, indent=2) + "\n")
+        aside.chmod(apply_umask(0o777))  # an export made by a job also serves the service, run by another user
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -116,14 +120,14 @@ def _check(key: ExportKey, final: Path) -> None:
         files: Mapping[str, str] = manifest["files"]
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         raise RuntimeUnavailableError(f"the export in {final} has no readable {MANIFEST}; {remedy}") from None
-    for name, wanted in key.described().items():
-        if manifest.get(name) != wanted:
+    for name, expected in key.to_dict().items():
+        if manifest.get(name) != expected:
             raise RuntimeUnavailableError(
-                f"the export in {final} is of {name} {_short(manifest.get(name))}, not {_short(wanted)}; {remedy}"
+                f"the export in {final} has {name} {_short(manifest.get(name))}, not {_short(expected)}; {remedy}"
             )
     for name, checksum in files.items():
         if not (final / name).is_file() or sha256_of(final / name) != checksum:
-            raise RuntimeUnavailableError(f"{final / name} is corrupted: its checksum is another; {remedy}")
+            raise RuntimeUnavailableError(f"{final / name} is corrupted: its checksum differs; {remedy}")
 
 
 def _short(value: object) -> str:

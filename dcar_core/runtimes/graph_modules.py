@@ -1,21 +1,16 @@
-"""The two frozen encoders once more, as plain functions of tensors, for runtimes that export or convert them.
+"""The image tower as a function of tensors, for runtimes that export or convert it; helpers for both towers.
 
-They compute what `Backbone.encode_text` and `encode_image` do, with less work:
+- Everything that differs between adapters is an input, so one export serves every adapter on a backbone.
+- Pixels enter as uint8 and are normalised inside the graph.
+- A native ViT that reads its class row computes the query and MLP of the last block for that row alone.
 
-- **The prefix once.** Under the causal mask SOS and the text prompts never see the caption, so their keys and values in
-  every block are computed once a adapter (`TextTower.prefix`) and enter as an input. That covers prompts of any
-  number and depth with one graph, and lets rows of several adapters share a batch.
-- **The last block for one row.** What is read is EOT's or CLS's row alone, so the last block computes keys and values
-  of all rows, but query and MLP of that one.
-- **uint8 in.** Pixels are normalised inside the graph, so no float copy of them is made outside.
-
-Everything that differs from adapter to adapter is an input: one export serves every adapter on a backbone.
-
-Letters: B batch, n tokens without SOS, p = 1 + k length of the prefix, R rows of the prefix (1 for all, or B), H heads,
-d width of a head, D blocks, P patches, W widths, E joint space, S side in pixels.
+Letters: B batch, P patches, k prompt vectors, R = 1 or B, H heads, d width of a head, W width, E joint space, S side.
 """
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,26 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
-from dcar_core.util.errors import RuntimeUnavailableError
+from dcar_core.model.towers import NativeImage
 
-Tower = TypeVar("Tower", bound=nn.Module)
+Graph = TypeVar("Graph", bound=nn.Module)
 
 
-class Block(nn.Module):
+class AttentionBlock(nn.Module):
     """A pre-norm transformer block on open_clip's own weights, with attention in the open."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        attention = getattr(block, "attn", None)
-        if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
-            raise RuntimeUnavailableError(
-                f"the blocks of this backbone ({type(block).__name__} with {type(attention).__name__}) have an "
-                f"attention of their own; only the runtime `torch` runs them"
-            )
         self.ln_1, self.ln_2, self.mlp = block.ln_1, block.ln_2, block.mlp
         self.ls_1, self.ls_2 = block.ls_1, block.ls_2
-        self.attention = attention
-        self.heads = int(attention.num_heads)
+        self.attention = block.attn
+        self.heads = int(block.attn.num_heads)
+
+    @staticmethod
+    def fits(blocks: Any) -> bool:
+        """True if every block has PyTorch's own attention with joint weights."""
+        attentions = [getattr(block, "attn", None) for block in blocks]
+        return all(isinstance(each, nn.MultiheadAttention) and each.in_proj_weight is not None for each in attentions)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, n, W) -> three of (B, H, n, d)."""
@@ -60,71 +55,7 @@ class Block(nn.Module):
         return x + self.ls_2(self.mlp(self.ln_2(x)))  # type: ignore[no-any-return]
 
 
-def _blocks(tower: Any) -> Any:
-    return nn.ModuleList(Block(block) for block in tower.transformer.resblocks)
-
-
-class TextTower(nn.Module):
-    """(tokens, weights, prefix) -> text features (B, E), not normalised."""
-
-    mask: Tensor  # causal, (L, L)
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        text = backbone.text
-        self.sos = int(backbone.tokenize([""])[0, 0])
-        self.embedding, self.ln_final = text.token_embedding, text.ln_final
-        self.blocks = _blocks(text)
-        projection = text.text_projection
-        self.bias = projection.bias if isinstance(projection, nn.Linear) else None
-        weight = projection.weight if isinstance(projection, nn.Linear) else projection
-        self.projection = weight if isinstance(projection, nn.Linear) or weight is None else nn.Parameter(weight.T)
-        self.positions = text.positional_embedding
-        self.register_buffer("mask", text.attn_mask.clone(), persistent=False)
-
-    @torch.inference_mode()
-    def prefix(self, prompts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Prompts (depth, k, W_t) -> keys and values, each (D, 1, H, p, d)."""
-        start = self.embedding.weight[self.sos][None, None]  # [1, 1, W_t]
-        x = start if prompts is None else torch.cat([start, prompts[:1].to(start)], 1)
-        length = x.shape[1]
-        x = x + self.positions[:length]
-        mask = self.mask[:length, :length]
-        keys, values = [], []
-        for i, block in enumerate(self.blocks):
-            if prompts is not None and 0 < i < len(prompts):
-                x = torch.cat([x[:, :1], prompts[i : i + 1].to(start)], 1)
-            q, k, v = block.qkv(x)
-            keys.append(k)
-            values.append(v)
-            x = block.finish(x, q, k, v, mask)
-        return torch.stack(keys), torch.stack(values)
-
-    def forward(self, tokens: Tensor, weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """
-        Args:
-            tokens: int64 (B, n) without SOS; EOT is the largest number in a row.
-            weights: (B, n) factors of the token embeddings.
-            keys, values: (D, R, H, p, d) from `prefix`.
-        """
-        batch, n = tokens.shape
-        p = keys.shape[3]
-        last = tokens.argmax(-1)
-        x = self.embedding(tokens) * weights.unsqueeze(-1) + self.positions[p : p + n]  # [B, n, W_t]
-        mask = self.mask[p : p + n, : p + n]
-        rows = torch.arange(batch, device=tokens.device)
-        for i, block in enumerate(self.blocks):
-            q, k, v = block.qkv(x)
-            k = torch.cat([keys[i].expand(batch, -1, -1, -1), k], 2)  # [B, H, p + n, d]
-            v = torch.cat([values[i].expand(batch, -1, -1, -1), v], 2)
-            if i == len(self.blocks) - 1:  # EOT's row alone is read
-                x, q, mask = x[rows, last].unsqueeze(1), q[rows, :, last].unsqueeze(2), mask[last][:, None, None]
-            x = block.finish(x, q, k, v, mask)
-        pooled = self.ln_final(x[:, 0])
-        return pooled if self.projection is None else F.linear(pooled, self.projection, self.bias)
-
-
-class ImageTower(nn.Module):
+class ImageGraph(nn.Module):
     """(pixels, prompts) -> image features (B, E), not normalised.
 
     depth: of the prompts that an export is made for, 0 for none; eager, any will do.
@@ -132,17 +63,18 @@ class ImageTower(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    input_names = ("pixels", "prompts")
 
     def __init__(self, backbone: Backbone, depth: int) -> None:
         super().__init__()
-        self.depth, self.size = depth, backbone.preprocess.size
-        visual, pre = backbone.visual, backbone.preprocess
-        self.visual: Any = visual
-        self.blocks = _blocks(visual)
-        self.one_row = visual.pool_type == "tok"
-        std = torch.tensor(pre.std).reshape(1, 3, 1, 1)
+        tower = backbone.image_tower
+        self.depth, self.size, self.width = depth, backbone.preprocess.size, tower.width
+        self.tower = tower
+        self.encoder: nn.Module = tower.module  # registered, to be converted with it
+        std = torch.tensor(backbone.preprocess.std).reshape(1, 3, 1, 1)
+        mean = torch.tensor(backbone.preprocess.mean).reshape(1, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("shift", -torch.tensor(pre.mean).reshape(1, 3, 1, 1) / std, persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
         self.to(backbone.device)
 
     def forward(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
@@ -151,9 +83,34 @@ class ImageTower(nn.Module):
             pixels: uint8 (B, 3, S, S).
             prompts: (depth, R, k, W_v).
         """
-        visual = self.visual
+        return self.tower.encode(self.normalized(pixels), prompts)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """uint8 -> the type of the weights. In float32 until then: bfloat16 has 8 bits."""
         x = pixels.float() * self.scale + self.shift
-        x = visual._embeds(x.to(visual.conv1.weight.dtype))  # [B, 1 + P, W_v], positions and ln_pre done
+        return x.to(next(self.encoder.parameters()).dtype)
+
+
+class ClassRowGraph(ImageGraph):
+    """The same for a native ViT that is read at its class row."""
+
+    def __init__(self, backbone: Backbone, depth: int) -> None:
+        super().__init__(backbone, depth)
+        self.blocks: Any = nn.ModuleList(AttentionBlock(block) for block in backbone.visual.transformer.resblocks)
+
+    @staticmethod
+    def fits(backbone: Backbone) -> bool:
+        visual = backbone.visual
+        return (
+            isinstance(backbone.image_tower, NativeImage)
+            and visual.attn_pool is None
+            and visual.pool_type == "tok"
+            and AttentionBlock.fits(visual.transformer.resblocks)
+        )
+
+    def forward(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+        visual: Any = self.encoder
+        x = visual._embeds(self.normalized(pixels))  # [B, 1 + P, W_v], positions and ln_pre done
         n = x.shape[1]
         if prompts is not None:
             x = torch.cat([x, visual.ln_pre(prompts[0]).expand(x.shape[0], -1, -1)], 1)
@@ -161,33 +118,45 @@ class ImageTower(nn.Module):
             if prompts is not None and 0 < i < prompts.shape[0]:  # constant in a traced graph
                 x = torch.cat([x[:, :n], prompts[i].expand(x.shape[0], -1, -1)], 1)
             q, k, v = block.qkv(x)
-            if self.one_row and i == len(self.blocks) - 1:  # CLS's row alone is read
+            if i == len(self.blocks) - 1:
                 x, q = x[:, :1], q[:, :, :1]
             x = block.finish(x, q, k, v, None)
-        pooled = visual.ln_post(x[:, 0]) if self.one_row else visual._pool(x[:, :n])[0]
+        pooled = visual.ln_post(x[:, 0])
         return pooled if visual.proj is None else pooled @ visual.proj  # type: ignore[no-any-return]
 
 
-def example_inputs(tower: TextTower | ImageTower) -> tuple[tuple[Tensor, ...], list[list[int]]]:
-    """Inputs to trace a tower with, and their shapes with -1 for what may change."""
-    if isinstance(tower, TextTower):
-        keys, values = tower.prefix(None)
-        d, _, heads, _, width = keys.shape
-        tokens = torch.arange(1, 6).repeat(2, 1)  # [2, 5]
-        shapes = [[-1, -1], [-1, -1], [d, -1, heads, -1, width], [d, -1, heads, -1, width]]
-        return (tokens, torch.ones(tokens.shape), keys.repeat(1, 1, 1, 3, 1), values.repeat(1, 1, 1, 3, 1)), shapes
-    pixels = torch.zeros(2, 3, tower.size, tower.size, dtype=torch.uint8)
-    pixel_shape = [-1, 3, tower.size, tower.size]
-    if tower.depth == 0:
+def image_graph(backbone: Backbone, depth: int) -> ImageGraph:
+    """The image graph that fits a backbone, in eval mode."""
+    kind = ClassRowGraph if ClassRowGraph.fits(backbone) else ImageGraph
+    return kind(backbone, depth).eval()
+
+
+def image_example(graph: ImageGraph) -> tuple[tuple[Tensor, ...], list[list[int]]]:
+    """Inputs to trace the image graph with, and their shapes with -1 for what may change."""
+    pixels = torch.zeros(2, 3, graph.size, graph.size, dtype=torch.uint8)
+    pixel_shape = [-1, 3, graph.size, graph.size]
+    if graph.depth == 0:
         return (pixels,), [pixel_shape]
-    width = tower.visual.ln_pre.weight.shape[0]
-    return (pixels, torch.zeros(tower.depth, 1, 2, width)), [pixel_shape, [tower.depth, -1, -1, width]]
+    return (pixels, torch.zeros(graph.depth, 1, 2, graph.width)), [pixel_shape, [graph.depth, -1, -1, graph.width]]
 
 
-def converted(tower: Tower, dtype: torch.dtype) -> Tower:
-    """A copy with weights of another type. Pixels are still normalised in float32: bfloat16 has 8 bits."""
-    copied = copy.deepcopy(tower).to(dtype)
+def convert_weights(graph: Graph, dtype: torch.dtype) -> Graph:
+    """Copy a graph with weights of another type; the constants that normalise pixels stay in float32."""
+    copied = copy.deepcopy(graph).to(dtype)
     for name in ("scale", "shift"):
-        if hasattr(tower, name):
-            setattr(copied, name, getattr(tower, name).clone())
+        if hasattr(graph, name):
+            setattr(copied, name, getattr(graph, name).clone())
     return copied.eval()
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Within it, graphs can be traced: without gradients, fused attention and the exporters' warnings."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)

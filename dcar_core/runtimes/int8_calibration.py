@@ -1,6 +1,6 @@
-"""int8 for OpenVINO: ranges of activations are measured on the user's own captions and pictures (NNCF, after training).
+"""int8 for OpenVINO: ranges of activations are measured on the user's own captions and images (NNCF, after training).
 
-What was measured belongs to one encoder, since prompts move the activations; the export carries its fingerprint.
+Prompts move the activations, so a calibrated export belongs to one encoder and carries its fingerprint.
 """
 
 import contextlib
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dcar_core.runtimes import openvino_graph as graph
-from dcar_core.runtimes.adapter import Adapter
+from dcar_core.runtimes.adapter import Adapter, text_lengths
 from dcar_core.runtimes.export_cache import ensure_export
-from dcar_core.runtimes.registry import LoadedModel, towers
+from dcar_core.runtimes.registry import LoadedModel
+from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import MissingExtraError
 
 SAMPLES = 200  # of each kind; more hardly change the ranges
@@ -26,15 +24,15 @@ SAMPLES = 200  # of each kind; more hardly change the ranges
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Captions, and pictures as uint8 (m, 3, S, S); SAMPLES of each are enough."""
+    """Captions, and images as uint8 (m, 3, S, S); SAMPLES of each are enough."""
 
     texts: Sequence[str]
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
 
 
 def is_calibrated(loaded: LoadedModel) -> bool:
-    """Whether this encoder has its int8 export already."""
-    return loaded.key("openvino-int8", graph.version(), calibrated=True).directory(loaded.cache).is_dir()
+    """True if this encoder has its int8 export."""
+    return loaded.export_key("openvino-int8", graph.version(), calibrated=True).directory(loaded.cache).is_dir()
 
 
 def calibrate(adapter: Adapter, loaded: LoadedModel, data: CalibrationData) -> Path:
@@ -44,15 +42,19 @@ def calibrate(adapter: Adapter, loaded: LoadedModel, data: CalibrationData) -> P
         MissingExtraError: openvino or nncf is not installed.
         RuntimeUnavailableError: the export fails or cannot be written.
     """
-    version = graph.version()
+    version, (text, image) = graph.version(), loaded.graphs()
     exact = ensure_export(
-        loaded.key("openvino", version), loaded.cache, lambda path: graph.write(path, *towers(loaded))
+        loaded.export_key("openvino", version), loaded.cache, lambda path: graph.write(path, text, image)
     )
-    key = loaded.key("openvino-int8", version, calibrated=True)
-    return ensure_export(key, loaded.cache, lambda path: _quantise(path, exact, adapter, data))
+    key = loaded.export_key("openvino-int8", version, calibrated=True)
+    inputs = {
+        graph.TEXT: list(_text_inputs(adapter, data.texts, text.input_names)),
+        graph.IMAGE: list(_image_inputs(adapter, data.pixels)),
+    }
+    return ensure_export(key, loaded.cache, lambda path: _quantize(path, exact, inputs))
 
 
-def _quantise(directory: Path, exact: Path, adapter: Adapter, data: CalibrationData) -> None:
+def _quantize(directory: Path, exact: Path, inputs: dict[str, list[dict[str, Any]]]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -61,12 +63,8 @@ def _quantise(directory: Path, exact: Path, adapter: Adapter, data: CalibrationD
         raise MissingExtraError("calibrating int8", "int8") from None
     nncf.set_log_level(logging.ERROR)
     openvino = graph.library()
-    inputs: dict[str, list[dict[str, Any]]] = {
-        graph.TEXT: list(_texts(adapter, data.texts)),
-        graph.IMAGE: list(_images(adapter, data.pixels)),
-    }
     for name, samples in inputs.items():
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # its bars
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # for its progress bars
             warnings.simplefilter("ignore")
             model = nncf.quantize(
                 openvino.Core().read_model(exact / name),
@@ -78,16 +76,17 @@ def _quantise(directory: Path, exact: Path, adapter: Adapter, data: CalibrationD
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
-def _texts(adapter: Adapter, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One caption at a time, so that padding is not measured."""
-    tokens, weights = adapter.tokens(texts[:SAMPLES])
-    for row, factors in zip(tokens, weights, strict=True):
-        n = int(row.argmax()) + 1
-        prefix = adapter.prefix
-        yield {"tokens": row[None, :n], "weights": factors[None, :n], "keys": prefix.keys, "values": prefix.values}
+def _text_inputs(adapter: Adapter, texts: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the inputs of one caption at a time, so that padding is not measured."""
+    tokens, prompts = adapter.tokens(texts[:SAMPLES]), adapter.text_prompts
+    weights, lengths = adapter.query_weights(tokens), text_lengths(adapter.layout, tokens)
+    for i, length in enumerate(lengths):
+        part = slice(prompts.skipped, int(length))
+        values = prompts.graph_inputs(tokens[i : i + 1, part], weights[i : i + 1, part])
+        yield dict(zip(names, values, strict=False))
 
 
-def _images(adapter: Adapter, pixels: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
+def _image_inputs(adapter: Adapter, pixels: Pixels) -> Iterator[dict[str, Any]]:
     prompts = {} if adapter.image_prompts is None else {"prompts": adapter.image_prompts}
-    for picture in pixels[:SAMPLES]:
-        yield {"pixels": picture[None], **prompts}
+    for image in pixels[:SAMPLES]:
+        yield {"pixels": image[None], **prompts}

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the towers as ONNX files, in float32 or with weights and activations quantised on the fly to int8."""
+"""ONNX Runtime: both graphs as ONNX files, in float32 or with weights and activations quantised on the fly to int8."""
 
 import threading
 import warnings
@@ -6,22 +6,20 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dcar_core.runtimes.protocol import IMAGE_INPUTS, TEXT_INPUTS, Prefix
-from dcar_core.util.arrays import Floats
+from dcar_core.runtimes.protocol import TextPrompts
+from dcar_core.util.arrays import Floats, Pixels, TokenIds
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from dcar_core.runtimes.graph_modules import ImageTower, TextTower
+    from dcar_core.runtimes.graph_modules import ImageGraph
+    from dcar_core.runtimes.text_graphs import TextGraph
 
 TEXT, IMAGE = "text.onnx", "image.onnx"
 _OPSET = 17
 
 
 def library() -> Any:
-    """The module.
+    """Import ONNX Runtime.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -34,14 +32,14 @@ def library() -> Any:
 
 
 def version() -> str:
-    """Of the library and of what it converts from; an export belongs to both."""
+    """The versions that an export belongs to: ONNX Runtime's and PyTorch's."""
     return f"{library().__version__} torch {version_of('torch').split('+')[0]}"
 
 
-def write(directory: Path, text: "TextTower", image: "ImageTower") -> None:
-    """Export both towers in float32.
+def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
+    """Export both graphs in float32.
 
-    PyTorch's newer exporter wants a package more and fixed numbers of prompts, so this is the older one.
+    PyTorch's newer exporter needs another package and fixed numbers of prompts, so this is the older one.
     """
     library()
     try:
@@ -50,16 +48,14 @@ def write(directory: Path, text: "TextTower", image: "ImageTower") -> None:
         raise MissingExtraError("exporting to ONNX", "onnx") from None
     import torch
 
-    from dcar_core.runtimes.graph_modules import example_inputs
+    from dcar_core.runtimes.graph_modules import image_example, tracing
 
-    for name, tower, known in ((TEXT, text, TEXT_INPUTS), (IMAGE, image, IMAGE_INPUTS)):
-        inputs, shapes = example_inputs(tower)
-        names = list(known[: len(inputs)])
+    for name, graph, (inputs, shapes) in ((TEXT, text, text.example()), (IMAGE, image, image_example(image))):
+        names = list(graph.input_names[: len(inputs)])
         axes = {n: {i: f"{n}_{i}" for i, size in enumerate(s) if size < 0} for n, s in zip(names, shapes, strict=True)}
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # remarks of the exporter on its own future
+        with tracing():
             torch.onnx.export(
-                tower, inputs, directory / name, dynamo=False, opset_version=_OPSET, input_names=names,
+                graph, inputs, directory / name, dynamo=False, opset_version=_OPSET, input_names=names,
                 output_names=["features"], dynamic_axes={**axes, "features": {0: "batch"}},
             )  # fmt: skip
 
@@ -78,7 +74,7 @@ def write_int8(directory: Path, exact: Path) -> None:
 
 
 class OnnxRuntime:
-    """Both towers as sessions on the processor."""
+    """Both graphs as sessions on the processor."""
 
     def __init__(self, name: str, directory: Path, *, threads: int) -> None:
         onnxruntime = library()
@@ -89,18 +85,19 @@ class OnnxRuntime:
         try:
             self._text = onnxruntime.InferenceSession(directory / TEXT, options, providers=["CPUExecutionProvider"])
             self._image = onnxruntime.InferenceSession(directory / IMAGE, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library's own errors share no base but this
+        except Exception as error:  # the library's own errors share no narrower base
             reason = str(error).strip().splitlines()[0]
             raise RuntimeUnavailableError(f"ONNX Runtime cannot load the export in {directory}: {reason}") from error
         self._turn = threading.Lock()
 
-    def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
-        return self._run(self._text, TEXT_INPUTS, tokens, weights, prefix.keys, prefix.values)
+    def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
+        return self._run(self._text, prompts.graph_inputs(tokens, weights))
 
-    def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
-        return self._run(self._image, IMAGE_INPUTS, pixels, *(() if prompts is None else (prompts,)))
+    def image(self, pixels: Pixels, prompts: Floats | None) -> Floats:
+        return self._run(self._image, (pixels,) if prompts is None else (pixels, prompts))
 
-    def _run(self, session: Any, names: tuple[str, ...], *given: NDArray[np.generic]) -> Floats:
+    def _run(self, session: Any, inputs: tuple[Any, ...]) -> Floats:
+        names = [each.name for each in session.get_inputs()]
         with self._turn:
-            result: Floats = session.run(None, dict(zip(names, given, strict=False)))[0]
+            result: Floats = session.run(None, dict(zip(names, inputs, strict=True)))[0]
             return result

@@ -1,32 +1,29 @@
-"""OpenVINO: the towers converted once, then compiled for this processor in float32, bfloat16 or int8.
+"""OpenVINO: both graphs converted once, then compiled for this processor in float32, bfloat16 or int8.
 
-- float32 and bfloat16 are one export: the type is a hint at compilation. int8 is one of its own, see `calibration`.
+- float32 and bfloat16 share one export: the type is a hint at compilation. int8 has its own, see `int8_calibration`.
 - Shapes are dynamic; a few kernels are built when a shape comes for the first time.
 """
 
 import sys
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dcar_core.runtimes.protocol import Prefix
-from dcar_core.util.arrays import Floats
+from dcar_core.runtimes.protocol import TextPrompts
+from dcar_core.util.arrays import Floats, Pixels, TokenIds
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from dcar_core.runtimes.graph_modules import ImageTower, TextTower
+    from dcar_core.runtimes.graph_modules import ImageGraph
+    from dcar_core.runtimes.text_graphs import TextGraph
 
 TEXT, IMAGE = "text.xml", "image.xml"
 
 
 def library() -> Any:
-    """The module, without its telemetry: that tells its maker what is converted, by processes that take the cores.
+    """Import OpenVINO without its telemetry, whose processes would report conversions and take the cores.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -40,29 +37,25 @@ def library() -> Any:
 
 
 def version() -> str:
-    """Of the library and of what it converts from; an export belongs to both."""
+    """The versions that an export belongs to: OpenVINO's and PyTorch's."""
     return f"{library().__version__.split('-')[0]} torch {version_of('torch').split('+')[0]}"
 
 
-def write(directory: Path, text: "TextTower", image: "ImageTower") -> None:
-    """Convert and save both towers, weights in float32."""
-    import torch
-
-    from dcar_core.runtimes.graph_modules import example_inputs
+def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
+    """Convert and save both graphs, weights in float32."""
+    from dcar_core.runtimes.graph_modules import image_example, tracing
 
     openvino = library()
-    for name, tower in ((TEXT, text), (IMAGE, image)):
-        inputs, shapes = example_inputs(tower)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # remarks of the tracer on its own future
+    for name, graph, (inputs, shapes) in ((TEXT, text, text.example()), (IMAGE, image, image_example(image))):
+        with tracing():
             model = openvino.convert_model(
-                tower, example_input=inputs, input=[openvino.PartialShape(s) for s in shapes]
+                graph, example_input=inputs, input=[openvino.PartialShape(shape) for shape in shapes]
             )
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
 class OpenVinoRuntime:
-    """Both towers, compiled. hint: "f32" or "bf16", for whatever is not int8 already."""
+    """Both graphs, compiled. hint: "f32" or "bf16", for graphs that are not int8."""
 
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
         openvino = library()
@@ -83,12 +76,12 @@ class OpenVinoRuntime:
             raise RuntimeUnavailableError(f"OpenVINO cannot compile the export in {directory}: {reason}") from error
         self._turn = threading.Lock()
 
-    def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
+    def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
         with self._turn:
-            result: Floats = self._text([tokens, weights, prefix.keys, prefix.values])[0]
-            return result.copy()  # it is the library's own memory, written again by the next call
+            result: Floats = self._text(list(prompts.graph_inputs(tokens, weights)))[0]
+            return result.copy()  # the library writes into this memory again at the next call
 
-    def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
+    def image(self, pixels: Pixels, prompts: Floats | None) -> Floats:
         with self._turn:
             result: Floats = self._image([pixels] if prompts is None else [pixels, prompts])[0]
             return result.copy()

@@ -1,9 +1,9 @@
-"""What a runtime is: the two frozen towers, tensors of whole batches in, features out. And what a adapter gives to it.
+"""The protocol of a runtime: the two frozen towers, whole batches of arrays in, features out.
 
-A runtime belongs to a backbone and knows no adapter: prompts and token weights are inputs, adapters come after it.
+A runtime belongs to a backbone and knows no adapter: prompts and token weights are inputs, bottlenecks come after it.
 
-Letters as in `towers`: B batch, n tokens without SOS, p = 1 + k length of the prefix, R = 1 or B, D blocks, H heads,
-d width of a head, W_v width, E joint space, S side in pixels.
+Letters: B batch, n tokens, k prompt vectors, p rows of a prefix, R = 1 or B, D blocks, H heads, d width of a head, W_t
+and W_v widths, E joint space, S side in pixels.
 """
 
 from collections.abc import Sequence
@@ -12,67 +12,61 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Floats
-
-# The towers' inputs by name, as exports have them.
-TEXT_INPUTS = ("tokens", "weights", "keys", "values")
-IMAGE_INPUTS = ("pixels", "prompts")
+from dcar_core.util.arrays import Floats, Pixels, TokenIds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
-    """What stands before a caption, SOS and the text prompts, as every block's keys and values.
+class TextPrompts:
+    """What stands before a caption, as inputs of a text graph; axis 1 of each is R.
 
-    keys, values: (D, R, H, p, d). prompts: (depth, R, k, W_t) or None, for a runtime that cannot take the former.
+    inputs: keys and values (D, R, H, p, d) of a causal tower's start tokens and prompts; or prompts (depth, R, k, W_t);
+        or nothing.
+    skipped: start tokens that the inputs stand for; the graph gets captions without them.
+    has_weights: False where the tower takes no token weights.
     """
 
-    keys: Floats
-    values: Floats
-    prompts: Floats | None
+    inputs: tuple[Floats, ...] = ()
+    skipped: int = 0
+    has_weights: bool = True
 
     @property
-    def length(self) -> int:
-        return int(self.keys.shape[3])
+    def shape(self) -> tuple[tuple[int, ...], ...]:
+        """Equal for prompts that may share a batch."""
+        return tuple((each.shape[0], *each.shape[2:]) for each in self.inputs)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What must be equal in one batch: the length, and for a runtime that takes prompts, how they are shaped."""
-        return (self.length,) if self.keys.size or self.prompts is None else self.prompts.shape
+    def graph_inputs(self, tokens: TokenIds, weights: Floats) -> tuple[TokenIds | Floats, ...]:
+        """The inputs of a text graph in their order."""
+        return (tokens, weights, *self.inputs) if self.has_weights else (tokens,)
 
     @staticmethod
-    def rows(prefixes: Sequence["Prefix"]) -> "Prefix":
-        """One prefix for each row of a batch; all of one shape."""
-        first = prefixes[0]
-        if all(each is first for each in prefixes):
+    def stack(prompts: Sequence["TextPrompts"]) -> "TextPrompts":
+        """Join the prompts of each row of a batch; all must have one shape."""
+        first = prompts[0]
+        if all(each is first for each in prompts):
             return first
-        stacked = [each.prompts for each in prefixes if each.prompts is not None and not each.keys.size]
-        return Prefix(
-            np.concatenate([each.keys for each in prefixes], 1),
-            np.concatenate([each.values for each in prefixes], 1),
-            np.concatenate(stacked, 1) if stacked else None,
-        )
+        inputs = tuple(np.concatenate(parts, 1) for parts in zip(*(each.inputs for each in prompts), strict=True))
+        return TextPrompts(inputs, first.skipped, first.has_weights)
 
 
 class Runtime(Protocol):
-    """May be used by several threads; what cannot run twice at once lets them take turns."""
+    """Several threads may use it at once; a library that cannot run twice at once lets them take turns."""
 
     @property
     def name(self) -> str: ...
 
-    def text(self, tokens: NDArray[np.int64], weights: Floats, prefix: Prefix) -> Floats:
-        """tokens (B, n) without SOS, weights (B, n) -> text features (B, E), not normalised."""
+    def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
+        """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalised."""
         ...
 
-    def image(self, pixels: NDArray[np.uint8], prompts: Floats | None) -> Floats:
+    def image(self, pixels: Pixels, prompts: Floats | None) -> Floats:
         """pixels (B, 3, S, S), prompts (depth, R, k, W_v) -> image features (B, E), not normalised."""
         ...
 
 
 @runtime_checkable
 class ExportRuntime(Runtime, Protocol):
-    """One that runs a graph on disk, and needs neither the model nor PyTorch for it."""
+    """A runtime that runs a graph on disk, and needs neither the model nor PyTorch for it."""
 
     directory: Path
     threads: int

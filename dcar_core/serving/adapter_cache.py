@@ -1,17 +1,13 @@
-"""A adapter on disk, with the name of the export that it goes with: all that a later start needs to encode.
+"""Cached adapters, each with the name of its export: all that a later start needs to encode without PyTorch.
 
-    CACHE/sealed/FINGERPRINT_RUNTIME_THREADS.safetensors
+    CACHE/adapters/FINGERPRINT_RUNTIME_THREADS    sha256, then safetensors
 
-Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, and a service that runs an exported
-graph needs them for nothing but re-ranking and explaining. So the first start writes down what it found, and later ones
-check that all of it still holds:
-
-- the checkpoint, by its fingerprint, which is computed again; the backbone's files by size and time; the libraries'
-  versions, the processor, the number of threads;
-- the export by its checksums, and what was written here by its own;
-- at last the vectors themselves: on a probe they must be those that PyTorch in float32 gave when it was sealed.
-
-Whatever does not hold is no error: the start is then a whole one, which tells what is wrong and seals anew.
+- Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
+  needs for re-ranking and explaining alone.
+- An entry holds for one checkpoint (its fingerprint is computed again), the same backbone files, library versions,
+  processor and threads; the entry and the export have checksums.
+- At last the vectors of a probe must be those that PyTorch gave in float32 when the entry was written.
+- If a check fails, the full model is loaded and the entry is written anew.
 """
 
 import hashlib
@@ -19,24 +15,25 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from dcar_core.model.checkpoint import backbone_files, fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
+from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.runtimes.adapter import Adapter, Bottleneck
 from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
-from dcar_core.runtimes.export_cache import GRAPHS, MANIFEST, ExportKey, default_cache_directory, ensure_export
-from dcar_core.runtimes.protocol import ExportRuntime, Prefix, Runtime
+from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, default_cache_directory, ensure_export
+from dcar_core.runtimes.protocol import ExportRuntime, Runtime, TextPrompts
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, open_export
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError
@@ -45,21 +42,21 @@ from dcar_core.util.files import atomic_writer
 if TYPE_CHECKING:
     from dcar_core.runtimes.registry import LoadedModel
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-FORMAT = 1
-_LIBRARIES = ("dcar", "torch", "open_clip_torch", "openvino", "onnxruntime", "tokenizers", "ftfy")
+FORMAT = 2
+_LIBRARIES = (
+    "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "onnxruntime", "tokenizers", "ftfy",
+)  # fmt: skip
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
-_TOKENIZER = "tokenizer"
 _BOTTLENECKS = ("text_bottleneck", "image_bottleneck")
-_PARTS = ("down", "down_bias", "up", "up_bias")
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What is to be loaded, as `Encoder.load` was asked for it."""
+    """The arguments of `Encoder.load` that an entry depends on."""
 
     checkpoint: Path
     device: str
@@ -69,14 +66,13 @@ class LoadRequest:
 
     @property
     def may_use_export(self) -> bool:
-        """Whether it can be an export at all."""
         on_cpu = self.device == "cpu" or (
             self.device == "auto" and sys.platform != "darwin" and not any(Path(gpu).exists() for gpu in _GPUS)
         )
         return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
 
     def file(self, mark: str) -> Path:
-        return directory_in(self.cache) / f"{mark[:16]}_{self.runtime}_{self.threads or 'auto'}.safetensors"
+        return directory_in(self.cache) / f"{mark[:16]}_{self.runtime}_{self.threads or 'auto'}"
 
 
 def directory_in(cache: Path) -> Path:
@@ -84,85 +80,59 @@ def directory_in(cache: Path) -> Path:
 
 
 def store(request: LoadRequest, adapter: Adapter, loaded: "LoadedModel", runtime: Runtime) -> None:
-    """Write down a adapter and its runtime, if it runs an export and gives PyTorch's vectors.
+    """Write an entry, if the runtime runs an export and gives PyTorch's vectors.
 
-    A cache that cannot be written costs later starts their time, nothing else.
+    A cache that cannot be written only makes later starts slower.
     """
     if not request.may_use_export or not isinstance(runtime, ExportRuntime):
-        return
-    tokens = loaded.backbone.standalone_tokenizer(loaded.model.prompt_tokens)
-    if tokens is None:
         return
     probe = Probe.synthetic(adapter.preprocess.size)
     texts, images = reference_vectors(loaded.model, probe)
     if not prove(adapter, runtime, probe, (texts, images)).holds:
         return
-    manifest = json.loads((runtime.directory / MANIFEST).read_text(encoding="utf-8"))
     content = {
         "circumstances": _circumstances(request),
-        "fingerprint": adapter.fingerprint,
         "runtime": runtime.name,
         "threads": runtime.threads,
-        "export": {name: manifest[name] for name in ("runtime", "backbone", "depth", "library", "fingerprint")},
-        "dim": adapter.dim,
-        "patch_grid": adapter.patch_grid,
-        "uses_token_weights": adapter.uses_token_weights,
-        "room": loaded.model.prompt_tokens,
-        "context": loaded.backbone.context_length,
-        "preprocess": adapter.preprocess.to_dict(),
+        "export": asdict(ExportKey.from_manifest(runtime.directory)),
+        "adapter": _fields_of(adapter),
     }
-    arrays: Arrays = {
-        "keys": adapter.prefix.keys,
-        "values": adapter.prefix.values,
-        "probe_texts": texts,
-        "probe_images": images,
-        _TOKENIZER: np.frombuffer(tokens.to_bytes(), np.uint8),
-    }
-    for name, found in (("image_prompts", adapter.image_prompts), ("factors", adapter.factors)):
-        if found is not None:
-            arrays[name] = found
-    for name in _BOTTLENECKS:
-        if (bottleneck := getattr(adapter, name)) is not None:
-            arrays |= {f"{name}.{part}": getattr(bottleneck, part) for part in _PARTS}
-    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    arrays = _arrays_of(adapter) | {"probe_texts": texts, "probe_images": images, "content": _as_array(content)}
+    body = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
     path = request.file(adapter.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_writer(path, shared=True) as file:
-            file.write(save(arrays, {"content": json.dumps(content), "sha256": _checksum(content, arrays)}))
+            file.write(hashlib.sha256(body).digest() + body)
     except OSError as error:
-        log.warning("what later starts could use cannot be kept in %s: %s", path.parent, error.strerror or error)
+        logger.warning("the adapter cannot be cached in %s: %s", path.parent, error.strerror or error)
 
 
 def restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
-    """What `seal` wrote, if it still holds; else None."""
+    """Load the entry that `store` wrote; None if there is none or a check fails."""
     if not request.may_use_export:
         return None
     try:
         return _restore(request)
     except (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        log.debug("nothing that was sealed for %s can be used: %s", request.checkpoint, error)
+        logger.debug("no cached adapter of %s can be used: %s", request.checkpoint, error)
         return None
 
 
 def has_entry(checkpoint: Path, mark: str, device: str) -> bool:
-    """Whether `auto` has something to start from in the default cache, so that it need not measure.
-
-    mark: the checkpoint's fingerprint.
-    """
+    """True if `auto` can start from the default cache without measuring. mark: the checkpoint's fingerprint."""
     request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
     return request.may_use_export and request.file(mark).is_file()
 
 
 def discard(cache: Path, backbone: str) -> None:
-    """Remove what is sealed of a backbone, by the hash of its weights: the ranking of its runtimes is another now."""
-    for path in directory_in(cache).glob("*.safetensors"):
+    """Remove the entries of a backbone, by its content hash, because its runtimes were ranked anew."""
+    for path in directory_in(cache).glob("*"):
         try:
-            with safe_open(str(path), "np") as file:
-                other = json.loads(file.metadata()["content"])["export"]["backbone"] != backbone
+            is_other = json.loads(_read(path)["content"].tobytes())["export"]["backbone"] != backbone
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            other = False  # nobody can use it
-        if not other:
+            is_other = False  # it is of no use
+        if not is_other:
             path.unlink(missing_ok=True)
 
 
@@ -173,25 +143,19 @@ def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
     path = request.file(mark)
     if not path.is_file():
         return None
-    with safe_open(str(path), "np") as file:
-        metadata = file.metadata()
-        arrays: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    content = json.loads(metadata["content"])
+    arrays = _read(path)
+    content = json.loads(arrays["content"].tobytes())
     torch = sys.modules.get("torch")
     if (
-        metadata["sha256"] != _checksum(content, arrays)
-        or content["fingerprint"] != mark
-        or content["circumstances"] != _circumstances(request)
+        content["circumstances"] != _circumstances(request)
+        or content["adapter"]["fingerprint"] != mark
         or (torch is not None and torch.get_num_threads() != content["threads"])
-        or content["export"]["backbone"] != described["backbone"]["sha256"]
     ):
         return None
     key = ExportKey(**content["export"])
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(
-            ensure_export, key, request.cache, None
-        )  # beside compiling; nothing is used before it is done
-        adapter = _adapter_from(content, arrays)
+        checked = pool.submit(ensure_export, key, request.cache, None)  # while the export is compiled
+        adapter = _adapter_from(content["adapter"], arrays)
         runtime = open_export(content["runtime"], key.directory(request.cache), content["threads"])
         checked.result()
     probe = Probe.synthetic(adapter.preprocess.size)
@@ -199,25 +163,63 @@ def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
     return (adapter, runtime) if proof.holds else None
 
 
-def _adapter_from(content: Mapping[str, Any], arrays: Arrays) -> Adapter:
-    from dcar_core.model.tokenizer import TextTokenizer
+def _read(path: Path) -> Arrays:
+    content = path.read_bytes()
+    checksum, body = content[:32], content[32:]
+    if hashlib.sha256(body).digest() != checksum:
+        raise ValueError(f"{path} is corrupted")
+    arrays: Arrays = load(body)
+    return arrays
 
+
+def _fields_of(adapter: Adapter) -> dict[str, Any]:
+    """The fields that are no arrays."""
+    return {
+        "fingerprint": adapter.fingerprint,
+        "dim": adapter.dim,
+        "patch_grid": adapter.patch_grid,
+        "uses_token_weights": adapter.uses_token_weights,
+        "preprocess": adapter.preprocess.to_dict(),
+        "layout": asdict(adapter.layout),
+        "text_prompts": [
+            len(adapter.text_prompts.inputs),
+            adapter.text_prompts.skipped,
+            adapter.text_prompts.has_weights,
+        ],
+    }
+
+
+def _arrays_of(adapter: Adapter) -> Arrays:
+    arrays: Arrays = {"tokenizer": np.frombuffer(adapter.tokenizer.to_bytes(), np.uint8)}
+    arrays |= {f"text_prompts.{i}": each for i, each in enumerate(adapter.text_prompts.inputs)}
+    for name in ("image_prompts", "token_factors"):
+        if (values := getattr(adapter, name)) is not None:
+            arrays[name] = values
+    for name in _BOTTLENECKS:
+        if (bottleneck := getattr(adapter, name)) is not None:
+            arrays |= {f"{name}.{part}": values for part, values in vars(bottleneck).items()}
+    return arrays
+
+
+def _adapter_from(fields: dict[str, Any], arrays: Arrays) -> Adapter:
+    preprocess = fields["preprocess"]
+    count, skipped, has_weights = fields["text_prompts"]
+    parts = ("down", "down_bias", "up", "up_bias")
     bottlenecks = {
-        name: Bottleneck(*(arrays[f"{name}.{part}"] for part in _PARTS)) if f"{name}.down" in arrays else None
+        name: Bottleneck(*(arrays[f"{name}.{part}"] for part in parts)) if f"{name}.down" in arrays else None
         for name in _BOTTLENECKS
     }
-    shape = content["preprocess"]
-    preprocess = Preprocess(**{**shape, "mean": tuple(shape["mean"]), "std": tuple(shape["std"])})
     return Adapter(
-        fingerprint=content["fingerprint"],
-        dim=content["dim"],
-        patch_grid=content["patch_grid"],
-        uses_token_weights=content["uses_token_weights"],
-        preprocess=preprocess,
-        tokenize=TextTokenizer.from_bytes(arrays[_TOKENIZER].tobytes(), content["context"] - content["room"]),
-        prefix=Prefix(arrays["keys"], arrays["values"], None),
+        fingerprint=fields["fingerprint"],
+        dim=fields["dim"],
+        patch_grid=fields["patch_grid"],
+        uses_token_weights=fields["uses_token_weights"],
+        preprocess=Preprocess(**{**preprocess, "mean": tuple(preprocess["mean"]), "std": tuple(preprocess["std"])}),
+        tokenizer=TextTokenizer.from_bytes(arrays["tokenizer"].tobytes()),
+        layout=TextLayout(**fields["layout"] | {"start_ids": tuple(fields["layout"]["start_ids"])}),
+        text_prompts=TextPrompts(tuple(arrays[f"text_prompts.{i}"] for i in range(count)), skipped, has_weights),
         image_prompts=arrays.get("image_prompts"),
-        factors=arrays.get("factors"),
+        token_factors=arrays.get("token_factors"),
         **bottlenecks,
     )
 
@@ -234,9 +236,5 @@ def _circumstances(request: LoadRequest) -> dict[str, Any]:
     }
 
 
-def _checksum(content: Mapping[str, Any], arrays: Arrays) -> str:
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
+def _as_array(content: dict[str, Any]) -> NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(content).encode(), np.uint8)

@@ -1,67 +1,51 @@
-"""From a model to its `Adapter`: what of it does not change any more, computed once."""
-
-from collections.abc import Sequence
+"""From a model to its `Adapter`: everything that is fixed once training ends, computed once."""
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dcar_core.model.dcar import DCAR, FeatureAdapter
 from dcar_core.runtimes.adapter import Adapter, Bottleneck
-from dcar_core.runtimes.graph_modules import TextTower
-from dcar_core.runtimes.protocol import Prefix
+from dcar_core.runtimes.protocol import TextPrompts
+from dcar_core.runtimes.text_graphs import text_graph
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import RuntimeUnavailableError
 
-_AT_ONCE = 4096  # tokens of the vocabulary
+_CHUNK = 4096  # tokens of the vocabulary
 
 
 @torch.inference_mode()
 def extract(model: DCAR, fingerprint: str) -> Adapter:
-    """The model as it is now; later changes of it are not seen."""
+    """Extract the adapter of a model as it is now."""
     backbone, prompts = model.backbone, model.prompts
     text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
-
-    def tokenize(texts: Sequence[str]) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = backbone.tokenize(texts, model.prompt_tokens).cpu().numpy()
-        return found
-
+    graph = text_graph(backbone, 0 if text is None else len(text))
+    inputs = tuple(_to_numpy(each) for each in graph.prompt_inputs(text))
     return Adapter(
         fingerprint=fingerprint,
         dim=backbone.embed_dim,
         patch_grid=backbone.patch_grid,
         uses_token_weights=model.config.reweight.train != "none",
         preprocess=backbone.preprocess,
-        tokenize=tokenize,
-        prefix=_prefix(model, text),
-        image_prompts=None if image is None else _floats(image.unsqueeze(1)),
-        factors=_factors(model) if model.config.reweight.query == "predicted" else None,
+        tokenizer=backbone.text_tokenizer(model.prompt_tokens),
+        layout=backbone.layout,
+        text_prompts=TextPrompts(inputs, graph.skipped, graph.has_weights),
+        image_prompts=None if image is None else _to_numpy(image.unsqueeze(1)),
+        token_factors=_token_factors(model) if model.config.reweight.query == "predicted" else None,
         text_bottleneck=_bottleneck(model.text_adapter),
         image_bottleneck=_bottleneck(model.image_adapter),
     )
 
 
-def _prefix(model: DCAR, prompts: Tensor | None) -> Prefix:
-    rows = None if prompts is None else _floats(prompts.unsqueeze(1))
-    try:
-        keys, values = TextTower(model.backbone).prefix(prompts)
-    except RuntimeUnavailableError:  # blocks that only the plain runtime can run, and it takes the prompts
-        empty = np.empty((0, 1, 0, 1 + model.prompt_tokens, 0), np.float32)
-        return Prefix(empty, empty, rows)
-    return Prefix(_floats(keys), _floats(values), rows)
-
-
-def _factors(model: DCAR) -> Floats | None:
-    """The head reads a token's embedding alone, so what it says of each token is a table."""
+def _token_factors(model: DCAR) -> Floats | None:
+    """Tabulate the head over the vocabulary: it reads a token's embedding alone."""
     if model.head is None:
         return None
-    count = model.backbone.text.token_embedding.weight.shape[0]
+    count = model.backbone.text_tower.vocabulary_size
     parts = []
-    for start in range(0, count, _AT_ONCE):
-        ids = torch.arange(start, min(start + _AT_ONCE, count), device=model.backbone.device)[None]
+    for start in range(0, count, _CHUNK):
+        ids = torch.arange(start, min(start + _CHUNK, count), device=model.backbone.device)[None]
         everywhere = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-        parts.append(_floats(model.head(model.backbone.token_embeddings(ids), everywhere)[0]))
+        parts.append(_to_numpy(model.head(model.backbone.token_embeddings(ids), everywhere)[0]))
     return np.concatenate(parts)
 
 
@@ -69,8 +53,8 @@ def _bottleneck(adapter: FeatureAdapter | None) -> Bottleneck | None:
     if adapter is None:
         return None
     down, up = adapter.down, adapter.up
-    return Bottleneck(_floats(down.weight), _floats(down.bias), _floats(up.weight), _floats(up.bias))
+    return Bottleneck(_to_numpy(down.weight), _to_numpy(down.bias), _to_numpy(up.weight), _to_numpy(up.bias))
 
 
-def _floats(values: Tensor) -> Floats:
+def _to_numpy(values: Tensor) -> Floats:
     return values.detach().float().cpu().contiguous().numpy().copy()

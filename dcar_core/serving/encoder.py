@@ -1,11 +1,11 @@
-"""What the other rooms use: text or pictures in, normalised float32 vectors out.
+"""`Encoder`, the interface of `dcar_core` for other packages: texts or images in, normalised float32 vectors out.
 
-from dcar_core import Encoder
-encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
-vectors = encoder.encode_text(["crying cat"])          # float32 (1, E)
+    from dcar_core import Encoder
+    encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
+    vectors = encoder.encode_text(["crying cat"])  # float32 (1, E)
 
-What one checkpoint has of its own is a `Adapter`; what runs the towers is a `Runtime`, chosen by name or by measuring.
-The model itself is loaded where these two do not exist yet, and for whoever asks for it.
+An `Adapter` holds what one checkpoint adds to its backbone; a `Runtime`, chosen by name or by measuring, runs the
+towers. The model itself is loaded where these two are not cached, and for whoever asks for it.
 """
 
 import threading
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core.images import ImageSource
@@ -26,6 +25,7 @@ from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
 from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import adapter_cache
+from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ImageError, ModelError
 from dcar_core.util.memory import release_pages, trim_heap
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeferredModel:
-    """A model that is not in memory: the places where its checkpoint lies, and what loads it from one of them."""
+    """A model that is not in memory: the paths of its checkpoint, and how to load it from one of them."""
 
     paths: tuple[Path, ...]
     load: Callable[[Path], LoadedModel]
 
 
 class Encoder:
-    """A model ready to encode. Build it with `load`; `fingerprint` names what its vectors may be compared with."""
+    """A model ready to encode. Build it with `load`; only vectors of one `fingerprint` may be compared."""
 
     def __init__(
         self, adapter: Adapter, loaded: LoadedModel | DeferredModel, runtime: Runtime, *, exact: bool = False
@@ -52,30 +52,30 @@ class Encoder:
         self.runtime = runtime
         self.fingerprint = adapter.fingerprint
         self.dim = adapter.dim
-        with_torch = not isinstance(runtime, ExportRuntime)  # which is in memory then anyway
-        self.preprocess = adapter.preprocess if exact else adapter.preprocess.fast(torch=with_torch)
-        self._target = loaded
+        has_torch = not isinstance(runtime, ExportRuntime)
+        self.preprocess = adapter.preprocess if exact else adapter.preprocess.fast(torch=has_torch)
+        self._loaded = loaded
         self._turn = threading.Lock()
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model and what belongs to it; loaded now if nothing has needed it so far, which takes seconds.
+        """The model and what belongs to it; the first call may have to load it, which takes seconds.
 
         Raises:
             CheckpointError, ModelError: it cannot be loaded any more.
         """
         with self._turn:
-            if isinstance(self._target, DeferredModel):
-                paths = self._target.paths
-                self._target = self._target.load(next(filter(is_checkpoint, paths), paths[0]))
-            return self._target
+            if isinstance(self._loaded, DeferredModel):
+                paths = self._loaded.paths
+                self._loaded = self._loaded.load(next(filter(is_checkpoint, paths), paths[0]))
+            return self._loaded
 
     def add_checkpoint_path(self, path: Path) -> None:
-        """Its checkpoint lies there as well; where it was it may be deleted before anything asks for the model."""
+        """Name another copy of the checkpoint, since the first may be deleted before anything needs the model."""
         with self._turn:
-            if isinstance(self._target, DeferredModel):
-                others = (other for other in self._target.paths if other != path and is_checkpoint(other))
-                self._target = replace(self._target, paths=(path, *others))
+            if isinstance(self._loaded, DeferredModel):
+                others = (other for other in self._loaded.paths if other != path and is_checkpoint(other))
+                self._loaded = replace(self._loaded, paths=(path, *others))
 
     @property
     def model(self) -> "DCAR":
@@ -84,8 +84,8 @@ class Encoder:
 
     @property
     def backbone(self) -> "Backbone | None":
-        """The model's, if it is in memory."""
-        return self._target.backbone if isinstance(self._target, LoadedModel) else None
+        """The model's backbone, if it is in memory."""
+        return self._loaded.backbone if isinstance(self._loaded, LoadedModel) else None
 
     @classmethod
     def load(
@@ -102,70 +102,71 @@ class Encoder:
     ) -> "Encoder":
         """Load a checkpoint directory, a model directory, or an open_clip model by name.
 
-        A checkpoint whose towers an exported graph runs is kept for later starts: they need neither the model nor
-        PyTorch until something asks for them.
+        The adapter of a checkpoint whose towers run as an exported graph is cached for later starts, which then need
+        neither the model nor PyTorch.
 
         Args:
             source: a directory with config.json (DCAR checkpoint) or open_clip_config.json (plain CLIP), or a name
                 such as ViT-B-32-quickgelu.
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
-            exact: pictures to pixels bit for bit as open_clip does it, instead of the fast mode of `Preprocess`.
-            runtime: what runs the towers: "torch", "auto" (the fastest that is right here, measured once), or another
-                name of `runtimes.registry.RUNTIME_KINDS`.
-            cache: where exports and measurements are kept; default: the user's cache directory.
-            backbone: one that is loaded already, for a checkpoint made on the same weights to share.
+            exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
+            runtime: "torch", "auto" (the fastest that is right here, measured once), or another name of
+                `runtimes.registry.RUNTIME_KINDS`.
+            cache: directory of exports and measurements; default: the user's cache directory.
+            backbone: a loaded one, for a checkpoint made on the same weights to share.
             threads: of the towers; default: PyTorch's own number.
 
         Raises:
             CheckpointError, ModelError: with what to do.
-            RuntimeUnavailableError, MissingExtraError: the runtime that was named cannot be had here.
+            RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used here.
         """
         require_known(runtime)
         path, cache = Path(source), cache or default_cache_directory()
 
-        def whole(path: Path) -> LoadedModel:
+        def load_model(path: Path) -> LoadedModel:
             if threads is not None:
                 import torch
 
                 torch.set_num_threads(threads)
             return _load(path, str(source), pretrained, pick_device(device), cache, backbone)
 
-        wanted = adapter_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
-        if wanted is not None and (found := adapter_cache.restore(wanted)) is not None:
-            adapter, graph = found
-            return cls(adapter, DeferredModel((path,), whole), graph, exact=exact)
+        request = adapter_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
+        if request is not None and (cached := adapter_cache.restore(request)) is not None:
+            adapter, export = cached
+            return cls(adapter, DeferredModel((path,), load_model), export, exact=exact)
 
         from dcar_core.serving.adapter_extraction import extract
         from dcar_core.serving.runtime_selection import load_runtime
 
-        loaded = whole(path)
+        loaded = load_model(path)
         adapter = extract(loaded.model, loaded.fingerprint)
         encoder = cls(adapter, loaded, load_runtime(runtime, adapter, loaded), exact=exact)
-        if wanted is not None:
-            adapter_cache.store(wanted, adapter, loaded, encoder.runtime)
+        if request is not None:
+            adapter_cache.store(request, adapter, loaded, encoder.runtime)
         return encoder
 
-    def with_runtime(self, name: str) -> "Encoder":
-        """The same encoder, and the same way from pictures to pixels, on another runtime.
+    def with_runtime(self, name: str, *, proven: bool = True) -> "Encoder":
+        """Return the same encoder with the same preprocessing on another runtime.
+
+        Args:
+            proven: require the runtime to give PyTorch's vectors.
 
         Raises:
-            RuntimeUnavailableError, MissingExtraError: it cannot be had here.
+            RuntimeUnavailableError, MissingExtraError: it cannot be used here.
         """
         from dcar_core.serving.runtime_selection import load_runtime
 
-        runtime = load_runtime(name, self.adapter, self.loaded)
+        runtime = load_runtime(name, self.adapter, self.loaded, proven=proven)
         encoder = Encoder(self.adapter, self.loaded, runtime)
         encoder.preprocess = self.preprocess
         return encoder
 
-    def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
-        """Texts -> float32 (n, E), L2-normalised. What exceeds the context is cut.
-
-        Batches are formed by length, so that a short text is not padded to a long one's size.
+    def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
+        """Encode texts -> float32 (n, E), L2-normalised. Texts beyond the context are cut.
 
         Raises:
-            TypeError: one text in place of several, or what is no text among them.
+            TypeError: one text instead of a list, or an element that is no text.
         """
         if (
             isinstance(texts, str)
@@ -175,22 +176,22 @@ class Encoder:
             raise TypeError("encode_text takes a list of texts, such as [text]")
         return self.adapter.encode_text(self.runtime, texts, batch_size)
 
-    def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> NDArray[np.float32]:
-        """Pictures (PIL, path or bytes) -> float32 (n, E), L2-normalised.
+    def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> Floats:
+        """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalised.
 
         Raises:
-            ImageError: a picture cannot be read; names it, if it is given by its path.
-            TypeError: one picture in place of several.
+            ImageError: an image cannot be read; names it if it was given by its path.
+            TypeError: one image instead of a list.
         """
         if isinstance(images, str | bytes | Path | Image.Image):
-            raise TypeError("encode_images takes a list of pictures, such as [picture]")
+            raise TypeError("encode_images takes a list of images, such as [image]")
         out = np.empty((len(images), self.dim), np.float32)
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             out[start : start + len(part)] = self.encode_pixels(np.stack([self._read(image) for image in part]))
         return out
 
-    def _read(self, image: ImageSource) -> NDArray[np.uint8]:
+    def _read(self, image: ImageSource) -> Pixels:
         if not isinstance(image, Image.Image | str | bytes | Path):
             raise TypeError(f"encode_images takes PIL images, paths or bytes, not {type(image).__name__}")
         try:
@@ -198,12 +199,12 @@ class Encoder:
         except ImageError as error:
             raise (ImageError(f"{image}: {error}") if isinstance(image, str | Path) else error) from None
 
-    def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode_pixels(self, pixels: Pixels) -> Floats:
         """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass."""
         return self.adapter.encode_pixels(self.runtime, pixels)
 
     def release(self) -> None:
-        """Let go of what only loading needed, as far as it can be read again from its file: see `mapped`."""
+        """Release memory that only loading needed and that can be read again from its file; see `util.memory`."""
         places = [self.runtime.directory] if isinstance(self.runtime, ExportRuntime) else []
         if self.backbone is not None:
             source = self.backbone.source
@@ -225,16 +226,17 @@ def _load(
         model = DCAR(load_backbone(BackboneSource(name, pretrained), device), method("clip"))
         backbone_hash = model.backbone.content_hash()
         mark = fingerprint(backbone_hash, model.config, {})
-    prompts = model.config.prompt
-    depth = prompts.depth if model.prompts is not None and prompts.image else 0
-    return LoadedModel(model.eval(), backbone_hash, depth, mark, cache)
+    prompt, has_prompts = model.config.prompt, model.prompts is not None
+    image_depth = prompt.depth if has_prompts and prompt.image else 0
+    text_depth = prompt.depth if has_prompts and prompt.text else 0
+    return LoadedModel(model.eval(), backbone_hash, image_depth, text_depth, mark, cache)
 
 
 def pick_device(device: str) -> str:
-    """ "auto" -> cuda, mps or cpu, whichever there is.
+    """Resolve "auto" to cuda, mps or cpu, whichever there is.
 
     Raises:
-        ModelError: the device that was named is not there.
+        ModelError: the named device is not there.
     """
     import torch
 

@@ -1,11 +1,10 @@
 """Queries of several adapters in one forward pass over the backbone that they share.
 
-- Prompts are inputs: each row brings its encoder's own, so rows of different encoders stand in one batch. The result
-  is that of each encoder by itself (tested).
-- Rows go together where their prompts have one shape and one runtime runs them; others follow in a pass of their own.
-- What comes after a tower is applied encoder by encoder.
+- Prompts are inputs: each row brings its own encoder's, and gets the vector that this encoder gives alone.
+- Rows share a pass where their prompts have one shape and one runtime runs them; others follow in a pass of their own.
+- Bottlenecks are applied encoder by encoder.
 
-Letters: B rows, k prompt vectors, W a tower's width, n tokens, E joint space.
+Letters: B rows, n tokens, E joint space.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -13,13 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dcar_core.runtimes.length_batches import batches
-from dcar_core.runtimes.protocol import Prefix
+from dcar_core.runtimes.adapter import encode_tokens
 from dcar_core.serving.encoder import Encoder
-
-Vectors = NDArray[np.float32]
+from dcar_core.util.arrays import Floats, Pixels
 
 
 class _Row(Protocol):
@@ -32,39 +28,40 @@ R = TypeVar("R", bound=_Row)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextRow:
-    """A text for one encoder. weights: float32 (n,), a factor a token as `pair_weights` gives; None: as a query."""
+    """A text for one encoder. weights: float32 (n,), a factor a token as `PairWeights` gives; None: as a query."""
 
     encoder: Encoder
     text: str
-    weights: Vectors | None = None
+    weights: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageRow:
-    """A picture for one encoder: uint8 (3, S, S), from its `preprocess`."""
+    """An image for one encoder: uint8 (3, S, S), from its `preprocess`."""
 
     encoder: Encoder
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
 
 
-def encode_text_rows(rows: Sequence[TextRow]) -> Vectors:
-    """float32 (B, E), L2-normalised. All encoders must share one backbone."""
+def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
+    """Encode texts -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
     first = rows[0].encoder
     if all(row.encoder is first and row.weights is None for row in rows):
         return first.encode_text([row.text for row in rows])
-    return _in_groups(rows, lambda encoder: encoder.adapter.prefix.shape, _encode_texts)
+    return _in_groups(rows, lambda encoder: encoder.adapter.text_prompts.shape, _encode_texts)
 
 
-def encode_image_rows(rows: Sequence[ImageRow]) -> Vectors:
-    """float32 (B, E), L2-normalised. All encoders must share one backbone."""
+def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
+    """Encode images -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
     first = rows[0].encoder
     if all(row.encoder is first for row in rows):
         return first.encode_pixels(np.stack([row.pixels for row in rows]))
     return _in_groups(rows, _image_shape, _encode_images)
 
 
-def _encode_texts(rows: Sequence[TextRow]) -> Vectors:
-    tokens = rows[0].encoder.adapter.tokenize([row.text for row in rows])  # [B, n]; all have the same room
+def _encode_texts(rows: Sequence[TextRow]) -> Floats:
+    adapter = rows[0].encoder.adapter
+    tokens = adapter.tokens([row.text for row in rows])  # [B, n]; prompts of one shape leave the same room
     weights = np.ones(tokens.shape, np.float32)
     for encoder, places in _by_encoder(rows):
         weights[places] = encoder.adapter.query_weights(tokens[places])
@@ -72,22 +69,17 @@ def _encode_texts(rows: Sequence[TextRow]) -> Vectors:
         if row.weights is not None:
             weights[place] = 1
             weights[place, : len(row.weights)] = row.weights
-    given, factors = tokens[:, 1:], weights[:, 1:]
-    lengths = given.argmax(-1) + 1
-    out = np.empty((len(rows), rows[0].encoder.dim), np.float32)
-    for part in batches(lengths, len(rows)):
-        n = int(lengths[part[-1]])
-        prefix = Prefix.rows([rows[place].encoder.adapter.prefix for place in part])
-        out[part] = rows[0].encoder.runtime.text(given[part, :n], factors[part, :n], prefix)
+    prompts = [row.encoder.adapter.text_prompts for row in rows]
+    out = encode_tokens(rows[0].encoder.runtime, adapter.layout, tokens, weights, prompts, len(rows))
     for encoder, places in _by_encoder(rows):
         out[places] = encoder.adapter.finish_text(out[places])
     return out
 
 
-def _encode_images(rows: Sequence[ImageRow]) -> Vectors:
-    each = [prompts for row in rows if (prompts := row.encoder.adapter.image_prompts) is not None]
+def _encode_images(rows: Sequence[ImageRow]) -> Floats:
+    prompts = [each for row in rows if (each := row.encoder.adapter.image_prompts) is not None]
     pixels = np.stack([row.pixels for row in rows])
-    out = rows[0].encoder.runtime.image(pixels, np.concatenate(each, 1) if each else None)
+    out = rows[0].encoder.runtime.image(pixels, np.concatenate(prompts, 1) if prompts else None)
     for encoder, places in _by_encoder(rows):
         out[places] = encoder.adapter.finish_image(out[places])
     return out
@@ -102,12 +94,12 @@ def _by_encoder(rows: Sequence[R]) -> list[tuple[Encoder, list[int]]]:
     places: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault(id(row.encoder), []).append(place)
-    return [(rows[found[0]].encoder, found) for found in places.values()]
+    return [(rows[group[0]].encoder, group) for group in places.values()]
 
 
 def _in_groups(
-    rows: Sequence[R], shape_of: Callable[[Encoder], Hashable], encode: Callable[[Sequence[R]], Vectors]
-) -> Vectors:
+    rows: Sequence[R], shape_of: Callable[[Encoder], Hashable], encode: Callable[[Sequence[R]], Floats]
+) -> Floats:
     groups: dict[Hashable, list[int]] = {}
     for encoder, places in _by_encoder(rows):
         groups.setdefault((id(encoder.runtime), shape_of(encoder)), []).extend(places)

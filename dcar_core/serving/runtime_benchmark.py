@@ -1,12 +1,10 @@
-"""`dcar benchmark`: what each runtime does here with the user's own pictures and captions, and which one `auto` takes.
+"""`dcar benchmark`: every runtime on this machine with the user's own images and captions, and the choice of `auto`.
 
-- Each runtime is measured in a process of its own, one after the other, so that memory is its own and a crash costs no
-  more than one row.
-- The reference is PyTorch in float32, eager, texts padded to the whole context: what a plain use of CLIP does.
+- Each runtime is measured in its own process, one after the other: memory is its own, and a crash costs one row.
+- The reference is PyTorch in float32, eager, texts padded to the whole context: the plain use of CLIP.
 - int8 is calibrated on the training split (or validation, if there is none) and measured on the test split.
-- A runtime holds when its vectors are near enough to the reference's and recall@1 on the test split is not lower than
-  `torch`'s, which is always measured, by more than half a point. What holds is ranked and remembered for `auto`. Some
-  runtimes alone make no ranking, but one that failed is struck from what `auto` knows.
+- A runtime holds if its vectors are near the reference's and its recall@1 on the test split is at most half a point
+  below `torch`'s. Runtimes that hold are ranked for `auto`; a partial run only strikes failures.
 """
 
 import multiprocessing
@@ -23,37 +21,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dcar_core.data import Dataset, load_split, splits_of
+from dcar_core.images import open_image
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.equality_proof import Probe, reference_vectors
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, require_known
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranking, rank, save_ranking
 from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime
+from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DcarError
 from dcar_core.util.retrieval_metrics import recall_at_k
 
-PROBE = 32  # pictures and captions that are compared one by one, and that speed is measured with
-LOST = 0.5  # points of recall@1 that a runtime may lose
+PROBE_SIZE = 32  # images and captions that are compared one by one, and that speed is measured with
+MAX_RECALL_LOSS = 0.5  # points of recall@1
 
 
 @dataclass(frozen=True)
-class Material:
-    """Captions (n) and their pictures, uint8 (m, 3, S, S); image_of: the picture of each caption."""
+class BenchmarkData:
+    """Captions (n) and their images, uint8 (m, 3, S, S); image_of: the image of each caption."""
 
     texts: tuple[str, ...]
-    pixels: NDArray[np.uint8]
-    image_of: NDArray[np.int64]
+    pixels: Pixels
+    image_of: Rows
 
     def probe(self) -> Probe:
-        return Probe(self.texts[:PROBE], self.pixels[:PROBE])
+        return Probe(self.texts[:PROBE_SIZE], self.pixels[:PROBE_SIZE])
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table; `trial` is None when the runtime cannot be had, for `reason`. memory: MB at its peak."""
+class RuntimeResult:
+    """One line of the table; `trial` is None if the runtime cannot be used, for `reason`. memory: peak in MB."""
 
     name: str
     trial: RuntimeTrial | None = None
@@ -64,8 +63,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """From a file to pixels in one thread, milliseconds a picture; cosine: the least of the fast mode's embeddings."""
+class DecodingSpeed:
+    """From a file to pixels in one thread, milliseconds an image; cosine: the lowest of the fast mode's embeddings."""
 
     exact_ms: float
     fast_ms: float
@@ -75,16 +74,16 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that was measured. chosen: what `auto` will take, "" if it has still to find out."""
+class RuntimeReport:
+    """All measurements. chosen: the choice of `auto`, "" if it has yet to measure."""
 
-    rows: tuple[Row, ...]
-    decoding: Decoding
+    rows: tuple[RuntimeResult, ...]
+    decoding: DecodingSpeed
     chosen: str
     threads: int
     texts: int
     tokens: float
-    pictures: int
+    images: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,15 +100,15 @@ def benchmark(
     device: str = "auto",
     limit: int = 2000,
     say: Callable[[str], None] = lambda line: None,
-) -> Report:
+) -> RuntimeReport:
     """Measure runtimes on a data set's test split.
 
     Args:
         checkpoint: as `Encoder.load` takes it.
         data: annotations with a test split, as for training.
-        runtimes: names, `torch` beside them; default: what `auto` tries, and int8.
+        runtimes: names, `torch` beside them; default: the candidates of `auto`, and int8.
         limit: most captions of the test split.
-        say: told what is going on.
+        say: called with a line about each step.
 
     Raises:
         DcarError: the model or the data cannot be used, or a runtime's name is unknown.
@@ -117,34 +116,35 @@ def benchmark(
     for name in runtimes:
         require_known(name)
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
-    names = list(dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.loaded), *_quantised(encoder)])]))
+    names = list(dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.loaded), *_int8_names(encoder)])]))
     test = load_split(data, "test", image_root=images, image_policy="present")[0]
-    say(f"reading {min(limit, len(test)):,} captions and their pictures")
-    material, decoding = _material(encoder, test, limit)
-    rows = [_baseline(encoder, material)]
-    wanted = reference_vectors(encoder.model, material.probe())
+    say(f"reading {min(limit, len(test)):,} captions and their images")
+    material, decoding = _read(encoder, test, limit)
+    rows = [_measure_reference(encoder, material)]
+    expected = reference_vectors(encoder.model, material.probe())
     for name in names:
         say(f"measuring {name}")
         try:
             if name == "openvino-int8":
                 _calibrate(encoder, data, images, say)
-            rows.append(_alone(checkpoint, pretrained, device, name, encoder.loaded.cache, material, wanted))
+            rows.append(_in_own_process(checkpoint, pretrained, device, name, encoder.loaded.cache, material, expected))
         except BrokenProcessPool:
-            rows.append(Row(name, reason="its process died, perhaps for want of memory"))
+            rows.append(RuntimeResult(name, reason="its process died, perhaps for want of memory"))
         except DcarError as error:
-            rows.append(Row(name, reason=str(error)))
-        except Exception as error:  # whatever a library raises costs its row, not the others
-            rows.append(Row(name, reason=f"{type(error).__name__}: {error}".strip().splitlines()[0]))
-    judged = _judged(rows)
-    lengths = encoder.adapter.tokens(material.texts)[0].argmax(-1) + 2 + encoder.model.prompt_tokens
-    return Report(
-        tuple(judged), decoding, _tell_auto(encoder.loaded, judged[1:]), torch.get_num_threads(),
+            rows.append(RuntimeResult(name, reason=str(error)))
+        except Exception as error:  # a library's error of any kind costs its row, not the others
+            rows.append(RuntimeResult(name, reason=f"{type(error).__name__}: {error}".strip().splitlines()[0]))
+    judged = _judge(rows)
+    adapter = encoder.adapter
+    lengths = adapter.layout.lengths(adapter.tokenizer(material.texts)) + encoder.model.prompt_tokens
+    return RuntimeReport(
+        tuple(judged), decoding, _update_ranking(encoder.loaded, judged[1:]), torch.get_num_threads(),
         len(material.texts), round(float(lengths.mean()), 1), len(material.pixels),
     )  # fmt: skip
 
 
-def _tell_auto(loaded: LoadedModel, rows: Sequence[Row]) -> str:
-    """Remember what was found, as far as it can be compared; returns what `auto` will take, "" if it is not known."""
+def _update_ranking(loaded: LoadedModel, rows: Sequence[RuntimeResult]) -> str:
+    """Save what can be compared; return the choice of `auto`, "" if it is not known."""
     if set(candidates(loaded)) <= {row.name for row in rows}:
         ranking = rank([row.trial for row in rows if row.trial is not None and row.name != "torch-compile"])
         save_ranking(loaded, ranking, own=True)
@@ -159,55 +159,54 @@ def _tell_auto(loaded: LoadedModel, rows: Sequence[Row]) -> str:
     return kept[0]
 
 
-def _quantised(encoder: Encoder) -> list[str]:
+def _int8_names(encoder: Encoder) -> list[str]:
     if encoder.model.backbone.device.type != "cpu":
         return []
     return [name for name, kind in RUNTIME_KINDS.items() if kind.precision == "int8"]
 
 
-def _material(encoder: Encoder, test: Dataset, limit: int) -> tuple[Material, Decoding]:
+def _read(encoder: Encoder, test: Dataset, limit: int) -> tuple[BenchmarkData, DecodingSpeed]:
     samples = test.samples[:limit]
     names = replace(test, samples=samples).images
     pixels = np.stack([encoder.preprocess(test.read(name)) for name in names])
     row_of = {name: row for row, name in enumerate(names)}
-    material = Material(
+    material = BenchmarkData(
         tuple(sample.caption for sample in samples), pixels, np.array([row_of[sample.image] for sample in samples])
     )
-    return material, _decoding(encoder, [test.read(name) for name in names[: 4 * PROBE]])
+    return material, _measure_decoding(encoder, [test.read(name) for name in names[: 4 * PROBE_SIZE]])
 
 
-def _decoding(encoder: Encoder, files: list[bytes]) -> Decoding:
-    from dcar_core.images import open_image
-
+def _measure_decoding(encoder: Encoder, files: list[bytes]) -> DecodingSpeed:
     exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
     vectors, seconds = [], []
     for preprocess in (exact, fast):
         pixels = np.stack([preprocess(file) for file in files])
-        seconds.append(statistics.median(_seconds(preprocess, files) for _ in range(3)) / len(files))
+        seconds.append(statistics.median(_decoding_seconds(preprocess, files) for _ in range(3)) / len(files))
         vectors.append(np.concatenate([encoder.encode_pixels(pixels[i : i + 32]) for i in range(0, len(pixels), 32)]))
     sizes = [open_image(file).size for file in files]
     width, height = (int(statistics.median(size[i] for size in sizes)) for i in (0, 1))
     cosine = float((vectors[0] * vectors[1]).sum(1).min())
-    return Decoding(round(1000 * seconds[0], 3), round(1000 * seconds[1], 3), round(cosine, 6), width, height)
+    return DecodingSpeed(round(1000 * seconds[0], 3), round(1000 * seconds[1], 3), round(cosine, 6), width, height)
 
 
-def _seconds(preprocess: Preprocess, files: list[bytes]) -> float:
+def _decoding_seconds(preprocess: Preprocess, files: list[bytes]) -> float:
     start = time.perf_counter()
     for file in files:
         preprocess(file)
     return time.perf_counter() - start
 
 
-def _baseline(encoder: Encoder, material: Material) -> Row:
-    """PyTorch in float32, eager, texts padded to the whole context, 32 at a time."""
+def _measure_reference(encoder: Encoder, material: BenchmarkData) -> RuntimeResult:
+    """Measure PyTorch in float32, eager, texts padded to the whole context, 32 at a time."""
     model, probe = encoder.model, material.probe()
     backbone = model.backbone
     tokens = backbone.tokenize(probe.texts, model.prompt_tokens)
-    padded = torch.nn.functional.pad(tokens, (0, backbone.context_length - model.prompt_tokens - tokens.shape[1]))
+    missing = backbone.context_length - model.prompt_tokens - tokens.shape[1]
+    padded = torch.nn.functional.pad(tokens, (0, missing), value=backbone.layout.pad_id)
     pixels = torch.from_numpy(backbone.preprocess.normalize(probe.pixels)).to(backbone.device)
 
     @torch.inference_mode()
-    def median(run: Callable[[], object]) -> float:
+    def median_seconds(run: Callable[[], object]) -> float:
         run()
         times = []
         for _ in range(3):
@@ -216,15 +215,15 @@ def _baseline(encoder: Encoder, material: Material) -> Row:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    texts = median(lambda: model.encode_query(padded).cpu())
-    text = median(lambda: model.encode_query(padded[:1]).cpu())
-    pictures = median(lambda: model.encode_image(pixels).cpu())
-    picture = median(lambda: model.encode_image(pixels[:1]).cpu())
+    texts = median_seconds(lambda: model.encode_query(padded).cpu())
+    text = median_seconds(lambda: model.encode_query(padded[:1]).cpu())
+    images = median_seconds(lambda: model.encode_image(pixels).cpu())
+    image = median_seconds(lambda: model.encode_image(pixels[:1]).cpu())
     trial = RuntimeTrial(
-        "reference", round(len(padded) / texts, 1), round(1000 * text, 3), round(len(pixels) / pictures, 1),
-        round(1000 * picture, 3), 1.0, 1.0, True,
+        "reference", round(len(padded) / texts, 1), round(1000 * text, 3), round(len(pixels) / images, 1),
+        round(1000 * image, 3), 1.0, 1.0, True,
     )  # fmt: skip
-    return Row("reference", trial)
+    return RuntimeResult("reference", trial)
 
 
 def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[[str], None]) -> None:
@@ -233,7 +232,7 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     if is_calibrated(encoder.loaded):
         return
     split = next((name for name in ("train", "val") if name in splits_of(data)), "test")
-    say(f"calibrating int8 on {SAMPLES} captions and pictures of {data}, {split}")
+    say(f"calibrating int8 on {SAMPLES} captions and images of {data}, {split}")
     samples = load_split(data, split, image_root=images, image_policy="present")[0]
     step = max(1, len(samples) // SAMPLES)
     part = samples.samples[::step][:SAMPLES]
@@ -241,8 +240,8 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     calibrate(encoder.adapter, encoder.loaded, CalibrationData([sample.caption for sample in part], pixels))
 
 
-def _alone(*job: Any) -> Row:
-    """`_measure` in a process of its own."""
+def _in_own_process(*job: Any) -> RuntimeResult:
+    """Run `_measure` in its own process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(_measure, *job).result()
 
@@ -253,43 +252,45 @@ def _measure(
     device: str,
     name: str,
     cache: Path,
-    material: Material,
-    wanted: tuple[NDArray[np.float32], NDArray[np.float32]],
-) -> Row:
+    material: BenchmarkData,
+    expected: tuple[Floats, Floats],
+) -> RuntimeResult:
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
     start = time.perf_counter()
-    encoder = encoder.with_runtime(name)
+    encoder = encoder.with_runtime(name, proven=False)  # the trial proves it
     opened = time.perf_counter() - start
-    adapter, runtime = encoder.adapter, encoder.runtime
-    probe = material.probe()
-    trial = measure_runtime(adapter, runtime, probe, wanted, texts=material.texts[: 8 * PROBE], pictures=PROBE)
+    trial = measure_runtime(
+        encoder.adapter, encoder.runtime, material.probe(), expected,
+        texts=material.texts[: 8 * PROBE_SIZE], images=PROBE_SIZE,
+    )  # fmt: skip
     texts = encoder.encode_text(material.texts)
-    pictures = [encoder.encode_pixels(material.pixels[i : i + 32]) for i in range(0, len(material.pixels), 32)]
-    recall = recall_at_k(texts, np.concatenate(pictures), material.image_of, (1,))
+    images = [encoder.encode_pixels(material.pixels[i : i + 32]) for i in range(0, len(material.pixels), 32)]
+    recall = recall_at_k(texts, np.concatenate(images), material.image_of, (1,))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return Row(name, trial, round(peak), {key: round(value, 2) for key, value in recall.items()}, round(opened, 2))
+    rounded = {key: round(value, 2) for key, value in recall.items()}
+    return RuntimeResult(name, trial, round(peak), rounded, round(opened, 2))
 
 
-def _judged(rows: list[Row]) -> list[Row]:
-    """A runtime that loses recall does not hold, however near its vectors are."""
+def _judge(rows: list[RuntimeResult]) -> list[RuntimeResult]:
+    """Mark runtimes that lose recall as failed, however near their vectors are."""
     exact = next((row.recall for row in rows if row.name == "torch" and row.recall), None)
     judged = []
     for row in rows:
         if row.trial is not None and row.recall is not None and exact is not None:
             lost = max(exact[key] - row.recall[key] for key in exact)
-            if lost > LOST:
+            if lost > MAX_RECALL_LOSS:
                 row = replace(row, trial=replace(row.trial, holds=False), reason=f"recall@1 is {lost:.1f} points lower")
         if row.trial is not None and row.recall is not None and exact is None:
-            why = "there is no recall of torch to compare its recall with"
-            row = replace(row, trial=replace(row.trial, holds=False), reason=why)
+            reason = "there is no recall of torch to compare its recall with"
+            row = replace(row, trial=replace(row.trial, holds=False), reason=reason)
         if row.trial is not None and not row.trial.holds and not row.reason:
             row = replace(row, reason="its vectors are too far from the reference's")
         judged.append(row)
     return judged
 
 
-def table(report: Report) -> str:
-    """The report as text, a line for each runtime."""
+def format_report(report: RuntimeReport) -> str:
+    """Format the report as text, a line for each runtime."""
     lines = [
         f"{'runtime':15} {'texts/s':>8} {'text ms':>8} {'images/s':>9} {'image ms':>9} {'MB':>6} {'open s':>7} "
         f"{'cosine t':>9} {'cosine i':>9} {'R@1 t2i':>8} {'R@1 i2t':>8}"
@@ -298,21 +299,21 @@ def table(report: Report) -> str:
         if row.trial is None:
             lines.append(f"{row.name:15} {row.reason}")
             continue
-        found, recall = row.trial, row.recall or {}
+        trial, recall = row.trial, row.recall or {}
         lines.append(
-            f"{row.name:15} {found.texts_per_s:8.1f} {found.text_ms:8.2f} {found.images_per_s:9.1f} "
-            f"{found.image_ms:9.2f} {_or_dash(row.memory, 6, 0)} {_or_dash(row.open_s, 7, 2)} {found.cosine_text:9.5f} "
-            f"{found.cosine_image:9.5f} {_or_dash(recall.get('t2i_r1'), 8, 2)} {_or_dash(recall.get('i2t_r1'), 8, 2)}"
+            f"{row.name:15} {trial.texts_per_s:8.1f} {trial.text_ms:8.2f} {trial.images_per_s:9.1f} "
+            f"{trial.image_ms:9.2f} {_or_dash(row.memory, 6, 0)} {_or_dash(row.open_s, 7, 2)} {trial.cosine_text:9.5f} "
+            f"{trial.cosine_image:9.5f} {_or_dash(recall.get('t2i_r1'), 8, 2)} {_or_dash(recall.get('i2t_r1'), 8, 2)}"
             + (f"  not used: {row.reason}" if row.reason else "")
         )
     decoding = report.decoding
     lines += [
         "",
         f"{report.texts:,} captions of {report.tokens} tokens on average with SOS, EOT and prompts; "
-        f"{report.pictures:,} pictures; {report.threads} threads; medians of three",
+        f"{report.images:,} images; {report.threads} threads; medians of three",
         f"decoding {decoding.width} x {decoding.height}, one thread: {decoding.exact_ms:.2f} ms exact, "
         f"{decoding.fast_ms:.2f} ms fast, whose embeddings stay within cosine {decoding.cosine:.5f}",
-        f"auto takes {report.chosen}" if report.chosen else "auto has still to measure: run this without --runtimes",
+        f"auto takes {report.chosen}" if report.chosen else "auto has yet to measure: run this without --runtimes",
     ]
     return "\n".join(lines)
 

@@ -1,11 +1,10 @@
-"""`auto`: the fastest runtime that is right on this machine. It measures, and does not guess.
+"""Choice of a runtime: by name, or the fastest that is right on this machine (`auto`).
 
-- The first time, what is installed and can be had without the user's data is exported and measured, and the ranking is
-  remembered by processor, threads and library versions, for every encoder on the backbone. `dcar benchmark` measures
-  more, and what it finds is remembered for its encoder alone and comes first; only there can int8 enter, since it
-  must also keep the recall.
-- At every start the chosen one must still give the vectors of PyTorch in float32, on a small probe.
-- What cannot be used any more is skipped with one warning that names the reason; `torch` is always left.
+- `auto` measures once what is installed and needs no data of the user; the ranking is saved by processor, threads and
+  library versions for every encoder on the backbone. `dcar benchmark` measures more; its ranking holds for its encoder
+  alone and comes first. Only there can int8 enter, since it must also keep the recall.
+- At every start the runtime, also one chosen by name, must give the vectors of PyTorch in float32 on a small probe.
+- `auto` skips a runtime that fails with one warning that names the reason; `torch` always remains.
 """
 
 import json
@@ -29,34 +28,49 @@ from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import write_json
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "openvino", "onnxruntime")
 FALLBACK = "torch"
+_LIBRARIES = ("torch", "openvino", "onnxruntime")
+_PROOF_IMAGES = 2  # of a runtime chosen by name
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runtimes, best first, without those that were wrong, and the libraries that were there."""
+    """Names of runtimes, best first, without those that failed; and the libraries that were installed."""
 
     names: tuple[str, ...]
     libraries: dict[str, str]
     trials: tuple[RuntimeTrial, ...]
 
 
-def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
-    """A runtime by name, or the best by `auto`. adapter: what `extract` makes of the loaded's model.
+def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel, *, proven: bool = True) -> Runtime:
+    """Open a runtime by name, or the best by `auto`. adapter: as `extract` makes it of the model.
+
+    Args:
+        proven: require a runtime chosen by name to give PyTorch's vectors; `auto` always does.
 
     Raises:
-        RuntimeUnavailableError, MissingExtraError: one that was asked for by name cannot be had; never for `auto`.
+        RuntimeUnavailableError, MissingExtraError: a runtime chosen by name cannot be used; never for `auto`.
     """
-    return _opened(name, adapter, loaded) if name != AUTO else _best(adapter, loaded)
+    if name == AUTO:
+        return _best(adapter, loaded)
+    runtime = _opened(name, adapter, loaded)
+    if proven:
+        probe = Probe.synthetic(adapter.preprocess.size, _PROOF_IMAGES)
+        proof = prove(adapter, runtime, probe, reference_vectors(loaded.model, probe))
+        if not proof.holds:
+            raise RuntimeUnavailableError(
+                f"the runtime {name} cannot be used: its vectors are not those of float32 here: {proof}; "
+                f"choose another, such as auto"
+            )
+    return runtime
 
 
 def _opened(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
-    """A runtime whose towers have run, with one row and with several: some compile only then, or fail.
+    """Open a runtime and run it with one row and with several, because some compile only then, or fail.
 
-    They may fail with whatever their library raises.
+    Their libraries may raise errors of any kind.
     """
     try:
         runtime = open_runtime(name, loaded)
@@ -66,86 +80,87 @@ def _opened(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
     except DcarError:
         raise
     except Exception as error:
-        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {_said(error)}") from error
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {_first_line(error)}") from error
     return runtime
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _best(adapter: Adapter, loaded: LoadedModel) -> Runtime:
     probe = Probe.synthetic(loaded.backbone.preprocess.size)
-    wanted = reference_vectors(loaded.model, probe)
-    ranking = load_ranking(loaded) or measure(adapter, loaded, probe, candidates(loaded))
+    expected = reference_vectors(loaded.model, probe)
+    ranking = load_ranking(loaded) or measure_candidates(adapter, loaded, probe, candidates(loaded))
     for i, name in enumerate(ranking.names):
         following = ranking.names[i + 1] if i + 1 < len(ranking.names) else FALLBACK
         try:
             runtime = _opened(name, adapter, loaded)
-            if (proof := prove(adapter, runtime, probe, wanted)).holds:
+            if (proof := prove(adapter, runtime, probe, expected)).holds:
                 return runtime
             reason = f"its vectors are not those of float32 here: {proof}"
         except DcarError as error:
             reason = str(error)
-        except Exception as error:  # of a larger batch than the first
-            reason = _said(error)
+        except Exception as error:  # with a larger batch than the first
+            reason = _first_line(error)
         if name != FALLBACK:
-            log.warning("the runtime %s, the fastest here, is not used: %s; using %s instead", name, reason, following)
+            logger.warning(
+                "the runtime %s, the fastest here, is not used: %s; using %s instead", name, reason, following
+            )
     return open_runtime(FALLBACK, loaded)
 
 
 def candidates(loaded: LoadedModel) -> list[str]:
-    """What `auto` may try by itself: no int8, nothing that compiles for minutes, nothing that is not installed."""
+    """List what `auto` may try: nothing that needs data, compiles for minutes or is not installed."""
     installed = cpu_features.installed_versions(_LIBRARIES)
     if loaded.backbone.device.type == "cuda":
         return ["torch", "cuda-fp16", "cuda-bf16"]
     if loaded.backbone.device.type != "cpu":
         return ["torch"]
-    fast = cpu_features.missing_instructions("bf16") is None
-    names = ["torch", "torch-bf16"] if fast else ["torch"]
+    has_bf16 = cpu_features.missing_instructions("bf16") is None
+    names = ["torch", "torch-bf16"] if has_bf16 else ["torch"]
     if "openvino" in installed:
-        names.append("openvino-bf16" if fast else "openvino")
+        names.append("openvino-bf16" if has_bf16 else "openvino")
     elif "onnxruntime" in installed:
         names.append("onnx")
     return names
 
 
-def measure(adapter: Adapter, loaded: LoadedModel, probe: Probe, names: Iterable[str]) -> Ranking:
-    """Try runtimes out and remember their ranking; what cannot be had is left out, with a warning."""
+def measure_candidates(adapter: Adapter, loaded: LoadedModel, probe: Probe, names: Iterable[str]) -> Ranking:
+    """Measure runtimes and save their ranking; those that cannot be used are left out with a warning."""
     names = list(names)
-    log.info("measuring %s, once for this model and machine", ", ".join(names))
-    wanted, trials = reference_vectors(loaded.model, probe), []
+    logger.info("measuring %s, once for this model and machine", ", ".join(names))
+    expected, trials = reference_vectors(loaded.model, probe), []
     for name in names:
         try:
-            trials.append(measure_runtime(adapter, _opened(name, adapter, loaded), probe, wanted))
+            trials.append(measure_runtime(adapter, _opened(name, adapter, loaded), probe, expected))
         except MissingExtraError as error:
-            log.info("the runtime %s is not tried: %s", name, error)
+            logger.info("the runtime %s is not tried: %s", name, error)
         except DcarError as error:
-            log.warning("the runtime %s is not tried: %s", name, error)
+            logger.warning("the runtime %s is not tried: %s", name, error)
         except Exception as error:
-            log.warning("the runtime %s is not used: %s", name, _said(error))
+            logger.warning("the runtime %s is not used: %s", name, _first_line(error))
     ranking = rank(trials)
     save_ranking(loaded, ranking)
-    log.info("runtimes here, best first: %s", ", ".join(ranking.names))
+    logger.info("runtimes here, best first: %s", ", ".join(ranking.names))
     return ranking
 
 
 def rank(trials: Iterable[RuntimeTrial]) -> Ranking:
-    """Best first; those whose vectors are wrong are left out."""
-    kept = tuple(sorted(trials, key=lambda trial: -trial.score))
-    return Ranking(
-        tuple(trial.name for trial in kept if trial.holds), cpu_features.installed_versions(_LIBRARIES), kept
-    )
+    """Sort trials, best first; names of runtimes with wrong vectors are left out."""
+    ordered = tuple(sorted(trials, key=lambda trial: -trial.score))
+    names = tuple(trial.name for trial in ordered if trial.holds)
+    return Ranking(names, cpu_features.installed_versions(_LIBRARIES), ordered)
 
 
 def save_ranking(loaded: LoadedModel, ranking: Ranking, *, own: bool = False) -> None:
-    """Write a ranking for later starts; a cache that cannot be written costs them the measuring, nothing else.
+    """Save a ranking for later starts; if the cache cannot be written, they measure again.
 
     Args:
-        own: for this encoder alone, whatever holds for others on its backbone: its recall was measured.
+        own: for this encoder alone, because its recall was measured.
     """
-    adapter_cache.discard(loaded.cache, loaded.backbone_hash)  # by the ranking before this one
+    adapter_cache.discard(loaded.cache, loaded.backbone_hash)  # their runtime was chosen by the ranking before
     path = _path(loaded, loaded.fingerprint if own else "")
     content = {
         **_circumstances(),
@@ -157,34 +172,35 @@ def save_ranking(loaded: LoadedModel, ranking: Ranking, *, own: bool = False) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content, shared=True)
     except OSError as error:
-        log.warning("what was measured cannot be remembered in %s: %s", path.parent, error.strerror or error)
+        logger.warning("the ranking of runtimes cannot be saved in %s: %s", path.parent, error.strerror or error)
 
 
 def load_ranking(loaded: LoadedModel) -> Ranking | None:
-    """What an earlier start or `dcar benchmark` measured here; None when circumstances have changed since."""
+    """Load what an earlier start or `dcar benchmark` measured; None if circumstances have changed since."""
     for fingerprint in (loaded.fingerprint, ""):
         path = _path(loaded, fingerprint)
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             names = tuple(name for name in content["best_first"] if name in RUNTIME_KINDS)
             libraries = dict(content["libraries"])
-            same = all(content.get(name) == value for name, value in _circumstances().items())
+            is_same = all(content.get(name) == value for name, value in _circumstances().items())
             trials = tuple(RuntimeTrial(**trial) for trial in content["trials"])
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read (%s), so the runtimes are measured again", path, error)
+            logger.warning("%s cannot be read (%s), so the runtimes are measured again", path, error)
             continue
         now = cpu_features.installed_versions(_LIBRARIES)
         # A library that is gone keeps the ranking: its runtime is then skipped with a warning.
-        if same and names and all(libraries.get(name) == now[name] for name in now):
+        if is_same and names and all(libraries.get(name) == now[name] for name in now):
             return Ranking(names, libraries, trials)
     return None
 
 
 def _path(loaded: LoadedModel, fingerprint: str) -> Path:
     device = loaded.backbone.device.type
-    name = f"{loaded.backbone_hash[:16]}_d{loaded.depth}_{device}_{torch.get_num_threads()}"
+    depths = f"d{loaded.image_depth}t{loaded.text_depth}"
+    name = f"{loaded.backbone_hash[:16]}_{depths}_{device}_{torch.get_num_threads()}"
     return loaded.cache / "rankings" / (f"{name}_{fingerprint[:16]}.json" if fingerprint else f"{name}.json")
 
 

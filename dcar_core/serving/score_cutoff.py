@@ -1,26 +1,26 @@
-"""From which score on a search by words has found something: a cut-off from pairs that belong together.
+"""A score below which a search by words has found nothing: a cut-off from pairs that belong together.
 
-    scores    of validation texts with their own pictures, as a search gives them
+    scores    of validation texts with their own images, as a search gives them
     cut-off   the score that all but 5 % of them reach
 
-It is chosen by what must not be lost, so it is cautious: what is far from every query goes, but a query about something
-that is not in the gallery at all may still find strangers above it. How many is measured by `benchmarks/cutoff.py`.
+The cut-off is cautious, because true pairs must not be lost: a query about something that is not in the gallery may
+still find items above it. `benchmarks/cutoff.py` measures how many.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-MISSED = 0.05  # of the true pairs lie below the cut-off [ours]
+from dcar_core.util.arrays import Floats
+
+MISSED = 0.05  # share of the true pairs below the cut-off [ours]
 
 
 @dataclass(frozen=True)
 class Cutoff:
-    """A cut-off, and what it rests on.
+    """A cut-off and its evidence.
 
-    kept: the share (0 to 1) of pairs that reach a cut-off chosen without them: each half is judged by the other's. None
-        with a single pair.
+    kept: share (0 to 1) of pairs that reach a cut-off chosen from the other half of them; None with a single pair.
     pairs: how many there were.
     """
 
@@ -29,16 +29,16 @@ class Cutoff:
     pairs: int
 
 
-def cutoff(scores: NDArray[np.float32]) -> Cutoff:
-    """The cut-off for the scores (N,) of N >= 1 pairs."""
+def compute_cutoff(scores: Floats) -> Cutoff:
+    """Compute the cut-off for the scores (N,) of N >= 1 pairs."""
     order = np.random.default_rng(0).permutation(len(scores))
     halves = np.array_split(scores[order], 2)
     kept = None
     if len(scores) > 1:
         judged = zip(halves, reversed(halves), strict=True)
-        kept = round(sum(int((half >= _lowest(other)).sum()) for half, other in judged) / len(scores), 4)
-    return Cutoff(round(_lowest(scores), 6), kept, len(scores))
+        kept = round(sum(int((half >= _quantile(other)).sum()) for half, other in judged) / len(scores), 4)
+    return Cutoff(round(_quantile(scores), 6), kept, len(scores))
 
 
-def _lowest(scores: NDArray[np.float32]) -> float:
+def _quantile(scores: Floats) -> float:
     return float(np.quantile(scores.astype(np.float64), MISSED))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dcar_core.data import Dataset, Sample
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ReweightConfig
-from dcar_core.model.token_weights import blend, image_features, pair_weights, real_tokens, token_text_features
+from dcar_core.model.token_weights import blend, image_features, pair_weights, token_text_features
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.util.arrays import Pixels
@@ -61,7 +61,7 @@ class FrozenFeatures:
         texts = [s.caption for s in self.data.samples]
         key = digest(self.image_key, texts, self.image_of.tolist(), tokens.shape[1], config.word, config.picture)
         raw = self.cache.tensor("weights", key, lambda: self._raw_weights(tokens, config))
-        return blend(raw, real_tokens(tokens), config)
+        return blend(raw, self.backbone.caption_mask(tokens), config)
 
     def candidates(self, alpha: float) -> tuple[Tensor, Tensor]:
         """Return features (N, 1 + M, E) of captions and negatives, and their category-matching weights (N, 1 + M)."""
@@ -103,12 +103,12 @@ class FrozenFeatures:
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Encode in order of length, so that short texts need little padding."""
         tokens = self.backbone.tokenize(texts)
-        ends = tokens.argmax(-1)
-        order = torch.argsort(ends)
+        lengths = self.backbone.layout.lengths(tokens)
+        order = torch.argsort(lengths)
         out = torch.empty(len(texts), self.backbone.embed_dim, device=tokens.device)
         for i in self._bar(range(0, len(texts), TEXT_BATCH), "frozen text features"):
             rows = order[i : i + TEXT_BATCH]
-            part = tokens[rows, : int(ends[rows[-1]]) + 1]
+            part = tokens[rows, : int(lengths[rows[-1]])]
             out[rows] = F.normalize(self.backbone.encode_text(part), dim=-1)
         return out
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dcar_core.model.config import Amp
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.token_weights import real_tokens
 from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.training.prepared_split import PreparedSplit
@@ -105,8 +104,7 @@ def _forward(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> _Part
     """Encode `part`, and compute its share of the loss terms that are means over the whole `batch`."""
     config, scale = model.config, model.backbone.scale
     share = len(part) / len(batch)
-    tokens = data.tokens[part]
-    tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
+    tokens = model.backbone.trim(data.tokens[part])
     length = tokens.shape[1]
     target_weights = data.pair_weights[part, :length] if data.pair_weights is not None else None
     predicted = model.predicted_weights(tokens)
@@ -126,9 +124,9 @@ def _forward(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> _Part
             category = category_loss(image, candidates, data.candidate_weights[part], scale)
             losses = losses + share * config.loss.category * category
         if predicted is not None and target_weights is not None:
-            real = real_tokens(tokens)
-            token_share = real.sum() / real_tokens(data.tokens[batch]).sum().clamp(min=1)
-            losses = losses + token_share * config.loss.head * head_loss(predicted.float(), target_weights, real)
+            mask = model.backbone.caption_mask(tokens)
+            token_share = mask.sum() / model.backbone.caption_mask(data.tokens[batch]).sum().clamp(min=1)
+            losses = losses + token_share * config.loss.head * head_loss(predicted.float(), target_weights, mask)
         if config.loss.anchor > 0 and data.image_features is not None and data.text_features is not None:
             image_anchor = anchor_loss(image, data.image_features[data.image_of[part]])
             anchor = image_anchor + anchor_loss(text, data.text_features[part])

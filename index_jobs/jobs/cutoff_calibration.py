@@ -34,7 +34,7 @@ def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "
 
     Without min_score where no picture of the pairs could be encoded.
     """
-    from dcar_core.serving.score_cutoff import cutoff
+    from dcar_core.serving.score_cutoff import compute_cutoff
 
     place = _places(gallery.table["id"], pairs.ids, encoded.rows())
     known = [(text, place[item_id]) for text, item_id in zip(pairs.texts, pairs.ids, strict=True) if item_id in place]
@@ -42,7 +42,7 @@ def calibrate(gallery: "Gallery", pairs: "Pairs", encoder: "Encoder", encoded: "
         return {SIGNATURE: signature(pairs)}
     texts = encoder.encode_text([text for text, _ in known])  # [N, E]
     pictures = _vectors(encoded, np.array([n for _, n in known]), encoder.dim)  # [N, E]
-    found = cutoff(np.einsum("ne,ne->n", texts, pictures))
+    found = compute_cutoff(np.einsum("ne,ne->n", texts, pictures))
     return asdict(found) | {SIGNATURE: signature(pairs)}
 
 

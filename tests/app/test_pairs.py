@@ -24,7 +24,7 @@ async def test_reranking_applies_the_exact_weights_to_every_candidate(
 ) -> None:
     import torch
 
-    from dcar_core.model.token_weights import blend, pair_weights, real_tokens
+    from dcar_core.model.token_weights import blend, pair_weights
 
     model = encoder.model
     tokens = model.backbone.tokenize(["a red square"], model.prompt_tokens)
@@ -39,7 +39,9 @@ async def test_reranking_applies_the_exact_weights_to_every_candidate(
             pixels = encoder.preprocess(artifact.image_bytes(row))
             image = frozen(pixels)
             raw = pair_weights(model.backbone.token_features(tokens), image, blank)
-            vector = model.encode_text(tokens, blend(raw, real_tokens(tokens), model.config.reweight))[0].numpy()
+            vector = model.encode_text(tokens, blend(raw, model.backbone.caption_mask(tokens), model.config.reweight))[
+                0
+            ].numpy()
             expected[artifact.item(row).id] = float(vector @ artifact.vector(row))
     async with opened(built_index, rerank_depth=8) as http:
         client = Client(http)

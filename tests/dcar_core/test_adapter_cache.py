@@ -31,7 +31,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
 @pytest.fixture(scope="module")
 def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the base, so that a test may touch it."""
-    return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("sealed") / "base"))
+    return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("cached") / "base"))
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +66,18 @@ def load(checkpoint: Path, cache: Path, runtime: str = "openvino") -> Encoder:
     return Encoder.load(checkpoint, device="cpu", runtime=runtime, cache=cache)
 
 
-def from_seal(encoder: Encoder) -> bool:
+def is_from_cache(encoder: Encoder) -> bool:
     return encoder.backbone is None
 
 
 def test_the_vectors_are_those_of_the_model(checkpoint: Path, cache: Path) -> None:
     whole, quick = Encoder.load(checkpoint, device="cpu"), load(checkpoint, cache)
-    assert from_seal(quick)
+    assert is_from_cache(quick)
     assert quick.fingerprint == whole.fingerprint
     assert quick.preprocess == replace(whole.preprocess, resizer="pillow")
     np.testing.assert_allclose(quick.encode_text(TEXTS), whole.encode_text(TEXTS), atol=1e-5)
     np.testing.assert_allclose(quick.encode_pixels(PIXELS), whole.encode_pixels(PIXELS), atol=1e-5)
-    assert from_seal(quick), "encoding needs no model"
+    assert is_from_cache(quick), "encoding needs no model"
 
 
 def test_pytorch_is_not_imported(checkpoint: Path, cache: Path) -> None:
@@ -98,7 +98,7 @@ def test_pytorch_is_not_imported(checkpoint: Path, cache: Path) -> None:
 def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> None:
     quick = load(checkpoint, cache)
     pairs = PairWeights(quick)
-    assert not from_seal(quick)
+    assert not is_from_cache(quick)
     assert isinstance(quick.loaded, LoadedModel)
     wanted = PairWeights(Encoder.load(checkpoint, device="cpu"))
     frozen = wanted.image_features(PIXELS)
@@ -111,7 +111,7 @@ def test_the_model_is_found_wherever_its_checkpoint_still_lies(checkpoint: Path,
     for place in (one, other):
         copy_checkpoint(checkpoint, place)
     quick = load(one, cache)
-    assert from_seal(quick)
+    assert is_from_cache(quick)
     quick.add_checkpoint_path(other)
     quick.add_checkpoint_path(other)
     shutil.rmtree(other)
@@ -128,41 +128,41 @@ def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_pat
     first = load(checkpoint, tmp_path, "auto")
     if not hasattr(first.runtime, "directory"):
         pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
-    assert from_seal(load(checkpoint, tmp_path, "auto"))
+    assert is_from_cache(load(checkpoint, tmp_path, "auto"))
     adapter_cache.discard(tmp_path, first.loaded.backbone_hash)
-    assert not from_seal(load(checkpoint, tmp_path, "auto"))
+    assert not is_from_cache(load(checkpoint, tmp_path, "auto"))
 
 
 def test_a_ranking_forgets_its_own_backbone_alone(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter_cache.directory_in(cache), adapter_cache.directory_in(tmp_path))
     (adapter_cache.directory_in(tmp_path) / "broken.safetensors").write_bytes(b"half")
-    (seal,) = adapter_cache.directory_in(cache).iterdir()
+    (entry,) = adapter_cache.directory_in(cache).iterdir()
     adapter_cache.discard(tmp_path, "0" * 64)
-    assert [path.name for path in adapter_cache.directory_in(tmp_path).iterdir()] == [seal.name]
+    assert [path.name for path in adapter_cache.directory_in(tmp_path).iterdir()] == [entry.name]
     adapter_cache.discard(tmp_path, read_config(checkpoint)["backbone"]["sha256"])
     assert not list(adapter_cache.directory_in(tmp_path).iterdir())
 
 
-@pytest.mark.parametrize("what", ["seal", "backbone", "version", "gone"])
+@pytest.mark.parametrize("what", ["entry", "backbone", "version", "gone"])
 def test_nothing_is_used_once_anything_has_changed(
     what: str, checkpoint: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (seal,) = adapter_cache.directory_in(cache).iterdir()
+    (entry,) = adapter_cache.directory_in(cache).iterdir()
     file = model / "open_clip_model.safetensors"
     before = file.stat().st_mtime_ns
-    if what == "seal":
-        content = bytearray(seal.read_bytes())
+    if what == "entry":
+        content = bytearray(entry.read_bytes())
         content[-1] ^= 1
-        seal.write_bytes(content)
+        entry.write_bytes(content)
     elif what == "backbone":
         os.utime(file, ns=(0, before + 1))
     elif what == "version":
         monkeypatch.setattr(adapter_cache, "FORMAT", -1)
     else:
-        seal.unlink()
+        entry.unlink()
     try:
-        assert not from_seal(load(checkpoint, cache))
-        assert from_seal(load(checkpoint, cache)), "the whole start has sealed it anew"
+        assert not is_from_cache(load(checkpoint, cache))
+        assert is_from_cache(load(checkpoint, cache)), "the whole start has written it anew"
     finally:
         os.utime(file, ns=(0, before))
 
@@ -193,10 +193,10 @@ def test_a_graph_of_other_weights_is_not_used(checkpoint: Path, cache: Path, lis
 
 def test_another_checkpoint_has_another_seal(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     copy_checkpoint(checkpoint, tmp_path / "copy")
-    assert from_seal(load(tmp_path / "copy", cache)), "the same, elsewhere"
+    assert is_from_cache(load(tmp_path / "copy", cache)), "the same, elsewhere"
     other = DCAR(load_backbone(BackboneSource(str(checkpoint.parent / "base"))), ModelConfig())
     save_checkpoint(other, tmp_path / "other")
-    assert not from_seal(load(tmp_path / "other", cache))
+    assert not is_from_cache(load(tmp_path / "other", cache))
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
@@ -205,4 +205,4 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     shutil.rmtree(adapter_cache.directory_in(cache))
     adapter_cache.directory_in(cache).write_text("in the way")
     assert load(checkpoint, cache).encode_text(TEXTS).shape == (3, 32)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from dcar_core.model import backbone as module
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
@@ -107,15 +106,6 @@ def test_patches_are_the_tokens_that_the_pooled_one_is_taken_from(backbone: Back
     torch.testing.assert_close(patches, tokens @ visual.proj)
 
 
-def test_a_tokenizer_remembers_no_more_than_so_many_words(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WORDS", 50)
-    wanted = backbone.tokenize(["a red square"])
-    for i in range(200):
-        backbone.tokenize([f"word{'x' * i}y"])
-    assert len(backbone._tokenizer.cache) <= 60
-    assert torch.equal(backbone.tokenize(["a red square"]), wanted)
-
-
 def test_too_many_tokens_for_the_context(backbone: Backbone) -> None:
     with pytest.raises(ValueError, match="context holds 32"):
         backbone.encode_text(backbone.tokenize(["word " * 100]), torch.zeros(1, 4, 64))
@@ -138,15 +128,13 @@ def test_real_architecture_loads_bit_for_bit_from_both_kinds_of_file(tmp_path: P
             torch.testing.assert_close(backbone.encode_text(tokens), clip.eval().encode_text(tokens), rtol=0, atol=0)
 
 
-def test_unsupported_and_unknown_models(tiny_model: Path, tmp_path: Path) -> None:
+def test_unknown_models_and_wrong_weights(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has weights of its own; leave out --pretrained openai"):
         load_backbone(BackboneSource(str(tiny_model), "openai"))
     with pytest.raises(ModelError, match="no model is named 'ViT-Z'"):
         load_backbone(BackboneSource("ViT-Z"))
     with pytest.raises(ModelError, match="has no open_clip_config"):
         load_backbone(BackboneSource(str(tmp_path)))
-    with pytest.raises(ModelError, match=r"not supported.*ViT-B-32"):
-        load_backbone(BackboneSource("RN50"))
     with pytest.raises(ModelError, match=r"random weights; give --pretrained a tag \(openai"):
         load_backbone(BackboneSource("ViT-B-32-quickgelu"))
     with pytest.raises(ModelError, match="pickle"):
@@ -185,7 +173,6 @@ def test_whatever_changes_a_vector_changes_the_hash(
     tiny_model: Path, tmp_path: Path, tower: str, change: dict[str, object]
 ) -> None:
     usual = load_backbone(BackboneSource(str(tiny_model)))
-    assert usual._unlike_clip() == {}, "CLIP's own tokenizer and towers: fingerprints depend on their weights alone"
     directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((directory / MODEL_CONFIG).read_text())
     config["model_cfg"][tower] |= change

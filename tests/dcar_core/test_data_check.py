@@ -8,7 +8,7 @@ import pytest
 
 from dcar_core.data import check_dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.tokenizer import count_clip_tokens
+from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.util.errors import DataError
 from tests.support.commands import dcar
 

@@ -158,7 +158,7 @@ def test_one_text_or_picture_is_no_list_of_them(tiny_checkpoint: Path, tmp_path:
     with pytest.raises(TypeError, match="not ndarray"):
         encoder.encode_images([np.zeros((8, 8, 3), np.uint8)])  # type: ignore[list-item]
     for picture in ("a.png", Path("a.png"), b"bytes", Image.new("RGB", (8, 8))):
-        with pytest.raises(TypeError, match="list of pictures"):
+        with pytest.raises(TypeError, match="list of images"):
             encoder.encode_images(picture)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
         encoder.encode_images([Image.new("RGB", (8, 8)), tmp_path / "nowhere.png"])

@@ -15,7 +15,7 @@ from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import Amp, LossConfig, PromptConfig, ReweightConfig, TrainWeights
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, method
-from dcar_core.model.token_weights import blend, pair_weights, real_tokens
+from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import frozen_features, grad_cache
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients, batch_loss
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_the_pairs_one_by_one(
     wanted = contrastive_loss(text, image, torch.from_numpy(data.positives(np.arange(len(data)))), scale)
     wanted = wanted + 0.3 * category_loss(image, torch.stack(captions), data.candidate_weights, scale)
     if predicted is not None and data.pair_weights is not None:
-        wanted = wanted + 0.7 * head_loss(predicted, data.pair_weights, real_tokens(data.tokens))
+        wanted = wanted + 0.7 * head_loss(predicted, data.pair_weights, model.backbone.caption_mask(data.tokens))
     held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(text, torch.cat(frozen_texts))
     torch.testing.assert_close(batch_loss(model, data, np.arange(len(data))), wanted + 0.2 * held, rtol=1e-4, atol=1e-4)
 
@@ -140,7 +140,7 @@ def test_token_weights_are_those_of_each_caption_with_its_own_picture(
         found = pictures(torch.from_numpy(backbone.preprocess.normalize(seen)))
         raw = pair_weights(words(data.tokens), found[:-1], found[-1])
     assert data.pair_weights is not None
-    wanted = blend(raw, real_tokens(data.tokens), model.config.reweight)
+    wanted = blend(raw, model.backbone.caption_mask(data.tokens), model.config.reweight)
     torch.testing.assert_close(data.pair_weights, wanted, rtol=1e-3, atol=1e-3)
 
 

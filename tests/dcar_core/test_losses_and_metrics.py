@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from dcar_core.model.config import ReweightConfig
-from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights, real_tokens
+from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_at_k
 
@@ -79,9 +79,7 @@ def test_pair_weights_and_blend() -> None:
     raw = pair_weights(words, image=torch.tensor([[0.0, 2.0]]), blank=torch.tensor([1.0, 1.0]))
     half = 2**-0.5
     torch.testing.assert_close(raw, torch.tensor([[half, half, 1 - half, half]]))
-    tokens = torch.tensor([[1, 5, 6, 9]])  # SOS, two words, EOT
-    real = real_tokens(tokens)
-    assert real.tolist() == [[False, True, True, False]]
+    real = torch.tensor([[False, True, True, False]])  # SOS, two words, EOT
     weights = blend(raw, real, ReweightConfig(strength=0.5, low=0.8, high=1.2))
     assert weights[0, 0] == weights[0, 3] == 1
     torch.testing.assert_close(weights[0, 1:3], torch.tensor([1.2, 0.8]))  # 1.207 and 0.793, clipped

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.runtimes.equality_proof import Proof, _least
+from dcar_core.runtimes.equality_proof import Proof, _lowest_cosine
 from dcar_core.runtimes.registry import LoadedModel
 from dcar_core.serving import runtime_benchmark as module
-from dcar_core.serving.runtime_benchmark import Row, benchmark, table
+from dcar_core.serving.runtime_benchmark import RuntimeResult, benchmark, format_report
 from dcar_core.serving.runtime_selection import Ranking, candidates, load_ranking, rank, save_ranking
 from dcar_core.serving.runtime_trial import RuntimeTrial
 
@@ -21,8 +21,8 @@ def trial(name: str, speed: float, *, holds: bool = True) -> RuntimeTrial:
     return RuntimeTrial(name, speed, 1000 / speed, speed, 1000 / speed, 1.0, 1.0, holds)
 
 
-def row(name: str, speed: float, recall: float) -> Row:
-    return Row(name, trial(name, speed), 100, {"t2i_r1": recall, "i2t_r1": recall}, 0.1)
+def row(name: str, speed: float, recall: float) -> RuntimeResult:
+    return RuntimeResult(name, trial(name, speed), 100, {"t2i_r1": recall, "i2t_r1": recall}, 0.1)
 
 
 @pytest.fixture
@@ -30,10 +30,12 @@ def loaded(tiny_checkpoint: Path, tmp_path: Path) -> LoadedModel:
     return Encoder.load(tiny_checkpoint, device="cpu", cache=tmp_path).loaded
 
 
-def run(loaded: LoadedModel, checkpoint: Path, data: Path, found: list[Row], monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(
+    loaded: LoadedModel, checkpoint: Path, data: Path, found: list[RuntimeResult], monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """A benchmark in which `found` is what its processes measure, in place of minutes."""
     rows = iter(found)
-    monkeypatch.setattr(module, "_alone", lambda *job: next(rows))
+    monkeypatch.setattr(module, "_in_own_process", lambda *job: next(rows))
     monkeypatch.setattr(module, "_calibrate", lambda *given: None)
     return benchmark(str(checkpoint), data, runtimes=[each.name for each in found], cache=loaded.cache, device="cpu")
 
@@ -51,7 +53,7 @@ def test_every_runtime_is_measured_and_auto_takes_the_best(
     assert torch.memory is not None
     assert torch.memory > 50
     assert "needs a GPU" in cuda.reason
-    shown = table(report)
+    shown = format_report(report)
     assert "cuda-fp16       the runtime cuda-fp16 needs a GPU" in shown
     assert report.chosen in shown or "run this without --runtimes" in shown
 
@@ -60,11 +62,11 @@ def test_what_loses_recall_is_not_taken_and_torch_is_always_compared_with(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [row("torch", 10, 60), row("onnx-int8", 90, 59)]
-    monkeypatch.setattr(module, "_alone", lambda *job: rows.pop(0))
+    monkeypatch.setattr(module, "_in_own_process", lambda *job: rows.pop(0))
     report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx-int8"], cache=loaded.cache, device="cpu")
     assert [each.name for each in report.rows] == ["reference", "torch", "onnx-int8"]
     assert report.rows[2].reason == "recall@1 is 1.0 points lower"
-    unknown = module._judged([Row("torch", reason="its process died"), row("onnx-int8", 90, 59)])[1]
+    unknown = module._judge([RuntimeResult("torch", reason="its process died"), row("onnx-int8", 90, 59)])[1]
     assert unknown.trial is not None
     assert not unknown.trial.holds
     assert "no recall of torch" in unknown.reason
@@ -98,10 +100,10 @@ def test_a_ranking_of_other_circumstances_is_measured_again(field: str, loaded: 
 
 def test_one_wrong_vector_is_enough() -> None:
     wanted = np.array([[1, 0], [1, 0]], np.float32)
-    assert _least(np.array([[1, 0], [0.6, 0.8]], np.float32), wanted) == pytest.approx(0.6)
+    assert _lowest_cosine(np.array([[1, 0], [0.6, 0.8]], np.float32), wanted) == pytest.approx(0.6)
     broken = np.array([[1, 0], [np.nan, 0]], np.float32)
-    assert not Proof(1.0, _least(broken, wanted), 0.999).holds
-    assert not Proof(_least(broken, wanted), 1.0, 0.999).holds
+    assert not Proof(1.0, _lowest_cosine(broken, wanted), 0.999).holds
+    assert not Proof(_lowest_cosine(broken, wanted), 1.0, 0.999).holds
 
 
 def test_faster_is_better_in_each_of_the_three() -> None:
@@ -117,7 +119,7 @@ def test_a_look_at_some_runtimes_makes_no_ranking_but_strikes_what_failed(
     looked = run(loaded, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx", 90, 60)], monkeypatch)
     assert looked.chosen == ""
     assert load_ranking(loaded) is None
-    assert "auto has still to measure" in table(looked)
+    assert "auto has yet to measure" in format_report(looked)
     before = rank([trial("torch", 10), trial("openvino", 30), trial("onnx-int8", 90)])
     save_ranking(loaded, before, own=True)
     again = run(loaded, tiny_checkpoint, tiny_data, [row("torch", 10, 60), row("onnx-int8", 90, 10)], monkeypatch)
@@ -128,12 +130,12 @@ def test_a_look_at_some_runtimes_makes_no_ranking_but_strikes_what_failed(
 def test_whatever_a_library_raises_costs_one_row(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(checkpoint: str, pretrained: str | None, device: str, name: str, *rest: object) -> Row:
+    def fails(checkpoint: str, pretrained: str | None, device: str, name: str, *rest: object) -> RuntimeResult:
         if name == "onnx":
             raise RuntimeError("no kernel image is available\nand a long story")
         return row(name, 10, 60)
 
-    monkeypatch.setattr(module, "_alone", fails)
+    monkeypatch.setattr(module, "_in_own_process", fails)
     report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx", "torch"], cache=loaded.cache, device="cpu")
     assert [(each.name, each.reason) for each in report.rows[1:]] == [
         ("torch", ""),

@@ -27,8 +27,8 @@ def measured(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     content = json.loads(path.read_text())
     content["best_first"] = [NAME, "torch"]
     path.write_text(json.dumps(content))
-    for seal in adapter_cache.directory_in(cache).glob("*"):  # or a start would look at nothing of this
-        seal.unlink()
+    for entry in adapter_cache.directory_in(cache).glob("*"):  # or a start would look at nothing of this
+        entry.unlink()
     return cache
 
 
@@ -83,9 +83,9 @@ def test_a_missing_extra(
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("backbone", "0" * 64, "is of backbone 000000000000, not"),
-        ("library", "openvino 2019.1", "is of library openvino 2019.1, not"),
-        ("graphs", 0, "is of graphs 0, not"),
+        ("backbone", "0" * 64, "has backbone 000000000000, not"),
+        ("library", "openvino 2019.1", "has library openvino 2019.1, not"),
+        ("graphs", 0, "has graphs 0, not"),
     ],
 )
 def test_an_export_of_something_else(
@@ -159,7 +159,7 @@ def test_a_cache_that_cannot_be_written(
     blocked.write_text("")
     name, warnings = auto(tiny_checkpoint, blocked, caplog)
     assert name.startswith("torch")
-    assert len(warnings) == 2  # no export, and nothing load_ranking
+    assert len(warnings) == 2  # no export, and no ranking
     with pytest.raises(RuntimeUnavailableError, match=r"cannot be used: .* name another directory"):
         by_name(tiny_checkpoint, blocked)
 
@@ -173,7 +173,7 @@ def test_one_variable_names_the_cache_for_all(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    key = ExportKey("onnx", "a" * 64, 0, "1")
+    key = ExportKey("onnx", "a" * 64, 0, 0, "1")
     left = key.directory(tmp_path).with_name(key.directory(tmp_path).name + ".part-killed")
     left.mkdir(parents=True)
     (left / "text.onnx").write_bytes(b"half")
@@ -189,7 +189,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
 def test_int8_wants_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
     if cpu_features.missing_instructions("int8"):
         pytest.skip(str(cpu_features.missing_instructions("int8")))
-    with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your pictures and captions: dcar"):
+    with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your images and captions: dcar"):
         by_name(tiny_checkpoint, tmp_path, "openvino-int8")
 
 
@@ -208,6 +208,8 @@ def test_auto_never_takes_one_that_is_wrong_here(
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
     assert name == "torch"
     assert "its vectors are not those of float32 here: cosine" in warning
+    with pytest.raises(RuntimeUnavailableError, match=r"its vectors are not those of float32 here.*choose another"):
+        by_name(tiny_checkpoint, chosen)
 
 
 def test_one_that_fails_in_its_first_forward_pass(

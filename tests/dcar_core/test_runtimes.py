@@ -19,11 +19,11 @@ from dcar_core.runtimes import equality_proof
 from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
 from dcar_core.runtimes.int8_calibration import CalibrationData, calibrate
-from dcar_core.runtimes.length_batches import PASS, batches
-from dcar_core.runtimes.protocol import Prefix
-from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime, towers
+from dcar_core.runtimes.length_batches import PASS_COST, group_by_length
+from dcar_core.runtimes.protocol import TextPrompts
+from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.serving.adapter_extraction import extract
-from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure
+from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure_candidates
 from dcar_core.util import cpu_features
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
@@ -48,7 +48,9 @@ class Case:
     def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
         self.model = model
         self.adapter = extract(model, fingerprint)
-        self.loaded = LoadedModel(model, model.backbone.content_hash(), self.adapter.depth, fingerprint, cache)
+        prompt = model.config.prompt
+        image, text = (prompt.depth if prompt.length and used else 0 for used in (prompt.image, prompt.text))
+        self.loaded = LoadedModel(model, model.backbone.content_hash(), image, text, fingerprint, cache)
 
     def proof(self, name: str, probe: Probe) -> Proof:
         return prove(self.adapter, open_runtime(name, self.loaded), probe, reference_vectors(self.model, probe))
@@ -118,10 +120,12 @@ def test_rows_of_several_domains_share_a_batch(tiny_model: Path, cache: Path, na
     require(RUNTIME_KINDS[name].extra)
     first, second = (moved(tiny_model, ModelConfig(), cache, seed) for seed in (1, 2))
     one, other, runtime = first.adapter, second.adapter, open_runtime(name, first.loaded)
-    tokens, weights = one.tokens(["a red square", "a green circle", "a red square"])
-    mixed = runtime.text(tokens, weights, Prefix.rows([one.prefix, other.prefix, other.prefix]))
-    np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.prefix), atol=1e-5)
-    np.testing.assert_allclose(mixed[1:], runtime.text(tokens[1:], weights[1:], other.prefix), atol=1e-5)
+    tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.text_prompts.skipped :]
+    weights = np.ones(tokens.shape, np.float32)
+    prompts = TextPrompts.stack([one.text_prompts, other.text_prompts, other.text_prompts])
+    mixed = runtime.text(tokens, weights, prompts)
+    np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.text_prompts), atol=1e-5)
+    np.testing.assert_allclose(mixed[1:], runtime.text(tokens[1:], weights[1:], other.text_prompts), atol=1e-5)
     assert np.abs(mixed[0] - mixed[2]).max() > 0.01
     assert one.image_prompts is not None
     assert other.image_prompts is not None
@@ -135,8 +139,10 @@ def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path
     require("openvino")
     first = moved(tiny_model, ModelConfig(), cache)
     longer = moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
-    assert (first.adapter.prefix.length, longer.adapter.prefix.length) == (5, 7)
-    assert first.loaded.key("openvino", "x").directory(cache) == longer.loaded.key("openvino", "x").directory(cache)
+    lengths = [case.adapter.text_prompts.inputs[0].shape[3] for case in (first, longer)]
+    assert lengths == [5, 7], "SOS and the prompts"
+    keys = [case.loaded.export_key("openvino", "x") for case in (first, longer)]
+    assert keys[0] == keys[1]
     probe = Probe.synthetic(32)
     runtime = open_runtime("openvino", first.loaded)
     assert prove(longer.adapter, runtime, probe, reference_vectors(longer.model, probe)).holds
@@ -145,15 +151,15 @@ def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path
 def test_batches_waste_little() -> None:
     rng = np.random.default_rng(0)
     for lengths in (rng.integers(5, 60, 32), rng.integers(5, 60, 300), np.full(10, 7), np.array([3])):
-        groups = batches(lengths, 32)
+        groups = group_by_length(lengths, 32)
         assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
         assert max(map(len, groups)) <= 32
-        cost = sum(PASS + len(group) * lengths[group].max() for group in groups)
-        together = -(-len(lengths) // 32) * PASS + len(lengths) * lengths.max()
+        cost = sum(PASS_COST + len(group) * lengths[group].max() for group in groups)
+        together = -(-len(lengths) // 32) * PASS_COST + len(lengths) * lengths.max()
         assert cost <= together
-    assert len(batches(np.array([5] * 8 + [60]), 32)) == 2
-    assert len(batches(np.array([5, 5, 60]), 32)) == 1, "another pass costs more than the padding"
-    assert len(batches(np.full(10, 7), 32)) == 1
+    assert len(group_by_length(np.array([5] * 8 + [60]), 32)) == 2
+    assert len(group_by_length(np.array([5, 5, 60]), 32)) == 1, "another pass costs more than the padding"
+    assert len(group_by_length(np.full(10, 7), 32)) == 1
 
 
 def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +172,9 @@ def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monk
     assert chosen.name == ranking.names[0]
     assert {trial.name for trial in ranking.trials} == set(candidates(where))
     assert all(trial.holds and trial.texts_per_s > 0 for trial in ranking.trials)
-    monkeypatch.setattr("dcar_core.serving.runtime_selection.measure", None)  # a second measurement would fail
+    monkeypatch.setattr(
+        "dcar_core.serving.runtime_selection.measure_candidates", None
+    )  # a second measurement would fail
     assert load_runtime("auto", adapter, where) is chosen
 
 
@@ -195,7 +203,7 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend=backend, **given))
     case = moved(tiny_model, DEEP, cache)
     plain, adapter = open_runtime("torch", case.loaded), case.adapter
-    runtime = TorchRuntime("torch-compile", *towers(case.loaded), torch.float32, compiled=True)
+    runtime = TorchRuntime("torch-compile", *case.loaded.graphs(), torch.float32, compiled=True)
     texts = [" ".join("abcdefghijklmnopqrstuvw"[: 1 + i % 20]) for i in range(40)]
     groups = [texts[:n] for n in (1, 2, 3, 7, 32)] + [[text] for text in texts] + [[""], ["", ""]]
     for group in groups:
@@ -237,12 +245,12 @@ def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monk
         else open_runtime("torch", where)
     )
     monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
-    ranking = measure(adapter, where, Probe.synthetic(32), [runtime.name])
+    ranking = measure_candidates(adapter, where, Probe.synthetic(32), [runtime.name])
     assert ranking.names == ()
     assert not ranking.trials[0].holds
 
 
 def test_a_vector_that_is_no_number_is_no_proof() -> None:
     unit = np.eye(2, 4, dtype=np.float32)
-    assert equality_proof._least(unit, unit) == 1.0
-    assert equality_proof._least(np.array([unit[0], np.full(4, np.nan)], np.float32), unit) == -1.0
+    assert equality_proof._lowest_cosine(unit, unit) == 1.0
+    assert equality_proof._lowest_cosine(np.array([unit[0], np.full(4, np.nan)], np.float32), unit) == -1.0

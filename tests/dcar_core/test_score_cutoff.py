@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from dcar_core.serving.score_cutoff import cutoff
+from dcar_core.serving.score_cutoff import compute_cutoff
 
 
 def test_all_but_a_twentieth_of_the_pairs_reach_it() -> None:
     scores = np.random.default_rng(1).permutation(np.linspace(0, 1, 1001)).astype(np.float32)
-    found = cutoff(scores)
+    found = compute_cutoff(scores)
     assert found.min_score == pytest.approx(0.05)
     assert found.kept == pytest.approx(0.95, abs=0.02)
     assert found.pairs == 1001
@@ -16,7 +16,7 @@ def test_all_but_a_twentieth_of_the_pairs_reach_it() -> None:
 
 def test_what_it_keeps_is_judged_by_pairs_that_it_was_not_chosen_on() -> None:
     """Of two pairs each is a half: the lower one does not reach what the higher one alone would set."""
-    assert cutoff(np.array([0.2, 0.4], np.float32)).kept == 0.5
-    alone = cutoff(np.array([0.3], np.float32))
+    assert compute_cutoff(np.array([0.2, 0.4], np.float32)).kept == 0.5
+    alone = compute_cutoff(np.array([0.3], np.float32))
     assert alone.min_score == pytest.approx(0.3)
     assert alone.kept is None

@@ -15,7 +15,6 @@ from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.runtimes.eager import TorchRuntime
-from dcar_core.runtimes.registry import towers
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, ImageFault
 from index_jobs.encoding.decode import Window, decode_windows, worker_count
@@ -103,7 +102,7 @@ def test_changed_picture_or_model_never_meets_old_vectors(
 
 
 def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
-    runtime = TorchRuntime("torch-bf16", *towers(encoder.loaded), torch.bfloat16)
+    runtime = TorchRuntime("torch-bf16", *encoder.loaded.graphs(), torch.bfloat16)
     other = Encoder(encoder.adapter, encoder.loaded, runtime)
 
     def run(model: Counting, work: str) -> EncodedGallery:

@@ -7,7 +7,7 @@ from typing import Any
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, VisionModel
 from dcar_core.captioning.questions import QUESTION_TEMPLATES
 from dcar_core.captioning.run import caption_images
-from dcar_core.model.tokenizer import count_clip_tokens
+from dcar_core.model.text.tokenizer import count_clip_tokens
 from tests.support.vision_server import VisionServer
 
 KEY = "sk-very-secret"

@@ -1,7 +1,6 @@
 """Everything that commands import, for the process that `tests.support.commands` forks them from."""
 
 import faiss  # noqa: F401
-import pytest
 
 import app.cli.datasets
 import app.cli.indexing
@@ -13,6 +12,3 @@ import dcar_core.evaluation
 import dcar_core.training.train  # noqa: F401
 import index_jobs.rebuild  # noqa: F401
 import tests.support.commands  # noqa: F401
-from tests.support.vocabulary import share_vocabulary
-
-share_vocabulary(pytest.MonkeyPatch())

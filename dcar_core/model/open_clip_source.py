@@ -1,0 +1,266 @@
+"""Models from open_clip: a built-in name, a directory or an `hf-hub:` repository. The only importer of open_clip.
+
+- A configuration may set what `_require_allowed` lists and nothing else, wherever it comes from: it names no code, no
+  file outside its directory and no setting that would make a library fetch or run something.
+- Weights must be there and fit exactly; nothing starts from random weights unless it is asked for.
+- Every failure is one `ModelError` that says what to do.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.coca_model import MultimodalCfg
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from torch import nn
+
+from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.model.settings_hash import CLIP_VOCABULARY
+from dcar_core.model.text.cleaning import NORMALIZERS
+from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
+from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.util.errors import DcarError, MissingExtraError, ModelError
+from dcar_core.util.memory import WEIGHTS_FILE, map_weights
+
+RANDOM = "random"
+HUB = "hf-hub:"
+OLDEST_TIMM = "1.0.20"
+
+_MODEL_FIELDS = {
+    "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "init_logit_scale",
+    "init_logit_bias", "nonscalar_logit_scale",
+}  # fmt: skip
+_PREPROCESS_FIELDS = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+_TOKENIZER_FIELDS = {"clean", "strip_sep_token", "bpe_path"}
+# Of training alone, or identified by content rather than by name.
+_WITHOUT_EFFECT = {
+    "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained", "hf_model_name",
+    "hf_tokenizer_name", "tokenizer_kwargs", "output_tokens",
+}  # fmt: skip
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_LARGEST = 1 << 20  # of any number in a configuration; real ones stay below 300,000
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Where a backbone comes from: an open_clip name or a directory, and for a name its weights.
+
+    pretrained: a tag, a file, or "random", which is fit to measure speed alone.
+    """
+
+    model: str
+    pretrained: str | None = None
+
+    @property
+    def directory(self) -> Path | None:
+        path = Path(self.model)
+        return path if path.is_dir() else None
+
+
+@dataclass(frozen=True)
+class OpenClipModel:
+    """A loaded model.
+
+    embed_dim: E. settings: of the towers, as far as they differ from open_clip's defaults and decide on vectors.
+    tokenizer_identity: what decides on token ids.
+    """
+
+    clip: nn.Module
+    tokenizer: TextTokenizer
+    embed_dim: int
+    settings: Mapping[str, Any]
+    tokenizer_identity: Mapping[str, Any]
+
+
+def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
+    """Load a model and its tokenizer.
+
+    Raises:
+        ModelError: an unknown name, weights that cannot be had or do not fit, a configuration that is not allowed.
+        MissingExtraError: it needs transformers, which is not installed.
+    """
+    _require_known(source)
+    try:
+        config = read_config(source)
+        tokenizer, identity = load_tokenizer(config, source.directory)
+        clip = _create(source, config, device)
+    except DcarError:
+        raise
+    except Exception as error:  # open_clip, torch, safetensors, timm and the hub client each raise their own
+        raise _explained(source, error) from error
+    if device == "cpu":
+        map_weights(clip, source.directory / WEIGHTS_FILE if source.directory else Path(source.pretrained or ""))
+    return OpenClipModel(clip.eval(), tokenizer, int(config["embed_dim"]), tower_settings(config), identity)
+
+
+def read_config(source: BackboneSource) -> dict[str, Any]:
+    """Read and check a model's `model_cfg`.
+
+    Raises:
+        ModelError: it sets something that no model may set.
+    """
+    directory = source.directory
+    if directory is not None:
+        content = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+            raise ModelError(f"{directory / MODEL_CONFIG} has no model_cfg; copy the file from the model's source")
+        _require_fields(content.get("preprocess_cfg", {}), _PREPROCESS_FIELDS, "preprocess_cfg", source.model)
+        config = content["model_cfg"]
+    else:
+        config = open_clip.get_model_config(source.model)
+    _require_allowed(config, source)
+    text = config["text_cfg"]
+    if directory is not None and (name := text.get("hf_model_name")) and (directory / name / "config.json").is_file():
+        text["hf_model_name"] = str(directory / name)
+    return dict(config)
+
+
+def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, dict[str, Any]]:
+    """Load the tokenizer that a checked configuration names, and what identifies it in a content hash."""
+    text = config["text_cfg"]
+    settings = text.get("tokenizer_kwargs") or {}
+    limit = int(text.get("context_length", 77))
+    if name := text.get("hf_tokenizer_name"):
+        normalizer = settings.get("clean", "whitespace")
+        strip_end = bool(settings.get("strip_sep_token"))
+        tokenizer = load_hub_tokenizer(name, directory, limit, normalizer=normalizer, strip_end=strip_end)
+        return tokenizer, {"tokenizer": tokenizer.identity()}
+    normalizer = settings.get("clean", "lower")
+    tokenizer, vocabulary = TextTokenizer.for_clip(limit), CLIP_VOCABULARY
+    if (file := settings.get("bpe_path")) and directory is not None:
+        simple = open_clip.SimpleTokenizer(str(directory / file))
+        tokenizer = TextTokenizer.from_open_clip(simple, limit)
+        pieces = [sorted(simple.encoder.items()), sorted(simple.bpe_ranks.items())]
+        vocabulary = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
+    identity = {
+        "tokenizer": "SimpleTokenizer", "vocabulary": vocabulary, "clean": f"_clean_{normalizer}", "reduction": None,
+    }  # fmt: skip
+    return replace(tokenizer, normalizer=normalizer), identity
+
+
+def tower_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of both towers that differ from open_clip's defaults and decide on vectors."""
+    found = {}
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        usual = {field.name: field.default for field in fields(kind)}
+        found[part] = {
+            name: value for name, value in config[part].items() if name not in _WITHOUT_EFFECT and value != usual[name]
+        }
+    return found
+
+
+def _require_known(source: BackboneSource) -> None:
+    name, pretrained, directory = source.model, source.pretrained, source.directory
+    is_hub = name.startswith(HUB)
+    if directory is not None and not (directory / MODEL_CONFIG).is_file():
+        raise ModelError(f"{directory} is no model directory: it has no {MODEL_CONFIG}")
+    if directory is None and not is_hub and (Path(name).is_absolute() or name.startswith(".")):
+        raise ModelError(f"there is no model directory {name}: bring it back, or name where it is now")
+    if directory is None and not is_hub and name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise ModelError(f"no model is named {name!r}{hint}; `dcar models` lists them, or give a model's directory")
+    if pretrained and pretrained != RANDOM and (directory is not None or is_hub):
+        raise ModelError(f"{name} has weights of its own; leave out --pretrained {pretrained}")
+    if pretrained and Path(pretrained).suffix in {".pkl", ".pickle"}:
+        raise ModelError(f"{pretrained} is a pickle, which can run code; use .safetensors or a .pt state dict")
+    if directory is None and not is_hub and not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is known"
+        raise ModelError(
+            f"{name} alone is an architecture with random weights; give --pretrained a tag ({tags}) or a "
+            f".safetensors or .pt file"
+        )
+
+
+def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> nn.Module:
+    """Create the model from the checked configuration, whatever its source says by now."""
+    is_random = source.pretrained == RANDOM
+    towers = {name: dict(config[name]) for name in ("vision_cfg", "text_cfg", "multimodal_cfg") if name in config}
+    if "timm_model_name" in towers["vision_cfg"]:
+        towers["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in towers["text_cfg"]:
+        towers["text_cfg"]["hf_model_pretrained"] = False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        return open_clip.create_model(  # type: ignore[no-any-return]
+            f"local-dir:{source.directory}" if source.directory else source.model,
+            pretrained=None if is_random else source.pretrained or None,
+            load_weights=not is_random,
+            require_pretrained=not is_random,
+            device=device,
+            weights_only=True,
+            **towers,
+        )
+
+
+def _explained(source: BackboneSource, error: Exception) -> ModelError | MissingExtraError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "install transformers" in reason:
+        return MissingExtraError(f"the text tower of {source.model}", "hf")
+    if "Unknown model" in reason or "timm" in reason.lower():
+        return ModelError(
+            f"timm {version('timm')} does not know the image tower of {source.model} ({reason}); "
+            f"install timm {OLDEST_TIMM} or newer"
+        )
+    if source.pretrained in open_clip.list_pretrained_tags_by_model(source.model):
+        return ModelError(
+            f"the weights {source.pretrained!r} of {source.model} could not be fetched ({reason}). Either give a local "
+            f"file, --pretrained path/to/weights.safetensors (or a .pt state dict), or use the bundled model, "
+            f"--model examples/emoji/base"
+        )
+    if "Error(s) in loading state_dict" in reason or "state_dict" in reason:
+        return ModelError(
+            f"the weights of {source.pretrained or source.model} are of another architecture than {source.model}; "
+            f"name the model that they belong to"
+        )
+    return ModelError(f"{source.model} with weights {source.pretrained!r} could not be loaded: {reason}")
+
+
+def _require_allowed(config: Any, source: BackboneSource) -> None:
+    name = source.model
+    if not isinstance(config, dict) or not all(isinstance(config.get(t), dict) for t in ("vision_cfg", "text_cfg")):
+        raise ModelError(f"the configuration of {name} has no vision_cfg and text_cfg; copy it from the model's source")
+    _require_fields(config, _MODEL_FIELDS, "model_cfg", name)
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", MultimodalCfg)):
+        _require_fields(config.get(part, {}), {field.name for field in fields(kind)}, part, name)
+        _require_numbers(config.get(part, {}), part, name)
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    settings = text.get("tokenizer_kwargs") or {}
+    _require_fields(settings, _TOKENIZER_FIELDS, "tokenizer_kwargs", name)
+    if settings.get("clean", "lower") not in NORMALIZERS:
+        raise ModelError(f"the configuration of {name} sets clean {settings['clean']!r}; known are {list(NORMALIZERS)}")
+    if text.get("tokenizer_mode"):
+        raise ModelError(f"the configuration of {name} sets tokenizer_mode, which is not supported")
+    for part, key in ((text, "hf_tokenizer_name"), (text, "hf_model_name"), (vision, "timm_model_name")):
+        value = part.get(key)
+        slashes = 0 if key == "timm_model_name" else 1
+        if value and not (isinstance(value, str) and _HUB_NAME.fullmatch(value) and value.count("/") <= slashes):
+            raise ModelError(f"the configuration of {name} has {key} {value!r}, which is no name of a model")
+    path = settings.get("bpe_path")
+    if path is not None and (source.directory is None or Path(path).name != path):
+        raise ModelError(f"the configuration of {name} has bpe_path {path!r}; it must be a file in the model directory")
+
+
+def _require_fields(values: Any, allowed: set[str], part: str, name: str) -> None:
+    if not isinstance(values, dict):
+        raise ModelError(f"the configuration of {name} has a {part} that is no object")
+    if unknown := sorted(set(values) - allowed):
+        raise ModelError(
+            f"the configuration of {name} sets {', '.join(unknown)} in {part}, which a model may not set; remove it"
+        )
+
+
+def _require_numbers(values: Mapping[str, Any], part: str, name: str) -> None:
+    for key, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not -_LARGEST < number < _LARGEST:
+                raise ModelError(f"the configuration of {name} has {key} {number} in {part}, which is too large")

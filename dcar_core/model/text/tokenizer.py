@@ -1,0 +1,185 @@
+"""Tokenizers without PyTorch, on the library `tokenizers`.
+
+- One class for every vocabulary: byte pairs, SentencePiece and WordPiece differ in their files alone.
+- Ids are those of open_clip's own tokenizers; tests compare them on difficult texts.
+- No text can place a control token: CLIP's are stripped by their spelling, those of other vocabularies by their ids.
+- CLIP's vocabulary is read from open_clip's file without importing open_clip, which takes seconds.
+"""
+
+import gzip
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
+
+from dcar_core.model.text.cleaning import NORMALIZERS, clean_text
+from dcar_core.model.text.layout import TextLayout
+from dcar_core.util.arrays import TokenIds
+
+_SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORD_END = "</w>"
+_VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # a version line, then more merges than CLIP uses
+_CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Texts to token ids.
+
+    limit: tokens of the longest text, start and end tokens included.
+    normalizer: a name of `cleaning.NORMALIZERS`.
+    special_ids: control tokens that no text may contain.
+    """
+
+    tokenizer: Tokenizer
+    limit: int
+    normalizer: str
+    start_ids: tuple[int, ...]
+    end_id: int
+    pad_id: int = 0
+    special_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def from_open_clip(cls, simple: Any, limit: int) -> "TextTokenizer":
+        """Convert open_clip's SimpleTokenizer."""
+        ranked = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
+        merges = [pair for pair in ranked if len(pair) == 2]  # a file may end with an empty line
+        tokenizer = _byte_pair_tokenizer(simple.encoder, merges)
+        normalizer = simple.clean_fn.__name__.removeprefix("_clean_")
+        return cls(tokenizer, limit, normalizer, (simple.sot_token_id,), simple.eot_token_id)
+
+    @classmethod
+    def for_clip(cls, limit: int = _CLIP_CONTEXT) -> "TextTokenizer":
+        """Use the vocabulary that CLIP was trained with."""
+        return _clip_tokenizer().with_limit(limit)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "TextTokenizer":
+        """Load what `to_bytes` returned."""
+        header, _, body = content.partition(b"\n")
+        fields = json.loads(header)
+        fields["start_ids"], fields["special_ids"] = tuple(fields["start_ids"]), frozenset(fields["special_ids"])
+        return cls(Tokenizer.from_buffer(body), **fields)
+
+    def to_bytes(self) -> bytes:
+        header = {
+            "limit": self.limit,
+            "normalizer": self.normalizer,
+            "start_ids": self.start_ids,
+            "end_id": self.end_id,
+            "pad_id": self.pad_id,
+            "special_ids": sorted(self.special_ids),
+        }
+        return json.dumps(header).encode() + b"\n" + self.tokenizer.to_str().encode()
+
+    def with_limit(self, limit: int) -> "TextTokenizer":
+        return replace(self, limit=limit)
+
+    @property
+    def layout(self) -> TextLayout:
+        return TextLayout(self.limit, self.start_ids, self.end_id, self.pad_id)
+
+    def __call__(self, texts: Sequence[str]) -> TokenIds:
+        """Return int64 (n, L): start, words, end, padding; L of the longest text. Texts over the limit are cut."""
+        ids = self.encode(texts)
+        out = np.full((len(ids), max(map(len, ids), default=len(self.start_ids) + 1)), self.pad_id, np.int64)
+        for row, text_ids in zip(out, ids, strict=True):
+            row[: len(text_ids)] = text_ids
+        return out
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text without padding."""
+        most = self.limit - len(self.start_ids) - 1
+        return [[*self.start_ids, *self.caption_ids(text)[:most], self.end_id] for text in texts]
+
+    def caption_ids(self, text: str) -> list[int]:
+        """Return the ids of a text alone, without start and end and however many there are."""
+        # One at a time: a text takes microseconds, and the library's threads would compete with the model's.
+        ids: list[int] = self._encoding(text).ids
+        return [each for each in ids if each not in self.special_ids] if self.special_ids else ids
+
+    def exceeds_limit(self, text: str) -> bool:
+        """True if a text would be cut."""
+        return len(self.start_ids) + len(self.caption_ids(text)) + 1 > self.limit
+
+    def split_words(self, text: str) -> list[tuple[str, slice]]:
+        """Return the words of a text as the tokenizer splits it, each with the places of its tokens in a row."""
+        encoding, normal = self._encoding(text), self._normal(text)
+        words: list[tuple[str, slice]] = []
+        start, end, place, word = 0, 0, len(self.start_ids), None
+        for token, (left, right), word_id in zip(encoding.ids, encoding.offsets, encoding.word_ids, strict=True):
+            if token in self.special_ids or place == self.limit - 1:
+                continue
+            begins = word_id != word or left > end or normal[left:right][:1].isspace()
+            if begins or not words:
+                start = left
+                words.append(("", slice(place, place)))
+            words[-1] = normal[start:right].strip(), slice(words[-1][1].start, place + 1)
+            end, place, word = right, place + 1, word_id
+        return words
+
+    def identity(self) -> str:
+        """sha256 over the vocabulary and whatever else decides on ids."""
+        content = json.loads(self.tokenizer.to_str())
+        model = content["model"]
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
+        described = [
+            sorted(self.tokenizer.get_vocab().items()), merges, self.normalizer, list(self.start_ids), self.end_id,
+            self.pad_id, sorted(self.special_ids), model.get("type"),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def _encoding(self, text: str) -> Encoding:
+        return self.tokenizer.encode(self._normal(text), add_special_tokens=False)
+
+    def _normal(self, text: str) -> str:
+        return NORMALIZERS[self.normalizer](clean_text(text))
+
+
+def clip_token_ids(texts: Sequence[str], prompt_tokens: int = 0) -> list[list[int]]:
+    """Tokenize with CLIP's own vocabulary and context of 77, SOS and EOT included; needs no model.
+
+    prompt_tokens: positions of the context that prompts take.
+    """
+    return TextTokenizer.for_clip(_CLIP_CONTEXT - prompt_tokens).encode(texts)
+
+
+def count_clip_tokens(texts: Sequence[str]) -> list[int]:
+    """Count the tokens of each text in CLIP's own vocabulary, SOS and EOT included, without a limit."""
+    return [len(ids) for ids in TextTokenizer.for_clip(sys.maxsize).encode(texts)]
+
+
+def _byte_pair_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    model = models.BPE(vocab=dict(vocabulary), merges=list(merges), end_of_word_suffix=_WORD_END)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+@cache
+def _clip_tokenizer() -> TextTokenizer:
+    """Build CLIP's vocabulary: a sign for each byte, the same at a word's end, the merges, SOS and EOT."""
+    spec = find_spec("open_clip")
+    assert spec is not None
+    assert spec.origin is not None
+    with gzip.open(Path(spec.origin).with_name(_VOCABULARY_FILE), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1:]
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    signs = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    merges = [(first, second) for first, second in map(str.split, lines[: _CLIP_VOCABULARY - 2 - 2 * len(signs)])]
+    words = [*signs, *(sign + _WORD_END for sign in signs), *map("".join, merges), "<start_of_text>", "<end_of_text>"]
+    tokenizer = _byte_pair_tokenizer({word: number for number, word in enumerate(words)}, merges)
+    return TextTokenizer(tokenizer, _CLIP_CONTEXT, "lower", (_CLIP_VOCABULARY - 2,), _CLIP_VOCABULARY - 1)

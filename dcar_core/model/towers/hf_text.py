@@ -1,0 +1,85 @@
+"""Text encoders of transformers (XLM-RoBERTa, RoBERTa, mT5, NLLB) inside open_clip's HFTextEncoder.
+
+Prompts enter as `inputs_embeds`. Deep prompts are renewed by hooks before each layer; the rows in use are a context
+variable, so that several threads and copies of the model can run at once.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.towers.prompt_rows import PromptRows
+from dcar_core.model.towers.text import TextTower
+
+_ROWS: ContextVar[PromptRows | None] = ContextVar("prompt rows", default=None)
+
+
+class HfText(TextTower):
+    """Bidirectional with masked padding; read at its first row or as the mean of all rows, prompts included."""
+
+    def __init__(self, text: Any, layout: TextLayout) -> None:
+        self.module = text
+        self.layout = layout
+        self.pad_id = int(text.config.pad_token_id)
+        encoder = text.transformer
+        self.table = encoder.get_input_embeddings()
+        self.width = int(self.table.weight.shape[1])
+        self.prompt_std = float(self.embed_scale() * self.table.weight[:1000].detach().float().std())
+        for i, layer in enumerate(_layers(encoder)):
+            if i > 0:
+                layer.register_forward_pre_hook(_renew_before(i), with_kwargs=True)
+
+    def embed_scale(self) -> float:
+        """NLLB's table multiplies its rows."""
+        return float(getattr(self.table, "embed_scale", 1.0))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.table(tokens)
+        return embedded
+
+    def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        token = _ROWS.set(rows)
+        try:
+            states: Tensor = self.module.transformer(
+                inputs_embeds=x, attention_mask=self._mask(tokens, rows)
+            ).last_hidden_state
+        finally:
+            _ROWS.reset(token)
+        return states
+
+    def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        pooled: Tensor = self.module.pooler(BaseModelOutput(last_hidden_state=x), self._mask(tokens, rows))
+        return pooled
+
+    def project(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.module.proj(x)
+        return projected
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self.table.weight.shape[0])
+
+    def _mask(self, tokens: Tensor, rows: PromptRows) -> Tensor:
+        return rows.widen((tokens != self.pad_id).long(), 1)
+
+
+def _layers(encoder: Any) -> Any:
+    if hasattr(encoder, "encoder"):
+        return encoder.encoder.layer
+    return encoder.layers if hasattr(encoder, "layers") else encoder.block
+
+
+def _renew_before(block: int) -> Any:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        rows = _ROWS.get()
+        if rows is None:
+            return args, kwargs
+        if args:
+            return (rows.renew(args[0], block), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": rows.renew(kwargs["hidden_states"], block)}
+
+    return hook

@@ -1,0 +1,188 @@
+"""Image towers: pixels -> embed -> run with prompts -> pool -> project.
+
+- Prompts are appended behind the patches and leave before the last norm and the pooling.
+- `NativeImage` is open_clip's transformer, `TimmImage` timm's ViT and Eva, `WholeImage` any encoder, unprompted.
+
+Letters: B batch, P patches, k prompt vectors, S side in pixels, W_v width, E joint space.
+"""
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcar_core.model.towers.prompt_rows import PromptRows
+from dcar_core.model.towers.text import project_by
+
+_SQUARE = 32  # pixels a side of the squares that an encoder without patches is explained by
+
+
+class ImageTower(ABC):
+    """A frozen image encoder.
+
+    width: W_v of its patches and prompts; 0 where it has no rows that prompts could join.
+    patch_grid: patches a side.
+    module: open_clip's module that it runs.
+    """
+
+    width: int
+    patch_grid: int
+    module: Any
+
+    def encode(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Image features (B, E), not normalised.
+
+        Args:
+            pixels: float32 (B, 3, S, S), normalised as `Preprocess.normalize` does.
+            prompts: (depth, k, W_v) for all rows or (depth, B, k, W_v) row by row.
+        """
+        x = self.embed(pixels)
+        rows = PromptRows(prompts, x.shape[1])
+        return self.project(self.pool(self.run(rows.enter(x, self.prepare_prompts), rows)))
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Each patch's feature in the joint space (B, P, E), not normalised, without prompts."""
+        x = self.embed(pixels)
+        return self.project_patches(self.run(x, PromptRows(None, x.shape[1])))
+
+    @abstractmethod
+    def embed(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, class rows + P, W_v), ready for the first block."""
+
+    @abstractmethod
+    def run(self, x: Tensor, rows: PromptRows) -> Tensor:
+        """All blocks over (B, n + k, W_v) -> (B, n, W_v); prompts leave."""
+
+    @abstractmethod
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, n, W_v) -> (B, W)."""
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """(.., W) -> (.., E)."""
+
+    @abstractmethod
+    def project_patches(self, x: Tensor) -> Tensor:
+        """(B, n, W_v) -> (B, P, E)."""
+
+    def prepare_prompts(self, prompts: Tensor) -> Tensor:
+        """Apply what rows pass between their embedding and the first block."""
+        return prompts
+
+
+class NativeImage(ImageTower):
+    """open_clip's VisionTransformer: class row, mean (CLIPA) or attention pooling (CoCa)."""
+
+    def __init__(self, visual: Any) -> None:
+        self.module = visual
+        self.width = int(visual.conv1.out_channels)
+        self.patch_grid = int(visual.grid_size[0])
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        embedded: Tensor = self.module._embeds(pixels)
+        return embedded
+
+    def prepare_prompts(self, prompts: Tensor) -> Tensor:
+        prepared: Tensor = self.module.ln_pre(prompts)
+        return prepared
+
+    def run(self, x: Tensor, rows: PromptRows) -> Tensor:
+        return rows.leave(rows.run(x, self.module.transformer.resblocks))
+
+    def pool(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.module._pool(x)[0]
+        return pooled
+
+    def project(self, x: Tensor) -> Tensor:
+        return project_by(self.module.proj, x)
+
+    def project_patches(self, x: Tensor) -> Tensor:
+        patches = x[:, 1:]
+        if self.module.attn_pool is None:
+            return self.project(self.module.ln_post(patches))
+        alone = patches.reshape(-1, 1, x.shape[-1])
+        return self.project(self.pool(alone)).reshape(*patches.shape[:2], -1)
+
+
+class TimmImage(ImageTower):
+    """timm's VisionTransformer (SigLIP, MobileCLIP-B, ViTamin) and Eva (EVA01, EVA02, PE-Core)."""
+
+    def __init__(self, visual: Any) -> None:
+        self.module = visual
+        trunk = visual.trunk
+        self.width = int(trunk.embed_dim)
+        self.patch_grid = int(trunk.patch_embed.grid_size[0])
+        self.has_rope = getattr(trunk, "rope", None) is not None
+        self.is_eva = type(trunk).__name__ == "Eva"
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        trunk = self.module.trunk
+        x = trunk._pos_embed(trunk.patch_embed(pixels))
+        return trunk.norm_pre(x[0] if self.is_eva else x)  # type: ignore[no-any-return]
+
+    def prepare_prompts(self, prompts: Tensor) -> Tensor:
+        return self.module.trunk.norm_pre(prompts)  # type: ignore[no-any-return]
+
+    def run(self, x: Tensor, rows: PromptRows) -> Tensor:
+        trunk, blocks = self.module.trunk, self.module.trunk.blocks
+        if self.has_rope:
+            rope = _with_unturned_rows(trunk.rope.get_embed(), rows.count)
+            blocks = [partial(block, rope=rope) for block in trunk.blocks]
+        return trunk.norm(rows.leave(rows.run(x, blocks)))  # type: ignore[no-any-return]
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self.module.trunk.forward_head(x, pre_logits=True)  # type: ignore[no-any-return]
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.module.head(self.module.trunk.head(x))  # type: ignore[no-any-return]
+
+    def project_patches(self, x: Tensor) -> Tensor:
+        trunk, patches = self.module.trunk, x[:, self.module.trunk.num_prefix_tokens :]
+        if trunk.attn_pool is None:
+            return self.project(trunk.fc_norm(patches))
+        alone = trunk.attn_pool(patches.reshape(-1, 1, x.shape[-1]))
+        return self.project(trunk.fc_norm(alone)).reshape(*patches.shape[:2], -1)
+
+
+def _with_unturned_rows(rope: Tensor, count: int) -> Tensor:
+    """Rotary sines and cosines (P, 2 d) with rows for prompts, which have no place in the image and are not turned."""
+    if count == 0:
+        return rope
+    half = rope.shape[1] // 2
+    return torch.cat([rope, torch.cat([rope.new_zeros(count, half), rope.new_ones(count, half)], 1)])
+
+
+class WholeImage(ImageTower):
+    """An image encoder as it is, without prompts: ResNet, ConvNeXt, FastViT, Swin."""
+
+    width = 0
+
+    def __init__(self, clip: Any, size: int) -> None:
+        self.module = clip
+        self.patch_grid = max(1, size // _SQUARE)
+
+    def encode(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+        if prompts is not None:
+            raise ValueError("this image tower has no rows that prompts could join")
+        encoded: Tensor = self.module.encode_image(pixels, normalize=False)
+        return encoded
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        raise ValueError("this image tower has no patches with features of their own")
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def run(self, x: Tensor, rows: PromptRows) -> Tensor:
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def project_patches(self, x: Tensor) -> Tensor:
+        raise NotImplementedError

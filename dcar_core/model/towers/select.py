@@ -1,0 +1,125 @@
+"""Choice of the towers for a model, proven at load: without prompts they must give the model's own features.
+
+A tower that fails the proof, because its family is unknown or a library changed, is replaced by the whole encoder. The
+model then keeps what needs no access to the inside: feature adapters.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.towers.hf_text import HfText
+from dcar_core.model.towers.image import ImageTower, NativeImage, TimmImage, WholeImage
+from dcar_core.model.towers.text import CausalText, CocaText, NativeText, TextTower, WholeText
+
+logger = logging.getLogger(__name__)
+
+Level = Literal["full", "text", "adapters"]
+
+_TOLERANCE = 1e-4  # of the difference, relative to the stock features
+
+
+def select_towers(
+    clip: nn.Module, layout: TextLayout, caption: Sequence[int], size: int
+) -> tuple[TextTower, ImageTower]:
+    """Return the towers of an open_clip model in eval mode.
+
+    Args:
+        layout: of its tokenizer; `reads_padding` is decided here.
+        caption: ids of a sentence of at least four tokens, without start and end, for the proof.
+        size: S, the side of its images in pixels.
+    """
+    text, image = text_tower(clip, layout), image_tower(clip, size)
+    with torch.no_grad():
+        if text.width and (fault := _fault(lambda: _check_text(clip, text, caption))):
+            logger.warning("the text tower is used without prompts, since its proof failed: %s", fault)
+            text = WholeText(clip, _layout(layout, reads_padding=True))
+        if image.width and (fault := _fault(lambda: _check_image(clip, image, size))):
+            logger.warning("the image tower is used without prompts, since its proof failed: %s", fault)
+            image = WholeImage(clip, size)
+    return text, image
+
+
+def level_of(text: TextTower, image: ImageTower) -> Level:
+    """full: prompts in both towers; text: in the text tower alone; adapters: in neither."""
+    if not text.width:
+        return "adapters"
+    return "full" if image.width else "text"
+
+
+def text_tower(clip: Any, layout: TextLayout) -> TextTower:
+    """Choose a tower by the structure of the model, without a proof."""
+    text = getattr(clip, "text", clip)
+    if type(text).__name__ == "HFTextEncoder":
+        return HfText(text, _layout(layout, reads_padding=False))
+    needed = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection", "attn_mask")
+    if not all(hasattr(text, name) for name in needed):
+        return WholeText(clip, _layout(layout, reads_padding=True))
+    if getattr(text, "cls_emb", None) is not None:
+        return CocaText(text, _layout(layout, reads_padding=True))
+    reads_padding = NativeText.reads_padding(text)
+    tower = NativeText(text, _layout(layout, reads_padding=reads_padding))
+    is_prefixed = not reads_padding and tower.pool_type in ("argmax", "eos")
+    return CausalText(text, tower.layout) if is_prefixed else tower
+
+
+def image_tower(clip: Any, size: int) -> ImageTower:
+    """Choose a tower by the structure of the model, without a proof."""
+    visual = clip.visual
+    trunk = getattr(visual, "trunk", None)
+    if type(visual).__name__ == "VisionTransformer":
+        return NativeImage(visual)
+    if type(trunk).__name__ in ("VisionTransformer", "Eva") and not getattr(trunk, "rope_mixed", False):
+        return TimmImage(visual)
+    return WholeImage(clip, size)
+
+
+def _layout(layout: TextLayout, *, reads_padding: bool) -> TextLayout:
+    return TextLayout(layout.context_length, layout.start_ids, layout.end_id, layout.pad_id, reads_padding)
+
+
+def _fault(check: Any) -> str | None:
+    try:
+        check()
+    except Exception as error:  # a library that changed may raise anything
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _check_text(clip: Any, tower: TextTower, caption: Sequence[int]) -> None:
+    """A text equals the stock encoder's, trimmed; and its first words as prompts equal the text."""
+    layout = tower.layout
+    parameter = next(clip.parameters())
+    most = layout.context_length - layout.start - 1
+    ids = [*layout.start_ids, *caption[:most], layout.end_id]
+    tokens = torch.tensor([ids], device=parameter.device)
+    whole = nn.functional.pad(tokens, (0, layout.context_length - len(ids)), value=layout.pad_id)
+    stock = clip.encode_text(whole, normalize=False)
+    _require_equal(tower.encode(tokens), stock, "without prompts")
+    if not torch.isfinite(tower.token_features(tokens)).all():
+        raise ValueError("features of tokens are not finite")
+    first = slice(layout.start, layout.start + 2)
+    prompts = tower.embed(tokens[:, first])  # [1, 2, W_t]
+    rest = torch.cat([tokens[:, : layout.start], tokens[:, first.stop :]], 1)
+    _require_equal(tower.encode(rest, prompts), stock, "with words as prompts")
+
+
+def _check_image(clip: Any, tower: ImageTower, size: int) -> None:
+    """An image equals the stock encoder's, and prompts of two blocks leave it finite."""
+    parameter = next(clip.parameters())
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, size, size, generator=generator).to(parameter.device)
+    _require_equal(tower.encode(pixels), clip.encode_image(pixels, normalize=False), "without prompts")
+    prompts = torch.zeros(2, 2, tower.width, device=parameter.device)
+    if not torch.isfinite(tower.encode(pixels, prompts)).all():
+        raise ValueError("features with prompts are not finite")
+
+
+def _require_equal(found: Tensor, stock: Tensor, what: str) -> None:
+    difference = float((found - stock).norm() / stock.norm().clamp(min=1e-12))
+    if not difference <= _TOLERANCE:
+        raise ValueError(f"features {what} differ from the model's by {difference:.1e} of their length")

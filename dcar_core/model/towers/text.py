@@ -1,0 +1,206 @@
+"""Text towers: tokens -> embed -> (token weights) -> run with prompts -> pool -> project.
+
+- `CausalText` can be exported as a graph whose start tokens and prompts are keys and values computed once.
+- `NativeText` covers open_clip's transformer in every variant, `CocaText` its class row, `WholeText` any encoder.
+- Towers that attend to padding get it back inside `encode`, so callers may always trim a batch to its longest text.
+
+Letters: B batch, n tokens, k prompt vectors, L context length, W_t width, E joint space.
+"""
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.towers.prompt_rows import PromptRows
+
+PROMPT_STD = 0.02  # of CLIP's token embeddings
+
+
+class TextTower(ABC):
+    """A frozen text encoder.
+
+    width: W_t of its token embeddings and prompts; 0 where it takes neither prompts nor token weights.
+    module: open_clip's module that it runs.
+    """
+
+    width: int
+    layout: TextLayout
+    module: Any
+    prompt_std = PROMPT_STD
+
+    def encode(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Text features (B, E), not normalised.
+
+        Args:
+            tokens: int64 (B, n) with n + k <= L.
+            prompts: (depth, k, W_t) for all rows or (depth, B, k, W_t) row by row.
+            weights: (B, n), multiplied onto the token embeddings before positions are added.
+
+        Raises:
+            ValueError: the text with its prompts exceeds the context.
+        """
+        x, tokens, rows = self._states(tokens, prompts, weights)
+        return self.project(self.pool(x, tokens, rows))
+
+    def token_features(self, tokens: Tensor) -> Tensor:
+        """Contextual features of every token (B, n, E), not normalised, without prompts."""
+        x, _, _ = self._states(tokens, None, None)
+        return self.project(self.finish_rows(x[:, : tokens.shape[1]]))
+
+    def _states(
+        self, tokens: Tensor, prompts: Tensor | None, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, PromptRows]:
+        rows = PromptRows(prompts, self.layout.start)
+        if tokens.shape[1] + rows.count > self.layout.context_length:
+            raise ValueError(
+                f"{tokens.shape[1] + rows.count} tokens with the prompts, "
+                f"but the context holds {self.layout.context_length}"
+            )
+        length = self.layout.padded_length(rows.count)
+        missing = 0 if length is None else length - tokens.shape[1]
+        if missing > 0:
+            tokens = nn.functional.pad(tokens, (0, missing), value=self.layout.pad_id)
+        x = self.embed(tokens)
+        if weights is not None:
+            x = x * nn.functional.pad(weights, (0, max(missing, 0)), value=1.0).unsqueeze(-1)
+        return self.run(rows.enter(x), tokens, rows), tokens, rows
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, n) -> (B, n, W_t): the embedding table's rows, before positions."""
+
+    @abstractmethod
+    def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        """All blocks over (B, n + k, W_t); prompts stay among the rows."""
+
+    @abstractmethod
+    def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        """(B, n + k, W_t) -> (B, W_t)."""
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """(.., W_t) -> (.., E)."""
+
+    def finish_rows(self, x: Tensor) -> Tensor:
+        """What `pool` does to a row beside choosing it: (B, n, W_t) -> (B, n, W_t)."""
+        return x
+
+    @property
+    def vocabulary_size(self) -> int:
+        return 0
+
+
+def project_by(weight: Any, x: Tensor) -> Tensor:
+    """Apply a projection that open_clip keeps as a module, a matrix or not at all."""
+    if weight is None:
+        return x
+    projected: Tensor = weight(x) if isinstance(weight, nn.Module) else x @ weight
+    return projected
+
+
+class NativeText(TextTower):
+    """open_clip's transformer: causal or not, read at its end token or its last row (SigLIP, CLIPA)."""
+
+    def __init__(self, text: Any, layout: TextLayout) -> None:
+        self.module = text
+        self.layout = layout
+        self.pool_type = getattr(text, "pool_type", None) or text.text_pool_type
+        self.eos_id = int(getattr(text, "eos_id", None) or getattr(text, "text_eos_id", None) or 0)
+        self.width = int(text.token_embedding.embedding_dim)
+
+    @staticmethod
+    def reads_padding(text: Any) -> bool:
+        pool_type = getattr(text, "pool_type", None) or text.text_pool_type
+        return text.attn_mask is None or pool_type == "last"
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.module.token_embedding(tokens)
+        return embedded
+
+    def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        length = x.shape[1]
+        x = x + self.module.positional_embedding[:length]
+        mask = self.module.attn_mask
+        mask = None if mask is None else mask[:length, :length]
+        x = rows.run(x, [partial(block, attn_mask=mask) for block in self.module.transformer.resblocks])
+        normed: Tensor = self.module.ln_final(x)
+        return normed
+
+    def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        if self.pool_type == "last":
+            return x[:, -1]
+        if self.pool_type == "first":
+            return x[:, 0]
+        if self.pool_type == "argmax":
+            end = tokens.argmax(-1)
+        elif self.pool_type == "eos":
+            end = (tokens == self.eos_id).int().argmax(-1)
+        else:
+            raise ValueError(f"the pooling {self.pool_type!r} gives no single row")
+        return rows.leave(x)[torch.arange(x.shape[0], device=x.device), end]
+
+    def project(self, x: Tensor) -> Tensor:
+        return project_by(self.module.text_projection, x)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self.module.token_embedding.num_embeddings)
+
+
+class CausalText(NativeText):
+    """A native tower in which start tokens and prompts never see the caption, read at its end token."""
+
+
+class CocaText(NativeText):
+    """A class row behind the padding sees the text through an additive mask that is one row off, as it was trained."""
+
+    def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        text = self.module
+        x = torch.cat([x, text.cls_emb.expand(x.shape[0], 1, -1)], 1)
+        length = x.shape[1]
+        ids = rows.widen(tokens, text.pad_id + 1)  # prompts are no padding
+        mask = text._build_additive_mask(ids, length, x.dtype)
+        if text.attn_mask is not None:
+            mask = text.attn_mask[:length, :length].unsqueeze(0) + mask
+        x = x + text.positional_embedding[:length]
+        return rows.run(x, [partial(block, attn_mask=mask) for block in text.transformer.resblocks])
+
+    def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        return self.finish_rows(x[:, -1])
+
+    def finish_rows(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.module.ln_final(x)
+        return normed
+
+
+class WholeText(TextTower):
+    """A text encoder as it is, without prompts and token weights; padded to its context."""
+
+    width = 0
+
+    def __init__(self, clip: Any, layout: TextLayout) -> None:
+        self.module, self.layout = clip, layout
+
+    def encode(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        if prompts is not None or weights is not None:
+            raise ValueError("this text tower takes neither prompts nor token weights")
+        missing = self.layout.context_length - tokens.shape[1]
+        tokens = nn.functional.pad(tokens, (0, max(missing, 0)), value=self.layout.pad_id)
+        encoded: Tensor = self.module.encode_text(tokens, normalize=False)
+        return encoded
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        raise ValueError("this text tower has no token embeddings that could be weighted")
+
+    def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        raise NotImplementedError
+
+    def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
