@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import pytest
+
 from tests.support import commands
 from tests.support.paths import ROOT
 
@@ -12,6 +14,7 @@ def run(script: str, *arguments: str | Path) -> CompletedProcess[str]:
     return commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.slow
 def test_training_cost(tiny_model: Path) -> None:
     small = ("--pairs", "8", "--batch-size", "4")
     done = run("training_cost.py", "--model", tiny_model, "--methods", "clip-adapter", *small)
@@ -19,6 +22,7 @@ def test_training_cost(tiny_model: Path) -> None:
     assert "| clip-adapter | 2,144 |" in done.stdout  # two bottlenecks of 32 -> 16 -> 32
 
 
+@pytest.mark.slow
 def test_query_time(tiny_model: Path) -> None:
     done = run("query_time.py", "--model", tiny_model, "--methods", "dcar", "--rounds", "1")
     assert done.returncode == 0, done.stderr
@@ -37,6 +41,7 @@ def test_the_papers_table_beside_ours(tmp_path: Path) -> None:
     assert "emoji is not in the paper's table" in run("paper_table.py", tmp_path / "results.json").stderr
 
 
+@pytest.mark.slow
 def test_runtimes_as_ratios(tiny_checkpoint: Path, tmp_path: Path) -> None:
     small = ("--runtimes", "torch", "--pictures", "4", "--work", tmp_path)
     done = run("runtimes.py", "--checkpoint", tiny_checkpoint, *small)

@@ -253,6 +253,7 @@ def test_the_reference_of_exit_codes_is_complete() -> None:
     assert raised <= listed
 
 
+@pytest.mark.slow
 def test_python_examples_run() -> None:
     """The Python block of the README; that of the client needs a service and is compiled only."""
     blocks = re.findall(

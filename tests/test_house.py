@@ -69,4 +69,12 @@ def test_test_modules_share_helpers_through_support_alone() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
             shared = [name for name in names if name.split(".")[0] == "tests" or name.startswith("test_")]
-            assert all(name.startswith("tests.support.") for name in shared), f"{path} imports {shared}"
+            assert all(f"{name}.".startswith("tests.support.") for name in shared), f"{path} imports {shared}"
+
+
+def test_async_tests_run_on_anyio() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert "asyncio.run" not in map(ast.unparse, calls), (
+            f"{path}: write `async def test_...` instead of asyncio.run"
+        )

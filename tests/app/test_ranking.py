@@ -44,6 +44,7 @@ def test_folding_in_blocks_equals_folding_row_by_row(seed: int) -> None:
     assert _fold(snapshot_of(vectors), [], fold, 3) == []
 
 
+@pytest.mark.slow
 def test_folding_in_blocks_is_faster_than_row_by_row() -> None:
     rng = np.random.default_rng(0)
     different = rng.standard_normal((900, 512)).astype(np.float32)

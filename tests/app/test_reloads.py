@@ -60,6 +60,7 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
     assert running == 0, "closing waits for a load"
 
 
+@pytest.mark.slow
 async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path: Path) -> None:
     """Start without the model, then update until the first version is deleted."""
     pytest.importorskip("openvino", reason="needs the extra [openvino]")

@@ -303,6 +303,7 @@ def _started(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
     port = free_port()
     process = _started(built_index, port)
@@ -347,18 +348,18 @@ def test_server_with_a_broken_index_exits_with_the_reason(index: Path) -> None:
 
 
 @pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
-def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
+async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
     loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
     config = uvicorn.Config(lambda: None, log_config=None)
     collections: Any = loaded.items()
     server = _Server(config, collections_of=lambda: collections, drain_s=0, batch_scheduling=batch_scheduling)
     before = gc.get_freeze_count()
     try:
-        asyncio.run(server.on_tick(1))
+        await server.on_tick(1)
         assert gc.get_freeze_count() == before
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
         loaded["one"].live = object()
-        asyncio.run(server.on_tick(2))
+        await server.on_tick(2)
         assert gc.get_freeze_count() > before + 10_000
         assert os.sched_getscheduler(0) == policy
         embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())

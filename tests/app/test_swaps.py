@@ -51,6 +51,7 @@ async def swap(client: httpx.AsyncClient, version: int) -> None:
     assert (reloaded.json()["index_version"], reloaded.json()["changed"]) == (version, True)
 
 
+@pytest.mark.slow
 async def test_twenty_swaps_under_load_drop_no_request_and_leak_no_memory(
     index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in response.json().items() if name not in ("took_ms", "cached")}
 
 
+@pytest.mark.slow
 async def test_a_later_start_loads_no_model_and_has_the_same_results(
     built_index: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -58,6 +59,7 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(
         assert live(http).backbone is not None
 
 
+@pytest.mark.slow
 async def test_a_missing_model_fails_only_queries_that_need_it(
     gallery: Path, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +77,7 @@ async def test_a_missing_model_fails_only_queries_that_need_it(
         await ask(http, PLAIN | {"k": 3})
 
 
+@pytest.mark.slow
 def test_dcar_search_runs_without_pytorch(
     built_index: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

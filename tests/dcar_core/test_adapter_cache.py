@@ -124,6 +124,7 @@ def test_encoders_share_an_open_export(checkpoint: Path, cache: Path) -> None:
     assert one.runtime is other.runtime
 
 
+@pytest.mark.slow
 def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_path: Path) -> None:
     first = load(checkpoint, tmp_path, "auto")
     if not hasattr(first.runtime, "directory"):
@@ -191,6 +192,7 @@ def test_a_graph_of_other_weights_is_not_used(checkpoint: Path, cache: Path, lis
     assert adapter_cache.restore(adapter_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)) is None
 
 
+@pytest.mark.slow
 def test_another_checkpoint_has_another_seal(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     copy_checkpoint(checkpoint, tmp_path / "copy")
     assert is_from_cache(load(tmp_path / "copy", cache)), "the same, elsewhere"

@@ -40,6 +40,7 @@ def run(
     return benchmark(str(checkpoint), data, runtimes=[each.name for each in found], cache=loaded.cache, device="cpu")
 
 
+@pytest.mark.slow
 def test_every_runtime_is_measured_and_auto_takes_the_best(
     tiny_checkpoint: Path, tiny_data: Path, loaded: LoadedModel
 ) -> None:

@@ -77,6 +77,7 @@ DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=AdapterConfig
 DEEP = DEEP.with_query_weights("predicted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [PLAIN, ModelConfig(), DEEP], ids=["plain", "dcar", "deep"])
 @pytest.mark.parametrize("name", ["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
 def test_vectors_are_those_of_the_model(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
@@ -162,6 +163,7 @@ def test_batches_waste_little() -> None:
     assert len(group_by_length(np.full(10, 7), 32)) == 1
 
 
+@pytest.mark.slow
 def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(tiny_model, ModelConfig(), tmp_path)
     adapter, where = case.adapter, case.loaded
@@ -178,6 +180,7 @@ def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monk
     assert load_runtime("auto", adapter, where) is chosen
 
 
+@pytest.mark.slow
 def test_the_encoder_takes_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> None:
     plain = Encoder.load(tiny_checkpoint, device="cpu")
     auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=tmp_path)
@@ -189,6 +192,7 @@ def test_the_encoder_takes_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert (auto.encode_pixels(pixels) * plain.encode_pixels(pixels)).sum(1).min() > 0.999
 
 
+@pytest.mark.slow
 def test_a_compiled_runtime_needs_a_handful_of_graphs(
     tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def uninterrupted(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.Te
     return out
 
 
+@pytest.mark.slow
 def test_killed_training_ends_with_the_same_weights(
     uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_state_of_another_run_is_refused(tiny_model: Path, tiny_data: Path, tm
         run(lr=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "parts"), [(1, 3), (2, 1), (2, 2)])
 def test_parts_and_processes_learn_what_one_process_learns(
     processes: int, parts: int, uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path

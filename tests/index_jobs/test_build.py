@@ -308,6 +308,7 @@ def test_a_ceiling_below_the_aim_is_no_reason_to_search_everything(gallery: Floa
     assert narrow > recall() - 0.005
 
 
+@pytest.mark.slow
 def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Path) -> None:
     import faiss
 

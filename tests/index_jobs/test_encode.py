@@ -54,6 +54,7 @@ class Counting:
         return self.encoder.encode_pixels(pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_vectors_are_the_encoders_own_in_gallery_order(
     encoder: Encoder, tiny_gallery: Path, tmp_path: Path, workers: int
@@ -295,6 +296,7 @@ def die(data: bytes) -> NDArray[np.uint8]:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_dead_worker_is_an_error_not_a_hang(tiny_gallery: Path) -> None:
     windows = iter([Window(str(tiny_gallery), (ImageLocation(0, "circle/red.png", -1, 0),))])
     with pytest.raises(DcarError, match="a decoding worker died"):
@@ -311,6 +313,7 @@ def test_surprise_in_a_decoder_is_a_failed_picture(tiny_gallery: Path) -> None:
     assert result.failed == ((5, "ZeroDivisionError: in a decoder", ImageFault.BROKEN),)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:
     windows = (Window(str(tiny_gallery), (ImageLocation(row, "circle/red.png", -1, 0),)) for row in range(100))
     decoded = decode_windows(windows, encoder.preprocess, 2)

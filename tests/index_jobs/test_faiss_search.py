@@ -48,6 +48,7 @@ def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
     np.testing.assert_allclose(again, scores, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "width", "recall"),
     [
@@ -94,6 +95,7 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[
     assert sorted(index.search(vectors[:1], MAX_K + 1)[1][0][:MAX_K]) != [0] * MAX_K
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lowest"),
     [

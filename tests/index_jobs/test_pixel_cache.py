@@ -103,6 +103,7 @@ def test_another_preprocessing_has_its_own_cache(
     assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
 
 
+@pytest.mark.slow
 def test_worker_processes_share_it(gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]) -> None:
     cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
     first = run(gallery, encoder, tmp_path / "a", cache, workers=2)

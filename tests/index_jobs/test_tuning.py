@@ -31,6 +31,7 @@ def placeholders(count: int, share: float) -> Floats:
     return vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["IVF64,RaBitQ,Refine(SQ8)", "IVF64,PQ16x4fs,Refine(SQ8)"])
 def test_pictures_that_are_the_same_are_no_misses(kind: str) -> None:
     """A tenth of the queries are the placeholder, and find ten of five hundred."""

@@ -41,6 +41,7 @@ def test_captions_are_taken_out_of_very_many(long: pa.ChunkedArray) -> None:
     assert (queries.own_rows == -1).all()
 
 
+@pytest.mark.slow
 def test_the_cut_off_is_that_of_pairs_among_very_many(long: pa.ChunkedArray) -> None:
     """Rows that failed have no vector; the last vectors are those of the last three ids."""
     rows = np.setdiff1d(np.arange(len(long)), [5, len(long) - 2])
