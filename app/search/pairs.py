@@ -5,6 +5,7 @@
 - The weight of a word is predicted from the text alone; for one result it is the exact weight of the pair.
 - A relevance map is measured: how much the score falls when a part of the image is blanked. It needs only the encoder,
   and holds for any kind of query.
+- Images are encoded in small chunks, one at a time for all requests, so other queries get their turn.
 - The full model is loaded by the first query that needs it: see `Snapshot.pair_weights`.
 - The feature that the frozen image encoder has for a candidate is computed once and cached: see `Snapshot.frozen`.
 """
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dcar_core.serving.pair_weights import PairWeights
 
 MAX_PARTS = 6  # of a relevance map, in each direction
+_CHUNK = 4  # images of one forward pass, so other queries wait for a short one only
 _FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
 _MAX_FROZEN_BYTES = 40 * 2**20  # of cached features: 20,000 of 512 dimensions
 
@@ -47,6 +49,7 @@ class PairScorer:
     def __init__(self, embedder: Embedder, image_threads: Executor) -> None:
         self._embedder = embedder
         self._image_threads = image_threads
+        self._turn = asyncio.Semaphore(1)  # of chunks: together, concurrent requests have one in the model's queue
 
     async def rerank(self, snapshot: Snapshot, text: str, ranked: Sequence[RankedRow]) -> list[RankedRow]:
         """Return the same rows, scored and sorted by the exact pair weights.
@@ -104,7 +107,7 @@ class PairScorer:
         variants, part_of_patch = blank_parts(
             pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.adapter.patch_grid
         )
-        original, *blanked = await self._embedder.pixels(snapshot, [pixels, *variants])
+        original, *blanked = await self._vectors(snapshot, [pixels, *variants])
         falls = np.array([float(vector @ (original - each)) for each in blanked])
         words = None
         if text and snapshot.encoder.adapter.uses_token_weights:
@@ -123,13 +126,28 @@ class PairScorer:
         images = await self._images(snapshot, [row for row in rows if row not in features])
         if images:
             pairs = await _pair_weights(snapshot)
-            computed = await self._embedder.run_in_model_thread(pairs.image_features, np.stack(list(images.values())))
+            computed = await self._compute_frozen(pairs, list(images.values()))
             new = dict(zip(images, computed, strict=True))
             features |= new
             cache.update(new)
             while len(cache) > _MAX_FROZEN_BYTES // computed[0].nbytes:
                 del cache[next(iter(cache))]
         return {row: features[row] for row in rows if row in features}
+
+    async def _compute_frozen(self, pairs: "PairWeights", images: list[Pixels]) -> list[Floats]:
+        features: list[Floats] = []
+        for start in range(0, len(images), _CHUNK):
+            async with self._turn:
+                chunk = np.stack(images[start : start + _CHUNK])
+                features += list(await self._embedder.run_in_model_thread(pairs.image_features, chunk))
+        return features
+
+    async def _vectors(self, snapshot: Snapshot, images: list[Pixels]) -> list[Floats]:
+        vectors: list[Floats] = []
+        for start in range(0, len(images), _CHUNK):
+            async with self._turn:
+                vectors += await self._embedder.pixels(snapshot, images[start : start + _CHUNK])
+        return vectors
 
     async def _images(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
         """Return the images that are still in the gallery, by row and in their order."""

@@ -15,11 +15,12 @@ from app.search.errors import InvalidQueryError, MissingVectorsError
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ArtifactError, StoreUnavailableError
-from index_jobs.store.filters import FilterError
+from index_jobs.store import filters
 
 _MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
 _MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
 _ROUNDING = 1e-6  # of a unit vector's product with itself
+_MAX_MASKS = 16  # cached for one version; a byte an item each
 _FOLD_BLOCK = 128  # rows compared at once
 
 
@@ -45,7 +46,7 @@ def rank(
     count: int,
     *,
     excluded_rows: Set[int] = frozenset(),
-    filter: dict[str, Any] | None = None,
+    mask: Mask | None = None,
     min_score: float | None = None,
     fold: float | None = None,
 ) -> list[RankedRow]:
@@ -55,16 +56,14 @@ def rank(
 
     Args:
         vector: (E,), L2-normalised.
-        filter: see `index_jobs.store.filters`.
+        mask: rows that may be returned, bool (rows,); see `filter_mask`.
         min_score: compared with scores as responses round them.
         fold: cosine from which on two items are shown as one.
 
     Raises:
-        InvalidQueryError: the filter does not fit the index.
         MissingVectorsError: `fold` needs vectors, and the index keeps none.
     """
     artifact = snapshot.artifact
-    mask = filter_mask(snapshot, filter) if filter else None
     lowest = -np.inf if min_score is None else min_score
     widest = min(artifact.rows, _MAX_ROWS_TIED if fold is None else _MAX_ROWS_FOLDED)
     width = min(count + 1 + len(excluded_rows), artifact.rows)
@@ -84,16 +83,27 @@ def rank(
         width = min(2 * width, artifact.rows)
 
 
+def cached_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask | None:
+    """Return the mask of a filter if it is cached."""
+    return snapshot.masks.get(json.dumps(filter, sort_keys=True))
+
+
 def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
-    """Return bool (rows,): the rows that fulfil a filter; see `index_jobs.store.filters`.
+    """Return bool (rows,): the rows that fulfil a filter; see `index_jobs.store.filters`. Masks are cached.
 
     Raises:
         InvalidQueryError: the filter does not fit the index.
     """
-    try:
-        return snapshot.filter_mask(json.dumps(filter, sort_keys=True))
-    except FilterError as error:
-        raise InvalidQueryError(f"filter.{error.field}", error.message) from None
+    key, masks = json.dumps(filter, sort_keys=True), snapshot.masks
+    mask = masks.get(key)
+    if mask is None:
+        try:
+            mask = masks[key] = filters.match_rows(snapshot.artifact, filter)
+        except filters.FilterError as error:
+            raise InvalidQueryError(f"filter.{error.field}", error.message) from None
+        while len(masks) > _MAX_MASKS:
+            del masks[next(iter(masks))]
+    return mask
 
 
 def row_vectors(snapshot: Snapshot, rows: list[int]) -> Floats:

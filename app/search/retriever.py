@@ -46,9 +46,9 @@ from app.search.query import (
     WordWeights,
     compose,
 )
-from app.search.ranking import RankedRow, filter_mask, rank, row_vectors
+from app.search.ranking import RankedRow, cached_mask, filter_mask, rank, row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Item
@@ -69,6 +69,7 @@ class Retriever:
         self._embedder = Embedder(settings, cache, self._metrics)
         threads = min(4, available_cores())
         self._search_threads = ThreadPoolExecutor(threads, "dcar-search", initializer=_prepare_search_thread)
+        self._filter_thread = ThreadPoolExecutor(1, "dcar-filter", initializer=use_default_scheduling)
         self._image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
         self._pairs = PairScorer(self._embedder, self._image_threads)
 
@@ -80,6 +81,7 @@ class Retriever:
         """Finish the accepted work, then release threads and connections."""
         await self._embedder.close()
         self._search_threads.shutdown()
+        self._filter_thread.shutdown(cancel_futures=True)
         self._image_threads.shutdown(wait=False, cancel_futures=True)
 
     def require_room(self) -> None:
@@ -108,9 +110,11 @@ class Retriever:
         has_long_queries = any(query.options.rerank or query.options.explain for query in queries)
         slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # all at once they would fill the queue
 
+        filter_turn = asyncio.Lock()
+
         async def search(query: Query) -> SearchResults:
             async with slots:
-                return await self._search(snapshot, query)
+                return await self._search(snapshot, query, filter_turn)
 
         async with self._admitted(len(queries)):
             outcomes = await asyncio.gather(*map(search, queries), return_exceptions=True)
@@ -139,14 +143,14 @@ class Retriever:
             InvalidQueryError: the filter does not fit the index.
         """
 
-        def list_items() -> ItemPage:
-            rows = np.flatnonzero(snapshot.artifact.live if filter is None else filter_mask(snapshot, filter))
+        def list_items(mask: Mask | None) -> ItemPage:
+            rows = np.flatnonzero(snapshot.artifact.live if mask is None else mask)
             items = [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
             next_offset = offset + count if len(rows) > offset + count else None
             return ItemPage(snapshot.version, len(rows), items, next_offset)
 
         async with self._admitted():
-            return await self._in_search_thread(list_items)
+            return await self._in_search_thread(list_items, await self._mask(snapshot, filter, asyncio.Lock()))
 
     async def image(self, snapshot: Snapshot, item_id: str) -> tuple[bytes, str]:
         """Return the bytes of an item's image and their digest, 32 hexadecimal digits.
@@ -167,12 +171,13 @@ class Retriever:
         except (ArtifactError, ImageError, OSError):
             raise ImageUnavailableError from None
 
-    async def _search(self, snapshot: Snapshot, query: Query) -> SearchResults:
+    async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()
         options = query.options
         plan = make_plan(snapshot, query, self._settings)
         vector, is_cached = await self._query_vector(snapshot, plan)
-        ranked, matches = await self._rank(snapshot, plan, vector)
+        mask = await self._mask(snapshot, options.filter, filter_turn or asyncio.Lock())
+        ranked, matches = await self._rank(snapshot, plan, vector, mask)
         words: WordWeights | None = None
         if plan.rerank_depth or options.explain:
             ranked = await self._rerank(snapshot, plan, ranked)
@@ -218,7 +223,26 @@ class Retriever:
         parts = [QueryPart(weight, vector) for (weight, _), (vector, _) in zip(texts, embeddings, strict=True)]
         return parts, all(is_cached for _, is_cached in embeddings)
 
-    async def _rank(self, snapshot: Snapshot, plan: Plan, vector: Floats) -> tuple[list[RankedRow], list[Match]]:
+    async def _mask(self, snapshot: Snapshot, filter: dict[str, Any] | None, turn: asyncio.Lock) -> Mask | None:
+        """Return the rows that fulfil a filter, None without one.
+
+        Masks are computed in one thread, so an expensive filter delays no search without a filter.
+
+        Args:
+            turn: shared by the queries of one request: it has one filter in the queue of this thread at a time.
+        """
+        if not filter:
+            return None
+        mask = cached_mask(snapshot, filter)
+        if mask is None:
+            async with turn:
+                loop = asyncio.get_running_loop()
+                mask = await loop.run_in_executor(self._filter_thread, filter_mask, snapshot, filter)
+        return mask
+
+    async def _rank(
+        self, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None
+    ) -> tuple[list[RankedRow], list[Match]]:
         """Return the ranked rows up to the next page, and the matches of this page unless they will change."""
         options = plan.options
         is_final = not (plan.rerank_depth or options.explain)
@@ -229,7 +253,7 @@ class Retriever:
                 vector,
                 max(plan.end + 1, plan.rerank_depth),
                 excluded_rows={*plan.more_rows, *plan.less_rows},
-                filter=options.filter,
+                mask=mask,
                 min_score=plan.min_score,
                 fold=options.fold,
             )

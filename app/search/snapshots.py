@@ -4,10 +4,9 @@
 - An encoder in memory is shared by every version of the same fingerprint, and a backbone by every encoder on it.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ import numpy as np
 
 from app.core.settings import Settings
 from dcar_core.util.arrays import Floats, Mask
-from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current, require_index
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wa
 
 _QUICK_MS = 0.3
 _QUICK_ITEMS = 1_000_000  # a larger index may have pages that are not in memory
-_MAX_FILTERS = 16  # cached masks of one version; a byte an item each
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class Snapshot:
         backbone: SHA-256 of the backbone.
         pair_weights: returns the weights for re-ranking and explanations. The first call may load the model, which
             takes seconds: do not call it in the event loop.
-        filter_mask: a filter in JSON -> bool (rows,); see `index_jobs.store.filters`. The last masks are cached.
+        masks: cached masks of filters, bool (rows,), by the filter in JSON.
         frozen: features of the frozen image encoder by row, cached by re-ranking.
     """
 
@@ -47,7 +44,7 @@ class Snapshot:
     preprocess: "Preprocess"
     backbone: str
     pair_weights: "Callable[[], PairWeights]"
-    filter_mask: Callable[[str], Mask]
+    masks: dict[str, Mask] = field(default_factory=dict)
     frozen: dict[int, Floats] = field(default_factory=dict)
 
     @property
@@ -102,8 +99,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     warm_up()  # lets the runtime convert the weights
     encoder.release()
     warm_up()  # reads the pages that queries need back into memory
-    filter_mask = lru_cache(_MAX_FILTERS)(lambda filter: filters.match_rows(artifact, json.loads(filter)))
-    return Snapshot(encoder, artifact, preprocess, backbone, pair_weights, filter_mask)
+    return Snapshot(encoder, artifact, preprocess, backbone, pair_weights)
 
 
 def _find_or_load_encoder(artifact: Artifact, backbone: str, settings: Settings, loaded: list[Snapshot]) -> "Encoder":

@@ -1,0 +1,92 @@
+"""Expensive filters, explanations and re-ranking do not delay other searches."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcar_core.serving import multi_adapter_batch
+from index_jobs.store import filters
+from tests.support.service import opened, until
+
+
+async def test_searches_without_a_filter_do_not_wait_for_filters(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.search.snapshots._QUICK_MS", -1)  # every search uses a thread
+    gate, match_rows = threading.Event(), filters.match_rows
+
+    def slow(artifact: Any, filter: Any) -> Any:
+        assert gate.wait(60)
+        return match_rows(artifact, filter)
+
+    async with opened(built_index) as client:
+        assert (await client.post("/search/text", json={"query": "red", "filter": {"color": "red"}})).is_success
+        monkeypatch.setattr(filters, "match_rows", slow)
+        queries = [{"query": "red", "filter": {"caption": {"contains": f"{i}"}}} for i in range(8)]
+        filtered = [asyncio.create_task(client.post("/search/text", json=query)) for query in queries]
+        listed = asyncio.create_task(client.get("/items", params={"filter": '{"category": "circle"}'}))
+        await asyncio.sleep(0.1)
+        plain = await asyncio.wait_for(client.post("/search/text", json={"query": "red"}), 30)
+        cached = {"query": "red", "filter": {"color": "red"}}
+        known = await asyncio.wait_for(client.post("/search/text", json=cached), 30)
+        assert (plain.status_code, known.status_code) == (200, 200)
+        assert not any(task.done() for task in [*filtered, listed])
+        gate.set()
+        assert {(await task).status_code for task in [*filtered, listed]} == {200}
+
+
+async def test_a_batch_has_one_filter_in_the_queue_at_a_time(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
+
+    def record(artifact: Any, filter: Any) -> Any:
+        order.append(filter["caption"]["contains"])
+        assert gate.wait(60)
+        return match_rows(artifact, filter)
+
+    monkeypatch.setattr(filters, "match_rows", record)
+    async with opened(built_index) as client:
+        queries = [{"query": "red", "filter": {"caption": {"contains": f"batch {i}"}}} for i in range(8)]
+        batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
+
+        async def has_begun() -> bool:
+            return bool(order)
+
+        await until(has_begun)
+        single = {"query": "red", "filter": {"caption": {"contains": "single"}}}
+        other = asyncio.create_task(client.post("/search/text", json=single))
+        await asyncio.sleep(0.2)
+        gate.set()
+        assert (await other).status_code == 200
+        assert order.index("single") <= 2, "at most two filters of the batch came first"
+        assert (await batch).status_code == 200
+
+
+@pytest.mark.parametrize("options", [{"explain": True}, {"rerank": True}], ids=str)
+async def test_explanations_and_reranking_encode_images_in_small_chunks(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    from dcar_core.serving.pair_weights import PairWeights
+
+    passes, encode, features = list[int](), multi_adapter_batch.encode_image_rows, PairWeights.image_features
+
+    def record_rows(rows: Any) -> Any:
+        passes.append(len(rows))
+        return encode(rows)
+
+    def record_features(self: PairWeights, pixels: Any) -> Any:
+        passes.append(len(pixels))
+        return features(self, pixels)
+
+    monkeypatch.setattr(multi_adapter_batch, "encode_image_rows", record_rows)
+    monkeypatch.setattr(PairWeights, "image_features", record_features)
+    async with opened(built_index, explain_results=2) as client:
+        bodies = [{"query": f"a red square {i}", "k": 10} | options for i in range(4)]
+        responses = await asyncio.gather(*(client.post("/search/text", json=body) for body in bodies))
+        assert {response.status_code for response in responses} == {200}
+    assert passes
+    assert max(passes) <= 4
