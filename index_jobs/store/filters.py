@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _OR = "$or"
 _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
+_MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
 _EMPTY_IS_MISSING = frozenset({"caption", "category"})
@@ -49,9 +50,10 @@ def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     Raises:
         FilterError: no item has such a field, a condition does not fit it, or there are too many conditions.
     """
+    limit = min(_MAX_CONDITIONS, max(1, _MAX_CONDITION_ROWS // max(1, artifact.rows)))
     for number, field in enumerate(_condition_fields(filter)):
-        if number == _MAX_CONDITIONS:
-            raise FilterError(field, f"at most {_MAX_CONDITIONS} conditions in all; a list of values is one")
+        if number == limit:
+            raise FilterError(field, f"at most {limit} conditions in all on this index; a list of values is one")
     return _match_all(artifact, filter)
 
 

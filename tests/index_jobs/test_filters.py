@@ -158,3 +158,13 @@ def test_a_fraction_and_whole_numbers_compare_exactly(bound: float) -> None:
         assert found == [*(holds(value, bound) for value in WHOLE), False], name  # as Python does, exactly
     for condition in (bound, [bound], {"in": [bound, 0.25]}):
         assert match_column(column, condition, "n").tolist() == [*(value == bound for value in WHOLE), False]
+
+
+def test_a_large_index_allows_fewer_conditions(shop: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index_jobs.store.filters._MAX_CONDITION_ROWS", 3 * shop.rows)
+    condition = {"price": {"gt": 1}}
+    assert match_rows(shop, {"$or": [condition] * 3}).shape == (shop.rows,)
+    with pytest.raises(FilterError, match="at most 3 conditions"):
+        match_rows(shop, {"$or": [condition] * 4})
+    monkeypatch.setattr("index_jobs.store.filters._MAX_CONDITION_ROWS", 1)
+    assert match_rows(shop, condition).shape == (shop.rows,), "one condition is always allowed"
