@@ -27,6 +27,8 @@ from dcar_core.model.config import GRID, TrainConfig
 
 commands = typer.Typer()
 
+UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
+
 
 @commands.command()
 def train(
@@ -34,7 +36,7 @@ def train(
     out: Out,
     model: ModelName = "ViT-B-32-quickgelu",
     pretrained: Pretrained = None,
-    method: Annotated[str, typer.Option(help="dcar, coop, maple, dual, ... (an unknown name lists all)")] = "dcar",
+    method: Annotated[str, typer.Option(help="dcar+, dcar, coop, maple, ... (an unknown name lists all)")] = "dcar+",
     images: Images = None,
     epochs: Epochs = TrainConfig.epochs,
     batch_size: BatchSize = TrainConfig.batch_size,
@@ -51,9 +53,11 @@ def train(
     negatives: Negatives = "auto",
     taxonomy: Taxonomy = None,
 ) -> None:
-    """Adapt CLIP to a domain: learns prompts of a few hundred KB, keeps the best epoch by validation recall.
+    """Adapt CLIP to a domain: learn a few hundred KB of prompts and adapters, keep the best epoch by validation recall.
 
-    Killed, the same command goes on where it was. Several processes: torchrun --nproc-per-node N -m app.cli train ...
+    The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
+    good; the checkpoint is written nevertheless. A killed run resumes with the same command. For several processes:
+    torchrun --nproc-per-node N -m app.cli train ...
     """
     from dcar_core.data import describe_reports, load_splits, save_reports
     from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -67,8 +71,7 @@ def train(
     from dcar_core.training.prepared_split import prepare_split, report_truncation
     from dcar_core.training.train import train as run
     from dcar_core.training.train_state import delete_state
-    from dcar_core.training.validation import evaluate as recall_of
-    from dcar_core.training.validation import mean_r1
+    from dcar_core.training.verdict import Verdict, judge
 
     chosen = method_config(method)
     config = _config(
@@ -79,9 +82,9 @@ def train(
             data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
         )
         backbone = load_backbone(BackboneSource(model, pretrained), here)
-        prompted = seeded_model(backbone, chosen, seed)
+        adapted = seeded_model(backbone, chosen, seed)
         splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
-        report_truncation(splits, reports, backbone, prompted.prompt_tokens)
+        report_truncation(splits, reports, backbone, adapted.prompt_tokens)
         if group.is_leader:
             typer.echo(describe_reports(splits, reports), err=True)
             save_reports(reports, out)
@@ -89,24 +92,25 @@ def train(
             if restart and group.is_leader:
                 delete_state(out)
         cache = FeatureCache(features or out / "features", backbone)
-        found = run(
-            prompted, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard, group=group
+        result = run(
+            adapted, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard, group=group
         )
         if not group.is_leader:
             return
-        notes = {**config.to_dict(), "epoch": found.epoch, "validation": found.best}
-        mark = save_checkpoint(prompted, out, training=notes)
+        notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
+        fingerprint = save_checkpoint(adapted, out, training=notes)
         delete_state(out)
-        plain = seeded_model(backbone, method_config("clip"), seed)
-        before = recall_of(plain, prepare_split(splits["val"], plain, for_training=False, cache=cache))
-    typer.echo(
-        f"{out}: epoch {found.epoch}, validation text-to-image R@1 {found.best['t2i_r1']:.1f}, "
-        f"image-to-text R@1 {found.best['i2t_r1']:.1f}, {found.seconds:.0f} s, fingerprint {mark[:12]}"
-    )
-    told = f"{model} alone: text-to-image R@1 {before['t2i_r1']:.1f}, image-to-text R@1 {before['i2t_r1']:.1f}"
-    if mean_r1(found.best) < mean_r1(before):
-        told += "; that is better than what was learned: try a lower --lr, more --epochs or more pairs"
-    typer.echo(told)
+        typer.echo(f"{out}: epoch {result.epoch}, {result.seconds:.0f} s, fingerprint {fingerprint[:12]}")
+        if not result.history:  # nothing to learn
+            return
+        untouched = seeded_model(backbone, method_config("clip"), seed)
+        own_split, untouched_split = (
+            prepare_split(splits["val"], each, for_training=False, cache=cache) for each in (adapted, untouched)
+        )
+        verdict = Verdict(method, judge(adapted, own_split, untouched, untouched_split), config)
+    typer.echo(str(verdict))
+    if not verdict.is_worth_it:
+        raise typer.Exit(UNTOUCHED_IS_AS_GOOD)
 
 
 @commands.command("zero-shot")

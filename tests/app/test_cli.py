@@ -57,3 +57,16 @@ def test_index_build_ends_as_the_rebuild_job_does(
         main()
     assert ended.value.code == 3
     assert capsys.readouterr().err.endswith("nowhere does not exist\n")
+
+
+def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 nothing is learned, so the untouched model is as good."""
+    command = ["train", "--data", tiny_data, "--model", tiny_model, "--epochs", "1", "--lr", "0", "--out", tmp_path]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 3, result.output
+    assert "adapted (dcar+)" in result.stdout
+    assert "Was it worth it? No" in result.stdout
+    assert "Caveat: 6 validation pairs" in result.stdout
+    assert (tmp_path / "trainables.safetensors").is_file()
+    result = CliRunner().invoke(app, [*map(str, command[:-4]), "--method", "clip", "--out", str(tmp_path / "clip")])
+    assert result.exit_code == 0, result.output  # nothing to learn, so nothing to judge

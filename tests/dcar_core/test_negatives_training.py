@@ -30,7 +30,7 @@ def test_training_and_the_table_make_negatives(
     data = bare_data(tiny_data, tmp_path / "data")
     given = ("--images", tiny_data, "--model", tiny_model, "--epochs", "1")
     done = dcar("train", "--data", data, *given, "--out", tmp_path / "c")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in (0, 3), done.stderr  # 3: one epoch made the model no better
     assert "12 pairs for which negatives were made" in done.stderr
     saved = json.loads((tmp_path / "c" / "cleaning.json").read_text())
     assert saved["train"]["counts"]["negatives made: the caption with another category"] > 12

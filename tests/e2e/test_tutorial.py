@@ -61,10 +61,10 @@ def commands() -> list[str]:
     return [block.strip() for block in re.findall(r"```sh\n(.*?)```", tutorial(), re.DOTALL)]
 
 
-def run(command: str) -> str:
+def run(command: str, *, statuses: tuple[int, ...] = (0,)) -> str:
     """Run a `dcar` command in this process and return its output."""
     result = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
-    assert result.exit_code == 0, (command, result.output)
+    assert result.exit_code in statuses, (command, result.output)
     return result.stdout
 
 
@@ -111,9 +111,10 @@ def test_the_tutorial_ends_with_the_table(photos: Path, tiny_model: Path, monkey
     run(zero_shot)
     assert "version 1 published: 72" in run(index)
     assert len(run(search).splitlines()) == 3
-    trained = run(f"{train} {SPEED}").splitlines()
-    assert "validation text-to-image R@1" in trained[-2]
-    assert "alone: text-to-image R@1" in trained[-1]
+    trained = run(f"{train} {SPEED}", statuses=(0, 3))  # 3: two epochs made the tiny model no better
+    assert "untouched model" in trained
+    assert "Was it worth it? " in trained
+    assert "validation pairs decide little" in trained
     assert "version 1 published: 72" in run(index_adapted)
     with server(serve) as address:
         response = curl(ask.replace("http://127.0.0.1:8000", address))
