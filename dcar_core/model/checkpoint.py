@@ -1,7 +1,7 @@
 """A checkpoint is a directory: `trainables.safetensors` (hundreds of KB) and a readable `config.json`.
 
-The fingerprint is a hash over the backbone's weights, the configuration and the trainables. Whatever is made from a
-model's vectors (shards, index, cached queries) carries it, so that a retrained model never meets old vectors.
+The fingerprint is a hash over the backbone's content, the configuration and the trainables. Everything made from a
+model's vectors (shards, index, cached queries) carries it, so a retrained model never meets old vectors.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
-from dcar_core.util.errors import CheckpointError
+from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.files import atomic_writer, write_json
 
-if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint needs none of it
+if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need it
     from dcar_core.model.backbone import Backbone
     from dcar_core.model.dcar import DCAR
 
@@ -36,9 +36,9 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str, NDArray[np.float32]]) -> str:
-    """64 hex digits that stand for one way of turning pictures and queries into vectors.
+    """Return 64 hex digits that identify one mapping from images and queries to vectors.
 
-    What no vector depends on (the loss, the category adapter, how pairs are weighed) does not count.
+    Settings that no vector depends on (the loss, the category adapter, pair weights) are left out.
     """
     reweight = {name: value for name, value in config.reweight.to_dict().items() if name not in ("word", "picture")}
     serving = {"prompt": config.prompt.to_dict(), "reweight": reweight}
@@ -53,7 +53,7 @@ def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str
 
 
 def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | None = None) -> str:
-    """Write trainables and config; returns the fingerprint. A path given as the model is stored relative."""
+    """Write trainables and config; return the fingerprint. A model's path is stored relative to the checkpoint."""
     path.mkdir(parents=True, exist_ok=True)
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.trainables()}
     backbone_hash = model.backbone.content_hash()
@@ -77,15 +77,15 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's config.json.
+    """Read the checkpoint's config.json.
 
     Raises:
-        CheckpointError: there is no checkpoint, one of another format, or one that lacks something.
+        CheckpointError: there is no checkpoint, or it has another format or is incomplete.
     """
     if not is_checkpoint(path):
         message = f"{path} is no checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
         if (path / MODEL_CONFIG).is_file():
-            message += f"; it is a model, of which `dcar zero-shot --model {path} --out DIR` makes one"
+            message += f"; it is a model: `dcar zero-shot --model {path} --out DIR` makes a checkpoint of it"
         raise CheckpointError(message)
     try:
         content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -93,13 +93,13 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path / CONFIG} is not of format {FORMAT}; train again, or use the version that wrote it"
+            f"{path / CONFIG} does not have format {FORMAT}; train again, or use the version that wrote it"
         )
     described = content.get("backbone")
     if not isinstance(content.get("model"), dict) or not (
         isinstance(described, dict) and described.keys() >= {"model", "pretrained", "sha256"}
     ):
-        raise CheckpointError(f"{path / CONFIG} does not say which model on which backbone; copy it whole")
+        raise CheckpointError(f"{path / CONFIG} names no model and backbone; copy the whole file")
     return content
 
 
@@ -109,7 +109,7 @@ def write_config(path: Path, content: dict[str, Any]) -> None:
 
 
 def backbone_files(path: Path) -> list[Path]:
-    """The files on this machine that the checkpoint's backbone is loaded from; none where it comes from a hub."""
+    """Return the local files of the checkpoint's backbone; none if it comes from a hub."""
     described, found = read_config(path)["backbone"], list[Path]()
     for given in filter(None, (described["model"], described["pretrained"])):
         place = Path(_absolute(given, path) or given)
@@ -118,7 +118,7 @@ def backbone_files(path: Path) -> list[Path]:
 
 
 def read_trainables(path: Path) -> Trainables:
-    """What was trained.
+    """Read the trained parameters.
 
     Raises:
         CheckpointError: the file is broken.
@@ -131,10 +131,10 @@ def read_trainables(path: Path) -> Trainables:
 
 
 def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | None" = None) -> "tuple[DCAR, str]":
-    """The model and its fingerprint. Give a `backbone` that is already loaded to share it.
+    """Load a model; return it with its fingerprint. Pass a loaded `backbone` to share it.
 
     Raises:
-        CheckpointError: broken, or made on other backbone weights than those found.
+        CheckpointError: it is broken, or made on another backbone than the one found.
         ModelError: the backbone cannot be loaded.
     """
     import torch
@@ -157,7 +157,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     weights = read_trainables(path)
     try:
         model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     expected = {name: tuple(p.shape) for name, p in model.trainables()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
@@ -170,14 +170,14 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     mark = fingerprint(backbone_hash, model.config, weights)
     if content.get("fingerprint", mark) != mark:
         raise CheckpointError(
-            f"{path / WEIGHTS} and the {CONFIG} beside it are not of one training; copy both from where they were, "
+            f"{path / WEIGHTS} and the {CONFIG} beside it come from different trainings; copy both again, "
             f"or train again"
         )
     return model.eval(), mark
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint so that it loads from anywhere on this machine: the backbone's path becomes absolute."""
+    """Copy a checkpoint and make its backbone's path absolute, so that the copy loads from any directory."""
     content = read_config(source)
     for key in ("model", "pretrained"):
         content["backbone"][key] = _absolute(content["backbone"][key], source)

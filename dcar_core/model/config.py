@@ -1,4 +1,4 @@
-"""What can be chosen, as frozen data with a dict round trip. Nothing here reads the environment."""
+"""Configuration as frozen data with a dict round trip. Nothing here reads the environment."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ WordSide = Literal["context", "alone"]
 PictureSide = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
 
-MODEL_CONFIG = "open_clip_config.json"  # of a directory that holds a model
-GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # the learning rates that every method is tuned over
+MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
+GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
 
 
 class _Config:
@@ -55,8 +55,8 @@ class ReweightConfig(_Config):
         from the text alone; "none".
     query: the weights of a query, which has no image. "predicted" or "none", as the validation split prefers.
     strength, low, high [ours]: 1 + strength * (w / mean - 1), clipped to [low, high].
-    word, picture: between what a pair weight's cosines are: the token's feature in its caption, or alone; the picture's
-        pooled feature, or that of the patch most like the token (FILIP's). Queries never have a pair weight.
+    word: the token's feature in a pair weight, in its caption or alone.
+    picture: the image's feature in a pair weight, pooled or of the patch most like the token (FILIP's).
     """
 
     train: TrainWeights = "pair"
@@ -68,7 +68,7 @@ class ReweightConfig(_Config):
     picture: PictureSide = "pooled"
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the options that are as published: what was made before there were any keeps its name."""
+        """Leave out options that are as published, so that older checkpoints keep their fingerprints."""
         usual = ReweightConfig()
         return {
             name: value
@@ -107,9 +107,9 @@ class TrainConfig(_Config):
     """One training run.
 
     warmup: the share of all steps over which the learning rate rises; then it falls as a cosine.
-    patience: how many epochs without a better validation recall end the run; 0 never stops early.
-    accumulate: in how many parts a batch is computed, for small devices; the result is the same.
-    amp: mixed precision; "auto" uses it where a GPU has it.
+    patience: epochs without a better validation recall that end the run; 0 never stops early.
+    accumulate: parts of a batch that are computed one by one, for small devices; the result is the same.
+    amp: mixed precision; "auto" uses it on a GPU that supports it.
     """
 
     epochs: int = 20
@@ -130,7 +130,7 @@ class TrainConfig(_Config):
             )
         if not (0 <= self.lr < math.inf) or not 0 <= self.seed < 2**63:
             raise ValueError(
-                f"lr must be a number from 0 on, and seed a whole one below 2 ** 63, not {self.lr} and {self.seed}"
+                f"lr must be finite and at least 0, and seed an integer in [0, 2 ** 63), not {self.lr} and {self.seed}"
             )
         if self.amp not in get_args(Amp):
             raise ValueError(f"amp must be {', '.join(get_args(Amp))}, not {self.amp!r}")

@@ -63,7 +63,7 @@ def method(name: str) -> ModelConfig:
     """Return the configuration of a method.
 
     Raises:
-        DcarError: no method has this name; the message lists those that exist.
+        DcarError: no method has this name; the message lists all names.
     """
     if name not in METHODS:
         raise DcarError(f"no method is named {name!r}; there are: {', '.join(METHODS)}")

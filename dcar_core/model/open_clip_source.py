@@ -1,8 +1,8 @@
 """Models from open_clip: a built-in name, a directory or an `hf-hub:` repository. The only importer of open_clip.
 
-- A configuration may set what `_require_allowed` lists and nothing else, wherever it comes from: it names no code, no
-  file outside its directory and no setting that would make a library fetch or run something.
-- Weights must be there and fit exactly; nothing starts from random weights unless it is asked for.
+- A configuration may set only the fields that `_require_allowed` lists, wherever it comes from: it can name no code, no
+  file outside its directory, and no setting that makes a library fetch or run something else.
+- Weights must be present and fit exactly; random weights must be requested.
 - Every failure is one `ModelError` that says what to do.
 """
 
@@ -51,9 +51,9 @@ _LARGEST = 1 << 20  # of any number in a configuration; real ones stay below 300
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """Where a backbone comes from: an open_clip name or a directory, and for a name its weights.
+    """The source of a backbone: an open_clip name or a directory, and for a name its weights.
 
-    pretrained: a tag, a file, or "random", which is fit to measure speed alone.
+    pretrained: a tag, a file, or "random" for measurements of speed.
     """
 
     model: str
@@ -105,7 +105,7 @@ def read_config(source: BackboneSource) -> dict[str, Any]:
     """Read and check a model's `model_cfg`.
 
     Raises:
-        ModelError: it sets something that no model may set.
+        ModelError: it sets a field that is not allowed.
     """
     directory = source.directory
     if directory is not None:
@@ -124,7 +124,7 @@ def read_config(source: BackboneSource) -> dict[str, Any]:
 
 
 def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, dict[str, Any]]:
-    """Load the tokenizer that a checked configuration names, and what identifies it in a content hash."""
+    """Load the tokenizer of a checked configuration, with its identity for the content hash."""
     text = config["text_cfg"]
     settings = text.get("tokenizer_kwargs") or {}
     limit = int(text.get("context_length", 77))
@@ -181,7 +181,7 @@ def _require_known(source: BackboneSource) -> None:
 
 
 def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> nn.Module:
-    """Create the model from the checked configuration, whatever its source says by now."""
+    """Create the model from the checked configuration, even if its source has changed since."""
     is_random = source.pretrained == RANDOM
     towers = {name: dict(config[name]) for name in ("vision_cfg", "text_cfg", "multimodal_cfg") if name in config}
     if "timm_model_name" in towers["vision_cfg"]:

@@ -1,13 +1,12 @@
-"""From a picture to the model's pixels, without the model: picklable, so that worker processes can do it.
+"""Preprocessing of images into the model's pixels, without the model and picklable for worker processes.
 
-- The exact mode is PIL's resizing as open_clip's transform does it, bit for bit; training and evaluation use it.
-- The fast mode skips pixels that would only be averaged away: a large JPEG is decoded at reduced scale, what is still
-  large is halved before it is filtered, and a crop is cut out by the same pass that resizes. Embeddings of 1,000 photos
-  at three sizes stayed within cosine 0.999 of the exact mode's; at five times the model's side it takes half the time,
-  at ten times a third.
-- Where PyTorch is in memory anyway, the fast mode can resize by it: four times as fast, and within two levels of 255.
-- The result stays uint8 until the forward pass, a quarter of the bytes to send between processes and to cache. Both
-  let go of the interpreter lock while they decode and resize.
+- The exact mode resizes with PIL as open_clip's transform does, bit for bit; training and evaluation use it.
+- The fast mode decodes a large JPEG at reduced scale, halves a large image before filtering, and crops while resizing.
+  Embeddings of 1,000 photos at three sizes stayed within cosine 0.999 of the exact mode's; at five times the model's
+  side it takes half the time, at ten times a third.
+- If PyTorch is loaded, the fast mode can resize with it: four times as fast, and within two levels of 255.
+- Pixels stay uint8 until the forward pass, a quarter of the bytes to send and to cache.
+- Decoding and resizing release the interpreter lock.
 """
 
 import math
@@ -22,12 +21,12 @@ from PIL import Image
 
 from dcar_core.images import MAX_PIXELS, ImageSource, open_image
 
-# The fast mode never leaves the filter fewer pixels a side than so many times the result's. At 2 some textures fall to
-# a cosine of 0.993, at 1 to 0.84.
+# Smallest input of the fast mode's filter, as a multiple of the result's side. At 2 some textures fall to a cosine of
+# 0.993, at 1 to 0.84.
 _DECODED = 2.5
 _REDUCED = 3.0
-# The exact mode scales a whole picture and then cuts, as open_clip does, up to so many pixels: a line of 10,000 pixels
-# would become 500 million. What is longer is cut while it is scaled, which may round otherwise between the directions.
+# The exact mode scales an image and then crops, as open_clip does, up to this many pixels: a line of 10,000 pixels
+# would become 500 million. Longer images are cropped while they are scaled, which may round differently.
 _SCALED = 2**24
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -38,7 +37,7 @@ class Preprocess:
     """size: S, the side in pixels. resize: "shortest" (then a centre crop), "squash", or "longest" (then padding).
 
     exact: open_clip's pixels bit for bit; False is the fast mode.
-    resizer: of the fast mode; PyTorch's where it has vector instructions, and only up to what is reduced beforehand.
+    resizer: of the fast mode; PyTorch's for images that need no halving, on processors where it is faster.
     """
 
     size: int
@@ -64,7 +63,7 @@ class Preprocess:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, without those that say nothing new: what is hashed over it is older than the fast mode."""
+        """Leave out the fields of the fast mode at their defaults, so that older content hashes stay."""
         fields = asdict(self)
         if self.exact:
             del fields["exact"]
@@ -73,14 +72,14 @@ class Preprocess:
         return fields
 
     def fast(self, *, torch: bool = False) -> "Preprocess":
-        """The same, in the fast mode. torch: resize by PyTorch, where that is faster on this processor."""
+        """Return the fast mode of this preprocessing. torch: resize with PyTorch if that is faster here."""
         return replace(self, exact=False, resizer="torch" if torch and _torch_is_fast() else "pillow")
 
     def __call__(self, source: ImageSource) -> NDArray[np.uint8]:
-        """uint8 (3, S, S).
+        """Return uint8 (3, S, S).
 
         Raises:
-            ImageError: the picture cannot be read.
+            ImageError: the image cannot be read.
         """
         at_least = None if self.exact else math.ceil(_DECODED * self.size)
         image = open_image(source, max_pixels=self.max_pixels, at_least=at_least)
@@ -92,22 +91,22 @@ class Preprocess:
         return np.ascontiguousarray(np.asarray(self._fit(image)).transpose(2, 0, 1))
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (n, 3, S, S) -> float32, zero mean and unit variance by the model's own statistics."""
+        """uint8 (n, 3, S, S) -> float32, zero mean and unit variance by the model's statistics."""
         mean = np.array(self.mean, np.float32).reshape(1, 3, 1, 1)
         std = np.array(self.std, np.float32).reshape(1, 3, 1, 1)
         return (pixels.astype(np.float32) / np.float32(255) - mean) / std
 
     def blank(self) -> NDArray[np.uint8]:
-        """A white picture, uint8 (3, S, S): the reference of the token weights [ours]."""
+        """Return a white image, uint8 (3, S, S): the reference of the token weights [ours]."""
         return np.full((3, self.size, self.size), 255, np.uint8)
 
     def _scaled(self, image: Image.Image) -> tuple[tuple[int, int], int, int]:
-        """What a picture is scaled to, and the corner of the S x S that are cut out of it; not for "longest"."""
+        """Return the size after scaling, and the left top corner of the S x S crop; not for "longest"."""
         side, (width, height) = self.size, image.size
         if self.resize == "squash":
             return (side, side), 0, 0
         shortest = min(width, height)
-        across, down = int(side * width / shortest), int(side * height / shortest)  # cut off, as torchvision does
+        across, down = int(side * width / shortest), int(side * height / shortest)  # rounded down, as torchvision does
         return (across, down), round((across - side) / 2), round((down - side) / 2)
 
     def _fit(self, image: Image.Image) -> Image.Image:
@@ -132,14 +131,14 @@ class Preprocess:
 
 @cache
 def _torch_is_fast() -> bool:
-    """Its kernel for bytes is for AVX2; on other processors Pillow's loop is no slower."""
+    """True on processors with AVX2, which PyTorch's kernel for bytes needs."""
     import torch
 
     return torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
 
 
 def _by_torch(image: Image.Image, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
-    """RGB scaled to (width, height) as Pillow does it, uint8 (3, height, width). Takes one thread."""
+    """Scale RGB to (width, height) as Pillow does, uint8 (3, height, width), in one thread."""
     import torch
 
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last in memory

@@ -1,8 +1,8 @@
-"""Settings that decide on vectors but are no weights, as bytes for the content hash.
+"""Settings beside the weights that decide on vectors, as bytes for the content hash.
 
-The classic family (open_clip's CLIP with a native ViT, causal text and byte pairs) keeps the form that its fingerprints
-were made with: what is as in OpenAI's models is left out. Every other family states all settings that differ from
-open_clip's defaults.
+- The classic family (open_clip's CLIP with a native ViT, causal text and byte pairs) leaves out the values of OpenAI's
+  models, so that its older fingerprints stay.
+- Every other family states all settings that differ from open_clip's defaults.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A model as it is, as a checkpoint: to search with before anything is learned, and to compare with afterwards."""
+"""Checkpoints of an untouched model, to search with before training and to compare with afterwards."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ METHOD = "clip"
 
 
 def save_zero_shot(backbone: "Backbone", out: Path) -> str:
-    """Write a checkpoint that adds nothing to a model, and return its fingerprint. One of another model is replaced.
+    """Write a checkpoint that adds nothing to a model, and return its fingerprint. An older one is replaced.
 
     Raises:
-        CheckpointError: `out` holds something that was learned.
+        CheckpointError: `out` holds a trained checkpoint.
     """
     from dcar_core.model.dcar import DCAR
     from dcar_core.model.methods import method
 
     if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != METHOD:
-        raise CheckpointError(f"{out} holds a checkpoint of {found}, which was learned; name another --out")
+        raise CheckpointError(f"{out} holds a trained checkpoint of {found}; name another --out")
     return save_checkpoint(DCAR(backbone, method(METHOD)), out)

@@ -39,7 +39,7 @@ def default_cache_directory() -> Path:
 
 @dataclass(frozen=True)
 class ExportKey:
-    """What an export is made of.
+    """Identity of an export.
 
     depth, text_depth: of image and text prompts; text_depth is 0 where one graph serves every depth.
     fingerprint: of the encoder whose data calibrated it, empty for an exact export.

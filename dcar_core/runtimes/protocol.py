@@ -18,7 +18,7 @@ from dcar_core.util.arrays import Floats, Pixels, TokenIds
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextPrompts:
-    """What stands before a caption, as inputs of a text graph; axis 1 of each is R.
+    """Start tokens and prompts before a caption, as inputs of a text graph; axis 1 of each is R.
 
     inputs: keys and values (D, R, H, p, d) of a causal tower's start tokens and prompts; or prompts (depth, R, k, W_t);
         or nothing.

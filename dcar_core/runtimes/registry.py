@@ -93,7 +93,7 @@ class LoadedModel:
 def require_known(name: str) -> None:
     """
     Raises:
-        RuntimeUnavailableError: there is no such runtime; the message lists those that exist.
+        RuntimeUnavailableError: there is no such runtime; the message lists all names.
     """
     if name != AUTO and name not in RUNTIME_KINDS:
         raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(RUNTIME_KINDS)}")

@@ -1,4 +1,4 @@
-"""Cached adapters, each with the name of its export: all that a later start needs to encode without PyTorch.
+"""Cached adapters, each with the name of its export, for later starts without PyTorch.
 
     CACHE/adapters/FINGERPRINT_RUNTIME_THREADS    sha256, then safetensors
 

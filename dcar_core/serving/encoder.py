@@ -4,8 +4,8 @@
     encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
     vectors = encoder.encode_text(["crying cat"])  # float32 (1, E)
 
-An `Adapter` holds what one checkpoint adds to its backbone; a `Runtime`, chosen by name or by measuring, runs the
-towers. The model itself is loaded where these two are not cached, and for whoever asks for it.
+An `Adapter` holds the arrays of one checkpoint; a `Runtime`, chosen by name or by measuring, runs the towers. The model
+itself is loaded if these two are not cached, and when `Encoder.model` is used.
 """
 
 import threading
@@ -166,7 +166,7 @@ class Encoder:
         """Encode texts -> float32 (n, E), L2-normalised. Texts beyond the context are cut.
 
         Raises:
-            TypeError: one text instead of a list, or an element that is no text.
+            TypeError: a single text instead of a list, or an element of another type.
         """
         if (
             isinstance(texts, str)

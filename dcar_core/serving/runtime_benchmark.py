@@ -144,7 +144,7 @@ def benchmark(
 
 
 def _update_ranking(loaded: LoadedModel, rows: Sequence[RuntimeResult]) -> str:
-    """Save what can be compared; return the choice of `auto`, "" if it is not known."""
+    """Save a complete ranking, or strike failures; return the choice of `auto`, "" if it is not known."""
     if set(candidates(loaded)) <= {row.name for row in rows}:
         ranking = rank([row.trial for row in rows if row.trial is not None and row.name != "torch-compile"])
         save_ranking(loaded, ranking, own=True)

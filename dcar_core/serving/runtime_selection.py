@@ -1,8 +1,7 @@
 """Choice of a runtime: by name, or the fastest that is right on this machine (`auto`).
 
-- `auto` measures once what is installed and needs no data of the user; the ranking is saved by processor, threads and
-  library versions for every encoder on the backbone. `dcar benchmark` measures more; its ranking holds for its encoder
-  alone and comes first. Only there can int8 enter, since it must also keep the recall.
+- `auto` measures the installed runtimes once; the ranking is saved by processor, threads and library versions for every
+  encoder on the backbone. `dcar benchmark` measures more, int8 included, and its ranking for one encoder comes first.
 - At every start the runtime, also one chosen by name, must give the vectors of PyTorch in float32 on a small probe.
 - `auto` skips a runtime that fails with one warning that names the reason; `torch` always remains.
 """
@@ -37,7 +36,7 @@ _PROOF_IMAGES = 2  # of a runtime chosen by name
 
 @dataclass(frozen=True)
 class Ranking:
-    """Names of runtimes, best first, without those that failed; and the libraries that were installed."""
+    """Names of the runtimes that hold, best first; and the installed libraries."""
 
     names: tuple[str, ...]
     libraries: dict[str, str]
@@ -128,7 +127,7 @@ def candidates(loaded: LoadedModel) -> list[str]:
 
 
 def measure_candidates(adapter: Adapter, loaded: LoadedModel, probe: Probe, names: Iterable[str]) -> Ranking:
-    """Measure runtimes and save their ranking; those that cannot be used are left out with a warning."""
+    """Measure runtimes and save their ranking; unusable ones are left out with a warning."""
     names = list(names)
     logger.info("measuring %s, once for this model and machine", ", ".join(names))
     expected, trials = reference_vectors(loaded.model, probe), []

@@ -108,13 +108,13 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_checkpoint: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="trained on another backbone"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good.replace('"query": "none"', '"query": "predicted"'))
-    with pytest.raises(CheckpointError, match="are not of one training"):
+    with pytest.raises(CheckpointError, match="come from different trainings"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good.replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="is not of format 1; train again"):
+    with pytest.raises(CheckpointError, match="does not have format 1; train again"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 1}')
-    with pytest.raises(CheckpointError, match="does not say which model on which backbone"):
+    with pytest.raises(CheckpointError, match="names no model and backbone"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good)
     (tmp_path / "trainables.safetensors").write_bytes(b"half")

@@ -310,5 +310,5 @@ def test_unknown_method_and_missing_pictures(tiny_model: Path, tiny_data: Path, 
     "wrong", [{"lr": float("inf")}, {"lr": float("nan")}, {"lr": -1e-3}, {"seed": -1}, {"seed": 2**63}]
 )
 def test_what_no_run_can_take_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="lr must be a number from 0 on, and seed a whole one"):
+    with pytest.raises(ValueError, match="lr must be finite and at least 0, and seed an integer"):
         TrainConfig.from_dict(wrong)

@@ -30,14 +30,14 @@ def test_it_is_the_model_itself(tiny_model: Path, tiny_gallery: Path, tmp_path: 
 
 def test_what_was_learned_is_not_overwritten(tiny_model: Path, tiny_checkpoint: Path) -> None:
     before = (tiny_checkpoint / "config.json").read_bytes()
-    with pytest.raises(CheckpointError, match=r"holds a checkpoint of dcar, which was learned; name another --out"):
+    with pytest.raises(CheckpointError, match=r"holds a trained checkpoint of dcar; name another --out"):
         save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tiny_checkpoint)
     assert (tiny_checkpoint / "config.json").read_bytes() == before
 
 
 def test_a_model_in_a_checkpoints_place_says_how_to_make_one(tiny_model: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"it is a model, of which `dcar zero-shot --model \S+ --out DIR` makes one"
+        CheckpointError, match=r"it is a model: `dcar zero-shot --model \S+ --out DIR` makes a checkpoint of it"
     ):
         read_config(tiny_model)
     with pytest.raises(CheckpointError, match=r"as `dcar train --out` writes them$"):

@@ -20,7 +20,7 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def strip_control_tokens(text: str, vocabulary: re.Pattern[str] | None = None) -> str:
-    """Replace control tokens by a space: CLIP's in any spelling, and those that `vocabulary` matches."""
+    """Replace control tokens by a space: CLIP's in any spelling, and the matches of `vocabulary`."""
     text = _CLIP_CONTROL.sub(" ", text)
     return text if vocabulary is None else vocabulary.sub(" ", text)
 

@@ -19,10 +19,10 @@ TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 def load_hub_tokenizer(
     name: str, directory: Path | None, limit: int, *, normalizer: str = "whitespace", strip_end: bool = False
 ) -> TextTokenizer:
-    """Load the tokenizer that a model names.
+    """Load the tokenizer of a model.
 
     Args:
-        name: its repository on the hub, used where there is no directory.
+        name: its repository on the hub, for a model without a directory.
         directory: of a local model, which holds the tokenizer's files.
         strip_end: the model was trained with 0 in place of the end token (CLIPA).
 

@@ -1,4 +1,4 @@
-"""Where a tokenized text begins and ends, by the ids of its own tokenizer.
+"""Beginning and end of a tokenized text, by the ids of its tokenizer.
 
 Every method takes NumPy arrays and PyTorch tensors alike, so that runtimes without PyTorch follow the same rule. A text
 ends at its first end token: the largest id marks the end in CLIP's vocabulary alone.

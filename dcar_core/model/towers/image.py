@@ -68,7 +68,7 @@ class ImageTower(ABC):
         """(B, n, W_v) -> (B, P, E)."""
 
     def prepare_prompts(self, prompts: Tensor) -> Tensor:
-        """Apply what rows pass between their embedding and the first block."""
+        """Apply the norm between embedding and first block."""
         return prompts
 
 

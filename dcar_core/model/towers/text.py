@@ -86,7 +86,7 @@ class TextTower(ABC):
         """(.., W_t) -> (.., E)."""
 
     def finish_rows(self, x: Tensor) -> Tensor:
-        """What `pool` does to a row beside choosing it: (B, n, W_t) -> (B, n, W_t)."""
+        """Apply the norm that `pool` applies to its row: (B, n, W_t) -> (B, n, W_t)."""
         return x
 
     @property

@@ -1,0 +1,151 @@
+"""Models that cannot be used: one clear line each, before anything is allocated or run."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from dcar_core.model import open_clip_source
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint, read_config, write_config
+from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
+from dcar_core.model.dcar import DCAR
+from dcar_core.model.methods import METHODS, require_runnable
+from dcar_core.model.towers import CausalText
+from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def edit(model: Path, part: str, **values: Any) -> BackboneSource:
+    config = json.loads((model / MODEL_CONFIG).read_text())
+    place = config["model_cfg"] if part == "model_cfg" else config["model_cfg"][part]
+    place |= values
+    (model / MODEL_CONFIG).write_text(json.dumps(config))
+    return BackboneSource(str(model))
+
+
+def test_the_bundled_fingerprints_stay() -> None:
+    expected = "8bed8480a558f3a313968d993bb2fb3fd01976b26a2bd4c36ad622d39d3a2dfc"
+    assert load_backbone(BackboneSource(str(EXAMPLE / "base"))).content_hash() == expected
+    assert read_config(EXAMPLE / "twemoji" / "checkpoint")["backbone"]["sha256"] == expected
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_names() -> None:
+    with pytest.raises(ModelError, match=r"no model is named 'ViT-B-16-SigLIP3'; near it are .*ViT-B-16-SigLIP2.*"):
+        load_backbone(BackboneSource("ViT-B-16-SigLIP3", "webli"))
+
+
+def test_weights_of_another_architecture(tmp_path: Path) -> None:
+    save_file({"some.weight": torch.zeros(3)}, str(tmp_path / "w.safetensors"))
+    with pytest.raises(ModelError, match=r"w.safetensors are of another architecture than RN50"):
+        load_backbone(BackboneSource("RN50", str(tmp_path / "w.safetensors")))
+
+
+def test_a_directory_without_weights_does_not_start_at_random(model: Path) -> None:
+    (model / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="could not be loaded: Required pretrained weights"):
+        load_backbone(BackboneSource(str(model)))
+
+
+def test_a_missing_tokenizer_file(model: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no tokenizer.json; copy it from google/mt5-base"):
+        load_backbone(edit(model, "text_cfg", hf_tokenizer_name="google/mt5-base"))
+
+
+def test_a_vocabulary_that_needs_transformers_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "spiece.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"has no tokenizer.json, needs .* pip install 'dcar\[hf\]'"):
+        load_backbone(edit(model, "text_cfg", hf_tokenizer_name="google/mt5-base"))
+
+
+def test_timm_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str, **options: Any) -> None:
+        raise RuntimeError(f"Unknown model ({name})")
+
+    monkeypatch.setattr(timm, "create_model", unknown)
+    with pytest.raises(ModelError, match=r"timm \S+ does not know the image tower of PE-Core-T-16-384.*install timm"):
+        load_backbone(BackboneSource("PE-Core-T-16-384", "random"))
+
+
+def test_a_tower_that_fails_its_check_is_used_whole(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = CausalText.run
+    monkeypatch.setattr(CausalText, "run", lambda self, *given: right(self, *given) * 1.01)
+    monkeypatch.setattr(CausalText, "project", lambda self, x: x[..., :32].flip(-1))
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    assert backbone.level == "adapters"
+    assert "the text tower is used without prompts, since its proof failed: ValueError: features" in caplog.text
+    stock = backbone.clip.encode_text(torch.nn.functional.pad(tokens := backbone.tokenize(["a dog"]), (0, 28)))
+    assert torch.equal(backbone.encode_text(tokens), stock)
+    with pytest.raises(ModelError, match=r"which the towers of .* do not take; use the method clip-adapter"):
+        DCAR(backbone, ModelConfig())
+    DCAR(backbone, METHODS["clip-adapter"])
+
+
+@pytest.mark.parametrize(
+    ("method", "instead"),
+    [("dcar", "dcar-text"), ("dcar+", r"dcar\+-text"), ("maple", "coop"), ("dcar-patches", "dcar-text")],
+)
+def test_image_prompts_on_a_tower_without_rows_name_the_variant_without(method: str, instead: str) -> None:
+    with pytest.raises(ModelError, match=f"which the image tower of RN50 does not have; use the method {instead}$"):
+        require_runnable(METHODS[method], "text", "RN50", 76)
+    for name in ("clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"):
+        require_runnable(METHODS[name], "text", "RN50", 76)
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("text_cfg", {"hf_tokenizer_name": "evil/repo", "tokenizer_kwargs": {"trust_remote_code": True}}),
+        ("text_cfg", {"tokenizer_kwargs": {"reduction_mask": "syntax"}}),
+        ("text_cfg", {"hf_tokenizer_name": "../../etc"}),
+        ("text_cfg", {"hf_model_name": "/tmp/evil"}),
+        ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "../bpe.txt.gz"}}),
+        ("text_cfg", {"tokenizer_mode": "clips"}),
+        ("text_cfg", {"width": 10**9}),
+        ("vision_cfg", {"timm_model_name": "hf-hub:evil/repo"}),
+        ("vision_cfg", {"timm_model_name": "evil/repo"}),
+        ("vision_cfg", {"no_such_setting": 1}),
+        ("model_cfg", {"cast_dtype": "float16"}),
+    ],
+)
+def test_a_configuration_sets_only_what_is_allowed(
+    model: Path, part: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_clip_source.open_clip, "create_model", None)  # nothing may be created
+    monkeypatch.setattr(open_clip_source, "load_tokenizer", None)
+    with pytest.raises(ModelError, match="configuration of"):
+        load_backbone(edit(model, part, **values))
+
+
+@pytest.mark.parametrize("prompt", [{"length": 2_000_000}, {"depth": 2_000_000}])
+def test_a_checkpoint_with_huge_prompts_is_refused_before_they_are_allocated(
+    tiny_checkpoint: Path, tmp_path: Path, prompt: dict[str, int]
+) -> None:
+    copy_checkpoint(tiny_checkpoint, tmp_path / "huge")
+    content = read_config(tmp_path / "huge")
+    content["model"]["prompt"] |= prompt
+    write_config(tmp_path / "huge", content)
+    assert (tmp_path / "huge" / CONFIG).is_file()
+    with pytest.raises(CheckpointError, match=r"2000000 prompts do not fit|prompts for 2000000 blocks"):
+        load_checkpoint(tmp_path / "huge")
+
+
+def test_prompts_that_fill_the_context_are_refused(tiny_model: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    with pytest.raises(ModelError, match="31 prompts do not fit into the 31 tokens"):
+        DCAR(backbone, ModelConfig(prompt=PromptConfig(length=31)))
