@@ -48,7 +48,7 @@ async def snapshot_of(request: Request) -> Snapshot:
     """Return the live version of the collection named in the path.
 
     Raises:
-        CollectionNotFoundError: there is no such collection.
+        CollectionNotFoundError: the collection is unknown.
         NotReadyError: it is not loaded yet.
     """
     return (await collections_of(request))[collection_of(request)].require()

@@ -188,7 +188,7 @@ def _service_routes() -> APIRouter:
 
     @router.get("/readyz", tags=["service"], **operation(ReadinessResponse, 503))
     async def readyz(collections: CollectionsDep) -> Response:
-        """Report whether every collection answers searches, or why not."""
+        """Report that searches work in every collection, or the reason why they do not."""
         collections.require_all()
         if collections.is_draining:
             raise NotReadyError("The service is shutting down.")

@@ -1,0 +1,301 @@
+"""Attack a running service of the bundled example, and measure honest requests meanwhile.
+
+    python benchmarks/attack.py
+
+- Each attack runs in a process of its own for `--seconds`; beside it one client sends new texts and one new images.
+- The table shows the responses to the attack, the worst latencies of the honest requests, the number of them that were
+  refused, and the peak of the server's memory. The first row is the service without an attack.
+- Attacks: slow and idle connections, unread responses, unfinished and tiny-chunked bodies, request smuggling, path
+  traversal, deep JSON, expensive filters and explanations, and hostile images of every format.
+"""
+
+import argparse
+import asyncio
+import io
+import itertools
+import json
+import multiprocessing
+import struct
+import time
+import zlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from load import Tally, closed_loop, image_request, post
+from PIL import Image
+from serve import new_images, new_texts
+from service import Server, emoji, serving
+
+HOST = b"Host: 127.0.0.1\r\n"
+JSON = b"Content-Type: application/json\r\n"
+FORM = b"POST /search/image HTTP/1.1\r\n" + HOST + b"Content-Type: multipart/form-data; boundary=b\r\n"
+PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+
+
+@dataclass
+class Target:
+    """The attacked server. until: end of the attack. outcomes: status codes, and connections that the server closed."""
+
+    port: int
+    until: float
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.until
+
+    async def send(self, pieces: Iterator[bytes], *, every_s: float = 0.0, is_read: bool = True) -> bytes:
+        """Send pieces over one connection, read until it is closed or the attack is over, and return the response."""
+        response = b""
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            try:
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(every_s)
+                    if self.is_over:
+                        break
+                while is_read and not self.is_over:
+                    part = await asyncio.wait_for(reader.read(65536), max(0.1, self.until - time.monotonic()))
+                    response += part[: 65536 - len(response)]
+                    if not part:
+                        self.outcomes["closed"] += 1
+                        break
+                while not (is_read or self.is_over or writer.is_closing()):
+                    await asyncio.sleep(0.1)
+            except TimeoutError:
+                self.outcomes["still open"] += 1
+            finally:
+                writer.close()
+        for part in response.split(b"HTTP/1.1 ")[1:]:
+            self.outcomes[part[:3].decode()] += 1
+        return response
+
+
+Attack = Callable[[Target], Awaitable[None]]
+
+
+def flood(*requests: bytes, connections: int = 2) -> Attack:
+    """Return an attack that sends requests in a closed loop."""
+
+    async def attack(target: Target) -> None:
+        cycle = itertools.cycle(requests)
+        seconds = target.until - time.monotonic()
+        tally = await closed_loop(target.port, lambda: next(cycle), connections=connections, seconds=seconds)
+        target.outcomes.update({str(status): count for status, count in tally.statuses.items()})
+        target.outcomes["closed"] += tally.broken
+
+    return attack
+
+
+def connections(
+    count: int, make: Callable[[], Iterator[bytes]], *, every_s: float = 0.0, is_read: bool = True
+) -> Attack:
+    """Return an attack that holds `count` connections, each sending the same pieces."""
+
+    async def attack(target: Target) -> None:
+        await asyncio.gather(*(target.send(make(), every_s=every_s, is_read=is_read) for _ in range(count)))
+
+    return attack
+
+
+async def smuggle(target: Target) -> None:
+    """Send bodies that look like requests behind offers to upgrade; report if one of them is answered."""
+    inner = b"GET /collections HTTP/1.1\r\n" + HOST + b"\r\n"
+    head = b"POST /search/text HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: %d\r\n" % len(inner)
+    health = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
+    for pieces in (
+        [head + b"Connection: Upgrade\r\n", b"Upgrade: h2c\r\n\r\n", inner],
+        [health + head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", inner],
+    ):
+        if b'"collections"' in await target.send(iter(pieces), every_s=0.1):
+            target.outcomes["SMUGGLED"] += 1
+
+
+def endless(head: bytes, piece: bytes) -> Callable[[], Iterator[bytes]]:
+    return lambda: itertools.chain([head], itertools.repeat(piece))
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_bomb(side: int) -> bytes:
+    """Return a small PNG that announces side x side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = png_chunk(b"IDAT", zlib.compress(bytes(10**7), 9))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + data + png_chunk(b"IEND", b"")
+
+
+def encoded(kind: str, side: int, **options: object) -> bytes:
+    """Return an image of one colour: few bytes, many pixels."""
+    buffer = io.BytesIO()
+    Image.new("L" if kind in ("TIFF", "BMP", "GIF") else "RGB", (side, side)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def many_scans(count: int) -> bytes:
+    """Return a progressive JPEG whose last scan is repeated."""
+    data = encoded("JPEG", 1500, progressive=True)
+    start = data.rindex(b"\xff\xda")
+    return data[:start] + data[start:-2] * count + data[-2:]
+
+
+def many_segments(count: int) -> bytes:
+    """Return a JPEG with many small EXIF segments."""
+    data = encoded("JPEG", 64)
+    return data[:2] + (b"\xff\xe1\x00\x10Exif\x00\x00" + bytes(8)) * count + data[2:]
+
+
+def many_chunks(count: int) -> bytes:
+    """Return a PNG with many empty chunks."""
+    data = encoded("PNG", 64)
+    return data[:33] + png_chunk(b"tEXt", b"") * count + data[33:]
+
+
+def many_comments(count: int) -> bytes:
+    """Return a GIF with many empty comments."""
+    data = encoded("GIF", 64)
+    return data[:-1] + b"\x21\xfe\x00" * count + b";"
+
+
+def tile_bomb(side: int) -> bytes:
+    """Return a TIFF of 16 x 16 pixels with one tile of side x side."""
+    tile = zlib.compress(bytes(side * side), 9)
+    tags = [
+        (256, 16),
+        (257, 16),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (322, side),
+        (323, side),
+        (324, 8),
+        (325, len(tile)),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\x00" + struct.pack("<I", 8 + len(tile)) + tile + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def text(**body: object) -> bytes:
+    return post("/search/text", "application/json", json.dumps(body).encode())
+
+
+def attacks() -> dict[str, Attack]:
+    """Return every attack by name."""
+    image = b"GET /items/1f63f/image HTTP/1.1\r\n" + HOST + b"\r\n"
+    paths = [
+        "/items/..%2f..%2fetc%2fpasswd/image",
+        "/ui/..%2fmain.py",
+        "/ui/%2e%2e/main.py",
+        "/items/%00",
+        "//etc/passwd",
+    ]
+    upload = FORM + b"Content-Length: 20971000\r\n\r\n" + PART
+    chunked = b"POST /search/text HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\n"
+    contains = {"$or": [{"caption": {"contains": f"{n} no such words"}} for n in range(32)]}
+    explained = {"queries": [{"query": f"cat {n}", "explain": True} for n in range(32)]}
+    images = {
+        "PNG bomb": png_bomb(60_000),
+        "JPEG bomb": encoded("JPEG", 9_000),
+        "GIF bomb": encoded("GIF", 9_000),
+        "BMP bomb": encoded("BMP", 2_500),
+        "WebP bomb": encoded("WEBP", 9_000),
+        "AVIF bomb": encoded("AVIF", 6_000),
+        "TIFF bomb": encoded("TIFF", 9_000, compression="tiff_adobe_deflate"),
+        "TIFF tile bomb": tile_bomb(12_000),
+        "JPEG with 2,000 scans": many_scans(2_000),
+        "JPEG with 50,000 segments": many_segments(50_000),
+        "PNG with 500,000 chunks": many_chunks(200_000),
+        "GIF with 1,000,000 comments": many_comments(1_000_000),
+    }
+    return {
+        "slow heads": connections(100, lambda: (bytes([byte]) for byte in b"GET / HTTP/1.1\r\n" * 20), every_s=1.0),
+        "idle connections": connections(200, lambda: iter(())),
+        "endless heads": connections(10, endless(b"GET / HTTP/1.1\r\n", b"X: " + b"y" * 1000 + b"\r\n")),
+        "slow bodies": connections(100, endless(upload, b"x"), every_s=1.0),
+        "unfinished uploads": connections(13, lambda: iter([upload, bytes(20_000_000)])),
+        "tiny chunks": connections(4, endless(chunked, b"1\r\n \r\n" * 10_000)),
+        "unread responses": connections(100, lambda: iter([image * 2000]), is_read=False),
+        "smuggling": smuggle,
+        "traversal": flood(*(f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n" for path in paths)),
+        "deep JSON": flood(post("/search/text", "application/json", b'{"filter":' + b'{"a":' * 12_000)),
+        "nested entities": flood(text(query="&" + "amp;" * 249)),
+        "expensive filters": flood(text(query="cat", filter=contains)),
+        "batches of explanations": flood(post("/search/batch", "application/json", json.dumps(explained).encode())),
+        **{name: flood(image_request(data)) for name, data in images.items()},
+    }
+
+
+def measure(server: Server, attack: Attack | None, seconds: float) -> str:
+    """Run one attack beside honest requests; return the cells of its row."""
+    import uvloop
+
+    target = Target(server.port, time.monotonic() + seconds)
+    fork = multiprocessing.get_context("fork")
+    queue: multiprocessing.SimpleQueue[Counter[str]] = fork.SimpleQueue()
+    process = fork.Process(target=_run_attack, args=(attack, target, queue))
+    process.start()
+    texts, images, peak = uvloop.run(_send_honest(server, seconds))
+    outcomes = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(queue.get().items()) if count)
+    process.join()
+    return f"{outcomes or '-':40} | {_worst(texts)} | {_worst(images)} | {peak:7.0f} MB"
+
+
+def _run_attack(attack: Attack | None, target: Target, queue: "multiprocessing.SimpleQueue[Counter[str]]") -> None:
+    import uvloop
+
+    async def run() -> None:
+        if attack is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(attack(target), target.until + 5 - time.monotonic())
+
+    uvloop.run(run())
+    queue.put(target.outcomes)
+
+
+async def _send_honest(server: Server, seconds: float) -> tuple[Tally, Tally, float]:
+    """Return the results of honest texts and images, and the peak of the server's memory in MB."""
+    peak, until = 0.0, time.monotonic() + seconds
+
+    async def watch() -> None:
+        nonlocal peak
+        while time.monotonic() < until:
+            peak = max(peak, server.rss_mb())
+            await asyncio.sleep(0.1)
+
+    texts, images, _ = await asyncio.gather(
+        closed_loop(server.port, new_texts(time.time_ns()), connections=1, seconds=seconds, pause_s=0.05),
+        closed_loop(server.port, new_images(), connections=1, seconds=seconds, pause_s=0.1),
+        watch(),
+    )
+    return texts, images, peak
+
+
+def _worst(tally: Tally) -> str:
+    refused = sum(count for status, count in tally.statuses.items() if status != 200) + tally.broken
+    return f"{max(tally.latencies, default=float('nan')) * 1000:7.0f} ms, {refused} refused"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="directory of the index")
+    parser.add_argument("--index", type=Path, help="attack this index instead")
+    parser.add_argument("--seconds", type=float, default=15.0, help="duration of each attack")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="run these attacks alone")
+    given = parser.parse_args()
+    with serving(given.index or emoji(given.work)) as server:
+        print(f"{'attack':28} | {'responses':40} | worst honest text     | worst honest image    | memory", flush=True)
+        rows: dict[str, Attack | None] = {"(none)": None, **attacks(), "(none) again": None}
+        for name, attack in rows.items():
+            if given.only is None or name in given.only or attack is None:
+                print(f"{name:28} | {measure(server, attack, given.seconds)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
