@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    pairs = quality_gate.pairs_of(scan(artifact.manifest.source), args.validation)
+    pairs = quality_gate.find_pairs(scan(artifact.manifest.source), args.validation)
     assert pairs is not None  # --validation is required
     queries = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
     rows = np.array([row for _, row in queries if row is not None])

@@ -8,7 +8,7 @@
 - Each kind is built, tuned and written by the code of `dcar index build`, then opened as the service does in a process
   of its own, which measures latency (one query at a time, on one core), recall and memory.
 - Vectors lie around clusters of unequal size, each wide in directions of its own, so the cluster alone does not give
-  the neighbours. Queries are drawn from the same clusters: some to tune, others to measure.
+  the neighbours. HeldOutQueries are drawn from the same clusters: some to tune, others to measure.
 - Synthetic clusters still flatter inverted lists, whose centres they resemble. With --emoji, texts query images of the
   bundled galleries. `dcar index build` measures on your own.
 - `auto` builds everything that it tries, so its build time is the sum.
@@ -31,9 +31,9 @@ from emoji_vectors import captions, load_encoder
 from emoji_vectors import vectors as drawn_emoji
 
 from dcar_core.util.arrays import Floats
-from index_jobs.building.build import build
-from index_jobs.building.kinds import choose, machine_memory
-from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, Queries, neighbours
+from index_jobs.building.build import build_index
+from index_jobs.building.kinds import choose_kinds, machine_memory
+from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, HeldOutQueries, find_neighbours
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
 
 KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-rabitq", "pq", "auto")
@@ -88,7 +88,7 @@ class Material:
     def index(self, kind: str) -> Path:
         return self.out / f"{kind}-{self.mark}.faiss"
 
-    def prepare(self) -> tuple[Floats, Queries]:
+    def prepare(self) -> tuple[Floats, HeldOutQueries]:
         """Return the vectors, memory-mapped, and queries to tune with."""
         path = self.out / f"vectors-{self.mark}.npy"
         if not (path.exists() and self.truth.exists()):
@@ -102,7 +102,7 @@ class Material:
             written.flush()
             drawing.rename(path)
             vectors: Floats = np.load(path, mmap_mode="r")
-            truth = neighbours(lambda: blocks(vectors), _queries(queries[1::2])).rows
+            truth = find_neighbours(lambda: blocks(vectors), _queries(queries[1::2])).rows
             np.savez(self.truth, tuning=queries[::2], queries=queries[1::2], truth=truth)
         with np.load(self.truth) as file:
             return np.load(path, mmap_mode="r"), _queries(file["tuning"])
@@ -118,19 +118,19 @@ class Material:
         return drawn_emoji(model, self.count), model.encode_text(captions(2 * QUERIES))
 
 
-def _queries(vectors: Floats) -> Queries:
-    return Queries(vectors, "new", np.full(len(vectors), -1))
+def _queries(vectors: Floats) -> HeldOutQueries:
+    return HeldOutQueries(vectors, "new", np.full(len(vectors), -1))
 
 
 def blocks(vectors: Floats) -> Iterator[Floats]:
     return (vectors[start : start + BLOCK] for start in range(0, len(vectors), BLOCK))
 
 
-def make(kind: str, path: Path, vectors: Floats, queries: Queries, memory: int) -> dict[str, object]:
+def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory: int) -> dict[str, object]:
     """Build one kind, tune it and write it. `built_s` (seconds) includes the tuning, and for auto all attempts."""
     count, dim = vectors.shape
     start, worked = time.perf_counter(), time.process_time()
-    built = build(lambda: blocks(vectors), count, dim, choose(kind, count, dim, memory=memory), queries)
+    built = build_index(lambda: blocks(vectors), count, dim, choose_kinds(kind, count, dim, memory=memory), queries)
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
     write_faiss(built.index, path)
     return {

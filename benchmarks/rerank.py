@@ -55,7 +55,7 @@ def main() -> None:
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
     pair_weights = PairWeights(encoder)
-    pairs = quality_gate.pairs_of(scan(artifact.manifest.source), args.validation)
+    pairs = quality_gate.find_pairs(scan(artifact.manifest.source), args.validation)
     assert pairs is not None  # --validation is required
     queries = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))[: args.limit]
     depth = max(args.depth, *RANKS)

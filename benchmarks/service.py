@@ -163,7 +163,7 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     from dcar_core import Encoder
     from dcar_core.model.checkpoint import copy_checkpoint
     from index_jobs.building import kinds
-    from index_jobs.building.build import build
+    from index_jobs.building.build import build_index
     from index_jobs.gallery.scan import scan
     from index_jobs.store import publish
     from index_jobs.store.faiss_index import write_faiss
@@ -178,9 +178,9 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
     gallery = scan(listed)
     vectors = Clusters(count, 512).draw(count, seed=1)
-    choices = kinds.choose("auto", count, 512)
-    built = build(lambda: iter([vectors]), count, 512, choices)
-    with publish.write_breaker(out) as staging:
+    choices = kinds.choose_kinds("auto", count, 512)
+    built = build_index(lambda: iter([vectors]), count, 512, choices)
+    with publish.open_staging(out) as staging:
         copy_checkpoint(checkpoint, staging / CHECKPOINT)
         encoder = Encoder.load(staging / CHECKPOINT, device="cpu")
         write_faiss(built.index, staging / VECTORS)

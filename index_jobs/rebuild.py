@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from dcar_core.util.command import run_command
-from index_jobs.jobs.command_line import EPILOG, build_index
+from index_jobs.jobs.command_line import EPILOG, build_command
 from index_jobs.jobs.job import rebuild
 
 __all__ = ["main", "rebuild"]
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rich_markup_mode=None,
         context_settings={"default_map": {"as_json": True}},
     )
-    app.command(epilog=EPILOG)(build_index)
+    app.command(epilog=EPILOG)(build_command)
     return run_command(lambda: app(argv, prog_name="python -m index_jobs.rebuild"))
 
 

@@ -1,4 +1,4 @@
-"""`dcar benchmark`."""
+"""`dcar benchmark`: measure the encoder runtimes."""
 
 import json
 from pathlib import Path
@@ -6,35 +6,36 @@ from typing import Annotated
 
 import typer
 
-from app.cli.options import EXAMPLES, Device, Images, Pretrained
+from app.cli.options import EXAMPLES, Device, Images, Pretrained, example
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(epilog=example("dcar benchmark --checkpoint checkpoint --data my/catalogue"))
 def benchmark(
-    checkpoint: Annotated[
-        str, typer.Option(help="What `dcar train` wrote, a model directory, or an open_clip model.")
-    ] = str(EXAMPLES / "twemoji" / "checkpoint"),
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint, model directory, or open_clip model.")] = str(
+        EXAMPLES / "twemoji" / "checkpoint"
+    ),
     data: Annotated[Path, typer.Option(help="Annotations with a test split, as for training.")] = EXAMPLES / "twemoji",
     runtimes: Annotated[
         str,
         typer.Option(
-            help="For a look at some, with commas; default: what `auto` tries and int8; an unknown name lists all."
+            help="Runtimes, separated by commas; an unknown name lists all. Default: those of `auto`, and int8."
         ),
     ] = "",
-    out: Annotated[Path | None, typer.Option(help="A JSON file for everything that was measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all measurements.")] = None,
     images: Images = None,
     pretrained: Pretrained = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most captions of the test split.")] = 2000,
+    limit: Annotated[int, typer.Option(min=1, help="Most captions of the test split to use.")] = 2000,
     cache: Annotated[
-        Path | None, typer.Option(envvar="DCAR_RUNTIME_CACHE", help="Exports and measurements; default: the user's.")
+        Path | None,
+        typer.Option(envvar="DCAR_RUNTIME_CACHE", help="Cache of exports and measurements. Default: the user's cache."),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure every runtime here with real captions and pictures, and remember the best one for `--runtime auto`.
+    """Measure every runtime on this machine with real captions and images, and store the best for `--runtime auto`.
 
-    Without options it takes the bundled emoji. int8 is calibrated on the training split.
+    Without options it uses the bundled emoji. int8 is calibrated on the training split.
     """
     from dcar_core.serving.runtime_benchmark import benchmark as run
     from dcar_core.serving.runtime_benchmark import format_report

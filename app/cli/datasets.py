@@ -1,4 +1,4 @@
-"""`dcar data`: look at annotations before training on them, or make some."""
+"""`dcar data`: check annotations, add negative captions, caption images."""
 
 import math
 import os
@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
-from app.cli.options import Device, Images, Negatives, Pretrained, Taxonomy
+from app.cli.options import Device, Images, Negatives, Pretrained, Taxonomy, example
 
-commands = typer.Typer(help="Check annotations, or have captions written for your pictures.", no_args_is_help=True)
+commands = typer.Typer(help="Check annotations, add negative captions, or caption images.", no_args_is_help=True)
 
 
-@commands.command("check")
-def data_check(
+@commands.command("check", epilog=example("dcar data check my/catalogue"))
+def check_command(
     paths: Annotated[
         list[Path], typer.Argument(help="Data sets: directories, or annotation files.", metavar="PATH...")
     ],
     images: Images = None,
-    annotations_only: Annotated[bool, typer.Option(help="Do not look for the pictures.")] = False,
-    context: Annotated[int, typer.Option(min=0, help="Count captions of more CLIP tokens than this; 0: do not.")] = 77,
+    annotations_only: Annotated[bool, typer.Option(help="Do not open the images.")] = False,
+    context: Annotated[int, typer.Option(min=0, help="Count captions of more CLIP tokens; 0 counts none.")] = 77,
 ) -> None:
-    """Print what a data set holds and what was repaired or left out; fails if pictures are missing or broken."""
+    """Print the contents of a data set, its repairs and omissions; fails if images are missing or broken."""
     from dcar_core.data import check_dataset
     from dcar_core.model.text.tokenizer import count_clip_tokens
 
@@ -36,30 +36,30 @@ def data_check(
             unusable += len(split.missing) + len(split.broken)
     if unusable:
         typer.echo(
-            f"{unusable:,} pictures cannot be used: point --images to where they are, mend them, or train with "
-            f"--skip-broken (--annotations-only leaves pictures out of this check)",
+            f"{unusable:,} images cannot be used: set --images to their folder, repair them, or train with "
+            f"--skip-broken (--annotations-only skips images in this check)",
             err=True,
         )
         raise typer.Exit(1)
 
 
-@commands.command("negatives")
-def data_negatives(
-    path: Annotated[Path, typer.Argument(help="A data set: a directory, or an annotation file.")],
-    out: Annotated[Path | None, typer.Option(help="A new directory for the annotations with negatives.")] = None,
+@commands.command("negatives", epilog=example("dcar data negatives my/catalogue --out with-negatives"))
+def negatives_command(
+    path: Annotated[Path, typer.Argument(help="Data set: a directory, or an annotation file.")],
+    out: Annotated[Path | None, typer.Option(help="New directory for the annotations with negatives.")] = None,
     negatives: Negatives = "missing",
     taxonomy: Taxonomy = None,
     model: Annotated[
         str | None,
-        typer.Option(help="CLIP that says which category names are alike, as in training; default: by their letters."),
+        typer.Option(help="CLIP model that compares category names, as in training. Default: compare their letters."),
     ] = None,
     pretrained: Pretrained = None,
-    count: Annotated[int, typer.Option(min=1, max=8, help="Most negatives of a caption.")] = 4,
-    seed: Annotated[int, typer.Option(help="Other attribute swaps.")] = 0,
-    show: Annotated[int, typer.Option(min=0, help="So many captions of each split are printed.")] = 3,
+    count: Annotated[int, typer.Option(min=1, max=8, help="Most negatives for each caption.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the attribute swaps.")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="Captions of each split to print.")] = 3,
     device: Device = "auto",
 ) -> None:
-    """Make negative captions as `dcar train` does, print some, and write them to look at, edit and train on."""
+    """Generate negative captions as `dcar train` does, print some, and write them for review and training."""
     from dcar_core.data import describe_reports, load_splits, write_splits
     from dcar_core.negatives import add_negatives, load_text_views
 
@@ -79,38 +79,43 @@ def data_negatives(
         typer.echo(f"{out}: {', '.join(f'{name}.jsonl' for name in made)}; train with --data {out} --images IMAGES")
 
 
-@commands.command("caption")
-def data_caption(
-    images: Annotated[Path, typer.Option(help="A folder with a folder of pictures for each category.")],
-    out: Annotated[Path, typer.Option(help="The annotations to write, such as captions.json.")],
-    url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")],
-    model: Annotated[str, typer.Option(help="A vision model there, which writes the drafts.")],
-    judge_model: Annotated[str | None, typer.Option(help="What judges the drafts; default: the same model.")] = None,
-    judge_url: Annotated[str | None, typer.Option(help="Where the judge is; default: at --url.")] = None,
-    judge: Annotated[bool, typer.Option(help="Whether drafts are judged at all.")] = True,
+@commands.command(
+    "caption",
+    epilog=example(
+        "dcar data caption --images photos --out captions.json --url http://127.0.0.1:8000/v1 --model MODEL"
+    ),
+)
+def caption_command(
+    images: Annotated[Path, typer.Option(help="Folder with one folder of images for each category.")],
+    out: Annotated[Path, typer.Option(help="Annotations to write, such as captions.json.")],
+    url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")],
+    model: Annotated[str, typer.Option(help="Vision model at the endpoint that writes the drafts.")],
+    judge_model: Annotated[str | None, typer.Option(help="Model that judges the drafts. Default: --model.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Endpoint of the judge. Default: --url.")] = None,
+    judge: Annotated[bool, typer.Option(help="Judge the drafts.")] = True,
     dataset: Annotated[
-        str, typer.Option(help="What the pictures are of, for the questions; default: the folder.")
+        str, typer.Option(help="Subject of the images, for the questions. Default: the folder's name.")
     ] = "",
     templates: Annotated[
         Path | None,
-        typer.Option(help="Questions of your own, one a line, with {category} and maybe {dataset}, {words}."),
+        typer.Option(help="File of questions, one a line, with {category} and optionally {dataset}, {words}."),
     ] = None,
-    context: Annotated[int, typer.Option(min=16, help="Most CLIP tokens of a caption.")] = 73,
-    rounds: Annotated[int, typer.Option(min=1, help="Most drafts of a picture.")] = 3,
-    concurrency: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 4,
-    side: Annotated[int, typer.Option(min=64, help="Pixels of the longer side of what is sent.")] = 768,
-    max_tokens: Annotated[int, typer.Option(min=16, help="Most tokens of an answer.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.2,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 120,
-    tries: Annotated[int, typer.Option(min=1, help="Of one request.")] = 6,
-    price: Annotated[str, typer.Option(help="IN,OUT of a million tokens, to show the cost.")] = "",
-    judge_price: Annotated[str, typer.Option(help="The judge's; default: --price, if it is the same model.")] = "",
-    restart: Annotated[bool, typer.Option(help="Forget what was answered before.")] = False,
+    context: Annotated[int, typer.Option(min=16, help="Most CLIP tokens in a caption.")] = 73,
+    rounds: Annotated[int, typer.Option(min=1, help="Most drafts for an image.")] = 3,
+    concurrency: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 4,
+    side: Annotated[int, typer.Option(min=64, help="Longer side of the uploaded image, in pixels.")] = 768,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Most tokens in a response.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.2,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a response.")] = 120,
+    tries: Annotated[int, typer.Option(min=1, help="Attempts for one request.")] = 6,
+    price: Annotated[str, typer.Option(help="IN,OUT price of a million tokens, to print the cost.")] = "",
+    judge_price: Annotated[str, typer.Option(help="Price of the judge. Default: --price for the same model.")] = "",
+    restart: Annotated[bool, typer.Option(help="Discard earlier responses.")] = False,
 ) -> None:
-    """Have a vision model caption your pictures, and write annotations to train on.
+    """Caption images with a vision model, and write annotations for training.
 
-    Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY where the judge is elsewhere. Killed,
-    the same command goes on, and asks nothing twice.
+    Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY for a judge at another endpoint. An
+    interrupted run resumes with the same command and repeats no request.
     """
     from dcar_core.captioning.options import CaptionOptions, VisionModel
     from dcar_core.captioning.questions import QUESTION_TEMPLATES, load_templates
@@ -118,27 +123,30 @@ def data_caption(
     from dcar_core.captioning.summary import summarize
     from dcar_core.model.text.tokenizer import count_clip_tokens
 
-    drafter = VisionModel(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_price(price))
-    second = drafter.judge(judge_url, judge_model, os.environ.get("DCAR_JUDGE_API_KEY"), _price(judge_price))
+    drafter = VisionModel(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_parse_price(price))
+    judging_key = os.environ.get("DCAR_JUDGE_API_KEY")
+    judging_model = drafter.judge(judge_url, judge_model, judging_key, _parse_price(judge_price))
     options = CaptionOptions(
         dataset=dataset or images.resolve().name.replace("_", " "),
         templates=load_templates(templates) if templates is not None else QUESTION_TEMPLATES,
         context=context, rounds=rounds, side=side, max_tokens=max_tokens, temperature=temperature,
         concurrency=concurrency, timeout_s=timeout, tries=tries,
     )  # fmt: skip
-    found = caption_images(images, out, drafter, second if judge else None, options, count_clip_tokens, restart=restart)
-    typer.echo(summarize(found))
-    if found.failed:
+    outcome = caption_images(
+        images, out, drafter, judging_model if judge else None, options, count_clip_tokens, restart=restart
+    )
+    typer.echo(summarize(outcome))
+    if outcome.failed:
         raise typer.Exit(1)
 
 
-def _price(given: str) -> tuple[float, float] | None:
-    if not given.strip():
+def _parse_price(text: str) -> tuple[float, float] | None:
+    if not text.strip():
         return None
     try:
-        into, out = (float(part) for part in given.split(","))
+        price_in, price_out = (float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"a price is IN,OUT of a million tokens, such as 0.15,0.60, not {given!r}") from None
-    if not (0 <= into < math.inf and 0 <= out < math.inf):
-        raise typer.BadParameter(f"a price cannot be {given!r}")
-    return into, out
+        raise typer.BadParameter(f"a price is IN,OUT of a million tokens, such as 0.15,0.60, not {text!r}") from None
+    if not (0 <= price_in < math.inf and 0 <= price_out < math.inf):
+        raise typer.BadParameter(f"a price cannot be {text!r}")
+    return price_in, price_out

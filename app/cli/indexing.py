@@ -1,10 +1,11 @@
-"""`dcar index`: build, add, remove, list, verify, roll back."""
+"""`dcar index`: build, add, remove, items, list, verify, rollback."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from app.cli.options import Filter, example
 from dcar_core.util.console import json_text
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs.command_line import (
@@ -16,26 +17,25 @@ from index_jobs.jobs.command_line import (
     MaxFailed,
     Runtime,
     Workers,
-    build_index,
+    build_command,
 )
 from index_jobs.options import RebuildOptions
 
-commands = typer.Typer(help="Build, update, look into, verify and roll back published indexes.", no_args_is_help=True)
+commands = typer.Typer(help="Build, update, inspect, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
 
+commands.command("build", epilog=EPILOG)(build_command)
 
-commands.command("build", epilog=EPILOG)(build_index)
 
-
-@commands.command("list")
-def index_list(index: Index) -> None:
-    """The versions, newest first; * marks the one that is served."""
+@commands.command("list", epilog=example("dcar index list index"))
+def list_command(index: Index) -> None:
+    """List the versions, newest first; * marks the one that is served."""
     from index_jobs.store.versions import current_version_or_none, list_versions, require_index
 
     current, versions = current_version_or_none(index), list_versions(index)
     if not versions:
-        require_index(index)  # which says what to do
-        raise ArtifactError(f"{index} has no version that can be read; `dcar index verify {index}` says why")
+        require_index(index)  # raises with the command to run
+        raise ArtifactError(f"{index} has no readable version; `dcar index verify {index}` says why")
     for manifest in sorted(versions, key=lambda m: -m.version):
         mark = "*" if manifest.version == current else " "
         typer.echo(
@@ -45,37 +45,25 @@ def index_list(index: Index) -> None:
             + (f"  -{manifest.removed:,} removed" if manifest.removed else "")
         )
         if manifest.version == current:
-            _advise(manifest.rebuild)
+            _recommend(manifest.rebuild)
 
 
-@commands.command("items")
-def index_items(
-    index: Index,
-    filter: Annotated[str | None, typer.Option(help='Which, as in searches: \'{"category": "cat face"}\'.')] = None,
-) -> None:
-    """What is in the index, an item a line of JSON, in the index's order."""
-    import json
-
+@commands.command("items", epilog=example("""dcar index items index --filter '{"category": "shoes"}'"""))
+def items_command(index: Index, filter: Filter = None) -> None:
+    """Print the items of an index, one line of JSON for each."""
     import numpy as np
 
     from index_jobs.store.filters import match_rows
     from index_jobs.store.versions import open_current
 
     artifact = open_current(index)
-    try:
-        chosen = json.loads(filter) if filter else {}
-    except ValueError as error:
-        raise typer.BadParameter(f"--filter is JSON: {error}") from None
-    if not isinstance(chosen, dict):
-        raise typer.BadParameter("--filter is an object: field to condition")
-    for row in np.flatnonzero(match_rows(artifact, chosen)):
+    for row in np.flatnonzero(match_rows(artifact, filter or {})):
         item = artifact.item(int(row))
-        known = {"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}
-        typer.echo(json_text(known))
+        typer.echo(json_text({"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}))
 
 
-@commands.command("verify")
-def index_verify(index: Index) -> None:
+@commands.command("verify", epilog=example("dcar index verify index"))
+def verify_command(index: Index) -> None:
     """Check every file of every version against its checksum."""
     from index_jobs.store.versions import verify_index
 
@@ -83,22 +71,24 @@ def index_verify(index: Index) -> None:
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")
 
 
-@commands.command("rollback")
-def index_rollback(
+@commands.command("rollback", epilog=example("dcar index rollback index", "dcar index rollback index --to 3"))
+def rollback_command(
     index: Index,
-    to: Annotated[int | None, typer.Option(help="Version; default: the one that the current one replaced.")] = None,
+    to: Annotated[int | None, typer.Option(help="Version. Default: the one that the current version replaced.")] = None,
 ) -> None:
-    """Serve an earlier version again."""
+    """Make an earlier version the current one."""
     from index_jobs.store.publish import rollback
 
     typer.echo(f"{index}: version {rollback(index, to)} is current")
 
 
-@commands.command("add")
-def index_add(
+@commands.command("add", epilog=example("dcar index add index --gallery new-photos"))
+def add_command(
     index: Index,
     gallery: Gallery,
-    replace: Annotated[bool, typer.Option(help="Pictures take the place of items with their ids.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Images replace items with the same id, instead of an error.")
+    ] = False,
     workers: Workers = None,
     batch_size: BatchSize = RebuildOptions.batch_size,
     keep: Keep = RebuildOptions.keep,
@@ -106,40 +96,54 @@ def index_add(
     device: Device = "auto",
     runtime: Runtime = "auto",
 ) -> None:
-    """Publish a version with another gallery's pictures besides those that are there, without a rebuild."""
+    """Publish a version with the images of another gallery added, without a rebuild."""
     from index_jobs.jobs.updates import add
 
-    found = add(
-        index, gallery, replace_known=replace, workers=workers, batch_size=batch_size, keep=keep,
+    summary = add(
+        index, gallery, replace_existing=replace, workers=workers, batch_size=batch_size, keep=keep,
         max_failed=max_failed, device=device, runtime=runtime,
     )  # fmt: skip
-    what = f"{found.added:,} added" + (f", {found.removed:,} of them replaced" if found.removed else "")
-    typer.echo(f"{index}: version {found.version}, {found.count:,} pictures ({what}, {found.failed} broken)")
-    _advise(found.rebuild)
+    added = f"{summary.added:,} added" + (f", {summary.removed:,} of them replaced" if summary.removed else "")
+    typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({added}, {summary.failed} broken)")
+    _recommend(summary.rebuild)
 
 
-@commands.command("remove")
-def index_remove(
+@commands.command(
+    "remove",
+    epilog=example("dcar index remove index 4f1c0a", """dcar index remove index --filter '{"category": "sold"}'"""),
+)
+def remove_command(
     index: Index,
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids of items, as searches show them.")] = None,
-    ids_file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A file with an id a line.")
-    ] = None,
-    missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ids that are not there are no error.")] = False,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of items, as in search results.")] = None,
+    ids_file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="File with one id a line.")] = None,
+    filter: Filter = None,
+    missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ignore ids that are not in the index.")] = False,
     keep: Keep = RebuildOptions.keep,
 ) -> None:
-    """Publish a version in which these items are never found, without a rebuild."""
+    """Publish a version in which some items are never found, without a rebuild."""
     from index_jobs.jobs.updates import remove
 
     lines = ids_file.read_text(encoding="utf-8").splitlines() if ids_file else []
-    wanted = [*(ids or []), *filter(None, map(str.strip, lines))]
-    if not wanted:
-        raise typer.BadParameter("give ids, or --ids-file with an id a line")
-    found = remove(index, wanted, missing_ok=missing_ok, keep=keep)
-    typer.echo(f"{index}: version {found.version}, {found.count:,} pictures ({found.removed:,} removed)")
-    _advise(found.rebuild)
+    chosen = [*(ids or []), *(line.strip() for line in lines if line.strip())]
+    if not chosen and not filter:
+        raise typer.BadParameter("give ids, --ids-file with one id a line, or --filter with a condition")
+    if filter:
+        chosen += _matching_ids(index, filter)
+    summary = remove(index, chosen, missing_ok=missing_ok, keep=keep)
+    typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({summary.removed:,} removed)")
+    _recommend(summary.rebuild)
 
 
-def _advise(rebuild: str) -> None:
+def _matching_ids(index: Path, filter: dict[str, object]) -> list[str]:
+    import numpy as np
+
+    from index_jobs.store.filters import match_rows
+    from index_jobs.store.versions import open_current
+
+    artifact = open_current(index)
+    return [artifact.item(int(row)).id for row in np.flatnonzero(match_rows(artifact, filter))]
+
+
+def _recommend(rebuild: str) -> None:
     if rebuild:
-        typer.echo(f"a rebuild is worth it: {rebuild}")
+        typer.echo(f"a rebuild is recommended: {rebuild}")

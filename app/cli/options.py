@@ -1,11 +1,33 @@
 """Options that several commands share."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
+
+
+def example(*lines: str) -> str:
+    """Return the epilog of a command's help: example command lines."""
+    return "\b\n" + "\n".join([f"Example{'s' if len(lines) > 1 else ''}:", *(f"  {line}" for line in lines)])
+
+
+def parse_filter(text: str) -> dict[str, Any]:
+    """Return a filter given as JSON.
+
+    Raises:
+        typer.BadParameter: the text is no JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"a filter is JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter("a filter is a JSON object of fields and conditions")
+    return value
+
 
 Data = Annotated[
     Path,
@@ -20,13 +42,13 @@ Pretrained = Annotated[
     str | None,
     typer.Option(help="Weights for a model name: a tag (openai) or a .safetensors / .pt file. Not for a directory."),
 ]
-Images = Annotated[Path | None, typer.Option(help="Where the pictures are, when not beside the annotations.")]
-SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that are missing or broken.")]
+Images = Annotated[Path | None, typer.Option(help="Root folder of the images. Default: beside the annotations.")]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that are missing or broken.")]
 Negatives = Annotated[
     str,
     typer.Option(
-        help="Make negative captions: auto (where most pairs of a split have none), missing (for every pair without), "
-        "all (also in place of the data's own), off."
+        help="Generate negative captions: auto (if most pairs of a split have none), missing (for pairs without any), "
+        "all (also replacing existing ones), off."
     ),
 ]
 Taxonomy = Annotated[
@@ -35,37 +57,28 @@ Taxonomy = Annotated[
         help="JSON that groups similar categories, for generated negatives; see docs/reference/data-formats.md."
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode pictures; default: by size.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Runtime = Annotated[
-    str,
-    typer.Option(
-        envvar="DCAR_RUNTIME",
-        help="What runs the encoder: auto (the fastest that is right here, measured once), torch, openvino-bf16, ..",
-    ),
-]
-Epochs = Annotated[int, typer.Option(min=1)]
-BatchSize = Annotated[int, typer.Option(min=2)]
+Epochs = Annotated[int, typer.Option(min=1, help="Most epochs to train.")]
+BatchSize = Annotated[int, typer.Option(min=2, help="Pairs per training step.")]
 Patience = Annotated[
-    int, typer.Option(min=0, help="Stop after so many epochs without a better validation recall; 0 never stops.")
+    int, typer.Option(min=0, help="Stop after this many epochs without a better validation recall; 0 never stops.")
 ]
 Accumulate = Annotated[
-    int, typer.Option(min=1, help="Compute a batch in so many parts, for a small device; the result is the same.")
+    int, typer.Option(min=1, help="Split a batch into this many parts, for a small device; the result is the same.")
 ]
-Amp = Annotated[str, typer.Option(help="Mixed precision: auto (where a GPU has it), off, bfloat16 or float16.")]
+Amp = Annotated[str, typer.Option(help="Mixed precision: auto (if a GPU supports it), off, bfloat16 or float16.")]
 Features = Annotated[
     Path | None,
     typer.Option(
-        envvar="DCAR_FEATURES", help="Where frozen features are kept, for other runs too. Default: OUT/features."
+        envvar="DCAR_FEATURES", help="Cache of frozen features, which several runs can share. Default: OUT/features."
     ),
 ]
-LearningRate = Annotated[float, typer.Option("--lr", min=0)]
+LearningRate = Annotated[float, typer.Option("--lr", min=0, help="Learning rate.")]
 IndexDir = Annotated[Path, typer.Option("--index", help="Directory of a published index.")]
-Checkpoint = Annotated[Path, typer.Option(help="What `dcar train` or `dcar zero-shot` wrote.")]
-Gallery = Annotated[
-    str,
+Filter = Annotated[
+    dict[str, Any] | None,
     typer.Option(
-        help="Folder of pictures and tars, or a list: .jsonl, .csv, .parquet. A path, or a URL: s3://, https://, .."
+        parser=parse_filter, metavar="JSON", help='Only items that match a filter, such as \'{"category": "shoes"}\'.'
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Directory to write to.")]
+Out = Annotated[Path, typer.Option(help="Directory to write to; created if missing.")]

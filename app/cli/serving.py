@@ -7,40 +7,51 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli.options import EXAMPLES, Device, IndexDir, Runtime
+from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
 from dcar_core.util.console import json_text
 from dcar_core.util.errors import DcarError
+from index_jobs.jobs.command_line import Runtime
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(
+    epilog=example("dcar serve --index index --port 8000", "dcar serve --index shoes --collection bags=bags-index")
+)
 def serve(
     index: Annotated[Path | None, typer.Option(help="Directory of a published index [DCAR_INDEX].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [DCAR_HOST].")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one [DCAR_PORT].")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one [DCAR_PORT].")] = None,
     runtime: Annotated[
-        str | None, typer.Option(help="What runs the encoder: auto, torch, openvino-bf16, .. [DCAR_RUNTIME]")
+        str | None, typer.Option(help="Encoder runtime: auto, torch, openvino-bf16, ... [DCAR_RUNTIME]")
     ] = None,
     collection: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="One more index, under /collections/NAME/; may be repeated."),
+        typer.Option(metavar="NAME=DIR", help="Another index, under /collections/NAME/; may be repeated."),
     ] = None,
 ) -> None:
     """Serve an index over HTTP, with a search page at / and the API's documentation at /docs.
 
     Every setting can come from the environment: DCAR_REDIS_URL, DCAR_ADMIN_KEY, DCAR_MAX_UPLOAD_BYTES, ...
     """
-    _serve(index=index, host=host, port=port, runtime=runtime, collections=_collections(collection or []))
+    if index is None and not os.environ.get("DCAR_INDEX"):
+        raise DcarError("no index: give --index DIR, a directory that `dcar index build --out DIR` wrote")
+    _serve(index=index, host=host, port=port, runtime=runtime, collections=_parse_collections(collection or []))
 
 
-@commands.command()
+@commands.command(
+    epilog=example(
+        'dcar search "red sports car" --index index -k 5',
+        """dcar search photo.jpg --index index --filter '{"category": "shoes"}' --json""",
+    )
+)
 def search(
-    query: Annotated[str, typer.Argument(help="Words, or the path of a picture.")],
+    query: Annotated[str, typer.Argument(help="Words, or the path of an image.")],
     index: IndexDir,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many results.")] = 10,
-    without: Annotated[str, typer.Option(help="Words for what results should not show.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of results.")] = 10,
+    without: Annotated[str, typer.Option(help="Words for content that results should not show.")] = "",
+    filter: Filter = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
@@ -48,25 +59,27 @@ def search(
     from dcar_core import Encoder
     from dcar_core.images import IMAGE_SUFFIXES
     from dcar_core.serving import adapter_cache
+    from index_jobs.store.filters import match_rows
     from index_jobs.store.versions import open_current
 
     words = normalise(query)
     if not words:
-        raise DcarError("the query is empty: give words or the path of a picture")
-    unwanted = normalise(without)
-    if without and not unwanted:
-        raise DcarError("--without is empty: give words, or leave it out")
+        raise DcarError("the query is empty: give words or the path of an image")
+    excluded_words = normalise(without)
+    if without and not excluded_words:
+        raise DcarError("--without is empty: give words, or omit it")
     artifact = open_current(index)
-    kept = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
-    encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if kept else "torch")
+    allowed = match_rows(artifact, filter) if filter else None
+    is_cached = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
+    encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if is_cached else "torch")
     artifact.require(encoder.fingerprint)
     path = Path(query)
-    is_picture = path.suffix.lower() in IMAGE_SUFFIXES
-    vector = encoder.encode_images([path]) if is_picture else encoder.encode_text([words])
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    vector = encoder.encode_images([path]) if is_image else encoder.encode_text([words])
     parts = [QueryPart(1.0, vector[0])]
-    if unwanted:
-        parts.append(QueryPart(-Weights().without, encoder.encode_text([unwanted])[0]))
-    scores, rows = artifact.search(compose(parts)[None], min(k, artifact.manifest.count))
+    if excluded_words:
+        parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
+    scores, rows = artifact.search(compose(parts)[None], min(k, artifact.manifest.count), allowed)
     results: list[dict[str, Any]] = []
     for score, row in zip(scores[0], rows[0], strict=True):
         if row >= 0:
@@ -78,54 +91,55 @@ def search(
     if as_json:
         typer.echo(json_text({"index_version": artifact.manifest.version, "results": results}))
         return
-    for hit in results:
-        typer.echo(f"{hit['rank']:3}  {hit['score']:.3f}  {hit['id']:24}  {hit['caption'] or hit['file_name']}")
+    for result in results:
+        title = result["caption"] or result["file_name"]
+        typer.echo(f"{result['rank']:3}  {result['score']:.3f}  {result['id']:24}  {title}")
 
 
-@commands.command()
+@commands.command(epilog=example("dcar demo", "dcar demo --port 9000 --domain openmoji"))
 def demo(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    domain: Annotated[str, typer.Option(help="The default collection: twemoji or openmoji.")] = "twemoji",
-    data: Annotated[Path, typer.Option(help="Where the demo keeps its indexes.")] = Path("data"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    domain: Annotated[str, typer.Option(help="Default collection: twemoji or openmoji.")] = "twemoji",
+    data: Annotated[Path, typer.Option(help="Directory for the demo's indexes.")] = Path("data"),
     runtime: Runtime = "auto",
 ) -> None:
     """Index the bundled emoji galleries (once) and serve them as collections over one backbone.
 
-    Routes without a collection, such as /search/text, search the default one, /collections/NAME/search/text the others.
-    DOMAIN-clip is the default one's gallery by the base model alone, to see what was learned: the page shows both side
+    Routes without a collection, such as /search/text, search the default one; /collections/NAME/search/text searches
+    another. DOMAIN-clip is the gallery of the default collection with the unadapted model; the page can show both side
     by side.
     """
     from app.server import require_free_port
     from index_jobs.rebuild import rebuild
 
-    known = sorted(path.parent.name for path in EXAMPLES.glob("*/gallery.tar"))
-    if domain not in known:
-        there = ", ".join(known) or "none: use a source checkout"
-        raise DcarError(f"no bundled domain is named {domain!r}; there are: {there}")
+    domains = sorted(path.parent.name for path in EXAMPLES.glob("*/gallery.tar"))
+    if domain not in domains:
+        available = ", ".join(domains) or "none: use a source checkout"
+        raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
     require_free_port(host, port)
-    others = [each for each in known if each != domain]
-    made = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
-    made[f"{domain}-clip"] = EXAMPLES / domain, _base_model(data / "zero-shot")
+    others = [name for name in domains if name != domain]
+    sources = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
+    sources[f"{domain}-clip"] = EXAMPLES / domain, _zero_shot_checkpoint(data / "zero-shot")
     others.append(f"{domain}-clip")
     typer.echo()
-    for name, (example, checkpoint) in made.items():
-        found = rebuild(example, checkpoint, data / "index" / name, validation=example, runtime=runtime)
-        state = "already indexed" if found.reused else f"indexed in {found.seconds:.0f} s"
-        typer.echo(f"{found.count:,} {name} pictures, {state}")
+    for number, (name, (gallery, checkpoint)) in enumerate(sources.items(), 1):
+        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, runtime=runtime)
+        state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
+        typer.echo(f"{number} of {len(sources)}: {summary.count:,} {name} images, {state}")
     typer.echo(_hints(f"http://{f'[{host}]' if ':' in host else host}:{port}", others))
     sys.stdout.flush()
     collections = {name: data / "index" / name for name in others}
     _serve(index=data / "index" / domain, collections=collections, host=host, port=port, runtime=runtime)
 
 
-def _base_model(out: Path) -> Path:
-    """The checkpoint of the bundled base model as it is, made once."""
+def _zero_shot_checkpoint(out: Path) -> Path:
+    """Return a checkpoint of the unadapted bundled model; it is written once."""
     from dcar_core.model.checkpoint import is_checkpoint, read_config
     from dcar_core.model.zero_shot import save_zero_shot
 
-    wanted = {read_config(path)["backbone"]["sha256"] for path in EXAMPLES.glob("*/checkpoint")}
-    if not is_checkpoint(out) or read_config(out)["backbone"]["sha256"] not in wanted:
+    backbones = {read_config(path)["backbone"]["sha256"] for path in EXAMPLES.glob("*/checkpoint")}
+    if not is_checkpoint(out) or read_config(out)["backbone"]["sha256"] not in backbones:
         from dcar_core.model.backbone import BackboneSource, load_backbone
 
         save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out)
@@ -133,27 +147,27 @@ def _base_model(out: Path) -> Path:
 
 
 def _hints(url: str, others: list[str]) -> str:
-    ask = """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
-    places = ["", *(f"/collections/{name}" for name in others)]
-    texts = "".join(f"  by text     curl -s {url}{place}/search/text {ask}\n" for place in places)
-    picture = f"  by picture  curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
+    body = """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
+    prefixes = ["", *(f"/collections/{name}" for name in others)]
+    texts = "".join(f"  by text     curl -s {url}{prefix}/search/text {body}\n" for prefix in prefixes)
+    image = f"  by image    curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
     pages = f"  the page    {url}/\n  beside CLIP {url}/#q=woman+running+dark+skin&beside={others[-1]}\n"
-    return f"Try:\n{pages}{texts}{picture}Stop with Ctrl-C.\n"
+    return f"Try:\n{pages}{texts}{image}Stop with Ctrl-C.\n"
 
 
-def _collections(given: list[str]) -> dict[str, Path] | None:
-    """None leaves them to the environment."""
-    pairs = [each.partition("=") for each in given]
-    if wrong := [each for each, (name, _, place) in zip(given, pairs, strict=True) if not (name and place)]:
+def _parse_collections(options: list[str]) -> dict[str, Path] | None:
+    """Return the collections by name; None leaves them to the environment."""
+    pairs = [option.partition("=") for option in options]
+    if wrong := [option for option, (name, _, path) in zip(options, pairs, strict=True) if not (name and path)]:
         raise DcarError(f"--collection is NAME=DIR, not {wrong[0]!r}")
-    return {name: Path(place) for name, _, place in pairs} or None
+    return {name: Path(path) for name, _, path in pairs} or None
 
 
-def _serve(**given: object) -> None:
-    # Before NumPy is loaded: its products are small here, and while the model works, two threads for one take up to
-    # twenty times as long as one thread does.
+def _serve(**flags: object) -> None:
+    # Before NumPy is loaded: its products are small here, and beside a busy model two threads take up to twenty times
+    # as long as one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from app.core.settings import load_settings
     from app.server import serve as run
 
-    run(load_settings(**given))
+    run(load_settings(**flags))

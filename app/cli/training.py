@@ -22,6 +22,7 @@ from app.cli.options import (
     Pretrained,
     SkipBroken,
     Taxonomy,
+    example,
 )
 from dcar_core.model.config import GRID, TrainConfig
 
@@ -30,7 +31,12 @@ commands = typer.Typer()
 UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 
-@commands.command()
+@commands.command(
+    epilog=example(
+        "dcar train --data my/catalogue --out checkpoint",
+        "torchrun --nproc-per-node 2 -m app.cli train --data my/catalogue --out checkpoint",
+    )
+)
 def train(
     data: Data,
     out: Out,
@@ -42,12 +48,12 @@ def train(
     batch_size: BatchSize = TrainConfig.batch_size,
     lr: LearningRate = TrainConfig.lr,
     patience: Patience = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     accumulate: Accumulate = TrainConfig.accumulate,
     amp: Amp = "auto",
     features: Features = None,
     tensorboard: Annotated[bool, typer.Option(help="Also write OUT/tensorboard (extra: tensorboard).")] = False,
-    restart: Annotated[bool, typer.Option(help="Forget the state of a run that was killed.")] = False,
+    restart: Annotated[bool, typer.Option(help="Discard the state of an interrupted run.")] = False,
     device: Device = "auto",
     skip_broken: SkipBroken = False,
     negatives: Negatives = "auto",
@@ -56,8 +62,7 @@ def train(
     """Adapt CLIP to a domain: learn a few hundred KB of prompts and adapters, keep the best epoch by validation recall.
 
     The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
-    good; the checkpoint is written nevertheless. A killed run resumes with the same command. For several processes:
-    torchrun --nproc-per-node N -m app.cli train ...
+    good; the checkpoint is written nevertheless. An interrupted run resumes with the same command.
     """
     from dcar_core.data import describe_reports, load_splits, save_reports
     from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -113,37 +118,39 @@ def train(
         raise typer.Exit(UNTOUCHED_IS_AS_GOOD)
 
 
-@commands.command("zero-shot")
+@commands.command(
+    "zero-shot", epilog=example("dcar zero-shot --model ViT-B-32-quickgelu --pretrained openai --out clip")
+)
 def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pretrained = None) -> None:
-    """A checkpoint of a model as it is: to index and search with before anything is learned, or to compare with.
+    """Write a checkpoint of the unadapted model, to index and search without training, or to compare with.
 
-    It needs no data, and goes wherever one that was trained does: `dcar index build --checkpoint OUT ...`
+    It needs no data, and works wherever a trained checkpoint does: `dcar index build --checkpoint OUT ...`
     """
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.zero_shot import save_zero_shot
 
-    mark = save_zero_shot(load_backbone(BackboneSource(model, pretrained)), out)
-    typer.echo(f"{out}: {model} as it is, fingerprint {mark[:12]}")
+    fingerprint = save_zero_shot(load_backbone(BackboneSource(model, pretrained)), out)
+    typer.echo(f"{out}: {model} unadapted, fingerprint {fingerprint[:12]}")
 
 
-@commands.command()
+@commands.command(
+    epilog=example("dcar evaluate --data my/catalogue --methods clip,maple,dcar+ --seeds 3 --out results")
+)
 def evaluate(
     data: Data,
     out: Out,
     model: ModelName = "ViT-B-32-quickgelu",
     pretrained: Pretrained = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; an unknown name lists all.")
+        str, typer.Option(help="Methods, separated by commas; an unknown name lists all.")
     ] = "clip,coop,clip-adapter,maple,dcar,dcar+",
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method.")] = 3,
     images: Images = None,
     epochs: Epochs = TrainConfig.epochs,
     batch_size: BatchSize = TrainConfig.batch_size,
     lr: LearningRate = TrainConfig.lr,
-    tune: Annotated[bool, typer.Option(help="Choose each method's learning rate on validation, seed 0.")] = False,
-    grid: Annotated[str, typer.Option(help="The learning rates that --tune tries.")] = ",".join(
-        f"{lr:g}" for lr in GRID
-    ),
+    tune: Annotated[bool, typer.Option(help="Choose the learning rate of each method on validation, seed 0.")] = False,
+    grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = ",".join(f"{lr:g}" for lr in GRID),
     patience: Patience = 5,
     accumulate: Accumulate = TrainConfig.accumulate,
     amp: Amp = "auto",
@@ -153,10 +160,9 @@ def evaluate(
     negatives: Negatives = "auto",
     taxonomy: Taxonomy = None,
 ) -> None:
-    """Train and test several methods with several seeds; prints a table, writes results.* and report.html to --out.
+    """Train and test several methods with several seeds; print a table, and write results.* and report.html to --out.
 
-    A run that is finished is not run again, so the same command goes on, and with another method or seed in its
-    lists costs only that. The table has what the lists name.
+    Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
     from dcar_core.evaluation import compare, recall_table, settings_table
     from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -165,9 +171,9 @@ def evaluate(
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     for name in names:
-        method(name)  # one that is unknown is told before a model is loaded
+        method(name)  # refuses an unknown name before a model is loaded
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
-    rates = _rates(grid)
+    rates = _parse_rates(grid)
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     results = compare(
         backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
@@ -186,11 +192,11 @@ def _config(**settings: Any) -> TrainConfig:
         raise typer.BadParameter(str(error)) from None
 
 
-def _rates(grid: str) -> list[float]:
+def _parse_rates(grid: str) -> list[float]:
     try:
         rates = [float(part) for part in grid.split(",") if part.strip()]
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise typer.BadParameter(f"--grid must be learning rates above 0 with commas between, not {grid!r}")
+        raise typer.BadParameter(f"--grid must be learning rates above 0, separated by commas, not {grid!r}")
     return rates

@@ -1,16 +1,12 @@
 """Search parameters by measurement: the fastest that reach a target recall on held-out queries.
 
-- Queries are texts where the gallery has captions, since that is how people search and texts lie elsewhere than
-  pictures; else the gallery's own pictures, each without itself.
-- Half of the queries choose the parameters, the other half says what recall they give; so the manifest's recall was not
-  fitted.
-- A neighbour counts as found by its score, not by its row: of pictures that are the same, such as placeholders, any is
-  as good as another, and which of them a search gives is chance.
-- Latency is that of one query on one core: a service answers others on the other cores.
-- The width of a search (nprobe, efSearch) is doubled until the target is reached, then halved in; kinds that rank
-  candidates again (k_factor) are tried with several factors, and the lowest latency wins.
-- What compresses has a ceiling. Where that lies below the aim, the narrowest search that comes near it is taken: going
-  through ever more for the last hit in two thousand costs several times as much.
+- Queries are captions where the gallery has them, because people search by text and texts lie elsewhere than images.
+  Otherwise they are images of the gallery, each without itself.
+- Half of the queries choose the parameters, the other half measures the recall of the manifest.
+- A neighbour counts by its score, not by its row, since a search may return any of several equal images.
+- The width (nprobe, efSearch) is doubled until the recall reaches the target, then bisected. Kinds that re-rank
+  candidates (k_factor) are tried with several factors, and the lowest latency wins.
+- A compressing kind has a recall ceiling. Below the target, the narrowest search near the ceiling is chosen.
 """
 
 import logging
@@ -21,48 +17,46 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Blocks, Floats
+from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
 from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
 from index_jobs.options import RebuildOptions
 from index_jobs.store.faiss_search import merge_top_k
 
 logger = logging.getLogger(__name__)
 
-
 TARGET_RECALL = RebuildOptions.target_recall
 MAX_QUERIES = 1000
 NEIGHBOURS = 10
 _TIMED_QUERIES = 200
-_WIDEST_GRAPH = 4096
-_FACTORS = (1, 2, 4, 8, 16, 32, 64)  # times k candidates are ranked again
+_MAX_GRAPH_WIDTH = 4096
+_FACTORS = (1, 2, 4, 8, 16, 32, 64)  # candidates to re-rank, in multiples of k
 _BISECTIONS = 3
-_NOISE = 0.0005  # of a recall: so little more is no gain
-_RESERVE = 0.25  # of what the target lets be missed, so that other queries reach it too
-_FEW = 40  # queries that are not worth dividing
-_SCORED = 1024  # vectors that are copied at a time
-_COARSE_WIDTH = 64  # of the search for lists by a graph; its default of 16 misses some of the nearest
+_NOISE = 0.0005  # a difference in recall that is no gain
+_RESERVE = 0.25  # of the recall that the target leaves out, so that other queries reach the target too
+_MIN_DIVIDED = 40  # fewer queries are used for tuning and measuring alike
+_SCORED_VECTORS = 1024  # copied at a time
+_COARSE_WIDTH = 64  # of a graph over lists; its default of 16 misses some of the nearest lists
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Held-out queries: vectors float32 (q, E), where they come from, and for each the row to leave out, or -1."""
+class HeldOutQueries:
+    """Held-out queries: vectors float32 (q, E), their source, and for each the row to leave out, or -1."""
 
     vectors: Floats
     source: str
-    own_rows: NDArray[np.int64]
+    own_rows: Rows
 
 
-def own_queries(blocks: Blocks, count: int) -> Queries:
-    """Vectors of the gallery, evenly spread, each to be searched for without itself."""
+def gallery_queries(blocks: Blocks, count: int) -> HeldOutQueries:
+    """Return evenly spread vectors of the gallery, each to be searched for without itself."""
     step = max(1, -(-count // MAX_QUERIES))
-    vectors = sample(blocks, count, MAX_QUERIES)
-    return Queries(vectors, "pictures", np.arange(0, count, step)[: len(vectors)])
+    vectors = sample_vectors(blocks, count, MAX_QUERIES)
+    return HeldOutQueries(vectors, "images", np.arange(0, count, step)[: len(vectors)])
 
 
-def sample(blocks: Blocks, count: int, size: int) -> Floats:
-    """At most `size` vectors, evenly spread."""
+def sample_vectors(blocks: Blocks, count: int, size: int) -> Floats:
+    """Return at most `size` vectors, evenly spread."""
     step = max(1, -(-count // size))
     parts, start = [], 0
     for block in blocks():
@@ -71,122 +65,129 @@ def sample(blocks: Blocks, count: int, size: int) -> Floats:
     return np.concatenate(parts)
 
 
-class Tuning:
+class Tuner:
     """Held-out queries with their exact neighbours, to tune and measure indexes of the same vectors."""
 
-    def __init__(self, blocks: Blocks, queries: Queries, *, target: float = TARGET_RECALL, exact: bool = False) -> None:
+    def __init__(
+        self, blocks: Blocks, queries: HeldOutQueries, *, target: float = TARGET_RECALL, exact: bool = False
+    ) -> None:
+        """exact: the index is an exact search, which needs no tuning."""
         self._queries, self._target = queries, target
         self._aim = target + _RESERVE * (1 - target)
         self._blocks = blocks
-        self._truth = None if exact else neighbours(blocks, queries)
-        every = np.arange(len(queries.vectors))
-        divided = len(every) >= _FEW
-        self._tuned = every[::2] if divided else every
-        self._held_out = every[1::2] if divided else every
+        self._truth = None if exact else find_neighbours(blocks, queries)
+        everything = np.arange(len(queries.vectors))
+        is_divided = len(everything) >= _MIN_DIVIDED
+        self._tuning_queries = everything[::2] if is_divided else everything
+        self._measuring_queries = everything[1::2] if is_divided else everything
 
-    def run(self, index: Any, searched: Any = None) -> dict[str, Any]:
-        """Set the index's parameters; what was measured, as it stands in the manifest.
+    def tune(self, index: Any, searched: Any = None) -> dict[str, Any]:
+        """Set the search parameters of an index and return its measurements, as in the manifest.
 
         Args:
             index: a FAISS index on the CPU.
-            searched: makes what is measured of the tuned index, such as its copy on a GPU; None for itself.
+            searched: returns the object to measure, such as a GPU copy of the tuned index; None for the index itself.
         """
         parameters = {} if self._truth is None else self._tune(index)
         return self.measure(searched(index) if searched else index, parameters)
 
     def measure(self, index: Any, parameters: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """As `run`, for what is not tuned here, or was already; index needs a `search` alone."""
-        recall = 1.0 if self._truth is None else round(self._recall(index, self._held_out), 4)
+        """Return the measurements of anything with a `search`."""
+        recall = 1.0 if self._truth is None else round(self._recall(index, self._measuring_queries), 4)
         return {
-            "queries": len(self._held_out),
+            "queries": len(self._measuring_queries),
             "query_source": self._queries.source,
             "target_recall": self._target,
             "parameters": dict(parameters or {}),
             "recall_at_10": recall,
-            **latency(index, self._queries.vectors[self._held_out][:_TIMED_QUERIES]),
+            **measure_latency(index, self._queries.vectors[self._measuring_queries][:_TIMED_QUERIES]),
         }
 
     def _tune(self, index: Any) -> dict[str, int]:
-        knobs = Knobs(index)
-        points = list[tuple[float, float, dict[str, int]]]()
-        for factor in _FACTORS if knobs.refines else (None,):
-            knobs.set("k_factor", factor)
-            reached, width = self._narrowest(index, knobs)
-            parameters = {name: n for name, n in ((knobs.width, width), ("k_factor", factor)) if name and n}
-            time_taken = latency(index, self._queries.vectors[self._tuned][: _TIMED_QUERIES // 2])["latency_ms_p50"]
-            points.append((reached, time_taken, parameters))
-        highest = max(reached for reached, _, _ in points)
-        enough = highest if highest < self._target else max(self._target, min(self._aim, highest - 2 * _NOISE))
-        best = min((point for point in points if point[0] >= enough), key=lambda point: point[1])[2]
+        tunable = SearchParameters(index)
+        timed = self._queries.vectors[self._tuning_queries][: _TIMED_QUERIES // 2]
+        points = list[tuple[float, float, dict[str, int]]]()  # recall, latency, parameters
+        for factor in _FACTORS if tunable.has_reranking else (None,):
+            tunable.set("k_factor", factor)
+            recall, width = self._narrowest(index, tunable)
+            parameters = {name: n for name, n in ((tunable.width, width), ("k_factor", factor)) if name and n}
+            points.append((recall, measure_latency(index, timed)["latency_ms_p50"], parameters))
+        highest = max(recall for recall, _, _ in points)
+        required = highest if highest < self._target else max(self._target, min(self._aim, highest - 2 * _NOISE))
+        best = min((point for point in points if point[0] >= required), key=lambda point: point[1])[2]
         for name, value in best.items():
-            knobs.set(name, value)
+            tunable.set(name, value)
         return best
 
-    def _narrowest(self, index: Any, knobs: "Knobs") -> tuple[float, int | None]:
-        """Set the narrowest search that reaches the aim or comes near what can be reached; its recall and width."""
-        if not knobs.width:
-            return self._recall(index, self._tuned), None
-        tried: dict[int, float] = {}
-        width = min(knobs.narrowest, knobs.widest)
+    def _narrowest(self, index: Any, tunable: "SearchParameters") -> tuple[float, int | None]:
+        """Set the narrowest search that reaches the aim, or comes near the ceiling; return its recall and width."""
+        if not tunable.width:
+            return self._recall(index, self._tuning_queries), None
+        recalls: dict[int, float] = {}  # by width
+        width = min(tunable.min_width, tunable.max_width)
         while True:
-            knobs.set(knobs.width, width)
-            recall = tried[width] = self._recall(index, self._tuned)
-            # ranked again too few, or a kind that is too coarse
-            stuck = width >= 64 and recall - tried.get(width // 2, 0.0) < _NOISE
-            if recall >= self._aim or width >= knobs.widest or stuck:
+            tunable.set(tunable.width, width)
+            recall = recalls[width] = self._recall(index, self._tuning_queries)
+            # too few candidates are re-ranked, or the kind is too coarse
+            is_stuck = width >= 64 and recall - recalls.get(width // 2, 0.0) < _NOISE
+            if recall >= self._aim or width >= tunable.max_width or is_stuck:
                 break
-            width = min(2 * width, knobs.widest)
-        top = max(tried.values())
-        near = max(top - _NOISE, self._target) if top >= self._target else top - _NOISE
-        goal = self._aim if recall >= self._aim else near
-        width = min(each for each, reached in tried.items() if reached >= goal)
-        low = max((each for each in tried if each < width), default=width)
+            width = min(2 * width, tunable.max_width)
+        highest = max(recalls.values())
+        near_ceiling = max(highest - _NOISE, self._target) if highest >= self._target else highest - _NOISE
+        goal = self._aim if recall >= self._aim else near_ceiling
+        width = min(tried for tried, reached in recalls.items() if reached >= goal)
+        low = max((tried for tried in recalls if tried < width), default=width)
         for _ in range(_BISECTIONS):
             middle = (low + width) // 2
             if middle == low:
                 break
-            knobs.set(knobs.width, middle)
-            tried[middle] = self._recall(index, self._tuned)
-            if tried[middle] >= goal:
+            tunable.set(tunable.width, middle)
+            recalls[middle] = self._recall(index, self._tuning_queries)
+            if recalls[middle] >= goal:
                 width = middle
             else:
                 low = middle
-        knobs.set(knobs.width, width)
-        return tried[width], width
+        tunable.set(tunable.width, width)
+        return recalls[width], width
 
-    def _recall(self, index: Any, chosen: NDArray[np.int64]) -> float:
+    def _recall(self, index: Any, chosen: Rows) -> float:
         assert self._truth is not None
         queries = self._queries
         _, rows = index.search(np.ascontiguousarray(queries.vectors[chosen]), NEIGHBOURS + 1)
-        found = without_own(rows, queries.own_rows[chosen])
-        wanted = int((self._truth.rows[chosen] >= 0).sum())
-        return int(self._truth.hits(self._blocks, queries, chosen, found).sum()) / wanted if wanted else 1.0
+        results = drop_own_rows(rows, queries.own_rows[chosen])
+        total = int((self._truth.rows[chosen] >= 0).sum())
+        return int(self._truth.hits(self._blocks, queries, chosen, results).sum()) / total if total else 1.0
 
 
-class Knobs:
-    """What an index can be tuned by: the width of its search, and how many candidates are ranked again."""
+class SearchParameters:
+    """Tunable parameters of an index: the width of its search, and the number of re-ranked candidates.
+
+    width: name of the width parameter, None for kinds without one.
+    """
 
     def __init__(self, index: Any) -> None:
         import faiss
 
         self._space, self._index = faiss.ParameterSpace(), index
         self.width: str | None = None
-        self.narrowest, self.widest = 1, 0
-        self._coarse = self._knows("quantizer_efSearch", _COARSE_WIDTH)  # lists that a graph finds
-        self.refines = self._knows("k_factor_rf", 1)
+        self.min_width, self.max_width = 1, 0
+        self._has_coarse_graph = self._accepts("quantizer_efSearch", _COARSE_WIDTH)
+        self.has_reranking = self._accepts("k_factor_rf", 1)
         if (inverted := faiss.try_extract_index_ivf(index)) is not None:
-            self.width, self.widest = "nprobe", int(inverted.nlist)
-        elif self._knows("efSearch", 16):
-            self.width, self.narrowest, self.widest = "efSearch", 16, _WIDEST_GRAPH
+            self.width, self.max_width = "nprobe", int(inverted.nlist)
+        elif self._accepts("efSearch", 16):
+            self.width, self.min_width, self.max_width = "efSearch", 16, _MAX_GRAPH_WIDTH
 
     def set(self, name: str, value: int | None) -> None:
-        """Set one by its name; None leaves it."""
-        if value is not None:
-            self._space.set_index_parameter(self._index, "k_factor_rf" if name == "k_factor" else name, value)
-        if value is not None and name == "nprobe" and self._coarse:
+        """Set a parameter by its name; None leaves it unchanged."""
+        if value is None:
+            return
+        self._space.set_index_parameter(self._index, "k_factor_rf" if name == "k_factor" else name, value)
+        if name == "nprobe" and self._has_coarse_graph:
             self._space.set_index_parameter(self._index, "quantizer_efSearch", max(_COARSE_WIDTH, 2 * value))
 
-    def _knows(self, name: str, value: int) -> bool:
+    def _accepts(self, name: str, value: int) -> bool:
         try:
             self._space.set_index_parameter(self._index, name, value)
         except RuntimeError:
@@ -195,44 +196,43 @@ class Knobs:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class ExactNeighbours:
     """Exact neighbours of queries: rows int64 (q, 10), -1 where there are fewer.
 
-    lowest: the score of the last, float32 (q,), -inf where there are fewer. tied: whether others may have it as well.
+    lowest: score of the last neighbour, float32 (q,), -inf where there are fewer.
+    tied: True where other rows may have the same score.
     """
 
-    rows: NDArray[np.int64]
+    rows: Rows
     lowest: Floats
-    tied: NDArray[np.bool_]
+    tied: Mask
 
-    def hits(
-        self, blocks: Blocks, queries: Queries, chosen: NDArray[np.int64], found: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
-        """Which of the rows found, int64 (n, k), for the chosen queries are neighbours: bool (n, k).
+    def hits(self, blocks: Blocks, queries: HeldOutQueries, chosen: Rows, results: Rows) -> Mask:
+        """Return which results, int64 (n, k), of the chosen queries are neighbours: bool (n, k).
 
-        Those of the exact ten are, and where others have the score of the last of them, each that reaches it. Scores
-        are computed from the vectors themselves, whatever the index made of them, one block in memory at a time.
+        The exact ten count, and where others tie with the last of them, every row that reaches its score. Scores are
+        computed from the vectors themselves, with one block in memory at a time.
         """
-        hits: NDArray[np.bool_] = (found[:, :, None] == self.rows[chosen][:, None, :]).any(2) & (found >= 0)
-        asked, place = np.nonzero(~hits & (found >= 0) & self.tied[chosen][:, None])
-        rows, begin = found[asked, place], 0
+        hits: Mask = (results[:, :, None] == self.rows[chosen][:, None, :]).any(2) & (results >= 0)
+        query_numbers, places = np.nonzero(~hits & (results >= 0) & self.tied[chosen][:, None])
+        rows, start = results[query_numbers, places], 0
         if not len(rows):
             return hits
         for block in blocks():
-            here = np.flatnonzero((rows >= begin) & (rows < begin + len(block)))
-            for part in np.split(here, range(_SCORED, len(here), _SCORED)):
-                numbers = chosen[asked[part]]
-                scores = np.einsum("ne,ne->n", queries.vectors[numbers], block[rows[part] - begin])
-                hits[asked[part], place[part]] = scores >= self.lowest[numbers] - TIE_TOLERANCE
-            begin += len(block)
+            inside = np.flatnonzero((rows >= start) & (rows < start + len(block)))
+            for part in np.split(inside, range(_SCORED_VECTORS, len(inside), _SCORED_VECTORS)):
+                numbers = chosen[query_numbers[part]]
+                scores = np.einsum("ne,ne->n", queries.vectors[numbers], block[rows[part] - start])
+                hits[query_numbers[part], places[part]] = scores >= self.lowest[numbers] - TIE_TOLERANCE
+            start += len(block)
         return hits
 
 
-def neighbours(blocks: Blocks, queries: Queries) -> Neighbours:
-    """Nearest neighbours by brute force, without the query's own row."""
+def find_neighbours(blocks: Blocks, queries: HeldOutQueries) -> ExactNeighbours:
+    """Return the nearest neighbours by brute force, without each query's own row."""
     import faiss
 
-    k = NEIGHBOURS + 2  # its own, and one more that tells whether the last is tied
+    k = NEIGHBOURS + 2  # its own row, and one more that shows whether the last is tied
     q = len(queries.vectors)
     best_scores = np.full((q, k), -np.inf, np.float32)
     best_rows = np.full((q, k), -1, np.int64)
@@ -245,20 +245,20 @@ def neighbours(blocks: Blocks, queries: Queries) -> Neighbours:
         )
         best_scores, best_rows = merge_top_k([best_scores, scores], [best_rows, rows + start], k)
         start += len(block)
-    others = np.argsort(best_rows == queries.own_rows[:, None], 1, kind="stable")[:, : NEIGHBOURS + 1]  # its own last
-    scores, rows = np.take_along_axis(best_scores, others, 1), np.take_along_axis(best_rows, others, 1)
+    own_last = np.argsort(best_rows == queries.own_rows[:, None], 1, kind="stable")[:, : NEIGHBOURS + 1]
+    scores, rows = np.take_along_axis(best_scores, own_last, 1), np.take_along_axis(best_rows, own_last, 1)
     lowest = scores[:, NEIGHBOURS - 1]
-    return Neighbours(rows[:, :NEIGHBOURS], lowest, scores[:, NEIGHBOURS] >= lowest - 2 * TIE_TOLERANCE)
+    return ExactNeighbours(rows[:, :NEIGHBOURS], lowest, scores[:, NEIGHBOURS] >= lowest - 2 * TIE_TOLERANCE)
 
 
-def without_own(rows: NDArray[np.int64], own_rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 (q, 11) -> (q, 10) without the own row of each."""
+def drop_own_rows(rows: Rows, own_rows: Rows) -> Rows:
+    """Return int64 (q, 11) as (q, 10) without the own row of each query."""
     kept = [row[row != own][:NEIGHBOURS] for row, own in zip(rows, own_rows, strict=True)]
     return np.stack([np.pad(row, (0, NEIGHBOURS - len(row)), constant_values=-1) for row in kept])
 
 
-def latency(index: Any, vectors: Floats) -> dict[str, float]:
-    """One query at a time on one core, as a service without load sees it; milliseconds."""
+def measure_latency(index: Any, vectors: Floats) -> dict[str, float]:
+    """Return latencies in milliseconds of one query at a time on one core, as in a service without load."""
     times = []
     with _one_core():
         for vector in vectors:

@@ -117,7 +117,7 @@ Runtime = Annotated[
 ]
 
 
-def build_index(
+def build_command(
     gallery: Gallery,
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Index directory; created if missing.")],

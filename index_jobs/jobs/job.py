@@ -1,16 +1,16 @@
-"""The steps of one rebuild: encode, build, compare with what is served, publish, tell.
+"""The steps of a rebuild: encode, build, compare with the served version, publish, notify.
 
-- The checkpoint is copied first and loaded from the copy, so the model in the version is the one that encoded it.
-- What can be wrong is found early: lock, output, checkpoint, kind, validation pairs and the model that is served, with
-  which the new one is to be compared, before the first picture.
-- Another kind or other captions need no encoding: the served version's vectors are kept, unless they are not wanted.
-  Beside them lie those of one version that was not published, until a job makes others.
+- An unchanged gallery, checkpoint and kind return the current version at once. A killed run resumes after its last
+  complete shard. Another kind or other captions need no encoding.
+- The checkpoint is copied first and loaded from the copy, so a version contains the model that encoded it.
+- Errors are found before the first image is encoded: lock, output, checkpoint, kind, validation pairs, the served
+  version's model, and disk space.
+- `out/work` keeps the vectors of the served version, and those of one rejected or interrupted rebuild.
 """
 
 import contextlib
 import datetime
 import hashlib
-import json
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -18,29 +18,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcar_core.util.errors import ArtifactError, CheckpointError, ModelError
+from dcar_core.util.errors import ArtifactError, CheckpointError
 from dcar_core.util.files import canonical_json, sha256_of
-from index_jobs.jobs.summary import RebuildSummary, RejectedError
+from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
 from index_jobs.options import RebuildOptions
-from index_jobs.store.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, VERSIONS, Manifest
+from index_jobs.store.manifest import CHECKPOINT, Manifest
 from index_jobs.store.publish import report_os_errors
 from index_jobs.store.versions import open_current
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dcar_core import Encoder
-    from index_jobs.building.kinds import Choice
+    from index_jobs.building.kinds import IndexChoice
     from index_jobs.encoding.encoding_state import EncodedGallery
     from index_jobs.gallery.scan import Gallery
-    from index_jobs.jobs.quality_gate import Pairs, Verdict
+    from index_jobs.jobs.quality_gate import GateVerdict, QueryPairs
+    from index_jobs.jobs.served_version import ServedVersion
     from index_jobs.store.artifact import Artifact
 
 logger = logging.getLogger(__name__)
 
 WORK = "work"
 AUTO = "auto"
-_OF = "of-"  # begins the name of an empty file among the shards, which says of which versions they are
+_MARK_PREFIX = "of-"  # of an empty file among the shards that names the versions they belong to
 
 
 def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) -> RebuildSummary:
@@ -66,9 +65,9 @@ def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) ->
         from index_jobs.gallery.scan import scan
 
         scanned = scan(gallery)
-        job = Job(scanned, checkpoint, _checkpoint_signature(checkpoint), out, settings, start)
-        if not settings.force and (current := job.published(checkpoint_signature=job.signature)):
-            return job.summary(current)
+        job = RebuildJob(scanned, checkpoint, _checkpoint_signature(checkpoint), out, settings, start)
+        if not settings.force and (current := job.find_published(checkpoint_signature=job.signature)):
+            return summarize(out, current, start=start)
         return job.run()
 
 
@@ -84,24 +83,28 @@ def _checkpoint_signature(checkpoint: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One rebuild."""
+class RebuildJob:
+    """One rebuild. signature: hash of the checkpoint's files. start: of the job, by `time.perf_counter`."""
 
     gallery: "Gallery"
     checkpoint: Path
-    signature: str  # of the checkpoint
+    signature: str
     out: Path
     options: RebuildOptions
     start: float
 
-    def published(self, **same: str) -> Manifest | None:
-        """The current version's manifest if it is what is wanted."""
+    def find_published(self, **required: str) -> Manifest | None:
+        """Return the current version's manifest if it is what this job would publish.
+
+        Args:
+            required: values that the manifest must have besides those of the options.
+        """
         try:
             manifest = open_current(self.out).manifest
         except ArtifactError:
             return None
         options = self.options
-        fits = (
+        matches = (
             manifest.gallery_signature == self.gallery.content_signature
             and manifest.source == self.gallery.source
             and manifest.requested_kind == options.kind
@@ -114,164 +117,109 @@ class Job:
             and not manifest.removed
             and self._is_calibrated(manifest)
             and manifest.failed <= options.max_failed * len(self.gallery)
-            and all(getattr(manifest, name) == value for name, value in same.items())
+            and all(getattr(manifest, name) == value for name, value in required.items())
         )
-        return manifest if fits else None
+        return manifest if matches else None
 
     @cached_property
-    def pairs(self) -> "Pairs | None":
-        """What indexes are compared by; see `quality_gate.pairs_of`."""
+    def pairs(self) -> "QueryPairs | None":
+        """The pairs that compare indexes; see `quality_gate.find_pairs`."""
         from index_jobs.jobs import quality_gate
 
-        return quality_gate.pairs_of(self.gallery, self.options.validation)
+        return quality_gate.find_pairs(self.gallery, self.options.validation)
 
     def _is_calibrated(self, manifest: Manifest) -> bool:
-        from index_jobs.jobs.cutoff_calibration import SIGNATURE, signature
+        from index_jobs.jobs.cutoff_calibration import SIGNATURE, pairs_signature
 
         if self.options.validation is None or self.pairs is None:
             return True
-        return manifest.cutoff.get(SIGNATURE) == signature(self.pairs)
+        return manifest.cutoff.get(SIGNATURE) == pairs_signature(self.pairs)
 
     def run(self) -> RebuildSummary:
-        """Do all steps that are needed; see `rebuild`."""
+        """Do all necessary steps; see `rebuild`."""
         from dcar_core.model.checkpoint import copy_checkpoint
         from index_jobs.encoding.encoding_state import shard_store
         from index_jobs.jobs.notify import notify
-        from index_jobs.jobs.version_writer import choose, require_room
+        from index_jobs.jobs.served_version import ServedVersion
+        from index_jobs.jobs.version_writer import choose_kinds, require_disk_space
         from index_jobs.store import gpu_search, milvus, publish
 
-        options, gallery = self.options, self.gallery
+        options, gallery, out, work = self.options, self.gallery, self.out, self.out / WORK
         pairs = self.pairs
-        with publish.open_staging(self.out) as staging:
+        with publish.open_staging(out) as staging:
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
-            lanes, runtime = self._lanes(staging / CHECKPOINT)
-            encoder = lanes[0]
-            if not options.force and (same := self.published(fingerprint=encoder.fingerprint)):
-                return self.summary(same)
-            gpu_memory = gpu_search.free_gpu_memory() if _wants_gpu(options.kind, options.device) else 0
-            # Told now, not after hours: an unknown kind, a Milvus out of reach, a served model that is gone, a disk
-            # that is too small.
-            expected = choose(options, len(gallery), encoder.dim, gpu_memory)[0]
+            replicas, runtime = self._load_replicas(staging / CHECKPOINT)
+            encoder = replicas[0]
+            if not options.force and (current := self.find_published(fingerprint=encoder.fingerprint)):
+                return summarize(out, current, start=self.start)
+            gpu_memory = gpu_search.free_gpu_memory() if _uses_gpu(options.kind, options.device) else 0
+            expected = choose_kinds(options, len(gallery), encoder.dim, gpu_memory)[0]
             if options.milvus:
                 milvus.connect(options.milvus).close()
-            store = shard_store(gallery, encoder, runtime, self.out / WORK, options.batch_size, options.shard_rows)
-            serving = self._serving()
-            if serving is not None:
-                self._require_model(serving, encoder.fingerprint, pairs)
-            publish.clean_work(self.out, self.out / WORK, self._wanted(store.path, serving))
-            require_room(self.out, gallery, store, expected)
-            encoded = self._encode(lanes, runtime, staging / CHECKPOINT)
-            choices = choose(options, len(encoded), encoder.dim, gpu_memory)
+            store = shard_store(gallery, encoder, runtime, work, options.batch_size, options.shard_rows)
+            served = ServedVersion.open(out, force=options.force)
+            if served is not None:
+                served.require_model(encoder.fingerprint, pairs)
+            self._clean_work(store.path, served)
+            require_disk_space(out, gallery, store, expected)
+            encoded = self._encode(replicas, runtime, staging / CHECKPOINT)
+            choices = choose_kinds(options, len(encoded), encoder.dim, gpu_memory)
             manifest = replace(self._stage(staging, encoder, encoded, choices), runtime=runtime)
-            staged = publish.prepare_version(self.out, staging, manifest)
-            verdict = None if serving is None else self._require_no_worse(serving, staged, encoded, encoder)
-            manifest = publish.commit_version(self.out, staged, keep=options.keep)
-            if serving is not None and (serving.manifest.additions or serving.manifest.removed):
-                logger.warning(
-                    "version %d holds the gallery as it is; what was added to or removed from version %d by hand is "
-                    "not in it", manifest.version, serving.manifest.version,
-                )  # fmt: skip
-            self._keep_work(store.path, manifest)
-        told = notify(options.notify, self.out, manifest.version)
-        return self.summary(manifest, encoded, verdict, notified=told)
+            staged = publish.prepare_version(out, staging, manifest)
+            verdict = None if served is None else self._require_no_worse(served, staged, encoded, encoder)
+            manifest = publish.commit_version(out, staged, keep=options.keep)
+            if served is not None:
+                _warn_of_lost_updates(served.artifact.manifest, manifest)
+            self._keep_vectors(store.path, manifest)
+        notified = notify(options.notify, out, manifest.version)
+        return summarize(out, manifest, encoded, verdict, start=self.start, notified=notified)
 
     def _require_no_worse(
-        self, serving: "Artifact", staged: "Artifact", encoded: "EncodedGallery", encoder: "Encoder"
-    ) -> "Verdict":
-        """Compare with what is served.
+        self, served: "ServedVersion", staged: "Artifact", encoded: "EncodedGallery", encoder: "Encoder"
+    ) -> "GateVerdict":
+        """Compare the staged version with the served one.
 
         Raises:
-            RejectedError: the staged version is worse, and force is not set.
+            RejectedError: the staged version ranks worse, and force is not set.
         """
         from index_jobs.store import publish
 
-        options = self.options
-        verdict = self._compare(serving, staged, encoder, self.pairs)
-        logger.info("compared with version %d: %s", serving.manifest.version, verdict.reason)
+        options, served_manifest = self.options, served.artifact.manifest
+        device = options.device.split(",")[0]
+        verdict = served.compare(staged, encoder, self.pairs, margin=options.margin, device=device)
+        logger.info("compared with version %d: %s", served_manifest.version, verdict.reason)
         if not verdict.passed and not options.force:
             if not options.keep_shards:
                 publish.remove_directory(self.out, self.out / WORK)
-            kept = replace(serving.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
-            summary = self.summary(kept, encoded, verdict, published=False)
+            kept = replace(served_manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
+            summary = summarize(self.out, kept, encoded, verdict, start=self.start, published=False)
             raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
         return verdict
 
-    def _serving(self) -> "Artifact | None":
-        """What is served now, whole; None where there is nothing to compare with."""
-        if not (self.out / CURRENT).exists():
-            return None  # the first version
-        try:
-            return open_current(self.out)
-        except ArtifactError as error:
-            logger.info("there is nothing to compare with: %s", error)
-            return None
-
-    def _require_model(self, serving: "Artifact", fingerprint: str, pairs: "Pairs | None") -> None:
-        """Load the served version's model where it will be asked, and let it go: encoding may need the memory.
-
-        Raises:
-            CheckpointError: it cannot be loaded, and force is not set.
-        """
-        from dcar_core import Encoder
-
-        if pairs is None or serving.manifest.fingerprint == fingerprint:
-            return
-        try:
-            Encoder.load(serving.checkpoint, device="cpu")
-        except (CheckpointError, ModelError) as error:
-            if not self.options.force:
-                raise self._incomparable(serving, error) from error
-            logger.warning("%s", _without_model(serving, error))
-
-    def _compare(self, serving: "Artifact", staged: "Artifact", encoder: "Encoder", pairs: "Pairs | None") -> "Verdict":
-        """How the staged version ranks beside the served one.
-
-        Raises:
-            CheckpointError: the served version's model cannot be loaded any more, and force is not set.
-        """
-        from dcar_core import Encoder
-        from index_jobs.jobs import quality_gate
-
-        options, old = self.options, encoder
-        if pairs is not None and serving.manifest.fingerprint != encoder.fingerprint:
-            try:
-                old = Encoder.load(serving.checkpoint, device=options.device.split(",")[0])
-            except (CheckpointError, ModelError) as error:
-                if not options.force:
-                    raise self._incomparable(serving, error) from error
-                return quality_gate.uncompared(_without_model(serving, error), options.margin)
-        return quality_gate.compare(serving, old, staged, encoder, pairs, options.margin)
-
-    def _incomparable(self, serving: "Artifact", error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{_without_model(serving, error)}; bring back what it was made on, or --force publishes without comparing"
-        )
-
-    def _lanes(self, checkpoint: Path) -> "tuple[list[Encoder], str]":
-        """The encoders, and the name of the runtime that makes the vectors, which on a cluster is not theirs."""
+    def _load_replicas(self, checkpoint: Path) -> "tuple[list[Encoder], str]":
+        """Return encoders, and the runtime that encodes the images: on a cluster it is not theirs."""
         from index_jobs.encoding.devices import load_replicas
         from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
 
         options, work = self.options, self.out / WORK
         device, exact, batch, rows = options.device, options.exact, options.batch_size, options.shard_rows
-        if options.ray:
-            lanes = load_replicas(checkpoint, device, exact=exact)
-            known = options.runtime != AUTO
-            return lanes, options.runtime if known else runtime_in_use(
-                self.gallery, lanes[0], "torch", work, batch, rows
-            )
-        lanes = choose_replicas(
-            self.gallery, checkpoint, work, device=device, exact=exact, runtime=options.runtime, batch_size=batch,
-            shard_rows=rows,
-        )  # fmt: skip
-        return lanes, lanes[0].runtime.name
+        if not options.ray:
+            replicas = choose_replicas(
+                self.gallery, checkpoint, work, device=device, exact=exact, runtime=options.runtime, batch_size=batch,
+                shard_rows=rows,
+            )  # fmt: skip
+            return replicas, replicas[0].runtime.name
+        replicas = load_replicas(checkpoint, device, exact=exact)
+        if options.runtime != AUTO:
+            return replicas, options.runtime
+        return replicas, runtime_in_use(self.gallery, replicas[0], "torch", work, batch, rows)
 
-    def _encode(self, lanes: "list[Encoder]", runtime: str, checkpoint: Path) -> "EncodedGallery":
+    def _encode(self, replicas: "list[Encoder]", runtime: str, checkpoint: Path) -> "EncodedGallery":
         from index_jobs.encoding.pixel_cache import PixelCache
 
         options, folder = self.options, self.options.pixel_cache
-        cache = PixelCache.open(folder, lanes[0].preprocess) if folder else None
-        how: dict[str, Any] = {
+        cache = PixelCache.open(folder, replicas[0].preprocess) if folder else None
+        settings: dict[str, Any] = {
             "workers": options.workers, "batch_size": options.batch_size, "shard_rows": options.shard_rows,
             "max_failed": options.max_failed, "progress": options.progress,
         }  # fmt: skip
@@ -279,15 +227,17 @@ class Job:
             from index_jobs.encoding.ray_cluster import encode_on_ray
 
             return encode_on_ray(
-                self.gallery, lanes[0], self.out / WORK, address=options.ray, checkpoint=checkpoint,
-                device=options.device, runtime=runtime, exact=options.exact, pixel_cache=folder, **how,
+                self.gallery, replicas[0], self.out / WORK, address=options.ray, checkpoint=checkpoint,
+                device=options.device, runtime=runtime, exact=options.exact, pixel_cache=folder, **settings,
             )  # fmt: skip
         from index_jobs.encoding.encode import encode_gallery
 
-        return encode_gallery(self.gallery, lanes, self.out / WORK, cache=cache, **how)
+        return encode_gallery(self.gallery, replicas, self.out / WORK, cache=cache, **settings)
 
-    def _stage(self, staging: Path, encoder: "Encoder", encoded: "EncodedGallery", choices: "list[Choice]") -> Manifest:
-        """Write vectors, items and failures; the manifest that goes with them."""
+    def _stage(
+        self, staging: Path, encoder: "Encoder", encoded: "EncodedGallery", choices: "list[IndexChoice]"
+    ) -> Manifest:
+        """Write vectors, items and failures, and return their manifest."""
         from index_jobs.jobs.version_writer import caption_queries, stage_items, stage_vectors
 
         options, gallery = self.options, self.gallery
@@ -316,102 +266,52 @@ class Job:
             failed=len(encoded.failed),
             exact=options.exact,
             measured=measured,
-            cutoff=self._calibrated(encoder, encoded),
+            cutoff=self._calibrate(encoder, encoded),
             files={},
         )
 
-    def _calibrated(self, encoder: "Encoder", encoded: "EncodedGallery") -> dict[str, Any]:
-        from index_jobs.jobs.cutoff_calibration import calibrate
+    def _calibrate(self, encoder: "Encoder", encoded: "EncodedGallery") -> dict[str, Any]:
+        from index_jobs.jobs.cutoff_calibration import calibrate_cutoff
 
         if self.options.validation is None or self.pairs is None:
             return {}
-        return calibrate(self.gallery, self.pairs, encoder, encoded)
+        return calibrate_cutoff(self.gallery, self.pairs, encoder, encoded)
 
-    def _unread_of(self, manifest: Manifest) -> int:
-        """Return the number of images of a version that a later job may be able to read; 0 if its list is gone."""
-        from dcar_core.util.errors import ImageFault
+    def _clean_work(self, own: Path, served: "ServedVersion | None") -> None:
+        """Remove vectors other than this job's and the served version's."""
+        from index_jobs.store import publish
 
-        def is_temporary(row: dict[str, str]) -> bool:
-            if "fault" in row:
-                return ImageFault(row["fault"]).is_temporary
-            return row.get("kind") != "picture"  # the field of older versions; the oldest have none
+        mark = None if served is None else _vectors_mark(served.artifact.manifest)
+        publish.clean_work(
+            self.out, self.out / WORK, lambda path: path == own or (mark is not None and (path / mark).exists())
+        )
 
-        try:
-            lines = (self.out / VERSIONS / str(manifest.version) / FAILED).read_bytes().splitlines()
-            return sum(is_temporary(json.loads(line)) for line in lines)
-        except (OSError, ValueError):
-            return 0
-
-    def _duplicates_of(self, manifest: Manifest) -> int:
-        try:
-            lines = (self.out / VERSIONS / str(manifest.version) / DUPLICATES).read_bytes()
-        except FileNotFoundError:  # of a version that is older than the list
-            return 0
-        return lines.count(b"\n")
-
-    def _wanted(self, own: Path, serving: "Artifact | None") -> "Callable[[Path], bool]":
-        """Which vectors this job leaves: those that it goes on with, and those of the version that is served."""
-        mark = None if serving is None else _mark(serving.manifest)
-        return lambda folder: folder == own or (mark is not None and (folder / mark).exists())
-
-    def _keep_work(self, own: Path, manifest: Manifest) -> None:
-        """Only the published version's vectors are worth their room on the disk, and only if they are wanted."""
+    def _keep_vectors(self, own: Path, manifest: Manifest) -> None:
+        """Keep the published version's vectors for the next rebuild, if the options say so, and remove all others."""
         from index_jobs.store import publish
 
         work = self.out / WORK
         if not self.options.keep_shards:
             publish.remove_directory(self.out, work)
             return
-        with contextlib.suppress(OSError):  # it is published; without the mark, it is encoded again at worst
-            (own / _mark(manifest)).touch()
-        publish.clean_work(self.out, work, lambda folder: folder == own)
-
-    def summary(
-        self,
-        manifest: Manifest,
-        encoded: "EncodedGallery | None" = None,
-        verdict: "Verdict | None" = None,
-        *,
-        published: bool = True,
-        notified: dict[str, str] | None = None,
-    ) -> RebuildSummary:
-        """What the command prints."""
-        unread = encoded.unread if encoded else self._unread_of(manifest)
-        hint = f"pictures that could not be read: {unread:,} ({FAILED} says why); once they can be, give --force"
-        return RebuildSummary(
-            index=str(self.out),
-            version=manifest.version,
-            published=published and encoded is not None,
-            reused=encoded is None,
-            count=manifest.count,
-            failed=manifest.failed,
-            unread=unread,
-            duplicates=len(encoded.duplicates()) if encoded else self._duplicates_of(manifest),
-            encoded=encoded.encoded if encoded else 0,
-            resumed=encoded.resumed if encoded else 0,
-            seconds=round(time.perf_counter() - self.start, 3),
-            images_per_second=round(encoded.encoded / encoded.seconds, 1) if encoded and encoded.encoded else 0.0,
-            fingerprint=manifest.fingerprint,
-            dim=manifest.dim,
-            kind=manifest.kind,
-            reason=manifest.reason,
-            measured=manifest.measured,
-            gate=verdict.to_dict() if verdict else None,
-            notified=notified or {},
-            hint=hint if unread and published else "",
-        )
+        with contextlib.suppress(OSError):  # without the mark, the next rebuild encodes again
+            (own / _vectors_mark(manifest)).touch()
+        publish.clean_work(self.out, work, lambda path: path == own)
 
 
-def _mark(manifest: Manifest) -> str:
-    """The name of the file that says whose vectors lie beside it; the same for versions that differ in kind alone."""
-    made_of = [manifest.fingerprint, manifest.gallery_signature, manifest.runtime]
-    return _OF + hashlib.sha256(canonical_json(made_of)).hexdigest()[:16]
+def _vectors_mark(manifest: Manifest) -> str:
+    """Return the name of the file that marks a version's vectors; versions that differ in kind alone share it."""
+    inputs = [manifest.fingerprint, manifest.gallery_signature, manifest.runtime]
+    return _MARK_PREFIX + hashlib.sha256(canonical_json(inputs)).hexdigest()[:16]
 
 
-def _without_model(serving: "Artifact", error: Exception) -> str:
-    version = serving.manifest.version
-    return f"there is no comparing with version {version}, which is served, since its model cannot be loaded: {error}"
+def _warn_of_lost_updates(served: Manifest, published: Manifest) -> None:
+    if served.additions or served.removed:
+        logger.warning(
+            "version %d holds the gallery as it is; items added to or removed from version %d by hand are not in it",
+            published.version, served.version,
+        )  # fmt: skip
 
 
-def _wants_gpu(kind: str, device: str) -> bool:
+def _uses_gpu(kind: str, device: str) -> bool:
     return kind.startswith("gpu-") or (kind == "auto" and device.startswith("cuda"))

@@ -1,12 +1,11 @@
-"""Is a rebuilt index as good as the one that is served? Texts whose picture is known are asked of both.
+"""The quality gate: compares a rebuilt index with the served one by texts with a known image.
 
-- Pairs are held-out validation pairs whose pictures lie in the gallery; without them, captions that only one picture of
-  the gallery has. Those the new model may have been trained on, so validation pairs are the better judge.
-- A pair's picture is known by the file that holds it, whatever links lead there. A gallery that is not on this machine
-  has no such files: there, a picture is known by its name below the gallery, or by how its URL ends, if that is its
-  alone.
-- Each index answers with its own model, as it will be served, so what a coarser kind of index misses counts too.
-- Only items that both indexes hold may be found: a gallery that grew makes every search harder, and no model worse.
+- Pairs are validation pairs with images in the gallery; without them, captions that only one image of the gallery has.
+  The new model may have been trained on those captions, so validation pairs are the better evidence.
+- An image of a pair is recognised by its file, through symbolic links. In a gallery that is not on this machine it is
+  recognised by its name below the gallery, or by the end of its URL, if only one image has that name.
+- Each index searches with its own model, as it is served, so the recall lost by a coarser kind of index counts.
+- Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
 """
 
 import logging
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.options import RebuildOptions
@@ -34,17 +33,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_PAIRS = 1000
+MAX_PAIRS = 1000
 _RANKS = (1, 10)
-_HERE = "file://"
-_SEVERAL = -1  # in place of a row
+_FILE_SCHEME = "file://"
+_AMBIGUOUS = -1  # instead of a row
 
-_Key = str | tuple[str, int]  # a name, or a file and where a picture begins in it
+_ImageKey = str | tuple[str, int]  # a name, or a file and the offset of an image in it
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Texts, the ids of their pictures, and where they come from: "validation" or "captions"."""
+class QueryPairs:
+    """Texts, the ids of their images, and their source: "validation" or "captions"."""
 
     texts: list[str]
     ids: list[str]
@@ -52,8 +51,11 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a comparison found. recall_at_1 and recall_at_10 of both; `compared` is false where nothing could be."""
+class GateVerdict:
+    """Outcome of a comparison, with recall_at_1 and recall_at_10 of both indexes.
+
+    compared: False if no comparison was possible.
+    """
 
     passed: bool
     compared: bool
@@ -65,171 +67,172 @@ class Verdict:
     rebuilt: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the values for the JSON summary."""
         return asdict(self)
 
 
-def pairs_of(gallery: "Gallery", validation: Path | None) -> Pairs | None:
-    """The pairs to compare with; None when there are no validation pairs and no captions.
+def find_pairs(gallery: "Gallery", validation: Path | None) -> QueryPairs | None:
+    """Return the pairs to compare with; None if there are neither validation pairs nor captions.
 
     Args:
-        validation: a data set with a val split, as `dcar train --data` takes it.
+        validation: a data set with a val split, as for `dcar train --data`.
 
     Raises:
-        DataError: the validation pairs cannot be read, or none of their pictures is in the gallery.
+        DataError: the validation pairs cannot be read, or none of their images is in the gallery.
     """
-    return _validation(gallery, validation) if validation else _captions(gallery)
+    return _validation_pairs(gallery, validation) if validation else _caption_pairs(gallery)
 
 
-def _validation(gallery: "Gallery", data: Path) -> Pairs:
+def _validation_pairs(gallery: "Gallery", data: Path) -> QueryPairs:
     from dcar_core.data import MISSING_IMAGES, load_split
 
-    split, report = load_split(data, "val", image_policy="present")  # a product that is gone takes its picture along
+    split, report = load_split(data, "val", image_policy="present")
     if missing := report.names.get(MISSING_IMAGES):
-        logger.warning("%d validation pictures of %s are missing, such as %s", len(missing), data, missing[0])
-    real = _resolver()
-    found = [(sample.caption, _known_by(split.root, sample.image, real)) for sample in split.samples]
-    rows = _rows_of(gallery, {key for _, keys in found for key in keys}, real)
-    first = ((text, next((rows[key] for key in keys if key in rows), None)) for text, keys in found)
-    kept = [(text, row) for text, row in first if row is not None]
-    if not kept:
+        logger.warning("%d validation images of %s are missing, such as %s", len(missing), data, missing[0])
+    resolve = _path_resolver()
+    keyed = [(sample.caption, _image_keys(split.root, sample.image, resolve)) for sample in split.samples]
+    rows = _rows_by_key(gallery, {key for _, keys in keyed for key in keys}, resolve)
+    located = ((text, next((rows[key] for key in keys if key in rows), None)) for text, keys in keyed)
+    pairs = [(text, row) for text, row in located if row is not None]
+    if not pairs:
         raise DataError(
-            f"none of the {len(found):,} validation pairs of {data} has its picture in the gallery {gallery.source}, "
-            f"so the indexes cannot be compared: a picture there is known by {_known(gallery)}; leave --validation out "
-            f"to compare by the gallery's captions"
+            f"none of the {len(keyed):,} validation pairs of {data} has its image in the gallery {gallery.source}, so "
+            f"the indexes cannot be compared: an image there is recognised by {_recognition(gallery)}; omit "
+            f"--validation to compare by the gallery's captions"
         )
-    if len(kept) < len(found):
-        logger.info("%d of %d validation pairs have their picture in the gallery", len(kept), len(found))
-    kept = kept[:: -(-len(kept) // MOST_PAIRS)]
-    return Pairs([text for text, _ in kept], _cells(gallery.table["id"], [row for _, row in kept]), "validation")
+    if len(pairs) < len(keyed):
+        logger.info("%d of %d validation pairs have their image in the gallery", len(pairs), len(keyed))
+    pairs = pairs[:: -(-len(pairs) // MAX_PAIRS)]
+    ids = _cells(gallery.table["id"], [row for _, row in pairs])
+    return QueryPairs([text for text, _ in pairs], ids, "validation")
 
 
-def _known(gallery: "Gallery") -> str:
-    return "its name below it, as in its items' file_name" if is_url(gallery.root) else "its file, or how its URL ends"
+def _recognition(gallery: "Gallery") -> str:
+    if is_url(gallery.root):
+        return "its name below the gallery, as in its items' file_name"
+    return "its file, or the end of its URL"
 
 
-def _known_by(root: "ImageRoot", name: str, real: Callable[[str], str]) -> list[_Key]:
-    """What the picture of a pair may be known by in a gallery: where it lies, then its names."""
+def _image_keys(root: "ImageRoot", name: str, resolve: Callable[[str], str]) -> list[_ImageKey]:
+    """Return the keys that may identify a pair's image in a gallery: its location, then its names."""
     path, offset = root.locate(name)
-    place = (real(str(path)), WHOLE_FILE if offset is None else offset)
-    return [place, name] if offset is None else [place, f"{path.name}/{name}", name]
+    location = (resolve(str(path)), WHOLE_FILE if offset is None else offset)
+    return [location, name] if offset is None else [location, f"{path.name}/{name}", name]
 
 
-def _rows_of(gallery: "Gallery", wanted: set[_Key], real: Callable[[str], str]) -> dict[_Key, int]:
-    """The rows of pictures: on this machine by the file that holds them and where they begin in it, elsewhere by name.
+def _rows_by_key(gallery: "Gallery", keys: set[_ImageKey], resolve: Callable[[str], str]) -> dict[_ImageKey, int]:
+    """Return the rows of images: local ones by file and offset, others by name.
 
-    A name that several pictures have is nobody's; a whole name goes before the end of one.
+    A name that several images have identifies none of them. A full name goes before the end of a URL.
     """
-    depths = sorted({key.count("/") for key in wanted if isinstance(key, str)}, reverse=True)
-    places, names, ends = dict[_Key, int](), dict[_Key, int](), dict[_Key, int]()
+    depths = sorted({key.count("/") for key in keys if isinstance(key, str)}, reverse=True)
+    locations, names, endings = dict[_ImageKey, int](), dict[_ImageKey, int](), dict[_ImageKey, int]()
     row = 0
     for batch in gallery.table.select(["location", "offset", "name"]).to_batches():
         for location, offset, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            path = join_location(gallery.root, location).removeprefix(_HERE)
+            path = join_location(gallery.root, location).removeprefix(_FILE_SCHEME)
             if not is_url(path):
-                if (key := (real(path), offset)) in wanted:
-                    places[key] = row
+                if (key := (resolve(path), offset)) in keys:
+                    locations[key] = row
             elif not is_url(name):
-                _note(names, name, row, wanted)
+                _add_name(names, name, row, keys)
             else:
                 parts = name.partition("?")[0].split("/")
-                for end in ("/".join(parts[-depth - 1 :]) for depth in depths):
-                    _note(ends, end, row, wanted)
+                for ending in ("/".join(parts[-depth - 1 :]) for depth in depths):
+                    _add_name(endings, ending, row, keys)
             row += 1
-    by_name = {key: row for key, row in (ends | names).items() if row != _SEVERAL}
-    return by_name | places
+    by_name = {key: row for key, row in (endings | names).items() if row != _AMBIGUOUS}
+    return by_name | locations
 
 
-def _note(known: dict[_Key, int], name: str, row: int, wanted: set[_Key]) -> None:
-    if name in wanted:
-        known[name] = _SEVERAL if name in known else row
+def _add_name(rows: dict[_ImageKey, int], name: str, row: int, keys: set[_ImageKey]) -> None:
+    if name in keys:
+        rows[name] = _AMBIGUOUS if name in rows else row
 
 
-def _resolver() -> Callable[[str], str]:
-    """Paths without symbolic links. Folders are looked up once, since a gallery has few of them and many pictures."""
-    folder = cache(os.path.realpath)
+def _path_resolver() -> Callable[[str], str]:
+    """Return a function that resolves symbolic links; folders are cached, since many images share few of them."""
+    resolve_folder = cache(os.path.realpath)
 
-    def real(path: str) -> str:
-        above, name = os.path.split(path)
-        place = os.path.join(folder(above), name)  # noqa: PTH118  a million times over
-        return os.path.realpath(place) if os.path.islink(place) else place  # noqa: PTH114
+    def resolve(path: str) -> str:
+        folder, name = os.path.split(path)
+        resolved = os.path.join(resolve_folder(folder), name)  # noqa: PTH118  a million times over
+        return os.path.realpath(resolved) if os.path.islink(resolved) else resolved  # noqa: PTH114
 
-    return real
+    return resolve
 
 
 def _cells(column: "pa.ChunkedArray", rows: list[int]) -> list[str]:
-    """A few cells, one by one: `take` joins the chunks of text first, which takes long and fails at 2 GiB."""
+    """Return a few cells, one by one: `take` joins all text first, which is slow and fails at 2 GiB."""
     return [column[row].as_py() for row in rows]
 
 
-def _captions(gallery: "Gallery") -> Pairs | None:
+def _caption_pairs(gallery: "Gallery") -> QueryPairs | None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    captions = gallery.table["caption"].cast(pa.large_string())  # all that differ, in one array, may exceed 2 GiB
+    captions = gallery.table["caption"].cast(pa.large_string())  # distinct captions in one array may exceed 2 GiB
     counts = pc.value_counts(captions)
-    once = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
-    rows = np.flatnonzero(pc.and_(pc.is_in(captions, once), pc.not_equal(captions, "")).to_numpy())
+    unique = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
+    rows = np.flatnonzero(pc.and_(pc.is_in(captions, unique), pc.not_equal(captions, "")).to_numpy())
     if not len(rows):
         return None
-    chosen = rows[:: -(-len(rows) // MOST_PAIRS)].tolist()
-    return Pairs(_cells(captions, chosen), _cells(gallery.table["id"], chosen), "captions")
+    chosen = rows[:: -(-len(rows) // MAX_PAIRS)].tolist()
+    return QueryPairs(_cells(captions, chosen), _cells(gallery.table["id"], chosen), "captions")
 
 
-def uncompared(reason: str, margin: float) -> Verdict:
-    """The verdict where nothing can be asked, which keeps nothing from being published."""
-    return Verdict(True, False, reason, margin)
+def pass_uncompared(reason: str, margin: float) -> GateVerdict:
+    """Return the verdict for indexes that cannot be compared, which permits publication."""
+    return GateVerdict(True, False, reason, margin)
 
 
 def compare(
-    serving: Artifact,
-    old: "Encoder",
+    served: Artifact,
+    served_encoder: "Encoder",
     rebuilt: Artifact,
-    new: "Encoder",
-    pairs: Pairs | None,
+    rebuilt_encoder: "Encoder",
+    pairs: QueryPairs | None,
     margin: float = RebuildOptions.margin,
-) -> Verdict:
-    """Ask both indexes; the rebuilt one passes when neither recall is lower by more than the margin.
+) -> GateVerdict:
+    """Search both indexes; the rebuilt one passes if neither recall is lower by more than the margin.
 
     Args:
-        old, new: the encoders of the two.
-        margin: in recall, 0.02 are two points of a hundred.
+        margin: in recall; 0.02 is two points of a hundred.
     """
     if pairs is None:
-        return uncompared("there are no captions and no validation pairs to compare by", margin)
-    both = [
+        return pass_uncompared("there are no captions and no validation pairs to compare by", margin)
+    shared = [
         (text, item_id)
         for text, item_id in zip(pairs.texts, pairs.ids, strict=True)
-        if serving.row_of(item_id) is not None and rebuilt.row_of(item_id) is not None
+        if served.row_of(item_id) is not None and rebuilt.row_of(item_id) is not None
     ]
-    if not both:
-        return uncompared("no picture of the pairs is in both indexes", margin)
-    texts, ids = [text for text, _ in both], [item_id for _, item_id in both]
-    served = _recalls(serving, old.encode_text(texts), ids, _shared(serving, rebuilt))
-    found = _recalls(rebuilt, new.encode_text(texts), ids, _shared(rebuilt, serving))
-    worse = falls(served, found, margin)
-    told = ", ".join(f"{name} {served[name]:.3f} -> {found[name]:.3f}" for name in served)
-    reason = f"{told} over {len(both):,} pairs, margin {margin:g}"
-    return Verdict(not worse, True, reason, margin, len(both), pairs.source, served, found)
+    if not shared:
+        return pass_uncompared("no image of the pairs is in both indexes", margin)
+    texts, ids = [text for text, _ in shared], [item_id for _, item_id in shared]
+    before = _recalls(served, served_encoder.encode_text(texts), ids, _shared_rows(served, rebuilt))
+    after = _recalls(rebuilt, rebuilt_encoder.encode_text(texts), ids, _shared_rows(rebuilt, served))
+    changes = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
+    reason = f"{changes} over {len(shared):,} pairs, margin {margin:g}"
+    passed = not losses(before, after, margin)
+    return GateVerdict(passed, True, reason, margin, len(shared), pairs.source, before, after)
 
 
-def _shared(artifact: Artifact, other: Artifact) -> NDArray[np.bool_] | None:
-    """Which rows of an artifact are items of the other one too; None for all."""
+def _shared_rows(artifact: Artifact, other: Artifact) -> Mask | None:
+    """Return the rows of an artifact that are items of the other one too; None for all."""
     import pyarrow.compute as pc
 
-    theirs = other.column("id").filter(other.live)
-    mask: NDArray[np.bool_] = pc.is_in(artifact.column("id"), theirs).to_numpy() & artifact.live
+    other_ids = other.column("id").filter(other.live)
+    mask: Mask = pc.is_in(artifact.column("id"), other_ids).to_numpy() & artifact.live
     return None if mask.all() else mask
 
 
-def _recalls(
-    artifact: Artifact, vectors: NDArray[np.float32], ids: list[str], allowed: NDArray[np.bool_] | None
-) -> dict[str, float]:
+def _recalls(artifact: Artifact, vectors: Floats, ids: list[str], allowed: Mask | None) -> dict[str, float]:
     rows = artifact.search(vectors, max(_RANKS), allowed)[1]
-    wanted = np.array([artifact.row_of(item_id) for item_id in ids])
-    hits = rows == wanted[:, None]
+    targets = np.array([artifact.row_of(item_id) for item_id in ids])
+    hits = rows == targets[:, None]
     return {f"recall_at_{k}": round(float(hits[:, :k].any(1).mean()), 4) for k in _RANKS}
 
 
-def falls(served: Mapping[str, float], found: Mapping[str, float], margin: float) -> list[str]:
-    """The recalls that are lower by more than the margin; 0.14 - 0.12 is 0.02 and a bit to a computer."""
-    return [name for name in served if round(served[name] - found[name] - margin, 9) > 0]
+def losses(before: Mapping[str, float], after: Mapping[str, float], margin: float) -> list[str]:
+    """Return the recalls that are lower by more than the margin, rounded, since 0.14 - 0.12 is above 0.02 in floats."""
+    return [name for name in before if round(before[name] - after[name] - margin, 9) > 0]

@@ -1,11 +1,17 @@
 """Summary of a rebuild, as an object, as JSON and as text."""
 
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dcar_core.util.errors import GateError
-from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS
+from dcar_core.util.errors import GateError, ImageFault
+from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS, Manifest
+
+if TYPE_CHECKING:
+    from index_jobs.encoding.encoding_state import EncodedGallery
+    from index_jobs.jobs.quality_gate import GateVerdict
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,7 @@ class RebuildSummary:
     version: the new version, or the one that stays published.
     encoded: images that this run encoded. resumed: images with vectors from an earlier run.
     failed: images without a vector. unread: those of them with bytes that could not be read.
-    gate: comparison of the new index with the served one; see `index_jobs.jobs.quality_gate.Verdict`.
+    gate: comparison of the new index with the served one; see `index_jobs.jobs.quality_gate.GateVerdict`.
     notified: outcome for each notified service.
     hint: what to do next, or "".
     """
@@ -74,3 +80,69 @@ class RejectedError(GateError):
                "its vectors are not kept, so --force encodes again and publishes it")
         )  # fmt: skip
         self.summary = summary
+
+
+def summarize(
+    index: Path,
+    manifest: Manifest,
+    encoded: "EncodedGallery | None" = None,
+    verdict: "GateVerdict | None" = None,
+    *,
+    start: float,
+    published: bool = True,
+    notified: dict[str, str] | None = None,
+) -> RebuildSummary:
+    """Return the summary of a rebuild.
+
+    Args:
+        manifest: of the new version, or of the one that stays published.
+        encoded: the encoded gallery; None if nothing had changed.
+        start: of the job, by `time.perf_counter`.
+        published: False if the new version was rejected.
+    """
+    version = index / VERSIONS / str(manifest.version)
+    unread = encoded.unread if encoded else _count_unread(version)
+    hint = f"images that could not be read: {unread:,} ({FAILED} has the reasons); once they can be, give --force"
+    return RebuildSummary(
+        index=str(index),
+        version=manifest.version,
+        published=published and encoded is not None,
+        reused=encoded is None,
+        count=manifest.count,
+        failed=manifest.failed,
+        unread=unread,
+        duplicates=len(encoded.duplicates()) if encoded else _count_duplicates(version),
+        encoded=encoded.encoded if encoded else 0,
+        resumed=encoded.resumed if encoded else 0,
+        seconds=round(time.perf_counter() - start, 3),
+        images_per_second=round(encoded.encoded / encoded.seconds, 1) if encoded and encoded.encoded else 0.0,
+        fingerprint=manifest.fingerprint,
+        dim=manifest.dim,
+        kind=manifest.kind,
+        reason=manifest.reason,
+        measured=manifest.measured,
+        gate=verdict.to_dict() if verdict else None,
+        notified=notified or {},
+        hint=hint if unread and published else "",
+    )
+
+
+def _count_unread(version: Path) -> int:
+    """Return how many failed images of a version a later job may be able to read; 0 if the list is missing."""
+    try:
+        return sum(_is_temporary(json.loads(line)) for line in (version / FAILED).read_bytes().splitlines())
+    except (OSError, ValueError):
+        return 0
+
+
+def _is_temporary(failure: dict[str, str]) -> bool:
+    if "fault" in failure:
+        return ImageFault(failure["fault"]).is_temporary
+    return failure.get("kind") != "picture"  # the field of older versions; the oldest have none
+
+
+def _count_duplicates(version: Path) -> int:
+    try:
+        return (version / DUPLICATES).read_bytes().count(b"\n")
+    except FileNotFoundError:  # a version older than the list
+        return 0

@@ -1,10 +1,11 @@
-"""Items added to a published index, or removed from it, without a rebuild.
+"""Addition and removal of items without a rebuild.
 
-- An update is a new version: it shares every unchanged file with the one before by hard links, and rolls back like any.
-- What is added is encoded by the version's own model into a part of its own. A small part before it is merged into the
-  new one, so a thousand small additions leave a handful of parts, each searched exactly.
-- What is removed is a list of rows that searches leave out. The vectors stay in the file until a rebuild.
-- The manifest says when a rebuild is worth it: many parts, many rows beside the built index, or many dead ones.
+- An update is a new version. It shares every unchanged file with the one before by hard links, and rolls back like any.
+- Added images are encoded by the version's own model into a segment of their own. Small earlier additions are merged
+  into it, so a thousand small additions leave a handful of segments.
+- Removed items are a list of rows that searches skip. Their vectors stay in the file until a rebuild.
+- The manifest says when a rebuild is recommended: many segments, many rows outside the built index, or many removed
+  rows.
 """
 
 import datetime
@@ -12,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
 from index_jobs.building import kinds
-from index_jobs.building.build import build
+from index_jobs.building.build import build_index
 from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.replicas import choose_replicas
 from index_jobs.gallery.scan import Gallery, scan
@@ -32,66 +35,76 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.columns import FieldTypes
 from index_jobs.store.faiss_index import write_faiss
 from index_jobs.store.items import COLUMNS, Items, take_rows, write_items
-from index_jobs.store.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, Manifest
+from index_jobs.store.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, FileInfo, Manifest
 from index_jobs.store.segments import write_removed
 from index_jobs.store.versions import open_current
 
+if TYPE_CHECKING:
+    from dcar_core import Encoder
+
 WORK = "work-added"
-MOST_PARTS = 8
-DEAD_SHARE = 0.2
+MAX_ADDITIONS = 8
+REMOVED_SHARE = 0.2
 ADDED_SHARE = 0.2
-ADDED_ROWS = kinds.FLAT_UP_TO  # that searches compare one by one, beside the built index
-_MERGED_UP_TO = 2  # times the new rows, which makes parts grow geometrically
+ADDED_ROWS = kinds.FLAT_UP_TO  # compared one by one in every search, beside the built index
+_MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
 
 
 @dataclass(frozen=True)
-class Update:
-    """What an update did."""
+class UpdateSummary:
+    """Result of an update. count: items that can be found. failed: images that could not be read.
+
+    rebuild: why a rebuild is recommended, or "".
+    """
 
     version: int
-    count: int  # of items that can be found now
+    count: int
     added: int
     removed: int
-    failed: int  # pictures that could not be read
-    rebuild: str  # why a rebuild is worth it by now, "" while it is not
+    failed: int
+    rebuild: str
 
 
-def remove(index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = RebuildOptions.keep) -> Update:
+def remove(
+    index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = RebuildOptions.keep
+) -> UpdateSummary:
     """Publish a version in which these items are never found.
 
     Args:
-        missing_ok: ids that are not in the index are no error; where none is, nothing is published.
+        ids: without any, nothing is published.
+        missing_ok: ignore ids that are not in the index.
 
     Raises:
-        DataError: an id is not in the index, or nothing would be left.
+        DataError: an id is not in the index, or no item would be left.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
-        DcarError: the disk is full or cannot be written; what was published is unchanged.
+        DcarError: the disk is full or cannot be written; published versions are unchanged.
     """
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
-        wanted = list(dict.fromkeys(ids))
+        manifest = current.manifest
+        ids = list(dict.fromkeys(ids))
         if missing_ok:
-            wanted = [item_id for item_id in wanted if current.row_of(item_id) is not None]
-            if not wanted:
-                return Update(current.manifest.version, current.manifest.count, 0, 0, 0, current.manifest.rebuild)
-        gone = _rows_of(current, wanted)
-        dead = np.union1d(np.flatnonzero(~current.live), gone)
-        if len(dead) == current.rows:
+            ids = [item_id for item_id in ids if current.row_of(item_id) is not None]
+        if not ids:
+            return UpdateSummary(manifest.version, manifest.count, 0, 0, 0, manifest.rebuild)
+        rows = _rows_of(current, ids)
+        removed = np.union1d(np.flatnonzero(~current.live), rows)
+        if len(removed) == current.rows:
             raise DataError(f"no item would be left in {index}; delete the directory instead")
-        files = {name: info for name, info in current.manifest.files.items() if name != REMOVED}
+        files = {name: info for name, info in manifest.files.items() if name != REMOVED}
         shared = publish.share_files(current.path, staging, files)
-        write_removed(staging / REMOVED, dead)
-        manifest = _updated(current.manifest, current.rows, dead, current.manifest.additions)
+        write_removed(staging / REMOVED, removed)
+        manifest = _updated_manifest(manifest, current.rows, removed, manifest.additions)
         manifest = publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
-    return Update(manifest.version, manifest.count, 0, len(gone), 0, manifest.rebuild)
+    return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
 
 def add(
     index: Path,
     gallery: str | Path,
     *,
-    replace_known: bool = False,
+    replace_existing: bool = False,
     keep: int = RebuildOptions.keep,
     workers: int | None = None,
     batch_size: int = RebuildOptions.batch_size,
@@ -99,79 +112,97 @@ def add(
     device: str = "auto",
     runtime: str = "torch",
     progress: bool = True,
-) -> Update:
-    """Publish a version with the pictures of another gallery besides those that are there.
+) -> UpdateSummary:
+    """Publish a version with the images of another gallery added.
 
     Args:
         gallery: a folder, tar or list; see `index_jobs.gallery.scan`.
-        replace_known: an item of the gallery takes the place of the one with its id; else such an id is an error.
+        replace_existing: an item of the gallery replaces the one with its id; otherwise such an id is an error.
         keep, workers, batch_size, max_failed, device, runtime, progress: as in `rebuild`.
 
     Raises:
-        DataError: the gallery cannot be used, too many pictures are broken, an id is known already, or a field
-            would get values of another type.
+        DataError: the gallery cannot be used, too many images are broken, an id exists already, or a field would get
+            values of another type.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
-        DcarError: the disk is full or cannot be written; what was published is unchanged.
+        DcarError: the disk is full or cannot be written; published versions are unchanged.
     """
     scanned = scan(gallery)
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
         ids = scanned.table["id"].to_pylist()
-        known = [item_id for item_id in ids if current.row_of(item_id) is not None]
-        if known and not replace_known:
+        existing = [item_id for item_id in ids if current.row_of(item_id) is not None]
+        if existing and not replace_existing:
             raise DataError(
-                f"{len(known):,} of the {len(ids):,} pictures of {gallery} have an id that is in the index, the first "
-                f"is {known[0]!r}; --replace puts them in the place of those"
+                f"{len(existing):,} of the {len(ids):,} images of {gallery} have an id that is in the index, such as "
+                f"{existing[0]!r}; --replace puts them in the place of those items"
             )
-        _require_fitting(current, scanned, str(gallery))
-        lanes = choose_replicas(
+        _require_same_types(current, scanned, str(gallery))
+        replicas = choose_replicas(
             scanned, current.checkpoint, index / WORK, device=device, exact=current.manifest.exact, runtime=runtime,
             batch_size=batch_size,
         )  # fmt: skip
-        current.require(lanes[0].fingerprint)
+        current.require(replicas[0].fingerprint)
         encoded = encode_gallery(
-            scanned, lanes, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,
+            scanned, replicas, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,
             progress=progress,
         )  # fmt: skip
         rows = encoded.rows()
-        read = {ids[row] for row in rows.tolist()}
-        replaced = [item_id for item_id in known if item_id in read]  # a broken picture replaces nothing
-        dead = np.union1d(np.flatnonzero(~current.live), _rows_of(current, replaced))
-        old, manifest = _Additions(current), current.manifest
-        kept = old.worth_keeping(len(rows))
-        folder = f"added-{manifest.version + 1}"
-        (staging / folder).mkdir()
-        tables, blocks = old.live(kept, dead)
-        tables.append(take_rows(_absolute(scanned), rows))
-        write_failed(staging / folder / FAILED, scanned, encoded.failed)
-        table = pa.concat_tables(tables)
-        built = build(
-            lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
-            kinds.choose("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),
-            caption_queries(table, lanes[0]), target=manifest.target_recall,
-        )  # fmt: skip
-        write_faiss(built.index, staging / folder / VECTORS)
-        write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
-        dead = dead[dead < old.starts[kept]]  # the merged parts have left theirs behind
-        if len(dead):
-            write_removed(staging / REMOVED, dead)
-        sources = [source for addition in manifest.additions[kept:] for source in addition.sources]
-        addition = Addition(
-            folder=folder, count=table.num_rows, kind=built.choice.factory, sources=[*sources, scanned.source]
-        )
-        gone = (*(f"{addition.folder}/" for addition in manifest.additions[kept:]), REMOVED)
-        files = {name: info for name, info in manifest.files.items() if not name.startswith(gone)}
-        shared = publish.share_files(current.path, staging, files)
-        additions = [*manifest.additions[:kept], addition]
-        manifest = _updated(manifest, int(old.starts[kept]) + table.num_rows, dead, additions)
+        encoded_ids = {ids[row] for row in rows.tolist()}
+        replaced = [item_id for item_id in existing if item_id in encoded_ids]  # a broken image replaces nothing
+        removed = np.union1d(np.flatnonzero(~current.live), _rows_of(current, replaced))
+        manifest = _write_addition(staging, current, scanned, encoded, removed, replicas[0])
+        shared = publish.share_files(current.path, staging, _unchanged_files(current.manifest, manifest))
         manifest = publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
         publish.remove_directory(index, index / WORK)
-    return Update(manifest.version, manifest.count, len(rows), len(replaced), len(encoded.failed), manifest.rebuild)
+    return UpdateSummary(
+        manifest.version, manifest.count, len(rows), len(replaced), len(encoded.failed), manifest.rebuild
+    )
+
+
+def _write_addition(
+    staging: Path, current: Artifact, gallery: Gallery, encoded: EncodedGallery, removed: Rows, encoder: "Encoder"
+) -> Manifest:
+    """Write the new segment, with small earlier additions merged into it, and return the manifest.
+
+    Args:
+        removed: the removed rows of the current version, replaced items included.
+    """
+    additions, manifest = _Additions(current), current.manifest
+    rows = encoded.rows()
+    kept = additions.count_kept(len(rows))
+    folder = f"added-{manifest.version + 1}"
+    (staging / folder).mkdir()
+    tables, blocks = additions.live_parts(kept, removed)
+    table = pa.concat_tables([*tables, take_rows(_absolute_table(gallery), rows)])
+    built = build_index(
+        lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
+        kinds.choose_kinds("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),
+        caption_queries(table, encoder), target=manifest.target_recall,
+    )  # fmt: skip
+    write_failed(staging / folder / FAILED, gallery, encoded.failed)
+    write_faiss(built.index, staging / folder / VECTORS)
+    write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
+    start = int(additions.starts[kept])
+    removed = removed[removed < start]  # merged additions lose their removed rows
+    if len(removed):
+        write_removed(staging / REMOVED, removed)
+    sources = [source for addition in manifest.additions[kept:] for source in addition.sources]
+    addition = Addition(
+        folder=folder, count=table.num_rows, kind=built.choice.factory, sources=[*sources, gallery.source]
+    )
+    return _updated_manifest(manifest, start + table.num_rows, removed, [*manifest.additions[:kept], addition])
+
+
+def _unchanged_files(before: Manifest, after: Manifest) -> dict[str, FileInfo]:
+    """Return the files of a version that the next one shares: all but merged additions and the removed rows."""
+    merged = [addition.folder for addition in before.additions if addition not in after.additions]
+    changed = (*(f"{folder}/" for folder in merged), REMOVED)
+    return {name: info for name, info in before.files.items() if not name.startswith(changed)}
 
 
 class _Additions:
-    """The additions of a version, and how many of them stay when more is added."""
+    """The additions of a version, of which small ones are merged into the next."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
@@ -179,26 +210,26 @@ class _Additions:
         counts = [addition.count for addition in self._additions]
         self.starts = artifact.rows - sum(counts) + np.cumsum([0, *counts])  # first row of each, and the end
 
-    def worth_keeping(self, new: int) -> int:
-        """How many stay as they are; the ones after are merged with `new` rows."""
+    def count_kept(self, new_rows: int) -> int:
+        """Return how many additions stay as they are; the later ones are merged with the new rows."""
         kept = len(self._additions)
         for addition in reversed(self._additions):
-            if addition.kind != "Flat" or addition.count > min(_MERGED_UP_TO * new, ADDED_ROWS - new):
+            if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * new_rows, ADDED_ROWS - new_rows):
                 break
-            kept, new = kept - 1, new + addition.count
+            kept, new_rows = kept - 1, new_rows + addition.count
         return kept
 
-    def live(self, kept: int, dead: NDArray[np.int64]) -> tuple[list[pa.Table], list[NDArray[np.float32]]]:
-        """Items and vectors of the additions that are merged, without the dead ones."""
+    def live_parts(self, kept: int, removed: Rows) -> tuple[list[pa.Table], list[Floats]]:
+        """Return items and vectors of the merged additions, without removed rows."""
         tables, blocks = [], []
         for addition, start in zip(self._additions[kept:], self.starts[kept:].tolist(), strict=False):
-            rows = np.setdiff1d(np.arange(start, start + addition.count), dead)
+            rows = np.setdiff1d(np.arange(start, start + addition.count), removed)
             tables.append(Items(self._artifact.path / addition.folder / ITEMS).table(rows - start))
             blocks.append(self._artifact.vectors(rows))
         return tables, blocks
 
 
-def _rows_of(artifact: Artifact, ids: Sequence[str]) -> NDArray[np.int64]:
+def _rows_of(artifact: Artifact, ids: Sequence[str]) -> Rows:
     rows = [artifact.row_of(item_id) for item_id in ids]
     unknown = [item_id for item_id, row in zip(ids, rows, strict=True) if row is None]
     if unknown:
@@ -207,40 +238,40 @@ def _rows_of(artifact: Artifact, ids: Sequence[str]) -> NDArray[np.int64]:
     return np.array(rows, np.int64)
 
 
-def _require_fitting(artifact: Artifact, gallery: Gallery, given: str) -> None:
-    """Refuse values of another type than a field's: as both it would be text, in which 19.90 is not 19.9."""
-    known = artifact.fields
-    for name, kind in FieldTypes.infer(gallery.table["metadata"]).types.items():
-        have = known.get(name, str(kind))
-        if have != str(kind) and {have, str(kind)} != {"int64", "double"}:
+def _require_same_types(artifact: Artifact, gallery: Gallery, place: str) -> None:
+    """Refuse values of another type than a field's: as text, 19.90 is not 19.9."""
+    types = artifact.fields
+    for name, new_type in FieldTypes.infer(gallery.table["metadata"]).types.items():
+        current_type = types.get(name, str(new_type))
+        if current_type != str(new_type) and {current_type, str(new_type)} != {"int64", "double"}:
             raise DataError(
-                f"the field {name!r} is {have} in the index and {kind} in {given}: as both it would be text, and "
-                f"filters would find other items or none; give values of type {have}, rename the "
-                f"field, or rebuild the index from all galleries"
+                f"the field {name!r} is {current_type} in the index and {new_type} in {place}: both together would "
+                f"become text, and filters would match other items or none; give values of type {current_type}, rename "
+                f"the field, or rebuild the index from all galleries"
             )
 
 
-def _absolute(gallery: Gallery) -> pa.Table:
-    """The gallery's items with locations that need no root, so that items of several galleries can lie together."""
+def _absolute_table(gallery: Gallery) -> pa.Table:
+    """Return the gallery's items with absolute locations, so that items of several galleries fit in one table."""
     locations = gallery.table["location"]
-    places = [[join_location(gallery.root, location) for location in chunk.to_pylist()] for chunk in locations.chunks]
+    absolute = [[join_location(gallery.root, location) for location in chunk.to_pylist()] for chunk in locations.chunks]
     column = gallery.table.schema.get_field_index("location")
-    return gallery.table.set_column(column, "location", pa.chunked_array(places, pa.string())).select(COLUMNS)
+    return gallery.table.set_column(column, "location", pa.chunked_array(absolute, pa.string())).select(COLUMNS)
 
 
-def _updated(manifest: Manifest, rows: int, dead: NDArray[np.int64], additions: list[Addition]) -> Manifest:
+def _updated_manifest(manifest: Manifest, rows: int, removed: Rows, additions: list[Addition]) -> Manifest:
     added = sum(addition.count for addition in additions)
     reasons = []
-    if len(additions) >= MOST_PARTS:
+    if len(additions) >= MAX_ADDITIONS:
         reasons.append(f"every search goes through {len(additions)} additions")
     if added > max(ADDED_SHARE * (rows - added), ADDED_ROWS):
         reasons.append(f"{added:,} of {rows:,} items are outside the built index")
-    if len(dead) > DEAD_SHARE * rows:
-        reasons.append(f"{len(dead):,} of {rows:,} rows are removed, and passed over in every search")
+    if len(removed) > REMOVED_SHARE * rows:
+        reasons.append(f"{len(removed):,} of {rows:,} rows are removed, and skipped in every search")
     return replace(
         manifest,
-        count=rows - len(dead),
-        removed=len(dead),
+        count=rows - len(removed),
+        removed=len(removed),
         additions=additions,
         rebuild="; ".join(reasons),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,4 @@
-"""What goes into a version besides the model: vectors in FAISS or Milvus, measured, and the items.
-
-Beforehand, whether the disk has room for it all.
-"""
+"""Files of a new version besides the model: measured vectors in FAISS or Milvus, and the items."""
 
 import logging
 import shutil
@@ -13,9 +10,9 @@ import numpy as np
 
 from dcar_core.util.errors import DcarError
 from index_jobs.building import kinds
-from index_jobs.building.build import build
-from index_jobs.building.kinds import Choice
-from index_jobs.building.tuning import MAX_QUERIES, Queries, Tuning, own_queries
+from index_jobs.building.build import build_index
+from index_jobs.building.kinds import IndexChoice
+from index_jobs.building.tuning import MAX_QUERIES, HeldOutQueries, Tuner, gallery_queries
 from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_duplicates, write_failed
 from index_jobs.encoding.shards import ShardStore
@@ -34,41 +31,46 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Measured = tuple[Choice, dict[str, Any]]
 
-
-def choose(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[Choice]:
-    """What may be built, the best first; see `kinds.choose`.
+def choose_kinds(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[IndexChoice]:
+    """Return the kinds that may be built, the best first; see `index_jobs.building.kinds`.
 
     Raises:
-        DataError: FAISS or Milvus does not know the kind.
+        DataError: FAISS or Milvus does not offer the kind.
         MissingExtraError: a GPU kind without a GPU.
     """
     if not options.milvus:
-        return kinds.choose(options.kind, count, dim, memory=options.memory, gpu_memory=gpu_memory)
+        return kinds.choose_kinds(options.kind, count, dim, memory=options.memory, gpu_memory=gpu_memory)
     milvus.require_kind(options.kind)
-    return [Choice(f"milvus {options.kind}", f"asked for: {options.kind} in Milvus")]
+    return [IndexChoice(f"milvus {options.kind}", f"requested: {options.kind} in Milvus")]
 
 
-def require_room(out: Path, gallery: Gallery, store: ShardStore, choice: Choice) -> None:
-    """Refuse what the disk cannot hold, before hours are spent; the least that it will take is compared.
+def require_disk_space(out: Path, gallery: Gallery, store: ShardStore, choice: IndexChoice) -> None:
+    """Check that the disk can hold the index, by a lower bound of its size, before images are encoded.
 
     Raises:
-        DcarError: there is less room; the message says how much it takes.
+        DcarError: there is less space; the message says how much is needed.
     """
     vectors = 4 * store.dim * (len(gallery) - store.stored_rows())
     needed = vectors + choice.bytes + gallery.table.nbytes
     free = shutil.disk_usage(out).free
     if needed > free:
         raise DcarError(
-            f"the index {out} takes at least {needed / 1e9:.1f} GB more, of which {vectors / 1e9:.1f} are vectors that "
+            f"the index {out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for vectors that "
             f"the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give another --out"
         )
 
 
-def stage_vectors(staging: Path, out: Path, options: RebuildOptions, encoder: "Encoder", encoded: EncodedGallery,
-                  choices: Sequence[Choice], queries: Queries | None) -> Measured:  # fmt: skip
-    """Write the vectors into the staged version; what they became, and what was measured.
+def stage_vectors(
+    staging: Path,
+    out: Path,
+    options: RebuildOptions,
+    encoder: "Encoder",
+    encoded: EncodedGallery,
+    choices: Sequence[IndexChoice],
+    queries: HeldOutQueries | None,
+) -> tuple[IndexChoice, dict[str, Any]]:
+    """Write the vectors into the staged version and return the built kind with its measurements.
 
     Raises:
         DataError: the kind needs more vectors than there are.
@@ -77,14 +79,14 @@ def stage_vectors(staging: Path, out: Path, options: RebuildOptions, encoder: "E
     """
     target, dim, blocks = options.target_recall, encoder.dim, encoded.blocks
     if not options.milvus:
-        built = build(blocks, len(encoded), dim, choices, queries, target=target)
+        built = build_index(blocks, len(encoded), dim, choices, queries, target=target)
         write_faiss(built.index, staging / VECTORS)
         return built.choice, built.measured | {"bytes": (staging / VECTORS).stat().st_size}
-    number = next_version(out)
-    place = milvus.create_collection(options.milvus, out, number, encoder.fingerprint, options.kind, blocks, dim)
-    place.write(staging / milvus.MILVUS)
-    tuning = Tuning(blocks, queries or own_queries(blocks, len(encoded)), target=target)
-    return choices[0], tuning.measure(milvus.MilvusIndex(place))
+    version = next_version(out)
+    location = milvus.create_collection(options.milvus, out, version, encoder.fingerprint, options.kind, blocks, dim)
+    location.write(staging / milvus.MILVUS)
+    tuner = Tuner(blocks, queries or gallery_queries(blocks, len(encoded)), target=target)
+    return choices[0], tuner.measure(milvus.MilvusIndex(location))
 
 
 def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery) -> None:
@@ -98,15 +100,15 @@ def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery) -> Non
     duplicates = encoded.duplicates()
     write_duplicates(staging / DUPLICATES, gallery, duplicates)
     if duplicates:
-        logger.info("%d pictures are the same as earlier ones; %s lists them", len(duplicates), DUPLICATES)
+        logger.info("%d images equal an earlier one; %s lists them", len(duplicates), DUPLICATES)
 
 
-def caption_queries(table: "pa.Table", encoder: "Encoder") -> Queries | None:
-    """Captions of a table of items as held-out queries, evenly spread, when half of the pictures have one."""
+def caption_queries(table: "pa.Table", encoder: "Encoder") -> HeldOutQueries | None:
+    """Return evenly spread captions as held-out queries; None if less than half of the images have one."""
     step = max(1, -(-table.num_rows // MAX_QUERIES))
-    column = table["caption"]  # one by one, since `take` joins the chunks of text first, which fails at 2 GiB
-    picked = [column[row].as_py() for row in range(0, table.num_rows, step)]
-    captions = [caption for caption in picked if caption]
-    if 2 * len(captions) < len(picked):
+    column = table["caption"]  # read cell by cell, because `take` joins all text first and fails at 2 GiB
+    sampled = [column[row].as_py() for row in range(0, table.num_rows, step)]
+    captions = [caption for caption in sampled if caption]
+    if 2 * len(captions) < len(sampled):
         return None
-    return Queries(encoder.encode_text(captions), "captions", np.full(len(captions), -1))
+    return HeldOutQueries(encoder.encode_text(captions), "captions", np.full(len(captions), -1))

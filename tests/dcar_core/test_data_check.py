@@ -41,7 +41,7 @@ def test_the_command_names_what_is_wrong(tiny_data: Path, tmp_path: Path) -> Non
         r" 1 images broken: cut\.png \(",
     ):
         assert re.search(line, done.stdout), line
-    assert "2 pictures cannot be used: point --images" in done.stderr
+    assert "2 images cannot be used: set --images" in done.stderr
     done = dcar("data", "check", tmp_path, "--annotations-only", "--context", "0")
     assert done.returncode == 0
     assert "missing" not in done.stdout

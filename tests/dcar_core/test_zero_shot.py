@@ -17,7 +17,7 @@ from dcar_core.util.errors import CheckpointError
 def test_it_is_the_model_itself(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
     given = ["zero-shot", "--model", str(tiny_model), "--out", str(tmp_path / "clip")]
     done = CliRunner().invoke(app, given, catch_exceptions=False)
-    assert done.output.startswith(f"{tmp_path / 'clip'}: {tiny_model} as it is, fingerprint ")
+    assert done.output.startswith(f"{tmp_path / 'clip'}: {tiny_model} unadapted, fingerprint ")
     encoder, backbone = Encoder.load(tmp_path / "clip"), load_backbone(BackboneSource(str(tiny_model)))
     assert encoder.fingerprint.startswith(done.output.split()[-1])
     texts = ["a red circle", "a blue square"]

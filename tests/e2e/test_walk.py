@@ -80,6 +80,8 @@ def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: P
     assert found["results"][0]["caption"] == "a red circle"
     assert found["results"][0]["score"] > 0.999
     assert "a red circle" in dcar("search", picture, "--index", index).stdout
+    circles = dcar("search", "a red square", "--index", index, "--filter", '{"category": "circle"}', "--json").stdout
+    assert {result["category"] for result in json.loads(circles)["results"]} == {"circle"}
     assert "gone.png: no such file" in dcar("search", "gone.png", "--index", index, check=False).stderr
 
 
@@ -126,6 +128,7 @@ def test_evaluate_writes_results(tiny_model: Path, tiny_data: Path, tmp_path: Pa
     [
         (("search", "dog", "--index", "/nowhere"), "/nowhere"),
         (("serve", "--index", "/nowhere"), "dcar index build"),
+        (("serve",), "no index: give --index DIR"),
         (("serve", "--index", "/nowhere", "--collection", "one"), "--collection is NAME=DIR, not 'one'"),
         (
             ("evaluate", "--data", "/nowhere", "--methods", "dcarr", "--out", "/tmp/x", "--model", "{model}"),

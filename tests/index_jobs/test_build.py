@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
 from index_jobs.building import kinds
-from index_jobs.building.build import build, fill
-from index_jobs.building.kinds import Choice, choose, create, machine_memory
-from index_jobs.building.tuning import Knobs, Queries, latency
+from index_jobs.building.build import build_index, fill_index
+from index_jobs.building.kinds import IndexChoice, choose_kinds, create_index, machine_memory
+from index_jobs.building.tuning import HeldOutQueries, SearchParameters, measure_latency
 from index_jobs.store import gpu_search
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from tests.support.vectors import DIM, blocks, clustered
@@ -41,7 +41,7 @@ def exact(queries: Floats, vectors: Floats, k: int) -> NDArray[np.int64]:
     ],
 )
 def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: Floats, tmp_path: Path) -> None:
-    built = build(blocks(gallery), len(gallery), DIM, choose(kind, len(gallery), DIM))
+    built = build_index(blocks(gallery), len(gallery), DIM, choose_kinds(kind, len(gallery), DIM))
     write_faiss(built.index, tmp_path / "index.faiss")
     index = FaissIndex.open(tmp_path / "index.faiss")
     assert (index.count, index.dim) == gallery.shape
@@ -63,7 +63,7 @@ def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: F
 def test_tuned_parameter_is_kept_in_the_file_and_reaches_the_target(gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
-    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64,Flat", "test")])
+    built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF64,Flat", "test")])
     assert built.measured["recall_at_10"] >= 0.98  # 0.99 on the queries that tuned it
     assert built.measured["parameters"]["nprobe"] > 1  # one list is not enough, or the test shows nothing
     write_faiss(built.index, tmp_path / "index.faiss")
@@ -74,9 +74,9 @@ def test_tuned_parameter_is_kept_in_the_file_and_reaches_the_target(gallery: Flo
 def test_lists_that_a_graph_finds_are_looked_for_as_widely_as_they_are_many(gallery: Floats) -> None:
     import faiss
 
-    index = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64_HNSW32,Flat", "test")]).index
+    index = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF64_HNSW32,Flat", "test")]).index
     quantizer: Any = faiss.downcast_index(faiss.extract_index_ivf(index).quantizer)
-    knobs, graph = Knobs(index), quantizer.hnsw
+    knobs, graph = SearchParameters(index), quantizer.hnsw
     for lists, wide in ((8, 64), (60, 120)):
         knobs.set("nprobe", lists)
         assert (faiss.extract_index_ivf(index).nprobe, graph.efSearch) == (lists, wide)
@@ -84,8 +84,8 @@ def test_lists_that_a_graph_finds_are_looked_for_as_widely_as_they_are_many(gall
 
 def test_measured_recall_is_that_of_the_queries_given(gallery: Floats) -> None:
     queries = clustered(80, seed=9)
-    asked = Queries(queries, "captions", np.full(80, -1))
-    built = build(blocks(gallery), len(gallery), DIM, [Choice("HNSW8", "test")], asked)
+    asked = HeldOutQueries(queries, "captions", np.full(80, -1))
+    built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("HNSW8", "test")], asked)
     found = built.index.search(queries, 11)[1][:, :10]
     truth = exact(queries, gallery, 10)
     recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)][1::2])
@@ -94,16 +94,16 @@ def test_measured_recall_is_that_of_the_queries_given(gallery: Floats) -> None:
 
 
 def test_kind_below_the_target_says_so(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
-    built = build(blocks(gallery), len(gallery), DIM, [Choice("PQ4x4", "test")])
+    built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("PQ4x4", "test")])
     assert built.measured["recall_at_10"] < 0.9
-    assert "below the target of 0.99; take another kind" in caplog.text
+    assert "below the target of 0.99; choose another kind" in caplog.text
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_fewer_vectors_than_neighbours(kind: str, count: int, tmp_path: Path) -> None:
     vectors = clustered(count)
-    built = build(blocks(vectors), count, DIM, choose(kind, count, DIM))
+    built = build_index(blocks(vectors), count, DIM, choose_kinds(kind, count, DIM))
     assert built.measured["recall_at_10"] == 1.0
     write_faiss(built.index, tmp_path / "index.faiss")
     rows = FaissIndex.open(tmp_path / "index.faiss").search(vectors[:1], 5)[1][0]
@@ -115,8 +115,8 @@ def test_fewer_vectors_than_neighbours(kind: str, count: int, tmp_path: Path) ->
 GIB = 2**30
 
 
-def auto(count: int, memory: float, gpu_memory: int = 0) -> list[Choice]:
-    return choose("auto", count, 512, memory=int(memory * GIB), gpu_memory=gpu_memory)
+def auto(count: int, memory: float, gpu_memory: int = 0) -> list[IndexChoice]:
+    return choose_kinds("auto", count, 512, memory=int(memory * GIB), gpu_memory=gpu_memory)
 
 
 def test_auto_says_why() -> None:
@@ -129,10 +129,10 @@ def test_auto_says_why() -> None:
         "HNSW32,SQ8",
     ]  # fmt: skip
     assert "take 0.5 GiB of the 8.0 GiB allowed" in middle[0].reason
-    assert [choice.rival for choice in middle] == [False, True, False, False, False, False]
+    assert [choice.is_rival for choice in middle] == [False, True, False, False, False, False]
     tight = auto(1_000_000, 0.6)
-    assert not any(choice.rival for choice in tight), "two do not fit"
-    assert not any(choice.rival for choice in auto(100_000_000, 256)), "filling takes hours"
+    assert not any(choice.is_rival for choice in tight), "two do not fit"
+    assert not any(choice.is_rival for choice in auto(100_000_000, 256)), "filling takes hours"
     assert [choice.factory for choice in tight] == [
         "IVF4000,PQ64x4fs,Refine(SQ8)",
         "IVF4000,RaBitQ,Refine(SQ8)",
@@ -161,35 +161,43 @@ def test_the_memory_is_half_of_what_the_machine_or_its_container_has(
     for text, memory in (("max", machine), (str(2 * machine), machine), (str(GIB), GIB)):
         limit.write_text(f"{text}\n")
         assert machine_memory() == memory
-    assert choose("auto", 1_000_000, 512) == auto(1_000_000, 0.5)
+    assert choose_kinds("auto", 1_000_000, 512) == auto(1_000_000, 0.5)
 
 
 @pytest.mark.parametrize(
     ("dim", "parts"), [(512, 64), (256, 64), (768, 96), (1024, 128), (640, 80), (48, 48), (49, 49)]
 )
 def test_product_codes_divide_any_dimensions(dim: int, parts: int) -> None:
-    factories = [choice.factory for choice in choose("auto", 50_000, dim, memory=GIB)]
+    factories = [choice.factory for choice in choose_kinds("auto", 50_000, dim, memory=GIB)]
     assert factories[0] == f"IVF894,PQ{parts}x4fs,Refine(SQ8)"
     for factory in factories:
-        create(factory, dim)
+        create_index(factory, dim)
 
 
 def test_auto_goes_on_when_the_recall_is_too_low(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
-    choices = [Choice("PQ4x4", "small"), Choice("IVF16,Flat", "exact in its lists"), Choice("Flat", "never built")]
-    built = build(blocks(gallery), len(gallery), DIM, choices)
+    choices = [
+        IndexChoice("PQ4x4", "small"),
+        IndexChoice("IVF16,Flat", "exact in its lists"),
+        IndexChoice("Flat", "never built"),
+    ]
+    built = build_index(blocks(gallery), len(gallery), DIM, choices)
     assert built.choice.factory == "IVF16,Flat"
     assert built.choice.reason.startswith("exact in its lists; PQ4x4 reached a recall of 0.")
     assert built.measured["recall_at_10"] >= 0.98
-    assert "another kind is tried" in caplog.text
+    assert "trying another kind" in caplog.text
 
 
 def test_auto_takes_the_faster_where_lists_suit_badly(caplog: pytest.LogCaptureFixture) -> None:
     """Vectors without clusters, and few lists of them: a search goes through most of the lists, a graph does not."""
     vectors = np.random.default_rng(0).normal(size=(8000, DIM)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    choices = [Choice("IVF32,Flat", "lists"), Choice("IVF32,SQ8", "never built"), Choice("HNSW32", "a graph")]
+    choices = [
+        IndexChoice("IVF32,Flat", "lists"),
+        IndexChoice("IVF32,SQ8", "never built"),
+        IndexChoice("HNSW32", "a graph"),
+    ]
     with caplog.at_level("INFO"):
-        built = build(blocks(vectors), len(vectors), DIM, choices)
+        built = build_index(blocks(vectors), len(vectors), DIM, choices)
     assert "IVF32,Flat: 8000 vectors" in caplog.text
     assert "HNSW32: 8000 vectors" in caplog.text
     assert "IVF32,SQ8" not in caplog.text
@@ -197,19 +205,19 @@ def test_auto_takes_the_faster_where_lists_suit_badly(caplog: pytest.LogCaptureF
     told = {"HNSW32": "a graph; IVF32,Flat takes 0.", "IVF32,Flat": "lists; HNSW32 takes 0."}
     assert built.choice.reason.startswith(told[built.choice.factory])
     other = next(choice for choice in choices if choice.factory in told and choice is not built.choice)
-    slower = build(blocks(vectors), len(vectors), DIM, [other])
+    slower = build_index(blocks(vectors), len(vectors), DIM, [other])
     assert built.measured["latency_ms_p50"] < 1.5 * slower.measured["latency_ms_p50"]
 
 
 def test_a_rival_is_built_as_well_and_the_faster_is_kept(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
     choices = [
-        Choice("IVF64,SQfp16", "the first"),
-        Choice("IVF64,Flat", "its rival", rival=True),
-        Choice("IVF64,SQ8", "never built"),
-        Choice("PQ4x4", "too coarse", rival=True),
+        IndexChoice("IVF64,SQfp16", "the first"),
+        IndexChoice("IVF64,Flat", "its rival", is_rival=True),
+        IndexChoice("IVF64,SQ8", "never built"),
+        IndexChoice("PQ4x4", "too coarse", is_rival=True),
     ]
     with caplog.at_level("INFO"):
-        built = build(blocks(gallery), len(gallery), DIM, choices)
+        built = build_index(blocks(gallery), len(gallery), DIM, choices)
     assert "IVF64,SQ8" not in caplog.text
     assert "below the target" not in caplog.text, "one that loses is no cause for a warning"
     winner, loser = (0, 1) if built.choice.factory == choices[0].factory else (1, 0)
@@ -226,11 +234,11 @@ def test_the_lists_of_a_rival_are_those_of_the_first(gallery: Floats) -> None:
         found: Floats = faiss.extract_index_ivf(index).quantizer.reconstruct_n(0, 64)
         return found
 
-    first = fill(Choice("IVF64,SQfp16", "test"), DIM, blocks(gallery), len(gallery))
-    rival = fill(Choice("IVF64,RaBitQ,Refine(SQ8)", "test"), DIM, blocks(gallery), len(gallery), first)
+    first = fill_index(IndexChoice("IVF64,SQfp16", "test"), DIM, blocks(gallery), len(gallery))
+    rival = fill_index(IndexChoice("IVF64,RaBitQ,Refine(SQ8)", "test"), DIM, blocks(gallery), len(gallery), first)
     np.testing.assert_array_equal(centres(rival), centres(first))
     assert rival.ntotal == len(gallery)
-    others = fill(Choice("IVF32,Flat", "test"), DIM, blocks(gallery), len(gallery), first)
+    others = fill_index(IndexChoice("IVF32,Flat", "test"), DIM, blocks(gallery), len(gallery), first)
     assert faiss.extract_index_ivf(others).nlist == 32
 
 
@@ -246,7 +254,7 @@ def test_latency_is_that_of_one_core(gallery: Floats) -> None:
     before = faiss.omp_get_max_threads()
     try:
         faiss.omp_set_num_threads(3)
-        latency(Watched(), gallery[:2])
+        measure_latency(Watched(), gallery[:2])
         assert faiss.omp_get_max_threads() == 3
     finally:
         faiss.omp_set_num_threads(before)
@@ -257,26 +265,26 @@ def test_lists_that_a_graph_finds_are_found(gallery: Floats, tmp_path: Path) -> 
     """FAISS's own width of that graph's search, 16, would lose lists that hold neighbours."""
     import faiss
 
-    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF512_HNSW32,Flat", "test")])
+    built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF512_HNSW32,Flat", "test")])
     write_faiss(built.index, tmp_path / "index.faiss")
     index = faiss.read_index(str(tmp_path / "index.faiss"))
     inverted = faiss.extract_index_ivf(index)
     quantizer: Any = faiss.downcast_index(inverted.quantizer)
     assert inverted.nprobe == built.measured["parameters"]["nprobe"]
     assert quantizer.hnsw.efSearch >= max(64, 2 * inverted.nprobe)
-    exactly = build(blocks(gallery), len(gallery), DIM, [Choice("IVF512,Flat", "test")])
+    exactly = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF512,Flat", "test")])
     assert built.measured["recall_at_10"] >= 0.98
     assert built.measured["parameters"]["nprobe"] <= 2 * exactly.measured["parameters"]["nprobe"]
 
 
 def test_recall_is_that_of_queries_that_did_not_tune(gallery: Floats) -> None:
-    """Queries that tune must not measure: half of these are outliers."""
+    """HeldOutQueries that tune must not measure: half of these are outliers."""
     queries = clustered(100, seed=9)
     queries[::2] = clustered(5000)[:50]
-    asked = Queries(queries, "captions", np.full(100, -1))
-    measured = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64,Flat", "test")], asked).measured
+    asked = HeldOutQueries(queries, "captions", np.full(100, -1))
+    measured = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF64,Flat", "test")], asked).measured
     assert measured["queries"] == 50
-    index = build(blocks(gallery), len(gallery), DIM, [Choice("IVF64,Flat", "test")], asked).index
+    index = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF64,Flat", "test")], asked).index
     assert index.nprobe == measured["parameters"]["nprobe"]
     found, truth = index.search(queries[1::2], 11)[1][:, :10], exact(queries[1::2], gallery, 10)
     recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)])
@@ -285,15 +293,17 @@ def test_recall_is_that_of_queries_that_did_not_tune(gallery: Floats) -> None:
 
 def test_lower_target_is_searched_less(gallery: Floats) -> None:
     def nprobe(target: float) -> int:
-        choices = [Choice("IVF64,Flat", "test")]
-        return int(build(blocks(gallery), len(gallery), DIM, choices, target=target).measured["parameters"]["nprobe"])
+        choices = [IndexChoice("IVF64,Flat", "test")]
+        return int(
+            build_index(blocks(gallery), len(gallery), DIM, choices, target=target).measured["parameters"]["nprobe"]
+        )
 
     assert nprobe(0.7) < nprobe(0.99)
 
 
 def test_a_ceiling_below_the_aim_is_no_reason_to_search_everything(gallery: Floats) -> None:
     """Four bits a dimension miss some neighbours however many lists are gone through."""
-    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF256,SQ4", "test")])
+    built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF256,SQ4", "test")])
     assert built.measured["recall_at_10"] < 0.98
     assert built.measured["parameters"]["nprobe"] < 128
     queries = gallery[1:400:2] + 0.02 * np.random.default_rng(5).normal(size=(200, DIM)).astype(np.float32)
@@ -312,7 +322,7 @@ def test_a_ceiling_below_the_aim_is_no_reason_to_search_everything(gallery: Floa
 def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
-    built = build(blocks(gallery), len(gallery), DIM, [Choice("IVF16,RaBitQ,Refine(SQ8)", "test")])
+    built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF16,RaBitQ,Refine(SQ8)", "test")])
     assert built.measured["parameters"].keys() == {"nprobe", "k_factor"}
     assert built.measured["recall_at_10"] > 0.95  # 8 bits of 32 dimensions
     write_faiss(built.index, tmp_path / "index.faiss")
@@ -329,8 +339,8 @@ def test_gpu_finds_what_the_cpu_finds(kind: str, gallery: Floats, tmp_path: Path
         pytest.skip("no CUDA device, or FAISS's CPU build: pip install 'dcar[gpu]' in faiss-cpu's place")
     if kind == "gpu-cagra" and "CUVS" not in faiss.get_compile_options():
         pytest.skip("FAISS was built without cuVS")
-    choices = choose(kind, len(gallery), DIM, gpu_memory=gpu_search.free_gpu_memory())
-    built = build(blocks(gallery), len(gallery), DIM, choices)
+    choices = choose_kinds(kind, len(gallery), DIM, gpu_memory=gpu_search.free_gpu_memory())
+    built = build_index(blocks(gallery), len(gallery), DIM, choices)
     assert built.measured["recall_at_10"] >= 0.98
     write_faiss(built.index, tmp_path / "index.faiss")
     on_cpu, on_gpu = (FaissIndex.open(tmp_path / "index.faiss", gpu=where) for where in (False, True))
@@ -345,24 +355,24 @@ def test_gpu_finds_what_the_cpu_finds(kind: str, gallery: Floats, tmp_path: Path
 
 def test_gpu_kind_without_a_gpu_names_the_extra() -> None:
     with pytest.raises(MissingExtraError, match=r"gpu-flat.*pip install 'dcar\[gpu\]'"):
-        choose("gpu-flat", 1000, DIM, gpu_memory=0)
+        choose_kinds("gpu-flat", 1000, DIM, gpu_memory=0)
 
 
 @pytest.mark.parametrize("kind", ["nonsense", "IVFx,Flat", "PQ7", "", "gpu-nonsense"])
 def test_unknown_kind_is_refused_with_the_known_ones(kind: str) -> None:
     with pytest.raises(DataError, match=r"use auto, flat, hnsw, .* or an index_factory string"):
-        choose(kind, 1000, DIM)
+        choose_kinds(kind, 1000, DIM)
 
 
 def test_kind_that_needs_more_vectors_says_so(gallery: Floats) -> None:
     with pytest.raises(DataError, match=r"PQ8 cannot be built of 100 vectors: .*256"):
-        build(blocks(gallery[:100]), 100, DIM, [Choice("PQ8", "test")])
+        build_index(blocks(gallery[:100]), 100, DIM, [IndexChoice("PQ8", "test")])
 
 
 @pytest.mark.parametrize("keep", [0, 20, -10])
 def test_broken_file_is_named(gallery: Floats, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "index.faiss"
-    built = build(blocks(gallery), len(gallery), DIM, choose("flat", len(gallery), DIM))
+    built = build_index(blocks(gallery), len(gallery), DIM, choose_kinds("flat", len(gallery), DIM))
     write_faiss(built.index, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=r"index\.faiss cannot be read as a FAISS index"):
@@ -374,4 +384,4 @@ def test_broken_file_is_named(gallery: Floats, tmp_path: Path, keep: int) -> Non
 
 def test_kind_without_rows_of_its_own_says_so(gallery: Floats) -> None:
     with pytest.raises(DataError, match=r"IDMap,Flat cannot be built of 5,000 vectors: add does not make sense"):
-        build(blocks(gallery), len(gallery), DIM, [Choice("IDMap,Flat", "test")])
+        build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IDMap,Flat", "test")])

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
-from index_jobs.building.build import build
-from index_jobs.building.kinds import Choice
+from index_jobs.building.build import build_index
+from index_jobs.building.kinds import IndexChoice
 from index_jobs.rebuild import rebuild
 from index_jobs.store import faiss_search
 from index_jobs.store.artifact import Artifact
@@ -36,7 +36,7 @@ def vectors() -> NDArray[np.float32]:
 def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
     kind: str, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
+    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
     mask = np.ones(COUNT, np.bool_)
     mask[::7] = False
     monkeypatch.setattr(faiss_search, "_SELECTOR_SHARE", 1.0)
@@ -64,7 +64,7 @@ def test_many_results_come_back_and_are_near(
     kind: str, width: int, recall: float, vectors: NDArray[np.float32]
 ) -> None:
     """An index tuned for ten results visits fewer than a hundred vectors."""
-    whole = build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index
+    whole = build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index
     inner, _ = faiss_search._innermost(whole)
     graph = kind.startswith("HNSW")  # in which some rows may have no way to them
     if graph:
@@ -89,7 +89,7 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[
             assert k <= MAX_K
             return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
 
-    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice("Flat", "test")]).index)
+    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice("Flat", "test")]).index)
     index._unfiltered = Gpu()
     assert index.search(vectors[:1], MAX_K)[1].max() == 0
     assert sorted(index.search(vectors[:1], MAX_K + 1)[1][0][:MAX_K]) != [0] * MAX_K
@@ -115,7 +115,7 @@ def test_only_allowed_rows_and_the_nearest_of_them(
     kind: str, lowest: float, exact_up_to: int, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faiss_search, "EXACT_UP_TO", exact_up_to)
-    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
+    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
     generator = np.random.default_rng(1)
     queries = vectors[generator.integers(COUNT, size=60)]
     for share in (0.6, 0.05, 0.003):
@@ -140,7 +140,7 @@ def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypa
     centres[60:, 0] -= 9
     found = centres[np.repeat(np.arange(120), 100)] + 0.5 * generator.normal(size=(12_000, DIM))
     vectors = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
-    index = FaissIndex(build(lambda: iter([vectors]), len(vectors), DIM, [Choice(kind, "test")]).index)
+    index = FaissIndex(build_index(lambda: iter([vectors]), len(vectors), DIM, [IndexChoice(kind, "test")]).index)
     far = np.arange(len(vectors)) >= 6000
     side = vectors[:, 1] > np.quantile(vectors[:, 1], 0.7)  # allowed rows start near some queries only
     queries = vectors[generator.integers(6000, size=60)]
@@ -154,7 +154,7 @@ def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypa
 
 
 def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(vectors: NDArray[np.float32]) -> None:
-    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice("IVF32,Flat", "test")]).index)
+    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice("IVF32,Flat", "test")]).index)
     mask = np.arange(COUNT) >= 10
     mask.flags.writeable = False
     index.search(vectors[:1], 5, mask)
@@ -172,7 +172,7 @@ def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(vectors: NDArray[np.
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
 def test_fewer_allowed_than_asked_for(kind: str, vectors: NDArray[np.float32]) -> None:
-    index = FaissIndex(build(lambda: iter([vectors]), COUNT, DIM, [Choice(kind, "test")]).index)
+    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
     few = np.zeros(COUNT, np.bool_)
     few[[7, 4000]] = True
     rows = index.search(vectors[:3], 5, few)[1]

@@ -19,7 +19,7 @@ from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import quality_gate
-from index_jobs.jobs.cutoff_calibration import signature
+from index_jobs.jobs.cutoff_calibration import pairs_signature
 from index_jobs.jobs.notify import notify
 from index_jobs.jobs.summary import RejectedError
 from index_jobs.jobs.updates import remove
@@ -111,7 +111,7 @@ def test_grown_gallery_is_no_worse_model(
 def test_validation_pairs_are_found_in_the_gallery(
     tiny_data: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
 ) -> None:
-    pairs = quality_gate.pairs_of(scan(tiny_data), tiny_data)
+    pairs = quality_gate.find_pairs(scan(tiny_data), tiny_data)
     assert pairs is not None
     table = {row["id"]: row["caption"] for row in scan(tiny_data).table.to_pylist()}
     assert [table[item_id] for item_id in pairs.ids] == pairs.texts
@@ -119,13 +119,13 @@ def test_validation_pairs_are_found_in_the_gallery(
     assert summary.gate is not None
     assert (summary.gate["source"], summary.gate["pairs"]) == ("validation", 6)
     elsewhere = Path(shutil.copytree(tiny_data, tmp_path / "elsewhere"))
-    with pytest.raises(DataError, match=r"none of the 6 validation pairs of .* has its picture in the gallery"):
-        quality_gate.pairs_of(scan(tiny_data), elsewhere)
+    with pytest.raises(DataError, match=r"none of the 6 validation pairs of .* has its image in the gallery"):
+        quality_gate.find_pairs(scan(tiny_data), elsewhere)
 
 
 def named(gallery: Gallery, data: Path) -> dict[str, str]:
     """Return the text of each matched pair by the name of its image in the gallery."""
-    pairs = quality_gate.pairs_of(gallery, data)
+    pairs = quality_gate.find_pairs(gallery, data)
     assert pairs is not None
     names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
     return {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
@@ -136,10 +136,10 @@ def test_validation_pictures_that_are_gone_are_left_out(
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     (data / load_split(data, "val")[0].samples[0].image).unlink()
-    found = quality_gate.pairs_of(scan(data), data)
+    found = quality_gate.find_pairs(scan(data), data)
     assert found is not None
     assert len(found.texts) == 5
-    assert "1 validation pictures of" in caplog.text
+    assert "1 validation images of" in caplog.text
 
 
 def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(tiny_data: Pa
     expected = named(scan(tiny_data), tiny_data)
     gallery = scan(zipped(tiny_data, tmp_path / "g.zip"))
     assert named(gallery, tiny_data) == expected
-    with pytest.raises(DataError, match="a picture there is known by its name below it"):
-        quality_gate.pairs_of(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
+    with pytest.raises(DataError, match="an image there is recognised by its name below the gallery"):
+        quality_gate.find_pairs(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
     lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
     by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
@@ -204,14 +204,14 @@ def test_a_name_that_several_pictures_have_is_nobodys(tiny_data: Path, tmp_path:
 def test_what_was_removed_is_not_in_the_way_of_the_other_index(index: Path) -> None:
     whole = open_current(index)
     remove(index, [whole.item(3).id])
-    shared = quality_gate._shared(whole, open_current(index))
+    shared = quality_gate._shared_rows(whole, open_current(index))
     assert shared is not None
     assert np.flatnonzero(~shared).tolist() == [3]
 
 
 def test_no_caption_is_none_that_only_one_picture_has(tmp_path: Path) -> None:
     table = pa.table({"caption": ["a cat", "", "a dog", "a dog"], "id": ["0", "1", "2", "3"]})
-    assert quality_gate.pairs_of(Gallery("", str(tmp_path), table, "", ""), None) == quality_gate.Pairs(
+    assert quality_gate.find_pairs(Gallery("", str(tmp_path), table, "", ""), None) == quality_gate.QueryPairs(
         ["a cat"], ["0"], "captions"
     )
 
@@ -223,7 +223,7 @@ def test_few_captions_are_taken_out_of_very_many(tmp_path: Path) -> None:
     captions = pa.chunked_array([chunk] * 40 + [last])
     ids = pa.array([str(row) for row in range(len(captions))])
     gallery = Gallery("", str(tmp_path), pa.table({"caption": captions, "id": ids}), "", "")
-    assert quality_gate.pairs_of(gallery, None) == quality_gate.Pairs(
+    assert quality_gate.find_pairs(gallery, None) == quality_gate.QueryPairs(
         last.to_pylist(), ids[-10:].to_pylist(), "captions"
     )
 
@@ -254,7 +254,7 @@ def test_validation_pairs_give_the_cut_off(tiny_data: Path, tiny_checkpoint: Pat
 
 
 def test_other_texts_of_the_same_pictures_are_another_calibration() -> None:
-    one, other = (signature(quality_gate.Pairs([text], ["1"], "validation")) for text in ("a cat", "a dog"))
+    one, other = (pairs_signature(quality_gate.QueryPairs([text], ["1"], "validation")) for text in ("a cat", "a dog"))
     assert one != other
 
 
@@ -267,7 +267,7 @@ def test_validation_pairs_are_found_in_tars(tiny_data: Path, tmp_path: Path) -> 
     captions = set()
     for place in (tmp_path, tmp_path / "shard.tar"):
         gallery = scan(place)
-        pairs = quality_gate.pairs_of(gallery, tmp_path)
+        pairs = quality_gate.find_pairs(gallery, tmp_path)
         assert pairs is not None
         names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
         found = {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
@@ -299,13 +299,13 @@ def test_served_model_that_is_gone_is_known_before_encoding(
     assert main([str(argument) for argument in arguments]) == 4
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
-    assert stderr.startswith("error: there is no comparing with version 1, which is served")
-    assert "--force publishes without comparing" in stderr
+    assert stderr.startswith("error: the served version 1 cannot be compared")
+    assert "publish without a comparison by --force" in stderr
     assert sorted((index / "work").iterdir()) == before, "nothing was encoded, and nothing removed"
     assert main([*map(str, arguments), "--force"]) == 0
     verdict = json.loads(capsys.readouterr().out)["gate"]
     assert (verdict["passed"], verdict["compared"], current_version(index)) == (True, False, 2)
-    assert verdict["reason"].startswith("there is no comparing with version 1")
+    assert verdict["reason"].startswith("the served version 1 cannot be compared")
     (tmp_path / "gone").rename(base)
     assert rebuild(tiny_gallery, base.parent / "checkpoint", index, progress=False, margin=1).published
 
@@ -425,5 +425,5 @@ def test_redirect_does_not_get_the_admin_key(tmp_path: Path, monkeypatch: pytest
 def test_a_loss_of_just_the_margin_passes() -> None:
     for loss in range(1, 99):
         served, found = {"recall_at_1": (loss + 1) / 100}, {"recall_at_1": (loss - 1) / 100}
-        assert quality_gate.falls(served, found, 0.02) == []
-        assert quality_gate.falls(served, found, 0.0199) == ["recall_at_1"]
+        assert quality_gate.losses(served, found, 0.02) == []
+        assert quality_gate.losses(served, found, 0.0199) == ["recall_at_1"]

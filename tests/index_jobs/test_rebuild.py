@@ -10,9 +10,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
-from index_jobs.jobs.job import Job
-from index_jobs.jobs.summary import RebuildSummary
-from index_jobs.options import RebuildOptions
+from index_jobs.jobs.summary import RebuildSummary, summarize
 from index_jobs.rebuild import rebuild
 from index_jobs.store.manifest import Manifest
 from index_jobs.store.versions import open_current, version_numbers
@@ -136,7 +134,7 @@ def test_pictures_that_could_not_be_read_are_tried_again(
     assert (run(force=True).encoded, run(kind="hnsw").encoded) == (0, 0), "what is still missing costs no encoding"
     again = run(kind="hnsw")
     assert (again.reused, again.unread) == (True, 2)
-    assert again.hint.startswith("pictures that could not be read: 2")
+    assert again.hint.startswith("images that could not be read: 2")
     assert again.hint.endswith("give --force")
 
     away[3].rename(gallery / names[3])
@@ -177,8 +175,7 @@ def test_failures_of_older_versions_count_as_unread(
     line = json.loads(path.read_text())
     del line["fault"]
     path.write_text(json.dumps(line))
-    job = Job(scan(listed), tiny_checkpoint, "", tmp_path / "index", RebuildOptions(), 0.0)
     manifest = Manifest.read(path.with_name("manifest.json"))
-    assert job.summary(manifest).unread == 1
+    assert summarize(tmp_path / "index", manifest, start=0.0).unread == 1
     path.unlink()
-    assert job.summary(manifest).hint == ""
+    assert summarize(tmp_path / "index", manifest, start=0.0).hint == ""

@@ -81,7 +81,7 @@ for line in sys.stdin:
         if what == "rebuild":
             rebuild(gallery, checkpoint, index, shard_rows=2, force=True, keep_shards=False, **settings)
         elif what == "add":
-            add(index, more, replace_known=True, **settings)
+            add(index, more, replace_existing=True, **settings)
         else:
             remove(index, [open_current(index).item(int(open_current(index).live.argmax())).id])
         os._exit(0)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dcar_core.util.arrays import Floats
-from index_jobs.building.build import build
-from index_jobs.building.kinds import Choice
-from index_jobs.building.tuning import NEIGHBOURS, Queries, Tuning, neighbours, own_queries
+from index_jobs.building.build import build_index
+from index_jobs.building.kinds import IndexChoice
+from index_jobs.building.tuning import NEIGHBOURS, HeldOutQueries, Tuner, find_neighbours, gallery_queries
 from tests.support.vectors import DIM, blocks, clustered
 
 
@@ -38,21 +38,21 @@ def test_pictures_that_are_the_same_are_no_misses(kind: str) -> None:
 
     def recall(share: float) -> float:
         vectors = placeholders(5000, share)
-        return build(blocks(vectors), len(vectors), DIM, [Choice(kind, "test")]).recall
+        return build_index(blocks(vectors), len(vectors), DIM, [IndexChoice(kind, "test")]).recall
 
     assert recall(0.1) > recall(0) - 0.01
 
 
 def test_a_good_kind_is_not_discarded_for_duplicates() -> None:
     vectors = placeholders(5000, 0.1)
-    choices = [Choice("IVF64,RaBitQ,Refine(SQ8)", "the first"), Choice("HNSW32", "never built")]
-    built = build(blocks(vectors), len(vectors), DIM, choices, target=0.94)
+    choices = [IndexChoice("IVF64,RaBitQ,Refine(SQ8)", "the first"), IndexChoice("HNSW32", "never built")]
+    built = build_index(blocks(vectors), len(vectors), DIM, choices, target=0.94)
     assert built.choice.reason == "the first"
 
 
 def asked_of(vectors: Floats, found: Any) -> float:
-    queries = Queries(clustered(len(found), seed=3), "captions", np.full(len(found), -1))
-    return float(Tuning(blocks(vectors), queries).measure(Found(found))["recall_at_10"])
+    queries = HeldOutQueries(clustered(len(found), seed=3), "captions", np.full(len(found), -1))
+    return float(Tuner(blocks(vectors), queries).measure(Found(found))["recall_at_10"])
 
 
 def test_what_is_only_near_is_a_miss() -> None:
@@ -83,21 +83,21 @@ def test_the_twins_of_neighbours_are_hits_and_nothing_else_is() -> None:
 
 def test_ties_are_known_and_neighbours_are_exact() -> None:
     once = clustered(500)
-    queries = Queries(clustered(50, seed=3), "captions", np.full(50, -1))
-    alone = neighbours(blocks(once), queries)
+    queries = HeldOutQueries(clustered(50, seed=3), "captions", np.full(50, -1))
+    alone = find_neighbours(blocks(once), queries)
     assert not alone.tied.any()
     scores = queries.vectors @ once.T
     np.testing.assert_array_equal(alone.rows, np.argsort(-scores, axis=1, kind="stable")[:, :NEIGHBOURS])
     np.testing.assert_allclose(alone.lowest, -np.sort(-scores, axis=1)[:, NEIGHBOURS - 1], atol=1e-6)
-    np.testing.assert_array_equal(neighbours(blocks(once), queries).rows, alone.rows)
-    thrice = neighbours(blocks(np.concatenate([once, once, once])), queries)
+    np.testing.assert_array_equal(find_neighbours(blocks(once), queries).rows, alone.rows)
+    thrice = find_neighbours(blocks(np.concatenate([once, once, once])), queries)
     assert thrice.tied.all()
 
 
 def test_a_query_of_the_gallery_is_not_its_own_neighbour() -> None:
     vectors = placeholders(1500, 0.3)
-    queries = own_queries(blocks(vectors), len(vectors))
-    found = neighbours(blocks(vectors), queries)
+    queries = gallery_queries(blocks(vectors), len(vectors))
+    found = find_neighbours(blocks(vectors), queries)
     assert (found.rows != queries.own_rows[:, None]).all()
     assert (found.rows >= 0).all()
 
@@ -107,11 +107,11 @@ def test_scores_are_those_of_the_vectors_in_bounded_memory(monkeypatch: pytest.M
     vectors = placeholders(3000, 0.5)
     np.save(tmp_path / "v.npy", vectors)
     mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
-    queries = Queries(np.repeat(vectors[:1], 60, 0), "captions", np.full(60, -1))
+    queries = HeldOutQueries(np.repeat(vectors[:1], 60, 0), "captions", np.full(60, -1))
     same = np.flatnonzero((vectors == vectors[0]).all(1))
     found = np.random.default_rng(0).permuted(np.tile(same, (60, 1)), axis=1)[:, :10]
     monkeypatch.setattr("index_jobs.building.tuning._SCORED", 7)
-    truth = neighbours(blocks(mapped), queries)
+    truth = find_neighbours(blocks(mapped), queries)
     assert truth.hits(blocks(mapped), queries, np.arange(60), found).all()
     other = np.flatnonzero((vectors != vectors[0]).any(1))[:10]
     assert not truth.hits(blocks(mapped), queries, np.arange(60), np.tile(other, (60, 1))).any()

@@ -107,10 +107,10 @@ def test_removed_rows_that_do_not_exist_are_refused(index: Path, row: int) -> No
 def test_replaced_item_is_the_new_one(index: Path, encoder: Encoder, tmp_path: Path) -> None:
     gallery = more(tmp_path / "more", "pink", "cyan")
     add(index, gallery, progress=False)
-    with pytest.raises(DataError, match=r"2 of the 2 pictures of .* the first is 'cyan'; --replace puts them"):
+    with pytest.raises(DataError, match=r"2 of the 2 images of .* such as 'cyan'; --replace puts them"):
         add(index, gallery, progress=False)
     changed = more(tmp_path / "changed", "pink", shape="circle")
-    assert add(index, changed, replace_known=True, progress=False).count == 26
+    assert add(index, changed, replace_existing=True, progress=False).count == 26
     artifact = open_current(index)
     vectors = encoder.encode_images([changed / "pink.png", gallery / "pink.png"])
     row = artifact.row_of("pink")
@@ -125,7 +125,7 @@ def test_a_broken_picture_replaces_nothing(index: Path, tmp_path: Path) -> None:
     add(index, more(tmp_path / "more", "pink", "cyan"), progress=False)
     changed = more(tmp_path / "changed", "pink", "cyan", shape="circle")
     (changed / "pink.png").write_bytes(b"no picture")
-    done = add(index, changed, replace_known=True, max_failed=0.5, progress=False)
+    done = add(index, changed, replace_existing=True, max_failed=0.5, progress=False)
     assert (done.count, done.added, done.removed, done.failed) == (26, 1, 1, 1)
     artifact = open_current(index)
     rows = [artifact.row_of(color) for color in ("pink", "cyan")]
@@ -270,20 +270,23 @@ def test_commands(index: Path, tmp_path: Path) -> None:
 
     gallery = more(tmp_path / "more", "pink", "cyan", "lime")
     assert "0 " in (shown := run("add", index, "--gallery", gallery))
-    assert "version 2, 27 pictures (3 added, 0 broken)" in shown
+    assert "version 2, 27 images (3 added, 0 broken)" in shown
     (tmp_path / "ids").write_text("lime\n\n cyan \n")
-    assert "version 3, 24 pictures (3 removed)" in run("remove", index, "pink", "--ids-file", tmp_path / "ids")
+    assert "version 3, 24 images (3 removed)" in run("remove", index, "pink", "--ids-file", tmp_path / "ids")
     assert "-3 removed" in run("list", index).splitlines()[0]
     assert run("remove", index).startswith("2 ")
     with pytest.raises(DataError, match="pink"):
         run("remove", index, "pink")
-    assert "version 3, 24 pictures (0 removed)" in run("remove", index, "pink", "--missing-ok")
+    assert "version 3, 24 images (0 removed)" in run("remove", index, "pink", "--missing-ok")
     listed = [json.loads(line) for line in run("items", index)[2:].splitlines()]
     assert len(listed) == 24
     assert listed[0].keys() >= {"id", "caption", "category", "file_name"}
     some = run("items", index, "--filter", '{"category": "circle"}')[2:].splitlines()
     assert [json.loads(line)["id"] for line in some] == [each["id"] for each in listed if each["category"] == "circle"]
     assert run("items", index, "--filter", "[]").startswith("2 ")
+    assert "version 4, 18 images (6 removed)" in run("remove", index, "--filter", '{"category": "circle"}')
+    assert "version 4, 18 images (0 removed)" in run("remove", index, "--filter", '{"category": "circle"}')
+    assert run("remove", index, "--filter", "{}").startswith("2 "), "an empty filter does not remove everything"
 
 
 def test_a_rebuild_brings_back_what_was_removed_by_hand(index: Path, tiny_gallery: Path, tiny_checkpoint: Path) -> None:

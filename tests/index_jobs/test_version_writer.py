@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_jobs.jobs.cutoff_calibration import calibrate
-from index_jobs.jobs.quality_gate import Pairs
+from index_jobs.jobs.cutoff_calibration import calibrate_cutoff
+from index_jobs.jobs.quality_gate import QueryPairs
 from index_jobs.jobs.version_writer import caption_queries
 
 
@@ -49,9 +49,9 @@ def test_the_cut_off_is_that_of_pairs_among_very_many(long: pa.ChunkedArray) -> 
     vectors[-2:] = [[0, 0, 0, 0.25], [0, 0, 0.5, 0]]
     encoded: Any = SimpleNamespace(rows=lambda: rows, blocks=lambda: iter(np.array_split(vectors, 9)))
     gallery: Any = SimpleNamespace(table=pa.table({"id": long}))
-    pairs = Pairs(["xxx", "xx", "x"], ["a", "ccc", "bb"], "validation")
+    pairs = QueryPairs(["xxx", "xx", "x"], ["a", "ccc", "bb"], "validation")
     encoder: Any = Written()
-    found = calibrate(gallery, pairs, encoder, encoded)
+    found = calibrate_cutoff(gallery, pairs, encoder, encoded)
     assert encoder.texts == ["xxx", "xx"], "bb has no vector"
     assert found["pairs"] == 2
     assert found["min_score"] == pytest.approx(np.quantile([0.25, 0.5], 0.05), abs=1e-4)
