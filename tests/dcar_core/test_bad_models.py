@@ -4,8 +4,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -89,7 +90,8 @@ def test_a_tower_that_fails_its_check_is_used_whole(
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     assert backbone.level == "adapters"
     assert "the text tower is used without prompts, since its proof failed: ValueError: features" in caplog.text
-    stock = backbone.clip.encode_text(torch.nn.functional.pad(tokens := backbone.tokenize(["a dog"]), (0, 28)))
+    tokens, clip = backbone.tokenize(["a dog"]), cast(Any, backbone.clip)
+    stock = clip.encode_text(torch.nn.functional.pad(tokens, (0, 32 - tokens.shape[1])))
     assert torch.equal(backbone.encode_text(tokens), stock)
     with pytest.raises(ModelError, match=r"which the towers of .* do not take; use the method clip-adapter"):
         DCAR(backbone, ModelConfig())
@@ -126,7 +128,7 @@ def test_image_prompts_on_a_tower_without_rows_name_the_variant_without(method: 
 def test_a_configuration_sets_only_what_is_allowed(
     model: Path, part: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_clip_source.open_clip, "create_model", None)  # nothing may be created
+    monkeypatch.setattr(open_clip, "create_model", None)  # nothing may be created
     monkeypatch.setattr(open_clip_source, "load_tokenizer", None)
     with pytest.raises(ModelError, match="configuration of"):
         load_backbone(edit(model, part, **values))
