@@ -36,7 +36,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from load import Requests, Tally, closed_loop, post, unique_texts
-from serve import fresh_pictures, fresh_texts, median, pictures, run
+from serve import images, median, new_images, new_texts, run
 from service import random_vit, serving
 
 Body = Callable[[str | bytes], dict[str, object]]
@@ -48,9 +48,9 @@ def _clip_retrieval(query: str | bytes) -> dict[str, object]:
 
 
 def _infinity(query: str | bytes) -> dict[str, object]:
-    picture = not isinstance(query, str)
+    is_image = not isinstance(query, str)
     given = f"data:image/jpeg;base64,{base64.b64encode(query).decode()}" if isinstance(query, bytes) else query
-    return {"model": "clip", "input": [given], "modality": "image" if picture else "text"}
+    return {"model": "clip", "input": [given], "modality": "image" if is_image else "text"}
 
 
 PEERS: dict[str, tuple[str, Body]] = {
@@ -65,7 +65,7 @@ def asked(name: str, kind: str) -> Requests:
     if kind == "text":
         texts = unique_texts(time.time_ns())
         return lambda: post(path, "application/json", json.dumps(body(next(texts))).encode())
-    known, number = pictures(16), itertools.count()
+    known, number = images(16), itertools.count()
 
     def one() -> bytes:
         n = next(number)
@@ -94,7 +94,7 @@ def main() -> None:
     os.environ |= {"DCAR_RUNTIME_CACHE": str(given.cache.resolve())} if given.cache else {}
     for runtime in given.runtimes:
         with serving(index, cache_size=0, runtime=runtime, max_queue_ms=60_000, deadline_ms=60_000) as server:
-            for kind, mine in (("text", lambda: fresh_texts(time.time_ns())), ("picture", fresh_pictures)):
+            for kind, mine in (("text", lambda: new_texts(time.time_ns())), ("image", new_images)):
                 services = {f"dcar, {runtime}": (server.port, mine)}
                 services |= {name: (port, partial(asked, name, kind)) for name, port in ports.items()}
                 for connections in (1, 8, 32):

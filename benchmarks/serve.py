@@ -43,7 +43,7 @@ def median(tallies: list[Tally]) -> Tally:
     return sorted(tallies, key=lambda tally: tally.rate)[len(tallies) // 2]
 
 
-def pictures(count: int, side: int = 500) -> list[bytes]:
+def images(count: int, side: int = 500) -> list[bytes]:
     """Return different JPEGs of about 40 KB."""
     made = []
     for seed in range(count):
@@ -55,13 +55,13 @@ def pictures(count: int, side: int = 500) -> list[bytes]:
     return made
 
 
-def fresh_pictures() -> Requests:
+def new_images() -> Requests:
     """Return image searches that miss every cache: each file has unique bytes after the end of the image."""
-    known, number = pictures(16), itertools.count()
+    known, number = images(16), itertools.count()
     return lambda: image_request(known[(n := next(number)) % 16] + n.to_bytes(8, "big"))
 
 
-def fresh_texts(seed: int) -> Requests:
+def new_texts(seed: int) -> Requests:
     texts = unique_texts(seed)
     return lambda: text_request(next(texts))
 
@@ -102,7 +102,7 @@ class Bare:
             open_current(index).checkpoint, device="cpu", runtime=runtime, cache=Path(cache) if cache else None
         )
         self._texts = unique_texts(9)
-        self._pixels = np.stack([self.encoder.preprocess(each) for each in pictures(32)])
+        self._pixels = np.stack([self.encoder.preprocess(each) for each in images(32)])
 
     def rate(self, kind: str, size: float) -> float:
         """Return items per second in batches of `size`, interpolated between whole sizes."""
@@ -129,7 +129,7 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
     with serving(index, cache_size=0, **settings) as server:
         print(f"ready after {server.ready_s:.1f} s, {server.rss_mb():.0f} MB", flush=True)
         bare = Bare(index, settings.get("runtime", "auto"), settings.get("runtime_cache"))
-        for kind, make in (("text", lambda: fresh_texts(time.time_ns())), ("image", fresh_pictures)):
+        for kind, make in (("text", lambda: new_texts(time.time_ns())), ("image", new_images)):
             run(closed_loop(server.port, make(), connections=8, seconds=min(2.0, seconds)))
             for connections in (1, 8, 32, 128):
                 tallies, sizes, shares = [], [], []
@@ -147,12 +147,12 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
 def overload(index: Path, seconds: float, rounds: int) -> None:
     """Measure peak and overload in turns, so other load affects both."""
     with serving(index, cores={0}, threads=1, cache_size=0, max_queue_ms=500) as server:
-        run(closed_loop(server.port, fresh_texts(1), connections=8, seconds=2))
+        run(closed_loop(server.port, new_texts(1), connections=8, seconds=2))
         peaks, loads = [], []
         for i in range(rounds):
-            peaks.append(run(closed_loop(server.port, fresh_texts(10 + i), connections=32, seconds=seconds)))
+            peaks.append(run(closed_loop(server.port, new_texts(10 + i), connections=32, seconds=seconds)))
             rate = 4 * peaks[-1].rate
-            loads.append(run(open_loop(server.port, fresh_texts(100 + i), rate=rate, seconds=seconds)))
+            loads.append(run(open_loop(server.port, new_texts(100 + i), rate=rate, seconds=seconds)))
         print(f"peak, 32 connections      {median(peaks)}")
         print(f"4 x that, open loop       {median(loads)}")
         shares = sorted(load.rate / peak.rate for peak, load in zip(peaks, loads, strict=True))
@@ -183,7 +183,7 @@ async def _beside(port: int, good: Requests, bad: Requests | None, seconds: floa
 def poison(index: Path, seconds: float, rounds: int) -> None:
     import uvloop
 
-    whole = pictures(4)
+    whole = images(4)
     kinds: dict[str, Callable[[int], bytes]] = {
         "nothing else": lambda n: b"",
         "truncated": lambda n: whole[n % 4][: 9000 + n % 3000],
@@ -191,11 +191,11 @@ def poison(index: Path, seconds: float, rounds: int) -> None:
         "good ones": lambda n: whole[n % 4] + n.to_bytes(8, "big"),
     }
     with serving(index, cores={0}, threads=1, cache_size=0) as server:
-        run(closed_loop(server.port, fresh_pictures(), connections=4, seconds=2))
+        run(closed_loop(server.port, new_images(), connections=4, seconds=2))
         for name, make in kinds.items():
             number = itertools.count()
             bad = None if name == "nothing else" else (lambda make=make, n=number: image_request(make(next(n))))
-            pairs = [uvloop.run(_beside(server.port, fresh_pictures(), bad, seconds)) for _ in range(rounds)]
+            pairs = [uvloop.run(_beside(server.port, new_images(), bad, seconds)) for _ in range(rounds)]
             good = median([pair[0] for pair in pairs])
             took = [x * 1000 for pair in pairs for x in pair[1].latencies]
             answered = f"; they are answered in {np.median(took):.1f} ms" if took else ""

@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from load import Requests, closed_loop, image_request, post, text_request, unique_texts
-from serve import bomb, fresh_pictures, fresh_texts, pictures
+from serve import bomb, images, new_images, new_texts
 from service import ROOT, Redis, Server, emoji
 
 from index_jobs.store.publish import rollback
@@ -36,10 +36,10 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
 
 
-def callers(item: str) -> dict[str, tuple[Requests, set[int]]]:
+def loads(item: str) -> dict[str, tuple[Requests, set[int]]]:
     """Return name -> request and its valid statuses. 503 is valid: overload or a deadline."""
     known = itertools.cycle([text_request(text) for text in itertools.islice(unique_texts(1), 300)])
-    whole, number = pictures(4), itertools.count()
+    whole, number = images(4), itertools.count()
     kind = "multipart/form-data; boundary=b"
     wrong = itertools.cycle(
         [
@@ -52,11 +52,11 @@ def callers(item: str) -> dict[str, tuple[Requests, set[int]]]:
     absent = itertools.cycle([get("/items/..%2f..%2fetc%2fpasswd"), get("/nothing"), get("/items/x/image")])
     found = itertools.cycle([get(f"/items/{item}"), get(f"/items/{item}/image"), get(f"/items/{item}/similar?k=5")])
     return {
-        "known texts": (lambda: next(known), {200}),
-        "fresh texts": (fresh_texts(2), {200, 503}),
-        "pictures": (fresh_pictures(), {200, 503}),
+        "cached texts": (lambda: next(known), {200}),
+        "new texts": (new_texts(2), {200, 503}),
+        "images": (new_images(), {200, 503}),
         "items": (lambda: next(found), {200, 503}),
-        "broken pictures": (lambda: image_request(whole[0][: 2000 + next(number) % 9000]), {422, 503}),
+        "broken images": (lambda: image_request(whole[0][: 2000 + next(number) % 9000]), {422, 503}),
         "bombs": (lambda: image_request(bomb(30_000 + next(number) % 1000)), {422, 503}),
         "large bodies": (lambda: post("/search/text", "application/json", bytes(300_000)), {413}),
         "wrong requests": (lambda: next(wrong), {400, 415, 422}),
@@ -65,9 +65,9 @@ def callers(item: str) -> dict[str, tuple[Requests, set[int]]]:
     }
 
 
-async def leavers(port: int, until: float) -> None:
+async def disconnect_early(port: int, until: float) -> None:
     """Disconnect before, while or after sending, without reading."""
-    texts = fresh_texts(3)
+    texts = new_texts(3)
     for n in itertools.count():
         if time.monotonic() > until:
             return
@@ -93,7 +93,7 @@ async def swaps(index: Path, until: float, every: float, log: list[str]) -> None
         log.append(f"version {version}")
 
 
-async def troubles(redis: Redis, began: float, seconds: float, log: list[str]) -> None:
+async def disturb_redis(redis: Redis, began: float, seconds: float, log: list[str]) -> None:
     async def at(share: float) -> None:
         await asyncio.sleep(max(0.0, began + share * seconds - time.monotonic()))
 
@@ -125,10 +125,10 @@ async def soak(server: Server, redis: Redis, index: Path, seconds: float, every:
     statuses: dict[str, Counter[int]] = defaultdict(Counter)
     broken: Counter[str] = Counter()
     slowest: dict[str, float] = {}
-    everyone = callers("1f63f")
+    expected = loads("1f63f")
 
     async def load(name: str) -> None:
-        requests, _ = everyone[name]
+        requests, _ = expected[name]
         while time.monotonic() < until:
             part = min(5.0, until - time.monotonic())
             tally = await closed_loop(server.port, requests, connections=1, seconds=part, pause_s=PAUSE_S)
@@ -137,15 +137,15 @@ async def soak(server: Server, redis: Redis, index: Path, seconds: float, every:
             slowest[name] = max(slowest.get(name, 0.0), *tally.latencies, 0.0)
 
     await asyncio.gather(
-        *(load(name) for name in everyone),
-        leavers(server.port, until),
+        *(load(name) for name in expected),
+        disconnect_early(server.port, until),
         swaps(index, until, every, log),
-        troubles(redis, began, seconds, log),
+        disturb_redis(redis, began, seconds, log),
         watch(server, until, samples),
     )
     whole = True
     for name, counts in statuses.items():
-        wrong = {status: n for status, n in counts.items() if status not in everyone[name][1]}
+        wrong = {status: n for status, n in counts.items() if status not in expected[name][1]}
         whole &= not wrong and not broken[name]
         verdict = f"WRONG {wrong}, {broken[name]} broken" if wrong or broken[name] else "as it should be"
         print(f"{name:16} {dict(sorted(counts.items()))}, slowest {slowest[name] * 1000:.0f} ms: {verdict}")
