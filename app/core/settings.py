@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 from app.core.keys import parse_keys
 from app.core.rate_limit import parse_rate
 from app.core.redis import check_url
+from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
 
 DEFAULT_K = 10
@@ -104,6 +105,11 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         64_000_000, ge=1, description="Largest number of pixels in a query image, checked before it is decoded."
     )
+    image_formats: Annotated[tuple[str, ...], NoDecode] = Field(
+        tuple(sorted(image_format.value for image_format in WEB_FORMATS)),
+        description="Formats of query images, separated by commas. tiff and bmp are accepted only if named here; heif "
+        "needs the extra heic.",
+    )
     max_query_chars: int = Field(1000, ge=1, description="Largest number of characters in a text query.")
     max_k: int = Field(200, ge=DEFAULT_K, description="Largest number of results on a page.")
     max_window: int = Field(1000, ge=DEFAULT_K, description="Deepest result that paging reaches: offset + k.")
@@ -168,6 +174,19 @@ class Settings(BaseSettings):
         if isinstance(origins, tuple) and not all(o == "*" or _ORIGIN.fullmatch(o) for o in origins):
             raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
         return origins
+
+    @field_validator("image_formats", mode="before")
+    @classmethod
+    def _split_list(cls, value: object) -> object:
+        return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value
+
+    @field_validator("image_formats")
+    @classmethod
+    def _check_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in set(ImageFormat)]
+        if unknown or not value:
+            raise ValueError(f"must be some of {', '.join(ImageFormat)}, not {', '.join(unknown) or 'none'}")
+        return value
 
     @field_validator("rate_limit")
     @classmethod

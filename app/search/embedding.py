@@ -9,7 +9,7 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,7 @@ from app.core.threads import use_default_scheduling
 from app.search.batching import Batcher, BatchGroup, SharedTasks
 from app.search.embedding_cache import VectorCache, cache_key, rounded
 from app.search.snapshots import Snapshot
-from dcar_core.images import Container, inspect
+from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.cpu_features import available_cores
 
@@ -56,6 +56,7 @@ class Embedder:
             1, thread_name_prefix="dcar-decode-large", initializer=use_default_scheduling
         )
         self._max_pixels = settings.max_pixels
+        self._formats = frozenset(map(ImageFormat, settings.image_formats))
 
     def start(self) -> None:
         """Begin to work. The event loop must be running."""
@@ -106,7 +107,9 @@ class Embedder:
         encoder = snapshot.encoder
 
         async def embed() -> Floats:
-            (vector,) = await self.pixels(snapshot, [await self.decode(data, snapshot.preprocess, self._max_pixels)])
+            (vector,) = await self.pixels(
+                snapshot, [await self.decode(data, snapshot.preprocess, self._max_pixels, self._formats)]
+            )
             return vector
 
         return await self._cached(await self._image_key(encoder.fingerprint, data), encoder.dim, embed)
@@ -127,17 +130,23 @@ class Embedder:
         rows = [ImageRow(snapshot.encoder, each) for each in images]
         return await self._batcher.submit_all(group, rows)
 
-    async def decode(self, data: bytes, preprocess: "Preprocess", max_pixels: int = sys.maxsize) -> Pixels:
+    async def decode(
+        self,
+        data: bytes,
+        preprocess: "Preprocess",
+        max_pixels: int = sys.maxsize,
+        formats: Set[ImageFormat] = ALL_FORMATS,
+    ) -> Pixels:
         """Return the pixels, uint8 (3, S, S), of an image file.
 
         Args:
-            max_pixels: see `Container.require_cost`; unlimited for images of the gallery, which the index job checked.
+            max_pixels, formats: limits for query images; images of the gallery have none, as the index job read them.
 
         Raises:
             ImageError: the file cannot be read.
         """
         with self._metrics.timed("decode"):
-            decoded = await self._in_decoder(_decode_unless_large, data, preprocess, max_pixels)
+            decoded = await self._in_decoder(_decode_unless_large, data, preprocess, max_pixels, formats)
             if isinstance(decoded, Container):
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(self._large_decoder, _decode, decoded, preprocess)
@@ -182,9 +191,11 @@ def _group_key(encoder: "Encoder", kind: str) -> tuple[int, str]:
 _CALLS = BatchGroup("calls", lambda payloads: [call(*args) for call, args in payloads])
 
 
-def _decode_unless_large(data: bytes, preprocess: "Preprocess", max_pixels: int) -> "Pixels | Container":
+def _decode_unless_large(
+    data: bytes, preprocess: "Preprocess", max_pixels: int, formats: Set[ImageFormat]
+) -> "Pixels | Container":
     """Return the pixels, or the checked file of an image that must wait for the thread of large images."""
-    container = inspect(data)
+    container = inspect(data, formats)
     container.require_cost(max_pixels)
     return container if container.cost > _LARGE_PIXELS else _decode(container, preprocess)
 

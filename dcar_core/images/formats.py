@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 
 from dcar_core.util.errors import ImageError, ImageFault
@@ -23,7 +24,11 @@ class ImageFormat(StrEnum):
 ALL_FORMATS = frozenset(ImageFormat)
 WEB_FORMATS = ALL_FORMATS - {ImageFormat.TIFF, ImageFormat.BMP}  # what browsers and phones send
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+HEIC_SUFFIXES = frozenset({".heic", ".heif"})
+# The suffixes of images that can be decoded here
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}) | (
+    HEIC_SUFFIXES if find_spec("pillow_heif") else frozenset()
+)
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", ImageFormat.JPEG),

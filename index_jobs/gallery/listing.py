@@ -18,7 +18,7 @@ from typing import Any
 
 from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.records import IMAGE_COLUMNS, Record
-from dcar_core.images import IMAGE_SUFFIXES, has_image_suffix, index_tar
+from dcar_core.images import has_image_suffix, index_tar
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import METADATA_FILES, GalleryMetadata, read_gallery_records, read_sidecars
 from index_jobs.gallery.storage import (
@@ -194,7 +194,7 @@ def _is_read(root: str, name: str, skipped: Counter[str]) -> bool:
     if name.rpartition("/")[2].startswith("."):
         return False
     suffix = file_suffix(name)
-    if name in METADATA_FILES or suffix in IMAGE_SUFFIXES or suffix == ".tar":
+    if name in METADATA_FILES or has_image_suffix(name) or suffix == ".tar":
         return True
     if suffix in _SKIPPED_KINDS:
         skipped[_SKIPPED_KINDS[suffix]] += 1

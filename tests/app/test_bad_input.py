@@ -311,3 +311,13 @@ async def test_client_that_disconnects_while_sending_is_not_an_error(built_index
             }  # fmt: skip
             await client.app(scope, receive, send)
             assert answered[0]["status"] == 400
+
+
+async def test_formats_are_accepted_by_setting(built_index: Path) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (25, 40)).save(data, "TIFF")
+    async with opened(built_index) as client:
+        problem = assert_problem(await client.post("/search/image", files={"file": data.getvalue()}), 422, "file")
+        assert "TIFF images are not accepted here" in problem["errors"][0]["message"]
+    async with opened(built_index, image_formats=("png", "tiff")) as client:
+        assert (await client.post("/search/image", files={"file": data.getvalue()})).status_code == 200

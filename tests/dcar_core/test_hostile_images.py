@@ -195,3 +195,18 @@ def test_decoding_takes_no_more_memory_than_is_reckoned(
     small = np.random.default_rng(0).integers(0, 256, (375, 375, 4), dtype=np.uint8)
     data = encoded(Image.fromarray(small).resize((3_000, 3_000)).convert(mode), kind, **options)
     assert peak_memory(data, "fast", tmp_path) < 4 * inspect(data).cost + 2 * len(data) + 24 * 2**20
+
+
+def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    values = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(values).resize((96, 64))
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, quality=90)
+    data = buffer.getvalue()
+    assert inspect(data).format == ImageFormat.HEIF
+    assert np.abs(np.asarray(open_image(data)).astype(int) - np.asarray(image)).mean() < 8
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"pip install 'dcar\[heic\]'") as caught:
+        open_image(data)
+    assert caught.value.fault == ImageFault.MISSING_DECODER

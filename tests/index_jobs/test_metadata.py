@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dcar_core.images import formats
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
@@ -237,3 +238,13 @@ def test_files_of_image_kinds_that_are_not_read_are_counted(tmp_path: Path, capl
     assert "1 video files are skipped: extract frames as images" in caplog.text
     assert "1 RAW files are skipped: convert them to JPEG" in caplog.text
     assert "notes" not in caplog.text
+
+
+def test_heic_files_are_counted_without_their_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(formats, "IMAGE_SUFFIXES", formats.IMAGE_SUFFIXES - formats.HEIC_SUFFIXES)
+    for name in ("a.png", "b.heic", "c.HEIC"):
+        write_file(tmp_path / name, png())
+    assert len(scan(tmp_path)) == 1
+    assert "2 HEIC files are skipped: pip install 'dcar[heic]'" in caplog.text
