@@ -12,7 +12,7 @@ class CircuitBreaker:
     Args:
         failures: in a row, until it opens.
         pause_s: seconds between two trials.
-        purpose: what is unavailable while it is open, for the log.
+        purpose: named in the log as unavailable while it is open.
     """
 
     def __init__(self, failures: int = 3, pause_s: float = 5.0, *, purpose: str = "the cache") -> None:

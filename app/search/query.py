@@ -5,6 +5,7 @@
 - The vector of a query is the weighted sum of its parts: see `compose`. Only the ratios of the weights matter.
 """
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def compose(parts: Sequence[QueryPart]) -> Floats:
     if scale == 0:
         raise InvalidQueryError("weights", "at least one part of the query must have a weight above 0")
     weights = [part.weight / scale for part in parts]  # tiny weights would underflow
-    total: Floats = np.sum([weight * part.vector for weight, part in zip(weights, parts, strict=True)], axis=0)
-    length = float(np.linalg.norm(total))
+    total = sum(weight * part.vector for weight, part in zip(weights, parts, strict=True))
+    length = math.sqrt(np.dot(total, total))
     if length < _MIN_LENGTH * sum(map(abs, weights)):
         raise InvalidQueryError("weights", "the parts of this query cancel each other out; change their weights")
     return np.asarray(total / length, np.float32)
