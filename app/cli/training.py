@@ -164,7 +164,7 @@ def evaluate(
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
-    from dcar_core.evaluation import compare, recall_table, settings_table
+    from dcar_core.evaluation import compare, recall_table, settings_table, significance_table
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods import method
     from dcar_core.serving.encoder import pick_device
@@ -180,6 +180,7 @@ def evaluate(
         taxonomy=taxonomy, tune=tune, grid=rates, features=features, on_message=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(recall_table(results))
+    typer.echo(significance_table(results))
     if tune:
         typer.echo(settings_table(results))
     typer.echo(f"{out / 'report.html'} shows more, without a server")

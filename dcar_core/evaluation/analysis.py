@@ -7,10 +7,12 @@ import numpy as np
 import torch
 
 from dcar_core.data import Dataset
+from dcar_core.evaluation.significance import hits_to_json
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.bootstrap import Hits
 from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_of_ranks
 
 MAX_CONFUSIONS, MAX_EXAMPLES = 8, 3
@@ -22,7 +24,8 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     Returns:
         recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
         confusions: the most frequent {category, taken_for, count, of, examples}, by the first image found for each
-        caption.
+        caption;
+        hits: see `significance.hits_to_json`.
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
@@ -35,6 +38,7 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
         "hard_negative_accuracy": None if np.isnan(accuracy) else accuracy,
         "categories": _recall_by_category(data, image_of, ranks.text < 1, image_hits),
         "confusions": _confusions(data, image_of, best_targets(text, image)),
+        "hits": hits_to_json(Hits.from_ranks(ranks, image_of)),
     }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from dcar_core.data import SPLITS, ImagePolicy, load_splits, save_reports
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import write_report
+from dcar_core.evaluation.significance import add_significance, hits_from_json
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, ModelConfig, TrainConfig
@@ -21,6 +22,7 @@ from dcar_core.model.methods import method
 from dcar_core.negatives import add_negatives_with_backbone
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import decode_images, report_truncation
+from dcar_core.util.bootstrap import Hits
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 
@@ -53,7 +55,8 @@ def compare(
 
     Returns:
         The content of results.json: for each method, the recall of each seed in percent, their mean and standard
-        deviation. A method that diverged with any seed is in `diverged` with the reason, instead of in `methods`.
+        deviation, and the intervals of `significance.add_significance`. A method that diverged with any seed is in
+        `diverged` with the reason, instead of in `methods`.
 
     Raises:
         DcarError: a method is unknown, the data cannot be read, or every method diverged.
@@ -82,15 +85,21 @@ def compare(
         "diverged": {},
     }
     out.mkdir(parents=True, exist_ok=True)
+    hits: dict[str, list[Hits]] = {}
     for name, chosen in configs.items():
         try:
-            results["methods"][name] = _run_method(runner, chosen, seeds, tuple(grid) if tune else None)
+            result = _run_method(runner, chosen, seeds, tuple(grid) if tune else None)
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
+        else:
+            hits[name] = [hits_from_json(run.pop("hits")) for run in result["runs"]]  # too many for results.json
+            results["methods"][name] = result
         write_json(out / "results.json", results)  # after each method, so that an interruption loses nothing
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
+    add_significance(results, hits)
+    write_json(out / "results.json", results)
     write_report(results, splits["test"], out)
     return results
 

@@ -90,7 +90,7 @@ class MethodRunner:
         """
         record, directory = self.train(method, seed, lr), self.directory(method, seed, lr)
         test_file = directory / "test.json"
-        if not test_file.is_file():
+        if not test_file.is_file() or "hits" not in json.loads(test_file.read_text(encoding="utf-8")):
             model, _ = load_checkpoint(directory, backbone=self.backbone)
             data = self.splits["test"]
             split = prepare_split(data, model, for_training=False, progress=self.progress, cache=self.cache)

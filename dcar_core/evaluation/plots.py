@@ -1,4 +1,4 @@
-"""Plots as SVG text, without a plotting library: recall of each method with its spread, and training curves.
+"""Plots as SVG text, without a plotting library: recall with its spread, differences to the baseline, training curves.
 
 - Text and axes take the page's own colour, so a plot fits light and dark pages.
 - The methods' colours are Okabe and Ito's, chosen for colour-blind readers; after the eighth, lines are dashed.
@@ -52,6 +52,28 @@ def _recall_mark(
     parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"><title>{tooltip}</title></circle>')
     parts.append(f'<text x="{x:.1f}" y="{y - 8:.1f}" class="small" text-anchor="middle">{k}</text>')
     return "".join(parts)
+
+
+def differences_plot(methods: Mapping[str, Any], title: str) -> str:
+    """Draw each method's difference in mean R@1 to the baseline, with its 95 % interval."""
+    differences = {name: m["difference"]["mean_r1"] for name, m in methods.items() if m["difference"] is not None}
+    if not differences:
+        return ""
+    ends = [value for triple in differences.values() for value in triple]
+    bounds = np.floor(min(*ends, 0) - 1), np.ceil(max(*ends, 0) + 1)
+    bottom = ROWS_TOP + ROW_HEIGHT * len(differences)
+    parts = [f'<text x="{LABEL_WIDTH}" y="18" class="title">{escape(title)}</text>']
+    parts.append(_vertical_grid(*bounds, 28, bottom))
+    zero = _recall_x(0, bounds)
+    parts.append(f'<path d="M{zero:.1f} 28V{bottom}" stroke="currentColor"/>')
+    for row, (name, (value, low, high)) in enumerate(differences.items()):
+        y, color = ROWS_TOP + ROW_HEIGHT * (row + 0.5), COLORS[list(methods).index(name) % len(COLORS)]
+        left, right, x = (_recall_x(end, bounds) for end in (low, high, value))
+        tooltip = escape(f"{name}: {value:+.1f} ({low:+.1f} to {high:+.1f})")
+        parts.append(f'<text x="{LABEL_WIDTH - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{color}" stroke-width="3"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"><title>{tooltip}</title></circle>')
+    return _svg(bottom + 28, parts, title)
 
 
 def curves_plot(methods: Mapping[str, Any], title: str) -> str:
@@ -114,7 +136,7 @@ def _recall_x(value: float, bounds: tuple[float, float]) -> float:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Return at most nine round values within the bounds."""
-    step = next(s for s in (1, 2, 5, 10, 20, 50) if (high - low) / s <= 8)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 8)
     return [float(v) for v in np.arange(np.ceil(low / step) * step, high + 1e-9, step)]
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from dcar_core.data import Dataset
-from dcar_core.evaluation.plots import curves_plot, recall_plot
+from dcar_core.evaluation.plots import curves_plot, differences_plot, recall_plot
 from dcar_core.evaluation.tables import (
+    SIGNIFICANCE_NOTE,
     Results,
     best_method,
     column_means,
@@ -20,6 +21,7 @@ from dcar_core.evaluation.tables import (
     results_csv,
     results_markdown,
     settings_rows,
+    significance_rows,
 )
 from dcar_core.images import open_image
 from dcar_core.util.errors import DataError
@@ -61,9 +63,12 @@ def report_html(results: Results, image_url: Callable[[str], str]) -> str:
         *(f"<p>{escape(name)} is left out: {escape(reason)}</p>" for name, reason in results["diverged"].items()),
         recall_plot(methods, "t2i", "Text-to-image recall: R@1, R@5, R@10 of each method"),
         recall_plot(methods, "i2t", "Image-to-text recall: R@1, R@5, R@10 of each method"),
+        differences_plot(methods, f"Difference in mean R@1 to {results['baseline']}, with 95 % intervals"),
+        f"<h2>Significance</h2><p>{SIGNIFICANCE_NOTE}</p>",
+        _plain_table(significance_rows(results)),
         curves_plot(methods, "Validation R@1 by epoch, mean of both directions; dots mark the epochs that were kept"),
         "<h2>Settings</h2>",
-        _settings_table(results),
+        _plain_table(settings_rows(results)),
         _confusions(results, image_url),
         _categories(results),
     ]
@@ -87,8 +92,8 @@ def _recall_table(results: Results) -> str:
     return _table(headings, lines)
 
 
-def _settings_table(results: Results) -> str:
-    headings, *rows = settings_rows(results)
+def _plain_table(cells: list[list[str]]) -> str:
+    headings, *rows = cells
     return _table(headings, [[f"<td>{escape(cell)}</td>" for cell in row] for row in rows])
 
 

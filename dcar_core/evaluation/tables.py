@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
@@ -9,6 +10,10 @@ HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@1
 HARD_NEGATIVES = "above its hard negatives"
 MIN_CATEGORY_PAIRS = 3  # R@1 of fewer pairs is noise
 WEAKEST_CATEGORIES = 10
+SIGNIFICANCE_NOTE = (
+    "Paired bootstrap over the test images with their captions, hits averaged over seeds; the baseline is the best one "
+    "on validation. It measures the error of the test queries, the spread above that of training."
+)
 
 Results = dict[str, Any]
 
@@ -44,6 +49,9 @@ def results_markdown(results: Results) -> str:
         f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}; "
         f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation, percent.",
         recall_table(results),
+        "## Significance",
+        SIGNIFICANCE_NOTE,
+        significance_table(results),
         *(f"{name} is left out: {reason}" for name, reason in results["diverged"].items()),
         "## Settings",
         settings_table(results),
@@ -65,6 +73,27 @@ def results_markdown(results: Results) -> str:
         rows += [[c["category"], c["taken_for"], f"{c['count']} of {c['of']}"] for c in confusions]
         parts += [f"## Most confused categories of {best}", _markdown(rows)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def significance_table(results: Results) -> str:
+    """Return mean R@1 with its interval, and the difference to the best baseline with its p-value, as Markdown."""
+    return _markdown(significance_rows(results))
+
+
+def significance_rows(results: Results) -> list[list[str]]:
+    """Return the cells of `significance_table`, headings first."""
+    rows = [["method", "mean R@1 (95 % interval)"]]
+    baseline = results["baseline"]
+    if baseline is not None:
+        rows[0] += [f"difference to {baseline} (95 % interval)", "p"]
+    for name, method in results["methods"].items():
+        value, low, high = method["intervals"]["mean_r1"]
+        row, difference = [name, f"{value:.1f} ({low:.1f} to {high:.1f})"], method["difference"]
+        if difference is not None:
+            value, low, high = difference["mean_r1"]
+            row += [f"{value:+.1f} ({low:+.1f} to {high:+.1f})", f"{difference['p']:.4f}"]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return rows
 
 
 def settings_table(results: Results) -> str:
@@ -93,16 +122,15 @@ def query_weights(method: dict[str, Any]) -> str:
     return f"predicted in {predicted} of {len(runs)}" if 0 < predicted < len(runs) else str(runs[0]["query"])
 
 
-def best_method(results: Results) -> str:
-    """Return the method with the best validation recall, as a user would choose it."""
+def best_method(results: Results, names: Sequence[str] | None = None) -> str:
+    """Return the method (of `names`, or of all) with the best validation recall, as a user would choose it."""
     methods = results["methods"]
 
     def validation(name: str) -> float:
         runs = methods[name]["runs"]
         return float(sum(run["val"]["t2i_r1"] + run["val"]["i2t_r1"] for run in runs) / len(runs))
 
-    names: list[str] = list(methods)
-    return max(names, key=validation)
+    return max(list(methods) if names is None else names, key=validation)
 
 
 def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:

@@ -20,6 +20,7 @@ from dcar_core.evaluation import compare, summarise
 from dcar_core.evaluation.analysis import analyse
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import report_html
+from dcar_core.evaluation.significance import best_baseline
 from dcar_core.evaluation.tables import (
     COLUMNS,
     best_method,
@@ -112,7 +113,8 @@ def example_results() -> dict[str, Any]:
     methods = {
         name: {
             "lr": 2e-3, "tuning": None, "trainable": 5, **summarise([run["test"] for run in runs]), "runs": runs,
-            "hard_negative_accuracy": {"mean": runs[0]["test"]["t2i_r1"], "std": 0.0},
+            "hard_negative_accuracy": {"mean": runs[0]["test"]["t2i_r1"], "std": 0.0}, "difference": None,
+            "intervals": {"mean_r1": [50.0, 40.0, 60.0]},
         }
         for name, runs in {
             "chosen": [example_run(0, 60, 30, 20), example_run(1, 62, 40, 40)],
@@ -121,7 +123,7 @@ def example_results() -> dict[str, Any]:
     }  # fmt: skip
     return {
         "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": None, "methods": methods,
-        "training": {"epochs": 1, "batch_size": 2}, "diverged": {},
+        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "baseline": None,
     }  # fmt: skip
 
 
@@ -305,7 +307,7 @@ def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, ti
     page = Page()
     text = (out / "report.html").read_text()
     page.feed(text)
-    assert page.tags.count("svg") == 3  # recall both ways, training curves
+    assert page.tags.count("svg") == 4  # recall in both directions, differences, training curves
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.addresses  # the example images
     for address in page.addresses:
@@ -419,3 +421,42 @@ def test_wrong_arguments(backbone: Backbone, tiny_data: Path, tmp_path: Path) ->
         compare(backbone, tiny_data, [], 1, tmp_path, QUICK)
     with pytest.raises(DataError, match="--seeds must be at least 1"):
         compare(backbone, tiny_data, ["clip"], 0, tmp_path, QUICK)
+
+
+def test_intervals_and_the_difference_to_the_best_baseline(compared: Compared) -> None:
+    out, results = compared
+    assert results["baseline"] in ("clip", "clip-adapter")
+    for name, found in results["methods"].items():
+        mean = (found["mean"]["t2i_r1"] + found["mean"]["i2t_r1"]) / 2
+        value, low, high = found["intervals"]["mean_r1"]
+        assert value == pytest.approx(mean)
+        assert low <= value <= high
+        assert (found["difference"] is None) == (name == results["baseline"])
+        assert "hits" not in found["runs"][0]
+    baseline = results["methods"][results["baseline"]]["intervals"]["mean_r1"][0]
+    difference = results["methods"]["dcar"]["difference"]
+    assert difference["mean_r1"][0] == pytest.approx(results["methods"]["dcar"]["intervals"]["mean_r1"][0] - baseline)
+    assert 0 < difference["p"] <= 1
+    for file in ("results.md", "report.html"):
+        text = (out / file).read_text()
+        assert f"difference to {results['baseline']} (95 % interval)" in text
+        assert "Paired bootstrap" in text
+
+
+def test_the_baseline_is_the_best_method_of_others() -> None:
+    results = example_results()
+    assert best_baseline(results) == "chosen"
+    results["methods"]["dcar+"] = results["methods"].pop("chosen")
+    assert best_baseline(results) == "tempting"
+    results["methods"]["dual"] = results["methods"].pop("tempting")
+    assert best_baseline(results) is None
+
+
+def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    """Records of earlier versions have none."""
+    first = compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK, progress=False)
+    (record,) = tmp_path.rglob("test.json")
+    content = json.loads(record.read_text())
+    del content["hits"]
+    record.write_text(json.dumps(content))
+    assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK, progress=False) == first

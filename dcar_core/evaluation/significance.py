@@ -1,0 +1,54 @@
+"""Intervals of mean R@1 on the test split, and differences to the best baseline, by the paired bootstrap over queries.
+
+The hits of a method's seeds are averaged by query first. The recall table has the spread of seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dcar_core.evaluation.tables import Results, best_method
+from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, compare_hits
+
+
+def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> None:
+    """Add to each method its `intervals` and its `difference` to the best baseline, in percent.
+
+    Args:
+        results: the content of results.json; `baseline` is set, None without baselines.
+        hits: the hits of each seed, by method.
+    """
+    baseline = best_baseline(results)
+    results["baseline"] = baseline
+    means = {name: Hits.mean(runs) for name, runs in hits.items()}
+    for name, method in results["methods"].items():
+        comparison = compare_hits(means[name], means[baseline or name])
+        method["intervals"] = _to_json(comparison.model)
+        method["difference"] = None
+        if baseline is not None and name != baseline:
+            method["difference"] = {**_to_json(comparison.difference), "p": comparison.p}
+
+
+def best_baseline(results: Results) -> str | None:
+    """Return the best method on validation that is not DCAR or a part of it; None without one."""
+    names = [name for name in results["methods"] if is_baseline(name)]
+    return best_method(results, names) if names else None
+
+
+def is_baseline(name: str) -> bool:
+    """True for methods of others; DCAR's variants and ablations are ours."""
+    return name != "dual" and not name.startswith("dcar")
+
+
+def hits_to_json(hits: Hits) -> dict[str, list[float]]:
+    """Return the hits as lists, for test.json."""
+    return {name: value.tolist() for name, value in vars(hits).items()}
+
+
+def hits_from_json(content: Mapping[str, Sequence[float]]) -> Hits:
+    """Return the hits that `hits_to_json` wrote."""
+    return Hits(**{name: np.array(value) for name, value in content.items()})
+
+
+def _to_json(estimates: Mapping[str, Estimate]) -> dict[str, list[float]]:
+    return {name: [estimates[name].value, estimates[name].low, estimates[name].high] for name in MEASURES}
