@@ -45,8 +45,8 @@ def test_training_is_not_ended_by_a_bar(tiny_data: Path, tiny_model: Path, tmp_p
     for number, stderr in enumerate((None, FULL)):
         train = ("train", "--data", tiny_data, "--model", tiny_model, "--out", tmp_path / str(number))
         done = dcar(*train, "--epochs", 1, "--batch-size", 6, stderr=stderr)
-        assert done.returncode == 0
-        assert "validation text-to-image R@1" in done.stdout
+        assert done.returncode in (0, 3), "3: the untouched model is as good, as a tiny one may be"
+        assert "Was it worth it?" in done.stdout
 
 
 @needs_full

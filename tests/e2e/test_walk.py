@@ -60,9 +60,11 @@ def walked(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
     work = tmp_path_factory.mktemp("walk")
     checkpoint, index = work / "checkpoint", work / "index"
     done = dcar(
-        "train", "--data", tiny_data, "--model", tiny_model, "--epochs", 2, "--batch-size", 6, "--out", checkpoint
-    )
-    assert "validation text-to-image R@1" in done.stdout
+        "train", "--data", tiny_data, "--model", tiny_model, "--epochs", 2, "--batch-size", 6, "--out", checkpoint,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 3), "3: the untouched model is as good, as a tiny one may be"
+    assert "Was it worth it?" in done.stdout
     assert "batch/s" in done.stderr or "s/batch" in done.stderr  # a rate and the time left
     done = dcar("index", "build", "--gallery", tiny_data, "--checkpoint", checkpoint, "--out", index)
     assert "24 images" in done.stdout
