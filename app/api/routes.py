@@ -150,10 +150,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        kind = media_type(data)
-        if kind is None:  # not an image: a browser must not render it as a page
-            headers["Content-Disposition"] = "attachment"
-        return Response(data, media_type=kind or "application/octet-stream", headers=headers)
+        return Response(data, media_type=media_type(data), headers=headers)
 
     @router.get("/items/{item_id:path}", tags=["items"], **operation(ItemResponse, 404, 422, 503))
     async def item(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:

@@ -141,6 +141,17 @@ class Settings(BaseSettings):
         "unset allows none.",
     )
 
+    image_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (),
+        description="Directories, separated by commas, from which images are served besides the gallery's own: for "
+        "lists with absolute paths, and for links that lead out of the gallery.",
+    )
+    image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts, or buckets, separated by commas, from which the service fetches images of rows with a URL. "
+        "Unset: none.",
+    )
+
     @property
     def indexes(self) -> dict[str, Path]:
         """Indexes by collection name. The default one is first and named after its directory."""
@@ -175,7 +186,7 @@ class Settings(BaseSettings):
             raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
         return origins
 
-    @field_validator("image_formats", mode="before")
+    @field_validator("image_formats", "image_roots", "image_hosts", mode="before")
     @classmethod
     def _split_list(cls, value: object) -> object:
         return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from app.core.media import media_type
 from app.core.metrics import Metrics, PendingKind
 from app.core.settings import Settings
 from app.core.threads import use_default_scheduling
@@ -157,12 +158,14 @@ class Retriever:
 
         Raises:
             ItemNotFoundError: no item has this id.
-            ImageUnavailableError: the image is missing in the gallery.
+            ImageUnavailableError: the gallery has no image there that may be served.
         """
         row = row_of(snapshot, item_id, "id")
 
         def read() -> tuple[bytes, str]:
             data = snapshot.artifact.image_bytes(row)
+            if media_type(data) is None:
+                raise ImageUnavailableError
             return data, hashlib.blake2b(data, digest_size=16).hexdigest()
 
         try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from app.core.settings import Settings
 from dcar_core.util.arrays import Floats, Mask
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.versions import open_current, require_index
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
@@ -80,6 +80,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
 
     require_index(index)
     artifact = open_current(index)
+    artifact.image_access = ImageAccess(settings.image_roots, frozenset(settings.image_hosts))
     backbone = read_config(artifact.checkpoint)["backbone"]["sha256"]
     encoder = _find_or_load_encoder(artifact, backbone, settings, list(loaded))
     artifact.require(encoder.fingerprint)

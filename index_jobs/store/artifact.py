@@ -18,6 +18,7 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError
 from dcar_core.util.files import sha256_of
+from index_jobs.gallery.image_access import ImageAccess as ImageAccess
 from index_jobs.gallery.storage import read_image
 from index_jobs.store.faiss_search import ScoredRows, as_mask
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, MANIFEST, REMOVED, VECTORS, Manifest
@@ -53,7 +54,9 @@ def _read_item(segments: Segments, row: int) -> Item:
 
 
 class Artifact:
-    """One opened version."""
+    """One opened version. image_access: limits on the images that are read; None for no limit."""
+
+    image_access: ImageAccess | None = None
 
     def __init__(self, path: Path) -> None:
         """Open the version in directory `path`; see `index_jobs.store.versions`.
@@ -185,6 +188,8 @@ class Artifact:
         segment, place = self._segments.locate(row)
         location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
         try:
+            if self.image_access is not None:
+                location = self.image_access.resolve(segment.root, location, offset, size)
             return read_image(segment.root, location, offset, size)
         except OSError as error:
             raise ArtifactError(
