@@ -2,7 +2,7 @@
 # make test       all tests, in JOBS=2 processes                              (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
-# make reference  generated pages of docs/reference, and the client's models
+# make reference  generated pages of docs, and the client's models
 # make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file
 PYTHON ?= python3
@@ -43,6 +43,7 @@ check: install
 
 reference: install
 	$(BIN)/python scripts/generate_reference.py
+	$(BIN)/python scripts/generate_models_page.py
 	$(BIN)/python scripts/generate_client_models.py
 
 coverage: install

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import benchmarking, datasets, indexing, keys, serving, training
+from app.cli import benchmarking, datasets, indexing, keys, models, serving, training
 from dcar_core.util.command import run_command
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def _every_command(
 
 
 app.add_typer(training.commands)
+app.add_typer(models.commands)
 app.add_typer(datasets.commands, name="data")
 app.add_typer(indexing.commands, name="index")
 app.add_typer(serving.commands)

@@ -80,6 +80,14 @@ class OpenClipModel:
     tokenizer_identity: Mapping[str, Any]
 
 
+def builtin_models() -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Return the configuration and the pretrained tags of every built-in model, by name."""
+    return {
+        name: (open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name))
+        for name in open_clip.list_models()
+    }
+
+
 def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
     """Load a model and its tokenizer.
 

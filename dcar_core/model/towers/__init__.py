@@ -1,7 +1,7 @@
 """Towers: the text and image encoders of every CLIP family behind one protocol that takes prompts.
 
 In: open_clip's model and its tokenizer. Out: towers that encode tokens and pixels, with or without prompt rows.
-`model.backbone`, `runtimes` and the generator of the model catalogue import it; nothing else does.
+`model.backbone`, `model.catalogue` and `runtimes` import it; nothing else does.
 """
 
 from dcar_core.model.towers.image import ImageTower, NativeImage, TimmImage, WholeImage

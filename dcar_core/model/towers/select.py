@@ -5,7 +5,7 @@ model then keeps what needs no access to the inside: feature adapters.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 Level = Literal["full", "text", "adapters"]
 
+# Modules of timm whose models are of the classes that `TimmImage` covers.
+_TIMM_MODULES = {"vision_transformer", "vision_transformer_hybrid", "vitamin", "eva"}
 _TOLERANCE = 1e-4  # of the difference, relative to the stock features
 
 
@@ -49,6 +51,21 @@ def level_of(text: TextTower, image: ImageTower) -> Level:
     if not text.width:
         return "adapters"
     return "full" if image.width else "text"
+
+
+def level_of_config(config: Mapping[str, Any]) -> Level:
+    """Return the level of a model from its `model_cfg`, without building it.
+
+    Every text tower of open_clip takes prompts; the level becomes `adapters` only where a proof fails at load.
+    """
+    vision = config["vision_cfg"]
+    name = vision.get("timm_model_name")
+    if name is None:
+        return "text" if isinstance(vision.get("layers"), list | tuple) else "full"  # a list: ResNet
+    from timm.models import model_entrypoint
+
+    module = model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
+    return "full" if module in _TIMM_MODULES and "rope_mixed" not in name else "text"
 
 
 def text_tower(clip: Any, layout: TextLayout) -> TextTower:

@@ -1,0 +1,71 @@
+"""The models that open_clip has built in, read from their configurations; nothing is built or fetched.
+
+- The level is that of the towers by structure. Loading lowers it where a tower fails its proof.
+- The family follows from the name. The first pattern that matches decides.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dcar_core.model.open_clip_source import builtin_models
+from dcar_core.model.towers.select import Level, level_of_config
+
+_FAMILIES = {
+    "NLLB-CLIP": "nllb",
+    "SigLIP 2": "SigLIP2",
+    "SigLIP": "SigLIP",
+    "CLIPA": "CLIPA",
+    "MetaCLIP 2": "worldwide",
+    "MobileCLIP": "MobileCLIP",
+    "PE-Core": "PE-Core",
+    "EVA": "EVA",
+    "ViTamin": "ViTamin",
+    "CoCa": "coca",
+    "RoBERTa and mT5": "roberta|mt5",
+    "ConvNeXt": "convnext",
+    "ResNet": "RN",
+    "Other timm towers": "swin|vit_",
+    "ViT": "ViT",
+}
+FAMILIES = ("ViT", *(name for name in _FAMILIES if name != "ViT"))  # in the order of the documentation
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A built-in model.
+
+    pretrained: tags of its weights. image_size: S in pixels. context_length: L, start and end token included.
+    needs: libraries other than open_clip that build its towers.
+    """
+
+    name: str
+    family: str
+    level: Level
+    image_size: int
+    context_length: int
+    needs: tuple[str, ...]
+    pretrained: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def list_catalogue() -> list[CatalogueEntry]:
+    """Describe every built-in model, in open_clip's order."""
+    return [_entry(name, config, tags) for name, (config, tags) in builtin_models().items()]
+
+
+def _entry(name: str, config: Mapping[str, Any], tags: list[str]) -> CatalogueEntry:
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    needs = {"timm": "timm_model_name" in vision, "transformers": "hf_model_name" in text}
+    return CatalogueEntry(
+        name=name,
+        family=next((family for family, pattern in _FAMILIES.items() if re.search(pattern, name)), "Other timm towers"),
+        level=level_of_config(config),
+        image_size=int(vision.get("image_size", 224)),
+        context_length=int(text.get("context_length", 77)),
+        needs=tuple(library for library, is_needed in needs.items() if is_needed),
+        pretrained=tuple(tags),
+    )

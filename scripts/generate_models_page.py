@@ -1,0 +1,60 @@
+"""Write the tables of docs/models.md from open_clip's configurations.
+
+    python scripts/generate_models_page.py            write the page
+    python scripts/generate_models_page.py --check    exit with 1 if it is stale
+
+The text above the mark is written by hand and stays; everything below it is replaced.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "models.md"
+sys.path.insert(0, str(ROOT))
+
+from dcar_core.model.catalogue import FAMILIES, CatalogueEntry, list_catalogue  # noqa: E402
+
+MARK = "<!-- Generated below by scripts/generate_models_page.py. Run `make reference` after an update of open_clip. -->"
+HEAD = ["| model | level | pixels | tokens | needs | weights |", "| --- | --- | --- | --- | --- | --- |"]
+
+
+def page(text: str) -> str:
+    """Return the page with its tables replaced."""
+    written_by_hand = text.partition(MARK)[0]
+    entries = list_catalogue()
+    levels = Counter(entry.level for entry in entries)
+    counts = ", ".join(f"{count} {level}" for level, count in levels.most_common())
+    sections = [MARK, f"## All models\n\n{len(entries)} models: {counts}."]
+    for family in FAMILIES:
+        rows = [_row(entry) for entry in entries if entry.family == family]
+        if rows:
+            sections.append("\n".join([f"### {family}", "", *HEAD, *rows]))
+    return written_by_hand + "\n\n".join(sections) + "\n"
+
+
+def _row(entry: CatalogueEntry) -> str:
+    tags = ", ".join(entry.pretrained)
+    needs = ", ".join(entry.needs)
+    return f"| {entry.name} | {entry.level} | {entry.image_size} | {entry.context_length} | {needs} | {tags} |"
+
+
+def main() -> int:
+    """Write the page, or check it; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    check = parser.parse_args().check
+    text = PAGE.read_text(encoding="utf-8")
+    current = page(text)
+    if current == text:
+        return 0
+    if not check:
+        PAGE.write_text(current, encoding="utf-8")
+    print(f"{PAGE.relative_to(ROOT)} {'is stale; run `make reference`' if check else 'written'}")
+    return int(check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
