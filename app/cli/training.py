@@ -42,7 +42,13 @@ def train(
     out: Out,
     model: ModelName = "ViT-B-32-quickgelu",
     pretrained: Pretrained = None,
-    method: Annotated[str, typer.Option(help="dcar+, dcar, coop, maple, ... (an unknown name lists all)")] = "dcar+",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="dcar+, dcar, coop, maple, ... (an unknown name lists all). Default: by the model's level, as "
+            "`dcar models` lists it: dcar+ for full, dcar+-text for text, clip-adapter for adapters."
+        ),
+    ] = None,
     images: Images = None,
     epochs: Epochs = TrainConfig.epochs,
     batch_size: BatchSize = TrainConfig.batch_size,
@@ -68,6 +74,7 @@ def train(
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_checkpoint
     from dcar_core.model.dcar import seeded_model
+    from dcar_core.model.methods import default_method
     from dcar_core.model.methods import method as method_config
     from dcar_core.negatives import add_negatives_with_backbone
     from dcar_core.serving.encoder import pick_device
@@ -78,7 +85,8 @@ def train(
     from dcar_core.training.train_state import delete_state
     from dcar_core.training.verdict import Verdict, judge
 
-    chosen = method_config(method)
+    if method is not None:
+        method_config(method)  # refuses an unknown name before a model is loaded
     config = _config(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )
@@ -87,6 +95,7 @@ def train(
             data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
         )
         backbone = load_backbone(BackboneSource(model, pretrained), here)
+        chosen = method_config(method or default_method(backbone.level))
         adapted = seeded_model(backbone, chosen, seed)
         splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
         report_truncation(splits, reports, backbone, adapted.prompt_tokens)
@@ -112,7 +121,7 @@ def train(
         own_split, untouched_split = (
             prepare_split(splits["val"], each, for_training=False, cache=cache) for each in (adapted, untouched)
         )
-        verdict = Verdict(method, judge(adapted, own_split, untouched, untouched_split), config)
+        verdict = Verdict(chosen.method, judge(adapted, own_split, untouched, untouched_split), config)
     typer.echo(str(verdict))
     if not verdict.is_worth_it:
         raise typer.Exit(UNTOUCHED_IS_AS_GOOD)

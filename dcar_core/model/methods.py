@@ -70,6 +70,14 @@ def method(name: str) -> ModelConfig:
     return METHODS[name]
 
 
+def default_method(level: str) -> str:
+    """Return the name of the method that `dcar train` uses by default.
+
+    level: as `towers.select.Level`.
+    """
+    return {"full": "dcar+", "text": "dcar+-text"}.get(level, "clip-adapter")
+
+
 def require_runnable(config: ModelConfig, level: str, model: str, context: int) -> None:
     """Check that towers of a level can run a method.
 

@@ -4,11 +4,18 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import open_clip
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from app.cli import app, main
-from dcar_core.util.errors import DcarError
+from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.model.towers import CausalText
+from dcar_core.util.errors import DcarError, ModelError
+from dcar_core.util.memory import WEIGHTS_FILE
+from tests.support.files import write_json
+from tests.support.tiny_clips import tiny_config
 
 
 def test_a_file_that_the_system_refuses_is_one_line(
@@ -70,3 +77,24 @@ def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_pat
     assert (tmp_path / "trainables.safetensors").is_file()
     result = CliRunner().invoke(app, [*map(str, command[:-4]), "--method", "clip", "--out", str(tmp_path / "clip")])
     assert result.exit_code == 0, result.output  # nothing to learn, so nothing to judge
+
+
+def test_training_takes_the_method_that_the_towers_can_run(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ResNet takes prompts in the text tower alone; a text tower that fails its proof takes none."""
+    config = tiny_config("RN50", tmp_path)
+    config["text_cfg"]["vocab_size"] = 49408  # of CLIP's tokenizer
+    write_json(tmp_path / "resnet" / MODEL_CONFIG, {"model_cfg": config})
+    save_file(open_clip.CLIP(**config).state_dict(), str(tmp_path / "resnet" / WEIGHTS_FILE))
+    command = ["train", "--data", tiny_data, "--model", tmp_path / "resnet", "--epochs", "1", "--lr", "0", "--out"]
+    result = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "text")])
+    assert "adapted (dcar+-text)" in result.stdout, result.output
+    result = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "named"), "--method", "dcar+"])
+    assert isinstance(result.exception, ModelError)
+    assert str(result.exception).endswith("use the method dcar+-text")
+    right = CausalText.run
+    monkeypatch.setattr(CausalText, "run", lambda self, *given: right(self, *given) * 1.01)
+    monkeypatch.setattr(CausalText, "project", lambda self, x: x.flip(-1))
+    result = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "adapters")])
+    assert "adapted (clip-adapter)" in result.stdout, result.output
