@@ -1,7 +1,7 @@
 """`dcar train`, `dcar zero-shot` and `dcar evaluate`."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -15,6 +15,7 @@ from app.cli.options import (
     Features,
     Images,
     LearningRate,
+    Loss,
     ModelName,
     Negatives,
     Out,
@@ -24,7 +25,7 @@ from app.cli.options import (
     Taxonomy,
     example,
 )
-from dcar_core.model.config import GRID, TrainConfig
+from dcar_core.model.config import GRID, LossDirection, TrainConfig
 
 commands = typer.Typer()
 
@@ -53,6 +54,7 @@ def train(
     epochs: Epochs = TrainConfig.epochs,
     batch_size: BatchSize = TrainConfig.batch_size,
     lr: LearningRate = TrainConfig.lr,
+    loss: Loss = "both",
     patience: Patience = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     accumulate: Accumulate = TrainConfig.accumulate,
@@ -85,6 +87,7 @@ def train(
     from dcar_core.training.train_state import delete_state
     from dcar_core.training.verdict import Verdict, judge
 
+    direction = _parse_loss(loss)
     if method is not None:
         method_config(method)  # refuses an unknown name before a model is loaded
     config = _config(
@@ -95,7 +98,7 @@ def train(
             data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
         )
         backbone = load_backbone(BackboneSource(model, pretrained), here)
-        chosen = method_config(method or default_method(backbone.level))
+        chosen = method_config(method or default_method(backbone.level)).with_loss_direction(direction)
         adapted = seeded_model(backbone, chosen, seed)
         splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
         report_truncation(splits, reports, backbone, adapted.prompt_tokens)
@@ -158,6 +161,7 @@ def evaluate(
     epochs: Epochs = TrainConfig.epochs,
     batch_size: BatchSize = TrainConfig.batch_size,
     lr: LearningRate = TrainConfig.lr,
+    loss: Loss = "both",
     tune: Annotated[bool, typer.Option(help="Choose the learning rate of each method on validation, seed 0.")] = False,
     grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = ",".join(f"{lr:g}" for lr in GRID),
     patience: Patience = 5,
@@ -186,7 +190,8 @@ def evaluate(
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     results = compare(
         backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
-        taxonomy=taxonomy, tune=tune, grid=rates, features=features, on_message=lambda line: typer.echo(line, err=True),
+        taxonomy=taxonomy, loss=_parse_loss(loss), tune=tune, grid=rates, features=features,
+        on_message=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(recall_table(results))
     typer.echo(significance_table(results))
@@ -210,3 +215,10 @@ def _parse_rates(grid: str) -> list[float]:
     if not rates or not all(0 < rate < math.inf for rate in rates):
         raise typer.BadParameter(f"--grid must be learning rates above 0, separated by commas, not {grid!r}")
     return rates
+
+
+def _parse_loss(direction: str) -> LossDirection:
+    for known in get_args(LossDirection):
+        if direction == known:
+            return known  # type: ignore[no-any-return]
+    raise typer.BadParameter(f"--loss must be {' or '.join(get_args(LossDirection))}, not {direction!r}")

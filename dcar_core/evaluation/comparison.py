@@ -16,7 +16,7 @@ from dcar_core.evaluation.report import write_report
 from dcar_core.evaluation.significance import add_significance, hits_from_json
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import GRID, ModelConfig, TrainConfig
+from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
 from dcar_core.negatives import add_negatives_with_backbone
@@ -39,6 +39,7 @@ def compare(
     skip_broken: bool = False,
     negatives: str = "auto",
     taxonomy: Path | None = None,
+    loss: LossDirection = "both",
     tune: bool = False,
     grid: Sequence[float] = GRID,
     features: Path | None = None,
@@ -49,6 +50,7 @@ def compare(
 
     Args:
         negatives, taxonomy: see `negatives.add_negatives_with_backbone`.
+        loss: directions of the contrastive loss, for every method alike.
         tune: choose each method's learning rate from `grid` on validation; otherwise all use `config.lr`.
         features: directory of frozen features, shared with other runs on this data; `out`/features by default.
         on_message: called with one line before each training.
@@ -61,7 +63,7 @@ def compare(
     Raises:
         DcarError: a method is unknown, the data cannot be read, or every method diverged.
     """
-    configs = {name: method(name) for name in methods}
+    configs = {name: method(name).with_loss_direction(loss) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
     if seeds < 1:
@@ -80,6 +82,7 @@ def compare(
         "cleaning": {name: dict(report.counts) for name, report in reports.items()},
         "backbone": Path(backbone.source.model).name,
         "training": config.to_dict(),
+        "loss": loss,
         "grid": list(grid) if tune else None,
         "methods": {},
         "diverged": {},

@@ -43,11 +43,12 @@ def results_markdown(results: Results) -> str:
     """Return results.md: recall, settings, the weakest categories and the most frequent confusions."""
     seeds = max(len(method["runs"]) for method in results["methods"].values())
     pairs, settings = results["pairs"], results["training"]
+    loss = "" if results["loss"] == "both" else f" The contrastive loss is {results['loss']} alone."
     parts = [
         f"# {results['data']}",
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
         f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}; "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation, percent.",
+        f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation, percent.{loss}",
         recall_table(results),
         "## Significance",
         SIGNIFICANCE_NOTE,

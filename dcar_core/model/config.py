@@ -10,6 +10,7 @@ QueryWeights = Literal["none", "predicted"]
 WordSide = Literal["context", "alone"]
 PictureSide = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
+LossDirection = Literal["both", "image-to-text"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
 GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
@@ -94,12 +95,22 @@ class LossConfig(_Config):
 
     alpha: the category-matching weight.
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
+    direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
     """
 
     category: float = 0.5
     head: float = 1.0
     alpha: float = 0.5
     anchor: float = 0.0
+    direction: LossDirection = "both"
+
+    def __post_init__(self) -> None:
+        if self.direction not in get_args(LossDirection):
+            raise ValueError(f"direction must be {' or '.join(get_args(LossDirection))}, not {self.direction!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields; the default direction is omitted, so that earlier runs keep their names."""
+        return {name: value for name, value in super().to_dict().items() if (name, value) != ("direction", "both")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +168,11 @@ class ModelConfig(_Config):
         return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"reweight": self.reweight.to_dict()}
+        return super().to_dict() | {"reweight": self.reweight.to_dict(), "loss": self.loss.to_dict()}
+
+    def with_loss_direction(self, direction: LossDirection) -> Self:
+        """Return a copy whose contrastive loss has the given directions."""
+        return replace(self, loss=replace(self.loss, direction=direction))
 
     def with_query_weights(self, query: QueryWeights) -> Self:
         return replace(self, reweight=replace(self.reweight, query=query))

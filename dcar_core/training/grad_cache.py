@@ -54,7 +54,9 @@ def batch_loss(model: DCAR, data: PreparedSplit, rows: Rows) -> Tensor:
     """Return L over the pairs `rows` in one pass: the reference for `accumulate_gradients`."""
     output = _forward(model, data, rows, rows)
     positives = _positives(model, data, rows)
-    return contrastive_loss(output.text, output.image, positives, model.backbone.scale) + output.other_losses
+    direction = model.config.loss.direction
+    contrastive = contrastive_loss(output.text, output.image, positives, model.backbone.scale, direction)
+    return contrastive + output.other_losses
 
 
 def accumulate_gradients(
@@ -82,7 +84,8 @@ def accumulate_gradients(
     empty = torch.empty(0, model.backbone.embed_dim, device=model.backbone.device)
     text = group.gather(torch.cat([empty, *(out.text.detach() for out in outputs)]), sizes).requires_grad_()
     image = group.gather(torch.cat([empty, *(out.image.detach() for out in outputs)]), sizes).requires_grad_()
-    contrastive = contrastive_loss(text, image, _positives(model, data, rows), model.backbone.scale)
+    positives = _positives(model, data, rows)
+    contrastive = contrastive_loss(text, image, positives, model.backbone.scale, model.config.loss.direction)
     text_grad, image_grad = torch.autograd.grad(contrastive, (text, image))
     start, other_losses = sum(sizes[: group.rank]), empty.new_zeros(())
     for i, part in enumerate(local_parts):

@@ -4,15 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcar_core.model.config import LossDirection
 
-def contrastive_loss(text: Tensor, image: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE (L_con) in which a row may have several positives.
+
+def contrastive_loss(
+    text: Tensor, image: Tensor, positives: Tensor, scale: Tensor, direction: LossDirection = "both"
+) -> Tensor:
+    """InfoNCE (L_con) in which a row may have several positives; symmetric by default.
 
     Args:
         text, image: L2-normalised features (B, E) of the pairs.
         positives: bool (B, B), true on the diagonal. True where caption i describes image j: it equals one of the
             image's captions or attributes. Such a pair is never a negative.
         scale: 1 / tau, CLIP's frozen temperature.
+        direction: "image-to-text" classifies each image over the captions of the batch, and no caption over images.
 
     Each row's target is distributed evenly over its positives.
     """
@@ -20,8 +25,10 @@ def contrastive_loss(text: Tensor, image: Tensor, positives: Tensor, scale: Tens
     target = positives.float()
     rows = target / target.sum(1, keepdim=True)
     columns = target / target.sum(0, keepdim=True)
-    text_to_image = -(rows * logits.log_softmax(1)).sum(1).mean()
     image_to_text = -(columns * logits.log_softmax(0)).sum(0).mean()
+    if direction == "image-to-text":
+        return image_to_text
+    text_to_image = -(rows * logits.log_softmax(1)).sum(1).mean()
     return (text_to_image + image_to_text) / 2
 
 

@@ -123,7 +123,7 @@ def example_results() -> dict[str, Any]:
     }  # fmt: skip
     return {
         "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": None, "methods": methods,
-        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "baseline": None,
+        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "baseline": None, "loss": "both",
     }  # fmt: skip
 
 
@@ -460,3 +460,13 @@ def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data:
     del content["hits"]
     record.write_text(json.dumps(content))
     assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK, progress=False) == first
+
+
+def test_the_loss_direction_makes_other_runs(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    quick = replace(QUICK, epochs=1)
+    both = compare(backbone, tiny_data, ["coop"], 1, tmp_path, quick, progress=False)
+    one = compare(backbone, tiny_data, ["coop"], 1, tmp_path, quick, progress=False, loss="image-to-text")
+    runs = [results["methods"]["coop"]["runs"][0] for results in (both, one)]
+    assert runs[0]["run"] != runs[1]["run"]
+    assert runs[0]["fingerprint"] != runs[1]["fingerprint"]
+    assert "The contrastive loss is image-to-text alone." in (tmp_path / "results.md").read_text()

@@ -182,8 +182,13 @@ def test_losses_are_full_precision_in_a_mixed_pass(
 ) -> None:
     whole, seen = getattr(grad_cache, loss), []
 
-    def spy(*given: Tensor) -> Tensor:
-        seen.append((torch.is_autocast_enabled("cpu"), {each.dtype for each in given if each.is_floating_point()}))
+    def spy(*given: Any) -> Tensor:
+        seen.append(
+            (
+                torch.is_autocast_enabled("cpu"),
+                {each.dtype for each in given if isinstance(each, Tensor) and each.is_floating_point()},
+            )
+        )
         return whole(*given)
 
     monkeypatch.setattr(grad_cache, loss, spy)

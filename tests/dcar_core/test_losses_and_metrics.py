@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcar_core.model.config import ReweightConfig
+from dcar_core.model.config import ModelConfig, ReweightConfig
 from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_at_k
@@ -195,3 +195,23 @@ def test_hard_negative_accuracy() -> None:
     assert hard_negative_accuracy(image, image, negatives) == 50  # the second is a tie
     both = [np.array([[0.5, 0], [1, 0]], np.float32), np.array([[0, 0.5], [0, 0.6]], np.float32)]
     assert hard_negative_accuracy(image, image, both) == 50  # above one of its negatives is not above all
+
+
+def test_the_one_directional_loss_classifies_images_over_captions() -> None:
+    torch.manual_seed(0)
+    text, image = (torch.nn.functional.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
+    scale, own = torch.tensor(10.0), torch.eye(5, dtype=torch.bool)
+    expected = torch.nn.functional.cross_entropy(scale * image @ text.T, torch.arange(5))
+    one = contrastive_loss(text, image, own, scale, "image-to-text")
+    torch.testing.assert_close(one, expected)
+    other = torch.nn.functional.cross_entropy(scale * text @ image.T, torch.arange(5))
+    torch.testing.assert_close(contrastive_loss(text, image, own, scale), (expected + other) / 2)
+
+
+def test_a_default_direction_leaves_configurations_unchanged() -> None:
+    config = ModelConfig()
+    assert "direction" not in config.to_dict()["loss"]
+    one = config.with_loss_direction("image-to-text")
+    assert ModelConfig.from_dict(one.to_dict()) == one
+    with pytest.raises(ValueError, match="direction must be both or image-to-text, not 'text'"):
+        ModelConfig.from_dict({"loss": {"direction": "text"}})
