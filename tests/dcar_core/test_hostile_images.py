@@ -45,7 +45,7 @@ def test_a_hostile_file_is_refused_within_milliseconds(name: str) -> None:
     started = time.thread_time()
     with pytest.raises(ImageError) as caught:
         open_image(data, at_least=560)
-    assert time.thread_time() - started < 0.5
+    assert time.thread_time() - started < 2.0  # seconds; decoders took 4 to 14
     assert caught.value.fault in {ImageFault.HOSTILE, ImageFault.TOO_LARGE, ImageFault.BROKEN}
 
 

@@ -102,4 +102,4 @@ def test_the_command_writes_what_training_reads(
         assert written == expected[name].samples
     done = dcar("data", "negatives", data, "--out", data)
     assert done.returncode == 3
-    assert "holds test.json already; give --out an empty or a new directory" in done.stderr
+    assert "already holds test.json; give --out an empty or a new directory" in done.stderr

@@ -53,7 +53,7 @@ def test_disk_without_room_is_known_before_encoding(
 
     table = scan(gallery).table.nbytes
     left(table + 2 * 3072 - 1)
-    with pytest.raises(DcarError, match=r"takes at least 0\.0 GB more, of which 0\.0 are vectors.* GB left; make room"):
+    with pytest.raises(DcarError, match=r"takes at least 0\.0 GB more, 0\.0 of them for vectors.* GB left; make room"):
         rebuild(gallery, tiny_checkpoint, index, progress=False)
     assert list(index.glob("work*")) == list((index / "versions").iterdir()) == []
     left(table + 2 * 3072)

@@ -124,7 +124,7 @@ class HealthResponse(BaseModel):
 
 
 class ReadinessResponse(BaseModel):
-    """ready: every collection answers searches. degraded: an older version than the published one is served (reason).
+    """ready: searches work in every collection. degraded: a version older than the published one is served; see reason.
 
     index_version and count belong to the default collection.
     """
