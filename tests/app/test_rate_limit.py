@@ -65,10 +65,13 @@ def test_keys_are_compared_in_constant_time_with_every_known_key(monkeypatch: py
 
 async def test_every_use_of_a_hanging_redis_times_out() -> None:
     """A URL may set longer timeouts for the connection, so the cache and the limiter have their own."""
-    silent = asyncio.Event()
+    ended = asyncio.Event()
+    connections: list[asyncio.Task[None] | None] = []
 
-    async def hang(*_: object) -> None:
-        await silent.wait()
+    async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.current_task())
+        await ended.wait()
+        writer.close()
 
     server = await asyncio.start_server(hang, "127.0.0.1", 0)
     url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
@@ -83,7 +86,8 @@ async def test_every_use_of_a_hanging_redis_times_out() -> None:
     limiter = RateLimiter("1/hour", redis_url=patient, timeout_s=0.1)
     assert await asyncio.wait_for(limiter.wait_for("alice"), 10) == 0
     assert time.monotonic() - started < 9
-    silent.set()
     await cache.close()
     await limiter.close()
+    ended.set()
+    await asyncio.gather(*filter(None, connections))
     server.close()
