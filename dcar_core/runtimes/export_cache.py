@@ -54,7 +54,7 @@ class ExportKey:
 
     def directory(self, cache: Path) -> Path:
         depths = f"d{self.depth}t{self.text_depth}" if self.text_depth else f"d{self.depth}"
-        parts = [self.backbone[:16], depths, self.runtime, self.library.replace(" ", "-")]
+        parts = [self.backbone[:16], depths, self.runtime, self.library.replace(" ", "-"), f"g{GRAPHS}"]
         return cache / "exports" / "_".join([*parts, self.fingerprint[:16]] if self.fingerprint else parts)
 
     def to_dict(self) -> dict[str, object]:

@@ -254,3 +254,12 @@ def test_nobody_is_told_what_is_converted() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["openvino.tools.ovc.telemetry_stub"] * 2
+
+
+def test_graphs_of_another_version_have_a_directory_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ExportKey("onnx", "b" * 64, 0, 0, "1.0")
+    before = key.directory(tmp_path)
+    monkeypatch.setattr("dcar_core.runtimes.export_cache.GRAPHS", 0)
+    assert key.directory(tmp_path) != before
