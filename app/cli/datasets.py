@@ -120,7 +120,6 @@ def caption_command(
     from dcar_core.captioning.options import CaptionOptions, VisionModel
     from dcar_core.captioning.questions import QUESTION_TEMPLATES, load_templates
     from dcar_core.captioning.run import caption_images
-    from dcar_core.captioning.summary import summarize
     from dcar_core.model.text.tokenizer import count_clip_tokens
 
     drafter = VisionModel(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_parse_price(price))
@@ -135,7 +134,7 @@ def caption_command(
     outcome = caption_images(
         images, out, drafter, judging_model if judge else None, options, count_clip_tokens, restart=restart
     )
-    typer.echo(summarize(outcome))
+    typer.echo(str(outcome))
     if outcome.failed:
         raise typer.Exit(1)
 

@@ -64,9 +64,13 @@ class DraftFilter:
             return Rejection(LONG, f"it is too long; use at most {self._words * self._context // tokens} words.")
         if not find_mentions(draft, category):
             return Rejection(NAMELESS, f'it does not contain the words "{category}".')
-        if self.owner(draft) not in {None, image}:
-            return Rejection(DUPLICATE, "another image has the same caption; describe what is specific to this one.")
-        return None
+        return self.duplicate(draft, image)
+
+    def duplicate(self, draft: str, image: str) -> Rejection | None:
+        """Return the rejection of a caption that another image has."""
+        if self.owner(draft) in {None, image}:
+            return None
+        return Rejection(DUPLICATE, "another image has the same caption; describe what is specific to this one.")
 
     def accept(self, draft: str, image: str) -> None:
         self._accepted[normalise(draft)] = image

@@ -42,8 +42,7 @@ class CaptionJournal:
         self.usage: dict[str, TokenUsage] = {}
         self._answers: dict[tuple[str, str, str, int], Completion] = {}
         self._rejected: dict[tuple[str, str, int], dict[str, Any]] = {}
-        started = file.is_file() and file.stat().st_size > 0
-        if started:
+        if file.is_file() and file.stat().st_size > 0:
             self._load(settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         self._out = file.open("ab", buffering=0)
@@ -57,46 +56,36 @@ class CaptionJournal:
         """Return the recorded response, None if there is none."""
         return self._answers.get((image.name, image.sha, asked, turn))
 
-    def answered(self, image: CaptionedImage, asked: str, turn: int, answer: Completion) -> None:
+    def answered(self, image: CaptionedImage, asked: str, turn: int, answer: Completion, usage: TokenUsage) -> None:
         line = {"asked": asked, "turn": turn, "text": answer.text, "finish": answer.finish}
-        self._note(image, line | {"usage": list(astuple(answer.usage))})
+        self._record(line | {"usage": list(astuple(usage))}, image)
 
     def wasted(self, asked: str, usage: TokenUsage) -> None:
         """Record the token usage of unusable responses."""
         if usage.requests:
-            self._apply_and_write({"asked": asked, "wasted": list(astuple(usage))})
+            self._record({"asked": asked, "wasted": list(astuple(usage))})
 
     def rejected(self, image: CaptionedImage, turn: int, draft: str, why: Rejection) -> None:
         if (image.name, image.sha, turn) not in self._rejected:
             line = {"rejected": why.reason, "turn": turn, "draft": draft, "feedback": why.feedback}
-            self._note(image, line | {"category": image.category})
+            self._record(line | {"category": image.category}, image)
 
     def finish(self, image: CaptionedImage, caption: str) -> None:
-        self._note(image, {"finished": caption})
+        self._record({"finished": caption}, image)
 
     @property
     def rejected_drafts(self) -> int:
         return len(self._rejected)
 
-    def latest(self) -> dict[str, str]:
-        """Return the caption of every finished image by name, "" if it was given up."""
-        return {image: said for (image, _), said in self.finished.items()}
-
     def rejections(self) -> Iterator[dict[str, Any]]:
         """Iterate over rejected drafts with reasons, in the order of the images."""
         for _, line in sorted(self._rejected.items()):
-            yield {
-                "image": line["image"],
-                "category": line["category"],
-                "draft": line["draft"],
-                "reason": line["rejected"],
-                "feedback": line["feedback"],
-            }
+            named = {name: line[name] for name in ("image", "category", "draft", "feedback")}
+            yield named | {"reason": line["rejected"]}
 
-    def _note(self, image: CaptionedImage, line: dict[str, Any]) -> None:
-        self._apply_and_write({"image": image.name, "sha": image.sha, **line})
-
-    def _apply_and_write(self, line: dict[str, Any]) -> None:
+    def _record(self, line: dict[str, Any], image: CaptionedImage | None = None) -> None:
+        if image is not None:
+            line = {"image": image.name, "sha": image.sha, **line}
         self._write(line)
         self._apply(line)
 
@@ -117,9 +106,8 @@ class CaptionJournal:
         if "wasted" in line:
             self.usage.setdefault(line["asked"], TokenUsage()).add(TokenUsage(*line["wasted"]))
         elif "asked" in line:
-            answer = Completion(line["text"], line["finish"], TokenUsage(*line["usage"]))
-            self._answers[(*image, line["asked"], line["turn"])] = answer
-            self.usage.setdefault(line["asked"], TokenUsage()).add(answer.usage)
+            self._answers[(*image, line["asked"], line["turn"])] = Completion(line["text"], line["finish"])
+            self.usage.setdefault(line["asked"], TokenUsage()).add(TokenUsage(*line["usage"]))
         elif "rejected" in line:
             self._rejected[(*image, line["turn"])] = line
         elif "finished" in line:

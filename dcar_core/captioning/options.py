@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dcar_core.data.report import shorten
 from dcar_core.util.errors import DataError
 
 
@@ -119,3 +120,27 @@ class CaptioningResult:
     loose: list[str] = field(default_factory=list)
     usage: dict[str, TokenUsage] = field(default_factory=dict)  # "draft", "judge"
     cost: float | None = None
+
+    def __str__(self) -> str:
+        """Format the accepted and rejected drafts, problem images, token usage and cost."""
+        rejected = self.out.with_name(f"{self.out.stem}.rejected.jsonl")
+        lines = [f"{self.out}: {self.accepted:,} captions"]
+        if self.rejected:
+            lines.append(f"{sum(self.rejected.values()):7,} drafts rejected, kept in {rejected.name}:")
+            lines += [f"{number:11,} {reason}" for reason, number in self.rejected.most_common()]
+        for what, names in (
+            ("images given up, all drafts rejected", self.given_up),
+            ("images outside of category folders, left out", self.loose),
+            ("images unreadable, left out", [f"{name} ({why})" for name, why in sorted(self.broken.items())]),
+            ("images failed, retried by the same command", [f"{n} ({why})" for n, why in sorted(self.failed.items())]),
+        ):
+            if names:
+                lines.append(f"{len(names):7,} {what}: {shorten(names)}")
+        for asked, usage in sorted(self.usage.items()):
+            unknown = f", {usage.unknown:,} responses without token counts" if usage.unknown else ""
+            lines.append(
+                f"{usage.requests:7,} {asked} responses, {usage.tokens_in:,} + {usage.tokens_out:,} tokens{unknown}"
+            )
+        if self.cost is not None:
+            lines.append(f"cost {self.cost:.4f}" + (" at least" if any(u.unknown for u in self.usage.values()) else ""))
+        return "\n".join(lines)

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dcar_core.captioning.endpoint import Completion, Endpoint
-from dcar_core.captioning.filters import DUPLICATE, JUDGED, REFUSED, DraftFilter, Rejection
+from dcar_core.captioning.filters import JUDGED, REFUSED, DraftFilter, Rejection
 from dcar_core.captioning.images import data_uri, folder_category, list_images
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, TokenUsage, VisionModel
@@ -68,18 +68,19 @@ def caption_images(
         raise DataError(f"{out} exists and was not written by this command; give another --out")
     names, loose = list_images(images)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
-        with lock.acquire(timeout=0):
+        with FileLock(out.with_name(f".{out.name}.lock")).acquire(timeout=0):
             if restart:
                 journal_file.unlink(missing_ok=True)
             journal = CaptionJournal(journal_file, options.settings(drafter, judge))
-            run = _Run(images, out, drafter, judge, options, count_tokens, journal)
-            run.outcome.loose = loose
+            models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
+            run = _Run(images, models, options, count_tokens, journal, CaptioningResult(out, loose=loose))
             try:
                 asyncio.run(run.all(names, progress))
             except BaseExceptionGroup as group:
-                error = _first(group)
+                error: BaseException = group
+                while isinstance(error, BaseExceptionGroup):
+                    error = error.exceptions[0]
                 raise (error if isinstance(error, DcarError) else group) from None
             finally:
                 journal.close()
@@ -87,12 +88,6 @@ def caption_images(
     except Timeout:
         raise LockedError(f"another run is writing to {out}") from None
     return run.outcome
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _beside(out: Path, what: str) -> Path:
@@ -107,23 +102,21 @@ class _Run:
     def __init__(
         self,
         images: Path,
-        out: Path,
-        drafter: VisionModel,
-        judge: VisionModel | None,
+        models: Mapping[str, VisionModel],
         options: CaptionOptions,
         count_tokens: CountTokens,
         journal: CaptionJournal,
+        outcome: CaptioningResult,
     ) -> None:
-        self.images, self.out, self.options, self.journal = images, out, options, journal
-        self.models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
+        self.images, self.models, self.options, self.journal = images, models, options, journal
+        self.outcome = outcome
         self.endpoints: dict[str, Endpoint] = {}
         self.filters = DraftFilter(options.context, word_limit(options.context), count_tokens)
-        self.outcome = CaptioningResult(out)
-        self._captions = journal.latest()
+        self._captions = {name: caption for (name, _), caption in journal.finished.items()}
         self._of_bytes = {
             (sha, folder_category(image)[0]): caption for (image, sha), caption in journal.finished.items() if caption
         }
-        self._in_a_row = 0
+        self._failed_in_a_row = 0
 
     async def all(self, names: Sequence[str], progress: bool) -> None:
         """Process every image, `concurrency` at a time.
@@ -162,53 +155,47 @@ class _Run:
             return False
         if caption:
             self.filters.accept(caption, name)
-        self._done(image)
+        self._count(image)
         return True
 
     async def _image(self, name: str) -> bool:
         try:
             name.encode()  # the journal and the annotations are UTF-8
             image, content = await self._read(name)
-            moved = self._moved(image)
-            uri = "" if moved else await asyncio.to_thread(data_uri, content, self.options.side)
-        except (ImageError, OSError) as error:
-            self.outcome.broken[name] = str(error)
-            return True
-        except UnicodeEncodeError:
-            self.outcome.broken[name] = "its name is not UTF-8; rename the file"
+            caption = self._of_bytes.get((image.sha, image.category))  # of the image's former name
+            is_moved = bool(caption) and self.filters.owner(caption or "") is None
+            uri = "" if is_moved else await asyncio.to_thread(data_uri, content, self.options.side)
+        except (ImageError, OSError, UnicodeEncodeError) as error:
+            is_name = isinstance(error, UnicodeEncodeError)
+            self.outcome.broken[name] = "its name is not UTF-8; rename the file" if is_name else str(error)
             return True
         try:
-            if moved:
-                self._accept(image, moved)
+            if caption and is_moved:
+                self._accept(image, caption)
             else:
                 await self._converse(image, uri)
         except EndpointError as error:
             self.outcome.failed[name] = str(error)
-            self._in_a_row += 1
-            if self._in_a_row >= self.options.give_up_after:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= self.options.give_up_after:
                 raise CaptionError(
-                    f"{self._in_a_row} consecutive images failed; the last, {name}: {error}. Responses are kept; "
-                    f"run the same command to resume"
+                    f"{self._failed_in_a_row} consecutive images failed; the last, {name}: {error}. Responses are "
+                    f"kept; run the same command to resume"
                 ) from error
             return True
-        self._in_a_row = 0
-        self._done(image)
+        self._failed_in_a_row = 0
+        self._count(image)
         return True
 
     async def _read(self, name: str) -> tuple[CaptionedImage, bytes]:
         content = await asyncio.to_thread((self.images / name).read_bytes)
         return CaptionedImage(name, folder_category(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
 
-    def _moved(self, image: CaptionedImage) -> str | None:
-        """Return the caption of the same image under a former name in the same category, None if there is none."""
-        caption = self._of_bytes.get((image.sha, image.category))
-        return caption if caption and self.filters.owner(caption) is None else None
-
     def _accept(self, image: CaptionedImage, caption: str) -> None:
         self.filters.accept(caption, image.name)
         self.journal.finish(image, caption)
 
-    def _done(self, image: CaptionedImage) -> None:
+    def _count(self, image: CaptionedImage) -> None:
         caption = self._captions[image.name] = self.journal.finished[image.name, image.sha]
         if caption:
             self.outcome.accepted += 1
@@ -243,9 +230,7 @@ class _Run:
         assert verdict is not None  # guaranteed by `usable`
         if not verdict.accept:
             return Rejection(JUDGED, verdict.feedback or "it does not match the image.")
-        if self.filters.owner(draft) not in {None, image.name}:  # accepted in the meantime
-            return Rejection(DUPLICATE, "another image has the same caption; describe what is specific to this one.")
-        return None
+        return self.filters.duplicate(draft, image.name)  # another image may have got it in the meantime
 
     async def _ask(
         self,
@@ -258,19 +243,18 @@ class _Run:
         before = self.journal.answer(image, asked, turn)
         if before is not None and usable(before):
             return before
-        endpoint = self.endpoints[asked]
+        usage = TokenUsage()
         try:
-            answer = await endpoint.ask(messages, usable)
+            answer = await self.endpoints[asked].ask(messages, usage, usable)
         except EndpointError:
-            self.journal.wasted(asked, endpoint.take_wasted())
+            self.journal.wasted(asked, usage)
             raise
-        self.journal.answered(image, asked, turn, answer)
+        self.journal.answered(image, asked, turn, answer, usage)
         return answer
 
     def spent(self) -> str:
         """Format accepted and rejected drafts, tokens and cost, earlier runs included."""
-        usage = self.journal.usage.values()
-        tokens = sum(u.tokens_in + u.tokens_out for u in usage)
+        tokens = sum(usage.tokens_in + usage.tokens_out for usage in self.journal.usage.values())
         cost = self._cost()
         rejected = self.journal.rejected_drafts
         return f"{self.outcome.accepted:,} accepted, {rejected:,} drafts rejected, {tokens:,} tokens" + (
@@ -280,9 +264,7 @@ class _Run:
     def _cost(self) -> float | None:
         if all(model.price is None for model in self.models.values()):
             return None
-        return sum(
-            self.journal.usage.get(asked, TokenUsage()).cost(model.price) for asked, model in self.models.items()
-        )
+        return sum(usage.cost(self.models[asked].price) for asked, usage in self.journal.usage.items())
 
     def write(self, names: Sequence[str]) -> None:
         """Write the annotations and the rejected drafts of the run so far.
@@ -290,26 +272,21 @@ class _Run:
         Raises:
             CaptionError: a file cannot be written.
         """
-        entries = {}
+        out, entries = self.outcome.out, {}
         for name in names:
             if self._captions.get(name):
                 category, meta = folder_category(name)
-                entries[name] = {
-                    "file_name": name,
-                    "file_path": name,
-                    "class_name": category,
-                    **({"meta_category": meta} if meta else {}),
-                    "positive": self._captions[name],
-                    "negative": [],
-                }
+                entry = {"file_name": name, "file_path": name, "class_name": category}
+                group = {"meta_category": meta} if meta else {}
+                entries[name] = {**entry, **group, "positive": self._captions[name], "negative": []}
         rejections = list(self.journal.rejections())
         try:
-            write_json(self.out, entries)
-            with atomic_writer(_beside(self.out, "rejected")) as file:
+            write_json(out, entries)
+            with atomic_writer(_beside(out, "rejected")) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in rejections)
         except OSError as error:
             raise CaptionError(
-                f"{self.out} cannot be written: {error.strerror}; responses are kept; run the same command to resume"
+                f"{out} cannot be written: {error.strerror}; responses are kept; run the same command to resume"
             ) from error
         self.outcome.rejected = Counter(line["reason"] for line in rejections)
         self.outcome.given_up.sort()

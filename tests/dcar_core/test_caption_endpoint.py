@@ -12,7 +12,6 @@ import pytest
 
 from dcar_core.captioning.endpoint import seconds_of
 from dcar_core.captioning.options import VisionModel
-from dcar_core.captioning.summary import summarize
 from dcar_core.util.errors import CaptionError
 from tests.support.captioning import KEY, ask, captions, one_picture, rejected
 from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good, message
@@ -215,7 +214,7 @@ def test_a_refused_request_fails_its_picture_alone(photos: Path) -> None:
         found = ask(photos, server, concurrency=1)
     assert found.accepted == 3
     assert found.failed == {"owl/1.png": "400 image too odd"}
-    assert "1 images failed, retried by the same command: owl/1.png (400 image too odd)" in summarize(found)
+    assert "1 images failed, retried by the same command: owl/1.png (400 image too odd)" in str(found)
 
 
 def test_a_run_in_which_all_fails_ends(photos: Path) -> None:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from dcar_core.captioning.options import VisionModel
 from dcar_core.captioning.questions import load_templates
-from dcar_core.captioning.summary import summarize
 from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from tests.support.captioning import KEY, ask, captions
@@ -72,7 +71,7 @@ def test_a_name_that_is_not_utf_8_is_its_own_picture_s_trouble(photos: Path) -> 
             found = ask(photos, server)
             assert (found.accepted, found.failed, len(server.asked)) == (4, {}, 8)
             assert found.broken == {odd: "its name is not UTF-8; rename the file"}
-    assert "1 images unreadable, left out: owl/" in summarize(found)
+    assert "1 images unreadable, left out: owl/" in str(found)
 
 
 def test_places_that_cannot_be_used(photos: Path) -> None:
@@ -107,14 +106,14 @@ def test_tokens_and_cost(photos: Path) -> None:
         )
         assert found.cost == pytest.approx(8 * (100 * 1000 + 20 * 5000) / 1e6)
         assert ask(photos, server, price=(1000.0, 5000.0)).cost == found.cost  # earlier spending counts
-        assert "cost 1.6000" in summarize(found)
+        assert "cost 1.6000" in str(found)
         assert ask(photos, server).cost is None
     silent: Behave = lambda asked, n: {k: v for k, v in message(good(asked)).items() if k != "usage"}  # noqa: E731
     with VisionServer(silent) as server:
         found = ask(photos, server, photos.parent / "silent.json", price=(1.0, 1.0))
     assert found.usage["draft"].unknown == 4
-    assert "4 draft responses, 0 + 0 tokens, 4 responses without token counts" in summarize(found)
-    assert "cost 0.0000 at least" in summarize(found)
+    assert "4 draft responses, 0 + 0 tokens, 4 responses without token counts" in str(found)
+    assert "cost 0.0000 at least" in str(found)
 
 
 @pytest.mark.parametrize(
