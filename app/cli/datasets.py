@@ -61,13 +61,16 @@ def negatives_command(
 ) -> None:
     """Generate negative captions as `dcar train` does, print some, and write them for review and training."""
     from dcar_core.data import describe_reports, load_splits, write_splits
-    from dcar_core.negatives import add_negatives, load_text_views
+    from dcar_core.negatives import LETTERS, add_negatives, backbone_views
 
     splits, reports = load_splits(path, image_policy="ignore")
-    features, cut = load_text_views(model, pretrained, device)
-    made = add_negatives(
-        splits, reports, features=features, cut=cut, mode=negatives, taxonomy=taxonomy, count=count, seed=seed
-    )
+    views = LETTERS
+    if model is not None:  # torch takes seconds
+        from dcar_core.model.backbone import BackboneSource, load_backbone
+        from dcar_core.serving.encoder import pick_device
+
+        views = backbone_views(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
+    made = add_negatives(splits, reports, views, mode=negatives, taxonomy=taxonomy, count=count, seed=seed)
     for data in made.values():
         for sample in data.samples[:: max(1, len(data) // show)][:show] if show else ():
             typer.echo(f"{sample.image}  [{sample.category}]\n    {sample.caption}")

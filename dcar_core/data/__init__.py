@@ -1,4 +1,4 @@
-"""Data sets: annotation files become cleaned image-caption pairs, with a report of what was repaired or left out.
+"""Data sets: annotation files become cleaned image-caption pairs, with a report of repairs and omissions.
 
     files --readers--> Entry --clean--> Sample --lookup--> Sample with a readable image --> Dataset
 
@@ -7,7 +7,7 @@ Every folder above `model` may import it; it imports `util` alone.
 """
 
 from dcar_core.data.dataset_check import CheckedSplit, check_dataset
-from dcar_core.data.load import MISSING_IMAGES, ImagePolicy, load_split, load_splits, splits_of
+from dcar_core.data.load import MISSING_IMAGES, Annotations, ImagePolicy, load_split, load_splits
 from dcar_core.data.report import CleaningReport, describe_reports, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
 from dcar_core.data.write import write_splits
@@ -15,6 +15,7 @@ from dcar_core.data.write import write_splits
 __all__ = [
     "MISSING_IMAGES",
     "SPLITS",
+    "Annotations",
     "CheckedSplit",
     "CleaningReport",
     "Dataset",
@@ -25,6 +26,5 @@ __all__ = [
     "load_split",
     "load_splits",
     "save_reports",
-    "splits_of",
     "write_splits",
 ]

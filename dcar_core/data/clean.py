@@ -37,19 +37,15 @@ def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[
             if not normal:
                 report.add("empty captions, left out", names=[entry.image])
                 continue
-            if _collapse_spaces(raw) != raw:
-                report.add("captions with stray white space, repaired")
-            if caption != _collapse_spaces(raw):
-                report.add("captions with sentences that touch, repaired")
+            report.add("captions with stray white space, repaired", _collapse_spaces(raw) != raw)
+            report.add("captions with sentences that touch, repaired", caption != _collapse_spaces(raw))
             if (entry.image, normal) in pairs:
                 report.add("pairs that occur twice, left out once")
                 continue
-            if normal in seen:
-                report.add("captions that another image has too (positives of each other in training)")
+            report.add("captions that another image has too (positives of each other in training)", normal in seen)
+            report.add("captions with an underscore, kept as written", "_" in caption)
             seen.add(normal)
             pairs.add((entry.image, normal))
-            if "_" in caption:
-                report.add("captions with an underscore, kept as written")
             negatives, categories = _negatives(entry, own, report)
             yield Sample(entry.image, caption, category, negatives, categories, entry.meta_category)
     twins = [" = ".join(names) for names in spellings.values() if len(names) > 1]

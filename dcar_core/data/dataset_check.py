@@ -51,27 +51,17 @@ def check_dataset(
     Raises:
         DataError: there are no annotations, or they cannot be read.
     """
-    annotations = Annotations(path, image_root)
-    checked = [_checked(annotations, name, decode_images, context, count_tokens) for name in annotations.splits()]
+    annotations, checked = Annotations(path, image_root), list[CheckedSplit]()
+    for split in annotations.splits():
+        data, report = annotations.load(split, "ignore")
+        categories = {sample.category for sample in data.samples} - {""}
+        report.add("splits with one category only: no category can be swapped for another", len(categories) == 1)
+        report.add("pairs without a category", sum(not sample.category for sample in data.samples))
+        if count_tokens is not None:
+            lengths = count_tokens([sample.caption for sample in data.samples])
+            report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
+        missing, broken, lookups = annotations.unusable_images(split) if decode_images else ([], [], CleaningReport())
+        report.merge(lookups)
+        checked.append(CheckedSplit(data, report, missing, broken))
     note_overlaps({each.data.split: each.data for each in checked}, {each.data.split: each.report for each in checked})
     return checked
-
-
-def _checked(
-    annotations: Annotations,
-    split: str,
-    decode_images: bool,
-    context: int,
-    count_tokens: Callable[[Sequence[str]], list[int]] | None,
-) -> CheckedSplit:
-    data, report = annotations.load(split, "ignore")
-    categories = {sample.category for sample in data.samples} - {""}
-    if len(categories) == 1:
-        report.add("splits with one category only: no category can be swapped for another")
-    report.add("pairs without a category", sum(not sample.category for sample in data.samples))
-    if count_tokens is not None:
-        lengths = count_tokens([sample.caption for sample in data.samples])
-        report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
-    missing, broken, lookups = annotations.unusable_images(split) if decode_images else ([], [], CleaningReport())
-    report.merge(lookups)
-    return CheckedSplit(data, report, missing, broken)

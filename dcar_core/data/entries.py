@@ -1,7 +1,8 @@
 """The annotated image that every reader yields, checks of its fields, and the limit of rows that may be bad."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,21 @@ class RowLimit:
     def __init__(self, file: Path, report: CleaningReport) -> None:
         self._file, self._report = file, report
         self._bad = list[DataError]()
-        self.rows = 0
+        self._good = 0
 
     def skip(self, error: DataError) -> None:
         """Leave out the row of an error."""
         self._bad.append(error)
+
+    @contextmanager
+    def row(self) -> Iterator[None]:
+        """Read one row in the block; a `DataError` skips it."""
+        try:
+            yield
+        except DataError as error:
+            self.skip(error)
+        else:
+            self._good += 1
 
     def finish(self) -> None:
         """Report the skipped rows.
@@ -57,9 +68,10 @@ class RowLimit:
             BadRowsError: more than MAX_BAD_ROWS of the rows were skipped.
             DataError: all rows were skipped, so the file may not hold annotations at all.
         """
-        if len(self._bad) > MAX_BAD_ROWS * self.rows:
-            counts = f"{len(self._bad):,} of {self.rows:,} rows cannot be used"
-            kind = BadRowsError if len(self._bad) < self.rows else DataError
+        rows = self._good + len(self._bad)
+        if len(self._bad) > MAX_BAD_ROWS * rows:
+            counts = f"{len(self._bad):,} of {rows:,} rows cannot be used"
+            kind = BadRowsError if self._good else DataError
             raise kind(f"{self._bad[0]} ({counts}; at most {MAX_BAD_ROWS:.0%} may be left out)")
         names = [str(error).removeprefix(f"{self._file}, ") for error in self._bad]
         self._report.add(SKIPPED_ROWS, names=names)
@@ -129,13 +141,9 @@ def caption_texts(entry: Mapping[str, Any], names: tuple[str, ...], where: str) 
     Raises:
         DataError: no field is present, or it does not hold text.
     """
-    first: tuple[str, ...] | None = None
-    for name in names:
-        if entry.get(name) is not None:
-            texts = text_list(entry[name], where, name)
-            if any(text.strip() for text in texts):
-                return texts
-            first = (texts or ("",)) if first is None else first
-    if first is not None:
-        return first
-    raise DataError(f"{where}: field {names[0]!r} is missing; it has {', '.join(map(str, entry)) or 'none'}")
+    present = [name for name in names if entry.get(name) is not None]
+    if not present:
+        raise DataError(f"{where}: field {names[0]!r} is missing; it has {', '.join(map(str, entry)) or 'none'}")
+    read = (text_list(entry[name], where, name) for name in present)
+    filled = (texts for texts in read if any(text.strip() for text in texts))
+    return next(filled, None) or text_list(entry[present[0]], where, present[0]) or ("",)

@@ -47,15 +47,10 @@ def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
     report.add("keys that occur twice, both entries kept", len(content.pairs) - len(content))
     limit = RowLimit(file, report)
     for key, value in content.pairs:
-        limit.rows += 1
-        try:
+        with limit.row():
             if not isinstance(value, dict):
                 raise DataError(f"{file}, entry {key!r}: must be an object, not a {type(value).__name__}")
-            entry = _make_entry(file, key, value)
-        except DataError as error:
-            limit.skip(error)
-            continue
-        yield entry
+            yield _make_entry(file, key, value)
     limit.finish()
 
 

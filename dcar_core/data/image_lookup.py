@@ -10,6 +10,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from dcar_core.data.entries import Entry
@@ -24,14 +25,13 @@ _THREADS = 8
 class ImageFinder:
     """Finds annotated names below an image root. shared: file names of several images."""
 
-    def __init__(self, root: ImageRoot, shared: Set[str] = frozenset()) -> None:
-        self.root = root
-        self._shared = shared
+    def __init__(self, root: ImageRoot, shared: Set[str]) -> None:
+        self.root, self._shared = root, shared
         self._folders: set[str] = set()
         self._by_base: dict[str, list[str]] | None = None
 
     def find(self, image: str, path: str = "") -> str | None:
-        """Return the name for `root.read`, or None if there is no such image, or several in different folders."""
+        """Return the name for `root.read`; None without such an image, or with several in different folders."""
         for candidate in _candidates(image, path):
             if candidate in self._shared and candidate != (path or image):
                 continue  # ambiguous without its folder
@@ -86,19 +86,29 @@ def _candidates(image: str, path: str) -> Iterator[str]:
 
 
 def locate_images(
-    entries: Iterable[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str] = frozenset()
-) -> Iterator[tuple[Entry, str | None]]:
-    """Yield each entry with the name of its image below the root, or None."""
-    finder = ImageFinder(root, shared)
+    entries: Iterable[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str], *, decode: bool
+) -> tuple[list[Entry], list[str], list[str]]:
+    """Look up every entry's image; with `decode`, also decode it.
+
+    Returns:
+        Entries with a usable image, names of missing images, and "name (reason)" of broken ones.
+    """
+    finder, found, missing = ImageFinder(root, shared), list[Entry](), dict[str, None]()
     for entry in entries:
         name = finder.find(entry.image, entry.path)
-        if name is not None and name != entry.image:
+        if name is None:
+            missing[entry.image] = None
+            continue
+        if name != entry.image:
             change = f"{entry.image} as {name}"
             report.add("images found under a name that differs from the annotated one", names=[change])
-        yield entry, name
+        found.append(replace(entry, image=name))
+    broken = _unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
+    usable = [entry for entry in found if entry.image not in broken]
+    return usable, list(missing), [f"{name} ({why})" for name, why in broken.items()]
 
 
-def name_without_lookup(entry: Entry, shared: Set[str] = frozenset()) -> str:
+def name_without_lookup(entry: Entry, shared: Set[str]) -> str:
     """Return the name of an image that is not looked up.
 
     It has the suffix of its path if it lacks one, and is the whole path if others share the name.
@@ -111,8 +121,8 @@ def name_without_lookup(entry: Entry, shared: Set[str] = frozenset()) -> str:
     return entry.image + suffix
 
 
-def find_unreadable(names: Sequence[str], root: ImageRoot) -> dict[str, str]:
-    """Decode every image once and return name -> reason of those that cannot be read."""
+def _unreadable(names: Sequence[str], root: ImageRoot) -> dict[str, str]:
+    """Decode every image and return name -> reason of the unreadable ones."""
 
     def reason(name: str) -> str | None:
         try:

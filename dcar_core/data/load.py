@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
@@ -21,7 +21,7 @@ from typing import Literal
 from dcar_core.data.clean import clean_entries
 from dcar_core.data.entries import Entry
 from dcar_core.data.fdrd import read_fdrd
-from dcar_core.data.image_lookup import find_shared_names, find_unreadable, locate_images, name_without_lookup
+from dcar_core.data.image_lookup import find_shared_names, locate_images, name_without_lookup
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import SPLITS, Dataset
 from dcar_core.data.tables import read_table, read_tar
@@ -45,14 +45,6 @@ class Annotations:
     """The annotation files of a data set, each read once, when it is needed."""
 
     def __init__(self, path: Path, image_root: Path | None = None) -> None:
-        """
-        Args:
-            path: the directory that holds the annotations, or one annotation file.
-            image_root: the image root, if it is not `path` (or the file's folder).
-
-        Raises:
-            DataError: there is no such path.
-        """
         if not path.exists():
             raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
         self.path, self._image_root = path, image_root
@@ -80,9 +72,8 @@ class Annotations:
         if image_policy == "ignore":
             found = [replace(entry, image=name_without_lookup(entry, self._shared)) for entry in entries]
         else:
-            found, missing, broken = _with_images(
-                entries, self._root, report, self._shared, decode=image_policy == "skip"
-            )
+            decode = image_policy == "skip"
+            found, missing, broken = locate_images(entries, self._root, report, self._shared, decode=decode)
             if missing and image_policy == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(entries):,} images are not in {self._root.path}: "
@@ -100,11 +91,11 @@ class Annotations:
         """Decode the images of a split.
 
         Returns:
-            the names of missing images, "name (reason)" of broken ones, and a report of how others were found.
+            Names of missing images, "name (reason)" of broken ones, and a report of how others were found.
         """
         report = CleaningReport()
         entries = self._select(split, CleaningReport())
-        _, missing, broken = _with_images(entries, self._root, report, self._shared, decode=True)
+        _, missing, broken = locate_images(entries, self._root, report, self._shared, decode=True)
         return missing, broken, report
 
     @cached_property
@@ -149,7 +140,9 @@ class Annotations:
     def _files(self, split: str) -> list[Path]:
         """Return the files that may hold a split. A gallery's own files are used if there are no annotations."""
         files = {name: annotation_files(self.path, name) for name in SPLITS}
-        return files.get(split, []) if any(files.values()) else _gallery_files(self.path)
+        if any(files.values()):
+            return files[split]
+        return _table(self.path, "metadata") or sorted(self.path.glob("*.tar"))
 
     def _entries_of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
         """Return the entries of a split; none if no file holds it."""
@@ -208,28 +201,8 @@ def note_overlaps(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningR
         reports[later].add(f"images that {earlier} has too, so {later} measures nothing new", names=list(both))
 
 
-def splits_of(path: Path) -> list[str]:
-    """Return the splits that a data set has; see `Annotations.splits`."""
-    return Annotations(path).splits()
-
-
 def _is_held_out(entry: Entry) -> bool:
     return _hashed(entry.cut_by) == "val"
-
-
-def _with_images(
-    entries: Sequence[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str], *, decode: bool
-) -> tuple[list[Entry], list[str], list[str]]:
-    """Return entries with a usable image, names of missing images, and "name (reason)" of broken ones."""
-    found, missing = [], []
-    for entry, name in locate_images(entries, root, report, shared):
-        if name is None:
-            missing.append(entry.image)
-        else:
-            found.append(replace(entry, image=name))
-    broken = find_unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
-    usable = [entry for entry in found if entry.image not in broken]
-    return usable, list(dict.fromkeys(missing)), [f"{name} ({why})" for name, why in broken.items()]
 
 
 def annotation_files(path: Path, split: str) -> list[Path]:
@@ -247,16 +220,11 @@ def annotation_files(path: Path, split: str) -> list[Path]:
         named += sorted(path.glob(f"*_{name}.json"))
     if len(named) > 1:
         raise DataError(f"{path} has several files for {split} ({shorten([p.name for p in named])}); name one of them")
-    return named or _tables(path, "pairs")[:1]
+    return named or _table(path, "pairs")
 
 
-def _gallery_files(path: Path) -> list[Path]:
-    """Return the files that describe a gallery's images: its metadata file, otherwise its tars."""
-    return _tables(path, "metadata")[:1] or sorted(path.glob("*.tar"))
-
-
-def _tables(path: Path, name: str) -> list[Path]:
-    return [file for suffix in _TABLES if (file := path / f"{name}{suffix}").is_file()]
+def _table(path: Path, name: str) -> list[Path]:
+    return [file for suffix in _TABLES if (file := path / f"{name}{suffix}").is_file()][:1]
 
 
 def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
@@ -308,11 +276,7 @@ def _set_cut_by(entries: list[Entry]) -> list[Entry]:
     """Set `cut_by`: the image's name, without the folder that all absolute names have in common."""
     absolute = [entry.image for entry in entries if entry.image.startswith("/")]
     common = os.path.commonpath([PurePosixPath(image).parent for image in absolute]) if absolute else "/"
-    return [replace(entry, cut_by=_below(entry.image, common)) for entry in entries]
-
-
-def _below(image: str, folder: str) -> str:
-    return PurePosixPath(image).relative_to(folder).as_posix() if image.startswith("/") else image
+    return [replace(entry, cut_by=entry.image.removeprefix(common).lstrip("/")) for entry in entries]
 
 
 def _hashed(image: str) -> str:

@@ -1,4 +1,4 @@
-"""One reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record is a dict of column to value.
+"""Reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record maps columns to values.
 
 - Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows of commas alone, are skipped.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
@@ -14,6 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dcar_core.util.errors import DataError
@@ -33,37 +34,42 @@ _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
 
 
+def _raise(error: DataError) -> None:
+    raise error
+
+
 def read_records(
     name: str,
     open_file: Callable[[], BinaryIO],
     *,
     infer_types: bool = False,
     used_columns: Sequence[str] | None = None,
-    on_bad_line: OnBadLine | None = None,
+    on_bad_line: OnBadLine = _raise,
 ) -> Iterator[tuple[int, Record]]:
-    """Yield (number, record); the number is the line of a text file, or the row of a parquet file, from 1.
+    """Yield (number, record); the number is the line of a text file or the row of a parquet file, from 1.
 
     Args:
         name: the path or URL for messages; its suffix decides the format.
         open_file: opens the file; called twice for a CSV with `infer_types`.
         used_columns: the columns to read of a parquet file, and those that must not occur twice in a CSV header; None
             for all.
-        on_bad_line: receives the error of a line that is skipped; None raises it.
+        on_bad_line: receives the error of a line that is skipped; by default it is raised.
 
     Raises:
         DataError: the file cannot be parsed. The message names the line.
     """
 
-    def raise_error(error: DataError) -> None:
-        raise error
-
-    on_bad_line = on_bad_line or raise_error
-    if name.partition("?")[0].lower().endswith(".jsonl"):
+    suffix = PurePosixPath(name.partition("?")[0]).suffix.lower()
+    if suffix == ".jsonl":
         return _read_jsonl(name, open_file, on_bad_line)
-    if name.partition("?")[0].lower().endswith(".csv"):
-        if infer_types:
-            return _read_typed_csv(name, open_file, on_bad_line)
-        return _read_text_csv(name, open_file, used_columns, on_bad_line)
+    if suffix == ".csv" and infer_types:
+        return _read_typed_csv(name, open_file, on_bad_line)
+    if suffix == ".csv":
+        rows = _read_csv_rows(name, open_file, used_columns, on_bad_line)
+        return (
+            (line, {column: texts_of_cell(cell) if column in LIST_COLUMNS else cell for column, cell in row.items()})
+            for line, row in rows
+        )
     return _read_parquet(name, open_file, used_columns)
 
 
@@ -75,27 +81,17 @@ def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBad
                     continue
                 try:
                     record = parse_json(text)
+                    if isinstance(record, dict):
+                        yield line, record
+                        continue
+                    reason = f"must be an object, not a {type(record).__name__}"
                 except json.JSONDecodeError as error:
                     reason = f"not JSON ({error.msg} at column {error.colno})"
-                    on_bad_line(DataError(f"{name}, line {line}: {reason}"))
-                    continue
                 except ValueError as error:  # a number of thousands of digits, or nested too deeply
-                    on_bad_line(DataError(f"{name}, line {line}: not JSON that can be read ({error})"))
-                    continue
-                if not isinstance(record, dict):
-                    kind = type(record).__name__
-                    on_bad_line(DataError(f"{name}, line {line}: must be an object, not a {kind}"))
-                    continue
-                yield line, record
+                    reason = f"not JSON that can be read ({error})"
+                on_bad_line(DataError(f"{name}, line {line}: {reason}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
-
-
-def _read_text_csv(
-    name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None, on_bad_line: OnBadLine
-) -> Iterator[tuple[int, Record]]:
-    for line, row in _read_csv_rows(name, open_file, used_columns, on_bad_line):
-        yield line, {column: texts_of_cell(cell) if column in LIST_COLUMNS else cell for column, cell in row.items()}
 
 
 def _read_typed_csv(

@@ -30,30 +30,17 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
     Raises:
         DataError: the file cannot be parsed, has no column of images, or too many bad rows.
     """
-    limit = RowLimit(file, report)
-    suffix, has_image_column = file.suffix.lower(), False
+    limit, suffix = RowLimit(file, report), file.suffix.lower()
     may_lack_caption = suffix == ".parquet" or file.stem == "metadata"
-
-    def skip(error: DataError) -> None:
-        limit.rows += 1
-        limit.skip(error)
-
-    records = read_records(str(file), lambda: file.open("rb"), used_columns=_USED_COLUMNS, on_bad_line=skip)
+    records = read_records(str(file), lambda: file.open("rb"), used_columns=_USED_COLUMNS, on_bad_line=limit.skip)
     for number, row in records:
-        if suffix != ".jsonl" and not has_image_column:
-            if not set(IMAGE_COLUMNS) & set(row):
-                raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(row) or 'none'}")
-            has_image_column = True
-        limit.rows += 1
+        if suffix != ".jsonl" and set(IMAGE_COLUMNS).isdisjoint(row):
+            raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(row) or 'none'}")
         if may_lack_caption and row.get("caption") is None and row.get("captions") is None:
-            row = {**row, "caption": ""}
+            row["caption"] = ""
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
-        try:
-            entry = _make_entry(row, f"{file}, {'row' if suffix == '.parquet' else 'line'} {number}", image)
-        except DataError as error:
-            limit.skip(error)
-            continue
-        yield entry
+        with limit.row():
+            yield _make_entry(row, f"{file}, {'row' if suffix == '.parquet' else 'line'} {number}", image)
     limit.finish()
 
 
@@ -97,29 +84,21 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
         if image is None:
             report.add("tar samples without an image, left out", names=[f"{file.name}/{key}"])
             continue
-        limit.rows += 1
-        try:
+        with limit.row():
             row = _sample_row(tar, members, f"{file}, sample {key!r}")
             if "caption" not in row and "captions" not in row:
                 report.add("tar samples without a caption, left out", names=[f"{file.name}/{key}"])
                 continue
-            entry = _make_entry(row, f"{file}, sample {key!r}", f"{file.name}/{image}")
-        except DataError as error:
-            limit.skip(error)
-            continue
-        yield entry
+            yield _make_entry(row, f"{file}, sample {key!r}", f"{file.name}/{image}")
     limit.finish()
 
 
 def _sample_row(tar: ImageRoot, members: Mapping[str, str], where: str) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    if "json" in members:
-        row = _json_member(tar.read(members["json"]), where)
+    row = _json_member(tar.read(members["json"]), where) if "json" in members else {}
     if "cls" in members and not label_text(row, ("category", "class_name"), where):
-        row = {**row, "category": _text_member(tar, members, "cls", where).strip()}
+        row["category"] = _text_member(tar, members, "cls", where).strip()
     if "txt" in members:
-        text = _text_member(tar, members, "txt", where)
-        row = {**row, "caption": [line for line in split_lines(text) if line.strip()]}
+        row["caption"] = [line for line in split_lines(_text_member(tar, members, "txt", where)) if line.strip()]
     return row
 
 

@@ -19,7 +19,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
-from dcar_core.negatives import add_negatives_with_backbone
+from dcar_core.negatives import add_negatives, backbone_views
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import decode_images, report_truncation
 from dcar_core.util.bootstrap import Hits
@@ -49,7 +49,7 @@ def compare(
     """Train and test every method with every seed; write results.json, .csv, .md and report.html to `out`.
 
     Args:
-        negatives, taxonomy: see `negatives.add_negatives_with_backbone`.
+        negatives, taxonomy: see `negatives.add_negatives`.
         loss: directions of the contrastive loss, for every method alike.
         tune: choose each method's learning rate from `grid` on validation; otherwise all use `config.lr`.
         features: directory of frozen features, shared with other runs on this data; `out`/features by default.
@@ -70,7 +70,7 @@ def compare(
         raise DataError(f"--seeds must be at least 1, not {seeds}")
     image_policy: ImagePolicy = "skip" if skip_broken else "require"
     splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
-    splits = add_negatives_with_backbone(splits, reports, backbone, mode=negatives, taxonomy=taxonomy)
+    splits = add_negatives(splits, reports, backbone_views(backbone), mode=negatives, taxonomy=taxonomy)
     report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)

@@ -3,10 +3,10 @@
     samples --taxonomy--> categories, most similar first --generate--> negatives --complete--> samples with negatives
 
 In: samples with captions and categories. Out: the same samples with negative captions.
-`training`, `captioning`, `evaluation` and the CLI import it; it imports `data`, `model`, `serving` and `util`.
+`training`, `captioning`, `evaluation` and the CLI import it; it imports `data`, `model` and `util`.
 """
 
-from dcar_core.negatives.complete import add_negatives, add_negatives_with_backbone
-from dcar_core.negatives.text_views import load_text_views
+from dcar_core.negatives.complete import add_negatives
+from dcar_core.negatives.text_views import LETTERS, backbone_views
 
-__all__ = ["add_negatives", "add_negatives_with_backbone", "load_text_views"]
+__all__ = ["LETTERS", "add_negatives", "backbone_views"]

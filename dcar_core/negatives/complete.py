@@ -6,20 +6,17 @@
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import Literal, get_args
 
-from dcar_core.data import CleaningReport, Dataset, Sample
-from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, NegativeGenerator, ReadTokens
-from dcar_core.negatives.taxonomy import NameFeatures, Taxonomy, load_taxonomy, rank_categories
-from dcar_core.negatives.text_views import backbone_views
+from dcar_core.data import CleaningReport, Dataset
+from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, NegativeGenerator
+from dcar_core.negatives.taxonomy import load_taxonomy, rank_categories
+from dcar_core.negatives.text_views import TextViews
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
-
-if TYPE_CHECKING:  # torch takes seconds
-    from dcar_core.model.backbone import Backbone
 
 Mode = Literal["auto", "missing", "all", "off"]
 COUNT = 4
@@ -30,29 +27,11 @@ _KINDS = {
 }
 
 
-def add_negatives_with_backbone(
-    splits: Mapping[str, Dataset],
-    reports: Mapping[str, CleaningReport],
-    backbone: "Backbone",
-    *,
-    mode: str = "auto",
-    taxonomy: Path | None = None,
-) -> dict[str, Dataset]:
-    """Call `add_negatives` with category similarity and token limits from a loaded CLIP.
-
-    Raises:
-        DataError: see `add_negatives`.
-    """
-    features, cut = backbone_views(backbone)
-    return add_negatives(splits, reports, features=features, cut=cut, mode=mode, taxonomy=taxonomy)
-
-
 def add_negatives(
     splits: Mapping[str, Dataset],
     reports: Mapping[str, CleaningReport],
+    views: TextViews,
     *,
-    features: NameFeatures,
-    cut: ReadTokens,
     mode: str = "auto",
     taxonomy: Path | None = None,
     count: int = COUNT,
@@ -61,8 +40,7 @@ def add_negatives(
     """Return the splits with negatives according to `mode`, and count them in the reports.
 
     Args:
-        features: maps names to (n, d), L2-normalised, for ranking and clustering categories.
-        cut: maps texts to the tokens that the encoder reads.
+        views: the features rank and cluster categories; the tokens tell which negatives read alike.
         taxonomy: a file with meta-categories; see docs/reference/data-formats.md.
         count: maximum negatives per pair.
         seed: selects among the possible attribute swaps.
@@ -76,15 +54,17 @@ def add_negatives(
     tree = load_taxonomy(taxonomy) if taxonomy is not None else None
     done = {}
     for name, data in splits.items():
-        rows = _rows_to_complete(data, cast(Mode, mode), reports[name])
+        rows = _rows_to_complete(data, mode, reports[name])
         if rows:
             samples = [*data.samples, *(splits["train"].samples if "train" in splits and name != "train" else ())]
-            data = _completed(data, samples, rows, tree, features, cut, count, seed, reports[name])
+            ranked = rank_categories(samples, tree, views.features, reports[name])
+            generator = NegativeGenerator(data.samples, ranked, views.tokens, count=count, seed=seed)
+            data = _completed(data, rows, generator, reports[name])
         done[name] = data
     return done
 
 
-def _rows_to_complete(data: Dataset, mode: Mode, report: CleaningReport) -> set[int]:
+def _rows_to_complete(data: Dataset, mode: str, report: CleaningReport) -> set[int]:
     """Select the rows that get negatives."""
     if not data.samples:
         raise DataError(f"the split {data.split} has no pairs")
@@ -102,18 +82,8 @@ def _rows_to_complete(data: Dataset, mode: Mode, report: CleaningReport) -> set[
     return known
 
 
-def _completed(
-    data: Dataset,
-    context: Sequence[Sample],
-    rows: set[int],
-    taxonomy: Taxonomy | None,
-    features: NameFeatures,
-    cut: ReadTokens,
-    count: int,
-    seed: int,
-    report: CleaningReport,
-) -> Dataset:
-    ranked = rank_categories(context, taxonomy, features, report)
+def _completed(data: Dataset, rows: set[int], generator: NegativeGenerator, report: CleaningReport) -> Dataset:
+    ranked = generator.ranked
     own = {fold_name(sample.category): sample.category for sample in data.samples if sample.category}
     if len(own) == 1 and not any(ranked.values()):
         report.add("splits with one category only: no category can be swapped for another")
@@ -121,7 +91,6 @@ def _completed(
         outside = report.names.get("categories missing from the taxonomy, not swapped for others", [])
         alone = sorted(name for key, name in own.items() if not ranked.get(key) and name not in outside)
         report.add("categories alone in their meta-category, not swapped for others", names=alone)
-    generator = NegativeGenerator(data.samples, ranked, cut, count=count, seed=seed)
     made = {row: generator.negatives(data.samples[row]) for row in sorted(rows)}
     samples = list(data.samples)
     for row, negatives in made.items():

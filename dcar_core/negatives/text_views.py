@@ -1,7 +1,7 @@
-"""Text functions for negatives, with or without a CLIP: features of names, and tokens after truncation."""
+"""Text functions for negatives, of a CLIP or of letters alone: features of names, and tokens after truncation."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,32 +13,21 @@ from dcar_core.util.arrays import Floats
 if TYPE_CHECKING:  # torch takes seconds, and letters need none
     from dcar_core.model.backbone import Backbone
 
-ROOM = 8
+ROOM = 8  # prompt vectors that the context leaves room for
 
 
-def load_text_views(
-    model: str | None, pretrained: str | None = None, device: str = "cpu"
-) -> tuple[NameFeatures, ReadTokens]:
-    """Load the text functions from a CLIP by name, or from letters and CLIP's vocabulary without a model.
+class TextViews(NamedTuple):
+    """features: of category names, (n, d), L2-normalised. tokens: of texts, as an encoder with prompts reads them."""
 
-    Raises:
-        ModelError: the model cannot be loaded.
-    """
-    if model is None:
-        return letter_features, lambda texts: clip_token_ids(texts, ROOM)
-    from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.serving.encoder import pick_device
-
-    return backbone_views(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
+    features: NameFeatures
+    tokens: ReadTokens
 
 
-def backbone_views(backbone: "Backbone") -> tuple[NameFeatures, ReadTokens]:
-    """Return the text functions of a loaded CLIP."""
-    return _features(backbone), _tokens(backbone)
+LETTERS = TextViews(letter_features, lambda texts: clip_token_ids(texts, ROOM))
 
 
-def _features(backbone: "Backbone") -> NameFeatures:
-    """Return a function from category names to CLIP text features, without prompts."""
+def backbone_views(backbone: "Backbone") -> TextViews:
+    """Return the text functions of a loaded CLIP, without prompts."""
     import torch
     import torch.nn.functional as F
 
@@ -50,9 +39,4 @@ def _features(backbone: "Backbone") -> NameFeatures:
             parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
         return np.concatenate(parts)
 
-    return features
-
-
-def _tokens(backbone: "Backbone") -> ReadTokens:
-    """Return a function from texts to tokens that leaves room for ROOM prompt vectors."""
-    return backbone.text_tokenizer(ROOM).encode
+    return TextViews(features, backbone.text_tokenizer(ROOM).encode)

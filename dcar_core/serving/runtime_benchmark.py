@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcar_core.data import Dataset, load_split, splits_of
+from dcar_core.data import Annotations, Dataset, load_split
 from dcar_core.images import open_image
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.equality_proof import Probe, reference_vectors
@@ -231,7 +231,8 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
 
     if is_calibrated(encoder.loaded):
         return
-    split = next((name for name in ("train", "val") if name in splits_of(data)), "test")
+    splits = Annotations(data).splits()
+    split = next((name for name in ("train", "val") if name in splits), "test")
     say(f"calibrating int8 on {SAMPLES} captions and images of {data}, {split}")
     samples = load_split(data, split, image_root=images, image_policy="present")[0]
     step = max(1, len(samples) // SAMPLES)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dcar_core.data import CleaningReport, check_dataset, load, load_split, load_splits, splits_of, write_splits
+from dcar_core.data import Annotations, CleaningReport, check_dataset, load, load_split, load_splits, write_splits
 from dcar_core.data.entries import Entry
 from dcar_core.data.tables import read_table
 from dcar_core.util.errors import DataError
@@ -140,7 +140,7 @@ def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
     ]
     assert one.samples[0].negative_categories == ("y",)
     assert report.counts["pairs of the split 'extra', left out"] == 1
-    assert splits_of(tmp_path / "c") == ["train", "val"]
+    assert Annotations(tmp_path / "c").splits() == ["train", "val"]
 
 
 def test_what_is_known_of_a_picture_is_read_from_either_form_and_written_again(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: 
     write_json(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
     parts = {split: load_split(tmp_path, split, image_policy="ignore") for split in ("train", "val", "test")}
     images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
-    assert splits_of(tmp_path) == ["train", "val", "test"]
+    assert Annotations(tmp_path).splits() == ["train", "val", "test"]
     assert not images["train"] & images["val"]
     assert len(images["train"] | images["val"]) == 200
     assert 10 < len(images["val"]) < 40
