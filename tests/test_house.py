@@ -5,14 +5,22 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("dcar_core", "index_jobs", "app")
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def modules(room: str) -> list[Path]:
     return [path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def test_open_clip_is_imported_in_one_place() -> None:
@@ -45,6 +53,16 @@ def test_every_folder_says_what_it_is_for() -> None:
             )
 
 
+def test_no_two_classes_share_a_name() -> None:
+    places = defaultdict(list)
+    for room in ROOMS:
+        for path in modules(room):
+            for node in nodes(path):
+                if isinstance(node, ast.ClassDef):
+                    places[node.name].append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_help_does_not_load_torch() -> None:
     script = "import sys; from app import cli; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
@@ -64,8 +82,8 @@ def test_the_image_has_what_the_compose_file_names() -> None:
 
 
 def test_test_modules_share_helpers_through_support_alone() -> None:
-    for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in TESTS:
+        for node in nodes(path):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
             shared = [name for name in names if name.split(".")[0] == "tests" or name.startswith("test_")]
@@ -73,8 +91,8 @@ def test_test_modules_share_helpers_through_support_alone() -> None:
 
 
 def test_async_tests_run_on_anyio() -> None:
-    for path in (ROOT / "tests").rglob("*.py"):
-        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    for path in TESTS:
+        calls = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
         assert "asyncio.run" not in map(ast.unparse, calls), (
             f"{path}: write `async def test_...` instead of asyncio.run"
         )
