@@ -85,7 +85,8 @@ def train(
     from dcar_core.training.prepared_split import prepare_split, report_truncation
     from dcar_core.training.train import train as run
     from dcar_core.training.train_state import delete_state
-    from dcar_core.training.verdict import Verdict, judge
+    from dcar_core.training.verdict import Verdict, split_hits
+    from dcar_core.util.bootstrap import compare_hits
 
     direction = _parse_loss(loss)
     if method is not None:
@@ -121,10 +122,11 @@ def train(
         if not result.history:  # nothing to learn
             return
         untouched = seeded_model(backbone, method_config("clip"), seed)
-        own_split, untouched_split = (
-            prepare_split(splits["val"], each, for_training=False, cache=cache) for each in (adapted, untouched)
+        own, before = (
+            split_hits(each, prepare_split(splits["val"], each, for_training=False, cache=cache))
+            for each in (adapted, untouched)
         )
-        verdict = Verdict(chosen.method, judge(adapted, own_split, untouched, untouched_split), config)
+        verdict = Verdict(chosen.method, compare_hits(own, before), config)
     typer.echo(str(verdict))
     if not verdict.is_worth_it:
         raise typer.Exit(UNTOUCHED_IS_AS_GOOD)

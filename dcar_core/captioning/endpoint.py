@@ -36,7 +36,6 @@ _FATAL = {
 }
 _MAX_PAUSE_S = 30.0
 _MAX_UNUSABLE = 3  # unusable completions before an image fails
-_KINDS = ("prompt", "completion")  # of tokens
 _MAX_RESPONSE = 4 << 20  # bytes, compressed and decompressed
 
 
@@ -166,9 +165,10 @@ def _read(content: bytes, usage: TokenUsage) -> Completion:
             raise _ResponseError(f"a response of more than {_MAX_RESPONSE >> 20} MiB")
         response = parse_json(content)
         reported = response.get("usage")
-        counts = [(reported if isinstance(reported, dict) else {}).get(f"{kind}_tokens") for kind in _KINDS]
-        if all(isinstance(count, int) for count in counts):
-            tokens = TokenUsage(1, *counts)
+        reported = reported if isinstance(reported, dict) else {}
+        tokens_in, tokens_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
+        if isinstance(tokens_in, int) and isinstance(tokens_out, int):
+            tokens = TokenUsage(1, tokens_in, tokens_out)
         choice = response["choices"][0]
         message = choice["message"]
         text, finish = _text_of(message.get("content")), str(choice.get("finish_reason") or "")

@@ -104,10 +104,10 @@ class ImageRoot:
         return (self.path / name, None) if member is None else (member[0], member[1].offset)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of one image.
+        """Return the bytes of an image.
 
         Raises:
-            ImageError: there is no such file or member.
+            ImageError: without such a file or member.
         """
         member = self._member(name)
         if member is not None:

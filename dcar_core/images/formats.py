@@ -30,17 +30,13 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
     HEIC_SUFFIXES if find_spec("pillow_heif") else frozenset()
 )
 
-_SIGNATURES = (
-    (b"\xff\xd8\xff", ImageFormat.JPEG),
-    (b"\x89PNG\r\n\x1a\n", ImageFormat.PNG),
-    (b"GIF87a", ImageFormat.GIF),
-    (b"GIF89a", ImageFormat.GIF),
-    (b"BM", ImageFormat.BMP),
-    (b"II*\0", ImageFormat.TIFF),
-    (b"MM\0*", ImageFormat.TIFF),
-    (b"II+\0", ImageFormat.TIFF),  # BigTIFF
-    (b"MM\0+", ImageFormat.TIFF),
-)
+_SIGNATURES = {
+    ImageFormat.JPEG: (b"\xff\xd8\xff",),
+    ImageFormat.PNG: (b"\x89PNG\r\n\x1a\n",),
+    ImageFormat.GIF: (b"GIF87a", b"GIF89a"),
+    ImageFormat.BMP: (b"BM",),
+    ImageFormat.TIFF: (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # the last two of BigTIFF
+}
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _FTYP_BYTES = 256  # enough for the brands of any real file
@@ -81,8 +77,8 @@ class Container:
 
 def sniff_format(data: bytes) -> ImageFormat | None:
     """Return the format that the first bytes announce. File names and declared types are not trusted."""
-    for signature, image_format in _SIGNATURES:
-        if data.startswith(signature):
+    for image_format, signatures in _SIGNATURES.items():
+        if data.startswith(signatures):
             return image_format
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return ImageFormat.WEBP

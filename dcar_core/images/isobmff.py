@@ -1,4 +1,4 @@
-"""AVIF and HEIF structure: the index of the file is bounded, the declared sizes are read, EXIF is hidden.
+"""AVIF and HEIF structure: the index of the file is bounded, declared and coded sizes are read, EXIF is hidden.
 
 - libavif and libheif look items up one after the other, so an index of millions of items takes them minutes.
 - Both apply rotations of the container by themselves; EXIF says nothing more about them.
@@ -6,6 +6,7 @@
 
 from collections.abc import Iterator
 
+from dcar_core.images.av1 import coded_sizes
 from dcar_core.images.formats import Container, ImageFormat, hostile
 from dcar_core.util.errors import ImageError
 
@@ -31,9 +32,12 @@ def inspect_isobmff(data: bytes, image_format: ImageFormat) -> Container:
         pieces.append(indexes[-1])
     if not indexes:
         raise ImageError(f"broken or truncated: an {image_format.upper()} file without an index")
-    index = b"".join(indexes)
-    width, height = max(_declared_sizes(index), default=(0, 0), key=lambda size: size[0] * size[1])
-    return Container(image_format, b"".join(pieces), width, height, _plane_bytes(index) + _COPIES)
+    index, body = b"".join(indexes), b"".join(pieces)
+    sizes = list(_declared_sizes(index))
+    if image_format == ImageFormat.AVIF:
+        sizes += coded_sizes(body, index, body.find(b"idat") + 4)
+    width, height = max(sizes, default=(0, 0), key=lambda size: size[0] * size[1])
+    return Container(image_format, body, width, height, _plane_bytes(index) + _COPIES)
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:

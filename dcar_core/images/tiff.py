@@ -8,6 +8,7 @@
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dcar_core.images.formats import Container, ImageFormat, hostile
 from dcar_core.util.errors import ImageError
@@ -37,27 +38,18 @@ class Tag:
     position: int
 
 
-@dataclass(frozen=True)
-class Directory:
+class Directory(NamedTuple):
     """The first directory of a TIFF file.
 
-    order: "<" or ">". position: of the number of tags, which the entries follow.
+    order: "<" or ">". position, entries: of the number of tags, and of the first one, which has `entry_bytes`.
     """
 
     order: str
     is_big: bool
     position: int
     tag_count: int
-
-    @property
-    def entries(self) -> int:
-        """Position of the first entry."""
-        return self.position + (8 if self.is_big else 2)
-
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry."""
-        return 20 if self.is_big else 12
+    entries: int
+    entry_bytes: int
 
 
 def inspect_tiff(data: bytes) -> Container:
@@ -113,7 +105,7 @@ def _directory(data: bytes) -> Directory:
     if position > len(data):
         raise ImageError("broken or truncated: a TIFF file without its directory")
     (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, position)
-    return Directory(order, is_big, position, count)
+    return Directory(order, is_big, position, count, position + (8 if is_big else 2), 20 if is_big else 12)
 
 
 def _tags(data: bytes, directory: Directory) -> Iterator[Tag]:

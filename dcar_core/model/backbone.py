@@ -24,6 +24,7 @@ from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.model.towers import select_towers
 from dcar_core.model.towers.select import Level, level_of
+from dcar_core.util.arrays import Pixels
 
 __all__ = ["RANDOM", "Backbone", "BackboneSource", "load_backbone"]
 
@@ -131,6 +132,10 @@ class Backbone(nn.Module):
     def token_embeddings(self, tokens: Tensor) -> Tensor:
         """The embedding table's rows (B, n, W_t), before positions."""
         return self.text_tower.embed(tokens)
+
+    def normalized(self, pixels: Pixels) -> Tensor:
+        """uint8 (B, 3, S, S) -> float32, as `encode_image` takes them."""
+        return torch.from_numpy(self.preprocess.normalize(pixels)).to(self.device)
 
     def encode_image(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Image features (B, E), not normalised; see `ImageTower.encode`."""

@@ -95,8 +95,8 @@ class FrozenFeatures:
     def _encode_images(self, pixels: Pixels) -> Tensor:
         backbone, parts = self.backbone, []
         for i in self._bar(range(0, len(pixels), IMAGE_BATCH), "frozen image features"):
-            batch = torch.from_numpy(backbone.preprocess.normalize(pixels[i : i + IMAGE_BATCH]))
-            parts.append(F.normalize(backbone.encode_image(batch.to(backbone.device)), dim=-1))
+            batch = backbone.normalized(pixels[i : i + IMAGE_BATCH])
+            parts.append(F.normalize(backbone.encode_image(batch), dim=-1))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def _raw_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
-        blank, parts = self._picture_features(self.backbone.preprocess.blank()[None], config)[0], []
+        blank, parts = self._image_features(self.backbone.preprocess.blank()[None], config)[0], []
         pooled = self.images() if config.picture == "pooled" else None
         for i in self._bar(range(0, len(tokens), TEXT_BATCH), "token weights"):
             words = token_text_features(self.backbone, tokens[i : i + TEXT_BATCH], config)
@@ -123,13 +123,12 @@ class FrozenFeatures:
                 images = pooled[rows]
             else:  # patch features are computed per batch: an image has dozens of patches, too many to keep
                 chunks = [rows[j : j + IMAGE_BATCH] for j in range(0, len(rows), IMAGE_BATCH)]
-                images = torch.cat([self._picture_features(self.pixels()[chunk], config) for chunk in chunks])
+                images = torch.cat([self._image_features(self.pixels()[chunk], config) for chunk in chunks])
             parts.append(pair_weights(words, images, blank))
         return torch.cat(parts)
 
-    def _picture_features(self, pixels: Pixels, config: ReweightConfig) -> Tensor:
-        batch = torch.from_numpy(self.backbone.preprocess.normalize(pixels)).to(self.backbone.device)
-        return image_features(self.backbone, batch, config)
+    def _image_features(self, pixels: Pixels, config: ReweightConfig) -> Tensor:
+        return image_features(self.backbone, self.backbone.normalized(pixels), config)
 
     def _bar(self, items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
         return tqdm(items, label, total, disable=not self.progress, leave=False)

@@ -144,6 +144,5 @@ def _encode_images(model: DCAR, data: PreparedSplit, part: Rows) -> Tensor:
         assert data.image_features is not None  # `prepare_split` makes one or the other
         features = model.adapt_image(data.image_features[images])
     else:
-        pixels = torch.from_numpy(model.backbone.preprocess.normalize(data.pixels[images]))
-        features = model.encode_image(pixels.to(model.backbone.device))
+        features = model.encode_image(model.backbone.normalized(data.pixels[images]))
     return features[torch.from_numpy(inverse)]

@@ -14,8 +14,6 @@ LOG_FILE = "log.csv"
 
 def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
     """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
-    if not history:
-        return
     directory.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")

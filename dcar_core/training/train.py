@@ -84,8 +84,8 @@ def train(
         return TrainResult(evaluate(model, val_split), 0, 0.0, [])
     loop = _TrainingLoop(model, train_split, val_split, config, run, group)
     loop.restore()
-    writes_board = tensorboard and run is not None and group.is_leader
-    board = TensorBoard(run / "tensorboard", loop.progress.epoch) if writes_board and run is not None else None
+    has_board = tensorboard and group.is_leader
+    board = TensorBoard(run / "tensorboard", loop.progress.epoch) if run is not None and has_board else None
     with tqdm(total=loop.total_steps, initial=loop.finished_steps, desc=f"training {model.config.method}",
               unit="batch", disable=not shows_progress) as bar:  # fmt: skip
         while not loop.is_finished:

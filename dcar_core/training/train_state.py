@@ -86,7 +86,7 @@ class TrainStateFile:
         """Restore model, optimizer, scaler and random state in place.
 
         Returns:
-            The progress and the weights of the best epoch; None if there is no state to resume from.
+            The progress and the weights of the best epoch; None without a state.
 
         Raises:
             TrainingError: the file belongs to a run with other settings, data or weights; the message names them.

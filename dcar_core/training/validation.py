@@ -38,14 +38,11 @@ def encode_captions(model: DCAR, split: PreparedSplit, batch: int = 128) -> Floa
 @torch.inference_mode()
 def encode_images(model: DCAR, split: PreparedSplit, batch: int = 128) -> Floats:
     """Encode each image: (I, E)."""
-    backbone = model.backbone
     if split.pixels is None:
         assert split.image_features is not None  # `prepare_split` makes one or the other
         return model.adapt_image(split.image_features).cpu().numpy()
-    parts = []
-    for i in range(0, len(split.pixels), batch):
-        pixels = backbone.preprocess.normalize(split.pixels[i : i + batch])
-        parts.append(model.encode_image(torch.from_numpy(pixels).to(backbone.device)))
+    starts = range(0, len(split.pixels), batch)
+    parts = [model.encode_image(model.backbone.normalized(split.pixels[i : i + batch])) for i in starts]
     return torch.cat(parts).cpu().numpy()
 
 

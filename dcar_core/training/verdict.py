@@ -7,7 +7,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import encode_captions, encode_images
-from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference, compare_hits
+from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference
 from dcar_core.util.retrieval_metrics import compute_ranks
 
 FEW_PAIRS = 100  # fewer validation pairs get a caveat
@@ -33,16 +33,22 @@ class Verdict:
         return difference.low > 0 or difference.high < 0
 
     def __str__(self) -> str:
-        """Return the table and the answer, for a terminal."""
-        names = {"untouched model": self.comparison.baseline, f"adapted ({self.method})": self.comparison.model}
-        rows = [_row(name, estimates, "") for name, estimates in names.items()]
-        rows.append(_row("difference", self.comparison.difference, "+"))
-        heading = f"{'R@1 in percent (95 % interval)':32}{'text-to-image':24}{'image-to-text':24}mean"
-        parts = [heading, *rows, self._answer()]
+        """Return the table and the conclusion, for a terminal."""
+        pairs = self.comparison.queries
+        parts = [
+            f"{'R@1 in percent (95 % interval)':32}{'text-to-image':24}{'image-to-text':24}mean",
+            _row("untouched model", self.comparison.baseline, ""),
+            _row(f"adapted ({self.method})", self.comparison.model, ""),
+            _row("difference", self.comparison.difference, "+"),
+            self._answer(),
+        ]
         if not self.is_worth_it:
             parts.append(f"Next: {self._advice()}")
-        if self.comparison.queries < FEW_PAIRS:
-            parts.append(self._caveat())
+        if pairs < FEW_PAIRS:
+            parts.append(
+                f"Caveat: {pairs} validation pairs decide little; each is {100 / pairs:.1f} points of R@1. Use at "
+                f"least {FEW_PAIRS}."
+            )
         return "\n".join(parts)
 
     def _answer(self) -> str:
@@ -68,18 +74,6 @@ class Verdict:
             f"{others}--lr {lower:g}, --epochs {more} --patience 0, more training pairs, or `dcar evaluate --tune`; "
             f"until then, `dcar zero-shot` writes a checkpoint of the untouched model."
         )
-
-    def _caveat(self) -> str:
-        pairs = self.comparison.queries
-        return (
-            f"Caveat: {pairs} validation pairs decide little; each is {100 / pairs:.1f} points of R@1. Use at least "
-            f"{FEW_PAIRS}."
-        )
-
-
-def judge(model: DCAR, split: PreparedSplit, untouched: DCAR, untouched_split: PreparedSplit) -> PairedDifference:
-    """Compare a trained model with the untouched one on a split that was prepared for each of them."""
-    return compare_hits(split_hits(model, split), split_hits(untouched, untouched_split))
 
 
 def split_hits(model: DCAR, split: PreparedSplit) -> Hits:

@@ -1,7 +1,6 @@
 """Paired bootstrap over queries (Efron 1979): intervals of recall, and of the difference between two models.
 
-- Both models answer the same queries, so each resample takes the same queries of both. This removes the variance of the
-  queries' difficulty from the difference.
+- Each resample takes the same queries for both models, which removes the variance of the queries' difficulty.
 - Images are resampled, each with all its captions: captions of one image are not independent [ours].
 - Seeds are averaged before, so the intervals are about queries. The spread of seeds is another source of error.
 """

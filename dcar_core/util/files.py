@@ -66,9 +66,8 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` at the end, atomically and durably; after an error nothing changes.
 
     Args:
-        shared: two processes may write the file at once, so each uses a temporary name of its own. A single writer,
-        such
-            as a job with a lock, uses a fixed name: killed, it leaves one file at most.
+        shared: several processes may write the file at once, so each uses another temporary name. A single writer,
+            such as a job with a lock, uses a fixed one: killed, it leaves one file at most.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex if shared else ''}.tmp")
     try:

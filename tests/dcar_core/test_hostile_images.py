@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dcar_core.images import ALL_FORMATS, WEB_FORMATS, ImageFormat, inspect, open_image, sniff_format
+from dcar_core.images.av1 import coded_sizes
 from dcar_core.images.jpeg import MAX_SCANS
 from dcar_core.util.errors import ImageError, ImageFault
 from tests.support import hostile_images as hostile
@@ -32,6 +33,8 @@ REFUSED = {
     "webp chunks": lambda: hostile.webp_with_chunks(1_000_000),
     "webp canvas": lambda: encoded(Image.new("RGB", (9_000, 8_000)), "WEBP", quality=1, method=0),
     "avif index": lambda: hostile.avif_with_index(10_000_000),
+    "avif frame": lambda: hostile.avif_of_frame(16_000, 16_000),
+    "avif stream": lambda: hostile.avif_of_frame(16_000, 16_000, is_still=False),
     "tiff tile": lambda: hostile.tiff_with_tile(37_000),
     "tiff tags": lambda: hostile.tiff_with_tags(5_000),
     "bmp runs": lambda: hostile.bmp_of_runs(5_000_000),
@@ -210,3 +213,13 @@ def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.Monke
     with pytest.raises(ImageError, match=r"pip install 'dcar\[heic\]'") as caught:
         open_image(data)
     assert caught.value.fault == ImageFault.MISSING_DECODER
+
+
+def test_the_coded_frame_of_an_avif_counts_if_it_is_larger_than_the_declared_size() -> None:
+    data = encoded(Image.new("RGB", (300, 200)), "AVIF", speed=10)
+    declared = data.index(b"ispe") + 8
+    small = data[:declared] + 2 * (16).to_bytes(4) + data[declared + 8 :]
+    assert (inspect(small).width, inspect(small).height) == (300, 200)
+    frames = [Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
+    moving = encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:])
+    assert list(coded_sizes(moving, moving, 0))[:1] == [(30, 20)]

@@ -94,6 +94,17 @@ def avif_with_index(size: int) -> bytes:
     return data[:start] + meta + data[start + length :]
 
 
+def avif_of_frame(width: int, height: int, *, is_still: bool = True) -> bytes:
+    """Return an AVIF file of 64 x 64 pixels whose AV1 sequence header announces other ones; the frame is broken."""
+    data = encoded(_grain(64).convert("RGB"), "AVIF", speed=10)
+    flags = "000" + "11" + "00001" if is_still else "000" + "00" + "00" + "00000" + "0" * 12 + "01000" + "0"
+    header = f"{flags}11111111{width - 1:016b}{height - 1:016b}"
+    content = int(header.ljust(-(-len(header) // 8) * 8, "0"), 2).to_bytes(-(-len(header) // 8))
+    unit = b"\x0a" + bytes([len(content)]) + content
+    start = data.index(b"mdat") + 4
+    return data[:start] + unit + data[start + len(unit) :]
+
+
 def tiff(tags: dict[int, tuple[int, int, bytes]], extra: bytes = b"") -> bytes:
     """Return a little-endian TIFF of number -> (type, count, value or offset in four bytes)."""
     entries = b"".join(struct.pack("<HHL4s", n, kind, count, value) for n, (kind, count, value) in sorted(tags.items()))
