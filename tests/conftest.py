@@ -40,6 +40,9 @@ os.environ.pop("DCAR_RUNTIME_CACHE", None)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dcar-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("DCAR_RUNTIME", "torch")
+# Every httpx client reads all trusted certificates, which takes 10 ms; servers of tests speak plain HTTP.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.environ["XDG_CACHE_HOME"]
 # OpenVINO works without this package, which reports every conversion to its makers.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
