@@ -22,7 +22,7 @@ from dcar_core.util.errors import RuntimeUnavailableError
 from dcar_core.util.files import apply_umask, sha256_of
 
 MANIFEST = "manifest.json"
-GRAPHS = 2  # version of the graphs: exports of another one are not used
+GRAPHS = 3  # version of the graphs: exports of another one are not used
 
 
 def default_cache_directory() -> Path:
@@ -68,10 +68,7 @@ class ExportKey:
 
 
 def ensure_export(key: ExportKey, cache: Path, write: Callable[[Path], None] | None) -> Path:
-    """Return the directory of a checked export; make it with `write(directory)` if there is none.
-
-    Args:
-        write: None where it cannot be made.
+    """Return the directory of a checked export; make it with `write(directory)`, if given, where there is none.
 
     Raises:
         RuntimeUnavailableError: it is corrupted, has another key, or cannot be made or written.

@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -85,6 +86,13 @@ class ImageGraph(nn.Module):
         """
         return self.tower.encode(self.normalized(pixels), prompts)
 
+    def example(self) -> tuple[tuple[Tensor, ...], list[list[int]]]:
+        """Inputs to trace the graph with, and their shapes with -1 for what may change."""
+        pixels = torch.zeros(2, 3, self.size, self.size, dtype=torch.uint8)
+        prompts = torch.zeros(self.depth, 1, 2, self.width)
+        shapes = [[-1, 3, self.size, self.size], [self.depth, -1, -1, self.width]]
+        return ((pixels, prompts), shapes) if self.depth else ((pixels,), shapes[:1])
+
     def normalized(self, pixels: Tensor) -> Tensor:
         """uint8 -> the type of the weights. In float32 until then: bfloat16 has 8 bits."""
         x = pixels.float() * self.scale + self.shift
@@ -131,15 +139,6 @@ def image_graph(backbone: Backbone, depth: int) -> ImageGraph:
     return kind(backbone, depth).eval()
 
 
-def image_example(graph: ImageGraph) -> tuple[tuple[Tensor, ...], list[list[int]]]:
-    """Inputs to trace the image graph with, and their shapes with -1 for what may change."""
-    pixels = torch.zeros(2, 3, graph.size, graph.size, dtype=torch.uint8)
-    pixel_shape = [-1, 3, graph.size, graph.size]
-    if graph.depth == 0:
-        return (pixels,), [pixel_shape]
-    return (pixels, torch.zeros(graph.depth, 1, 2, graph.width)), [pixel_shape, [graph.depth, -1, -1, graph.width]]
-
-
 def convert_weights(graph: Graph, dtype: torch.dtype) -> Graph:
     """Copy a graph with weights of another type; the constants that normalise pixels stay in float32."""
     copied = copy.deepcopy(graph).to(dtype)
@@ -150,13 +149,37 @@ def convert_weights(graph: Graph, dtype: torch.dtype) -> Graph:
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
-    """Within it, graphs can be traced: without gradients, fused attention and the exporters' warnings."""
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def tracing(graph: nn.Module) -> Iterator[None]:
+    """Within it, a graph can be traced: without gradients, fused attention and the exporters' warnings."""
+    attentions: list[Any] = [module for module in graph.modules() if isinstance(module, nn.MultiheadAttention)]
+    for attention in attentions:
+        attention.forward = partial(_attend, attention)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
+        for attention in attentions:
+            del attention.forward
+
+
+def _attend(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """Do what `nn.MultiheadAttention` does, whose own form fixes the number of rows in an ONNX graph."""
+    if not attention.batch_first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    is_joint, bias = attention.in_proj_weight is not None, attention.in_proj_bias
+    weights = attention.in_proj_weight.chunk(3) if is_joint else (
+        attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    )  # fmt: skip
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    q, k, v = (
+        F.linear(x, weight, b).reshape(*x.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
+        for x, weight, b in zip((query, key, value), weights, biases, strict=True)
+    )  # [B, H, n, d]
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.reshape(-1, attention.num_heads, *attn_mask.shape[1:])
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
+    out = attention.out_proj(attended)
+    return (out if attention.batch_first else out.transpose(0, 1)), None

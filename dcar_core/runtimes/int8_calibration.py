@@ -42,13 +42,10 @@ def calibrate(adapter: Adapter, loaded: LoadedModel, data: CalibrationData) -> P
         MissingExtraError: openvino or nncf is not installed.
         RuntimeUnavailableError: the export fails or cannot be written.
     """
-    version, (text, image) = graph.version(), loaded.graphs()
-    exact = ensure_export(
-        loaded.export_key("openvino", version), loaded.cache, lambda path: graph.write(path, text, image)
-    )
-    key = loaded.export_key("openvino-int8", version, calibrated=True)
+    exact = loaded.export(graph)
+    key = loaded.export_key("openvino-int8", graph.version(), calibrated=True)
     inputs = {
-        graph.TEXT: list(_text_inputs(adapter, data.texts, text.input_names)),
+        graph.TEXT: list(_text_inputs(adapter, data.texts, loaded.graphs()[0].input_names)),
         graph.IMAGE: list(_image_inputs(adapter, data.pixels)),
     }
     return ensure_export(key, loaded.cache, lambda path: _quantize(path, exact, inputs))

@@ -14,16 +14,12 @@ if TYPE_CHECKING:
     from dcar_core.runtimes.graph_modules import ImageGraph
     from dcar_core.runtimes.text_graphs import TextGraph
 
-TEXT, IMAGE = "text.onnx", "image.onnx"
+RUNTIME, TEXT, IMAGE = "onnx", "text.onnx", "image.onnx"
 _OPSET = 17
 
 
 def library() -> Any:
-    """Import ONNX Runtime.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Import ONNX Runtime, or raise MissingExtraError."""
     try:
         import onnxruntime
     except ImportError:
@@ -48,12 +44,14 @@ def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
         raise MissingExtraError("exporting to ONNX", "onnx") from None
     import torch
 
-    from dcar_core.runtimes.graph_modules import image_example, tracing
+    from dcar_core.runtimes.graph_modules import tracing
 
-    for name, graph, (inputs, shapes) in ((TEXT, text, text.example()), (IMAGE, image, image_example(image))):
+    graphs: tuple[tuple[str, TextGraph | ImageGraph], ...] = ((TEXT, text), (IMAGE, image))
+    for name, graph in graphs:
+        inputs, shapes = graph.example()
         names = list(graph.input_names[: len(inputs)])
         axes = {n: {i: f"{n}_{i}" for i, size in enumerate(s) if size < 0} for n, s in zip(names, shapes, strict=True)}
-        with tracing():
+        with tracing(graph):
             torch.onnx.export(
                 graph, inputs, directory / name, dynamo=False, opset_version=_OPSET, input_names=names,
                 output_names=["features"], dynamic_axes={**axes, "features": {0: "batch"}},

@@ -19,15 +19,11 @@ if TYPE_CHECKING:
     from dcar_core.runtimes.graph_modules import ImageGraph
     from dcar_core.runtimes.text_graphs import TextGraph
 
-TEXT, IMAGE = "text.xml", "image.xml"
+RUNTIME, TEXT, IMAGE = "openvino", "text.xml", "image.xml"
 
 
 def library() -> Any:
-    """Import OpenVINO without its telemetry, whose processes would report conversions and take the cores.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Import OpenVINO, without telemetry that would take the cores; or raise MissingExtraError."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as if it were not installed
     try:
         import openvino
@@ -43,11 +39,13 @@ def version() -> str:
 
 def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
     """Convert and save both graphs, weights in float32."""
-    from dcar_core.runtimes.graph_modules import image_example, tracing
+    from dcar_core.runtimes.graph_modules import tracing
 
     openvino = library()
-    for name, graph, (inputs, shapes) in ((TEXT, text, text.example()), (IMAGE, image, image_example(image))):
-        with tracing():
+    graphs: tuple[tuple[str, TextGraph | ImageGraph], ...] = ((TEXT, text), (IMAGE, image))
+    for name, graph in graphs:
+        inputs, shapes = graph.example()
+        with tracing(graph):
             model = openvino.convert_model(
                 graph, example_input=inputs, input=[openvino.PartialShape(shape) for shape in shapes]
             )

@@ -5,10 +5,9 @@
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcar_core.runtimes.export_cache import ExportKey, ensure_export
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
@@ -73,8 +72,11 @@ class LoadedModel:
         return self.model.backbone
 
     def export_key(self, runtime: str, library: str, *, calibrated: bool = False) -> ExportKey:
+        from dcar_core.runtimes.text_graphs import PrefixTextGraph
+
+        text_depth = 0 if PrefixTextGraph.fits(self.backbone) else self.text_depth  # that graph serves every depth
         fingerprint = self.fingerprint if calibrated else ""
-        return ExportKey(runtime, self.backbone_hash, self.image_depth, self._graph_text_depth(), library, fingerprint)
+        return ExportKey(runtime, self.backbone_hash, self.image_depth, text_depth, library, fingerprint)
 
     def graphs(self) -> "tuple[TextGraph, ImageGraph]":
         """The graphs of both towers."""
@@ -83,18 +85,17 @@ class LoadedModel:
 
         return text_graph(self.backbone, self.text_depth), image_graph(self.backbone, self.image_depth)
 
-    def _graph_text_depth(self) -> int:
-        """The depth of text prompts that an export is made for: a prefix graph serves every depth."""
-        from dcar_core.runtimes.text_graphs import PrefixTextGraph
+    def export(self, graph: Any) -> Path:
+        """Return the directory of the checked float32 export; make it if there is none.
 
-        return 0 if PrefixTextGraph.fits(self.backbone) else self.text_depth
+        graph: the module `openvino_graph` or `onnx_graph`.
+        """
+        key = self.export_key(graph.RUNTIME, graph.version())
+        return ensure_export(key, self.cache, lambda path: graph.write(path, *self.graphs()))
 
 
 def require_known(name: str) -> None:
-    """
-    Raises:
-        RuntimeUnavailableError: there is no such runtime; the message lists all names.
-    """
+    """Raise an error that lists all names if there is no such runtime."""
     if name != AUTO and name not in RUNTIME_KINDS:
         raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(RUNTIME_KINDS)}")
 
@@ -120,16 +121,12 @@ def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
     depths = f"{loaded.image_depth} {loaded.text_depth}" if kind.extra else "any"
     key = f"{name} {depths} {loaded.fingerprint if name == 'openvino-int8' else ''}"
     if key not in opened:
-        opened[key] = _OPENERS[name.partition("-")[0]](kind, loaded)
+        opened[key] = _open_torch(kind, loaded) if kind.extra is None else _open_on_export(kind, loaded)
     return opened[key]
 
 
 def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
-    """Open a runtime on a checked export, or return the one that is open.
-
-    Raises:
-        RuntimeUnavailableError, MissingExtraError: it cannot be used here; the message is the reason.
-    """
+    """Open a runtime on a checked export, or return the one that is open; errors as of `open_runtime`."""
     kind, key = RUNTIME_KINDS[name], (name, directory.resolve(), threads)
     _require_instructions(kind)
     runtime = _exports.get(key)
@@ -164,49 +161,23 @@ def _open_torch(kind: RuntimeKind, loaded: LoadedModel) -> Runtime:
     return TorchRuntime(kind.name, text, image, dtype, compiled=compiled)
 
 
-def _open_openvino(kind: RuntimeKind, loaded: LoadedModel) -> Runtime:
-    from dcar_core.runtimes import openvino_graph as graph
-
-    version = graph.version()
-    if kind.precision == "int8":
-        directory = _calibrated(kind, loaded, version)
-    else:
-        key = loaded.export_key("openvino", version)
-        directory = ensure_export(key, loaded.cache, lambda path: graph.write(path, *loaded.graphs()))
-    return open_export(kind.name, directory, _threads())
-
-
-def _threads() -> int:
+def _open_on_export(kind: RuntimeKind, loaded: LoadedModel) -> Runtime:
     import torch
 
-    return torch.get_num_threads()
+    from dcar_core.runtimes import onnx_graph, openvino_graph
 
-
-def _calibrated(kind: RuntimeKind, loaded: LoadedModel, version: str) -> Path:
-    key = loaded.export_key(kind.name, version, calibrated=True)
-    if not key.directory(loaded.cache).is_dir():
-        raise RuntimeUnavailableError(
-            f"the runtime {kind.name} must first be calibrated on your images and captions: "
-            f"dcar benchmark --checkpoint DIR --data PATH"
-        )
-    return ensure_export(key, loaded.cache, None)
-
-
-def _open_onnx(kind: RuntimeKind, loaded: LoadedModel) -> Runtime:
-    from dcar_core.runtimes import onnx_graph as graph
-
-    version = graph.version()
-    key = loaded.export_key("onnx", version)
-    directory = ensure_export(key, loaded.cache, lambda path: graph.write(path, *loaded.graphs()))
-    if kind.precision == "int8":
-        exact, key = directory, loaded.export_key(kind.name, version)
-        directory = ensure_export(key, loaded.cache, lambda path: graph.write_int8(path, exact))
-    return open_export(kind.name, directory, _threads())
-
-
-_OPENERS: dict[str, Callable[[RuntimeKind, LoadedModel], Runtime]] = {
-    "torch": _open_torch,
-    "cuda": _open_torch,
-    "onnx": _open_onnx,
-    "openvino": _open_openvino,
-}
+    graph: Any = openvino_graph if kind.extra == "openvino" else onnx_graph
+    if kind.name == "openvino-int8":
+        key = loaded.export_key(kind.name, graph.version(), calibrated=True)
+        if not key.directory(loaded.cache).is_dir():
+            raise RuntimeUnavailableError(
+                f"the runtime {kind.name} must first be calibrated on your images and captions: "
+                f"dcar benchmark --checkpoint DIR --data PATH"
+            )
+        directory = ensure_export(key, loaded.cache, None)
+    else:
+        directory = loaded.export(graph)
+    if kind.name == "onnx-int8":
+        exact, key = directory, loaded.export_key(kind.name, graph.version())
+        directory = ensure_export(key, loaded.cache, lambda path: onnx_graph.write_int8(path, exact))
+    return open_export(kind.name, directory, torch.get_num_threads())

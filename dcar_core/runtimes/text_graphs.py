@@ -4,7 +4,6 @@
   every block are computed once for an adapter and enter as an input. One graph serves prompts of any number and depth,
   and rows of several adapters share a batch. Only the end token's row runs through the last block.
 - `PromptTextGraph`: every other tower; prompts enter as rows, so the depth of prompts belongs to an export.
-- `WholeTextGraph`: a tower that takes neither prompts nor token weights.
 
 Letters: B batch, n tokens, p rows of a prefix, k prompt vectors, R = 1 or B, D blocks, H heads, d width of a head, L
 context length, W_t width, E joint space.
@@ -13,11 +12,11 @@ context length, W_t width, E joint space.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.towers import CausalText
+from dcar_core.model.towers.text import project_by
 from dcar_core.runtimes.graph_modules import AttentionBlock
 
 
@@ -53,10 +52,7 @@ class PrefixTextGraph(TextGraph):
         self.end_id = backbone.layout.end_id
         self.embedding, self.ln_final = text.token_embedding, text.ln_final
         self.blocks: Any = nn.ModuleList(AttentionBlock(block) for block in text.transformer.resblocks)
-        projection = text.text_projection
-        self.bias = projection.bias if isinstance(projection, nn.Linear) else None
-        weight = projection.weight if isinstance(projection, nn.Linear) else projection
-        self.projection = weight if isinstance(projection, nn.Linear) or weight is None else nn.Parameter(weight.T)
+        self.projection = text.text_projection
         self.positions = text.positional_embedding
         self.register_buffer("mask", text.attn_mask.clone(), persistent=False)
 
@@ -107,8 +103,7 @@ class PrefixTextGraph(TextGraph):
             if i == len(self.blocks) - 1:
                 x, q, mask = x[rows, last].unsqueeze(1), q[rows, :, last].unsqueeze(2), mask[last][:, None, None]
             x = block.finish(x, q, k, v, mask)
-        pooled = self.ln_final(x[:, 0])
-        return pooled if self.projection is None else F.linear(pooled, self.projection, self.bias)
+        return project_by(self.projection, self.ln_final(x[:, 0]))
 
     def example(self) -> tuple[tuple[Tensor, ...], list[list[int]]]:
         keys, values = self.prompt_inputs(None)
@@ -119,7 +114,7 @@ class PrefixTextGraph(TextGraph):
 
 
 class PromptTextGraph(TextGraph):
-    """(tokens, weights, prompts) -> text features (B, E), not normalised.
+    """(tokens, weights, prompts) -> text features (B, E), not normalised; of tokens alone for a tower without prompts.
 
     depth: of the prompts that an export is made for, 0 for none; eager, any will do.
     """
@@ -130,11 +125,12 @@ class PromptTextGraph(TextGraph):
         super().__init__()
         self.tower, self.depth = backbone.text_tower, depth
         self.encoder: nn.Module = self.tower.module  # registered, to be converted with it
+        self.has_weights = self.tower.width > 0
 
     def prompt_inputs(self, prompts: Tensor | None) -> tuple[Tensor, ...]:
         return () if prompts is None else (prompts.unsqueeze(1),)
 
-    def forward(self, tokens: Tensor, weights: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, weights: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
         """
         Args:
             tokens: int64 (B, n); of the context without the prompts where the tower reads its padding.
@@ -148,42 +144,15 @@ class PromptTextGraph(TextGraph):
         length = layout.padded_length(k) or layout.start + 6
         ids = [*layout.start_ids, 5, 6, 7, layout.end_id]
         tokens = torch.tensor([ids + [layout.pad_id] * (length - len(ids))]).repeat(2, 1)
-        shapes = [[-1, -1], [-1, -1]]
-        inputs: tuple[Tensor, ...] = (tokens, torch.ones(tokens.shape))
-        if self.depth:
-            inputs = (*inputs, torch.zeros(self.depth, 1, k, self.tower.width))
-            shapes = [*shapes, [self.depth, -1, -1, self.tower.width]]
-        return inputs, shapes
-
-
-class WholeTextGraph(TextGraph):
-    """(tokens,) -> text features (B, E), not normalised."""
-
-    input_names = ("tokens",)
-    has_weights = False
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.tower = backbone.text_tower
-        self.encoder: nn.Module = self.tower.module  # registered, to be converted with it
-
-    def prompt_inputs(self, prompts: Tensor | None) -> tuple[Tensor, ...]:
-        return ()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.tower.encode(tokens)
-
-    def example(self) -> tuple[tuple[Tensor, ...], list[list[int]]]:
-        layout = self.tower.layout
-        ids = [*layout.start_ids, 5, 6, 7, layout.end_id]
-        tokens = torch.tensor([ids + [layout.pad_id] * (layout.context_length - len(ids))]).repeat(2, 1)
-        return (tokens,), [[-1, layout.context_length]]
+        if not self.has_weights:
+            return (tokens,), [[-1, length]]
+        if not self.depth:
+            return (tokens, torch.ones(tokens.shape)), [[-1, -1], [-1, -1]]
+        prompts = torch.zeros(self.depth, 1, k, self.tower.width)
+        return (tokens, torch.ones(tokens.shape), prompts), [[-1, -1], [-1, -1], [self.depth, -1, -1, self.tower.width]]
 
 
 def text_graph(backbone: Backbone, depth: int) -> TextGraph:
     """The text graph that fits a backbone, in eval mode. depth: of the text prompts, 0 for none."""
-    if not backbone.text_width:
-        return WholeTextGraph(backbone).eval()
-    if PrefixTextGraph.fits(backbone):
-        return PrefixTextGraph(backbone).eval()
-    return PromptTextGraph(backbone, depth).eval()
+    graph = PrefixTextGraph(backbone) if PrefixTextGraph.fits(backbone) else PromptTextGraph(backbone, depth)
+    return graph.eval()
