@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def main() -> None:
     )  # fmt: skip
     print(format_report(report), ratios(report), sep="\n\n")
     if given.out is not None:
-        given.out.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        given.out.write_text(json.dumps(asdict(report), indent=2) + "\n")
 
 
 if __name__ == "__main__":

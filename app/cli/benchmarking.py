@@ -1,6 +1,7 @@
 """`dcar benchmark`: measure the encoder runtimes."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -48,4 +49,4 @@ def benchmark(
     typer.echo(format_report(report))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        out.write_text(json.dumps(asdict(report), indent=2) + "\n")

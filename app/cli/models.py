@@ -1,5 +1,6 @@
 """`dcar models`: list the models that open_clip has built in."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -33,7 +34,7 @@ def models(
         entry for entry in list_catalogue() if name.lower() in entry.name.lower() and level in (None, entry.level)
     ]
     if as_json:
-        typer.echo(json_text([entry.to_dict() for entry in entries]))
+        typer.echo(json_text([asdict(entry) for entry in entries]))
         return
     if not entries:
         raise ModelError("no built-in model matches; `dcar models` lists all")

@@ -135,8 +135,7 @@ def demo(
 
 def _zero_shot_checkpoint(out: Path) -> Path:
     """Return a checkpoint of the unadapted bundled model; it is written once."""
-    from dcar_core.model.checkpoint import is_checkpoint, read_config
-    from dcar_core.model.zero_shot import save_zero_shot
+    from dcar_core.model.checkpoint import is_checkpoint, read_config, save_zero_shot
 
     backbones = {read_config(path)["backbone"]["sha256"] for path in EXAMPLES.glob("*/checkpoint")}
     if not is_checkpoint(out) or read_config(out)["backbone"]["sha256"] not in backbones:

@@ -141,7 +141,7 @@ def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pre
     It needs no data, and works wherever a trained checkpoint does: `dcar index build --checkpoint OUT ...`
     """
     from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.model.zero_shot import save_zero_shot
+    from dcar_core.model.checkpoint import save_zero_shot
 
     fingerprint = save_zero_shot(load_backbone(BackboneSource(model, pretrained)), out)
     typer.echo(f"{out}: {model} unadapted, fingerprint {fingerprint[:12]}")

@@ -32,7 +32,10 @@ _SENTENCE = "a red sports car parked in front of a house"
 
 
 class Backbone(nn.Module):
-    """Frozen towers, tokenizer and preprocessing. Build with `load_backbone`."""
+    """Frozen towers, tokenizer and preprocessing. Build with `load_backbone`.
+
+    text_width, vision_width: W_t and W_v; 0 where the tower takes no prompts.
+    """
 
     def __init__(self, model: OpenClipModel, source: BackboneSource) -> None:
         super().__init__()
@@ -46,36 +49,15 @@ class Backbone(nn.Module):
         self.text_tower, self.image_tower = select_towers(
             self.clip, self.tokenizer.layout, caption, self.preprocess.size
         )
+        self.layout: TextLayout = self.text_tower.layout
+        self.context_length = self.layout.context_length
+        self.text_width, self.vision_width = self.text_tower.width, self.image_tower.width
+        self.patch_grid = self.image_tower.patch_grid
+        self.level: Level = level_of(self.text_tower, self.image_tower)
 
     @property
     def visual(self) -> Any:
         return self.clip.visual
-
-    @property
-    def layout(self) -> TextLayout:
-        return self.text_tower.layout
-
-    @property
-    def context_length(self) -> int:
-        return self.layout.context_length
-
-    @property
-    def text_width(self) -> int:
-        """W_t; 0 where the text tower takes no prompts."""
-        return self.text_tower.width
-
-    @property
-    def vision_width(self) -> int:
-        """W_v; 0 where the image tower takes no prompts."""
-        return self.image_tower.width
-
-    @property
-    def patch_grid(self) -> int:
-        return self.image_tower.patch_grid
-
-    @property
-    def level(self) -> Level:
-        return level_of(self.text_tower, self.image_tower)
 
     @property
     def device(self) -> torch.device:
@@ -106,8 +88,7 @@ class Backbone(nn.Module):
 
     def caption_mask(self, tokens: Tensor) -> Tensor:
         """bool (B, n): the caption's own tokens, without start, end and padding."""
-        mask: Tensor = self.layout.caption_mask(tokens)
-        return mask
+        return self.layout.caption_mask(tokens)  # type: ignore[no-any-return]
 
     def trim(self, tokens: Tensor) -> Tensor:
         """Cut a batch to its longest text."""

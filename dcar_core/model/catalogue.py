@@ -6,7 +6,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dcar_core.model.open_clip_source import builtin_models
@@ -47,9 +47,6 @@ class CatalogueEntry:
     context_length: int
     needs: tuple[str, ...]
     pretrained: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def list_catalogue() -> list[CatalogueEntry]:

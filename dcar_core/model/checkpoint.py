@@ -72,16 +72,12 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
     }
     with atomic_writer(path / WEIGHTS) as file:
         file.write(save(trainables, {"format": "pt"}))
-    write_config(path, content)
+    write_json(path / CONFIG, content)
     return mark
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the checkpoint's config.json.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it has another format or is incomplete.
-    """
+    """Read the checkpoint's config.json, or raise CheckpointError."""
     if not is_checkpoint(path):
         message = f"{path} is no checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
         if (path / MODEL_CONFIG).is_file():
@@ -103,11 +99,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_config(path: Path, content: dict[str, Any]) -> None:
-    """Replace the checkpoint's config.json."""
-    write_json(path / CONFIG, content)
-
-
 def backbone_files(path: Path) -> list[Path]:
     """Return the local files of the checkpoint's backbone; none if it comes from a hub."""
     described, found = read_config(path)["backbone"], list[Path]()
@@ -118,14 +109,9 @@ def backbone_files(path: Path) -> list[Path]:
 
 
 def read_trainables(path: Path) -> Trainables:
-    """Read the trained parameters.
-
-    Raises:
-        CheckpointError: the file is broken.
-    """
+    """Read the trained parameters, or raise CheckpointError."""
     try:
-        found: Trainables = load_file(str(path / WEIGHTS))
-        return found
+        return load_file(str(path / WEIGHTS))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -183,7 +169,21 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         content["backbone"][key] = _absolute(content["backbone"][key], source)
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
-    write_config(target, content)
+    write_json(target / CONFIG, content)
+
+
+def save_zero_shot(backbone: "Backbone", out: Path) -> str:
+    """Write a checkpoint that adds nothing to a model, and return its fingerprint. An older one is replaced.
+
+    Raises:
+        CheckpointError: `out` holds a trained checkpoint.
+    """
+    from dcar_core.model.dcar import DCAR
+    from dcar_core.model.methods import method
+
+    if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != "clip":
+        raise CheckpointError(f"{out} holds a trained checkpoint of {found}; name another --out")
+    return save_checkpoint(DCAR(backbone, method("clip")), out)
 
 
 def _relative(value: str | None, base: Path) -> str | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 TrainWeights = Literal["none", "pair", "predicted"]
 QueryWeights = Literal["none", "predicted"]
@@ -17,8 +17,13 @@ GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
 
 
 class _Config:
+    _omitted: ClassVar[frozenset[str]] = frozenset()
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        """Return the fields; omit options of later versions at their defaults, so that older fingerprints stay."""
+        usual = type(self)()
+        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return {name: v for name, v in values.items() if name not in self._omitted or v != getattr(usual, name)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -67,15 +72,7 @@ class ReweightConfig(_Config):
     high: float = 2.0
     word: WordSide = "context"
     picture: PictureSide = "pooled"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Leave out options that are as published, so that older checkpoints keep their fingerprints."""
-        usual = ReweightConfig()
-        return {
-            name: value
-            for name, value in super().to_dict().items()
-            if name not in {"word", "picture"} or value != getattr(usual, name)
-        }
+    _omitted = frozenset({"word", "picture"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +100,11 @@ class LossConfig(_Config):
     alpha: float = 0.5
     anchor: float = 0.0
     direction: LossDirection = "both"
+    _omitted = frozenset({"direction"})
 
     def __post_init__(self) -> None:
         if self.direction not in get_args(LossDirection):
             raise ValueError(f"direction must be {' or '.join(get_args(LossDirection))}, not {self.direction!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields; the default direction is omitted, so that earlier runs keep their names."""
-        return {name: value for name, value in super().to_dict().items() if (name, value) != ("direction", "both")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +153,13 @@ class ModelConfig(_Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        parts: dict[str, type[_Config]] = {
-            "prompt": PromptConfig,
-            "reweight": ReweightConfig,
-            "adapter": AdapterConfig,
-            "loss": LossConfig,
-        }
+        parts = {"prompt": PromptConfig, "reweight": ReweightConfig, "adapter": AdapterConfig, "loss": LossConfig}
         return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"reweight": self.reweight.to_dict(), "loss": self.loss.to_dict()}
 
     def with_loss_direction(self, direction: LossDirection) -> Self:
-        """Return a copy whose contrastive loss has the given directions."""
         return replace(self, loss=replace(self.loss, direction=direction))
 
     def with_query_weights(self, query: QueryWeights) -> Self:

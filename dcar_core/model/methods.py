@@ -60,31 +60,19 @@ METHODS: dict[str, ModelConfig] = {
 
 
 def method(name: str) -> ModelConfig:
-    """Return the configuration of a method.
-
-    Raises:
-        DcarError: no method has this name; the message lists all names.
-    """
+    """Return the configuration of a method; the error of an unknown one lists all names."""
     if name not in METHODS:
         raise DcarError(f"no method is named {name!r}; there are: {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def default_method(level: str) -> str:
-    """Return the name of the method that `dcar train` uses by default.
-
-    level: as `towers.select.Level`.
-    """
+    """Return the name of the method that `dcar train` uses by default at a `towers.select.Level`."""
     return {"full": "dcar+", "text": "dcar+-text"}.get(level, "clip-adapter")
 
 
 def require_runnable(config: ModelConfig, level: str, model: str, context: int) -> None:
-    """Check that towers of a level can run a method.
-
-    Args:
-        level: as `towers.select.Level`.
-        model: its name, for the message.
-        context: token positions behind the start tokens.
+    """Check that the towers of a model can run a method. context: token positions behind the start tokens.
 
     Raises:
         ModelError: they cannot; the message names a method that they can run.

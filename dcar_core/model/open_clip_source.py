@@ -7,7 +7,6 @@
 """
 
 import difflib
-import hashlib
 import json
 import re
 import warnings
@@ -26,7 +25,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.settings_hash import CLIP_VOCABULARY
 from dcar_core.model.text.cleaning import NORMALIZERS
 from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
-from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.model.text.tokenizer import TextTokenizer, digest_byte_pairs, load_byte_pairs
 from dcar_core.util.errors import DcarError, MissingExtraError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE, map_weights
 
@@ -89,12 +88,7 @@ def builtin_models() -> dict[str, tuple[dict[str, Any], list[str]]]:
 
 
 def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
-    """Load a model and its tokenizer.
-
-    Raises:
-        ModelError: an unknown name, weights that cannot be had or do not fit, a configuration that is not allowed.
-        MissingExtraError: it needs transformers, which is not installed.
-    """
+    """Load a model and its tokenizer; errors as of `backbone.load_backbone`."""
     _require_known(source)
     try:
         config = read_config(source)
@@ -110,11 +104,7 @@ def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
 
 
 def read_config(source: BackboneSource) -> dict[str, Any]:
-    """Read and check a model's `model_cfg`.
-
-    Raises:
-        ModelError: it sets a field that is not allowed.
-    """
+    """Read and check a model's `model_cfg`."""
     directory = source.directory
     if directory is not None:
         content = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8"))
@@ -144,25 +134,23 @@ def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[T
     normalizer = settings.get("clean", "lower")
     tokenizer, vocabulary = TextTokenizer.for_clip(limit), CLIP_VOCABULARY
     if (file := settings.get("bpe_path")) and directory is not None:
-        simple = open_clip.SimpleTokenizer(str(directory / file))
-        tokenizer = TextTokenizer.from_open_clip(simple, limit)
-        pieces = [sorted(simple.encoder.items()), sorted(simple.bpe_ranks.items())]
-        vocabulary = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
+        tokenizer, vocabulary = load_byte_pairs(directory / file), digest_byte_pairs(directory / file)
     identity = {
         "tokenizer": "SimpleTokenizer", "vocabulary": vocabulary, "clean": f"_clean_{normalizer}", "reduction": None,
     }  # fmt: skip
-    return replace(tokenizer, normalizer=normalizer), identity
+    return replace(tokenizer, limit=limit, normalizer=normalizer), identity
 
 
 def tower_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of both towers that differ from open_clip's defaults and decide on vectors."""
-    found = {}
-    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        usual = {field.name: field.default for field in fields(kind)}
-        found[part] = {
-            name: value for name, value in config[part].items() if name not in _WITHOUT_EFFECT and value != usual[name]
-        }
-    return found
+    usual = {
+        "vision_cfg": {field.name: field.default for field in fields(CLIPVisionCfg)},
+        "text_cfg": {field.name: field.default for field in fields(CLIPTextCfg)},
+    }
+    return {
+        part: {key: v for key, v in config[part].items() if key not in _WITHOUT_EFFECT and v != values[key]}
+        for part, values in usual.items()
+    }
 
 
 def _require_known(source: BackboneSource) -> None:

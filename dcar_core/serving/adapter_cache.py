@@ -5,7 +5,7 @@
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking and explaining alone.
 - An entry holds for one checkpoint (its fingerprint is computed again), the same backbone files, library versions,
-  processor and threads; the entry and the export have checksums.
+  processor and threads, and for `auto` the same ranking of runtimes; the entry and the export have checksums.
 - At last the vectors of a probe must be those that PyTorch gave in float32 when the entry was written.
 - If a check fails, the full model is loaded and the entry is written anew.
 """
@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from tokenizers import Tokenizer
 
 from dcar_core.model.checkpoint import backbone_files, fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
@@ -44,12 +45,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 _LIBRARIES = (
     "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "onnxruntime", "tokenizers", "ftfy",
 )  # fmt: skip
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
-_BOTTLENECKS = ("text_bottleneck", "image_bottleneck")
+_DATACLASSES: dict[str, Any] = {
+    kind.__name__: kind for kind in (Adapter, Bottleneck, Preprocess, TextLayout, TextPrompts, TextTokenizer)
+}
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -90,14 +93,15 @@ def store(request: LoadRequest, adapter: Adapter, loaded: "LoadedModel", runtime
     texts, images = reference_vectors(loaded.model, probe)
     if not prove(adapter, runtime, probe, (texts, images)).holds:
         return
+    arrays = {"probe_texts": texts, "probe_images": images}
     content = {
-        "circumstances": _circumstances(request),
+        "circumstances": _circumstances(request, loaded.backbone_hash),
         "runtime": runtime.name,
         "threads": runtime.threads,
         "export": asdict(ExportKey.from_manifest(runtime.directory)),
-        "adapter": _fields_of(adapter),
+        "adapter": _pack(adapter, arrays),
     }
-    arrays = _arrays_of(adapter) | {"probe_texts": texts, "probe_images": images, "content": _as_array(content)}
+    arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
     body = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
     path = request.file(adapter.fingerprint)
     try:
@@ -125,17 +129,6 @@ def has_entry(checkpoint: Path, mark: str, device: str) -> bool:
     return request.may_use_export and request.file(mark).is_file()
 
 
-def discard(cache: Path, backbone: str) -> None:
-    """Remove the entries of a backbone, by its content hash, because its runtimes were ranked anew."""
-    for path in directory_in(cache).glob("*"):
-        try:
-            is_other = json.loads(_read(path)["content"].tobytes())["export"]["backbone"] != backbone
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            is_other = False  # it is of no use
-        if not is_other:
-            path.unlink(missing_ok=True)
-
-
 def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
     described = read_config(request.checkpoint)
     config = ModelConfig.from_dict(described["model"])
@@ -143,88 +136,61 @@ def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
     path = request.file(mark)
     if not path.is_file():
         return None
-    arrays = _read(path)
+    stored = path.read_bytes()
+    checksum, body = stored[:32], stored[32:]
+    if hashlib.sha256(body).digest() != checksum:
+        raise ValueError(f"{path} is corrupted")
+    arrays: Arrays = load(body)
     content = json.loads(arrays["content"].tobytes())
     torch = sys.modules.get("torch")
-    if (
-        content["circumstances"] != _circumstances(request)
-        or content["adapter"]["fingerprint"] != mark
-        or (torch is not None and torch.get_num_threads() != content["threads"])
+    if content["circumstances"] != _circumstances(request, described["backbone"]["sha256"]) or (
+        torch is not None and torch.get_num_threads() != content["threads"]
     ):
         return None
     key = ExportKey(**content["export"])
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(ensure_export, key, request.cache, None)  # while the export is compiled
-        adapter = _adapter_from(content["adapter"], arrays)
+        adapter: Adapter = _unpack(content["adapter"], arrays)
         runtime = open_export(content["runtime"], key.directory(request.cache), content["threads"])
         checked.result()
     probe = Probe.synthetic(adapter.preprocess.size)
     proof = prove(adapter, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
-    return (adapter, runtime) if proof.holds else None
+    return (adapter, runtime) if proof.holds and adapter.fingerprint == mark else None
 
 
-def _read(path: Path) -> Arrays:
-    content = path.read_bytes()
-    checksum, body = content[:32], content[32:]
-    if hashlib.sha256(body).digest() != checksum:
-        raise ValueError(f"{path} is corrupted")
-    arrays: Arrays = load(body)
-    return arrays
+def _pack(value: Any, arrays: Arrays) -> Any:
+    """Return a value as JSON; its arrays and vocabulary are put into `arrays` and stand in it by their names."""
+    name = str(len(arrays))
+    if isinstance(value, np.ndarray):
+        arrays[name] = value
+        return {"array": name}
+    if isinstance(value, Tokenizer):
+        arrays[name] = np.frombuffer(value.to_str().encode(), np.uint8)
+        return {"tokenizer": name}
+    if isinstance(value, tuple | frozenset):
+        return {type(value).__name__: [_pack(each, arrays) for each in value]}
+    if type(value) in _DATACLASSES.values():
+        return {type(value).__name__: {each.name: _pack(getattr(value, each.name), arrays) for each in fields(value)}}
+    return value
 
 
-def _fields_of(adapter: Adapter) -> dict[str, Any]:
-    """The fields that are no arrays."""
-    return {
-        "fingerprint": adapter.fingerprint,
-        "dim": adapter.dim,
-        "patch_grid": adapter.patch_grid,
-        "uses_token_weights": adapter.uses_token_weights,
-        "preprocess": adapter.preprocess.to_dict(),
-        "layout": asdict(adapter.layout),
-        "text_prompts": [
-            len(adapter.text_prompts.inputs),
-            adapter.text_prompts.skipped,
-            adapter.text_prompts.has_weights,
-        ],
-    }
+def _unpack(value: Any, arrays: Arrays) -> Any:
+    """Return the value that `_pack` was given."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "array":
+        return arrays[content]
+    if kind == "tokenizer":
+        return Tokenizer.from_buffer(arrays[content].tobytes())
+    if kind in ("tuple", "frozenset"):
+        values = [_unpack(each, arrays) for each in content]
+        return tuple(values) if kind == "tuple" else frozenset(values)
+    return _DATACLASSES[kind](**{name: _unpack(each, arrays) for name, each in content.items()})
 
 
-def _arrays_of(adapter: Adapter) -> Arrays:
-    arrays: Arrays = {"tokenizer": np.frombuffer(adapter.tokenizer.to_bytes(), np.uint8)}
-    arrays |= {f"text_prompts.{i}": each for i, each in enumerate(adapter.text_prompts.inputs)}
-    for name in ("image_prompts", "token_factors"):
-        if (values := getattr(adapter, name)) is not None:
-            arrays[name] = values
-    for name in _BOTTLENECKS:
-        if (bottleneck := getattr(adapter, name)) is not None:
-            arrays |= {f"{name}.{part}": values for part, values in vars(bottleneck).items()}
-    return arrays
-
-
-def _adapter_from(fields: dict[str, Any], arrays: Arrays) -> Adapter:
-    preprocess = fields["preprocess"]
-    count, skipped, has_weights = fields["text_prompts"]
-    parts = ("down", "down_bias", "up", "up_bias")
-    bottlenecks = {
-        name: Bottleneck(*(arrays[f"{name}.{part}"] for part in parts)) if f"{name}.down" in arrays else None
-        for name in _BOTTLENECKS
-    }
-    return Adapter(
-        fingerprint=fields["fingerprint"],
-        dim=fields["dim"],
-        patch_grid=fields["patch_grid"],
-        uses_token_weights=fields["uses_token_weights"],
-        preprocess=Preprocess(**{**preprocess, "mean": tuple(preprocess["mean"]), "std": tuple(preprocess["std"])}),
-        tokenizer=TextTokenizer.from_bytes(arrays["tokenizer"].tobytes()),
-        layout=TextLayout(**fields["layout"] | {"start_ids": tuple(fields["layout"]["start_ids"])}),
-        text_prompts=TextPrompts(tuple(arrays[f"text_prompts.{i}"] for i in range(count)), skipped, has_weights),
-        image_prompts=arrays.get("image_prompts"),
-        token_factors=arrays.get("token_factors"),
-        **bottlenecks,
-    )
-
-
-def _circumstances(request: LoadRequest) -> dict[str, Any]:
+def _circumstances(request: LoadRequest, backbone: str) -> dict[str, Any]:
+    rankings = ranking_files(request.cache, backbone) if request.runtime == AUTO else []  # `auto` chose by them
     return {
         "format": FORMAT,
         "graphs": GRAPHS,
@@ -232,9 +198,12 @@ def _circumstances(request: LoadRequest) -> dict[str, Any]:
         "processor": cpu_features.processor_id(),
         "cores": cpu_features.available_cores(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
-        "backbone": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(request.checkpoint)],
+        "files": [
+            [str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in [*backbone_files(request.checkpoint), *rankings]
+        ],
     }
 
 
-def _as_array(content: dict[str, Any]) -> NDArray[np.uint8]:
-    return np.frombuffer(json.dumps(content).encode(), np.uint8)
+def ranking_files(cache: Path, backbone: str) -> list[Path]:
+    """Return the rankings of runtimes that were measured for a backbone, by its content hash."""
+    return sorted((cache / "rankings").glob(f"{backbone[:16]}_*.json"))

@@ -40,7 +40,7 @@ def _token_factors(model: DCAR) -> Floats | None:
     """Tabulate the head over the vocabulary: it reads a token's embedding alone."""
     if model.head is None:
         return None
-    count = model.backbone.text_tower.vocabulary_size
+    count = len(model.backbone.text_tower.table.weight)
     parts = []
     for start in range(0, count, _CHUNK):
         ids = torch.arange(start, min(start + _CHUNK, count), device=model.backbone.device)[None]

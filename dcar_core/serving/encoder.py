@@ -79,7 +79,7 @@ class Encoder:
 
     @property
     def model(self) -> "DCAR":
-        """See `loaded`."""
+        """The model; see `loaded`."""
         return self.loaded.model
 
     @property
@@ -101,9 +101,6 @@ class Encoder:
         threads: int | None = None,
     ) -> "Encoder":
         """Load a checkpoint directory, a model directory, or an open_clip model by name.
-
-        The adapter of a checkpoint whose towers run as an exported graph is cached for later starts, which then need
-        neither the model nor PyTorch.
 
         Args:
             source: a directory with config.json (DCAR checkpoint) or open_clip_config.json (plain CLIP), or a name
@@ -147,14 +144,7 @@ class Encoder:
         return encoder
 
     def with_runtime(self, name: str, *, proven: bool = True) -> "Encoder":
-        """Return the same encoder with the same preprocessing on another runtime.
-
-        Args:
-            proven: require the runtime to give PyTorch's vectors.
-
-        Raises:
-            RuntimeUnavailableError, MissingExtraError: it cannot be used here.
-        """
+        """Return the same encoder on another runtime. proven: require that it gives PyTorch's vectors."""
         from dcar_core.serving.runtime_selection import load_runtime
 
         runtime = load_runtime(name, self.adapter, self.loaded, proven=proven)
@@ -168,11 +158,8 @@ class Encoder:
         Raises:
             TypeError: a single text instead of a list, or an element of another type.
         """
-        if (
-            isinstance(texts, str)
-            or not isinstance(texts, Sequence)
-            or not all(isinstance(each, str) for each in texts)
-        ):
+        is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+        if not is_list or not all(isinstance(each, str) for each in texts):
             raise TypeError("encode_text takes a list of texts, such as [text]")
         return self.adapter.encode_text(self.runtime, texts, batch_size)
 

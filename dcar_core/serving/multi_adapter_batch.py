@@ -45,17 +45,11 @@ class ImageRow:
 
 def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
     """Encode texts -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
-    first = rows[0].encoder
-    if all(row.encoder is first and row.weights is None for row in rows):
-        return first.encode_text([row.text for row in rows])
     return _in_groups(rows, lambda encoder: encoder.adapter.text_prompts.shape, _encode_texts)
 
 
 def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
     """Encode images -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
-    first = rows[0].encoder
-    if all(row.encoder is first for row in rows):
-        return first.encode_pixels(np.stack([row.pixels for row in rows]))
     return _in_groups(rows, _image_shape, _encode_images)
 
 
@@ -78,8 +72,9 @@ def _encode_texts(rows: Sequence[TextRow]) -> Floats:
 
 def _encode_images(rows: Sequence[ImageRow]) -> Floats:
     prompts = [each for row in rows if (each := row.encoder.adapter.image_prompts) is not None]
-    pixels = np.stack([row.pixels for row in rows])
-    out = rows[0].encoder.runtime.image(pixels, np.concatenate(prompts, 1) if prompts else None)
+    is_shared = all(each is prompts[0] for each in prompts)
+    joined = next(iter(prompts), None) if is_shared else np.concatenate(prompts, 1)
+    out = rows[0].encoder.runtime.image(np.stack([row.pixels for row in rows]), joined)
     for encoder, places in _by_encoder(rows):
         out[places] = encoder.adapter.finish_image(out[places])
     return out

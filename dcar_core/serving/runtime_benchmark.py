@@ -9,13 +9,12 @@
 
 import multiprocessing
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,18 @@ import torch
 
 from dcar_core.data import Annotations, Dataset, load_split
 from dcar_core.images import open_image
-from dcar_core.model.preprocess import Preprocess
-from dcar_core.runtimes.equality_proof import Probe, reference_vectors
+from dcar_core.runtimes.equality_proof import Probe, Proof, reference_vectors
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, require_known
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranking, rank, save_ranking
-from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime
+from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime, median_seconds
 from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DcarError
 from dcar_core.util.retrieval_metrics import recall_at_k
 
 PROBE_SIZE = 32  # images and captions that are compared one by one, and that speed is measured with
 MAX_RECALL_LOSS = 0.5  # points of recall@1
+EXACT = Proof(1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,6 @@ class RuntimeReport:
     tokens: float
     images: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def benchmark(
     checkpoint: str,
@@ -101,14 +97,9 @@ def benchmark(
     limit: int = 2000,
     say: Callable[[str], None] = lambda line: None,
 ) -> RuntimeReport:
-    """Measure runtimes on a data set's test split.
+    """Measure runtimes on at most `limit` captions of a data set's test split.
 
-    Args:
-        checkpoint: as `Encoder.load` takes it.
-        data: annotations with a test split, as for training.
-        runtimes: names, `torch` beside them; default: the candidates of `auto`, and int8.
-        limit: most captions of the test split.
-        say: called with a line about each step.
+    runtimes: names, `torch` beside them; default: the candidates of `auto`, and int8. say: gets a line for each step.
 
     Raises:
         DcarError: the model or the data cannot be used, or a runtime's name is unknown.
@@ -134,7 +125,8 @@ def benchmark(
             rows.append(RuntimeResult(name, reason=str(error)))
         except Exception as error:  # a library's error of any kind costs its row, not the others
             rows.append(RuntimeResult(name, reason=f"{type(error).__name__}: {error}".strip().splitlines()[0]))
-    judged = _judge(rows)
+    exact = next((row.recall for row in rows if row.name == "torch"), None)
+    judged = [_judge(row, exact) for row in rows]
     adapter = encoder.adapter
     lengths = adapter.layout.lengths(adapter.tokenizer(material.texts)) + encoder.model.prompt_tokens
     return RuntimeReport(
@@ -178,22 +170,16 @@ def _read(encoder: Encoder, test: Dataset, limit: int) -> tuple[BenchmarkData, D
 
 def _measure_decoding(encoder: Encoder, files: list[bytes]) -> DecodingSpeed:
     exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
-    vectors, seconds = [], []
-    for preprocess in (exact, fast):
-        pixels = np.stack([preprocess(file) for file in files])
-        seconds.append(statistics.median(_decoding_seconds(preprocess, files) for _ in range(3)) / len(files))
-        vectors.append(np.concatenate([encoder.encode_pixels(pixels[i : i + 32]) for i in range(0, len(pixels), 32)]))
-    sizes = [open_image(file).size for file in files]
-    width, height = (int(statistics.median(size[i] for size in sizes)) for i in (0, 1))
-    cosine = float((vectors[0] * vectors[1]).sum(1).min())
-    return DecodingSpeed(round(1000 * seconds[0], 3), round(1000 * seconds[1], 3), round(cosine, 6), width, height)
+    exact_s = median_seconds(lambda: [exact(file) for file in files]) / len(files)
+    fast_s = median_seconds(lambda: [fast(file) for file in files]) / len(files)
+    pixels = (np.stack([preprocess(file) for file in files]) for preprocess in (exact, fast))
+    cosine = np.multiply(*(_encode_pixels(encoder, each) for each in pixels)).sum(1).min()
+    width, height = np.median([open_image(file).size for file in files], axis=0).astype(int).tolist()
+    return DecodingSpeed(round(1000 * exact_s, 3), round(1000 * fast_s, 3), round(float(cosine), 6), width, height)
 
 
-def _decoding_seconds(preprocess: Preprocess, files: list[bytes]) -> float:
-    start = time.perf_counter()
-    for file in files:
-        preprocess(file)
-    return time.perf_counter() - start
+def _encode_pixels(encoder: Encoder, pixels: Pixels) -> Floats:
+    return np.concatenate([encoder.encode_pixels(pixels[i : i + 32]) for i in range(0, len(pixels), 32)])
 
 
 def _measure_reference(encoder: Encoder, material: BenchmarkData) -> RuntimeResult:
@@ -205,25 +191,13 @@ def _measure_reference(encoder: Encoder, material: BenchmarkData) -> RuntimeResu
     padded = torch.nn.functional.pad(tokens, (0, missing), value=backbone.layout.pad_id)
     pixels = torch.from_numpy(backbone.preprocess.normalize(probe.pixels)).to(backbone.device)
 
-    @torch.inference_mode()
-    def median_seconds(run: Callable[[], object]) -> float:
-        run()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+    def seconds(encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> tuple[float, float]:
+        with torch.inference_mode():
+            alone = median_seconds(lambda: encode(batch[:1]).cpu())
+            return alone, median_seconds(lambda: encode(batch).cpu()) / len(batch)
 
-    texts = median_seconds(lambda: model.encode_query(padded).cpu())
-    text = median_seconds(lambda: model.encode_query(padded[:1]).cpu())
-    images = median_seconds(lambda: model.encode_image(pixels).cpu())
-    image = median_seconds(lambda: model.encode_image(pixels[:1]).cpu())
-    trial = RuntimeTrial(
-        "reference", round(len(padded) / texts, 1), round(1000 * text, 3), round(len(pixels) / images, 1),
-        round(1000 * image, 3), 1.0, 1.0, True,
-    )  # fmt: skip
-    return RuntimeResult("reference", trial)
+    text, image = seconds(model.encode_query, padded), seconds(model.encode_image, pixels)
+    return RuntimeResult("reference", RuntimeTrial.from_seconds("reference", text, image, EXACT))
 
 
 def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[[str], None]) -> None:
@@ -242,7 +216,6 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
 
 
 def _in_own_process(*job: Any) -> RuntimeResult:
-    """Run `_measure` in its own process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(_measure, *job).result()
 
@@ -265,29 +238,24 @@ def _measure(
         texts=material.texts[: 8 * PROBE_SIZE], images=PROBE_SIZE,
     )  # fmt: skip
     texts = encoder.encode_text(material.texts)
-    images = [encoder.encode_pixels(material.pixels[i : i + 32]) for i in range(0, len(material.pixels), 32)]
-    recall = recall_at_k(texts, np.concatenate(images), material.image_of, (1,))
+    recall = recall_at_k(texts, _encode_pixels(encoder, material.pixels), material.image_of, (1,))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     rounded = {key: round(value, 2) for key, value in recall.items()}
     return RuntimeResult(name, trial, round(peak), rounded, round(opened, 2))
 
 
-def _judge(rows: list[RuntimeResult]) -> list[RuntimeResult]:
-    """Mark runtimes that lose recall as failed, however near their vectors are."""
-    exact = next((row.recall for row in rows if row.name == "torch" and row.recall), None)
-    judged = []
-    for row in rows:
-        if row.trial is not None and row.recall is not None and exact is not None:
-            lost = max(exact[key] - row.recall[key] for key in exact)
-            if lost > MAX_RECALL_LOSS:
-                row = replace(row, trial=replace(row.trial, holds=False), reason=f"recall@1 is {lost:.1f} points lower")
-        if row.trial is not None and row.recall is not None and exact is None:
-            reason = "there is no recall of torch to compare its recall with"
-            row = replace(row, trial=replace(row.trial, holds=False), reason=reason)
-        if row.trial is not None and not row.trial.holds and not row.reason:
-            row = replace(row, reason="its vectors are too far from the reference's")
-        judged.append(row)
-    return judged
+def _judge(row: RuntimeResult, exact: dict[str, float] | None) -> RuntimeResult:
+    """Mark a runtime that loses recall as failed, however near its vectors are. exact: recall of `torch`."""
+    if row.trial is None:
+        return row
+    reason = "" if row.trial.holds else "its vectors are too far from the reference's"
+    if row.recall is not None and exact is None:
+        reason = "there is no recall of torch to compare its recall with"
+    elif row.recall is not None and exact is not None:
+        lost = max(exact[key] - row.recall[key] for key in exact)
+        if lost > MAX_RECALL_LOSS:
+            reason = f"recall@1 is {lost:.1f} points lower"
+    return replace(row, trial=replace(row.trial, holds=not reason), reason=reason)
 
 
 def format_report(report: RuntimeReport) -> str:
@@ -320,4 +288,4 @@ def format_report(report: RuntimeReport) -> str:
 
 
 def _or_dash(value: float | None, width: int, digits: int) -> str:
-    return f"{value:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"

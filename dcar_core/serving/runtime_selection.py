@@ -9,7 +9,7 @@
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
 from dcar_core.runtimes.export_cache import GRAPHS
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_runtime
-from dcar_core.serving import adapter_cache
 from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime
 from dcar_core.util import cpu_features
-from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
+from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 from dcar_core.util.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -44,13 +43,12 @@ class Ranking:
 
 
 def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel, *, proven: bool = True) -> Runtime:
-    """Open a runtime by name, or the best by `auto`. adapter: as `extract` makes it of the model.
+    """Open a runtime by name, or the best by `auto`, which never fails.
 
-    Args:
-        proven: require a runtime chosen by name to give PyTorch's vectors; `auto` always does.
+    proven: require a runtime chosen by name to give PyTorch's vectors; `auto` always does.
 
     Raises:
-        RuntimeUnavailableError, MissingExtraError: a runtime chosen by name cannot be used; never for `auto`.
+        RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used here.
     """
     if name == AUTO:
         return _best(adapter, loaded)
@@ -79,13 +77,14 @@ def _opened(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
     except DcarError:
         raise
     except Exception as error:
-        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {_first_line(error)}") from error
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {_reason(error)}") from error
     return runtime
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    if isinstance(error, DcarError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _best(adapter: Adapter, loaded: LoadedModel) -> Runtime:
@@ -99,10 +98,8 @@ def _best(adapter: Adapter, loaded: LoadedModel) -> Runtime:
             if (proof := prove(adapter, runtime, probe, expected)).holds:
                 return runtime
             reason = f"its vectors are not those of float32 here: {proof}"
-        except DcarError as error:
-            reason = str(error)
-        except Exception as error:  # with a larger batch than the first
-            reason = _first_line(error)
+        except Exception as error:  # perhaps with a larger batch than the first
+            reason = _reason(error)
         if name != FALLBACK:
             logger.warning(
                 "the runtime %s, the fastest here, is not used: %s; using %s instead", name, reason, following
@@ -126,20 +123,15 @@ def candidates(loaded: LoadedModel) -> list[str]:
     return names
 
 
-def measure_candidates(adapter: Adapter, loaded: LoadedModel, probe: Probe, names: Iterable[str]) -> Ranking:
+def measure_candidates(adapter: Adapter, loaded: LoadedModel, probe: Probe, names: list[str]) -> Ranking:
     """Measure runtimes and save their ranking; unusable ones are left out with a warning."""
-    names = list(names)
     logger.info("measuring %s, once for this model and machine", ", ".join(names))
     expected, trials = reference_vectors(loaded.model, probe), []
     for name in names:
         try:
             trials.append(measure_runtime(adapter, _opened(name, adapter, loaded), probe, expected))
-        except MissingExtraError as error:
-            logger.info("the runtime %s is not tried: %s", name, error)
-        except DcarError as error:
-            logger.warning("the runtime %s is not tried: %s", name, error)
         except Exception as error:
-            logger.warning("the runtime %s is not used: %s", name, _first_line(error))
+            logger.warning("the runtime %s is not tried: %s", name, _reason(error))
     ranking = rank(trials)
     save_ranking(loaded, ranking)
     logger.info("runtimes here, best first: %s", ", ".join(ranking.names))
@@ -154,18 +146,13 @@ def rank(trials: Iterable[RuntimeTrial]) -> Ranking:
 
 
 def save_ranking(loaded: LoadedModel, ranking: Ranking, *, own: bool = False) -> None:
-    """Save a ranking for later starts; if the cache cannot be written, they measure again.
-
-    Args:
-        own: for this encoder alone, because its recall was measured.
-    """
-    adapter_cache.discard(loaded.cache, loaded.backbone_hash)  # their runtime was chosen by the ranking before
+    """Save a ranking for later starts. own: for this encoder alone, because its recall was measured."""
     path = _path(loaded, loaded.fingerprint if own else "")
     content = {
         **_circumstances(),
         "libraries": ranking.libraries,
         "best_first": ranking.names,
-        "trials": [trial.to_dict() for trial in ranking.trials],
+        "trials": [asdict(trial) for trial in ranking.trials],
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +162,7 @@ def save_ranking(loaded: LoadedModel, ranking: Ranking, *, own: bool = False) ->
 
 
 def load_ranking(loaded: LoadedModel) -> Ranking | None:
-    """Load what an earlier start or `dcar benchmark` measured; None if circumstances have changed since."""
+    """Load an earlier ranking; None if circumstances have changed since."""
     for fingerprint in (loaded.fingerprint, ""):
         path = _path(loaded, fingerprint)
         try:

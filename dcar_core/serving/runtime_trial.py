@@ -3,12 +3,12 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Self
 
 from dcar_core.runtimes.adapter import Adapter
-from dcar_core.runtimes.equality_proof import Probe, prove
+from dcar_core.runtimes.equality_proof import Probe, Proof, prove
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.util.arrays import Floats
 
@@ -26,13 +26,18 @@ class RuntimeTrial:
     cosine_image: float
     holds: bool
 
+    @classmethod
+    def from_seconds(cls, name: str, text: tuple[float, float], image: tuple[float, float], proof: Proof) -> Self:
+        """Round measurements. text, image: seconds of one alone, and of one among many."""
+        return cls(
+            name, round(1 / text[1], 1), round(1000 * text[0], 3), round(1 / image[1], 1), round(1000 * image[0], 3),
+            round(proof.text, 6), round(proof.image, 6), proof.holds,
+        )  # fmt: skip
+
     @property
     def score(self) -> float:
         """Geometric mean of what a service and an index job need: one text, many texts, many images."""
         return float((1000 / self.text_ms * self.texts_per_s * self.images_per_s) ** (1 / 3))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_runtime(
@@ -44,16 +49,10 @@ def measure_runtime(
     texts: Sequence[str] | None = None,
     batch: int = 32,
     images: int = 8,
-    rounds: int = 3,
 ) -> RuntimeTrial:
-    """Prove a runtime on the probe, then measure it.
+    """Prove a runtime on the probe, whose `reference_vectors` are `expected`, then measure it.
 
-    Args:
-        expected: the probe's `reference_vectors`.
-        texts: to measure with; default: the probe's, repeated.
-        batch: texts together.
-        images: images together.
-        rounds: of each measurement; the median counts.
+    texts: to measure with, `batch` together; default: the probe's, repeated. images: how many together.
     """
     proof = prove(adapter, runtime, probe, expected)
     texts = list(texts or probe.texts)
@@ -66,19 +65,15 @@ def measure_runtime(
         for group in groups:
             adapter.encode_text(runtime, group, batch)
 
-    per_text = _median_seconds(encode_all, rounds) / len(together)
-    one_text = statistics.median(
-        _median_seconds(partial(adapter.encode_text, runtime, [text], 1), rounds) for text in singles
-    )
-    all_images = _median_seconds(lambda: adapter.encode_pixels(runtime, pixels), rounds)
-    one_image = _median_seconds(lambda: adapter.encode_pixels(runtime, pixels[:1]), rounds)
-    return RuntimeTrial(
-        runtime.name, round(1 / per_text, 1), round(1000 * one_text, 3), round(images / all_images, 1),
-        round(1000 * one_image, 3), round(proof.text, 6), round(proof.image, 6), proof.holds,
-    )  # fmt: skip
+    all_texts = median_seconds(encode_all)
+    one_text = statistics.median(median_seconds(partial(adapter.encode_text, runtime, [text], 1)) for text in singles)
+    all_images = median_seconds(lambda: adapter.encode_pixels(runtime, pixels))
+    one_image = median_seconds(lambda: adapter.encode_pixels(runtime, pixels[:1]))
+    text_seconds, image_seconds = (one_text, all_texts / len(together)), (one_image, all_images / images)
+    return RuntimeTrial.from_seconds(runtime.name, text_seconds, image_seconds, proof)
 
 
-def _median_seconds(run: Callable[[], object], rounds: int) -> float:
+def median_seconds(run: Callable[[], object], rounds: int = 3) -> float:
     """Time some calls; the first one, which prepares a shape, is not counted."""
     run()
     times = []

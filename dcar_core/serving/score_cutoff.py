@@ -1,10 +1,8 @@
 """A score below which a search by words has found nothing: a cut-off from pairs that belong together.
 
-    scores    of validation texts with their own images, as a search gives them
-    cut-off   the score that all but 5 % of them reach
-
-The cut-off is cautious, because true pairs must not be lost: a query about something that is not in the gallery may
-still find items above it. `benchmarks/cutoff.py` measures how many.
+All but 5 % of validation texts reach the cut-off with their own images, by the scores that a search gives. It is
+cautious, because true pairs must not be lost: a query about something that is not in the gallery may still find items
+above it. `benchmarks/cutoff.py` measures how many.
 """
 
 from dataclasses import dataclass

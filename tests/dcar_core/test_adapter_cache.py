@@ -130,18 +130,24 @@ def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_pat
     if not hasattr(first.runtime, "directory"):
         pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
     assert is_from_cache(load(checkpoint, tmp_path, "auto"))
-    adapter_cache.discard(tmp_path, first.loaded.backbone_hash)
+    for ranking in adapter_cache.ranking_files(tmp_path, first.loaded.backbone_hash):
+        os.utime(ranking, ns=(0, 1))
     assert not is_from_cache(load(checkpoint, tmp_path, "auto"))
 
 
-def test_a_ranking_forgets_its_own_backbone_alone(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapter_cache.directory_in(cache), adapter_cache.directory_in(tmp_path))
-    (adapter_cache.directory_in(tmp_path) / "broken.safetensors").write_bytes(b"half")
+def test_an_entry_of_auto_ends_with_the_ranking_that_chose_it(checkpoint: Path, cache: Path) -> None:
     (entry,) = adapter_cache.directory_in(cache).iterdir()
-    adapter_cache.discard(tmp_path, "0" * 64)
-    assert [path.name for path in adapter_cache.directory_in(tmp_path).iterdir()] == [entry.name]
-    adapter_cache.discard(tmp_path, read_config(checkpoint)["backbone"]["sha256"])
-    assert not list(adapter_cache.directory_in(tmp_path).iterdir())
+    request = adapter_cache.LoadRequest(checkpoint, "cpu", "auto", None, cache)
+    shutil.copyfile(entry, request.file(entry.name.partition("_")[0]))  # as if it were the fastest runtime
+    assert adapter_cache.restore(request) is not None
+    backbone = read_config(checkpoint)["backbone"]["sha256"]
+    ranking = cache / "rankings" / f"{backbone[:16]}_d2t2_cpu_1.json"
+    ranking.parent.mkdir(exist_ok=True)
+    (ranking.parent / f"{'0' * 16}_d2t2_cpu_1.json").write_text("{}")
+    assert adapter_cache.restore(request) is not None, "another backbone's"
+    ranking.write_text("{}")
+    assert adapter_cache.restore(request) is None
+    assert adapter_cache.restore(replace(request, runtime="openvino")) is not None
 
 
 @pytest.mark.parametrize("what", ["entry", "backbone", "version", "gone"])

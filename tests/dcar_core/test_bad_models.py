@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dcar_core.model import open_clip_source
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint, read_config, write_config
+from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint, read_config
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import METHODS, default_method, require_runnable
@@ -147,7 +147,7 @@ def test_a_checkpoint_with_huge_prompts_is_refused_before_they_are_allocated(
     copy_checkpoint(tiny_checkpoint, tmp_path / "huge")
     content = read_config(tmp_path / "huge")
     content["model"]["prompt"] |= prompt
-    write_config(tmp_path / "huge", content)
+    (tmp_path / "huge" / CONFIG).write_text(json.dumps(content))
     assert (tmp_path / "huge" / CONFIG).is_file()
     with pytest.raises(CheckpointError, match=r"2000000 prompts do not fit|prompts for 2000000 blocks"):
         load_checkpoint(tmp_path / "huge")

@@ -60,14 +60,12 @@ def test_numbers_are_open_clips(backbone: Backbone, prompt_tokens: int) -> None:
     annotations = json.loads((EXAMPLE / "openmoji" / "train.json").read_text())
     texts = [*HARD, *CONTROL, *soup, *(entry["positive"] for entry in annotations.values())]
     tokens = backbone.text_tokenizer(prompt_tokens)
-    again = TextTokenizer.from_bytes(tokens.to_bytes())
-    assert again.layout == tokens.layout
     simple = open_clip.SimpleTokenizer(str(EXAMPLE / "base" / "bpe.txt.gz"))
     odd = []
     for text in texts:
         wanted = simple([clean_text(text)], context_length=tokens.limit).numpy()
         wanted = wanted[:, : int(wanted.argmax(1)[0]) + 1]
-        if not np.array_equal(tokens([text]), wanted) or not np.array_equal(again([text]), wanted):
+        if not np.array_equal(tokens([text]), wanted):
             odd.append(text)
     assert len(odd) <= len(texts) // 1000, odd
     assert not set(odd) & {*HARD, *CONTROL}

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import read_config
-from dcar_core.model.zero_shot import save_zero_shot
+from dcar_core.model.checkpoint import read_config, save_zero_shot
 from dcar_core.util.errors import CheckpointError
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.zero_shot import save_zero_shot
+from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current

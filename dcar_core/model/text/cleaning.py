@@ -19,16 +19,9 @@ _UNESCAPE_PASSES = 8
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def strip_control_tokens(text: str, vocabulary: re.Pattern[str] | None = None) -> str:
-    """Replace control tokens by a space: CLIP's in any spelling, and the matches of `vocabulary`."""
-    text = _CLIP_CONTROL.sub(" ", text)
-    return text if vocabulary is None else vocabulary.sub(" ", text)
-
-
-def control_token_pattern(tokens: list[str]) -> re.Pattern[str] | None:
-    """Compile a pattern for `strip_control_tokens` that matches these tokens exactly, longest first."""
-    names = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names))) if names else None
+def strip_control_tokens(text: str) -> str:
+    """Replace CLIP's control tokens, in any spelling, by a space."""
+    return _CLIP_CONTROL.sub(" ", text)
 
 
 def mend(text: str) -> str:
@@ -44,9 +37,9 @@ def mend(text: str) -> str:
     return text.replace("&", " ")
 
 
-def clean_text(text: str, vocabulary: re.Pattern[str] | None = None) -> str:
+def clean_text(text: str) -> str:
     """Mend a text and strip its control tokens; the input of every tokenizer."""
-    return strip_control_tokens(mend(text), vocabulary)
+    return strip_control_tokens(mend(text))
 
 
 def collapse_spaces(text: str) -> str:

@@ -31,13 +31,21 @@ def load_hub_tokenizer(
         MissingExtraError: it has no tokenizer.json, and transformers is not installed.
     """
     file = _find(name, directory, TOKENIZER)
-    if file is not None:
-        settings_file = _find(name, directory, SETTINGS)
-        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file is not None else {}
-        return _from_file(Tokenizer.from_file(str(file)), settings, limit, normalizer, strip_end)
-    if directory is not None and not any(directory.glob("*.model")) and not any(directory.glob("vocab*")):
+    if file is None and directory is not None and not any([*directory.glob("*.model"), *directory.glob("vocab*")]):
         raise ModelError(f"{directory} has no {TOKENIZER}; copy it from {name} on the hub")
-    return _from_transformers(str(directory or name), limit, normalizer, strip_end)
+    if file is None:
+        tokenizer, start, end, pad = _by_transformers(str(directory or name))
+    else:
+        tokenizer, start, end, pad = _from_files(file, _find(name, directory, SETTINGS))
+    if len(end) != 1:
+        raise ModelError(f"a tokenizer whose texts end with {len(end)} control tokens is not supported")
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = {model.get("unk_id"), tokenizer.token_to_id(model.get("unk_token") or "")}
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special = (special - unknown) | {*start, *end}
+    return TextTokenizer(
+        tokenizer, limit, normalizer, tuple(start), 0 if strip_end else end[0], pad or 0, frozenset(special)
+    )
 
 
 def _find(name: str, directory: Path | None, file: str) -> Path | None:
@@ -54,28 +62,27 @@ def _find(name: str, directory: Path | None, file: str) -> Path | None:
         return None
 
 
-def _from_file(
-    tokenizer: Tokenizer, settings: dict[str, Any], limit: int, normalizer: str, strip_end: bool
-) -> TextTokenizer:
+def _from_files(file: Path, settings_file: Path | None) -> tuple[Tokenizer, list[int], list[int], int | None]:
+    """Return the tokenizer, the control tokens in front of a text and behind it, and the padding."""
+    tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    start, end = _ends(tokenizer)
-    tokens = {kind: _token(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")}
-    found = {kind: tokenizer.token_to_id(token) for kind, token in tokens.items() if token is not None}
-    ids = {kind: number for kind, number in found.items() if number is not None}
-    # Settings beside the file overrule its template, as transformers has it for Gemma's tokenizer.
-    if settings.get("add_eos_token") and not end and "eos" in ids:
-        end = [ids["eos"]]
-    if settings.get("add_bos_token") is False and start == [ids.get("bos")]:
-        start = []
-    if len(end) != 1:
-        raise ModelError(f"a tokenizer whose texts end with {len(end)} control tokens is not supported")
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file is not None else {}
     if settings.get("padding_side", "right") != "right":
         raise ModelError("a tokenizer that pads on the left is not supported")
-    return _built(tokenizer, start, end[0], ids.get("pad"), limit, normalizer, strip_end)
+    start, end = _ends(tokenizer)
+    tokens = {kind: _token(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")}
+    ids = {kind: None if token is None else tokenizer.token_to_id(token) for kind, token in tokens.items()}
+    # Settings beside the file overrule its template, as transformers has it for Gemma's tokenizer.
+    if settings.get("add_eos_token") and not end and ids["eos"] is not None:
+        end = [ids["eos"]]
+    if settings.get("add_bos_token") is False and start == [ids["bos"]]:
+        start = []
+    return tokenizer, start, end, ids["pad"]
 
 
-def _from_transformers(source: str, limit: int, normalizer: str, strip_end: bool) -> TextTokenizer:
+def _by_transformers(source: str) -> tuple[Tokenizer, list[int], list[int], int | None]:
+    """Return the same of a tokenizer that transformers converts."""
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -84,23 +91,7 @@ def _from_transformers(source: str, limit: int, normalizer: str, strip_end: bool
     tokenizer = getattr(loaded, "backend_tokenizer", None)
     if tokenizer is None:
         raise ModelError(f"the tokenizer of {source} has no fast form and is not supported")
-    start, end = _ends(tokenizer)
-    if len(end) != 1:
-        raise ModelError(f"a tokenizer whose texts end with {len(end)} control tokens is not supported")
-    return _built(tokenizer, start, end[0], loaded.pad_token_id, limit, normalizer, strip_end)
-
-
-def _built(
-    tokenizer: Tokenizer, start: list[int], end: int, pad: int | None, limit: int, normalizer: str, strip_end: bool
-) -> TextTokenizer:
-    model = json.loads(tokenizer.to_str())["model"]
-    unknown = {model.get("unk_id"), tokenizer.token_to_id(model.get("unk_token") or "")}
-    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    special = (special - unknown) | {*start, end}
-    return TextTokenizer(
-        tokenizer, limit, normalizer, tuple(start), 0 if strip_end else end, 0 if pad is None else pad,
-        frozenset(special),
-    )  # fmt: skip
+    return (tokenizer, *_ends(tokenizer), loaded.pad_token_id)
 
 
 def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -10,12 +10,11 @@ import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
@@ -25,7 +24,7 @@ from dcar_core.model.text.layout import TextLayout
 from dcar_core.util.arrays import TokenIds
 
 _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_WORD_END = "</w>"
+_WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # a version line, then more merges than CLIP uses
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
 
@@ -48,37 +47,12 @@ class TextTokenizer:
     special_ids: frozenset[int] = frozenset()
 
     @classmethod
-    def from_open_clip(cls, simple: Any, limit: int) -> "TextTokenizer":
-        """Convert open_clip's SimpleTokenizer."""
-        ranked = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
-        merges = [pair for pair in ranked if len(pair) == 2]  # a file may end with an empty line
-        tokenizer = _byte_pair_tokenizer(simple.encoder, merges)
-        normalizer = simple.clean_fn.__name__.removeprefix("_clean_")
-        return cls(tokenizer, limit, normalizer, (simple.sot_token_id,), simple.eot_token_id)
-
-    @classmethod
     def for_clip(cls, limit: int = _CLIP_CONTEXT) -> "TextTokenizer":
         """Use the vocabulary that CLIP was trained with."""
-        return _clip_tokenizer().with_limit(limit)
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> "TextTokenizer":
-        """Load what `to_bytes` returned."""
-        header, _, body = content.partition(b"\n")
-        fields = json.loads(header)
-        fields["start_ids"], fields["special_ids"] = tuple(fields["start_ids"]), frozenset(fields["special_ids"])
-        return cls(Tokenizer.from_buffer(body), **fields)
-
-    def to_bytes(self) -> bytes:
-        header = {
-            "limit": self.limit,
-            "normalizer": self.normalizer,
-            "start_ids": self.start_ids,
-            "end_id": self.end_id,
-            "pad_id": self.pad_id,
-            "special_ids": sorted(self.special_ids),
-        }
-        return json.dumps(header).encode() + b"\n" + self.tokenizer.to_str().encode()
+        spec = find_spec("open_clip")
+        assert spec is not None
+        assert spec.origin is not None
+        return load_byte_pairs(Path(spec.origin).with_name(_VOCABULARY_FILE)).with_limit(limit)
 
     def with_limit(self, limit: int) -> "TextTokenizer":
         return replace(self, limit=limit)
@@ -157,29 +131,42 @@ def count_clip_tokens(texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in TextTokenizer.for_clip(sys.maxsize).encode(texts)]
 
 
-def _byte_pair_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
-    model = models.BPE(vocab=dict(vocabulary), merges=list(merges), end_of_word_suffix=_WORD_END)
-    tokenizer = Tokenizer(model)
+def load_byte_pairs(file: Path) -> TextTokenizer:
+    """Load a vocabulary of CLIP's kind: gzipped merges, a line each."""
+    return _load_byte_pairs(file, file.stat().st_mtime_ns)
+
+
+def digest_byte_pairs(file: Path) -> str:
+    """Return the sha256 over the pieces and merges of a vocabulary of CLIP's kind."""
+    return _digest_byte_pairs(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _load_byte_pairs(file: Path, modified: int) -> TextTokenizer:
+    ids, ranks = _read_byte_pairs(file)
+    merges = [(merge[0], merge[1]) for merge in sorted(ranks, key=ranks.__getitem__) if len(merge) == 2]
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix=_WORD_END))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_SPLIT), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return tokenizer
+    return TextTokenizer(tokenizer, _CLIP_CONTEXT, "lower", (ids[_START],), ids[_END])
 
 
 @cache
-def _clip_tokenizer() -> TextTokenizer:
-    """Build CLIP's vocabulary: a sign for each byte, the same at a word's end, the merges, SOS and EOT."""
-    spec = find_spec("open_clip")
-    assert spec is not None
-    assert spec.origin is not None
-    with gzip.open(Path(spec.origin).with_name(_VOCABULARY_FILE), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1:]
+def _digest_byte_pairs(file: Path, modified: int) -> str:
+    content = [sorted(part.items()) for part in _read_byte_pairs(file)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read_byte_pairs(file: Path) -> tuple[dict[str, int], dict[tuple[str, ...], int]]:
+    """Number the pieces: a sign for each byte, the same at a word's end, the merges, SOS and EOT; and the merges."""
+    with gzip.open(file, "rt", encoding="utf-8") as opened:
+        lines = opened.read().split("\n")[1:]
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     signs = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-    merges = [(first, second) for first, second in map(str.split, lines[: _CLIP_VOCABULARY - 2 - 2 * len(signs)])]
-    words = [*signs, *(sign + _WORD_END for sign in signs), *map("".join, merges), "<start_of_text>", "<end_of_text>"]
-    tokenizer = _byte_pair_tokenizer({word: number for number, word in enumerate(words)}, merges)
-    return TextTokenizer(tokenizer, _CLIP_CONTEXT, "lower", (_CLIP_VOCABULARY - 2,), _CLIP_VOCABULARY - 1)
+    merges = [tuple(line.split()) for line in lines[: _CLIP_VOCABULARY - 2 - 2 * len(signs)]]  # the last may be empty
+    pieces = [*signs, *(sign + _WORD_END for sign in signs), *map("".join, merges), _START, _END]
+    return {piece: i for i, piece in enumerate(pieces)}, {merge: i for i, merge in enumerate(merges)}

@@ -20,48 +20,33 @@ class HfText(TextTower):
     """Bidirectional with masked padding; read at its first row or as the mean of all rows, prompts included."""
 
     def __init__(self, text: Any, layout: TextLayout) -> None:
-        self.module = text
-        self.layout = layout
+        super().__init__(text, layout)
         self.pad_id = int(text.config.pad_token_id)
         encoder = text.transformer
         self.table = encoder.get_input_embeddings()
         self.width = int(self.table.weight.shape[1])
-        self.prompt_std = float(self.embed_scale() * self.table.weight[:1000].detach().float().std())
+        scale = float(getattr(self.table, "embed_scale", 1.0))  # NLLB's table multiplies its rows
+        self.prompt_std = scale * float(self.table.weight[:1000].detach().float().std())
         for i, layer in enumerate(_layers(encoder)):
             if i > 0:
                 layer.register_forward_pre_hook(_renew_before(i), with_kwargs=True)
 
-    def embed_scale(self) -> float:
-        """NLLB's table multiplies its rows."""
-        return float(getattr(self.table, "embed_scale", 1.0))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self.table(tokens)
-        return embedded
-
     def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         token = _ROWS.set(rows)
         try:
-            states: Tensor = self.module.transformer(
-                inputs_embeds=x, attention_mask=self._mask(tokens, rows)
-            ).last_hidden_state
+            states = self.module.transformer(inputs_embeds=x, attention_mask=self._mask(tokens, rows))
+            return states.last_hidden_state  # type: ignore[no-any-return]
         finally:
             _ROWS.reset(token)
-        return states
 
     def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
 
-        pooled: Tensor = self.module.pooler(BaseModelOutput(last_hidden_state=x), self._mask(tokens, rows))
-        return pooled
+        states = BaseModelOutput(last_hidden_state=x)
+        return self.module.pooler(states, self._mask(tokens, rows))  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.module.proj(x)
-        return projected
-
-    @property
-    def vocabulary_size(self) -> int:
-        return int(self.table.weight.shape[0])
+        return self.module.proj(x)  # type: ignore[no-any-return]
 
     def _mask(self, tokens: Tensor, rows: PromptRows) -> Tensor:
         return rows.widen((tokens != self.pad_id).long(), 1)

@@ -6,7 +6,6 @@
 Letters: B batch, P patches, k prompt vectors, S side in pixels, W_v width, E joint space.
 """
 
-from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from dcar_core.model.towers.text import project_by
 _SQUARE = 32  # pixels a side of the squares that an encoder without patches is explained by
 
 
-class ImageTower(ABC):
+class ImageTower:
     """A frozen image encoder.
 
     width: W_v of its patches and prompts; 0 where it has no rows that prompts could join.
@@ -47,25 +46,25 @@ class ImageTower(ABC):
         x = self.embed(pixels)
         return self.project_patches(self.run(x, PromptRows(None, x.shape[1])))
 
-    @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, class rows + P, W_v), ready for the first block."""
+        raise NotImplementedError
 
-    @abstractmethod
     def run(self, x: Tensor, rows: PromptRows) -> Tensor:
         """All blocks over (B, n + k, W_v) -> (B, n, W_v); prompts leave."""
+        raise NotImplementedError
 
-    @abstractmethod
     def pool(self, x: Tensor) -> Tensor:
         """(B, n, W_v) -> (B, W)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def project(self, x: Tensor) -> Tensor:
         """(.., W) -> (.., E)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def project_patches(self, x: Tensor) -> Tensor:
         """(B, n, W_v) -> (B, P, E)."""
+        raise NotImplementedError
 
     def prepare_prompts(self, prompts: Tensor) -> Tensor:
         """Apply the norm between embedding and first block."""
@@ -81,19 +80,16 @@ class NativeImage(ImageTower):
         self.patch_grid = int(visual.grid_size[0])
 
     def embed(self, pixels: Tensor) -> Tensor:
-        embedded: Tensor = self.module._embeds(pixels)
-        return embedded
+        return self.module._embeds(pixels)  # type: ignore[no-any-return]
 
     def prepare_prompts(self, prompts: Tensor) -> Tensor:
-        prepared: Tensor = self.module.ln_pre(prompts)
-        return prepared
+        return self.module.ln_pre(prompts)  # type: ignore[no-any-return]
 
     def run(self, x: Tensor, rows: PromptRows) -> Tensor:
         return rows.leave(rows.run(x, self.module.transformer.resblocks))
 
     def pool(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.module._pool(x)[0]
-        return pooled
+        return self.module._pool(x)[0]  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> Tensor:
         return project_by(self.module.proj, x)
@@ -166,23 +162,7 @@ class WholeImage(ImageTower):
     def encode(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
         if prompts is not None:
             raise ValueError("this image tower has no rows that prompts could join")
-        encoded: Tensor = self.module.encode_image(pixels, normalize=False)
-        return encoded
+        return self.module.encode_image(pixels, normalize=False)  # type: ignore[no-any-return]
 
     def patch_features(self, pixels: Tensor) -> Tensor:
         raise ValueError("this image tower has no patches with features of their own")
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def run(self, x: Tensor, rows: PromptRows) -> Tensor:
-        raise NotImplementedError
-
-    def pool(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def project(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def project_patches(self, x: Tensor) -> Tensor:
-        raise NotImplementedError

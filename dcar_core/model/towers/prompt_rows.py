@@ -6,10 +6,6 @@ import torch
 from torch import Tensor
 
 
-def _identity(prompts: Tensor) -> Tensor:
-    return prompts
-
-
 class PromptRows:
     """Prompts in the rows [start, start + k) of a sequence; the first `depth` blocks see prompts of their own.
 
@@ -20,7 +16,7 @@ class PromptRows:
         self.prompts, self.start = prompts, start
         self.count = 0 if prompts is None else prompts.shape[-2]
 
-    def enter(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = _identity) -> Tensor:
+    def enter(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = lambda prompts: prompts) -> Tensor:
         """(B, n, W) -> (B, n + k, W). prepare: applied to the prompts, such as the norm before the first block."""
         if self.prompts is None:
             return x

@@ -39,7 +39,7 @@ def select_towers(
     with torch.no_grad():
         if text.width and (fault := _fault(lambda: _check_text(clip, text, caption))):
             logger.warning("the text tower is used without prompts, since its proof failed: %s", fault)
-            text = WholeText(clip, _layout(layout, reads_padding=True))
+            text = WholeText(clip, layout)
         if image.width and (fault := _fault(lambda: _check_image(clip, image, size))):
             logger.warning("the image tower is used without prompts, since its proof failed: %s", fault)
             image = WholeImage(clip, size)
@@ -72,16 +72,14 @@ def text_tower(clip: Any, layout: TextLayout) -> TextTower:
     """Choose a tower by the structure of the model, without a proof."""
     text = getattr(clip, "text", clip)
     if type(text).__name__ == "HFTextEncoder":
-        return HfText(text, _layout(layout, reads_padding=False))
+        return HfText(text, layout)
     needed = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection", "attn_mask")
     if not all(hasattr(text, name) for name in needed):
-        return WholeText(clip, _layout(layout, reads_padding=True))
+        return WholeText(clip, layout)
     if getattr(text, "cls_emb", None) is not None:
-        return CocaText(text, _layout(layout, reads_padding=True))
-    reads_padding = NativeText.reads_padding(text)
-    tower = NativeText(text, _layout(layout, reads_padding=reads_padding))
-    is_prefixed = not reads_padding and tower.pool_type in ("argmax", "eos")
-    return CausalText(text, tower.layout) if is_prefixed else tower
+        return CocaText(text, layout)
+    tower = NativeText(text, layout)
+    return tower if tower.layout.reads_padding else CausalText(text, layout)
 
 
 def image_tower(clip: Any, size: int) -> ImageTower:
@@ -93,10 +91,6 @@ def image_tower(clip: Any, size: int) -> ImageTower:
     if type(trunk).__name__ in ("VisionTransformer", "Eva") and not getattr(trunk, "rope_mixed", False):
         return TimmImage(visual)
     return WholeImage(clip, size)
-
-
-def _layout(layout: TextLayout, *, reads_padding: bool) -> TextLayout:
-    return TextLayout(layout.context_length, layout.start_ids, layout.end_id, layout.pad_id, reads_padding)
 
 
 def _fault(check: Any) -> str | None:

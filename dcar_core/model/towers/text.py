@@ -7,7 +7,7 @@
 Letters: B batch, n tokens, k prompt vectors, L context length, W_t width, E joint space.
 """
 
-from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,17 +20,19 @@ from dcar_core.model.towers.prompt_rows import PromptRows
 PROMPT_STD = 0.02  # of CLIP's token embeddings
 
 
-class TextTower(ABC):
+class TextTower:
     """A frozen text encoder.
 
+    module: open_clip's module that it runs. table: its token embeddings.
     width: W_t of its token embeddings and prompts; 0 where it takes neither prompts nor token weights.
-    module: open_clip's module that it runs.
     """
 
+    table: Any
     width: int
-    layout: TextLayout
-    module: Any
     prompt_std = PROMPT_STD
+
+    def __init__(self, module: Any, layout: TextLayout, *, reads_padding: bool = False) -> None:
+        self.module, self.layout = module, replace(layout, reads_padding=reads_padding)
 
     def encode(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Text features (B, E), not normalised.
@@ -69,57 +71,43 @@ class TextTower(ABC):
             x = x * nn.functional.pad(weights, (0, max(missing, 0)), value=1.0).unsqueeze(-1)
         return self.run(rows.enter(x), tokens, rows), tokens, rows
 
-    @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, n) -> (B, n, W_t): the embedding table's rows, before positions."""
+        return self.table(tokens)  # type: ignore[no-any-return]
 
-    @abstractmethod
     def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         """All blocks over (B, n + k, W_t); prompts stay among the rows."""
+        raise NotImplementedError
 
-    @abstractmethod
     def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         """(B, n + k, W_t) -> (B, W_t)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def project(self, x: Tensor) -> Tensor:
         """(.., W_t) -> (.., E)."""
+        raise NotImplementedError
 
     def finish_rows(self, x: Tensor) -> Tensor:
         """Apply the norm that `pool` applies to its row: (B, n, W_t) -> (B, n, W_t)."""
         return x
-
-    @property
-    def vocabulary_size(self) -> int:
-        return 0
 
 
 def project_by(weight: Any, x: Tensor) -> Tensor:
     """Apply a projection that open_clip keeps as a module, a matrix or not at all."""
     if weight is None:
         return x
-    projected: Tensor = weight(x) if isinstance(weight, nn.Module) else x @ weight
-    return projected
+    return weight(x) if isinstance(weight, nn.Module) else x @ weight  # type: ignore[no-any-return]
 
 
 class NativeText(TextTower):
     """open_clip's transformer: causal or not, read at its end token or its last row (SigLIP, CLIPA)."""
 
     def __init__(self, text: Any, layout: TextLayout) -> None:
-        self.module = text
-        self.layout = layout
         self.pool_type = getattr(text, "pool_type", None) or text.text_pool_type
+        super().__init__(text, layout, reads_padding=text.attn_mask is None or self.pool_type in ("last", "first"))
         self.eos_id = int(getattr(text, "eos_id", None) or getattr(text, "text_eos_id", None) or 0)
-        self.width = int(text.token_embedding.embedding_dim)
-
-    @staticmethod
-    def reads_padding(text: Any) -> bool:
-        pool_type = getattr(text, "pool_type", None) or text.text_pool_type
-        return text.attn_mask is None or pool_type == "last"
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self.module.token_embedding(tokens)
-        return embedded
+        self.table = text.token_embedding
+        self.width = int(self.table.embedding_dim)
 
     def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         length = x.shape[1]
@@ -127,8 +115,7 @@ class NativeText(TextTower):
         mask = self.module.attn_mask
         mask = None if mask is None else mask[:length, :length]
         x = rows.run(x, [partial(block, attn_mask=mask) for block in self.module.transformer.resblocks])
-        normed: Tensor = self.module.ln_final(x)
-        return normed
+        return self.module.ln_final(x)  # type: ignore[no-any-return]
 
     def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         if self.pool_type == "last":
@@ -146,10 +133,6 @@ class NativeText(TextTower):
     def project(self, x: Tensor) -> Tensor:
         return project_by(self.module.text_projection, x)
 
-    @property
-    def vocabulary_size(self) -> int:
-        return int(self.module.token_embedding.num_embeddings)
-
 
 class CausalText(NativeText):
     """A native tower in which start tokens and prompts never see the caption, read at its end token."""
@@ -157,6 +140,10 @@ class CausalText(NativeText):
 
 class CocaText(NativeText):
     """A class row behind the padding sees the text through an additive mask that is one row off, as it was trained."""
+
+    def __init__(self, text: Any, layout: TextLayout) -> None:
+        super().__init__(text, layout)
+        self.layout = replace(layout, reads_padding=True)
 
     def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
         text = self.module
@@ -173,8 +160,7 @@ class CocaText(NativeText):
         return self.finish_rows(x[:, -1])
 
     def finish_rows(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.module.ln_final(x)
-        return normed
+        return self.module.ln_final(x)  # type: ignore[no-any-return]
 
 
 class WholeText(TextTower):
@@ -183,24 +169,14 @@ class WholeText(TextTower):
     width = 0
 
     def __init__(self, clip: Any, layout: TextLayout) -> None:
-        self.module, self.layout = clip, layout
+        super().__init__(clip, layout, reads_padding=True)
 
     def encode(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if prompts is not None or weights is not None:
             raise ValueError("this text tower takes neither prompts nor token weights")
         missing = self.layout.context_length - tokens.shape[1]
         tokens = nn.functional.pad(tokens, (0, max(missing, 0)), value=self.layout.pad_id)
-        encoded: Tensor = self.module.encode_text(tokens, normalize=False)
-        return encoded
+        return self.module.encode_text(tokens, normalize=False)  # type: ignore[no-any-return]
 
     def embed(self, tokens: Tensor) -> Tensor:
         raise ValueError("this text tower has no token embeddings that could be weighted")
-
-    def run(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
-        raise NotImplementedError
-
-    def pool(self, x: Tensor, tokens: Tensor, rows: PromptRows) -> Tensor:
-        raise NotImplementedError
-
-    def project(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
