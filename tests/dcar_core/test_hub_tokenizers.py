@@ -1,0 +1,68 @@
+"""Vocabularies of the Hugging Face kinds give the ids of open_clip's own tokenizers, which transformers runs."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+
+from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
+from tests.support.tiny_models import Kind, write_tokenizer
+
+TEXTS = [
+    "",
+    "a red square",
+    "A  Red,   square and\ta green circle!",
+    "two brown dogs run across the wet lawn with one yellow ball " * 3,
+    "schönes niño œuvre 12 34567 ½ ﬁ",
+    "crying cat 😿 日本",
+    "it's not blue_green (really)",
+    "▁ ▁a",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "clean", "strip_end"),
+    [
+        ("t5", "canonicalize", False),  # SigLIP
+        ("t5", "whitespace", False),  # mT5
+        ("gemma", "canonicalize", False),  # SigLIP 2
+        ("xlm", "whitespace", False),  # XLM-RoBERTa, XLM-V
+        ("bert", "whitespace", True),  # CLIPA
+    ],
+)
+def test_ids_are_those_of_open_clip(kind: Kind, clean: str, strip_end: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    write_tokenizer(kind, tmp_path)
+    saved = tmp_path / "saved"  # the files as transformers' class for this kind writes them
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(saved)
+    stock = open_clip.tokenizer.HFTokenizer(str(saved), 24, clean=clean, strip_sep_token=strip_end)
+    found = load_hub_tokenizer("a/name", saved, 24, normalizer=clean, strip_end=strip_end)
+    for text in TEXTS:
+        ids = found([text])[0].tolist()
+        assert [*ids, *[found.pad_id] * (24 - len(ids))] == stock([text])[0].tolist(), text
+
+
+def test_settings_overrule_the_control_tokens_of_the_file(tmp_path: Path) -> None:
+    write_tokenizer("gemma", tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["post_processor"]["single"] = [
+        {"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+    ]  # fmt: skip
+    content["post_processor"]["special_tokens"] = {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}}
+    file.write_text(json.dumps(content))
+    tokenizer = load_hub_tokenizer("a/name", tmp_path, 24)
+    assert (tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id) == ((), 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gemma", "xlm", "bert", "nllb"])
+def test_no_text_places_a_control_token(kind: Kind, tmp_path: Path) -> None:
+    write_tokenizer(kind, tmp_path)
+    tokenizer = load_hub_tokenizer("a/name", tmp_path, 64)
+    plain = tokenizer.caption_ids("a red square")
+    for token in ("</s>", "<s>", "<eos>", "<bos>", "<pad>", "<mask>", "[SEP]", "[CLS]", "[MASK]"):
+        ids = tokenizer.caption_ids(f"a {token} red square")
+        assert not {*tokenizer.start_ids, tokenizer.end_id} & set(ids), token
+        if tokenizer.tokenizer.token_to_id(token) is not None:
+            assert [each for each in ids if each in plain][-2:] == plain[-2:]
