@@ -11,6 +11,9 @@ class RebuildOptions:
 
     kind: "auto", a name of `index_jobs.building.kinds`, or a FAISS index_factory string.
     milvus: URI of the Milvus that stores the vectors, or a Milvus Lite file; None for a FAISS file.
+    text_fields: metadata fields whose words hybrid searches look up, besides id, caption and category; None for every
+        field with text.
+    group_field: metadata field that names the product of an item: searches return each product once.
     memory: bytes that the index may take; None for half of the memory of the machine or container.
     target_recall: recall at 10 against exact search that search parameters are tuned to.
     workers: decoding processes; 0 for threads of this process, None to choose by gallery size.
@@ -36,6 +39,8 @@ class RebuildOptions:
 
     kind: str = "auto"
     milvus: str | None = None
+    text_fields: Sequence[str] | None = None
+    group_field: str = ""
     memory: int | None = None
     target_recall: float = 0.99
     workers: int | None = None

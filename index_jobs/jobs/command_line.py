@@ -137,6 +137,20 @@ def build_command(
             "Milvus Lite. The token is read from DCAR_MILVUS_TOKEN.",
         ),
     ] = None,
+    text_fields: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Metadata fields whose words hybrid searches look up, separated by commas. Default: every field with "
+            "text. Id, caption and category are always looked up.",
+        ),
+    ] = None,
+    group_field: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Metadata field that names the product of an item: searches return each product once."
+        ),
+    ] = RebuildOptions.group_field,
     memory: Annotated[
         int | None,
         typer.Option(
@@ -239,7 +253,8 @@ def build_command(
     logging.getLogger("index_jobs").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         summary = rebuild(
-            gallery, checkpoint, out, kind=kind, milvus=milvus, memory=memory, target_recall=target_recall,
+            gallery, checkpoint, out, kind=kind, milvus=milvus, text_fields=_names(text_fields),
+            group_field=group_field, memory=memory, target_recall=target_recall,
             workers=workers, batch_size=batch_size, ray=ray, keep=keep, max_failed=max_failed, device=device,
             exact=exact, pixel_cache=pixel_cache, runtime=runtime, shard_rows=shard_rows, validation=validation,
             margin=margin, force=force, notify=notify or (), keep_shards=keep_shards, progress=not quiet,
@@ -248,6 +263,10 @@ def build_command(
         _print(error.summary, as_json)
         raise
     _print(summary, as_json)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else sorted({name.strip() for name in text.split(",") if name.strip()})
 
 
 def _print(summary: RebuildSummary, as_json: bool) -> None:

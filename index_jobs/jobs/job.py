@@ -112,6 +112,9 @@ class RebuildJob:
             and manifest.requested_memory == options.memory
             and manifest.target_recall == options.target_recall
             and manifest.exact == options.exact
+            and manifest.has_lexical
+            and manifest.text_fields == (None if options.text_fields is None else list(options.text_fields))
+            and manifest.group_field == options.group_field
             and options.runtime in {AUTO, manifest.runtime}
             and not manifest.additions
             and not manifest.removed
@@ -244,7 +247,7 @@ class RebuildJob:
         logger.info("%d vectors: %s (%s)", len(encoded), choices[0].factory, choices[0].reason)
         queries = caption_queries(gallery.table, encoder)
         choice, measured = stage_vectors(staging, self.out, options, encoder, encoded, choices, queries)
-        stage_items(staging, gallery, encoded)
+        stage_items(staging, gallery, encoded, options.text_fields)
         return Manifest(
             version=0,
             fingerprint=encoder.fingerprint,
@@ -265,6 +268,8 @@ class RebuildJob:
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             failed=len(encoded.failed),
             exact=options.exact,
+            text_fields=None if options.text_fields is None else list(options.text_fields),
+            group_field=options.group_field,
             measured=measured,
             cutoff=self._calibrate(encoder, encoded),
             files={},

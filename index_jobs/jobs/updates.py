@@ -35,7 +35,8 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.columns import FieldTypes
 from index_jobs.store.faiss_index import write_faiss
 from index_jobs.store.items import COLUMNS, Items, take_rows, write_items
-from index_jobs.store.manifest import FAILED, ITEMS, REMOVED, VECTORS, Addition, FileInfo, Manifest
+from index_jobs.store.lexical.lexical_index import item_texts, update_lexical
+from index_jobs.store.manifest import FAILED, ITEMS, LEXICAL, REMOVED, VECTORS, Addition, FileInfo, Manifest
 from index_jobs.store.segments import write_removed
 from index_jobs.store.versions import open_current
 
@@ -153,6 +154,8 @@ def add(
         removed = np.union1d(np.flatnonzero(~current.live), _rows_of(current, replaced))
         manifest = _write_addition(staging, current, scanned, encoded, removed, replicas[0])
         shared = publish.share_files(current.path, staging, _unchanged_files(current.manifest, manifest))
+        if manifest.has_lexical:
+            shared = _update_lexical(staging, manifest, shared)
         manifest = publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
         publish.remove_directory(index, index / WORK)
     return UpdateSummary(
@@ -192,6 +195,16 @@ def _write_addition(
         folder=folder, count=table.num_rows, kind=built.choice.factory, sources=[*sources, gallery.source]
     )
     return _updated_manifest(manifest, start + table.num_rows, removed, [*manifest.additions[:kept], addition])
+
+
+def _update_lexical(staging: Path, manifest: Manifest, shared: dict[str, FileInfo]) -> dict[str, FileInfo]:
+    """Bring the shared lexical index up to date, and return the shared files without those that tantivy replaced."""
+    addition = manifest.additions[-1]
+    first_row = manifest.count + manifest.removed - addition.count
+    items = Items(staging / addition.folder / ITEMS)
+    texts = item_texts(items.table(np.arange(len(items))), manifest.text_fields)
+    replaced = update_lexical(staging / LEXICAL, texts, first_row)
+    return {name: info for name, info in shared.items() if name not in replaced}
 
 
 def _unchanged_files(before: Manifest, after: Manifest) -> dict[str, FileInfo]:

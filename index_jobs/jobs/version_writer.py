@@ -20,8 +20,9 @@ from index_jobs.gallery.scan import Gallery
 from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
 from index_jobs.store.faiss_index import write_faiss
-from index_jobs.store.items import write_items
-from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, VECTORS
+from index_jobs.store.items import take_rows, write_items
+from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL, VECTORS
 from index_jobs.store.publish import next_version
 
 if TYPE_CHECKING:
@@ -89,13 +90,15 @@ def stage_vectors(
     return choices[0], tuner.measure(milvus.MilvusIndex(location))
 
 
-def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery) -> None:
-    """Write items, failures and duplicates.
+def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery, text_fields: Sequence[str] | None) -> None:
+    """Write items, their words, failures and duplicates.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
-    write_items(staging / ITEMS, gallery.table, encoded.rows())
+    rows = encoded.rows()
+    write_items(staging / ITEMS, gallery.table, rows)
+    write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), text_fields))
     write_failed(staging / FAILED, gallery, encoded.failed)
     duplicates = encoded.duplicates()
     write_duplicates(staging / DUPLICATES, gallery, duplicates)

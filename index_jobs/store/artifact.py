@@ -9,7 +9,7 @@
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,14 @@ from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
 from index_jobs.gallery.storage import read_image
 from index_jobs.store.faiss_search import ScoredRows, as_mask
-from index_jobs.store.manifest import CHECKPOINT, ITEMS, MANIFEST, REMOVED, VECTORS, Manifest
+from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from index_jobs.store.faiss_index import VectorIndex
+    from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 _CACHED_ITEMS = 4096  # some 2 MB of objects
 
@@ -101,6 +102,17 @@ class Artifact:
         from index_jobs.store.faiss_index import FaissIndex
 
         return FaissIndex.open(self.path / VECTORS, gpu=self.manifest.gpu)
+
+    @cached_property
+    def lexical(self) -> "LexicalIndex | None":
+        """The words of the items; None in versions that have no lexical index.
+
+        Raises:
+            ArtifactError: the index cannot be read.
+        """
+        from index_jobs.store.lexical.lexical_index import LexicalIndex
+
+        return LexicalIndex(self.path / LEXICAL) if self.manifest.has_lexical else None
 
     @property
     def checkpoint(self) -> Path:

@@ -12,7 +12,7 @@ from dcar_core.util.files import canonical_json
 FORMAT = 2
 CURRENT, VERSIONS = "CURRENT", "versions"
 MANIFEST, VECTORS, ITEMS, REMOVED = "manifest.json", "index.faiss", "items.arrow", "removed.npy"
-CHECKPOINT, FAILED, DUPLICATES = "checkpoint", "failed.jsonl", "duplicates.jsonl"
+CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
 PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
 
 
@@ -65,8 +65,15 @@ class Manifest:
     runtime: str = ""  # runtime that encoded the images; "" in versions older than this field
     replaced: int | None = None  # the previous version; None for the first, or in versions older than this field
     exact: bool = False  # images decoded bit for bit as open_clip does
+    text_fields: list[str] | None = None  # metadata fields in the lexical index; None for every field with text
+    group_field: str = ""  # metadata field that names the product of an item; "" if each item is its own
     metric: str = "inner_product"
     format: int = FORMAT
+
+    @property
+    def has_lexical(self) -> bool:
+        """False for versions that are older than the lexical index."""
+        return any(name.startswith(f"{LEXICAL}/") for name in self.files)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values with a checksum over all of them, which reveals a changed manifest."""

@@ -1,0 +1,57 @@
+"""Analysis of text into the terms of the lexical index; the same for items and for queries.
+
+- Case, width and accents are folded: "Éclair" and "eclair" are one term.
+- A code gives its parts and the whole: "WX-300", "WX 300" and "wx300" share terms.
+- Chinese, Japanese and Korean text gives characters and pairs of neighbours, since it has no spaces.
+- English plurals lose their ending by Harman's three rules, which also leave codes and other languages readable.
+"""
+
+import re
+import unicodedata
+
+_ACCENTS = re.compile("[\u0300-\u036f]")
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_CJK_START = re.compile(f"[{_CJK}]")
+_CHUNK = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+(?:[-./_][^\W_{_CJK}]+)*")
+_PART = re.compile(r"[^\W\d_]+|\d+")
+_STOP_WORDS = frozenset(
+    ["a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it", "of", "on", "or", "that", "the", "to"]
+)
+_MAX_TERM = 64  # characters
+
+
+def index_terms(text: str) -> list[str]:
+    """Return the terms of an item's text, in order, with repetitions."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    if not folded.isascii():
+        folded = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", folded)))
+    terms: list[str] = []
+    for match in _CHUNK.finditer(folded):
+        chunk = match.group()
+        if _CJK_START.match(chunk):
+            terms += [*chunk, *(chunk[i : i + 2] for i in range(len(chunk) - 1))]
+            continue
+        parts = _PART.findall(chunk)
+        terms += [_singular(part) for part in parts]
+        if len(parts) > 1 and any(part.isdecimal() for part in parts):
+            terms.append("".join(parts))
+    return [term[:_MAX_TERM] for term in terms]
+
+
+def query_terms(text: str, limit: int = 64) -> list[str]:
+    """Return the distinct terms of a query, without stop words unless it has no others."""
+    terms = dict.fromkeys(index_terms(text))
+    telling = [term for term in terms if term not in _STOP_WORDS]
+    return (telling or list(terms))[:limit]
+
+
+def _singular(word: str) -> str:
+    if len(word) < 4 or not word.endswith("s"):
+        return word
+    if word.endswith("ies") and word[-4] not in "ae":
+        return word[:-3] + "y"
+    if word.endswith(("xes", "zes", "ches", "shes", "sses")):
+        return word[:-2]
+    if word.endswith("es") and word[-3] not in "aeo":
+        return word[:-1]
+    return word if word.endswith(("us", "ss", "es")) else word[:-1]

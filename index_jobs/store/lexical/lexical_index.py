@@ -1,0 +1,200 @@
+"""The lexical index of a version: BM25 over the terms of its items, in a tantivy directory.
+
+- A document is one row. Terms come from `analysis`; tantivy only splits them at spaces.
+- A score is the share of a query that an item contains: BM25 divided by the sum of the query's inverse document
+  frequencies. It is about 1 for an item of average length that contains every term, less than 1.7 for the shortest.
+- A term that no item contains matches terms one edit away, at half the score, so "gohst" finds a ghost.
+- Readers open the files through links in a temporary directory, because tantivy locks a directory by writing to it, and
+  versions may be mounted read-only.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.errors import ArtifactError
+from index_jobs.store.lexical.analysis import index_terms, query_terms
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROW, _TERMS = "row", "terms"
+_ANALYZER = "terms"
+_HEAP_BYTES = 128_000_000  # of the writer; a segment is written when it is full
+_FUZZY_FROM = 4  # characters of a term that may match others one edit away
+_FUZZY_SCORE = 0.5
+_SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
+
+
+def item_texts(table: "pa.Table", fields: Collection[str] | None) -> Iterator[str]:
+    """Return the text of each row of a table of items: id, caption, category and metadata fields, None for all."""
+    for batch in table.select(["id", "caption", "category", "metadata"]).to_batches():
+        for item_id, caption, category, metadata in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            values = [item_id, caption, category]
+            for name, value in json.loads(metadata).items():
+                if fields is None or name in fields:
+                    values += value if isinstance(value, list) else [value]
+            yield "\n".join(value for value in values if isinstance(value, str))
+
+
+def write_lexical(path: Path, texts: Iterable[str]) -> None:
+    """Write the index of texts, one for each row from 0 on, into an empty or missing directory.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    import tantivy
+
+    path.mkdir(exist_ok=True)
+    schema = (
+        tantivy.SchemaBuilder()
+        .add_unsigned_field(_ROW, indexed=True, fast=True)
+        .add_text_field(_TERMS, tokenizer_name=_ANALYZER, index_option="freq")
+        .build()
+    )
+    _write(_prepare(tantivy.Index(schema, path=str(path))), path, texts, first_row=0, replaced_from=None)
+
+
+def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]:
+    """Replace the rows from `first_row` on, in a directory whose files may be hard links to those of another version.
+
+    tantivy writes new files and never changes one, so the other version stays as it is. Returns the names of the files
+    that were replaced by others of the same name, relative to the version.
+
+    Raises:
+        ArtifactError: the index cannot be read.
+        OSError: the disk is full or cannot be written.
+    """
+    _write(_open(path), path, texts, first_row=first_row, replaced_from=first_row)
+    return {f"{path.name}/{name}" for name in ("meta.json", ".managed.json")}
+
+
+def _write(index: Any, path: Path, texts: Iterable[str], *, first_row: int, replaced_from: int | None) -> None:
+    import tantivy
+
+    try:
+        writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
+        if replaced_from is not None:
+            rows = tantivy.Query.range_query(
+                index.schema, _ROW, tantivy.FieldType.Unsigned, lower_bound=replaced_from, upper_bound=2**62
+            )
+            writer.delete_documents_by_query(rows)
+        for row, text in enumerate(texts, first_row):
+            document = tantivy.Document()
+            document.add_unsigned(_ROW, row)
+            document.add_text(_TERMS, " ".join(index_terms(text)))
+            writer.add_document(document)
+        writer.commit()
+        writer.wait_merging_threads()
+    except ValueError as error:
+        raise OSError(f"the lexical index {path} cannot be written: {error}") from error
+    for lock in path.glob(".tantivy-*.lock"):
+        lock.unlink()
+
+
+class LexicalIndex:
+    """An opened lexical index. Safe for concurrent readers; its files may be removed while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a directory that `write_lexical` wrote.
+
+        Raises:
+            ArtifactError: the index cannot be read.
+        """
+        with tempfile.TemporaryDirectory(prefix="dcar-lexical-") as links:
+            for file in path.iterdir() if path.is_dir() else ():
+                (Path(links) / file.name).symlink_to(file.resolve())
+            index = _open(Path(links), shown=path)
+            try:
+                index.config_reader("manual")
+                self._searcher = index.searcher()
+            except ValueError as error:
+                raise ArtifactError(f"{path} cannot be read: {error}") from error
+        self._schema = index.schema
+
+    def __len__(self) -> int:
+        count: int = self._searcher.num_docs
+        return count
+
+    def search(self, text: str, k: int, allowed: Mask | None = None) -> tuple[Floats, Rows]:
+        """Return the k rows with the highest scores among the allowed ones; rows without any term are left out.
+
+        Returns:
+            scores float32 (m,), best first, and rows int64 (m,), with m at most k.
+        """
+        query, best = self._query(text)
+        if query is None:
+            return np.empty(0, np.float32), np.empty(0, np.int64)
+        if allowed is not None and (count := int(np.count_nonzero(allowed))) <= _SET_ROWS:
+            return self._hits(self._among(query, np.flatnonzero(allowed)), min(k, max(count, 1)), best)
+        width = k
+        while True:
+            scores, rows = self._hits(query, width, best)
+            inside = slice(None) if allowed is None else allowed[rows]
+            if allowed is None or len(rows) < width or np.count_nonzero(inside) >= k:
+                return scores[inside][:k], rows[inside][:k]
+            width *= 4
+
+    def score(self, text: str, rows: Rows) -> Floats:
+        """Return the score of each of these distinct rows, float32 (m,); 0 for rows without any term."""
+        scores = np.zeros(len(rows), np.float32)
+        query, best = self._query(text)
+        if query is not None and len(rows):
+            found_scores, found_rows = self._hits(self._among(query, rows), len(rows), best)
+            order = np.argsort(rows)
+            scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
+        return scores
+
+    def _query(self, text: str) -> tuple[Any, float]:
+        """Return the query, None if no item can match, and the score of a perfect match of average length."""
+        import tantivy
+
+        count, best, parts = len(self), 0.0, []
+        for term in query_terms(text):
+            frequency = self._searcher.doc_freq(_TERMS, term)
+            best += math.log1p((count - frequency + 0.5) / (frequency + 0.5))
+            if frequency:
+                part = tantivy.Query.term_query(self._schema, _TERMS, term, "freq")
+            elif len(term) >= _FUZZY_FROM and not term.isdecimal():
+                similar = tantivy.Query.fuzzy_term_query(self._schema, _TERMS, term, distance=1)
+                weight = _FUZZY_SCORE * math.log1p(count)
+                part = tantivy.Query.const_score_query(similar, weight)
+            else:
+                continue
+            parts.append((tantivy.Occur.Should, part))
+        return (tantivy.Query.boolean_query(parts) if parts else None), best
+
+    def _among(self, query: Any, rows: Rows) -> Any:
+        import tantivy
+
+        chosen = tantivy.Query.term_set_query(self._schema, _ROW, rows.tolist())
+        must = tantivy.Occur.Must
+        return tantivy.Query.boolean_query([(must, tantivy.Query.const_score_query(chosen, 0.0)), (must, query)])
+
+    def _hits(self, query: Any, limit: int, best: float) -> tuple[Floats, Rows]:
+        hits = self._searcher.search(query, limit, count=False).hits
+        scores = np.array([score for score, _ in hits], np.float32)
+        rows = np.array(self._searcher.fast_field_values(_ROW, [address for _, address in hits]), np.int64)
+        return scores / np.float32(best), rows
+
+
+def _open(path: Path, shown: Path | None = None) -> Any:
+    import tantivy
+
+    try:
+        return _prepare(tantivy.Index.open(str(path)))
+    except ValueError as error:
+        raise ArtifactError(f"{shown or path} cannot be read: {error}") from error
+
+
+def _prepare(index: Any) -> Any:
+    import tantivy
+
+    index.register_tokenizer(_ANALYZER, tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace()).build())
+    return index

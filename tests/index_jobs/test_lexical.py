@@ -1,0 +1,138 @@
+"""The lexical index: analysis, scores, updates, and what it writes."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcar_core.util.errors import ArtifactError
+from index_jobs.store.lexical.analysis import index_terms, query_terms
+from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
+
+TEXTS = ["ghost: a white spook", "skull", "fish cake", "a red car", "red truck, fire engine", "WX-300 left mirror"]
+
+
+@pytest.fixture(scope="module")
+def lexical(tmp_path_factory: pytest.TempPathFactory) -> LexicalIndex:
+    path = tmp_path_factory.mktemp("lexical") / "lexical"
+    write_lexical(path, TEXTS)
+    return LexicalIndex(path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Éclair", "eclair"),
+        ("WX-300", "wx300"),
+        ("WX 300", "wx-300"),
+        ("flamingos", "flamingo"),
+        ("boxes", "box"),
+        ("berries", "berry"),
+        ("\uff46\uff55\uff4c\uff4c", "full"),
+        ("東京タワー", "東京"),
+    ],
+)
+def test_spellings_of_one_thing_share_a_term(one: str, other: str) -> None:
+    assert {*index_terms(one)} & {*index_terms(other)}
+
+
+def test_a_query_loses_stop_words_unless_it_has_no_others() -> None:
+    assert query_terms("a photo of the ghost") == ["photo", "ghost"]
+    assert query_terms("to be or not") == ["be", "not"]
+    assert query_terms("the of") == ["the", "of"]
+
+
+@pytest.mark.parametrize(
+    ("query", "row"),
+    [("ghost", 0), ("gohst", 0), ("wx 300", 5), ("WX300", 5), ("fire truck", 4), ("red car", 3), ("fish cakes", 2)],
+)
+def test_the_best_row_contains_most_of_the_query(lexical: LexicalIndex, query: str, row: int) -> None:
+    assert lexical.search(query, 1)[1].tolist() == [row]
+
+
+def test_scores_are_shares_of_the_query(lexical: LexicalIndex) -> None:
+    whole, half = lexical.search("red car", 2)[0]
+    assert 0 < half < whole < 1.7
+    assert lexical.search("red zebra", 1)[0] < lexical.search("red", 1)[0]  # an unknown word is a part that is missing
+    assert lexical.search("gohst", 1)[0] < lexical.search("ghost", 1)[0]
+
+
+def test_no_match_gives_no_rows(lexical: LexicalIndex) -> None:
+    for query in ("zzz", "", "?!"):
+        scores, rows = lexical.search(query, 3)
+        assert len(scores) == len(rows) == 0
+
+
+def test_scores_of_given_rows_equal_those_of_a_search(lexical: LexicalIndex) -> None:
+    scores, rows = lexical.search("red fire car", len(TEXTS))
+    expected = np.zeros(len(TEXTS), np.float32)
+    expected[rows] = scores
+    order = np.array([5, 3, 0, 4, 2, 1])
+    np.testing.assert_allclose(lexical.score("red fire car", order), expected[order], rtol=1e-6)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["restricted search", "widened search"])
+def test_only_allowed_rows_are_found(tmp_path: Path, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from index_jobs.store.lexical import lexical_index
+
+    monkeypatch.setattr(lexical_index, "_SET_ROWS", 1000 if small else 0)
+    write_lexical(tmp_path / "lexical", [f"face {'ghost' if row % 3 == 0 else 'cat'}" for row in range(300)])
+    allowed = np.zeros(300, np.bool_)
+    allowed[200:] = True
+    scores, rows = LexicalIndex(tmp_path / "lexical").search("ghost", 50, allowed)
+    assert sorted(rows.tolist()) == list(range(201, 300, 3))
+    assert len(scores) == len(rows)
+
+
+def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    words = [first + second for first in "bdfgkl" for second in ("ab", "oc", "ip", "em", "un", "at")]
+    texts = [" ".join(generator.choices(words, k=6)) for _ in range(60)]
+    first, second = tmp_path / "1", tmp_path / "2"
+    write_lexical(first, texts)
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    second.mkdir()
+    for path in first.iterdir():
+        (second / path.name).hardlink_to(path)
+    added = [" ".join(generator.choices(words, k=6)) for _ in range(30)]
+    replaced = update_lexical(second, added, first_row=50)  # replaces the last ten
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    unchanged = {path.name for path in second.iterdir()} & {*before} - {Path(name).name for name in replaced}
+    assert all((second / name).read_bytes() == before[name] for name in unchanged)
+    current = texts[:50] + added
+    for index, rows_text in ((LexicalIndex(first), texts), (LexicalIndex(second), current)):
+        assert len(index) == len(rows_text)
+        for word in words:
+            rows = index.search(word, 100)[1].tolist()
+            assert sorted(rows) == [row for row, text in enumerate(rows_text) if word in text.split()]
+
+
+def test_a_directory_that_cannot_be_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "lexical"
+    write_lexical(path, TEXTS)
+    names = {file.name for file in path.iterdir()}
+    path.chmod(0o555)
+    try:
+        assert len(LexicalIndex(path)) == len(TEXTS)
+    finally:
+        path.chmod(0o755)
+    assert {file.name for file in path.iterdir()} == names  # no lock files
+
+
+def test_a_removed_directory_stays_readable_while_it_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "lexical"
+    write_lexical(path, TEXTS)
+    lexical = LexicalIndex(path)
+    for file in path.iterdir():
+        file.unlink()
+    assert lexical.search("skull", 1)[1].tolist() == [1]
+
+
+def test_a_missing_or_damaged_index_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=str(tmp_path / "none")):
+        LexicalIndex(tmp_path / "none")
+    write_lexical(tmp_path / "lexical", TEXTS)
+    (tmp_path / "lexical" / "meta.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        LexicalIndex(tmp_path / "lexical")
