@@ -4,16 +4,17 @@
 - Shutdown: for `drain_s` the service responds but is not ready; then it refuses connections and finishes its requests.
 """
 
+import contextlib
 import errno
 import gc
 import logging
 import logging.config
 import socket
 import threading
-from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app.core.logs import log_config
@@ -32,17 +33,13 @@ _FINISH_S = 10  # for pending requests at shutdown
 
 
 def serve(settings: Settings) -> None:
-    """Run until interrupted.
-
-    Raises:
-        DcarError: the service cannot start: no index, a taken port, a broken model.
-    """
+    """Run until interrupted. Raise DcarError if the service cannot start: no index, a taken port, a broken model."""
     logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
     failures: list[DcarError] = []
     for index in settings.indexes.values():
         require_index(index)
     tracer = start_tracing() if settings.tracing else None
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
 
     def fail(error: DcarError) -> None:
         failures.append(error)
@@ -53,12 +50,7 @@ def serve(settings: Settings) -> None:
         app = create_app(settings, on_start_failure=fail, tracer=tracer)
         host, port = listener.getsockname()[:2]
         logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        server = _Server(
-            server_config(app),
-            collections_of=lambda: getattr(app.state, "collections", None),
-            drain_s=settings.drain_s,
-            batch_scheduling=settings.batch_scheduling,
-        )
+        server = _Server(app, settings)
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after a clean shutdown
@@ -90,23 +82,16 @@ class _Server(uvicorn.Server):
     - From then on, with `batch_scheduling`, the event loop does not preempt the model: see `app.core.threads`.
     """
 
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        *,
-        collections_of: Callable[[], Collections | None],
-        drain_s: float,
-        batch_scheduling: bool,
-    ) -> None:
-        super().__init__(config)
-        self._collections_of = collections_of
-        self._drain_s = drain_s
-        self._batch_scheduling = batch_scheduling
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(server_config(app))
+        self._app = app
+        self._drain_s = settings.drain_s
+        self._batch_scheduling = settings.batch_scheduling
         self._timer: threading.Timer | None = None
         self._is_loaded = False
 
     async def on_tick(self, counter: int) -> bool:
-        collections = self._collections_of()
+        collections: Collections | None = getattr(self._app.state, "collections", None)
         if not self._is_loaded and collections is not None and all(each.live is not None for _, each in collections):
             gc.freeze()
             if self._batch_scheduling:
@@ -115,7 +100,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        collections = self._collections_of()
+        collections: Collections | None = getattr(self._app.state, "collections", None)
         if self._timer is not None:
             self._timer.cancel()  # uvicorn treats a further signal as a demand to drop pending requests
         if self._timer is not None or self._drain_s == 0 or collections is None or collections[None].live is None:
@@ -130,30 +115,15 @@ class _Server(uvicorn.Server):
 
 def _allow_connections() -> None:
     """Raise the limit of open files as far as allowed: the usual 1,024 are few for connections."""
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # the system has no such limit, or forbids raising it
         import resource
 
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-    except (ImportError, ValueError, OSError):  # the system has no such limit, or forbids raising it
-        pass
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Check a port before minutes are spent on building an index for it.
-
-    Raises:
-        DcarError: the port cannot be listened on.
-    """
-    _listen(host, port).close()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises:
-        DcarError: the address or the port is not available.
-    """
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raise DcarError if the address or the port is not available."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError:

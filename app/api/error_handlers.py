@@ -6,8 +6,7 @@
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
-from typing import cast
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -31,11 +30,23 @@ from dcar_core.util.errors import DataError, ImageError, StoreUnavailableError
 logger = logging.getLogger(__name__)
 
 
-def search_problem(error: SearchError) -> Problem:
-    """Return the problem document for an error of the search engine."""
+def install(app: FastAPI) -> None:
+    """Register the handlers."""
+    for kind in (Problem, SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError):
+        app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+
+
+def to_problem(error: Exception) -> Problem:
+    """Return the problem document for an error. Raise an error that is not foreseen again."""
     match error:
+        case Problem():
+            return error
+        case RequestValidationError():
+            return from_validation(error)
         case BatchQueryError():
-            return search_problem(error.cause).within(f"queries.{error.number}")
+            return to_problem(error.cause).within(f"queries.{error.number}")
         case InvalidQueryError():
             return field_problem(error.field, error.message)
         case ItemNotFoundError():
@@ -51,63 +62,26 @@ def search_problem(error: SearchError) -> Problem:
             seconds = max(1, math.ceil(error.retry_after_s))
             detail = f"{str(error).rstrip('.')}. Try again in {seconds} s."
             return Problem(503, detail, headers={"Retry-After": str(seconds)})
+        case StoreUnavailableError():
+            logger.warning("%s", error)
+            detail = "The vector store is unavailable. Try again later."
+            return Problem(503, detail, headers={"Retry-After": "2"})
+        case ImageError():
+            return field_problem("file", str(error))
+        case DataError():
+            return Problem(422, str(error))
     raise error
 
 
-def install(app: FastAPI) -> None:
-    """Register the handlers."""
-    for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, handler)
-
-
-async def response_to(request: Request, error: Exception) -> Response:
-    """Return the response to an exception that was raised outside of FastAPI's routes.
-
-    Raises:
-        Exception: the error itself, if no handler knows it.
-    """
-    for kind in type(error).__mro__:
-        if kind in _HANDLERS:
-            return await _HANDLERS[kind](request, error)
-    raise error
-
-
-async def _on_problem(_: Request, error: Exception) -> Response:
-    return cast(Problem, error).response()
-
-
-async def _on_search_error(_: Request, error: Exception) -> Response:
-    return search_problem(cast(SearchError, error)).response()
-
-
-async def _on_validation(_: Request, error: Exception) -> Response:
-    return from_validation(cast(RequestValidationError, error), located=True).response()
-
-
-async def _on_image(_: Request, error: Exception) -> Response:
-    return field_problem("file", str(error)).response()
-
-
-async def _on_data(_: Request, error: Exception) -> Response:
-    return Problem(422, str(error)).response()
-
-
-async def _on_store_unavailable(_: Request, error: Exception) -> Response:
-    logger.warning("%s", error)
-    detail = "The vector store is unavailable. Try again later."
-    return Problem(503, detail, headers={"Retry-After": "2"}).response()
-
-
-async def _on_http(request: Request, error: Exception) -> Response:
-    error = cast(HTTPException, error)
+async def _on_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        return to_problem(error).response()
+    detail, headers = str(error.detail), error.headers
     if error.status_code == 404:
         detail = f"There is nothing at {request.url.path[:200]}; see /docs for the routes."
     elif error.status_code == 405:
-        detail = f"{request.method} is not allowed here."
-        return Problem(405, detail, headers=_allow_head(error.headers)).response()
-    else:
-        detail = str(error.detail)
-    return Problem(error.status_code, detail, headers=error.headers).response()
+        detail, headers = f"{request.method} is not allowed here.", _allow_head(headers)
+    return Problem(error.status_code, detail, headers=headers).response()
 
 
 def _allow_head(headers: Mapping[str, str] | None) -> dict[str, str]:
@@ -118,15 +92,3 @@ def _allow_head(headers: Mapping[str, str] | None) -> dict[str, str]:
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
     return Response(status_code=400)  # the client is gone; the status is for the access log
-
-
-_HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    Problem: _on_problem,
-    SearchError: _on_search_error,
-    RequestValidationError: _on_validation,
-    ImageError: _on_image,
-    DataError: _on_data,
-    StoreUnavailableError: _on_store_unavailable,
-    HTTPException: _on_http,
-    ClientDisconnect: _on_disconnect,
-}

@@ -5,7 +5,6 @@
 - Statuses that the middleware sends (401, 408, 429) are added to every operation that it guards.
 """
 
-from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +18,13 @@ from app.core.settings import Settings
 
 _PROBLEM_REF = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_COLLECTION = {
+    "name": "collection",
+    "in": "path",
+    "required": True,
+    "description": "a name from GET /collections",
+    "schema": {"type": "string"},
+}
 
 _ERRORS: dict[str, tuple[str, Problem]] = {
     "400": ("The body cannot be parsed.", field_problem("body", "not valid JSON", status=400)),
@@ -63,41 +69,20 @@ _ERRORS: dict[str, tuple[str, Problem]] = {
 }
 
 
-def operation(model: type[Any], *errors: int, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def operation(
+    model: type[Any], *errors: int, body: type[BaseModel] | None = None, media_type: str = "application/json"
+) -> dict[str, Any]:
     """Return a route's keyword arguments: its response model, its error statuses and its request body."""
     arguments: dict[str, Any] = {"responses": {200: {"model": model}, **problem_responses(*errors)}}
-    if body is not None:
-        arguments["openapi_extra"] = {"requestBody": {"required": True, "content": body}}
+    if body is not None:  # `install` adds its schema
+        content = {media_type: {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+        arguments["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return arguments
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return entries of `responses` for errors; `install` fills in descriptions and examples."""
     return {status: {"description": "", "content": {MEDIA_TYPE: {"schema": _PROBLEM_REF}}} for status in statuses}
-
-
-def text_body(settings: Settings) -> dict[str, Any]:
-    """Return the body of /search/text."""
-    return {"application/json": {"schema": _limited(TextQuery, settings)}}
-
-
-def batch_body(settings: Settings) -> dict[str, Any]:
-    """Return the body of /search/batch."""
-    schema = _inlined(BatchQuery)
-    schema["properties"]["queries"] |= {"maxItems": settings.max_queries, "items": _limited(TextQuery, settings)}
-    return {"application/json": {"schema": schema}}
-
-
-def image_body(settings: Settings) -> dict[str, Any]:
-    """Return the form of /search/image."""
-    schema = _limited(ImageForm, settings)
-    file = {"type": "string", "format": "binary", "description": f"at most {settings.max_upload_bytes} bytes"}
-    schema["properties"] = {"file": file, **schema["properties"]}
-    schema["required"] = ["file"]
-    for name in ("filter", "weights"):  # OpenAPI would send an object as a file of its own
-        description = schema["properties"][name].get("description", "as in text searches")
-        schema["properties"][name] = {"type": "string", "default": "", "description": f"{description}; as JSON"}
-    return {"multipart/form-data": {"schema": schema}}
 
 
 def install(app: FastAPI) -> None:
@@ -120,11 +105,13 @@ def _document(app: FastAPI) -> dict[str, Any]:
         routes=app.routes,
     )
     components = document["components"]
+    schemas = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        components["schemas"].pop(name, None)
-    problem = ProblemResponse.model_json_schema(ref_template="#/components/schemas/{model}")
-    components["schemas"] |= problem.pop("$defs", {})
-    components["schemas"][ProblemResponse.__name__] = problem
+        schemas.pop(name, None)
+    for model in (TextQuery, ImageForm, BatchQuery, ProblemResponse):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
+    _add_limits(schemas, app.state.settings)
     key = "An API key, if the service requires one; the header `X-API-Key` works too."
     components["securitySchemes"] = {
         "key": {"type": "http", "scheme": "bearer", "description": key},
@@ -138,6 +125,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 def _complete(path: str, operation: dict[str, Any]) -> None:
     responses = operation["responses"]
+    if "{collection}" in path:  # `collection_of` reads it
+        operation.setdefault("parameters", []).insert(0, _COLLECTION)
     if path not in _OPEN_PATHS:
         operation["security"] = [{"admin": []}] if path.startswith("/admin/") else [{}, {"key": []}]
         for status in ("401", "429", "500", *(("408",) if "requestBody" in operation else ())):
@@ -149,33 +138,18 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     operation["responses"] = dict(sorted(responses.items()))
 
 
-def _limited(model: type[BaseModel], settings: Settings) -> dict[str, Any]:
-    schema = _inlined(model)
-    for name in ("query", "without"):
-        schema["properties"][name]["maxLength"] = settings.max_query_chars
-    schema["properties"]["k"]["maximum"] = settings.max_k
-    schema["properties"]["offset"]["maximum"] = settings.max_window - 1
-    return schema
-
-
-def _inlined(model: type[BaseModel]) -> dict[str, Any]:
-    """Return a schema with its references resolved; `openapi_extra` cannot add to the document's components."""
-    schema = _schema(model)
-    definitions = schema.get("$defs", {})
-
-    def resolve(node: Any) -> Any:
-        if isinstance(node, list):
-            return [resolve(each) for each in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            node = definitions[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
-        return {name: resolve(value) for name, value in node.items()}
-
-    return {name: resolve(value) for name, value in schema.items() if name != "$defs"}
-
-
-@cache
-def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return a model's schema, which takes 15 ms to generate; do not change it."""
-    return model.model_json_schema()
+def _add_limits(schemas: dict[str, Any], settings: Settings) -> None:
+    """Write the limits of the settings, and the file of a form, into the schemas of requests."""
+    for model in (TextQuery, ImageForm):
+        properties = schemas[model.__name__]["properties"]
+        for name in ("query", "without"):
+            properties[name]["maxLength"] = settings.max_query_chars
+        properties["k"]["maximum"] = settings.max_k
+        properties["offset"]["maximum"] = settings.max_window - 1
+    schemas["BatchQuery"]["properties"]["queries"]["maxItems"] = settings.max_queries
+    form = schemas["ImageForm"]
+    file = {"type": "string", "format": "binary", "description": f"at most {settings.max_upload_bytes} bytes"}
+    form |= {"properties": {"file": file, **form["properties"]}, "required": ["file"]}
+    for name in ("filter", "weights"):  # OpenAPI would send an object as a file of its own
+        description = form["properties"][name].get("description", "as in text searches")
+        form["properties"][name] = {"type": "string", "default": "", "description": f"{description}; as JSON"}

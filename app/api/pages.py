@@ -5,9 +5,9 @@
 """
 
 import hashlib
-from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from typing import NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -29,8 +29,7 @@ _POLICY = (
 _DOCS_POLICY = _POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger UI sets inline styles
 
 
-@dataclass(frozen=True, slots=True)
-class _Page:
+class _Page(NamedTuple):
     data: bytes
     media_type: str
     etag: str
@@ -40,13 +39,8 @@ def make_pages() -> APIRouter:
     """Return the routes of /, /docs and their files below /ui/."""
     router = APIRouter(include_in_schema=False)
     swagger = _UI / "vendor" / "swagger-ui"
-    pages = {
-        file.name: _read(file)
-        for file in [
-            *(file for file in _UI.iterdir() if _suffix(file) in _MEDIA_TYPES),
-            *(swagger / name for name in ("swagger-ui-bundle.js", "swagger-ui.css")),
-        ]
-    }
+    own = [file for file in _UI.iterdir() if _suffix(file) in _MEDIA_TYPES]
+    pages = {file.name: _read(file) for file in (*own, swagger / "swagger-ui-bundle.js", swagger / "swagger-ui.css")}
 
     def send(request: Request, name: str, policy: str | None = None) -> Response:
         page = pages.get(name)

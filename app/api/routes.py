@@ -1,33 +1,21 @@
-"""The routes. Each takes a checked query (see `params`), calls the retriever and returns a response (see `responses`).
+"""The routes. Each reads a query (see `bodies`), calls the retriever and returns a response (see `responses`).
 
 - Item routes exist twice: for the default collection, and below /collections/{collection}.
 - Ids are percent-encoded in URLs and looked up in the index; no part of a URL is ever used as a file path.
-- The settings only write the actual limits into the documentation.
 """
 
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Path, Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi import Query as QueryParam
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from app.api.bodies import read_text_query
-from app.api.openapi import batch_body, image_body, operation, problem_responses, text_body
-from app.api.params import (
-    BatchDep,
-    CollectionsDep,
-    ImageQueryDep,
-    ItemId,
-    ItemsQueryDep,
-    RetrieverDep,
-    SimilarQueryDep,
-    SnapshotDep,
-    require_admin,
-    retriever_of,
-    settings_of,
-    snapshot_of,
-)
+from app.api.bodies import check_batch, check_form_type, check_window, read_batch, read_image_query, read_text_query
+from app.api.openapi import operation, problem_responses
+from app.api.params import ItemId, collections_of, require_admin, retriever_of, settings_of, snapshot_of
+from app.api.requests import BatchQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
 from app.api.responses import JsonResponse, item_response, items_response, search_response
 from app.api.schemas import (
     BatchResponse,
@@ -39,11 +27,14 @@ from app.api.schemas import (
     ReloadResponse,
     SearchResponse,
 )
-from app.core.media import media_type
 from app.core.metrics import CONTENT_TYPE
-from app.core.problems import Problem
+from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
+from app.middleware.access import charge
 from app.search.errors import NotReadyError
+from app.search.query import Query, SearchOptions
+from app.search.snapshots import Snapshot
+from dcar_core.images import sniff_format
 from dcar_core.util.errors import DcarError
 
 _COLLECTION = "/collections/{collection}"
@@ -68,27 +59,20 @@ def add_routes(app: FastAPI, settings: Settings) -> None:
             methods=["POST"],
             route_class_override=DirectRoute,
             tags=["search"],
-            dependencies=_prefix_parameters(prefix),
-            **operation(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=text_body(settings)),
+            **operation(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=TextQuery),
         )
-        app.include_router(_item_routes(settings), prefix=prefix, dependencies=_prefix_parameters(prefix))
+        app.include_router(_item_routes(settings), prefix=prefix)
     app.include_router(_service_routes())
 
 
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
-    snapshot = await snapshot_of(request)
-    query = await read_text_query(request, settings_of(request))
-    results = await (await retriever_of(request)).search(snapshot, query)
-    return JsonResponse(search_response(request, results))
+    snapshot = snapshot_of(request)
+    return await _search(request, snapshot, await read_text_query(request, settings_of(request)))
 
 
-def _prefix_parameters(prefix: str) -> list[Any]:
-    return [Depends(_collection_parameter)] if prefix else []
-
-
-async def _collection_parameter(collection: Annotated[str, Path(description="a name from GET /collections")]) -> None:
-    """Document the path parameter; `collection_of` reads it."""
+async def _search(request: Request, snapshot: Snapshot, query: Query) -> Response:
+    return JsonResponse(search_response(request, await retriever_of(request).search(snapshot, query)))
 
 
 def _item_routes(settings: Settings) -> APIRouter:
@@ -97,40 +81,45 @@ def _item_routes(settings: Settings) -> APIRouter:
     @router.post(
         "/search/image",
         tags=["search"],
-        **operation(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=image_body(settings)),
+        **operation(
+            SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=ImageForm, media_type="multipart/form-data"
+        ),
     )
-    async def search_image(
-        snapshot: SnapshotDep, query: ImageQueryDep, retriever: RetrieverDep, request: Request
-    ) -> Response:
+    async def search_image(request: Request) -> Response:
         """Find the images that resemble an uploaded image."""
-        return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
+        snapshot = snapshot_of(request)
+        check_form_type(request)
+        retriever_of(request).require_room()  # a body that will not be used is not read
+        return await _search(request, snapshot, await read_image_query(request, settings_of(request)))
 
     @router.post(
         "/search/batch",
         tags=["search"],
-        **operation(BatchResponse, 400, 404, 409, 413, 415, 422, 503, body=batch_body(settings)),
+        **operation(BatchResponse, 400, 404, 409, 413, 415, 422, 503, body=BatchQuery),
     )
-    async def search_batch(
-        snapshot: SnapshotDep, queries: BatchDep, retriever: RetrieverDep, request: Request
-    ) -> Response:
-        """Run several text searches in one request."""
-        results = await retriever.search_batch(snapshot, queries)
+    async def search_batch(request: Request) -> Response:
+        """Run several text searches in one request. Each one counts against the caller's rate limit."""
+        snapshot = snapshot_of(request)
+        queries = await read_batch(request, settings)
+        await charge(request, len(queries) - 1)
+        results = await retriever_of(request).search_batch(snapshot, check_batch(queries, settings))
         responses = [search_response(request, each) for each in results]
         return JsonResponse({"index_version": results[0].version, "answers": responses})
 
     @router.get("/items", tags=["items"], **operation(ItemsResponse, 404, 422, 503))
-    async def items(snapshot: SnapshotDep, query: ItemsQueryDep, retriever: RetrieverDep, request: Request) -> Response:
+    async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
         """List the gallery's items page by page, in index order."""
-        return JsonResponse(
-            items_response(request, await retriever.items(snapshot, query.filter, query.offset, query.k))
-        )
+        if query.k > settings.max_k:
+            raise field_problem("k", f"at most {settings.max_k}, not {query.k}")
+        page = await retriever_of(request).items(snapshot_of(request), query.filter, query.offset, query.k)
+        return JsonResponse(items_response(request, page))
 
     @router.get("/items/{item_id:path}/similar", tags=["items"], **operation(SearchResponse, 404, 409, 422, 503))
-    async def similar(
-        snapshot: SnapshotDep, query: SimilarQueryDep, retriever: RetrieverDep, request: Request
-    ) -> Response:
+    async def similar(request: Request, item_id: ItemId, page: Annotated[PageQuery, QueryParam()]) -> Response:
         """Find the items most similar to one of the gallery; the item itself is left out."""
-        return JsonResponse(search_response(request, await retriever.search(snapshot, query)))
+        options = SearchOptions(k=page.k, offset=page.offset)
+        check_window(options, settings)
+        return await _search(request, snapshot_of(request), Query(options, item_id=item_id))
 
     @router.get(
         "/items/{item_id:path}/image",
@@ -142,20 +131,20 @@ def _item_routes(settings: Settings) -> APIRouter:
             **problem_responses(404, 422, 503),
         },
     )
-    async def picture(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
+    async def picture(request: Request, item_id: ItemId) -> Response:
         """Return the image file of an item, as stored in the gallery."""
-        data, digest = await retriever.image(snapshot, item_id)
+        data, digest = await retriever_of(request).image(snapshot_of(request), item_id)
         etag = f'"{digest}"'
-        scope = "private" if settings_of(request).api_keys else "public"
+        scope = "private" if settings.api_keys else "public"
         headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(data, media_type=media_type(data), headers=headers)
+        return Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
 
     @router.get("/items/{item_id:path}", tags=["items"], **operation(ItemResponse, 404, 422, 503))
-    async def item(snapshot: SnapshotDep, item_id: ItemId, retriever: RetrieverDep, request: Request) -> Response:
+    async def item(request: Request, item_id: ItemId) -> Response:
         """Return an item with all its metadata."""
-        return JsonResponse(item_response(request, *await retriever.item(snapshot, item_id)))
+        return JsonResponse(item_response(request, *await retriever_of(request).item(snapshot_of(request), item_id)))
 
     return router
 
@@ -164,17 +153,18 @@ def _service_routes() -> APIRouter:
     router = APIRouter()
 
     @router.get("/collections", tags=["service"], **operation(CollectionsResponse))
-    async def list_collections(collections: CollectionsDep) -> Response:
+    async def list_collections(request: Request) -> Response:
         """List the served collections."""
+        collections = collections_of(request)
         entries = [
             {
                 "name": name,
                 "default": name == collections.default,
-                "count": snapshots.live.artifact.manifest.count if snapshots.live else 0,
-                "index_version": snapshots.live.version if snapshots.live else None,
-                "min_score": snapshots.live.min_score if snapshots.live else None,
+                "count": index.live.artifact.manifest.count if index.live else 0,
+                "index_version": index.live.version if index.live else None,
+                "min_score": index.live.min_score if index.live else None,
             }
-            for name, snapshots in collections
+            for name, index in collections
         ]
         return JsonResponse({"collections": entries})
 
@@ -184,8 +174,9 @@ def _service_routes() -> APIRouter:
         return JsonResponse({"status": "ok"})
 
     @router.get("/readyz", tags=["service"], **operation(ReadinessResponse, 503))
-    async def readyz(collections: CollectionsDep) -> Response:
+    async def readyz(request: Request) -> Response:
         """Report that searches work in every collection, or the reason why they do not."""
+        collections = collections_of(request)
         collections.require_all()
         if collections.is_draining:
             raise NotReadyError("The service is shutting down.")
@@ -206,21 +197,18 @@ def _service_routes() -> APIRouter:
         """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
         return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE)
 
-    @router.post(
-        "/admin/reload",
-        tags=["service"],
-        dependencies=[Depends(require_admin)],
-        **operation(ReloadResponse, 401, 403, 503),
-    )
-    async def reload(collections: CollectionsDep, request: Request) -> Response:
+    @router.post("/admin/reload", tags=["service"], **operation(ReloadResponse, 401, 403, 503))
+    async def reload(request: Request) -> Response:
         """Serve the published version of every collection now, without waiting for the next poll."""
+        require_admin(request)
+        collections = collections_of(request)
         await request.body()  # unused, but an unread body would count as one that never arrives
         try:
             changed = await collections.reload()
         except DcarError as error:
             detail = f"The published version cannot be served: {error}"
             raise Problem(503, detail, headers=_RELOAD_RETRY) from None
-        versions = {name: snapshots.require().version for name, snapshots in collections}
+        versions = {name: index.require().version for name, index in collections}
         default = collections[None].require().version
         return JsonResponse({"index_version": default, "versions": versions, "changed": any(changed.values())})
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import benchmarking, datasets, indexing, keys, models, serving, training
+from app.cli import datasets, indexing, serving, tools, training
 from dcar_core.util.command import run_command
 
 app = typer.Typer(
@@ -40,12 +40,10 @@ def _every_command(
 
 
 app.add_typer(training.commands)
-app.add_typer(models.commands)
 app.add_typer(datasets.commands, name="data")
 app.add_typer(indexing.commands, name="index")
 app.add_typer(serving.commands)
-app.add_typer(benchmarking.commands)
-app.add_typer(keys.commands)
+app.add_typer(tools.commands)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """`dcar index`: build, add, remove, items, list, verify, rollback."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +21,9 @@ from index_jobs.jobs.command_line import (
     build_command,
 )
 from index_jobs.options import RebuildOptions
+
+if TYPE_CHECKING:
+    from index_jobs.store.artifact import Item
 
 commands = typer.Typer(help="Build, update, inspect, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
@@ -51,14 +55,7 @@ def list_command(index: Index) -> None:
 @commands.command("items", epilog=example("""dcar index items index --filter '{"category": "shoes"}'"""))
 def items_command(index: Index, filter: Filter = None) -> None:
     """Print the items of an index, one line of JSON for each."""
-    import numpy as np
-
-    from index_jobs.store.filters import match_rows
-    from index_jobs.store.versions import open_current
-
-    artifact = open_current(index)
-    for row in np.flatnonzero(match_rows(artifact, filter or {})):
-        item = artifact.item(int(row))
+    for item in _matching_items(index, filter or {}):
         typer.echo(json_text({"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}))
 
 
@@ -128,20 +125,20 @@ def remove_command(
     if not chosen and not filter:
         raise typer.BadParameter("give ids, --ids-file with one id a line, or --filter with a condition")
     if filter:
-        chosen += _matching_ids(index, filter)
+        chosen += [item.id for item in _matching_items(index, filter)]
     summary = remove(index, chosen, missing_ok=missing_ok, keep=keep)
     typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({summary.removed:,} removed)")
     _recommend(summary.rebuild)
 
 
-def _matching_ids(index: Path, filter: dict[str, object]) -> list[str]:
+def _matching_items(index: Path, filter: dict[str, object]) -> "Iterator[Item]":
     import numpy as np
 
     from index_jobs.store.filters import match_rows
     from index_jobs.store.versions import open_current
 
     artifact = open_current(index)
-    return [artifact.item(int(row)).id for row in np.flatnonzero(match_rows(artifact, filter))]
+    return (artifact.item(int(row)) for row in np.flatnonzero(match_rows(artifact, filter)))
 
 
 def _recommend(rebuild: str) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,21 +73,18 @@ def search(
     is_cached = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if is_cached else "torch")
     artifact.require(encoder.fingerprint)
-    path = Path(query)
-    is_image = path.suffix.lower() in IMAGE_SUFFIXES
-    vector = encoder.encode_images([path]) if is_image else encoder.encode_text([words])
+    is_image = Path(query).suffix.lower() in IMAGE_SUFFIXES
+    vector = encoder.encode_images([Path(query)]) if is_image else encoder.encode_text([words])
     parts = [QueryPart(1.0, vector[0])]
     if excluded_words:
         parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
     scores, rows = artifact.search(compose(parts)[None], min(k, artifact.manifest.count), allowed)
-    results: list[dict[str, Any]] = []
-    for score, row in zip(scores[0], rows[0], strict=True):
-        if row >= 0:
-            item = artifact.item(int(row))
-            results.append(
-                {"rank": len(results) + 1, "id": item.id, "score": round(float(score), 4), "caption": item.caption,
-                 "category": item.category, "file_name": item.metadata.get("file_name", "")}
-            )  # fmt: skip
+    found = [(artifact.item(int(row)), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+    results = [
+        {"rank": rank, "id": item.id, "score": round(score, 4), "caption": item.caption, "category": item.category,
+         "file_name": item.metadata.get("file_name", "")}
+        for rank, (item, score) in enumerate(found, 1)
+    ]  # fmt: skip
     if as_json:
         typer.echo(json_text({"index_version": artifact.manifest.version, "results": results}))
         return
@@ -110,14 +107,14 @@ def demo(
     another. DOMAIN-clip is the gallery of the default collection with the unadapted model; the page can show both side
     by side.
     """
-    from app.server import require_free_port
+    from app.server import listen
     from index_jobs.rebuild import rebuild
 
     domains = sorted(path.parent.name for path in EXAMPLES.glob("*/gallery.tar"))
     if domain not in domains:
         available = ", ".join(domains) or "none: use a source checkout"
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
-    require_free_port(host, port)
+    listen(host, port).close()  # before minutes are spent on indexes for a port that is taken
     others = [name for name in domains if name != domain]
     sources = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
     sources[f"{domain}-clip"] = EXAMPLES / domain, _zero_shot_checkpoint(data / "zero-shot")

@@ -1,7 +1,8 @@
 """`dcar train`, `dcar zero-shot` and `dcar evaluate`."""
 
 import math
-from typing import Annotated, Any, get_args
+from contextlib import suppress
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -210,17 +211,15 @@ def _config(**settings: Any) -> TrainConfig:
 
 
 def _parse_rates(grid: str) -> list[float]:
-    try:
+    rates: list[float] = []
+    with suppress(ValueError):
         rates = [float(part) for part in grid.split(",") if part.strip()]
-    except ValueError:
-        rates = []
     if not rates or not all(0 < rate < math.inf for rate in rates):
         raise typer.BadParameter(f"--grid must be learning rates above 0, separated by commas, not {grid!r}")
     return rates
 
 
 def _parse_loss(direction: str) -> LossDirection:
-    for known in get_args(LossDirection):
-        if direction == known:
-            return known  # type: ignore[no-any-return]
-    raise typer.BadParameter(f"--loss must be {' or '.join(get_args(LossDirection))}, not {direction!r}")
+    if direction not in get_args(LossDirection):
+        raise typer.BadParameter(f"--loss must be {' or '.join(get_args(LossDirection))}, not {direction!r}")
+    return cast(LossDirection, direction)

@@ -1,7 +1,6 @@
 """Prometheus metrics of the service, served at GET /metrics.
 
 - One registry per application, so several applications can live in one process, as in tests.
-- Children of labelled metrics are looked up once: a cached search takes less than a millisecond.
 - Values that only their owner knows (index version, open circuit breakers) are read at each scrape: see `add_gauge`.
 - Label values come from fixed sets (stages, routes, outcomes), never from what a caller sends.
 """
@@ -19,8 +18,6 @@ from prometheus_client.registry import Collector
 from app.core.tracing import Tracer
 
 Stage = Literal["cache", "decode", "queue", "encode", "search", "rerank", "explain"]
-CacheLevel = Literal["memory", "redis"]
-CacheOutcome = Literal["hit", "miss", "error", "skipped", "wrong"]
 PendingKind = Literal["searches", "pictures"]
 ReadGauge = Callable[[], Iterable[tuple[list[str], float]]]  # (label values, value) pairs
 
@@ -37,11 +34,7 @@ class TimedJob(Protocol):
 
 
 class Metrics:
-    """All metrics of one application.
-
-    Args:
-        tracer: makes spans of the stages as well; None for no traces.
-    """
+    """All metrics of one application. A tracer makes spans of the stages as well."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer = tracer
@@ -50,30 +43,24 @@ class Metrics:
             "dcar_stage_seconds", "Time a search spends in a stage.", ["stage"], buckets=_SECONDS, registry=registry
         )
         self._stage = {stage: stages.labels(stage) for stage in get_args(Stage)}
-        self._requests = Histogram(
+        self.requests = Histogram(
             "dcar_request_seconds",
             "Time from the head of a request to the end of its response.",
             ["route", "status"],
             buckets=_SECONDS,
             registry=registry,
         )
-        self._request: dict[tuple[str, int], Histogram] = {}
-        self._lookups = Counter(
-            "dcar_cache_lookups_total", "Lookups of cached embeddings.", ["level", "outcome"], registry=registry
-        )
-        self._lookup: dict[tuple[CacheLevel, CacheOutcome], Counter] = {}
-        self._writes = Counter(
-            "dcar_cache_writes_total", "Embeddings written to Redis.", ["outcome"], registry=registry
-        )
+
+        def counter(name: str, description: str, *labels: str) -> Counter:
+            return Counter(name, description, labels, registry=registry)
+
+        self.lookups = counter("dcar_cache_lookups_total", "Lookups of cached embeddings.", "level", "outcome")
+        self.writes = counter("dcar_cache_writes_total", "Embeddings written to Redis.", "outcome")
+        self.refused = counter("dcar_refused_total", "Requests refused to protect the service.", "reason")
+        self.errors = counter("dcar_errors_total", "Unforeseen errors.")
+        self.task_failures = counter("dcar_task_failures_total", "Failures of background tasks.", "task")
         self._batches = Histogram(
             "dcar_batch_size", "Queries in one forward pass.", buckets=_BATCH_SIZES, registry=registry
-        )
-        self._refused = Counter(
-            "dcar_refused_total", "Requests refused to protect the service.", ["reason"], registry=registry
-        )
-        self._errors = Counter("dcar_errors_total", "Unforeseen errors.", registry=registry)
-        self._task_failures = Counter(
-            "dcar_task_failures_total", "Failures of background tasks.", ["task"], registry=registry
         )
         pending = Gauge("dcar_pending", "Searches and image requests in progress.", ["what"], registry=registry)
         self.pending: dict[PendingKind, Gauge] = {kind: pending.labels(kind) for kind in get_args(PendingKind)}
@@ -102,40 +89,6 @@ class Metrics:
             if self.tracer is not None:
                 self.tracer.past_span("queue", job.context, job.arrived, started)
                 self.tracer.past_span("encode", job.context, started, ended, **{"dcar.batch_size": len(jobs)})
-
-    def request(self, route: str, status: int, seconds: float) -> None:
-        """Record a finished request.
-
-        Args:
-            route: the route's template, never the path as it was sent.
-        """
-        child = self._request.get((route, status))
-        if child is None:
-            child = self._request[route, status] = self._requests.labels(route, str(status))
-        child.observe(seconds)
-
-    def lookup(self, level: CacheLevel, outcome: CacheOutcome) -> None:
-        """Count a cache lookup. "wrong": the entry is corrupted; "skipped": the circuit breaker is open."""
-        child = self._lookup.get((level, outcome))
-        if child is None:
-            child = self._lookup[level, outcome] = self._lookups.labels(level, outcome)
-        child.inc()
-
-    def write(self, outcome: Literal["ok", "error", "skipped"]) -> None:
-        """Count a write of an embedding to Redis."""
-        self._writes.labels(outcome).inc()
-
-    def refused(self, reason: str) -> None:
-        """Count a refused request. Reasons are queue_full, late, rate, key, body_size, slow_body, ..."""
-        self._refused.labels(reason).inc()
-
-    def error(self) -> None:
-        """Count an unforeseen error."""
-        self._errors.inc()
-
-    def task_failed(self, name: str) -> None:
-        """Count a failure of a background task."""
-        self._task_failures.labels(name).inc()
 
     def add_gauge(self, name: str, description: str, labels: list[str], read: ReadGauge) -> None:
         """Add a gauge that is read from its owner at each scrape."""

@@ -22,7 +22,6 @@ SAFE_HEADERS = {
 }
 _UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]")  # added by pydantic to the location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
-_REQUEST_PARTS = frozenset({"body", "query", "path", "header", "cookie"})
 
 
 class Problem(Exception):  # noqa: N818 - the name in RFC 9457
@@ -78,31 +77,23 @@ def field_problem(field: str, message: str, *, status: int = 422) -> Problem:
     return Problem(status, f"{field}: {message}", errors=[(field, message)])
 
 
-def from_validation(error: ValidationError | RequestValidationError, *, located: bool = False) -> Problem:
-    """Turn the faults that pydantic found into one problem.
-
-    Args:
-        error: raised by pydantic, or by FastAPI on its behalf.
-        located: True if each location begins with the part of the request ("query", "path", ...), as FastAPI's do.
-    """
-    if isinstance(error, RequestValidationError):
-        entries = list(error.errors())
+def from_validation(error: ValidationError | RequestValidationError) -> Problem:
+    """Turn the faults that pydantic, or FastAPI on its behalf, found into one problem."""
+    if isinstance(error, RequestValidationError):  # a location begins with the part of the request
+        entries = [{**entry, "loc": entry["loc"][1:]} for entry in error.errors()]
     else:  # a hostile body may have many thousands; the options leave out the costly parts
         entries = cast(list[Any], error.errors(include_url=False, include_context=False, include_input=False))
     if any(entry["type"] == "json_invalid" for entry in entries):
         return field_problem("body", "not valid JSON", status=400)
-    faults = [(_field_name(entry["loc"], located), _message(entry["msg"])) for entry in entries[:_MAX_FAULTS]]
+    faults = [(_field_name(entry["loc"]), _message(entry["msg"])) for entry in entries[:_MAX_FAULTS]]
     detail = "; ".join(f"{field}: {message}" for field, message in faults)
     if len(entries) > _MAX_FAULTS:
         detail += f"; and {len(entries) - _MAX_FAULTS:,} more"
     return Problem(422, detail, errors=faults)
 
 
-def _field_name(location: Sequence[int | str], located: bool) -> str:
-    parts = [str(part) for part in location]
-    if located and parts and parts[0] in _REQUEST_PARTS:
-        del parts[0]
-    return ".".join(part for part in parts if not _UNION_BRANCH.fullmatch(part)) or "body"
+def _field_name(location: Sequence[int | str]) -> str:
+    return ".".join(part for part in map(str, location) if not _UNION_BRANCH.fullmatch(part)) or "body"
 
 
 def _message(text: str) -> str:

@@ -14,8 +14,7 @@ from limits.aio.storage import MemoryStorage
 from limits.aio.storage.redis import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-from app.core.breaker import CircuitBreaker
-from app.core.redis import STORE_FAULTS, Client, connect, disconnect
+from app.core.redis import STORE_FAULTS, CircuitBreaker, Client, connect, disconnect
 
 _MARGIN_S = 0.05  # added to the computed wait
 

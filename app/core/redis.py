@@ -7,13 +7,15 @@
 
 - Options of redis-py follow as a query string: `?ssl_ca_certs=/etc/ca.pem&ssl_certfile=..&ssl_keyfile=..`. Sentinels
   share the TLS options of their master and have their own `sentinel_username` and `sentinel_password`.
-- Nothing is retried here, since every caller has a circuit breaker. A client connects at its first command.
+- Nothing is retried here, since every caller has a `CircuitBreaker`. A client connects at its first command.
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
@@ -23,6 +25,8 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisClusterException
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 STORE_FAULTS = Exception  # beside its own errors, redis-py raises whatever its parser does: TypeError, ..
@@ -46,16 +50,12 @@ def connect(url: str, *, timeout_s: float) -> Client:
 
 
 def check_url(url: str) -> str:
-    """Return the scheme of a usable URL.
-
-    Raises:
-        ValueError: the URL is invalid; the message names the fault.
-    """
+    """Return the scheme of a usable URL. Raise ValueError if the URL is invalid; the message names the fault."""
     scheme = url.partition("://")[0].lower()
     if scheme not in SCHEMES:
         raise ValueError(f"must begin with {', '.join(f'{each}://' for each in SCHEMES)}")
     if "+" in scheme:
-        options = _parse_hosts(url, scheme).options
+        options = _parse_hosts(url, scheme)[2]
     else:
         if scheme != "unix":
             _port(urlsplit(url))
@@ -127,14 +127,8 @@ def _port(parts: SplitResult) -> int | None:
         raise ValueError("must have a number as its port; / # ? @ in a password are written %2F %23 %3F %40") from None
 
 
-class _Hosts(NamedTuple):
-    hosts: list[tuple[str, int]]
-    service: str  # of the sentinels
-    options: dict[str, Any]
-
-
-def _parse_hosts(url: str, scheme: str) -> _Hosts:
-    """Parse a URL that has a list of hosts."""
+def _parse_hosts(url: str, scheme: str) -> tuple[list[tuple[str, int]], str, dict[str, Any]]:
+    """Return the hosts, the service of the sentinels and the options of a URL."""
     kind = scheme.partition("+")[2]
     location, _, query = url.partition("://")[2].partition("?")
     authority, _, path = location.partition("/")
@@ -152,4 +146,48 @@ def _parse_hosts(url: str, scheme: str) -> _Hosts:
     options: dict[str, Any] = {name: value for name, value in single.items() if name not in ("host", "port")}
     if options.pop("connection_class", None) is SSLConnection:
         options["ssl"] = True
-    return _Hosts(hosts, service, options)
+    return hosts, service, options
+
+
+class CircuitBreaker:
+    """Stop using a failing store for a while, so callers do not wait for it again and again.
+
+    After `failures` in a row `allows()` returns False for `pause_s`, and then True for one trial. Log lines name the
+    `purpose`.
+    """
+
+    def __init__(self, failures: int = 3, pause_s: float = 5.0, *, purpose: str = "the cache") -> None:
+        self._limit = failures
+        self._pause = pause_s
+        self._purpose = purpose
+        self._failures = 0
+        self._retry_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._failures >= self._limit
+
+    def allows(self) -> bool:
+        """Return True if the store may be used now."""
+        if not self.is_open:
+            return True
+        now = time.monotonic()
+        if is_trial := now >= self._retry_at:
+            self._retry_at = now + self._pause  # one trial, not a stampede
+        return is_trial
+
+    def succeeded(self) -> None:
+        """Record a success."""
+        if self.is_open:
+            logger.info("Redis responds again; %s resumed", self._purpose)
+        self._failures = 0
+
+    def failed(self, error: Exception) -> None:
+        """Record a failure, or a response that came too late."""
+        self._failures += 1
+        if self._failures == self._limit:
+            logger.warning(
+                "Redis failed (%s); continuing without %s", str(error) or type(error).__name__, self._purpose
+            )
+        if self.is_open:
+            self._retry_at = time.monotonic() + self._pause

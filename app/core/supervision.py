@@ -29,7 +29,7 @@ async def supervise(
             await run()
         except Exception as error:
             logger.exception("the %s failed; restarting it in %g s", name, RESTART_S)
-            metrics.task_failed(name)
+            metrics.task_failures.labels(name).inc()
             if on_failure is not None:
                 on_failure(error)
             await asyncio.sleep(RESTART_S)

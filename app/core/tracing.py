@@ -43,11 +43,7 @@ class Tracer:
 
 
 def start_tracing() -> Tracer:
-    """Set the tracer provider of the process.
-
-    Raises:
-        MissingExtraError: the SDK of OpenTelemetry is not installed.
-    """
+    """Set the tracer provider of the process. Raise MissingExtraError if the SDK of OpenTelemetry is not installed."""
     try:
         from opentelemetry import context, trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -54,7 +54,7 @@ class Access:
         if self._keys and not path.startswith("/admin/"):
             name = self._key_name(Headers(scope=scope), is_metrics=path == "/metrics")
             if name is None:
-                self._metrics.refused("key")
+                self._metrics.refused.labels("key").inc()
                 return unauthorised("must be `Bearer` and a known API key")
             caller = scope[CALLER] = name
         if self._rates is None or path == "/metrics":
@@ -66,7 +66,7 @@ class Access:
         wait = await rates.wait_for(caller, more)
         if not wait:
             return None
-        self._metrics.refused("rate")
+        self._metrics.refused.labels("rate").inc()
         seconds = max(1, math.ceil(wait))
         detail = f"Too many requests from {caller}. Try again in {seconds} s."
         return Problem(429, detail, headers={"Retry-After": str(seconds)})

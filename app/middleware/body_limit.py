@@ -131,17 +131,17 @@ class BodyLimit:
         body.held = 0
 
     def _too_large(self, limit: int, field: str) -> Problem:
-        self._metrics.refused("body_size")
+        self._metrics.refused.labels("body_size").inc()
         size = f"{limit / 2**20:.0f} MiB" if limit >= 2**20 else f"{limit / 2**10:.0f} KiB"
         detail = f"The body is too large; the limit is {size}."
         return Problem(413, detail, errors=[(field, f"at most {size}")])
 
     def _full(self) -> Problem:
-        self._metrics.refused("uploads")
+        self._metrics.refused.labels("uploads").inc()
         return Problem(503, "Too many uploads are in progress. Try again in 1 s.", headers={"Retry-After": "1"})
 
     def _too_slow(self) -> Problem:
-        self._metrics.refused("slow_body")
+        self._metrics.refused.labels("slow_body").inc()
         return Problem(408, f"The body did not arrive within {self._upload_s:g} seconds.")
 
 

@@ -67,7 +67,7 @@ class RequestLog:
             detail = "The service is shutting down, and the request took too long."
             await Problem(503, detail, headers={"Retry-After": "2"}).response()(inner, receive, observed)
         except Exception:
-            self._metrics.error()
+            self._metrics.errors.inc()
             logger.exception("unexpected error in %s %s", method, quote(scope["path"][:_MAX_LOGGED_PATH]))
             if status == 0:
                 problem = Problem(500, "Unexpected error. The log of the service has the details.")
@@ -77,7 +77,7 @@ class RequestLog:
             request_id.reset(token)
 
     def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
-        self._metrics.request(_template(scope), status, seconds)
+        self._metrics.requests.labels(_template(scope), str(status)).observe(seconds)
         if status == 200 and scope["path"] in _PROBES:
             return  # probes arrive every few seconds
         if logger.isEnabledFor(logging.INFO):

@@ -44,9 +44,6 @@ class SharedTasks(Generic[T]):
     def __init__(self) -> None:
         self._tasks: dict[Hashable, _SharedTask[T]] = {}
 
-    def __len__(self) -> int:
-        return len(self._tasks)
-
     def __contains__(self, key: Hashable) -> bool:
         return key in self._tasks
 
@@ -74,12 +71,7 @@ class SharedTasks(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class BatchGroup:
-    """Queries that may share a forward pass: equal `key`, same `run`.
-
-    Attributes:
-        key: the backbone and the kind of query.
-        run: N payloads -> float32 (N, E).
-    """
+    """Queries that may share a forward pass: `run` takes N payloads and returns float32 (N, E)."""
 
     key: Hashable
     run: Callable[[list[Any]], Floats | list[Floats]] = field(compare=False)
@@ -111,8 +103,6 @@ class Batcher:
     def __init__(
         self, *, max_batch: int, max_wait_s: float, max_queue_s: float = math.inf, metrics: Metrics | None = None
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, not {max_batch}")
         self._max_batch = max_batch
         self._max_wait = max_wait_s
         self._max_queue = max_queue_s
@@ -137,24 +127,19 @@ class Batcher:
         """Return the vector (E,) of one query.
 
         Raises:
-            NotReadyError: see `require_room`.
-            OverloadedError: see `require_room`.
-            Exception: whatever the group's `run` raised for this payload alone.
+            UnavailableError: see `require_room`.
+            Exception: raised by the group's `run` for this payload alone.
         """
         self.require_room()
         return await self._enqueue(group, payload)
 
     async def submit_all(self, group: BatchGroup, payloads: Sequence[Any]) -> list[Floats]:
-        """Return the vectors (E,) of several queries, accepted or refused together.
-
-        The work that waits already decides, so an idle service accepts a batch of any size.
-        """
+        """Return the vectors (E,) of several queries, accepted or refused together by the work that waits already."""
         self.require_room()
         return await asyncio.gather(*(self._enqueue(group, payload) for payload in payloads))
 
     @property
     def is_full(self) -> bool:
-        """True if a new query would wait too long."""
         return self._backlog > self._max_queue
 
     def require_room(self) -> None:
@@ -167,7 +152,7 @@ class Batcher:
         if self._is_closing:
             raise NotReadyError("The service is shutting down.")
         if self.is_full:
-            self._metrics.refused("queue_time")
+            self._metrics.refused.labels("queue_time").inc()
             raise OverloadedError(self._backlog)
 
     async def close(self) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from app.core.metrics import Metrics
@@ -34,35 +34,16 @@ _LOADING = "The model is being loaded."
 class ServedIndex:
     """One published index and its live snapshot.
 
-    Args:
-        index: directory of the index.
-        loaded: returns the live snapshots of all collections, to share their encoders.
-        load_lock: held while a version is loaded, so one is loaded at a time.
-        metrics: counts failures of the poller.
-        on_start_failure: called if the first version cannot be loaded.
-
     Attributes:
+        live: the snapshot in use; None while the first one is loaded.
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
     """
 
-    def __init__(
-        self,
-        index: Path,
-        settings: Settings,
-        *,
-        loaded: Callable[[], Iterable[Snapshot]],
-        load_lock: asyncio.Lock,
-        metrics: Metrics,
-        on_start_failure: Callable[[DcarError], None] | None = None,
-    ) -> None:
+    def __init__(self, index: Path, collections: "Collections") -> None:
         self.index = index
+        self.live: Snapshot | None = None
         self.reason: str | None = _LOADING
-        self._settings = settings
-        self._loaded = loaded
-        self._load_lock = load_lock
-        self._metrics = metrics
-        self._on_start_failure = on_start_failure
-        self._live: Snapshot | None = None
+        self._collections = collections
         self._failure: str | None = None  # the last one, in full
         self._failed_version: int | None = None
         self._retry_at = 0.0
@@ -70,20 +51,11 @@ class ServedIndex:
         self._loads: set[asyncio.Task[bool]] = set()
         self._is_closing = False
 
-    @property
-    def live(self) -> Snapshot | None:
-        """The snapshot in use; None while the first one is loaded."""
-        return self._live
-
     def require(self) -> Snapshot:
-        """Return the live snapshot.
-
-        Raises:
-            NotReadyError: none is loaded.
-        """
-        if self._live is None:
+        """Return the live snapshot. Raise NotReadyError if none is loaded."""
+        if self.live is None:
             raise NotReadyError(self.reason or _LOADING)
-        return self._live
+        return self.live
 
     def start(self) -> None:
         """Load the first version and begin to poll, in the background."""
@@ -108,28 +80,27 @@ class ServedIndex:
         load = asyncio.create_task(self._load(), name="dcar-load")
         self._loads.add(load)
         load.add_done_callback(self._loads.discard)
-        load.add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )  # retrieved even without a waiting caller
+        load.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved without a waiting caller
         return await asyncio.shield(load)
 
     async def _load(self) -> bool:
-        async with self._load_lock:
+        settings, loaded = self._collections.settings, self._collections.live_snapshots
+        async with self._collections.load_lock:
             if self._is_closing:
                 return False
             version: int | None = None
             started = time.perf_counter()
             try:
                 version = await asyncio.to_thread(require_index, self.index)
-                if self._live is not None and await asyncio.to_thread(_is_live, self._live, self.index, version):
-                    self.reason, self._failure, self._failed_version = None, None, None
-                    return False
-                snapshot = await run_in_new_thread(load_snapshot, self.index, self._settings, self._loaded())
+                is_live = self.live is not None and await asyncio.to_thread(_is_live, self.live, self.index, version)
+                snapshot = None if is_live else await run_in_new_thread(load_snapshot, self.index, settings, loaded())
             except Exception as error:
                 failure = self._record_failure(version, error)
                 raise failure from (None if failure is error else error)
-            self._live = snapshot
             self.reason, self._failure, self._failed_version = None, None, None
+            if snapshot is None:
+                return False
+            self.live = snapshot
             count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
             logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
             return True
@@ -137,7 +108,7 @@ class ServedIndex:
     def _record_failure(self, version: int | None, error: Exception) -> DcarError:
         """Note why a version is not served. Log it once, and not at all if `on_start_failure` reports it."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
-        is_reported = self._live is None and self._on_start_failure is not None
+        is_reported = self.live is None and self._collections.on_start_failure is not None
         if str(failure) != self._failure and not is_reported:
             logger.error("version %s of %s is not served: %s", version or "?", self.index, failure)
         self._failure = str(failure)
@@ -149,16 +120,17 @@ class ServedIndex:
         try:
             await self.reload()
         except DcarError as error:
-            if self._on_start_failure is not None:
-                self._on_start_failure(error)
-        await supervise("version poller", self._poll, self._metrics, on_failure=self._record_poll_failure)
+            if self._collections.on_start_failure is not None:
+                self._collections.on_start_failure(error)
+        await supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
 
     def _record_poll_failure(self, error: Exception) -> None:
         self.reason = f"The check for new versions failed: {type(error).__name__}; the log has the details."
 
     async def _poll(self) -> None:
-        while self._settings.poll_s > 0:
-            await asyncio.sleep(self._settings.poll_s)
+        poll_s = self._collections.settings.poll_s
+        while poll_s > 0:
+            await asyncio.sleep(poll_s)
             with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                 version = await asyncio.to_thread(_published_version, self.index)
                 if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
@@ -195,28 +167,23 @@ class Collections:
 
     Attributes:
         default: name of the default collection.
+        load_lock: held while a version is loaded, so one is loaded at a time.
+        on_start_failure: called if the first version of a collection cannot be loaded.
         is_draining: True if the service is about to stop: it still serves, but is not ready.
     """
 
     def __init__(
         self,
         settings: Settings,
-        metrics: Metrics | None = None,
+        metrics: Metrics,
         *,
         on_start_failure: Callable[[DcarError], None] | None = None,
     ) -> None:
-        lock, metrics = asyncio.Lock(), metrics or Metrics()
-        self._indexes = {
-            name: ServedIndex(
-                index,
-                settings,
-                loaded=self._live_snapshots,
-                load_lock=lock,
-                metrics=metrics,
-                on_start_failure=on_start_failure,
-            )
-            for name, index in settings.indexes.items()
-        }
+        self.settings = settings
+        self.metrics = metrics
+        self.on_start_failure = on_start_failure
+        self.load_lock = asyncio.Lock()
+        self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
         self.default = next(iter(self._indexes))
         self.is_draining = False
 
@@ -224,22 +191,14 @@ class Collections:
         return iter(self._indexes.items())
 
     def __getitem__(self, name: str | None) -> ServedIndex:
-        """Return a collection; None means the default.
-
-        Raises:
-            CollectionNotFoundError: no collection has this name.
-        """
+        """Return a collection; None means the default. Raise CollectionNotFoundError if no collection has this name."""
         index = self._indexes.get(self.default if name is None else name)
         if index is None:
             raise CollectionNotFoundError(str(name), list(self._indexes))
         return index
 
     def require_all(self) -> None:
-        """Check that every collection can be searched.
-
-        Raises:
-            NotReadyError: one cannot; the message is its reason.
-        """
+        """Check that every collection can be searched. Raise NotReadyError if one cannot; the message is its reason."""
         for name, index in self:
             if index.live is None:
                 raise NotReadyError(self._with_name(name, index.reason or _LOADING))
@@ -279,5 +238,6 @@ class Collections:
     def _with_name(self, name: str, message: str) -> str:
         return message if len(self._indexes) == 1 else f"{name}: {message}"
 
-    def _live_snapshots(self) -> list[Snapshot]:
+    def live_snapshots(self) -> list[Snapshot]:
+        """Return the loaded snapshots; a new one shares their encoders."""
         return [index.live for _, index in self if index.live is not None]

@@ -11,7 +11,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.threads import use_default_scheduling
 from app.search.batching import Batcher, BatchGroup, SharedTasks
-from app.search.embedding_cache import VectorCache, cache_key, rounded
+from app.search.embedding_cache import MemoryCache, cache_key, rounded
 from app.search.snapshots import Snapshot
 from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect
 from dcar_core.util.arrays import Floats, Pixels
@@ -38,7 +38,7 @@ _MAX_HASHED_INLINE = 64 * 2**10  # bytes that the event loop hashes itself, in a
 class Embedder:
     """Turn texts and images into vectors. One per process."""
 
-    def __init__(self, settings: Settings, cache: VectorCache, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, cache: MemoryCache, metrics: Metrics) -> None:
         self._cache = cache
         self._metrics = metrics
         self._computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
@@ -48,13 +48,10 @@ class Embedder:
             max_queue_s=settings.max_queue_ms / 1000,
             metrics=metrics,
         )
+        self.require_room = self._batcher.require_room
         threads = min(4, available_cores())
-        self._decoders = ThreadPoolExecutor(
-            threads, thread_name_prefix="dcar-decode", initializer=use_default_scheduling
-        )
-        self._large_decoder = ThreadPoolExecutor(
-            1, thread_name_prefix="dcar-decode-large", initializer=use_default_scheduling
-        )
+        self._decoders = ThreadPoolExecutor(threads, "dcar-decode", use_default_scheduling)
+        self._large_decoder = ThreadPoolExecutor(1, "dcar-decode-large", use_default_scheduling)
         self._max_pixels = settings.max_pixels
         self._formats = frozenset(map(ImageFormat, settings.image_formats))
 
@@ -69,16 +66,8 @@ class Embedder:
         self._decoders.shutdown()
         self._large_decoder.shutdown()
 
-    def require_room(self) -> None:
-        """Check that the model would accept a new query; see `Batcher.require_room`."""
-        self._batcher.require_room()
-
     def require_room_for(self, snapshot: Snapshot, text: str) -> None:
-        """Check that a text is cached, in computation or would be accepted.
-
-        Called before any other work for a search: under overload most requests are refused, and a refusal must cost
-        little.
-        """
+        """Check that a text is cached, in computation or would be accepted, before any other work for a search."""
         if not self._batcher.is_full or self._cache.is_shared:
             return
         encoder = snapshot.encoder
@@ -91,10 +80,9 @@ class Embedder:
         encoder = snapshot.encoder
 
         async def embed() -> Floats:
-            from dcar_core.serving.multi_adapter_batch import TextRow, encode_text_rows
+            from dcar_core.serving.multi_adapter_batch import TextRow
 
-            group = BatchGroup(_group_key(encoder, "text"), encode_text_rows)
-            return await self._batcher.submit(group, TextRow(encoder, text))
+            return await self._batcher.submit(_group(encoder, "text"), TextRow(encoder, text))
 
         return await self._cached(cache_key(encoder.fingerprint, "text", text.encode()), encoder.dim, embed)
 
@@ -116,19 +104,17 @@ class Embedder:
 
     async def weighted_text(self, snapshot: Snapshot, text: str, factors: Floats) -> Floats:
         """Return the vectors (C, E) of a text under C weightings of its tokens, factors (C, n). Not cached."""
-        from dcar_core.serving.multi_adapter_batch import TextRow, encode_text_rows
+        from dcar_core.serving.multi_adapter_batch import TextRow
 
-        group = BatchGroup(_group_key(snapshot.encoder, "text"), encode_text_rows)
         rows = [TextRow(snapshot.encoder, text, each) for each in factors]
-        return np.stack(await self._batcher.submit_all(group, rows))
+        return np.stack(await self._batcher.submit_all(_group(snapshot.encoder, "text"), rows))
 
     async def pixels(self, snapshot: Snapshot, images: Sequence[Pixels]) -> list[Floats]:
         """Return the vectors (E,) of decoded images. Not cached."""
-        from dcar_core.serving.multi_adapter_batch import ImageRow, encode_image_rows
+        from dcar_core.serving.multi_adapter_batch import ImageRow
 
-        group = BatchGroup(_group_key(snapshot.encoder, "image"), encode_image_rows)
         rows = [ImageRow(snapshot.encoder, each) for each in images]
-        return await self._batcher.submit_all(group, rows)
+        return await self._batcher.submit_all(_group(snapshot.encoder, "image"), rows)
 
     async def decode(
         self,
@@ -157,7 +143,6 @@ class Embedder:
         return await self._batcher.submit(_CALLS, (call, args))
 
     async def _image_key(self, fingerprint: str, data: bytes) -> str:
-        """Hash large files in a thread: it takes milliseconds."""
         if len(data) <= _MAX_HASHED_INLINE:
             return cache_key(fingerprint, "image", data)
         return await self._in_decoder(cache_key, fingerprint, "image", data)
@@ -184,8 +169,11 @@ class Embedder:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, call, *args)
 
 
-def _group_key(encoder: "Encoder", kind: str) -> tuple[int, str]:
-    return id(encoder.runtime), kind  # encoders on one backbone share its runtime
+def _group(encoder: "Encoder", kind: Literal["text", "image"]) -> BatchGroup:
+    from dcar_core.serving.multi_adapter_batch import encode_image_rows, encode_text_rows
+
+    key = id(encoder.runtime), kind  # encoders on one backbone share its runtime
+    return BatchGroup(key, encode_text_rows if kind == "text" else encode_image_rows)
 
 
 _CALLS = BatchGroup("calls", lambda payloads: [call(*args) for call, args in payloads])

@@ -25,11 +25,7 @@ class InvalidQueryError(SearchError):
 
 
 class BatchQueryError(SearchError):
-    """One query of a batch failed; `cause` says why.
-
-    Attributes:
-        number: position of the query in the batch, from 0.
-    """
+    """One query of a batch, counted from 0, failed because of `cause`."""
 
     def __init__(self, number: int, cause: SearchError) -> None:
         super().__init__(f"query {number}: {cause}")
@@ -47,7 +43,6 @@ class ItemNotFoundError(SearchError):
     def __init__(self, item_id: str, field: str = "id") -> None:
         self.shown_id = repr(item_id[:_MAX_SHOWN])
         super().__init__(f"There is no item {self.shown_id} in the index.")
-        self.item_id = item_id
         self.field = field
 
 
@@ -55,10 +50,7 @@ class CollectionNotFoundError(SearchError):
     """No collection of this name is served."""
 
     def __init__(self, name: str, available: Sequence[str]) -> None:
-        shown = repr(name[:_MAX_SHOWN])
-        super().__init__(f"There is no collection {shown}; available: {', '.join(available)}.")
-        self.name = name
-        self.available = tuple(available)
+        super().__init__(f"There is no collection {name[:_MAX_SHOWN]!r}; available: {', '.join(available)}.")
 
 
 class ImageUnavailableError(SearchError):
@@ -69,52 +61,15 @@ class ImageUnavailableError(SearchError):
 
 
 class UnsupportedQueryError(SearchError):
-    """The served index or model does not support this kind of query.
-
-    Attributes:
-        field: the field of the query that asks for it, if there is one.
-    """
+    """The served index or model does not support this kind of query, because of `field` if it is given."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
 
 
-class MissingVectorsError(UnsupportedQueryError):
-    """The index does not keep the vectors of its items."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"This query needs the vectors of items, and the index does not keep them: {reason}")
-
-
-class NotCalibratedError(UnsupportedQueryError):
-    """The index has no calibrated score cut-off."""
-
-    def __init__(self) -> None:
-        message = "This index was built without --validation and has no calibrated cut-off; give min_score as a number."
-        super().__init__(message, field="min_score")
-
-
-class MissingTokenWeightsError(UnsupportedQueryError):
-    """The model was trained without token weights."""
-
-    def __init__(self) -> None:
-        super().__init__("This model was trained without token weights, so it cannot re-rank; leave `rerank` out.")
-
-
-class MissingImagesError(UnsupportedQueryError):
-    """The gallery no longer has the image of any result."""
-
-    def __init__(self) -> None:
-        super().__init__("This query needs the images of its results, and none of them is in the gallery any more.")
-
-
 class UnavailableError(SearchError):
-    """The service is temporarily unavailable.
-
-    Attributes:
-        retry_after_s: seconds after which a retry may succeed.
-    """
+    """The service is temporarily unavailable; a retry may succeed after `retry_after_s`."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -133,17 +88,3 @@ class OverloadedError(UnavailableError):
 
     def __init__(self, retry_after_s: float = 1) -> None:
         super().__init__("The service is busy.", retry_after_s)
-
-
-class DeadlineError(UnavailableError):
-    """The search did not finish before its deadline."""
-
-    def __init__(self) -> None:
-        super().__init__("The search took too long and was cancelled.", retry_after_s=1)
-
-
-class ModelUnavailableError(UnavailableError):
-    """Re-ranking and explanations need the full model, which cannot be loaded."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"This query needs the full model, which cannot be loaded: {reason}", retry_after_s=30)

@@ -11,10 +11,11 @@
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from app.core.threads import run_in_new_thread
 from app.search.embedding import Embedder
-from app.search.errors import MissingImagesError, MissingTokenWeightsError, ModelUnavailableError
+from app.search.errors import UnavailableError, UnsupportedQueryError
 from app.search.query import Explanation, ObjectFit, WordWeights
 from app.search.ranking import RankedRow, row_vectors
 from app.search.snapshots import Snapshot
@@ -35,16 +36,12 @@ if TYPE_CHECKING:
 MAX_PARTS = 6  # of a relevance map, in each direction
 _CHUNK = 4  # images of one forward pass, so other queries wait for a short one only
 _FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
+_NO_IMAGES = "This query needs the images of its results, and none of them is in the gallery any more."
 _MAX_FROZEN_BYTES = 40 * 2**20  # of cached features: 20,000 of 512 dimensions
 
 
 class PairScorer:
-    """Score and explain pairs.
-
-    Args:
-        embedder: encodes texts and images.
-        image_threads: read the images of the gallery.
-    """
+    """Score and explain pairs. The image threads read the images of the gallery."""
 
     def __init__(self, embedder: Embedder, image_threads: Executor) -> None:
         self._embedder = embedder
@@ -55,19 +52,20 @@ class PairScorer:
         """Return the same rows, scored and sorted by the exact pair weights.
 
         Raises:
-            MissingTokenWeightsError: the model was trained without token weights.
-            MissingImagesError: every image is missing.
-            ModelUnavailableError: the full model cannot be loaded.
+            UnsupportedQueryError: the model was trained without token weights, or every image is missing.
+            UnavailableError: the full model cannot be loaded.
         """
         if not snapshot.encoder.adapter.uses_token_weights:
-            raise MissingTokenWeightsError
+            raise UnsupportedQueryError(
+                "This model was trained without token weights, so it cannot re-rank; leave `rerank` out."
+            )
         if not ranked:
             return []
         pairs = await _pair_weights(snapshot)
         frozen = await self._frozen_features(snapshot, [each.row for each in ranked])
         candidates = [each for each in ranked if each.row in frozen]
         if not candidates:
-            raise MissingImagesError
+            raise UnsupportedQueryError(_NO_IMAGES)
         features = np.stack(list(frozen.values()))
         factors = await self._embedder.run_in_model_thread(pairs.factors, text, features)  # [C, n]
         texts = await self._embedder.weighted_text(snapshot, text, factors)  # [C, E]
@@ -89,14 +87,13 @@ class PairScorer:
         """Explain the scores of results by the vector (E,) of the query, and by its words if it has any.
 
         Raises:
-            MissingImagesError: every image is missing.
-            ModelUnavailableError: the full model cannot be loaded.
+            UnsupportedQueryError: every image is missing.
+            UnavailableError: the full model cannot be loaded.
         """
-        explanations = []
-        for each in ranked:  # one after the other: other queries get their turn
-            explanations.append(await self._explain_row(snapshot, text, vector, each.row))
+        # One after the other: other queries get their turn.
+        explanations = [await self._explain_row(snapshot, text, vector, each.row) for each in ranked]
         if ranked and not any(explanations):
-            raise MissingImagesError
+            raise UnsupportedQueryError(_NO_IMAGES)
         return explanations
 
     async def _explain_row(self, snapshot: Snapshot, text: str, vector: Floats, row: int) -> Explanation | None:
@@ -107,7 +104,7 @@ class PairScorer:
         variants, part_of_patch = blank_parts(
             pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.adapter.patch_grid
         )
-        original, *blanked = await self._vectors(snapshot, [pixels, *variants])
+        original, *blanked = await self._in_chunks(partial(self._embedder.pixels, snapshot), [pixels, *variants])
         falls = np.array([float(vector @ (original - each)) for each in blanked])
         words = None
         if text and snapshot.encoder.adapter.uses_token_weights:
@@ -125,8 +122,10 @@ class PairScorer:
         features = {row: cache[row] for row in rows if row in cache}  # the cache may drop them during the await below
         images = await self._images(snapshot, [row for row in rows if row not in features])
         if images:
-            pairs = await _pair_weights(snapshot)
-            computed = await self._compute_frozen(pairs, list(images.values()))
+            features_of = (await _pair_weights(snapshot)).image_features
+            computed = await self._in_chunks(
+                lambda chunk: self._embedder.run_in_model_thread(features_of, np.stack(chunk)), list(images.values())
+            )
             new = dict(zip(images, computed, strict=True))
             features |= new
             cache.update(new)
@@ -134,19 +133,13 @@ class PairScorer:
                 del cache[next(iter(cache))]
         return {row: features[row] for row in rows if row in features}
 
-    async def _compute_frozen(self, pairs: "PairWeights", images: list[Pixels]) -> list[Floats]:
-        features: list[Floats] = []
-        for start in range(0, len(images), _CHUNK):
-            async with self._turn:
-                chunk = np.stack(images[start : start + _CHUNK])
-                features += list(await self._embedder.run_in_model_thread(pairs.image_features, chunk))
-        return features
-
-    async def _vectors(self, snapshot: Snapshot, images: list[Pixels]) -> list[Floats]:
+    async def _in_chunks(
+        self, compute: Callable[[list[Pixels]], Awaitable[Iterable[Floats]]], images: list[Pixels]
+    ) -> list[Floats]:
         vectors: list[Floats] = []
         for start in range(0, len(images), _CHUNK):
             async with self._turn:
-                vectors += await self._embedder.pixels(snapshot, images[start : start + _CHUNK])
+                vectors.extend(await compute(images[start : start + _CHUNK]))
         return vectors
 
     async def _images(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
@@ -168,15 +161,15 @@ async def _pair_weights(snapshot: Snapshot) -> "PairWeights":
     try:
         return await run_in_new_thread(snapshot.pair_weights)  # may load the model
     except DcarError as error:
-        raise ModelUnavailableError(str(error)) from None
+        message = f"This query needs the full model, which cannot be loaded: {error}"
+        raise UnavailableError(message, retry_after_s=30) from None
 
 
 def blank_parts(pixels: Pixels, blank: Pixels, patches: int) -> tuple[list[Pixels], NDArray[np.int64]]:
     """Blank each part of an image in turn. A part consists of whole patches.
 
     Args:
-        pixels: the image, (3, S, S).
-        blank: the blank image, (3, S, S).
+        pixels, blank: (3, S, S).
         patches: number of patches in each direction.
 
     Returns:
@@ -184,17 +177,11 @@ def blank_parts(pixels: Pixels, blank: Pixels, patches: int) -> tuple[list[Pixel
     """
     size = pixels.shape[1]
     edges = np.linspace(0, patches, min(MAX_PARTS, patches) + 1).round().astype(int)
-    part_of_patch = np.empty((patches, patches), np.int64)
+    spans = [slice(start, end) for start, end in pairwise(size * edges // patches)]  # pixels of the parts
     images: list[Pixels] = []
-    for top, bottom in pairwise(edges):
-        for left, right in pairwise(edges):
-            part_of_patch[top:bottom, left:right] = len(images)
-            area = (
-                slice(None),
-                slice(size * top // patches, size * bottom // patches),
-                slice(size * left // patches, size * right // patches),
-            )
-            image = pixels.copy()
-            image[area] = blank[area]
-            images.append(image)
-    return images, part_of_patch
+    for rows, columns in product(spans, spans):
+        image = pixels.copy()
+        image[:, rows, columns] = blank[:, rows, columns]
+        images.append(image)
+    part = np.repeat(np.arange(len(spans)), np.diff(edges))  # of each patch in one direction
+    return images, part[:, None] * len(spans) + part

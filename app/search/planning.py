@@ -1,10 +1,9 @@
 """Planning: a query is checked against a snapshot before any vector is computed."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.core.settings import Settings
-from app.search.errors import InvalidQueryError, ItemNotFoundError, NotCalibratedError
+from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
 from app.search.query import Query, SearchOptions
 from app.search.snapshots import Snapshot
 
@@ -14,8 +13,7 @@ class Plan:
     """A query, checked against a snapshot.
 
     Attributes:
-        more_rows: items that results should resemble.
-        less_rows: items that results should not resemble.
+        more_rows, less_rows: items that results should, and should not, resemble.
         end: rank of the last result on the page.
         rerank_depth: number of first results to score again; 0 without re-ranking.
     """
@@ -38,10 +36,13 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings) -> Plan:
     Raises:
         InvalidQueryError: a field does not fit the index or the rest of the query.
         ItemNotFoundError: the query names an unknown item.
-        NotCalibratedError: "auto" is requested as min_score of an index without calibration.
+        UnsupportedQueryError: "auto" is requested as min_score of an index without calibration.
     """
     options = query.options
-    _require_fields(snapshot, options.fields)
+    known = snapshot.artifact.fields if options.fields else {}
+    for name in options.fields:
+        if name not in known and name != "*":
+            raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {', '.join(sorted(known))}")
     if options.rerank and not query.text:
         raise InvalidQueryError("rerank", "needs a text query, whose words it weighs")
     more_rows = [row_of(snapshot, each, "more_like") for each in options.more_like]
@@ -58,14 +59,7 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings) -> Plan:
 
 
 def row_of(snapshot: Snapshot, item_id: str, field: str = "id") -> int:
-    """Return the row of an item.
-
-    Args:
-        field: the field of the query that names the item.
-
-    Raises:
-        ItemNotFoundError: no item has this id.
-    """
+    """Return the row of an item, which `field` of the query names. Raise ItemNotFoundError if no item has this id."""
     row = snapshot.artifact.row_of(item_id)
     if row is None:
         raise ItemNotFoundError(item_id, field)
@@ -79,12 +73,6 @@ def _min_score(snapshot: Snapshot, query: Query) -> float | None:
     if query.image is not None or query.item_id or query.without_text or options.more_like or options.less_like:
         raise InvalidQueryError("min_score", '"auto" is calibrated for text queries alone; give a number')
     if snapshot.min_score is None:
-        raise NotCalibratedError
+        message = "This index was built without --validation and has no calibrated cut-off; give min_score as a number."
+        raise UnsupportedQueryError(message, field="min_score")
     return snapshot.min_score
-
-
-def _require_fields(snapshot: Snapshot, fields: Sequence[str]) -> None:
-    known = snapshot.artifact.fields if fields else {}
-    for name in fields:
-        if name not in known and name != "*":
-            raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {', '.join(sorted(known))}")

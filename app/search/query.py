@@ -106,14 +106,7 @@ class SearchOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One search. At least one of text, image, item_id and more_like is set.
-
-    Attributes:
-        text: normalised.
-        image: an image file.
-        item_id: search for items that are similar to this one.
-        without_text: what results should not show; normalised.
-    """
+    """One search: by normalised texts, an image file, an item (`item_id`), or the items of its options."""
 
     options: SearchOptions
     text: str = ""
@@ -149,13 +142,7 @@ def compose(parts: Sequence[QueryPart]) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why a result has its score.
-
-    Attributes:
-        relevance: contribution of each patch of the image to the score, row by row.
-        fit: how a square shows what the model sees of the image.
-        words: the words of the query with their exact weights for this image; None without a text.
-    """
+    """Why a result has its score; see `app.api.schemas.ResultExplanation`."""
 
     relevance: list[list[float]]
     fit: ObjectFit
@@ -164,13 +151,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One result.
-
-    Attributes:
-        score: the cosine between query and item.
-        folded: ids of its near-duplicates.
-        rerank_score: the cosine under the exact pair weights, None without re-ranking.
-    """
+    """One result; see `app.api.schemas.Result`."""
 
     item: Item
     score: float
@@ -181,17 +162,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class SearchResults:
-    """The matches of one query.
-
-    Attributes:
-        version: of the index that was searched.
-        is_cached: True if every embedding of the query was cached.
-        offset: number of results before these.
-        next_offset: offset of the next page; None after the last.
-        min_score: the applied cut-off.
-        words: the words of the query with the weights that the text alone gives them.
-        fields: metadata fields to return with each result.
-    """
+    """The matches of one query; see `app.api.schemas.SearchResponse`."""
 
     version: int
     matches: list[Match]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from app.search.errors import InvalidQueryError, MissingVectorsError
+from app.search.errors import InvalidQueryError, UnsupportedQueryError
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ArtifactError, StoreUnavailableError
@@ -26,13 +26,7 @@ _FOLD_BLOCK = 128  # rows compared at once
 
 @dataclass(frozen=True, slots=True)
 class RankedRow:
-    """A row of the index.
-
-    Attributes:
-        score: cosine to the query.
-        folded: rows of near-duplicates.
-        rerank_score: cosine under the exact pair weights, None without re-ranking.
-    """
+    """A row of the index, its cosine to the query, and the rows of its near-duplicates."""
 
     row: int
     score: float
@@ -61,7 +55,7 @@ def rank(
         fold: cosine from which on two items are shown as one.
 
     Raises:
-        MissingVectorsError: `fold` needs vectors, and the index keeps none.
+        UnsupportedQueryError: `fold` needs vectors, and the index keeps none.
     """
     artifact = snapshot.artifact
     lowest = -np.inf if min_score is None else min_score
@@ -73,7 +67,7 @@ def rank(
         ranked = [
             RankedRow(int(row), float(score))
             for row, score in zip(rows[0], scores[0], strict=True)
-            if row >= 0 and row not in excluded_rows and (min_score is None or round(float(score), 6) >= lowest)
+            if row >= 0 and row not in excluded_rows and round(float(score), 6) >= lowest
         ]
         ranked.sort(key=lambda each: (-each.score, each.row))
         best = ranked[:count] if fold is None else _fold(snapshot, ranked, fold - _ROUNDING, count)
@@ -83,9 +77,9 @@ def rank(
         width = min(2 * width, artifact.rows)
 
 
-def cached_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask | None:
-    """Return the mask of a filter if it is cached."""
-    return snapshot.masks.get(json.dumps(filter, sort_keys=True))
+def mask_key(filter: dict[str, Any]) -> str:
+    """Return the key of a filter in `Snapshot.masks`."""
+    return json.dumps(filter, sort_keys=True)
 
 
 def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
@@ -94,7 +88,7 @@ def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
     Raises:
         InvalidQueryError: the filter does not fit the index.
     """
-    key, masks = json.dumps(filter, sort_keys=True), snapshot.masks
+    key, masks = mask_key(filter), snapshot.masks
     mask = masks.get(key)
     if mask is None:
         try:
@@ -110,14 +104,15 @@ def row_vectors(snapshot: Snapshot, rows: list[int]) -> Floats:
     """Return the vectors, float32 (m, E), that the index keeps.
 
     Raises:
-        MissingVectorsError: this kind of index keeps none.
+        UnsupportedQueryError: this kind of index keeps none.
     """
     try:
         return snapshot.artifact.vectors(np.array(rows, np.int64))
     except StoreUnavailableError:
         raise
     except ArtifactError as error:
-        raise MissingVectorsError(str(error)) from None
+        message = f"This query needs the vectors of items, and the index does not keep them: {error}"
+        raise UnsupportedQueryError(message) from None
 
 
 def _fold(snapshot: Snapshot, ranked: list[RankedRow], threshold: float, count: int) -> list[RankedRow]:

@@ -22,33 +22,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from app.core.media import media_type
 from app.core.metrics import Metrics, PendingKind
 from app.core.settings import Settings
 from app.core.threads import use_default_scheduling
 from app.search.embedding import Embedder
-from app.search.embedding_cache import VectorCache
-from app.search.errors import (
-    BatchQueryError,
-    DeadlineError,
-    ImageUnavailableError,
-    OverloadedError,
-    SearchError,
-)
+from app.search.embedding_cache import MemoryCache
+from app.search.errors import BatchQueryError, ImageUnavailableError, OverloadedError, SearchError, UnavailableError
 from app.search.pairs import PairScorer
 from app.search.planning import Plan, make_plan, row_of
-from app.search.query import (
-    Explanation,
-    ItemPage,
-    Match,
-    Query,
-    QueryPart,
-    SearchResults,
-    WordWeights,
-    compose,
-)
-from app.search.ranking import RankedRow, cached_mask, filter_mask, rank, row_vectors
+from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, WordWeights, compose
+from app.search.ranking import RankedRow, filter_mask, mask_key, rank, row_vectors
 from app.search.snapshots import Snapshot
+from dcar_core.images import sniff_format
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import ArtifactError, ImageError
@@ -63,15 +48,16 @@ _IMAGE_THREADS = 8
 class Retriever:
     """Search snapshots. One per process."""
 
-    def __init__(self, settings: Settings, cache: VectorCache, metrics: Metrics | None = None) -> None:
-        self._metrics = metrics or Metrics()
+    def __init__(self, settings: Settings, cache: MemoryCache, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._settings = settings
         self._pending = Counter[PendingKind]()
         self._embedder = Embedder(settings, cache, self._metrics)
         threads = min(4, available_cores())
-        self._search_threads = ThreadPoolExecutor(threads, "dcar-search", initializer=_prepare_search_thread)
-        self._filter_thread = ThreadPoolExecutor(1, "dcar-filter", initializer=use_default_scheduling)
+        self._search_threads = ThreadPoolExecutor(threads, "dcar-search", use_default_scheduling)
+        self._filter_thread = ThreadPoolExecutor(1, "dcar-filter", use_default_scheduling)
         self._image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
+        self.require_room = self._embedder.require_room
         self._pairs = PairScorer(self._embedder, self._image_threads)
 
     def start(self) -> None:
@@ -84,10 +70,6 @@ class Retriever:
         self._search_threads.shutdown()
         self._filter_thread.shutdown(cancel_futures=True)
         self._image_threads.shutdown(wait=False, cancel_futures=True)
-
-    def require_room(self) -> None:
-        """Check that the model would accept a new query; see `Batcher.require_room`."""
-        self._embedder.require_room()
 
     async def search(self, snapshot: Snapshot, query: Query) -> SearchResults:
         """Return the matches of a query.
@@ -103,14 +85,9 @@ class Retriever:
             return await self._search(snapshot, query)
 
     async def search_batch(self, snapshot: Snapshot, queries: Sequence[Query]) -> list[SearchResults]:
-        """Return the matches of several queries, all from one version.
-
-        Raises:
-            BatchQueryError: one search failed.
-        """
+        """Return the matches of several queries, all from one version. Raise BatchQueryError if one search failed."""
         has_long_queries = any(query.options.rerank or query.options.explain for query in queries)
         slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # all at once they would fill the queue
-
         filter_turn = asyncio.Lock()
 
         async def search(query: Query) -> SearchResults:
@@ -129,11 +106,7 @@ class Retriever:
         return results
 
     async def item(self, snapshot: Snapshot, item_id: str) -> tuple[int, Item]:
-        """Return the version of the index and an item.
-
-        Raises:
-            ItemNotFoundError: no item has this id.
-        """
+        """Return the version of the index and an item. Raise ItemNotFoundError if no item has this id."""
         row = row_of(snapshot, item_id, "id")
         return snapshot.version, await self._in_search_thread(snapshot.artifact.item, row)
 
@@ -164,7 +137,7 @@ class Retriever:
 
         def read() -> tuple[bytes, str]:
             data = snapshot.artifact.image_bytes(row)
-            if media_type(data) is None:
+            if sniff_format(data) is None:
                 raise ImageUnavailableError
             return data, hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -182,10 +155,18 @@ class Retriever:
         mask = await self._mask(snapshot, options.filter, filter_turn or asyncio.Lock())
         ranked, matches = await self._rank(snapshot, plan, vector, mask)
         words: WordWeights | None = None
-        if plan.rerank_depth or options.explain:
-            ranked = await self._rerank(snapshot, plan, ranked)
-            page = ranked[options.offset : plan.end]
-            words, explanations = await self._explain(snapshot, query, vector, page)
+        if plan.rerank_depth > options.offset:
+            with self._metrics.timed("rerank"):
+                best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]
+                ranked = await self._pairs.rerank(snapshot, query.text, best) + rest
+        page = ranked[options.offset : plan.end]
+        explanations: list[Explanation | None] = []
+        if options.explain:
+            with self._metrics.timed("explain"):
+                words = await self._pairs.word_weights(snapshot, query.text) if query.text else None
+                explained = page[: self._settings.explain_results]
+                explanations = await self._pairs.explain(snapshot, query.text, vector, explained)
+        if matches is None:
             matches = await self._in_search_thread(_matches, snapshot, page, explanations)
         has_next = len(ranked) > plan.end and plan.end + options.k <= self._settings.max_window
         return SearchResults(
@@ -203,7 +184,14 @@ class Retriever:
     async def _query_vector(self, snapshot: Snapshot, plan: Plan) -> tuple[Floats, bool]:
         """Return the vector (E,) of the query, and True if all of its embeddings were cached."""
         weights, query = plan.options.weights, plan.query
-        parts, is_cached = await self._text_parts(snapshot, query)
+        weighted = [(weights.text, query.text), (-weights.without, query.without_text)]
+        texts = [(weight, text) for weight, text in weighted if text]
+        if len(texts) == 1:  # the usual case, without the cost of gather
+            embeddings = [await self._embedder.text(snapshot, texts[0][1])]
+        else:  # in one forward pass
+            embeddings = await asyncio.gather(*(self._embedder.text(snapshot, text) for _, text in texts))
+        parts = [QueryPart(weight, vector) for (weight, _), (vector, _) in zip(texts, embeddings, strict=True)]
+        is_cached = all(cached for _, cached in embeddings)
         if query.image is not None:
             vector, is_image_cached = await self._embedder.image(snapshot, query.image)
             parts.append(QueryPart(weights.image, vector))
@@ -213,18 +201,6 @@ class Retriever:
                 vectors = await self._in_search_thread(row_vectors, snapshot, rows)
                 parts.append(QueryPart(weight, vectors.mean(0)))
         return compose(parts), is_cached and bool(query.text or query.image)
-
-    async def _text_parts(self, snapshot: Snapshot, query: Query) -> tuple[list[QueryPart], bool]:
-        """Return the texts of the query as parts, and True if all of them were cached."""
-        weights = query.options.weights
-        weighted = [(weights.text, query.text), (-weights.without, query.without_text)]
-        texts = [(weight, text) for weight, text in weighted if text]
-        if len(texts) == 1:  # the usual case, without the cost of gather
-            embeddings = [await self._embedder.text(snapshot, texts[0][1])]
-        else:  # in one forward pass
-            embeddings = await asyncio.gather(*(self._embedder.text(snapshot, text) for _, text in texts))
-        parts = [QueryPart(weight, vector) for (weight, _), (vector, _) in zip(texts, embeddings, strict=True)]
-        return parts, all(is_cached for _, is_cached in embeddings)
 
     async def _mask(self, snapshot: Snapshot, filter: dict[str, Any] | None, turn: asyncio.Lock) -> Mask | None:
         """Return the rows that fulfil a filter, None without one.
@@ -236,7 +212,7 @@ class Retriever:
         """
         if not filter:
             return None
-        mask = cached_mask(snapshot, filter)
+        mask = snapshot.masks.get(mask_key(filter))
         if mask is None:
             async with turn:
                 loop = asyncio.get_running_loop()
@@ -245,12 +221,13 @@ class Retriever:
 
     async def _rank(
         self, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None
-    ) -> tuple[list[RankedRow], list[Match]]:
-        """Return the ranked rows up to the next page, and the matches of this page unless they will change."""
+    ) -> tuple[list[RankedRow], list[Match] | None]:
+        """Return the ranked rows up to the next page, and the matches of this page, None if they will change."""
         options = plan.options
         is_final = not (plan.rerank_depth or options.explain)
 
-        def search() -> tuple[list[RankedRow], list[Match]]:
+        def search() -> tuple[list[RankedRow], list[Match] | None]:
+            _use_one_faiss_thread()
             ranked = rank(
                 snapshot,
                 vector,
@@ -260,30 +237,12 @@ class Retriever:
                 min_score=plan.min_score,
                 fold=options.fold,
             )
-            return ranked, _matches(snapshot, ranked[options.offset : plan.end]) if is_final else []
+            return ranked, _matches(snapshot, ranked[options.offset : plan.end]) if is_final else None
 
         with self._metrics.timed("search"):
-            if _is_quick(snapshot, plan):
-                _use_one_faiss_thread()
+            if snapshot.is_quick and not (options.filter or options.fold) and plan.end <= _QUICK_DEPTH:
                 return search()
             return await self._in_search_thread(search)
-
-    async def _rerank(self, snapshot: Snapshot, plan: Plan, ranked: list[RankedRow]) -> list[RankedRow]:
-        depth = plan.rerank_depth
-        if plan.options.offset >= depth:
-            return ranked
-        with self._metrics.timed("rerank"):
-            return await self._pairs.rerank(snapshot, plan.query.text, ranked[:depth]) + ranked[depth:]
-
-    async def _explain(
-        self, snapshot: Snapshot, query: Query, vector: Floats, page: Sequence[RankedRow]
-    ) -> tuple[WordWeights | None, list[Explanation | None]]:
-        if not query.options.explain:
-            return None, []
-        with self._metrics.timed("explain"):
-            words = await self._pairs.word_weights(snapshot, query.text) if query.text else None
-            explained = page[: self._settings.explain_results]
-            return words, await self._pairs.explain(snapshot, query.text, vector, explained)
 
     async def _in_search_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._search_threads, call, *args)
@@ -292,7 +251,7 @@ class Retriever:
     async def _admitted(self, count: int = 1, *, kind: PendingKind = "searches") -> AsyncIterator[None]:
         """Count work in progress, and bound its number and its time."""
         if self._pending[kind] + count > self._settings.max_pending:
-            self._metrics.refused("queue_full")
+            self._metrics.refused.labels("queue_full").inc()
             raise OverloadedError
         self._pending[kind] += count
         self._metrics.pending[kind].inc(count)
@@ -303,16 +262,11 @@ class Retriever:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            self._metrics.refused("late")
-            raise DeadlineError from None
+            self._metrics.refused.labels("late").inc()
+            raise UnavailableError("The search took too long and was cancelled.", retry_after_s=1) from None
         finally:
             self._pending[kind] -= count
             self._metrics.pending[kind].dec(count)
-
-
-def _is_quick(snapshot: Snapshot, plan: Plan) -> bool:
-    options = plan.options
-    return snapshot.is_quick and options.filter is None and options.fold is None and plan.end <= _QUICK_DEPTH
 
 
 def _matches(
@@ -324,11 +278,6 @@ def _matches(
         Match(item(each.row), each.score, [item(row).id for row in each.folded], each.rerank_score, explanation)
         for each, explanation in zip(ranked, padded, strict=True)
     ]
-
-
-def _prepare_search_thread() -> None:
-    use_default_scheduling()
-    _use_one_faiss_thread()
 
 
 def _use_one_faiss_thread() -> None:

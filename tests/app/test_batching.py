@@ -248,7 +248,7 @@ async def test_callers_with_one_key_share_a_computation_and_its_failure() -> Non
     assert started == 1
     outcomes = await asyncio.gather(*(shared_tasks.run("b", fail) for _ in range(3)), return_exceptions=True)
     assert [type(each) for each in outcomes] == [DataError] * 3
-    assert len(shared_tasks) == 0
+    assert not shared_tasks._tasks
 
 
 async def test_a_shared_task_is_cancelled_when_its_last_waiter_leaves() -> None:
@@ -278,4 +278,4 @@ async def test_a_shared_task_is_cancelled_when_its_last_waiter_leaves() -> None:
     assert "a" in shared_tasks, "the fourth can be joined, although the third has ended since it started"
     assert await four == 7
     assert ended == ["cancelled"]
-    assert len(shared_tasks) == 0
+    assert not shared_tasks._tasks

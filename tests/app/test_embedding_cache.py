@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import redis.asyncio
 
-from app.core.breaker import CircuitBreaker
 from app.core.metrics import Metrics
 from app.core.rate_limit import RateLimiter
+from app.core.redis import CircuitBreaker
 from app.core.settings import Settings
 from app.search.embedding_cache import MemoryCache, RedisCache, _pack, cache_key, make_cache, rounded
 from tests.support.redis_server import RedisServer
@@ -47,7 +47,7 @@ async def test_the_least_recently_used_entry_is_dropped() -> None:
     assert await cache.get("a", 32) is not None
     cache.put("c", VECTOR)
     assert await cache.get("b", 32) is None
-    assert len(cache) == 2
+    assert len(cache._entries) == 2
     assert await cache.get("a", 16) is None, "of another size"
     kept = await cache.get("a", 32)
     assert kept is not None
@@ -60,7 +60,7 @@ async def test_the_least_recently_used_entry_is_dropped() -> None:
 
 def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("app.core.breaker.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("app.core.redis.time", SimpleNamespace(monotonic=lambda: now))
     breaker = CircuitBreaker(failures=2, pause_s=5)
     breaker.failed(OSError("x"))
     assert breaker.allows()
@@ -112,7 +112,7 @@ async def test_values_are_read_back_exactly_and_expire(redis_server: RedisServer
 @pytest.mark.redis
 async def test_close_waits_for_pending_writes(built_index: Path, redis_server: RedisServer) -> None:
     given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "cache_ttl_s": 60}
-    ending, other = (make_cache(Settings(index=built_index, **given)) for _ in range(2))
+    ending, other = (make_cache(Settings(index=built_index, **given), Metrics()) for _ in range(2))
     ending.put("key", VECTOR)
     await ending.close()
     assert isinstance(other, RedisCache)
@@ -233,7 +233,7 @@ async def test_a_full_redis_is_still_read(redis_server: RedisServer) -> None:
 
 @pytest.mark.redis
 async def test_a_value_from_redis_is_cached_in_the_process(redis_server: RedisServer) -> None:
-    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, memory=MemoryCache(10))
+    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, size=10)
     await cache._write("key", _pack("key", VECTOR))
     assert cache.peek("key", 32) is None
     assert await cache.get("key", 32) is not None
@@ -246,7 +246,7 @@ async def test_a_value_from_redis_is_cached_in_the_process(redis_server: RedisSe
 async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.search.embedding_cache._MAX_WRITES", 2)
     metrics = Metrics()
-    cache = RedisCache("redis://127.0.0.1:1/0", ttl_s=60, memory=MemoryCache(10), metrics=metrics)
+    cache = RedisCache("redis://127.0.0.1:1/0", ttl_s=60, size=10, metrics=metrics)
     for i in range(5):
         cache.put(f"key {i}", VECTOR)
         known = cache.peek(f"key {i}", 32)

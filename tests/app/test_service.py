@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
+from fastapi import FastAPI
 
 from app.api.schemas import ReloadResponse
 from app.core.metrics import Metrics
@@ -275,8 +275,7 @@ async def test_pages_load_nothing_from_other_sites(built_index: Path) -> None:
         }  # fmt: skip
         operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
         assert len(set(operations)) == len(operations) == 19
-        words = document["paths"]["/search/text"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert words["properties"]["k"]["maximum"] == 200
+        assert document["components"]["schemas"]["TextQuery"]["properties"]["k"]["maximum"] == 200
 
 
 def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
@@ -345,12 +344,16 @@ def test_server_with_a_broken_index_exits_with_the_reason(index: Path) -> None:
     assert log.count("trainables.safetensors") == 1, "logged once"
 
 
+def _server_of(collections: Any, **given: Any) -> _Server:
+    app = FastAPI()
+    app.state.collections = collections
+    return _Server(app, Settings(index=Path("index"), **given))
+
+
 @pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
 async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
     loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
-    config = uvicorn.Config(lambda: None, log_config=None)
-    collections: Any = loaded.items()
-    server = _Server(config, collections_of=lambda: collections, drain_s=0, batch_scheduling=batch_scheduling)
+    server = _server_of(loaded.items(), drain_s=0, batch_scheduling=batch_scheduling)
     before = gc.get_freeze_count()
     try:
         await server.on_tick(1)
@@ -374,8 +377,7 @@ def test_second_signal_ends_the_drain_but_not_pending_requests(monkeypatch: pyte
         is_draining = False
 
     loaded: Any = Loaded({None: SimpleNamespace(live=object())})
-    config = uvicorn.Config(lambda: None, log_config=None)
-    server = _Server(config, collections_of=lambda: loaded, drain_s=0.2, batch_scheduling=True)
+    server = _server_of(loaded, drain_s=0.2)
     server.handle_exit(signal.SIGINT, None)
     assert (loaded.is_draining, server.should_exit) == (True, False)
     server.handle_exit(signal.SIGINT, None)

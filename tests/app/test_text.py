@@ -1,10 +1,9 @@
-"""Normalised texts, media types and settings."""
+"""Normalised texts and settings."""
 
 from pathlib import Path
 
 import pytest
 
-from app.core.media import media_type
 from app.core.settings import Settings, load_settings
 from app.search.query import normalise
 from dcar_core.util.errors import DcarError
@@ -29,14 +28,6 @@ from dcar_core.util.errors import DcarError
 def test_normalised_texts_have_no_invisible_characters_or_control_tokens(given: str, expected: str) -> None:
     assert normalise(given) == expected
     assert normalise(expected) == expected
-
-
-def test_the_media_type_comes_from_the_content() -> None:
-    assert media_type(b"\x89PNG\r\n\x1a\nrest") == "image/png"
-    assert media_type(b"RIFF\x00\x00\x00\x00WEBPVP8 ") == "image/webp"
-    assert media_type(b"<svg xmlns='http://www.w3.org/2000/svg'>") is None
-    assert media_type(b"%!PS-Adobe-3.0 EPSF-3.0") is None
-    assert media_type(b"") is None
 
 
 def test_flags_take_precedence_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""`dcar models`, `dcar benchmark` and `dcar key`: list models, measure the encoder runtimes, create an API key."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from app.cli.options import EXAMPLES, Device, Images, Pretrained, example
+from dcar_core.util.console import json_text
+from dcar_core.util.errors import DcarError, ModelError
+
+commands = typer.Typer()
+
+
+@commands.command(epilog=example("dcar models siglip2", "dcar models --level full --json"))
+def models(
+    name: Annotated[str, typer.Argument(help="Part of the names to list, in any case. Default: all.")] = "",
+    level: Annotated[str | None, typer.Option(help="Only models of this level: full, text or adapters.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """List the built-in models: name, level, image size, context length, libraries, and tags for --pretrained.
+
+    Levels: full takes prompts in both towers, text in the text tower alone, adapters in neither. docs/models.md
+    helps to choose.
+    """
+    from dcar_core.model.catalogue import list_catalogue
+    from dcar_core.model.towers.select import Level
+
+    if level is not None and level not in get_args(Level):
+        raise typer.BadParameter(f"--level must be one of {', '.join(get_args(Level))}, not {level!r}")
+    entries = [
+        entry for entry in list_catalogue() if name.lower() in entry.name.lower() and level in (None, entry.level)
+    ]
+    if as_json:
+        typer.echo(json_text([asdict(entry) for entry in entries]))
+        return
+    if not entries:
+        raise ModelError("no built-in model matches; `dcar models` lists all")
+    needs = [", ".join(entry.needs) or "-" for entry in entries]
+    width, needs_width = max(len(entry.name) for entry in entries), max(map(len, needs))
+    for entry, libraries in zip(entries, needs, strict=True):
+        typer.echo(
+            f"{entry.name:{width}}  {entry.level:8}  {entry.image_size:3} px  {entry.context_length:2} tokens  "
+            f"{libraries:{needs_width}}  {', '.join(entry.pretrained) or '-'}"
+        )
+
+
+@commands.command(epilog=example("dcar benchmark --checkpoint checkpoint --data my/catalogue"))
+def benchmark(
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint, model directory, or open_clip model.")] = str(
+        EXAMPLES / "twemoji" / "checkpoint"
+    ),
+    data: Annotated[Path, typer.Option(help="Annotations with a test split, as for training.")] = EXAMPLES / "twemoji",
+    runtimes: Annotated[
+        str,
+        typer.Option(
+            help="Runtimes, separated by commas; an unknown name lists all. Default: those of `auto`, and int8."
+        ),
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="JSON file for all measurements.")] = None,
+    images: Images = None,
+    pretrained: Pretrained = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most captions of the test split to use.")] = 2000,
+    cache: Annotated[
+        Path | None,
+        typer.Option(envvar="DCAR_RUNTIME_CACHE", help="Cache of exports and measurements. Default: the user's cache."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure every runtime on this machine with real captions and images, and store the best for `--runtime auto`.
+
+    Without options it uses the bundled emoji. int8 is calibrated on the training split.
+    """
+    from dcar_core.serving.runtime_benchmark import benchmark as run
+    from dcar_core.serving.runtime_benchmark import format_report
+
+    names = [name.strip() for name in runtimes.split(",") if name.strip()]
+    report = run(
+        checkpoint, data, runtimes=names, pretrained=pretrained, images=images, cache=cache, device=device,
+        limit=limit, say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    typer.echo(format_report(report))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+
+@commands.command(epilog=example("dcar key webshop"))
+def key(name: Annotated[str, typer.Argument(help="Name of the key's owner, which appears in the log.")]) -> None:
+    """Create an API key. The service stores its hash only: add the last line of the output to DCAR_API_KEYS."""
+    from app.core.keys import key_hash, new_key, parse_keys
+
+    secret = new_key()
+    line = f"{name}:{key_hash(secret)}"
+    try:
+        parse_keys(line)
+    except ValueError:
+        raise DcarError(f"the name {name!r} is not allowed: use 1 to 64 letters, digits, dots, dashes") from None
+    typer.echo(f"for {name}, shown this once: {secret}")
+    typer.echo(line)
