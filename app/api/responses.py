@@ -1,17 +1,19 @@
-"""Response bodies as plain dicts; `schemas` documents them."""
+"""Responses: JSON bodies as plain dicts, which `schemas` documents, and image files."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 
 from app.api.params import collection_of
+from app.search.gallery_images import GalleryImage
 from app.search.query import ItemPage, Match, SearchResults, WordWeights
 from index_jobs.store.artifact import Item
-
 
 class JsonResponse(Response):
     """Plain data as JSON, several times as fast as by the standard library; NaN and infinities become null."""
@@ -20,6 +22,24 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return to_json(content, inf_nan_mode="null")
+
+
+class ImageResponse(Response):
+    """An image file, read piece by piece as the client takes it."""
+
+    def __init__(self, image: GalleryImage, threads: Executor, headers: dict[str, str]) -> None:
+        super().__init__(headers={**headers, "Content-Length": str(image.size)}, media_type=image.media_type)
+        self._image = image
+        self._threads = threads
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for piece in self._image.pieces(self._threads):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._image.close(self._threads)
 
 
 def search_response(request: Request, results: SearchResults) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from app.api.bodies import check_batch, check_form_type, check_window, read_batc
 from app.api.openapi import operation, problem_responses
 from app.api.params import ItemId, collections_of, require_admin, retriever_of, settings_of, snapshot_of
 from app.api.requests import BatchQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
-from app.api.responses import JsonResponse, item_response, items_response, search_response
+from app.api.responses import ImageResponse, JsonResponse, item_response, items_response, search_response
 from app.api.schemas import (
     BatchResponse,
     CollectionsResponse,
@@ -34,7 +34,6 @@ from app.middleware.access import charge
 from app.search.errors import NotReadyError
 from app.search.query import Query, SearchOptions
 from app.search.snapshots import Snapshot
-from dcar_core.images import sniff_format
 from dcar_core.util.errors import DcarError
 
 _COLLECTION = "/collections/{collection}"
@@ -133,13 +132,15 @@ def _item_routes(settings: Settings) -> APIRouter:
     )
     async def picture(request: Request, item_id: ItemId) -> Response:
         """Return the image file of an item, as stored in the gallery."""
-        data, digest = await retriever_of(request).image(snapshot_of(request), item_id)
-        etag = f'"{digest}"'
+        retriever = retriever_of(request)
+        image = await retriever.image(snapshot_of(request), item_id)
+        etag = f'"{image.digest}"'
         scope = "private" if settings.api_keys else "public"
         headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
+            image.close(retriever.image_threads)
             return Response(status_code=304, headers=headers)
-        return Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
+        return ImageResponse(image, retriever.image_threads, headers)
 
     @router.get("/items/{item_id:path}", tags=["items"], **operation(ItemResponse, 404, 422, 503))
     async def item(request: Request, item_id: ItemId) -> Response:

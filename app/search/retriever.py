@@ -12,11 +12,10 @@
 """
 
 import asyncio
-import hashlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -27,16 +26,15 @@ from app.core.settings import Settings
 from app.core.threads import use_default_scheduling
 from app.search.embedding import Embedder
 from app.search.embedding_cache import MemoryCache
-from app.search.errors import BatchQueryError, ImageUnavailableError, OverloadedError, SearchError, UnavailableError
+from app.search.errors import BatchQueryError, OverloadedError, SearchError, UnavailableError
+from app.search.gallery_images import GalleryImage
 from app.search.pairs import PairScorer
 from app.search.planning import Plan, make_plan, row_of
 from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, WordWeights, compose
 from app.search.ranking import RankedRow, filter_mask, mask_key, rank, row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.images import sniff_format
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.cpu_features import available_cores
-from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
@@ -56,9 +54,9 @@ class Retriever:
         threads = min(4, available_cores())
         self._search_threads = ThreadPoolExecutor(threads, "dcar-search", use_default_scheduling)
         self._filter_thread = ThreadPoolExecutor(1, "dcar-filter", use_default_scheduling)
-        self._image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
+        self.image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
         self.require_room = self._embedder.require_room
-        self._pairs = PairScorer(self._embedder, self._image_threads)
+        self._pairs = PairScorer(self._embedder, self.image_threads)
 
     def start(self) -> None:
         """Begin to work. The event loop must be running."""
@@ -69,7 +67,7 @@ class Retriever:
         await self._embedder.close()
         self._search_threads.shutdown()
         self._filter_thread.shutdown(cancel_futures=True)
-        self._image_threads.shutdown(wait=False, cancel_futures=True)
+        self.image_threads.shutdown(wait=False, cancel_futures=True)
 
     async def search(self, snapshot: Snapshot, query: Query) -> SearchResults:
         """Return the matches of a query.
@@ -126,26 +124,25 @@ class Retriever:
         async with self._admitted():
             return await self._in_search_thread(list_items, await self._mask(snapshot, filter, asyncio.Lock()))
 
-    async def image(self, snapshot: Snapshot, item_id: str) -> tuple[bytes, str]:
-        """Return the bytes of an item's image and their digest, 32 hexadecimal digits.
+    async def image(self, snapshot: Snapshot, item_id: str) -> GalleryImage:
+        """Open the image of an item, which the caller closes.
 
         Raises:
             ItemNotFoundError: no item has this id.
             ImageUnavailableError: the gallery has no image there that may be served.
         """
         row = row_of(snapshot, item_id, "id")
+        async with self._admitted(kind="pictures"):
+            opening = self.image_threads.submit(GalleryImage, snapshot.artifact, row)
+            try:
+                return await asyncio.wrap_future(opening)
+            except asyncio.CancelledError:  # a running thread goes on
+                opening.add_done_callback(self._close_image)
+                raise
 
-        def read() -> tuple[bytes, str]:
-            data = snapshot.artifact.image_bytes(row)
-            if sniff_format(data) is None:
-                raise ImageUnavailableError
-            return data, hashlib.blake2b(data, digest_size=16).hexdigest()
-
-        try:
-            async with self._admitted(kind="pictures"):
-                return await asyncio.get_running_loop().run_in_executor(self._image_threads, read)
-        except (ArtifactError, ImageError, OSError):
-            raise ImageUnavailableError from None
+    def _close_image(self, opening: Future[GalleryImage]) -> None:
+        if not (opening.cancelled() or opening.exception()):
+            opening.result().close(self.image_threads)
 
     async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()

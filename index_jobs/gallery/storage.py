@@ -8,6 +8,7 @@
 
 import errno
 import hashlib
+import io
 import os
 import re
 import stat
@@ -126,6 +127,25 @@ def remote_version(info: Mapping[str, Any]) -> int:
     return 0
 
 
+def open_image(root: str, location: str, offset: int, size: int) -> tuple[BinaryIO, int]:
+    """Open an image at its first byte, and return its number of bytes. One with a URL is fetched whole.
+
+    Args:
+        root, location, offset, size: as for `read_image`.
+
+    Raises:
+        OSError: the file cannot be read, or the tar ends before the span does.
+    """
+    path = join_location(root, location)
+    if is_url(path):
+        data = read_image(root, location, offset, size)
+        return io.BytesIO(data), len(data)
+    try:
+        return _open_span(path, ImageLocation(0, location, offset, size))
+    except ValueError as error:
+        raise OSError(f"not a path: {error}") from None
+
+
 def read_image(root: str, location: str, offset: int, size: int) -> bytes:
     """Return the bytes of one image, without a retry.
 
@@ -176,14 +196,21 @@ def read_images(
 
 
 def _read_file(path: str, location: ImageLocation) -> bytes:
-    with _open_file(path) as file:
-        if location.offset == WHOLE_FILE:
-            return file.read()
-        file.seek(location.offset)
-        data = file.read(location.size)
-    if len(data) != location.size:
+    file, size = _open_span(path, location)
+    with file:
+        return file.read(size)
+
+
+def _open_span(path: str, location: ImageLocation) -> tuple[BinaryIO, int]:
+    file = _open_file(path)
+    size = os.fstat(file.fileno()).st_size
+    if location.offset == WHOLE_FILE:
+        return file, size
+    if size < location.offset + location.size:
+        file.close()
         raise OSError(f"{path} ends inside this image")
-    return data
+    file.seek(location.offset)
+    return file, location.size
 
 
 def _fetch(urls: Mapping[int, str], locations: Sequence[ImageLocation]) -> dict[int, bytes | Exception]:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
-from index_jobs.gallery.storage import read_image
+from index_jobs.gallery.storage import open_image
 from index_jobs.store.faiss_search import ScoredRows, as_mask
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
@@ -191,7 +191,13 @@ class Artifact:
         return self._segments.vectors(rows)
 
     def image_bytes(self, row: int) -> bytes:
-        """Return the file of the row's image, read from the gallery.
+        """Return the file of the row's image; see `open_image`."""
+        file, size = self.open_image(row)
+        with file:
+            return file.read(size)
+
+    def open_image(self, row: int) -> tuple[BinaryIO, int]:
+        """Open the row's image in the gallery at its first byte, and return its number of bytes.
 
         Raises:
             IndexError: there is no such row.
@@ -202,7 +208,7 @@ class Artifact:
         try:
             if self.image_access is not None:
                 location = self.image_access.resolve(segment.root, location, offset, size)
-            return read_image(segment.root, location, offset, size)
+            return open_image(segment.root, location, offset, size)
         except OSError as error:
             raise ArtifactError(
                 f"the image of item {segment.items.cell(place, 'id')!r} cannot be read from the gallery "

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 
 from app.search.batching import Batcher, BatchGroup
 from app.search.errors import OverloadedError
+from app.search.gallery_images import PIECE_BYTES
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.redis_server import RedisServer
@@ -200,32 +203,62 @@ async def test_request_without_a_body_has_no_upload_timeout(built_index: Path, l
         assert (await client.send(hollow)).status_code == 400
 
 
-async def test_large_image_is_not_hashed_in_the_event_loop(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: list[tuple[int, bool]] = []
-    hash_of = hashlib.blake2b
+async def test_large_image_is_hashed_and_read_in_threads(
+    built_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            threads.add(threading.current_thread().name)
+            assert size is not None
+            assert 0 < size <= PIECE_BYTES
+            return super().read(size) or b""
 
-    def seen(data: bytes, **given: Any) -> Any:
-        hashed.append((len(data), threading.current_thread() is threading.main_thread()))
-        return hash_of(data, **given)
-
-    monkeypatch.setattr("app.search.retriever.hashlib.blake2b", seen)
-
+    threads, file = set[str](), tmp_path / "large.jpg"
+    file.write_bytes(b"\xff\xd8\xff" + np.random.default_rng(0).bytes(300_000))
+    monkeypatch.setattr(Artifact, "open_image", lambda *_: (Noted(file), file.stat().st_size))
     async with opened(built_index) as client:
-        artifact = type(client.app.state.collections[None].live.artifact)
-        size = 5 * 2**20
-        monkeypatch.setattr(artifact, "image_bytes", lambda *_: b"\xff\xd8\xff".ljust(size))
-        assert len((await client.get("/items/circle%2Fred.png/image")).content) == size
-        assert [each for each in hashed if each[0] == size] == [(size, False)]
+        response = await client.get("/items/circle%2Fred.png/image")
+        assert response.content == file.read_bytes()
+        assert response.headers["content-type"] == "image/jpeg"
+        assert response.headers["etag"] == f'"{hashlib.blake2b(response.content, digest_size=16).hexdigest()}"'
+        known = await client.get("/items/circle%2Fred.png/image", headers={"If-None-Match": response.headers["etag"]})
+        assert (known.status_code, known.content) == (304, b"")
+        head = await client.head("/items/circle%2Fred.png/image")
+        assert (head.headers["content-length"], head.content) == (str(file.stat().st_size), b"")
+    assert {name.rpartition("_")[0] for name in threads} == {"dcar-image"}
+
+
+def test_images_that_are_not_read_cost_little_memory(
+    built_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, size, file = 100, 2**20, tmp_path / "large.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n".ljust(size))
+    monkeypatch.setattr(Artifact, "open_image", lambda *_: (file.open("rb"), size))
+    with serving(built_index) as (app, port), contextlib.ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(count):
+            deaf = stack.enter_context(socket.socket())
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", port))
+            deaf.sendall(b"GET /items/circle%2Fred.png/image HTTP/1.1\r\nHost: x\r\n\r\n")
+        end = time.monotonic() + 20
+        while len(app.state.retriever.image_threads._threads) < 8 and time.monotonic() < end:
+            time.sleep(0.1)
+        time.sleep(1)
+        _, peak = tracemalloc.get_traced_memory()
+    assert peak - before < count * size / 4
 
 
 async def test_slow_gallery_does_not_delay_searches(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 
-    def slow(artifact: Artifact, row: int) -> bytes:
+    def slow(artifact: Artifact, row: int) -> tuple[io.BytesIO, int]:
         assert gate.wait(20)
-        return b""
+        return io.BytesIO(png()), len(png())
 
-    monkeypatch.setattr(Artifact, "image_bytes", slow)
+    monkeypatch.setattr(Artifact, "open_image", slow)
     async with opened(built_index, deadline_ms=3000, max_pending=20) as client:
         images = [asyncio.create_task(client.get("/items/circle%2Fred.png/image")) for _ in range(30)]
         try:
