@@ -1,5 +1,6 @@
 """Responses: JSON bodies as plain dicts, which `schemas` documents, and image files."""
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Any
@@ -14,6 +15,9 @@ from app.api.params import collection_of
 from app.search.gallery_images import GalleryImage
 from app.search.query import ItemPage, Match, SearchResults, WordWeights
 from index_jobs.store.artifact import Item
+
+_ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
+
 
 class JsonResponse(Response):
     """Plain data as JSON, several times as fast as by the standard library; NaN and infinities become null."""
@@ -86,7 +90,7 @@ def _item(items: str, item: Item) -> dict[str, Any]:
         "id": item.id,
         "caption": item.caption,
         "category": item.category,
-        "metadata": item.metadata,
+        "metadata": _metadata(item),
         "image_url": _image_url(items, item.id),
     }
 
@@ -102,7 +106,7 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
         "image_url": _image_url(items, item.id),
     }
     if fields:
-        metadata = item.metadata
+        metadata = _metadata(item)
         result["metadata"] = (
             metadata if "*" in fields else {name: metadata[name] for name in fields if name in metadata}
         )
@@ -115,6 +119,16 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
         if match.explanation.words is not None:
             result["explanation"]["words"] = _word_weights(match.explanation.words)
     return result
+
+
+def _metadata(item: Item) -> dict[str, Any]:
+    """Return the metadata of an item; of an absolute path, which a list may have, only the last part is shown."""
+    metadata = item.metadata
+    place = metadata.get("file_name")
+    if not isinstance(place, str) or not _ABSOLUTE.match(place):
+        return metadata
+    name = re.split(r"[/\\]", place)[-1]
+    return {field: name if value == place else value for field, value in metadata.items()}
 
 
 def _word_weights(words: WordWeights) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from app.search.snapshots import load_snapshot
 from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import remove
+from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.service import hold, opened
@@ -241,3 +242,15 @@ async def test_an_unavailable_vector_store_is_a_503_with_retry_after(built_index
 def test_nan_and_infinity_become_null() -> None:
     metadata = {"price": float("nan"), "sizes": [1.5, float("inf")], "more": {"least": float("-inf")}}
     assert JsonResponse(metadata).body == b'{"price":null,"sizes":[1.5,null],"more":{"least":null}}'
+
+
+async def test_responses_show_no_absolute_path(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    place = str(gallery / "circle" / "red.png")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"id": "red", "path": place, "note": f"not {place}"}) + "\n")
+    rebuild(tmp_path / "list.jsonl", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+    async with opened(tmp_path / "index") as client:
+        item = (await client.get("/items/red")).json()
+        (found,) = (await client.post("/search/text", json={"query": "red", "fields": ["*"]})).json()["results"]
+        for metadata in (item["metadata"], found["metadata"]):
+            assert metadata["file_name"] == "red.png"
+            assert place not in metadata.values()
