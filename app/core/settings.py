@@ -24,7 +24,12 @@ DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@]+")
-_TYPO_SIMILARITY = 0.85  # of an unknown name to a setting, from 0 to 1
+# Variables with our prefix that are no settings: of other commands, of docker-compose.yml, and of Kubernetes, which
+# describes a service named dcar to every container.
+_OTHER_VARIABLES = re.compile(
+    r"FEATURES|CAPTION_API_KEY|JUDGE_API_KEY|MILVUS_TOKEN|REQUIRE_ALL|DOMAIN|PORT_PUBLISHED|MEMORY|IMAGE"
+    r"|SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*"
+)
 
 
 class Settings(BaseSettings):
@@ -244,10 +249,9 @@ def load_settings(**flags: Any) -> Settings:
 
 
 def _check_variable_names() -> None:
-    """Refuse names that are nearly those of a setting. Other DCAR_ variables belong to other commands."""
     for variable in sorted(os.environ):
-        name = variable.removeprefix("DCAR_").lower()
-        if not variable.startswith("DCAR_") or name in Settings.model_fields:
-            continue
-        if similar := difflib.get_close_matches(name, Settings.model_fields, 1, _TYPO_SIMILARITY):
-            raise DcarError(f"{variable}: unknown setting; did you mean DCAR_{similar[0].upper()}?")
+        name = variable.removeprefix("DCAR_")
+        known = name.lower() in Settings.model_fields or _OTHER_VARIABLES.fullmatch(name)
+        if variable.startswith("DCAR_") and not known:
+            (nearest,) = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, 0.0)
+            raise DcarError(f"{variable}: unknown setting; did you mean DCAR_{nearest.upper()}?")
