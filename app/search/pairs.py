@@ -101,8 +101,9 @@ class PairScorer:
         pixels = (await self._images(snapshot, [row])).get(row)
         if pixels is None:
             return None
-        variants, part_of_patch = blank_parts(
-            pixels, snapshot.encoder.preprocess.blank(), snapshot.encoder.adapter.patch_grid
+        encoder = snapshot.encoder
+        variants, part_of_patch = await asyncio.to_thread(
+            blank_parts, pixels, encoder.preprocess.blank(), encoder.adapter.patch_grid
         )
         original, *blanked = await self._in_chunks(partial(self._embedder.pixels, snapshot), [pixels, *variants])
         falls = np.array([float(vector @ (original - each)) for each in blanked])
