@@ -1,5 +1,6 @@
 """Outermost ASGI middleware: request ids, the access log, request metrics and HEAD.
 
+- A request without a Host header, or with two, is refused 400: proxies and servers may disagree about it.
 - HEAD is GET without the body, on every route that has GET.
 - A request that is unfinished when the service shuts down (uvicorn cancels it) is answered 503.
 - An unexpected exception is logged once, with the request id, and answered 500 without details.
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.logs import choose_id, request_id
 from app.core.metrics import Metrics
-from app.core.problems import Problem
+from app.core.problems import Problem, field_problem
 from app.middleware.access import CALLER
 
 logger = logging.getLogger("app.middleware.access")
@@ -60,7 +61,11 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app(inner, receive, observed)
+            if _has_one_host(scope):
+                await self._app(inner, receive, observed)
+            else:
+                problem = field_problem("Host", "must be given once", status=400)
+                await problem.response()(inner, receive, observed)
         except asyncio.CancelledError as error:
             if status or "shutdown" not in str(error):
                 raise
@@ -96,6 +101,11 @@ class RequestLog:
 
 def _given_id(scope: Scope) -> str | None:
     return next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), None)
+
+
+def _has_one_host(scope: Scope) -> bool:
+    hosts = sum(name == b"host" for name, _ in scope["headers"])
+    return hosts == 1 or (hosts == 0 and scope["http_version"] == "1.0")
 
 
 def _template(scope: Scope) -> str:
