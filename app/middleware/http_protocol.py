@@ -1,11 +1,14 @@
 """HTTP/1.1 connections with the limits that uvicorn lacks, around its unmodified protocol.
 
 - A second httptools parser reads the framing of every message before uvicorn sees the bytes, in 10 us a request. h11
-  needs less of a wrapper, but costs 130 us a request, and a read full of tiny chunks blocks the event loop for 90 ms.
+  needs less of a wrapper, but costs 130 us a request.
+- Reads are small, and after a costly one (thousands of tiny chunks) reading pauses until all other connections had a
+  turn: libuv would read a socket up to 32 times in a row.
 - While no request is answered, a complete head must arrive within HEAD_S. That bounds slow heads, idle connections and
   bodies that still arrive after their response.
 - Heads, and the bytes between two pieces of a body, are limited to HEAD_BYTES. Trailers are refused, because uvicorn
   merges them into the request's headers.
+- While pipelined requests wait for their responses, nothing more is parsed.
 - Offers to upgrade (`Upgrade: h2c`) are hidden, since the parser would skip the request's body. An offer that is not in
   the first read of a head ends the connection before any byte behind it is read as a request.
 - A client that reads nothing of its response for WRITE_S is disconnected.
@@ -13,6 +16,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,6 +29,8 @@ from uvicorn.server import ServerState
 HEAD_S = 10.0
 WRITE_S = 30.0
 HEAD_BYTES = 64 * 2**10
+READ_BYTES = 16 * 2**10
+_COSTLY_S = 0.001  # of the event loop, for one read
 _STATE_KEY = "dcar.connection"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
@@ -37,7 +43,7 @@ def track_requests(app: ASGIApp) -> ASGIApp:
         if connection is None:
             await app(scope, receive, send)
             return
-        connection.request_started()
+        connection.request_started(getattr(send, "__self__", None))
         try:
             await app(scope, receive, send)
         finally:
@@ -46,7 +52,7 @@ def track_requests(app: ASGIApp) -> ASGIApp:
     return tracked
 
 
-class BoundedProtocol(asyncio.Protocol):
+class BoundedProtocol(asyncio.BufferedProtocol):
     """Passes a connection's bytes to uvicorn's protocol as long as they keep to the limits."""
 
     def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], **options: Any) -> None:
@@ -54,8 +60,11 @@ class BoundedProtocol(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's parser
         self._head_timer, self._write_timer, self._close_timer = _Timer(), _Timer(), _Timer()
+        self._buffer, self._received = bytearray(READ_BYTES), bytearray()
         self._pending = 0  # requests that are being answered
         self._heads = 0  # that uvicorn has seen
+        self._finished = 0  # requests that have been answered
+        self._cycle: Any = None  # uvicorn's state of the request that is being answered
         self._in_message = self._in_head = self._has_trailers = False
         self._unframed = 0  # bytes since a head began or a piece of a body arrived
 
@@ -68,6 +77,9 @@ class BoundedProtocol(asyncio.Protocol):
         for timer in (self._head_timer, self._write_timer, self._close_timer):
             timer.stop()
         self._inner.connection_lost(error)
+        if self._cycle is not None:  # uvicorn tells only the last of pipelined requests
+            self._cycle.disconnected = True
+            self._cycle.message_event.set()
 
     def eof_received(self) -> None:
         self._inner.eof_received()
@@ -80,7 +92,34 @@ class BoundedProtocol(asyncio.Protocol):
         self._write_timer.stop()
         self._inner.resume_writing()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._received += memoryview(self._buffer)[:nbytes]
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parse the received bytes, unless pipelined requests wait. After a costly read, other connections go first."""
+        if self._transport.is_closing():
+            return
+        if self._heads - self._finished > 1:
+            self._transport.pause_reading()
+            return
+        data, self._received = bytes(self._received), bytearray()
+        began = time.perf_counter()
+        self._feed(data)
+        if time.perf_counter() - began > _COSTLY_S and not self._transport.is_closing():
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._resume_reading)
+
+    def _resume_reading(self) -> None:
+        if self._received:
+            self._parse()
+        if not (self._received or self._inner.flow.read_paused or self._transport.is_closing()):
+            self._transport.resume_reading()
+
+    def _feed(self, data: bytes) -> None:
         if not self._in_message:
             data = _hide_upgrade(data)
         self._unframed += len(data)
@@ -101,12 +140,16 @@ class BoundedProtocol(asyncio.Protocol):
             if not is_valid:  # uvicorn has answered
                 self._close()
 
-    def request_started(self) -> None:
+    def request_started(self, cycle: Any) -> None:
+        self._cycle = cycle
         self._pending += 1
         self._head_timer.stop()
 
     def request_finished(self) -> None:
         self._pending -= 1
+        self._finished += 1
+        if self._received:
+            asyncio.get_running_loop().call_soon(self._resume_reading)
         if not (self._pending or self._transport.is_closing()):
             self._expect_head()
 

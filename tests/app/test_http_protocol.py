@@ -1,6 +1,8 @@
 """Connections: slow heads, trailers, upgrades, idling, unread bodies, early ends."""
 
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -171,6 +173,52 @@ def test_pipelined_requests_are_answered_in_order(connection: socket.socket) -> 
     assert [each[:3] for each in responses] == [b"200", b"401", b"200", b"401"]
 
 
+def test_thousands_of_pipelined_requests_are_answered_one_after_the_other(connection: socket.socket) -> None:
+    count = 3000
+    sender = threading.Thread(target=connection.sendall, args=(HEALTH * count,))
+    sender.start()
+    data, statuses = b"", 0
+    while statuses < count:
+        data = data[-20:] + connection.recv(65536)
+        statuses += data.count(b"HTTP/1.1 200")
+        data = data[data.rfind(b"HTTP/1.1 200") + 1 :]
+    sender.join()
+
+
+def test_client_that_leaves_its_pipelined_requests_is_no_error(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    document = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"  # over 1 MB
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(document * 20)
+            connection.recv(1000)
+    time.sleep(0.5)
+    assert not caplog.records
+
+
+def test_a_flood_of_tiny_chunks_delays_no_other_connection(port: int) -> None:
+    head = UNAUTHORISED.replace(b"Host: x", b"Host: x\r\nTransfer-Encoding: chunked") + AUTHORIZATION + b"\r\n"
+    is_over = threading.Event()
+
+    def flood() -> None:
+        with socket.create_connection(("127.0.0.1", port)) as connection, contextlib.suppress(OSError):
+            connection.sendall(head)
+            while not is_over.is_set():
+                connection.sendall(b"1\r\nx\r\n" * 20_000)
+
+    attacker = threading.Thread(target=flood)
+    attacker.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            client.get("/healthz")
+            began = time.monotonic()
+            for _ in range(20):
+                assert client.get("/healthz").status_code == 200
+            assert time.monotonic() - began < 5
+    finally:
+        is_over.set()
+        attacker.join()
+
+
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
 def test_offers_to_upgrade_are_ignored(connection: socket.socket, protocol: bytes) -> None:
     body = b'{"query": "a cat\\r\\nUpgrade: x", "filter": {"category": "Upgrade:"}}'
@@ -261,3 +309,14 @@ def test_searches_of_clients_that_left_are_skipped(built_index: Path) -> None:
         gate.set()
         assert httpx.post(url, json={"query": "stays"}).status_code == 200
         assert seen == ["first", "stays"]
+
+
+@pytest.mark.parametrize(("version", "hosts"), [(b"1.1", 0), (b"1.1", 2), (b"1.0", 2)])
+def test_request_needs_exactly_one_host(connection: socket.socket, version: bytes, hosts: int) -> None:
+    connection.sendall(b"GET /healthz HTTP/%b\r\n" % version + b"Host: x\r\n" * hosts + b"\r\n")
+    assert read_response(connection).startswith(b"HTTP/1.1 400")
+
+
+def test_http_1_0_needs_no_host(connection: socket.socket) -> None:
+    connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
