@@ -2,9 +2,11 @@
 
     python benchmarks/attack.py
 
-- Each attack runs in a process of its own for `--seconds`; beside it one client sends new texts and one new images.
-- The table shows the responses to the attack, the worst latencies of the honest requests, the number of them that were
-  refused, and the peak of the server's memory. The first row is the service without an attack.
+- Each attack runs in a process of its own for `--seconds`. Beside it one client sends new texts, one sends new images,
+  and one probes /healthz, which needs nothing but the service's event loop.
+- The table shows the responses to the attack, the latencies of the honest requests, the number of refused ones, and the
+  peak of the server's memory. The first row is the service without an attack. In the second, a process that sends
+  nothing keeps a core busy: on few cores, an attacker costs that much by running on the same machine.
 - Attacks: slow and idle connections, unread responses, unfinished and tiny-chunked bodies, request smuggling, path
   traversal, deep JSON, expensive filters and explanations, and hostile images of every format.
 """
@@ -22,14 +24,18 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import uvloop
 from load import Tally, closed_loop, image_request, post
 from PIL import Image
 from serve import new_images, new_texts
 from service import Server, emoji, serving
 
 HOST = b"Host: 127.0.0.1\r\n"
+PROBE = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
 JSON = b"Content-Type: application/json\r\n"
 FORM = b"POST /search/image HTTP/1.1\r\n" + HOST + b"Content-Type: multipart/form-data; boundary=b\r\n"
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
@@ -103,14 +109,23 @@ def connections(
     return attack
 
 
+def again(attack: Attack) -> Attack:
+    """Return an attack that connects again when the server has closed its connections."""
+
+    async def repeated(target: Target) -> None:
+        while not target.is_over:
+            await attack(target)
+
+    return repeated
+
+
 async def smuggle(target: Target) -> None:
     """Send bodies that look like requests behind offers to upgrade; report if one of them is answered."""
     inner = b"GET /collections HTTP/1.1\r\n" + HOST + b"\r\n"
     head = b"POST /search/text HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: %d\r\n" % len(inner)
-    health = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
     for pieces in (
         [head + b"Connection: Upgrade\r\n", b"Upgrade: h2c\r\n\r\n", inner],
-        [health + head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", inner],
+        [PROBE + head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", inner],
     ):
         if b'"collections"' in await target.send(iter(pieces), every_s=0.1):
             target.outcomes["SMUGGLED"] += 1
@@ -188,7 +203,6 @@ def text(**body: object) -> bytes:
 
 def attacks() -> dict[str, Attack]:
     """Return every attack by name."""
-    image = b"GET /items/1f63f/image HTTP/1.1\r\n" + HOST + b"\r\n"
     paths = [
         "/items/..%2f..%2fetc%2fpasswd/image",
         "/ui/..%2fmain.py",
@@ -198,6 +212,8 @@ def attacks() -> dict[str, Attack]:
     ]
     upload = FORM + b"Content-Length: 20971000\r\n\r\n" + PART
     chunked = b"POST /search/text HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\n"
+    chunked_upload = FORM + b"Transfer-Encoding: chunked\r\n\r\n"
+    large = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
     contains = {"$or": [{"caption": {"contains": f"{n} no such words"}} for n in range(32)]}
     explained = {"queries": [{"query": f"cat {n}", "explain": True} for n in range(32)]}
     images = {
@@ -220,8 +236,10 @@ def attacks() -> dict[str, Attack]:
         "endless heads": connections(10, endless(b"GET / HTTP/1.1\r\n", b"X: " + b"y" * 1000 + b"\r\n")),
         "slow bodies": connections(100, endless(upload, b"x"), every_s=1.0),
         "unfinished uploads": connections(13, lambda: iter([upload, bytes(20_000_000)])),
-        "tiny chunks": connections(4, endless(chunked, b"1\r\n \r\n" * 10_000)),
-        "unread responses": connections(100, lambda: iter([image * 2000]), is_read=False),
+        "tiny chunks": again(connections(4, endless(chunked, b"1\r\n \r\n" * 10_000))),
+        "tiny chunks of an upload": again(connections(4, endless(chunked_upload, b"1\r\n \r\n" * 10_000))),
+        "pipelined requests": again(connections(20, lambda: iter([PROBE * 2000]))),
+        "unread responses": connections(100, lambda: iter([large * 20]), is_read=False),
         "smuggling": smuggle,
         "traversal": flood(*(f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n" for path in paths)),
         "deep JSON": flood(post("/search/text", "application/json", b'{"filter":' + b'{"a":' * 12_000)),
@@ -232,35 +250,50 @@ def attacks() -> dict[str, Attack]:
     }
 
 
+@dataclass
+class Honest:
+    """Honest requests beside an attack, and the peak of the server's memory in MB."""
+
+    texts: Tally
+    images: Tally
+    probes: Tally
+    peak: float
+
+    def cells(self) -> str:
+        shown = (self.texts, self.images, self.probes)
+        refused = sum(sum(each.statuses.values()) - each.statuses[200] + each.broken for each in shown)
+        worst = " | ".join(f"{max(each.latencies, default=float('nan')) * 1000:7.0f} ms" for each in shown)
+        usual = self.texts.percentile(99)
+        return f"{usual:7.0f} ms | {worst} | {refused:7} | {self.peak:7.0f} MB"
+
+
 def measure(server: Server, attack: Attack | None, seconds: float) -> str:
     """Run one attack beside honest requests; return the cells of its row."""
-    import uvloop
-
     target = Target(server.port, time.monotonic() + seconds)
     fork = multiprocessing.get_context("fork")
-    queue: multiprocessing.SimpleQueue[Counter[str]] = fork.SimpleQueue()
-    process = fork.Process(target=_run_attack, args=(attack, target, queue))
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_run_attack, args=(attack, target, sender), daemon=True)
     process.start()
-    texts, images, peak = uvloop.run(_send_honest(server, seconds))
-    outcomes = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(queue.get().items()) if count)
+    sender.close()
+    honest = asyncio.run(_send_honest(server, seconds))
+    outcomes: Counter[str] = receiver.recv() if receiver.poll(20) else Counter({"attacker hangs": 1})
+    process.kill()
     process.join()
-    return f"{outcomes or '-':40} | {_worst(texts)} | {_worst(images)} | {peak:7.0f} MB"
+    described = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(outcomes.items()) if count)
+    return f"{described or '-':40} | {honest.cells()}"
 
 
-def _run_attack(attack: Attack | None, target: Target, queue: "multiprocessing.SimpleQueue[Counter[str]]") -> None:
-    import uvloop
-
+def _run_attack(attack: Attack | None, target: Target, sender: Connection) -> None:
     async def run() -> None:
         if attack is not None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(attack(target), target.until + 5 - time.monotonic())
 
     uvloop.run(run())
-    queue.put(target.outcomes)
+    sender.send(target.outcomes)
 
 
-async def _send_honest(server: Server, seconds: float) -> tuple[Tally, Tally, float]:
-    """Return the results of honest texts and images, and the peak of the server's memory in MB."""
+async def _send_honest(server: Server, seconds: float) -> Honest:
     peak, until = 0.0, time.monotonic() + seconds
 
     async def watch() -> None:
@@ -269,31 +302,38 @@ async def _send_honest(server: Server, seconds: float) -> tuple[Tally, Tally, fl
             peak = max(peak, server.rss_mb())
             await asyncio.sleep(0.1)
 
-    texts, images, _ = await asyncio.gather(
-        closed_loop(server.port, new_texts(time.time_ns()), connections=1, seconds=seconds, pause_s=0.05),
-        closed_loop(server.port, new_images(), connections=1, seconds=seconds, pause_s=0.1),
-        watch(),
-    )
-    return texts, images, peak
+    loop = partial(closed_loop, server.port, connections=1, seconds=seconds)
+    async with asyncio.timeout(seconds + 60):
+        texts, images, probes, _ = await asyncio.gather(
+            loop(new_texts(time.time_ns()), pause_s=0.05),
+            loop(new_images(), pause_s=0.1),
+            loop(lambda: PROBE, pause_s=0.02),
+            watch(),
+        )
+    return Honest(texts, images, probes, peak)
 
 
-def _worst(tally: Tally) -> str:
-    refused = sum(count for status, count in tally.statuses.items() if status != 200) + tally.broken
-    return f"{max(tally.latencies, default=float('nan')) * 1000:7.0f} ms, {refused} refused"
+async def spin(target: Target) -> None:
+    """Send nothing, but keep one core busy: the latency that a neighbour on the same machine costs."""
+    while not target.is_over:
+        sum(range(100_000))
+        await asyncio.sleep(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="directory of the index")
     parser.add_argument("--index", type=Path, help="attack this index instead")
-    parser.add_argument("--seconds", type=float, default=15.0, help="duration of each attack")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of each attack")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="run these attacks alone")
     given = parser.parse_args()
+    rows: dict[str, Attack | None] = {"(none)": None, "(a busy core)": spin, **attacks(), "(none) again": None}
     with serving(given.index or emoji(given.work)) as server:
-        print(f"{'attack':28} | {'responses':40} | worst honest text     | worst honest image    | memory", flush=True)
-        rows: dict[str, Attack | None] = {"(none)": None, **attacks(), "(none) again": None}
+        print(
+            f"{'attack':28} | {'responses':40} | text p99   | worst text | worst image | worst probe | refused | memory"
+        )
         for name, attack in rows.items():
-            if given.only is None or name in given.only or attack is None:
+            if given.only is None or name in given.only or name.startswith("("):
                 print(f"{name:28} | {measure(server, attack, given.seconds)}", flush=True)
 
 
