@@ -91,9 +91,12 @@ class MethodRunner:
         record, directory = self.train(method, seed, lr), self.directory(method, seed, lr)
         test_file = directory / "test.json"
         if not test_file.is_file() or "hits" not in json.loads(test_file.read_text(encoding="utf-8")):
-            model, _ = load_checkpoint(directory, backbone=self.backbone)
+            is_merged = method.fine_tune.scope != "none"  # a backbone of its own, with features of its own
+            device, shared = str(self.backbone.device), None if is_merged else self.backbone
+            model, _ = load_checkpoint(directory, device=device, backbone=shared)
+            cache = FeatureCache(None, model.backbone) if is_merged else self.cache
             data = self.splits["test"]
-            split = prepare_split(data, model, for_training=False, progress=self.progress, cache=self.cache)
+            split = prepare_split(data, model, for_training=False, progress=self.progress, cache=cache)
             write_json(test_file, analyse(model, data, split))
         test = json.loads(test_file.read_text(encoding="utf-8"))
         return record | {"test": test.pop("recall"), **test}

@@ -73,6 +73,11 @@ class Backbone(nn.Module):
         """Stay in eval mode whatever the owner does."""
         return super().train(False)
 
+    def forward(self, name: str, *inputs: Tensor | None) -> Tensor:
+        """Call one of the methods below by name, for `torch.func.functional_call`."""
+        encoded: Tensor = getattr(self, name)(*inputs)
+        return encoded
+
     def text_tokenizer(self, prompt_tokens: int) -> TextTokenizer:
         """The tokenizer of texts beside this many prompts; needs no PyTorch."""
         return self.tokenizer.with_limit(self.context_length - prompt_tokens)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
+from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, FineTuneConfig, ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.files import atomic_writer, write_json
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need
 
 Trainables = dict[str, NDArray[np.float32]]
 
-CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
+CONFIG, WEIGHTS, MERGED = "config.json", "trainables.safetensors", "model"
 FORMAT = 1
 
 
@@ -53,8 +54,16 @@ def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str
 
 
 def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | None = None) -> str:
-    """Write trainables and config; return the fingerprint. A model's path is stored relative to the checkpoint."""
+    """Write trainables and config; return the fingerprint. A model's path is stored relative to the checkpoint.
+
+    Changed weights of a backbone are merged into a model directory, `model` in the checkpoint.
+    """
     path.mkdir(parents=True, exist_ok=True)
+    if model.changes is not None:
+        from dcar_core.model.fine_tuning import merge
+
+        merged = merge(model.backbone, model.changes, path / MERGED)
+        model = type(model)(merged, replace(model.config, fine_tune=FineTuneConfig())).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.trainables()}
     backbone_hash = model.backbone.content_hash()
     mark = fingerprint(backbone_hash, model.config, trainables)

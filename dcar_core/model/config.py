@@ -11,6 +11,7 @@ WordSide = Literal["context", "alone"]
 PictureSide = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
 LossDirection = Literal["both", "image-to-text"]
+FineTuneScope = Literal["none", "attention", "projection", "all"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
 GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
@@ -87,11 +88,29 @@ class AdapterConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(_Config):
+    """Learned changes of the backbone's own weights (LoRA, ProLIP, FLYP).
+
+    scope: the attention of both towers, the image tower's projection, or everything.
+    rank: of the changes; 0 learns whole matrices.
+    lr_factor [ours]: multiplies the learning rate, so that one grid of rates fits every method.
+    interpolate: validation chooses a point between the frozen and the trained weights (WiSE-FT).
+    """
+
+    scope: FineTuneScope = "none"
+    rank: int = 0
+    lr_factor: float = 1.0
+    interpolate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig(_Config):
-    """L = L_con + category * L_cate + head * L_head + anchor * L_anchor (sections 3 and 4).
+    """L = L_con + category * L_cate + head * L_head + anchor * L_anchor + ... (sections 3 and 4).
 
     alpha: the category-matching weight.
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
+    logits: the divergence of a batch's similarities from the frozen encoders' (PromptSRC).
+    distance: the squared distance of fine-tuned weights from the frozen ones (ProLIP).
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
     """
 
@@ -99,8 +118,10 @@ class LossConfig(_Config):
     head: float = 1.0
     alpha: float = 0.5
     anchor: float = 0.0
+    logits: float = 0.0
+    distance: float = 0.0
     direction: LossDirection = "both"
-    _omitted = frozenset({"direction"})
+    _omitted = frozenset({"direction", "logits", "distance"})
 
     def __post_init__(self) -> None:
         if self.direction not in get_args(LossDirection):
@@ -150,14 +171,24 @@ class ModelConfig(_Config):
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        parts = {"prompt": PromptConfig, "reweight": ReweightConfig, "adapter": AdapterConfig, "loss": LossConfig}
+        parts: dict[str, type[_Config]] = {
+            "prompt": PromptConfig,
+            "reweight": ReweightConfig,
+            "adapter": AdapterConfig,
+            "loss": LossConfig,
+            "fine_tune": FineTuneConfig,
+        }
         return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"reweight": self.reweight.to_dict(), "loss": self.loss.to_dict()}
+        content = super().to_dict() | {"reweight": self.reweight.to_dict(), "loss": self.loss.to_dict()}
+        if self.fine_tune == FineTuneConfig():  # earlier runs keep their names
+            del content["fine_tune"]
+        return content
 
     def with_loss_direction(self, direction: LossDirection) -> Self:
         return replace(self, loss=replace(self.loss, direction=direction))

@@ -6,6 +6,7 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
     dcar    dual prompts, token weights, category adapter in the loss
     maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
     dcar+   several blocks of prompts, and bottlenecks on the features
+    lora, prolip, flyp      changes of the backbone's own weights (`fine_tuning`)
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ModelConfig, PromptConfig
+from dcar_core.model.fine_tuning import WeightChanges
 from dcar_core.model.methods import require_runnable
 from dcar_core.model.token_weights import TokenWeightHead
 
@@ -92,6 +94,7 @@ class DCAR(nn.Module):
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
         with_caa = config.loss.category > 0 and not config.adapter.text
         self.caa = FeatureAdapter(backbone.embed_dim) if with_caa else None
+        self.changes = WeightChanges(backbone, config.fine_tune) if config.fine_tune.scope != "none" else None
         self.to(backbone.device)
 
     def train(self, mode: bool = True) -> "DCAR":
@@ -119,7 +122,7 @@ class DCAR(nn.Module):
     def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
         """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""
         prompts = self.prompts.text_prompts() if self.prompts is not None else None
-        return self.adapt_text(F.normalize(self.backbone.encode_text(tokens, prompts, weights), dim=-1))
+        return self.adapt_text(F.normalize(self._run("encode_text", tokens, prompts, weights), dim=-1))
 
     def encode_query(self, tokens: Tensor) -> Tensor:
         """Encode as a query: with the head's factors if validation preferred them, without an image."""
@@ -129,7 +132,14 @@ class DCAR(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """float32 (B, 3, S, S), normalised -> (B, E)."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
-        return self.adapt_image(F.normalize(self.backbone.encode_image(pixels, prompts), dim=-1))
+        return self.adapt_image(F.normalize(self._run("encode_image", pixels, prompts), dim=-1))
+
+    def _run(self, name: str, *inputs: Tensor | None) -> Tensor:
+        """Call a method of the backbone, with the changed weights if there are some."""
+        if self.changes is None:
+            return self.backbone(name, *inputs)  # type: ignore[no-any-return]
+        changed = self.changes.changed(self.backbone, image=name == "encode_image")
+        return torch.func.functional_call(self.backbone, changed, (name, *inputs))
 
     def adapt_text(self, features: Tensor) -> Tensor:
         """Apply the text adapter: (B, E) -> (B, E), both normalised."""
@@ -142,12 +152,14 @@ class DCAR(nn.Module):
     @property
     def text_is_frozen(self) -> bool:
         """True if nothing is learned in or before the text tower, so that its features can be computed once."""
-        return self.head is None and (self.prompts is None or not self.config.prompt.text)
+        is_changed = self.changes is not None and self.changes.touches(image=False)
+        return self.head is None and (self.prompts is None or not self.config.prompt.text) and not is_changed
 
     @property
     def image_is_frozen(self) -> bool:
         """True if nothing is learned in or before the image tower, so that its features can be computed once."""
-        return self.prompts is None or not self.config.prompt.image
+        is_changed = self.changes is not None and self.changes.touches(image=True)
+        return (self.prompts is None or not self.config.prompt.image) and not is_changed
 
     def category_adapter(self) -> FeatureAdapter | None:
         """The adapter of L_cate's captions; None if the loss has no such term."""

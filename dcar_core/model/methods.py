@@ -1,6 +1,16 @@
 """The methods by name: each a configuration of the one model, so that all share data, loop and evaluation."""
 
-from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
+from dataclasses import replace
+from typing import Any
+
+from dcar_core.model.config import (
+    AdapterConfig,
+    FineTuneConfig,
+    LossConfig,
+    ModelConfig,
+    PromptConfig,
+    ReweightConfig,
+)
 from dcar_core.util.errors import DcarError, ModelError
 
 MAX_DEPTH = 128  # more blocks than any tower has
@@ -10,6 +20,16 @@ _CONTRASTIVE = LossConfig(category=0, head=0)
 
 def _prompts_alone(name: str, **prompt: int | bool) -> ModelConfig:
     return ModelConfig(method=name, prompt=PromptConfig.from_dict(prompt), reweight=_NO_WEIGHTS, loss=_CONTRASTIVE)
+
+
+def _fine_tuned(name: str, *, distance: float = 0.0, **settings: Any) -> ModelConfig:
+    return ModelConfig(
+        method=name,
+        prompt=PromptConfig(length=0),
+        reweight=_NO_WEIGHTS,
+        loss=replace(_CONTRASTIVE, distance=distance),
+        fine_tune=FineTuneConfig(**settings),
+    )
 
 
 METHODS: dict[str, ModelConfig] = {
@@ -47,6 +67,18 @@ METHODS: dict[str, ModelConfig] = {
             adapter=AdapterConfig(text=True, image=True),
             loss=LossConfig(anchor=1.0),
         ),
+        # PromptSRC's regularisation on deep prompts: features and similarities are held to the frozen encoders'; its
+        # distance of features is L1, and it averages the prompts over epochs, for which one epoch is chosen here [ours]
+        ModelConfig(
+            method="promptsrc",
+            prompt=PromptConfig(depth=4),
+            reweight=_NO_WEIGHTS,
+            loss=LossConfig(category=0, head=0, anchor=1.0, logits=1.0),
+        ),
+        # weights of the backbone: attention at low rank; the image projection alone; everything, interpolated
+        _fine_tuned("lora", scope="attention", rank=4, lr_factor=0.2),
+        _fine_tuned("prolip", scope="projection", lr_factor=0.2, distance=1.0),
+        _fine_tuned("flyp", scope="all", lr_factor=0.02, interpolate=True),
         # both without image prompts, for image towers that take none [ours]
         ModelConfig(method="dcar-text", prompt=PromptConfig(image=False)),
         ModelConfig(

@@ -18,7 +18,7 @@ from torch import Tensor
 from dcar_core.model.config import Amp
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
-from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
+from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss, logits_loss
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Rows
 
@@ -53,10 +53,7 @@ class _PartOutput:
 def batch_loss(model: DCAR, data: PreparedSplit, rows: Rows) -> Tensor:
     """Return L over the pairs `rows` in one pass: the reference for `accumulate_gradients`."""
     output = _forward(model, data, rows, rows)
-    positives = _positives(model, data, rows)
-    direction = model.config.loss.direction
-    contrastive = contrastive_loss(output.text, output.image, positives, model.backbone.scale, direction)
-    return contrastive + output.other_losses
+    return _batch_terms(model, data, rows, output.text, output.image) + output.other_losses + _penalty(model)
 
 
 def accumulate_gradients(
@@ -84,8 +81,7 @@ def accumulate_gradients(
     empty = torch.empty(0, model.backbone.embed_dim, device=model.backbone.device)
     text = group.gather(torch.cat([empty, *(out.text.detach() for out in outputs)]), sizes).requires_grad_()
     image = group.gather(torch.cat([empty, *(out.image.detach() for out in outputs)]), sizes).requires_grad_()
-    positives = _positives(model, data, rows)
-    contrastive = contrastive_loss(text, image, positives, model.backbone.scale, model.config.loss.direction)
+    contrastive = _batch_terms(model, data, rows, text, image)
     text_grad, image_grad = torch.autograd.grad(contrastive, (text, image))
     start, other_losses = sum(sizes[: group.rank]), empty.new_zeros(())
     for i, part in enumerate(local_parts):
@@ -95,12 +91,29 @@ def accumulate_gradients(
         surrogate = (out.text * text_grad[own]).sum() + (out.image * image_grad[own]).sum() + out.other_losses
         precision.scaler.scale(surrogate).backward()  # type: ignore[no-untyped-call]
         other_losses, start = other_losses + out.other_losses.detach(), start + len(part)
+    penalty = _penalty(model)
+    if penalty.requires_grad and group.is_leader:
+        precision.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
     group.sum_gradients(p for _, p in model.trainables() if p.requires_grad)
-    return float(contrastive.detach() + group.sum(other_losses))
+    return float(contrastive.detach() + group.sum(other_losses) + penalty.detach())
 
 
-def _positives(model: DCAR, data: PreparedSplit, rows: Rows) -> Tensor:
-    return torch.from_numpy(data.positives(rows)).to(model.backbone.device)
+def _batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:
+    """Return the loss terms that compare every pair of the batch with every other."""
+    config, scale = model.config.loss, model.backbone.scale
+    positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
+    loss = contrastive_loss(text, image, positives, scale, config.direction)
+    if config.logits > 0 and data.image_features is not None and data.text_features is not None:
+        frozen_text, frozen_image = data.text_features[rows], data.image_features[data.image_of[rows]]
+        loss = loss + config.logits * logits_loss(text, image, frozen_text, frozen_image, scale)
+    return loss
+
+
+def _penalty(model: DCAR) -> Tensor:
+    """Return the term that depends on the weights alone."""
+    if model.changes is None or model.config.loss.distance == 0:
+        return model.backbone.scale.new_zeros(())
+    return model.config.loss.distance * model.changes.distance()
 
 
 def _forward(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> _PartOutput:

@@ -57,6 +57,18 @@ def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
     return ((predicted - target) ** 2 * real).sum() / real.sum().clamp(min=1)
 
 
+def logits_loss(text: Tensor, image: Tensor, frozen_text: Tensor, frozen_image: Tensor, scale: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of a batch's similarities from the frozen encoders', in both directions (PromptSRC).
+
+    Args:
+        text, image, frozen_text, frozen_image: L2-normalised features (B, E) of the pairs.
+        scale: 1 / tau.
+    """
+    adapted, frozen = scale * text @ image.T, scale * frozen_text @ frozen_image.T  # [B texts, B images]
+    terms = [F.kl_div(frozen.log_softmax(d), adapted.log_softmax(d), reduction="sum", log_target=True) for d in (0, 1)]
+    return torch.stack(terms).mean() / len(text)
+
+
 def anchor_loss(adapted: Tensor, frozen: Tensor) -> Tensor:
     """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both (B, E), L2-normalised."""
     return (1 - (adapted * frozen).sum(-1)).mean()

@@ -1,0 +1,102 @@
+"""Learned changes of a backbone's weights: LoRA, the image projection alone (ProLIP), or every weight (FLYP).
+
+- A change is a difference, zero at the start, that is added for the time of one call. The backbone stays as it is, so
+  other models may use it.
+- LoRA (Hu et al. 2022) has one low-rank change for each attention matrix of both towers; query, key and value of a
+  joint matrix share the lower factor [ours].
+- Merged, it is a model directory, served like any other model: it shares no backbone with other domains.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.model.config import MODEL_CONFIG, FineTuneConfig
+from dcar_core.model.open_clip_source import read_config
+from dcar_core.util.errors import ModelError
+from dcar_core.util.files import atomic_writer, write_json
+from dcar_core.util.memory import WEIGHTS_FILE
+
+_IMAGE = "visual."
+_NAMES = {
+    "attention": re.compile(r"(^|\.)(attn|self_attn|attention|SelfAttention)\..*weight$"),
+    "projection": re.compile(r"^visual\.(proj$|head\.|trunk\.head\.)"),
+    "all": re.compile(r"^(?!logit_)"),
+}
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
+
+
+class WeightChanges(nn.Module):
+    """Trainable differences to the weights of a scope.
+
+    Raises:
+        ModelError: the towers have no weights of this scope.
+    """
+
+    def __init__(self, backbone: Backbone, config: FineTuneConfig) -> None:
+        super().__init__()
+        weights = backbone.clip.named_parameters()
+        chosen = {name: p for name, p in weights if _NAMES[config.scope].search(name)}
+        if config.scope != "all":
+            chosen = {name: p for name, p in chosen.items() if p.ndim == 2}
+        if not chosen:
+            raise ModelError(f"the towers of {backbone.source.model} have no weights of the scope {config.scope}")
+        self.names, self.low, self.rank = list(chosen), nn.ParameterDict(), config.rank
+        self.high = nn.ParameterDict()  # whole differences, or the upper factors of low-rank ones
+        for name, weight in chosen.items():
+            rows = weight.shape[0]
+            if config.rank:
+                self.low[_key(name)] = nn.Parameter(torch.randn(config.rank, weight.shape[1]) / config.rank)
+            self.high[_key(name)] = nn.Parameter(torch.zeros((rows, config.rank) if config.rank else weight.shape))
+
+    def changed(self, backbone: Backbone, *, image: bool) -> dict[str, Tensor]:
+        """Return the changed weights of one tower, by their names in the backbone."""
+        names = [name for name in self.names if name.startswith(_IMAGE) == image]
+        return {f"clip.{name}": backbone.clip.get_parameter(name) + self._difference(name) for name in names}
+
+    def touches(self, *, image: bool) -> bool:
+        """Return whether weights of the image tower, or of the text tower, are changed."""
+        return any(name.startswith(_IMAGE) == image for name in self.names)
+
+    def distance(self) -> Tensor:
+        """Return the squared Frobenius norm of all differences."""
+        return torch.stack([self._difference(name).square().sum() for name in self.names]).sum()
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        """Multiply the differences: the interpolation between the frozen and the trained weights (WiSE-FT)."""
+        for high in self.high.values():
+            high.mul_(factor)
+
+    def _difference(self, name: str) -> Tensor:
+        high: Tensor = self.high[_key(name)]
+        return high @ self.low[_key(name)] if self.rank else high
+
+
+@torch.no_grad()
+def merge(backbone: Backbone, changes: WeightChanges, directory: Path) -> Backbone:
+    """Write a model directory with the changed weights, and load it."""
+    source = backbone.source.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    if source is None:
+        preprocess = dict(backbone.visual.preprocess_cfg)
+        content = {"model_cfg": read_config(backbone.source), "preprocess_cfg": preprocess}
+        write_json(directory / MODEL_CONFIG, content)
+    else:  # the configuration, and the files of the tokenizer
+        ignore = shutil.ignore_patterns(*(f"*{suffix}" for suffix in _WEIGHT_SUFFIXES))
+        shutil.copytree(source, directory, ignore=ignore, dirs_exist_ok=True)
+    changed = {**changes.changed(backbone, image=True), **changes.changed(backbone, image=False)}
+    state = backbone.clip.state_dict() | {name.removeprefix("clip."): value for name, value in changed.items()}
+    with atomic_writer(directory / WEIGHTS_FILE) as file:  # a service may have mapped the older file
+        file.write(save({name: value.cpu().contiguous().clone() for name, value in state.items()}, {"format": "pt"}))
+    return load_backbone(BackboneSource(str(directory)), str(backbone.device))
+
+
+def _key(name: str) -> str:
+    """Return a name that a ParameterDict accepts."""
+    return name.replace(".", "/")

@@ -1,0 +1,120 @@
+"""Methods that change the backbone's own weights: LoRA, ProLIP and FLYP."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcar_core.data import load_split
+from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.fine_tuning import merge
+from dcar_core.model.methods import method
+from dcar_core.training import validation
+from dcar_core.training.grad_cache import batch_loss
+from dcar_core.training.losses import logits_loss
+from dcar_core.training.prepared_split import PreparedSplit, prepare_split
+from dcar_core.training.validation import choose_interpolation
+from dcar_core.util.errors import ModelError
+
+FINE_TUNED = ["lora", "prolip", "flyp"]
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def changed_model(backbone: Backbone, name: str) -> DCAR:
+    """Return a model whose weights have moved."""
+    model = seeded_model(backbone, method(name), 0)
+    assert model.changes is not None
+    with torch.no_grad():
+        for high in model.changes.high.values():
+            high.normal_(std=0.02)
+    return model
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+@torch.no_grad()
+def test_changes_of_zero_leave_the_features_as_they_are(name: str, backbone: Backbone, pixels: Tensor) -> None:
+    model, tokens = seeded_model(backbone, method(name), 0), backbone.tokenize(["a red square", "a blue cross"])
+    torch.testing.assert_close(model.encode_image(pixels), F.normalize(backbone.encode_image(pixels), dim=-1))
+    torch.testing.assert_close(model.encode_text(tokens), F.normalize(backbone.encode_text(tokens), dim=-1))
+
+
+@pytest.mark.parametrize(("name", "text_is_frozen"), [("lora", False), ("prolip", True), ("flyp", False)])
+@torch.no_grad()
+def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
+    name: str, text_is_frozen: bool, backbone: Backbone, pixels: Tensor, tmp_path: Path
+) -> None:
+    before = backbone.content_hash()
+    model, tokens = changed_model(backbone, name), backbone.tokenize(["a red square", "a blue cross"])
+    assert (model.text_is_frozen, model.image_is_frozen) == (text_is_frozen, False)
+    stock = F.normalize(backbone.encode_image(pixels), dim=-1)
+    assert not torch.allclose(model.encode_image(pixels), stock, atol=1e-3)
+    save_checkpoint(model, tmp_path / "saved")
+    loaded, _ = load_checkpoint(tmp_path / "saved")
+    assert (loaded.config.method, loaded.changes) == (name, None)
+    assert loaded.text_is_frozen
+    torch.testing.assert_close(loaded.encode_image(pixels), model.encode_image(pixels))
+    torch.testing.assert_close(loaded.encode_text(tokens), model.encode_text(tokens))
+    assert backbone.content_hash() == before
+
+
+def test_a_merged_change_of_zero_is_the_same_backbone(backbone: Backbone, tmp_path: Path) -> None:
+    model = seeded_model(backbone, method("lora"), 0)
+    assert model.changes is not None
+    assert merge(backbone, model.changes, tmp_path / "model").content_hash() == backbone.content_hash()
+
+
+def test_a_tower_without_a_projection_is_refused(tiny_model: Path) -> None:
+    other = load_backbone(BackboneSource(str(tiny_model)))
+    other.clip.visual.proj = None  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="have no weights of the scope projection"):
+        seeded_model(other, method("prolip"), 0)
+
+
+def test_the_distance_from_the_frozen_weights_is_part_of_the_loss(backbone: Backbone, tiny_data: Path) -> None:
+    model = changed_model(backbone, "prolip")
+    assert model.changes is not None
+    data = prepare_split(load_split(tiny_data, "train")[0], model, for_training=True, progress=False)
+    rows = np.arange(len(data))
+    with_distance = batch_loss(model, data, rows)
+    model.config = method("flyp")  # the same loss without the distance
+    difference = sum(float(high.detach().square().sum()) for high in model.changes.high.values())
+    assert float((with_distance - batch_loss(model, data, rows)).detach()) == pytest.approx(difference, rel=1e-3)
+
+
+def test_validation_chooses_between_frozen_and_trained_weights(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = changed_model(backbone, "flyp")
+    assert model.changes is not None
+    name = "visual/proj"
+    whole = model.changes.high[name].detach().clone()
+    recalls = iter([50.0, 70.0, 60.0, 10.0])  # of the shares 1, 0.75, 0.5, 0.25
+
+    def evaluate(model: DCAR, split: PreparedSplit) -> dict[str, float]:
+        return dict.fromkeys(("t2i_r1", "i2t_r1"), next(recalls))
+
+    monkeypatch.setattr(validation, "evaluate", evaluate)
+    split: PreparedSplit = None  # type: ignore[assignment]
+    assert choose_interpolation(model, split)["t2i_r1"] == 70
+    torch.testing.assert_close(model.changes.high[name].detach(), 0.75 * whole)
+
+
+def test_the_divergence_of_similarities() -> None:
+    text, image, other = F.normalize(torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    scale = torch.tensor(10.0)
+    assert float(logits_loss(text, image, text, image, scale)) == pytest.approx(0, abs=1e-6)
+    adapted, frozen = ((scale * text @ each.T).softmax(1).double() for each in (other, image))
+    rows = (adapted * (adapted / frozen).log()).sum(1).mean()
+    adapted, frozen = ((scale * text @ each.T).softmax(0).double() for each in (other, image))
+    columns = (adapted * (adapted / frozen).log()).sum(0).mean()
+    expected = float((rows + columns) / 2)
+    assert float(logits_loss(text, other, text, image, scale)) == pytest.approx(expected, rel=1e-4)
