@@ -180,9 +180,11 @@ def sampled(shards: Path, samples: list[tuple[int, int]]) -> Iterator[None]:
     ended = threading.Event()
 
     def sample() -> None:
-        while not ended.wait(0.5):
+        while True:
             done = sum(1 for _ in shards.glob("*/*.json")) * SHARD_ROWS
             samples.append((done, resident(os.getpid())))
+            if ended.wait(0.5):
+                break
 
     thread = threading.Thread(target=sample)
     thread.start()

@@ -76,6 +76,7 @@ class Material:
     name: str  # "clusters" or "emoji"
     count: int
     dim: int
+    queries: int
 
     @property
     def mark(self) -> str:
@@ -111,11 +112,11 @@ class Material:
         clusters = Clusters(self.count, self.dim)
         starts = range(0, self.count, BLOCK)
         drawn = (clusters.draw(min(BLOCK, self.count - start), seed=start) for start in starts)
-        return drawn, clusters.draw(2 * QUERIES, seed=2**31 - 1)
+        return drawn, clusters.draw(2 * self.queries, seed=2**31 - 1)
 
     def _emoji(self) -> tuple[Iterator[Floats], Floats]:
         model = load_encoder()
-        return drawn_emoji(model, self.count), model.encode_text(captions(2 * QUERIES))
+        return drawn_emoji(model, self.count), model.encode_text(captions(2 * self.queries))
 
 
 def _queries(vectors: Floats) -> HeldOutQueries:
@@ -215,6 +216,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--dim", type=int, default=512, help="of clustered vectors")
+    parser.add_argument(
+        "--queries",
+        type=int,
+        default=QUERIES,
+        help="to tune with, and as many to measure; fixed by the first run of --out",
+    )
     parser.add_argument("--emoji", action="store_true", help="vectors of a trained encoder in place of clusters")
     parser.add_argument("--kind", action="append", help=f"may be repeated; default: {', '.join(KINDS)}")
     parser.add_argument("--memory", type=float, default=0, help="GiB that auto may use (default: half of all)")
@@ -234,7 +241,11 @@ def main() -> None:
         out = given.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
         material = Material(
-            out, "emoji" if given.emoji else "clusters", given.count, EMOJI_DIM if given.emoji else given.dim
+            out,
+            "emoji" if given.emoji else "clusters",
+            given.count,
+            EMOJI_DIM if given.emoji else given.dim,
+            given.queries,
         )
         vectors, queries = material.prepare()
         notes = out / f"results-{material.mark}.json"

@@ -1,6 +1,7 @@
 """A tiny real CLIP, checkpoints on it, and a small gallery: everything else in the tests is the real thing too."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -56,6 +57,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"skipped although every program is required: {report.longrepr}"
     return report
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported and collected, which stays, from every later search for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

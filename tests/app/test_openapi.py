@@ -13,7 +13,7 @@ from tests.support.service import serving
 if os.environ.get("DCAR_REQUIRE_ALL") != "1":
     pytest.importorskip("schemathesis", reason="needs the extra dev: pip install 'dcar[dev]'")
 
-EXAMPLES = 12
+EXAMPLES = 8
 KEY = "correct horse battery"
 
 

@@ -47,14 +47,14 @@ def test_folding_in_blocks_equals_folding_row_by_row(seed: int) -> None:
 @pytest.mark.slow
 def test_folding_in_blocks_is_faster_than_row_by_row() -> None:
     rng = np.random.default_rng(0)
-    different = rng.standard_normal((900, 512)).astype(np.float32)
-    vectors = different[rng.integers(0, 900, 4000)] + rng.standard_normal((4000, 512)).astype(np.float32) / 100
+    different = rng.standard_normal((600, 512)).astype(np.float32)
+    vectors = different[rng.integers(0, 600, 2500)] + rng.standard_normal((2500, 512)).astype(np.float32) / 100
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = [RankedRow(row, 0.5) for row in range(4000)]
+    found = [RankedRow(row, 0.5) for row in range(2500)]
     times, hits = [], []
     for fold in (
         lambda: row_by_row(vectors, found, 0.95),
-        lambda: _fold(snapshot_of(vectors), found, 0.95, 1001),
+        lambda: _fold(snapshot_of(vectors), found, 0.95, 626),
     ):
         took = []
         for _ in range(3):  # take the fastest: the machine may be busy

@@ -53,12 +53,12 @@ def test_numbers_are_open_clips(backbone: Backbone, prompt_tokens: int) -> None:
     soup = [
         "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xA0, 0x2000), rng.randrange(0x1F300, 0x1FAD0)]))
                 for _ in range(rng.randrange(1, 24)))
-        for _ in range(3000)
+        for _ in range(1000)
     ]  # fmt: skip
     # Regular expressions differ on letters newer than their tables, and on this one mark, which folds to a letter.
     soup = [s for s in soup if not any(unicodedata.category(c) in ("Cn", "Co", "Cs") or c == "\u0345" for c in s)]
     annotations = json.loads((EXAMPLE / "openmoji" / "train.json").read_text())
-    texts = [*HARD, *CONTROL, *soup, *(entry["positive"] for entry in annotations.values())]
+    texts = [*HARD, *CONTROL, *soup, *(entry["positive"] for entry in list(annotations.values())[::4])]
     tokens = backbone.text_tokenizer(prompt_tokens)
     simple = open_clip.SimpleTokenizer(str(EXAMPLE / "base" / "bpe.txt.gz"))
     odd = []

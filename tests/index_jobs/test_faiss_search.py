@@ -1,6 +1,9 @@
 """Searches among some of the rows, for every kind, and the columns that choose them."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,11 +35,17 @@ def vectors() -> NDArray[np.float32]:
     return unit
 
 
+@pytest.fixture(scope="module")
+def built(vectors: NDArray[np.float32]) -> Callable[[str], Any]:
+    """Build an index of a kind, once for all tests that only search it."""
+    return cache(lambda kind: build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
+
+
 @pytest.mark.parametrize("kind", ["Flat", "SQ8"])
 def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
-    kind: str, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+    kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
+    index = FaissIndex(built(kind))
     mask = np.ones(COUNT, np.bool_)
     mask[::7] = False
     monkeypatch.setattr(faiss_search, "_SELECTOR_SHARE", 1.0)
@@ -83,13 +92,15 @@ def test_many_results_come_back_and_are_near(
     assert (index.search(queries, COUNT + 1)[1][:, -1] == -1).all(), "there are no more"
 
 
-def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[np.float32]) -> None:
+def test_more_results_than_a_gpu_gives_come_from_the_processor(
+    built: Callable[[str], Any], vectors: NDArray[np.float32]
+) -> None:
     class Gpu:
         def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
             assert k <= MAX_K
             return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
 
-    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice("Flat", "test")]).index)
+    index = FaissIndex(built("Flat"))
     index._unfiltered = Gpu()
     assert index.search(vectors[:1], MAX_K)[1].max() == 0
     assert sorted(index.search(vectors[:1], MAX_K + 1)[1][0][:MAX_K]) != [0] * MAX_K
@@ -112,10 +123,15 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(vectors: NDArray[
 )
 @pytest.mark.parametrize("exact_up_to", [0, 20_000])
 def test_only_allowed_rows_and_the_nearest_of_them(
-    kind: str, lowest: float, exact_up_to: int, vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    lowest: float,
+    exact_up_to: int,
+    built: Callable[[str], Any],
+    vectors: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(faiss_search, "EXACT_UP_TO", exact_up_to)
-    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
+    index = FaissIndex(built(kind))
     generator = np.random.default_rng(1)
     queries = vectors[generator.integers(COUNT, size=60)]
     for share in (0.6, 0.05, 0.003):
@@ -153,8 +169,10 @@ def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypa
         assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)]) >= lowest
 
 
-def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(vectors: NDArray[np.float32]) -> None:
-    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice("IVF32,Flat", "test")]).index)
+def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(
+    built: Callable[[str], Any], vectors: NDArray[np.float32]
+) -> None:
+    index = FaissIndex(built("IVF32,Flat"))
     mask = np.arange(COUNT) >= 10
     mask.flags.writeable = False
     index.search(vectors[:1], 5, mask)
@@ -171,8 +189,8 @@ def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(vectors: NDArray[np.
 
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
-def test_fewer_allowed_than_asked_for(kind: str, vectors: NDArray[np.float32]) -> None:
-    index = FaissIndex(build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
+def test_fewer_allowed_than_asked_for(kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]) -> None:
+    index = FaissIndex(built(kind))
     few = np.zeros(COUNT, np.bool_)
     few[[7, 4000]] = True
     rows = index.search(vectors[:3], 5, few)[1]

@@ -62,40 +62,33 @@ def test_disk_without_room_is_known_before_encoding(
     assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).encoded == 0
 
 
-KILLED = """
-# Imports once, then forks a job for each line of stdin and kills it after so many seconds.
-import os, signal, sys, time
+JOB = """
+import sys
 from pathlib import Path
-import faiss, open_clip, pyarrow.compute, torch
-import dcar_core.serving.encoder, index_jobs.jobs.quality_gate, index_jobs.jobs.job, index_jobs.jobs.updates
 from index_jobs.store.versions import open_current
 from index_jobs.rebuild import rebuild
 from index_jobs.jobs.updates import add, remove
-gallery, more, checkpoint, index = map(Path, sys.argv[1:])
+what, gallery, more, checkpoint, index = sys.argv[1], *map(Path, sys.argv[2:])
 settings = {"workers": 0, "batch_size": 2, "progress": False}
-for line in sys.stdin:
-    delay, what = line.split()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        if what == "rebuild":
-            rebuild(gallery, checkpoint, index, shard_rows=2, force=True, keep_shards=False, **settings)
-        elif what == "add":
-            add(index, more, replace_existing=True, **settings)
-        else:
-            remove(index, [open_current(index).item(int(open_current(index).live.argmax())).id])
-        os._exit(0)
-    started = time.monotonic()
-    pid = status = 0
-    while not pid and time.monotonic() < started + float(delay):
-        pid, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.005)
-    seconds = time.monotonic() - started
-    if not pid:
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    print("killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", seconds, sep=",", flush=True)
+if what == "rebuild":
+    rebuild(gallery, checkpoint, index, shard_rows=2, force=True, keep_shards=False, **settings)
+elif what == "add":
+    add(index, more, replace_existing=True, **settings)
+else:
+    remove(index, [open_current(index).item(int(open_current(index).live.argmax())).id])
 """
+
+
+def run_or_kill(delay: float, *arguments: object) -> tuple[str, float]:
+    """Run a job, kill it after `delay` seconds, and return how it ended and the seconds it had."""
+    started = time.monotonic()
+    process = Command("-c", JOB, *arguments)
+    try:
+        _, errors = process.communicate(delay)
+    except subprocess.TimeoutExpired:
+        return "killed", delay
+    ended = f"exit {process.returncode}"
+    return (f"{ended}: {errors}" if process.returncode else ended), time.monotonic() - started
 
 
 def vectors_of(index: Path) -> dict[str, np.ndarray]:
@@ -106,7 +99,6 @@ def vectors_of(index: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks jobs, to kill many in a short time")
 def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     index, more = tmp_path / "index", tmp_path / "more"
     shutil.copytree(gallery / "circle", more / "round")  # other names, other ids
@@ -120,31 +112,24 @@ def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoi
     longest = {"rebuild": 3.0, "add": 3.0, "remove": 3.0}
     outcomes: list[str] = []
     fewest = 24
-    driver = [sys.executable, "-c", KILLED, *map(str, (gallery, more, tiny_checkpoint, index))]
-    with subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        while outcomes.count("killed") < 50:
-            what = ("rebuild", "add", "rebuild", "remove")[len(outcomes) % 4]
-            delays.append((what, generator.uniform(0.005, longest[what])))
-            process.stdin.write(f"{delays[-1][1]} {what}\n")
-            process.stdin.flush()
-            outcome, _, seconds = process.stdout.readline().strip().partition(",")
-            outcomes.append(outcome)
-            assert outcomes[-1] in {"killed", "exit 0"}, f"delays {delays}"
-            if outcome == "exit 0":  # kill later ones before their ends
-                longest[what] = min(longest[what], float(seconds))
-            if what == "remove":  # also a killed one may have published its version
-                fewest -= 1
-            elif (what, outcome) == ("rebuild", "exit 0"):
-                fewest = 24
-            assert {manifest.version for manifest in verify_index(index)} >= {current_version(index)}
-            versions.append(open_current(index).manifest.version)
-            assert versions[-1] >= versions[-2]
-            found = vectors_of(index)
-            assert len(found) >= fewest, f"delays {delays}"
-            assert all(np.allclose(undisturbed[name], found[name], atol=1e-6) for name in found), f"delays {delays}"
-        process.stdin.close()
+    while outcomes.count("killed") < 50:
+        what = ("rebuild", "add", "rebuild", "remove")[len(outcomes) % 4]
+        delays.append((what, generator.uniform(0.005, longest[what])))
+        outcome, seconds = run_or_kill(delays[-1][1], what, gallery, more, tiny_checkpoint, index)
+        outcomes.append(outcome)
+        assert outcomes[-1] in {"killed", "exit 0"}, f"delays {delays}"
+        if outcome == "exit 0":  # kill later ones before their ends
+            longest[what] = min(longest[what], seconds)
+        if what == "remove":  # also a killed one may have published its version
+            fewest -= 1
+        elif (what, outcome) == ("rebuild", "exit 0"):
+            fewest = 24
+        assert {manifest.version for manifest in verify_index(index)} >= {current_version(index)}
+        versions.append(open_current(index).manifest.version)
+        assert versions[-1] >= versions[-2]
+        found = vectors_of(index)
+        assert len(found) >= fewest, f"delays {delays}"
+        assert all(np.allclose(undisturbed[name], found[name], atol=1e-6) for name in found), f"delays {delays}"
     assert "exit 0" in outcomes, "no job got to its end, so nothing was published under threat"
     summary = rebuild(gallery, tiny_checkpoint, index, force=True, keep_shards=False, **settings)
     assert summary.version > versions[-1]
