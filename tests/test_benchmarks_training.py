@@ -15,7 +15,7 @@ def run(script: str, *arguments: str | Path) -> CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_training_cost(tiny_model: Path) -> None:
+def test_training_cost_prints_its_table(tiny_model: Path) -> None:
     small = ("--pairs", "8", "--batch-size", "4")
     done = run("training_cost.py", "--model", tiny_model, "--methods", "clip-adapter", *small)
     assert done.returncode == 0, done.stderr
@@ -23,13 +23,13 @@ def test_training_cost(tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_query_time(tiny_model: Path) -> None:
+def test_query_time_prints_its_table(tiny_model: Path) -> None:
     done = run("query_time.py", "--model", tiny_model, "--methods", "dcar", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n| ") == 10  # a head, a line, and four queries alone and in batches
 
 
-def test_the_papers_table_beside_ours(tmp_path: Path) -> None:
+def test_published_table_is_printed_beside_ours(tmp_path: Path) -> None:
     found = {"data": "dtd", "methods": {"dcar": {"mean": {"i2t_r1": 12.345, "t2i_r1": 6.7}}}}
     (tmp_path / "results.json").write_text(json.dumps(found))
     done = run("paper_table.py", tmp_path / "results.json")
@@ -42,7 +42,7 @@ def test_the_papers_table_beside_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runtimes_as_ratios(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_runtimes_are_printed_as_ratios(tiny_checkpoint: Path, tmp_path: Path) -> None:
     small = ("--runtimes", "torch", "--pictures", "4", "--work", tmp_path)
     done = run("runtimes.py", "--checkpoint", tiny_checkpoint, *small)
     assert done.returncode == 0, done.stderr

@@ -145,7 +145,7 @@ def test_every_page_is_reachable_from_the_readme() -> None:
     assert not orphans, f"no path leads from README.md to {orphans}"
 
 
-def test_images_of_the_documentation_are_used() -> None:
+def test_every_image_of_the_documentation_is_used() -> None:
     used = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
     assert set((ROOT / "docs").rglob("*.png")) <= used
 
@@ -157,7 +157,7 @@ def test_documented_commands_and_options_exist(page: Path) -> None:
             pytest.fail(f"{name(page)}: `{shlex.join(words)}`: {unknown} does not exist")
 
 
-def test_a_wrong_command_would_be_noticed() -> None:
+def test_wrong_command_is_noticed() -> None:
     assert unknown_options(shlex.split("dcar index bild --gallery x")) == ["bild"]
     assert unknown_options(shlex.split("dcar index build --galery x")) == ["--galery"]
     assert unknown_options(shlex.split("torchrun -m app.cli train --dta x")) == ["--dta"]

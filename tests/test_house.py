@@ -44,7 +44,7 @@ def test_folders_stay_small_enough_to_read() -> None:
             assert count <= (MOST_AT_THE_TOP if folder == ROOT / room else MOST_IN_A_FOLDER), folder
 
 
-def test_every_folder_says_what_it_is_for() -> None:
+def test_every_folder_documents_its_purpose() -> None:
     for room in ROOMS:
         for folder in {path.parent for path in modules(room)} - {ROOT / room}:
             docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""

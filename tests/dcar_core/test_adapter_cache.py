@@ -70,7 +70,7 @@ def is_from_cache(encoder: Encoder) -> bool:
     return encoder.backbone is None
 
 
-def test_the_vectors_are_those_of_the_model(checkpoint: Path, cache: Path) -> None:
+def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) -> None:
     whole, quick = Encoder.load(checkpoint, device="cpu"), load(checkpoint, cache)
     assert is_from_cache(quick)
     assert quick.fingerprint == whole.fingerprint
@@ -95,7 +95,7 @@ def test_pytorch_is_not_imported(checkpoint: Path, cache: Path) -> None:
     np.testing.assert_allclose(vectors, Encoder.load(checkpoint, device="cpu").encode_text(TEXTS), atol=1e-5)
 
 
-def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> None:
+def test_model_is_loaded_on_first_use(checkpoint: Path, cache: Path) -> None:
     quick = load(checkpoint, cache)
     pairs = PairWeights(quick)
     assert not is_from_cache(quick)
@@ -105,7 +105,7 @@ def test_the_model_comes_when_it_is_asked_for(checkpoint: Path, cache: Path) -> 
     np.testing.assert_array_equal(pairs.factors(TEXTS[0], frozen), wanted.factors(TEXTS[0], frozen))
 
 
-def test_the_model_is_found_wherever_its_checkpoint_still_lies(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_model_is_loaded_from_another_copy_of_its_checkpoint(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     """Two indexes hold a copy each, and one deletes its own."""
     one, other = tmp_path / "one", tmp_path / "other"
     for place in (one, other):
@@ -125,7 +125,7 @@ def test_encoders_share_an_open_export(checkpoint: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_auto_takes_it_up_until_the_ranking_is_another(checkpoint: Path, tmp_path: Path) -> None:
+def test_auto_uses_the_entry_until_the_ranking_changes(checkpoint: Path, tmp_path: Path) -> None:
     first = load(checkpoint, tmp_path, "auto")
     if not hasattr(first.runtime, "directory"):
         pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
@@ -151,7 +151,7 @@ def test_an_entry_of_auto_ends_with_the_ranking_that_chose_it(checkpoint: Path, 
 
 
 @pytest.mark.parametrize("what", ["entry", "backbone", "version", "gone"])
-def test_nothing_is_used_once_anything_has_changed(
+def test_entry_is_not_used_after_any_change(
     what: str, checkpoint: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (entry,) = adapter_cache.directory_in(cache).iterdir()
@@ -174,7 +174,7 @@ def test_nothing_is_used_once_anything_has_changed(
         os.utime(file, ns=(0, before))
 
 
-def test_another_number_of_threads_is_another_start(
+def test_entry_is_not_used_with_another_number_of_threads(
     checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = adapter_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)
@@ -184,7 +184,7 @@ def test_another_number_of_threads_is_another_start(
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["corrupted", "exchanged"])
-def test_a_graph_of_other_weights_is_not_used(checkpoint: Path, cache: Path, listed: bool) -> None:
+def test_export_of_other_weights_is_not_used(checkpoint: Path, cache: Path, listed: bool) -> None:
     """By its checksum; and if that is right too, by the vectors."""
     (manifest,) = (cache / "exports").glob("*/manifest.json")
     file = manifest.parent / "image.bin"
@@ -199,7 +199,7 @@ def test_a_graph_of_other_weights_is_not_used(checkpoint: Path, cache: Path, lis
 
 
 @pytest.mark.slow
-def test_another_checkpoint_has_another_seal(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_other_checkpoint_has_its_own_entry(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     copy_checkpoint(checkpoint, tmp_path / "copy")
     assert is_from_cache(load(tmp_path / "copy", cache)), "the same, elsewhere"
     other = DCAR(load_backbone(BackboneSource(str(checkpoint.parent / "base"))), ModelConfig())
@@ -207,9 +207,7 @@ def test_another_checkpoint_has_another_seal(checkpoint: Path, cache: Path, tmp_
     assert not is_from_cache(load(tmp_path / "other", cache))
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
-    checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_cache_is_a_warning(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(adapter_cache.directory_in(cache))
     adapter_cache.directory_in(cache).write_text("in the way")
     assert load(checkpoint, cache).encode_text(TEXTS).shape == (3, 32)

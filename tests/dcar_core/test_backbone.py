@@ -25,7 +25,7 @@ def pixels() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def test_without_prompts_the_stock_encoders(backbone: Backbone, pixels: torch.Tensor) -> None:
+def test_without_prompts_vectors_are_open_clips(backbone: Backbone, pixels: torch.Tensor) -> None:
     stock: Any = backbone.clip
     full = open_clip.get_tokenizer("ViT-B-32")(TEXTS, context_length=32)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_without_prompts_the_stock_encoders(backbone: Backbone, pixels: torch.Te
         torch.testing.assert_close(backbone.encode_text(short), stock.encode_text(full), rtol=1e-5, atol=1e-6)
 
 
-def test_prompts_from_words_equal_the_prefixed_sentence(backbone: Backbone) -> None:
+def test_prompts_of_word_embeddings_equal_the_prefixed_sentence(backbone: Backbone) -> None:
     model = DCAR(backbone, ModelConfig(prompt=PromptConfig(image=False)))
     with torch.no_grad():
         prompted = model.encode_text(backbone.tokenize(TEXTS, model.prompt_tokens))
@@ -45,7 +45,7 @@ def test_prompts_from_words_equal_the_prefixed_sentence(backbone: Backbone) -> N
     torch.testing.assert_close(prompted, written, rtol=1e-5, atol=1e-6)
 
 
-def test_weights_of_one_change_nothing_and_others_do(backbone: Backbone) -> None:
+def test_token_weights_of_one_change_nothing(backbone: Backbone) -> None:
     model = DCAR(backbone, ModelConfig())
     tokens = backbone.tokenize(TEXTS, model.prompt_tokens)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_weights_of_one_change_nothing_and_others_do(backbone: Backbone) -> None
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_prompts_row_by_row_equal_shared_prompts(backbone: Backbone, pixels: torch.Tensor, depth: int) -> None:
+def test_prompts_per_row_equal_shared_prompts(backbone: Backbone, pixels: torch.Tensor, depth: int) -> None:
     model = DCAR(backbone, ModelConfig(prompt=PromptConfig(depth=depth)))
     assert model.prompts is not None
     text, image = model.prompts.text_prompts(), model.prompts.image_prompts()
@@ -90,7 +90,7 @@ def test_end_of_text_survives_a_long_caption_and_a_marker_is_stripped(backbone: 
     assert torch.equal(marked, backbone.tokenize(["a red   square"]))
 
 
-def test_a_token_alone_is_a_text_of_its_own(backbone: Backbone) -> None:
+def test_token_features_encode_each_token_alone(backbone: Backbone) -> None:
     tokens = backbone.tokenize(["a red square", "red"])
     found = backbone.lone_token_features(tokens)
     assert found.shape == (2, 5, backbone.embed_dim)
@@ -98,7 +98,7 @@ def test_a_token_alone_is_a_text_of_its_own(backbone: Backbone) -> None:
     torch.testing.assert_close(found[0, 2], found[1, 1])
 
 
-def test_patches_are_the_tokens_that_the_pooled_one_is_taken_from(backbone: Backbone, pixels: torch.Tensor) -> None:
+def test_patch_features_are_the_projected_tokens(backbone: Backbone, pixels: torch.Tensor) -> None:
     patches = backbone.patch_features(pixels)
     assert patches.shape == (len(pixels), backbone.patch_grid**2, backbone.embed_dim)
     visual = backbone.visual
@@ -106,7 +106,7 @@ def test_patches_are_the_tokens_that_the_pooled_one_is_taken_from(backbone: Back
     torch.testing.assert_close(patches, tokens @ visual.proj)
 
 
-def test_too_many_tokens_for_the_context(backbone: Backbone) -> None:
+def test_too_many_tokens_for_the_context_are_refused(backbone: Backbone) -> None:
     with pytest.raises(ValueError, match="context holds 32"):
         backbone.encode_text(backbone.tokenize(["word " * 100]), torch.zeros(1, 4, 64))
 
@@ -128,7 +128,7 @@ def test_real_architecture_loads_bit_for_bit_from_both_kinds_of_file(tmp_path: P
             torch.testing.assert_close(backbone.encode_text(tokens), clip.eval().encode_text(tokens), rtol=0, atol=0)
 
 
-def test_unknown_models_and_wrong_weights(tiny_model: Path, tmp_path: Path) -> None:
+def test_unknown_models_and_wrong_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has weights of its own; leave out --pretrained openai"):
         load_backbone(BackboneSource(str(tiny_model), "openai"))
     with pytest.raises(ModelError, match="no model is named 'ViT-Z'"):
@@ -141,7 +141,7 @@ def test_unknown_models_and_wrong_weights(tiny_model: Path, tmp_path: Path) -> N
         load_backbone(BackboneSource("ViT-B-32", "weights.pkl"))
 
 
-def test_a_hub_out_of_reach_names_two_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_suggests_local_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("name resolution failed")
 
@@ -150,7 +150,7 @@ def test_a_hub_out_of_reach_names_two_ways_out(monkeypatch: pytest.MonkeyPatch) 
         load_backbone(BackboneSource("ViT-B-32-quickgelu", "openai"))
 
 
-def test_a_pickle_in_a_pt_file_is_not_run(tmp_path: Path) -> None:
+def test_pickle_in_a_pt_file_is_not_executed(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (exec, ("raise SystemExit('ran')",))
@@ -169,7 +169,7 @@ def test_a_pickle_in_a_pt_file_is_not_run(tmp_path: Path) -> None:
         ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"}}),
     ],
 )
-def test_whatever_changes_a_vector_changes_the_hash(
+def test_content_hash_covers_everything_that_changes_vectors(
     tiny_model: Path, tmp_path: Path, tower: str, change: dict[str, object]
 ) -> None:
     usual = load_backbone(BackboneSource(str(tiny_model)))

@@ -37,7 +37,7 @@ def edit(model: Path, part: str, **values: Any) -> BackboneSource:
     return BackboneSource(str(model))
 
 
-def test_the_bundled_fingerprints_stay() -> None:
+def test_bundled_fingerprints_are_unchanged() -> None:
     expected = "8bed8480a558f3a313968d993bb2fb3fd01976b26a2bd4c36ad622d39d3a2dfc"
     assert load_backbone(BackboneSource(str(EXAMPLE / "base"))).content_hash() == expected
     assert read_config(EXAMPLE / "twemoji" / "checkpoint")["backbone"]["sha256"] == expected
@@ -48,19 +48,19 @@ def test_an_unknown_model_is_answered_with_the_nearest_names() -> None:
         load_backbone(BackboneSource("ViT-B-16-SigLIP3", "webli"))
 
 
-def test_weights_of_another_architecture(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     save_file({"some.weight": torch.zeros(3)}, str(tmp_path / "w.safetensors"))
     with pytest.raises(ModelError, match=r"w.safetensors are of another architecture than RN50"):
         load_backbone(BackboneSource("RN50", str(tmp_path / "w.safetensors")))
 
 
-def test_a_directory_without_weights_does_not_start_at_random(model: Path) -> None:
+def test_directory_without_weights_is_refused(model: Path) -> None:
     (model / "open_clip_model.safetensors").unlink()
     with pytest.raises(ModelError, match="could not be loaded: Required pretrained weights"):
         load_backbone(BackboneSource(str(model)))
 
 
-def test_a_missing_tokenizer_file(model: Path) -> None:
+def test_missing_tokenizer_file_is_named(model: Path) -> None:
     with pytest.raises(ModelError, match=r"has no tokenizer.json; copy it from google/mt5-base"):
         load_backbone(edit(model, "text_cfg", hf_tokenizer_name="google/mt5-base"))
 
@@ -72,7 +72,7 @@ def test_a_vocabulary_that_needs_transformers_names_the_extra(model: Path, monke
         load_backbone(edit(model, "text_cfg", hf_tokenizer_name="google/mt5-base"))
 
 
-def test_timm_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_timm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str, **options: Any) -> None:
         raise RuntimeError(f"Unknown model ({name})")
 
@@ -81,7 +81,7 @@ def test_timm_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         load_backbone(BackboneSource("PE-Core-T-16-384", "random"))
 
 
-def test_a_tower_that_fails_its_check_is_used_whole(
+def test_tower_that_fails_its_check_is_used_without_prompts(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = CausalText.run
@@ -102,7 +102,7 @@ def test_a_tower_that_fails_its_check_is_used_whole(
     ("method", "instead"),
     [("dcar", "dcar-text"), ("dcar+", r"dcar\+-text"), ("maple", "coop"), ("dcar-patches", "dcar-text")],
 )
-def test_image_prompts_on_a_tower_without_rows_name_the_variant_without(method: str, instead: str) -> None:
+def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: str, instead: str) -> None:
     with pytest.raises(ModelError, match=f"which the image tower of RN50 does not have; use the method {instead}$"):
         require_runnable(METHODS[method], "text", "RN50", 76)
     for name in ("clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"):

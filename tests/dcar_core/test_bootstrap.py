@@ -38,7 +38,7 @@ def test_a_model_that_is_better_on_every_query_is_so_in_every_resample() -> None
     assert found.p == pytest.approx(2 / 1000)
 
 
-def test_the_interval_of_a_proportion_is_that_of_the_normal_approximation() -> None:
+def test_interval_of_a_proportion_equals_the_normal_approximation() -> None:
     one = hits([1.0] * 60 + [0.0] * 40)
     estimate = compare_hits(one, one, resamples=4000).model["t2i_r1"]
     half_width = 196 * np.sqrt(0.6 * 0.4 / 100)

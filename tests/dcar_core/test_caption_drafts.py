@@ -21,7 +21,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("draft", list(REFUSED))
-def test_a_useless_draft_is_kept_with_its_reason_and_asked_for_anew(photos: Path, draft: str) -> None:
+def test_rejected_draft_is_kept_with_its_reason_and_repeated(photos: Path, draft: str) -> None:
     with VisionServer(lambda asked, n: draft if asked.kind == "draft" and asked.turn == 0 else good(asked)) as server:
         found = ask(one_picture(photos), server)
     assert found.accepted == 1
@@ -36,7 +36,7 @@ def test_a_useless_draft_is_kept_with_its_reason_and_asked_for_anew(photos: Path
     assert all(m["content"] for m in again.body["messages"])
 
 
-def test_no_two_pictures_have_one_caption(photos: Path) -> None:
+def test_no_two_images_share_a_caption(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str:
         return f"a  {asked.category}." if asked.kind == "draft" and asked.turn == 0 else good(asked)
 
@@ -48,7 +48,7 @@ def test_no_two_pictures_have_one_caption(photos: Path) -> None:
     assert len(set(texts)) == 4
 
 
-def test_the_judge_is_heard_and_the_rounds_are_bounded(photos: Path) -> None:
+def test_judge_decides_within_a_limited_number_of_rounds(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str:
         return '{"accept": false, "feedback": "It is dusk, not noon."}' if asked.kind == "judge" else good(asked)
 
@@ -83,11 +83,11 @@ def test_the_judge_is_heard_and_the_rounds_are_bounded(photos: Path) -> None:
         ("", None),
     ],
 )
-def test_verdicts(answer: str, verdict: Judgement | None) -> None:
+def test_verdicts_are_parsed(answer: str, verdict: Judgement | None) -> None:
     assert read_verdict(answer) == verdict
 
 
-def test_a_judge_that_gives_no_verdict_fails_the_picture_and_keeps_the_draft(photos: Path) -> None:
+def test_missing_verdict_fails_the_image_and_keeps_the_draft(photos: Path) -> None:
     behave: Behave = lambda asked, n: "What a lovely owl" if asked.kind == "judge" else good(asked)  # noqa: E731
     with VisionServer(behave) as server:
         found = ask(one_picture(photos), server)
@@ -100,7 +100,7 @@ def test_a_judge_that_gives_no_verdict_fails_the_picture_and_keeps_the_draft(pho
         assert server.kinds()[4:] == ["judge"]
 
 
-def test_drafts_are_tidied() -> None:
+def test_drafts_are_cleaned() -> None:
     assert tidy_draft('<think>an owl?</think>\n**Caption:** "An owl\n on a  branch."') == "An owl on a branch."
     assert tidy_draft("An owl? Or two?\n</think>\n\nAn owl.") == "An owl."
     assert tidy_draft("<think>an owl?</think> Two. <think>no</think>An owl.") == "An owl."
@@ -119,7 +119,7 @@ def test_half_of_a_surrogate_pair_in_a_verdict_is_replaced(photos: Path) -> None
     assert [line["feedback"] for line in rejected(photos)] == ["no � good"]
 
 
-def test_pictures_get_different_questions_and_each_the_same_again() -> None:
+def test_each_image_keeps_its_own_question() -> None:
     def asked(image: str) -> str:
         return question(QUESTION_TEMPLATES, image=image, category="owl", dataset="animals", context=73)
 

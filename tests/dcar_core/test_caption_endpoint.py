@@ -51,7 +51,7 @@ BAD: dict[str, Raw | dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", list(BAD))
-def test_what_goes_wrong_once_is_asked_again(photos: Path, how: str) -> None:
+def test_transient_errors_are_retried(photos: Path, how: str) -> None:
     def behave(asked: Asked, n: int) -> str | Raw | dict[str, Any]:
         return BAD[how] if n == 0 else good(asked)
 
@@ -62,14 +62,14 @@ def test_what_goes_wrong_once_is_asked_again(photos: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_pictures_are_asked_about_at_the_same_time(photos: Path, most: int) -> None:
+def test_images_are_captioned_concurrently(photos: Path, most: int) -> None:
     behave: Behave = lambda asked, n: Raw(body=json.dumps(message(good(asked))), wait=1.0)  # noqa: E731
     with VisionServer(behave) as server:
         assert ask(photos, server, judge=False, concurrency=most).accepted == 4
         assert server.at_once == most
 
 
-def test_retry_after_holds_every_request_back(photos: Path) -> None:
+def test_retry_after_delays_every_request(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str | Raw:
         first = len(server.asked) == 1
         return Raw(429, headers=(("retry-after", "1"),)) if first else good(asked)
@@ -89,7 +89,7 @@ def test_retry_after_holds_every_request_back(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("retry_after", ["0", "nan", "0.01", formatdate(0, usegmt=True)])
-def test_pauses_grow_whatever_the_endpoint_allows(photos: Path, retry_after: str) -> None:
+def test_pauses_grow_whatever_retry_after_says(photos: Path, retry_after: str) -> None:
     with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", retry_after),))) as server:
         ask(one_picture(photos), server, tries=3, backoff_s=0.2)
     first, second, third = (asked.at for asked in server.asked)
@@ -97,7 +97,7 @@ def test_pauses_grow_whatever_the_endpoint_allows(photos: Path, retry_after: str
     assert third - second >= 0.2
 
 
-def test_a_packed_answer_is_read_but_not_all_of_one_that_fills_the_memory(photos: Path) -> None:
+def test_compressed_response_is_read_up_to_a_limit(photos: Path) -> None:
     packed = (("content-encoding", "gzip"),)
     bomb = gzip.compress(b" " * (200 << 20), compresslevel=1)
 
@@ -123,14 +123,14 @@ def test_a_packed_answer_is_read_but_not_all_of_one_that_fills_the_memory(photos
     "content", [[{"text": "An owl"}, {"text": None}, {"type": "image"}, "on grass."], {"text": "An owl on grass."}]
 )
 @pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": None, "completion_tokens": "3"}])
-def test_an_answer_in_another_form_is_read(photos: Path, content: Any, usage: Any) -> None:
+def test_other_response_forms_are_read(photos: Path, content: Any, usage: Any) -> None:
     with VisionServer(lambda asked, n: message(content, usage=usage)) as server:
         found = ask(one_picture(photos), server, judge=False)
     assert (found.accepted, len(server.asked), found.usage["draft"].unknown) == (1, 1, 1)
     assert [entry["positive"] for entry in captions(photos).values()] == ["An owl on grass."]
 
 
-def test_a_refusal_is_a_refusal_whatever_it_says(photos: Path) -> None:
+def test_refusals_are_recognised(photos: Path) -> None:
     refused = {"choices": [{"message": {"content": None, "refusal": "No owl may be described."}}]}
     with VisionServer(lambda asked, n: refused) as server:
         found = ask(one_picture(photos), server, rounds=1)
@@ -159,7 +159,7 @@ def test_a_refusal_is_a_refusal_whatever_it_says(photos: Path) -> None:
         ),
     ],
 )
-def test_what_the_endpoint_says_of_an_answer(photos: Path, answer: dict[str, Any], reason: str) -> None:
+def test_rejected_drafts_name_the_finish_reason(photos: Path, answer: dict[str, Any], reason: str) -> None:
     with VisionServer(lambda asked, n: answer if asked.kind == "draft" and asked.turn == 0 else good(asked)) as server:
         found = ask(one_picture(photos), server)
     assert found.accepted == 1
@@ -169,7 +169,7 @@ def test_what_the_endpoint_says_of_an_answer(photos: Path, answer: dict[str, Any
 @pytest.mark.parametrize(
     ("status", "says"), [(401, "refuses the key"), (403, "refuses the key"), (404, "no such model")]
 )
-def test_what_no_request_can_mend_ends_the_run(photos: Path, status: int, says: str) -> None:
+def test_permanent_errors_end_the_run(photos: Path, status: int, says: str) -> None:
     with VisionServer(lambda asked, n: Raw(status, f"wrong: {KEY}")) as server, pytest.raises(CaptionError) as caught:
         ask(photos, server, key=KEY, concurrency=1)
     assert says in str(caught.value)
@@ -186,7 +186,7 @@ def test_what_no_request_can_mend_ends_the_run(photos: Path, status: int, says: 
         f"It is {KEY}",  # what the judge says
     ],
 )
-def test_no_message_shows_the_key_or_a_part_of_it(photos: Path, answer: Raw | str | dict[str, Any]) -> None:
+def test_messages_never_show_the_key(photos: Path, answer: Raw | str | dict[str, Any]) -> None:
     def behave(asked: Asked, n: int) -> Raw | str | dict[str, Any]:
         return good(asked) if isinstance(answer, str) and asked.kind == "draft" else answer
 
@@ -203,7 +203,7 @@ def test_half_of_a_surrogate_pair_is_replaced(photos: Path) -> None:
     assert found.accepted == 1
 
 
-def test_a_refused_request_fails_its_picture_alone(photos: Path) -> None:
+def test_refused_request_fails_its_own_image(photos: Path) -> None:
     first: list[str] = []
 
     def behave(asked: Asked, n: int) -> str | Raw:
@@ -217,7 +217,7 @@ def test_a_refused_request_fails_its_picture_alone(photos: Path) -> None:
     assert "1 images failed, retried by the same command: owl/1.png (400 image too odd)" in str(found)
 
 
-def test_a_run_in_which_all_fails_ends(photos: Path) -> None:
+def test_consecutive_failures_end_the_run(photos: Path) -> None:
     with VisionServer(lambda asked, n: Raw(400, "no pictures here")) as server:
         with pytest.raises(
             CaptionError, match=r"3 consecutive images failed; the last, red_fox/1\.png: 400 no pictures"
@@ -233,7 +233,7 @@ def test_a_run_in_which_all_fails_ends(photos: Path) -> None:
         ask(photos, server, tries=2, give_up_after=2)  # it is gone
 
 
-def test_a_key_goes_to_its_own_host_alone() -> None:
+def test_key_is_sent_to_its_own_host_only() -> None:
     drafter = VisionModel(url="https://one.example/v1", name="m", key=KEY, price=(1, 2))
     assert drafter.judge(None, "other", None, None).key == KEY
     assert drafter.judge("https://one.example/v2", None, None, None).key == KEY
@@ -245,7 +245,7 @@ def test_a_key_goes_to_its_own_host_alone() -> None:
     assert KEY not in repr(drafter)
 
 
-def test_failures_that_are_not_in_a_row_do_not_end_a_run(photos: Path) -> None:
+def test_scattered_failures_do_not_end_the_run(photos: Path) -> None:
     seen: list[str] = []
 
     def behave(asked: Asked, n: int) -> str | Raw:

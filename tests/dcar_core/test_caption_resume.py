@@ -17,7 +17,7 @@ from tests.support.images import draw
 from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good
 
 
-def test_what_was_answered_outlives_a_fatal_end(photos: Path) -> None:
+def test_responses_are_kept_after_a_fatal_error(photos: Path) -> None:
     with VisionServer() as server:
         ask(photos, server)
         draw("green", "square").save(photos / "owl" / "0.png")
@@ -27,7 +27,7 @@ def test_what_was_answered_outlives_a_fatal_end(photos: Path) -> None:
     assert len(captions(photos)) == 4
 
 
-def test_a_replaced_picture_is_asked_for_anew(photos: Path) -> None:
+def test_replaced_image_is_captioned_anew(photos: Path) -> None:
     with VisionServer() as server:
         ask(photos, server)
         before = captions(photos)
@@ -43,7 +43,7 @@ def test_a_replaced_picture_is_asked_for_anew(photos: Path) -> None:
     assert "owl/1.png" not in captions(photos)
 
 
-def test_killed_it_goes_on_and_asks_nothing_twice(photos: Path) -> None:
+def test_killed_run_resumes_without_repeated_requests(photos: Path) -> None:
     out = photos.parent / "captions.json"
     arguments = ["--images", photos, "--out", out, "--model", "small", "--concurrency", "1"]
     hold: Behave = lambda asked, n: Raw(wait=60) if len(server.asked) == 6 else good(asked)  # noqa: E731
@@ -90,7 +90,7 @@ def test_a_run_with_other_settings_is_another_run(photos: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_ends_the_run_before_anything_is_asked(photos: Path) -> None:
+def test_full_disk_ends_the_run_before_any_request(photos: Path) -> None:
     (photos.parent / "captions.journal.jsonl").symlink_to("/dev/full")
     with VisionServer() as server:
         with pytest.raises(CaptionError, match="cannot be written: No space left"):
@@ -98,7 +98,7 @@ def test_a_full_disk_ends_the_run_before_anything_is_asked(photos: Path) -> None
         assert server.asked == []
 
 
-def test_annotations_that_cannot_be_written_keep_what_was_answered(photos: Path) -> None:
+def test_responses_are_kept_if_annotations_cannot_be_written(photos: Path) -> None:
     in_the_way = photos.parent / "captions.rejected.jsonl"
     in_the_way.mkdir()
     with VisionServer() as server:
@@ -110,7 +110,7 @@ def test_annotations_that_cannot_be_written_keep_what_was_answered(photos: Path)
         assert len(server.asked) == asked
 
 
-def test_a_caption_of_an_earlier_run_is_taken(photos: Path) -> None:
+def test_caption_of_an_earlier_run_is_reused(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str:
         return "An owl on grass." if asked.kind == "draft" and asked.turn == 0 else good(asked)
 
@@ -127,7 +127,7 @@ def no_fantasy(asked: Asked, _: int = 0) -> str:
 
 
 @pytest.mark.parametrize("to", ["owl/0.png", "birds/owl/1.png"])
-def test_a_picture_that_was_moved_keeps_its_caption(photos: Path, to: str) -> None:
+def test_moved_image_keeps_its_caption(photos: Path, to: str) -> None:
     with VisionServer(no_fantasy) as server:
         ask(one_picture(photos), server)
         (photos / to).parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def test_a_picture_that_was_moved_keeps_its_caption(photos: Path, to: str) -> No
             assert {name: entry["positive"] for name, entry in captions(photos).items()} == {to: "Any owl on grass."}
 
 
-def test_a_copy_or_a_picture_of_another_category_is_asked_for(photos: Path) -> None:
+def test_copies_and_images_of_another_category_are_captioned(photos: Path) -> None:
     with VisionServer(no_fantasy) as server:
         ask(one_picture(photos), server)
         shutil.copy(photos / "owl" / "1.png", photos / "owl" / "0.png")
@@ -150,7 +150,7 @@ def test_a_copy_or_a_picture_of_another_category_is_asked_for(photos: Path) -> N
     assert said == {"owl/1.png": "Any owl on grass.", "red_fox/1.png": "Any red fox on grass."}
 
 
-def test_captions_of_pictures_that_are_gone_may_be_had_again(photos: Path) -> None:
+def test_captions_of_deleted_images_can_be_given_again(photos: Path) -> None:
     with VisionServer(no_fantasy) as server:
         ask(one_picture(photos), server)
         (photos / "owl" / "1.png").unlink()
@@ -163,7 +163,7 @@ def test_captions_of_pictures_that_are_gone_may_be_had_again(photos: Path) -> No
     assert (found.accepted, list(found.broken), found.rejected) == (1, ["owl/0.png"], {})
 
 
-def test_the_caption_of_a_picture_that_was_replaced_may_be_had_by_another(photos: Path) -> None:
+def test_caption_of_a_replaced_image_can_go_to_another(photos: Path) -> None:
     with VisionServer(no_fantasy) as server:
         ask(one_picture(photos), server)
         draw("green", "triangle").save(photos / "owl" / "1.png")
@@ -172,7 +172,7 @@ def test_the_caption_of_a_picture_that_was_replaced_may_be_had_by_another(photos
     assert captions(photos)["owl/0.png"]["positive"] == "Any owl on grass."
 
 
-def test_a_picture_that_came_back_keeps_its_caption_from_others(photos: Path) -> None:
+def test_restored_image_keeps_its_caption(photos: Path) -> None:
     """The image's bytes decide between captions of one name, not their order."""
     first = (one_picture(photos) / "owl" / "1.png").read_bytes()
     with VisionServer(no_fantasy) as server:
@@ -188,7 +188,7 @@ def test_a_picture_that_came_back_keeps_its_caption_from_others(photos: Path) ->
     assert captions(photos)["owl/1.png"]["positive"] == "Any owl on grass."
 
 
-def test_a_verdict_that_cannot_be_read_any_more_is_asked_for_again(photos: Path) -> None:
+def test_unreadable_verdict_is_requested_again(photos: Path) -> None:
     said = '{"accept": false, "feedback": "It is dusk."}'
     behave: Behave = lambda asked, n: Raw(401) if asked.turn else said if asked.kind == "judge" else good(asked)  # noqa: E731
     with VisionServer(behave) as server:
@@ -201,7 +201,7 @@ def test_a_verdict_that_cannot_be_read_any_more_is_asked_for_again(photos: Path)
         assert server.kinds() == ["draft", "judge", "draft", "judge"]
 
 
-def test_a_replaced_picture_may_have_the_caption_that_it_had(photos: Path) -> None:
+def test_replaced_image_can_get_its_old_caption(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str:
         return '{"accept": true, "feedback": ""}' if asked.kind == "judge" else "An owl on grass."
 

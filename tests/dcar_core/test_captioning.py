@@ -60,7 +60,7 @@ def test_a_folder_of_underscores_names_no_category(photos: Path) -> None:
     assert found.loose == ["_/1.png", "loose.png", "owl/-_-/1.png"]
 
 
-def test_a_name_that_is_not_utf_8_is_its_own_picture_s_trouble(photos: Path) -> None:
+def test_file_name_that_is_not_utf_8_fails_its_own_image(photos: Path) -> None:
     odd = os.fsdecode(b"owl/\xff.png")
     try:
         draw("red", "square").save(photos / odd)
@@ -74,7 +74,7 @@ def test_a_name_that_is_not_utf_8_is_its_own_picture_s_trouble(photos: Path) -> 
     assert "1 images unreadable, left out: owl/" in str(found)
 
 
-def test_places_that_cannot_be_used(photos: Path) -> None:
+def test_unusable_directories_are_refused(photos: Path) -> None:
     server = VisionServer()
     (photos.parent / "mine.json").write_text("{}")
     (photos.parent / "empty").mkdir()
@@ -96,7 +96,7 @@ def test_places_that_cannot_be_used(photos: Path) -> None:
     server._server.server_close()
 
 
-def test_tokens_and_cost(photos: Path) -> None:
+def test_tokens_and_cost_are_estimated(photos: Path) -> None:
     with VisionServer() as server:
         found = ask(photos, server, price=(1000.0, 5000.0))
         assert (found.usage["draft"].requests, found.usage["draft"].tokens_in, found.usage["judge"].tokens_out) == (
@@ -125,7 +125,7 @@ def test_tokens_and_cost(photos: Path) -> None:
         ("{category} {", "needs"),
     ],
 )
-def test_templates(tmp_path: Path, text: str, says: str) -> None:
+def test_template_files_are_checked(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "t.txt").write_text(text)
     with pytest.raises(DataError, match=says):
         load_templates(tmp_path / "t.txt")
@@ -135,7 +135,7 @@ def test_templates(tmp_path: Path, text: str, says: str) -> None:
         load_templates(tmp_path / "gone.txt")
 
 
-def test_the_command(photos: Path) -> None:
+def test_command_writes_annotations_and_a_summary(photos: Path) -> None:
     environment = {"DCAR_CAPTION_API_KEY": KEY}
     given = ["--images", photos, "--out", photos.parent / "captions.json", "--model", "small", "--judge-model", "large"]
     with VisionServer() as server:

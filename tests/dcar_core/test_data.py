@@ -32,7 +32,7 @@ def older(number: str, **change: object) -> dict[str, object]:
     return {"file_name": number, "file_path": path, "positive": f"a cat, {number}", "negative": []} | change
 
 
-def test_the_older_fdrd_form(tmp_path: Path) -> None:
+def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
     content = {
         "Maine_Coon_12": older("Maine_Coon_12", negative=["A CAT,  maine_coon_12", "a dog", "A dog", "a bird"]),
         "Maine_Coon_13": older("Maine_Coon_13", positive=" a  cat "),
@@ -62,7 +62,7 @@ def test_the_older_fdrd_form(tmp_path: Path) -> None:
     }
 
 
-def test_a_negative_that_is_another_caption_of_the_picture_is_left_out(tmp_path: Path) -> None:
+def test_negative_that_is_another_caption_of_the_image_is_left_out(tmp_path: Path) -> None:
     rows = [
         {"image": "1.png", "caption": "A red car.", "negatives": ["A blue van.", "A fast car."], "category": "car"},
         {"image": "1.png", "caption": "A fast car.", "category": "car"},
@@ -80,7 +80,7 @@ def test_a_negative_that_equals_its_repaired_positive_is_left_out(tmp_path: Path
     assert data.samples[0].negatives == ("a dog",)
 
 
-def test_the_newer_fdrd_form(tmp_path: Path) -> None:
+def test_newer_fdrd_annotations_are_read(tmp_path: Path) -> None:
     content = {
         "a.jpg": entry(file_name="a.jpg", class_name="Apply_Eye_Makeup", negative=[]),
         "b.jpg": entry(file_name="b.jpg", class_name="", negative=[], file_path="YOUR_IMAGE_PATH/b.jpg"),
@@ -93,7 +93,7 @@ def test_the_newer_fdrd_form(tmp_path: Path) -> None:
     assert report.counts["captions that another image has too (positives of each other in training)"] == 2
 
 
-def test_categories_that_are_not_one_for_each_negative_are_left_out(tmp_path: Path) -> None:
+def test_negative_categories_of_another_number_are_left_out(tmp_path: Path) -> None:
     """Ambiguous negatives are dropped."""
     write_json(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
     data, report = load_split(tmp_path, "train", image_policy="ignore")
@@ -101,7 +101,7 @@ def test_categories_that_are_not_one_for_each_negative_are_left_out(tmp_path: Pa
     assert report.counts["entries whose negatives and negative categories differ in number, categories left out"] == 1
 
 
-def test_keys_that_occur_twice_and_several_captions(tmp_path: Path) -> None:
+def test_repeated_keys_and_several_captions_are_kept(tmp_path: Path) -> None:
     one, two = (
         json.dumps(entry(positive="one")),
         json.dumps(entry(positive=["two", "Two", "", "three"], negative="One")),
@@ -115,7 +115,7 @@ def test_keys_that_occur_twice_and_several_captions(tmp_path: Path) -> None:
     assert report.names["empty captions, left out"] == ["a.png"]
 
 
-def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
+def test_jsonl_and_csv_give_the_same_pairs(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"image": "a.png", "caption": "a", "split": "train", "category": "x", "negatives": ["b", "c"]},
         {"image": "a.png", "caption": "a, again", "split": "training", "category": "x"},
@@ -143,7 +143,7 @@ def test_jsonl_and_csv_say_the_same(tmp_path: Path) -> None:
     assert Annotations(tmp_path / "c").splits() == ["train", "val"]
 
 
-def test_what_is_known_of_a_picture_is_read_from_either_form_and_written_again(tmp_path: Path) -> None:
+def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     more = {"meta_category": "vehicles", "negative_class": ["van", "truck"], "negative": ["a red van", "a red truck"]}
     write_json(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
@@ -160,7 +160,7 @@ def test_what_is_known_of_a_picture_is_read_from_either_form_and_written_again(t
     assert load_split(tmp_path / "out", "train", image_root=tmp_path)[0].samples == found[0].samples
 
 
-def test_a_table_says_what_its_header_lacks(tmp_path: Path) -> None:
+def test_missing_columns_are_named(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("Image,Caption\na.png,a\n")
     with pytest.raises(DataError, match="has no column file_name or image or path; it has Image, Caption"):
@@ -172,7 +172,7 @@ def test_a_table_says_what_its_header_lacks(tmp_path: Path) -> None:
     assert load_split(table, "train", image_policy="ignore")[0].samples[0].image == "a.png"
 
 
-def test_names_and_categories_in_other_spellings(tmp_path: Path) -> None:
+def test_other_spellings_of_names_and_categories_are_read(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "Stück.png")
     rows = [
         {"image": unicodedata.normalize("NFD", "Stück.png"), "caption": "a piece", "category": "Part"},
@@ -186,7 +186,7 @@ def test_names_and_categories_in_other_spellings(tmp_path: Path) -> None:
     assert report.names[what] == ["Part = part"]
 
 
-def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:
+def test_file_without_splits_is_divided_by_image(tmp_path: Path) -> None:
     rows = [{"image": f"{i}.png", "caption": f"{word} {i}"} for i in range(300) for word in ("one", "two")]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -198,7 +198,7 @@ def test_a_file_without_splits_is_cut_by_picture(tmp_path: Path) -> None:
     assert [n for what, n in parts["val"][1].counts.items() if "cut by a hash" in what] == [2 * len(images["val"])]
 
 
-def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: Path) -> None:
+def test_missing_val_split_is_taken_from_training_images(tmp_path: Path) -> None:
     train = {f"{i}_{j}": entry(file_name=f"{i}.jpg", positive=f"a cat {i} {j}") for i in range(200) for j in range(2)}
     write_json(tmp_path / "pets_train.json", train)
     write_json(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
@@ -215,7 +215,7 @@ def test_data_without_a_val_split_gives_some_of_its_training_pictures(tmp_path: 
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0]) == 400
 
 
-def test_a_split_is_known_by_the_name_of_its_file(tmp_path: Path) -> None:
+def test_split_is_the_name_of_its_file(tmp_path: Path) -> None:
     file = write_json(tmp_path / "cars_test.json", {"a": entry()})
     assert len(load_split(file, "test", image_policy="ignore")[0]) == 1
     assert len(load_split(tmp_path, "test", image_policy="ignore")[0]) == 1
@@ -227,7 +227,7 @@ def test_a_split_is_known_by_the_name_of_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["Maine_Coon_12.jpg", "pets/images/Maine_Coon_12.jpg", "deep/er/Maine_Coon_12.jpg"])
-def test_pictures_are_found_below_another_root(tmp_path: Path, place: str) -> None:
+def test_images_are_found_below_another_root(tmp_path: Path, place: str) -> None:
     file = write_json(tmp_path / "train.json", {"Maine_Coon_12": older("Maine_Coon_12")})
     write_image(tmp_path / "photos" / place)
     data, _ = load_split(file, "train", image_root=tmp_path / "photos")
@@ -243,7 +243,7 @@ def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:
         load_split(file, "train")
 
 
-def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: Path) -> None:
+def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
     good = write_image(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:40])
     rows = {name: entry(file_name=f"{name}.png", positive=f"a {name} one") for name in ("good", "cut", "gone")}
@@ -275,7 +275,7 @@ def test_missing_and_broken_pictures_are_named_and_skipped_on_request(tmp_path: 
         ("\udcff", "is not UTF-8"),
     ],
 )
-def test_bad_annotations_name_the_place(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_annotations_are_named_with_their_place(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "train.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):
         load_split(tmp_path, "train", image_policy="ignore")
@@ -297,7 +297,7 @@ def test_bad_annotations_name_the_place(tmp_path: Path, content: str, message: s
         ("notes.txt", "a", r"needs train\.json"),
     ],
 )
-def test_bad_tables_name_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_bad_tables_are_named_with_their_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_split(tmp_path, "train", image_policy="ignore")
@@ -327,13 +327,13 @@ def test_half_of_a_surrogate_pair_can_be_written_again(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
-def test_what_is_nested_too_deeply_is_told(tmp_path: Path, name: str) -> None:
+def test_deep_nesting_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(DataError, match=r"train\.json.*nested too deeply"):
         load_split(tmp_path, "train")
 
 
-def test_no_annotations(tmp_path: Path) -> None:
+def test_directory_without_annotations_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no annotations for val: it needs train\.json"):
         load_split(tmp_path, "val")
     with pytest.raises(DataError, match="does not exist"):

@@ -13,13 +13,13 @@ from dcar_core.util.errors import DataError
 from tests.support.commands import dcar
 
 
-def test_a_sound_data_set(tiny_data: Path) -> None:
+def test_sound_data_set_has_no_faults(tiny_data: Path) -> None:
     splits = check_dataset(tiny_data)
     assert [(s.data.split, len(s.data)) for s in splits] == [("train", 12), ("val", 6), ("test", 6)]
     assert not any(s.missing or s.broken for s in splits)
 
 
-def test_the_command_names_what_is_wrong(tiny_data: Path, tmp_path: Path) -> None:
+def test_command_names_every_fault(tiny_data: Path, tmp_path: Path) -> None:
     rows = [
         {"image": "red.png", "caption": "a red square", "split": "train", "category": "square"},
         {"image": "cut.png", "caption": "a square that goes " + "on and " * 80 + "on", "split": "train"},
@@ -47,7 +47,7 @@ def test_the_command_names_what_is_wrong(tiny_data: Path, tmp_path: Path) -> Non
     assert "missing" not in done.stdout
 
 
-def test_a_caption_that_just_fits_is_not_cut(tiny_data: Path) -> None:
+def test_caption_of_exactly_the_context_is_not_cut(tiny_data: Path) -> None:
     def lengths(texts: Sequence[str]) -> list[int]:
         return [8, *[7] * (len(texts) - 1)]
 
@@ -55,12 +55,12 @@ def test_a_caption_that_just_fits_is_not_cut(tiny_data: Path) -> None:
         assert split.report.counts["captions longer than the context's 7 tokens, cut"] == 1
 
 
-def test_nothing_to_check(tmp_path: Path) -> None:
+def test_directory_without_pairs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no pairs for train, val, test: it needs"):
         check_dataset(tmp_path)
 
 
-def test_captions_that_the_context_cuts(tiny_model: Path) -> None:
+def test_captions_beyond_the_context_are_found(tiny_model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))  # a context of 32
     texts = ["a " * n for n in (26, 27, 30, 31)]
     assert count_clip_tokens(texts) == [28, 29, 32, 33]
@@ -85,7 +85,7 @@ def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, t
     assert saved["val"]["counts"]["images missing, left out"] == 1
 
 
-def test_training_names_a_broken_picture(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_training_names_a_broken_image(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     shutil.copytree(tiny_data, photos)
     name = next(iter(json.loads((photos / "train.json").read_text()).values()))["file_name"]

@@ -22,7 +22,7 @@ def tar(path: Path, members: dict[str, bytes]) -> None:
             archive.addfile(info, io.BytesIO(content))
 
 
-def test_webdataset_tars(tmp_path: Path) -> None:
+def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
     png = write_image(tmp_path / "x" / "red.png").read_bytes()
     tar(tmp_path / "train-0000.tar", {"0.png": png, "0.txt": b"a red square\nall red", "1.png": png, "2.txt": b"no"})
     row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
@@ -43,7 +43,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
 
 
-def test_the_picture_of_a_sample_is_the_one_without_a_kind_of_its_own(tmp_path: Path) -> None:
+def test_image_of_a_sample_is_the_one_without_a_suffix(tmp_path: Path) -> None:
     png = write_image(tmp_path / "x" / "red.png").read_bytes()
     tar(tmp_path / "train.tar", {"0.depth.png": b"depth", "0.png": png, "0.mask.png": b"mask", "0.txt": b"red"})
     data, report = load_split(tmp_path, "train", image_policy="skip")
@@ -51,7 +51,7 @@ def test_the_picture_of_a_sample_is_the_one_without_a_kind_of_its_own(tmp_path: 
     assert report.names["tar samples with several images, of which one was taken"] == ["0.png"]
 
 
-def test_a_caption_ends_where_a_line_of_the_file_does(tmp_path: Path) -> None:
+def test_caption_ends_with_its_line(tmp_path: Path) -> None:
     png = write_image(tmp_path / "x" / "red.png").read_bytes()
     text = "a red\u2028square\r\nall\x85red\n".encode()
     tar(tmp_path / "train.tar", {"0.png": png, "0.txt": text})
@@ -75,7 +75,7 @@ def test_captions_are_read_where_the_caption_is_empty(tmp_path: Path) -> None:
         ('a.png,"a ""red"" owl"\nb.png,"a" blue owl\n', r"line 3 is not CSV"),
     ],
 )
-def test_a_quote_that_is_never_closed_takes_no_rows_with_it(tmp_path: Path, rows: str, message: str) -> None:
+def test_unclosed_quote_swallows_no_rows(tmp_path: Path, rows: str, message: str) -> None:
     (tmp_path / "train.csv").write_text("image,caption\n" + rows)
     with pytest.raises(DataError, match=message):
         load_split(tmp_path, "train", image_policy="ignore")
@@ -89,14 +89,14 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 1
 
 
-def test_what_nobody_reads_may_be_anything(tmp_path: Path) -> None:
+def test_unused_columns_can_hold_anything(tmp_path: Path) -> None:
     row = {"image": "a.png", "caption": "a cat"}
     rows = [row | {"captions": 5}, row | {"image": "b.png", "captions": [{}], "note": [1]}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 2
 
 
-def test_a_name_says_more_than_the_number_of_a_class(tmp_path: Path) -> None:
+def test_class_name_is_preferred_to_its_number(tmp_path: Path) -> None:
     png = write_image(tmp_path / "x" / "red.png").read_bytes()
     row = json.dumps({"caption": "red", "class_name": "square"}).encode()
     tar(tmp_path / "train.tar", {"0.png": png, "0.json": row, "0.cls": b"17"})

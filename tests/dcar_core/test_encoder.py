@@ -49,7 +49,7 @@ def test_preprocess_equals_open_clips_transform(tiny_model: Path) -> None:
     assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
 
 
-def test_fingerprint_follows_what_serves(tiny_model: Path, tiny_checkpoint: Path, other_checkpoint: Path) -> None:
+def test_fingerprint_covers_what_serving_uses(tiny_model: Path, tiny_checkpoint: Path, other_checkpoint: Path) -> None:
     first, again = Encoder.load(tiny_checkpoint), Encoder.load(tiny_checkpoint)
     assert first.fingerprint == again.fingerprint
     assert (
@@ -61,7 +61,7 @@ def test_fingerprint_follows_what_serves(tiny_model: Path, tiny_checkpoint: Path
     assert save_checkpoint(model, tiny_checkpoint.parent / "other_loss") == mark
 
 
-def test_the_fingerprint_is_of_all_that_makes_vectors_and_nothing_else() -> None:
+def test_fingerprint_covers_vectors_and_nothing_else() -> None:
     weights = {"prompts.text": np.zeros((1, 4, 8), np.float32), "caa.up.bias": np.zeros(8, np.float32)}
     mark = fingerprint("backbone", ModelConfig(), weights)
     loss, options = LossConfig(category=0.1, anchor=2.0), ReweightConfig(word="alone", picture="patches")
@@ -78,7 +78,7 @@ def test_the_fingerprint_is_of_all_that_makes_vectors_and_nothing_else() -> None
     assert len({mark, *others}) == 7
 
 
-def test_a_checkpoint_moves_with_its_backbone(tiny_model: Path, tmp_path: Path) -> None:
+def test_checkpoint_can_move_together_with_its_backbone(tiny_model: Path, tmp_path: Path) -> None:
     """A model's directory and a file of weights are both found from where the checkpoint is."""
     here, there = tmp_path / "here", tmp_path / "there"
     base = Path(shutil.copytree(tiny_model, here / "base"))
@@ -96,7 +96,7 @@ def test_a_copied_checkpoint_loads_from_anywhere(tiny_checkpoint: Path, tmp_path
     assert Encoder.load(tmp_path / "deep" / "copy").fingerprint == Encoder.load(tiny_checkpoint).fingerprint
 
 
-def test_broken_checkpoints_say_what_is_wrong(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"needs config\.json"):
         load_checkpoint(tmp_path)
     copy_checkpoint(tiny_checkpoint, tmp_path)
@@ -150,7 +150,7 @@ def test_a_missing_device_is_named() -> None:
         Encoder.load("unused", device="cuda:99")
 
 
-def test_one_text_or_picture_is_no_list_of_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_single_text_or_image_instead_of_a_list_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     for texts in ("crying cat", (each for each in ["crying cat"]), [None], ["crying cat", 3]):
         with pytest.raises(TypeError, match="list of texts"):

@@ -75,7 +75,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("name", ["clip-adapter", "dcar", "dcar+"])
-def test_parts_of_pictures_with_several_captions_have_the_gradients_of_the_whole(
+def test_parts_with_several_captions_per_image_have_the_gradients_of_the_whole(
     name: str, parts: int, backbone: Backbone, described_twice: Dataset
 ) -> None:
     model, data = ready(backbone, described_twice, name)
@@ -89,9 +89,7 @@ def test_parts_of_pictures_with_several_captions_have_the_gradients_of_the_whole
 
 
 @pytest.mark.parametrize("weights", ["none", "pair", "predicted"])
-def test_the_loss_is_that_of_the_pairs_one_by_one(
-    weights: TrainWeights, backbone: Backbone, described_twice: Dataset
-) -> None:
+def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backbone, described_twice: Dataset) -> None:
     """Compute the loss with every caption and image encoded alone, from its four weighted terms."""
     config = replace(
         method("dcar+"),
@@ -125,7 +123,7 @@ def test_the_loss_is_that_of_the_pairs_one_by_one(
 
 
 @pytest.mark.parametrize("name", ["dcar", "dcar-alone", "dcar-patches"])
-def test_token_weights_are_those_of_each_caption_with_its_own_picture(
+def test_token_weights_are_of_each_caption_with_its_own_image(
     name: str, backbone: Backbone, described_twice: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compute weights from the texts and images that the options name, relative to a white image."""
@@ -145,9 +143,7 @@ def test_token_weights_are_those_of_each_caption_with_its_own_picture(
 
 
 @pytest.mark.parametrize("name", ["clip", "coop", "clip-adapter"])
-def test_frozen_towers_take_part_as_cached_features(
-    name: str, backbone: Backbone, training: Dataset, tiny_model: Path
-) -> None:
+def test_frozen_towers_use_cached_features(name: str, backbone: Backbone, training: Dataset, tiny_model: Path) -> None:
     model, data = ready(backbone, training, name)
     assert data.pixels is None
     pixels = np.stack([backbone.preprocess(training.read(sample.image)) for sample in training.samples])
@@ -202,7 +198,7 @@ def test_precision_is_full_where_the_device_has_nothing_better() -> None:
     assert MixedPrecision("auto", torch.device("cpu")).name == "off"
 
 
-def test_pictures_are_encoded_once_however_many_captions(
+def test_images_are_encoded_once_for_all_captions(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen_features, "TEXT_BATCH", 2)
@@ -219,7 +215,7 @@ def test_pictures_are_encoded_once_however_many_captions(
     assert len(seen) == 1
 
 
-def test_the_cache_gives_what_was_computed(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
+def test_feature_cache_returns_the_computed_features(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
     shorter = replace(method("dcar"), prompt=PromptConfig(length=2))
     for config in (shorter, *map(method, ("dcar", "clip-adapter", "dcar-alone", "dcar-patches"))):
         model, plain = moved(DCAR(backbone, config), training)
@@ -242,7 +238,7 @@ def test_the_cache_gives_what_was_computed(backbone: Backbone, training: Dataset
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_what_a_killed_run_left_in_the_cache_is_removed_a_day_later(backbone: Backbone, tmp_path: Path) -> None:
+def test_remains_of_killed_runs_are_deleted_after_a_day(backbone: Backbone, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, backbone)
     cache.tensor("kind", "one", lambda: torch.zeros(2))
     (folder,) = tmp_path.iterdir()
@@ -258,7 +254,7 @@ def test_what_a_killed_run_left_in_the_cache_is_removed_a_day_later(backbone: Ba
     ]
 
 
-def test_the_cache_knows_other_pictures_texts_and_weights(
+def test_feature_cache_misses_for_other_images_texts_and_weights(
     backbone: Backbone, training: Dataset, tiny_gallery: Path, other_backbone: Backbone, tmp_path: Path
 ) -> None:
     def entries(backbone: Backbone, data: Dataset) -> int:
@@ -287,7 +283,7 @@ def other_backbone(tiny_model: Path) -> Backbone:
     return other
 
 
-def test_what_training_would_learn_from_names_a_split(backbone: Backbone, training: Dataset) -> None:
+def test_digest_of_a_split_covers_all_training_data(backbone: Backbone, training: Dataset) -> None:
     cache, first = FeatureCache(None, backbone), training.samples[0]
     others = [
         replace(first, caption="other"),
@@ -300,13 +296,13 @@ def test_what_training_would_learn_from_names_a_split(backbone: Backbone, traini
     assert len(set(keys)) == 6
 
 
-def test_prompts_leave_room_for_a_word(backbone: Backbone) -> None:
+def test_prompts_that_leave_no_room_for_a_word_are_refused(backbone: Backbone) -> None:
     report_truncation({}, {}, backbone, backbone.context_length - 3)
     with pytest.raises(TrainingError, match="30 prompts leave no room for words in a context of 32 tokens"):
         report_truncation({}, {}, backbone, backbone.context_length - 2)
 
 
-def test_a_failed_computation_leaves_no_entry(backbone: Backbone, tmp_path: Path) -> None:
+def test_failed_computation_leaves_no_cache_entry(backbone: Backbone, tmp_path: Path) -> None:
     def fails() -> Tensor:
         raise RuntimeError("out of memory")
 
@@ -328,9 +324,7 @@ def test_negatives_are_encoded_as_one_by_one(backbone: Backbone, training: Datas
         assert (data.candidate_weights[i] > 0).sum() == len(texts)
 
 
-def test_category_names_are_compared_folded_and_eight_negatives_are_trained_on(
-    backbone: Backbone, training: Dataset
-) -> None:
+def test_category_names_are_case_folded_and_eight_negatives_are_used(backbone: Backbone, training: Dataset) -> None:
     one = replace(
         training.samples[0],
         category="Maine Coon",
@@ -354,7 +348,7 @@ def test_category_names_are_compared_folded_and_eight_negatives_are_trained_on(
     assert reports["train"].counts["negatives after the first 8 of a pair, not trained on"] == 2
 
 
-def test_a_caption_is_no_negative_of_a_picture_that_it_is_true_of(backbone: Backbone, training: Dataset) -> None:
+def test_true_caption_is_no_negative_of_its_image(backbone: Backbone, training: Dataset) -> None:
     """A caption matches its own image and images with an equal caption or attribute, and no others."""
     gift, popper, cat, other = (
         replace(sample, negatives=(), negative_categories=()) for sample in training.samples[:4]

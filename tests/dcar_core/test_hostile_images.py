@@ -192,7 +192,7 @@ def test_a_limit_above_pillows_own_applies() -> None:
         ("TIFF", "RGB", {"compression": "tiff_adobe_deflate"}),
     ],
 )
-def test_decoding_takes_no_more_memory_than_is_reckoned(
+def test_decoding_takes_no_more_memory_than_estimated(
     kind: str, mode: str, options: dict[str, object], tmp_path: Path
 ) -> None:
     small = np.random.default_rng(0).integers(0, 256, (375, 375, 4), dtype=np.uint8)

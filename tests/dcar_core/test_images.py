@@ -54,7 +54,7 @@ def test_every_mode_becomes_rgb() -> None:
     assert open_image(encoded(deep)).getpixel((0, 0)) == (128, 128, 128)
 
 
-def test_transparent_pictures_lie_on_white() -> None:
+def test_transparent_images_are_drawn_on_white() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert open_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
     palette = clear.quantize(4)
@@ -76,17 +76,17 @@ def test_orientation_is_applied() -> None:
         (png_of_size(20_000, 20_000), "20000 x 20000 pixels"),
     ],
 )
-def test_what_cannot_be_read_says_why(data: bytes, reason: str) -> None:
+def test_unreadable_files_are_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         open_image(data)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no such file"):
         open_image(tmp_path / "none.png")
 
 
-def test_pictures_in_folders_and_tars(tmp_path: Path) -> None:
+def test_images_are_read_from_folders_and_tars(tmp_path: Path) -> None:
     data = encoded(Image.new("RGB", (4, 4), "red"))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").write_bytes(data)
@@ -109,7 +109,7 @@ def test_pictures_in_folders_and_tars(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "I;16B", "I", "F"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
-def test_a_picture_in_tiles_is_the_same_as_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(colours, "_TILE_PIXELS", tile)
     for width, height in ((131, 97), (300, 1), (1, 300)):
         image = deep_or_clear(mode, width, height)
@@ -117,7 +117,7 @@ def test_a_picture_in_tiles_is_the_same_as_in_one_piece(mode: str, tile: int, mo
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
-def test_a_large_picture_that_is_wanted_small_is_its_average(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = deep_or_clear(mode, 131, 97)
     assert open_image(image, at_least=10).size == (131, 97)  # not large
     monkeypatch.setattr(colours, "_LARGE_PIXELS", 131 * 97 - 1)
@@ -131,7 +131,7 @@ def test_a_large_picture_that_is_wanted_small_is_its_average(mode: str, monkeypa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
 @pytest.mark.parametrize(("mode", "own"), [("RGBA", 4), ("I;16", 2), ("F", 4)])
-def test_a_large_picture_is_in_memory_once_and_its_result_once(mode: str, own: int, tmp_path: Path) -> None:
+def test_large_image_is_in_memory_once(mode: str, own: int, tmp_path: Path) -> None:
     side = 4000
     plain = {
         "RGBA": Image.new("RGBA", (side, side), (1, 2, 3, 9)),
@@ -173,7 +173,7 @@ TAR = tar_bytes(*(f"pic{i}.p" for i in range(5)))
         (TAR[:4000], "unexpected end of data"),
     ],
 )
-def test_a_tar_that_goes_on_where_its_members_end_is_refused(data: bytes, says: str, tmp_path: Path) -> None:
+def test_tar_with_data_after_its_end_is_refused(data: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(data)
     with pytest.raises(DataError, match=says):
         index_tar(tmp_path / "t.tar")

@@ -13,7 +13,7 @@ def features(n: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def test_contrastive_loss_is_clips_when_each_row_has_one_positive() -> None:
+def test_contrastive_loss_equals_clips_with_one_positive_per_row() -> None:
     text, image, scale = features(5, 0), features(5, 1), torch.tensor(20.0)
     logits = scale * text @ image.T
     target = torch.arange(5)
@@ -35,7 +35,7 @@ def test_equal_captions_are_positives_never_negatives() -> None:
     assert gradient.abs().max() < 1e-5
 
 
-def test_a_caption_may_be_true_of_a_picture_whose_own_caption_is_not_true_of_its() -> None:
+def test_positives_need_not_be_symmetric() -> None:
     """Caption 0 also matches image 1, caption 1 only its own: rows and columns have different targets."""
     text, image, scale = features(3, 0), features(3, 1), torch.tensor(20.0)
     positives = torch.eye(3, dtype=torch.bool)
@@ -47,7 +47,7 @@ def test_a_caption_may_be_true_of_a_picture_whose_own_caption_is_not_true_of_its
     torch.testing.assert_close(contrastive_loss(text, image, positives, scale), (to_image + to_text) / 2)
 
 
-def test_category_loss_by_hand_and_padding() -> None:
+def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
     image, scale = features(1, 0), torch.tensor(10.0)
     captions = features(3, 1).unsqueeze(0)
     weights = torch.tensor([[1.5, 1.5, 1.0]])
@@ -74,7 +74,7 @@ def test_head_loss_counts_real_tokens_only() -> None:
     assert head_loss(torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)) == 0  # no words at all
 
 
-def test_pair_weights_and_blend() -> None:
+def test_pair_weights_and_their_blend_equal_a_hand_calculation() -> None:
     words = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
     raw = pair_weights(words, image=torch.tensor([[0.0, 2.0]]), blank=torch.tensor([1.0, 1.0]))
     half = 2**-0.5
@@ -101,7 +101,7 @@ def test_predicted_weights_follow_the_direction_of_an_embedding_and_stay_in_boun
     assert head(embeddings, real).std() > 0.01
 
 
-def test_a_pair_weight_may_look_at_the_patch_most_like_the_word() -> None:
+def test_pair_weights_can_use_the_most_similar_patch() -> None:
     words = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     patches = torch.tensor([[[3.0, 4.0], [0.0, -1.0]]])
     white = torch.tensor([[1.0, 0.0], [5.0, 12.0]])
@@ -113,7 +113,7 @@ def test_a_pair_weight_may_look_at_the_patch_most_like_the_word() -> None:
 
 @pytest.mark.parametrize(("width", "count"), [(256, 60), (512, 33), (512, 122)])
 @pytest.mark.parametrize("chunk", [37, 1024])
-def test_equal_vectors_are_ties_wherever_they_stand_in_a_product(width: int, count: int, chunk: int) -> None:
+def test_equal_vectors_tie_at_any_position_of_a_product(width: int, count: int, chunk: int) -> None:
     rng = np.random.default_rng(0)
     one = rng.standard_normal((1, width)).astype(np.float32)
     one /= np.linalg.norm(one)
@@ -133,7 +133,7 @@ def test_recall_counts_ties_against_the_model() -> None:
     assert found["t2i_r10"] == 100
 
 
-def test_vectors_that_are_no_numbers_are_no_hits() -> None:
+def test_nan_vectors_are_no_hits() -> None:
     rng = np.random.default_rng(0)
     text, image = rng.normal(size=(2, 20, 8)).astype(np.float32)
     assert set(recall_at_k(np.full_like(text, np.nan), image, np.arange(20)).values()) == {0}
@@ -144,7 +144,7 @@ def test_vectors_that_are_no_numbers_are_no_hits() -> None:
     assert found == {"t2i_r1": 0, "i2t_r1": 95}  # the broken image may come before any other
 
 
-def test_recall_by_hand_with_two_captions_for_an_image() -> None:
+def test_recall_equals_a_hand_calculation_with_two_captions_per_image() -> None:
     image = np.eye(3, dtype=np.float32)
     text = np.array([[1, 0, 0], [0.9, 0.8, 0], [0.1, 0.6, 0.5], [0, 0.9, 0.2]], np.float32)
     of = np.array([0, 1, 1, 2])
@@ -162,7 +162,7 @@ def test_recall_does_not_depend_on_the_chunk() -> None:
     assert recall_at_k(text, image, of) == recall_at_k(text, image, of, chunk=7)
 
 
-def test_the_best_of_an_images_captions_counts_and_the_others_are_not_wrong() -> None:
+def test_best_caption_of_an_image_counts() -> None:
     image = np.eye(2, dtype=np.float32)
     text = np.array([[0.6, 0], [0.9, 0], [0.9, 0], [0.8, 0.1]], np.float32)
     assert compute_ranks(text, image, np.array([0, 0, 0, 1])).image.tolist() == [0, 0]
@@ -189,7 +189,7 @@ def test_the_nearest_target_does_not_depend_on_the_chunk() -> None:
     np.testing.assert_array_equal(best_targets(query, target, chunk=7), (query @ target.T).argmax(1))
 
 
-def test_hard_negative_accuracy() -> None:
+def test_hard_negative_accuracy_equals_a_hand_calculation() -> None:
     image = np.eye(2, dtype=np.float32)
     negatives = [np.array([[0.5, 0]], np.float32), np.array([[0, 1]], np.float32)]
     assert hard_negative_accuracy(image, image, negatives) == 50  # the second is a tie

@@ -44,7 +44,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def test_weights_lie_in_their_file_and_are_those_in_it(model: Path) -> None:
+def test_weights_are_mapped_from_their_file(model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(model)))
     assert lies_in(model / WEIGHTS_FILE, backbone)
     assert not any(weight.requires_grad for weight in backbone.parameters())
@@ -52,7 +52,7 @@ def test_weights_lie_in_their_file_and_are_those_in_it(model: Path) -> None:
     assert all(torch.equal(weight, written[name]) for name, weight in backbone.clip.state_dict().items())
 
 
-def test_half_precision_is_not_used_as_it_lies(model: Path) -> None:
+def test_half_precision_weights_are_not_mapped(model: Path) -> None:
     file = model / WEIGHTS_FILE
     save_file({name: weight.half() for name, weight in load_file(str(file)).items()}, str(file))
     backbone = load_backbone(BackboneSource(str(model)))
@@ -60,7 +60,7 @@ def test_half_precision_is_not_used_as_it_lies(model: Path) -> None:
     assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}
 
 
-def test_what_is_released_is_read_again_when_it_is_needed(model: Path, tmp_path: Path) -> None:
+def test_released_pages_are_read_again_on_use(model: Path, tmp_path: Path) -> None:
     encoder = Encoder.load(model, cache=tmp_path / "cache")
     texts, pixels = ["a red square"], np.zeros((1, 3, 32, 32), np.uint8)
     before = encoder.encode_text(texts), encoder.encode_pixels(pixels)
@@ -72,7 +72,7 @@ def test_what_is_released_is_read_again_when_it_is_needed(model: Path, tmp_path:
     assert resident(model / WEIGHTS_FILE) > 0
 
 
-def test_what_was_written_to_is_kept(model: Path) -> None:
+def test_written_pages_are_kept(model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(model)))
     scale = backbone.clip.state_dict()["logit_scale"]
     scale.fill_(3.0)
@@ -80,7 +80,7 @@ def test_what_was_written_to_is_kept(model: Path) -> None:
     assert scale.item() == 3.0
 
 
-def test_what_was_freed_goes_back_to_the_system() -> None:
+def test_freed_memory_is_returned_to_the_system() -> None:
     def in_memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 

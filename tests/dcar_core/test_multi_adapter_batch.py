@@ -67,7 +67,9 @@ def counted(runtime: Runtime, name: str) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), (["a", "b", *SHAPES], 3)])
-def test_texts(encoders: dict[str, Encoder], names: list[str], passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_text_rows_equal_each_encoder_alone(
+    encoders: dict[str, Encoder], names: list[str], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dcar_core.runtimes.length_batches.PASS_COST", 10_000)  # so length alone does not split a batch
     rows = [TextRow(encoders[name], text) for text in TEXTS for name in names]
     with counted(rows[0].encoder.runtime, "text") as sizes:
@@ -79,7 +81,7 @@ def test_texts(encoders: dict[str, Encoder], names: list[str], passes: int, monk
 
 
 @pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), (["a", "c", *SHAPES], 4)])
-def test_pictures(encoders: dict[str, Encoder], names: list[str], passes: int) -> None:
+def test_mixed_image_rows_equal_each_encoder_alone(encoders: dict[str, Encoder], names: list[str], passes: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
     rows = [ImageRow(encoders[name], each) for each in pixels for name in names]
     with counted(rows[0].encoder.runtime, "image") as sizes:
@@ -89,12 +91,12 @@ def test_pictures(encoders: dict[str, Encoder], names: list[str], passes: int) -
         np.testing.assert_allclose(vector, row.encoder.encode_pixels(row.pixels[None])[0], atol=2e-6)
 
 
-def test_domains_differ_so_that_a_mix_up_would_show(encoders: dict[str, Encoder]) -> None:
+def test_encoders_differ_enough_to_reveal_a_mix_up(encoders: dict[str, Encoder]) -> None:
     vectors = np.concatenate([encoder.encode_text(["a red square"]) for encoder in encoders.values()])
     assert (vectors @ vectors.T - np.eye(len(vectors))).max() < 0.999
 
 
-def test_rows_with_weights_stand_beside_ordinary_ones(encoders: dict[str, Encoder]) -> None:
+def test_rows_with_token_weights_mix_with_ordinary_ones(encoders: dict[str, Encoder]) -> None:
     encoder = encoders["a"]
     pairs = PairWeights(encoder)
     frozen = pairs.image_features(np.random.default_rng(1).integers(0, 256, (3, 3, 32, 32), np.uint8))
@@ -137,7 +139,7 @@ def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> Non
 
 
 @pytest.mark.parametrize("option", [{"word": "alone"}, {"picture": "patches"}])
-def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
+def test_pair_weight_options_apply_in_training_and_serving(
     option: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=ReweightConfig(**option)))
@@ -157,7 +159,7 @@ def test_options_of_the_pair_weights_are_the_same_in_training_and_for_pairs(
     assert (trained - usual).abs().max() > 0.01
 
 
-def test_words_of_several_tokens_and_of_none(encoders: dict[str, Encoder]) -> None:
+def test_words_of_several_tokens_have_one_factor(encoders: dict[str, Encoder]) -> None:
     pairs = PairWeights(encoders["a"])
     text = "crying cat 😿 supercalifragilistic"
     factors = pairs.predicted_factors(text)

@@ -15,7 +15,7 @@ from tests.support.files import write_json
 from tests.support.negatives import CATS, FELINE, made, sample, split
 
 
-def test_both_perspectives(tmp_path: Path) -> None:
+def test_negatives_swap_categories_and_captions(tmp_path: Path) -> None:
     tree = write_json(
         tmp_path / "t.json", {"meta_categories": FELINE, "similar": {"Sphynx": ["maine_coon", "Ragdoll"]}}
     )
@@ -35,13 +35,13 @@ def test_both_perspectives(tmp_path: Path) -> None:
     }
 
 
-def test_a_category_that_is_no_word_harms_nothing(tmp_path: Path) -> None:
+def test_category_without_letters_is_harmless(tmp_path: Path) -> None:
     samples, report = made([*CATS, sample("8", "a dash - here", "-")], tmp_path)
     assert samples[-1].negatives == ()
     assert report.names["pairs for which no negative could be made"] == ["8"]
 
 
-def test_the_same_seed_gives_the_same_and_none_equals_its_caption(tmp_path: Path) -> None:
+def test_negatives_are_reproducible_and_differ_from_their_caption(tmp_path: Path) -> None:
     words = ("red", "blue", "green", "two", "three", "small", "large", "wooden", "plastic")
     samples = [
         sample(f"{i}", f"{w.title()} {c}, {v}-sided, {i % 7}", c)
@@ -80,7 +80,7 @@ def test_no_negative_may_still_be_true(tmp_path: Path) -> None:
     assert "Two cats on red." not in found[6].negatives, "it is of the same picture"
 
 
-def test_half_are_swaps_of_the_category_and_its_name_keeps_its_colour(tmp_path: Path) -> None:
+def test_half_are_category_swaps_and_names_keep_their_colour(tmp_path: Path) -> None:
     birds = [
         sample("1", "A red kite over two small houses.", "red kite"),
         sample("2", "A barn owl in a tree.", "barn owl"),
@@ -93,7 +93,7 @@ def test_half_are_swaps_of_the_category_and_its_name_keeps_its_colour(tmp_path: 
                if of == "red kite" and text.startswith("A ") and "over" in text)  # fmt: skip
 
 
-def test_modes(tmp_path: Path) -> None:
+def test_modes_choose_which_pairs_get_negatives(tmp_path: Path) -> None:
     own = [replace(s, negatives=("A dog.",), negative_categories=("dog",)) for s in CATS]
     assert made([*own[:3], *CATS[3:]], tmp_path)[0] == [*own[:3], *CATS[3:]]  # as many have some as have none
     found, _ = made([*own[:2], *CATS[2:]], tmp_path)
@@ -106,7 +106,7 @@ def test_modes(tmp_path: Path) -> None:
         made(CATS, tmp_path, "some")
 
 
-def test_without_categories(tmp_path: Path) -> None:
+def test_negatives_need_categories(tmp_path: Path) -> None:
     bare = [replace(s, category="") for s in CATS]
     found, report = made(bare, tmp_path)
     assert found == bare
@@ -123,13 +123,13 @@ def test_without_categories(tmp_path: Path) -> None:
         made([], tmp_path)
 
 
-def test_captions_that_do_not_name_their_category(tmp_path: Path) -> None:
+def test_captions_that_do_not_name_their_category_are_counted(tmp_path: Path) -> None:
     samples, report = made([*CATS, sample("8", "A red bow.", "Ragdoll")], tmp_path)
     assert report.counts["captions that do not name their category, so that it could not be swapped"] == 1
     assert set(samples[-1].negative_categories) == {"Ragdoll"}
 
 
-def test_a_swap_behind_the_end_of_the_context_is_no_negative(backbone: Backbone, tmp_path: Path) -> None:
+def test_swap_beyond_the_context_is_no_negative(backbone: Backbone, tmp_path: Path) -> None:
     late = sample("9", "a " * 40 + "red Sphynx", "Sphynx")  # the tiny model reads 32 tokens
     reports = {"train": CleaningReport()}
     found = add_negatives({"train": split([*CATS, late], tmp_path)}, reports, backbone_views(backbone))[
@@ -140,7 +140,7 @@ def test_a_swap_behind_the_end_of_the_context_is_no_negative(backbone: Backbone,
     assert reports["train"].counts["negatives that differ only where the context has ended, left out"] >= 2
 
 
-def test_no_negative_reads_like_a_caption_of_its_picture(backbone: Backbone, tmp_path: Path) -> None:
+def test_no_negative_equals_a_caption_of_its_image(backbone: Backbone, tmp_path: Path) -> None:
     long = "Sphynx " + "a " * 40  # the tiny model reads 32 tokens, so all of these are one to it
     known = [
         sample("1", "A Sphynx.", "Sphynx"),
@@ -167,7 +167,7 @@ def test_a_test_category_is_never_seen_in_training(tmp_path: Path) -> None:
     assert {c for s in done["test"].samples for c in s.negative_categories} > {"Beagle", "Pug"}
 
 
-def test_what_may_be_true_is_no_negative(tmp_path: Path) -> None:
+def test_caption_that_may_be_true_is_no_negative(tmp_path: Path) -> None:
     samples = [
         sample("1", "A Ragdoll beside a Sphynx.", "Ragdoll"),
         sample("2", "A red panda in a tree.", "red panda"),

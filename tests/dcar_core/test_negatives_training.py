@@ -24,7 +24,7 @@ def bare_data(tiny_data: Path, directory: Path) -> Path:
     return directory
 
 
-def test_training_and_the_table_make_negatives(
+def test_training_and_comparison_make_negatives(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
 ) -> None:
     data = bare_data(tiny_data, tmp_path / "data")
@@ -64,7 +64,7 @@ def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: 
         assert found["cleaning"]["train"].get(what, 0) == cut
 
 
-def test_data_with_negatives_of_its_own_keeps_its_runs(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+def test_data_with_its_own_negatives_keeps_its_runs(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     """The identity of a finished run does not change when no negatives are made."""
     splits, reports = load_splits(tiny_data, ("train", "val", "test"))
     counts = {name: dict(report.counts) for name, report in reports.items()}
@@ -81,7 +81,7 @@ def test_data_with_negatives_of_its_own_keeps_its_runs(backbone: Backbone, tiny_
     assert MethodRunner(backbone, other, tmp_path, quick, cache).directory(method("dcar"), 0, 1e-3) != before
 
 
-def test_a_sound_data_set_has_nothing_in_its_report(tiny_data: Path) -> None:
+def test_report_of_a_sound_data_set_is_empty(tiny_data: Path) -> None:
     assert set(load_split(tiny_data, "train")[1].counts) == {
         "absolute paths of another machine, replaced by the image root"
     }

@@ -42,7 +42,7 @@ def jpegs(width: int, height: int, count: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("width", "height"), [(150, 120), (241, 260), (500, 400), (1400, 960)])
-def test_embeddings_of_the_fast_mode_stay_near(encoder: Encoder, width: int, height: int) -> None:
+def test_fast_mode_changes_embeddings_little(encoder: Encoder, width: int, height: int) -> None:
     exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
     assert exact.exact
     assert not fast.exact
@@ -52,7 +52,7 @@ def test_embeddings_of_the_fast_mode_stay_near(encoder: Encoder, width: int, hei
     assert (before * after).sum(1).min() > 0.995
 
 
-def test_a_jpeg_is_decoded_no_larger_than_needed_and_no_smaller() -> None:
+def test_jpeg_is_decoded_at_the_smallest_sufficient_size() -> None:
     file = jpegs(1400, 960, 1)[0]
     assert open_image(file).size == (1400, 960)
     assert open_image(file, at_least=121).size == (350, 240)  # an eighth would be 175 x 120
@@ -62,7 +62,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed_and_no_smaller() -> None:
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
-def test_small_pictures_are_the_same_in_both_modes(encoder: Encoder, mode: Any) -> None:
+def test_small_images_are_the_same_in_both_modes(encoder: Encoder, mode: Any) -> None:
     exact = type(encoder.preprocess)(48, (0.5,) * 3, (0.5,) * 3, "bicubic", mode)
     rng = np.random.default_rng(0)
     for width, height in ((110, 70), (97, 131), (48, 48), (30, 20)):
@@ -87,7 +87,7 @@ def test_pytorch_resizes_as_pillow_does(mode: Literal["shortest", "squash", "lon
         assert np.abs(before - after).mean() < 0.05
 
 
-def test_pytorch_is_asked_for_no_more_than_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_large_and_very_long_images_are_resized_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = preprocess.Preprocess(48, (0.5,) * 3, (0.5,) * 3).fast(torch=True)
     pillow = replace(fast, resizer="pillow")
     large, line = Image.linear_gradient("L").resize((400, 300)), Image.linear_gradient("L").resize((3, 90_000))
@@ -98,7 +98,7 @@ def test_pytorch_is_asked_for_no_more_than_pays(monkeypatch: pytest.MonkeyPatch)
     assert not asked
 
 
-def test_a_processor_without_its_instructions_resizes_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_without_fast_instructions_resizes_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     preprocess._torch_is_fast.cache_clear()
     try:
@@ -122,7 +122,7 @@ def test_a_models_own_settings_are_followed() -> None:
         assert how(Image.new("RGB", (4000, 8), "white")).shape == (3, 48, 48), "a line keeps a pixel"
 
 
-def test_the_mode_does_not_change_what_is_hashed_for_the_exact_one(encoder: Encoder) -> None:
+def test_fast_mode_keeps_the_hash_of_the_exact_mode(encoder: Encoder) -> None:
     exact = encoder.model.backbone.preprocess
     assert "exact" not in exact.to_dict()
     assert exact.fast().to_dict()["exact"] is False
@@ -130,7 +130,7 @@ def test_the_mode_does_not_change_what_is_hashed_for_the_exact_one(encoder: Enco
     assert replace(exact.fast(), resizer="torch").to_dict()["resizer"] == "torch"
 
 
-def test_a_long_picture_is_cut_by_the_pass_that_scales_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_image_is_cropped_while_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = preprocess.Preprocess(48, (0.5,) * 3, (0.5,) * 3)
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(90, 160, size, dtype=np.uint8)) for size in ((3, 500, 3), (700, 20, 3))]
@@ -141,5 +141,5 @@ def test_a_long_picture_is_cut_by_the_pass_that_scales_it(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
-def test_a_line_of_pixels_takes_no_gigabytes(tmp_path: Path) -> None:
+def test_image_of_one_line_takes_little_memory(tmp_path: Path) -> None:
     assert peak_memory(encoded(Image.new("RGB", (1, 10_000))), "exact", tmp_path) < 50 * 2**20

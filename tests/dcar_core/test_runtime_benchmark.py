@@ -59,7 +59,7 @@ def test_every_runtime_is_measured_and_auto_takes_the_best(
     assert report.chosen in shown or "run this without --runtimes" in shown
 
 
-def test_what_loses_recall_is_not_taken_and_torch_is_always_compared_with(
+def test_runtime_that_loses_recall_is_not_taken(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [row("torch", 10, 60), row("onnx-int8", 90, 59)]
@@ -73,7 +73,7 @@ def test_what_loses_recall_is_not_taken_and_torch_is_always_compared_with(
     assert "no recall of torch" in unknown.reason
 
 
-def test_a_second_benchmark_takes_back_what_the_first_one_said(
+def test_second_benchmark_replaces_the_first(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = [row(name, 10 + i, 60) for i, name in enumerate(candidates(loaded))]
@@ -89,7 +89,7 @@ def test_a_second_benchmark_takes_back_what_the_first_one_said(
 
 
 @pytest.mark.parametrize("field", ["graphs", "processor", "threads", "libraries"])
-def test_a_ranking_of_other_circumstances_is_measured_again(field: str, loaded: LoadedModel) -> None:
+def test_ranking_of_another_machine_is_measured_again(field: str, loaded: LoadedModel) -> None:
     save_ranking(loaded, rank([trial("torch", 10)]))
     assert load_ranking(loaded) is not None
     (path,) = (loaded.cache / "rankings").glob("*.json")
@@ -99,7 +99,7 @@ def test_a_ranking_of_other_circumstances_is_measured_again(field: str, loaded: 
     assert load_ranking(loaded) is None
 
 
-def test_one_wrong_vector_is_enough() -> None:
+def test_one_wrong_vector_fails_the_proof() -> None:
     wanted = np.array([[1, 0], [1, 0]], np.float32)
     assert _lowest_cosine(np.array([[1, 0], [0.6, 0.8]], np.float32), wanted) == pytest.approx(0.6)
     broken = np.array([[1, 0], [np.nan, 0]], np.float32)
@@ -107,13 +107,13 @@ def test_one_wrong_vector_is_enough() -> None:
     assert not Proof(_lowest_cosine(broken, wanted), 1.0, 0.999).holds
 
 
-def test_faster_is_better_in_each_of_the_three() -> None:
+def test_score_rises_with_each_speed() -> None:
     usual = RuntimeTrial("torch", 10, 10, 10, 10, 1.0, 1.0, True)
     for better in ({"texts_per_s": 20}, {"text_ms": 5}, {"images_per_s": 20}):
         assert replace(usual, **better).score == pytest.approx(2 ** (1 / 3) * usual.score)  # type: ignore[arg-type]
 
 
-def test_a_look_at_some_runtimes_makes_no_ranking_but_strikes_what_failed(
+def test_partial_benchmark_only_removes_failed_runtimes(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "candidates", lambda loaded: ["torch", "openvino"])
@@ -128,7 +128,7 @@ def test_a_look_at_some_runtimes_makes_no_ranking_but_strikes_what_failed(
     assert load_ranking(loaded) == Ranking(("openvino", "torch"), before.libraries, before.trials)
 
 
-def test_whatever_a_library_raises_costs_one_row(
+def test_error_of_a_library_fails_one_row(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(checkpoint: str, pretrained: str | None, device: str, name: str, *rest: object) -> RuntimeResult:

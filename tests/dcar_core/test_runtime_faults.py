@@ -58,17 +58,17 @@ def export(cache: Path) -> Path:
     return found
 
 
-def test_all_is_well(tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sound_cache_gives_no_warning(tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert auto(tiny_checkpoint, chosen, caplog) == (NAME, [])
     assert by_name(tiny_checkpoint, chosen).runtime.name == NAME
 
 
-def test_an_unknown_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_unknown_runtime_is_refused_with_the_known_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"no runtime is named 'tensorrt'; there are: auto, torch, "):
         by_name(tiny_checkpoint, tmp_path, "tensorrt")
 
 
-def test_a_missing_extra(
+def test_missing_extra_is_named(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it does when it is not installed
@@ -88,7 +88,7 @@ def test_a_missing_extra(
         ("graphs", 0, "has graphs 0, not"),
     ],
 )
-def test_an_export_of_something_else(
+def test_export_of_another_model_or_version_is_refused(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, field: str, value: object, reason: str
 ) -> None:
     path = export(chosen) / "manifest.json"
@@ -101,7 +101,9 @@ def test_an_export_of_something_else(
 
 
 @pytest.mark.parametrize("fault", ["flipped", "gone", "no manifest", "no json"])
-def test_a_corrupted_export(tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+def test_corrupted_export_is_refused(
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
     weights, manifest = export(chosen) / "text.bin", export(chosen) / "manifest.json"
     if fault == "flipped":
         content = bytearray(weights.read_bytes())
@@ -120,7 +122,7 @@ def test_a_corrupted_export(tiny_checkpoint: Path, chosen: Path, caplog: pytest.
         by_name(tiny_checkpoint, chosen)
 
 
-def test_a_processor_without_the_instructions(
+def test_missing_processor_instructions_are_named(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = cpu_features.processor_id()
@@ -134,7 +136,7 @@ def test_a_processor_without_the_instructions(
         assert "this processor has no bf16 instructions" in warning
 
 
-def test_a_model_whose_export_fails(
+def test_failed_export_falls_back_to_torch(
     tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import openvino
@@ -152,7 +154,7 @@ def test_a_model_whose_export_fails(
     assert [path.name for path in (tmp_path / "exports").iterdir() if path.is_dir()] == []
 
 
-def test_a_cache_that_cannot_be_written(
+def test_unwritable_cache_falls_back_to_torch(
     tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     blocked = tmp_path / "file"
@@ -172,7 +174,7 @@ def test_one_variable_names_the_cache_for_all(tmp_path: Path, monkeypatch: pytes
     assert default_cache_directory() == tmp_path / "named"
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_remains_of_a_killed_export_are_deleted(tmp_path: Path) -> None:
     key = ExportKey("onnx", "a" * 64, 0, 0, "1")
     left = key.directory(tmp_path).with_name(key.directory(tmp_path).name + ".part-killed")
     left.mkdir(parents=True)
@@ -186,19 +188,19 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert not left.exists()
 
 
-def test_int8_wants_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_int8_needs_calibration(tiny_checkpoint: Path, tmp_path: Path) -> None:
     if cpu_features.missing_instructions("int8"):
         pytest.skip(str(cpu_features.missing_instructions("int8")))
     with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your images and captions: dcar"):
         by_name(tiny_checkpoint, tmp_path, "openvino-int8")
 
 
-def test_a_runtime_for_another_device(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_runtime_for_another_device_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeUnavailableError, match="cuda-fp16 needs a GPU"):
         by_name(tiny_checkpoint, tmp_path, "cuda-fp16")
 
 
-def test_auto_never_takes_one_that_is_wrong_here(
+def test_auto_never_takes_a_runtime_with_wrong_vectors(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
@@ -212,7 +214,7 @@ def test_auto_never_takes_one_that_is_wrong_here(
         by_name(tiny_checkpoint, chosen)
 
 
-def test_one_that_fails_in_its_first_forward_pass(
+def test_runtime_that_fails_in_its_first_pass_is_replaced(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a compiler that is not there, or a GPU without memory: it opens, and raises what its library pleases."""
@@ -246,7 +248,7 @@ def test_a_broken_ranking_is_measured_again(
     assert json.loads(path.read_text())["best_first"]
 
 
-def test_nobody_is_told_what_is_converted() -> None:
+def test_conversion_sends_no_telemetry() -> None:
     code = (
         "from dcar_core.runtimes.openvino_graph import library; library()\n"
         "from openvino.tools.ovc import convert_impl, telemetry_utils\n"
@@ -256,9 +258,7 @@ def test_nobody_is_told_what_is_converted() -> None:
     assert done.stdout.split() == ["openvino.tools.ovc.telemetry_stub"] * 2
 
 
-def test_graphs_of_another_version_have_a_directory_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_of_another_version_have_their_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = ExportKey("onnx", "b" * 64, 0, 0, "1.0")
     before = key.directory(tmp_path)
     monkeypatch.setattr("dcar_core.runtimes.export_cache.GRAPHS", 0)

@@ -80,7 +80,7 @@ DEEP = DEEP.with_query_weights("predicted")
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [PLAIN, ModelConfig(), DEEP], ids=["plain", "dcar", "deep"])
 @pytest.mark.parametrize("name", ["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
-def test_vectors_are_those_of_the_model(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
+def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
     kind = RUNTIME_KINDS[name]
     require(kind.extra)
     require_instructions(name)
@@ -89,7 +89,7 @@ def test_vectors_are_those_of_the_model(tiny_model: Path, cache: Path, name: str
     assert min(proof.text, proof.image) > (0.99999 if kind.precision == "fp32" else 0.999)
 
 
-def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
+def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
     require("int8")
     require("openvino")
@@ -109,7 +109,7 @@ def test_int8_is_near(tiny_model: Path, cache: Path) -> None:
     assert proof.holds == (min(proof.text, proof.image) >= 0.995)
 
 
-def test_onnx_int8_is_near(tiny_model: Path, cache: Path) -> None:
+def test_onnx_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     require("onnx")
     require_instructions("onnx-int8")
     proof = moved(tiny_model, ModelConfig(), cache).proof("onnx-int8", Probe.synthetic(32))
@@ -117,7 +117,7 @@ def test_onnx_int8_is_near(tiny_model: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
-def test_rows_of_several_domains_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
+def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
     require(RUNTIME_KINDS[name].extra)
     first, second = (moved(tiny_model, ModelConfig(), cache, seed) for seed in (1, 2))
     one, other, runtime = first.adapter, second.adapter, open_runtime(name, first.loaded)
@@ -149,7 +149,7 @@ def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path
     assert prove(longer.adapter, runtime, probe, reference_vectors(longer.model, probe)).holds
 
 
-def test_batches_waste_little() -> None:
+def test_length_batches_pad_little() -> None:
     rng = np.random.default_rng(0)
     for lengths in (rng.integers(5, 60, 32), rng.integers(5, 60, 300), np.full(10, 7), np.array([3])):
         groups = group_by_length(lengths, 32)
@@ -164,7 +164,7 @@ def test_batches_waste_little() -> None:
 
 
 @pytest.mark.slow
-def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_measures_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(tiny_model, ModelConfig(), tmp_path)
     adapter, where = case.adapter, case.loaded
     assert load_ranking(where) is None
@@ -181,7 +181,7 @@ def test_auto_measures_once_and_remembers(tiny_model: Path, tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_the_encoder_takes_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_encoder_loads_with_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> None:
     plain = Encoder.load(tiny_checkpoint, device="cpu")
     auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=tmp_path)
     assert plain.runtime.name == "torch"
@@ -225,7 +225,7 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["torch", "cuda-fp16", "cuda-bf16"])
-def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
+def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     wanted = Encoder.load(tiny_checkpoint, device="cpu")
     given = Encoder.load(tiny_checkpoint, device="cuda", runtime=name, cache=tmp_path)
     texts, pixels = [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)], Probe.synthetic(32, 40).pixels
@@ -240,7 +240,7 @@ def test_a_gpu_gives_the_same(tiny_checkpoint: Path, tmp_path: Path, name: str) 
         assert (vectors * both(wanted)).sum(1).min() > 0.999
 
 
-def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranking_leaves_out_wrong_runtimes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(tiny_model, ModelConfig(), tmp_path)
     adapter, where = case.adapter, case.loaded
     runtime = (
@@ -254,7 +254,7 @@ def test_ranking_leaves_out_what_is_wrong(tiny_model: Path, tmp_path: Path, monk
     assert not ranking.trials[0].holds
 
 
-def test_a_vector_that_is_no_number_is_no_proof() -> None:
+def test_nan_vector_fails_the_proof() -> None:
     unit = np.eye(2, 4, dtype=np.float32)
     assert equality_proof._lowest_cosine(unit, unit) == 1.0
     assert equality_proof._lowest_cosine(np.array([unit[0], np.full(4, np.nan)], np.float32), unit) == -1.0

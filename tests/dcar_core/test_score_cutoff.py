@@ -6,7 +6,7 @@ import pytest
 from dcar_core.serving.score_cutoff import compute_cutoff
 
 
-def test_all_but_a_twentieth_of_the_pairs_reach_it() -> None:
+def test_cutoff_keeps_95_percent_of_the_pairs() -> None:
     scores = np.random.default_rng(1).permutation(np.linspace(0, 1, 1001)).astype(np.float32)
     found = compute_cutoff(scores)
     assert found.min_score == pytest.approx(0.05)
@@ -14,7 +14,7 @@ def test_all_but_a_twentieth_of_the_pairs_reach_it() -> None:
     assert found.pairs == 1001
 
 
-def test_what_it_keeps_is_judged_by_pairs_that_it_was_not_chosen_on() -> None:
+def test_kept_share_is_measured_on_held_out_pairs() -> None:
     """Of two pairs each is a half: the lower one does not reach what the higher one alone would set."""
     assert compute_cutoff(np.array([0.2, 0.4], np.float32)).kept == 0.5
     alone = compute_cutoff(np.array([0.3], np.float32))

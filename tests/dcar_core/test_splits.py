@@ -28,7 +28,7 @@ def row(image: str, **more: object) -> Row:
     return {"image": image, "caption": f"a picture, {image}", **more}
 
 
-def test_a_missing_picture_is_not_taken_from_another_folder(tmp_path: Path) -> None:
+def test_missing_image_is_not_taken_from_another_folder(tmp_path: Path) -> None:
     pictures(tmp_path, "cats/2.png", "dogs/1.png")
     table(tmp_path / "train.jsonl", [row("cats/1.png"), row("cats/2.png")])
     table(tmp_path / "test.jsonl", [row("dogs/1.png")])
@@ -46,7 +46,7 @@ def test_a_missing_picture_is_not_taken_from_another_folder(tmp_path: Path) -> N
     assert check_dataset(tmp_path / "alone")[0].missing == ["cats/1.png"]
 
 
-def test_a_picture_that_was_found_elsewhere_is_told(tmp_path: Path) -> None:
+def test_image_found_elsewhere_is_reported(tmp_path: Path) -> None:
     pictures(tmp_path, "pets/a.png", "cat/0.png")
     table(tmp_path / "train.jsonl", [row("images/a.png"), row("data/cat/0.png")])
     (train,) = check_dataset(tmp_path)
@@ -56,7 +56,7 @@ def test_a_picture_that_was_found_elsewhere_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fdrd", [False, True])
-def test_pictures_of_one_name_in_several_folders_are_several(fdrd: bool, tmp_path: Path) -> None:
+def test_images_of_one_name_in_several_folders_are_distinct(fdrd: bool, tmp_path: Path) -> None:
     places = [f"/home/me/data/{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)]
     if fdrd:
         entries = {place: {"file_name": Path(place).name, "file_path": place, "positive": "a pet"} for place in places}
@@ -71,7 +71,7 @@ def test_pictures_of_one_name_in_several_folders_are_several(fdrd: bool, tmp_pat
     ]
 
 
-def test_where_a_disk_is_mounted_does_not_decide_the_split(tmp_path: Path) -> None:
+def test_split_is_independent_of_the_mount_point(tmp_path: Path) -> None:
     def cut(name: str, prefix: str) -> list[str]:
         file = table(
             tmp_path / name / "all.jsonl", [row(f"{prefix}{kind}/{i}.png") for kind in "ab" for i in range(40)]
@@ -82,7 +82,7 @@ def test_where_a_disk_is_mounted_does_not_decide_the_split(tmp_path: Path) -> No
     assert cut("here", "/home/anna/data/") == cut("there", "/mnt/data/") == cut("relative", "")
 
 
-def test_pictures_of_two_splits_are_told(tmp_path: Path) -> None:
+def test_images_in_two_splits_are_reported(tmp_path: Path) -> None:
     pictures(tmp_path, "img/a.png", "img/b.png")
     table(tmp_path / "train.jsonl", [row("img/a.png"), row("img/b.png")])
     table(tmp_path / "val.jsonl", [row("img/b.png")])
@@ -102,7 +102,7 @@ def test_a_column_that_contradicts_the_files_name_is_an_error(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
-def test_validation_has_several_names(name: str, tmp_path: Path) -> None:
+def test_validation_split_has_several_names(name: str, tmp_path: Path) -> None:
     table(tmp_path / "train.jsonl", [row(f"{number}.png") for number in range(40)])
     table(tmp_path / f"{name}.jsonl", [row("v.png")])
     splits, reports = load_splits(tmp_path, image_policy="ignore")
@@ -111,13 +111,13 @@ def test_validation_has_several_names(name: str, tmp_path: Path) -> None:
     assert [sample.image for sample in load_split(tmp_path / f"{name}.jsonl", "val", image_policy="ignore")[0].samples]
 
 
-def test_what_a_hash_leaves_empty_says_what_to_do(tmp_path: Path) -> None:
+def test_empty_split_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     file = table(tmp_path / "pairs.jsonl", [row("a.png")])
     with pytest.raises(DataError, match="few images can leave a split empty: give each row one"):
         load_splits(file, ("train", "val", "test"), image_policy="ignore")
 
 
-def test_a_category_may_be_a_number(tmp_path: Path) -> None:
+def test_category_can_be_a_number(tmp_path: Path) -> None:
     rows = [row("a.png", category=0), row("b.png", category=float("nan")), row("c.png", class_name=0.5)]
     table(tmp_path / "train.jsonl", rows)
     assert [s.category for s in load_split(tmp_path, "train", image_policy="ignore")[0].samples] == ["0", "", "0.5"]
@@ -129,7 +129,7 @@ def test_a_category_may_be_a_number(tmp_path: Path) -> None:
         load_split(tmp_path, "train", image_policy="ignore")
 
 
-def test_tables_as_other_programs_write_them(tmp_path: Path) -> None:
+def test_tables_of_other_programs_are_read(tmp_path: Path) -> None:
     (tmp_path / "Pairs.CSV").write_text("image,caption,split\na.png,an apple,train\n,,\n,,\n")
     assert len(load_split(tmp_path / "Pairs.CSV", "train", image_policy="ignore")[0]) == 1
     (tmp_path / "pairs.csv").write_text("image,text\na.png,an apple\n")

@@ -15,7 +15,7 @@ from tests.support.files import write_json
 from tests.support.negatives import CATS, FELINE, made, sample, split
 
 
-def test_categories_in_the_order_of_the_data(tmp_path: Path) -> None:
+def test_categories_keep_the_order_of_the_data(tmp_path: Path) -> None:
     cats = [replace(s, meta_category="cat" if s.category in FELINE["cat"] else "dog") for s in CATS]
     samples, report = made([replace(cats[2], meta_category=""), *cats[:2], *cats[3:]], tmp_path)
     swapped = {s.image: set(s.negative_categories) - {s.category} for s in samples}
@@ -34,7 +34,7 @@ def test_categories_in_the_order_of_the_data(tmp_path: Path) -> None:
     assert report.names["categories with several meta-categories, the most frequent taken"] == ["Sphynx"]
 
 
-def test_clusters_of_names_by_clip(backbone: Backbone, tmp_path: Path) -> None:
+def test_names_are_clustered_by_clip(backbone: Backbone, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     groups = [rng.normal(size=8) for _ in range(3)]
     rows = np.stack([g + 0.05 * rng.normal(size=8) for g in groups for _ in range(8)])
@@ -73,7 +73,7 @@ def test_clusters_of_names_by_clip(backbone: Backbone, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_bad_taxonomy(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_taxonomy_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(DataError, match=message):
         made(CATS, tmp_path, taxonomy=tmp_path / "t.json")
@@ -81,7 +81,7 @@ def test_a_bad_taxonomy(tmp_path: Path, content: str, message: str) -> None:
         load_taxonomy(tmp_path / "gone.json")
 
 
-def test_a_category_missing_from_the_taxonomy(tmp_path: Path) -> None:
+def test_category_missing_from_the_taxonomy_is_named(tmp_path: Path) -> None:
     tree = write_json(
         tmp_path / "t.json", {"meta_categories": {"cats": ["sphynx", "Ragdoll", "Lykoi"], "dogs": ["Pug"]}}
     )
@@ -91,7 +91,7 @@ def test_a_category_missing_from_the_taxonomy(tmp_path: Path) -> None:
     assert set(samples[0].negative_categories) == {"Ragdoll", "Lykoi", "Sphynx"}  # the file knows more than the data
 
 
-def test_one_category_only(tmp_path: Path) -> None:
+def test_single_category_has_no_category_to_swap(tmp_path: Path) -> None:
     samples, report = made([CATS[0], CATS[5], sample("7", "sleeping", "Sphynx")], tmp_path)
     assert report.counts["splits with one category only: no category can be swapped for another"] == 1
     assert all(set(s.negative_categories) == {"Sphynx"} for s in samples)
@@ -100,7 +100,7 @@ def test_one_category_only(tmp_path: Path) -> None:
     assert report.names["pairs for which no negative could be made"] == ["7"]
 
 
-def test_the_most_similar_category_comes_first_and_what_the_data_prefer_before_it() -> None:
+def test_categories_are_ranked_by_the_data_then_by_similarity() -> None:
     """Three categories on an arc: the middle one is the nearest of both others."""
     places = {"Left": (1.0, 0.0), "Middle": (0.6, 0.8), "Right": (0.0, 1.0), "Far": (-1.0, 0.0)}
     samples = [sample(name, f"a {name}", name, meta_category="all") for name in places]

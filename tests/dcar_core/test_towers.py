@@ -30,7 +30,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_towers(name: str, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_towers_equal_open_clip_and_take_prompts(name: str, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_clip(name, directory)
     text, image = select_towers(model.clip, model.layout, model.caption, model.size)
     assert level_of(text, image) == expected_level(name), caplog.text

@@ -54,7 +54,7 @@ def test_adapters_start_as_plain_clip_and_serve_after(tiny_model: Path, tiny_dat
     assert before != after  # the adapters are part of what serves, so of the fingerprint
 
 
-def test_the_extension_keeps_its_category_adapter_for_queries(tiny_model: Path) -> None:
+def test_category_adapter_is_kept_for_queries(tiny_model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     published, extended = (seeded_model(backbone, method(name), seed=0) for name in ("dcar", "dcar+"))
     assert published.category_adapter() is published.caa
@@ -63,9 +63,7 @@ def test_the_extension_keeps_its_category_adapter_for_queries(tiny_model: Path) 
     assert extended.caa is None
 
 
-def test_the_epoch_is_chosen_by_validation_and_it_is_that_ones_weights_that_stay(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_weights_of_the_best_validation_epoch_are_kept(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
     model = seeded_model(backbone, method("coop"), seed=0)
@@ -75,7 +73,7 @@ def test_the_epoch_is_chosen_by_validation_and_it_is_that_ones_weights_that_stay
     assert mean_r1(found.best) == max((line["t2i_r1"] + line["i2t_r1"]) / 2 for line in found.history)
 
 
-def test_options_as_published_leave_no_trace_in_what_names_a_run() -> None:
+def test_default_options_do_not_change_the_identity_of_a_run() -> None:
     assert not {"word", "picture"} & method("dcar").to_dict()["reweight"].keys()
     for name in ("dcar", "dcar-alone", "dcar-patches", "dcar+"):
         assert ModelConfig.from_dict(method(name).to_dict()) == method(name)
@@ -91,14 +89,14 @@ def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
     assert float(batch_loss(model, data, rows).detach()) < 0.7 * before
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tiny_data: Path) -> None:
+def test_nan_loss_stops_the_run(tiny_model: Path, tiny_data: Path) -> None:
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
     with pytest.raises(DivergedError, match=r"clip-adapter diverged: the loss is nan in epoch \d; use a lower --lr"):
         train(model, training, validation, TrainConfig(epochs=3, batch_size=6, lr=1e30), progress=False)
 
 
-def test_a_last_step_that_leaves_no_numbers_is_no_result(tiny_model: Path, tiny_data: Path) -> None:
+def test_nan_weights_after_the_last_step_are_no_result(tiny_model: Path, tiny_data: Path) -> None:
     """The loss of the only step was a number; what the step made of the model is none."""
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
@@ -116,7 +114,7 @@ def test_training_stops_early_and_keeps_the_best_epoch(tiny_model: Path, tiny_da
     assert found.best == {key: found.history[0][key] for key in found.best}
 
 
-def test_the_epoch_that_validation_likes_best_is_what_is_left(
+def test_result_is_the_best_validation_epoch(
     tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights and its queries, whatever later epochs were; and it is the validation split that is asked."""
@@ -144,7 +142,7 @@ def test_the_epoch_that_validation_likes_best_is_what_is_left(
 
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
-def test_every_step_has_its_rate_and_no_gradient_longer_than_one(
+def test_learning_rate_schedule_and_gradient_clipping(
     amp: Amp, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients scaled up for float16 are clipped by their true length."""
@@ -204,7 +202,7 @@ def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
 
 
 @pytest.mark.parametrize(("better", "wanted"), [("none", "none"), ("predicted", "predicted"), ("neither", "none")])
-def test_validation_decides_which_weights_queries_have(
+def test_query_weights_are_chosen_by_validation(
     better: str, wanted: str, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dcar_core.training import validation
@@ -231,9 +229,7 @@ def test_validation_counts_both_ways_alike() -> None:
 
 
 @pytest.mark.parametrize("name", ["dcar", "clip-adapter"])
-def test_a_split_is_encoded_as_its_queries_and_pictures_are_one_by_one(
-    name: str, tiny_model: Path, tiny_data: Path
-) -> None:
+def test_split_is_encoded_like_its_queries_and_images_one_by_one(name: str, tiny_model: Path, tiny_data: Path) -> None:
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method(name), seed=0)
     if model.head is not None:
         model.config = model.config.with_query_weights("predicted")
@@ -253,7 +249,7 @@ def test_a_split_is_encoded_as_its_queries_and_pictures_are_one_by_one(
             np.testing.assert_allclose(image[data.image_of[row]], picture[0], atol=1e-5)
 
 
-def test_the_log_is_a_line_an_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_log_has_a_line_per_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     found = run_coop(tiny_model, tiny_data, tmp_path)
     with (tmp_path / "log.csv").open() as lines:
         logged = list(csv.DictReader(lines))
@@ -261,7 +257,7 @@ def test_the_log_is_a_line_an_epoch(tiny_model: Path, tiny_data: Path, tmp_path:
     assert [float(line["t2i_r1"]) for line in logged] == [line["t2i_r1"] for line in found.history]
 
 
-def test_tensorboard(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_every_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboardX") is None:
         if os.environ.get("DCAR_REQUIRE_ALL") == "1":
             pytest.fail("the tensorboard extra is not installed although everything is required")
@@ -272,7 +268,7 @@ def test_tensorboard(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     assert b"validation/t2i_r1" in events
 
 
-def test_tensorboard_without_its_extra(
+def test_missing_tensorboard_names_its_extra(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
@@ -297,7 +293,7 @@ def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: P
     assert data.pair_weights is None
 
 
-def test_unknown_method_and_missing_pictures(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_unknown_method_and_missing_images_are_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(DcarError, match=r"no method is named 'dcarr'; there are: clip, coop"):
         method("dcarr")
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
@@ -309,6 +305,6 @@ def test_unknown_method_and_missing_pictures(tiny_model: Path, tiny_data: Path, 
 @pytest.mark.parametrize(
     "wrong", [{"lr": float("inf")}, {"lr": float("nan")}, {"lr": -1e-3}, {"seed": -1}, {"seed": 2**63}]
 )
-def test_what_no_run_can_take_is_refused(wrong: dict[str, float]) -> None:
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="lr must be finite and at least 0, and seed an integer"):
         TrainConfig.from_dict(wrong)

@@ -96,7 +96,7 @@ def test_an_interruption_within_an_epoch_changes_nothing(
     assert all(torch.equal(expected[name], p) for name, p in model.trainables())
 
 
-def test_a_run_that_goes_on_still_has_its_best_epoch(
+def test_resumed_run_keeps_its_best_epoch(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of three is the best; the run is stopped in the third."""

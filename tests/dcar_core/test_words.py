@@ -39,7 +39,7 @@ def test_a_name_is_replaced_as_a_whole_word(caption: str, name: str, new: str, e
     assert replace_name(caption, places, name, new) == (expected or caption)
 
 
-def test_a_part_of_a_longer_category_is_not_the_category() -> None:
+def test_part_of_a_longer_category_does_not_match() -> None:
     assert find_mentions("a british shorthair", "shorthair", ("british shorthair",)) == []
     assert len(find_mentions("a British_Shorthair and a shorthair", "shorthair", ("british shorthair",))) == 1
 
@@ -53,7 +53,7 @@ def test_a_part_of_a_longer_category_is_not_the_category() -> None:
      "an \u00e9clair", "an \u00d6sterreich badge", "an SOS", "an mp3 player", "a ouija board", "a Utah park",
      "a unanimous vote"],
 )  # fmt: skip
-def test_a_or_an(phrase: str) -> None:
+def test_article_fits_the_word(phrase: str) -> None:
     said, _, rest = phrase.partition(" ")
     assert article(rest) == said
 
@@ -71,11 +71,11 @@ def test_a_or_an(phrase: str) -> None:
      ("gecko", "geckos"), ("armadillo", "armadillos"), ("cosmos", "cosmos"),
      ("specimen", "specimens"), ("rhinoceros", "rhinoceroses"), ("mongoose", "mongooses"), ("man", "men")],
 )  # fmt: skip
-def test_plurals(one: str, many: str) -> None:
+def test_plurals_are_replaced(one: str, many: str) -> None:
     assert (plural(one), singular(many), plural(many), singular(one)) == (many, one, many, one)
 
 
-def test_no_plurals() -> None:
+def test_words_that_only_look_plural_are_kept() -> None:
     for name in ("Barbados", "Lagos", "thermos", "dolmen", "ramen", "Carmen", "Yemen", "chaos"):
         assert singular(name) == name
 

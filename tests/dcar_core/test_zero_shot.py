@@ -13,7 +13,7 @@ from dcar_core.model.checkpoint import read_config, save_zero_shot
 from dcar_core.util.errors import CheckpointError
 
 
-def test_it_is_the_model_itself(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+def test_zero_shot_checkpoint_gives_the_models_vectors(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
     given = ["zero-shot", "--model", str(tiny_model), "--out", str(tmp_path / "clip")]
     done = CliRunner().invoke(app, given, catch_exceptions=False)
     assert done.output.startswith(f"{tmp_path / 'clip'}: {tiny_model} unadapted, fingerprint ")
@@ -27,14 +27,14 @@ def test_it_is_the_model_itself(tiny_model: Path, tiny_gallery: Path, tmp_path: 
     assert again.output == done.output, "the same once more"
 
 
-def test_what_was_learned_is_not_overwritten(tiny_model: Path, tiny_checkpoint: Path) -> None:
+def test_trained_checkpoint_is_not_overwritten(tiny_model: Path, tiny_checkpoint: Path) -> None:
     before = (tiny_checkpoint / "config.json").read_bytes()
     with pytest.raises(CheckpointError, match=r"holds a trained checkpoint of dcar; name another --out"):
         save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tiny_checkpoint)
     assert (tiny_checkpoint / "config.json").read_bytes() == before
 
 
-def test_a_model_in_a_checkpoints_place_says_how_to_make_one(tiny_model: Path) -> None:
+def test_model_instead_of_a_checkpoint_names_the_command(tiny_model: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"it is a model: `dcar zero-shot --model \S+ --out DIR` makes a checkpoint of it"
     ):

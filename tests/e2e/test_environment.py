@@ -29,7 +29,7 @@ def build(gallery: Path, checkpoint: Path, out: Path, *more: object, **options: 
     ids=["stderr closed", "stderr full", "stdout full", "stdout unread", "both closed"],
 )
 @needs_full
-def test_nobody_who_listens_is_no_reason_to_fail(
+def test_closed_or_full_streams_do_not_fail_a_job(
     streams: dict[str, Any], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     done = build(tiny_gallery, tiny_checkpoint, tmp_path / "index", **streams)
@@ -41,7 +41,7 @@ def test_nobody_who_listens_is_no_reason_to_fail(
 
 
 @needs_full
-def test_training_is_not_ended_by_a_bar(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_training_continues_without_a_progress_bar(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     for number, stderr in enumerate((None, FULL)):
         train = ("train", "--data", tiny_data, "--model", tiny_model, "--out", tmp_path / str(number))
         done = dcar(*train, "--epochs", 1, "--batch-size", 6, stderr=stderr)
@@ -59,7 +59,7 @@ def test_output_that_cannot_be_written_is_one_line(tiny_gallery: Path, tiny_chec
     assert dcar("index", "items", tmp_path / "index", stdout=UNREAD).stderr == ""
 
 
-def test_output_of_another_encoding(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_output_in_another_encoding_is_escaped(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "examples/emoji/query.png", tmp_path / "1.png")
     row = {"file_name": "1.png", "id": "日本 😀", "caption": "日本 😀"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
@@ -76,9 +76,7 @@ def test_output_of_another_encoding(tiny_checkpoint: Path, tmp_path: Path) -> No
             assert (found["results"][0] if "results" in found else found)["caption"] == "日本 😀"
 
 
-def test_what_is_no_file_is_a_picture_that_cannot_be_read(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     gallery = tmp_path / "gallery"
     shutil.copytree(tiny_gallery, gallery)
     (gallery / "loop.png").symlink_to("loop.png")
@@ -101,7 +99,7 @@ def test_what_is_no_file_is_a_picture_that_cannot_be_read(
     verify_index(tmp_path / "index")
 
 
-def test_a_disk_that_is_full_ends_training_with_a_line(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_full_disk_ends_training_with_one_line(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """By the size that a file may have, which needs no disk of one's own."""
     endings = set()
     for blocks in (1, 8, 40, 200):
@@ -115,7 +113,7 @@ def test_a_disk_that_is_full_ends_training_with_a_line(tiny_data: Path, tiny_mod
     assert endings, "none met the end of its disk"
 
 
-def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_a_home_directory_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

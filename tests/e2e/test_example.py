@@ -65,9 +65,7 @@ FIRST_ROW = 7  # results in the page's first row
         ("angry", "angry"),
     ],
 )
-def test_the_first_row_shows_what_anyone_would_expect(
-    served: tuple[Encoder, Artifact], query: str, wanted: str
-) -> None:
+def test_first_results_match_the_query(served: tuple[Encoder, Artifact], query: str, wanted: str) -> None:
     encoder, artifact = served
     _, rows = artifact.search(encoder.encode_text([query]), FIRST_ROW)
     captions = [artifact.item(int(row)).caption.lower() for row in np.ravel(rows)]
@@ -75,7 +73,7 @@ def test_the_first_row_shows_what_anyone_would_expect(
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_splits_are_by_emoji(domain: str) -> None:
+def test_splits_share_no_emoji(domain: str) -> None:
     """No test emoji, in any skin tone, is among the training images."""
     lines = [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
     split_of = {line["file_name"]: line["split"] for line in lines}
@@ -91,7 +89,7 @@ def test_splits_are_by_emoji(domain: str) -> None:
     assert not categories["train"] & categories["val"]
 
 
-def test_sizes_are_kept() -> None:
+def test_bundled_files_stay_small() -> None:
     assert (EXAMPLES / "base" / "open_clip_model.safetensors").stat().st_size < 15e6
     assert sum((EXAMPLES / d / "gallery.tar").stat().st_size for d in DOMAINS) < 16e6
     for domain in DOMAINS:
@@ -99,7 +97,7 @@ def test_sizes_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_the_cut_off_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]) -> None:
+def test_cutoff_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]) -> None:
     _, artifact = served
     cutoff = artifact.manifest.cutoff
     assert cutoff["pairs"] == 413
@@ -173,7 +171,7 @@ def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -
 
 
 @pytest.mark.slow
-def test_bundled_galleries_are_told_by_a_category(demo: tuple[str, str, float]) -> None:
+def test_bundled_galleries_have_the_category_that_identifies_them(demo: tuple[str, str, float]) -> None:
     """So the page knows that its own examples fit."""
     script = (ROOT / "app" / "ui" / "search.js").read_text()
     first = script.split('const BUNDLED = ["')[1].split('"')[0]

@@ -87,7 +87,7 @@ def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: P
     assert "gone.png: no such file" in dcar("search", "gone.png", "--index", index, check=False).stderr
 
 
-def test_versions(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
+def test_versions_are_listed_verified_and_rolled_back(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
     checkpoint, index = walked
     again = dcar("index", "build", "--gallery", tiny_gallery, "--checkpoint", checkpoint, "--out", index)
     assert "version 1 is up to date" in again.stdout

@@ -53,7 +53,7 @@ def test_every_id_leads_to_its_row(published: Path) -> None:
         assert artifact.row_of(unknown) is None
 
 
-def test_items_lie_in_many_batches(tmp_path: Path, tiny_gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_are_read_from_many_batches(tmp_path: Path, tiny_gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "_BATCH", 5)
     table = scan(tiny_gallery).table
     rows = np.array([r for r in range(24) if r != 7])
@@ -65,7 +65,7 @@ def test_items_lie_in_many_batches(tmp_path: Path, tiny_gallery: Path, monkeypat
     assert found.row_of(ids[7]) is None
 
 
-def test_rows_and_queries_out_of_range(published: Path) -> None:
+def test_rows_and_queries_out_of_range_are_refused(published: Path) -> None:
     artifact = open_current(published)
     for row in (-1, 24):
         for read in (artifact.item, artifact.vector, artifact.image_bytes):
@@ -120,7 +120,7 @@ def test_removed_version_stays_usable_while_open(index: Path) -> None:
     assert artifact.row_of(artifact.item(3).id) == 3
 
 
-def test_picture_that_is_gone_is_an_artifact_error(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_missing_image_is_an_artifact_error(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
     artifact = open_current(tmp_path / "index")
@@ -150,7 +150,7 @@ FILES = ["index.faiss", "items.arrow", "manifest.json", "checkpoint/trainables.s
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", [flip, cut, grow, Path.unlink])
-def test_harm_to_any_file_is_found_and_named(index: Path, name: str, harm: Callable[[Path], None]) -> None:
+def test_damage_to_any_file_is_found_and_named(index: Path, name: str, harm: Callable[[Path], None]) -> None:
     verify_index(index)
     harm(index / "versions" / "1" / name)
     with pytest.raises(ArtifactError, match=name):
@@ -195,7 +195,7 @@ def test_a_lost_current_says_how_to_name_one(index: Path) -> None:
         open_current(index)
 
 
-def test_spoilt_current_is_named(index: Path) -> None:
+def test_damaged_current_is_named(index: Path) -> None:
     (index / "CURRENT").write_text("two\n")
     with pytest.raises(ArtifactError, match="CURRENT names no version: 'two'"):
         open_current(index)
@@ -221,7 +221,7 @@ def test_versions_are_kept_listed_and_rolled_back(index: Path) -> None:
     assert [manifest.version for manifest in verify_index(index)] == [5]
 
 
-def test_what_is_replaced_is_kept_and_rolled_back_to(index: Path) -> None:
+def test_replaced_version_is_kept_for_rollback(index: Path) -> None:
     """Not a newer version, which was given up for it."""
     assert [publish_copy(index, keep=3) for _ in range(2)] == [2, 3]
     assert rollback(index, 1) == 1
@@ -252,7 +252,7 @@ def test_rollback_to_a_broken_version_changes_nothing(index: Path) -> None:
     assert current_version(index) == 2
 
 
-def test_second_writer_is_told_at_once(index: Path) -> None:
+def test_second_writer_is_refused_at_once(index: Path) -> None:
     lock = FileLock(index / ".lock")
     with lock:
         told = r"another job is writing to .*; wait until it has ended"
@@ -274,7 +274,7 @@ def test_staged_version_that_does_not_read_back_is_not_published(index: Path) ->
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
 
 
-def test_what_the_disk_has_not_kept_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_that_is_not_on_disk_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("index_jobs.store.publish.fsync_tree", lambda staging: flip(staging / "index.faiss"))
     with pytest.raises(ArtifactError, match=r"index\.faiss is corrupted"):
         publish_copy(index)
@@ -282,7 +282,7 @@ def test_what_the_disk_has_not_kept_is_not_published(index: Path, monkeypatch: p
     assert version_numbers(index) == [1]
 
 
-def test_what_a_killed_writer_left_is_cleared(index: Path) -> None:
+def test_remains_of_a_killed_writer_are_deleted(index: Path) -> None:
     left = index / "versions" / ".tmp-123"
     left.mkdir()
     (left / "index.faiss").write_bytes(b"half")
@@ -291,7 +291,7 @@ def test_what_a_killed_writer_left_is_cleared(index: Path) -> None:
     assert not left.exists()
 
 
-def test_removal_that_stops_halfway_leaves_no_half_version(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_removal_leaves_no_partial_version(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(path: Path, **_: object) -> None:
         (Path(path) / "manifest.json").unlink(missing_ok=True)
         raise OSError("killed")

@@ -17,7 +17,7 @@ def run(script: str, *arguments: str | Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vectors", [("--dim", "32"), ("--emoji",)])
-def test_the_table_of_kinds(vectors: tuple[str, ...], tmp_path: Path) -> None:
+def test_index_kinds_prints_its_table(vectors: tuple[str, ...], tmp_path: Path) -> None:
     kinds = ("--kind", "flat", "--kind", "IVF8,Flat", "--kind", "auto")
     size = ("--count", "300", "--queries", "100", "--out", tmp_path)
     table = run("index_kinds.py", *size, *kinds, *vectors).splitlines()
@@ -33,7 +33,7 @@ def test_the_table_of_kinds(vectors: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tars", [(), ("--tars",)])
-def test_memory_of_encoding(tars: tuple[str, ...]) -> None:
+def test_encode_prints_memory(tars: tuple[str, ...]) -> None:
     told = run("encode.py", "--memory", "60", "--threads", "1", *tars)
     assert re.search(r"scanned 60 pictures in .*; the table takes \d+ MiB, \d\d\d bytes a picture", told)
     assert re.search(r"encoded 60 pictures, \d+/s; peak \d+ MiB in all, \d+ MiB over the first tenth", told)

@@ -71,7 +71,7 @@ def test_tuned_parameter_is_kept_in_the_file_and_reaches_the_target(gallery: Flo
     assert written.nprobe == built.measured["parameters"]["nprobe"]
 
 
-def test_lists_that_a_graph_finds_are_looked_for_as_widely_as_they_are_many(gallery: Floats) -> None:
+def test_graph_of_list_centres_is_searched_as_widely_as_lists_are_visited(gallery: Floats) -> None:
     import faiss
 
     index = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF64_HNSW32,Flat", "test")]).index
@@ -93,7 +93,7 @@ def test_measured_recall_is_that_of_the_queries_given(gallery: Floats) -> None:
     assert built.measured["query_source"] == "captions"
 
 
-def test_kind_below_the_target_says_so(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
+def test_kind_below_the_target_is_reported(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
     built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("PQ4x4", "test")])
     assert built.measured["recall_at_10"] < 0.9
     assert "below the target of 0.99; choose another kind" in caplog.text
@@ -101,7 +101,7 @@ def test_kind_below_the_target_says_so(gallery: Floats, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
-def test_fewer_vectors_than_neighbours(kind: str, count: int, tmp_path: Path) -> None:
+def test_fewer_vectors_than_neighbours_are_indexed(kind: str, count: int, tmp_path: Path) -> None:
     vectors = clustered(count)
     built = build_index(blocks(vectors), count, DIM, choose_kinds(kind, count, DIM))
     assert built.measured["recall_at_10"] == 1.0
@@ -119,7 +119,7 @@ def auto(count: int, memory: float, gpu_memory: int = 0) -> list[IndexChoice]:
     return choose_kinds("auto", count, 512, memory=int(memory * GIB), gpu_memory=gpu_memory)
 
 
-def test_auto_says_why() -> None:
+def test_auto_gives_its_reason() -> None:
     (small,) = auto(4_000, 1)
     assert small.factory == "Flat"
     assert "4,000 vectors are at most 20,000" in small.reason
@@ -152,9 +152,7 @@ def test_auto_says_why() -> None:
         auto(1_000_000, 0.01)
 
 
-def test_the_memory_is_half_of_what_the_machine_or_its_container_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_half_of_the_machine_or_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(kinds, "Path", lambda _: limit)
     machine = machine_memory()  # no limit is set
@@ -174,7 +172,7 @@ def test_product_codes_divide_any_dimensions(dim: int, parts: int) -> None:
         create_index(factory, dim)
 
 
-def test_auto_goes_on_when_the_recall_is_too_low(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_tries_the_next_kind_when_recall_is_too_low(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
     choices = [
         IndexChoice("PQ4x4", "small"),
         IndexChoice("IVF16,Flat", "exact in its lists"),
@@ -187,7 +185,7 @@ def test_auto_goes_on_when_the_recall_is_too_low(gallery: Floats, caplog: pytest
     assert "trying another kind" in caplog.text
 
 
-def test_auto_takes_the_faster_where_lists_suit_badly(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_the_faster_kind_where_lists_fit_badly(caplog: pytest.LogCaptureFixture) -> None:
     """Vectors without clusters, and few lists of them: a search goes through most of the lists, a graph does not."""
     vectors = np.random.default_rng(0).normal(size=(8000, DIM)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -227,7 +225,7 @@ def test_a_rival_is_built_as_well_and_the_faster_is_kept(gallery: Floats, caplog
     assert built.measured["latency_ms_p50"] <= float(told[1]) + 0.005
 
 
-def test_the_lists_of_a_rival_are_those_of_the_first(gallery: Floats) -> None:
+def test_rival_kind_reuses_the_lists_of_the_first(gallery: Floats) -> None:
     import faiss
 
     def centres(index: Any) -> Floats:
@@ -261,7 +259,7 @@ def test_latency_is_that_of_one_core(gallery: Floats) -> None:
     assert threads == [1, 1]
 
 
-def test_lists_that_a_graph_finds_are_found(gallery: Floats, tmp_path: Path) -> None:
+def test_lists_found_by_a_graph_are_searched(gallery: Floats, tmp_path: Path) -> None:
     """FAISS's own width of that graph's search, 16, would lose lists that hold neighbours."""
     import faiss
 
@@ -277,7 +275,7 @@ def test_lists_that_a_graph_finds_are_found(gallery: Floats, tmp_path: Path) -> 
     assert built.measured["parameters"]["nprobe"] <= 2 * exactly.measured["parameters"]["nprobe"]
 
 
-def test_recall_is_that_of_queries_that_did_not_tune(gallery: Floats) -> None:
+def test_recall_is_measured_on_queries_not_used_for_tuning(gallery: Floats) -> None:
     """HeldOutQueries that tune must not measure: half of these are outliers."""
     queries = clustered(100, seed=9)
     queries[::2] = clustered(5000)[:50]
@@ -291,7 +289,7 @@ def test_recall_is_that_of_queries_that_did_not_tune(gallery: Floats) -> None:
     assert measured["recall_at_10"] == pytest.approx(recall, abs=0.0001)
 
 
-def test_lower_target_is_searched_less(gallery: Floats) -> None:
+def test_lower_target_searches_less(gallery: Floats) -> None:
     def nprobe(target: float) -> int:
         choices = [IndexChoice("IVF64,Flat", "test")]
         return int(
@@ -301,7 +299,7 @@ def test_lower_target_is_searched_less(gallery: Floats) -> None:
     assert nprobe(0.7) < nprobe(0.99)
 
 
-def test_a_ceiling_below_the_aim_is_no_reason_to_search_everything(gallery: Floats) -> None:
+def test_unreachable_target_does_not_search_everything(gallery: Floats) -> None:
     """Four bits a dimension miss some neighbours however many lists are gone through."""
     built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF256,SQ4", "test")])
     assert built.measured["recall_at_10"] < 0.98
@@ -319,7 +317,7 @@ def test_a_ceiling_below_the_aim_is_no_reason_to_search_everything(gallery: Floa
 
 
 @pytest.mark.slow
-def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Path) -> None:
+def test_number_of_reranked_candidates_is_tuned(gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
     built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF16,RaBitQ,Refine(SQ8)", "test")])
@@ -332,7 +330,7 @@ def test_candidates_ranked_again_are_tuned_as_well(gallery: Floats, tmp_path: Pa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["gpu-flat", "gpu-ivf", "gpu-cagra"])
-def test_gpu_finds_what_the_cpu_finds(kind: str, gallery: Floats, tmp_path: Path) -> None:
+def test_gpu_results_equal_those_of_the_cpu(kind: str, gallery: Floats, tmp_path: Path) -> None:
     import faiss
 
     if not gpu_search.free_gpu_memory():
@@ -364,7 +362,7 @@ def test_unknown_kind_is_refused_with_the_known_ones(kind: str) -> None:
         choose_kinds(kind, 1000, DIM)
 
 
-def test_kind_that_needs_more_vectors_says_so(gallery: Floats) -> None:
+def test_kind_that_needs_more_vectors_is_an_error(gallery: Floats) -> None:
     with pytest.raises(DataError, match=r"PQ8 cannot be built of 100 vectors: .*256"):
         build_index(blocks(gallery[:100]), 100, DIM, [IndexChoice("PQ8", "test")])
 
@@ -382,6 +380,6 @@ def test_broken_file_is_named(gallery: Floats, tmp_path: Path, keep: int) -> Non
         FaissIndex.open(path)
 
 
-def test_kind_without_rows_of_its_own_says_so(gallery: Floats) -> None:
+def test_kind_without_row_storage_is_an_error(gallery: Floats) -> None:
     with pytest.raises(DataError, match=r"IDMap,Flat cannot be built of 5,000 vectors: add does not make sense"):
         build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IDMap,Flat", "test")])

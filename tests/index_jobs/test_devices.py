@@ -54,7 +54,7 @@ def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
         yield DecodedWindow(pixels, (), np.zeros(1, np.uint64), 1)
 
 
-def test_lanes_work_at_the_same_time_and_in_order(tiny_checkpoint: Path) -> None:
+def test_devices_work_concurrently_and_in_order(tiny_checkpoint: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     replicas = [Barrier(encoder.adapter, encoder.loaded, encoder.runtime) for _ in range(2)]
     replicas[0].barrier = replicas[1].barrier = threading.Barrier(2)
@@ -73,7 +73,7 @@ def test_a_failing_device_ends_the_job(tiny_checkpoint: Path) -> None:
         list(encode_windows(iter([*windows(3, []), wrong]), [encoder, encoder]))
 
 
-def test_a_device_that_is_not_there_is_named(tiny_checkpoint: Path) -> None:
+def test_missing_device_is_named(tiny_checkpoint: Path) -> None:
     with pytest.raises(ModelError, match="no device 'cuda:99'"):
         load_replicas(tiny_checkpoint, "cpu,cuda:99")
 

@@ -86,7 +86,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(encoder: Encoder, tiny_gallery
     assert third.calls == 0
 
 
-def test_changed_picture_or_model_never_meets_old_vectors(
+def test_changed_image_or_model_is_encoded_anew(
     encoder: Encoder, other_checkpoint: Path, gallery_path: Path, tmp_path: Path
 ) -> None:
     def resumed(model: Encoder = encoder, batch: int = 4) -> int:
@@ -149,7 +149,7 @@ def made(how: str, path: Path) -> Path:
 
 @pytest.mark.parametrize("how", ["turned", "cmyk", "16 bit", "palette", "alpha"])
 @pytest.mark.parametrize("exact", [False, True])
-def test_pictures_give_the_pixels_that_people_see(how: str, exact: bool, encoder: Encoder, tmp_path: Path) -> None:
+def test_images_are_decoded_as_people_see_them(how: str, exact: bool, encoder: Encoder, tmp_path: Path) -> None:
     preprocess = encoder.model.backbone.preprocess if exact else encoder.preprocess
     path = made(how, tmp_path / "picture")
     window = Window(str(tmp_path), (ImageLocation(0, path.name, -1, 0),))
@@ -176,7 +176,7 @@ def break_picture(path: Path, how: str) -> None:
         path.mkdir()
 
 
-def test_broken_pictures_are_listed_and_the_others_keep_their_rows(
+def test_broken_images_are_listed_and_the_others_keep_their_rows(
     encoder: Encoder, gallery_path: Path, tmp_path: Path
 ) -> None:
     whole = encode_gallery(scan(gallery_path), encoder, tmp_path / "a", batch_size=4, shard_rows=8, progress=False)
@@ -197,7 +197,9 @@ def test_broken_pictures_are_listed_and_the_others_keep_their_rows(
     assert (again.resumed, again.failed) == (24, encoded.failed)
 
 
-def test_a_window_and_a_shard_may_be_broken_throughout(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
+def test_window_and_shard_without_a_readable_image_are_accepted(
+    encoder: Encoder, gallery_path: Path, tmp_path: Path
+) -> None:
     for path in (gallery_path / "circle").glob("*.png"):
         break_picture(path, "dangling link")
     encoded = encode_gallery(scan(gallery_path), encoder, tmp_path / "w", batch_size=3, shard_rows=6, max_failed=0.5)
@@ -205,7 +207,7 @@ def test_a_window_and_a_shard_may_be_broken_throughout(encoder: Encoder, gallery
     assert {failure.reason for failure in encoded.failed} == {"no such file"}
 
 
-def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
+def test_too_many_broken_images_stop_the_job_early(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
     for path in (gallery_path / "circle").glob("*.png"):
         break_picture(path, "empty")
     model = Counting(encoder)
@@ -227,7 +229,7 @@ def test_too_many_broken_pictures_stop_the_job_early(encoder: Encoder, gallery_p
         )
 
 
-def test_no_readable_picture_is_an_error_whatever_is_allowed(encoder: Encoder, tmp_path: Path) -> None:
+def test_no_readable_image_is_an_error_whatever_max_failed_is(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "a.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no image of .* can be read: 1 of 1 failed"):
@@ -246,7 +248,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
-def test_corrupted_shard_is_named_and_mended_by_deleting_it(
+def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
     encoder: Encoder, tiny_gallery: Path, tmp_path: Path, suffix: str, harm: Callable[[Path], None]
 ) -> None:
     def run() -> EncodedGallery:
@@ -269,7 +271,7 @@ def test_corrupted_shard_is_named_and_mended_by_deleting_it(
     np.testing.assert_array_equal(vectors_of(again), first)
 
 
-def test_progress_tells_rate_and_failures(
+def test_progress_shows_rate_and_failures(
     encoder: Encoder, gallery_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_picture(gallery_path / "circle" / "black.png", "empty")
@@ -307,7 +309,7 @@ def surprise(data: bytes) -> NDArray[np.uint8]:
     raise ZeroDivisionError("in a decoder")
 
 
-def test_surprise_in_a_decoder_is_a_failed_picture(tiny_gallery: Path) -> None:
+def test_unexpected_error_in_a_decoder_is_a_failed_image(tiny_gallery: Path) -> None:
     windows = iter([Window(str(tiny_gallery), (ImageLocation(5, "circle/red.png", -1, 0),))])
     (result,) = decode_windows(windows, surprise, 0)
     assert result.failed == ((5, "ZeroDivisionError: in a decoder", ImageFault.BROKEN),)

@@ -42,7 +42,7 @@ def built(vectors: NDArray[np.float32]) -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize("kind", ["Flat", "SQ8"])
-def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
+def test_few_removed_rows_are_skipped_by_exhaustive_kinds(
     kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = FaissIndex(built(kind))
@@ -69,9 +69,7 @@ def test_few_removed_rows_are_passed_over_where_every_row_is_looked_at(
         ("IVF128,PQ16x4fs,Refine(SQ8)", 2, 0.6),
     ],
 )
-def test_many_results_come_back_and_are_near(
-    kind: str, width: int, recall: float, vectors: NDArray[np.float32]
-) -> None:
+def test_many_results_are_complete_and_near(kind: str, width: int, recall: float, vectors: NDArray[np.float32]) -> None:
     """An index tuned for ten results visits fewer than a hundred vectors."""
     whole = build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index
     inner, _ = faiss_search._innermost(whole)
@@ -122,7 +120,7 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(
     ],
 )
 @pytest.mark.parametrize("exact_up_to", [0, 20_000])
-def test_only_allowed_rows_and_the_nearest_of_them(
+def test_filtered_search_finds_the_nearest_allowed_rows(
     kind: str,
     lowest: float,
     exact_up_to: int,
@@ -147,7 +145,7 @@ def test_only_allowed_rows_and_the_nearest_of_them(
 
 
 @pytest.mark.parametrize("kind", ["HNSW16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
-def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allowed rows that lie away from the query, like another category, are found too."""
     monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 100)
     generator = np.random.default_rng(2)
@@ -169,9 +167,7 @@ def test_what_is_allowed_may_lie_anywhere_but_near_the_query(kind: str, monkeypa
         assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)]) >= lowest
 
 
-def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(
-    built: Callable[[str], Any], vectors: NDArray[np.float32]
-) -> None:
+def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: NDArray[np.float32]) -> None:
     index = FaissIndex(built("IVF32,Flat"))
     mask = np.arange(COUNT) >= 10
     mask.flags.writeable = False
@@ -189,7 +185,9 @@ def test_what_a_search_makes_of_a_mask_is_kept_for_the_next(
 
 
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
-def test_fewer_allowed_than_asked_for(kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]) -> None:
+def test_fewer_allowed_rows_than_k_are_padded(
+    kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]
+) -> None:
     index = FaissIndex(built(kind))
     few = np.zeros(COUNT, np.bool_)
     few[[7, 4000]] = True
@@ -199,7 +197,7 @@ def test_fewer_allowed_than_asked_for(kind: str, built: Callable[[str], Any], ve
     assert (index.search(vectors[:2], 5, np.zeros(COUNT, np.bool_))[1] == -1).all()
 
 
-def test_what_was_not_found_comes_last_whatever_score_it_is_given() -> None:
+def test_missing_results_sort_last_whatever_their_score() -> None:
     """faiss gives the lowest float, others nought, which is more than a cosine below it."""
     one = np.array([[-0.5, 0.0]], np.float32), np.array([[3, -1]])
     other = np.array([[-0.7, np.finfo(np.float32).min]], np.float32), np.array([[8, -1]])
@@ -215,7 +213,7 @@ def artifact(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest
     return open_current(index)
 
 
-def test_a_column_chooses_what_is_found(artifact: Artifact) -> None:
+def test_column_selects_the_searched_rows(artifact: Artifact) -> None:
     assert artifact.fields == {
         "id": "string", "caption": "string", "category": "string", "color": "string", "file_name": "string",
     }  # fmt: skip

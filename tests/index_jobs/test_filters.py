@@ -97,9 +97,7 @@ CASES: list[tuple[Row, Callable[[Row], bool]]] = [
 
 
 @pytest.mark.parametrize(("filter", "wanted"), CASES, ids=[json.dumps(case[0]) for case in CASES])
-def test_filters_choose_what_the_same_condition_in_python_does(
-    shop: Artifact, filter: Row, wanted: Callable[[Row], bool]
-) -> None:
+def test_filters_match_the_same_condition_in_python(shop: Artifact, filter: Row, wanted: Callable[[Row], bool]) -> None:
     items = [shop.item(row) for row in range(shop.rows)]
     rows = [{"id": item.id, "category": item.category} | item.metadata for item in items]
     assert match_rows(shop, filter).tolist() == [wanted(row) for row in rows]
@@ -129,7 +127,7 @@ def test_filters_choose_what_the_same_condition_in_python_does(
         ({"$or": [{"price": 1}, {"colour": "red"}]}, "colour", "there are: brand, caption, category"),
     ],
 )
-def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, said: str) -> None:
+def test_conditions_that_do_not_fit_the_field_are_named(shop: Artifact, filter: Row, field: str, said: str) -> None:
     with pytest.raises(FilterError) as caught:
         match_rows(shop, filter)
     assert caught.value.field == field
@@ -137,7 +135,7 @@ def test_what_does_not_fit_is_named(shop: Artifact, filter: Row, field: str, sai
 
 
 @pytest.mark.parametrize(("field", "none"), [("caption", True), ("category", True), ("color", False)])
-def test_an_empty_caption_or_category_is_none(field: str, none: bool) -> None:
+def test_empty_caption_or_category_counts_as_missing(field: str, none: bool) -> None:
     column = pa.chunked_array([["a", "", None]], pa.string())
     assert match_column(column, None, field).tolist() == [False, none, True]
 

@@ -42,7 +42,7 @@ from tests.support.images import png
         )),
     ],
 )  # fmt: skip
-def test_a_column_of_one_kind_is_of_that_kind(cells: list[str], values: list[Any], tmp_path: Path) -> None:
+def test_column_of_one_type_keeps_its_type(cells: list[str], values: list[Any], tmp_path: Path) -> None:
     lines = [f'{i}.png,7,7,7,"{cell}"\n' for i, cell in enumerate(cells)]
     path = write_file(tmp_path / "l.csv", ("file_name,id,caption,category,n\n" + "".join(lines)).encode())
     records = [record for _, record in read_gallery_records(str(path))]
@@ -51,7 +51,7 @@ def test_a_column_of_one_kind_is_of_that_kind(cells: list[str], values: list[Any
     assert {record[name] for record in records for name in ("id", "caption", "category")} == {"7"}
 
 
-def test_numbers_of_a_csv_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_csv_numbers_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for i in range(4):
         write_file(tmp_path / "g" / f"{i}.png", png())
     write_file(
@@ -65,7 +65,7 @@ def test_numbers_of_a_csv_have_ranges(tiny_checkpoint: Path, tmp_path: Path) -> 
     assert match_rows(artifact, {"stock": None}).tolist() == [False, False, False, True]
 
 
-def test_captions_and_categories_have_the_names_that_training_knows(tmp_path: Path) -> None:
+def test_captions_and_categories_have_the_column_names_of_training(tmp_path: Path) -> None:
     csv = 'file_name,captions,class_name\na.png,"[""one, or"", ""two""]",x\nb.png,one | two,y\nc.png,,\n'
     rows = rows_of(scan(write_file(tmp_path / "l.csv", csv.encode())))
     assert [rows[name]["caption"] for name in ("a.png", "b.png", "c.png")] == ["one, or", "one", ""]
@@ -84,7 +84,7 @@ def test_decimals_are_numbers_and_times_are_iso(tmp_path: Path) -> None:
     assert (metadata["price"], metadata["when"], metadata["day"]) == (9.5, "2024-01-02T08:00:00", "2024-01-02")
 
 
-def test_paths_of_other_systems(tmp_path: Path) -> None:
+def test_paths_of_other_systems_are_read(tmp_path: Path) -> None:
     write_file(tmp_path / "Früh" / "Stück.png", png())  # one code point for each letter
     decomposed = unicodedata.normalize("NFD", "Früh/Stück.png")
     assert decomposed != "Früh/Stück.png"
@@ -166,7 +166,7 @@ def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             scan(tar)
 
 
-def test_an_odd_path_costs_one_picture(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_odd_path_fails_one_image_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     rows = [r'{"path": "a.png"}', r'{"path": "b\u0000.png"}', r'{"path": "c\udcff.png"}']
     path = write_file(tmp_path / "l.jsonl", "\n".join(rows).encode())
@@ -176,7 +176,7 @@ def test_an_odd_path_costs_one_picture(tiny_checkpoint: Path, tmp_path: Path) ->
     assert [json.loads(line)["reason"] for line in failed] == ["not a path: embedded null byte", "no such file"]
 
 
-def test_a_folder_without_metadata_takes_its_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_without_metadata_uses_its_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("images/a.png", "images/b.png", "c.png", "d.png"):
         write_file(tmp_path / name, png())
     entry = {"file_name": "a", "positive": "a red car", "negative": [], "class_name": "car"}
@@ -200,7 +200,7 @@ def test_a_folder_without_metadata_takes_its_annotations(tmp_path: Path, caplog:
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}
 
 
-def test_each_line_of_a_text_beside_a_picture_is_a_caption(tmp_path: Path) -> None:
+def test_each_line_of_a_text_beside_an_image_is_a_caption(tmp_path: Path) -> None:
     members = {"0.png": png(), "0.txt": b"one\n\n two \n", "1.png": png(), "1.txt": b"alone\n"}
     rows = rows_of(scan(write_tar(tmp_path / "a.tar", members)))
     assert [row["caption"] for row in rows.values()] == ["one", "alone"]
@@ -216,7 +216,7 @@ def annotated_gallery(folder: Path, count: int, *bad_rows: object) -> Path:
     return folder
 
 
-def test_one_bad_row_costs_its_own_caption_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_row_loses_only_its_own_caption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = rows_of(scan(annotated_gallery(tmp_path, 59, {"image": "x.jpg"})))
     assert [row["caption"] for row in rows.values()].count("") == 0
     assert "1 rows of the annotations" in caplog.text

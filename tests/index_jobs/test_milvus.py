@@ -63,7 +63,7 @@ def test_searches_are_those_of_faiss(index: Path, plain: Path) -> None:
     assert [here.row_of(here.item(row).id) for row in (0, 23)] == [0, 23]
 
 
-def test_rows_go_on_from_one_request_to_the_next(
+def test_rows_continue_across_requests(
     plain: Path, tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(milvus, "_INSERT_ROWS", 7)
@@ -73,7 +73,7 @@ def test_rows_go_on_from_one_request_to_the_next(
     np.testing.assert_allclose(found, truth, atol=1e-6)
 
 
-def test_what_a_damaged_version_names_is_not_dropped(
+def test_collection_of_a_damaged_version_is_not_dropped(
     tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
 ) -> None:
     """An unknown collection keeps all of them alive."""
@@ -149,7 +149,7 @@ def test_a_filter_of_very_many_rows_is_sent_in_parts(index: Path, plain: Path, m
     assert (milvus_rows >= 0).all()
 
 
-def test_versions_alias_rollback_and_updates(
+def test_alias_follows_versions_rollback_and_updates(
     tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, uri: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "versions"
@@ -186,7 +186,9 @@ def test_versions_alias_rollback_and_updates(
     assert not [entry for entry in client.list_collections() if entry.startswith(name)]
 
 
-def test_no_answer_is_an_error_of_its_own(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
+def test_unreachable_store_is_an_error_of_its_own(
+    tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
+) -> None:
     rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "gone", milvus=uri, progress=False)
     artifact = open_current(tmp_path / "gone")
     queries = artifact.vectors(np.arange(2))
@@ -217,7 +219,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("left", range(4))
-def test_it_may_be_gone_at_any_step(index: Path, uri: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outage_at_any_step_is_one_error(index: Path, uri: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     place, client = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
     monkeypatch.setattr(milvus, "connect", lambda uri: Broken(client, left))
     if left < 3:  # has_collection, load_collection, get_collection_stats
@@ -230,7 +232,7 @@ def test_it_may_be_gone_at_any_step(index: Path, uri: str, left: int, monkeypatc
         milvus.create_collection(uri, index / "other", 1, "f" * 64, "flat", lambda: iter(blocks), place.dim)
 
 
-def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: str) -> None:
+def test_collection_that_is_damaged_or_of_another_encoder_is_refused(index: Path, uri: str) -> None:
     place = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS)
     with pytest.raises(FingerprintError, match="was not made by encoder ffffffffffff"):
         milvus.MilvusIndex(replace(place, fingerprint="f" * 64))
@@ -242,13 +244,13 @@ def test_another_encoders_or_a_spoilt_collection_is_refused(index: Path, uri: st
         milvus.MilvusLocation.read(index / "nowhere" / milvus.MILVUS)
 
 
-def test_kind_that_milvus_is_not_asked_for(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
+def test_unsupported_index_kind_is_refused(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="can be of kind auto, flat, hnsw, not 'ivf-pq'"):
         rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, kind="ivf-pq", progress=False)
     assert not list((tmp_path / "index" / "versions").iterdir())
 
 
-def test_token_is_never_written(
+def test_token_is_written_nowhere(
     tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(milvus.TOKEN, "user:hidden-word")
@@ -258,7 +260,7 @@ def test_token_is_never_written(
     assert not [file for file in path.rglob("*") if file.is_file() and b"hidden-word" in file.read_bytes()]
 
 
-def test_a_milvus_out_of_reach_is_told_before_anything_is_encoded(
+def test_unreachable_store_is_an_error_before_encoding(
     tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_work(*given: object, **how: object) -> None:
@@ -269,9 +271,7 @@ def test_a_milvus_out_of_reach_is_told_before_anything_is_encoded(
         rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus="http://127.0.0.1:9", progress=False)
 
 
-def test_a_milvus_lite_file_that_is_gone_is_not_made_anew(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_missing_lite_file_is_not_created_again(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.db"
     rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus=str(file), progress=False)
     location = milvus.MilvusLocation.read(open_current(tmp_path / "out").path / milvus.MILVUS)

@@ -60,7 +60,7 @@ def vectors_of(encoded: EncodedGallery) -> np.ndarray:
     return np.concatenate(list(encoded.blocks()))
 
 
-def test_a_picture_is_decoded_once(
+def test_image_is_decoded_once(
     gallery: Path, encoder: Encoder, other_checkpoint: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
     (gallery / "circle" / "blue.png").write_bytes(b"broken")
@@ -80,7 +80,7 @@ def test_a_picture_is_decoded_once(
     assert plain.failed == first.failed == again.failed
 
 
-def test_a_grown_gallery_and_a_changed_picture_cost_what_is_new(
+def test_only_new_and_changed_images_are_decoded(
     gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
 ) -> None:
     cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
@@ -104,7 +104,7 @@ def test_another_preprocessing_has_its_own_cache(
 
 
 @pytest.mark.slow
-def test_worker_processes_share_it(gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]) -> None:
+def test_worker_processes_share_the_cache(gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]) -> None:
     cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
     first = run(gallery, encoder, tmp_path / "a", cache, workers=2)
     assert decoded == []  # the workers did it
@@ -113,7 +113,7 @@ def test_worker_processes_share_it(gallery: Path, encoder: Encoder, tmp_path: Pa
     np.testing.assert_array_equal(vectors_of(first), vectors_of(again))
 
 
-def test_what_is_not_as_long_as_a_picture_is_decoded_again(
+def test_entry_of_the_wrong_length_is_decoded_again(
     gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
 ) -> None:
     cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
@@ -124,7 +124,7 @@ def test_what_is_not_as_long_as_a_picture_is_decoded_again(
     assert len(decoded) == 25
 
 
-def test_a_damaged_cache_is_never_fatal(
+def test_damaged_cache_is_bypassed_with_a_warning(
     gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
@@ -137,7 +137,7 @@ def test_a_damaged_cache_is_never_fatal(
     assert "cannot be written" in caplog.text
 
 
-def test_an_unusable_cache_is_an_error_before_anything_is_encoded(encoder: Encoder, tmp_path: Path) -> None:
+def test_unusable_cache_is_an_error_before_encoding(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DcarError, match=r"the pixel cache .* cannot be used"):
         PixelCache.open(tmp_path / "file", encoder.preprocess)
@@ -149,7 +149,7 @@ def test_an_unusable_cache_is_an_error_before_anything_is_encoded(encoder: Encod
     assert cache.path.exists()
 
 
-def test_a_rebuild_uses_it_and_lists_duplicates(
+def test_rebuild_uses_the_cache_and_lists_duplicates(
     gallery: Path, tiny_checkpoint: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
     shutil.copy(gallery / "circle" / "red.png", gallery / "circle" / "zz again.png")
@@ -166,7 +166,7 @@ def test_a_rebuild_uses_it_and_lists_duplicates(
     assert artifact.row_of(found["same_as"]["id"]) == 5
 
 
-def test_asking_for_exact_pixels_is_a_new_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_exact_pixels_make_a_new_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def build(exact: bool) -> tuple[int, bool, int]:
         summary = rebuild(gallery, tiny_checkpoint, tmp_path / "i", exact=exact, progress=False)
         return summary.version, open_current(tmp_path / "i").manifest.exact, summary.encoded
@@ -175,7 +175,7 @@ def test_asking_for_exact_pixels_is_a_new_version(gallery: Path, tiny_checkpoint
     assert build(False) == (3, False, 24), "vectors of exact pixels are not those of others"
 
 
-def test_a_picture_of_another_place_or_version_is_not_here(tmp_path: Path) -> None:
+def test_image_of_another_place_or_version_is_not_cached(tmp_path: Path) -> None:
     cache = PixelCache.open(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
     place, pixel = ImageLocation(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
     cache.put("/root", {place: pixel})

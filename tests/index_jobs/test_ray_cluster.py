@@ -50,7 +50,7 @@ def workers_of(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's workers in /proc")
-def test_a_worker_killed_in_the_middle_costs_nothing(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     if os.environ.get("DCAR_REQUIRE_ALL") != "1":
         pytest.importorskip("ray.data", reason="needs the extra: pip install 'dcar[ray]'")
     index = tmp_path / "index"
@@ -92,7 +92,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(gallery: Path, tiny_checkpo
         assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
 
 
-def test_ray_that_is_not_installed_is_named(
+def test_missing_ray_names_its_extra(
     tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -16,7 +16,7 @@ from index_jobs.store.manifest import Manifest
 from index_jobs.store.versions import open_current, version_numbers
 
 
-def test_published_vectors_are_the_encoders(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_published_vectors_equal_the_encoders(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     summary = rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", progress=False)
     artifact = open_current(tmp_path / "index")
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
@@ -61,7 +61,7 @@ def test_only_the_newest_vectors_are_kept(
     assert len(list((tmp_path / "index" / "work").iterdir())) == 1
 
 
-def test_nothing_is_done_twice(gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
+def test_unchanged_job_is_reused(gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     def run(checkpoint: Path = tiny_checkpoint, kind: str = "auto", force: bool = False) -> RebuildSummary:
         return rebuild(gallery, checkpoint, tmp_path / "index", kind=kind, force=force, margin=1, progress=False)
 
@@ -88,7 +88,7 @@ def test_nothing_is_done_twice(gallery: Path, tiny_checkpoint: Path, other_check
         ]
 
 
-def test_failed_pictures_are_published_with_the_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_failed_images_are_published_with_the_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     (gallery / "circle" / "blue.png").write_bytes(b"")
     summary = rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
     assert (summary.count, summary.failed) == (23, 1)
@@ -113,9 +113,7 @@ def listed(gallery: Path, tmp_path: Path) -> Path:
     return tmp_path / "list.jsonl"
 
 
-def test_pictures_that_could_not_be_read_are_tried_again(
-    gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Rows 3 and 20 are missing at first, row 10 is not an image. Only the first two of three shards are affected."""
     names = [json.loads(line)["file_name"].partition(f"{gallery}/")[2] for line in listed.read_text().splitlines()]
 
@@ -151,7 +149,7 @@ def test_pictures_that_could_not_be_read_are_tried_again(
     assert run(force=True).encoded == 0, "what is no picture is not tried again"
 
 
-def test_a_gallery_that_was_away_does_not_keep_its_job_from_going_on(
+def test_job_resumes_after_its_gallery_was_unavailable(
     gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """Some of it encoded, then too much of it away: once it is back, the same command goes on."""

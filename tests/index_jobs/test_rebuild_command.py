@@ -53,7 +53,7 @@ def test_both_forms_have_the_same_help(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.parametrize("arguments", [(), ("--keep", "0"), ("--margin", "2"), ("--gallery", "/nowhere"), ("--help",)])
-def test_both_forms_end_alike(
+def test_both_forms_have_the_same_exit_codes(
     arguments: tuple[str, ...], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -21,7 +21,7 @@ from tests.support.processes import children_of, is_alive
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
-def test_full_disk_leaves_everything_as_it_was(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_full_disk_changes_no_published_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """No file may grow beyond a limit: first the checkpoint fails, then the items."""
     index = tmp_path / "index"
     rebuild(gallery, tiny_checkpoint, index, progress=False)
@@ -41,7 +41,7 @@ def test_full_disk_leaves_everything_as_it_was(gallery: Path, tiny_checkpoint: P
     assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
 
 
-def test_disk_without_room_is_known_before_encoding(
+def test_missing_disk_space_is_an_error_before_encoding(
     gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """24 vectors of 32 take 3,072 bytes as shards, and as many again in the index."""
@@ -99,7 +99,7 @@ def vectors_of(index: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_index_verifies_after_each_of_fifty_killed_jobs(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     index, more = tmp_path / "index", tmp_path / "more"
     shutil.copytree(gallery / "circle", more / "round")  # other names, other ids
     settings = {"workers": 0, "batch_size": 2, "shard_rows": 2, "progress": False}
@@ -140,9 +140,7 @@ def test_killed_fifty_times_current_always_verifies(gallery: Path, tiny_checkpoi
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
-def test_killed_command_takes_its_workers_along_and_resumes(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_killed_command_ends_its_workers_and_resumes(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     for copy in range(16):
         shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
     index = tmp_path / "index"
@@ -171,7 +169,7 @@ def test_killed_command_takes_its_workers_along_and_resumes(
     verify_index(index)
 
 
-def test_a_full_disk_is_named_whoever_reports_it(tmp_path: Path) -> None:
+def test_full_disk_is_reported_alike_by_every_library(tmp_path: Path) -> None:
     """NumPy says only how much it wrote."""
     told = r"No space left on device.* unchanged, run the same command again"
     with pytest.raises(DcarError, match=told), report_os_errors(tmp_path):

@@ -32,7 +32,7 @@ def faster(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return others[0]
 
 
-def test_auto_goes_on_with_the_runtime_that_began(
+def test_auto_resumes_with_the_runtime_of_the_first_run(
     faster: str, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     def run(**options: Any) -> RebuildSummary:
@@ -55,7 +55,7 @@ def test_auto_goes_on_with_the_runtime_that_began(
     assert run(runtime="auto", kind="flat").encoded == 0
 
 
-def test_the_fastest_goes_first_and_what_has_begun_before_what_has_not(
+def test_begun_runtimes_are_preferred_then_faster_ones(
     tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     gallery, encoder = scan(tiny_gallery), Encoder.load(tiny_checkpoint, device="cpu")

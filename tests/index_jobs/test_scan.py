@@ -20,7 +20,7 @@ from tests.support.galleries import rows_of
 from tests.support.images import png
 
 
-def test_folder_is_sorted_recursive_and_joined(tiny_gallery: Path) -> None:
+def test_folder_is_scanned_recursively_sorted_and_joined_with_metadata(tiny_gallery: Path) -> None:
     gallery = scan(tiny_gallery)
     names = gallery.table["name"].to_pylist()
     assert len(gallery) == 24
@@ -39,7 +39,7 @@ def test_ids_and_vector_signature_survive_a_move(tiny_gallery: Path, tmp_path: P
     assert a.vectors_signature == b.vectors_signature
 
 
-def test_signatures_tell_a_changed_picture_from_a_changed_caption(tiny_gallery: Path, tmp_path: Path) -> None:
+def test_signatures_distinguish_changed_images_from_changed_captions(tiny_gallery: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(tiny_gallery, tmp_path / "g"))
     before = scan(root)
     lines = (root / "metadata.jsonl").read_text().replace("a red circle", "a crimson circle")
@@ -142,19 +142,19 @@ def test_values_that_json_lacks_become_null_or_text(tmp_path: Path) -> None:
     assert found["caption"] == ""
 
 
-def test_several_captions_keep_them_all(tmp_path: Path) -> None:
+def test_all_captions_of_an_image_are_kept(tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     (found,) = rows_of(scan(write_jsonl(tmp_path / "l.jsonl", {"path": "a.png", "caption": ["one", "two"]}))).values()
     assert found["caption"] == "one"
     assert found["metadata"]["captions"] == ["one", "two"]
 
 
-def test_missing_picture_of_a_list_is_left_for_the_failure_list(tmp_path: Path) -> None:
+def test_missing_image_of_a_list_is_left_for_the_failure_list(tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     assert len(scan(write_jsonl(tmp_path / "l.jsonl", {"path": "a.png"}, {"path": "gone.png"}))) == 2
 
 
-def test_unmatched_metadata_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unmatched_metadata_rows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_file(tmp_path / "a.png", png())
     write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "gone.png"})
     scan(tmp_path)
@@ -336,13 +336,13 @@ def test_bad_gallery_is_an_error_that_says_what_to_do(make: Any, says: str, tmp_
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file names are text here")
-def test_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_file_name_that_is_no_text_is_an_error_with_its_place(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(png())
     with pytest.raises(DataError, match="is not UTF-8; rename the file"):
         scan(tmp_path)
 
 
-def test_the_first_column_that_names_a_picture_is_the_one_training_reads(tmp_path: Path) -> None:
+def test_image_column_is_the_one_that_training_reads(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         write_file(tmp_path / name, png())
     row = {"path": "c.png", "image": "b.png", "file_name": "a.png", "caption": "red"}
@@ -351,7 +351,7 @@ def test_the_first_column_that_names_a_picture_is_the_one_training_reads(tmp_pat
     assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == ["a.png"]
 
 
-def test_rows_of_commas_alone_end_a_list(tmp_path: Path) -> None:
+def test_rows_of_commas_alone_are_ignored(tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     found = scan(write_file(tmp_path / "l.csv", b"file_name,caption\na.png,x\n,\n,\n"))
     assert len(found) == 1

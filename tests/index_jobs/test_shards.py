@@ -27,13 +27,13 @@ def encoded(form: str) -> bytes:
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", encoded("PNG")[:300], encoded("JPEG")[:300], encoded("GIF")[:40]])
-def test_what_is_no_picture_is_not_worth_another_attempt(data: bytes) -> None:
+def test_files_that_are_no_images_fail_permanently(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:
         open_image(data)
     assert not caught.value.fault.is_temporary
 
 
-def test_what_is_too_large_is_not_worth_another_attempt() -> None:
+def test_images_that_are_too_large_fail_permanently() -> None:
     with pytest.raises(ImageError) as caught:
         open_image(encoded("PNG"), max_pixels=100)
     assert not caught.value.fault.is_temporary
@@ -58,14 +58,14 @@ def folder(path: Path) -> ImageLocation:
         lambda path: ImageLocation(0, f"file://{path}", -1, 0),
     ],
 )
-def test_what_cannot_be_read_is(made: Callable[[Path], ImageLocation], tmp_path: Path) -> None:
+def test_unreadable_files_fail_temporarily(made: Callable[[Path], ImageLocation], tmp_path: Path) -> None:
     window = Window(str(tmp_path), (made(tmp_path / "picture.png"),))
     ((decoded),) = decode_windows(iter([window]), lambda data: np.zeros((3, 1, 1), np.uint8), 0)
     (failure,) = decoded.failed
     assert failure.fault.is_temporary
 
 
-def test_a_reopened_shard_is_still_to_do(tmp_path: Path) -> None:
+def test_reopened_shard_counts_as_incomplete(tmp_path: Path) -> None:
     store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
                        rows=2)  # fmt: skip
     one = np.zeros(1, np.uint64)
@@ -81,21 +81,21 @@ def test_a_reopened_shard_is_still_to_do(tmp_path: Path) -> None:
     assert store.stored_rows() == 1
 
 
-def test_one_that_can_be_read_by_now_is_enough(tiny_gallery: Path, tmp_path: Path) -> None:
+def test_one_readable_image_is_enough(tiny_gallery: Path, tmp_path: Path) -> None:
     gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     for row, left in ((0, True), (1, False)):
         (tmp_path / "gallery" / gallery.table["name"][row].as_py()).unlink()
         assert any_readable(gallery, [0, 1], time.monotonic() + 60) == left
 
 
-def test_asking_again_has_an_end(tiny_gallery: Path) -> None:
+def test_probing_for_readable_images_is_limited_in_time(tiny_gallery: Path) -> None:
     """A silent host costs its time-out for each request."""
     gallery = scan(tiny_gallery)
     assert any_readable(gallery, [0, 1], time.monotonic() + 60)
     assert not any_readable(gallery, [0, 1], time.monotonic())
 
 
-def test_failures_of_older_shards_are_tried_again(tmp_path: Path) -> None:
+def test_failures_of_older_shards_are_retried(tmp_path: Path) -> None:
     """Older shards say the reason alone."""
     store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=2, dim=2, batch=2,
                        rows=2)  # fmt: skip

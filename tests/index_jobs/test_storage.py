@@ -115,7 +115,7 @@ def store() -> Iterator[Any]:
         ("simplecache::s3://bucket/g", "b.png", "simplecache::s3://bucket/g/b.png"),
     ],
 )
-def test_places_are_joined_and_taken_apart(root: str, location: str, place: str) -> None:
+def test_locations_are_joined_and_split(root: str, location: str, place: str) -> None:
     assert join_location(root, location) == place
     assert file_suffix(place) == ".png"
     assert join_location(parent_folder(place), "x.png") == place.replace("b.png", "x.png")
@@ -127,7 +127,7 @@ def test_a_span_is_cut_from_the_response_of_a_server_without_ranges() -> None:
     assert isinstance(_cut_span(b"012345", span, "a.tar"), ValueError)
 
 
-def test_what_is_a_url() -> None:
+def test_urls_are_told_from_paths() -> None:
     assert is_url("s3://b/x")
     assert is_url("simplecache::s3://b/x")
     assert not any(map(is_url, ("a/b.png", "/a:b/c", "C:\\pictures", "a: b", "x::")[:4]))
@@ -183,7 +183,7 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
         theirs.image_bytes(0)
 
 
-def test_a_stumbling_network_costs_no_picture(
+def test_network_errors_are_retried(
     served: tuple[Path, str, type[Server]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, url, handler = served
@@ -222,7 +222,7 @@ def test_a_bad_url_is_an_error_that_names_it(store: Any, place: str, says: str) 
         scan(place)
 
 
-def test_a_missing_package_is_named_before_hours_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_an_error_before_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
     with pytest.raises(MissingExtraError, match=r"reading s3:// URLs .* pip install 'dcar\[s3\]'"):
         scan("s3://bucket/gallery")
@@ -236,7 +236,7 @@ def test_a_local_file_url_is_a_path(tmp_path: Path) -> None:
     assert json.loads(scan(f"file://{tmp_path}").table["metadata"][0].as_py()) == {"file_name": "a.png"}
 
 
-def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_path: Path) -> None:
+def test_impossible_path_is_an_unreadable_image(store: Any, tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     names = ["a.png", "b\0.png", "\ud800.png", "memory://g/b.png", "memory://g/b\0.png", "x" * 5000]
     found = read_images(
@@ -247,7 +247,7 @@ def test_what_no_path_can_hold_is_a_picture_that_cannot_be_read(store: Any, tmp_
         read_image(str(tmp_path), names[1], WHOLE_FILE, 0)
 
 
-def test_a_mark_stands_for_all_but_the_row() -> None:
+def test_location_hash_covers_every_field_but_the_row() -> None:
     place = ImageLocation(0, "a.tar", 512, 100, 7)
     assert replace(place, row=9).location_hash == place.location_hash
     others: list[dict[str, Any]] = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]

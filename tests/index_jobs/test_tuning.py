@@ -33,7 +33,7 @@ def placeholders(count: int, share: float) -> Floats:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["IVF64,RaBitQ,Refine(SQ8)", "IVF64,PQ16x4fs,Refine(SQ8)"])
-def test_pictures_that_are_the_same_are_no_misses(kind: str) -> None:
+def test_duplicate_images_do_not_count_as_misses(kind: str) -> None:
     """A tenth of the queries are the placeholder, and find ten of five hundred."""
 
     def recall(share: float) -> float:
@@ -55,7 +55,7 @@ def asked_of(vectors: Floats, found: Any) -> float:
     return float(Tuner(blocks(vectors), queries).measure(Found(found))["recall_at_10"])
 
 
-def test_what_is_only_near_is_a_miss() -> None:
+def test_results_beyond_the_tenth_neighbour_are_misses() -> None:
     """Ten of the nearest and ten of the next ones, where no vector is there twice."""
     vectors = clustered(2000)
     order = np.argsort(-(clustered(30, seed=3) @ vectors.T), axis=1, kind="stable")
@@ -65,7 +65,7 @@ def test_what_is_only_near_is_a_miss() -> None:
     assert asked_of(vectors, np.full((30, 11), -1)) == 0.0
 
 
-def test_the_twins_of_neighbours_are_hits_and_nothing_else_is() -> None:
+def test_only_duplicates_of_neighbours_are_further_hits() -> None:
     """Each vector twice: of the tenth score there are five pairs, in two blocks; the next pair is lower."""
     once = clustered(2000)
     vectors = np.concatenate([once, once])
@@ -81,7 +81,7 @@ def test_the_twins_of_neighbours_are_hits_and_nothing_else_is() -> None:
     assert asked_of(thrice, np.concatenate([three, order[:, 4:5]], 1)) == 0.9
 
 
-def test_ties_are_known_and_neighbours_are_exact() -> None:
+def test_ties_are_detected_and_neighbours_are_exact() -> None:
     once = clustered(500)
     queries = HeldOutQueries(clustered(50, seed=3), "captions", np.full(50, -1))
     alone = find_neighbours(blocks(once), queries)
@@ -102,7 +102,7 @@ def test_a_query_of_the_gallery_is_not_its_own_neighbour() -> None:
     assert (found.rows >= 0).all()
 
 
-def test_scores_are_those_of_the_vectors_in_bounded_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hits_by_score_are_the_same_in_bounded_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Many hits by score in one memory-mapped block, a few at a time, give what all at once give."""
     vectors = placeholders(3000, 0.5)
     np.save(tmp_path / "v.npy", vectors)

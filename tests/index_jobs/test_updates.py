@@ -73,7 +73,7 @@ def test_unchanged_files_are_shared(index: Path, tmp_path: Path) -> None:
     assert [manifest.version for manifest in verify_index(index)] == [4]
 
 
-def test_removed_item_is_never_seen(index: Path) -> None:
+def test_removed_item_is_never_found(index: Path) -> None:
     before = open_current(index)
     gone = [before.item(row).id for row in (3, 17)]
     vectors = before.vectors(np.arange(24))
@@ -104,7 +104,7 @@ def test_removed_rows_that_do_not_exist_are_refused(index: Path, row: int) -> No
         open_current(index)
 
 
-def test_replaced_item_is_the_new_one(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+def test_replaced_item_has_the_new_vector(index: Path, encoder: Encoder, tmp_path: Path) -> None:
     gallery = more(tmp_path / "more", "pink", "cyan")
     add(index, gallery, progress=False)
     with pytest.raises(DataError, match=r"2 of the 2 images of .* such as 'cyan'; --replace puts them"):
@@ -121,7 +121,7 @@ def test_replaced_item_is_the_new_one(index: Path, encoder: Encoder, tmp_path: P
     assert sum(artifact.item(int(r)).id == "pink" for r in rows if r >= 0) == 1
 
 
-def test_a_broken_picture_replaces_nothing(index: Path, tmp_path: Path) -> None:
+def test_broken_image_replaces_nothing(index: Path, tmp_path: Path) -> None:
     add(index, more(tmp_path / "more", "pink", "cyan"), progress=False)
     changed = more(tmp_path / "changed", "pink", "cyan", shape="circle")
     (changed / "pink.png").write_bytes(b"no picture")
@@ -132,7 +132,7 @@ def test_a_broken_picture_replaces_nothing(index: Path, tmp_path: Path) -> None:
     assert [artifact.item(row).caption for row in rows if row is not None] == ["a pink square", "a cyan circle"]
 
 
-def test_many_small_additions_become_a_few_parts(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+def test_many_small_additions_are_merged_into_few_segments(index: Path, encoder: Encoder, tmp_path: Path) -> None:
     colors, parts = ["pink", "cyan", "lime", "navy", "teal", "gold"], []
     for color in colors:
         add(index, more(tmp_path / color, color), progress=False)
@@ -152,7 +152,7 @@ def test_many_small_additions_become_a_few_parts(index: Path, encoder: Encoder, 
     assert sources == [str(tmp_path / name) for name in [*colors, "last"]]
 
 
-def test_manifest_tells_when_a_rebuild_is_worth_it(
+def test_manifest_recommends_a_rebuild(
     index: Path, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [open_current(index).item(row).id for row in range(6)]
@@ -199,7 +199,7 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
     assert match_rows(artifact, {"price": {"gt": 5}}).sum() == 1
 
 
-def test_what_cannot_be_done_changes_nothing(index: Path, tmp_path: Path) -> None:
+def test_refused_updates_change_nothing(index: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no item would be left"):
         remove(index, [open_current(index).item(row).id for row in range(24)])
     with pytest.raises(DataError, match="does not exist"):
@@ -217,7 +217,7 @@ def test_what_cannot_be_done_changes_nothing(index: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["removed.npy", "added-2/index.faiss", "added-2/items.arrow"])
-def test_harm_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> None:
+def test_damage_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> None:
     add(index, more(tmp_path / "more", "pink"), progress=False)
     remove(index, [open_current(index).item(0).id])
     path = open_current(index).path / name
@@ -230,7 +230,7 @@ def test_harm_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
-def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> None:
+def test_full_disk_changes_nothing(index: Path, tmp_path: Path) -> None:
     """Limit file sizes below those of the manifest and of the added files."""
     gallery = more(tmp_path / "more", "pink", caption="pink " * 1000)
     before = sorted(path.relative_to(index) for path in index.rglob("*"))
@@ -263,7 +263,7 @@ def test_full_disk_leaves_everything_as_it_was(index: Path, tmp_path: Path) -> N
         add(index, more(tmp_path / "last", "teal"), progress=False)
 
 
-def test_commands(index: Path, tmp_path: Path) -> None:
+def test_add_and_remove_commands_publish_versions(index: Path, tmp_path: Path) -> None:
     def run(*given: object) -> str:
         result = CliRunner().invoke(app, ["index", *map(str, given)], catch_exceptions=False)
         return f"{result.exit_code} {result.output}"
@@ -289,7 +289,7 @@ def test_commands(index: Path, tmp_path: Path) -> None:
     assert run("remove", index, "--filter", "{}").startswith("2 "), "an empty filter does not remove everything"
 
 
-def test_a_rebuild_brings_back_what_was_removed_by_hand(index: Path, tiny_gallery: Path, tiny_checkpoint: Path) -> None:
+def test_rebuild_restores_items_removed_by_hand(index: Path, tiny_gallery: Path, tiny_checkpoint: Path) -> None:
     gone = open_current(index).item(3).id
     remove(index, [gone, gone])
     assert open_current(index).manifest.removed == 1

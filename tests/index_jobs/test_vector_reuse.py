@@ -34,7 +34,7 @@ def same_as_anew(gallery: Path, checkpoint: Path, index: Path, anew: Path) -> No
         assert (here.path / name).read_bytes() == (there.path / name).read_bytes()
 
 
-def test_only_what_is_new_or_changed_is_encoded(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_only_new_and_changed_images_are_encoded(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
     assert run(gallery, tiny_checkpoint, index).encoded == 24
     draw("pink", "circle").save(gallery / "a first one.png")
@@ -75,7 +75,7 @@ def test_another_model_and_damaged_shards_are_encoded_anew(
     same_as_anew(gallery, other_checkpoint, index, tmp_path / "anew")
 
 
-def test_ended_in_the_middle_it_goes_on_with_both(
+def test_interrupted_job_resumes_with_new_and_reused_vectors(
     gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index, calm = tmp_path / "index", tmp_path / "calm"

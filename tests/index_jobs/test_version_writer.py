@@ -32,7 +32,7 @@ def long() -> pa.ChunkedArray:
     return pa.chunked_array([chunk] * 40 + [pa.array(["a", "bb", "ccc"])])
 
 
-def test_captions_are_taken_out_of_very_many(long: pa.ChunkedArray) -> None:
+def test_captions_are_taken_from_very_many(long: pa.ChunkedArray) -> None:
     encoder: Any = Written()
     queries = caption_queries(pa.table({"caption": long}), encoder)
     assert queries is not None
@@ -42,7 +42,7 @@ def test_captions_are_taken_out_of_very_many(long: pa.ChunkedArray) -> None:
 
 
 @pytest.mark.slow
-def test_the_cut_off_is_that_of_pairs_among_very_many(long: pa.ChunkedArray) -> None:
+def test_cutoff_is_computed_from_pairs_among_very_many(long: pa.ChunkedArray) -> None:
     """Rows that failed have no vector; the last vectors are those of the last three ids."""
     rows = np.setdiff1d(np.arange(len(long)), [5, len(long) - 2])
     vectors = np.zeros((len(rows), 4), np.float32)

@@ -1,4 +1,4 @@
-"""Tables and report, from real runs on a tiny CLIP."""
+"""Comparison of methods by real runs on a tiny CLIP: runs, tuning, tables and report."""
 
 import base64
 import csv
@@ -16,23 +16,16 @@ import torch
 from PIL import Image
 
 from dcar_core.data import Dataset, load_split
-from dcar_core.evaluation import compare, summarise
-from dcar_core.evaluation.analysis import analyse
+from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
-from dcar_core.evaluation.report import report_html
-from dcar_core.evaluation.significance import best_baseline
 from dcar_core.evaluation.tables import (
     COLUMNS,
-    best_method,
-    mean_categories,
     query_weights,
-    results_csv,
-    results_markdown,
 )
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import PromptConfig, TrainConfig
-from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import method
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
@@ -92,65 +85,6 @@ def test_the_table_shows_the_query_weights(compared: Compared) -> None:
     assert chosen == [run["query"] for run in results["methods"]["dcar"]["runs"]]
     for file in ("results.md", "report.html"):
         assert "query weights" in (out / file).read_text()
-
-
-def example_run(seed: int, val: float, test: float, weak: float) -> dict[str, Any]:
-    """Return a run's record. weak: R@1 of the category "weak"."""
-    return {
-        "seed": seed, "lr": 2e-3, "trainable": 5, "query": "none", "epoch": 1, "seconds": 1.0, "history": [],
-        "val": dict.fromkeys(COLUMNS, val), "test": {c: test + i for i, c in enumerate(COLUMNS)},
-        "hard_negative_accuracy": test, "confusions": [],
-        "categories": {
-            "known": {"pairs": 3, "t2i_r1": 90.0, "i2t_r1": 80.0},
-            "rare": {"pairs": 2, "t2i_r1": 0.0, "i2t_r1": 0.0},
-            "weak": {"pairs": 4, "t2i_r1": weak, "i2t_r1": weak + 10},
-        },
-    }  # fmt: skip
-
-
-def example_results() -> dict[str, Any]:
-    """Return results in which `chosen` is better on validation, `tempting` on the test split."""
-    methods = {
-        name: {
-            "lr": 2e-3, "tuning": None, "trainable": 5, **summarise([run["test"] for run in runs]), "runs": runs,
-            "hard_negative_accuracy": {"mean": runs[0]["test"]["t2i_r1"], "std": 0.0}, "difference": None,
-            "intervals": {"mean_r1": [50.0, 40.0, 60.0]},
-        }
-        for name, runs in {
-            "chosen": [example_run(0, 60, 30, 20), example_run(1, 62, 40, 40)],
-            "tempting": [example_run(0, 50, 70, 60), example_run(1, 51, 72, 62)],
-        }.items()
-    }  # fmt: skip
-    return {
-        "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": None, "methods": methods,
-        "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "baseline": None, "loss": "both",
-    }  # fmt: skip
-
-
-def test_the_best_method_is_chosen_on_validation() -> None:
-    assert best_method(example_results()) == "chosen"
-
-
-def test_the_csv_holds_test_results() -> None:
-    rows = list(csv.DictReader(io.StringIO(results_csv(example_results()))))
-    assert [[float(row[c]) for c in COLUMNS] for row in rows] == [[t + i for i in range(6)] for t in (30, 40, 70, 72)]
-    assert [float(row["hard_negative_accuracy"]) for row in rows] == [30, 40, 70, 72]
-
-
-def test_categories_are_means_over_seeds_and_the_weakest_come_first() -> None:
-    results = example_results()
-    assert mean_categories(results, "chosen")["weak"] == {"pairs": 4, "t2i_r1": 30, "i2t_r1": 40}
-    lines = results_markdown(results).partition("## Weakest categories of chosen")[2].split("\n## ")[0].splitlines()
-    assert [line for line in lines if line.startswith("| ")][2:] == [  # categories of few pairs are left out
-        "| weak | 4 | 30.0 | 40.0 |", "| known | 3 | 90.0 | 80.0 |",
-    ]  # fmt: skip
-    page = report_html(results, str).partition("<h2>R@1 by category</h2>")[2]
-    assert "<td>weak</td><td>4</td><td>35.0</td><td>66.0</td>" in page
-    assert page.index("<td>rare</td>") < page.index("<td>weak</td>") < page.index("<td>known</td>")
-
-
-def test_the_highest_mean_is_bold() -> None:
-    assert report_html(example_results(), str).count('<td class="best">7') == 7  # all of tempting's, from 71.0 on
 
 
 def test_training_and_tuning_read_no_test_split(
@@ -320,101 +254,7 @@ def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, ti
     assert text.count('class="best"') >= 7
 
 
-def test_the_report_escapes_names_from_the_data(
-    backbone: Backbone, tiny_data: Path, tiny_gallery: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "<b>data"
-    folder.mkdir()
-    for split in ("train", "val", "test"):
-        content = json.loads((tiny_data / f"{split}.json").read_text())
-        for i, entry in enumerate(content.values()):
-            entry["class_name"] = f"<img src=x>{i % 2}"
-            entry["positive"] += " <script>alert(1)</script>"
-        (folder / f"{split}.json").write_text(json.dumps(content))
-    compare(backbone, folder, ["clip"], 1, tmp_path / "out", QUICK, images=tiny_gallery, progress=False)
-    text = (tmp_path / "out" / "report.html").read_text()
-    assert "&lt;img src=x&gt;0" in text
-    for wrong in ("<img src=x", "<script", "<b>data"):
-        assert wrong not in text
-
-
-@pytest.fixture
-def sample_split(tiny_data: Path) -> Dataset:
-    return load_split(tiny_data, "train")[0]
-
-
-def test_analysis_of_known_vectors(backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two images of one category, and one of another that is the first result for the second caption."""
-    import dcar_core.evaluation.analysis as module
-
-    one, two, three = (replace(s, category=c) for s, c in zip(sample_split.samples[:3], "aab", strict=True))
-    data = replace(sample_split, samples=[one, two, three])
-    model = seeded_model(backbone, method("clip"), 0)
-    prepared = prepare_split(data, model, for_training=False, progress=False)
-    image = np.eye(3, dtype=np.float32)
-    text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
-    monkeypatch.setattr(module, "encode_captions", lambda *_: text)
-    monkeypatch.setattr(module, "_encode_negatives", lambda *_: [image[2:], image[:0], image[:1]])
-    monkeypatch.setattr(module, "encode_images", lambda *_: image)
-    found = analyse(model, data, prepared)
-    assert found["recall"]["t2i_r1"] == pytest.approx(200 / 3)
-    assert found["hard_negative_accuracy"] == 100  # the second pair has no negatives
-    assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
-    assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
-    assert found["confusions"] == [
-        {"category": "a", "taken_for": "b", "count": 1, "of": 2,
-         "examples": [{"caption": two.caption, "image": two.image, "found": three.image}]}
-    ]  # fmt: skip
-
-
-def test_a_caption_at_rank_two_is_no_hit(
-    backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The most frequent confusion comes first."""
-    import dcar_core.evaluation.analysis as module
-
-    samples = [replace(s, category=c) for s, c in zip(sample_split.samples[:4], "baac", strict=True)]
-    data = replace(sample_split, samples=samples)
-    model = seeded_model(backbone, method("clip"), 0)
-    prepared = prepare_split(data, model, for_training=False, progress=False)
-    image = np.eye(4, dtype=np.float32)
-    text = image[[3, 3, 3, 0]]  # b, a and a find c; c finds b
-    monkeypatch.setattr(module, "encode_captions", lambda *_: text)
-    monkeypatch.setattr(module, "encode_images", lambda *_: image)
-    monkeypatch.setattr(module, "_encode_negatives", lambda *_: [image[:0]] * 4)
-    found = analyse(model, data, prepared)
-    assert {name: (of["t2i_r1"], of["i2t_r1"]) for name, of in found["categories"].items()} == dict.fromkeys(
-        "abc", (0.0, 0.0)
-    )
-    pairs = [(c["category"], c["taken_for"], c["count"], c["of"]) for c in found["confusions"]]
-    assert pairs == [("a", "c", 2, 2), ("b", "c", 1, 1), ("c", "b", 1, 1)]
-
-
-@pytest.mark.parametrize("name", ["coop", "dcar"])
-def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, sample_split: Dataset) -> None:
-    model = seeded_model(backbone, method(name).with_query_weights("predicted"), 0)
-    if model.head is not None:
-        torch.nn.init.normal_(model.head.linear.weight)
-    prepared = prepare_split(sample_split, model, for_training=False, progress=False)
-    found = analyse(model, sample_split, prepared)["hard_negative_accuracy"]
-    hits = []
-    for sample in sample_split.samples:
-        pixels = backbone.preprocess(sample_split.read(sample.image))[None]
-        image = model.encode_image(torch.from_numpy(backbone.preprocess.normalize(pixels))).detach()
-        texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.prompt_tokens)).detach()
-        scores = (texts @ image.T).flatten()
-        hits.append(bool(scores[0] > scores[1:].max()))
-    assert found == pytest.approx(100 * np.mean(hits))
-    others = tuple(f"a thing {n}" for n in range(9))
-    many = [replace(s, negatives=others + s.negatives, negative_categories=()) for s in sample_split.samples]
-    turned = [replace(s, negatives=s.negatives[::-1]) for s in many]
-    accuracies = [analyse(model, replace(sample_split, samples=s), prepared) for s in (many, turned)]
-    assert accuracies[0]["hard_negative_accuracy"] == accuracies[1]["hard_negative_accuracy"]
-    bare = [replace(sample, negatives=(), negative_categories=()) for sample in sample_split.samples]
-    assert analyse(model, replace(sample_split, samples=bare), prepared)["hard_negative_accuracy"] is None
-
-
-def test_wrong_arguments(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(DcarError, match="no method is named 'clipp'"):
         compare(backbone, tiny_data, ["clipp"], 1, tmp_path, QUICK)
     with pytest.raises(DataError, match="no method was given"):
@@ -441,15 +281,6 @@ def test_intervals_and_the_difference_to_the_best_baseline(compared: Compared) -
         text = (out / file).read_text()
         assert f"difference to {results['baseline']} (95 % interval)" in text
         assert "Paired bootstrap" in text
-
-
-def test_the_baseline_is_the_best_method_of_others() -> None:
-    results = example_results()
-    assert best_baseline(results) == "chosen"
-    results["methods"]["dcar+"] = results["methods"].pop("chosen")
-    assert best_baseline(results) == "tempting"
-    results["methods"]["dual"] = results["methods"].pop("tempting")
-    assert best_baseline(results) is None
 
 
 def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Analysis of a test split: recall by category, confusions and hard negatives."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dcar_core.data import Dataset, load_split
+from dcar_core.evaluation.analysis import analyse
+from dcar_core.model.backbone import Backbone
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods import method
+from dcar_core.training.prepared_split import prepare_split
+
+
+@pytest.fixture
+def sample_split(tiny_data: Path) -> Dataset:
+    return load_split(tiny_data, "train")[0]
+
+
+def test_analysis_equals_a_hand_calculation(
+    backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images of one category, and one of another that is the first result for the second caption."""
+    import dcar_core.evaluation.analysis as module
+
+    one, two, three = (replace(s, category=c) for s, c in zip(sample_split.samples[:3], "aab", strict=True))
+    data = replace(sample_split, samples=[one, two, three])
+    model = seeded_model(backbone, method("clip"), 0)
+    prepared = prepare_split(data, model, for_training=False, progress=False)
+    image = np.eye(3, dtype=np.float32)
+    text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
+    monkeypatch.setattr(module, "encode_captions", lambda *_: text)
+    monkeypatch.setattr(module, "_encode_negatives", lambda *_: [image[2:], image[:0], image[:1]])
+    monkeypatch.setattr(module, "encode_images", lambda *_: image)
+    found = analyse(model, data, prepared)
+    assert found["recall"]["t2i_r1"] == pytest.approx(200 / 3)
+    assert found["hard_negative_accuracy"] == 100  # the second pair has no negatives
+    assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
+    assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
+    assert found["confusions"] == [
+        {"category": "a", "taken_for": "b", "count": 1, "of": 2,
+         "examples": [{"caption": two.caption, "image": two.image, "found": three.image}]}
+    ]  # fmt: skip
+
+
+def test_a_caption_at_rank_two_is_no_hit(
+    backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most frequent confusion comes first."""
+    import dcar_core.evaluation.analysis as module
+
+    samples = [replace(s, category=c) for s, c in zip(sample_split.samples[:4], "baac", strict=True)]
+    data = replace(sample_split, samples=samples)
+    model = seeded_model(backbone, method("clip"), 0)
+    prepared = prepare_split(data, model, for_training=False, progress=False)
+    image = np.eye(4, dtype=np.float32)
+    text = image[[3, 3, 3, 0]]  # b, a and a find c; c finds b
+    monkeypatch.setattr(module, "encode_captions", lambda *_: text)
+    monkeypatch.setattr(module, "encode_images", lambda *_: image)
+    monkeypatch.setattr(module, "_encode_negatives", lambda *_: [image[:0]] * 4)
+    found = analyse(model, data, prepared)
+    assert {name: (of["t2i_r1"], of["i2t_r1"]) for name, of in found["categories"].items()} == dict.fromkeys(
+        "abc", (0.0, 0.0)
+    )
+    pairs = [(c["category"], c["taken_for"], c["count"], c["of"]) for c in found["confusions"]]
+    assert pairs == [("a", "c", 2, 2), ("b", "c", 1, 1), ("c", "b", 1, 1)]
+
+
+@pytest.mark.parametrize("name", ["coop", "dcar"])
+def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, sample_split: Dataset) -> None:
+    model = seeded_model(backbone, method(name).with_query_weights("predicted"), 0)
+    if model.head is not None:
+        torch.nn.init.normal_(model.head.linear.weight)
+    prepared = prepare_split(sample_split, model, for_training=False, progress=False)
+    found = analyse(model, sample_split, prepared)["hard_negative_accuracy"]
+    hits = []
+    for sample in sample_split.samples:
+        pixels = backbone.preprocess(sample_split.read(sample.image))[None]
+        image = model.encode_image(torch.from_numpy(backbone.preprocess.normalize(pixels))).detach()
+        texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.prompt_tokens)).detach()
+        scores = (texts @ image.T).flatten()
+        hits.append(bool(scores[0] > scores[1:].max()))
+    assert found == pytest.approx(100 * np.mean(hits))
+    others = tuple(f"a thing {n}" for n in range(9))
+    many = [replace(s, negatives=others + s.negatives, negative_categories=()) for s in sample_split.samples]
+    turned = [replace(s, negatives=s.negatives[::-1]) for s in many]
+    accuracies = [analyse(model, replace(sample_split, samples=s), prepared) for s in (many, turned)]
+    assert accuracies[0]["hard_negative_accuracy"] == accuracies[1]["hard_negative_accuracy"]
+    bare = [replace(sample, negatives=(), negative_categories=()) for sample in sample_split.samples]
+    assert analyse(model, replace(sample_split, samples=bare), prepared)["hard_negative_accuracy"] is None

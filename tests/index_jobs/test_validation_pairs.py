@@ -1,0 +1,172 @@
+"""Validation pairs: how they are found in a gallery, and the cut-off that they give."""
+
+import json
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.data import load_split
+from dcar_core.util.errors import DataError
+from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.jobs import quality_gate
+from index_jobs.jobs.cutoff_calibration import pairs_signature
+from index_jobs.rebuild import rebuild
+from index_jobs.store.versions import open_current
+from tests.support.files import write_jsonl
+
+ELSEWHERE = ("memory://pictures/a/", "memory://pictures/b/")  # needs no extra
+
+
+def named(gallery: Gallery, data: Path) -> dict[str, str]:
+    """Return the text of each matched pair by the name of its image in the gallery."""
+    pairs = quality_gate.find_pairs(gallery, data)
+    assert pairs is not None
+    names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
+    return {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
+
+
+def test_missing_validation_images_are_left_out(
+    tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    (data / load_split(data, "val")[0].samples[0].image).unlink()
+    found = quality_gate.find_pairs(scan(data), data)
+    assert found is not None
+    assert len(found.texts) == 5
+    assert "1 validation images of" in caplog.text
+
+
+def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:
+    """Symbolic links to the folder, on either side, and images that are links."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (tmp_path / "alias").symlink_to(data)
+    expected = named(scan(data), data)
+    assert len(expected) == 6
+    assert named(scan(tmp_path / "alias"), data) == expected
+    assert named(scan(data), tmp_path / "alias") == expected
+    linked = tmp_path / "linked"
+    for path in data.rglob("*.png"):
+        (linked / path.relative_to(data)).parent.mkdir(parents=True, exist_ok=True)
+        (linked / path.relative_to(data)).symlink_to(path)
+    assert named(scan(linked), data) == expected
+
+
+def zipped(folder: Path, path: Path, below: str = "") -> str:
+    with zipfile.ZipFile(path, "w") as file:
+        for picture in sorted(folder.rglob("*.png")):
+            file.write(picture, below + picture.relative_to(folder).as_posix())
+    return f"zip://::{path}"
+
+
+def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
+    expected = named(scan(tiny_data), tiny_data)
+    gallery = scan(zipped(tiny_data, tmp_path / "g.zip"))
+    assert named(gallery, tiny_data) == expected
+    with pytest.raises(DataError, match="an image there is recognised by its name below the gallery"):
+        quality_gate.find_pairs(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
+    lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
+    by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
+    assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
+    here = [{"file_name": f"file://{tiny_data}/{name}"} for name in gallery.table["name"].to_pylist()]
+    assert len(named(scan(write_jsonl(tmp_path / "here.jsonl", *here)), tiny_data)) == 6
+
+
+def test_validation_pairs_are_found_by_name_in_tars_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
+    expected = named(scan(tiny_data), tiny_data)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name in expected:
+            tar.add(tiny_data / name, name)
+    shutil.copy(tiny_data / "val.json", tmp_path)
+    store = fsspec.filesystem("memory")
+    store.pipe("/validation/shard.tar", (tmp_path / "shard.tar").read_bytes())
+    try:
+        found = named(scan("memory://validation"), tmp_path)
+    finally:
+        store.rm("/validation", recursive=True)
+    assert found == {f"shard.tar/{name}": text for name, text in expected.items()}
+
+
+def test_name_of_several_images_identifies_none(tiny_data: Path, tmp_path: Path) -> None:
+    expected = named(scan(tiny_data), tiny_data)
+    twice, *once = expected
+    lines = [{"file_name": ELSEWHERE[0] + name} for name in expected] + [{"file_name": ELSEWHERE[1] + twice}]
+    found = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
+    assert found == {ELSEWHERE[0] + name: expected[name] for name in once}
+
+
+def test_captions_of_several_images_are_no_queries(tmp_path: Path) -> None:
+    table = pa.table({"caption": ["a cat", "", "a dog", "a dog"], "id": ["0", "1", "2", "3"]})
+    assert quality_gate.find_pairs(Gallery("", str(tmp_path), table, "", ""), None) == quality_gate.QueryPairs(
+        ["a cat"], ["0"], "captions"
+    )
+
+
+def test_captions_are_taken_from_more_text_than_an_array_holds(tmp_path: Path) -> None:
+    """More text than one array of Arrow's holds: 2.6 GB, of which every chunk but the last is the same memory."""
+    chunk = pa.array([f"{number:02}" + "x" * 1_000_000 for number in range(64)])
+    last = pa.array([f"picture {number}" for number in range(10)])
+    captions = pa.chunked_array([chunk] * 40 + [last])
+    ids = pa.array([str(row) for row in range(len(captions))])
+    gallery = Gallery("", str(tmp_path), pa.table({"caption": captions, "id": ids}), "", "")
+    assert quality_gate.find_pairs(gallery, None) == quality_gate.QueryPairs(
+        last.to_pylist(), ids[-10:].to_pylist(), "captions"
+    )
+
+
+def test_cutoff_is_calibrated_on_validation_pairs(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    index = tmp_path / "index"
+    assert rebuild(data, tiny_checkpoint, index, progress=False).published
+    assert open_current(index).manifest.cutoff == {}
+    assert rebuild(data, tiny_checkpoint, index, progress=False, validation=data).published, "it was not calibrated"
+    found = open_current(index).manifest.cutoff
+
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    samples = load_split(data, "val")[0].samples
+    texts = encoder.encode_text([sample.caption for sample in samples])
+    pictures = encoder.encode_images([data / sample.image for sample in samples])
+    scores = (texts * pictures).sum(1)
+    assert found["min_score"] == pytest.approx(np.quantile(scores, 0.05), abs=1e-4)
+    assert found["pairs"] == 6
+
+    assert rebuild(data, tiny_checkpoint, index, progress=False, validation=data).reused
+    assert rebuild(data, tiny_checkpoint, index, progress=False).reused, "nothing else is asked for"
+    content = json.loads((data / "val.json").read_text())
+    (data / "val.json").write_text(json.dumps(dict(list(content.items())[:4])))
+    again = rebuild(data, tiny_checkpoint, index, progress=False, validation=data)
+    assert (again.published, again.encoded) == (True, 0)
+    assert open_current(index).manifest.cutoff["pairs"] == 4
+
+
+def test_other_texts_of_the_same_images_are_another_calibration() -> None:
+    one, other = (pairs_signature(quality_gate.QueryPairs([text], ["1"], "validation")) for text in ("a cat", "a dog"))
+    assert one != other
+
+
+def test_validation_pairs_are_found_in_tars(tiny_data: Path, tmp_path: Path) -> None:
+    """A member goes by its own name, or by its tar's and its own; the gallery is the folder, or the tar itself."""
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for picture in sorted(tiny_data.rglob("*.png")):
+            tar.add(picture, picture.relative_to(tiny_data).as_posix())
+    shutil.copy(tiny_data / "val.json", tmp_path)
+    captions = set()
+    for place in (tmp_path, tmp_path / "shard.tar"):
+        gallery = scan(place)
+        pairs = quality_gate.find_pairs(gallery, tmp_path)
+        assert pairs is not None
+        names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
+        found = {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
+        assert len(found) == 6
+        for name, text in found.items():
+            shape, color = Path(name).parts[-2:]
+            assert text == f"a {color.removesuffix('.png')} {shape}"
+        captions |= set(pairs.texts)
+    assert len(captions) == 6
