@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from app.api.bodies import check_batch, check_form_type, check_window, read_batch, read_image_query, read_text_query
+from app.api.browsing import ThumbnailSize, browsing_routes, thumbnail_response
 from app.api.openapi import operation, problem_responses
 from app.api.params import ItemId, collections_of, require_admin, retriever_of, settings_of, snapshot_of
 from app.api.requests import BatchQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
@@ -61,6 +62,7 @@ def add_routes(app: FastAPI, settings: Settings) -> None:
             **operation(SearchResponse, 400, 404, 409, 413, 415, 422, 503, body=TextQuery),
         )
         app.include_router(_item_routes(settings), prefix=prefix)
+        app.include_router(browsing_routes(), prefix=prefix)
     app.include_router(_service_routes())
 
 
@@ -130,8 +132,16 @@ def _item_routes(settings: Settings) -> APIRouter:
             **problem_responses(404, 422, 503),
         },
     )
-    async def picture(request: Request, item_id: ItemId) -> Response:
-        """Return the image file of an item, as stored in the gallery."""
+    async def picture(
+        request: Request,
+        item_id: ItemId,
+        size: Annotated[
+            ThumbnailSize | None, QueryParam(description="return a thumbnail, with a longer side of this many pixels")
+        ] = None,
+    ) -> Response:
+        """Return the image file of an item as stored in the gallery, or a thumbnail of it."""
+        if size is not None:
+            return await thumbnail_response(request, item_id, size)
         retriever = retriever_of(request)
         image = await retriever.image(snapshot_of(request), item_id)
         etag = f'"{image.digest}"'

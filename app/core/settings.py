@@ -146,6 +146,12 @@ class Settings(BaseSettings):
         "unset allows none.",
     )
 
+    thumbnail_cache: Path | None = Field(
+        None, description="Directory of cached thumbnails. Unset: below the user's cache directory."
+    )
+    thumbnail_cache_bytes: int = Field(
+        512 * 2**20, ge=0, description="Largest size of the cached thumbnails in bytes. 0 caches none."
+    )
     image_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (),
         description="Directories, separated by commas, from which images are served besides the gallery's own: for "

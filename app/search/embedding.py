@@ -26,7 +26,6 @@ from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.cpu_features import available_cores
 
 if TYPE_CHECKING:  # importing torch takes seconds
-    from dcar_core.model.preprocess import Preprocess
     from dcar_core.serving.encoder import Encoder
 
 T = TypeVar("T")
@@ -119,11 +118,11 @@ class Embedder:
     async def decode(
         self,
         data: bytes,
-        preprocess: "Preprocess",
+        convert: Callable[[Container], T],
         max_pixels: int = sys.maxsize,
         formats: Set[ImageFormat] = ALL_FORMATS,
-    ) -> Pixels:
-        """Return the pixels, uint8 (3, S, S), of an image file.
+    ) -> T:
+        """Return what `convert`, such as a `Preprocess`, makes of a checked image file.
 
         Args:
             max_pixels, formats: limits for query images; images of the gallery have none, as the index job read them.
@@ -132,10 +131,9 @@ class Embedder:
             ImageError: the file cannot be read.
         """
         with self._metrics.timed("decode"):
-            decoded = await self._in_decoder(_decode_unless_large, data, preprocess, max_pixels, formats)
+            decoded = await self._in_decoder(_decode_unless_large, data, convert, max_pixels, formats)
             if isinstance(decoded, Container):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._large_decoder, _decode, decoded, preprocess)
+                return await asyncio.get_running_loop().run_in_executor(self._large_decoder, convert, decoded)
             return decoded
 
     async def run_in_model_thread(self, call: Callable[..., Floats], *args: Any) -> Floats:
@@ -180,13 +178,9 @@ _CALLS = BatchGroup("calls", lambda payloads: [call(*args) for call, args in pay
 
 
 def _decode_unless_large(
-    data: bytes, preprocess: "Preprocess", max_pixels: int, formats: Set[ImageFormat]
-) -> "Pixels | Container":
-    """Return the pixels, or the checked file of an image that must wait for the thread of large images."""
+    data: bytes, convert: Callable[[Container], T], max_pixels: int, formats: Set[ImageFormat]
+) -> T | Container:
+    """Return the converted image, or the checked file of one that must wait for the thread of large images."""
     container = inspect(data, formats)
     container.require_cost(max_pixels)
-    return container if container.cost > _LARGE_PIXELS else _decode(container, preprocess)
-
-
-def _decode(container: Container, preprocess: "Preprocess") -> Pixels:
-    return preprocess(container)
+    return container if container.cost > _LARGE_PIXELS else convert(container)

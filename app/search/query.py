@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from app.core.settings import DEFAULT_K
 from app.search.errors import InvalidQueryError
+from dcar_core.images import sniff_format
 from dcar_core.model.text.cleaning import strip_control_tokens
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
@@ -173,6 +174,18 @@ class SearchResults:
     min_score: float | None
     words: WordWeights | None
     fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A small copy of an image. name: changes with its content."""
+
+    name: str
+    data: bytes
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{sniff_format(self.data)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,17 +25,31 @@ import numpy as np
 from app.core.metrics import Metrics, PendingKind
 from app.core.settings import Settings
 from app.core.threads import use_default_scheduling
+from app.core.thumbnail_cache import ThumbnailCache
 from app.search.embedding import Embedder
 from app.search.embedding_cache import MemoryCache
-from app.search.errors import BatchQueryError, OverloadedError, SearchError, UnavailableError
+from app.search.errors import BatchQueryError, ImageUnavailableError, OverloadedError, SearchError, UnavailableError
 from app.search.gallery_images import GalleryImage
 from app.search.pairs import PairScorer
 from app.search.planning import Plan, make_plan, row_of
-from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, WordWeights, compose
+from app.search.query import (
+    Explanation,
+    ItemPage,
+    Match,
+    Query,
+    QueryPart,
+    SearchResults,
+    Thumbnail,
+    WordWeights,
+    compose,
+)
 from app.search.ranking import RankedRow, filter_mask, mask_key, rank, row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.images.thumbnails import ThumbnailFormat, make_thumbnail
+from dcar_core.runtimes.export_cache import default_cache_directory
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.cpu_features import available_cores
+from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
@@ -57,6 +72,8 @@ class Retriever:
         self.image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
         self.require_room = self._embedder.require_room
         self._pairs = PairScorer(self._embedder, self.image_threads)
+        thumbnails = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
+        self._thumbnails = ThumbnailCache(thumbnails, settings.thumbnail_cache_bytes)
 
     def start(self) -> None:
         """Begin to work. The event loop must be running."""
@@ -108,15 +125,21 @@ class Retriever:
         row = row_of(snapshot, item_id, "id")
         return snapshot.version, await self._in_search_thread(snapshot.artifact.item, row)
 
-    async def items(self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int) -> ItemPage:
-        """Return a page of the items that fulfil a filter, in the order of the index.
+    async def items(
+        self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int, order: Rows | None = None
+    ) -> ItemPage:
+        """Return a page of the items that fulfil a filter.
+
+        Args:
+            order: all rows in the wanted order; None for the order of the index.
 
         Raises:
             InvalidQueryError: the filter does not fit the index.
         """
 
         def list_items(mask: Mask | None) -> ItemPage:
-            rows = np.flatnonzero(snapshot.artifact.live if mask is None else mask)
+            chosen = snapshot.artifact.live if mask is None else mask
+            rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
             items = [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
             next_offset = offset + count if len(rows) > offset + count else None
             return ItemPage(snapshot.version, len(rows), items, next_offset)
@@ -143,6 +166,38 @@ class Retriever:
     def _close_image(self, opening: Future[GalleryImage]) -> None:
         if not (opening.cancelled() or opening.exception()):
             opening.result().close(self.image_threads)
+
+    async def thumbnail(
+        self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
+    ) -> Thumbnail:
+        """Return a thumbnail of an item's image, from the cache or made by the threads that decode images.
+
+        Args:
+            side: pixels that its longer side has at most.
+
+        Raises:
+            ItemNotFoundError: no item has this id.
+            ImageUnavailableError: the gallery has no image there that may be served, or it cannot be decoded.
+        """
+        row, artifact = row_of(snapshot, item_id, "id"), snapshot.artifact
+        loop = asyncio.get_running_loop()
+
+        def read() -> tuple[str, bytes | None, bytes | None]:
+            name = f"{artifact.image_key(row)}_{side}.{thumbnail_format}"
+            data = self._thumbnails.get(name)
+            return name, data, None if data else artifact.image_bytes(row)
+
+        try:
+            async with self._admitted(kind="pictures"):
+                name, data, source = await loop.run_in_executor(self.image_threads, read)
+                if source is not None:
+                    make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
+                    data = await self._embedder.decode(source, make)
+                    await loop.run_in_executor(self.image_threads, self._thumbnails.put, name, data)
+        except (ArtifactError, ImageError, OSError):
+            raise ImageUnavailableError from None
+        assert data is not None
+        return Thumbnail(name, data)
 
     async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()

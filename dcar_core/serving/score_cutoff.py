@@ -12,17 +12,20 @@ import numpy as np
 from dcar_core.util.arrays import Floats
 
 MISSED = 0.05  # share of the true pairs below the cut-off [ours]
+STRONG = 0.75  # share of the true pairs below a strong score [ours]
 
 
 @dataclass(frozen=True)
 class Cutoff:
     """A cut-off and its evidence.
 
+    strong_score: the score of the best quarter of pairs, which hardly any query about something else reaches.
     kept: share (0 to 1) of pairs that reach a cut-off chosen from the other half of them; None with a single pair.
     pairs: how many there were.
     """
 
     min_score: float
+    strong_score: float
     kept: float | None
     pairs: int
 
@@ -35,8 +38,8 @@ def compute_cutoff(scores: Floats) -> Cutoff:
     if len(scores) > 1:
         judged = zip(halves, reversed(halves), strict=True)
         kept = round(sum(int((half >= _quantile(other)).sum()) for half, other in judged) / len(scores), 4)
-    return Cutoff(round(_quantile(scores), 6), kept, len(scores))
+    return Cutoff(round(_quantile(scores), 6), round(_quantile(scores, STRONG), 6), kept, len(scores))
 
 
-def _quantile(scores: Floats) -> float:
-    return float(np.quantile(scores.astype(np.float64), MISSED))
+def _quantile(scores: Floats, share: float = MISSED) -> float:
+    return float(np.quantile(scores.astype(np.float64), share))

@@ -146,6 +146,19 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
         raise OSError(f"not a path: {error}") from None
 
 
+def location_version(root: str, location: str) -> str:
+    """Return a text that changes when a local file does; "" of a URL.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    place = join_location(root, location)
+    if is_url(place):
+        return ""
+    status = Path(place).stat()
+    return f"{status.st_mtime_ns}-{status.st_size}"
+
+
 def read_image(root: str, location: str, offset: int, size: int) -> bytes:
     """Return the bytes of one image, without a retry.
 

@@ -6,6 +6,7 @@
 - Many threads may share an artifact.
 """
 
+import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
-from index_jobs.gallery.storage import open_image
+from index_jobs.gallery.storage import location_version, open_image
 from index_jobs.store.faiss_search import ScoredRows, as_mask
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
@@ -214,6 +215,26 @@ class Artifact:
                 f"the image of item {segment.items.cell(place, 'id')!r} cannot be read from the gallery "
                 f"{self.manifest.source}: {error.strerror or error}"
             ) from error
+
+    def image_key(self, row: int) -> str:
+        """Return 32 hexadecimal digits that change with the place, size and time of the row's image file.
+
+        The image of a row with a URL counts as new with each version of the index.
+
+        Raises:
+            IndexError: there is no such row.
+            ArtifactError: the image may not be read, or its file is missing.
+        """
+        segment, place = self._segments.locate(row)
+        location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
+        try:
+            if self.image_access is not None:
+                location = self.image_access.resolve(segment.root, location, offset, size)
+            version = location_version(segment.root, location) or f"version {self.manifest.version}"
+        except OSError as error:
+            raise ArtifactError(f"the image of row {row} cannot be read: {error.strerror or error}") from error
+        key = f"{segment.root}\0{location}\0{offset}\0{size}\0{version}"
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
     def require(self, fingerprint: str) -> None:
         """Refuse an encoder that did not encode this index.

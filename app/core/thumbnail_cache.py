@@ -1,0 +1,85 @@
+"""A directory of thumbnails with a limit in bytes, which several processes may share.
+
+- A hit renews a file's time. At the limit the files used longest ago are removed, down to nine tenths of it.
+- A disk that is full or read-only costs the cache alone: thumbnails are then made anew.
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+from dcar_core.images import sniff_format
+from dcar_core.util.files import atomic_writer
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 0.9  # share of the limit that remains after files are removed
+_RECOUNT = 0.05  # share of the limit that this process adds before it counts the files of other processes again
+
+
+class ThumbnailCache:
+    """Cached thumbnails by file name. Its methods block. A limit of 0 caches none."""
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self._directory = directory
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._size: int | None = None  # bytes in the directory when they were last counted
+        self._added = 0  # bytes since then
+        self._has_warned = False
+
+    def get(self, name: str) -> bytes | None:
+        """Return a thumbnail, None if it is not cached."""
+        if not self._limit:
+            return None
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        return data if sniff_format(data) is not None else None  # a damaged file is replaced
+
+    def put(self, name: str, data: bytes) -> None:
+        """Add a thumbnail."""
+        if len(data) > self._limit * _KEPT:
+            return
+        try:
+            path = self._path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_writer(path, shared=True) as file:
+                file.write(data)
+            self._count(len(data))
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning("thumbnails cannot be cached in %s: %s", self._directory, error.strerror or error)
+            self._has_warned = True
+
+    def _path(self, name: str) -> Path:
+        return self._directory / name[:2] / name
+
+    def _count(self, added: int) -> None:
+        with self._lock:
+            self._added += added
+            if self._size is None or self._added > self._limit * _RECOUNT or self._size + self._added > self._limit:
+                self._size, self._added = self._remove_old(), 0
+
+    def _remove_old(self) -> int:
+        """Return the bytes in the directory, after files are removed if they exceed the limit."""
+        files = []
+        for path in self._directory.glob("??/*"):
+            try:
+                stat = path.stat()
+            except OSError:  # another process has removed it
+                continue
+            files.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        if total <= self._limit:
+            return total
+        for _, size, path in sorted(files):
+            path.unlink(missing_ok=True)
+            total -= size
+            if total <= self._limit * _KEPT:
+                break
+        return total
