@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig
@@ -104,6 +105,16 @@ def tiny_checkpoint(tiny_model: Path) -> Path:
 def other_checkpoint(tiny_model: Path) -> Path:
     """The same backbone, other trainables: another fingerprint."""
     return _checkpoint(tiny_model, tiny_model.parent / "other", 2)
+
+
+@pytest.fixture(scope="session")
+def exports(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OpenVINO's graphs of the tiny model, exported once for all processes of a run: copy them into a runtime cache."""
+    pytest.importorskip("openvino", reason="needs the extra [openvino]")
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runtime-cache"
+    Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino", cache=cache)  # waits while another exports them
+    return cache / "exports"
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.serving import adapter_cache
 from index_jobs.rebuild import rebuild
+from tests.support.commands import dcar
 from tests.support.responses import assert_problem
 from tests.support.service import opened
 
@@ -23,12 +24,11 @@ PLAIN = {"query": "a red square", "k": 5}
 DEEP = PLAIN | {"rerank": True, "explain": True}
 
 
-def exported(checkpoint: Path, cache: Path) -> Path:
-    """Export the graphs, which may take long, and delete the cached adapters."""
-    Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache)
-    for entry in adapter_cache.directory_in(cache).glob("*"):
-        entry.unlink()
-    return cache
+@pytest.fixture
+def runtime_cache(exports: Path, tmp_path: Path) -> Path:
+    """A cache with graphs but without adapters: the first start needs the model."""
+    shutil.copytree(exports, tmp_path / "cache" / "dcar" / "exports")
+    return tmp_path / "cache" / "dcar"
 
 
 def live(http: httpx.AsyncClient) -> Encoder:
@@ -43,10 +43,8 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-async def test_a_later_start_loads_no_model_and_has_the_same_results(
-    built_index: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path)}
+async def test_a_later_start_loads_no_model_and_has_the_same_results(built_index: Path, runtime_cache: Path) -> None:
+    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache}
 
     async with opened(built_index, **settings) as http:
         assert live(http).backbone is not None
@@ -61,11 +59,11 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(
 
 @pytest.mark.slow
 async def test_a_missing_model_fails_only_queries_that_need_it(
-    gallery: Path, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
+    gallery: Path, tiny_model: Path, tiny_checkpoint: Path, runtime_cache: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
     rebuild(gallery, model / tiny_checkpoint.name, tmp_path / "index", workers=0, progress=False)
-    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": exported(tiny_checkpoint, tmp_path / "cache")}
+    settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache}
 
     async with opened(tmp_path / "index", **settings) as http:
         await ask(http, PLAIN)
@@ -79,22 +77,16 @@ async def test_a_missing_model_fails_only_queries_that_need_it(
 
 @pytest.mark.slow
 def test_dcar_search_runs_without_pytorch(
-    built_index: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built_index: Path, tiny_checkpoint: Path, runtime_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(runtime_cache.parent))
     program = "import sys, app.cli\ntry: app.cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
-    command = [sys.executable, "-c", program, "search", "a red square", "--index", str(built_index), "--json"]
-
-    def search() -> tuple[str, str]:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout, done.stderr.split()[-1]
-
-    whole, with_torch = search()
-    assert with_torch == "True"
+    command = ["search", "a red square", "--index", str(built_index), "--json"]
+    whole = dcar(*command).stdout
     Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino")
-    (kept,) = adapter_cache.directory_in(tmp_path / "dcar").iterdir()
+    (kept,) = adapter_cache.directory_in(runtime_cache).iterdir()
     kept.rename(kept.with_name(kept.name.replace("openvino", "auto")))  # as if it were the fastest runtime
-    quick, with_torch = search()
-    assert with_torch == "False"
-    expected, found = json.loads(whole), json.loads(quick)
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+    assert done.stderr.split()[-1] == "False"
+    expected, found = json.loads(whole), json.loads(done.stdout)
     assert [each["id"] for each in found["results"]] == [each["id"] for each in expected["results"]]

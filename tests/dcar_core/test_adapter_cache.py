@@ -125,7 +125,8 @@ def test_encoders_share_an_open_export(checkpoint: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_auto_uses_the_entry_until_the_ranking_changes(checkpoint: Path, tmp_path: Path) -> None:
+def test_auto_uses_the_entry_until_the_ranking_changes(checkpoint: Path, kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept / "exports", tmp_path / "exports")
     first = load(checkpoint, tmp_path, "auto")
     if not hasattr(first.runtime, "directory"):
         pytest.skip(f"auto takes {first.runtime.name} here, which is no export")
@@ -199,7 +200,8 @@ def test_export_of_other_weights_is_not_used(checkpoint: Path, cache: Path, list
 
 
 @pytest.mark.slow
-def test_other_checkpoint_has_its_own_entry(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
+def test_other_checkpoint_has_its_own_entry(checkpoint: Path, exports: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(exports, cache / "exports", dirs_exist_ok=True)
     copy_checkpoint(checkpoint, tmp_path / "copy")
     assert is_from_cache(load(tmp_path / "copy", cache)), "the same, elsewhere"
     other = DCAR(load_backbone(BackboneSource(str(checkpoint.parent / "base"))), ModelConfig())

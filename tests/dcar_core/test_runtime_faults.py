@@ -19,9 +19,10 @@ pytest.importorskip("openvino", reason="needs the extra [openvino]")
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(tiny_checkpoint: Path, exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache in which `auto` remembers OpenVINO as the fastest."""
     cache = tmp_path_factory.mktemp("measured")
+    shutil.copytree(exports, cache / "exports")
     Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=cache)
     (path,) = (cache / "rankings").glob("*.json")
     content = json.loads(path.read_text())

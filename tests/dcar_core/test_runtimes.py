@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ def require(extra: str | None) -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    if importlib.util.find_spec("openvino"):
+        shutil.copytree(request.getfixturevalue("exports"), cache / "exports")
+    return cache
 
 
 class Case:
@@ -164,7 +168,9 @@ def test_length_batches_pad_little() -> None:
 
 
 @pytest.mark.slow
-def test_auto_measures_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_measures_once(tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (cache / "exports").is_dir():
+        shutil.copytree(cache / "exports", tmp_path / "exports")
     case = moved(tiny_model, ModelConfig(), tmp_path)
     adapter, where = case.adapter, case.loaded
     assert load_ranking(where) is None
@@ -181,9 +187,9 @@ def test_auto_measures_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_encoder_loads_with_a_runtime(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_encoder_loads_with_a_runtime(tiny_checkpoint: Path, cache: Path) -> None:
     plain = Encoder.load(tiny_checkpoint, device="cpu")
-    auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=tmp_path)
+    auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=cache)
     assert plain.runtime.name == "torch"
     assert auto.fingerprint == plain.fingerprint
     texts = ["a red square", "a long caption that goes on for a while", ""]

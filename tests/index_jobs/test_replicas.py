@@ -1,5 +1,7 @@
 """A job that one runtime began: `auto` goes on with that one, a runtime that is named encodes anew."""
 
+import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ from index_jobs.store.versions import open_current
 
 
 @pytest.fixture
-def faster(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def faster(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """A runtime other than torch that `auto` takes, as if it had been measured to be the fastest."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if importlib.util.find_spec("openvino"):
+        shutil.copytree(request.getfixturevalue("exports"), tmp_path / "cache" / "dcar" / "exports")
     target = Encoder.load(tiny_checkpoint, device="cpu").loaded
     others = [name for name in candidates(target) if name != "torch"]
     if not others:
