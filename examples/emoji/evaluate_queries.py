@@ -1,0 +1,143 @@
+"""Measure short queries, as people type them, on both domains: hit@1, hit@5 and nDCG@10.
+
+    python examples/emoji/evaluate_queries.py --queries test
+    python examples/emoji/evaluate_queries.py --base build/base --domains twemoji --zero-shot
+
+- queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
+- Every image of the style is in the gallery, with all skin tones, and vectors alone rank it.
+- A hit@k is a query with a right answer among the first k. nDCG@10 counts every right answer alike.
+"""
+
+import argparse
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dcar_core import Encoder
+
+HERE = Path(__file__).parent
+DOMAINS = ("twemoji", "openmoji")
+TONES = dict.fromkeys(range(0x1F3FB, 0x1F400))
+JOINER, VARIATION = "\u200d", "\ufe0f"
+METRICS = ("hit@1", "hit@5", "nDCG@10")
+
+
+@dataclass(frozen=True)
+class Query:
+    """A text, its kind ("word", "typo", ..), and the rows of the gallery that answer it."""
+
+    kind: str
+    text: str
+    answers: frozenset[int]
+
+
+def read_queries(file: Path, rows: list[dict]) -> list[Query]:
+    """Read lines of kind, text and answers, separated by tabs; see `answer_test` for the answers.
+
+    Raises:
+        ValueError: an answer that no image of the gallery fits.
+    """
+    queries = []
+    for line in file.read_text().splitlines():
+        kind, text, answers = line.split("\t")
+        fitting: set[int] = set()
+        for answer in answers.split():
+            is_answer = answer_test(answer)
+            found = {number for number, row in enumerate(rows) if is_answer(row)}
+            if not found:
+                raise ValueError(f"{file}: no image fits {answer!r} of the query {text!r}")
+            fitting |= found
+        queries.append(Query(kind, text, frozenset(fitting)))
+    return queries
+
+
+def answer_test(answer: str) -> Callable[[dict], bool]:
+    """Return a test of metadata rows for one answer.
+
+    X is an emoji in any skin tone, and =X in exactly this one. X* is any emoji that begins with X. @X is any person
+    whose second part begins with X, such as a profession. %NAME is any emoji of the subgroup.
+    """
+    form, text = answer[0], answer[1:].replace(VARIATION, "")
+    if form == "%":
+        return lambda row: row["meta_category"] == text
+    if form == "=":
+        return lambda row: without_tone(row, keep=True) == text
+    if form == "@":
+        return lambda row: without_tone(row).partition(JOINER)[2].startswith(text)
+    whole = answer.replace(VARIATION, "")
+    if len(whole) > 1 and whole.endswith("*"):
+        return lambda row: without_tone(row).startswith(whole[:-1])
+    return lambda row: without_tone(row) == whole
+
+
+def without_tone(row: dict, keep: bool = False) -> str:
+    """Return the characters of an emoji without variation selectors and, unless kept, without skin tones."""
+    text = row["char"].replace(VARIATION, "")
+    return text if keep else text.translate(TONES)
+
+
+def read_domain(domain: str) -> tuple[list[dict], list[bytes]]:
+    """Return the rows of metadata.jsonl, and the image file of each."""
+    rows = [json.loads(line) for line in (HERE / domain / "metadata.jsonl").read_text().splitlines()]
+    with tarfile.open(HERE / domain / "gallery.tar") as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+    return rows, [files[row["file_name"]] for row in rows]
+
+
+def measure(scores: np.ndarray, queries: list[Query]) -> np.ndarray:
+    """Return hit@1, hit@5 and nDCG@10 of each query, (Q, 3), for scores (Q, images)."""
+    gains = 1 / np.log2(np.arange(2, 12))
+    values = []
+    for row, query in zip(scores, queries, strict=True):
+        hits = np.array([int(number) in query.answers for number in np.argsort(-row, kind="stable")[:10]])
+        values.append((hits[0], hits[:5].any(), gains[hits].sum() / gains[: len(query.answers)].sum()))
+    return np.array(values, dtype=float)
+
+
+def table(results: dict[str, tuple[list[Query], np.ndarray]]) -> str:
+    """Return a Markdown table: one row per model, with the kinds' hit@5 after the means of all queries."""
+    kinds = list(dict.fromkeys(query.kind for queries, _ in results.values() for query in queries))
+    lines = [
+        "| | " + " | ".join([*METRICS, *(f"hit@5 {kind}" for kind in kinds)]) + " |",
+        "| --- " * (1 + len(METRICS) + len(kinds)) + "|",
+    ]
+    for name, (queries, values) in results.items():
+        own = np.array([query.kind for query in queries])
+        cells = [*values.mean(0), *(values[own == kind, 1].mean() for kind in kinds)]
+        lines.append(f"| {name} | " + " | ".join(f"{100 * cell:.1f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Encode each domain's gallery and the queries with the base model and with the checkpoint, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", choices=("validation", "test"), default="validation", help="default: %(default)s")
+    parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both")
+    parser.add_argument("--base", type=Path, default=HERE / "base", help="default: %(default)s")
+    parser.add_argument("--zero-shot", action="store_true", help="the base model alone, without the checkpoints")
+    parser.add_argument("--misses", action="store_true", help="list the queries without a hit among the first five")
+    args = parser.parse_args()
+    results = {}
+    for domain in args.domains:
+        rows, images = read_domain(domain)
+        queries = read_queries(HERE / "queries" / f"{args.queries}.tsv", rows)
+        models = {"zero-shot": args.base}
+        if not args.zero_shot:
+            models["adapted"] = HERE / domain / "checkpoint"
+        for name, source in models.items():
+            encoder = Encoder.load(source)
+            scores = encoder.encode_text([query.text for query in queries]) @ encoder.encode_images(images).T
+            values = measure(scores, queries)
+            results[f"{domain}, {name}"] = queries, values
+            if args.misses:
+                misses = [query.text for query, value in zip(queries, values, strict=True) if not value[1]]
+                print(f"{domain}, {name}: {'; '.join(misses)}")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
