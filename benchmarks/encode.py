@@ -42,6 +42,7 @@ from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.scan import scan
+from index_jobs.options import RebuildOptions
 
 DRAWN = 256
 IN_A_TAR = 10_000
@@ -139,9 +140,12 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
         before = bare(encoder, arguments.batch_size, -(-batches // 2))
         clock = Clock()
         encoded = encode_gallery(
-            scan(source), encoder, folder / f"work{number}", workers=arguments.workers,
-            batch_size=arguments.batch_size, progress=False, cache=cache,
-        )  # fmt: skip
+            scan(source),
+            encoder,
+            folder / f"work{number}",
+            RebuildOptions(workers=arguments.workers, batch_size=arguments.batch_size, progress=False),
+            cache=cache,
+        )
         job = clock.stop() / len(encoded)
         alone = (before + bare(encoder, arguments.batch_size, -(-batches // 2))) / 2
         ratios.append(alone / job)
@@ -209,9 +213,13 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
               f"{table / count:.0f} bytes a picture; the process {_mib(resident(os.getpid()))}, {_mib(before)} before",
               flush=True)  # fmt: skip
         encoded = encode_gallery(
-            scanned, encoder, work, workers=arguments.workers, batch_size=arguments.batch_size,
-            shard_rows=SHARD_ROWS, progress=False,
-        )  # fmt: skip
+            scanned,
+            encoder,
+            work,
+            RebuildOptions(
+                workers=arguments.workers, batch_size=arguments.batch_size, shard_rows=SHARD_ROWS, progress=False
+            ),
+        )
     for tenth in range(10):
         low, high = tenth * count // 10, (tenth + 1) * count // 10
         if part := [size for done, size in samples if low <= done < high]:

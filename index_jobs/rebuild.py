@@ -1,6 +1,6 @@
 """Publish an index from a gallery and a checkpoint: `rebuild` and `python -m index_jobs.rebuild`.
 
-Nothing heavy is imported here, so `--help` answers at once and worker processes start fast.
+Nothing heavy is imported here, so `--help` is instant and worker processes start fast.
 """
 
 import sys

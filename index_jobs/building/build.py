@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from dcar_core.util.arrays import Blocks
-from dcar_core.util.errors import DataError
-from index_jobs.building import gpu_build
+from dcar_core.util.errors import DataError, MissingExtraError
 from index_jobs.building.kinds import IndexChoice, create_index, list_count
 from index_jobs.building.tuning import (
     TARGET_RECALL,
@@ -33,6 +32,7 @@ from index_jobs.store import gpu_search
 logger = logging.getLogger(__name__)
 
 _EF_CONSTRUCTION = 80
+_GPU_TRAINING_VECTORS = 64 * 4096
 _MANY_LISTS = 0.1  # share of the lists in every search
 
 
@@ -123,7 +123,7 @@ def _build_and_tune(
 ) -> BuiltIndex:
     start = time.perf_counter()
     if choice.gpu:
-        index = gpu_build.fill_on_gpu(choice, dim, blocks, count)
+        index = fill_on_gpu(choice, dim, blocks, count)
     else:
         index = fill_index(choice, dim, blocks, count, None if previous is None else previous.index)
     seconds = time.perf_counter() - start
@@ -161,4 +161,27 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, previo
         raise DataError(f"an index of kind {choice.factory} cannot be built of {count:,} vectors: {reason}") from error
     if inverted is not None:
         inverted.make_direct_map()  # vectors by row, for searches by an item
+    return index
+
+
+def fill_on_gpu(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:
+    """Train and fill an index on the GPU, and return its CPU form."""
+    import faiss
+
+    library: Any = faiss
+    resources = library.StandardGpuResources()
+    if choice.factory == "CAGRA":
+        if "CUVS" not in library.get_compile_options():
+            raise MissingExtraError("CAGRA, with a FAISS built with NVIDIA cuVS such as conda's faiss-gpu-cuvs,", "gpu")
+        index = library.GpuIndexCagra(resources, dim, library.METRIC_INNER_PRODUCT, library.GpuIndexCagraConfig())
+        index.train(np.concatenate([np.asarray(block) for block in blocks()]))  # builds the graph of all vectors
+        return library.index_gpu_to_cpu(index)
+    index = library.index_cpu_to_gpu(resources, 0, create_index(choice.factory, dim))
+    if not index.is_trained:
+        index.train(sample_vectors(blocks, count, _GPU_TRAINING_VECTORS))
+    for block in blocks():
+        index.add(np.ascontiguousarray(block))
+    index = library.index_gpu_to_cpu(index)
+    if (inverted := library.try_extract_index_ivf(index)) is not None:
+        inverted.make_direct_map()
     return index

@@ -144,11 +144,7 @@ def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) ->
 
 
 def create_index(factory: str, dim: int) -> object:
-    """Return an empty FAISS index for inner products.
-
-    Raises:
-        DataError: FAISS does not know the kind.
-    """
+    """Return an empty FAISS index for inner products."""
     import faiss
 
     try:

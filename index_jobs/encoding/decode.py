@@ -12,7 +12,6 @@
 
 import hashlib
 import multiprocessing
-import multiprocessing.process
 import os
 import signal
 import threading
@@ -66,9 +65,6 @@ def worker_count(workers: int | None, images: int) -> int:
 
     Args:
         workers: the requested number. None chooses 0 for a small gallery or few cores, otherwise all cores but one.
-
-    Raises:
-        ValueError: a negative number.
     """
     if workers is not None:
         if workers < 0:
@@ -80,18 +76,13 @@ def worker_count(workers: int | None, images: int) -> int:
 def decode_windows(
     windows: Iterator[Window], preprocess: PreprocessBytes, workers: int, cache: PixelCache | None = None
 ) -> Generator[DecodedWindow, None, None]:
-    """Decode windows in order, with `workers` from `worker_count`.
-
-    Raises:
-        DcarError: a worker process died, for example out of memory.
-    """
+    """Decode windows in order, with `workers` from `worker_count`."""
     decoder = WindowDecoder(preprocess, cache)
-    pool, parallel = _start_pool(decoder, workers)
-    run = _decode_in_worker if workers else decoder
+    pool, parallel = _start_pool(workers)
     pending: deque[Future[DecodedWindow]] = deque()
     try:
         for window in windows:
-            pending.append(pool.submit(run, window))
+            pending.append(pool.submit(decoder, window))
             if len(pending) > _WINDOWS_AHEAD + parallel:
                 yield pending.popleft().result()
         while pending:
@@ -105,13 +96,13 @@ def decode_windows(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_pool(decoder: "WindowDecoder", workers: int) -> tuple[Executor, int]:
+def _start_pool(workers: int) -> tuple[Executor, int]:
     if workers == 0:
         threads = min(_MAX_THREADS, available_cores())
         return ThreadPoolExecutor(threads, thread_name_prefix="decode"), threads
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(decoder,)), workers
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker), workers
 
 
 @dataclass(frozen=True)
@@ -152,25 +143,14 @@ class WindowDecoder:
             return FailedImage(row, f"{type(error).__name__}: {error}", ImageFault.BROKEN)
 
 
-_worker: WindowDecoder | None = None  # one per worker process, sent once
-
-
-def _start_worker(decoder: WindowDecoder) -> None:
-    global _worker
-    _worker = decoder
+def _start_worker() -> None:
     warnings.simplefilter("ignore")  # Pillow warns about single images
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
+    def end_with_job() -> None:  # a killed job cannot stop its workers
+        parent.join()
+        os._exit(1)
 
-def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """End this worker when its job ends: a killed job cannot stop its workers."""
-    parent.join()
-    os._exit(1)
-
-
-def _decode_in_worker(window: Window) -> DecodedWindow:
-    assert _worker is not None
-    return _worker(window)
+    threading.Thread(target=end_with_job, daemon=True).start()

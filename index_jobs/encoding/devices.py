@@ -45,9 +45,6 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
         device: "auto" for every GPU or else the CPU; or device names with commas between them: cuda:0,cuda:1.
         exact: preprocess images as open_clip does, bit for bit.
         runtime: the encoder's runtime, as `Encoder.load` takes it.
-
-    Raises:
-        CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device does not exist.
     """
     import torch
 

@@ -27,12 +27,7 @@ def encode_gallery(
     gallery: Gallery,
     encoder: ImageEncoder | Sequence[ImageEncoder],
     work: Path,
-    *,
-    workers: int | None = None,
-    batch_size: int = RebuildOptions.batch_size,
-    shard_rows: int = RebuildOptions.shard_rows,
-    max_failed: float = RebuildOptions.max_failed,
-    progress: bool = True,
+    options: RebuildOptions,
     cache: PixelCache | None = None,
 ) -> EncodedGallery:
     """Encode every image that has no vector yet.
@@ -40,12 +35,6 @@ def encode_gallery(
     Args:
         encoder: one, or the replicas of `load_replicas`.
         work: the directory of the shards; see `ShardStore`.
-        workers: decoding processes; 0 decodes in threads of this process, None chooses.
-        batch_size: images per forward pass.
-        shard_rows: images per shard, rounded up to whole batches.
-        max_failed: the share of the gallery that may be unreadable, 0 to 1.
-        progress: show a bar on stderr with rate, time left and failures.
-        cache: the cache of decoded images.
 
     Raises:
         DataError: too many images cannot be read, or none can.
@@ -53,20 +42,18 @@ def encode_gallery(
         OSError: the disk is full or cannot be written.
     """
     replicas = list(encoder) if isinstance(encoder, Sequence) else [encoder]
-    state = EncodingState(
-        gallery, replicas[0], work, runtime=replicas[0].runtime.name, batch_size=batch_size, shard_rows=shard_rows,
-        max_failed=max_failed, progress=progress,
-    )  # fmt: skip
+    state = EncodingState(gallery, replicas[0], work, options, replicas[0].runtime.name)
     windows = (
-        window for number in state.todo for window in split_windows(gallery.root, state.missing(number), batch_size)
+        window
+        for number in state.todo
+        for window in split_windows(gallery.root, state.missing(number), options.batch_size)
     )
-    decoded = decode_windows(windows, replicas[0].preprocess, worker_count(workers, state.remaining), cache)
+    decoded = decode_windows(windows, replicas[0].preprocess, worker_count(options.workers, state.remaining), cache)
     with closing(decoded), state.progress_bar() as bar:
 
         def checked() -> Iterator[DecodedWindow]:
-            """Count failures before the forward pass, so that a hopeless job ends early."""
             for window in decoded:
-                state.limit.add(window.failed)
+                state.add_failed(window.failed)  # before the forward pass, so that a hopeless job ends early
                 yield window
 
         def counted() -> Iterator[tuple[DecodedWindow, Floats]]:

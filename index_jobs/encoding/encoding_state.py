@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.errors import DataError
 from index_jobs.encoding.devices import ImageEncoder
-from index_jobs.encoding.failures import FailureLimit
+from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation, read_images
+from index_jobs.options import RebuildOptions
+from index_jobs.store.manifest import FAILED
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +71,9 @@ class EncodedGallery:
 
 
 def shard_store(
-    gallery: Gallery, encoder: ImageEncoder, runtime: str, work: Path, batch_size: int, shard_rows: int
+    gallery: Gallery, encoder: ImageEncoder, runtime: str, work: Path, options: RebuildOptions
 ) -> ShardStore:
-    """Return the store of the shards that a runtime makes of a gallery.
-
-    Raises:
-        ValueError: a batch or a shard without images.
-    """
-    if batch_size < 1 or shard_rows < 1:
-        raise ValueError(f"batch_size and shard_rows must be at least 1, not {batch_size} and {shard_rows}")
+    """Return the store of the shards that a runtime makes of a gallery."""
     return ShardStore(
         work,
         fingerprint=encoder.fingerprint,
@@ -85,8 +82,8 @@ def shard_store(
         signature=gallery.vectors_signature,
         count=len(gallery),
         dim=encoder.dim,
-        batch=batch_size,
-        rows=-(-shard_rows // batch_size) * batch_size,
+        batch=options.batch_size,
+        rows=-(-options.shard_rows // options.batch_size) * options.batch_size,
     )
 
 
@@ -120,28 +117,19 @@ class EncodingState:
         gallery: Gallery,
         encoder: ImageEncoder,
         work: Path,
-        *,
+        options: RebuildOptions,
         runtime: str,
-        batch_size: int,
-        shard_rows: int,
-        max_failed: float,
-        progress: bool,
+        *,
         whole_shards: bool = False,
     ) -> None:
-        """The arguments are those of `encode_gallery`.
+        """Load the complete shards.
 
         Args:
-            runtime: the name of the runtime that will make the vectors.
+            runtime: the runtime that will make the vectors.
             whole_shards: encode all images of a shard unless all of their vectors can be reused.
-
-        Raises:
-            DataError: too many images of an earlier run could not be read.
-            ArtifactError: a shard of an earlier run is corrupted.
         """
-        if not 0 <= max_failed <= 1:
-            raise ValueError(f"max_failed is a share from 0 to 1, not {max_failed}")
-        self.store = shard_store(gallery, encoder, runtime, work, batch_size, shard_rows)
-        self._gallery, self._progress = gallery, progress
+        self.store = shard_store(gallery, encoder, runtime, work, options)
+        self._gallery, self._options = gallery, options
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
         self._reopen_readable()
@@ -155,9 +143,8 @@ class EncodingState:
         self.remaining = len(gallery) - self.resumed
         if self.resumed:
             logger.info("%d of %d images have vectors already", self.resumed, len(gallery))
-        failed = [failure for shard in self.shards.values() for failure in shard.failed]
-        self.limit = FailureLimit(gallery, self.store.path, max_failed, failed)
-        self.limit.check()
+        self._failed = [failure for shard in self.shards.values() for failure in shard.failed]
+        self._check_failed()
         self._start = time.perf_counter()
 
     def _reopen_readable(self) -> None:
@@ -208,23 +195,41 @@ class EncodingState:
             desc="encode",
             unit="img",
             file=sys.stderr,
-            disable=not self._progress or sys.stderr is None,
+            disable=not self._options.progress or sys.stderr is None,
             mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 10,
             dynamic_ncols=True,
         )
 
     def advance(self, bar: "tqdm[NoReturn]", images: int) -> None:
         """Advance the bar."""
-        bar.set_postfix_str(f"{len(self.limit.failed)} failed", refresh=False)
+        bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
         bar.update(images)
 
-    def result(self) -> EncodedGallery:
-        """Return the encoded gallery, once no shard is left to do.
+    def add_failed(self, failed: Sequence[FailedImage]) -> None:
+        """Count failures."""
+        if failed:
+            self._failed += failed
+            self._check_failed()
 
-        Raises:
-            DataError: no image can be read.
-        """
+    def _check_failed(self, *, final: bool = False) -> None:
+        """Compare the failures with the limit; final: no image follows."""
+        gallery, count, total = self._gallery, len(self._failed), len(self._gallery)
+        if count <= self._options.max_failed * total and not (final and count == total):
+            return
+        self.store.path.mkdir(parents=True, exist_ok=True)
+        path = self.store.path / FAILED
+        write_failed(path, gallery, self._failed)
+        names = gallery.table["name"]
+        examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self._failed)[:3])
+        raise DataError(
+            f"{'no image' if count == total else 'too few images'} of {gallery.source} can be read: {count:,} of "
+            f"{total:,} failed, at most {self._options.max_failed:.1%} may. {examples}. {path} lists them; repair or "
+            f"remove them, or raise --max-failed"
+        )
+
+    def result(self) -> EncodedGallery:
+        """Return the encoded gallery, once no shard is left to do."""
         seconds = time.perf_counter() - self._start
-        self.limit.check(final=True)
+        self._check_failed(final=True)
         shards = [self.shards[number] for number in sorted(self.shards)]
-        return EncodedGallery(shards, sorted(self.limit.failed), self.remaining, self.resumed, seconds)
+        return EncodedGallery(shards, sorted(self._failed), self.remaining, self.resumed, seconds)

@@ -1,56 +1,13 @@
-"""Images that cannot be read and images that occur twice: counted and listed; too many failures are an error.
-
-A failed image is listed in `failed.jsonl` with its reason. The job stops as soon as more than `max_failed` of the
-gallery has failed.
-"""
+"""Lists of the images that cannot be read, with reasons, and of those that occur twice."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dcar_core.util.errors import DataError
 from dcar_core.util.files import atomic_writer
 from index_jobs.encoding.shards import FailedImage
 from index_jobs.gallery.scan import Gallery
-from index_jobs.store.manifest import FAILED
-
-
-class FailureLimit:
-    """Counts failures and ends the job when there are too many."""
-
-    def __init__(self, gallery: Gallery, work: Path, max_failed: float, failed: list[FailedImage]) -> None:
-        self.gallery, self.work, self.max_failed, self.failed = gallery, work, max_failed, failed
-
-    def add(self, failed: Sequence[FailedImage]) -> None:
-        """Count failures.
-
-        Raises:
-            DataError: there are too many.
-        """
-        if failed:
-            self.failed.extend(failed)
-            self.check()
-
-    def check(self, *, final: bool = False) -> None:
-        """Compare the failures with the limit; final: no image follows.
-
-        Raises:
-            DataError: there are too many.
-        """
-        count, total = len(self.failed), len(self.gallery)
-        if count <= self.max_failed * total and not (final and count == total):
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        path = self.work / FAILED
-        write_failed(path, self.gallery, self.failed)
-        names = self.gallery.table["name"]
-        examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self.failed)[:3])
-        raise DataError(
-            f"{'no image' if count == total else 'too few images'} of {self.gallery.source} can be read: {count:,} of "
-            f"{total:,} failed, at most {self.max_failed:.1%} may. {examples}. {path} lists them; repair or remove "
-            f"them, or raise --max-failed"
-        )
 
 
 def write_failed(path: Path, gallery: Gallery, failed: list[FailedImage]) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +46,24 @@ class EncodingTask:
     root: str
     checkpoint: Path
     fingerprint: str
-    device: str
     runtime: str
-    exact: bool
-    batch_size: int
-    pixel_cache: Path | None
+    options: RebuildOptions
 
 
 class ShardWorker:
     """Loads the model once, then makes shards."""
 
     def __init__(self, task: EncodingTask) -> None:
-        self.task = task
-        self.replicas = load_replicas(task.checkpoint, task.device, exact=task.exact, runtime=task.runtime)
+        self.task, options = task, task.options
+        self.replicas = load_replicas(task.checkpoint, options.device, exact=options.exact, runtime=task.runtime)
         if self.replicas[0].fingerprint != task.fingerprint:
             raise DcarError(
                 f"a worker loaded another model from {task.checkpoint}; give every machine the same checkpoint"
             )
         with pa.memory_map(str(task.store.path / LOCATIONS)) as source:
             self.table = pa.ipc.open_file(source).read_all()
-        self.cache = PixelCache.open(task.pixel_cache, self.replicas[0].preprocess) if task.pixel_cache else None
+        folder = options.pixel_cache
+        self.cache = PixelCache.open(folder, self.replicas[0].preprocess) if folder else None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Make the shards of batch["shard"] and return the batch."""
@@ -77,7 +75,7 @@ class ShardWorker:
     def _make(self, number: int) -> None:
         store = self.task.store
         locations = image_locations(self.table, store.span(number))
-        windows = split_windows(self.task.root, locations, self.task.batch_size)
+        windows = split_windows(self.task.root, locations, self.task.options.batch_size)
         decoded = decode_windows(windows, self.replicas[0].preprocess, 0, self.cache)
         with closing(decoded), closing(encode_windows(decoded, self.replicas)) as vectors:
             save_shard(store, number, locations, vectors)
@@ -87,45 +85,29 @@ def encode_on_ray(
     gallery: Gallery,
     encoder: ImageEncoder,
     work: Path,
+    options: RebuildOptions,
     *,
-    address: str,
     checkpoint: Path,
-    device: str = "auto",
-    runtime: str = "torch",
-    exact: bool = False,
-    workers: int | None = None,
-    batch_size: int = RebuildOptions.batch_size,
-    shard_rows: int = RebuildOptions.shard_rows,
-    max_failed: float = RebuildOptions.max_failed,
-    progress: bool = True,
-    pixel_cache: Path | None = None,
+    runtime: str,
 ) -> EncodedGallery:
-    """Encode every image that has no vector yet on the machines of a Ray cluster.
+    """Encode every image that has no vector yet on the machines of the Ray cluster `options.ray`.
 
     Args:
         encoder: the model on this machine, which does not encode.
-        address: of the cluster; "auto" for the cluster of this machine, "local" to start one here.
+        options: the devices "auto" and "cuda" give each worker a GPU if the cluster has any; by default there is one
+            worker per GPU, or one per four cores.
         checkpoint: the same model, for the workers.
-        device: "auto" and "cuda" give each worker a GPU if the cluster has any.
         runtime: the name of the runtime that every worker uses.
-        workers: their number; by default one per GPU, or one per four cores.
-        work, exact, batch_size, shard_rows, max_failed, progress: as in `encode_gallery` and `load_replicas`.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        DcarError: the cluster cannot be reached, or a worker failed.
-        DataError, ArtifactError, OSError: as `encode_gallery`.
     """
-    state = EncodingState(gallery, encoder, work, runtime=runtime, batch_size=batch_size, shard_rows=shard_rows,
-                          max_failed=max_failed, progress=progress, whole_shards=True)  # fmt: skip
+    state = EncodingState(gallery, encoder, work, options, runtime, whole_shards=True)
     if state.todo:
         _write_locations(state.store.path / LOCATIONS, gallery.table)
-        task = EncodingTask(state.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, device, runtime,
-                            exact, batch_size, pixel_cache and pixel_cache.absolute())  # fmt: skip
-        with _ray_session(address, workers or 1), state.progress_bar() as bar:
-            for number in _make_shards(state.todo, task, workers):
+        options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
+        task = EncodingTask(state.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, runtime, options)
+        with _ray_session(options.ray or "auto", options.workers or 1), state.progress_bar() as bar:
+            for number in _make_shards(state.todo, task, options.workers):
                 state.shards[number] = shard = _load_shard(state.store, number)
-                state.limit.add(shard.failed)
+                state.add_failed(shard.failed)
                 state.advance(bar, shard.stop - shard.start)
     return state.result()
 
@@ -136,7 +118,7 @@ def _make_shards(todo: list[int], task: EncodingTask, workers: int | None) -> It
     import ray.data
 
     resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0)) if task.device in {"auto", "cuda"} else 0
+    gpus = int(resources.get("GPU", 0)) if task.options.device in {"auto", "cuda"} else 0
     cores = int(resources.get("CPU", 1))
     size = workers or gpus or max(1, cores // _CORES_PER_WORKER)
     share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, (cores - 1) // size)}

@@ -22,27 +22,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def choose_replicas(
-    gallery: Gallery,
-    checkpoint: Path,
-    work: Path,
-    *,
-    device: str = "auto",
-    exact: bool = False,
-    runtime: str = "torch",
-    batch_size: int = RebuildOptions.batch_size,
-    shard_rows: int = RebuildOptions.shard_rows,
-) -> "list[Encoder]":
-    """Load replicas as `load_replicas` does; "auto" continues with the runtime of this gallery's shards.
-
-    Raises:
-        CheckpointError, ModelError: the model or the runtime cannot be loaded, or a device does not exist.
-    """
-    replicas = load_replicas(checkpoint, device, exact=exact, runtime=runtime)
+def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: RebuildOptions) -> "list[Encoder]":
+    """Load replicas as `load_replicas` does; "auto" continues with the runtime of this gallery's shards."""
+    replicas = load_replicas(checkpoint, options.device, exact=options.exact, runtime=options.runtime)
     fastest = replicas[0].runtime.name
-    if runtime != AUTO:
-        return replicas
-    begun = runtime_in_use(gallery, replicas[0], fastest, work, batch_size, shard_rows)
+    begun = runtime_in_use(gallery, replicas[0], fastest, work, options) if options.runtime == AUTO else fastest
     if begun == fastest:
         return replicas
     try:
@@ -54,11 +38,9 @@ def choose_replicas(
     return [others[id(replica)] for replica in replicas]
 
 
-def runtime_in_use(
-    gallery: Gallery, encoder: ImageEncoder, fastest: str, work: Path, batch_size: int, shard_rows: int
-) -> str:
+def runtime_in_use(gallery: Gallery, encoder: ImageEncoder, fastest: str, work: Path, options: RebuildOptions) -> str:
     """Return the runtime that has shards of this gallery; `fastest` if none has, or if it is among several."""
     for name in (fastest, *RUNTIME_KINDS):
-        if shard_store(gallery, encoder, name, work, batch_size, shard_rows).stored_rows():
+        if shard_store(gallery, encoder, name, work, options).stored_rows():
             return name
     return fastest

@@ -58,11 +58,7 @@ class Shard:
 
     @classmethod
     def read(cls, note: Path) -> "Shard":
-        """Read a shard by its JSON file.
-
-        Raises:
-            OSError, ValueError, KeyError, TypeError: it is incomplete.
-        """
+        """Read a shard by its JSON file."""
         path, values = note.with_suffix(".npy"), json.loads(note.read_bytes())
         start, stop = map(int, values["rows"])
         failed = tuple(FailedImage.parse(failure) for failure in values["failed"])
@@ -123,11 +119,7 @@ class ShardStore:
         return range(number * self.shard_rows, min(self.count, (number + 1) * self.shard_rows))
 
     def load(self, number: int) -> Shard | None:
-        """Return a complete shard after verifying its checksum; None if it is still to do.
-
-        Raises:
-            ArtifactError: the shard is corrupted.
-        """
+        """Return a complete shard after verifying its checksum; None if it is still to do."""
         note, path = self._paths(number)
         if not note.exists():
             return None
@@ -157,11 +149,7 @@ class ShardStore:
         pixel_hashes: NDArray[np.uint64],
         location_hashes: NDArray[np.uint64],
     ) -> Shard:
-        """Write a shard: float32 (m, E) of the rows that did not fail, and hashes as in `Shard`.
-
-        Raises:
-            OSError: the disk is full or cannot be written.
-        """
+        """Write a shard: float32 (m, E) of the rows that did not fail, and hashes as in `Shard`."""
         note, path = self._paths(number)
         span = self.span(number)
         if vectors.shape != (len(span) - len(failed), self.dim):
@@ -180,11 +168,7 @@ class ShardStore:
         return Shard(path, span.start, span.stop, tuple(failed), pixel_hashes, location_hashes)
 
     def reopen(self, number: int) -> None:
-        """Mark a complete shard as to do, for every machine that sees the store.
-
-        Raises:
-            OSError: the store cannot be written.
-        """
+        """Mark a complete shard as to do, for every machine that sees the store."""
         self._paths(number)[0].unlink(missing_ok=True)
 
     def _paths(self, number: int) -> tuple[Path, Path]:

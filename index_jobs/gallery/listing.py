@@ -12,7 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,17 +67,10 @@ class GalleryImage:
     fields: Record = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str  # relative, with forward slashes
-    size: int
-    version: int
-
-
 def list_folder(root: str) -> Iterator[GalleryImage]:
     """Return the images of a folder, and of the tars in it, sorted by name."""
     skipped = Counter[str]()
-    files = list(_remote_files(root, skipped) if is_url(root) else _local_files(root, skipped))
+    files = list(_remote_files(root, skipped) if is_url(root) else _local_files(root, skipped))  # tars included
     metadata = GalleryMetadata.of_folder(root, (file.name for file in files))
     if metadata is None and not is_url(root):
         metadata = GalleryMetadata.from_annotations(root)
@@ -86,8 +79,7 @@ def list_folder(root: str) -> Iterator[GalleryImage]:
         if file_suffix(file.name) == ".tar":
             images += _tar_images(root, file, metadata)
         elif has_image_suffix(file.name):
-            fields = metadata.find(file.name) if metadata else {}
-            images.append(GalleryImage(file.name, file.name, WHOLE_FILE, file.size, file.version, fields))
+            images.append(replace(file, fields=metadata.find(file.name)) if metadata else file)
     if metadata and images:
         metadata.report_unused()
     for kind, count in skipped.most_common():
@@ -106,15 +98,11 @@ def list_tar(place: str) -> Iterator[GalleryImage]:
         stat = Path(place).stat()
         size, version = stat.st_size, stat.st_mtime_ns
     name = place.partition("::")[0].rpartition("/")[2] if is_url(place) else Path(place).name
-    return _sorted_by_name(_tar_images(root, _File(name, size, version), None))
+    return _sorted_by_name(_tar_images(root, GalleryImage(name, name, WHOLE_FILE, size, version), None))
 
 
 def list_rows(place: str) -> Iterator[GalleryImage]:
-    """Yield the images of a list, in its order.
-
-    Raises:
-        DataError: no column of images, no row, or a row without an image. The message names the row.
-    """
+    """Yield the images of a list, in its order."""
     root, column, line, protocols = parent_folder(place), "", 0, set[str]()
     for line, record in read_gallery_records(place):
         column = column or next((name for name in PATH_COLUMNS if name in record), "")
@@ -149,7 +137,7 @@ def list_rows(place: str) -> Iterator[GalleryImage]:
         raise DataError(f"the list {place} has no rows")
 
 
-def _local_files(root: str, skipped: Counter[str]) -> Iterator[_File]:
+def _local_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
     def fail(error: OSError) -> None:
         raise error
 
@@ -165,16 +153,16 @@ def _local_files(root: str, skipped: Counter[str]) -> Iterator[_File]:
                 continue
             try:
                 stat = os.stat(os.path.join(directory, name))  # noqa: PTH116, PTH118  called for millions
-                yield _File(relative, stat.st_size, stat.st_mtime_ns)
+                yield GalleryImage(relative, relative, WHOLE_FILE, stat.st_size, stat.st_mtime_ns)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     raise
-                yield _File(relative, 0, 0)  # a broken link counts as an unreadable image
+                yield GalleryImage(relative, relative, WHOLE_FILE, 0, 0)  # a broken link counts as an unreadable image
     if linked_folders:
         logger.warning("%d links to folders are not followed, such as %s", len(linked_folders), linked_folders[0])
 
 
-def _remote_files(root: str, skipped: Counter[str]) -> Iterator[_File]:
+def _remote_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
     fs, path = file_system(root)
     base = path.rstrip("/")
     files: dict[str, dict[str, Any]] = fs.find(path, detail=True)
@@ -184,7 +172,7 @@ def _remote_files(root: str, skipped: Counter[str]) -> Iterator[_File]:
         relative = full.removeprefix(base).lstrip("/")
         is_hidden = any(part.startswith(".") for part in relative.split("/"))
         if not is_hidden and _is_read(root, relative, skipped):
-            yield _File(relative, int(info.get("size") or 0), remote_version(info))
+            yield GalleryImage(relative, relative, WHOLE_FILE, int(info.get("size") or 0), remote_version(info))
 
 
 def _is_read(root: str, name: str, skipped: Counter[str]) -> bool:
@@ -201,7 +189,7 @@ def _is_read(root: str, name: str, skipped: Counter[str]) -> bool:
     return False
 
 
-def _tar_images(root: str, file: _File, metadata: GalleryMetadata | None) -> list[GalleryImage]:
+def _tar_images(root: str, file: GalleryImage, metadata: GalleryMetadata | None) -> list[GalleryImage]:
     """Return the images of a tar, with the members of the same stem (.json, .txt, .cls) as their metadata."""
     place = join_location(root, file.name)
     with open_location(place) as tar:

@@ -43,11 +43,7 @@ class GalleryMetadata:
 
     @classmethod
     def read(cls, path: str) -> "GalleryMetadata":
-        """Read a metadata file, by `file_name`.
-
-        Raises:
-            DataError: it cannot be used.
-        """
+        """Read a metadata file, by `file_name`."""
         records: dict[str, Record] = {}
         lines: dict[str, int] = {}
         for line, record in read_gallery_records(path):
@@ -68,9 +64,6 @@ class GalleryMetadata:
         """Read a folder's annotations for training (`train.json`, `pairs.csv`, ...), if there are any.
 
         Tars are left out: their images have metadata of their own.
-
-        Raises:
-            BadRowsError: too many of their rows cannot be used.
         """
         records: dict[str, Record] = {}
         try:
@@ -98,11 +91,7 @@ class GalleryMetadata:
 
     @classmethod
     def of_folder(cls, folder: str, names: Iterable[str]) -> "GalleryMetadata | None":
-        """Read the folder's metadata file, if there is one among the names of its files.
-
-        Raises:
-            DataError: there are two, or it cannot be used.
-        """
+        """Read the folder's metadata file, if there is one among the names of its files."""
         present = set(names)
         files = [name for name in METADATA_FILES if name in present]
         if len(files) > 1:
@@ -118,11 +107,7 @@ class GalleryMetadata:
         return {}
 
     def report_unused(self) -> None:
-        """Warn about records without an image.
-
-        Raises:
-            DataError: no record has an image, so the names must be of another form.
-        """
+        """Warn about records without an image."""
         unused = [name for name in self._records if name not in self._used]
         if unused and not self._used:
             raise DataError(

@@ -72,12 +72,7 @@ def file_suffix(place: str) -> str:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL in fsspec, and the path in it.
-
-    Raises:
-        MissingExtraError: the protocol needs a package that is not installed.
-        DataError: there is no such protocol.
-    """
+    """Return the file system of a URL in fsspec, and the path in it."""
     import fsspec
 
     try:
@@ -93,11 +88,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def open_location(place: str) -> BinaryIO:
-    """Open a file for reading at any position.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Open a file for reading at any position."""
     if not is_url(place):
         return _open_file(place)
     fs, path = file_system(place)

@@ -39,11 +39,7 @@ Exit codes:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "800MiB"; a bare number is bytes.
-
-    Raises:
-        typer.BadParameter: the text is no size.
-    """
+    """Return the bytes of a size such as "800MiB"; a bare number is bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match or not float(match[1]):
         raise typer.BadParameter(f"{text!r} is no size; give one such as 800MiB or 4GiB")
@@ -52,11 +48,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str | float) -> float:
-    """Return a number from 0 to 1.
-
-    Raises:
-        typer.BadParameter: the text is no such number.
-    """
+    """Return a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -67,11 +59,7 @@ def parse_share(text: str | float) -> float:
 
 
 def parse_service(text: str) -> str:
-    """Return the URL of a service that can be notified.
-
-    Raises:
-        typer.BadParameter: the URL has another scheme.
-    """
+    """Return the URL of a service that can be notified."""
     if not text.startswith(SCHEMES):
         raise typer.BadParameter(f"must begin with one of {', '.join(SCHEMES)}, not {text!r}")
     return text

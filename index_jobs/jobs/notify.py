@@ -2,7 +2,7 @@
 
 - `redis://...` publishes on a channel that services with the same Redis subscribe to.
 - `http(s)://...` posts to the admin route of one service, with the key in DCAR_ADMIN_KEY.
-- An unreachable service is no failure: the version is published, and services poll CURRENT.
+- An unreachable service does not fail the job: the version is published, and services poll CURRENT.
 - Redirects are not followed, since they could take the key elsewhere.
 """
 

@@ -8,18 +8,20 @@
 - Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import DataError
+from dcar_core.util.files import canonical_json
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.options import RebuildOptions
 from index_jobs.store.artifact import Artifact
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 1000
+PAIRS_SIGNATURE = "pairs_signature"  # in the manifest's cut-off
 _RANKS = (1, 10)
 _FILE_SCHEME = "file://"
 _AMBIGUOUS = -1  # instead of a row
@@ -43,11 +46,17 @@ _ImageKey = str | tuple[str, int]  # a name, or a file and the offset of an imag
 
 @dataclass(frozen=True)
 class QueryPairs:
-    """Texts, the ids of their images, and their source: "validation" or "captions"."""
+    """Texts, the ids and gallery rows of their images, and their source: "validation" or "captions"."""
 
     texts: list[str]
     ids: list[str]
+    rows: list[int]
     source: str
+
+    @property
+    def signature(self) -> str:
+        """Hash of texts and ids, to recognise a changed validation split."""
+        return hashlib.sha256(canonical_json([self.texts, self.ids])).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,6 @@ class GateVerdict:
     source: str = ""
     serving: dict[str, float] | None = None
     rebuilt: dict[str, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the values for the JSON summary."""
-        return asdict(self)
 
 
 def find_pairs(gallery: "Gallery", validation: Path | None) -> QueryPairs | None:
@@ -103,8 +108,8 @@ def _validation_pairs(gallery: "Gallery", data: Path) -> QueryPairs:
     if len(pairs) < len(keyed):
         logger.info("%d of %d validation pairs have their image in the gallery", len(pairs), len(keyed))
     pairs = pairs[:: -(-len(pairs) // MAX_PAIRS)]
-    ids = _cells(gallery.table["id"], [row for _, row in pairs])
-    return QueryPairs([text for text, _ in pairs], ids, "validation")
+    chosen = [row for _, row in pairs]
+    return QueryPairs([text for text, _ in pairs], _cells(gallery.table["id"], chosen), chosen, "validation")
 
 
 def _recognition(gallery: "Gallery") -> str:
@@ -178,7 +183,7 @@ def _caption_pairs(gallery: "Gallery") -> QueryPairs | None:
     if not len(rows):
         return None
     chosen = rows[:: -(-len(rows) // MAX_PAIRS)].tolist()
-    return QueryPairs(_cells(captions, chosen), _cells(gallery.table["id"], chosen), "captions")
+    return QueryPairs(_cells(captions, chosen), _cells(gallery.table["id"], chosen), chosen, "captions")
 
 
 def pass_uncompared(reason: str, margin: float) -> GateVerdict:

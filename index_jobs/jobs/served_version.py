@@ -36,53 +36,33 @@ class ServedVersion:
             return None
 
     def require_model(self, fingerprint: str, pairs: "quality_gate.QueryPairs | None") -> None:
-        """Check that the model loads, if the comparison needs it, and release it: encoding may need the memory.
-
-        Raises:
-            CheckpointError: it cannot be loaded, and force is not set.
-        """
-        from dcar_core import Encoder
-
-        if pairs is None or self.artifact.manifest.fingerprint == fingerprint:
-            return
-        try:
-            Encoder.load(self.artifact.checkpoint, device="cpu")
-        except (CheckpointError, ModelError) as error:
-            if not self.force:
-                raise self._incomparable(error) from error
-            logger.warning("%s", self._reason(error))
+        """Check that the model loads, if the comparison needs it, and release it: encoding may need the memory."""
+        if pairs is not None and self.artifact.manifest.fingerprint != fingerprint:
+            self._load_encoder("cpu")
 
     def compare(
-        self,
-        rebuilt: Artifact,
-        encoder: "Encoder",
-        pairs: "quality_gate.QueryPairs | None",
-        *,
-        margin: float,
-        device: str,
+        self, rebuilt: Artifact, encoder: "Encoder", pairs: "quality_gate.QueryPairs | None", margin: float, device: str
     ) -> "quality_gate.GateVerdict":
-        """Compare the rebuilt version, encoded by `encoder`, with this one.
-
-        Raises:
-            CheckpointError: this version's model cannot be loaded, and force is not set.
-        """
-        from dcar_core import Encoder
-
-        served_encoder = encoder
+        """Compare the rebuilt version, encoded by `encoder`, with this one."""
+        served_encoder: Encoder | str = encoder
         if pairs is not None and self.artifact.manifest.fingerprint != encoder.fingerprint:
-            try:
-                served_encoder = Encoder.load(self.artifact.checkpoint, device=device)
-            except (CheckpointError, ModelError) as error:
-                if not self.force:
-                    raise self._incomparable(error) from error
-                return quality_gate.pass_uncompared(self._reason(error), margin)
+            served_encoder = self._load_encoder(device)
+        if isinstance(served_encoder, str):
+            return quality_gate.pass_uncompared(served_encoder, margin)
         return quality_gate.compare(self.artifact, served_encoder, rebuilt, encoder, pairs, margin)
 
-    def _reason(self, error: Exception) -> str:
-        version = self.artifact.manifest.version
-        return f"the served version {version} cannot be compared, because its model cannot be loaded: {error}"
+    def _load_encoder(self, device: str) -> "Encoder | str":
+        """Return the model; with force, the reason if it cannot be loaded."""
+        from dcar_core import Encoder
 
-    def _incomparable(self, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{self._reason(error)}; restore the files of its model, or publish without a comparison by --force"
-        )
+        try:
+            return Encoder.load(self.artifact.checkpoint, device=device)
+        except (CheckpointError, ModelError) as error:
+            version = self.artifact.manifest.version
+            reason = f"the served version {version} cannot be compared, because its model cannot be loaded: {error}"
+            if not self.force:
+                raise CheckpointError(
+                    f"{reason}; restore the files of its model, or publish without a comparison by --force"
+                ) from error
+            logger.warning("%s", reason)
+            return reason

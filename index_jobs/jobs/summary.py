@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ def summarize(
         kind=manifest.kind,
         reason=manifest.reason,
         measured=manifest.measured,
-        gate=verdict.to_dict() if verdict else None,
+        gate=asdict(verdict) if verdict else None,
         notified=notified or {},
         hint=hint if unread and published else "",
     )

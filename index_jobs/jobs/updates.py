@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
 from index_jobs.building import kinds
 from index_jobs.building.build import build_index
@@ -106,20 +106,14 @@ def add(
     gallery: str | Path,
     *,
     replace_existing: bool = False,
-    keep: int = RebuildOptions.keep,
-    workers: int | None = None,
-    batch_size: int = RebuildOptions.batch_size,
-    max_failed: float = RebuildOptions.max_failed,
-    device: str = "auto",
-    runtime: str = "torch",
-    progress: bool = True,
+    **options: Any,
 ) -> UpdateSummary:
     """Publish a version with the images of another gallery added.
 
     Args:
         gallery: a folder, tar or list; see `index_jobs.gallery.scan`.
         replace_existing: an item of the gallery replaces the one with its id; otherwise such an id is an error.
-        keep, workers, batch_size, max_failed, device, runtime, progress: as in `rebuild`.
+        options: keep, workers, batch_size, max_failed, device, runtime and progress of `RebuildOptions`.
 
     Raises:
         DataError: the gallery cannot be used, too many images are broken, an id exists already, or a field would get
@@ -139,15 +133,10 @@ def add(
                 f"{existing[0]!r}; --replace puts them in the place of those items"
             )
         _require_same_types(current, scanned, str(gallery))
-        replicas = choose_replicas(
-            scanned, current.checkpoint, index / WORK, device=device, exact=current.manifest.exact, runtime=runtime,
-            batch_size=batch_size,
-        )  # fmt: skip
+        settings = RebuildOptions(exact=current.manifest.exact, **options)
+        replicas = choose_replicas(scanned, current.checkpoint, index / WORK, settings)
         current.require(replicas[0].fingerprint)
-        encoded = encode_gallery(
-            scanned, replicas, index / WORK, workers=workers, batch_size=batch_size, max_failed=max_failed,
-            progress=progress,
-        )  # fmt: skip
+        encoded = encode_gallery(scanned, replicas, index / WORK, settings)
         rows = encoded.rows()
         encoded_ids = {ids[row] for row in rows.tolist()}
         replaced = [item_id for item_id in existing if item_id in encoded_ids]  # a broken image replaces nothing
@@ -156,7 +145,7 @@ def add(
         shared = publish.share_files(current.path, staging, _unchanged_files(current.manifest, manifest))
         if manifest.has_lexical:
             shared = _update_lexical(staging, manifest, shared)
-        manifest = publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
+        manifest = publish.publish_version(index, staging, manifest, keep=settings.keep, shared=shared)
         publish.remove_directory(index, index / WORK)
     return UpdateSummary(
         manifest.version, manifest.count, len(rows), len(replaced), len(encoded.failed), manifest.rebuild
@@ -171,12 +160,17 @@ def _write_addition(
     Args:
         removed: the removed rows of the current version, replaced items included.
     """
-    additions, manifest = _Additions(current), current.manifest
-    rows = encoded.rows()
-    kept = additions.count_kept(len(rows))
+    manifest, rows = current.manifest, encoded.rows()
+    kept = _count_kept(manifest.additions, len(rows))
     folder = f"added-{manifest.version + 1}"
     (staging / folder).mkdir()
-    tables, blocks = additions.live_parts(kept, removed)
+    tables, blocks = [], []
+    start = merged_from = current.rows - sum(addition.count for addition in manifest.additions[kept:])
+    for addition in manifest.additions[kept:]:
+        live = np.setdiff1d(np.arange(start, start + addition.count), removed)
+        tables.append(Items(current.path / addition.folder / ITEMS).table(live - start))
+        blocks.append(current.vectors(live))
+        start += addition.count
     table = pa.concat_tables([*tables, take_rows(_absolute_table(gallery), rows)])
     built = build_index(
         lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
@@ -186,15 +180,12 @@ def _write_addition(
     write_failed(staging / folder / FAILED, gallery, encoded.failed)
     write_faiss(built.index, staging / folder / VECTORS)
     write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
-    start = int(additions.starts[kept])
-    removed = removed[removed < start]  # merged additions lose their removed rows
+    removed = removed[removed < merged_from]  # merged additions lose their removed rows
     if len(removed):
         write_removed(staging / REMOVED, removed)
     sources = [source for addition in manifest.additions[kept:] for source in addition.sources]
-    addition = Addition(
-        folder=folder, count=table.num_rows, kind=built.choice.factory, sources=[*sources, gallery.source]
-    )
-    return _updated_manifest(manifest, start + table.num_rows, removed, [*manifest.additions[:kept], addition])
+    added = Addition(folder=folder, count=table.num_rows, kind=built.choice.factory, sources=[*sources, gallery.source])
+    return _updated_manifest(manifest, merged_from + table.num_rows, removed, [*manifest.additions[:kept], added])
 
 
 def _update_lexical(staging: Path, manifest: Manifest, shared: dict[str, FileInfo]) -> dict[str, FileInfo]:
@@ -214,32 +205,14 @@ def _unchanged_files(before: Manifest, after: Manifest) -> dict[str, FileInfo]:
     return {name: info for name, info in before.files.items() if not name.startswith(changed)}
 
 
-class _Additions:
-    """The additions of a version, of which small ones are merged into the next."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self._additions = artifact.manifest.additions
-        counts = [addition.count for addition in self._additions]
-        self.starts = artifact.rows - sum(counts) + np.cumsum([0, *counts])  # first row of each, and the end
-
-    def count_kept(self, new_rows: int) -> int:
-        """Return how many additions stay as they are; the later ones are merged with the new rows."""
-        kept = len(self._additions)
-        for addition in reversed(self._additions):
-            if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * new_rows, ADDED_ROWS - new_rows):
-                break
-            kept, new_rows = kept - 1, new_rows + addition.count
-        return kept
-
-    def live_parts(self, kept: int, removed: Rows) -> tuple[list[pa.Table], list[Floats]]:
-        """Return items and vectors of the merged additions, without removed rows."""
-        tables, blocks = [], []
-        for addition, start in zip(self._additions[kept:], self.starts[kept:].tolist(), strict=False):
-            rows = np.setdiff1d(np.arange(start, start + addition.count), removed)
-            tables.append(Items(self._artifact.path / addition.folder / ITEMS).table(rows - start))
-            blocks.append(self._artifact.vectors(rows))
-        return tables, blocks
+def _count_kept(additions: Sequence[Addition], new_rows: int) -> int:
+    """Return how many additions stay as they are; the later ones are merged with the new rows."""
+    kept = len(additions)
+    for addition in reversed(additions):
+        if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * new_rows, ADDED_ROWS - new_rows):
+            break
+        kept, new_rows = kept - 1, new_rows + addition.count
+    return kept
 
 
 def _rows_of(artifact: Artifact, ids: Sequence[str]) -> Rows:

@@ -1,13 +1,15 @@
-"""Files of a new version besides the model: measured vectors in FAISS or Milvus, and the items."""
+"""Contents of a version besides the model: measured vectors in FAISS or Milvus, the items, and the score cut-off."""
 
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcar_core.serving.score_cutoff import compute_cutoff
 from dcar_core.util.errors import DcarError
 from index_jobs.building import kinds
 from index_jobs.building.build import build_index
@@ -17,6 +19,7 @@ from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_duplicates, write_failed
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery
+from index_jobs.jobs.quality_gate import PAIRS_SIGNATURE, QueryPairs
 from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
 from index_jobs.store.faiss_index import write_faiss
@@ -34,12 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_kinds(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[IndexChoice]:
-    """Return the kinds that may be built, the best first; see `index_jobs.building.kinds`.
-
-    Raises:
-        DataError: FAISS or Milvus does not offer the kind.
-        MissingExtraError: a GPU kind without a GPU.
-    """
+    """Return the kinds that may be built, the best first; see `index_jobs.building.kinds`."""
     if not options.milvus:
         return kinds.choose_kinds(options.kind, count, dim, memory=options.memory, gpu_memory=gpu_memory)
     milvus.require_kind(options.kind)
@@ -47,11 +45,7 @@ def choose_kinds(options: RebuildOptions, count: int, dim: int, gpu_memory: int)
 
 
 def require_disk_space(out: Path, gallery: Gallery, store: ShardStore, choice: IndexChoice) -> None:
-    """Check that the disk can hold the index, by a lower bound of its size, before images are encoded.
-
-    Raises:
-        DcarError: there is less space; the message says how much is needed.
-    """
+    """Check that the disk can hold the index, by a lower bound of its size, before images are encoded."""
     vectors = 4 * store.dim * (len(gallery) - store.stored_rows())
     needed = vectors + choice.bytes + gallery.table.nbytes
     free = shutil.disk_usage(out).free
@@ -71,13 +65,7 @@ def stage_vectors(
     choices: Sequence[IndexChoice],
     queries: HeldOutQueries | None,
 ) -> tuple[IndexChoice, dict[str, Any]]:
-    """Write the vectors into the staged version and return the built kind with its measurements.
-
-    Raises:
-        DataError: the kind needs more vectors than there are.
-        ArtifactError: Milvus cannot be reached.
-        OSError: the disk is full or cannot be written.
-    """
+    """Write the vectors into the staged version and return the built kind with its measurements."""
     target, dim, blocks = options.target_recall, encoder.dim, encoded.blocks
     if not options.milvus:
         built = build_index(blocks, len(encoded), dim, choices, queries, target=target)
@@ -91,11 +79,7 @@ def stage_vectors(
 
 
 def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery, text_fields: Sequence[str] | None) -> None:
-    """Write items, their words, failures and duplicates.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
+    """Write items, their words, failures and duplicates."""
     rows = encoded.rows()
     write_items(staging / ITEMS, gallery.table, rows)
     write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), text_fields))
@@ -104,6 +88,27 @@ def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery, text_f
     write_duplicates(staging / DUPLICATES, gallery, duplicates)
     if duplicates:
         logger.info("%d images equal an earlier one; %s lists them", len(duplicates), DUPLICATES)
+
+
+def calibrate_cutoff(pairs: QueryPairs, encoder: "Encoder", encoded: EncodedGallery) -> dict[str, Any]:
+    """Return the manifest's `cutoff`: the meaning of `min_score: "auto"` by validation pairs, and their signature.
+
+    The score of a pair is that of its text, encoded as a query, and the vector of its image in the gallery. There is no
+    min_score if no image of the pairs has a vector.
+    """
+    rows = encoded.rows()
+    has_vector = np.isin(pairs.rows, rows)
+    texts = [text for text, is_scored in zip(pairs.texts, has_vector, strict=True) if is_scored]
+    if not texts:
+        return {PAIRS_SIGNATURE: pairs.signature}
+    places = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
+    images, start = np.empty((len(places), encoder.dim), np.float32), 0
+    for block in encoded.blocks():  # one block in memory at a time
+        inside = (places >= start) & (places < start + len(block))
+        images[inside] = block[places[inside] - start]
+        start += len(block)
+    cutoff = compute_cutoff(np.einsum("ne,ne->n", encoder.encode_text(texts), images))
+    return asdict(cutoff) | {PAIRS_SIGNATURE: pairs.signature}
 
 
 def caption_queries(table: "pa.Table", encoder: "Encoder") -> HeldOutQueries | None:

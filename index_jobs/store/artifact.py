@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,8 +26,6 @@ from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMO
 from index_jobs.store.segments import Segment, Segments, read_removed
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from index_jobs.store.faiss_index import VectorIndex
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
@@ -50,12 +48,7 @@ class Item:
         return value
 
 
-def _read_item(segments: Segments, row: int) -> Item:
-    segment, place = segments.locate(row)
-    return Item(*(segment.items.cell(place, column) for column in ("id", "caption", "category", "metadata")))
-
-
-class Artifact:
+class Artifact(Segments):
     """One opened version. image_access: limits on the images that are read; None for no limit."""
 
     image_access: ImageAccess | None = None
@@ -69,10 +62,10 @@ class Artifact:
         self.path = path
         self.manifest = Manifest.read(path / MANIFEST)
         self._check_sizes()
-        self._segments = self._open()
-        self._item = lru_cache(_CACHED_ITEMS)(partial(_read_item, self._segments))
+        super().__init__(*self._open())
+        self._items: dict[int, Item] = {}
 
-    def _open(self) -> Segments:
+    def _open(self) -> tuple[list[Segment], Rows]:
         from index_jobs.store.faiss_index import FaissIndex
         from index_jobs.store.items import Items
 
@@ -93,7 +86,7 @@ class Artifact:
         removed = read_removed(path / REMOVED) if manifest.removed else np.empty(0, np.int64)
         if len(removed) != manifest.removed or (len(removed) and not 0 <= removed.min() <= removed.max() < total):
             raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
-        return Segments(segments, removed)
+        return segments, removed
 
     def _open_vectors(self) -> "VectorIndex":
         if self.manifest.milvus:
@@ -139,57 +132,27 @@ class Artifact:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        mask = None if allowed is None else as_mask(allowed, self.rows)
-        return self._segments.search(vectors, k, mask)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, removed ones included: row numbers are 0..rows - 1."""
-        return self._segments.rows
-
-    @property
-    def live(self) -> Mask:
-        """bool (rows,), read-only: false where an item was removed. Searches find live rows only."""
-        return self._segments.live
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """Arrow types of the fields that filters accept: id, caption, category and the metadata fields."""
-        return self._segments.fields
-
-    def column(self, name: str) -> "pa.ChunkedArray":
-        """Return one field of every row, memory-mapped, null where an item has none; for filters.
-
-        Raises:
-            DataError: no item has such a field.
-        """
-        return self._segments.column(name)
+        return super().search(vectors, k, None if allowed is None else as_mask(allowed, self.rows))
 
     def item(self, row: int) -> Item:
-        """Return the item of a row.
+        """Return one item by its row; the items of recent searches are cached.
 
         Raises:
-            IndexError: there is no such row, or it was removed.
+            IndexError: the row does not exist, or it was removed.
         """
-        return self._item(row)
-
-    def row_of(self, item_id: str) -> int | None:
-        """Return the row of an id, None if there is no such item."""
-        return self._segments.row_of(item_id)
+        if (cached := self._items.get(row)) is not None:
+            return cached
+        segment, place = self.locate(row)
+        item = Item(*(segment.items.cell(place, column) for column in ("id", "caption", "category", "metadata")))
+        if len(self._items) >= _CACHED_ITEMS:
+            self._items.clear()
+        self._items[row] = item
+        return item
 
     def vector(self, row: int) -> Floats:
         """Return the vector of one row, float32 (E,); see `vectors`."""
         vector: Floats = self.vectors(np.array([row]))[0]
         return vector
-
-    def vectors(self, rows: Rows) -> Floats:
-        """Return the vectors of some rows, float32 (m, E), normalised; approximate for a compressing kind.
-
-        Raises:
-            IndexError: there is no such row.
-            ArtifactError: this kind of index cannot reconstruct vectors.
-        """
-        return self._segments.vectors(rows)
 
     def image_bytes(self, row: int) -> bytes:
         """Return the file of the row's image; see `open_image`."""
@@ -201,10 +164,10 @@ class Artifact:
         """Open the row's image in the gallery at its first byte, and return its number of bytes.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: the row does not exist.
             ArtifactError: the image cannot be read.
         """
-        segment, place = self._segments.locate(row)
+        segment, place = self.locate(row)
         location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
         try:
             if self.image_access is not None:

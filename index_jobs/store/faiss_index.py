@@ -48,7 +48,7 @@ class FaissIndex:
     """A FAISS index on disk. Safe for concurrent searches."""
 
     def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
-        """Wrap an index on the CPU. With on_gpu, a copy on the GPU answers searches among all rows."""
+        """Wrap an index on the CPU. With on_gpu, a copy on the GPU serves the searches among all rows."""
         self._index = index
         self._unfiltered = GpuSearch(index) if on_gpu else index
         self.count, self.dim = int(index.ntotal), int(index.d)
@@ -99,11 +99,7 @@ class FaissIndex:
         return cached
 
     def vectors(self, rows: Rows) -> Floats:
-        """As `VectorIndex.vectors`.
-
-        Raises:
-            ArtifactError: this kind of index cannot reconstruct vectors.
-        """
+        """As `VectorIndex.vectors`."""
         try:
             vectors: Floats = self._index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
         except RuntimeError as error:
@@ -116,9 +112,6 @@ def write_faiss(index: Any, path: Path) -> None:
     """Write a FAISS index completely or not at all.
 
     FAISS overlooks errors on closing a file, as on a full disk, so it writes through Python's own file.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
     """
     import faiss
 

@@ -67,7 +67,7 @@ class WideSearch:
         import faiss
 
         self._index = index
-        innermost, self._factor = _innermost(index)
+        innermost, self._factor, _ = _innermost(index)
         self._list_count, self._row_count = 0, int(index.ntotal)
         self.tuned = self.maximum = 0
         if isinstance(innermost, faiss.IndexIVF):
@@ -140,7 +140,10 @@ def search_selection(index: Any, vectors: Floats, k: int, selection: RowSelectio
 
     if selection.count == 0:
         return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
-    innermost, transformed = _transform(index, vectors)
+    innermost, _, transforms = _innermost(index)
+    transformed = vectors
+    for transform in transforms:
+        transformed = transform.apply(transformed)
     scans_every_row = isinstance(innermost, faiss.IndexFlat | faiss.IndexScalarQuantizer)
     if selection.count <= EXACT_UP_TO and not (scans_every_row and selection.share > _SELECTOR_SHARE):
         return _search_exactly(index, vectors, k, selection.rows)
@@ -155,30 +158,22 @@ def search_selection(index: Any, vectors: Floats, k: int, selection: RowSelectio
     return scores, rows
 
 
-def _innermost(index: Any) -> tuple[Any, float]:
-    """Return the index inside transforms and refinements, and the factor of results that refinements request of it."""
+def _innermost(index: Any) -> tuple[Any, float, list[Any]]:
+    """Return the index inside transforms and refinements.
+
+    The other values are the factor of results that refinements request of it, and the transforms of its vectors.
+    """
     import faiss
 
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _innermost(index.index)
-    if isinstance(index, faiss.IndexRefine):
-        innermost, factor = _innermost(index.base_index)
-        return innermost, factor * index.k_factor
-    return index, 1.0
-
-
-def _transform(index: Any, vectors: Floats) -> tuple[Any, Floats]:
-    """Return the innermost index, and the vectors as it receives them."""
-    import faiss
-
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        chain: Any = index.chain
-        for place in range(chain.size()):
-            vectors = faiss.downcast_VectorTransform(chain.at(place)).apply(vectors)
-        return _transform(index.index, vectors)
-    return _transform(index.base_index, vectors) if isinstance(index, faiss.IndexRefine) else (index, vectors)
+    index, factor, transforms = faiss.downcast_index(index), 1.0, []
+    while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
+        if isinstance(index, faiss.IndexRefine):
+            factor, index = factor * index.k_factor, faiss.downcast_index(index.base_index)
+        else:
+            chain: Any = index.chain
+            transforms += [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
+            index = faiss.downcast_index(index.index)
+    return index, factor, transforms
 
 
 def _parameters(index: Any, selector: Any, width: int = 0) -> Any:

@@ -196,11 +196,7 @@ def _integer_bound(name: str, bound: float) -> tuple[str, int]:
 
 
 def _checked_value(value: Any, member_type: "pa.DataType", field: str) -> Any:
-    """Return the value if a field of this type can have it.
-
-    Raises:
-        FilterError: it cannot.
-    """
+    """Return the value if a field of this type can have it."""
     import pyarrow as pa
 
     if member_type == pa.bool_():

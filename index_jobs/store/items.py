@@ -30,9 +30,6 @@ def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
 
     Arrow's own `take` joins a whole column of text first. That copies the table for a few rows, and fails for more than
     2 GiB of text.
-
-    Raises:
-        ValueError: the rows do not ascend.
     """
     if (np.diff(rows) < 0).any():
         raise ValueError("rows must ascend")
@@ -46,11 +43,7 @@ def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
 
 
 def write_items(path: Path, table: pa.Table, rows: Rows) -> None:
-    """Write the chosen rows of a gallery's table, ascending.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
+    """Write the chosen rows of a gallery's table, ascending."""
     columns = table.select(COLUMNS)
     by_id = pc.sort_indices(take_rows(columns.select(["id"]), rows)["id"]).to_numpy().astype(np.int64)
     fields = FieldTypes.infer(columns["metadata"])
@@ -71,11 +64,7 @@ class Items:
     """A memory-mapped items file. Safe for concurrent readers."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file.
-
-        Raises:
-            ArtifactError: the file is missing or no items file.
-        """
+        """Open the file."""
         try:
             # The map outlives the file's name, so a version may be removed while it is served.
             with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
@@ -100,11 +89,7 @@ class Items:
         return metadata | dict.fromkeys(_BUILT_IN_FIELDS, "string")
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return all rows of one field, memory-mapped.
-
-        Raises:
-            DataError: there is no such field; the message lists those that exist.
-        """
+        """Return all rows of one field, memory-mapped."""
         place = self._schema.get_field_index(name if name in _BUILT_IN_FIELDS else _FIELD + name)
         if place < 0:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
@@ -116,11 +101,7 @@ class Items:
         return take_rows(pa.Table.from_batches(self._batches).select(COLUMNS), rows)
 
     def cell(self, row: int, column: str) -> Any:
-        """Return one cell.
-
-        Raises:
-            IndexError: there is no such row.
-        """
+        """Return one cell."""
         if not 0 <= row < self._count:
             raise IndexError(f"row {row} is not in 0..{self._count - 1}")
         return self._cells[column][row // _BATCH][row % _BATCH].as_py()

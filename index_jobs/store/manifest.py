@@ -82,11 +82,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Read a manifest.json.
-
-        Raises:
-            ArtifactError: it is missing, changed, or of another format.
-        """
+        """Read a manifest.json."""
         try:
             values = json.loads(path.read_bytes())
             checksum = values.pop("checksum", None)

@@ -64,11 +64,7 @@ class MilvusLocation:
 
     @classmethod
     def read(cls, path: Path) -> "MilvusLocation":
-        """Read milvus.json.
-
-        Raises:
-            ArtifactError: it is missing or broken.
-        """
+        """Read milvus.json."""
         try:
             return cls(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
@@ -83,12 +79,7 @@ class MilvusIndex:
     """The collection of one version. Safe for concurrent searches."""
 
     def __init__(self, location: MilvusLocation) -> None:
-        """Connect to the collection.
-
-        Raises:
-            ArtifactError: Milvus cannot be reached, or the collection is missing or incomplete.
-            FingerprintError: the collection holds another encoder's vectors.
-        """
+        """Connect to the collection."""
         uri, self.count, self.dim, self._name = location.uri, location.count, location.dim, location.collection
         if not self._name.endswith(location.fingerprint[:_FINGERPRINT]):
             raise FingerprintError(
@@ -185,10 +176,6 @@ def create_collection(
         index: the index directory, which collections are named after.
         kind: auto, flat or hnsw.
         blocks: vectors, L2-normalised, in row order.
-
-    Raises:
-        DataError: Milvus does not offer the kind.
-        ArtifactError: Milvus cannot be reached.
     """
     require_kind(kind)
     client = connect(uri)
@@ -217,11 +204,7 @@ def create_collection(
 
 
 def require_kind(kind: str) -> None:
-    """Check that Milvus offers a kind.
-
-    Raises:
-        DataError: it does not; the message lists the kinds.
-    """
+    """Check that Milvus offers a kind."""
     if kind not in _TYPES:
         raise DataError(f"vectors in Milvus can be of kind {', '.join(_TYPES)}, not {kind!r}")
 
@@ -277,12 +260,7 @@ def collection_prefix(index: Path) -> str:
 
 
 def connect(uri: str) -> Any:
-    """Return a client.
-
-    Raises:
-        MissingExtraError: pymilvus is not installed.
-        ArtifactError: Milvus cannot be reached.
-    """
+    """Return a client."""
     try:
         from pymilvus import MilvusClient
     except ImportError:

@@ -55,12 +55,7 @@ def report_os_errors(index: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_staging(index: Path) -> Iterator[Path]:
-    """Lock the index for this writer and yield an empty staging directory, which is removed at the end.
-
-    Raises:
-        LockedError: another writer is at work.
-        OSError: the index directory cannot be written.
-    """
+    """Lock the index for this writer and yield an empty staging directory, which is removed at the end."""
     with _lock(index):
         versions = index / VERSIONS
         versions.mkdir(exist_ok=True)
@@ -117,9 +112,6 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = RebuildOptions.
 
     Args:
         keep: versions to keep, the new one included.
-
-    Raises:
-        OSError: the disk is full or cannot be written. CURRENT is then unchanged.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -134,11 +126,7 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = RebuildOptions.
 
 
 def share_files(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
-    """Put files of a published version into a staged one, as hard links where the file system has them.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
+    """Put files of a published version into a staged one, as hard links where the file system has them."""
     for name in files:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -156,7 +144,7 @@ def rollback(index: Path, to: int | None = None) -> int:
             the newest of all if CURRENT is lost or damaged.
 
     Raises:
-        ArtifactError: there is no such version, or it is incomplete; CURRENT is then unchanged.
+        ArtifactError: the version does not exist or is incomplete; CURRENT is then unchanged.
         LockedError: another writer is at work.
         DcarError: CURRENT cannot be written.
     """

@@ -37,13 +37,15 @@ class Segment:
 
 
 class Segments:
-    """All rows of a version. Safe for concurrent readers."""
+    """All rows of a version. Safe for concurrent readers.
+
+    rows: their number, removed ones included; row numbers are 0..rows - 1.
+    """
 
     def __init__(self, segments: Sequence[Segment], removed: Rows) -> None:
-        self._segments = segments
+        self._segments, self._removed = segments, removed
         self._starts = [0, *accumulate(segment.vectors.count for segment in segments)]
         self.rows = self._starts[-1]
-        self._removed = removed
 
     @cached_property
     def live(self) -> Mask:
@@ -68,7 +70,12 @@ class Segments:
         return merge_top_k(scores, rows, k)
 
     def vectors(self, rows: Rows) -> Floats:
-        """Return the vectors of rows int64 (m,): float32 (m, E)."""
+        """Return the vectors of rows int64 (m,): float32 (m, E), normalised; approximate for a compressing kind.
+
+        Raises:
+            IndexError: the row does not exist.
+            ArtifactError: this kind of index cannot reconstruct vectors.
+        """
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
             self.locate(int(row))  # raises
         vectors = np.empty((len(rows), self._segments[0].vectors.dim), np.float32)
@@ -82,7 +89,7 @@ class Segments:
         """Return the segment of a row, and the row's number in it.
 
         Raises:
-            IndexError: there is no such row, or it was removed.
+            IndexError: the row does not exist, or it was removed.
         """
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
@@ -101,12 +108,12 @@ class Segments:
 
     @cached_property
     def fields(self) -> dict[str, str]:
-        """Arrow types of the fields that `column` accepts, by name."""
+        """Arrow types of the fields that `column` accepts: id, caption, category and the metadata fields."""
         names = dict.fromkeys(name for segment in self._segments for name in segment.items.fields)
         return {name: str(_common_type(self._types(name))) for name in names}
 
     def column(self, name: str) -> "pa.ChunkedArray":
-        """Return one field of every row, null in segments without it.
+        """Return one field of every row, memory-mapped, null where an item lacks it; for filters.
 
         Raises:
             DataError: no segment has the field.
@@ -142,21 +149,13 @@ def _common_type(types: "list[pa.DataType]") -> "pa.DataType":
 
 
 def write_removed(path: Path, rows: Rows) -> None:
-    """Write the removed rows of a version.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
+    """Write the removed rows of a version."""
     with atomic_writer(path) as file:
         np.save(file, rows.astype(np.int64), allow_pickle=False)
 
 
 def read_removed(path: Path) -> Rows:
-    """Read the removed rows of a version, int64 (n,).
-
-    Raises:
-        ArtifactError: the file holds no row numbers.
-    """
+    """Read the removed rows of a version, int64 (n,)."""
     try:
         rows: Rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:

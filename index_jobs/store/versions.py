@@ -87,11 +87,7 @@ def open_current(index: Path) -> Artifact:
 
 
 def open_version(index: Path, version: int) -> Artifact:
-    """Open one version.
-
-    Raises:
-        ArtifactError: there is no such version, or it is incomplete.
-    """
+    """Open one version."""
     path = index / VERSIONS / str(version)
     if not path.is_dir():
         available = ", ".join(map(str, version_numbers(index))) or "none"
@@ -107,11 +103,7 @@ def version_numbers(index: Path) -> list[int]:
 
 
 def read_manifest(index: Path, version: int) -> Manifest:
-    """Read the manifest of a version.
-
-    Raises:
-        ArtifactError: it is missing, changed, or of another format.
-    """
+    """Read the manifest of a version."""
     return Manifest.read(index / VERSIONS / str(version) / MANIFEST)
 
 

@@ -266,7 +266,7 @@ def test_unreachable_store_is_an_error_before_encoding(
     def no_work(*given: object, **how: object) -> None:
         raise AssertionError("pictures were encoded for a Milvus that is not there")
 
-    monkeypatch.setattr("index_jobs.encoding.encode.encode_gallery", no_work)
+    monkeypatch.setattr("index_jobs.jobs.rebuild_run.encode_gallery", no_work)
     with pytest.raises(ArtifactError, match="cannot be reached"):
         rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus="http://127.0.0.1:9", progress=False)
 

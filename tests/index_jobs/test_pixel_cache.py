@@ -20,6 +20,7 @@ from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
+from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 
@@ -51,9 +52,12 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def run(gallery: Path, encoder: Encoder, work: Path, cache: PixelCache | None, workers: int = 0) -> EncodedGallery:
     return encode_gallery(
-        scan(gallery), encoder, work, workers=workers, batch_size=4, shard_rows=8, max_failed=0.5, progress=False,
+        scan(gallery),
+        encoder,
+        work,
+        RebuildOptions(workers=workers, batch_size=4, shard_rows=8, max_failed=0.5, progress=False),
         cache=cache,
-    )  # fmt: skip
+    )
 
 
 def vectors_of(encoded: EncodedGallery) -> np.ndarray:

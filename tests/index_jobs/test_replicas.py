@@ -14,6 +14,7 @@ from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.encoding.replicas import runtime_in_use
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary
+from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 
@@ -67,11 +68,11 @@ def test_begun_runtimes_are_preferred_then_faster_ones(
     gallery, encoder = scan(tiny_gallery), Encoder.load(tiny_checkpoint, device="cpu")
 
     def begin(runtime: str) -> None:
-        store = shard_store(gallery, encoder, runtime, tmp_path, 4, 8)
+        store = shard_store(gallery, encoder, runtime, tmp_path, RebuildOptions(batch_size=4, shard_rows=8))
         store.save(0, np.zeros((8, encoder.dim), np.float32), [], *[np.zeros(8, np.uint64)] * 2)
 
     def chosen(fastest: str, batch: int = 4) -> str:
-        return runtime_in_use(gallery, encoder, fastest, tmp_path, batch, 8)
+        return runtime_in_use(gallery, encoder, fastest, tmp_path, RebuildOptions(batch_size=batch, shard_rows=8))
 
     assert chosen("openvino") == "openvino"
     begin("torch-bf16")

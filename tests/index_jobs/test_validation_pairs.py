@@ -16,7 +16,6 @@ from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import quality_gate
-from index_jobs.jobs.cutoff_calibration import pairs_signature
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.files import write_jsonl
@@ -105,7 +104,7 @@ def test_name_of_several_images_identifies_none(tiny_data: Path, tmp_path: Path)
 def test_captions_of_several_images_are_no_queries(tmp_path: Path) -> None:
     table = pa.table({"caption": ["a cat", "", "a dog", "a dog"], "id": ["0", "1", "2", "3"]})
     assert quality_gate.find_pairs(Gallery("", str(tmp_path), table, "", ""), None) == quality_gate.QueryPairs(
-        ["a cat"], ["0"], "captions"
+        ["a cat"], ["0"], [0], "captions"
     )
 
 
@@ -117,7 +116,7 @@ def test_captions_are_taken_from_more_text_than_an_array_holds(tmp_path: Path) -
     ids = pa.array([str(row) for row in range(len(captions))])
     gallery = Gallery("", str(tmp_path), pa.table({"caption": captions, "id": ids}), "", "")
     assert quality_gate.find_pairs(gallery, None) == quality_gate.QueryPairs(
-        last.to_pylist(), ids[-10:].to_pylist(), "captions"
+        last.to_pylist(), ids[-10:].to_pylist(), list(range(len(ids) - 10, len(ids))), "captions"
     )
 
 
@@ -147,7 +146,7 @@ def test_cutoff_is_calibrated_on_validation_pairs(tiny_data: Path, tiny_checkpoi
 
 
 def test_other_texts_of_the_same_images_are_another_calibration() -> None:
-    one, other = (pairs_signature(quality_gate.QueryPairs([text], ["1"], "validation")) for text in ("a cat", "a dog"))
+    one, other = (quality_gate.QueryPairs([text], ["1"], [1], "validation").signature for text in ("a cat", "a dog"))
     assert one != other
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_jobs.jobs.cutoff_calibration import calibrate_cutoff
 from index_jobs.jobs.quality_gate import QueryPairs
-from index_jobs.jobs.version_writer import caption_queries
+from index_jobs.jobs.version_writer import calibrate_cutoff, caption_queries
 
 
 class Written:
@@ -48,10 +47,10 @@ def test_cutoff_is_computed_from_pairs_among_very_many(long: pa.ChunkedArray) ->
     vectors = np.zeros((len(rows), 4), np.float32)
     vectors[-2:] = [[0, 0, 0, 0.25], [0, 0, 0.5, 0]]
     encoded: Any = SimpleNamespace(rows=lambda: rows, blocks=lambda: iter(np.array_split(vectors, 9)))
-    gallery: Any = SimpleNamespace(table=pa.table({"id": long}))
-    pairs = QueryPairs(["xxx", "xx", "x"], ["a", "ccc", "bb"], "validation")
+    last = len(long) - 3  # "a", "bb" and "ccc"
+    pairs = QueryPairs(["xxx", "xx", "x"], ["a", "ccc", "bb"], [last, last + 2, last + 1], "validation")
     encoder: Any = Written()
-    found = calibrate_cutoff(gallery, pairs, encoder, encoded)
+    found = calibrate_cutoff(pairs, encoder, encoded)
     assert encoder.texts == ["xxx", "xx"], "bb has no vector"
     assert found["pairs"] == 2
     assert found["min_score"] == pytest.approx(np.quantile([0.25, 0.5], 0.05), abs=1e-4)

@@ -1,0 +1,193 @@
+"""The steps of a rebuild: encode, build, compare with the served version, publish, notify.
+
+- The checkpoint is copied first and loaded from the copy, so a version contains the model that encoded it.
+- Errors are found before the first image is encoded: lock, output, checkpoint, kind, validation pairs, the served
+  version's model, and disk space.
+- `out/work` keeps the vectors of the served version, and those of one rejected or interrupted rebuild.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcar_core.model.checkpoint import copy_checkpoint
+from dcar_core.runtimes.registry import AUTO
+from dcar_core.util.files import canonical_json
+from index_jobs.building.kinds import IndexChoice
+from index_jobs.encoding.devices import load_replicas
+from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.encoding_state import EncodedGallery, shard_store
+from index_jobs.encoding.pixel_cache import PixelCache
+from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
+from index_jobs.jobs.job import RebuildJob
+from index_jobs.jobs.notify import notify
+from index_jobs.jobs.quality_gate import GateVerdict
+from index_jobs.jobs.served_version import ServedVersion
+from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
+from index_jobs.jobs.version_writer import (
+    calibrate_cutoff,
+    caption_queries,
+    choose_kinds,
+    require_disk_space,
+    stage_items,
+    stage_vectors,
+)
+from index_jobs.store import gpu_search, milvus, publish
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.manifest import CHECKPOINT, Manifest
+
+if TYPE_CHECKING:
+    from dcar_core import Encoder
+
+logger = logging.getLogger(__name__)
+
+WORK = "work"
+_MARK_PREFIX = "of-"  # of an empty file among the shards that names the versions they belong to
+
+
+def run(job: RebuildJob) -> RebuildSummary:
+    """Publish what the job describes; see `index_jobs.jobs.job.rebuild`."""
+    options, gallery, out, pairs = job.options, job.gallery, job.out, job.pairs
+    with publish.open_staging(out) as staging:
+        checkpoint = staging / CHECKPOINT
+        copy_checkpoint(job.checkpoint, checkpoint)
+        replicas, runtime = _load_replicas(job, checkpoint)
+        encoder = replicas[0]
+        if not options.force and (current := job.find_published(fingerprint=encoder.fingerprint)):
+            return summarize(out, current, start=job.start)
+        uses_gpu = options.kind.startswith("gpu-") or (options.kind == "auto" and options.device.startswith("cuda"))
+        gpu_memory = gpu_search.free_gpu_memory() if uses_gpu else 0
+        expected = choose_kinds(options, len(gallery), encoder.dim, gpu_memory)[0]
+        if options.milvus:
+            milvus.connect(options.milvus).close()
+        store = shard_store(gallery, encoder, runtime, out / WORK, options)
+        served = ServedVersion.open(out, force=options.force)
+        if served is not None:
+            served.require_model(encoder.fingerprint, pairs)
+        _clean_work(out, store.path, served)
+        require_disk_space(out, gallery, store, expected)
+        encoded = _encode(job, replicas, runtime, checkpoint)
+        choices = choose_kinds(options, len(encoded), encoder.dim, gpu_memory)
+        manifest = _stage(job, staging, encoder, encoded, choices, runtime)
+        staged = publish.prepare_version(out, staging, manifest)
+        verdict = None if served is None else _require_no_worse(job, served, staged, encoded, encoder)
+        manifest = publish.commit_version(out, staged, keep=options.keep)
+        if served is not None:
+            _warn_of_lost_updates(served.artifact.manifest, manifest)
+        _keep_vectors(job, store.path, manifest)
+    notified = notify(options.notify, out, manifest.version)
+    return summarize(out, manifest, encoded, verdict, start=job.start, notified=notified)
+
+
+def _require_no_worse(
+    job: RebuildJob, served: ServedVersion, staged: Artifact, encoded: EncodedGallery, encoder: "Encoder"
+) -> GateVerdict:
+    """Compare the staged version with the served one."""
+    options, served_manifest = job.options, served.artifact.manifest
+    device = options.device.split(",")[0]
+    verdict = served.compare(staged, encoder, job.pairs, options.margin, device)
+    logger.info("compared with version %d: %s", served_manifest.version, verdict.reason)
+    if not verdict.passed and not options.force:
+        if not options.keep_shards:
+            publish.remove_directory(job.out, job.out / WORK)
+        kept = replace(served_manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
+        summary = summarize(job.out, kept, encoded, verdict, start=job.start, published=False)
+        raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
+    return verdict
+
+
+def _load_replicas(job: RebuildJob, checkpoint: Path) -> "tuple[list[Encoder], str]":
+    """Return encoders, and the runtime that encodes the images: on a cluster it is not theirs."""
+    options, work = job.options, job.out / WORK
+    if not options.ray:
+        replicas = choose_replicas(job.gallery, checkpoint, work, options)
+        return replicas, replicas[0].runtime.name
+    replicas = load_replicas(checkpoint, options.device, exact=options.exact)
+    if options.runtime != AUTO:
+        return replicas, options.runtime
+    return replicas, runtime_in_use(job.gallery, replicas[0], "torch", work, options)
+
+
+def _encode(job: RebuildJob, replicas: "list[Encoder]", runtime: str, checkpoint: Path) -> EncodedGallery:
+    options, work = job.options, job.out / WORK
+    cache = PixelCache.open(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
+    if options.ray:
+        from index_jobs.encoding.ray_cluster import encode_on_ray
+
+        return encode_on_ray(job.gallery, replicas[0], work, options, checkpoint=checkpoint, runtime=runtime)
+    return encode_gallery(job.gallery, replicas, work, options, cache)
+
+
+def _stage(
+    job: RebuildJob, staging: Path, encoder: "Encoder", encoded: EncodedGallery, choices: Sequence[IndexChoice],
+    runtime: str,
+) -> Manifest:  # fmt: skip
+    """Write vectors, items and failures, and return their manifest."""
+    options, gallery = job.options, job.gallery
+    logger.info("%d vectors: %s (%s)", len(encoded), choices[0].factory, choices[0].reason)
+    queries = caption_queries(gallery.table, encoder)
+    choice, measured = stage_vectors(staging, job.out, options, encoder, encoded, choices, queries)
+    stage_items(staging, gallery, encoded, options.text_fields)
+    return Manifest(
+        version=0,
+        fingerprint=encoder.fingerprint,
+        count=len(encoded),
+        dim=encoder.dim,
+        kind=choice.factory,
+        reason=choice.reason,
+        gpu=choice.gpu,
+        milvus=options.milvus or "",
+        requested_kind=options.kind,
+        requested_memory=options.memory,
+        target_recall=options.target_recall,
+        source=gallery.source,
+        root=gallery.root,
+        checkpoint=str(job.checkpoint.absolute()),
+        checkpoint_signature=job.signature,
+        gallery_signature=gallery.content_signature,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        failed=len(encoded.failed),
+        exact=options.exact,
+        text_fields=None if options.text_fields is None else list(options.text_fields),
+        group_field=options.group_field,
+        measured=measured,
+        cutoff=calibrate_cutoff(job.pairs, encoder, encoded) if options.validation and job.pairs else {},
+        runtime=runtime,
+        files={},
+    )
+
+
+def _clean_work(out: Path, own: Path, served: ServedVersion | None) -> None:
+    """Remove vectors other than this job's and the served version's."""
+    mark = None if served is None else _vectors_mark(served.artifact.manifest)
+    publish.clean_work(out, out / WORK, lambda path: path == own or (mark is not None and (path / mark).exists()))
+
+
+def _keep_vectors(job: RebuildJob, own: Path, manifest: Manifest) -> None:
+    """Keep the published version's vectors for the next rebuild, if the options say so, and remove all others."""
+    work = job.out / WORK
+    if not job.options.keep_shards:
+        publish.remove_directory(job.out, work)
+        return
+    with contextlib.suppress(OSError):  # without the mark, the next rebuild encodes again
+        (own / _vectors_mark(manifest)).touch()
+    publish.clean_work(job.out, work, lambda path: path == own)
+
+
+def _vectors_mark(manifest: Manifest) -> str:
+    """Return the name of the file that marks a version's vectors; versions that differ in kind alone share it."""
+    inputs = [manifest.fingerprint, manifest.gallery_signature, manifest.runtime]
+    return _MARK_PREFIX + hashlib.sha256(canonical_json(inputs)).hexdigest()[:16]
+
+
+def _warn_of_lost_updates(served: Manifest, published: Manifest) -> None:
+    if served.additions or served.removed:
+        logger.warning(
+            "version %d holds the gallery as it is; items added to or removed from version %d by hand are not in it",
+            published.version, served.version,
+        )  # fmt: skip
