@@ -23,6 +23,7 @@ class RebuildOptions:
     batch_size: int = 64
     keep: int = 3
     max_failed: float = 0.05
+    max_vanished: float = 0.2
     validation: Path | None = None
     margin: float = 0.02
     force: bool = False
@@ -41,5 +42,6 @@ class RebuildOptions:
             raise ValueError(
                 f"batch_size and shard_rows must be at least 1, not {self.batch_size} and {self.shard_rows}"
             )
-        if not 0 <= self.max_failed <= 1:
-            raise ValueError(f"max_failed is a share from 0 to 1, not {self.max_failed}")
+        for name in ("max_failed", "max_vanished"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, not {getattr(self, name)}")

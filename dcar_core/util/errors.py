@@ -14,6 +14,7 @@ DcarError
 |  |- FingerprintError   an index built by another encoder than the one that serves it
 |  `- StoreUnavailableError  the vector store does not respond
 |- GateError             a rebuilt index ranks worse than the served one
+|- GalleryShrunkError    a gallery lacks many of the served index's images
 |- LockedError           another writer holds the index
 `- MissingExtraError     an optional dependency is not installed
 """
@@ -111,6 +112,12 @@ class GateError(DcarError):
     """A rebuilt index ranks worse than the served one."""
 
     exit_code = 6
+
+
+class GalleryShrunkError(DcarError):
+    """Too many of the served index's images are gone from the gallery."""
+
+    exit_code = 7
 
 
 class LockedError(DcarError):

@@ -6,6 +6,7 @@ index records the gallery's root, and a service reads nothing beyond it unless i
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,17 +27,20 @@ class ImageAccess:
     hosts: frozenset[str] = frozenset()
     max_bytes: int = 64 * 2**20
 
-    def resolve(self, root: str, location: str, offset: int, size: int) -> str:
+    def resolve(self, root: str, location: str, offset: int, size: int, roots: Sequence[str] = ()) -> str:
         """Return the place to read an image from, with links resolved.
 
         Args:
             root, location, offset, size: as for `read_image`.
+            roots: further folders or URLs of the index, for absolute locations.
 
         Raises:
             OSError: the place may not be read, or the file is too large.
         """
         if is_url(location):
-            url = urlsplit(location)
+            url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
+            if ".." not in location.split("/") and any(folder.startswith(each.rstrip("/") + "/") for each in roots):
+                return location
             if url.scheme not in _REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
                 raise PermissionError(errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location)
             return location
@@ -48,7 +52,8 @@ class ImageAccess:
                 raise PermissionError(errno.EACCES, "outside of the gallery", location)
             return location
         resolved = Path(os.path.realpath(place))
-        if not any(resolved.is_relative_to(os.path.realpath(each)) for each in (Path(root), *self.roots)):
+        bases = [Path(base) for base in (root, *roots) if base and not is_url(base)]
+        if not any(resolved.is_relative_to(os.path.realpath(base)) for base in (*bases, *self.roots)):
             raise PermissionError(errno.EACCES, "outside of the gallery and DCAR_IMAGE_ROOTS", location)
         if (resolved.stat().st_size if offset == WHOLE_FILE else size) > self.max_bytes:
             raise OSError(errno.EFBIG, "the image file is too large", location)

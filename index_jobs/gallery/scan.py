@@ -4,15 +4,18 @@
   machine or at any URL that fsspec reads; rows of a list may be URLs.
 - Order and ids are stable: a folder is sorted by name, a list keeps its order. An id is given, or a hash of the image's
   relative name, so it survives moving the gallery.
+- Several galleries become one table, each but the first with its name before ids and names.
 - Faults of the gallery as a whole are errors here, before any image is decoded.
 - Two signatures: `vectors` changes when an image may have changed, `content` also when its metadata has.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain, count
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +28,7 @@ from dcar_core.util.files import canonical_json
 from index_jobs.gallery import listing
 from index_jobs.gallery.listing import GalleryImage
 from index_jobs.gallery.metadata import split_fields
-from index_jobs.gallery.storage import file_suffix, is_url, parent_folder
+from index_jobs.gallery.storage import file_suffix, is_url, join_location, parent_folder
 
 SCHEMA = pa.schema(
     [
@@ -43,36 +46,92 @@ SCHEMA = pa.schema(
 _ROUTE_ENDINGS = ("image", "similar")  # /items/{id}/image is a route of its own
 _MAX_ID_LENGTH = 1024
 _VECTOR_COLUMNS = ["id", "name", "location", "offset", "size", "mtime_ns"]
+_LOCATION = SCHEMA.get_field_index("location")
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 _TABLE_ROWS = 65_536
 _ID_DIGITS = 20  # of sha256: 80 bits, enough for a billion names
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A scanned gallery. root: the base of relative locations. source: the place as the caller gave it."""
+    """A scanned gallery, or several as one.
+
+    source: the places as the caller gave them. root: the base of relative locations. roots: the folders or URLs that
+    hold the absolute locations of further galleries.
+    """
 
     source: str
     root: str
     table: pa.Table
     vectors_signature: str
     content_signature: str
+    roots: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
 
-def scan(place: str | Path) -> Gallery:
+def scan(place: str | Path | Sequence[str]) -> Gallery:
     """Read names, locations and metadata of a gallery without opening any image.
 
+    Args:
+        place: a path or URL, or several. NAME=PLACE puts "NAME/" before ids and names. So does the own name of every
+            place but the first, so ids of two galleries never collide.
+
     Raises:
-        DataError: the gallery is missing, empty, of an unknown kind, repeats an id, has no column of images, or holds
+        DataError: a gallery is missing, empty, of an unknown kind, repeats an id, has no column of images, or holds
             a compressed tar.
         MissingExtraError: its URL needs a package that is not installed.
     """
-    source = _absolute(str(place))
+    sources, roots, tables = list[str](), list[str](), list[pa.Table]()
+    for text in [str(place)] if isinstance(place, str | Path) else map(str, place):
+        name, given = _split_name(text)
+        source = _absolute(given)
+        if source in sources:
+            raise DataError(f"the gallery {given} is given twice")
+        name = name or (_own_name(source, tables) if tables else "")
+        root, table = _scan_place(source, given, name)
+        sources.append(f"{name}={source}" if name else source)
+        roots.append(root)
+        tables.append(table)
+    is_mixed = len({is_url(root) for root in roots}) > 1  # paths and URLs have no common root
+    first = 0 if is_mixed else 1
+    absolute = [absolute_locations(table, root) for table, root in zip(tables[first:], roots[first:], strict=True)]
+    table = pa.concat_tables([*tables[:first], *absolute])
+    _require_unique_ids(table)
+    _require_addressable_ids(table)
+    vectors = _signature(table, _VECTOR_COLUMNS)
+    root = "" if is_mixed else roots[0]
+    return Gallery(", ".join(sources), root, table, vectors, _signature(table, SCHEMA.names), tuple(roots[first:]))
+
+
+def absolute_locations(table: pa.Table, root: str) -> pa.Table:
+    """Return a gallery's table with absolute locations, so that items of several galleries fit in one table."""
+    absolute = [[join_location(root, location) for location in chunk.to_pylist()] for chunk in table["location"].chunks]
+    return table.set_column(_LOCATION, SCHEMA.field(_LOCATION), pa.chunked_array(absolute, pa.string()))
+
+
+def _split_name(place: str) -> tuple[str, str]:
+    """Split NAME=PLACE; the name is "" without one."""
+    match = None if os.path.exists(place) else _NAMED.fullmatch(place)  # noqa: PTH110
+    return (match[1], match[2]) if match else ("", place)
+
+
+def _own_name(source: str, earlier: Sequence[pa.Table]) -> str:
+    """Return the last part of a place, with a number if an earlier gallery has names below it."""
+    stem = re.sub(r"[^\w.-]+", "-", PurePosixPath(source.rstrip("/").partition("?")[0]).stem) or "gallery"
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return next(
+        name for name in names
+        if not any(pc.any(pc.starts_with(table["name"], f"{name}/")).as_py() for table in earlier)
+    )  # fmt: skip
+
+
+def _scan_place(source: str, place: str, name: str) -> tuple[str, pa.Table]:
+    """Return the root and the table of one gallery; name: before its ids and names."""
     try:
-        root, images = _list_images(source, str(place))
-        table = _table(images)
+        root, images = _list_images(source, place)
+        table = _table(images, f"{name}/" if name else "")
     except DcarError:
         raise
     except OSError as error:
@@ -85,10 +144,7 @@ def scan(place: str | Path) -> Gallery:
     if not table.num_rows:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"the gallery {place} is empty: no file or tar member with one of the suffixes {suffixes}")
-    _require_unique_ids(table)
-    _require_addressable_ids(table)
-    vectors = _signature(table, _VECTOR_COLUMNS)
-    return Gallery(source, root, table, vectors, _signature(table, SCHEMA.names))
+    return root, table
 
 
 def _absolute(place: str) -> str:
@@ -114,10 +170,10 @@ def _list_images(source: str, place: str) -> tuple[str, Iterable[GalleryImage]]:
     raise DataError(f"{place} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
 
 
-def _table(images: Iterable[GalleryImage]) -> pa.Table:
+def _table(images: Iterable[GalleryImage], prefix: str) -> pa.Table:
     batches, rows = [], []
     for image in images:
-        rows.append(_row(image))
+        rows.append(_row(image, prefix))
         if len(rows) == _TABLE_ROWS:
             batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
             rows = []
@@ -125,9 +181,10 @@ def _table(images: Iterable[GalleryImage]) -> pa.Table:
     return pa.Table.from_batches(batches, SCHEMA)
 
 
-def _row(image: GalleryImage) -> dict[str, Any]:
+def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
+    name = prefix + image.name
     try:
-        digest = hashlib.sha256(image.name.encode()).hexdigest()
+        digest = hashlib.sha256(name.encode()).hexdigest()
     except UnicodeEncodeError:
         raise DataError(f"the name {image.name!r} is not UTF-8; rename the file") from None
     try:
@@ -135,14 +192,14 @@ def _row(image: GalleryImage) -> dict[str, Any]:
     except RecursionError:
         raise DataError(f"the metadata of {image.name} are nested too deeply; flatten them") from None
     return {
-        "id": stated_id or digest[:_ID_DIGITS],
+        "id": prefix + stated_id if stated_id else digest[:_ID_DIGITS],
         "caption": caption,
         "category": category,
         "location": image.location,
         "offset": image.offset,
         "size": image.size,
-        "metadata": canonical_json({"file_name": image.name} | metadata).decode(),
-        "name": image.name,
+        "metadata": canonical_json({"file_name": name} | metadata).decode(),
+        "name": name,
         "mtime_ns": image.version,
     }
 

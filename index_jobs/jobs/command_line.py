@@ -34,6 +34,7 @@ Exit codes:
   4    the checkpoint, its model or the served version's model cannot be loaded
   5    another job is writing to the same index
   6    not published: the new index ranks worse than the served one
+  7    not published: too many images of the served index are gone from the gallery
   130  interrupted; run the same command again to resume
 """
 
@@ -65,12 +66,24 @@ def parse_service(text: str) -> str:
     return text
 
 
+_PLACE_HELP = (
+    "a folder (with tars and metadata.jsonl, if any), an uncompressed .tar, or a .jsonl, .csv or .parquet list with a "
+    "column file_name, image, path or url. A path, or a URL: s3://, gs://, https://."
+)
 Gallery = Annotated[
     str,
     typer.Option(
-        metavar="PLACE",
-        help="Images to index: a folder (with tars and metadata.jsonl, if any), an uncompressed .tar, or a .jsonl, "
-        ".csv or .parquet list with a column file_name, image, path or url. A path, or a URL: s3://, gs://, https://.",
+        metavar="[NAME=]PLACE",
+        help=f"Images to add: {_PLACE_HELP} NAME= puts NAME/ before ids and names, so that they differ from others.",
+    ),
+]
+Galleries = Annotated[
+    list[str],
+    typer.Option(
+        "--gallery",
+        metavar="[NAME=]PLACE",
+        help=f"Images to index: {_PLACE_HELP} May be repeated: ids and names in further galleries begin with NAME/, or "
+        "with the place's own name.",
     ),
 ]
 Checkpoint = Annotated[
@@ -106,7 +119,7 @@ Runtime = Annotated[
 
 
 def build_command(
-    gallery: Gallery,
+    galleries: Galleries,
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Index directory; created if missing.")],
     kind: Annotated[
@@ -168,6 +181,15 @@ def build_command(
     ] = None,
     keep: Keep = RebuildOptions.keep,
     max_failed: MaxFailed = RebuildOptions.max_failed,
+    max_vanished: Annotated[
+        float,
+        typer.Option(
+            parser=parse_share,
+            metavar="SHARE",
+            help="Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "
+            "published.",
+        ),
+    ] = RebuildOptions.max_vanished,
     device: Device = RebuildOptions.device,
     exact: Annotated[
         bool, typer.Option("--exact", help="Decode every JPEG at full size, bit for bit as open_clip does.")
@@ -200,8 +222,8 @@ def build_command(
         bool,
         typer.Option(
             "--force",
-            help="Publish although nothing has changed, or although the new index ranks worse or cannot be compared. "
-            "Images that could not be read are tried again.",
+            help="Publish although nothing has changed, the new index ranks worse or cannot be compared, or the "
+            "gallery has shrunk. Images that could not be read are tried again.",
         ),
     ] = False,
     notify: Annotated[
@@ -241,9 +263,9 @@ def build_command(
     logging.getLogger("index_jobs").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         summary = rebuild(
-            gallery, checkpoint, out, kind=kind, milvus=milvus, text_fields=_names(text_fields),
-            group_field=group_field, memory=memory, target_recall=target_recall,
-            workers=workers, batch_size=batch_size, ray=ray, keep=keep, max_failed=max_failed, device=device,
+            galleries, checkpoint, out, kind=kind, milvus=milvus, text_fields=_names(text_fields),
+            group_field=group_field, memory=memory, target_recall=target_recall, workers=workers,
+            batch_size=batch_size, ray=ray, keep=keep, max_failed=max_failed, max_vanished=max_vanished, device=device,
             exact=exact, pixel_cache=pixel_cache, runtime=runtime, shard_rows=shard_rows, validation=validation,
             margin=margin, force=force, notify=notify or (), keep_shards=keep_shards, progress=not quiet,
         )  # fmt: skip

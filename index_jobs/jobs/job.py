@@ -6,6 +6,7 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from index_jobs.jobs.quality_gate import QueryPairs
 
 
-def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) -> RebuildSummary:
+def rebuild(gallery: str | Path | Sequence[str], checkpoint: Path, out: Path, **options: Any) -> RebuildSummary:
     """Publish an index of a gallery, encoded with a checkpoint.
 
     Args:
-        gallery: a folder, an uncompressed tar, or a list, as a path or URL; see `index_jobs.gallery.scan`.
+        gallery: a folder, an uncompressed tar, or a list, as a path or URL, or several; see `index_jobs.gallery.scan`.
         checkpoint: a DCAR checkpoint directory.
         out: the index directory; created if missing.
         options: the fields of `RebuildOptions`.
@@ -37,6 +38,7 @@ def rebuild(gallery: str | Path, checkpoint: Path, out: Path, **options: Any) ->
         DataError: the gallery cannot be used, too many images are broken, or the kind is unknown.
         CheckpointError, ModelError: the model cannot be loaded; or the served version's model cannot, without force.
         LockedError: another job is writing to `out`.
+        GalleryShrunkError: too many of the served images are gone from the gallery.
         RejectedError: the rebuilt index ranks worse than the served one, which stays published.
         ArtifactError: a shard is corrupted, or the written files do not read back.
         DcarError: the output cannot be written; published versions are unchanged.

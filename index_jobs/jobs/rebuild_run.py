@@ -24,6 +24,7 @@ from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery, shard_store
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
+from index_jobs.jobs.gallery_changes import count_changes
 from index_jobs.jobs.job import RebuildJob
 from index_jobs.jobs.notify import notify
 from index_jobs.jobs.quality_gate import GateVerdict
@@ -67,7 +68,11 @@ def run(job: RebuildJob) -> RebuildSummary:
             milvus.connect(options.milvus).close()
         store = shard_store(gallery, encoder, runtime, out / WORK, options)
         served = ServedVersion.open(out, force=options.force)
+        changes = None
         if served is not None:
+            changes = count_changes(served.artifact, gallery)
+            if not options.force:
+                changes.require_few_removed(served.artifact.manifest, gallery.source, options.max_vanished)
             served.require_model(encoder.fingerprint, pairs)
         _clean_work(out, store.path, served)
         require_disk_space(out, gallery, store, expected)
@@ -81,7 +86,7 @@ def run(job: RebuildJob) -> RebuildSummary:
             _warn_of_lost_updates(served.artifact.manifest, manifest)
         _keep_vectors(job, store.path, manifest)
     notified = notify(options.notify, out, manifest.version)
-    return summarize(out, manifest, encoded, verdict, start=job.start, notified=notified)
+    return summarize(out, manifest, encoded, verdict, changes, start=job.start, notified=notified)
 
 
 def _require_no_worse(
@@ -147,6 +152,7 @@ def _stage(
         target_recall=options.target_recall,
         source=gallery.source,
         root=gallery.root,
+        roots=list(gallery.roots),
         checkpoint=str(job.checkpoint.absolute()),
         checkpoint_signature=job.signature,
         gallery_signature=gallery.content_signature,

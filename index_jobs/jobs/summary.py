@@ -11,6 +11,7 @@ from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS, Manifest
 
 if TYPE_CHECKING:
     from index_jobs.encoding.encoding_state import EncodedGallery
+    from index_jobs.jobs.gallery_changes import GalleryChanges
     from index_jobs.jobs.quality_gate import GateVerdict
 
 
@@ -21,6 +22,7 @@ class RebuildSummary:
     version: the new version, or the one that stays published.
     encoded: images that this run encoded. resumed: images with vectors from an earlier run.
     failed: images without a vector. unread: those of them with bytes that could not be read.
+    changes: items that came, went and changed since the served version; None if there was none.
     gate: comparison of the new index with the served one; see `index_jobs.jobs.quality_gate.GateVerdict`.
     notified: outcome for each notified service.
     hint: what to do next, or "".
@@ -43,6 +45,7 @@ class RebuildSummary:
     kind: str
     reason: str
     measured: dict[str, Any]
+    changes: dict[str, int] | None
     gate: dict[str, Any] | None
     notified: dict[str, str]
     hint: str
@@ -55,6 +58,9 @@ class RebuildSummary:
         lines = [
             f"{self.index}: version {self.version} {state} {self.count:,} images, {self.kind}, {self.failed} broken"
         ]
+        if self.changes:
+            numbers = ", ".join(f"{count:,} images {name}" for name, count in self.changes.items())
+            lines.append(f"since the version before: {numbers}")
         if self.gate and not self.reused:
             lines.append(f"compared with the version before: {self.gate['reason']}")
         if self.failed or self.duplicates:
@@ -87,6 +93,7 @@ def summarize(
     manifest: Manifest,
     encoded: "EncodedGallery | None" = None,
     verdict: "GateVerdict | None" = None,
+    changes: "GalleryChanges | None" = None,
     *,
     start: float,
     published: bool = True,
@@ -121,6 +128,7 @@ def summarize(
         kind=manifest.kind,
         reason=manifest.reason,
         measured=manifest.measured,
+        changes={name: getattr(changes, name) for name in ("added", "removed", "changed")} if changes else None,
         gate=asdict(verdict) if verdict else None,
         notified=notified or {},
         hint=hint if unread and published else "",

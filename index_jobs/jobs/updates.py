@@ -26,7 +26,7 @@ from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.replicas import choose_replicas
-from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.gallery.scan import Gallery, absolute_locations, scan
 from index_jobs.gallery.storage import join_location
 from index_jobs.jobs.version_writer import caption_queries
 from index_jobs.options import RebuildOptions
@@ -128,10 +128,7 @@ def add(
         ids = scanned.table["id"].to_pylist()
         existing = [item_id for item_id in ids if current.row_of(item_id) is not None]
         if existing and not replace_existing:
-            raise DataError(
-                f"{len(existing):,} of the {len(ids):,} images of {gallery} have an id that is in the index, such as "
-                f"{existing[0]!r}; --replace puts them in the place of those items"
-            )
+            raise _collision(current, scanned, existing)
         _require_same_types(current, scanned, str(gallery))
         settings = RebuildOptions(exact=current.manifest.exact, **options)
         replicas = choose_replicas(scanned, current.checkpoint, index / WORK, settings)
@@ -171,7 +168,9 @@ def _write_addition(
         tables.append(Items(current.path / addition.folder / ITEMS).table(live - start))
         blocks.append(current.vectors(live))
         start += addition.count
-    table = pa.concat_tables([*tables, take_rows(_absolute_table(gallery), rows)])
+    table = pa.concat_tables(
+        [*tables, take_rows(absolute_locations(gallery.table, gallery.root).select(COLUMNS), rows)]
+    )
     built = build_index(
         lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
         kinds.choose_kinds("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),
@@ -183,8 +182,16 @@ def _write_addition(
     removed = removed[removed < merged_from]  # merged additions lose their removed rows
     if len(removed):
         write_removed(staging / REMOVED, removed)
-    sources = [source for addition in manifest.additions[kept:] for source in addition.sources]
-    added = Addition(folder=folder, count=table.num_rows, kind=built.choice.factory, sources=[*sources, gallery.source])
+    merged = manifest.additions[kept:]
+    sources = [source for addition in merged for source in addition.sources] + [gallery.source]
+    roots = [root for addition in merged for root in addition.roots] + [gallery.root, *gallery.roots]
+    added = Addition(
+        folder=folder,
+        count=table.num_rows,
+        kind=built.choice.factory,
+        sources=sources,
+        roots=list(dict.fromkeys(roots)),
+    )
     return _updated_manifest(manifest, merged_from + table.num_rows, removed, [*manifest.additions[:kept], added])
 
 
@@ -237,12 +244,19 @@ def _require_same_types(artifact: Artifact, gallery: Gallery, place: str) -> Non
             )
 
 
-def _absolute_table(gallery: Gallery) -> pa.Table:
-    """Return the gallery's items with absolute locations, so that items of several galleries fit in one table."""
-    locations = gallery.table["location"]
-    absolute = [[join_location(gallery.root, location) for location in chunk.to_pylist()] for chunk in locations.chunks]
-    column = gallery.table.schema.get_field_index("location")
-    return gallery.table.set_column(column, "location", pa.chunked_array(absolute, pa.string())).select(COLUMNS)
+def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> DataError:
+    """Return the error for ids that are in the index. Its advice loses no image of another file."""
+    columns = zip(*(gallery.table[name].to_pylist() for name in ("id", "location", "offset")), strict=True)
+    places = {item_id: (join_location(gallery.root, place), offset) for item_id, place, offset in columns}
+    others = [item_id for item_id in existing if places[item_id] != current.image_place(item_id)]
+    message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.source} have an id that is in the index"
+    if not others:
+        return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them anew")
+    indexed, _ = current.image_place(others[0]) or ("", 0)
+    return DataError(
+        f"{message}, such as {others[0]!r}, which is {indexed} there and {places[others[0]][0]} here; --gallery "
+        f"NAME=PLACE adds them beside each other, with NAME/ before the new ids (--replace takes the indexed ones out)"
+    )
 
 
 def _updated_manifest(manifest: Manifest, rows: int, removed: Rows, additions: list[Addition]) -> Manifest:

@@ -20,7 +20,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
-from index_jobs.gallery.storage import location_version, open_image
+from index_jobs.gallery.storage import join_location, location_version, open_image
 from index_jobs.store.faiss_search import ScoredRows, as_mask
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
@@ -70,10 +70,10 @@ class Artifact(Segments):
         from index_jobs.store.items import Items
 
         path, manifest = self.path, self.manifest
-        segments = [Segment(self._open_vectors(), Items(path / ITEMS), manifest.root)]
+        segments = [Segment(self._open_vectors(), Items(path / ITEMS), manifest.root, manifest.roots)]
         for addition in manifest.additions:
             folder = path / addition.folder
-            segments.append(Segment(FaissIndex.open(folder / VECTORS), Items(folder / ITEMS), root=""))
+            segments.append(Segment(FaissIndex.open(folder / VECTORS), Items(folder / ITEMS), "", addition.roots))
         added = [addition.count for addition in manifest.additions]
         total = manifest.count + manifest.removed
         for segment, count in zip(segments, [total - sum(added), *added], strict=True):
@@ -154,6 +154,15 @@ class Artifact(Segments):
         vector: Floats = self.vectors(np.array([row]))[0]
         return vector
 
+    def image_place(self, item_id: str) -> tuple[str, int] | None:
+        """Return the file of an item's image and the offset in it, None if there is no such item."""
+        row = self.row_of(item_id)
+        if row is None:
+            return None
+        segment, place = self.locate(row)
+        location = join_location(segment.root, segment.items.cell(place, "location"))
+        return location, segment.items.cell(place, "offset")
+
     def image_bytes(self, row: int) -> bytes:
         """Return the file of the row's image; see `open_image`."""
         file, size = self.open_image(row)
@@ -167,17 +176,21 @@ class Artifact(Segments):
             IndexError: the row does not exist.
             ArtifactError: the image cannot be read.
         """
-        segment, place = self.locate(row)
-        location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
         try:
-            if self.image_access is not None:
-                location = self.image_access.resolve(segment.root, location, offset, size)
-            return open_image(segment.root, location, offset, size)
+            return open_image(*self._image_location(row))
         except OSError as error:
             raise ArtifactError(
-                f"the image of item {segment.items.cell(place, 'id')!r} cannot be read from the gallery "
-                f"{self.manifest.source}: {error.strerror or error}"
+                f"the image of item {self.item(row).id!r} cannot be read from the gallery {self.manifest.source}: "
+                f"{error.strerror or error}"
             ) from error
+
+    def _image_location(self, row: int) -> tuple[str, str, int, int]:
+        """Return root, location, offset and size of the row's image; OSError if it may not be read."""
+        segment, place = self.locate(row)
+        location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
+        if self.image_access is not None:
+            location = self.image_access.resolve(segment.root, location, offset, size, segment.roots)
+        return segment.root, location, offset, size
 
     def image_key(self, row: int) -> str:
         """Return 32 hexadecimal digits that change with the place, size and time of the row's image file.
@@ -185,18 +198,15 @@ class Artifact(Segments):
         The image of a row with a URL counts as new with each version of the index.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: the row does not exist.
             ArtifactError: the image may not be read, or its file is missing.
         """
-        segment, place = self._segments.locate(row)
-        location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
         try:
-            if self.image_access is not None:
-                location = self.image_access.resolve(segment.root, location, offset, size)
-            version = location_version(segment.root, location) or f"version {self.manifest.version}"
+            root, location, offset, size = self._image_location(row)
+            version = location_version(root, location) or f"version {self.manifest.version}"
         except OSError as error:
             raise ArtifactError(f"the image of row {row} cannot be read: {error.strerror or error}") from error
-        key = f"{segment.root}\0{location}\0{offset}\0{size}\0{version}"
+        key = f"{root}\0{location}\0{offset}\0{size}\0{version}"
         return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
     def require(self, fingerprint: str) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
-from index_jobs.store.faiss_search import RowSelection, ScoredRows, WideSearch, search_selection
+from index_jobs.store.faiss_search import RowSelection, ScoredRows, WideSearch, search_selection, unwrap
 from index_jobs.store.gpu_search import MAX_K, GpuSearch, free_gpu_memory
+from index_jobs.store.manifest import check_file_once
 
 _WRITE_BYTES = 1 << 20
 
@@ -73,6 +74,7 @@ class FaissIndex:
                 index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
             except RuntimeError:
                 index = faiss.read_index(str(path))
+            check_file_once(path, lambda: _check_contents(index))
             return cls(index, on_gpu=gpu and free_gpu_memory() > 0)
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {_reason(error)}") from error
@@ -106,6 +108,38 @@ class FaissIndex:
             raise ArtifactError(f"this kind of index cannot reconstruct a vector: {_reason(error)}") from error
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
+
+
+def _check_contents(index: Any) -> None:
+    """Check metric, sizes and row numbers, which FAISS trusts; the links of graphs it checks itself as it reads them.
+
+    Raises:
+        ValueError: one is wrong.
+    """
+    import faiss
+
+    count, (innermost, _, _) = int(index.ntotal), unwrap(index)
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d < 1 or not 0 <= count == innermost.ntotal:
+        raise ValueError(f"{count} vectors of {index.d} with metric {index.metric_type} are no index of this kind")
+    if isinstance(innermost, faiss.IndexIDMap):
+        _require_rows(faiss.vector_to_array(innermost.id_map), count)
+    if isinstance(innermost, faiss.IndexIVF):
+        lists: Any = innermost.invlists
+        sizes = np.zeros(innermost.nlist, np.int64)
+        for number in range(innermost.nlist):
+            sizes[number] = size = lists.list_size(number)
+            if size:
+                _require_rows(faiss.rev_swig_ptr(lists.get_ids(number), size), count)
+        entries = faiss.vector_to_array(innermost.direct_map.array)
+        numbers, places = entries >> 32, entries & 0xFFFFFFFF
+        _require_rows(numbers, innermost.nlist)
+        if sizes.sum() != count or (places >= sizes[numbers]).any():
+            raise ValueError("its lists do not hold its vectors")
+
+
+def _require_rows(rows: Any, count: int) -> None:
+    if len(rows) and not 0 <= rows.min() <= rows.max() < count:
+        raise ValueError(f"a row number is not in 0..{count - 1}")
 
 
 def write_faiss(index: Any, path: Path) -> None:

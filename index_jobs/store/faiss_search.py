@@ -67,7 +67,7 @@ class WideSearch:
         import faiss
 
         self._index = index
-        innermost, self._factor, _ = _innermost(index)
+        innermost, self._factor, _ = unwrap(index)
         self._list_count, self._row_count = 0, int(index.ntotal)
         self.tuned = self.maximum = 0
         if isinstance(innermost, faiss.IndexIVF):
@@ -140,7 +140,7 @@ def search_selection(index: Any, vectors: Floats, k: int, selection: RowSelectio
 
     if selection.count == 0:
         return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
-    innermost, _, transforms = _innermost(index)
+    innermost, _, transforms = unwrap(index)
     transformed = vectors
     for transform in transforms:
         transformed = transform.apply(transformed)
@@ -158,7 +158,7 @@ def search_selection(index: Any, vectors: Floats, k: int, selection: RowSelectio
     return scores, rows
 
 
-def _innermost(index: Any) -> tuple[Any, float, list[Any]]:
+def unwrap(index: Any) -> tuple[Any, float, list[Any]]:
     """Return the index inside transforms and refinements.
 
     The other values are the factor of results that refinements request of it, and the transforms of its vectors.

@@ -17,10 +17,12 @@ from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import ArtifactError, DataError
 from dcar_core.util.files import atomic_writer
 from index_jobs.store.columns import FieldTypes
+from index_jobs.store.manifest import check_file_once
 
 _BATCH = 65_536
 COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata"]
 _BY_ID = "by_id"  # row numbers in the order of the ids
+_TYPES = {name: pa.int64() if name in {"offset", "size", _BY_ID} else pa.string() for name in [*COLUMNS, _BY_ID]}
 _FIELD = "field:"  # prefix of a metadata field's column
 _BUILT_IN_FIELDS = ("id", "caption", "category")
 
@@ -72,12 +74,25 @@ class Items:
                 self._schema = reader.schema
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-        required = [*COLUMNS, _BY_ID]
-        if not {*required} <= {*self._schema.names} or any(len(batch) != _BATCH for batch in self._batches[:-1]):
+        types = {name: self._schema.field(name).type for name in _TYPES if name in self._schema.names}
+        if types != _TYPES or any(len(batch) != _BATCH for batch in self._batches[:-1]):
             raise ArtifactError(f"{path} is no items file of this version")
         # Cached, because a batch creates a new object for a column each time.
-        self._cells = {name: [batch.column(name) for batch in self._batches] for name in required}
+        self._cells = {name: [batch.column(name) for batch in self._batches] for name in _TYPES}
         self._count = sum(len(batch) for batch in self._batches)
+        check_file_once(path, self._check)
+
+    def _check(self) -> None:
+        """Check offsets, texts and row numbers, which Arrow trusts: a wrong one ends the process.
+
+        Raises:
+            ValueError: one is wrong.
+        """
+        for batch, by_id in zip(self._batches, self._cells[_BY_ID], strict=True):
+            batch.validate(full=True)
+            rows = by_id.to_numpy()
+            if len(rows) and not 0 <= rows.min() <= rows.max() < self._count:
+                raise ValueError(f"a row number is not in 0..{self._count - 1}")
 
     def __len__(self) -> int:
         return self._count
@@ -96,9 +111,10 @@ class Items:
         field_type = self._schema.field(place).type
         return pa.chunked_array([batch.column(place) for batch in self._batches], field_type)
 
-    def table(self, rows: Rows) -> pa.Table:
-        """Return some rows, ascending, with the columns that `write_items` needs."""
-        return take_rows(pa.Table.from_batches(self._batches).select(COLUMNS), rows)
+    def table(self, rows: Rows | None = None) -> pa.Table:
+        """Return all rows, or some, ascending, with the columns that `write_items` needs."""
+        table = pa.Table.from_batches(self._batches, self._schema).select(COLUMNS)
+        return table if rows is None else take_rows(table, rows)
 
     def cell(self, row: int, column: str) -> Any:
         """Return one cell."""

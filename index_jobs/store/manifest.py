@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,29 @@ CURRENT, VERSIONS = "CURRENT", "versions"
 MANIFEST, VECTORS, ITEMS, REMOVED = "manifest.json", "index.faiss", "items.arrow", "removed.npy"
 CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
 PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
+
+
+_checked = set[tuple[int, int, int, int]]()  # device, inode, size and time of change of files
+
+
+def check_file_once(path: Path, check: Callable[[], None]) -> None:
+    """Check the contents of a file that this process has not checked yet; versions share files by hard links.
+
+    Args:
+        check: raises ValueError if the contents cannot be used.
+
+    Raises:
+        ArtifactError: they cannot.
+    """
+    stat = path.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key in _checked:
+        return
+    try:
+        check()
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}; roll back, or rebuild the index") from error
+    _checked.add(key)
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,7 @@ class Addition:
     count: int  # rows, removed ones included
     kind: str
     sources: list[str]  # the galleries as they were given
+    roots: list[str] = field(default_factory=list)  # folders or URLs that hold their images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +76,7 @@ class Manifest:
     target_recall: float  # at 10, against exact search
     source: str  # the gallery as it was given
     root: str  # base of relative image locations
+    roots: list[str] = field(default_factory=list)  # folders or URLs that hold images at absolute locations
     checkpoint: str  # the directory that the model was copied from
     checkpoint_signature: str  # hash over that directory's files
     gallery_signature: str

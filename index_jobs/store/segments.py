@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """Vectors, their items, and the base of the items' relative image locations."""
+    """Vectors, their items, the base of the items' relative image locations, and the folders of absolute ones."""
 
     vectors: "VectorIndex"
     items: "Items"
     root: str
+    roots: Sequence[str]
 
 
 class Segments:
@@ -43,7 +44,7 @@ class Segments:
     """
 
     def __init__(self, segments: Sequence[Segment], removed: Rows) -> None:
-        self._segments, self._removed = segments, removed
+        self.segments, self._removed = segments, removed
         self._starts = [0, *accumulate(segment.vectors.count for segment in segments)]
         self.rows = self._starts[-1]
 
@@ -59,10 +60,10 @@ class Segments:
         """Search the rows that were not removed, as `VectorIndex.search` does."""
         if len(self._removed):
             mask = self.live if mask is None else mask & self.live
-        if len(self._segments) == 1:
-            return self._segments[0].vectors.search(vectors, k, mask)
+        if len(self.segments) == 1:
+            return self.segments[0].vectors.search(vectors, k, mask)
         scores, rows = [], []
-        for segment, (start, stop) in zip(self._segments, pairwise(self._starts), strict=True):
+        for segment, (start, stop) in zip(self.segments, pairwise(self._starts), strict=True):
             segment_mask = None if mask is None else mask[start:stop]
             segment_scores, places = segment.vectors.search(vectors, k, segment_mask)
             scores.append(segment_scores)
@@ -78,8 +79,8 @@ class Segments:
         """
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
             self.locate(int(row))  # raises
-        vectors = np.empty((len(rows), self._segments[0].vectors.dim), np.float32)
-        for segment, (start, stop) in zip(self._segments, pairwise(self._starts), strict=True):
+        vectors = np.empty((len(rows), self.segments[0].vectors.dim), np.float32)
+        for segment, (start, stop) in zip(self.segments, pairwise(self._starts), strict=True):
             inside = (rows >= start) & (rows < stop)
             if inside.any():
                 vectors[inside] = segment.vectors.vectors(rows[inside] - start)
@@ -96,11 +97,11 @@ class Segments:
         if len(self._removed) and not self.live[row]:
             raise IndexError(f"row {row} was removed")
         number = bisect_right(self._starts, row) - 1
-        return self._segments[number], row - self._starts[number]
+        return self.segments[number], row - self._starts[number]
 
     def row_of(self, item_id: str) -> int | None:
         """Return the live row of an id, or None; newer segments first, since an item may have been replaced."""
-        for segment, start in zip(reversed(self._segments), reversed(self._starts[:-1]), strict=True):
+        for segment, start in zip(reversed(self.segments), reversed(self._starts[:-1]), strict=True):
             row = segment.items.row_of(item_id)
             if row is not None and (not len(self._removed) or self.live[row + start]):
                 return int(row + start)
@@ -109,7 +110,7 @@ class Segments:
     @cached_property
     def fields(self) -> dict[str, str]:
         """Arrow types of the fields that `column` accepts: id, caption, category and the metadata fields."""
-        names = dict.fromkeys(name for segment in self._segments for name in segment.items.fields)
+        names = dict.fromkeys(name for segment in self.segments for name in segment.items.fields)
         return {name: str(_common_type(self._types(name))) for name in names}
 
     def column(self, name: str) -> "pa.ChunkedArray":
@@ -127,7 +128,7 @@ class Segments:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
         target = _common_type(types)
         chunks = []
-        for segment in self._segments:
+        for segment in self.segments:
             if name not in segment.items.fields:
                 chunks.append(pa.nulls(len(segment.items), target))
                 continue
@@ -136,7 +137,7 @@ class Segments:
         return pa.chunked_array(chunks, target)
 
     def _types(self, name: str) -> "list[pa.DataType]":
-        return [segment.items.column(name).type for segment in self._segments if name in segment.items.fields]
+        return [segment.items.column(name).type for segment in self.segments if name in segment.items.fields]
 
 
 def _common_type(types: "list[pa.DataType]") -> "pa.DataType":

@@ -72,7 +72,7 @@ def test_few_removed_rows_are_skipped_by_exhaustive_kinds(
 def test_many_results_are_complete_and_near(kind: str, width: int, recall: float, vectors: NDArray[np.float32]) -> None:
     """An index tuned for ten results visits fewer than a hundred vectors."""
     whole = build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index
-    inner, *_ = faiss_search._innermost(whole)
+    inner, *_ = faiss_search.unwrap(whole)
     graph = kind.startswith("HNSW")  # in which some rows may have no way to them
     if graph:
         inner.hnsw.efSearch = width

@@ -107,7 +107,9 @@ def test_removed_rows_that_do_not_exist_are_refused(index: Path, row: int) -> No
 def test_replaced_item_has_the_new_vector(index: Path, encoder: Encoder, tmp_path: Path) -> None:
     gallery = more(tmp_path / "more", "pink", "cyan")
     add(index, gallery, progress=False)
-    with pytest.raises(DataError, match=r"2 of the 2 images of .* such as 'cyan'; --replace puts them"):
+    with pytest.raises(
+        DataError, match=r"2 of the 2 images of .* such as 'cyan', and are the same files; --replace indexes them anew"
+    ):
         add(index, gallery, progress=False)
     changed = more(tmp_path / "changed", "pink", shape="circle")
     assert add(index, changed, replace_existing=True, progress=False).count == 26
@@ -164,7 +166,7 @@ def test_manifest_recommends_a_rebuild(
         "6 of 30 items are outside the built index" in add(index, more(tmp_path / "6", *colors), progress=False).rebuild
     )
     monkeypatch.undo()
-    summary = rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
+    summary = rebuild(tiny_gallery, tiny_checkpoint, index, progress=False, max_vanished=0.3)
     assert not summary.reused  # although neither gallery nor checkpoint has changed
     artifact = open_current(index)
     assert (artifact.manifest.count, artifact.manifest.rebuild, artifact.row_of("pink")) == (24, "", None)

@@ -13,7 +13,7 @@ import app.main
 import app.server  # noqa: F401
 import dcar_core.evaluation
 import dcar_core.training.train  # noqa: F401
-import index_jobs.rebuild  # noqa: F401
+import index_jobs.jobs.rebuild_run  # noqa: F401
 import tests.support.commands  # noqa: F401
 
 # As in conftest; threads themselves start in the commands.

@@ -1,0 +1,120 @@
+"""Several galleries in one index, and galleries that have shrunk."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dcar_core.util.errors import DataError, GalleryShrunkError
+from index_jobs.gallery.image_access import ImageAccess
+from index_jobs.gallery.scan import scan
+from index_jobs.jobs.updates import add
+from index_jobs.rebuild import main, rebuild
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import current_version, open_current
+from tests.support.images import draw
+
+
+def camera(path: Path, *colors: str) -> Path:
+    """Write images named by numbers, as cameras do."""
+    path.mkdir(parents=True)
+    for number, color in enumerate(colors):
+        draw(color, "square").save(path / f"IMG_{number}.png")
+    return path
+
+
+@pytest.fixture
+def cameras(tmp_path: Path) -> list[Path]:
+    return [camera(tmp_path / "cam1", "red", "blue"), camera(tmp_path / "cam2", "green", "pink")]
+
+
+def images(artifact: Artifact) -> dict[str, bytes]:
+    rows = range(artifact.rows)
+    return {artifact.item(row).metadata["file_name"]: artifact.image_bytes(row) for row in rows if artifact.live[row]}
+
+
+def test_same_names_in_two_galleries_are_two_items(cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rebuild(list(map(str, cameras)), tiny_checkpoint, tmp_path / "index", progress=False)
+    artifact = open_current(tmp_path / "index")
+    artifact.image_access = ImageAccess()  # the service reads the images of both
+    found = images(artifact)
+    assert list(found) == ["IMG_0.png", "IMG_1.png", "cam2/IMG_0.png", "cam2/IMG_1.png"]
+    assert found["cam2/IMG_0.png"] == (cameras[1] / "IMG_0.png").read_bytes()
+    again = rebuild(list(map(str, cameras)), tiny_checkpoint, tmp_path / "index", progress=False)
+    assert again.reused
+
+
+def test_the_ids_of_the_first_gallery_stay_when_another_is_added(cameras: list[Path]) -> None:
+    alone, both = scan(cameras[0]), scan(list(map(str, cameras)))
+    assert both.table["id"].to_pylist()[:2] == alone.table["id"].to_pylist()
+
+
+def test_a_gallery_can_be_named(cameras: list[Path]) -> None:
+    table = scan([f"north={cameras[0]}", f"south={cameras[1]}"]).table
+    assert table["name"].to_pylist() == ["north/IMG_0.png", "north/IMG_1.png", "south/IMG_0.png", "south/IMG_1.png"]
+
+
+def test_given_ids_of_two_galleries_never_collide(cameras: list[Path]) -> None:
+    for path in cameras:
+        (path / "metadata.jsonl").write_text('{"file_name": "IMG_0.png", "id": "first"}\n')
+    ids = scan(list(map(str, cameras))).table["id"].to_pylist()
+    assert (ids[0], ids[2]) == ("first", "cam2/first")
+
+
+def test_an_own_name_that_is_taken_gets_a_number(cameras: list[Path], tmp_path: Path) -> None:
+    camera(cameras[0] / "cam2", "cyan")
+    third = camera(tmp_path / "other" / "cam2", "black")
+    names = scan([*map(str, cameras), str(third)]).table["name"].to_pylist()
+    assert names[2:] == ["cam2/IMG_0.png", "cam2-2/IMG_0.png", "cam2-2/IMG_1.png", "cam2-3/IMG_0.png"]
+
+
+def test_a_gallery_given_twice_is_refused(cameras: list[Path]) -> None:
+    with pytest.raises(DataError, match="given twice"):
+        scan([str(cameras[0])] * 2)
+
+
+def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
+    cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    rebuild(cameras[0], tiny_checkpoint, index, progress=False)
+    with pytest.raises(DataError, match=r"cam1/IMG_0.png there and .*cam2/IMG_0.png here; --gallery NAME=PLACE adds"):
+        add(index, cameras[1], progress=False)
+    assert add(index, f"south={cameras[1]}", progress=False).count == 4
+    artifact = open_current(index)
+    artifact.image_access = ImageAccess()
+    assert images(artifact)["south/IMG_1.png"] == (cameras[1] / "IMG_1.png").read_bytes()
+    with pytest.raises(DataError, match="the same files; --replace indexes them anew"):
+        add(index, cameras[0], progress=False)
+
+
+def test_a_gallery_that_lost_many_images_is_not_published(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "index"
+    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    for path in sorted((gallery / "circle").glob("*.png"))[:5]:
+        path.unlink()
+    arguments = ["--gallery", str(gallery), "--checkpoint", str(tiny_checkpoint), "--out", str(index), "--quiet"]
+    assert main(arguments) == 7
+    error = capsys.readouterr().err
+    assert "5 of the 24 images of version 1 are gone" in error
+    assert "circle/" in error
+    assert current_version(index) == 1
+    with pytest.raises(GalleryShrunkError, match="at most 10% may be"):
+        rebuild(gallery, tiny_checkpoint, index, progress=False, max_vanished=0.1)
+    assert main([*arguments, "--max-vanished", "0.3"]) == 0
+    shutil.rmtree(gallery / "square")
+    assert main([*arguments, "--force"]) == 0
+
+
+def test_the_summary_counts_what_came_went_and_changed(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    assert rebuild(gallery, tiny_checkpoint, index, progress=False).changes is None
+    draw("pink", "circle").save(gallery / "new.png")
+    (gallery / "circle" / "red.png").unlink()
+    with (gallery / "circle" / "blue.png").open("ab") as file:
+        file.write(b"\0" * 10)
+    done = rebuild(gallery, tiny_checkpoint, index, progress=False)
+    assert done.changes == {"added": 1, "removed": 1, "changed": 1}
+    assert "since the version before: 1 images added, 1 images removed, 1 images changed" in done.to_text()
