@@ -25,9 +25,9 @@ from index_jobs.encoding.encoding_state import EncodedGallery, shard_store
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
 from index_jobs.jobs.gallery_changes import count_changes
-from index_jobs.jobs.job import RebuildJob
 from index_jobs.jobs.notify import notify
 from index_jobs.jobs.quality_gate import GateVerdict
+from index_jobs.jobs.rebuild_job import RebuildJob
 from index_jobs.jobs.served_version import ServedVersion
 from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
 from index_jobs.jobs.version_writer import (
