@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 MAX_PAIRS = 1000
 PAIRS_SIGNATURE = "pairs_signature"  # in the manifest's cut-off
 _RANKS = (1, 10)
+_DEPTH = 100  # an image below this rank counts as not found
 _FILE_SCHEME = "file://"
 _AMBIGUOUS = -1  # instead of a row
 
@@ -61,9 +63,11 @@ class QueryPairs:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """Outcome of a comparison, with recall_at_1 and recall_at_10 of both indexes.
+    """Outcome of a comparison.
 
-    compared: False if no comparison was possible.
+    compared: False if no comparison was possible. pairs: texts that were searched. pool: images that they could find.
+    serving, rebuilt: recall_at_1, recall_at_10 and ndcg_at_100 of both indexes. difference: rebuilt minus serving in
+    ndcg_at_100, with the ends of its 95 % interval. visible: the smallest difference that these pairs tell from chance.
     """
 
     passed: bool
@@ -71,9 +75,12 @@ class GateVerdict:
     reason: str
     margin: float
     pairs: int = 0
+    pool: int = 0
     source: str = ""
     serving: dict[str, float] | None = None
     rebuilt: dict[str, float] | None = None
+    difference: dict[str, float] | None = None
+    visible: float | None = None
 
 
 def find_pairs(gallery: "Gallery", validation: Path | None) -> QueryPairs | None:
@@ -199,10 +206,13 @@ def compare(
     pairs: QueryPairs | None,
     margin: float = RebuildOptions.margin,
 ) -> GateVerdict:
-    """Search both indexes; the rebuilt one passes if neither recall is lower by more than the margin.
+    """Search both indexes; the rebuilt one passes if no measure is lower by more than the margin.
+
+    Recall counts hits only, and few pairs decide it. The third measure, nDCG of one relevant image, depends on the rank
+    of every image.
 
     Args:
-        margin: in recall; 0.02 is two points of a hundred.
+        margin: 0.02 is two points of a hundred.
     """
     if pairs is None:
         return pass_uncompared("there are no captions and no validation pairs to compare by", margin)
@@ -214,12 +224,26 @@ def compare(
     if not shared:
         return pass_uncompared("no image of the pairs is in both indexes", margin)
     texts, ids = [text for text, _ in shared], [item_id for _, item_id in shared]
-    before = _recalls(served, served_encoder.encode_text(texts), ids, _shared_rows(served, rebuilt))
-    after = _recalls(rebuilt, rebuilt_encoder.encode_text(texts), ids, _shared_rows(rebuilt, served))
+    masks = _shared_rows(served, rebuilt), _shared_rows(rebuilt, served)
+    before_gains = _gains(served, served_encoder.encode_text(texts), ids, masks[0])
+    after_gains = _gains(rebuilt, rebuilt_encoder.encode_text(texts), ids, masks[1])
+    before, after = _measures(before_gains), _measures(after_gains)
+    pool = served.manifest.count if masks[0] is None else int(np.count_nonzero(masks[0]))
+    difference, visible = _difference(before_gains, after_gains, ids)
     changes = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
-    reason = f"{changes} over {len(shared):,} pairs, margin {margin:g}"
+    reason = (
+        f"{changes} among {pool:,} images over {len(shared):,} pairs, margin {margin:g}; ndcg_at_{_DEPTH} changed by "
+        f"{difference['value']:+.3f} (95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})"
+    )
+    if visible > margin:
+        logger.warning(
+            "%d pairs tell differences of %.3f from chance, but the margin is %g; give more validation pairs",
+            len(shared), visible, margin,
+        )  # fmt: skip
     passed = not losses(before, after, margin)
-    return GateVerdict(passed, True, reason, margin, len(shared), pairs.source, before, after)
+    return GateVerdict(
+        passed, True, reason, margin, len(shared), pool, pairs.source, before, after, difference, round(visible, 4)
+    )
 
 
 def _shared_rows(artifact: Artifact, other: Artifact) -> Mask | None:
@@ -231,11 +255,30 @@ def _shared_rows(artifact: Artifact, other: Artifact) -> Mask | None:
     return None if mask.all() else mask
 
 
-def _recalls(artifact: Artifact, vectors: Floats, ids: list[str], allowed: Mask | None) -> dict[str, float]:
-    rows = artifact.search(vectors, max(_RANKS), allowed)[1]
-    targets = np.array([artifact.row_of(item_id) for item_id in ids])
-    hits = rows == targets[:, None]
-    return {f"recall_at_{k}": round(float(hits[:, :k].any(1).mean()), 4) for k in _RANKS}
+def _gains(artifact: Artifact, vectors: Floats, ids: list[str], allowed: Mask | None) -> Floats:
+    """Return 1 / log2(1 + rank) of each text's image, 0 where it is not found: float64 (n,)."""
+    rows = artifact.search(vectors, _DEPTH, allowed)[1]
+    is_target = rows == np.array([artifact.row_of(item_id) for item_id in ids])[:, None]
+    gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
+    return gains
+
+
+def _measures(gains: Floats) -> dict[str, float]:
+    recalls = {f"recall_at_{k}": round(float((gains >= 1 / np.log2(1.5 + k)).mean()), 4) for k in _RANKS}
+    return recalls | {f"ndcg_at_{_DEPTH}": round(float(gains.mean()), 4)}
+
+
+def _difference(before: Floats, after: Floats, ids: list[str]) -> tuple[dict[str, float], float]:
+    """Return the mean difference of gains with its interval, and the smallest difference that is not chance.
+
+    That is half of the interval, but at least one image that is found by one index alone.
+    """
+    _, image = np.unique(ids, return_inverse=True)
+    texts = np.bincount(image).astype(np.float64)
+    hits = [Hits(texts, np.bincount(image, gains), np.zeros_like(texts)) for gains in (after, before)]
+    estimate = compare_hits(*hits).difference["t2i_r1"]  # in points of a hundred
+    values = {name: round(getattr(estimate, name) / 100, 4) for name in ("value", "low", "high")}
+    return values, max((estimate.high - estimate.low) / 200, 1 / len(texts))
 
 
 def losses(before: Mapping[str, float], after: Mapping[str, float], margin: float) -> list[str]:

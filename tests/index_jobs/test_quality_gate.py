@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dcar_core import Encoder
@@ -56,7 +58,12 @@ def test_recalls_are_of_the_two_models(
         scores = encoder.encode_text(table["caption"].to_pylist()) @ encoder.encode_images(paths).T
         ranks = (scores > np.diag(scores)[:, None] + 1e-7).sum(1)
         assert verdict[side] == pytest.approx(
-            {"recall_at_1": (ranks < 1).mean(), "recall_at_10": (ranks < 10).mean()}, abs=0.0001
+            {
+                "recall_at_1": (ranks < 1).mean(),
+                "recall_at_10": (ranks < 10).mean(),
+                "ndcg_at_100": (1 / np.log2(2 + ranks)).mean(),
+            },
+            abs=0.0001,
         )
 
 
@@ -213,3 +220,61 @@ def test_loss_of_exactly_the_margin_passes() -> None:
         served, found = {"recall_at_1": (loss + 1) / 100}, {"recall_at_1": (loss - 1) / 100}
         assert quality_gate.losses(served, found, 0.02) == []
         assert quality_gate.losses(served, found, 0.0199) == ["recall_at_1"]
+
+
+class Ranked:
+    """An index of so many items in which the text "n" finds item n at a given rank."""
+
+    def __init__(self, ranks: list[int], count: int) -> None:
+        self.ranks, self.count = ranks, count
+        self.manifest = SimpleNamespace(count=count)
+        self.live = np.ones(count, np.bool_)
+
+    def row_of(self, item_id: str) -> int:
+        return int(item_id)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        return pa.chunked_array([[str(row) for row in range(self.count)]])
+
+    def encode_text(self, texts: list[str]) -> np.ndarray:
+        return np.array([[int(text)] for text in texts])
+
+    def search(self, vectors: np.ndarray, k: int, allowed: object) -> tuple[np.ndarray, np.ndarray]:
+        rows = []
+        for (item,) in vectors.tolist():
+            others = [row for row in range(self.count) if row != item]
+            rows.append([*others[: self.ranks[item]], item, *others[self.ranks[item] :]][:k])
+        return np.zeros((len(rows), k)), np.array(rows)
+
+
+def compare(before: list[int], after: list[int], margin: float = 0.02) -> quality_gate.GateVerdict:
+    served, rebuilt = (cast(Any, Ranked(ranks, 895)) for ranks in (before, after))
+    names = [str(number) for number in range(len(before))]
+    pairs = quality_gate.QueryPairs(names, names, list(range(len(names))), "validation")
+    return quality_gate.compare(served, served, rebuilt, rebuilt, pairs, margin)
+
+
+def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """4 against 3 hits of 80, where the images of all other texts are far down the list."""
+    before = [0] * 4 + [12] * 76
+    after = [0] * 3 + [60] * 77
+    verdict = compare(before, after)
+    assert verdict.serving is not None
+    assert verdict.rebuilt is not None
+    assert verdict.serving["recall_at_1"] - verdict.rebuilt["recall_at_1"] < 0.02
+    assert not verdict.passed
+    assert verdict.pool == 895
+    assert verdict.difference is not None
+    assert verdict.difference["low"] < verdict.difference["value"] < verdict.difference["high"] < 0
+    assert "among 895 images over 80 pairs" in verdict.reason
+    assert "95 % interval -0." in verdict.reason
+
+
+def test_too_few_pairs_for_the_margin_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert compare([0] * 20, [0] * 20).visible == 0.05
+    assert "20 pairs tell differences of 0.050 from chance, but the margin is 0.02" in caplog.text
+    caplog.clear()
+    assert compare([0] * 100, [0] * 100).passed
+    assert not caplog.text
