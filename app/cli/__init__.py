@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import datasets, indexing, serving, tools, training
+from app.cli import datasets, indexing, quickstart, serving, tools, training
 from dcar_core.util.command import run_command
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.add_typer(training.commands)
 app.add_typer(datasets.commands, name="data")
 app.add_typer(indexing.commands, name="index")
 app.add_typer(serving.commands)
+app.add_typer(quickstart.commands)
 app.add_typer(tools.commands)
 
 

@@ -36,7 +36,7 @@ def serve(
     """
     if index is None and not os.environ.get("DCAR_INDEX"):
         raise DcarError("no index: give --index DIR, a directory that `dcar index build --out DIR` wrote")
-    _serve(index=index, host=host, port=port, runtime=runtime, collections=_parse_collections(collection or []))
+    serve_index(index=index, host=host, port=port, runtime=runtime, collections=_parse_collections(collection or []))
 
 
 @commands.command(
@@ -127,7 +127,7 @@ def demo(
     typer.echo(_hints(f"http://{f'[{host}]' if ':' in host else host}:{port}", others))
     sys.stdout.flush()
     collections = {name: data / "index" / name for name in others}
-    _serve(index=data / "index" / domain, collections=collections, host=host, port=port, runtime=runtime)
+    serve_index(index=data / "index" / domain, collections=collections, host=host, port=port, runtime=runtime)
 
 
 def _zero_shot_checkpoint(out: Path) -> Path:
@@ -159,7 +159,8 @@ def _parse_collections(options: list[str]) -> dict[str, Path] | None:
     return {name: Path(path) for name, _, path in pairs} or None
 
 
-def _serve(**flags: object) -> None:
+def serve_index(**flags: object) -> None:
+    """Serve with the settings of flags and the environment."""
     # Before NumPy is loaded: its products are small here, and beside a busy model two threads take up to twenty times
     # as long as one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -84,7 +84,15 @@ def list_folder(root: str) -> Iterator[GalleryImage]:
         metadata.report_unused()
     for kind, count in skipped.most_common():
         logger.warning("%d %s files are skipped: %s", count, kind, _HINTS[kind])
-    return _sorted_by_name(images)
+    return _sorted_by_name(images if metadata else [_with_fields_of_name(image) for image in images])
+
+
+def _with_fields_of_name(image: GalleryImage) -> GalleryImage:
+    """Describe an image without metadata by its path: the folders are its category, the file name is its title."""
+    if image.offset != WHOLE_FILE:
+        return image
+    folders, _, name = image.name.rpartition("/")
+    return replace(image, fields={"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()})
 
 
 def list_tar(place: str) -> Iterator[GalleryImage]:

@@ -1,0 +1,143 @@
+"""`dcar quickstart`: from a folder of images to a search page in one command."""
+
+import hashlib
+import os
+import shlex
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli.options import EXAMPLES, ModelName, Pretrained, example
+from app.cli.serving import serve_index
+from dcar_core.util.errors import DcarError, ModelError
+from index_jobs.jobs.command_line import Runtime
+
+commands = typer.Typer()
+
+_HUB = "https://huggingface.co"
+_HUB_TIMEOUT_S = 5.0
+_BUNDLED = EXAMPLES / "base"
+
+
+@commands.command(epilog=example("dcar quickstart photos", "dcar quickstart photos --model ViT-L-14 --port 9000"))
+def quickstart(
+    gallery: Annotated[Path, typer.Argument(help="Folder of images, an uncompressed tar, or a list.")],
+    model: ModelName = "ViT-B-32-quickgelu",
+    pretrained: Pretrained = "openai",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    data: Annotated[Path, typer.Option(help="Directory for the checkpoint and the index.")] = Path("data"),
+    runtime: Runtime = "auto",
+    page: Annotated[bool, typer.Option("--open/--no-open", help="Open the search page in a browser.")] = True,
+) -> None:
+    """Index a folder of images with an unadapted model, and serve it with a search page.
+
+    Without a metadata file, file names become titles and sub-folders become categories. The bundled model takes over if
+    the weights of the default one cannot be fetched. An interrupted run resumes with the same command.
+    """
+    from app.server import listen
+    from index_jobs.rebuild import rebuild
+
+    listen(host, port).close()  # before minutes are spent on an index for a port that is taken
+    place = gallery.absolute()
+    if not place.exists():
+        raise DcarError(f"there is no gallery {gallery}; name a folder of images")
+    checkpoint, source = _checkpoint(model, None if Path(model).is_dir() else pretrained, data / "zero-shot")
+    typer.echo(f"2 of 3: index {gallery}")
+    out = data / "quickstart" / hashlib.sha256(str(place).encode()).hexdigest()[:8] / (place.stem or "gallery")
+    summary = rebuild(place, checkpoint, out, runtime=runtime)
+    state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    typer.echo(f"{summary.count:,} images, {state}\n3 of 3: serve {url}\n{_hints(gallery, out, source)}")
+    sys.stdout.flush()
+    if page and _has_browser():
+        threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
+    serve_index(index=out, host=host, port=port, runtime=runtime)
+
+
+def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path, list[str]]:
+    """Return a checkpoint of the unadapted model, or of the bundled one if its weights cannot be fetched.
+
+    The second value is the model as options of `dcar train`.
+    """
+    is_online = hub_is_reachable()
+    if not is_online:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # cached weights are found at once, without attempts to connect
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
+
+    name = "-".join((model if not Path(model).is_dir() else Path(model).resolve().name, pretrained or "own"))
+    out = folder / name.replace("/", "-").replace(":", "-")
+    source = ["--model", model, *(["--pretrained", pretrained] if pretrained else [])]
+    typer.echo(f"1 of 3: model {model}")
+    if is_checkpoint(out):
+        return out, source
+    try:
+        backbone = load_backbone(BackboneSource(model, pretrained))
+    except ModelError:
+        if is_online or Path(model).is_dir() or not _BUNDLED.is_dir():
+            raise
+        typer.echo(
+            f"the model hub cannot be reached, so the bundled model is used, which knows drawings better than photos; "
+            f"run this again with a connection, or give --model DIR, for {model}"
+        )
+        return _checkpoint(str(_BUNDLED), None, folder)
+    save_zero_shot(backbone, out)
+    return out, source
+
+
+def hub_is_reachable() -> bool:
+    """Return True if the model hub responds within a few seconds, also where names take long to resolve."""
+    found = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", _HUB), method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+        except (OSError, ValueError):
+            return
+        found.set()
+
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
+        return False
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_HUB_TIMEOUT_S)
+    return found.is_set()
+
+
+def _hints(gallery: Path, index: Path, source: list[str]) -> str:
+    images = shlex.quote(str(gallery))
+    return (
+        f"To adapt the model, write a table of captions (docs/tutorial.md), or let a vision model write it:\n"
+        f"  dcar data caption --images {images} --out captions.json --url URL --model MODEL\n"
+        f"  dcar train --data captions.json --images {images} {shlex.join(source)} --out adapted\n"
+        f"  dcar index build --gallery {images} --checkpoint adapted --out {shlex.quote(str(index))}\n"
+        f"Stop with Ctrl-C."
+    )
+
+
+def _has_browser() -> bool:
+    """Return True on a desktop; a browser for terminals would take this one."""
+    is_desktop = sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    return is_desktop and sys.stdout.isatty()
+
+
+def _open_when_ready(url: str) -> None:
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}readyz", timeout=5).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            webbrowser.open(url)
+            return

@@ -1,0 +1,94 @@
+"""`dcar quickstart`: one command from a folder of images to a served index."""
+
+import http.server
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import app
+from app.cli.quickstart import hub_is_reachable
+from dcar_core.util.errors import DcarError, ModelError
+from index_jobs.store.versions import open_current
+from tests.support.images import png
+from tests.support.processes import free_port
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "my photos"
+    for name, colour in (("owls/barn_owl-3.png", "red"), ("owls/night/eagle.png", "blue"), ("cat.png", "green")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(colour))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings that the command would serve with; the hub cannot be reached."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr("app.cli.quickstart.serve_index", lambda **flags: calls.append(flags))
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return calls
+
+
+def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
+    photos: Path, tmp_path: Path, served: list[dict[str, Any]]
+) -> None:
+    command = ["quickstart", str(photos), "--data", str(tmp_path / "data"), "--port", str(free_port()), "--no-open"]
+    first = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert first.output.count("the model hub cannot be reached") == 1
+    assert "3 images, indexed in" in first.output
+    assert f"dcar train --data captions.json --images '{photos}' --model " in first.output
+    (flags,) = served
+    artifact = open_current(flags["index"])
+    assert flags["index"].name == "my photos"
+    items = {each.category: each for each in map(artifact.item, range(artifact.rows))}
+    assert set(items) == {"owls", "owls/night", ""}
+    assert (items["owls"].caption, items["owls"].metadata["title"]) == ("", "barn owl-3")
+    again = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "3 images, already indexed" in again.output
+    assert open_current(served[1]["index"]).manifest.version == artifact.manifest.version
+
+
+def test_a_model_that_was_named_by_its_directory_is_not_replaced(photos: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
+    command = ["quickstart", str(photos), "--model", str(broken), "--data", str(tmp_path), "--port", str(free_port())]
+    assert isinstance(CliRunner().invoke(app, command).exception, ModelError)
+
+
+def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["quickstart", str(tmp_path / "none"), "--port", str(free_port())])
+    assert isinstance(done.exception, DcarError)
+    assert "there is no gallery" in str(done.exception)
+
+
+def test_the_hub_is_reachable_if_it_responds_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # responds 501
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub_is_reachable()
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert not hub_is_reachable()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_hub_that_never_responds_is_known_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cli.quickstart._HUB_TIMEOUT_S", 0.2)
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # accepts, and that is all
+    with server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert not hub_is_reachable()
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
