@@ -4,6 +4,7 @@
 - Shutdown: for `drain_s` the service responds but is not ready; then it refuses connections and finishes its requests.
 """
 
+import asyncio
 import contextlib
 import errno
 import gc
@@ -12,6 +13,7 @@ import logging.config
 import socket
 import threading
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -63,7 +65,7 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
     """Return uvicorn's configuration for an application, with limited connections."""
     return uvicorn.Config(
         track_requests(app),
-        http=BoundedProtocol,
+        http=cast(type[asyncio.Protocol], BoundedProtocol),  # uvicorn only calls it
         log_config=None,
         access_log=False,
         ws="none",

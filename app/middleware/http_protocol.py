@@ -11,17 +11,20 @@
 - While pipelined requests wait for their responses, nothing more is parsed.
 - Offers to upgrade (`Upgrade: h2c`) are hidden, since the parser would skip the request's body. An offer that is not in
   the first read of a head ends the connection before any byte behind it is read as a request.
-- A client that reads nothing of its response for WRITE_S is disconnected.
+- Responses are sent in pieces, and a client that does not take one within WRITE_S is disconnected. The system buffers
+  UNSENT_BYTES; by default it would take megabytes.
 """
 
 import asyncio
+import contextlib
 import re
+import socket
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -30,13 +33,15 @@ HEAD_S = 10.0
 WRITE_S = 30.0
 HEAD_BYTES = 64 * 2**10
 READ_BYTES = 16 * 2**10
+PIECE_BYTES = 64 * 2**10
+UNSENT_BYTES = 128 * 2**10
 _COSTLY_S = 0.001  # of the event loop, for one read
 _STATE_KEY = "dcar.connection"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
 def track_requests(app: ASGIApp) -> ASGIApp:
-    """Wrap the application so that each connection knows while a request is being answered."""
+    """Wrap the application so that each connection knows while a request is being answered, and sends it in pieces."""
 
     async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
         connection: BoundedProtocol | None = scope.get("state", {}).pop(_STATE_KEY, None)
@@ -44,8 +49,16 @@ def track_requests(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send)
             return
         connection.request_started(getattr(send, "__self__", None))
+
+        async def send_in_pieces(message: Message) -> None:
+            body = message.get("body", b"")
+            last = max(0, len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+            for start in range(0, last, PIECE_BYTES):
+                await send({**message, "body": body[start : start + PIECE_BYTES], "more_body": True})
+            await send(message if last == 0 else {**message, "body": body[last:]})
+
         try:
-            await app(scope, receive, send)
+            await app(scope, receive, send_in_pieces)
         finally:
             connection.request_finished()
 
@@ -70,6 +83,9 @@ class BoundedProtocol(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        with contextlib.suppress(AttributeError, OSError):  # the system has no such option, or it is a Unix socket
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._inner.connection_made(self._transport)
         self._expect_head()
 

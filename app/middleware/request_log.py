@@ -104,8 +104,8 @@ def _given_id(scope: Scope) -> str | None:
 
 
 def _has_one_host(scope: Scope) -> bool:
-    hosts = sum(name == b"host" for name, _ in scope["headers"])
-    return hosts == 1 or (hosts == 0 and scope["http_version"] == "1.0")
+    hosts: int = sum(name == b"host" for name, _ in scope["headers"])
+    return hosts == 1 or (hosts == 0 and bool(scope["http_version"] == "1.0"))
 
 
 def _template(scope: Scope) -> str:

@@ -269,6 +269,19 @@ def test_responses_that_are_not_read_end_the_connection(port: int) -> None:
             time.sleep(0.1)
 
 
+def test_slow_reader_gets_all_of_a_long_response(port: int) -> None:
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", port))
+        slow.sendall(b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        began, received = time.monotonic(), 0
+        while part := slow.recv(32768):
+            received += len(part)
+            time.sleep(0.02)
+    assert received > 10**6
+    assert time.monotonic() - began > 0.6, "longer than WRITE_S"
+
+
 async def test_head_is_get_without_the_body(built_index: Path) -> None:
     async with opened(built_index) as client:
         for path in (
