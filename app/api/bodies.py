@@ -6,6 +6,7 @@
 - Every error names the field as the request does.
 """
 
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.requests import LIST_FIELDS, BatchQuery, ImageForm, TextQuery
+from app.api.requests import LIST_FIELDS, BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import Settings
 from app.search.query import Query, SearchOptions, normalise
@@ -53,6 +54,36 @@ def check_batch(queries: list[TextQuery], settings: Settings) -> list[Query]:
         except Problem as problem:
             raise problem.within(f"queries.{number}") from None
     return checked
+
+
+async def read_embeddings(request: Request, settings: Settings) -> EmbeddingsQuery:
+    """Read the body of POST /v1/embeddings. `embeddings_input` checks the inputs one by one."""
+    query = await _read_json(request, EmbeddingsQuery)
+    if len(query.input) > settings.max_queries:
+        raise field_problem("input", f"at most {settings.max_queries}, not {len(query.input)}")
+    return query
+
+
+def embeddings_input(query: EmbeddingsQuery, settings: Settings) -> list[str | bytes]:
+    """Return normalised texts and image files; an error names its input."""
+    inputs: list[str | bytes] = []
+    for number, each in enumerate(query.input):
+        field = f"input.{number}"
+        if isinstance(each, str):
+            text = _normalised(each, settings, field)
+            if not text:
+                raise field_problem(field, "must not be empty")
+            inputs.append(text)
+            continue
+        try:
+            data = base64.b64decode(each.image.rpartition(",")[2], validate=True)
+        except ValueError:
+            raise field_problem(f"{field}.image", "must be base64, or a data URI with base64") from None
+        if len(data) > settings.max_upload_bytes:
+            message = f"at most {settings.max_upload_bytes / 2**20:.3g} MiB, not {len(data) / 2**20:.3g}"
+            raise field_problem(f"{field}.image", message, status=413)
+        inputs.append(data)
+    return inputs
 
 
 def check_form_type(request: Request) -> None:

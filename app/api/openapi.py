@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from app.api.requests import BatchQuery, ImageForm, TextQuery
+from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
 from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem, field_problem
 from app.core.settings import Settings
@@ -108,7 +108,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (TextQuery, ImageForm, BatchQuery, ProblemResponse):
+    for model in (TextQuery, ImageForm, BatchQuery, EmbeddingsQuery, ProblemResponse):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
     _add_limits(schemas, app.state.settings)
@@ -147,6 +147,7 @@ def _add_limits(schemas: dict[str, Any], settings: Settings) -> None:
         properties["k"]["maximum"] = settings.max_k
         properties["offset"]["maximum"] = settings.max_window - 1
     schemas["BatchQuery"]["properties"]["queries"]["maxItems"] = settings.max_queries
+    schemas["EmbeddingsQuery"]["properties"]["input"]["maxItems"] = settings.max_queries
     form = schemas["ImageForm"]
     file = {"type": "string", "format": "binary", "description": f"at most {settings.max_upload_bytes} bytes"}
     form |= {"properties": {"file": file, **form["properties"]}, "required": ["file"]}

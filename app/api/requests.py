@@ -5,9 +5,9 @@
   document.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, WithJsonSchema
 from pydantic_core import from_json
 
 from app.core.settings import DEFAULT_K, MAX_QUERIES
@@ -50,6 +50,40 @@ class ImageForm(SearchOptions):
     model_config = ConfigDict(json_schema_extra={"examples": [{"query": "but red", "k": 10}]})
 
     query: Annotated[str, Field(description="text to combine with the image")] = ""
+
+
+class EmbeddingsImage(BaseModel):
+    """An image to embed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: Annotated[str, Field(min_length=1, description="the file in base64, or as a data URI")]
+
+
+class EmbeddingsQuery(BaseModel):
+    """Texts and images to embed, in the shape of OpenAI's API."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"input": ["crying cat", "red apple"], "model": "twemoji"}]}
+    )
+
+    input: Annotated[
+        list[
+            Annotated[
+                Annotated[str, Tag("constrained-text")] | Annotated[EmbeddingsImage, Tag("constrained-image")],
+                Discriminator(lambda given: f"constrained-{'text' if isinstance(given, str) else 'image'}"),
+            ]
+        ],
+        Field(min_length=1, description="texts and images; a single one needs no list"),
+        FailFast(),
+        BeforeValidator(lambda given: given if isinstance(given, list) else [given]),
+    ]
+    model: Annotated[str | None, Field(description="the collection that embeds; the default one if absent")] = None
+    encoding_format: Annotated[
+        Literal["float", "base64"], Field(description="numbers, or base64 of little-endian float32")
+    ] = "float"
+    dimensions: Annotated[int | None, Field(description="must be the length of the model's vectors")] = None
+    user: Annotated[str | None, Field(description="ignored")] = None
 
 
 class BatchQuery(BaseModel):

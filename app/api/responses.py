@@ -1,9 +1,10 @@
 """Responses: JSON bodies as plain dicts, which `schemas` documents, and image files."""
 
+import base64
 import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from fastapi import Request
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.params import collection_of
 from app.search.gallery_images import GalleryImage
 from app.search.query import ItemPage, Match, SearchResults, WordWeights
+from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
 _ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
@@ -65,6 +67,19 @@ def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
     if results.words is not None:
         body["words"] = _word_weights(results.words)
     return body
+
+
+def embeddings_response(
+    name: str, fingerprint: str, vectors: Sequence[Floats], encoding: Literal["float", "base64"]
+) -> dict[str, Any]:
+    """Return the body of an `EmbeddingsResponse`."""
+
+    def encoded(vector: Floats) -> Any:
+        return vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+    data = [{"object": "embedding", "index": i, "embedding": encoded(each)} for i, each in enumerate(vectors)]
+    usage = {"prompt_tokens": 0, "total_tokens": 0}
+    return {"object": "list", "data": data, "model": name, "fingerprint": fingerprint, "usage": usage}
 
 
 def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:

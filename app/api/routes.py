@@ -4,6 +4,7 @@
 - Ids are percent-encoded in URLs and looked up in the index; no part of a URL is ever used as a file path.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -12,15 +13,32 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from app.api.bodies import check_batch, check_form_type, check_window, read_batch, read_image_query, read_text_query
+from app.api.bodies import (
+    check_batch,
+    check_form_type,
+    check_window,
+    embeddings_input,
+    read_batch,
+    read_embeddings,
+    read_image_query,
+    read_text_query,
+)
 from app.api.browsing import ThumbnailSize, browsing_routes, thumbnail_response
 from app.api.openapi import operation, problem_responses
 from app.api.params import ItemId, collections_of, require_admin, retriever_of, settings_of, snapshot_of
-from app.api.requests import BatchQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
-from app.api.responses import ImageResponse, JsonResponse, item_response, items_response, search_response
+from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
+from app.api.responses import (
+    ImageResponse,
+    JsonResponse,
+    embeddings_response,
+    item_response,
+    items_response,
+    search_response,
+)
 from app.api.schemas import (
     BatchResponse,
     CollectionsResponse,
+    EmbeddingsResponse,
     HealthResponse,
     ItemResponse,
     ItemsResponse,
@@ -32,10 +50,10 @@ from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
 from app.middleware.access import charge
-from app.search.errors import NotReadyError
+from app.search.errors import BatchQueryError, NotReadyError
 from app.search.query import Query, SearchOptions
 from app.search.snapshots import Snapshot
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, ImageError
 
 _COLLECTION = "/collections/{collection}"
 _IMAGE_MAX_AGE_S = 3600
@@ -63,7 +81,7 @@ def add_routes(app: FastAPI, settings: Settings) -> None:
         )
         app.include_router(_item_routes(settings), prefix=prefix)
         app.include_router(browsing_routes(), prefix=prefix)
-    app.include_router(_service_routes())
+    app.include_router(_service_routes(settings))
 
 
 async def search_text(request: Request) -> Response:
@@ -160,8 +178,33 @@ def _item_routes(settings: Settings) -> APIRouter:
     return router
 
 
-def _service_routes() -> APIRouter:
+def _service_routes(settings: Settings) -> APIRouter:
     router = APIRouter()
+
+    @router.post(
+        "/v1/embeddings",
+        tags=["embeddings"],
+        **operation(EmbeddingsResponse, 400, 404, 413, 415, 422, 503, body=EmbeddingsQuery),
+    )
+    async def embeddings(request: Request) -> Response:
+        """Return the vectors of texts and images, in the shape of OpenAI's API."""
+        retriever, collections = retriever_of(request), collections_of(request)
+        retriever.require_room()
+        query = await read_embeddings(request, settings)
+        snapshot = collections[query.model].require()
+        encoder = snapshot.encoder
+        if query.dimensions not in (None, encoder.dim):
+            raise field_problem("dimensions", f"must be {encoder.dim} for this model, not {query.dimensions}")
+        await charge(request, len(query.input) - 1)
+        inputs = await asyncio.to_thread(embeddings_input, query, settings)
+        try:
+            vectors = await retriever.embed(snapshot, inputs)
+        except BatchQueryError as error:
+            if not isinstance(error.cause, ImageError):
+                raise error.cause from None
+            raise field_problem(f"input.{error.number}.image", str(error.cause)) from None
+        name = query.model or collections.default
+        return JsonResponse(embeddings_response(name, encoder.fingerprint, vectors, query.encoding_format))
 
     @router.get("/collections", tags=["service"], **operation(CollectionsResponse))
     async def list_collections(request: Request) -> Response:

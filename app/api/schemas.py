@@ -118,6 +118,31 @@ class ItemsResponse(BaseModel):
     next_offset: int | None = None
 
 
+class Embedding(BaseModel):
+    """The vector of one input, of unit length: numbers, or base64 of little-endian float32."""
+
+    object: str = Field(examples=["embedding"])
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsUsage(BaseModel):
+    """Always 0: tokens are not counted."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    """Embeddings in the order of the input. Only vectors of one fingerprint may be compared."""
+
+    object: str = Field(examples=["list"])
+    data: list[Embedding]
+    model: str = Field(description="the collection that embedded")
+    fingerprint: str = Field(description="of the model; the manifest of an index has the same")
+    usage: EmbeddingsUsage
+
+
 class HealthResponse(BaseModel):
     """The process is alive."""
 

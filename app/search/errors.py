@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, ImageError
 
 _MAX_SHOWN = 200  # characters of a name that a caller sent
 
@@ -27,7 +27,7 @@ class InvalidQueryError(SearchError):
 class BatchQueryError(SearchError):
     """One query of a batch, counted from 0, failed because of `cause`."""
 
-    def __init__(self, number: int, cause: SearchError) -> None:
+    def __init__(self, number: int, cause: SearchError | ImageError) -> None:
         super().__init__(f"query {number}: {cause}")
         self.number = number
         self.cause = cause

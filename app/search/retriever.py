@@ -111,14 +111,17 @@ class Retriever:
 
         async with self._admitted(len(queries)):
             outcomes = await asyncio.gather(*map(search, queries), return_exceptions=True)
-        results = []
-        for number, outcome in enumerate(outcomes):
-            if isinstance(outcome, SearchError):
-                raise BatchQueryError(number, outcome)
-            if isinstance(outcome, BaseException):
-                raise outcome
-            results.append(outcome)
-        return results
+        return _all_or_error(outcomes)
+
+    async def embed(self, snapshot: Snapshot, inputs: Sequence[str | bytes]) -> list[Floats]:
+        """Return the vectors (E,) of normalised texts and image files. Raise BatchQueryError if one has none."""
+        async with self._admitted(len(inputs)):
+            embed = self._embedder
+            outcomes = await asyncio.gather(
+                *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
+                return_exceptions=True,
+            )
+        return [vector for vector, _ in _all_or_error(outcomes)]
 
     async def item(self, snapshot: Snapshot, item_id: str) -> tuple[int, Item]:
         """Return the version of the index and an item. Raise ItemNotFoundError if no item has this id."""
@@ -319,6 +322,17 @@ class Retriever:
         finally:
             self._pending[kind] -= count
             self._metrics.pending[kind].dec(count)
+
+
+def _all_or_error(outcomes: Sequence[T | BaseException]) -> list[T]:
+    results: list[T] = []
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, SearchError | ImageError):
+            raise BatchQueryError(number, outcome)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results
 
 
 def _matches(

@@ -271,10 +271,10 @@ async def test_pages_load_nothing_from_other_sites(built_index: Path) -> None:
         }  # fmt: skip
         assert set(document["paths"]) == {
             *of_items, *(f"/collections/{{collection}}{path}" for path in of_items),
-            "/collections", "/healthz", "/readyz", "/metrics", "/admin/reload",
+            "/collections", "/healthz", "/readyz", "/metrics", "/admin/reload", "/v1/embeddings",
         }  # fmt: skip
         operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
-        assert len(set(operations)) == len(operations) == 19
+        assert len(set(operations)) == len(operations) == 20
         assert document["components"]["schemas"]["TextQuery"]["properties"]["k"]["maximum"] == 200
 
 

@@ -117,6 +117,33 @@ class ItemsResponse(BaseModel):
     next_offset: int | None = None
 
 
+class Embedding(BaseModel):
+    """The vector of one input, of unit length: numbers, or base64 of little-endian float32."""
+
+    object: str
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsUsage(BaseModel):
+    """Always 0: tokens are not counted."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    """Embeddings in the order of the input. Only vectors of one fingerprint may be compared."""
+
+    object: str
+    data: list[Embedding]
+    model: str
+    """The collection that embedded."""
+    fingerprint: str
+    """Of the model; the manifest of an index has the same."""
+    usage: EmbeddingsUsage
+
+
 class HealthResponse(BaseModel):
     """The process is alive."""
 
