@@ -156,7 +156,7 @@ def browsing_routes() -> APIRouter:
 async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize) -> Response:
     """Return a thumbnail of an item, as WebP for clients that name it in `Accept`, else as JPEG."""
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-    thumbnail = await retriever_of(request).thumbnail(snapshot_of(request), item_id, size, kind)
+    thumbnail = await retriever_of(request).images.thumbnail(snapshot_of(request), item_id, size, kind)
     scope = "private" if settings_of(request).api_keys else "public"
     etag = f'"{thumbnail.name}"'
     headers = {"Cache-Control": f"{scope}, max-age={_MAX_AGE_S}", "ETag": etag, "Vary": "Accept"}

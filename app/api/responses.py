@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from app.api.params import collection_of
-from app.search.gallery_images import GalleryImage
+from app.search.gallery_images import ImageFile
 from app.search.query import ItemPage, Match, SearchResults, WordWeights
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
@@ -33,7 +33,7 @@ class JsonResponse(Response):
 class ImageResponse(Response):
     """An image file, read piece by piece as the client takes it."""
 
-    def __init__(self, image: GalleryImage, threads: Executor, headers: dict[str, str]) -> None:
+    def __init__(self, image: ImageFile, threads: Executor, headers: dict[str, str]) -> None:
         super().__init__(headers={**headers, "Content-Length": str(image.size)}, media_type=image.media_type)
         self._image = image
         self._threads = threads

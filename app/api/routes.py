@@ -160,15 +160,15 @@ def _item_routes(settings: Settings) -> APIRouter:
         """Return the image file of an item as stored in the gallery, or a thumbnail of it."""
         if size is not None:
             return await thumbnail_response(request, item_id, size)
-        retriever = retriever_of(request)
-        image = await retriever.image(snapshot_of(request), item_id)
+        images = retriever_of(request).images
+        image = await images.open(snapshot_of(request), item_id)
         etag = f'"{image.digest}"'
         scope = "private" if settings.api_keys else "public"
         headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
-            image.close(retriever.image_threads)
+            image.close(images.threads)
             return Response(status_code=304, headers=headers)
-        return ImageResponse(image, retriever.image_threads, headers)
+        return ImageResponse(image, images.threads, headers)
 
     @router.get("/items/{item_id:path}", tags=["items"], **operation(ItemResponse, 404, 422, 503))
     async def item(request: Request, item_id: ItemId) -> Response:

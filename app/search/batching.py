@@ -12,18 +12,20 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from app.core.metrics import Metrics
+from app.core.metrics import Metrics, PendingKind
+from app.core.settings import Settings
 from app.core.supervision import supervise
 from app.core.threads import use_default_scheduling
-from app.search.errors import NotReadyError, OverloadedError
+from app.search.errors import NotReadyError, OverloadedError, UnavailableError
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
 
@@ -260,3 +262,33 @@ def _forward(run: Callable[[list[Any]], Floats | list[Floats]], payloads: list[A
         vector.copy() if np.isfinite(vector).all() else DataError("The model has no finite embedding for this query.")
         for vector in vectors
     ]
+
+
+class Admission:
+    """Bounds the number of searches and of image requests in progress, and the time of each."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self.pending = Counter[PendingKind]()
+
+    @asynccontextmanager
+    async def __call__(self, count: int = 1, *, kind: PendingKind = "searches") -> AsyncIterator[None]:
+        """Count work in progress. Raise UnavailableError if there is too much of it, or if it takes too long."""
+        if self.pending[kind] + count > self._settings.max_pending:
+            self._metrics.refused.labels("queue_full").inc()
+            raise OverloadedError
+        self.pending[kind] += count
+        self._metrics.pending[kind].inc(count)
+        deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
+        try:
+            async with deadline:
+                yield
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self._metrics.refused.labels("late").inc()
+            raise UnavailableError("The search took too long and was cancelled.", retry_after_s=1) from None
+        finally:
+            self.pending[kind] -= count
+            self._metrics.pending[kind].dec(count)

@@ -1,21 +1,35 @@
-"""Image files of the gallery, sent in pieces: a response holds one piece in memory, however slowly it is read."""
+"""Images of items: their files in the gallery, read in pieces, and thumbnails.
+
+- A response holds one piece of a file in memory, however slowly it is read.
+- Thumbnails are made by the threads that decode images, and cached on disk.
+"""
 
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
+from functools import partial
 from typing import BinaryIO
 
+from app.core.settings import Settings
+from app.core.thumbnail_cache import ThumbnailCache
+from app.search.batching import Admission
+from app.search.embedding import Embedder
 from app.search.errors import ImageUnavailableError
+from app.search.query import Thumbnail
+from app.search.ranking import row_of
+from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
+from dcar_core.images.thumbnails import ThumbnailFormat, make_thumbnail
+from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Artifact
 
 PIECE_BYTES = 64 * 2**10
 
 
-class GalleryImage:
+class ImageFile:
     """An opened image file.
 
     Attributes:
@@ -69,3 +83,66 @@ class GalleryImage:
         if not self._file.closed:
             with suppress(RuntimeError):  # the threads end with the service
                 threads.submit(self._file.close)
+
+
+class ItemImages:
+    """Opens the images of items, and makes their thumbnails."""
+
+    def __init__(self, settings: Settings, embedder: Embedder, admission: Admission, threads: Executor) -> None:
+        self._embedder = embedder
+        self._admission = admission
+        self.threads = threads
+        folder = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
+        self._thumbnails = ThumbnailCache(folder, settings.thumbnail_cache_bytes)
+
+    async def open(self, snapshot: Snapshot, item_id: str) -> ImageFile:
+        """Open the image of an item, which the caller closes.
+
+        Raises:
+            ItemNotFoundError: no item has this id.
+            ImageUnavailableError: the gallery has no image there that may be served.
+        """
+        row = row_of(snapshot, item_id)
+        async with self._admission(kind="pictures"):
+            opening = self.threads.submit(ImageFile, snapshot.artifact, row)
+            try:
+                return await asyncio.wrap_future(opening)
+            except asyncio.CancelledError:  # a running thread goes on
+                opening.add_done_callback(self._close)
+                raise
+
+    def _close(self, opening: Future[ImageFile]) -> None:
+        if not (opening.cancelled() or opening.exception()):
+            opening.result().close(self.threads)
+
+    async def thumbnail(
+        self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
+    ) -> Thumbnail:
+        """Return a thumbnail of an item's image, from the cache or made now.
+
+        Args:
+            side: pixels that its longer side has at most.
+
+        Raises:
+            ItemNotFoundError: no item has this id.
+            ImageUnavailableError: the gallery has no image there that may be served, or it cannot be decoded.
+        """
+        row, artifact = row_of(snapshot, item_id), snapshot.artifact
+        loop = asyncio.get_running_loop()
+
+        def read() -> tuple[str, bytes | None, bytes | None]:
+            name = f"{artifact.image_key(row)}_{side}.{thumbnail_format}"
+            data = self._thumbnails.get(name)
+            return name, data, None if data else artifact.image_bytes(row)
+
+        try:
+            async with self._admission(kind="pictures"):
+                name, data, source = await loop.run_in_executor(self.threads, read)
+                if source is not None:
+                    make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
+                    data = await self._embedder.decode(source, make)
+                    await loop.run_in_executor(self.threads, self._thumbnails.put, name, data)
+        except (ArtifactError, ImageError, OSError):
+            raise ImageUnavailableError from None
+        assert data is not None
+        return Thumbnail(name, data)

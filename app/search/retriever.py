@@ -1,6 +1,6 @@
 """The query path: from a query to ranked items.
 
-    query -> plan (`planning`) -> vectors of its parts (`embedding`) -> one vector (`query.compose`) -> rows (`ranking`)
+    query -> plan (`ranking`) -> vectors of its parts (`embedding`) -> one vector (`query.compose`) -> rows (`ranking`)
     -> re-ranking and explanations, where requested (`pairs`) -> items
 
 - A search that takes less time than handing it to a thread runs in the event loop; all others run in threads.
@@ -13,25 +13,21 @@
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
-from app.core.metrics import Metrics, PendingKind
+from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.threads import use_default_scheduling
-from app.core.thumbnail_cache import ThumbnailCache
+from app.search.batching import Admission
 from app.search.embedding import Embedder
 from app.search.embedding_cache import MemoryCache
-from app.search.errors import BatchQueryError, ImageUnavailableError, OverloadedError, SearchError, UnavailableError
-from app.search.gallery_images import GalleryImage
+from app.search.errors import BatchQueryError, SearchError
+from app.search.gallery_images import ItemImages
 from app.search.pairs import PairScorer
-from app.search.planning import Plan, make_plan, row_of
 from app.search.query import (
     Explanation,
     ItemPage,
@@ -39,17 +35,14 @@ from app.search.query import (
     Query,
     QueryPart,
     SearchResults,
-    Thumbnail,
     WordWeights,
     compose,
 )
-from app.search.ranking import RankedRow, filter_mask, mask_key, rank, row_vectors
+from app.search.ranking import Plan, RankedRow, filter_mask, make_plan, mask_key, rank, row_of, row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.images.thumbnails import ThumbnailFormat, make_thumbnail
-from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.cpu_features import available_cores
-from dcar_core.util.errors import ArtifactError, ImageError
+from dcar_core.util.errors import ImageError
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
@@ -64,7 +57,7 @@ class Retriever:
     def __init__(self, settings: Settings, cache: MemoryCache, metrics: Metrics) -> None:
         self._metrics = metrics
         self._settings = settings
-        self._pending = Counter[PendingKind]()
+        self._admission = Admission(settings, metrics)
         self._embedder = Embedder(settings, cache, self._metrics)
         threads = min(4, available_cores())
         self._search_threads = ThreadPoolExecutor(threads, "dcar-search", use_default_scheduling)
@@ -72,8 +65,7 @@ class Retriever:
         self.image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
         self.require_room = self._embedder.require_room
         self._pairs = PairScorer(self._embedder, self.image_threads)
-        thumbnails = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
-        self._thumbnails = ThumbnailCache(thumbnails, settings.thumbnail_cache_bytes)
+        self.images = ItemImages(settings, self._embedder, self._admission, self.image_threads)
 
     def start(self) -> None:
         """Begin to work. The event loop must be running."""
@@ -96,7 +88,7 @@ class Retriever:
         for text in (query.text, query.without_text):
             if text:
                 self._embedder.require_room_for(snapshot, text)
-        async with self._admitted():
+        async with self._admission():
             return await self._search(snapshot, query)
 
     async def search_batch(self, snapshot: Snapshot, queries: Sequence[Query]) -> list[SearchResults]:
@@ -109,13 +101,13 @@ class Retriever:
             async with slots:
                 return await self._search(snapshot, query, filter_turn)
 
-        async with self._admitted(len(queries)):
+        async with self._admission(len(queries)):
             outcomes = await asyncio.gather(*map(search, queries), return_exceptions=True)
         return _all_or_error(outcomes)
 
     async def embed(self, snapshot: Snapshot, inputs: Sequence[str | bytes]) -> list[Floats]:
         """Return the vectors (E,) of normalised texts and image files. Raise BatchQueryError if one has none."""
-        async with self._admitted(len(inputs)):
+        async with self._admission(len(inputs)):
             embed = self._embedder
             outcomes = await asyncio.gather(
                 *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
@@ -147,60 +139,8 @@ class Retriever:
             next_offset = offset + count if len(rows) > offset + count else None
             return ItemPage(snapshot.version, len(rows), items, next_offset)
 
-        async with self._admitted():
+        async with self._admission():
             return await self._in_search_thread(list_items, await self._mask(snapshot, filter, asyncio.Lock()))
-
-    async def image(self, snapshot: Snapshot, item_id: str) -> GalleryImage:
-        """Open the image of an item, which the caller closes.
-
-        Raises:
-            ItemNotFoundError: no item has this id.
-            ImageUnavailableError: the gallery has no image there that may be served.
-        """
-        row = row_of(snapshot, item_id, "id")
-        async with self._admitted(kind="pictures"):
-            opening = self.image_threads.submit(GalleryImage, snapshot.artifact, row)
-            try:
-                return await asyncio.wrap_future(opening)
-            except asyncio.CancelledError:  # a running thread goes on
-                opening.add_done_callback(self._close_image)
-                raise
-
-    def _close_image(self, opening: Future[GalleryImage]) -> None:
-        if not (opening.cancelled() or opening.exception()):
-            opening.result().close(self.image_threads)
-
-    async def thumbnail(
-        self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
-    ) -> Thumbnail:
-        """Return a thumbnail of an item's image, from the cache or made by the threads that decode images.
-
-        Args:
-            side: pixels that its longer side has at most.
-
-        Raises:
-            ItemNotFoundError: no item has this id.
-            ImageUnavailableError: the gallery has no image there that may be served, or it cannot be decoded.
-        """
-        row, artifact = row_of(snapshot, item_id, "id"), snapshot.artifact
-        loop = asyncio.get_running_loop()
-
-        def read() -> tuple[str, bytes | None, bytes | None]:
-            name = f"{artifact.image_key(row)}_{side}.{thumbnail_format}"
-            data = self._thumbnails.get(name)
-            return name, data, None if data else artifact.image_bytes(row)
-
-        try:
-            async with self._admitted(kind="pictures"):
-                name, data, source = await loop.run_in_executor(self.image_threads, read)
-                if source is not None:
-                    make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
-                    data = await self._embedder.decode(source, make)
-                    await loop.run_in_executor(self.image_threads, self._thumbnails.put, name, data)
-        except (ArtifactError, ImageError, OSError):
-            raise ImageUnavailableError from None
-        assert data is not None
-        return Thumbnail(name, data)
 
     async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()
@@ -301,27 +241,6 @@ class Retriever:
 
     async def _in_search_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._search_threads, call, *args)
-
-    @asynccontextmanager
-    async def _admitted(self, count: int = 1, *, kind: PendingKind = "searches") -> AsyncIterator[None]:
-        """Count work in progress, and bound its number and its time."""
-        if self._pending[kind] + count > self._settings.max_pending:
-            self._metrics.refused.labels("queue_full").inc()
-            raise OverloadedError
-        self._pending[kind] += count
-        self._metrics.pending[kind].inc(count)
-        deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
-        try:
-            async with deadline:
-                yield
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            self._metrics.refused.labels("late").inc()
-            raise UnavailableError("The search took too long and was cancelled.", retry_after_s=1) from None
-        finally:
-            self._pending[kind] -= count
-            self._metrics.pending[kind].dec(count)
 
 
 def _all_or_error(outcomes: Sequence[T | BaseException]) -> list[T]:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from app.search import embedding
+from dcar_core.model.preprocess import Preprocess
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import opened
@@ -162,19 +163,19 @@ async def test_large_images_are_decoded_one_at_a_time_and_delay_no_others(
 ) -> None:
     gate, decoding, highest = threading.Event(), 0, 0
     async with opened(built_index) as client:
-        decode = embedding._decode
+        decode = Preprocess.__call__
 
-        def slow(data: Any, preprocess: Any) -> Any:
+        def slow(preprocess: Any, data: Any) -> Any:
             nonlocal decoding, highest
             if threading.current_thread().name.startswith("dcar-decode-large"):
                 decoding += 1
                 highest = max(highest, decoding)
                 gate.wait(10)
                 decoding -= 1
-            return decode(data, preprocess)
+            return decode(preprocess, data)
 
         monkeypatch.setattr(embedding, "_LARGE_PIXELS", 1000)
-        monkeypatch.setattr(embedding, "_decode", slow)
+        monkeypatch.setattr(Preprocess, "__call__", slow)
         colours = ("red", "green", "blue", "white", "black")
         large = [
             asyncio.create_task(client.post("/search/image", files={"file": png(each, size=(25, 41))}))

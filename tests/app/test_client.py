@@ -67,6 +67,7 @@ def test_every_model_holds_all_that_the_service_sends(built_index: Path, gallery
         check(client.search_image(gallery / "circle/blue.png", explain=True), transport.body)
         check(client.similar(ODD_ID), transport.body)
         check(client.items(k=4), transport.body)
+        check(client.embeddings(["red", png("red")], model="index"), transport.body)
         check(client.item(ODD_ID), transport.body)
         with pytest.raises(ServiceError) as caught:
             client.item("nothing")

@@ -43,6 +43,7 @@ def test_the_client_covers_every_route() -> None:
         calls.search_text("", "red", {}),
         calls.search_image("", b"", "", {}),
         calls.search_batch("", [], {}),
+        calls.embeddings([], None),
         calls.similar("", "{item_id}", 10, 0),
         calls.items("", None, 10, 0),
         calls.item("", "{item_id}"),

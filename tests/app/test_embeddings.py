@@ -12,7 +12,7 @@ from app.search.embedding_cache import rounded
 from dcar_core import Encoder
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import ALICE, KEYS, bearer, hold, opened
+from tests.support.service import ALICE, KEYS, bearer, hold, opened, restore
 
 IMAGE = base64.b64encode(png("red")).decode()
 
@@ -86,5 +86,5 @@ async def test_inputs_past_the_deadline_are_refused(built_index: Path) -> None:
         gate, _ = hold(encoder)
         response = await client.post("/v1/embeddings", json={"input": "red"})
         gate.set()
-        del encoder.encode_text
+        restore(encoder)
         assert_problem(response, 503)

@@ -22,7 +22,7 @@ from app.search.gallery_images import PIECE_BYTES
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.redis_server import RedisServer
-from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, hold, opened, serving, until
+from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, hold, opened, restore, serving, until
 
 
 async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path) -> None:
@@ -39,7 +39,7 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
         assert [response.status_code for response in late] == [503] * 3
         assert all(response.headers["retry-after"] == "1" for response in late)
         gate.set()
-        del encoder.encode_text
+        restore(encoder)
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
         assert seen == ["q0"], "cancelled work is skipped"
         text = (await client.get("/metrics")).text

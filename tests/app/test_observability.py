@@ -16,7 +16,7 @@ from tests.support.commands import Command
 from tests.support.images import png
 from tests.support.processes import free_port
 from tests.support.responses import scrape
-from tests.support.service import opened
+from tests.support.service import before_encoding, opened, restore
 
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 
@@ -57,10 +57,10 @@ async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path
         assert found["process_resident_memory_bytes", ()] > 1e6
 
         encoder = client.app.state.collections[None].live.encoder
-        encoder.encode_text = None
+        before_encoding(encoder, None)  # type: ignore[arg-type]
         assert (await client.post("/search/text", json={"query": "blue"})).status_code == 500
         assert (await scrape(client))["dcar_errors_total", ()] == 1
-        del encoder.encode_text
+        restore(encoder)
 
 
 async def test_a_well_formed_request_id_is_kept_and_logged(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.images import png
-from tests.support.service import hold, opened
+from tests.support.service import before_encoding, hold, opened
 
 
 def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float]]:
@@ -77,13 +77,7 @@ async def test_concurrent_queries_share_forward_passes_and_keep_their_results(bu
     async with opened(built_index, cache_size=0) as client:
         encoder = client.app.state.collections[None].live.encoder
         passes: list[int] = []
-        encode = encoder.encode_text
-
-        def counted(texts: list[str]) -> Any:
-            passes.append(len(texts))
-            return encode(texts)
-
-        encoder.encode_text = counted
+        before_encoding(encoder, lambda texts: passes.append(len(texts)))
         responses = await asyncio.gather(
             *(client.post("/search/text", json={"query": query, "k": 24}) for query in queries)
         )

@@ -30,7 +30,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.commands import Command
 from tests.support.processes import free_port
-from tests.support.service import opened, until
+from tests.support.service import before_encoding, opened, restore, until
 
 KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
@@ -238,12 +238,12 @@ async def test_unexpected_error_reveals_no_internals(built_index: Path) -> None:
         def broken(texts: list[str]) -> None:
             raise RuntimeError("a secret detail")
 
-        encoder.encode_text = broken
+        before_encoding(encoder, broken)
         response = await client.post("/search/text", json={"query": "x"})
         assert response.status_code == 500
         assert response.headers["content-type"] == "application/problem+json"
         assert "secret" not in response.text
-        del encoder.encode_text
+        restore(encoder)
         assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
 
 

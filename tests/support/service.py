@@ -40,19 +40,37 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -
         await asyncio.sleep(0.02)
 
 
+class _PatchedAdapter:
+    def __init__(self, adapter: Any, before: Callable[[list[str]], object]) -> None:
+        self.patched, self._before = adapter, before
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.patched, name)
+
+    def tokens(self, texts: list[str]) -> Any:
+        self._before(texts)
+        return self.patched.tokens(texts)
+
+
+def before_encoding(encoder: Any, call: Callable[[list[str]], object]) -> None:
+    """Call a function with the texts of each forward pass, in the model's thread; `restore` undoes it."""
+    encoder.adapter = _PatchedAdapter(encoder.adapter, call)
+
+
+def restore(encoder: Any) -> None:
+    """Undo `before_encoding` or `hold`."""
+    encoder.adapter = encoder.adapter.patched
+
+
 def hold(encoder: Any) -> tuple[threading.Event, list[str]]:
-    """Block text encoding until the returned event is set; also return the texts that arrive.
+    """Block text encoding until the returned event is set; also return the texts that arrive."""
+    gate, seen = threading.Event(), list[str]()
 
-    `del encoder.encode_text` undoes it.
-    """
-    encode, gate, seen = encoder.encode_text, threading.Event(), list[str]()
-
-    def held(texts: list[str]) -> Any:
+    def held(texts: list[str]) -> None:
         seen.extend(texts)
         assert gate.wait(10)
-        return encode(texts)
 
-    encoder.encode_text = held
+    before_encoding(encoder, held)
     return gate, seen
 
 

@@ -3,6 +3,7 @@
 No I/O takes place here, so the synchronous and the asynchronous client share every route.
 """
 
+import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from dcar_client.models import (
     BatchResponse,
     Collection,
     CollectionsResponse,
+    EmbeddingsResponse,
     HealthResponse,
     ItemResponse,
     ItemsResponse,
@@ -63,6 +65,13 @@ def search_batch(prefix: str, queries: Sequence[str | TextQuery], options: Searc
     body = {"queries": [{**options, **query} for query in own]}
     read = _reader(BatchResponse)
     return Call("POST", f"{prefix}/search/batch", lambda response: read(response).answers, {"json": body})
+
+
+def embeddings(inputs: Sequence[str | bytes], model: str | None) -> Call[EmbeddingsResponse]:
+    """POST /v1/embeddings, with image files as base64."""
+    given = [each if isinstance(each, str) else {"image": base64.b64encode(each).decode()} for each in inputs]
+    body = {"input": given, "model": model}
+    return Call("POST", "/v1/embeddings", _reader(EmbeddingsResponse), {"json": body})
 
 
 def similar(prefix: str, item_id: str, k: int, offset: int) -> Call[SearchResponse]:

@@ -18,6 +18,7 @@ from dcar_client.calls import Call, path_segment
 from dcar_client.errors import error_from
 from dcar_client.models import (
     Collection,
+    EmbeddingsResponse,
     HealthResponse,
     ItemResponse,
     ItemsResponse,
@@ -96,6 +97,10 @@ class Client:
             queries: texts, or dicts of `query` and options that take precedence over the common `options`.
         """
         return self._send(calls.search_batch(self._prefix, queries, options))
+
+    def embeddings(self, inputs: Sequence[str | bytes], *, model: str | None = None) -> EmbeddingsResponse:
+        """Return the vectors of texts and image files by the model of a collection, the default one if None."""
+        return self._send(calls.embeddings(inputs, model))
 
     def similar(self, item_id: str, *, k: int = 10, offset: int = 0) -> SearchResponse:
         """Find the items nearest to one of the gallery's items."""
@@ -201,6 +206,10 @@ class AsyncClient:
             queries: texts, or dicts of `query` and options that take precedence over the common `options`.
         """
         return await self._send(calls.search_batch(self._prefix, queries, options))
+
+    async def embeddings(self, inputs: Sequence[str | bytes], *, model: str | None = None) -> EmbeddingsResponse:
+        """Return the vectors of texts and image files by the model of a collection, the default one if None."""
+        return await self._send(calls.embeddings(inputs, model))
 
     async def similar(self, item_id: str, *, k: int = 10, offset: int = 0) -> SearchResponse:
         """Find the items nearest to one of the gallery's items."""
