@@ -2,6 +2,7 @@
 
 import math
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
@@ -165,6 +166,15 @@ def evaluate(
     batch_size: BatchSize = TrainConfig.batch_size,
     lr: LearningRate = TrainConfig.lr,
     loss: Loss = "both",
+    shots: Annotated[
+        str, typer.Option(help="Also train on this many pairs of each category, such as 1,2,4,8,16, for curves.")
+    ] = "",
+    unseen_categories: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the categories to leave out of training and validation.")
+    ] = 0.0,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Another data set to measure the trained models on; may be repeated.")
+    ] = None,
     tune: Annotated[bool, typer.Option(help="Choose the learning rate of each method on validation, seed 0.")] = False,
     grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = ",".join(f"{lr:g}" for lr in GRID),
     patience: Patience = 5,
@@ -180,7 +190,7 @@ def evaluate(
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
-    from dcar_core.evaluation import compare, recall_table, settings_table, significance_table
+    from dcar_core.evaluation import compare, measures_table, recall_table, settings_table, significance_table
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods import method
     from dcar_core.serving.encoder import pick_device
@@ -193,13 +203,14 @@ def evaluate(
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     results = compare(
         backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
-        taxonomy=taxonomy, loss=_parse_loss(loss), tune=tune, grid=rates, features=features,
+        taxonomy=taxonomy, loss=_parse_loss(loss), shots=_parse_shots(shots), unseen_categories=unseen_categories,
+        also=also or (), tune=tune, grid=rates, features=features,
         on_message=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(recall_table(results))
     typer.echo(significance_table(results))
-    if tune:
-        typer.echo(settings_table(results))
+    typer.echo(measures_table(results))
+    typer.echo(settings_table(results))
     typer.echo(f"{out / 'report.html'} shows more, without a server")
 
 
@@ -217,6 +228,13 @@ def _parse_rates(grid: str) -> list[float]:
     if not rates or not all(0 < rate < math.inf for rate in rates):
         raise typer.BadParameter(f"--grid must be learning rates above 0, separated by commas, not {grid!r}")
     return rates
+
+
+def _parse_shots(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"--shots must be numbers above 0, separated by commas, not {text!r}")
+    return sorted({int(part) for part in parts})
 
 
 def _parse_loss(direction: str) -> LossDirection:

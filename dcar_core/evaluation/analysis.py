@@ -13,7 +13,7 @@ from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.bootstrap import Hits
-from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_of_ranks
+from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, ndcg, recall_of_ranks
 
 MAX_CONFUSIONS, MAX_EXAMPLES = 8, 3
 
@@ -24,14 +24,14 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     Returns:
         recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
         confusions: the most frequent {category, taken_for, count, of, examples}, by the first image found for each
-        caption;
-        hits: see `significance.hits_to_json`.
+        caption; hits: see `significance.hits_to_json`; measures: others by their headings.
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
     image_of = split.image_of
     ranks = compute_ranks(text, image, image_of)
     image_hits = dict(zip(ranks.described.tolist(), (ranks.image < 1).tolist(), strict=True))
+    images_of, texts_of = split.right_answers()
     accuracy = hard_negative_accuracy(image[image_of], text, _encode_negatives(model, data))
     return {
         "recall": recall_of_ranks(ranks),
@@ -39,6 +39,10 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
         "categories": _recall_by_category(data, image_of, ranks.text < 1, image_hits),
         "confusions": _confusions(data, image_of, best_targets(text, image)),
         "hits": hits_to_json(Hits.from_ranks(ranks, image_of)),
+        "measures": {
+            "nDCG@10 text-to-image": ndcg(text, image, images_of),
+            "nDCG@10 image-to-text": ndcg(image, text, texts_of),
+        },
     }
 
 

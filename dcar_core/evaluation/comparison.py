@@ -5,15 +5,18 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcar_core.data import SPLITS, ImagePolicy, load_splits, save_reports
+from dcar_core.data import SPLITS, ImagePolicy, load_split, load_splits, save_reports
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import write_report
+from dcar_core.evaluation.serving_cost import serving_cost
 from dcar_core.evaluation.significance import add_significance, hits_from_json
+from dcar_core.evaluation.subsets import hold_out_categories, take_shots
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
@@ -22,6 +25,7 @@ from dcar_core.model.methods import method
 from dcar_core.negatives import add_negatives, backbone_views
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import decode_images, report_truncation
+from dcar_core.training.validation import mean_r1
 from dcar_core.util.bootstrap import Hits
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
@@ -40,6 +44,9 @@ def compare(
     negatives: str = "auto",
     taxonomy: Path | None = None,
     loss: LossDirection = "both",
+    shots: Sequence[int] = (),
+    unseen_categories: float = 0.0,
+    also: Sequence[Path] = (),
     tune: bool = False,
     grid: Sequence[float] = GRID,
     features: Path | None = None,
@@ -51,6 +58,9 @@ def compare(
     Args:
         negatives, taxonomy: see `negatives.add_negatives`.
         loss: directions of the contrastive loss, for every method alike.
+        shots: also train on this many pairs of each category, for curves of mean R@1.
+        unseen_categories: share of the categories that only the test split has; their R@1 is a measure of its own.
+        also: other data sets on whose test split each trained model is measured.
         tune: choose each method's learning rate from `grid` on validation; otherwise all use `config.lr`.
         features: directory of frozen features, shared with other runs on this data; `out`/features by default.
         on_message: called with one line before each training.
@@ -70,12 +80,16 @@ def compare(
         raise DataError(f"--seeds must be at least 1, not {seeds}")
     image_policy: ImagePolicy = "skip" if skip_broken else "require"
     splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
+    unseen = frozenset[str]()
+    if unseen_categories:
+        splits, unseen = hold_out_categories(splits, unseen_categories)
+    others = {each.resolve().name: load_split(each, "test", image_policy=image_policy)[0] for each in also}
     splits = add_negatives(splits, reports, backbone_views(backbone), mode=negatives, taxonomy=taxonomy)
     report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
     decode_images(splits["test"], backbone, cache, progress=progress)  # report broken images before hours of training
-    runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message)
+    runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message, others)
     results: dict[str, Any] = {
         "data": data.resolve().name,
         "pairs": {name: len(split) for name, split in splits.items()},
@@ -84,6 +98,8 @@ def compare(
         "training": config.to_dict(),
         "loss": loss,
         "grid": list(grid) if tune else None,
+        "unseen_categories": len(unseen),
+        "shots": {},
         "methods": {},
         "diverged": {},
     }
@@ -91,7 +107,8 @@ def compare(
     hits: dict[str, list[Hits]] = {}
     for name, chosen in configs.items():
         try:
-            result = _run_method(runner, chosen, seeds, tuple(grid) if tune else None)
+            result = _run_method(runner, chosen, seeds, tuple(grid) if tune else None, unseen)
+            results["shots"][name] = _run_shots(runner, chosen, result["runs"], shots)
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
@@ -114,25 +131,65 @@ def summarise(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def _run_method(
-    runner: MethodRunner, config: ModelConfig, seeds: int, grid: tuple[float, ...] | None
+    runner: MethodRunner,
+    config: ModelConfig,
+    seeds: int,
+    grid: tuple[float, ...] | None,
+    unseen: frozenset[str],
 ) -> dict[str, Any]:
     """Tune, train and test one method.
 
     Raises:
         DivergedError: a run diverged.
     """
-    has_trainables = any(True for _ in seeded_model(runner.backbone, config, 0).trainables())
+    model = seeded_model(runner.backbone, config, 0)
+    has_trainables = any(True for _ in model.trainables())
     lr, tuning = runner.tune(config, grid) if grid and has_trainables else (runner.config.lr, None)
     runs = [runner.test(config, seed, lr) for seed in range(seeds if has_trainables else 1)]  # zero-shot has no seed
+    if unseen:
+        for run in runs:
+            run["measures"] |= _recall_by_familiarity(run["categories"], unseen)
     accuracy = [run["hard_negative_accuracy"] for run in runs if run["hard_negative_accuracy"] is not None]
     return {
         "lr": lr if has_trainables else None,
         "tuning": tuning,
         "trainable": runs[0]["trainable"],
         "hard_negative_accuracy": _spread(accuracy) if accuracy else None,
+        "serving": serving_cost(model),
+        "measures": {name: _spread([run["measures"][name] for run in runs]) for name in runs[0]["measures"]},
         **summarise([run["test"] for run in runs]),
         "runs": runs,
     }
+
+
+def _run_shots(
+    runner: MethodRunner, config: ModelConfig, runs: Sequence[dict[str, Any]], shots: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Return mean R@1 after training on few pairs a category, as mean and deviation over seeds, by their number.
+
+    runs: those on all pairs, whose seeds and learning rate are used again. Zero-shot has one result for every number.
+    """
+    found = {}
+    for count in shots:
+        tests = [run["test"] for run in runs]
+        if runs[0]["trainable"]:
+            few = [take_shots(runner.splits["train"], count, run["seed"]) for run in runs]
+            parts = [replace(runner, splits={**runner.splits, "train": part}) for part in few]
+            tests = [p.test(config, run["seed"], run["lr"])["test"] for p, run in zip(parts, runs, strict=True)]
+        found[str(count)] = _spread([mean_r1(test) for test in tests])
+    return found
+
+
+def _recall_by_familiarity(categories: dict[str, dict[str, float]], unseen: frozenset[str]) -> dict[str, float]:
+    """Return R@1 (mean of both directions) on the test pairs of seen and of unseen categories."""
+    measures = {}
+    for label, names in (("seen", categories.keys() - unseen), ("unseen", categories.keys() & unseen)):
+        weights = [categories[name]["pairs"] for name in names]
+        if weights:
+            measures[f"{label} categories R@1"] = float(
+                np.average([mean_r1(categories[name]) for name in names], weights=weights)
+            )
+    return measures
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -9,7 +9,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class MethodRunner:
     """Trains and tests methods on one data set.
 
     splits: train, val and test. on_message: called with one line before each training.
+    others: test splits of other data sets, by a name.
     """
 
     backbone: Backbone
@@ -43,6 +44,7 @@ class MethodRunner:
     cache: FeatureCache
     progress: bool = True
     on_message: Callable[[str], None] = lambda line: None
+    others: Mapping[str, Dataset] = field(default_factory=dict)
 
     def train(self, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
         """Return the record of a training run, training first if there is none. Only validation is read.
@@ -89,16 +91,22 @@ class MethodRunner:
             DivergedError: the run diverged.
         """
         record, directory = self.train(method, seed, lr), self.directory(method, seed, lr)
-        test_file = directory / "test.json"
-        if not test_file.is_file() or "hits" not in json.loads(test_file.read_text(encoding="utf-8")):
+        files = {directory / "test.json": self.splits["test"]}
+        for name, other in self.others.items():
+            files[directory / f"also-{name}-{split_key(other, self.cache)[:8]}.json"] = other
+        missing = {file: data for file, data in files.items() if not _is_complete(file)}
+        if missing:
             is_merged = method.fine_tune.scope != "none"  # a backbone of its own, with features of its own
             device, shared = str(self.backbone.device), None if is_merged else self.backbone
             model, _ = load_checkpoint(directory, device=device, backbone=shared)
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache
-            data = self.splits["test"]
-            split = prepare_split(data, model, for_training=False, progress=self.progress, cache=cache)
-            write_json(test_file, analyse(model, data, split))
-        test = json.loads(test_file.read_text(encoding="utf-8"))
+            for file, data in missing.items():
+                split = prepare_split(data, model, for_training=False, progress=self.progress, cache=cache)
+                write_json(file, analyse(model, data, split))
+        test, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        for name, found in zip(self.others, others, strict=True):
+            for direction, column in (("text-to-image", "t2i_r1"), ("image-to-text", "i2t_r1")):
+                test["measures"][f"{name} {direction} R@1"] = found["recall"][column]
         return record | {"test": test.pop("recall"), **test}
 
     def tune(self, method: ModelConfig, grid: tuple[float, ...]) -> tuple[float, dict[str, float | None]]:
@@ -130,3 +138,8 @@ class MethodRunner:
     @cached_property
     def _split_keys(self) -> list[str]:
         return [split_key(split, self.cache) for split in self.splits.values()]
+
+
+def _is_complete(file: Path) -> bool:
+    """True for a record with everything that this version measures."""
+    return file.is_file() and {"hits", "measures"} <= json.loads(file.read_text(encoding="utf-8")).keys()

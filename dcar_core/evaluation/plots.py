@@ -1,4 +1,4 @@
-"""Plots as SVG text, without a plotting library: recall with its spread, differences to the baseline, training curves.
+"""Plots as SVG text, without a plotting library: recall with its spread, differences to the baseline, curves.
 
 - Text and axes take the page's own colour, so a plot fits light and dark pages.
 - The methods' colours are Okabe and Ito's, chosen for colour-blind readers; after the eighth, lines are dashed.
@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,45 +76,78 @@ def differences_plot(methods: Mapping[str, Any], title: str) -> str:
     return _svg(bottom + 28, parts, title)
 
 
-def curves_plot(methods: Mapping[str, Any], title: str) -> str:
+def epochs_plot(methods: Mapping[str, Any], title: str) -> str:
     """Draw validation R@1 (mean of both directions) by epoch, one line a seed; a dot marks the epoch that was kept."""
-    trained = {name: method for name, method in methods.items() if any(run["history"] for run in method["runs"])}
-    if not trained:
-        return ""
-    histories = [run["history"] for method in trained.values() for run in method["runs"]]
-    low, high = _bounds([mean_r1(record) for history in histories for record in history])
-    last_epoch = max(map(len, histories))
+    curves = []
+    for name, method in methods.items():
+        for run in method["runs"]:
+            label = f"{name}, seed {run['seed']}: epoch {run['epoch']}, {mean_r1(run['val']):.1f}"
+            points = [(record["epoch"], mean_r1(record)) for record in run["history"]]
+            curves.append(_Curve(name, points, {run["epoch"] - 1: label}))
+    last = max(len(curve.points) for curve in curves)
+    ticks = {float(epoch): str(epoch) for epoch in range(1, last + 1, max(1, last // 10))}
+    return _curves_plot(list(methods), curves, ticks, "epoch", title)
 
-    def place(epoch: int, score: float) -> tuple[float, float]:
-        x = CURVES_LEFT + (CURVES_RIGHT - CURVES_LEFT) * ((epoch - 1) / max(1, last_epoch - 1))
-        return x, CURVES_BOTTOM - (CURVES_BOTTOM - CURVES_TOP) * (score - low) / (high - low)
+
+def shots_plot(methods: Mapping[str, Any], shots: Mapping[str, Mapping[str, Any]], title: str) -> str:
+    """Draw mean R@1 by the number of training pairs of each category, one line a method, at equal distances."""
+    curves, ticks = [], dict[float, str]()
+    for name, spreads in shots.items():
+        counts = sorted(spreads, key=int)
+        ticks |= {float(x): count for x, count in enumerate(counts)}
+        labels = [f"{name}, {count}: {spreads[count]['mean']:.1f} ± {spreads[count]['std']:.1f}" for count in counts]
+        points = [(float(x), spreads[count]["mean"]) for x, count in enumerate(counts)]
+        curves.append(_Curve(name, points, dict(enumerate(labels))))
+    return _curves_plot(list(methods), curves, ticks, "pairs a category", title)
+
+
+class _Curve(NamedTuple):
+    """Points (x, percent) of a method, and tooltips of the points that get a dot."""
+
+    method: str
+    points: Sequence[tuple[float, float]]
+    dots: Mapping[int, str]
+
+
+def _curves_plot(
+    methods: Sequence[str], curves: Sequence[_Curve], ticks: Mapping[float, str], x_label: str, title: str
+) -> str:
+    """Draw curves in the colours of their methods; "" without a point. ticks: labels of the x axis."""
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return ""
+    low, high = _bounds([y for curve in curves for _, y in curve.points])
+    left, right = min(ticks), max(*ticks, *(x for curve in curves for x, _ in curve.points), min(ticks) + 1)
+
+    def place(x: float, score: float) -> tuple[float, float]:
+        across = CURVES_LEFT + (CURVES_RIGHT - CURVES_LEFT) * (x - left) / (right - left)
+        return across, CURVES_BOTTOM - (CURVES_BOTTOM - CURVES_TOP) * (score - low) / (high - low)
 
     parts = [f'<text x="{CURVES_LEFT}" y="18" class="title">{escape(title)}</text>']
     for value in _ticks(low, high):
-        _, y = place(1, value)
+        _, y = place(left, value)
         parts.append(f'<path d="M{CURVES_LEFT} {y:.1f}H{CURVES_RIGHT}" class="grid"/>')
         parts.append(f'<text x="{CURVES_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" class="small">{value:g}</text>')
-    for epoch in range(1, last_epoch + 1, max(1, last_epoch // 10)):
-        x, _ = place(epoch, low)
-        parts.append(f'<text x="{x:.1f}" y="{CURVES_BOTTOM + 16}" class="small" text-anchor="middle">{epoch}</text>')
-    legend_y = CURVES_TOP
-    for row, (name, method) in enumerate(methods.items()):
-        if name not in trained:
-            continue
+    for tick, label in ticks.items():
+        x, _ = place(tick, low)
+        parts.append(f'<text x="{x:.1f}" y="{CURVES_BOTTOM + 16}" class="small" text-anchor="middle">{label}</text>')
+    legend = dict[str, str]()
+    for curve in curves:
+        row = methods.index(curve.method)
         color, dash = COLORS[row % len(COLORS)], "" if row < len(COLORS) else ' stroke-dasharray="5 3"'
-        for run in method["runs"]:
-            points = [place(record["epoch"], mean_r1(record)) for record in run["history"]]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash}/>')
-            x, y = points[run["epoch"] - 1]
-            tooltip = escape(f"{name}, seed {run['seed']}: epoch {run['epoch']}, {mean_r1(run['val']):.1f}")
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"><title>{tooltip}</title></circle>')
-        parts.append(f'<path d="M{CURVES_RIGHT + 20} {legend_y}h22" stroke="{color}" stroke-width="3"{dash}/>')
-        parts.append(f'<text x="{CURVES_RIGHT + 48}" y="{legend_y + 4}">{escape(name)}</text>')
-        legend_y += 18
+        points = [place(*point) for point in curve.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash}/>')
+        for index, tooltip in curve.dots.items():
+            (x, y), tip = points[index], f"<title>{escape(tooltip)}</title>"
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}">{tip}</circle>')
+        legend[curve.method] = f'stroke="{color}" stroke-width="3"{dash}'
+    for y, (name, style) in zip(range(CURVES_TOP, 10_000, 18), legend.items(), strict=False):
+        parts.append(f'<path d="M{CURVES_RIGHT + 20} {y}h22" {style}/>')
+        parts.append(f'<text x="{CURVES_RIGHT + 48}" y="{y + 4}">{escape(name)}</text>')
     middle = (CURVES_LEFT + CURVES_RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{CURVES_BOTTOM + 34}" class="small" text-anchor="middle">epoch</text>')
-    return _svg(CURVES_BOTTOM + 42, parts, title)
+    parts.append(f'<text x="{middle:.0f}" y="{CURVES_BOTTOM + 34}" class="small" text-anchor="middle">{x_label}</text>')
+    return _svg(max(CURVES_BOTTOM + 42, CURVES_TOP + 18 * len(legend)), parts, title)
 
 
 def _svg(height: float, parts: Sequence[str], title: str) -> str:

@@ -10,13 +10,15 @@ from pathlib import Path
 from PIL import Image
 
 from dcar_core.data import Dataset
-from dcar_core.evaluation.plots import curves_plot, differences_plot, recall_plot
+from dcar_core.evaluation.plots import differences_plot, epochs_plot, recall_plot, shots_plot
 from dcar_core.evaluation.tables import (
+    MEASURES_NOTE,
     SIGNIFICANCE_NOTE,
     Results,
     best_method,
     column_means,
     mean_categories,
+    measures_rows,
     recall_rows,
     results_csv,
     results_markdown,
@@ -66,8 +68,11 @@ def report_html(results: Results, image_url: Callable[[str], str]) -> str:
         differences_plot(methods, f"Difference in mean R@1 to {results['baseline']}, with 95 % intervals"),
         f"<h2>Significance</h2><p>{SIGNIFICANCE_NOTE}</p>",
         _plain_table(significance_rows(results)),
-        curves_plot(methods, "Validation R@1 by epoch, mean of both directions; dots mark the epochs that were kept"),
-        "<h2>Settings</h2>",
+        epochs_plot(methods, "Validation R@1 by epoch, mean of both directions; dots mark the epochs that were kept"),
+        f"<h2>Other measures</h2><p>{escape(MEASURES_NOTE)}</p>",
+        _plain_table(measures_rows(results)),
+        shots_plot(methods, results["shots"], "Mean R@1 by training pairs of each category"),
+        "<h2>Settings and cost</h2>",
         _plain_table(settings_rows(results)),
         _confusions(results, image_url),
         _categories(results),

@@ -15,6 +15,12 @@ SIGNIFICANCE_NOTE = (
     "on validation. It measures the error of the test queries, the spread above that of training."
 )
 
+MEASURES_NOTE = (
+    "nDCG@10 counts every image that a caption describes, and every caption of an image, as right. R@1 of seen and "
+    "unseen categories is that of their test pairs among all test images."
+)
+SHOTS_NOTE = "Mean R@1 after training on so many pairs of each category:"
+
 Results = dict[str, Any]
 
 
@@ -54,7 +60,10 @@ def results_markdown(results: Results) -> str:
         SIGNIFICANCE_NOTE,
         significance_table(results),
         *(f"{name} is left out: {reason}" for name, reason in results["diverged"].items()),
-        "## Settings",
+        "## Other measures",
+        MEASURES_NOTE,
+        measures_table(results),
+        "## Settings and cost",
         settings_table(results),
     ]
     best = best_method(results)
@@ -97,22 +106,54 @@ def significance_rows(results: Results) -> list[list[str]]:
     return rows
 
 
+def measures_rows(results: Results) -> list[list[str]]:
+    """Return the other measures of each method, headings first: mean ± standard deviation over seeds."""
+    names = list(next(iter(results["methods"].values()))["measures"])
+    rows = [["method", *names]]
+    for name, method in results["methods"].items():
+        has_spread = len(method["runs"]) > 1
+        cells = [method["measures"][measure] for measure in names]
+        rows.append([name, *(_mean_and_std(cell["mean"], cell["std"], has_spread) for cell in cells)])
+    return rows
+
+
+def measures_table(results: Results) -> str:
+    """Return `measures_rows`, and mean R@1 by pairs a category if it was measured, as Markdown."""
+    shots = shots_rows(results)
+    return _markdown(measures_rows(results)) + (f"\n{SHOTS_NOTE}\n\n{_markdown(shots)}" if len(shots[0]) > 1 else "")
+
+
+def shots_rows(results: Results) -> list[list[str]]:
+    """Return mean R@1 after training on few pairs a category, headings first; the last column is all pairs."""
+    counts = list(next(iter(results["shots"].values()), {}))
+    rows = [["method", *counts, *(["all"] if counts else [])]]
+    for name, method in results["methods"].items():
+        cells, has_spread = results["shots"].get(name, {}), len(method["runs"]) > 1
+        spreads = [_mean_and_std(cells[count]["mean"], cells[count]["std"], has_spread) for count in counts]
+        whole = (method["mean"]["t2i_r1"] + method["mean"]["i2t_r1"]) / 2
+        rows.append([name, *spreads, *([f"{whole:.1f}"] if counts else [])])
+    return rows
+
+
 def settings_table(results: Results) -> str:
-    """Return, for each method, its trainable parameters, query weights, seconds, and tuned learning rate."""
+    """Return, for each method, its parameters, cost of serving, query weights, seconds, and tuned learning rate."""
     return _markdown(settings_rows(results))
 
 
 def settings_rows(results: Results) -> list[list[str]]:
     """Return the cells of `settings_table`, headings first."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
-    rows = [["method", "trainable", "query weights", "seconds a run", "learning rate"]]
+    rows = [["method", "trainable", "bytes a domain", "backbone", "gallery after training"]]
+    rows[0] += ["query weights", "seconds a run", "learning rate"]
     rows[0] += [f"validation R@1 at {lr}" for lr in grid]
     for name, method in results["methods"].items():
         chosen = f"{method['lr']:g}" if method["lr"] is not None else "-"
         seconds = sum(run["seconds"] for run in method["runs"]) / len(method["runs"])
         tuning = method["tuning"]
         cells = [_tuning_cell(tuning.get(lr)) if tuning else "-" for lr in grid]
-        rows.append([name, f"{method['trainable']:,}", query_weights(method), f"{seconds:.0f}", chosen, *cells])
+        cost = method["serving"]
+        row = [name, f"{method['trainable']:,}", f"{cost['bytes']:,}", cost["backbone"], cost["gallery"]]
+        rows.append([*row, query_weights(method), f"{seconds:.0f}", chosen, *cells])
     return rows
 
 

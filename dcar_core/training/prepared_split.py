@@ -60,6 +60,17 @@ class PreparedSplit:
         is_true: Mask = self.true_pairs[places] == codes
         return is_true
 
+    def right_answers(self) -> tuple[list[Rows], list[Rows]]:
+        """Return the images that each caption describes, and the captions that describe each image."""
+        groups, images = np.divmod(self.true_pairs, self.image_of.max() + 1)
+        ends = np.searchsorted(groups, np.arange(groups[-1] + 2))
+        images_of = [images[ends[group] : ends[group + 1]] for group in self.caption_group]
+        texts_of: list[list[int]] = [[] for _ in range(images.max() + 1)]
+        for text, described in enumerate(images_of):
+            for image in described:
+                texts_of[image].append(text)
+        return images_of, [np.array(texts) for texts in texts_of]
+
 
 def prepare_split(
     data: Dataset, model: DCAR, *, for_training: bool, progress: bool = True, cache: FeatureCache | None = None

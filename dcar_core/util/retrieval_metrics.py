@@ -73,6 +73,24 @@ def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk:
     return compute_ranks
 
 
+def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: int = 10, chunk: int = 1024) -> float:
+    """Return the mean normalised discounted cumulative gain among the first k targets, in percent.
+
+    Args:
+        right: the rows of every right target of each query, all equally right. A wrong target with an equal score
+            ranks above them.
+    """
+    discounts, gains = 1 / np.log2(np.arange(2, k + 2)), list[float]()
+    for start in range(0, len(query), chunk):
+        scores = query[start : start + chunk] @ target.T
+        for row, own in zip(scores, right[start : start + chunk], strict=True):
+            best = np.sort(row[own])[::-1][:k]
+            wrong = np.delete(row, own)
+            places = np.arange(len(best)) + (~(wrong < best[:, None] - TIE_TOLERANCE)).sum(1)
+            gains.append(discounts[places[places < k]].sum() / discounts[: len(own)].sum())
+    return 100 * float(np.mean(gains))
+
+
 def best_targets(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int64]:
     """Return (Q,) the row of the best target of each query."""
     parts = [(query[i : i + chunk] @ target.T).argmax(1) for i in range(0, len(query), chunk)]

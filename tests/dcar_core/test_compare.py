@@ -18,6 +18,8 @@ from PIL import Image
 from dcar_core.data import Dataset, load_split
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
+from dcar_core.evaluation.serving_cost import serving_cost
+from dcar_core.evaluation.subsets import take_shots
 from dcar_core.evaluation.tables import (
     COLUMNS,
     query_weights,
@@ -25,7 +27,7 @@ from dcar_core.evaluation.tables import (
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import PromptConfig, TrainConfig
-from dcar_core.model.dcar import DCAR
+from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
@@ -301,3 +303,60 @@ def test_the_loss_direction_makes_other_runs(backbone: Backbone, tiny_data: Path
     assert runs[0]["run"] != runs[1]["run"]
     assert runs[0]["fingerprint"] != runs[1]["fingerprint"]
     assert "The contrastive loss is image-to-text alone." in (tmp_path / "results.md").read_text()
+
+
+def test_shots_unseen_categories_and_other_data_are_measured(
+    backbone: Backbone, tiny_data: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    """One evaluation with every extra: curves over pairs, categories left out, and forgetting."""
+    other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
+    quick, messages = replace(QUICK, epochs=1), list[str]()
+    results = compare(
+        backbone, tiny_data, ["clip", "coop"], 1, tmp_path / "out", quick, progress=False, shots=[1, 2],
+        unseen_categories=0.5, also=[other], on_message=messages.append,
+    )  # fmt: skip
+    assert len(messages) == 4  # coop on all pairs, on one and on two of each category; clip has nothing to train
+    assert results["unseen_categories"] == 2
+    run = results["methods"]["clip"]["runs"][0]
+    assert set(run["measures"]) == {
+        "nDCG@10 text-to-image", "nDCG@10 image-to-text", "other text-to-image R@1", "other image-to-text R@1",
+        "seen categories R@1", "unseen categories R@1",
+    }  # fmt: skip
+    assert run["measures"]["other text-to-image R@1"] == run["test"]["t2i_r1"]  # a copy of the same data
+    whole = (run["test"]["t2i_r1"] + run["test"]["i2t_r1"]) / 2
+    assert results["shots"]["clip"] == {count: {"mean": whole, "std": 0.0} for count in ("1", "2")}
+    assert set(results["shots"]["coop"]) == {"1", "2"}
+    text, page = (tmp_path / "out" / "results.md").read_text(), (tmp_path / "out" / "report.html").read_text()
+    assert "unseen categories R@1" in text
+    assert "| method | 1 | 2 | all |" in text
+    assert "pairs a category" in page
+    with pytest.raises(DataError, match=r"--unseen-categories 0\.01 leaves 0 of 4 categories out"):
+        compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, progress=False, unseen_categories=0.01)
+
+
+def test_fewer_shots_are_a_part_of_more(tiny_data: Path) -> None:
+    sample_split = load_split(tiny_data, "train")[0]
+    few, more = (take_shots(sample_split, count, seed=1).samples for count in (1, 2))
+    assert len(few) == len({sample.category for sample in sample_split.samples})
+    assert {s.image for s in few} < {s.image for s in more}
+    bare = replace(sample_split, samples=[replace(sample, category="") for sample in sample_split.samples])
+    with pytest.raises(DataError, match="--shots counts pairs of a category, but no training pair has one"):
+        take_shots(bare, 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("clip", ("shared", "unchanged")),
+        ("coop", ("shared", "unchanged")),
+        ("clip-adapter", ("shared", "matrix product")),
+        ("dcar+", ("shared", "encode again")),
+        ("lora", ("own", "encode again")),
+    ],
+)
+def test_the_cost_of_serving(name: str, expected: tuple[str, str], backbone: Backbone) -> None:
+    cost = serving_cost(seeded_model(backbone, method(name), 0))
+    assert (cost["backbone"], cost["gallery"]) == expected
+    weights = sum(4 * p.numel() for p in backbone.clip.parameters())
+    assert (cost["bytes"] == 0) == (name == "clip")
+    assert (cost["bytes"] >= weights) == (name == "lora")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from dcar_core.model.config import ModelConfig, ReweightConfig
 from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
-from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, recall_at_k
+from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, ndcg, recall_at_k
 
 
 def features(n: int, seed: int) -> torch.Tensor:
@@ -215,3 +215,13 @@ def test_a_default_direction_leaves_configurations_unchanged() -> None:
     assert ModelConfig.from_dict(one.to_dict()) == one
     with pytest.raises(ValueError, match="direction must be both or image-to-text, not 'text'"):
         ModelConfig.from_dict({"loss": {"direction": "text"}})
+
+
+def test_ndcg_counts_every_right_target() -> None:
+    target = np.eye(4, dtype=np.float32)
+    query = np.array([[0.9, 0.8, 0.7, 0.1], [0.9, 0.8, 0.7, 0.1], [0.5, 0.5, 0.1, 0.0]], np.float32)
+    right = [np.array([0, 2]), np.array([3]), np.array([1])]  # the last has the score of a wrong target
+    gains = [(1 + 1 / np.log2(4)) / (1 + 1 / np.log2(3)), 1 / np.log2(5), 1 / np.log2(3)]
+    assert ndcg(query, target, right) == pytest.approx(100 * np.mean(gains))
+    assert ndcg(query, target, right, k=1) == pytest.approx(100 / 3)
+    assert ndcg(np.full_like(query, np.nan), target, right, k=3) < 100 / 3
