@@ -49,3 +49,13 @@ def test_runtimes_are_printed_as_ratios(tiny_checkpoint: Path, tmp_path: Path) -
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines] == ["| runtime", "| ---", "| reference", "| torch"]
     assert "(1.0 x)" in lines[2]
+
+
+@pytest.mark.slow
+def test_method_seconds_shows_which_methods_encode_again(tiny_model: Path, tiny_data: Path) -> None:
+    more = ("--methods", "clip-adapter,lora", "--epochs", "1")
+    done = run("method_seconds.py", "--data", tiny_data, "--model", tiny_model, *more)
+    assert done.returncode == 0, done.stderr
+    adapter, lora = (line.split(" | ") for line in done.stdout.splitlines()[2:])
+    assert (adapter[2], adapter[6]) == ("0", "shared |")
+    assert (lora[2], lora[6]) == ("24", "own |")

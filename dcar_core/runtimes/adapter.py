@@ -41,13 +41,17 @@ class Bottleneck:
 class Adapter:
     """One model's prompts, token weights and bottlenecks, and what else a query needs beside a runtime.
 
-    fingerprint: of the encoder. dim: E. patch_grid: of the image tower, patches a side.
+    fingerprint: of the encoder.
+    image_key: of what decides on `image_features`, the backbone and the image prompts. A training that leaves these as
+        they are leaves the features of a gallery as they are.
+    dim: E. patch_grid: of the image tower, patches a side.
     uses_token_weights: True if the model was trained with token weights.
     tokenizer: its limit leaves room for the prompts.
     image_prompts: (depth, 1, k, W_v). token_factors: (V,), a query's weight of each token; None where all are 1.
     """
 
     fingerprint: str
+    image_key: str
     dim: int
     patch_grid: int
     uses_token_weights: bool
@@ -84,7 +88,15 @@ class Adapter:
 
     def encode_pixels(self, runtime: Runtime, pixels: Pixels) -> Floats:
         """uint8 (n, 3, S, S) -> (n, E), L2-normalised, in one forward pass."""
-        return self.finish_image(runtime.image(pixels, self.image_prompts))
+        return self.adapt_images(self.image_features(runtime, pixels))
+
+    def image_features(self, runtime: Runtime, pixels: Pixels) -> Floats:
+        """uint8 (n, 3, S, S) -> (n, E), L2-normalised, before the bottleneck."""
+        return normalize(runtime.image(pixels, self.image_prompts))
+
+    def adapt_images(self, features: Floats) -> Floats:
+        """Turn the result of `image_features` (n, E) into vectors (n, E)."""
+        return features if self.image_bottleneck is None else self.image_bottleneck(features)
 
     def finish_text(self, features: Floats) -> Floats:
         """Turn a text tower's features (n, E) into vectors (n, E)."""

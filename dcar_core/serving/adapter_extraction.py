@@ -1,5 +1,7 @@
 """From a model to its `Adapter`: everything that is fixed once training ends, computed once."""
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,14 +16,17 @@ _CHUNK = 4096  # tokens of the vocabulary
 
 
 @torch.inference_mode()
-def extract(model: DCAR, fingerprint: str) -> Adapter:
-    """Extract the adapter of a model as it is now."""
+def extract(model: DCAR, fingerprint: str, backbone_hash: str) -> Adapter:
+    """Extract the adapter of a model as it is now. backbone_hash: as `Backbone.content_hash`."""
     backbone, prompts = model.backbone, model.prompts
     text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
     graph = text_graph(backbone, 0 if text is None else len(text))
+    image_prompts = None if image is None else _to_numpy(image.unsqueeze(1))
+    image_key = hashlib.sha256(backbone_hash.encode() + (b"" if image_prompts is None else image_prompts.tobytes()))
     inputs = tuple(_to_numpy(each) for each in graph.prompt_inputs(text))
     return Adapter(
         fingerprint=fingerprint,
+        image_key=image_key.hexdigest(),
         dim=backbone.embed_dim,
         patch_grid=backbone.patch_grid,
         uses_token_weights=model.config.reweight.train != "none",
@@ -29,7 +34,7 @@ def extract(model: DCAR, fingerprint: str) -> Adapter:
         tokenizer=backbone.text_tokenizer(model.prompt_tokens),
         layout=backbone.layout,
         text_prompts=TextPrompts(inputs, graph.skipped, graph.has_weights),
-        image_prompts=None if image is None else _to_numpy(image.unsqueeze(1)),
+        image_prompts=image_prompts,
         token_factors=_token_factors(model) if model.config.reweight.query == "predicted" else None,
         text_bottleneck=_bottleneck(model.text_adapter),
         image_bottleneck=_bottleneck(model.image_adapter),

@@ -50,7 +50,7 @@ class Encoder:
     ) -> None:
         self.adapter = adapter
         self.runtime = runtime
-        self.fingerprint = adapter.fingerprint
+        self.fingerprint, self.image_key = adapter.fingerprint, adapter.image_key
         self.dim = adapter.dim
         has_torch = not isinstance(runtime, ExportRuntime)
         self.preprocess = adapter.preprocess if exact else adapter.preprocess.fast(torch=has_torch)
@@ -137,7 +137,7 @@ class Encoder:
         from dcar_core.serving.runtime_selection import load_runtime
 
         loaded = load_model(path)
-        adapter = extract(loaded.model, loaded.fingerprint)
+        adapter = extract(loaded.model, loaded.fingerprint, loaded.backbone_hash)
         encoder = cls(adapter, loaded, load_runtime(runtime, adapter, loaded), exact=exact)
         if request is not None:
             adapter_cache.store(request, adapter, loaded, encoder.runtime)
@@ -189,6 +189,14 @@ class Encoder:
     def encode_pixels(self, pixels: Pixels) -> Floats:
         """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass."""
         return self.adapter.encode_pixels(self.runtime, pixels)
+
+    def image_features(self, pixels: Pixels) -> Floats:
+        """Encode as `encode_pixels`, before the adapter of image features; `image_key` names what decides on these."""
+        return self.adapter.image_features(self.runtime, pixels)
+
+    def adapt_images(self, features: Floats) -> Floats:
+        """Turn `image_features` (n, E) into vectors (n, E)."""
+        return self.adapter.adapt_images(features)
 
     def release(self) -> None:
         """Release memory that only loading needed and that can be read again from its file; see `util.memory`."""

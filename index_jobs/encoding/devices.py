@@ -28,14 +28,15 @@ class ImageEncoder(Protocol):
     """The part of `dcar_core.Encoder` that encoding uses."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def image_key(self) -> str: ...
     @property
     def dim(self) -> int: ...
     @property
     def preprocess(self) -> Preprocess: ...
     @property
     def runtime(self) -> Runtime: ...
-    def encode_pixels(self, pixels: Pixels) -> Floats: ...
+    def image_features(self, pixels: Pixels) -> Floats: ...
+    def adapt_images(self, features: Floats) -> Floats: ...
 
 
 def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list["Encoder"]:
@@ -68,7 +69,7 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
 def encode_windows(
     windows: Iterator[DecodedWindow], replicas: Sequence[ImageEncoder]
 ) -> Generator[tuple[DecodedWindow, Floats], None, None]:
-    """Yield each window with its vectors, float32 (m, E), in order; at most two windows per replica are in flight."""
+    """Yield each window with its features, float32 (m, E), in order; at most two windows per replica are in flight."""
     if len(replicas) == 1:
         for window in windows:
             yield window, _encode(replicas[0], window)
@@ -87,4 +88,4 @@ def encode_windows(
 
 
 def _encode(encoder: ImageEncoder, window: DecodedWindow) -> Floats:
-    return encoder.encode_pixels(window.pixels) if len(window.pixels) else np.empty((0, encoder.dim), np.float32)
+    return encoder.image_features(window.pixels) if len(window.pixels) else np.empty((0, encoder.dim), np.float32)

@@ -9,7 +9,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,9 +38,13 @@ _MAX_RETRY_S = 60.0  # for all images: a host that never responds must not hold 
 
 @dataclass(frozen=True)
 class EncodedGallery:
-    """A gallery in shards. This run encoded `encoded` images in `seconds`; earlier runs had encoded `resumed`."""
+    """A gallery in shards. This run encoded `encoded` images in `seconds`; earlier runs had encoded `resumed`.
+
+    adapt: turns the features of the shards into vectors.
+    """
 
     shards: list[Shard]
+    adapt: Callable[[Floats], Floats]
     failed: list[FailedImage]
     encoded: int
     resumed: int
@@ -67,7 +71,7 @@ class EncodedGallery:
 
     def blocks(self) -> Iterator[Floats]:
         """The vectors, float32 (m, E) at a time."""
-        return (shard.vectors() for shard in self.shards)
+        return (self.adapt(shard.vectors()) for shard in self.shards)
 
 
 def shard_store(
@@ -76,7 +80,7 @@ def shard_store(
     """Return the store of the shards that a runtime makes of a gallery."""
     return ShardStore(
         work,
-        fingerprint=encoder.fingerprint,
+        image_key=encoder.image_key,
         runtime=runtime,
         pixels=encoder.preprocess.to_dict(),
         signature=gallery.vectors_signature,
@@ -129,7 +133,7 @@ class EncodingState:
             whole_shards: encode all images of a shard unless all of their vectors can be reused.
         """
         self.store = shard_store(gallery, encoder, runtime, work, options)
-        self._gallery, self._options = gallery, options
+        self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
         self._reopen_readable()
@@ -232,4 +236,4 @@ class EncodingState:
         seconds = time.perf_counter() - self._start
         self._check_failed(final=True)
         shards = [self.shards[number] for number in sorted(self.shards)]
-        return EncodedGallery(shards, sorted(self._failed), self.remaining, self.resumed, seconds)
+        return EncodedGallery(shards, self._adapt, sorted(self._failed), self.remaining, self.resumed, seconds)

@@ -45,7 +45,7 @@ class EncodingTask:
     store: ShardStore
     root: str
     checkpoint: Path
-    fingerprint: str
+    image_key: str
     runtime: str
     options: RebuildOptions
 
@@ -56,7 +56,7 @@ class ShardWorker:
     def __init__(self, task: EncodingTask) -> None:
         self.task, options = task, task.options
         self.replicas = load_replicas(task.checkpoint, options.device, exact=options.exact, runtime=task.runtime)
-        if self.replicas[0].fingerprint != task.fingerprint:
+        if self.replicas[0].image_key != task.image_key:
             raise DcarError(
                 f"a worker loaded another model from {task.checkpoint}; give every machine the same checkpoint"
             )
@@ -103,7 +103,7 @@ def encode_on_ray(
     if state.todo:
         _write_locations(state.store.path / LOCATIONS, gallery.table)
         options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
-        task = EncodingTask(state.store, gallery.root, checkpoint.absolute(), encoder.fingerprint, runtime, options)
+        task = EncodingTask(state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
         with _ray_session(options.ray or "auto", options.workers or 1), state.progress_bar() as bar:
             for number in _make_shards(state.todo, task, options.workers):
                 state.shards[number] = shard = _load_shard(state.store, number)

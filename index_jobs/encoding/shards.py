@@ -5,6 +5,8 @@
   complete.
 - The vectors of a shard depend on nothing outside its range, so those of a resumed job are those of an uninterrupted
   one.
+- Shards hold the image tower's features; an adapter of features is applied when they are read. A training that changes
+  the adapter alone, or the text side, finds them again, and its gallery takes a matrix product.
 - The directory is named after a hash of everything that the vectors depend on, and one of the gallery. Another model or
   runtime cannot find them; another gallery reuses the vectors of common images (see `vector_reuse`).
 - A failure of reading is tried again by the next job; a failure of the image itself is not.
@@ -94,7 +96,7 @@ class ShardStore:
         self,
         work: Path,
         *,
-        fingerprint: str,
+        image_key: str,
         runtime: str,
         pixels: Mapping[str, Any],
         signature: str,
@@ -103,7 +105,7 @@ class ShardStore:
         batch: int,
         rows: int,
     ) -> None:
-        self._encoder_key = _hash_settings(FORMAT, fingerprint, runtime, pixels, dim)
+        self._encoder_key = _hash_settings(FORMAT, image_key, runtime, pixels, dim)
         self.path = work / f"{self._encoder_key}-{_hash_settings(signature, count, batch, rows)}"
         self.count, self.dim, self.shard_rows = count, dim, rows
 

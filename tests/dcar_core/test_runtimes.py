@@ -51,7 +51,7 @@ class Case:
 
     def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
         self.model = model
-        self.adapter = extract(model, fingerprint)
+        self.adapter = extract(model, fingerprint, model.backbone.content_hash())
         prompt = model.config.prompt
         image, text = (prompt.depth if prompt.length and used else 0 for used in (prompt.image, prompt.text))
         self.loaded = LoadedModel(model, model.backbone.content_hash(), image, text, fingerprint, cache)

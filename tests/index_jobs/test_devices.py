@@ -46,9 +46,9 @@ class Barrier(Encoder):
 
     barrier: threading.Barrier
 
-    def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def image_features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.barrier.wait(20)
-        return super().encode_pixels(pixels)
+        return super().image_features(pixels)
 
 
 def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:

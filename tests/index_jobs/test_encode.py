@@ -45,14 +45,14 @@ class Counting:
 
     def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
         self.encoder, self.die_at, self.calls = encoder, die_at, 0
-        self.fingerprint, self.dim, self.preprocess = encoder.fingerprint, encoder.dim, encoder.preprocess
-        self.runtime = encoder.runtime
+        self.image_key, self.dim, self.preprocess = encoder.image_key, encoder.dim, encoder.preprocess
+        self.runtime, self.adapt_images = encoder.runtime, encoder.adapt_images
 
-    def encode_pixels(self, pixels: NDArray[np.uint8]) -> Floats:
+    def image_features(self, pixels: NDArray[np.uint8]) -> Floats:
         self.calls += 1
         if self.calls == self.die_at:
             raise KeyboardInterrupt
-        return self.encoder.encode_pixels(pixels)
+        return self.encoder.image_features(pixels)
 
 
 @pytest.mark.slow

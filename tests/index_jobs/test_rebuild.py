@@ -6,8 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dcar_core import Encoder
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods import method
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary, summarize
@@ -177,3 +182,27 @@ def test_failures_of_older_versions_count_as_unread(
     assert summarize(tmp_path / "index", manifest, start=0.0).unread == 1
     path.unlink()
     assert summarize(tmp_path / "index", manifest, start=0.0).hint == ""
+
+
+def test_training_behind_the_image_tower_needs_no_encoding(gallery: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The features of the frozen tower stay, and an adapter is applied to them."""
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+
+    def trained(name: str, seed: int) -> Path:
+        model = seeded_model(backbone, method(name), seed)
+        with torch.no_grad():
+            for _, parameter in model.trainables():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_checkpoint(model, tmp_path / f"{name}-{seed}")
+        return tmp_path / f"{name}-{seed}"
+
+    index, encoded = tmp_path / "index", list[int]()
+    for name, seed in (("clip", 0), ("clip-adapter", 0), ("clip-adapter", 1), ("coop", 0), ("dual", 0), ("dual", 1)):
+        checkpoint = trained(name, seed)
+        encoded.append(rebuild(gallery, checkpoint, index, margin=1, progress=False).encoded)
+        artifact, encoder = open_current(index), Encoder.load(checkpoint, device="cpu")
+        artifact.require(encoder.fingerprint)
+        images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]
+        found = np.stack([artifact.vector(row) for row in range(3)])
+        np.testing.assert_allclose(found, encoder.encode_images(images), atol=1e-5)
+    assert encoded == [24, 0, 0, 0, 24, 24]  # image prompts are part of the tower

@@ -66,7 +66,7 @@ def test_unreadable_files_fail_temporarily(made: Callable[[Path], ImageLocation]
 
 
 def test_reopened_shard_counts_as_incomplete(tmp_path: Path) -> None:
-    store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
+    store = ShardStore(tmp_path, image_key="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
                        rows=2)  # fmt: skip
     one = np.zeros(1, np.uint64)
     store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "no such file", ImageFault.MISSING)], one, one)
@@ -97,7 +97,7 @@ def test_probing_for_readable_images_is_limited_in_time(tiny_gallery: Path) -> N
 
 def test_failures_of_older_shards_are_retried(tmp_path: Path) -> None:
     """Older shards say the reason alone."""
-    store = ShardStore(tmp_path, fingerprint="f", runtime="torch", pixels={}, signature="s", count=2, dim=2, batch=2,
+    store = ShardStore(tmp_path, image_key="f", runtime="torch", pixels={}, signature="s", count=2, dim=2, batch=2,
                        rows=2)  # fmt: skip
     one = np.zeros(1, np.uint64)
     store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "not an image", ImageFault.NOT_AN_IMAGE)], one, one)
