@@ -1,75 +1,108 @@
-// Renders results as cards, best first, with a divider above results below the calibrated cut-off.
+// Renders results as cards, and moves between them by keys.
 
 import { drawMap, drawWords } from "./explain.js";
+import { release, showThumbnail } from "./service.js";
 
-const RETRY_MS = [1500, 4000, 10000]; // delays before an image that failed to load is requested again
+const SIDES = [192, 384]; // pixels of a card's thumbnail
 
-// results: of one response. items: URL of the items, relative to the page. minScore: the cut-off. more and only: called
-// with the clicked result, for similar items or for its category.
-export function makeCards(results, { items, minScore, more, only }) {
-  const scores = results.map(({ score }) => score);
-  const top = Math.max(...scores), span = Math.max(top - Math.min(...scores), 1e-6);
-  const share = (score) => 1 - (0.9 * (top - score)) / span; // 1 for the best result, 0.1 for the last
-  const cards = results.map((result) => card(result, items, share(result.score), result.score < minScore, more, only));
-  const fitting = scores.filter((score) => score >= minScore).length;
-  if (fitting && fitting < cards.length) cards.splice(fitting, 0, divider());
-  return { cards, fitting };
+// Returns the range of scores that the bars show: 1 for the best result, 0.1 for the last one of the first page.
+export function scaleOf(results) {
+  const scores = results.map(({ score }) => score).filter((score) => score !== undefined);
+  const top = Math.max(...scores);
+  return { top, span: Math.max(top - Math.min(...scores), 1e-6) };
 }
 
-function card(result, items, share, weak, more, only) {
+// base: path of the collection. scale: see above. minScore: the cut-off. href: address of an opened item. isSelected:
+// tells whether an id is selected. open, only, select: called with the result of the card that was used.
+export function makeCard(result, { base, scale, minScore, href, isSelected, open, only, select }) {
   const node = document.getElementById("card").content.cloneNode(true).firstElementChild;
   const find = (name) => node.querySelector(name);
+  const title = result.caption || result.id;
   node.dataset.id = result.id;
-  node.classList.toggle("weak", weak);
-  load(find("img"), `${items}/${encodeURIComponent(result.id)}/image`, find(".frame"));
-  find(".number").textContent = result.score.toFixed(3);
-  find(".fill").style.setProperty("--share", share);
-  find(".score").title = `cosine ${result.score.toFixed(4)}; the bar compares the results shown`;
-  const caption = find(".caption"), category = find(".category");
-  caption.textContent = result.caption || result.id;
-  caption.title = `${result.caption || result.id}\nFind more like this`;
-  caption.addEventListener("click", () => more(result));
+  node.classList.toggle("weak", result.score < minScore);
+  const image = find("img"), link = find(".open"), category = find(".category"), selected = find(".select");
+  showThumbnail(image, base, result.id, SIDES, () => find(".frame").classList.add("gone"));
+  link.href = href(result);
+  link.addEventListener("click", (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return; // a new tab or window
+    event.preventDefault();
+    open(result);
+  });
+  find(".caption").textContent = title;
+  link.title = title;
   category.textContent = result.category;
   category.title = `Only the category “${result.category}”`;
   category.hidden = !result.category;
   category.addEventListener("click", () => only(result));
+  selected.addEventListener("click", () => select(result));
+  selected.firstElementChild.textContent = `Select ${title}`;
+  markSelected(node, isSelected(result.id));
+  if (result.score !== undefined) drawScore(find(".score"), result.score, scale);
+  if (result.folded) {
+    find(".near").hidden = false;
+    find(".near").textContent = `+${result.folded.length}`;
+    find(".near").title = `${result.folded.length} more that look nearly the same; open the image to see them`;
+  }
   if (result.explanation) {
     node.classList.add("explained");
-    find(".picture img").style.objectFit = result.explanation.fit;
+    image.style.objectFit = result.explanation.fit;
     drawMap(find(".map"), result.explanation.relevance);
     drawWords(find(".words"), result.explanation.words);
-    caption.title += "\nOrange parts raise the score, blue parts lower it";
   }
   return node;
 }
 
-function load(image, url, frame) { // retries: rate limits count images too
-  let tries = 0;
-  image.addEventListener("error", () => {
-    if (tries === RETRY_MS.length) frame.classList.add("gone");
-    else setTimeout(() => (image.src = url), RETRY_MS[tries++] * (0.5 + Math.random()));
-  });
-  image.src = url;
+function drawScore(place, score, { top, span }) {
+  place.hidden = false;
+  place.title = `Similarity ${score.toFixed(4)} of at most 1; the bar compares the images shown`;
+  place.querySelector(".number").textContent = score.toFixed(3);
+  place.querySelector(".fill").style.setProperty("--share", Math.max(0.1, 1 - (0.9 * (top - score)) / span));
 }
 
-function divider() {
+export function markSelected(card, isSelected) {
+  card.classList.toggle("selected", isSelected);
+  card.querySelector(".select").setAttribute("aria-pressed", isSelected);
+}
+
+export function makeDivider() {
   const node = document.createElement("li");
   node.className = "divider";
   node.textContent = "Less likely";
   return node;
 }
 
-// Marks each card with the rank of its item in the other list, if the lists share an item: one gallery, two models.
-export function markPlaces(cards, others, name) {
-  const place = new Map(others.map(({ id }, i) => [id, i + 1]));
-  const items = cards.filter((node) => node.dataset.id !== undefined);
-  if (!items.some((node) => place.has(node.dataset.id))) return;
-  items.forEach((node, i) => {
-    const mark = node.querySelector(".place"), other = place.get(node.dataset.id), gain = other - (i + 1);
-    mark.hidden = false;
-    mark.textContent = other === undefined ? "only here" : gain > 0 ? `↑ ${gain}` : gain < 0 ? `↓ ${-gain}` : "=";
-    mark.role = "img"; // screen readers read the label
-    mark.ariaLabel = mark.title = other === undefined ? `not in the first ${others.length} of ${name}` : `rank ${other} in ${name}`;
-    mark.classList.toggle("lone", other === undefined);
-  });
+export function clearCards(list) {
+  for (const image of list.querySelectorAll("img")) {
+    image.onerror = null;
+    release(image);
+  }
+  list.replaceChildren();
+}
+
+// Moves the focus from card to card: arrows, Home and End. Returns true if the key was used.
+export function moveByKey(event) {
+  const here = event.target.closest?.(".card .open");
+  if (!here || event.ctrlKey || event.metaKey || event.altKey) return false;
+  const links = [...here.closest("ol").querySelectorAll(".open")], at = links.indexOf(here);
+  const target = {
+    ArrowRight: () => links[at + 1],
+    ArrowLeft: () => links[at - 1],
+    ArrowDown: () => nearestInRow(here, links.slice(at + 1), 1),
+    ArrowUp: () => nearestInRow(here, links.slice(0, at).reverse(), -1),
+    Home: () => links[0],
+    End: () => links.at(-1),
+  }[event.key];
+  if (!target) return false;
+  event.preventDefault();
+  target()?.focus();
+  return true;
+}
+
+function nearestInRow(here, links, direction) { // the next row, and in it the link closest to this column
+  const from = here.getBoundingClientRect();
+  const boxes = links.map((link) => ({ link, box: link.getBoundingClientRect() }));
+  const beyond = boxes.filter(({ box }) => direction * (box.top - from.top) > 4);
+  const row = beyond.filter(({ box }) => Math.abs(box.top - beyond[0].box.top) < 4);
+  row.sort((a, b) => Math.abs(a.box.left - from.left) - Math.abs(b.box.left - from.left));
+  return row[0]?.link;
 }

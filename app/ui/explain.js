@@ -1,21 +1,54 @@
 // Draws the explanations of the API: word weights, and the contribution of each image part as an overlay.
 
+const VISIBLE = 0.15; // smallest share of the strongest part that is drawn
+const STRONGEST = 130; // opacity of 255: the image stays recognisable
+const SAME = 0.02; // weights that differ from the average by less say nothing
+
 // words: [{word, weight}]; weight 1 is the average. A heavier word gets a darker background.
 export function drawWords(place, words) {
   place.hidden = !words?.length;
-  place.replaceChildren(
-    ...(words ?? []).map(({ word, weight }) => {
-      const node = document.createElement("span");
-      const number = document.createElement("small");
-      node.className = "word";
-      node.textContent = word;
-      number.textContent = weight.toFixed(2);
-      node.append(number);
-      node.title = `${word}: weight ${weight.toFixed(3)}; 1 is the average`;
-      node.style.setProperty("--heat", Math.min(Math.max(weight - 0.5, 0), 1).toFixed(3));
-      return node;
-    }),
-  );
+  place.replaceChildren(...(words ?? []).map(drawWord));
+}
+
+function drawWord({ word, weight }) {
+  const node = document.createElement("span"), number = document.createElement("small");
+  node.className = "word";
+  node.textContent = word;
+  number.textContent = weight.toFixed(2);
+  node.append(number);
+  node.title = inWords({ word, weight });
+  node.style.setProperty("--heat", Math.min(Math.max(weight - 0.5, 0), 1).toFixed(3));
+  return node;
+}
+
+function inWords({ word, weight }) {
+  const percent = Math.round(100 * Math.abs(weight - 1));
+  if (percent < 1) return `“${word}” counts as much as an average word`;
+  return `“${word}” counts ${percent} % ${weight > 1 ? "more" : "less"} than an average word`;
+}
+
+// Draws how to read the explanations. words: those of the query, null without any. hasMaps: overlays are shown.
+export function drawLegend(place, words, hasMaps) {
+  const line = (...parts) => {
+    const node = document.createElement("p");
+    node.append(...parts);
+    return node;
+  };
+  const swatch = (name) => Object.assign(document.createElement("span"), { className: `swatch ${name}`, ariaHidden: "true" });
+  const lines = [];
+  if (hasMaps) lines.push(line(swatch("up"), " this part of the image raises the score  ", swatch("down"), " this part lowers it"));
+  if (words?.length) {
+    const drawn = Object.assign(document.createElement("div"), { className: "words" });
+    drawWords(drawn, words);
+    lines.unshift(drawn);
+    const far = [...words].sort((a, b) => Math.abs(b.weight - 1) - Math.abs(a.weight - 1)).slice(0, 2);
+    const says = far.every(({ weight }) => Math.abs(weight - 1) < SAME)
+      ? "This model counts all words alike: it has learned nothing about this gallery."
+      : `1.00 is an average word: ${far.map(inWords).join(", ")}.`;
+    lines.push(line(says));
+  }
+  place.hidden = !lines.length;
+  place.replaceChildren(...lines);
 }
 
 // relevance: rows of patches, each the patch's contribution to the score. Positive patches are tinted orange, negative
@@ -28,8 +61,9 @@ export function drawMap(canvas, relevance) {
   const context = canvas.getContext("2d");
   const image = context.createImageData(columns, rows);
   relevance.flat().forEach((value, at) => {
-    const strength = value / most;
-    image.data.set(strength > 0 ? [255, 120, 0, 200 * strength] : [40, 90, 255, -150 * strength], 4 * at);
+    const strength = Math.abs(value) / most;
+    const colour = value > 0 ? [255, 120, 0] : [40, 90, 255];
+    image.data.set([...colour, strength < VISIBLE ? 0 : STRONGEST * strength], 4 * at);
   });
   context.putImageData(image, 0, 0);
   canvas.hidden = false;

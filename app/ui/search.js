@@ -1,57 +1,158 @@
-// The search page.
+// The search page: from a state (see address.js) to requests, and from their responses to the list.
 //
-// - The address holds the query (#q=words&k=24 or #item=id&k=24), the collection (in=), a second collection to compare
-//   with (beside=), a category, `without` and `explain`, so links can be shared and "back" works.
-// - An image does not fit into an address; it is kept in memory under a name (#picture=lx3k2a) until the page is closed.
-// - Every request aborts the previous one, and stale responses are dropped.
-// - Searches start once the collections are loaded; text typed before that waits.
+// - Typing searches at once, with one request in progress; everything else aborts the request before it. Stale
+//   responses are dropped.
+// - "Back" loads as much of the list as was shown and scrolls there.
+// - Requests start once the collections are loaded; text typed before that waits.
 
-import { makeCards, markPlaces } from "./cards.js";
-import { drawWords } from "./explain.js";
+import { EMPTY, formatAddress, hasSubject, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
+import { moveByKey } from "./cards.js";
+import { drawChips } from "./chips.js";
+import { closeDetail, openDetail, prepareDetail } from "./detail.js";
+import { canGrow, clearLists, drawCompared, drawList, growList, itemsOf, prepareList, shownCount } from "./list.js";
+import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
+import { knownWords, listCollections, loadPage, saveKey, savedKey } from "./service.js";
+import { aboutCollection, drawAbout } from "./start.js";
+import { images, prepareUpload } from "./upload.js";
 
 const $ = (id) => document.getElementById(id);
-const form = $("form"), query = $("query"), file = $("file"), count = $("k"), explain = $("explain"), without = $("without");
-const results = $("results"), status = $("status"), error = $("error"), empty = $("empty"), nothing = $("nothing");
-const collection = $("collection"), beside = $("beside"), other = $("other");
-const TYPING_MS = 180;
-const BUNDLED = ["crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry"];
-const LONGEST_EXAMPLE = 40; // characters
+const query = $("query"), results = $("results"), error = $("error"), collection = $("collection"), beside = $("beside");
 const SLOW_MS = 500;
-const UNREADABLE = "This file cannot be read.";
+const SAVE_MS = 150;
+const SAME_ENTRY_MS = 2000; // typing within this time replaces the entry of the history
+const PHONE = matchMedia("(max-width: 560px), (max-height: 480px)");
 
-const images = new Map(); // name -> {file, url}
-const captions = new Map(); // collection and id -> caption of each item shown so far
 let collections = []; // as GET /collections lists them, the default one first
-let ready = false; // the collections are loaded
-let suggested = null; // the collection that the examples belong to
-let typing = 0;
-let running = null;
+let state = parseAddress(location.hash);
+let drawn = null; // key of the state in the list
+let running = null; // AbortController of the requests in progress
+let isTyping = false; // the requests in progress were started by typing
+let hasTypedMore = false; // and more was typed since
+let typedAt = -Infinity;
 
-function readAddress() {
-  const params = new URLSearchParams(location.hash.slice(1));
-  const state = { q: params.get("q") ?? "", explain: params.get("explain") };
-  for (const name of ["item", "picture", "k", "in", "beside", "category", "without"]) state[name] = params.get(name);
-  state.isLost = state.picture !== null && !images.has(state.picture); // after a reload
-  if (state.isLost) state.picture = null;
-  return state;
+const isReady = () => collections.length > 0;
+const nameOf = (name) => name || collections[0]?.name;
+const isSearched = (name) => nameOf(name) === nameOf(state.in);
+const about = (name) => collections.find((each) => each.name === nameOf(name));
+const base = (name = state.in) => (name && name !== nameOf("") ? `collections/${encodeURIComponent(name)}/` : "");
+const position = () => ({ top: Math.round(scrollY), shown: shownCount() });
+const href = (id, name) => `#${formatAddress({ ...EMPTY, in: name === nameOf("") ? "" : name, show: id })}`;
+
+// Changes the state and shows it.
+function go(change, { replace = false, typed = false } = {}) {
+  if (!state.show && isReady()) savePosition(position());
+  const wasOpen = Boolean(state.show);
+  state = { ...state, ...change, ...("show" in change ? {} : { show: "", of: "" }) };
+  if (state.in === nameOf("")) state.in = "";
+  const isOpened = state.show && (wasOpen ? replace && history.state?.opened : true);
+  writeAddress(state, { replace, position: isOpened ? { opened: true } : null });
+  if (typed && running && isTyping) hasTypedMore = true;
+  else show({ typed });
 }
 
-function go(state, { replace = false } = {}) {
-  const parts = new URLSearchParams();
-  for (const name of ["q", "item", "picture"]) if (state[name]) parts.set(name, state[name]);
-  if ([...parts].length) {
-    parts.set("k", count.value);
-    if (state.category) parts.set("category", state.category);
-    if (without.value.trim()) parts.set("without", without.value.trim());
-    if (explain.checked) parts.set("explain", "1");
+async function show({ typed = false, restored = null } = {}) {
+  if (!isReady()) return;
+  drawControls();
+  for (const name of [state.in, state.beside, state.of]) {
+    if (name && !about(name)) return fail(`There is no gallery “${name}”.`);
   }
-  const where = ready ? collection.value : readAddress().in;
-  if (where && where !== collections[0]?.name) parts.set("in", where);
-  const second = state.beside ?? (ready ? beside.value : readAddress().beside);
-  if (second && second !== where) parts.set("beside", second);
-  const address = [...parts].length ? `#${parts}` : location.pathname + location.search;
-  if (`#${parts}` !== location.hash) history[replace ? "replaceState" : "pushState"](null, "", address);
-  show();
+  if (state.picture && !images.has(state.picture)) {
+    return fail("An image is not part of a link and is lost when the page is closed. Choose it again.");
+  }
+  if (listKey(state) !== drawn) await load({ typed, restored });
+  drawDetail();
+}
+
+async function load({ typed, restored }) {
+  running?.abort();
+  const mine = (running = new AbortController()), wanted = state, { signal } = mine;
+  isTyping = typed;
+  hasTypedMore = false;
+  results.setAttribute("aria-busy", "true");
+  const slow = setTimeout(() => {
+    $("status").textContent = "Searching…";
+    error.hidden = true; // it belongs to the previous search
+  }, SLOW_MS);
+  try {
+    const first = loadPage(wanted, base(wanted.in), 0, signal);
+    const compared = async () => { // explanations are slow: run them one after the other
+      if (wanted.explain) await first;
+      return loadPage(wanted, base(wanted.beside), 0, signal);
+    };
+    const second = wanted.beside && hasSubject(wanted) ? compared().catch((reason) => reason) : null;
+    const words = isPlain(wanted) ? knownWords(base(wanted.in), wanted.q, signal).catch(() => null) : null;
+    const [found, other, known] = await Promise.all([first, second, words]);
+    if (signal.aborted) return;
+    drawn = listKey(wanted);
+    error.hidden = $("key-form").hidden = true;
+    drawList(found, wanted, known);
+    if (other) drawCompared(other, wanted);
+    await restore(restored, signal);
+  } catch (reason) {
+    if (!signal.aborted) fail(reason.message, reason.status);
+  } finally {
+    clearTimeout(slow);
+    if (running === mine) {
+      running = null;
+      results.removeAttribute("aria-busy");
+      if (hasTypedMore) show({ typed: true });
+    }
+  }
+}
+
+async function restore(restored, signal) {
+  if (!restored?.shown) return;
+  while (shownCount() < restored.shown && (await growList()) && !signal.aborted);
+  if (!signal.aborted) scrollTo({ top: restored.top, behavior: "instant" });
+}
+
+// The calibrated cut-off and the check of words apply to searches by words alone.
+const isPlain = ({ q, like, unlike, picture, without }) => Boolean(q) && !like.length && !unlike.length && !picture && !without;
+
+function fail(message, code) {
+  running?.abort();
+  running = drawn = null;
+  error.textContent = message;
+  error.hidden = code === 401;
+  $("key-form").hidden = code !== 401;
+  results.removeAttribute("aria-busy");
+  clearLists();
+  closeDetail();
+}
+
+function drawControls() {
+  const names = collections.map(({ name }) => name), others = names.filter((name) => !isSearched(name));
+  if (state.beside && isSearched(state.beside)) state.beside = "";
+  beside.replaceChildren(new Option("nothing", ""), ...others.map((name) => new Option(name, name)));
+  beside.value = state.beside;
+  setText(query, state.q);
+  setText($("without"), state.without);
+  setText($("category"), state.category);
+  $("explain").checked = state.explain;
+  $("fold").checked = state.fold;
+  $("start").hidden = hasSubject(state) || Boolean(state.category);
+  const isOther = collection.dataset.about !== nameOf(state.in);
+  collection.value = collection.dataset.about = nameOf(state.in);
+  if (isOther) describe();
+  drawSort();
+  drawParts();
+  drawSelection(hasSubject(state));
+  for (const node of $("examples").children) node.setAttribute("aria-pressed", node.value === state.q);
+  $("forget-key").hidden = !savedKey();
+}
+
+async function describe() {
+  const name = state.in, described = await aboutCollection(base()).catch(() => null);
+  if (!described || !isSearched(name)) return;
+  drawAbout(described);
+  drawSort();
+}
+
+function drawSort() {
+  const sort = $("sort");
+  if (sort.options.length) sort.options[0].textContent = hasSubject(state) ? "best match" : "the gallery's order";
+  sort.value = state.sort;
+  $("sort-label").hidden = sort.options.length < 2;
 }
 
 // Sets an input's text; while the user types in it, surrounding spaces stay.
@@ -59,343 +160,165 @@ function setText(input, words) {
   if (document.activeElement !== input || input.value.trim() !== words) input.value = words;
 }
 
-const captionOf = (id) => captions.get(base() + id);
-const base = (name = collection.value) =>
-  name && name !== collections[0]?.name ? `collections/${encodeURIComponent(name)}/` : "";
-
-// Returns the body of a search response, with `ok` and `status`.
-async function search(state, signal, name) {
-  const response = await send(state, signal, base(name));
-  return { status: response.status, ...(await response.json().catch(() => ({}))), ok: response.ok };
-}
-
-async function send(state, signal, from) {
-  const options = { k: Number(count.value) };
-  if (state.category) options.filter = { category: state.category };
-  if (state.without) options.without = state.without;
-  if (explain.checked) options.explain = true;
-  if (state.picture) {
-    const body = new FormData(), { file } = images.get(state.picture);
-    await file.slice(0, 1).arrayBuffer().catch(() => { throw UNREADABLE; }); // a folder, or deleted
-    body.append("file", file);
-    for (const [name, value] of Object.entries(options)) body.append(name, name === "without" ? value : JSON.stringify(value));
-    return fetch(`${from}search/image`, { method: "POST", body, signal });
-  }
-  const headers = { "Content-Type": "application/json" };
-  const body = JSON.stringify({ ...options, ...(state.item ? { more_like: [state.item] } : { query: state.q }) });
-  return fetch(`${from}search/text`, { method: "POST", headers, body, signal });
-}
-
-async function show() {
-  clearTimeout(typing);
-  running?.abort();
-  if (!ready) return;
-  const state = readAddress();
-  if (state.k && [...count.options].some((option) => option.value === state.k)) count.value = state.k;
-  collection.value = collections.some(({ name }) => name === state.in) ? state.in : (collections[0]?.name ?? "");
-  offerCompared(state.beside);
-  if (suggested !== base()) suggest();
-  if (state.q || state.item || state.picture) { // a link without a query leaves the options alone
-    explain.checked = state.explain === "1";
-    setText(without, state.without ?? "");
-  }
-  $("category").hidden = !state.category;
-  $("category").textContent = state.category ?? "";
-  setText(query, state.q);
-  chip(state);
-  for (const button of $("examples").children) button.setAttribute("aria-pressed", button.textContent === state.q);
-  const subject = setTitle(state);
-  for (const name of [state.in, state.beside]) {
-    if (name && collections.every((each) => each.name !== name)) return fail(`There is no collection “${name}”.`);
-  }
-  if (state.isLost) return fail("An image is not part of a link and is lost when the page is closed. Choose it again.");
-  if (!subject) return draw(null);
-
-  const mine = (running = new AbortController());
-  results.setAttribute("aria-busy", "true");
-  const slow = setTimeout(() => {
-    status.textContent = "Searching…";
-    error.hidden = true; // it belongs to the previous search
-  }, SLOW_MS);
-  try {
-    const first = search(state, mine.signal, collection.value);
-    const compared = async () => { // explanations are slow: run them one after the other
-      if (explain.checked) await first;
-      return search(state, mine.signal, beside.value);
-    };
-    const [response, second] = await Promise.all([first, beside.value ? compared().catch(() => ({})) : null]);
-    if (state.item && captionOf(state.item) === undefined) await loadCaption(state, mine.signal);
-    if (mine.signal.aborted) return;
-    if (!response.ok) return fail(response.detail || `Error ${response.status}`);
-    draw(response, state);
-    if (second) drawCompared(second, state, response);
-  } catch (reason) {
-    if (!mine.signal.aborted) fail(reason === UNREADABLE ? UNREADABLE : "The service cannot be reached.");
-  } finally {
-    clearTimeout(slow);
-    if (running === mine) results.removeAttribute("aria-busy");
-  }
-}
-
-async function loadCaption(state, signal) { // a shared link: the item has not been shown yet
-  const item = await fetch(`${base()}items/${encodeURIComponent(state.item)}`, { signal });
-  if (!item.ok) return;
-  captions.set(base() + state.item, (await item.json()).caption || state.item);
-  if (signal.aborted) return;
-  chip(state);
-  setTitle(state);
-}
-
-function setTitle(state) { // returns the subject of the search, "" without one
-  const subject = state.q || (state.picture || state.item ? $("chip-label").textContent : "");
+function drawParts() {
+  const labels = drawChips($("chips"), state, base(), { remove: removePart, changed: drawParts });
+  query.placeholder = labels.length ? "Add words" : "Describe an image";
+  const subject = state.q || labels[0];
   document.title = subject ? `${subject} · Image search` : "Image search";
-  return subject;
 }
 
-function draw(response, state) {
-  error.hidden = nothing.hidden = true;
-  empty.hidden = response !== null;
-  drawWords($("words"), response?.words);
-  if (response === null) {
-    results.removeAttribute("aria-busy");
-    place([]);
-    status.textContent = "";
-    return;
-  }
-  const cards = makeList(response, state, collection.value);
-  place(cards.cards);
-  if (!cards.fitting) showNoMatch(state, response.results.length);
-  status.textContent = facts(response, cards.fitting);
-}
-
-function makeList(response, state, name, to = name) { // a click searches the collection `to`
-  for (const { id, caption } of response.results) captions.set(base(name) + id, caption || id);
-  return makeCards(response.results, {
-    items: `${base(name)}items`,
-    minScore: minScoreOf(state, name),
-    more: ({ id }) => {
-      scrollTo({ top: 0 });
-      const swapped = to !== collection.value ? { beside: collection.value } : {};
-      collection.value = to;
-      go({ item: id, ...swapped });
-    },
-    only: ({ category }) => go({ ...readAddress(), category }),
-  });
-}
-
-function facts(response, fitting) {
-  const n = response.results.length;
-  const all = [`${n} ${n === 1 ? "result" : "results"}`, `${response.took_ms.toFixed(1)} ms`];
-  if (fitting < n) all[0] += `, ${fitting || "none"} above the cut-off`;
-  if (response.cached) all.push("cached");
-  return [...all, `index version ${response.index_version}`].join(" · ");
-}
-
-// Draws the second collection's results; marks both lists if they share a gallery.
-function drawCompared(response, state, first) {
-  other.hidden = $("results-name").hidden = false;
-  document.body.classList.add("beside");
-  $("results-name").textContent = collection.value;
-  $("other-name").textContent = beside.value;
-  if (!response.ok) {
-    $("other-status").textContent = response.detail || (response.status ? `Error ${response.status}` : "The service cannot be reached.");
-    return;
-  }
-  const ids = new Set(first.results.map(({ id }) => id));
-  const alike = response.results.some(({ id }) => ids.has(id));
-  const { cards, fitting } = makeList(response, state, beside.value, alike ? collection.value : beside.value);
-  $("others").replaceChildren(...cards);
-  markPlaces([...results.children], response.results, beside.value);
-  markPlaces(cards, first.results, collection.value);
-  $("other-status").textContent = facts(response, fitting);
-}
-
-function hideCompared() {
-  other.hidden = $("results-name").hidden = true;
-  document.body.classList.remove("beside");
-  $("others").replaceChildren();
-}
-
-function offerCompared(state) { // every other collection
-  const names = collections.map(({ name }) => name).filter((name) => name !== collection.value);
-  beside.replaceChildren(new Option("nothing", ""), ...names.map((name) => new Option(name, name)));
-  beside.value = names.includes(state) ? state : "";
-}
-
-// Returns the calibrated cut-off, which applies to plain text searches; -Infinity without one.
-function minScoreOf(state, name) {
-  const words = state.q && !state.item && !state.picture && !state.without;
-  const found = words ? collections.find((each) => each.name === name)?.min_score : null;
-  return found ?? -Infinity;
-}
-
-function showNoMatch(state, shown) {
-  const where = state.category ? ` in the category “${state.category}”` : "";
-  nothing.querySelector(".lead").textContent = state.q ? `No match for “${state.q}”${where}` : `No items${where}`;
-  nothing.querySelector(".why").textContent = shown
-    ? "These are the nearest items, but their scores are below those of nearly all correct matches."
-    : "";
-  nothing.hidden = false;
-}
-
-function fail(message) {
-  error.textContent = message;
-  error.hidden = false;
-  empty.hidden = nothing.hidden = true;
-  drawWords($("words"), null);
-  status.textContent = "";
-  place([]);
-}
-
-function place(cards) { // keeps keyboard focus among the results
-  const within = $("lists").contains(document.activeElement);
-  hideCompared();
-  results.replaceChildren(...cards);
-  if (within) results.focus({ preventScroll: true });
-}
-
-function chip(state) {
-  $("chip").hidden = !state.item && !state.picture;
-  if (state.picture) {
-    const { file, url } = images.get(state.picture);
-    $("chip-image").src = url;
-    $("chip-label").textContent = $("chip").title = file.name || "pasted image";
-  } else if (state.item) {
-    $("chip-image").src = `${base()}items/${encodeURIComponent(state.item)}/image`;
-    $("chip-label").textContent = $("chip").title = `more like ${captionOf(state.item) ?? state.item}`;
-  } else {
-    $("chip-image").removeAttribute("src");
-  }
-  query.placeholder = $("chip").hidden ? "What does the image show?" : "Or search by text";
-}
-
-function searchBy(chosen) {
-  if (!chosen) return;
-  const name = `${Date.now().toString(36)}${images.size}`; // unique across reloads
-  images.set(name, { file: chosen, url: URL.createObjectURL(chosen) });
-  go({ ...readAddress(), q: "", item: null, picture: name });
-}
-
-const imageAmong = (files) => [...files].find((each) => each.type.startsWith("image/"));
-
-form.addEventListener("submit", (event) => {
-  event.preventDefault();
-  if (query.value.trim()) go({ q: query.value.trim(), category: readAddress().category });
-});
-for (const input of [query, without]) {
-  input.addEventListener("input", () => {
-    clearTimeout(typing);
-    const before = readAddress();
-    typing = setTimeout(() => {
-      if (!ready) return; // `begin` reads the typed text
-      const q = query.value.trim();
-      if (q !== before.q) go({ q, category: before.category }, { replace: Boolean(before.q && q) });
-      else if (without.value.trim() !== (before.without ?? "")) go(before, { replace: true });
-    }, TYPING_MS);
-  });
-}
-count.addEventListener("change", () => go(readAddress(), { replace: true }));
-explain.addEventListener("change", () => go(readAddress(), { replace: true }));
-beside.addEventListener("change", () => go({ ...readAddress(), beside: beside.value }));
-collection.addEventListener("change", () => {
-  const { q, picture, in: before, beside: second } = readAddress();
-  go({ q, picture, beside: second === collection.value ? before ?? collections[0].name : second });
-});
-$("category").addEventListener("click", () => {
-  results.focus({ preventScroll: true });
-  go({ ...readAddress(), category: null });
-});
-$("examples").addEventListener("click", (event) => {
-  if (event.target instanceof HTMLButtonElement) go({ q: event.target.textContent });
-});
-$("pick").addEventListener("click", () => file.click());
-file.addEventListener("change", () => {
-  searchBy(file.files[0]);
-  file.value = "";
-});
-$("chip-clear").addEventListener("click", () => {
-  go({});
+function removePart(part) {
+  const left = { ...state, [part]: part === "picture" ? "" : [] };
   query.focus();
+  go(hasSubject(left) ? left : { ...left, unlike: [] });
+}
+
+function drawDetail() {
+  if (!state.show) return closeDetail();
+  const items = itemsOf(state.of), at = items.findIndex(({ id }) => id === state.show);
+  openDetail({
+    id: state.show, base: base(state.of || state.in), result: items[at], canLess: hasSubject(state),
+    hasPrevious: at > 0, hasNext: at >= 0 && (at + 1 < items.length || (!state.of && canGrow())),
+  });
+}
+
+async function step(direction) { // to the neighbour of the opened item
+  const items = itemsOf(state.of), at = items.findIndex(({ id }) => id === state.show);
+  if (at < 0) return;
+  if (at + direction === items.length && !state.of) await growList();
+  const next = items[at + direction];
+  if (next) go({ show: next.id, of: state.of }, { replace: true });
+}
+
+function closeItem() {
+  const id = state.show;
+  if (history.state?.opened) history.back();
+  else go({ show: "", of: "" }, { replace: true });
+  const card = [...document.querySelectorAll(".card")].find((node) => node.dataset.id === id);
+  setTimeout(() => card?.querySelector(".open").focus(), 50); // after the dialog has given the focus back
+}
+
+// Searches for images like some of a collection; another gallery becomes the searched one, another model does not.
+function searchLike(ids, name = "") {
+  const ofOther = Boolean(name) && !isSearched(name), known = new Set(itemsOf(false).map(({ id }) => id));
+  const swaps = ofOther && !itemsOf(true).some(({ id }) => known.has(id));
+  scrollTo({ top: 0 });
+  const swapped = { in: name, beside: nameOf(state.in), category: "" };
+  go({ q: "", picture: "", unlike: [], like: ids, sort: "", ...(swaps ? swapped : {}) });
+}
+
+const searchUnlike = (ids) => go({ unlike: [...new Set([...state.unlike, ...ids])] });
+
+function typed() {
+  if (!isReady()) return; // `begin` reads the typed text
+  const change = { q: query.value.trim(), without: $("without").value.trim() };
+  if (change.q === state.q && change.without === state.without) return;
+  const now = performance.now(), isSame = now - typedAt < SAME_ENTRY_MS && hasSubject(state) && Boolean(change.q);
+  typedAt = now;
+  go(change, { replace: isSame || change.q === state.q, typed: true });
+}
+
+prepareList({
+  base, nameOf, href,
+  minScore: (wanted, name) => (isPlain(wanted) && about(name)?.min_score) || -Infinity,
+  total: (name) => about(name)?.count ?? 0,
+  isBusy: () => running !== null,
+  open: (id, name) => go({ show: id, of: isSearched(name) ? "" : name }),
+  only: (category) => go({ category }),
 });
-addEventListener("popstate", show);
-addEventListener("paste", (event) => {
-  const chosen = imageAmong(event.clipboardData.files);
-  const words = event.target === query && event.clipboardData.types.includes("text/plain"); // office programs copy both
-  if (chosen && !words) {
-    event.preventDefault();
-    searchBy(chosen);
-  }
+prepareDetail({
+  step,
+  close: closeItem,
+  open: (id) => go({ show: id, of: state.of }, { replace: true }),
+  link: (id) => new URL(href(id, state.of || state.in), location.href).href,
+  similar: (id) => searchLike([id], state.of),
+  less: (id) => searchUnlike([id]),
+  only: (category) => go({ category }),
+});
+prepareSelection({ more: searchLike, less: searchUnlike });
+prepareUpload((picture) => go({ picture, like: [], sort: "" }));
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  typed();
+  if (matchMedia("(pointer: coarse)").matches) query.blur(); // closes the keyboard
+});
+for (const input of [query, $("without")]) input.addEventListener("input", typed);
+$("category").addEventListener("change", () => go({ category: $("category").value.trim() }));
+$("sort").addEventListener("change", () => go({ sort: $("sort").value }, { replace: true }));
+$("fold").addEventListener("change", () => go({ fold: $("fold").checked }, { replace: true }));
+$("explain").addEventListener("change", () => go({ explain: $("explain").checked }, { replace: true }));
+beside.addEventListener("change", () => go({ beside: beside.value }));
+collection.addEventListener("change", () => {
+  clearSelection();
+  const swapped = state.beside === collection.value ? nameOf(state.in) : state.beside;
+  go({ in: collection.value, beside: swapped, like: [], unlike: [], category: "", sort: "" });
+});
+$("examples").addEventListener("click", ({ target }) => target.value && go({ q: target.value }));
+$("top-categories").addEventListener("click", ({ target }) => target.value && go({ category: target.value }));
+$("more-options").addEventListener("click", () => {
+  $("more-options").setAttribute("aria-expanded", $("form").classList.toggle("open"));
+});
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  saveKey($("key").value.trim());
+  $("key").value = "";
+  begin();
+});
+$("forget-key").addEventListener("click", () => {
+  saveKey("");
+  location.reload();
+});
+addEventListener("popstate", (event) => {
+  state = parseAddress(location.hash);
+  show({ restored: event.state });
 });
 addEventListener("keydown", (event) => {
-  if (event.key === "/" && event.target !== query && !event.ctrlKey && !event.metaKey && !event.altKey) {
+  if (moveByKey(event) || event.ctrlKey || event.metaKey || event.altKey || $("detail").open) return;
+  if (event.key === "/" && !event.target.matches?.("input, textarea, select")) {
     event.preventDefault();
     query.focus();
     query.select();
   }
-});
-
-let depth = 0; // dragenter and dragleave also fire for every child
-const hasFile = (event) => [...event.dataTransfer.types].includes("Files");
-const drag = (change) => document.body.classList.toggle("dragging", (depth = Math.max(0, change)) > 0);
-addEventListener("dragenter", (event) => hasFile(event) && drag(depth + 1));
-addEventListener("dragleave", (event) => hasFile(event) && drag(depth - 1));
-addEventListener("dragover", (event) => hasFile(event) && event.preventDefault());
-addEventListener("drop", (event) => {
-  if (!hasFile(event)) return;
-  event.preventDefault();
-  drag(0);
-  const { files } = event.dataTransfer;
-  searchBy(imageAmong(files) ?? files[0]);
-});
-
-async function suggest() { // examples: captions of the gallery, or fixed ones for the bundled gallery
-  const from = (suggested = base());
-  const items = async (options) => {
-    const response = await fetch(`${from}items?${new URLSearchParams(options)}`);
-    return response.ok ? response.json() : { count: 0, items: [] };
-  };
-  let examples = [];
-  try {
-    const bundled = await items({ k: 1, filter: JSON.stringify({ category: BUNDLED[0] }) });
-    if (bundled.count) examples = BUNDLED;
-    else {
-      const found = (await items({ k: 100 })).items.flatMap(({ caption, category }) =>
-        [caption, category].find((words) => words && words.length <= LONGEST_EXAMPLE) ?? []);
-      const fitting = [...new Set(found.map((words) => words.replace(/\s+/g, " ").trim()))];
-      const step = Math.max(1, Math.floor(fitting.length / BUNDLED.length));
-      examples = fitting.filter((_, i) => i % step === 0).slice(0, BUNDLED.length);
-    }
-  } catch {
-    // the first search shows the error
+  if (event.key.toLowerCase() === "x" && event.target.matches?.(".card .open")) {
+    event.target.closest(".card").querySelector(".select").click();
   }
-  if (from !== base()) return; // the collection changed meanwhile
-  const button = (textContent) =>
-    Object.assign(document.createElement("button"), { type: "button", dir: "auto", textContent, ariaPressed: textContent === readAddress().q });
-  $("examples").replaceChildren(...examples.map(button));
-  $("examples").hidden = !examples.length;
-}
+});
+
+let saving = 0, lastTop = 0;
+addEventListener("scroll", () => {
+  clearTimeout(saving);
+  saving = setTimeout(() => !state.show && drawn !== null && !running && savePosition(position()), SAVE_MS);
+  if (Math.abs(scrollY - lastTop) < 8 && scrollY > 160) return;
+  const isAway = PHONE.matches && scrollY > 160 && scrollY > lastTop && !$("form").contains(document.activeElement);
+  document.body.classList.toggle("away", isAway); // the bar comes back when the page is scrolled up
+  lastTop = scrollY;
+}, { passive: true });
 
 async function begin() {
-  for (let wait = 1000; !ready; wait = Math.min(2 * wait, 15000)) {
-    const response = await fetch("collections").catch(() => null);
-    if (response?.ok) {
-      collections = (await response.json()).collections;
-      ready = true;
-    } else {
-      const problem = await response?.json().catch(() => null);
-      fail(problem?.detail || (response ? `Error ${response.status}` : "The service cannot be reached."));
-      if (response?.status === 401) return;
+  for (let wait = 1000; !isReady(); wait = Math.min(2 * wait, 15000)) {
+    try {
+      collections = await listCollections();
+    } catch ({ message, status }) {
+      fail(status === 401 ? "The service does not know this key." : message, status);
+      if (status === 401) {
+        error.hidden = !savedKey();
+        saveKey("");
+        return $("key").focus();
+      }
       await new Promise((done) => setTimeout(done, wait));
     }
   }
-  error.hidden = true;
+  error.hidden = $("key-form").hidden = true;
   collection.replaceChildren(...collections.map(({ name }) => new Option(name, name)));
   $("where").hidden = $("versus").hidden = collections.length < 2;
-  const { in: where, category } = readAddress(), typed = query.value.trim();
-  if (collections.some(({ name }) => name === where)) collection.value = where;
-  if (typed) go({ q: typed, category });
-  else show();
+  const words = query.value.trim();
+  if (words && words !== state.q) {
+    state.q = words;
+    writeAddress(state, { replace: true });
+  }
+  show({ restored: history.state });
 }
 
-without.value = readAddress().without ?? "";
+history.scrollRestoration = "manual";
 begin();

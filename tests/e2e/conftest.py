@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from app.core.settings import Settings
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.rebuild import rebuild
 from tests.support.page import Page, ready, served
 
@@ -18,6 +20,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
     "--window-size=1100,900",
 )  # fmt: skip
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +58,16 @@ def rivals(
 
 
 @pytest.fixture(scope="session")
+def untouched(tiny_gallery: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The gallery by the model without adaptation."""
+    path = tmp_path_factory.mktemp("untouched")
+    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), path / "checkpoint")
+    rebuild(tiny_gallery, path / "checkpoint", path / "index", workers=0, progress=False)
+    with served(Settings(index=path / "index", device="cpu")) as address:
+        yield ready(address)
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if BROWSER is None or DRIVER is None:
         pytest.skip("no browser to drive: apt-get install chromium chromium-driver")
@@ -73,3 +86,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any) -> Page:
     return Page(browser)
+
+
+@pytest.fixture
+def phone(page: Page) -> Iterator[Page]:
+    """The page on the screen of a phone."""
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    yield page
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.fixture(params=["desktop", "phone"])
+def both(request: pytest.FixtureRequest, page: Page) -> Page:
+    """The page in the window of the browser, and on a phone."""
+    return request.getfixturevalue("phone") if request.param == "phone" else page

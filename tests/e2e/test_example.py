@@ -173,7 +173,7 @@ def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -
 @pytest.mark.slow
 def test_bundled_galleries_have_the_category_that_identifies_them(demo: tuple[str, str, float]) -> None:
     """So the page knows that its own examples fit."""
-    script = (ROOT / "app" / "ui" / "search.js").read_text()
+    script = (ROOT / "app" / "ui" / "start.js").read_text()
     first = script.split('const BUNDLED = ["')[1].split('"')[0]
     for prefix in ("", "/collections/twemoji"):
         found = curl(f"""curl -s {demo[0]}{prefix}/items -G --data-urlencode 'filter={{"category": "{first}"}}'""")

@@ -1,6 +1,7 @@
 """The search page and the API documentation in a real browser."""
 
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
@@ -10,72 +11,83 @@ from tests.support.page import Page, until
 pytestmark = pytest.mark.browser
 
 
-def test_search_by_text_and_by_clicking_a_result(page: Page, site: str) -> None:
+def test_typing_searches_and_a_result_leads_to_similar_ones(page: Page, site: str) -> None:
     page.open(site)
-    assert page.one("#empty").is_displayed()
+    page.settled(24)  # the gallery
+    assert page.one("#status").text == "24 images"
+    assert page.one("#start").is_displayed()
     assert page.driver.switch_to.active_element == page.one("#query")
-    page.one("#query").send_keys("red circle")  # typing starts the search
+    page.one("#query").send_keys("red circle")
+    until(lambda: page.driver.current_url.endswith("#q=red+circle"))
     cards = page.settled(24)
-    assert "#q=red+circle&k=24" in page.driver.current_url
-    assert "24 results" in page.one("#status").text
-    assert "index version 1" in page.one("#status").text
-    assert not page.one("#empty").is_displayed()
+    assert page.one("#status").text.startswith("The best 24 of 24 images")
+    assert not page.one("#start").is_displayed()
     caption = cards[0].find_element("css selector", ".caption").text
     assert caption.startswith("a ")
-    assert cards[0].find_element("css selector", "img").size == {"width": 96, "height": 96}
 
-    cards[0].click()
+    cards[0].find_element("css selector", ".open").click()
+    until(lambda: page.one("#detail").is_displayed())
+    page.one("#similar").click()
     page.settled(23)
     assert "#item=" in page.driver.current_url
-    assert page.one("#chip").is_displayed()
-    assert caption in page.one("#chip").text
+    assert not page.one("#detail").is_displayed()
+    assert caption in page.one("#chips").text
     assert page.one("#query").get_attribute("value") == ""
     item_address = page.driver.current_url
 
     page.driver.back()
+    page.driver.back()
     page.settled(24)
     assert page.one("#query").get_attribute("value") == "red circle"
-    assert "cached" in page.one("#status").text
-    assert not page.one("#chip").is_displayed()
+    assert page.all(".chip") == []
 
     page.open(item_address)  # as a shared link
     page.settled(23)
-    until(lambda: caption in page.one("#chip").text)
-    page.one("#chip-clear").click()
-    until(lambda: page.one("#empty").is_displayed())
+    until(lambda: caption in page.one("#chips").text)
+    page.one("#query").send_keys("blue")  # words combine with the item
+    until(lambda: "q=blue" in page.driver.current_url and "item=" in page.driver.current_url)
+    found = [card.get_attribute("data-id") for card in page.settled(23)]
+    (item,) = parse_qs(urlsplit(item_address).fragment)["item"]
+    body = {"query": "blue", "more_like": [item], "k": 24}
+    assert found == [each["id"] for each in httpx.post(f"{site}/search/text", json=body).json()["results"]]
+    page.one("#chips button").click()
+    page.settled(24)
+    assert page.driver.current_url.endswith("#q=blue")
     assert page.errors() == []
 
 
-def test_examples_and_number_of_results(page: Page, site: str) -> None:
+def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
     page.open(site)
     examples = until(lambda: page.all("#examples button"))
     words = [each.text for each in examples]
     assert len(set(words)) == 6
     known = {item["caption"] for item in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]}
-    assert set(words) <= known, "examples come from the gallery"
+    assert set(words) <= known
     examples[1].click()
+    until(lambda: "#q=" in page.driver.current_url)
     page.settled(24)
     assert page.one("#query").get_attribute("value") == words[1]
-    assert examples[1].get_attribute("aria-pressed") == "true"
-    page.one("#k option").click()
-    page.settled(12)
-    assert "k=12" in page.driver.current_url
     assert page.errors() == []
 
 
-def test_search_by_image(page: Page, site: str, tiny_gallery: Path) -> None:
+def test_image_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path) -> None:
     page.open(site)
     page.one("#file").send_keys(str(tiny_gallery / "circle/blue.png"))
+    until(lambda: "picture=" in page.driver.current_url)
     cards = page.settled(24)
-    assert page.one("#chip").is_displayed()
-    assert "blue.png" in page.one("#chip").text
+    assert "blue.png" in page.one("#chips").text
     assert float(cards[0].find_element("css selector", ".number").text) > 0.999
-    assert page.driver.execute_script("return document.getElementById('chip-image').naturalWidth") > 0
+    assert page.driver.execute_script("return document.querySelector('.chip img').naturalWidth") > 0
 
-    page.one("#query").send_keys("green")  # text replaces the image
-    until(lambda: "#q=green" in page.driver.current_url)
+    page.one("#query").send_keys("green")
+    until(lambda: "#q=green&picture=" in page.driver.current_url)
+    shown = [card.get_attribute("data-id") for card in page.settled(24)]
+    file = {"file": (tiny_gallery / "circle/blue.png").read_bytes()}
+    found = httpx.post(f"{site}/search/image", files=file, data={"query": "green", "k": "24"}).json()["results"]
+    assert shown == [each["id"] for each in found]
+    page.one("#chips button").click()
+    until(lambda: page.driver.current_url.endswith("#q=green"))
     page.settled(24)
-    assert not page.one("#chip").is_displayed()
     assert page.errors() == []
 
 
@@ -97,7 +109,7 @@ def test_dropped_and_pasted_images_are_searched(page: Page, site: str) -> None:
     page.open(site)
     for way in ("drop", "paste"):
         page.driver.execute_async_script(make, way)
-        until(lambda way=way: f"{way}.png" in page.one("#chip").text)
+        until(lambda way=way: f"{way}.png" in page.one("#chips").text)
         page.settled(24)
     assert page.errors() == []
 
@@ -110,7 +122,7 @@ def test_errors_are_shown_in_words(page: Page, site: str, tmp_path: Path) -> Non
     until(lambda: page.one("#error").is_displayed())
     assert "not an image" in page.one("#error").text
     assert page.all("#results .card") == []
-    page.one("#query").send_keys("red")
+    page.one("#chips button").click()
     page.settled(24)
     assert not page.one("#error").is_displayed()
     refused = page.errors()  # Chromium logs every 4xx itself
@@ -118,24 +130,28 @@ def test_errors_are_shown_in_words(page: Page, site: str, tmp_path: Path) -> Non
     assert "422" in refused[0]
 
 
-def test_clicking_a_category_filters(page: Page, site: str) -> None:
-    page.open(f"{site}/#q=red&k=24")
+def test_category_filters_a_search_and_the_gallery(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=red")
     cards = page.settled(24)
     category = cards[0].find_element("css selector", ".category")
     name = category.text
     category.click()
     cards = page.settled(6)
     assert {card.find_element("css selector", ".category").text for card in cards} == {name}
-    assert page.one("#category").text == name
+    assert page.one("#category").get_attribute("value") == name
     query = page.one("#query")
     query.clear()
     query.send_keys("green")  # the filter stays
     until(lambda: "q=green" in page.driver.current_url)
     page.settled(6)
-    page.one("#category").click()
-    page.settled(24)
-    assert not page.one("#category").is_displayed()
-    page.open(f"{site}/#q=red&k=24&category=nothing")
+    page.open(site)
+    buttons = until(lambda: page.all("#top-categories button"))
+    assert [each.text for each in buttons] == ["circle 6", "cross 6", "square 6", "triangle 6"]
+    buttons[2].click()
+    cards = page.settled(6)
+    assert page.one("#status").text == "6 images in “square”"
+    assert all("square" in card.get_attribute("data-id") or "square" in card.text for card in cards)
+    page.open(f"{site}/#q=red&category=nothing")
     until(lambda: page.one("#nothing").is_displayed())
     assert "in the category “nothing”" in page.one("#nothing").text
     assert page.errors() == []

@@ -11,35 +11,47 @@ pytestmark = pytest.mark.browser
 
 
 def test_explanations_are_drawn(page: Page, site: str) -> None:
-    from selenium.webdriver import ActionChains
-
-    page.open(f"{site}/#q=a+red+square&k=24")
+    page.open(f"{site}/#q=a+red+square")
     page.settled(24)
-    assert not page.one("#words").is_displayed()
+    assert not page.one("#legend").is_displayed()
     page.one("#explain").click()
-    until(lambda: page.one("#words").is_displayed())
+    until(lambda: page.one("#legend").is_displayed())
     page.settled(24)
     assert "explain=1" in page.driver.current_url
-    assert [word.text.split()[0] for word in page.all("#words .word")] == ["a", "red", "square"]
+    assert [word.text.split()[0] for word in page.all("#legend .word")] == ["a", "red", "square"]
     explained = page.all("#results .card.explained")
     assert len(explained) == 8
     assert len(explained[0].find_elements("css selector", ".words .word")) == 3
-    colors = page.driver.execute_script("""
+    rows, columns, opacities = page.driver.execute_script("""
         const map = document.querySelector('#results .map');
         const data = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
-        return [map.width, map.height, new Set(Array.from({length: data.length / 4}, (_, i) => data[4 * i + 3])).size];
+        return [map.height, map.width, [...data].filter((_, i) => i % 4 === 3)];
     """)
-    assert colors[:2] == [4, 4], "one value per patch"
-    assert colors[2] > 3, "values differ"
-    picture = page.all("#results .explained img")[0]
-    ActionChains(page.driver).move_to_element(picture).click().perform()  # the whole card is a button
-    page.settled(23)
-    assert "#item=" in page.driver.current_url
+    assert (rows, columns) == (4, 4), "one value per patch"
+    assert len(set(opacities)) > 3, "values differ"
+    assert max(opacities) < 0.6 * 255, "the image stays recognisable"
+    assert explained[0].find_element("css selector", "img").value_of_css_property("filter") == "none"
+    legend = page.one("#legend").text
+    assert "this part of the image raises the score" in legend
+    found = httpx.post(f"{site}/search/text", json={"query": "a red square", "explain": True, "k": 1}).json()
+    far = max(found["words"], key=lambda each: abs(each["weight"] - 1))
+    percent = round(100 * abs(far["weight"] - 1))
+    if percent >= 2:
+        more = "more" if far["weight"] > 1 else "less"
+        assert f"“{far['word']}” counts {percent} % {more} than an average word" in legend
+    explained[0].find_element("css selector", ".open").click()
+    until(lambda: page.one("#detail-words").is_displayed())
     page.driver.back()
-    page.settled(24)
+    until(lambda: not page.one("#detail").is_displayed())
     page.one("#explain").click()
     until(lambda: not page.all("#results .explained"))
-    assert not page.one("#words").is_displayed()
+    assert not page.one("#legend").is_displayed()
+    assert page.errors() == []
+
+
+def test_untouched_model_says_that_nothing_was_learned(page: Page, untouched: str) -> None:
+    page.open(f"{untouched}/#q=a+red+square&explain=1")
+    until(lambda: "it has learned nothing about this gallery" in page.one("#legend").text)
     assert page.errors() == []
 
 
@@ -65,19 +77,20 @@ def test_results_below_the_cut_off_are_separated(page: Page, two: str) -> None:
     some = next(query for query, count in fitting.items() if 0 < count < 24)
     none = next((query for query, score in best.items() if score < cut), None)
 
-    page.open(f"{two}/#q={quote(some)}&k=24")
+    page.open(f"{two}/#q={quote(some)}")
     page.settled(24)
     assert len(page.all("#results .weak")) == 24 - fitting[some]
     assert len(page.all("#results .divider")) == 1
-    assert f"{fitting[some]} above the cut-off" in page.one("#status").text
+    assert f"{fitting[some]} of them likely" in page.one("#status").text
     assert not page.one("#nothing").is_displayed()
     assert none is not None, (best, cut)
-    page.open(f"{two}/#q={quote(none)}&k=24")
+    page.open(f"{two}/#q={quote(none)}")
     page.settled(24)
-    assert f"No match for “{none}”" in page.one("#nothing").text
+    assert f"Nothing fits “{none}” well" in page.one("#nothing").text
     assert len(page.all("#results .weak")) == 24
     assert page.all("#results .divider") == []
-    page.all("#results .card")[0].click()  # item searches have no cut-off
+    (item,) = {page.all("#results .card")[0].get_attribute("data-id")}
+    page.open(f"{two}/#item={item}")  # item searches have no cut-off
     page.settled(23)
     assert page.all("#results .weak") == []
     assert not page.one("#nothing").is_displayed()

@@ -1,0 +1,56 @@
+// The address of the page: the search, the opened item and the scroll position.
+//
+// - The search is in the fragment (#q=words or #item=id&item=id), so links can be shared and "back" works.
+// - An image does not fit into an address; it is kept in memory under a name (#picture=lx3k2a) until the page is closed.
+// - The entry of the browser's history remembers how far the list was scrolled.
+
+const TEXTS = ["q", "picture", "category", "without", "sort", "in", "beside", "show", "of"];
+const LISTS = { like: "item", unlike: "less" };
+const SWITCHES = ["explain", "fold"];
+
+// q: words. like, unlike: ids of items. picture: name of an image in memory. in, beside: collections, "" for the default
+// one and for none. show: id of the opened item; of: its collection if that is not `in`.
+export const EMPTY = Object.freeze({
+  q: "", like: [], unlike: [], picture: "", category: "", without: "", sort: "", in: "", beside: "", show: "", of: "",
+  explain: false, fold: false,
+});
+
+export function parseAddress(hash) {
+  const params = new URLSearchParams(hash.slice(1));
+  const state = { ...EMPTY };
+  for (const name of TEXTS) state[name] = params.get(name) ?? "";
+  for (const [name, key] of Object.entries(LISTS)) state[name] = params.getAll(key);
+  for (const name of SWITCHES) state[name] = params.get(name) === "1";
+  return state;
+}
+
+export function formatAddress(state) {
+  const params = new URLSearchParams();
+  for (const name of TEXTS) if (state[name]) params.append(name, state[name]);
+  for (const [name, key] of Object.entries(LISTS)) for (const id of state[name]) params.append(key, id);
+  for (const name of SWITCHES) if (state[name]) params.append(name, "1");
+  return String(params);
+}
+
+// True if the state has something to search for; without it the gallery is shown.
+export const hasSubject = (state) => Boolean(state.q || state.picture || state.like.length);
+
+// Equal for states that show the same list.
+export const listKey = (state) => formatAddress({ ...state, show: "", of: "" });
+
+export function writeAddress(state, { replace = false, position = null } = {}) {
+  const params = formatAddress(state);
+  try { // browsers limit how often this may be called
+    history[replace ? "replaceState" : "pushState"](position, "", params ? `#${params}` : location.pathname + location.search);
+  } catch {
+    // the address is late; the page is not
+  }
+}
+
+export function savePosition(position) {
+  try {
+    history.replaceState(position, "");
+  } catch {
+    // see above
+  }
+}

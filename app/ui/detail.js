@@ -1,0 +1,140 @@
+// The dialog that shows one image large, with its metadata and what can be done with it.
+
+import { drawWords } from "./explain.js";
+import { download, imagePath, loadItem, savedKey, showThumbnail } from "./service.js";
+
+const SIDES = [1280, 1280];
+const NEAR_SIDES = [192, 384];
+const SWIPE = 50; // pixels
+
+const $ = (id) => document.getElementById(id);
+const dialog = $("detail");
+let shown = null; // {id, base, result} of the opened item
+let actions = null;
+
+// on: {step(direction), similar(id), less(id), only(category), open(id), close(), link(id)}, called when they are used.
+export function prepareDetail(on) {
+  actions = on;
+  $("close").addEventListener("click", on.close);
+  dialog.addEventListener("cancel", (event) => {
+    event.preventDefault();
+    on.close();
+  });
+  dialog.addEventListener("click", (event) => event.target === dialog && on.close()); // the backdrop
+  $("previous").addEventListener("click", () => on.step(-1));
+  $("next").addEventListener("click", () => on.step(1));
+  $("similar").addEventListener("click", () => on.similar(shown.id));
+  $("less").addEventListener("click", () => on.less(shown.id));
+  $("detail-category").addEventListener("click", () => on.only($("detail-category").textContent));
+  $("copy").addEventListener("click", async () => say((await copy(on.link(shown.id))) ? "Link copied." : "Copying is not allowed here."));
+  $("download").addEventListener("click", (event) => {
+    if (!savedKey()) return; // the link itself works
+    event.preventDefault();
+    download(shown.base, shown.id, $("download").download).catch(({ message }) => say(message));
+  });
+  dialog.addEventListener("keydown", (event) => {
+    const direction = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!direction) return;
+    event.preventDefault();
+    on.step(direction);
+  });
+  let start = null;
+  dialog.addEventListener("touchstart", ({ touches }) => (start = touches.length === 1 ? touches[0] : null), { passive: true });
+  dialog.addEventListener("touchend", ({ changedTouches: [end] }) => {
+    if (!start) return;
+    const across = end.clientX - start.clientX, down = end.clientY - start.clientY;
+    if (Math.abs(across) > SWIPE && Math.abs(across) > 2 * Math.abs(down)) on.step(across < 0 ? 1 : -1);
+    start = null;
+  });
+}
+
+// result: what the list knows of the item, or undefined. canLess: there is a search to subtract it from.
+export async function openDetail({ id, base, result, canLess, hasPrevious, hasNext }) {
+  if (shown?.id !== id || shown.base !== base) {
+    shown = { id, base };
+    $("detail-image").removeAttribute("src");
+    showThumbnail($("detail-image"), base, id, SIDES, () => say("The image is no longer in the gallery."));
+    $("download").href = imagePath(base, id);
+    say("");
+    draw(result ?? { id });
+  }
+  $("less").hidden = !canLess;
+  $("previous").disabled = !hasPrevious;
+  $("next").disabled = !hasNext;
+  if (!dialog.open) {
+    dialog.showModal();
+    $("detail-title").focus();
+  }
+  if (result?.metadata) return;
+  const item = await loadItem(base, id).catch(({ message }) => say(message)); // a link: no list knows the item
+  if (item && shown?.id === id) draw({ ...result, ...item });
+}
+
+export function closeDetail() {
+  shown = null;
+  if (dialog.open) dialog.close();
+}
+
+function say(message) {
+  $("detail-message").textContent = message;
+}
+
+function draw(item) {
+  const title = item.caption || item.id;
+  $("detail-title").textContent = title;
+  $("detail-image").alt = title;
+  $("detail-category").textContent = item.category ?? "";
+  $("detail-category").hidden = !item.category;
+  $("detail-category").title = `Only the category “${item.category}”`;
+  $("download").download = fileName(item);
+  drawWords($("detail-words"), item.explanation?.words);
+  drawNear(item.folded ?? []);
+  const facts = Object.entries(item.metadata ?? {}).filter(([, value]) => value !== null && value !== "" && !(Array.isArray(value) && !value.length));
+  const similarity = item.score === undefined ? [] : [["similarity", item.score.toFixed(4)]];
+  $("metadata").replaceChildren(...[["id", item.id], ...facts, ...similarity].flatMap(([name, value]) => {
+    const term = document.createElement("dt"), detail = document.createElement("dd");
+    term.textContent = name;
+    detail.dir = "auto";
+    detail.append(drawValue(value));
+    return [term, detail];
+  }));
+}
+
+function drawValue(value) {
+  const text = Array.isArray(value) ? value.map(String).join(", ") : typeof value === "object" ? JSON.stringify(value) : String(value);
+  if (!/^https?:\/\/\S+$/.test(text)) return text;
+  return Object.assign(document.createElement("a"), { href: text, textContent: text, rel: "noreferrer", target: "_blank" });
+}
+
+function drawNear(ids) {
+  $("folded").hidden = !ids.length;
+  $("folded").querySelector("ul").replaceChildren(...ids.map((id) => {
+    const entry = document.createElement("li"), button = document.createElement("button"), image = document.createElement("img");
+    button.type = "button";
+    image.alt = `Open ${id}`;
+    showThumbnail(image, shown.base, id, NEAR_SIDES);
+    button.append(image);
+    button.addEventListener("click", () => actions.open(id));
+    entry.append(button);
+    return entry;
+  }));
+}
+
+function fileName({ id, metadata }) {
+  const name = String(metadata?.file_name ?? id).split("/").pop();
+  return name || "image";
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { // not allowed without https
+    const field = Object.assign(document.createElement("textarea"), { value: text, className: "visually-hidden" });
+    dialog.append(field);
+    field.select();
+    const copied = document.execCommand("copy");
+    field.remove();
+    return copied;
+  }
+}

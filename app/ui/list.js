@@ -1,0 +1,146 @@
+// The list of images, which grows while it is scrolled, and the second list beside it.
+
+import { EMPTY, hasSubject } from "./address.js";
+import { clearCards, makeCard, makeDivider, scaleOf } from "./cards.js";
+import { rememberCaption } from "./chips.js";
+import { markPlaces } from "./compare.js";
+import { drawLegend } from "./explain.js";
+import { isSelected, toggleSelected } from "./selection.js";
+import { loadPage } from "./service.js";
+
+const FAMILIAR = 0.5; // share of the words that captions have
+
+const $ = (id) => document.getElementById(id);
+const results = $("results"), nothing = $("nothing");
+
+// base, nameOf: path and name of a collection. minScore, total: cut-off and number of items of a state's collection.
+// href, open, only: address of an item's detail view, and what a click does.
+let page = null;
+let list = emptyList();
+
+const observer = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && !page.isBusy() && growList(), { rootMargin: "600px" });
+
+function emptyList() {
+  return { wanted: EMPTY, results: [], others: [], next: undefined, minScore: -Infinity, scale: scaleOf([]), count: 0, fitting: 0, isDivided: false, isGrowing: false };
+}
+
+export function prepareList(given) {
+  page = given;
+}
+
+export const shownCount = () => list.results.length;
+export const canGrow = () => list.next !== undefined;
+export const itemsOf = (isOther) => (isOther ? list.others : list.results);
+
+export function clearLists() {
+  clearCards(results);
+  clearCards($("others"));
+  observer.unobserve($("more"));
+  nothing.hidden = $("other").hidden = $("results-name").hidden = true;
+  document.body.classList.remove("beside");
+  drawLegend($("legend"), null, false);
+  $("status").textContent = "";
+  list = emptyList();
+}
+
+// found: the first page. known: how familiar the words are, or null.
+export function drawList(found, wanted, known) {
+  const hadFocus = $("lists").contains(document.activeElement);
+  clearLists();
+  list = { ...emptyList(), wanted, minScore: page.minScore(wanted, wanted.in), scale: scaleOf(found.results), count: found.count };
+  const hasMaps = found.results.some(({ explanation }) => explanation);
+  if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), found.words, hasMaps);
+  append(found);
+  if (hadFocus) results.focus({ preventScroll: true });
+  const where = wanted.category ? ` in the category “${wanted.category}”` : "";
+  if (!found.results.length) showNothing(hasSubject(wanted) ? `No images${where}` : `Nothing is here${where}`, "");
+  else if (hasSubject(wanted) && (!list.fitting || isUnfamiliar(known, found.results))) {
+    showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
+    for (const card of results.querySelectorAll(".card")) card.classList.add("weak");
+    results.querySelector(".divider")?.remove();
+    list.isDivided = true;
+  }
+}
+
+// True if captions lack most of the words and the best score is no strong one either.
+function isUnfamiliar(known, [best]) {
+  return Boolean(known) && known.known < FAMILIAR && known.strong_score !== null && best.score < known.strong_score;
+}
+
+function showNothing(lead, why) {
+  nothing.querySelector(".lead").textContent = lead;
+  nothing.querySelector(".why").textContent = why;
+  nothing.hidden = false;
+}
+
+function append(found) {
+  const start = list.results.length, { wanted } = list;
+  list.results.push(...found.results);
+  list.next = wanted.beside && hasSubject(wanted) ? undefined : found.next_offset;
+  list.fitting = wanted.sort ? list.results.length : list.results.filter(({ score }) => !(score < list.minScore)).length;
+  const cards = found.results.map((result) => card(result, wanted.in, list));
+  if (!list.isDivided && list.fitting && list.fitting < list.results.length) {
+    cards.splice(list.fitting - start, 0, makeDivider());
+    list.isDivided = true;
+  }
+  results.append(...cards);
+  $("status").textContent = facts(found);
+  observer.unobserve($("more"));
+  if (canGrow()) observer.observe($("more")); // again, so that it reports even if it stayed visible
+}
+
+function card(result, name, { scale, minScore }) {
+  rememberCaption(page.base(name), result);
+  return makeCard(result, {
+    base: page.base(name), scale, minScore, isSelected,
+    href: ({ id }) => page.href(id, name),
+    open: ({ id }) => page.open(id, name),
+    only: ({ category }) => page.only(category),
+    select: toggleSelected,
+  });
+}
+
+function facts({ took_ms: took }) {
+  const { wanted } = list, shown = list.results.length, number = (n) => n.toLocaleString();
+  const images = (n) => `${number(n)} ${n === 1 ? "image" : "images"}`;
+  if (!hasSubject(wanted)) {
+    if (wanted.without) return "“Without” takes things away from a search. Type what to search for, too.";
+    return `${images(list.count)}${wanted.category ? ` in “${wanted.category}”` : ""}`;
+  }
+  const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)} of ${images(page.total(wanted.in))}`;
+  const fitting = list.fitting && list.fitting < shown ? `, ${number(list.fitting)} of them likely` : "";
+  return `${found}${fitting} · ${Math.max(1, Math.round(took))} ms`;
+}
+
+// Loads the next page; returns false if there is none or the list has changed.
+export async function growList() {
+  const mine = list;
+  if (mine.isGrowing || !canGrow()) return false;
+  mine.isGrowing = true;
+  try {
+    const found = await loadPage(mine.wanted, page.base(mine.wanted.in), mine.next);
+    if (mine !== list) return false;
+    append(found);
+    return true;
+  } catch (reason) {
+    if (mine === list) $("status").textContent = reason.message;
+    return false;
+  } finally {
+    mine.isGrowing = false;
+  }
+}
+
+// Draws the second collection's results, or the error in their place; marks both lists if they share a gallery.
+export function drawCompared(found, wanted) {
+  $("other").hidden = $("results-name").hidden = false;
+  document.body.classList.add("beside");
+  $("results-name").textContent = page.nameOf(wanted.in);
+  $("other-name").textContent = wanted.beside;
+  $("other-status").textContent = found.results ? "" : found.message;
+  list.others = found.results ?? [];
+  if (!list.others.length) return;
+  const compared = { scale: scaleOf(list.others), minScore: page.minScore(wanted, wanted.beside) };
+  $("others").append(...list.others.map((result) => card(result, wanted.beside, compared)));
+  markPlaces(results, list.others, wanted.beside);
+  markPlaces($("others"), list.results, page.nameOf(wanted.in));
+}

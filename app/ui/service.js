@@ -1,0 +1,154 @@
+// Requests to the service, with the API key of this tab if it has one.
+
+import { hasSubject } from "./address.js";
+import { images } from "./upload.js";
+
+const KEY = "dcar.key";
+const FOLD = 0.95; // cosine from which on two images are nearly the same
+const PAGE = 24;
+const COMPARED = 12; // of each list, side by side
+const BROWSED = 48;
+const SORTED = 96; // best matches that are put into another order
+const RETRY_MS = [1500, 4000, 10000]; // delays before an image that failed to load is requested again
+
+const loaded = new WeakMap(); // image element -> object URL
+
+export const savedKey = () => sessionStorage.getItem(KEY) ?? "";
+
+export function saveKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+// An error with a text for people, and the HTTP status: 0 if the service cannot be reached.
+export class ServiceError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export function request(path, options = {}) {
+  const key = savedKey();
+  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  return fetch(path, { ...options, headers });
+}
+
+async function requestJson(path, options) {
+  let response;
+  try {
+    response = await request(path, options);
+  } catch (error) {
+    if (options?.signal?.aborted) throw error;
+    throw new ServiceError("The service cannot be reached.", 0);
+  }
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new ServiceError(body.detail || `Error ${response.status}`, response.status);
+  return body;
+}
+
+export const listCollections = async () => (await requestJson("collections")).collections;
+
+// base: path of a collection, "" for the default one. Returns {count, items, next_offset, categories, fields}.
+export function browse(base, options, signal) {
+  const given = Object.entries({ k: BROWSED, ...options }).filter(([, value]) => value !== "" && value !== undefined);
+  return requestJson(`${base}browse?${new URLSearchParams(given)}`, { signal });
+}
+
+export const loadItem = (base, id, signal) => requestJson(`${base}items/${encodeURIComponent(id)}`, { signal });
+
+// Returns {known, strong_score}: see `app/api/browsing.py`.
+export const knownWords = (base, q, signal) => requestJson(`${base}words?${new URLSearchParams({ q })}`, { signal });
+
+// One page of the list that a state describes, as {results, next_offset, count, ...}.
+export async function loadPage(state, base, offset, signal) {
+  if (hasSubject(state)) return search(state, base, offset, signal);
+  const page = await browse(base, { offset, category: state.category, sort: state.sort }, signal);
+  return { ...page, results: page.items };
+}
+
+async function search(state, base, offset, signal) {
+  const options = { k: state.beside ? COMPARED : state.sort ? SORTED : PAGE, offset, fields: ["*"] };
+  if (state.category) options.filter = { category: state.category };
+  if (state.without) options.without = state.without;
+  if (state.like.length) options.more_like = state.like;
+  if (state.unlike.length) options.less_like = state.unlike;
+  if (state.fold) options.fold = FOLD;
+  if (state.explain && !offset) options.explain = true;
+  const found = await (state.picture ? searchByImage : searchByWords)(state, options, base, signal);
+  return state.sort ? { ...found, results: sorted(found.results, state.sort), next_offset: undefined } : found;
+}
+
+function searchByWords(state, options, base, signal) {
+  const headers = { "Content-Type": "application/json" };
+  const body = JSON.stringify(state.q ? { ...options, query: state.q } : options);
+  return requestJson(`${base}search/text`, { method: "POST", headers, body, signal });
+}
+
+async function searchByImage(state, options, base, signal) {
+  const body = new FormData(), { file } = images.get(state.picture);
+  await file.slice(0, 1).arrayBuffer().catch(() => { throw new ServiceError("This file cannot be read.", 422); }); // a folder, or deleted
+  body.append("file", file);
+  if (state.q) body.append("query", state.q);
+  for (const [name, value] of Object.entries(options)) body.append(name, name === "without" ? value : JSON.stringify(value));
+  return requestJson(`${base}search/image`, { method: "POST", body, signal });
+}
+
+function sorted(results, sort) { // items without the field come last
+  const field = sort.replace(/^-/, ""), sign = sort.startsWith("-") ? -1 : 1;
+  const value = (result) => (["caption", "category", "id"].includes(field) ? result[field] : result.metadata?.[field]) ?? "";
+  const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+  return [...results].sort((a, b) => {
+    const [x, y] = [value(a), value(b)];
+    return x === "" || y === "" ? (x === "") - (y === "") : sign * compare(x, y);
+  });
+}
+
+export const imagePath = (base, id) => `${base}items/${encodeURIComponent(id)}/image`;
+
+// Shows an item's thumbnail in an image element. sides: pixels for screens of one and of two dots per pixel.
+// Retries, because rate limits count images too; calls `failed` after the last try.
+export function showThumbnail(image, base, id, [once, twice], failed = () => {}) {
+  const path = imagePath(base, id);
+  const url = (side) => `${path}?size=${side}`;
+  let tries = 0;
+  const load = () => {
+    if (savedKey()) showPrivate(image, url(devicePixelRatio > 1 ? twice : once));
+    else {
+      image.srcset = `${url(once)} 1x, ${url(twice)} 2x`;
+      image.src = url(once);
+    }
+  };
+  image.onerror = () => {
+    if (!image.isConnected && tries) return;
+    if (tries === RETRY_MS.length) failed();
+    else setTimeout(load, RETRY_MS[tries++] * (0.5 + Math.random()));
+  };
+  load();
+}
+
+async function showPrivate(image, url) { // an image element cannot send a key
+  try {
+    const response = await request(url, { headers: { Accept: "image/webp,*/*" } });
+    if (!response.ok) throw new ServiceError("", response.status);
+    release(image);
+    loaded.set(image, URL.createObjectURL(await response.blob()));
+    image.src = loaded.get(image);
+  } catch {
+    image.onerror?.();
+  }
+}
+
+export function release(image) {
+  if (loaded.has(image)) URL.revokeObjectURL(loaded.get(image));
+  loaded.delete(image);
+}
+
+// Saves the original image file under a name.
+export async function download(base, id, name) {
+  const response = await request(imagePath(base, id));
+  if (!response.ok) throw new ServiceError("The image is no longer in the gallery.", response.status);
+  const url = URL.createObjectURL(await response.blob());
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+}

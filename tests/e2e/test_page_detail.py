@@ -1,0 +1,184 @@
+"""The detail view, selected images and the keyboard."""
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import pytest
+
+from tests.support.page import Page, until
+
+Keys: Any = pytest.importorskip("selenium.webdriver.common.keys", reason="needs the extra dev").Keys
+pytestmark = pytest.mark.browser
+
+
+def opened(page: Page) -> Any:
+    return until(lambda: page.one("#detail").is_displayed() and page.one("#detail"))
+
+
+def closed(page: Page) -> bool:
+    return bool(until(lambda: not page.one("#detail").is_displayed()))
+
+
+def ids(page: Page) -> list[str | None]:
+    return [card.get_attribute("data-id") for card in page.all("#results .card")]
+
+
+def search(site: str, **body: object) -> list[str]:
+    found = httpx.post(f"{site}/search/text", json={"k": 24, **body}).json()["results"]
+    return [result["id"] for result in found]
+
+
+def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, site: str) -> None:
+    page = both
+    page.open(f"{site}/#q=a+red+circle")
+    page.settled(24)
+    shown = ids(page)
+    page.one("#results .open").click()
+    detail = opened(page)
+    item = httpx.get(f"{site}/items/{shown[0]}").json()
+    assert page.one("#detail-title").text == item["caption"]
+    assert item["metadata"]["color"] in page.one("#metadata").text
+    image = page.one("#detail-image")
+    until(lambda: page.driver.execute_script("return arguments[0].naturalWidth", image) > 0)
+    assert f"items/{shown[0]}/image?size=1280" in image.get_attribute("src")
+    element = "const box = arguments[0].getBoundingClientRect();"
+    at_centre = (
+        f"{element} return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === arguments[0]"
+    )
+    assert page.driver.execute_script(at_centre, image), "a right click reaches the image"
+    assert page.one("#download").get_attribute("href") == f"{site}/items/{shown[0]}/image"
+    assert page.one("#download").get_attribute("download") == Path(item["metadata"]["file_name"]).name
+
+    page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"], "origin": site})
+    page.one("#copy").click()
+    until(lambda: "Link copied" in page.one("#detail-message").text)
+    link = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    detail.send_keys(Keys.ARROW_RIGHT)
+    until(lambda: f"show={shown[1]}" in page.driver.current_url)
+    page.one("#next").click()
+    until(lambda: f"show={shown[2]}" in page.driver.current_url)
+    detail.send_keys(Keys.ARROW_LEFT)
+    until(lambda: f"show={shown[1]}" in page.driver.current_url)
+    swipe = """
+        const touch = (x) => new Touch({identifier: 1, target: arguments[0], clientX: x, clientY: 100});
+        arguments[0].dispatchEvent(new TouchEvent('touchstart', {bubbles: true, touches: [touch(300)]}));
+        arguments[0].dispatchEvent(new TouchEvent('touchend', {bubbles: true, changedTouches: [touch(100)]}));
+    """
+    page.driver.execute_script(swipe, image)
+    until(lambda: f"show={shown[2]}" in page.driver.current_url)
+    page.one("#close").click()
+    closed(page)
+    until(lambda: "show=" not in page.driver.current_url)
+    assert ids(page) == shown
+
+    page.open(link)
+    opened(page)
+    until(lambda: page.one("#detail-title").text == item["caption"])
+    page.one("#detail").send_keys(Keys.ESCAPE)
+    closed(page)
+    page.settled(24)  # the gallery
+    assert page.errors() == []
+
+
+def test_image_can_be_subtracted_from_a_search(both: Page, site: str) -> None:
+    page = both
+    page.open(f"{site}/#show={search(site, query='red')[0]}")
+    opened(page)
+    assert not page.one("#less").is_displayed(), "there is no search to subtract it from"
+    page.open(f"{site}/#q=red")
+    page.settled(24)
+    unwanted = ids(page)[0]
+    page.one("#results .open").click()
+    opened(page)
+    page.one("#less").click()
+    page.settled(23)
+    assert f"less={unwanted}" in page.driver.current_url
+    assert ids(page) == search(site, query="red", less_like=[unwanted])
+    assert page.one("#chips").text.startswith("not like")
+    assert page.errors() == []
+
+
+def test_selected_images_are_searched_together(both: Page, site: str) -> None:
+    page = both
+    page.open(site)
+    page.settled(24)
+    chosen = [ids(page)[place] for place in (0, 3)]
+    for place in (0, 3):
+        page.all("#results .select")[place].click()
+    assert page.one("#selected-count").text == "2 selected"
+    assert not page.one("#selected-less").is_enabled(), "there is no search yet"
+    page.one("#selected-more").click()
+    page.settled(22)
+    assert parse_qs(urlsplit(page.driver.current_url).fragment)["item"] == chosen
+    assert ids(page) == search(site, more_like=chosen)
+    assert "like 2 images" in page.one("#chips").text
+    assert not page.one("#selection").is_displayed()
+    unwanted = [ids(page)[0]]
+    page.all("#results .select")[0].click()
+    page.one("#selected-less").click()
+    page.settled(21)
+    assert ids(page) == search(site, more_like=chosen, less_like=unwanted)
+    assert page.errors() == []
+
+
+def test_card_is_one_tab_stop_and_keys_move_between_cards(both: Page, site: str) -> None:
+    page = both
+
+    def focused() -> str | None:
+        script = "return document.activeElement.closest('.card')?.dataset.id ?? document.activeElement.id"
+        return page.driver.execute_script(script)
+
+    def press(*keys: str) -> str | None:
+        page.driver.switch_to.active_element.send_keys(*keys)
+        return focused()
+
+    page.open(f"{site}/#q=red")
+    page.settled(24)
+    shown = ids(page)
+    columns = page.driver.execute_script("""
+        const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
+        return tops.filter((top) => top === tops[0]).length;
+    """)
+    page.driver.execute_script("document.querySelector('#results .open').focus()")
+    assert press(Keys.TAB) == shown[1]
+    assert press(Keys.SHIFT, Keys.TAB) == shown[0]
+    assert press(Keys.ARROW_RIGHT) == shown[1]
+    assert press(Keys.ARROW_DOWN) == shown[1 + columns]
+    assert press(Keys.ARROW_UP) == shown[1]
+    assert press(Keys.END) == shown[-1]
+    assert press(Keys.HOME) == shown[0]
+    press("x")
+    assert page.one("#selected-count").text == "1 selected"
+    press("x")
+    assert not page.one("#selection").is_displayed()
+    press(Keys.ENTER)
+    opened(page)
+    page.one("#detail").send_keys(Keys.ESCAPE)
+    closed(page)
+    until(lambda: focused() == shown[0])
+    assert press("/") == "query"
+    assert page.errors() == []
+
+
+def test_near_duplicates_are_one_result(both: Page, site: str) -> None:
+    page = both
+    found = httpx.post(f"{site}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]
+    folded = {result["id"]: result["folded"] for result in found if "folded" in result}
+    page.open(f"{site}/#q=red&fold=1")
+    cards = page.settled(len(found))
+    assert len(found) < 24
+    marks = {card.get_attribute("data-id"): card.find_element("css selector", ".near").text for card in cards}
+    assert {key: value for key, value in marks.items() if value} == {
+        key: f"+{len(near)}" for key, near in folded.items()
+    }
+    first = next(iter(folded))
+    page.driver.execute_script(f"document.querySelector('[data-id={json.dumps(first)}] .open').click()")
+    opened(page)
+    near = page.all("#folded button")
+    assert len(near) == len(folded[first])
+    near[0].click()
+    until(lambda: f"show={folded[first][0]}" in page.driver.current_url.replace("%2F", "/"))
+    assert page.errors() == []

@@ -1,0 +1,225 @@
+"""The gallery without words, on a phone, with a key; weight and accessibility of the page."""
+
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.core.settings import Settings
+from index_jobs.rebuild import rebuild
+from tests.support.images import draw
+from tests.support.page import Page, ready, served, until
+from tests.support.service import ALICE, KEYS
+
+pytestmark = pytest.mark.browser
+
+COUNT = 130
+
+
+@pytest.fixture(scope="session")
+def large_index(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of more images than one page of the gallery shows, each with a price."""
+    gallery = tmp_path_factory.mktemp("large") / "gallery"
+    gallery.mkdir()
+    lines = []
+    for number in range(COUNT):
+        shape = ("square", "circle", "triangle", "cross")[number % 4]
+        draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(gallery / f"{number:03}.png")
+        price = (number * 37) % COUNT
+        lines.append({"file_name": f"{number:03}.png", "caption": f"image {number}", "category": shape, "price": price})
+    (gallery / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rebuild(gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False)
+    return gallery.parent / "index"
+
+
+@pytest.fixture(scope="session")
+def large(large_index: Path) -> Iterator[str]:
+    with served(Settings(index=large_index, device="cpu")) as address:
+        yield ready(address)
+
+
+@pytest.fixture(scope="session")
+def locked(large_index: Path) -> Iterator[str]:
+    with served(Settings(index=large_index, device="cpu", **KEYS)) as address:
+        yield ready(address)
+
+
+def count(page: Page) -> int:
+    return len(page.all("#results .card"))
+
+
+def captions(page: Page) -> list[str]:
+    script = "return [...document.querySelectorAll('#results .caption')].map((node) => node.textContent)"
+    return list(page.driver.execute_script(script))
+
+
+def scroll(page: Page, top: int) -> None:
+    page.driver.execute_script("scrollTo({top: arguments[0], behavior: 'instant'})", top)
+
+
+def top(page: Page) -> float:
+    return float(page.driver.execute_script("return scrollY"))
+
+
+def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(page: Page, large: str) -> None:
+    page.open(large)
+    until(lambda: count(page) == 48)
+    assert page.one("#status").text == f"{COUNT} images"
+    while count(page) < COUNT:
+        before = count(page)
+        scroll(page, 10**6)
+        until(lambda before=before: count(page) > before)
+    assert captions(page) == [f"image {number}" for number in range(COUNT)]
+    scroll(page, 900)
+    until(lambda: page.driver.execute_script("return history.state?.top") == 900)
+    page.one("#query").send_keys("red")
+    until(lambda: page.driver.current_url.endswith("#q=red"))
+    until(lambda: page.one("#status").text.startswith("The best"))
+    page.driver.back()
+    until(lambda: count(page) == COUNT)
+    until(lambda: abs(top(page) - 900) < 2)
+    page.driver.refresh()
+    until(lambda: count(page) == COUNT)
+    until(lambda: abs(top(page) - 900) < 2)
+    assert page.errors() == []
+
+
+def test_images_are_sorted_by_a_field(page: Page, large: str) -> None:
+    def choose(value: str) -> None:
+        page.driver.execute_script(
+            "const sort = document.getElementById('sort'); sort.value = arguments[0];"
+            "sort.dispatchEvent(new Event('change'))",
+            value,
+        )
+
+    prices = {f"image {number}": (number * 37) % COUNT for number in range(COUNT)}
+    page.open(large)
+    until(lambda: page.all("#sort option[value='-price']"))
+    choose("-price")
+    until(lambda: [prices[each] for each in captions(page)[:3]] == [COUNT - 1, COUNT - 2, COUNT - 3])
+    page.one("#query").send_keys("red")
+    until(lambda: "q=red" in page.driver.current_url and page.one("#status").text.startswith("The 96 images"))
+    shown = [prices[each] for each in captions(page)]
+    assert shown == sorted(shown, reverse=True)
+    found = httpx.post(f"{large}/search/text", json={"query": "red", "k": 96}).json()["results"]
+    assert sorted(captions(page)) == sorted(result["caption"] for result in found)
+    choose("")
+    until(lambda: captions(page)[:24] == [result["caption"] for result in found[:24]])
+    assert page.errors() == []
+
+
+def test_typing_ahead_shows_the_last_words(page: Page, large: str) -> None:
+    """Responses that come late, and in another order, are dropped."""
+    page.open(large)
+    until(lambda: count(page) == 48)
+    page.driver.execute_script("""
+        const whole = window.fetch; let asked = 0;
+        window.fetch = async (url, options) => {
+            if (String(url).includes('search/text')) await new Promise((done) => setTimeout(done, 300 / ++asked));
+            return whole(url, options);
+        };
+    """)
+    page.one("#query").send_keys("a blue square")
+    found = httpx.post(f"{large}/search/text", json={"query": "a blue square", "k": 24}).json()["results"]
+    until(lambda: captions(page)[:24] == [result["caption"] for result in found])
+    assert page.driver.current_url.endswith("#q=a+blue+square")
+    page.driver.back()  # the typed letters are one entry
+    until(lambda: page.one("#status").text == f"{COUNT} images")
+    assert page.errors() == []
+
+
+def test_phone_has_room_for_images_and_words_for_fingers(phone: Page, large: str) -> None:
+    page = phone
+    page.open(large)
+    until(lambda: count(page) == 48)
+    assert "tap the camera" in page.one("#start").text
+    assert "drop" not in page.one("#start").text
+    assert "/" not in page.one("#start").text
+    assert not page.one("#without").is_displayed()
+    page.one("#more-options").click()
+    assert page.one("#without").is_displayed()
+    page.one("#more-options").click()
+    page.driver.execute_script("document.activeElement.blur()")
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    bottom = "return document.getElementById('form').getBoundingClientRect().bottom"
+    for place in (300, 600, 900):
+        scroll(page, place)
+        until(lambda place=place: top(page) == place)
+    until(lambda: page.driver.execute_script(bottom) <= 0)
+    scroll(page, 700)
+    until(lambda: page.driver.execute_script(bottom) > 0)
+    page.driver.execute_script("document.querySelectorAll('#results .open')[12].click()")
+    until(lambda: page.one("#detail").is_displayed())
+    assert page.one("#detail").size["width"] == 390
+    page.one("#close").click()
+    until(lambda: not page.one("#detail").is_displayed())
+    assert page.errors() == []
+
+
+def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str) -> None:
+    page.open(locked)
+    until(lambda: page.one("#key-form").is_displayed())
+    page.one("#key").send_keys("wrong")
+    page.one("#key-form button").click()
+    until(lambda: "does not know this key" in page.one("#error").text)
+    page.one("#key").send_keys(ALICE)
+    page.one("#key-form button").click()
+    until(lambda: count(page) == 48)
+    assert not page.one("#key-form").is_displayed()
+    images = "return [...document.querySelectorAll('#results img')].slice(0, 24).every((i) => i.naturalWidth > 0)"
+    until(lambda: page.driver.execute_script(images))
+    stores = page.driver.execute_script("return [sessionStorage.length, localStorage.length, document.cookie]")
+    assert stores == [1, 0, ""]
+    page.one("#results .open").click()
+    until(lambda: page.driver.execute_script("return document.getElementById('detail-image').naturalWidth") > 0)
+    page.one("#close").click()
+    until(lambda: not page.one("#detail").is_displayed())
+    page.one("#query").send_keys("red")
+    until(lambda: page.one("#status").text.startswith("The best"))
+    page.one("#forget-key").click()
+    until(lambda: page.one("#key-form").is_displayed())
+    assert page.driver.execute_script("return sessionStorage.length") == 0
+    assert all("401" in message for message in page.errors())
+
+
+def test_page_is_light(page: Page, large: str) -> None:
+    page.open(large)
+    until(lambda: count(page) == 48)
+    sizes = page.driver.execute_script("""
+        return [...performance.getEntriesByType('resource'), ...performance.getEntriesByType('navigation')]
+            .filter(({name}) => !name.includes('/image?')).map(({transferSize}) => transferSize);
+    """)
+    assert 20_000 < sum(sizes) < 200_000
+
+
+def test_no_serious_barrier_is_found(both: Page, large: str) -> None:
+    page = both
+    pytest.importorskip("axe_core_python", reason="axe-core is not installed: pip install 'dcar[dev]'")
+    axe = (files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
+
+    def barriers() -> list[Any]:
+        page.driver.execute_script(axe)
+        found = page.driver.execute_async_script("axe.run().then((result) => arguments[0](result.violations))")
+        return [
+            (each["id"], [node["html"][:120] for node in each["nodes"][:3]])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+
+    page.open(large)
+    until(lambda: count(page) == 48)
+    assert barriers() == []
+    item = httpx.get(f"{large}/items", params={"k": 1}).json()["items"][0]["id"]
+    page.open(f"{large}/#q=red+circle&explain=1&without=blue&item={item}")
+    until(lambda: page.all("#results .explained"))
+    page.all("#results .select")[0].click()
+    if page.one("#more-options").is_displayed():
+        page.one("#more-options").click()
+    assert barriers() == []
+    page.driver.execute_script("document.querySelector('#results .open').click()")
+    until(lambda: page.one("#detail").is_displayed())
+    assert barriers() == []
