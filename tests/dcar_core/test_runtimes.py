@@ -5,6 +5,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -264,3 +265,21 @@ def test_nan_vector_fails_the_proof() -> None:
     unit = np.eye(2, 4, dtype=np.float32)
     assert equality_proof._lowest_cosine(unit, unit) == 1.0
     assert equality_proof._lowest_cosine(np.array([unit[0], np.full(4, np.nan)], np.float32), unit) == -1.0
+
+
+@pytest.mark.parametrize(("name", "least"), [("openvino", 0.999), ("torch-bf16", 0.999), ("openvino-int8", 0.995)])
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_the_proof_has_a_threshold_for_each_precision(name: str, least: float, side: str) -> None:
+    """A single vector below it is enough, of texts or of images."""
+    unit = np.tile(np.eye(1, 4, dtype=np.float32), (8, 1))
+
+    def proof(cosine: float) -> Proof:
+        off = unit.copy()
+        off[-1, :2] = cosine, np.sqrt(1 - cosine**2)
+        texts, images = (off, unit) if side == "text" else (unit, off)
+        adapter: Any = SimpleNamespace(encode_text=lambda *_: texts, encode_pixels=lambda *_: images)
+        runtime: Any = SimpleNamespace(name=name)
+        return prove(adapter, runtime, Probe.synthetic(8, 8), (unit, unit))
+
+    assert proof(least + 0.0002).holds
+    assert not proof(least - 0.0002).holds

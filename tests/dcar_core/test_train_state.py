@@ -159,6 +159,25 @@ def test_a_state_of_another_run_is_refused(tiny_model: Path, tiny_data: Path, tm
         run(lr=1e-3)
 
 
+class _Payload:
+    """Unpickled as code, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_state_runs_no_code(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    torch.save({"identity": {}, "extra": _Payload(tmp_path / "ran")}, tmp_path / STATE_FILE)
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), 0)
+    split = load_split(tiny_data, "train")[0]
+    with pytest.raises(TrainingError, match=r"not a training state \(UnpicklingError\); delete it"):
+        train(model, split, split, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "parts"), [(1, 3), (2, 1), (2, 2)])
 def test_parts_and_processes_learn_what_one_process_learns(
