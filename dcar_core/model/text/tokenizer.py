@@ -105,9 +105,11 @@ class TextTokenizer:
         content = json.loads(self.tokenizer.to_str())
         model = content["model"]
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
+        scores = [score for _, score in model["vocab"]] if isinstance(model["vocab"], list) else None
         described = [
-            sorted(self.tokenizer.get_vocab().items()), merges, self.normalizer, list(self.start_ids), self.end_id,
-            self.pad_id, sorted(self.special_ids), model.get("type"),
+            sorted(self.tokenizer.get_vocab().items()), merges, scores, model.get("byte_fallback"), model.get("type"),
+            content["normalizer"], content["pre_tokenizer"], self.normalizer, list(self.start_ids), self.end_id,
+            self.pad_id, sorted(self.special_ids),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
