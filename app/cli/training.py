@@ -158,8 +158,12 @@ def evaluate(
     model: ModelName = "ViT-B-32-quickgelu",
     pretrained: Pretrained = None,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; an unknown name lists all.")
-    ] = "clip,coop,clip-adapter,maple,dcar,dcar+",
+        str | None,
+        typer.Option(
+            help="Methods, separated by commas; an unknown name lists all. Default: clip,coop,clip-adapter,maple,dcar,"
+            "dcar+, or the like of them that the model's towers can run."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method.")] = 3,
     images: Images = None,
     epochs: Epochs = TrainConfig.epochs,
@@ -192,15 +196,18 @@ def evaluate(
     """
     from dcar_core.evaluation import compare, measures_table, recall_table, settings_table, significance_table
     from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.model.methods import method
+    from dcar_core.model.methods import comparable_methods, method
     from dcar_core.serving.encoder import pick_device
 
-    names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in (methods or "").split(",") if name.strip()))
     for name in names:
         method(name)  # refuses an unknown name before a model is loaded
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
     rates = _parse_rates(grid)
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
+    if methods is None:
+        names = comparable_methods(backbone.level)
+        typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
     results = compare(
         backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
         taxonomy=taxonomy, loss=_parse_loss(loss), shots=_parse_shots(shots), unseen_categories=unseen_categories,

@@ -103,6 +103,14 @@ def default_method(level: str) -> str:
     return {"full": "dcar+", "text": "dcar+-text"}.get(level, "clip-adapter")
 
 
+def comparable_methods(level: str) -> list[str]:
+    """Return the names of the methods that `dcar evaluate` compares by default at a `towers.select.Level`."""
+    return {
+        "full": ["clip", "coop", "clip-adapter", "maple", "dcar", "dcar+"],
+        "text": ["clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"],
+    }.get(level, ["clip", "clip-adapter"])
+
+
 def require_runnable(config: ModelConfig, level: str, model: str, context: int) -> None:
     """Check that the towers of a model can run a method. context: token positions behind the start tokens.
 

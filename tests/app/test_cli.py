@@ -93,6 +93,13 @@ def test_training_takes_the_method_that_the_towers_can_run(
     result = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "named"), "--method", "dcar+"])
     assert isinstance(result.exception, ModelError)
     assert str(result.exception).endswith("use the method dcar+-text")
+    evaluated = ["evaluate", *map(str, command[1:]), str(tmp_path / "results"), "--seeds", "1"]
+    result = CliRunner().invoke(app, evaluated)
+    assert (
+        "comparing clip, coop, clip-adapter, dcar-text, dcar+-text: methods for a model of level text" in result.stderr
+    )
+    assert result.exit_code == 0, result.output
+    assert "dcar+-text" in result.stdout
     right = CausalText.run
     monkeypatch.setattr(CausalText, "run", lambda self, *given: right(self, *given) * 1.01)
     monkeypatch.setattr(CausalText, "project", lambda self, x: x.flip(-1))

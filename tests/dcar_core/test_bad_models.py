@@ -17,7 +17,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint, read_config
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods import METHODS, default_method, require_runnable
+from dcar_core.model.methods import METHODS, comparable_methods, default_method, require_runnable
 from dcar_core.model.towers import CausalText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
 
@@ -112,7 +112,8 @@ def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: s
 @pytest.mark.parametrize(("level", "method"), [("full", "dcar+"), ("text", "dcar+-text"), ("adapters", "clip-adapter")])
 def test_the_default_method_of_each_level_runs(level: str, method: str) -> None:
     assert default_method(level) == method
-    require_runnable(METHODS[method], level, "a model", 76)
+    for name in (method, *comparable_methods(level)):
+        require_runnable(METHODS[name], level, "a model", 76)
 
 
 @pytest.mark.parametrize(
