@@ -27,7 +27,8 @@ def page(text: str) -> str:
     entries = list_catalogue()
     levels = Counter(entry.level for entry in entries)
     counts = ", ".join(f"{count} {level}" for level, count in levels.most_common())
-    sections = [MARK, f"## All models\n\n{len(entries)} models: {counts}."]
+    padded = sum(entry.reads_padding for entry in entries)
+    sections = [MARK, f"## All models\n\n{len(entries)} models: {counts}. {padded} read their padding (*)."]
     for family in FAMILIES:
         rows = [_row(entry) for entry in entries if entry.family == family]
         if rows:
@@ -37,8 +38,8 @@ def page(text: str) -> str:
 
 def _row(entry: CatalogueEntry) -> str:
     tags = ", ".join(entry.pretrained)
-    needs = ", ".join(entry.needs)
-    return f"| {entry.name} | {entry.level} | {entry.image_size} | {entry.context_length} | {needs} | {tags} |"
+    needs, tokens = ", ".join(entry.needs), f"{entry.context_length}{'*' if entry.reads_padding else ''}"
+    return f"| {entry.name} | {entry.level} | {entry.image_size} | {tokens} | {needs} | {tags} |"
 
 
 def main() -> int:

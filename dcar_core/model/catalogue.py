@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcar_core.model.open_clip_source import builtin_models
-from dcar_core.model.towers.select import Level, level_of_config
+from dcar_core.model.towers.select import Level, level_of_config, reads_padding
 
 _FAMILIES = {
     "NLLB-CLIP": "nllb",
@@ -37,6 +37,7 @@ class CatalogueEntry:
     """A built-in model.
 
     pretrained: tags of its weights. image_size: S in pixels. context_length: L, start and end token included.
+    reads_padding: every text costs the whole context.
     needs: libraries other than open_clip that build its towers.
     """
 
@@ -45,6 +46,7 @@ class CatalogueEntry:
     level: Level
     image_size: int
     context_length: int
+    reads_padding: bool
     needs: tuple[str, ...]
     pretrained: tuple[str, ...]
 
@@ -63,6 +65,7 @@ def _entry(name: str, config: Mapping[str, Any], tags: list[str]) -> CatalogueEn
         level=level_of_config(config),
         image_size=int(vision.get("image_size", 224)),
         context_length=int(text.get("context_length", 77)),
+        reads_padding=reads_padding(text),
         needs=tuple(library for library, is_needed in needs.items() if is_needed),
         pretrained=tuple(tags),
     )

@@ -27,9 +27,10 @@ def test_every_built_in_model_has_a_level_and_a_family() -> None:
 
 def test_an_entry_describes_its_model() -> None:
     assert entries()["ViT-B-16-SigLIP2-384"] == CatalogueEntry(
-        "ViT-B-16-SigLIP2-384", "SigLIP 2", "full", 384, 64, ("timm",), ("webli",)
+        "ViT-B-16-SigLIP2-384", "SigLIP 2", "full", 384, 64, True, ("timm",), ("webli",)
     )
     assert entries()["xlm-roberta-base-ViT-B-32"].needs == ("transformers",)
+    assert not entries()["xlm-roberta-base-ViT-B-32"].reads_padding
     assert entries()["RN50"].level == entries()["vit_relpos_medium_patch16_cls_224"].level == "text"
     assert "openai" in entries()["RN50"].pretrained
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcar_core.model.towers import select_towers
-from dcar_core.model.towers.select import level_of, level_of_config
+from dcar_core.model.towers.select import level_of, level_of_config, reads_padding
 from tests.support.tiny_clips import WIDTH, TinyClip, tiny_clip
 
 NAMES = sorted(open_clip.list_models())
@@ -34,7 +34,9 @@ def test_towers_equal_open_clip_and_take_prompts(name: str, directory: Path, cap
     model = tiny_clip(name, directory)
     text, image = select_towers(model.clip, model.layout, model.caption, model.size)
     assert level_of(text, image) == expected_level(name), caplog.text
-    assert level_of_config(open_clip.get_model_config(name)) == expected_level(name)
+    config = open_clip.get_model_config(name)
+    assert level_of_config(config) == expected_level(name)
+    assert reads_padding(config["text_cfg"]) == text.layout.reads_padding
     whole, pixels = model.tokens(3, 9), model.pixels(2)
     trimmed = whole[:, : int(text.layout.lengths(whole).max())]
     with torch.no_grad():
