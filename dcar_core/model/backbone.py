@@ -22,8 +22,7 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.settings_hash import classic_settings, is_classic, tower_settings
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
-from dcar_core.model.towers import select_towers
-from dcar_core.model.towers.select import Level, level_of
+from dcar_core.model.towers.select import Level, level_of, select_towers
 from dcar_core.util.arrays import Pixels
 
 __all__ = ["RANDOM", "Backbone", "BackboneSource", "load_backbone"]

@@ -64,12 +64,8 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Leave out the fields of the fast mode at their defaults, so that older content hashes stay."""
-        fields = asdict(self)
-        if self.exact:
-            del fields["exact"]
-        if self.resizer == "pillow":
-            del fields["resizer"]
-        return fields
+        usual = {"exact": True, "resizer": "pillow"}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     def fast(self, *, torch: bool = False) -> "Preprocess":
         """Return the fast mode of this preprocessing. torch: resize with PyTorch if that is faster here."""

@@ -2,7 +2,6 @@
 
 - Everything that differs between adapters is an input, so one export serves every adapter on a backbone.
 - Pixels enter as uint8 and are normalised inside the graph.
-- A native ViT that reads its class row computes the query and MLP of the last block for that row alone.
 
 Letters: B batch, P patches, k prompt vectors, R = 1 or B, H heads, d width of a head, W width, E joint space, S side.
 """
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.towers import NativeImage
 
 Graph = TypeVar("Graph", bound=nn.Module)
 
@@ -97,46 +95,6 @@ class ImageGraph(nn.Module):
         """uint8 -> the type of the weights. In float32 until then: bfloat16 has 8 bits."""
         x = pixels.float() * self.scale + self.shift
         return x.to(next(self.encoder.parameters()).dtype)
-
-
-class ClassRowGraph(ImageGraph):
-    """The same for a native ViT that is read at its class row."""
-
-    def __init__(self, backbone: Backbone, depth: int) -> None:
-        super().__init__(backbone, depth)
-        self.blocks: Any = nn.ModuleList(AttentionBlock(block) for block in backbone.visual.transformer.resblocks)
-
-    @staticmethod
-    def fits(backbone: Backbone) -> bool:
-        visual = backbone.visual
-        return (
-            isinstance(backbone.image_tower, NativeImage)
-            and visual.attn_pool is None
-            and visual.pool_type == "tok"
-            and AttentionBlock.fits(visual.transformer.resblocks)
-        )
-
-    def forward(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
-        visual: Any = self.encoder
-        x = visual._embeds(self.normalized(pixels))  # [B, 1 + P, W_v], positions and ln_pre done
-        n = x.shape[1]
-        if prompts is not None:
-            x = torch.cat([x, visual.ln_pre(prompts[0]).expand(x.shape[0], -1, -1)], 1)
-        for i, block in enumerate(self.blocks):
-            if prompts is not None and 0 < i < prompts.shape[0]:  # constant in a traced graph
-                x = torch.cat([x[:, :n], prompts[i].expand(x.shape[0], -1, -1)], 1)
-            q, k, v = block.qkv(x)
-            if i == len(self.blocks) - 1:
-                x, q = x[:, :1], q[:, :, :1]
-            x = block.finish(x, q, k, v, None)
-        pooled = visual.ln_post(x[:, 0])
-        return pooled if visual.proj is None else pooled @ visual.proj  # type: ignore[no-any-return]
-
-
-def image_graph(backbone: Backbone, depth: int) -> ImageGraph:
-    """The image graph that fits a backbone, in eval mode."""
-    kind = ClassRowGraph if ClassRowGraph.fits(backbone) else ImageGraph
-    return kind(backbone, depth).eval()
 
 
 def convert_weights(graph: Graph, dtype: torch.dtype) -> Graph:

@@ -80,10 +80,10 @@ class LoadedModel:
 
     def graphs(self) -> "tuple[TextGraph, ImageGraph]":
         """The graphs of both towers."""
-        from dcar_core.runtimes.graph_modules import image_graph
+        from dcar_core.runtimes.graph_modules import ImageGraph
         from dcar_core.runtimes.text_graphs import text_graph
 
-        return text_graph(self.backbone, self.text_depth), image_graph(self.backbone, self.image_depth)
+        return text_graph(self.backbone, self.text_depth), ImageGraph(self.backbone, self.image_depth).eval()
 
     def export(self, graph: Any) -> Path:
         """Return the directory of the checked float32 export; make it if there is none.

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.towers import CausalText
-from dcar_core.model.towers.text import project_by
+from dcar_core.model.towers.text import CausalText, project_by
 from dcar_core.runtimes.graph_modules import AttentionBlock
 
 

@@ -10,7 +10,6 @@ itself is loaded if these two are not cached, and when `Encoder.model` is used.
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,20 +33,19 @@ if TYPE_CHECKING:
     from dcar_core.model.dcar import DCAR
 
 
-@dataclass(frozen=True)
-class DeferredModel:
-    """A model that is not in memory: the paths of its checkpoint, and how to load it from one of them."""
-
-    paths: tuple[Path, ...]
-    load: Callable[[Path], LoadedModel]
-
-
 class Encoder:
     """A model ready to encode. Build it with `load`; only vectors of one `fingerprint` may be compared."""
 
     def __init__(
-        self, adapter: Adapter, loaded: LoadedModel | DeferredModel, runtime: Runtime, *, exact: bool = False
+        self,
+        adapter: Adapter,
+        loaded: LoadedModel | Callable[[Path], LoadedModel],
+        runtime: Runtime,
+        *,
+        exact: bool = False,
+        checkpoint: Path | None = None,
     ) -> None:
+        """loaded: the model, or a function that loads it from `checkpoint`."""
         self.adapter = adapter
         self.runtime = runtime
         self.fingerprint, self.image_key = adapter.fingerprint, adapter.image_key
@@ -55,6 +53,7 @@ class Encoder:
         has_torch = not isinstance(runtime, ExportRuntime)
         self.preprocess = adapter.preprocess if exact else adapter.preprocess.fast(torch=has_torch)
         self._loaded = loaded
+        self._checkpoints = [] if checkpoint is None else [checkpoint]
         self._turn = threading.Lock()
 
     @property
@@ -65,17 +64,15 @@ class Encoder:
             CheckpointError, ModelError: it cannot be loaded any more.
         """
         with self._turn:
-            if isinstance(self._loaded, DeferredModel):
-                paths = self._loaded.paths
-                self._loaded = self._loaded.load(next(filter(is_checkpoint, paths), paths[0]))
+            if not isinstance(self._loaded, LoadedModel):
+                self._loaded = self._loaded(next(filter(is_checkpoint, self._checkpoints), self._checkpoints[0]))
             return self._loaded
 
     def add_checkpoint_path(self, path: Path) -> None:
         """Name another copy of the checkpoint, since the first may be deleted before anything needs the model."""
         with self._turn:
-            if isinstance(self._loaded, DeferredModel):
-                others = (other for other in self._loaded.paths if other != path and is_checkpoint(other))
-                self._loaded = replace(self._loaded, paths=(path, *others))
+            others = (other for other in self._checkpoints if other != path and is_checkpoint(other))
+            self._checkpoints = [path, *others]
 
     @property
     def model(self) -> "DCAR":
@@ -131,7 +128,7 @@ class Encoder:
         request = adapter_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
         if request is not None and (cached := adapter_cache.restore(request)) is not None:
             adapter, export = cached
-            return cls(adapter, DeferredModel((path,), load_model), export, exact=exact)
+            return cls(adapter, load_model, export, exact=exact, checkpoint=path)
 
         from dcar_core.serving.adapter_extraction import extract
         from dcar_core.serving.runtime_selection import load_runtime

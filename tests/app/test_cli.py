@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from app.cli import app, main
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.towers import CausalText
+from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import DcarError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
 from tests.support.files import write_json

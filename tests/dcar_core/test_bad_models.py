@@ -18,7 +18,7 @@ from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint,
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import METHODS, comparable_methods, default_method, require_runnable
-from dcar_core.model.towers import CausalText
+from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcar_core.model.towers import select_towers
-from dcar_core.model.towers.select import level_of, level_of_config, reads_padding
+from dcar_core.model.towers.select import level_of, level_of_config, reads_padding, select_towers
 from tests.support.tiny_clips import WIDTH, TinyClip, tiny_clip
 
 NAMES = sorted(open_clip.list_models())
