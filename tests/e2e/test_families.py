@@ -1,0 +1,137 @@
+"""Every family of models goes the whole way: train, checkpoint, index, serve, search, re-rank, explain, restart."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.data import load_split
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods import default_method, method
+from dcar_core.runtimes.equality_proof import Probe
+from dcar_core.runtimes.int8_calibration import CalibrationData, calibrate
+from dcar_core.runtimes.registry import RUNTIME_KINDS
+from dcar_core.training.train import train
+from dcar_core.util import cpu_features
+from index_jobs.rebuild import rebuild
+from tests.support.images import png
+from tests.support.searches import Client
+from tests.support.service import ServiceClient, opened
+from tests.support.tiny_clips import small_timm_models
+from tests.support.tiny_models import write_tiny_model
+
+FAMILIES = {
+    "ViT": "ViT-B-32",
+    "SigLIP": "ViT-B-16-SigLIP",
+    "SigLIP2": "ViT-B-16-SigLIP2",
+    "ViTamin": "ViTamin-S",
+    "EVA": "EVA02-B-16",
+    "PE-Core": "PE-Core-T-16-384",
+    "CLIPA": "ViT-L-14-CLIPA",
+    "worldwide": "ViT-L-14-worldwide",
+    "CoCa": "coca_ViT-B-32",
+    "MobileCLIP-B": "MobileCLIP2-B",
+    "gap": "vit_medium_patch16_gap_256",
+    "XLM-R": "xlm-roberta-base-ViT-B-32",
+    "MobileCLIP-S": "MobileCLIP2-S0",
+    "ResNet": "RN50",
+    "ConvNeXt": "convnext_base",
+}
+WITH_OPENVINO = ("SigLIP2", "XLM-R")  # whose conversion takes seconds
+QUERY = {"query": "a red square", "k": 2}
+BEST = ("SigLIP2", "PE-Core", "MobileCLIP-S")  # tested in more runtimes
+
+
+@pytest.fixture(autouse=True)
+def _small_models() -> Iterator[None]:
+    with small_timm_models():
+        yield
+
+
+def trained(family: str, data: Path, path: Path) -> Path:
+    """A checkpoint of the family's shrunk model after two steps of its default method."""
+    name = FAMILIES[family]
+    if name.startswith("xlm"):
+        pytest.importorskip("transformers", reason="needs the extra [hf]")
+    backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
+    model = seeded_model(backbone, method(default_method(backbone.level)), 0)
+    training, validation = load_split(data, "train")[0], load_split(data, "val")[0]
+    found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6), progress=False)
+    assert len(found.history) == 1
+    save_checkpoint(model, path / "checkpoint")
+    return path / "checkpoint"
+
+
+def live(http: ServiceClient) -> Encoder:
+    encoder: Encoder = http.app.state.collections[None].live.encoder
+    return encoder
+
+
+async def searched(http: ServiceClient) -> list[float]:
+    """Search by text and by image; return the scores."""
+    client = Client(http)
+    bodies = [await client.text(**QUERY), await client.image(png(), k=2)]
+    return [result["score"] for body in bodies for result in body["results"]]
+
+
+async def searched_deeply(http: ServiceClient) -> list[float]:
+    """Search by text, re-ranked and explained; return the scores."""
+    deep = await Client(http).text(**QUERY, rerank=True, explain=True)
+    assert all("rerank_score" in result and result["explanation"]["words"] for result in deep["results"])
+    return sorted(result["score"] for result in deep["results"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_path: Path) -> None:
+    checkpoint = trained(family, tiny_data, tmp_path)
+    index = tmp_path / "index"
+    rebuild(tiny_data / "circle", checkpoint, index, workers=0, progress=False)
+    exports = {"onnx": "onnxruntime", **({"openvino": "openvino"} if family in WITH_OPENVINO else {})}
+    runtimes = ["torch", *(name for name, package in exports.items() if importlib.util.find_spec(package) is not None)]
+    scores = []
+    for runtime in runtimes:
+        async with opened(index, runtime=runtime, runtime_cache=tmp_path / "cache") as http:
+            assert live(http).runtime.name == runtime
+            scores.append([*await searched(http), *await searched_deeply(http)])
+    for each in scores[1:]:
+        np.testing.assert_allclose(each, scores[0], atol=2e-3)
+    async with opened(index, runtime=runtimes[-1], runtime_cache=tmp_path / "cache") as http:
+        again = await searched(http)
+        assert len(runtimes) == 1 or live(http).backbone is None, "a later start on an export needs no model"
+        if family in BEST:
+            again += await searched_deeply(http)
+    np.testing.assert_allclose(again, scores[0][: len(again)], atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "runtime"),
+    [
+        *((family, runtime) for family in BEST for runtime in ("openvino-bf16", "onnx-int8")),
+        ("SigLIP2", "openvino-int8"),  # its calibration takes ten seconds
+    ],
+)
+def test_other_precisions_are_near(family: str, runtime: str, tiny_data: Path, tmp_path: Path) -> None:
+    kind = RUNTIME_KINDS[runtime]
+    packages = {"openvino": "openvino", "onnx": "onnxruntime"}
+    for package in (packages[str(kind.extra)], "nncf" if runtime == "openvino-int8" else "numpy"):
+        pytest.importorskip(package)
+    if kind.needs and (reason := cpu_features.missing_instructions(kind.needs)):
+        pytest.skip(reason)
+    checkpoint = trained(family, tiny_data, tmp_path)
+    exact = Encoder.load(checkpoint, device="cpu", cache=tmp_path / "cache")
+    probe = Probe.synthetic(exact.preprocess.size, 16)
+    if runtime == "openvino-int8":
+        calibrate(exact.adapter, exact.loaded, CalibrationData(probe.texts, probe.pixels))
+    near = exact.with_runtime(runtime, proven=False)  # random weights of 32 columns lose more than a real model's
+    texts = (near.encode_text(probe.texts) * exact.encode_text(probe.texts)).sum(1)
+    images = (near.encode_pixels(probe.pixels) * exact.encode_pixels(probe.pixels)).sum(1)
+    assert np.median(texts) > 0.98
+    assert np.median(images) > 0.98
