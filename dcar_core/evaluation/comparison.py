@@ -84,11 +84,14 @@ def compare(
     if unseen_categories:
         splits, unseen = hold_out_categories(splits, unseen_categories)
     others = {each.resolve().name: load_split(each, "test", image_policy=image_policy)[0] for each in also}
+    if len(others) < len(also):
+        raise DataError("two data sets of --also have the same name; rename one of their directories")
     splits = add_negatives(splits, reports, backbone_views(backbone), mode=negatives, taxonomy=taxonomy)
     report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
-    decode_images(splits["test"], backbone, cache, progress=progress)  # report broken images before hours of training
+    for part in (splits["test"], *others.values()):  # report broken images before hours of training
+        decode_images(part, backbone, cache, progress=progress)
     runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message, others)
     results: dict[str, Any] = {
         "data": data.resolve().name,
