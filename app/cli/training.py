@@ -194,7 +194,7 @@ def evaluate(
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
-    from dcar_core.evaluation import compare, measures_table, recall_table, settings_table, significance_table
+    from dcar_core.evaluation import all_tables, compare
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods import comparable_methods, method
     from dcar_core.serving.encoder import pick_device
@@ -214,10 +214,7 @@ def evaluate(
         also=also or (), tune=tune, grid=rates, features=features,
         on_message=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
-    typer.echo(recall_table(results))
-    typer.echo(significance_table(results))
-    typer.echo(measures_table(results))
-    typer.echo(settings_table(results))
+    typer.echo(all_tables(results))
     typer.echo(f"{out / 'report.html'} shows more, without a server")
 
 

@@ -5,6 +5,6 @@ The CLI imports it; it may import every other folder of `dcar_core`.
 """
 
 from dcar_core.evaluation.comparison import compare, summarise
-from dcar_core.evaluation.tables import measures_table, recall_table, settings_table, significance_table
+from dcar_core.evaluation.tables import all_tables
 
-__all__ = ["compare", "measures_table", "recall_table", "settings_table", "significance_table", "summarise"]
+__all__ = ["all_tables", "compare", "summarise"]

@@ -24,13 +24,17 @@ SHOTS_NOTE = "Mean R@1 after training on so many pairs of each category:"
 Results = dict[str, Any]
 
 
-def recall_table(results: Results) -> str:
-    """Return recall and hard-negative accuracy of each method as Markdown: mean ± standard deviation over seeds."""
-    return _markdown(recall_rows(results))
+def all_tables(results: Results) -> str:
+    """Return every table as Markdown, for a terminal."""
+    tables = (recall_rows, significance_rows, measures_rows, shots_rows, settings_rows)
+    return "\n".join(_markdown(rows) for table in tables if (rows := table(results)))
 
 
 def recall_rows(results: Results) -> list[list[str]]:
-    """Return the cells of `recall_table`, headings first; diverged methods come last."""
+    """Return recall and hard-negative accuracy of each method: mean ± standard deviation over seeds.
+
+    As in every table here, headings come first. Diverged methods come last.
+    """
     rows = [["method", *HEADINGS, HARD_NEGATIVES]]
     for name, method in results["methods"].items():
         stds = [*(method["std"][column] for column in COLUMNS), (method["hard_negative_accuracy"] or {}).get("std")]
@@ -41,7 +45,7 @@ def recall_rows(results: Results) -> list[list[str]]:
 
 
 def column_means(method: dict[str, Any]) -> list[float | None]:
-    """Return a method's mean in each column of `recall_table`; None for hard negatives if the data have none."""
+    """Return a method's mean in each column of `recall_rows`; None for hard negatives if the data have none."""
     return [*(method["mean"][column] for column in COLUMNS), (method["hard_negative_accuracy"] or {}).get("mean")]
 
 
@@ -55,16 +59,17 @@ def results_markdown(results: Results) -> str:
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
         f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}; "
         f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation, percent.{loss}",
-        recall_table(results),
+        _markdown(recall_rows(results)),
         "## Significance",
         SIGNIFICANCE_NOTE,
-        significance_table(results),
+        _markdown(significance_rows(results)),
         *(f"{name} is left out: {reason}" for name, reason in results["diverged"].items()),
         "## Other measures",
         MEASURES_NOTE,
-        measures_table(results),
+        _markdown(measures_rows(results)),
+        *([SHOTS_NOTE, _markdown(shots)] if (shots := shots_rows(results)) else []),
         "## Settings and cost",
-        settings_table(results),
+        _markdown(settings_rows(results)),
     ]
     best = best_method(results)
     categories = mean_categories(results, best)
@@ -85,13 +90,8 @@ def results_markdown(results: Results) -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def significance_table(results: Results) -> str:
-    """Return mean R@1 with its interval, and the difference to the best baseline with its p-value, as Markdown."""
-    return _markdown(significance_rows(results))
-
-
 def significance_rows(results: Results) -> list[list[str]]:
-    """Return the cells of `significance_table`, headings first."""
+    """Return mean R@1 with its interval, and the difference to the best baseline with its p-value."""
     rows = [["method", "mean R@1 (95 % interval)"]]
     baseline = results["baseline"]
     if baseline is not None:
@@ -107,7 +107,7 @@ def significance_rows(results: Results) -> list[list[str]]:
 
 
 def measures_rows(results: Results) -> list[list[str]]:
-    """Return the other measures of each method, headings first: mean ± standard deviation over seeds."""
+    """Return the other measures of each method: mean ± standard deviation over seeds."""
     names = list(next(iter(results["methods"].values()))["measures"])
     rows = [["method", *names]]
     for name, method in results["methods"].items():
@@ -117,31 +117,22 @@ def measures_rows(results: Results) -> list[list[str]]:
     return rows
 
 
-def measures_table(results: Results) -> str:
-    """Return `measures_rows`, and mean R@1 by pairs a category if it was measured, as Markdown."""
-    shots = shots_rows(results)
-    return _markdown(measures_rows(results)) + (f"\n{SHOTS_NOTE}\n\n{_markdown(shots)}" if len(shots[0]) > 1 else "")
-
-
 def shots_rows(results: Results) -> list[list[str]]:
-    """Return mean R@1 after training on few pairs a category, headings first; the last column is all pairs."""
+    """Return mean R@1 after training on few pairs a category, the last column on all; nothing if not measured."""
     counts = list(next(iter(results["shots"].values()), {}))
-    rows = [["method", *counts, *(["all"] if counts else [])]]
+    if not counts:
+        return []
+    rows = [["method", *counts, "all"]]
     for name, method in results["methods"].items():
-        cells, has_spread = results["shots"].get(name, {}), len(method["runs"]) > 1
+        cells, has_spread = results["shots"][name], len(method["runs"]) > 1
         spreads = [_mean_and_std(cells[count]["mean"], cells[count]["std"], has_spread) for count in counts]
         whole = (method["mean"]["t2i_r1"] + method["mean"]["i2t_r1"]) / 2
-        rows.append([name, *spreads, *([f"{whole:.1f}"] if counts else [])])
+        rows.append([name, *spreads, f"{whole:.1f}"])
     return rows
 
 
-def settings_table(results: Results) -> str:
-    """Return, for each method, its parameters, cost of serving, query weights, seconds, and tuned learning rate."""
-    return _markdown(settings_rows(results))
-
-
 def settings_rows(results: Results) -> list[list[str]]:
-    """Return the cells of `settings_table`, headings first."""
+    """Return, for each method, its parameters, cost of serving, query weights, seconds, and tuned learning rate."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
     rows = [["method", "trainable", "bytes a domain", "backbone", "gallery after training"]]
     rows[0] += ["query weights", "seconds a run", "learning rate"]
@@ -150,7 +141,8 @@ def settings_rows(results: Results) -> list[list[str]]:
         chosen = f"{method['lr']:g}" if method["lr"] is not None else "-"
         seconds = sum(run["seconds"] for run in method["runs"]) / len(method["runs"])
         tuning = method["tuning"]
-        cells = [_tuning_cell(tuning.get(lr)) if tuning else "-" for lr in grid]
+        scores = [tuning.get(lr) if tuning else None for lr in grid]
+        cells = [f"{score:.1f}" if score is not None else "diverged" if tuning else "-" for score in scores]
         cost = method["serving"]
         row = [name, f"{method['trainable']:,}", f"{cost['bytes']:,}", cost["backbone"], cost["gallery"]]
         rows.append([*row, query_weights(method), f"{seconds:.0f}", chosen, *cells])
@@ -208,10 +200,6 @@ def _mean_and_std(mean: float | None, std: float | None, has_spread: bool) -> st
     if mean is None:
         return "-"
     return f"{mean:.1f} ± {std:.1f}" if has_spread else f"{mean:.1f}"
-
-
-def _tuning_cell(score: float | None) -> str:
-    return "diverged" if score is None else f"{score:.1f}"
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -139,7 +139,8 @@ class DCAR(nn.Module):
         if self.changes is None:
             return self.backbone(name, *inputs)  # type: ignore[no-any-return]
         changed = self.changes.changed(self.backbone, image=name == "encode_image")
-        return torch.func.functional_call(self.backbone, changed, (name, *inputs))
+        encoded: Tensor = torch.func.functional_call(self.backbone, changed, (name, *inputs))
+        return encoded
 
     def adapt_text(self, features: Tensor) -> Tensor:
         """Apply the text adapter: (B, E) -> (B, E), both normalised."""
