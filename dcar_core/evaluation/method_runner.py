@@ -96,7 +96,7 @@ class MethodRunner:
             files[directory / f"also-{name}-{split_key(other, self.cache)[:8]}.json"] = other
         missing = {file: data for file, data in files.items() if not _is_complete(file)}
         if missing:
-            is_merged = method.fine_tune.scope != "none"  # a backbone of its own, with features of its own
+            is_merged = method.fine_tune.scope != "none"  # another backbone, with other features
             device, shared = str(self.backbone.device), None if is_merged else self.backbone
             model, _ = load_checkpoint(directory, device=device, backbone=shared)
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache

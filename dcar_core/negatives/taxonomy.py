@@ -82,7 +82,7 @@ def _lists(file: Path, part: str, value: object) -> dict[str, list[str]]:
 def rank_categories(
     samples: Iterable[Sample], taxonomy: Taxonomy | None, features: NameFeatures, report: CleaningReport
 ) -> dict[str, list[str]]:
-    """Map each folded category to the others of its meta-category, most similar first.
+    """Map each folded category to the rest of its meta-category, most similar first.
 
     Raises:
         DataError: the taxonomy has none of the data's categories.

@@ -11,7 +11,7 @@ from dcar_core.util.errors import DivergedError
 from dcar_core.util.retrieval_metrics import recall_at_k
 
 Recall = dict[str, float]
-_SHARES = (1.0, 0.75, 0.5, 0.25)  # the whole change first, so that it wins a tie
+_SHARES = (1.0, 0.75, 0.5, 0.25)  # the first wins a tie
 
 
 def evaluate(model: DCAR, split: PreparedSplit) -> Recall:
