@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG, FineTuneConfig
 from dcar_core.model.open_clip_source import read_config
+from dcar_core.model.text.hub_tokenizer import copy_tokenizer
 from dcar_core.util.errors import ModelError
 from dcar_core.util.files import atomic_writer, write_json
 from dcar_core.util.memory import WEIGHTS_FILE
@@ -84,9 +85,10 @@ def merge(backbone: Backbone, changes: WeightChanges, directory: Path) -> Backbo
     source = backbone.source.directory
     directory.mkdir(parents=True, exist_ok=True)
     if source is None:
-        preprocess = dict(backbone.visual.preprocess_cfg)
-        content = {"model_cfg": read_config(backbone.source), "preprocess_cfg": preprocess}
-        write_json(directory / MODEL_CONFIG, content)
+        config, preprocess = read_config(backbone.source), dict(backbone.visual.preprocess_cfg)
+        write_json(directory / MODEL_CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
+        if tokenizer := config["text_cfg"].get("hf_tokenizer_name"):
+            copy_tokenizer(tokenizer, directory)
     else:  # the configuration, and the files of the tokenizer
         ignore = shutil.ignore_patterns(*(f"*{suffix}" for suffix in _WEIGHT_SUFFIXES))
         shutil.copytree(source, directory, ignore=ignore, dirs_exist_ok=True)

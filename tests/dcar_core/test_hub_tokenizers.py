@@ -6,7 +6,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
+from dcar_core.model.text.hub_tokenizer import copy_tokenizer, load_hub_tokenizer
 from tests.support.tiny_models import Kind, write_tokenizer
 
 TEXTS = [
@@ -41,6 +41,16 @@ def test_ids_are_those_of_open_clip(kind: Kind, clean: str, strip_end: bool, tmp
     for text in TEXTS:
         ids = found([text])[0].tolist()
         assert [*ids, *[found.pad_id] * (24 - len(ids))] == stock([text])[0].tolist(), text
+
+
+def test_a_copy_from_the_hub_is_the_same_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, copy = tmp_path / "hub", tmp_path / "copy"
+    hub.mkdir()
+    copy.mkdir()
+    write_tokenizer("gemma", hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(hub / file))
+    copy_tokenizer("a/name", copy)
+    assert load_hub_tokenizer("a/name", copy, 24).identity() == load_hub_tokenizer("a/name", None, 24).identity()
 
 
 def test_settings_overrule_the_control_tokens_of_the_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def load_hub_tokenizer(
     return TextTokenizer(
         tokenizer, limit, normalizer, tuple(start), 0 if strip_end else end[0], pad or 0, frozenset(special)
     )
+
+
+def copy_tokenizer(name: str, directory: Path) -> None:
+    """Copy the files of a tokenizer on the hub into a model directory, if it has a tokenizer.json."""
+    for file in (TOKENIZER, SETTINGS):
+        if (found := _find(name, None, file)) is not None:
+            shutil.copyfile(found, directory / file)
 
 
 def _find(name: str, directory: Path | None, file: str) -> Path | None:
