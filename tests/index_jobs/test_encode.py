@@ -19,7 +19,7 @@ from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, ImageFault
 from index_jobs.encoding.decode import Window, decode_windows, worker_count
 from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.encoding_state import EncodedGallery
+from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.options import RebuildOptions
@@ -353,3 +353,18 @@ def test_wrong_settings_are_named(
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         encode_gallery(scan(tiny_gallery), encoder, tmp_path, RebuildOptions(**wrong))  # type: ignore[arg-type]
+
+
+def test_a_mended_shard_is_to_do_for_every_worker(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
+    """A worker on another machine skips the shards that the store has."""
+    options = RebuildOptions(batch_size=4, shard_rows=8, max_failed=0.5, progress=False)
+    image = gallery_path / "circle" / "black.png"
+    content = image.read_bytes()
+    image.unlink()
+    image.symlink_to("later.png")
+    gallery = scan(gallery_path)
+    encode_gallery(gallery, encoder, tmp_path, options)
+    image.with_name("later.png").write_bytes(content)
+    state = EncodingState(gallery, encoder, tmp_path, options, encoder.runtime.name)
+    assert state.todo == [0]
+    assert state.store.load(0) is None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
-from index_jobs.building.build import build_index
+from index_jobs.building.build import build_index, fill_index
 from index_jobs.building.kinds import IndexChoice
 from index_jobs.rebuild import rebuild
 from index_jobs.store import faiss_search
@@ -269,3 +269,16 @@ def test_more_fields_than_columns_keeps_the_frequent_ones(caplog: pytest.LogCapt
     assert len(types) == MAX_FIELDS
     assert "often" in types
     assert f"{MAX_FIELDS + 6} metadata fields" in caplog.text
+
+
+def test_a_list_that_holds_too_few_rows_is_searched_together_with_others() -> None:
+    """Ten results of an index that was tuned for ten, from lists of some ten rows each."""
+    vectors = np.random.default_rng(0).normal(size=(640, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    whole = fill_index(IndexChoice("IVF64,Flat", "test"), 16, lambda: iter([vectors]), 640)
+    whole.nprobe = 1
+    index = FaissIndex(whole)
+    assert (whole.search(vectors, 10)[1] < 0).any(), "or the test shows nothing"
+    scores, rows = index.search(vectors, 10)
+    assert (rows >= 0).all()
+    assert (np.diff(scores) <= 0).all()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dcar_core.util.arrays import Floats
-from index_jobs.building.build import build_index
+from index_jobs.building.build import build_index, fill_index
 from index_jobs.building.kinds import IndexChoice
 from index_jobs.building.tuning import NEIGHBOURS, HeldOutQueries, Tuner, find_neighbours, gallery_queries
 from tests.support.vectors import DIM, blocks, clustered
@@ -115,3 +115,17 @@ def test_hits_by_score_are_the_same_in_bounded_memory(monkeypatch: pytest.Monkey
     assert truth.hits(blocks(mapped), queries, np.arange(60), found).all()
     other = np.flatnonzero((vectors != vectors[0]).any(1))[:10]
     assert not truth.hits(blocks(mapped), queries, np.arange(60), np.tile(other, (60, 1))).any()
+
+
+def test_parameters_are_chosen_with_a_reserve_for_other_queries() -> None:
+    """A quarter of the recall that the target leaves out, on the queries that choose."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = fill_index(IndexChoice("IVF100,Flat", "test"), 16, blocks(vectors), len(vectors))
+    tuner = Tuner(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.8)
+    tuner.tune(index)
+    assert 0.85 <= tuner._recall(index, tuner._tuning_queries) < 0.87
+    inverted: Any = index
+    inverted.nprobe -= 1
+    assert 0.8 <= tuner._recall(index, tuner._tuning_queries) < 0.85, "one list fewer reaches the target alone"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core import Encoder
-from dcar_core.util.errors import ArtifactError, DataError, LockedError
+from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, LockedError
 from index_jobs.jobs import updates
 from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
@@ -308,3 +308,14 @@ def test_without_hard_links_files_are_copied(index: Path, monkeypatch: pytest.Mo
     remove(index, [open_current(index).item(0).id])
     assert [manifest.version for manifest in verify_index(index)] == [1, 2]
     assert len({(index / "versions" / str(n) / "index.faiss").stat().st_ino for n in (1, 2)}) == 2
+
+
+def test_images_of_another_encoder_are_not_added(
+    index: Path, other_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of the model's files that the sizes in the manifest do not show."""
+    other = Encoder.load(other_checkpoint, device="cpu")
+    monkeypatch.setattr(updates, "choose_replicas", lambda *_: [other])
+    with pytest.raises(FingerprintError, match="was built by encoder"):
+        add(index, more(tmp_path / "more", "pink"), progress=False)
+    assert current_version(index) == 1
