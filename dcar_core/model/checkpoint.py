@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need
 
 Trainables = dict[str, NDArray[np.float32]]
 
-CONFIG, WEIGHTS, MERGED = "config.json", "trainables.safetensors", "model"
+CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
 FORMAT = 1
 
 
@@ -56,13 +56,13 @@ def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str
 def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | None = None) -> str:
     """Write trainables and config; return the fingerprint. A model's path is stored relative to the checkpoint.
 
-    Changed weights of a backbone are merged into a model directory, `model` in the checkpoint.
+    Changed weights of a backbone are merged into a model directory, `model-<hash>` in the checkpoint.
     """
     path.mkdir(parents=True, exist_ok=True)
     if model.changes is not None:
         from dcar_core.model.fine_tuning import merge
 
-        merged = merge(model.backbone, model.changes, path / MERGED)
+        merged = merge(model.backbone, model.changes, path)
         model = type(model)(merged, replace(model.config, fine_tune=FineTuneConfig())).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.trainables()}
     backbone_hash = model.backbone.content_hash()

@@ -80,9 +80,12 @@ class WeightChanges(nn.Module):
 
 
 @torch.no_grad()
-def merge(backbone: Backbone, changes: WeightChanges, directory: Path) -> Backbone:
-    """Write a model directory with the changed weights, and load it."""
-    source = backbone.source.directory
+def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
+    """Write the changed weights to a model directory below `parent`, and load it.
+
+    It is named after its content: a published version may still use that of an earlier training.
+    """
+    source, directory = backbone.source.directory, parent / "model.part"
     directory.mkdir(parents=True, exist_ok=True)
     if source is None:
         config, preprocess = read_config(backbone.source), dict(backbone.visual.preprocess_cfg)
@@ -96,7 +99,14 @@ def merge(backbone: Backbone, changes: WeightChanges, directory: Path) -> Backbo
     state = backbone.clip.state_dict() | {name.removeprefix("clip."): value for name, value in changed.items()}
     with atomic_writer(directory / WEIGHTS_FILE) as file:  # a service may have mapped the older file
         file.write(save({name: value.cpu().contiguous().clone() for name, value in state.items()}, {"format": "pt"}))
-    return load_backbone(BackboneSource(str(directory)), str(backbone.device))
+    merged = load_backbone(BackboneSource(str(directory)), str(backbone.device))
+    final = parent / f"model-{merged.content_hash()[:12]}"
+    if final.exists():
+        shutil.rmtree(directory)
+    else:
+        directory.rename(final)
+    merged.source = BackboneSource(str(final))
+    return merged
 
 
 def _key(name: str) -> str:

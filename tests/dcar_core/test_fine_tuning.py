@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dcar_core.data import load_split
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
+from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.fine_tuning import merge
 from dcar_core.model.methods import method
@@ -69,7 +69,18 @@ def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
 def test_a_merged_change_of_zero_is_the_same_backbone(backbone: Backbone, tmp_path: Path) -> None:
     model = seeded_model(backbone, method("lora"), 0)
     assert model.changes is not None
-    assert merge(backbone, model.changes, tmp_path / "model").content_hash() == backbone.content_hash()
+    assert merge(backbone, model.changes, tmp_path).content_hash() == backbone.content_hash()
+
+
+def test_an_earlier_checkpoint_survives_another_training(backbone: Backbone, pixels: Tensor, tmp_path: Path) -> None:
+    """A published version has a copy of its checkpoint, which names the merged model of that training."""
+    saved, published = tmp_path / "saved", tmp_path / "published"
+    first = changed_model(backbone, "prolip")
+    save_checkpoint(first, saved)
+    copy_checkpoint(saved, published)
+    save_checkpoint(changed_model(backbone, "lora"), saved)
+    loaded, _ = load_checkpoint(published)
+    torch.testing.assert_close(loaded.encode_image(pixels), first.encode_image(pixels))
 
 
 def test_a_tower_without_a_projection_is_refused(tiny_model: Path) -> None:
