@@ -111,11 +111,17 @@ def other_checkpoint(tiny_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exports(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def exports(tiny_checkpoint: Path, run_folder: Path) -> Path:
     """OpenVINO's graphs of the tiny model, exported once for all processes of a run: copy them into a runtime cache."""
     pytest.importorskip("openvino", reason="needs the extra [openvino]")
-    base = tmp_path_factory.getbasetemp()
-    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runtime-cache"
+    cache = run_folder / "runtime-cache"
     Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino", cache=cache)  # waits while another exports them
     return cache / "exports"
 

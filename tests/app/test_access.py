@@ -86,6 +86,7 @@ async def test_every_route_except_pages_and_probes_needs_a_key(built_index: Path
         assert (await client.get("/metrics", headers=bearer(ADMIN))).status_code == 200
 
 
+@pytest.mark.slow
 async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
     async with opened(built_index, rate_limit="3/minute", **KEYS) as client:
 

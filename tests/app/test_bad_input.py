@@ -314,6 +314,7 @@ async def test_client_that_disconnects_while_sending_is_not_an_error(built_index
             assert answered[0]["status"] == 400
 
 
+@pytest.mark.slow
 async def test_formats_are_accepted_by_setting(built_index: Path) -> None:
     data = io.BytesIO()
     Image.new("RGB", (25, 40)).save(data, "TIFF")

@@ -74,6 +74,7 @@ async def test_each_collection_has_its_own_checkpoint_and_index(built_index: Pat
         assert (await client.post("/collections/round/search/batch", json=batch)).status_code == 200
 
 
+@pytest.mark.slow
 async def test_an_unknown_collection_is_a_404(built_index: Path, circles: Path) -> None:
     async with opened(built_index, collections={"round": circles}) as client:
         for name in ("squares", "ROUND", "..%2f..%2fetc", "%00", "é", "x" * 3000):
@@ -100,6 +101,7 @@ async def test_collections_on_one_backbone_share_batches(built_index: Path, circ
         assert passes <= 3, "both collections share forward passes"
 
 
+@pytest.mark.slow
 async def test_collections_on_two_backbones_share_no_batch(
     built_index: Path, tiny_model: Path, gallery: Path, tmp_path: Path
 ) -> None:

@@ -257,6 +257,7 @@ async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypat
     await cache.close()
 
 
+@pytest.mark.slow
 @pytest.mark.redis
 async def test_results_are_the_same_with_and_without_redis(built_index: Path, redis_server: RedisServer) -> None:
     given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 500, "cache_size": 0}

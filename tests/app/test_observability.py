@@ -104,6 +104,7 @@ def _until_ready(client: httpx.Client) -> None:
     raise AssertionError("it does not become ready")
 
 
+@pytest.mark.slow
 def test_a_request_that_outlasts_the_shutdown_gets_503(built_index: Path) -> None:
     """uvicorn cancels requests after ten seconds, one second here."""
     port = free_port()
@@ -139,6 +140,7 @@ async def test_a_long_path_is_shortened_in_the_log(built_index: Path, caplog: py
     assert max(len(record.getMessage()) for record in caplog.records if record.name == "app.middleware.access") < 5000
 
 
+@pytest.mark.slow
 def test_a_shutdown_finishes_requests_and_logs_json(built_index: Path) -> None:
     """After SIGTERM /readyz turns to 503 first; requests are still served and an upload is finished."""
     port = free_port()

@@ -84,6 +84,7 @@ async def test_a_batch_of_reranked_queries_does_not_overload_itself(built_index:
             assert (await http.post("/search/batch", json=body)).status_code == 200
 
 
+@pytest.mark.slow
 async def test_reranking_without_token_weights_or_images_is_refused(
     tmp_path: Path, gallery: Path, tiny_model: Path, tiny_checkpoint: Path
 ) -> None:

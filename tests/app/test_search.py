@@ -159,6 +159,7 @@ async def test_readiness_names_the_version_and_urls_respect_the_root_path(built_
         assert response.status_code == 200
 
 
+@pytest.mark.slow
 async def test_a_search_in_the_event_loop_equals_one_in_a_thread(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 
 
+@pytest.mark.slow
 async def test_swapping_versions_drops_no_request(
     index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path
 ) -> None:
@@ -80,6 +81,7 @@ async def test_swapping_versions_drops_no_request(
         assert seen >= {1, 2, 3}
 
 
+@pytest.mark.slow
 async def test_new_version_is_picked_up(index: Path, gallery: Path, other_checkpoint: Path) -> None:
     async with opened(index, poll_s=0.02) as client:
         before = client.app.state.collections[None].live.encoder.fingerprint

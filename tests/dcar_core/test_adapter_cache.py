@@ -80,6 +80,7 @@ def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) 
     assert is_from_cache(quick), "encoding needs no model"
 
 
+@pytest.mark.slow
 def test_pytorch_is_not_imported(checkpoint: Path, cache: Path) -> None:
     program = (
         "import sys, json; from pathlib import Path; from dcar_core import Encoder\n"
@@ -118,6 +119,7 @@ def test_model_is_loaded_from_another_copy_of_its_checkpoint(checkpoint: Path, c
     assert isinstance(quick.loaded, LoadedModel)
 
 
+@pytest.mark.slow
 def test_encoders_share_an_open_export(checkpoint: Path, cache: Path) -> None:
     assert load(checkpoint, cache).runtime is not None
     one, other = load(checkpoint, cache), load(checkpoint, cache)
@@ -136,6 +138,7 @@ def test_auto_uses_the_entry_until_the_ranking_changes(checkpoint: Path, kept: P
     assert not is_from_cache(load(checkpoint, tmp_path, "auto"))
 
 
+@pytest.mark.slow
 def test_an_entry_of_auto_ends_with_the_ranking_that_chose_it(checkpoint: Path, cache: Path) -> None:
     (entry,) = adapter_cache.directory_in(cache).iterdir()
     request = adapter_cache.LoadRequest(checkpoint, "cpu", "auto", None, cache)
@@ -151,6 +154,7 @@ def test_an_entry_of_auto_ends_with_the_ranking_that_chose_it(checkpoint: Path, 
     assert adapter_cache.restore(replace(request, runtime="openvino")) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["entry", "backbone", "version", "gone"])
 def test_entry_is_not_used_after_any_change(
     what: str, checkpoint: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

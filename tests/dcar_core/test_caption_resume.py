@@ -43,6 +43,7 @@ def test_replaced_image_is_captioned_anew(photos: Path) -> None:
     assert "owl/1.png" not in captions(photos)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_without_repeated_requests(photos: Path) -> None:
     out = photos.parent / "captions.json"
     arguments = ["--images", photos, "--out", out, "--model", "small", "--concurrency", "1"]

@@ -135,6 +135,7 @@ def test_template_files_are_checked(tmp_path: Path, text: str, says: str) -> Non
         load_templates(tmp_path / "gone.txt")
 
 
+@pytest.mark.slow
 def test_command_writes_annotations_and_a_summary(photos: Path) -> None:
     environment = {"DCAR_CAPTION_API_KEY": KEY}
     given = ["--images", photos, "--out", photos.parent / "captions.json", "--model", "small", "--judge-model", "large"]

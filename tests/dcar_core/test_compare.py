@@ -179,6 +179,7 @@ def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, ti
     assert runs.directory(method("coop"), 0, 1e-3) != runs.directory(shorter, 0, 1e-3)
 
 
+@pytest.mark.slow
 def test_tuning_has_equal_budgets_and_reads_validation_only(
     backbone: Backbone, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_captions_beyond_the_context_are_found(tiny_model: Path) -> None:
     assert backbone.exceeds_context(texts, prompt_tokens=4) == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         content = json.loads((tiny_data / f"{split}.json").read_text())
@@ -85,6 +86,7 @@ def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, t
     assert saved["val"]["counts"]["images missing, left out"] == 1
 
 
+@pytest.mark.slow
 def test_training_names_a_broken_image(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     shutil.copytree(tiny_data, photos)

@@ -49,6 +49,7 @@ def test_preprocess_equals_open_clips_transform(tiny_model: Path) -> None:
     assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
 
 
+@pytest.mark.slow
 def test_fingerprint_covers_what_serving_uses(tiny_model: Path, tiny_checkpoint: Path, other_checkpoint: Path) -> None:
     first, again = Encoder.load(tiny_checkpoint), Encoder.load(tiny_checkpoint)
     assert first.fingerprint == again.fingerprint
@@ -78,6 +79,7 @@ def test_fingerprint_covers_vectors_and_nothing_else() -> None:
     assert len({mark, *others}) == 7
 
 
+@pytest.mark.slow
 def test_checkpoint_can_move_together_with_its_backbone(tiny_model: Path, tmp_path: Path) -> None:
     """A model's directory and a file of weights are both found from where the checkpoint is."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -96,6 +98,7 @@ def test_a_copied_checkpoint_loads_from_anywhere(tiny_checkpoint: Path, tmp_path
     assert Encoder.load(tmp_path / "deep" / "copy").fingerprint == Encoder.load(tiny_checkpoint).fingerprint
 
 
+@pytest.mark.slow
 def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"needs config\.json"):
         load_checkpoint(tmp_path)

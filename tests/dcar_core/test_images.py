@@ -129,6 +129,7 @@ def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.Mon
         assert np.abs(found - averaged).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
 @pytest.mark.parametrize(("mode", "own"), [("RGBA", 4), ("I;16", 2), ("F", 4)])
 def test_large_image_is_in_memory_once(mode: str, own: int, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from dcar_core.data import load_split, load_splits
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
@@ -24,6 +26,7 @@ def bare_data(tiny_data: Path, directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_training_and_comparison_make_negatives(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
 ) -> None:
@@ -43,6 +46,7 @@ def test_training_and_comparison_make_negatives(
     assert (tmp_path / "auto" / "cleaning.json").is_file()
 
 
+@pytest.mark.slow
 def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     data = bare_data(tiny_data, tmp_path / "data")
     content = json.loads((data / "train.json").read_text())
@@ -87,6 +91,7 @@ def test_report_of_a_sound_data_set_is_empty(tiny_data: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_training_reads(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, backbone: Backbone
 ) -> None:

@@ -59,6 +59,7 @@ def export(cache: Path) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_sound_cache_gives_no_warning(tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert auto(tiny_checkpoint, chosen, caplog) == (NAME, [])
     assert by_name(tiny_checkpoint, chosen).runtime.name == NAME
@@ -201,6 +202,7 @@ def test_runtime_for_another_device_is_refused(tiny_checkpoint: Path, tmp_path: 
         by_name(tiny_checkpoint, tmp_path, "cuda-fp16")
 
 
+@pytest.mark.slow
 def test_auto_never_takes_a_runtime_with_wrong_vectors(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +217,7 @@ def test_auto_never_takes_a_runtime_with_wrong_vectors(
         by_name(tiny_checkpoint, chosen)
 
 
+@pytest.mark.slow
 def test_runtime_that_fails_in_its_first_pass_is_replaced(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: s
     assert min(proof.text, proof.image) > (0.99999 if kind.precision == "fp32" else 0.999)
 
 
+@pytest.mark.slow
 def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
     require("int8")

@@ -73,6 +73,7 @@ def test_numbers_are_open_clips(backbone: Backbone, prompt_tokens: int) -> None:
     assert tokens([]).shape[0] == 0
 
 
+@pytest.mark.slow
 def test_clips_vocabulary_needs_no_open_clip() -> None:
     reference = open_clip.get_tokenizer("ViT-B-32")
     texts = [*HARD, *CONTROL]

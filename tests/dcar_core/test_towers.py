@@ -12,6 +12,7 @@ from dcar_core.model.towers.select import level_of, level_of_config, reads_paddi
 from tests.support.tiny_clips import WIDTH, TinyClip, tiny_clip
 
 NAMES = sorted(open_clip.list_models())
+QUICK = {"RN50", "ViT-B-32", "ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32", "roberta-ViT-B-32", "convnext_base"}
 TEXT_LEVEL = ("RN", "convnext", "swin", "vit_relpos", "MobileCLIP-S", "MobileCLIP2-S")
 
 
@@ -28,7 +29,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("configs")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in NAMES]
+)
 def test_towers_equal_open_clip_and_take_prompts(name: str, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_clip(name, directory)
     text, image = select_towers(model.clip, model.layout, model.caption, model.size)

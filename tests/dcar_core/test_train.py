@@ -79,6 +79,7 @@ def test_default_options_do_not_change_the_identity_of_a_run() -> None:
         assert ModelConfig.from_dict(method(name).to_dict()) == method(name)
 
 
+@pytest.mark.slow
 def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar-deep"), seed=0)
     training = load_split(tiny_data, "train")[0]

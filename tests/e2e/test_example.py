@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -29,16 +31,27 @@ DOMAINS = ("twemoji", "openmoji")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both domains, and openmoji by the base model alone, indexed where `dcar demo --data` looks for them."""
-    path = tmp_path_factory.mktemp("demo")
-    for domain in DOMAINS:
-        example = EXAMPLES / domain
-        summary = rebuild(example, example / "checkpoint", path / "index" / domain, validation=example, progress=False)
-        assert (summary.count, summary.failed) == (3944, 0)
+def data(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both domains, and openmoji by the base model alone, indexed where `dcar demo --data` looks for them.
+
+    They are indexed once for all processes of a run, and copied.
+    """
+    shared = run_folder / "demo"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            build_demo(tmp_path_factory.mktemp("building")).rename(shared)
+    return shutil.copytree(shared, tmp_path_factory.mktemp("demo") / "data")
+
+
+def build_demo(path: Path) -> Path:
     save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), path / "zero-shot")
-    example = EXAMPLES / "openmoji"
-    rebuild(example, path / "zero-shot", path / "index" / "openmoji-clip", validation=example, progress=False)
+    checkpoints = {domain: EXAMPLES / domain / "checkpoint" for domain in DOMAINS}
+    for name, checkpoint in {**checkpoints, "openmoji-clip": path / "zero-shot"}.items():
+        example = EXAMPLES / name.removesuffix("-clip")
+        options = {"validation": example, "pixel_cache": path / "pixels", "progress": False}
+        summary = rebuild(example, checkpoint, path / "index" / name, **options)
+        assert (summary.count, summary.failed) == (3944, 0)
+    shutil.rmtree(path / "pixels")
     return path
 
 

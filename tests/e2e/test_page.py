@@ -11,6 +11,7 @@ from tests.support.page import Page, until
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.slow
 def test_typing_searches_and_a_result_leads_to_similar_ones(page: Page, site: str) -> None:
     page.open(site)
     page.settled(24)  # the gallery
@@ -130,6 +131,7 @@ def test_errors_are_shown_in_words(page: Page, site: str, tmp_path: Path) -> Non
     assert "422" in refused[0]
 
 
+@pytest.mark.slow
 def test_category_filters_a_search_and_the_gallery(page: Page, site: str) -> None:
     page.open(f"{site}/#q=red")
     cards = page.settled(24)
@@ -157,6 +159,7 @@ def test_category_filters_a_search_and_the_gallery(page: Page, site: str) -> Non
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path) -> None:
     page.open(f"{site}/docs")
     until(lambda: len(page.all(".opblock")) == 19)

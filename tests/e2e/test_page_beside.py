@@ -24,6 +24,7 @@ def marks(cards: list[Any]) -> list[str]:
     return [card.find_element("css selector", ".place").text for card in cards]
 
 
+@pytest.mark.slow
 def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals: str) -> None:
     page.open(f"{site}/#q=red")
     page.settled(24)
@@ -82,6 +83,7 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals:
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_two_galleries_are_compared(page: Page, two: str) -> None:
     page.open(f"{two}/#q=red&beside=circles")
     page.settled(12)

@@ -55,6 +55,7 @@ def test_untouched_model_says_that_nothing_was_learned(page: Page, untouched: st
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_results_below_the_cut_off_are_separated(page: Page, two: str) -> None:
     cut = httpx.get(f"{two}/collections").json()["collections"][0]["min_score"]
     best: dict[str, float] = {}

@@ -30,6 +30,7 @@ def test_text_typed_while_the_page_loads_is_kept(page: Page, two: str) -> None:
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_link_shows_only_what_it_names(page: Page, two: str) -> None:
     page.open(f"{two}/#q=red&in=gone")
     until(lambda: "no gallery “gone”" in page.one("#error").text)
@@ -52,6 +53,7 @@ def test_link_shows_only_what_it_names(page: Page, two: str) -> None:
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_collection_can_be_chosen(page: Page, site: str, two: str) -> None:
     page.open(site)
     assert not page.one("#where").is_displayed(), "there is only one collection"
@@ -84,6 +86,7 @@ def test_collection_can_be_chosen(page: Page, site: str, two: str) -> None:
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_without_removes_results_and_is_in_the_address(page: Page, site: str) -> None:
     from selenium.webdriver.common.keys import Keys
 

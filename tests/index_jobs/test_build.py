@@ -185,6 +185,7 @@ def test_auto_tries_the_next_kind_when_recall_is_too_low(gallery: Floats, caplog
     assert "trying another kind" in caplog.text
 
 
+@pytest.mark.slow
 def test_auto_takes_the_faster_kind_where_lists_fit_badly(caplog: pytest.LogCaptureFixture) -> None:
     """Vectors without clusters, and few lists of them: a search goes through most of the lists, a graph does not."""
     vectors = np.random.default_rng(0).normal(size=(8000, DIM)).astype(np.float32)

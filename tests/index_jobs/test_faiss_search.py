@@ -144,6 +144,7 @@ def test_filtered_search_finds_the_nearest_allowed_rows(
         assert recall >= lowest, f"share {share}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["HNSW16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
 def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allowed rows that lie away from the query, like another category, are found too."""

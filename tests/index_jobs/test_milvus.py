@@ -149,6 +149,7 @@ def test_a_filter_of_very_many_rows_is_sent_in_parts(index: Path, plain: Path, m
     assert (milvus_rows >= 0).all()
 
 
+@pytest.mark.slow
 def test_alias_follows_versions_rollback_and_updates(
     tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, uri: str, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_recalls_are_of_the_two_models(
         )
 
 
+@pytest.mark.slow
 def test_worse_index_is_not_published_unless_forced(
     tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +167,7 @@ def test_missing_served_model_is_ignored_without_a_comparison(
     assert (summary.published, summary.gate["compared"]) == (True, False)
 
 
+@pytest.mark.slow
 def test_rejected_rebuilds_leave_one_set_of_vectors(
     tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
 ) -> None:

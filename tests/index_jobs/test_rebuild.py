@@ -66,6 +66,7 @@ def test_only_the_newest_vectors_are_kept(
     assert len(list((tmp_path / "index" / "work").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_unchanged_job_is_reused(gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     def run(checkpoint: Path = tiny_checkpoint, kind: str = "auto", force: bool = False) -> RebuildSummary:
         return rebuild(gallery, checkpoint, tmp_path / "index", kind=kind, force=force, margin=1, progress=False)

@@ -15,6 +15,7 @@ from index_jobs.store.versions import current_version
 from tests.support.commands import run
 
 
+@pytest.mark.slow
 def test_command_prints_json_on_stdout_and_progress_on_stderr(
     tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from tests.support.commands import Command, run
 from tests.support.processes import children_of, is_alive
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_full_disk_changes_no_published_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """No file may grow beyond a limit: first the checkpoint fails, then the items."""

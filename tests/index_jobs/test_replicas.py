@@ -39,6 +39,7 @@ def faster(
     return others[0]
 
 
+@pytest.mark.slow
 def test_auto_resumes_with_the_runtime_of_the_first_run(
     faster: str, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_duplicate_images_do_not_count_as_misses(kind: str) -> None:
     assert recall(0.1) > recall(0) - 0.01
 
 
+@pytest.mark.slow
 def test_a_good_kind_is_not_discarded_for_duplicates() -> None:
     vectors = placeholders(5000, 0.1)
     choices = [IndexChoice("IVF64,RaBitQ,Refine(SQ8)", "the first"), IndexChoice("HNSW32", "never built")]

@@ -231,6 +231,7 @@ def test_damage_to_an_update_is_found(name: str, index: Path, tmp_path: Path) ->
         open_version(index, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_full_disk_changes_nothing(index: Path, tmp_path: Path) -> None:
     """Limit file sizes below those of the manifest and of the added files."""

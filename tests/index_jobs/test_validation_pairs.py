@@ -108,6 +108,7 @@ def test_captions_of_several_images_are_no_queries(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_captions_are_taken_from_more_text_than_an_array_holds(tmp_path: Path) -> None:
     """More text than one array of Arrow's holds: 2.6 GB, of which every chunk but the last is the same memory."""
     chunk = pa.array([f"{number:02}" + "x" * 1_000_000 for number in range(64)])
