@@ -1,7 +1,8 @@
 # make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
-# make test       all tests, in JOBS=2 processes                              (ARGS="-k name" for some)
+# make test       all tests, in JOBS=2 processes, and the ten slowest         (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
+# make mutants    changes of critical code that tests notice; half an hour    (ARGS="--only filters --each 60")
 # make reference  generated pages of docs, and the client's models
 # make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file
@@ -14,7 +15,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check coverage reference
+.PHONY: install demo test check coverage mutants reference
 comma := ,
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
@@ -33,7 +34,7 @@ demo: install
 	@$(BIN)/dcar demo --host $(HOST) --port $(PORT) --domain $(DOMAIN)
 
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=10 $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
@@ -48,3 +49,6 @@ reference: install
 
 coverage: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)
+
+mutants: install
+	$(BIN)/python scripts/mutants.py $(ARGS)
