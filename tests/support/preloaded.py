@@ -1,20 +1,28 @@
-"""Everything that commands import, for the process that `tests.support.commands` forks them from."""
+"""Everything that commands import or read, for the process that `tests.support.commands` forks them from."""
 
 import gc
+import importlib
+import pkgutil
+from contextlib import suppress
 
 import faiss
+import pyarrow.compute  # noqa: F401
 import torch
 
-import app.cli.datasets
-import app.cli.indexing
-import app.cli.serving
-import app.cli.training
-import app.main
-import app.server  # noqa: F401
-import dcar_core.evaluation
-import dcar_core.training.train  # noqa: F401
-import index_jobs.jobs.rebuild_run  # noqa: F401
+import app
+import dcar_core
+import index_jobs
 import tests.support.commands  # noqa: F401
+from dcar_core.model.text.tokenizer import TextTokenizer
+
+for package in (app, index_jobs, dcar_core):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            with suppress(ImportError):  # of an extra
+                importlib.import_module(module.name)
+with suppress(ImportError):
+    importlib.import_module("pandas")  # by pyarrow, where it is installed
+TextTokenizer.for_clip()
 
 # As in conftest; threads themselves start in the commands.
 torch.set_num_threads(1)
