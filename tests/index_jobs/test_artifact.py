@@ -1,5 +1,6 @@
 """Published versions: reading, verifying, rolling back, and everything that may be wrong with them."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -14,10 +15,12 @@ from filelock import FileLock
 
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DcarError, FingerprintError, LockedError
+from dcar_core.util.files import canonical_json
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
 from index_jobs.store import items
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.manifest import Manifest
 from index_jobs.store.publish import next_version, open_staging, publish_version, rollback
 from index_jobs.store.versions import current_version, list_versions, open_current, verify_index, version_numbers
 
@@ -178,14 +181,38 @@ def test_manifest_of_another_format_says_rebuild(index: Path) -> None:
     assert list_versions(index) == []
 
 
+def test_changed_manifest_is_refused_by_its_checksum(index: Path) -> None:
+    path = index / "versions" / "1" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"runtime": "another"}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is corrupted: its checksum differs"):
+        open_current(index)
+
+
+def test_fields_that_an_older_manifest_lacks_have_defaults(index: Path) -> None:
+    path, manifest = index / "versions" / "1" / "manifest.json", open_current(index).manifest
+    assert manifest.has_lexical
+    values = {name: value for name, value in manifest.to_dict().items() if name not in ("checksum", "files")}
+    for name in ("cutoff", "exact", "group_field", "rebuild", "removed", "replaced", "runtime", "text_fields"):
+        del values[name]
+    values["files"] = {name: value for name, value in manifest.to_dict()["files"].items() if "lexical" not in name}
+    checksum = hashlib.sha256(canonical_json(values)).hexdigest()
+    path.write_text(json.dumps(values | {"checksum": checksum}))
+    older = Manifest.read(path)
+    assert not older.has_lexical
+    assert (older.exact, older.runtime, older.replaced, older.removed) == (False, "", None, 0)
+    assert (older.cutoff, older.rebuild, older.text_fields, older.group_field) == ({}, "", None, "")
+
+
 def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
     assert current_version(tmp_path / "nowhere") is None
     assert list_versions(tmp_path / "nowhere") == []
     for read in (open_current, verify_index):
         with pytest.raises(ArtifactError, match="holds no published index; make one with `dcar index build"):
             read(tmp_path)
-    with pytest.raises(ArtifactError, match="holds no published index"):
-        rollback(tmp_path / "nowhere")
+    (tmp_path / "empty" / "versions").mkdir(parents=True)
+    for name in ("nowhere", "empty"):
+        with pytest.raises(ArtifactError, match="holds no published index"):
+            rollback(tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
 
 
