@@ -35,6 +35,7 @@ def test_open_clip_is_imported_in_one_place() -> None:
 
 MOST_AT_THE_TOP = 6
 MOST_IN_A_FOLDER = 12
+MOST_LINES = 300
 
 
 def test_folders_stay_small_enough_to_read() -> None:
@@ -42,6 +43,11 @@ def test_folders_stay_small_enough_to_read() -> None:
         for folder in {path.parent for path in modules(room)}:
             count = sum(path.name not in ("__init__.py", "__main__.py") for path in folder.glob("*.py"))
             assert count <= (MOST_AT_THE_TOP if folder == ROOT / room else MOST_IN_A_FOLDER), folder
+
+
+def test_modules_have_at_most_300_lines() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for room in ROOMS for path in modules(room)}
+    assert [str(path.relative_to(ROOT)) for path, length in lengths.items() if length > MOST_LINES] == []
 
 
 def test_every_folder_documents_its_purpose() -> None:
