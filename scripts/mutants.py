@@ -45,7 +45,13 @@ TARGETS = {
     "manifest": (["index_jobs/store/manifest.py"], ["tests/index_jobs/test_artifact.py"]),
     "artifact": (
         ["index_jobs/store/artifact.py"],
-        ["tests/index_jobs/test_artifact.py", "tests/index_jobs/test_image_access.py"],
+        [
+            "tests/index_jobs/test_artifact.py",
+            "tests/index_jobs/test_image_access.py",
+            "tests/index_jobs/test_lexical.py",
+            "tests/index_jobs/test_updates.py::test_added_items_are_found_beside_the_others",
+            "tests/index_jobs/test_updates.py::test_removed_item_is_never_found",
+        ],
     ),
     "filters": (["index_jobs/store/filters.py"], ["tests/index_jobs/test_filters.py"]),
     "images": (
@@ -99,6 +105,8 @@ def _observable(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
     if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger."):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: a guard that never applies
         return
     yield node
     for name, field in ast.iter_fields(node):

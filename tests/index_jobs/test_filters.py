@@ -166,3 +166,5 @@ def test_a_large_index_allows_fewer_conditions(shop: Artifact, monkeypatch: pyte
         match_rows(shop, {"$or": [condition] * 4})
     monkeypatch.setattr("index_jobs.store.filters._MAX_CONDITION_ROWS", 1)
     assert match_rows(shop, condition).shape == (shop.rows,), "one condition is always allowed"
+    with pytest.raises(FilterError, match="at most 1 conditions"):
+        match_rows(shop, {"$or": [condition] * 2})
