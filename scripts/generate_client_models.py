@@ -121,6 +121,8 @@ def _type(schema: dict[str, Any]) -> str:
         return f"dict[str, {_type(values) if isinstance(values, dict) else 'Any'}]"
     if kind in SCALARS:
         return SCALARS[kind]
+    if not {"type", "anyOf", "$ref", "enum", "const"} & {*schema}:
+        return "Any"
     raise ValueError(f"no Python type for the schema {schema}; extend _type in {Path(__file__).name}")
 
 

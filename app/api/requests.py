@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from app.core.settings import DEFAULT_K, MAX_QUERIES
 from app.search.query import SearchOptions
 
-LIST_FIELDS = ("more_like", "less_like", "fields")  # a form may also repeat the field
+LIST_FIELDS = ("more_like", "less_like", "fields", "facets")  # a form may also repeat the field
 
 
 class PageQuery(BaseModel):

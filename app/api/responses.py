@@ -64,6 +64,10 @@ def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
         body["next_offset"] = results.next_offset
     if results.min_score is not None:
         body["min_score"] = results.min_score
+    if results.facets is not None:
+        body["facets"] = results.facets
+        if not results.has_exact_facets:
+            body["facets_approximate"] = True
     if results.words is not None:
         body["words"] = _word_weights(results.words)
     return body
@@ -127,6 +131,10 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
         )
     if match.rerank_score is not None:
         result["rerank_score"] = round(match.rerank_score, 6)
+    if match.text_score is not None:
+        result["text_score"] = round(match.text_score, 6)
+    if match.group is not None:
+        result["group"] = {"value": match.group[0], "count": match.group[1]}
     if match.folded:
         result["folded"] = match.folded
     if match.explanation is not None:

@@ -32,9 +32,25 @@ class ResultExplanation(BaseModel):
     words: list[WordWeight] | None = None
 
 
+class ResultGroup(BaseModel):
+    """The value of `group_by` that a result stands for. count: number of its items that fulfil the filter."""
+
+    value: Any = Field(examples=["WX-300"])
+    count: int = Field(examples=[5])
+
+
+class FacetValue(BaseModel):
+    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
+
+    value: Any = Field(examples=["cat face"])
+    count: int = Field(examples=[9])
+
+
 class Result(BaseModel):
     """One result. score: cosine of query and item, at most 1.
 
+    text_score: share of the query's words that the item contains, about 1 for all of them; hybrid results are sorted by
+        both scores.
     rerank_score: cosine under the exact weights of this (query, item) pair; re-ranked results are sorted by it.
     folded: ids of near-duplicates that this result stands for. metadata: the requested `fields` that the item has.
     """
@@ -47,6 +63,8 @@ class Result(BaseModel):
     image_url: str = Field(examples=["/items/1f63f.png/image"])
     metadata: dict[str, Any] | None = None
     rerank_score: float | None = None
+    text_score: float | None = None
+    group: ResultGroup | None = None
     folded: list[str] | None = None
     explanation: ResultExplanation | None = None
 
@@ -55,7 +73,8 @@ class SearchResponse(BaseModel):
     """Results, best first, and the index version that produced them.
 
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
-    words: the query's words, weighted by the text alone.
+    words: the query's words, weighted by the text alone. facets: the most frequent values of the requested fields.
+    facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
     """
 
     index_version: int
@@ -65,6 +84,8 @@ class SearchResponse(BaseModel):
     next_offset: int | None = None
     min_score: float | None = None
     words: list[WordWeight] | None = None
+    facets: dict[str, list[FacetValue]] | None = None
+    facets_approximate: bool | None = None
 
 
 class BatchResponse(BaseModel):

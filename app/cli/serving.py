@@ -50,12 +50,18 @@ def search(
     index: IndexDir,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of results.")] = 10,
     without: Annotated[str, typer.Option(help="Words for content that results should not show.")] = "",
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Look up the words in captions, categories and metadata as well.")
+    ] = False,
     filter: Filter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
-    from app.search.query import QueryPart, Weights, compose, normalise
+    from app.search.query import DEFAULT_HYBRID, QueryPart, Weights, compose, normalise
+    from app.search.ranking.hybrid import HybridQuery
+    from app.search.ranking.rank import RankQuery, rank
+    from app.search.snapshots import SearchedIndex, sample_vectors
     from dcar_core import Encoder
     from dcar_core.images import IMAGE_SUFFIXES
     from dcar_core.serving import adapter_cache
@@ -78,12 +84,14 @@ def search(
     parts = [QueryPart(1.0, vector[0])]
     if excluded_words:
         parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
-    scores, rows = artifact.search(compose(parts)[None], min(k, artifact.manifest.count), allowed)
-    found = [(artifact.item(int(row)), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+    words_query = HybridQuery(words, DEFAULT_HYBRID) if hybrid and not is_image else None
+    searched = SearchedIndex(artifact, sample_vectors(artifact))
+    best = rank(searched, RankQuery(compose(parts), words_query), k, allowed)
+    found = [(artifact.item(each.row), each.score) for each in best]
     results = [
-        {"rank": rank, "id": item.id, "score": round(score, 4), "caption": item.caption, "category": item.category,
+        {"rank": number, "id": item.id, "score": round(score, 4), "caption": item.caption, "category": item.category,
          "file_name": item.metadata.get("file_name", "")}
-        for rank, (item, score) in enumerate(found, 1)
+        for number, (item, score) in enumerate(found, 1)
     ]  # fmt: skip
     if as_json:
         typer.echo(json_text({"index_version": artifact.manifest.version, "results": results}))

@@ -17,8 +17,8 @@ from app.core.thumbnail_cache import ThumbnailCache
 from app.search.batching import Admission
 from app.search.embedding import Embedder
 from app.search.errors import ImageUnavailableError
+from app.search.planning import row_of
 from app.search.query import Thumbnail
-from app.search.ranking import row_of
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.thumbnails import ThumbnailFormat, make_thumbnail

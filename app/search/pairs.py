@@ -25,7 +25,8 @@ from app.core.threads import run_in_new_thread
 from app.search.embedding import Embedder
 from app.search.errors import UnavailableError, UnsupportedQueryError
 from app.search.query import Explanation, ObjectFit, WordWeights
-from app.search.ranking import RankedRow, row_vectors
+from app.search.ranking.rank import RankedRow
+from app.search.ranking.rows import row_vectors
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DcarError, ImageError

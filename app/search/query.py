@@ -26,6 +26,9 @@ Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_le
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
 WordWeights = list[tuple[str, float]]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+
+DEFAULT_HYBRID = 0.7  # weight of the words in a hybrid search; chosen on short queries of the bundled example
 
 _MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
@@ -97,6 +100,28 @@ class SearchOptions(BaseModel):
             description="show items with at least this cosine as one result; the others are listed under `folded`",
         ),
     ] = None
+    hybrid: Annotated[
+        Annotated[bool, Field(strict=True)] | Share,
+        Field(
+            description="look up the words of the query as well, in captions, categories and metadata: true, or the "
+            "weight of the words from 0 to 1"
+        ),
+    ] = False
+    group_by: Annotated[
+        str | None,
+        Field(
+            max_length=1024,
+            description="metadata field whose values are returned once each, by their best item; the default is the "
+            'field that the index was built with, and "" returns every item',
+        ),
+    ] = None
+    facets: Annotated[
+        Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=8), FailFast()],
+        Field(
+            description="fields whose values are counted over all items that fulfil `filter` and reach `min_score`",
+            examples=[["category"]],
+        ),
+    ] = ()
     rerank: Annotated[
         bool, Field(strict=True, description="score the first results again, with exact pair weights")
     ] = False
@@ -152,13 +177,15 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One result; see `app.api.schemas.Result`."""
+    """One result; see `app.api.schemas.Result`. group: the value that it stands for, and the number of its items."""
 
     item: Item
     score: float
     folded: list[str]
     rerank_score: float | None
     explanation: Explanation | None
+    text_score: float | None = None
+    group: tuple[Any, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +201,8 @@ class SearchResults:
     min_score: float | None
     words: WordWeights | None
     fields: tuple[str, ...] = ()
+    facets: dict[str, list[dict[str, Any]]] | None = None
+    has_exact_facets: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from app.search.embedding_cache import MemoryCache
 from app.search.errors import BatchQueryError, SearchError
 from app.search.gallery_images import ItemImages
 from app.search.pairs import PairScorer
+from app.search.planning import Plan, make_plan, matches_of, rank_rows, row_of
 from app.search.query import (
     Explanation,
     ItemPage,
@@ -38,7 +40,9 @@ from app.search.query import (
     WordWeights,
     compose,
 )
-from app.search.ranking import Plan, RankedRow, filter_mask, make_plan, mask_key, rank, row_of, row_vectors
+from app.search.ranking.facets import count_facets
+from app.search.ranking.rank import RankedRow
+from app.search.ranking.rows import filter_mask, mask_key, row_vectors
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.cpu_features import available_cores
@@ -162,7 +166,11 @@ class Retriever:
                 explained = page[: self._settings.explain_results]
                 explanations = await self._pairs.explain(snapshot, query.text, vector, explained)
         if matches is None:
-            matches = await self._in_search_thread(_matches, snapshot, page, explanations)
+            matches = await self._in_search_thread(matches_of, snapshot, plan, page, mask, explanations)
+        facets, has_exact_facets = None, True
+        if options.facets:
+            count = partial(count_facets, snapshot, options.facets, vector, options.filter)
+            facets, has_exact_facets = await self._in_filter_thread(count, plan.min_score, plan.group_by)
         has_next = len(ranked) > plan.end and plan.end + options.k <= self._settings.max_window
         return SearchResults(
             version=snapshot.version,
@@ -174,6 +182,8 @@ class Retriever:
             min_score=plan.min_score,
             words=words,
             fields=options.fields,
+            facets=facets,
+            has_exact_facets=has_exact_facets,
         )
 
     async def _query_vector(self, snapshot: Snapshot, plan: Plan) -> tuple[Floats, bool]:
@@ -210,8 +220,7 @@ class Retriever:
         mask = snapshot.masks.get(mask_key(filter))
         if mask is None:
             async with turn:
-                loop = asyncio.get_running_loop()
-                mask = await loop.run_in_executor(self._filter_thread, filter_mask, snapshot, filter)
+                mask = await self._in_filter_thread(filter_mask, snapshot, filter)
         return mask
 
     async def _rank(
@@ -223,21 +232,17 @@ class Retriever:
 
         def search() -> tuple[list[RankedRow], list[Match] | None]:
             _use_one_faiss_thread()
-            ranked = rank(
-                snapshot,
-                vector,
-                max(plan.end + 1, plan.rerank_depth),
-                excluded_rows={*plan.more_rows, *plan.less_rows},
-                mask=mask,
-                min_score=plan.min_score,
-                fold=options.fold,
-            )
-            return ranked, _matches(snapshot, ranked[options.offset : plan.end]) if is_final else None
+            ranked = rank_rows(snapshot, plan, vector, mask)
+            return ranked, matches_of(snapshot, plan, ranked[options.offset : plan.end], mask) if is_final else None
 
         with self._metrics.timed("search"):
-            if snapshot.is_quick and not (options.filter or options.fold) and plan.end <= _QUICK_DEPTH:
+            is_plain = not (options.filter or options.fold or plan.hybrid or plan.group_by)
+            if snapshot.is_quick and is_plain and plan.end <= _QUICK_DEPTH:
                 return search()
             return await self._in_search_thread(search)
+
+    async def _in_filter_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._filter_thread, call, *args)
 
     async def _in_search_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._search_threads, call, *args)
@@ -252,17 +257,6 @@ def _all_or_error(outcomes: Sequence[T | BaseException]) -> list[T]:
             raise outcome
         results.append(outcome)
     return results
-
-
-def _matches(
-    snapshot: Snapshot, ranked: Sequence[RankedRow], explanations: Sequence[Explanation | None] = ()
-) -> list[Match]:
-    item = snapshot.artifact.item
-    padded = [*explanations, *[None] * (len(ranked) - len(explanations))]
-    return [
-        Match(item(each.row), each.score, [item(row).id for row in each.folded], each.rerank_score, explanation)
-        for each, explanation in zip(ranked, padded, strict=True)
-    ]
 
 
 def _use_one_faiss_thread() -> None:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from app.core.settings import Settings
 from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.errors import ArtifactError, StoreUnavailableError
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.versions import open_current, require_index
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wa
     from dcar_core.model.preprocess import Preprocess
     from dcar_core.serving.pair_weights import PairWeights
 
+_SAMPLE = 256  # items
 _QUICK_MS = 0.3
 _QUICK_ITEMS = 1_000_000  # a larger index may have pages that are not in memory
 
@@ -35,7 +37,10 @@ class Snapshot:
         backbone: SHA-256 of the backbone.
         pair_weights: returns the weights for re-ranking and explanations. The first call may load the model, which
             takes seconds: do not call it in the event loop.
+        sample_vectors: of some items, float32 (m, E); empty if the index keeps none.
         masks: cached masks of filters, bool (rows,), by the filter in JSON.
+        groups: cached `GroupField`s of `app.search.ranking.groups`, by the name of the field.
+        facets: cached counts of values; see `app.search.ranking.facets`.
         frozen: features of the frozen image encoder by row, cached by re-ranking.
     """
 
@@ -44,7 +49,10 @@ class Snapshot:
     preprocess: "Preprocess"
     backbone: str
     pair_weights: "Callable[[], PairWeights]"
+    sample_vectors: Floats
     masks: dict[str, Mask] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    facets: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=dict)
     frozen: dict[int, Floats] = field(default_factory=dict)
 
     @property
@@ -65,6 +73,13 @@ class Snapshot:
     def min_score(self) -> float | None:
         """The calibrated cut-off; None without calibration."""
         return self.artifact.manifest.cutoff.get("min_score")
+
+
+class SearchedIndex(NamedTuple):
+    """An index that is searched without an encoder; see `Snapshot`."""
+
+    artifact: Artifact
+    sample_vectors: Floats
 
 
 def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:
@@ -100,7 +115,19 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     warm_up()  # lets the runtime convert the weights
     encoder.release()
     warm_up()  # reads the pages that queries need back into memory
-    return Snapshot(encoder, artifact, preprocess, backbone, pair_weights)
+    return Snapshot(encoder, artifact, preprocess, backbone, pair_weights, sample_vectors(artifact))
+
+
+def sample_vectors(artifact: Artifact) -> Floats:
+    """Return the vectors of evenly spread items, from which ranking estimates how widely cosines spread."""
+    live = np.flatnonzero(artifact.live)
+    rows = live[:: max(1, len(live) // _SAMPLE)][:_SAMPLE]
+    try:
+        return artifact.vectors(rows)
+    except StoreUnavailableError:
+        raise
+    except ArtifactError:
+        return np.empty((0, artifact.manifest.dim), np.float32)
 
 
 def _find_or_load_encoder(artifact: Artifact, backbone: str, settings: Settings, loaded: list[Snapshot]) -> "Encoder":

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.search.ranking import _FOLD_BLOCK, RankedRow, _fold, rank
+from app.search.ranking.rank import _FOLD_BLOCK, RankedRow, RankQuery, _fold, rank
 
 
 def row_by_row(vectors: np.ndarray, found: list[RankedRow], fold: float) -> list[RankedRow]:
@@ -98,10 +98,10 @@ def copies() -> tuple[Any, np.ndarray]:
 def test_a_longer_list_begins_with_the_shorter_one(options: dict[str, Any]) -> None:
     """Pages then have every item once, however many scores are equal."""
     snapshot, vector = copies()
-    rows = [hit.row for hit in rank(snapshot, vector, 300, **options)]
+    rows = [hit.row for hit in rank(snapshot, RankQuery(vector, **options), 300)]
     assert len(rows) == len(set(rows))
     for count in range(1, 120):
-        assert [hit.row for hit in rank(snapshot, vector, count, **options)] == rows[:count]
+        assert [hit.row for hit in rank(snapshot, RankQuery(vector, **options), count)] == rows[:count]
     assert not options or len(rows) < 300
     if not options:
         assert sorted(rows) == list(range(300))
@@ -109,9 +109,9 @@ def test_a_longer_list_begins_with_the_shorter_one(options: dict[str, Any]) -> N
 
 def test_only_tied_scores_widen_the_search() -> None:
     snapshot, vector = copies()
-    rank(snapshot, vector, 10)
+    rank(snapshot, RankQuery(vector), 10)
     assert snapshot.artifact.asked == 88, "11, 22, 44: the sixty copies of one image"
-    rank(snapshot, vector, 150)
+    rank(snapshot, RankQuery(vector), 150)
     assert snapshot.artifact.asked == 151
 
 
@@ -119,13 +119,13 @@ def test_identical_vectors_fold_at_a_threshold_of_one() -> None:
     """The product of a float32 vector with itself may be slightly below 1."""
     snapshot, vector = copies()
     assert not np.all((snapshot.artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
-    hits = rank(snapshot, vector, 300, fold=1.0)
+    hits = rank(snapshot, RankQuery(vector, fold=1.0), 300)
     assert sorted(len(hit.folded) for hit in hits)[-2:] == [39, 59]
     assert len(hits) == 300 - 98
 
 
 def test_a_displayed_score_works_as_min_score() -> None:
     snapshot, vector = copies()
-    for number, hit in enumerate(rank(snapshot, vector, 300)[:150], 1):
-        kept = rank(snapshot, vector, 300, min_score=round(hit.score, 6))
+    for number, hit in enumerate(rank(snapshot, RankQuery(vector), 300)[:150], 1):
+        kept = rank(snapshot, RankQuery(vector, min_score=round(hit.score, 6)), 300)
         assert len(kept) >= number

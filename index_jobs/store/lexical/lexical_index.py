@@ -1,6 +1,7 @@
 """The lexical index of a version: BM25 over the terms of its items, in a tantivy directory.
 
-- A document is one row. Terms come from `analysis`; tantivy only splits them at spaces.
+- A document is one row with each of its terms once, since captions, file names and ids repeat each other. Terms come
+  from `analysis`; tantivy only splits them at spaces.
 - A score is the share of a query that an item contains: BM25 divided by the sum of the query's inverse document
   frequencies. It is about 1 for an item of average length that contains every term, less than 1.7 for the shortest.
 - A term that no item contains matches terms one edit away, at half the score, so "gohst" finds a ghost.
@@ -88,7 +89,7 @@ def _write(index: Any, path: Path, texts: Iterable[str], *, first_row: int, repl
         for row, text in enumerate(texts, first_row):
             document = tantivy.Document()
             document.add_unsigned(_ROW, row)
-            document.add_text(_TERMS, " ".join(index_terms(text)))
+            document.add_text(_TERMS, " ".join(dict.fromkeys(index_terms(text))))
             writer.add_document(document)
         writer.commit()
         writer.wait_merging_threads()
@@ -136,8 +137,8 @@ class LexicalIndex:
         width = k
         while True:
             scores, rows = self._hits(query, width, best)
-            inside = slice(None) if allowed is None else allowed[rows]
-            if allowed is None or len(rows) < width or np.count_nonzero(inside) >= k:
+            inside = np.ones(len(rows), np.bool_) if allowed is None else allowed[rows]
+            if len(rows) < width or np.count_nonzero(inside) >= k:
                 return scores[inside][:k], rows[inside][:k]
             width *= 4
 

@@ -29,9 +29,25 @@ class ResultExplanation(BaseModel):
     words: list[WordWeight] | None = None
 
 
+class ResultGroup(BaseModel):
+    """The value of `group_by` that a result stands for. count: number of its items that fulfil the filter."""
+
+    value: Any
+    count: int
+
+
+class FacetValue(BaseModel):
+    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
+
+    value: Any
+    count: int
+
+
 class Result(BaseModel):
     """One result. score: cosine of query and item, at most 1.
 
+    text_score: share of the query's words that the item contains, about 1 for all of them; hybrid results are sorted by
+        both scores.
     rerank_score: cosine under the exact weights of this (query, item) pair; re-ranked results are sorted by it.
     folded: ids of near-duplicates that this result stands for. metadata: the requested `fields` that the item has.
     """
@@ -44,6 +60,8 @@ class Result(BaseModel):
     image_url: str
     metadata: dict[str, Any] | None = None
     rerank_score: float | None = None
+    text_score: float | None = None
+    group: ResultGroup | None = None
     folded: list[str] | None = None
     explanation: ResultExplanation | None = None
 
@@ -52,7 +70,8 @@ class SearchResponse(BaseModel):
     """Results, best first, and the index version that produced them.
 
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
-    words: the query's words, weighted by the text alone.
+    words: the query's words, weighted by the text alone. facets: the most frequent values of the requested fields.
+    facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
     """
 
     index_version: int
@@ -64,6 +83,8 @@ class SearchResponse(BaseModel):
     next_offset: int | None = None
     min_score: float | None = None
     words: list[WordWeight] | None = None
+    facets: dict[str, list[FacetValue]] | None = None
+    facets_approximate: bool | None = None
 
 
 class BatchResponse(BaseModel):
@@ -222,6 +243,16 @@ class SearchOptions(TypedDict, total=False):
     """Metadata fields to return with each result, ["*"] for all."""
     fold: float | None
     """Show items with at least this cosine as one result; the others are listed under `folded`."""
+    hybrid: bool | float
+    """Look up the words of the query as well, in captions, categories and metadata: true, or the weight of the
+    words from 0 to 1.
+    """
+    group_by: str | None
+    """Metadata field whose values are returned once each, by their best item; the default is the field that the
+    index was built with, and "" returns every item.
+    """
+    facets: list[str]
+    """Fields whose values are counted over all items that fulfil `filter` and reach `min_score`."""
     rerank: bool
     """Score the first results again, with exact pair weights."""
     explain: bool

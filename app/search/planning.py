@@ -1,0 +1,147 @@
+"""Plan of a search: a query is checked against a snapshot, and its vector becomes ranked rows and results."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from app.core.settings import Settings
+from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
+from app.search.query import DEFAULT_HYBRID, Explanation, Match, Query, SearchOptions
+from app.search.ranking.groups import group_field, rank_groups
+from app.search.ranking.hybrid import HybridQuery
+from app.search.ranking.rank import RankedRow, RankQuery, rank
+from app.search.snapshots import Snapshot
+from dcar_core.util.arrays import Floats, Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A query, checked against a snapshot.
+
+    Attributes:
+        more_rows, less_rows: items that results should, and should not, resemble.
+        end: rank of the last result on the page.
+        rerank_depth: number of first results to score again; 0 without re-ranking.
+        hybrid: the words of the query, if they are looked up.
+        group_by: field whose values are returned once each; "" for none.
+    """
+
+    query: Query
+    more_rows: list[int]
+    less_rows: list[int]
+    min_score: float | None
+    end: int
+    rerank_depth: int
+    hybrid: HybridQuery | None
+    group_by: str
+
+    @property
+    def options(self) -> SearchOptions:
+        return self.query.options
+
+
+def make_plan(snapshot: Snapshot, query: Query, settings: Settings) -> Plan:
+    """Check a query against a snapshot.
+
+    Raises:
+        InvalidQueryError: a field does not fit the index or the rest of the query.
+        ItemNotFoundError: the query names an unknown item.
+        UnsupportedQueryError: "auto" is requested as min_score of an index without calibration.
+    """
+    options = query.options
+    known = snapshot.artifact.fields if options.fields else {}
+    for name in options.fields:
+        if name not in known and name != "*":
+            raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {', '.join(sorted(known))}")
+    if options.rerank and not query.text:
+        raise InvalidQueryError("rerank", "needs a text query, whose words it weighs")
+    more_rows = [row_of(snapshot, each, "more_like") for each in options.more_like]
+    if query.item_id is not None:
+        more_rows.append(row_of(snapshot, query.item_id, "id"))
+    return Plan(
+        query,
+        more_rows=more_rows,
+        less_rows=[row_of(snapshot, each, "less_like") for each in options.less_like],
+        min_score=_min_score(snapshot, query),
+        end=options.offset + options.k,
+        rerank_depth=settings.rerank_depth if options.rerank else 0,
+        hybrid=_hybrid(query),
+        group_by=_group_by(snapshot, options),
+    )
+
+
+def _hybrid(query: Query) -> HybridQuery | None:
+    options = query.options
+    weight = DEFAULT_HYBRID if options.hybrid is True else float(options.hybrid)
+    if not weight:
+        return None
+    if not query.text:
+        raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
+    if options.rerank:
+        raise InvalidQueryError("hybrid", "cannot be combined with rerank, which orders results without the words")
+    return HybridQuery(query.text, weight)
+
+
+def _group_by(snapshot: Snapshot, options: SearchOptions) -> str:
+    if options.fold is None:
+        return snapshot.artifact.manifest.group_field if options.group_by is None else options.group_by
+    if options.group_by:
+        raise InvalidQueryError("group_by", "cannot be combined with fold")
+    return ""
+
+
+def row_of(snapshot: Snapshot, item_id: str, field: str = "id") -> int:
+    """Return the row of an item, which `field` of the query names. Raise ItemNotFoundError if no item has this id."""
+    row = snapshot.artifact.row_of(item_id)
+    if row is None:
+        raise ItemNotFoundError(item_id, field)
+    return row
+
+
+def _min_score(snapshot: Snapshot, query: Query) -> float | None:
+    options = query.options
+    if options.min_score != "auto":
+        return options.min_score
+    if query.image is not None or query.item_id or query.without_text or options.more_like or options.less_like:
+        raise InvalidQueryError("min_score", '"auto" is calibrated for text queries alone; give a number')
+    if snapshot.min_score is None:
+        message = "This index was built without --validation and has no calibrated cut-off; give min_score as a number."
+        raise UnsupportedQueryError(message, field="min_score")
+    return snapshot.min_score
+
+
+def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> list[RankedRow]:
+    """Return the ranked rows, or the best row of each group, up to the next page."""
+    excluded_rows = {*plan.more_rows, *plan.less_rows}
+    groups = group_field(snapshot, plan.group_by) if plan.group_by else None
+    if groups is not None and excluded_rows:
+        excluded_rows = groups.same_group(sorted(excluded_rows))
+    query = RankQuery(vector, plan.hybrid, excluded_rows, plan.min_score, plan.options.fold)
+    count = max(plan.end + 1, plan.rerank_depth)
+    if groups is None:
+        return rank(snapshot, query, count, mask)
+    return rank_groups(partial(rank, snapshot, query), count, groups, mask)
+
+
+def matches_of(
+    snapshot: Snapshot,
+    plan: Plan,
+    ranked: Sequence[RankedRow],
+    mask: Mask | None,
+    explanations: Sequence[Explanation | None] = (),
+) -> list[Match]:
+    """Return the results of a page of ranked rows; explanations belong to the first of them."""
+    item, rows = snapshot.artifact.item, [each.row for each in ranked]
+    groups: list[tuple[Any, int] | None] = [None] * len(rows)
+    if plan.group_by:
+        field = group_field(snapshot, plan.group_by)
+        groups = [(field.value(row), size) for row, size in zip(rows, field.sizes(rows, mask), strict=True)]
+    padded = [*explanations, *[None] * (len(ranked) - len(explanations))]
+    return [
+        Match(
+            item(each.row), each.score, [item(row).id for row in each.folded], each.rerank_score, explanation,
+            each.text_score, group,
+        )
+        for each, explanation, group in zip(ranked, padded, groups, strict=True)
+    ]  # fmt: skip

@@ -1,0 +1,114 @@
+"""Facets: how often each value of a field occurs among the rows that a query allows.
+
+- A number with many values is counted in ranges of about equal size. Each value can be used as a condition of a filter.
+- A list counts once for each of its values. Rows without a value are not counted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from app.search.errors import InvalidQueryError
+from app.search.ranking.groups import GroupField, group_field
+from app.search.ranking.rows import filter_mask, mask_key
+from app.search.snapshots import Snapshot
+from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.errors import DataError
+
+MAX_VALUES = 100  # of one field; the most frequent
+_MAX_SCORED = 10_000  # rows that are compared with a min_score
+_MAX_CACHED = 64  # facets of one version
+_SINGLE_NUMBERS = 20  # different numbers up to which each is counted
+_RANGES = 10
+
+Facet = list[dict[str, Any]]
+
+
+def count_facets(
+    snapshot: Snapshot,
+    names: Sequence[str],
+    vector: Floats,
+    filter: dict[str, Any] | None,
+    min_score: float | None,
+    group_by: str,
+) -> tuple[dict[str, Facet], bool]:
+    """Return the facets of a query, and False if they are approximate.
+
+    Counts with a `min_score` see the best `_MAX_SCORED` rows only, as the index finds them.
+
+    Raises:
+        InvalidQueryError: there is no such field.
+    """
+    artifact = snapshot.artifact
+    mask = filter_mask(snapshot, filter) if filter else artifact.live
+    groups = group_field(snapshot, group_by) if group_by else None
+    if min_score is None:
+        key = mask_key(filter) if filter else ""
+        facets = {name: _cached_values(snapshot, name, mask, groups, (name, key, group_by)) for name in names}
+        return facets, True
+    scores, rows = artifact.search(vector[None], min(_MAX_SCORED, artifact.rows), mask if filter else None)
+    reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
+    scored = np.zeros(artifact.rows, np.bool_)
+    scored[reached] = True
+    is_exact = len(reached) < _MAX_SCORED and artifact.manifest.kind == "Flat"
+    return {name: count_values(snapshot, name, scored, groups) for name in names}, is_exact
+
+
+def _cached_values(
+    snapshot: Snapshot, name: str, mask: Mask, groups: GroupField | None, key: tuple[str, str, str]
+) -> Facet:
+    facets = snapshot.facets
+    if key not in facets:
+        facets[key] = count_values(snapshot, name, mask, groups)
+        while len(facets) > _MAX_CACHED:
+            del facets[next(iter(facets))]
+    return facets[key]
+
+
+def count_values(snapshot: Snapshot, name: str, mask: Mask, groups: GroupField | None = None) -> Facet:
+    """Return the values of a field with their counts, the most frequent first; ranges in their order.
+
+    Args:
+        mask: rows that are counted, bool (rows,).
+        groups: count groups instead of rows.
+
+    Raises:
+        InvalidQueryError: there is no such field.
+    """
+    try:
+        column = snapshot.artifact.column(name)
+    except DataError as error:
+        raise InvalidQueryError("facets", str(error)) from None
+    rows = np.flatnonzero(mask)
+    chosen = column.filter(pa.array(mask))
+    is_list = pa.types.is_list(chosen.type)
+    if is_list:
+        rows = rows[pc.list_parent_indices(chosen).to_numpy()]
+        chosen = pc.list_flatten(chosen)
+    present = pc.is_valid(chosen).to_numpy(zero_copy_only=False)
+    chosen, rows = chosen.drop_null(), rows[present]
+    if is_list or groups is not None:  # a list may repeat a value, and a group has several rows
+        owners = pa.array(rows if groups is None else groups.codes[rows])
+        chosen = pa.table({"value": chosen, "owner": owners}).group_by(["value", "owner"]).aggregate([])["value"]
+    if pa.types.is_floating(chosen.type) or pa.types.is_integer(chosen.type):
+        numbers = chosen.to_numpy()
+        numbers = numbers[np.isfinite(numbers)]
+        if len(np.unique(numbers)) > _SINGLE_NUMBERS:
+            return _count_ranges(numbers)
+    counted = [(entry["values"], entry["counts"]) for entry in pc.value_counts(chosen).to_pylist()]
+    counted.sort(key=lambda pair: (-pair[1], str(pair[0])))
+    return [{"value": value, "count": count} for value, count in counted[:MAX_VALUES]]
+
+
+def _count_ranges(numbers: Any) -> Facet:
+    """Return ranges between deciles; the last one includes its end."""
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, _RANGES + 1), method="nearest"))
+    counts, _ = np.histogram(numbers, edges)
+    facet: Facet = []
+    for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
+        end = "lte" if high == edges[-1] else "lt"
+        facet.append({"value": {"gte": low, end: high}, "count": count})
+    return facet

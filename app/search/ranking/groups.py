@@ -1,0 +1,96 @@
+"""Groups of rows that share the value of a field, such as the images of one product.
+
+- A row without a value is a group of its own.
+- Each group is ranked by its best row. The search goes on among rows of other groups until there are enough.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from app.search.errors import InvalidQueryError
+from app.search.ranking.rank import RankedRow
+from app.search.snapshots import Snapshot
+from dcar_core.util.arrays import Mask, Rows
+from dcar_core.util.errors import DataError
+
+_ROWS_PER_GROUP = 4  # rows requested at first for each group
+
+
+@dataclass(frozen=True, slots=True)
+class GroupField:
+    """The groups of all rows.
+
+    Attributes:
+        codes: number of each row's group, int64 (rows,).
+        values: value of each numbered group; rows without a value have higher numbers.
+        counts: number of live rows of each numbered group.
+    """
+
+    codes: Rows
+    values: list[Any]
+    counts: Rows
+
+    def value(self, row: int) -> Any:
+        """Return the row's value; None without one."""
+        code = int(self.codes[row])
+        return self.values[code] if code < len(self.values) else None
+
+    def sizes(self, rows: list[int], mask: Mask | None) -> list[int]:
+        """Return the number of rows in the group of each row, among those of the mask; None for all live rows."""
+        counts = self.counts if mask is None else np.bincount(self.codes[mask], minlength=len(self.values))
+        return [int(counts[code]) if code < len(self.values) else 1 for code in self.codes[rows].tolist()]
+
+    def same_group(self, rows: list[int]) -> set[int]:
+        """Return all rows in the groups of some rows."""
+        return set(np.flatnonzero(np.isin(self.codes, self.codes[rows])).tolist())
+
+
+def group_field(snapshot: Snapshot, name: str) -> GroupField:
+    """Return the groups of a field, which are cached.
+
+    Raises:
+        InvalidQueryError: there is no such field, or its values are lists.
+    """
+    groups = snapshot.groups.get(name)
+    if groups is None:
+        try:
+            column = snapshot.artifact.column(name)
+        except DataError as error:
+            raise InvalidQueryError("group_by", str(error)) from None
+        if pa.types.is_list(column.type):
+            raise InvalidQueryError("group_by", f"{name!r} has several values an item; name a field with one")
+        encoded = column.combine_chunks().dictionary_encode()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.combine_chunks()
+        values = encoded.dictionary.to_pylist()
+        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        alone = np.flatnonzero(codes < 0)
+        codes[alone] = len(values) + alone
+        counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
+        groups = snapshot.groups[name] = GroupField(codes, values, counts)
+    return groups
+
+
+def rank_groups(
+    search: Callable[[int, Mask | None], list[RankedRow]], count: int, groups: GroupField, mask: Mask | None
+) -> list[RankedRow]:
+    """Return the best row of each of the `count` best groups, best first.
+
+    Args:
+        search: returns the given number of best rows of a mask.
+    """
+    best: dict[int, RankedRow] = {}
+    remaining = mask
+    while len(best) < count:
+        rows = search(_ROWS_PER_GROUP * (count - len(best)), remaining)
+        for ranked in rows:
+            best.setdefault(int(groups.codes[ranked.row]), ranked)
+        if not rows:
+            break
+        outside = ~np.isin(groups.codes, np.fromiter(best, np.int64))
+        remaining = outside if mask is None else outside & mask
+    return list(best.values())[:count]

@@ -1,0 +1,126 @@
+"""The best rows of a query, best first.
+
+- A filter applies inside the search of the index, so as many results return as were requested, if they exist.
+- Near-duplicates are folded into the best of them. The search widens until enough different results are found.
+- Rows of equal score, such as equal images, are in the order of the index, so a longer list begins with the shorter.
+"""
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from app.search.ranking.hybrid import HybridQuery, hybrid_candidates, vector_candidates
+from app.search.ranking.rows import RankableIndex, row_vectors
+from dcar_core.util.arrays import Floats, Mask
+
+_MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
+_MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
+_ROUNDING = 1e-6  # of a unit vector's product with itself
+_FOLD_BLOCK = 128  # rows compared at once
+
+
+@dataclass(frozen=True, slots=True)
+class RankedRow:
+    """A row of the index.
+
+    Attributes:
+        score: cosine to the query.
+        folded: rows of its near-duplicates.
+        rerank_score: cosine under the exact pair weights; None without re-ranking.
+        text_score: share of the query's words that the item contains; None unless the search is hybrid.
+    """
+
+    row: int
+    score: float
+    folded: tuple[int, ...] = ()
+    rerank_score: float | None = None
+    text_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankQuery:
+    """Conditions of a ranking.
+
+    Attributes:
+        vector: (E,), L2-normalised.
+        hybrid: the words of the query, if they count.
+        excluded_rows: rows that are left out.
+        min_score: lowest cosine, compared with scores as responses round them.
+        fold: cosine from which on two items are shown as one.
+    """
+
+    vector: Floats
+    hybrid: HybridQuery | None = None
+    excluded_rows: Set[int] = frozenset()
+    min_score: float | None = None
+    fold: float | None = None
+
+
+def rank(snapshot: RankableIndex, query: RankQuery, count: int, mask: Mask | None = None) -> list[RankedRow]:
+    """Return the `count` best rows among those of a mask, bool (rows,); see `rows.filter_mask`.
+
+    Raises:
+        UnsupportedQueryError: `fold` or `hybrid` needs vectors or words, and the index keeps none.
+    """
+    lowest = -np.inf if query.min_score is None else query.min_score
+    total = snapshot.artifact.rows
+    widest = min(total, _MAX_ROWS_TIED if query.fold is None else _MAX_ROWS_FOLDED)
+    width = min(count + 1 + len(query.excluded_rows), total)
+    while True:
+        if query.hybrid is None:
+            found = vector_candidates(snapshot, query.vector, width, mask)
+        else:
+            found = hybrid_candidates(snapshot, query.vector, query.hybrid, width, mask)
+        text_scores = [None] * len(found.rows) if query.hybrid is None else found.text_scores.tolist()
+        candidates = sorted(
+            (-rank_score, row, cosine, text_score)
+            for rank_score, row, cosine, text_score in zip(
+                found.rank_scores.tolist(), found.rows.tolist(), found.cosines.tolist(), text_scores, strict=True
+            )
+            if row not in query.excluded_rows and round(cosine, 6) >= lowest
+        )
+        ranked = [RankedRow(row, cosine, text_score=text_score) for _, row, cosine, text_score in candidates]
+        if query.fold is not None:
+            ranked = _fold(snapshot, ranked, query.fold - _ROUNDING, count)
+        best = ranked[:count]
+        is_complete = width >= widest or found.highest_unseen == -np.inf or found.highest_unseen_cosine < lowest
+        if is_complete:
+            return best
+        if len(best) >= count:
+            rank_score_of = {row: -negative for negative, row, _, _ in candidates}
+            if rank_score_of[best[-1].row] > found.highest_unseen:  # no missing row ties with the last
+                return best
+        width = min(2 * width, total)
+
+
+def _fold(snapshot: RankableIndex, ranked: list[RankedRow], threshold: float, count: int) -> list[RankedRow]:
+    """Return the best `count` rows that differ, each with the near-duplicates that are most similar to it.
+
+    Rows are compared in blocks: one product of matrices is many times as fast as one product for each row.
+    """
+    if not ranked:
+        return []
+    vectors = row_vectors(snapshot, [each.row for each in ranked])  # [m, E]
+    shown = np.empty_like(vectors)  # vectors of the rows that are shown
+    positions: list[int] = []  # of the rows that are shown, in `ranked`
+    members: list[list[int]] = []
+    start, end = 0, len(ranked)
+    while start < end:
+        block, shown_before = vectors[start : min(start + _FOLD_BLOCK, end)], len(positions)
+        new: list[int] = []  # positions in the block
+        similarities = zip(block @ shown[:shown_before].T, block @ block.T, strict=True)
+        for place, (to_shown, to_block) in enumerate(similarities):
+            similarity = np.concatenate((to_shown, to_block[new]))
+            if len(similarity) and similarity.max() >= threshold:
+                members[int(similarity.argmax())].append(ranked[start + place].row)
+            else:
+                shown[len(positions)] = block[place]
+                new.append(place)
+                positions.append(start + place)
+                members.append([])
+        start += len(block)
+        if shown_before < count <= len(positions):  # enough: of the rest, only rows that fold into these matter
+            similarity = vectors[start:end] @ shown[:count].T
+            end = start + 1 + int(np.flatnonzero((similarity >= threshold).any(1)).max(initial=-1))
+    return [replace(ranked[place], folded=tuple(rows)) for place, rows in zip(positions[:count], members, strict=False)]

@@ -1,0 +1,63 @@
+"""Rows of a snapshot: the masks of filters, and vectors."""
+
+import json
+from typing import Any, Protocol
+
+import numpy as np
+
+from app.search.errors import InvalidQueryError, UnsupportedQueryError
+from app.search.snapshots import Snapshot
+from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.errors import ArtifactError, StoreUnavailableError
+from index_jobs.store import filters
+from index_jobs.store.artifact import Artifact
+
+_MAX_MASKS = 16  # cached for one version; a byte an item each
+
+
+class RankableIndex(Protocol):
+    """The parts of a snapshot that ranking reads; see `app.search.snapshots.Snapshot`."""
+
+    @property
+    def artifact(self) -> Artifact: ...
+
+    @property
+    def sample_vectors(self) -> Floats: ...
+
+
+def mask_key(filter: dict[str, Any]) -> str:
+    """Return the key of a filter in `Snapshot.masks`."""
+    return json.dumps(filter, sort_keys=True)
+
+
+def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
+    """Return bool (rows,): the rows that fulfil a filter; see `index_jobs.store.filters`. Masks are cached.
+
+    Raises:
+        InvalidQueryError: the filter does not fit the index.
+    """
+    key, masks = mask_key(filter), snapshot.masks
+    mask = masks.get(key)
+    if mask is None:
+        try:
+            mask = masks[key] = filters.match_rows(snapshot.artifact, filter)
+        except filters.FilterError as error:
+            raise InvalidQueryError(f"filter.{error.field}", error.message) from None
+        while len(masks) > _MAX_MASKS:
+            del masks[next(iter(masks))]
+    return mask
+
+
+def row_vectors(snapshot: RankableIndex, rows: list[int]) -> Floats:
+    """Return the vectors, float32 (m, E), that the index keeps.
+
+    Raises:
+        UnsupportedQueryError: this kind of index keeps none.
+    """
+    try:
+        return snapshot.artifact.vectors(np.array(rows, np.int64))
+    except StoreUnavailableError:
+        raise
+    except ArtifactError as error:
+        message = f"This query needs the vectors of items, and the index does not keep them: {error}"
+        raise UnsupportedQueryError(message) from None

@@ -1,0 +1,172 @@
+"""Vectors alone, words alone, and both: what they find, and how long they take.
+
+    python benchmarks/hybrid.py quality --index data/index/twemoji --queries examples/emoji/queries/test.tsv
+    python benchmarks/hybrid.py latency --items 100000
+
+- Quality: hit@1, hit@5 and nDCG@10 of short queries over every item of a bundled gallery; `--queries` as in
+  examples/emoji/evaluate_queries.py. `--weights` compares weights of the words; choose on validation.tsv.
+- Latency: p50 of one search on one core, without the encoding of the query. Vectors are random around 1,000 centres, in
+  an index of kind `auto`; texts are words of a Zipf distribution, and queries are the words of an item.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import faiss
+import numpy as np
+
+from app.search.query import DEFAULT_HYBRID
+from app.search.ranking.hybrid import HybridQuery
+from app.search.ranking.rank import RankQuery, rank
+from app.search.snapshots import SearchedIndex, sample_vectors
+from dcar_core.util.arrays import Floats, Rows
+from index_jobs.building.build import build_index
+from index_jobs.building.kinds import choose_kinds
+from index_jobs.store.faiss_index import FaissIndex, write_faiss
+from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
+
+EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
+DIM, CENTRES, WORDS, WORDS_PER_ITEM = 256, 1000, 50_000, 12
+SEARCHES = 200
+
+
+class Index:
+    """The parts of an artifact that ranking reads, over made vectors and texts."""
+
+    def __init__(self, vectors: FaissIndex, lexical: LexicalIndex) -> None:
+        self._vectors, self.lexical, self.rows = vectors, lexical, vectors.count
+        self.manifest = SimpleNamespace(removed=0)
+        self.live = np.ones(self.rows, np.bool_)
+
+    def search(self, vectors: Floats, k: int, allowed: Any = None) -> Any:
+        """As `Artifact.search`."""
+        return self._vectors.search(vectors, k, allowed)
+
+    def vectors(self, rows: Rows) -> Floats:
+        """As `Artifact.vectors`."""
+        vectors: Floats = self._vectors.vectors(rows)
+        return vectors
+
+
+def make_index(items: int, folder: Path) -> tuple[Index, list[str], Floats]:
+    """Return an index of made items, their texts, and query vectors."""
+    rng, generator = np.random.default_rng(0), random.Random(0)
+    centres = rng.standard_normal((CENTRES, DIM)).astype(np.float32)
+
+    def near_centres(count: int) -> Floats:
+        vectors = centres[rng.integers(0, CENTRES, count)] + rng.standard_normal((count, DIM)).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    vectors = near_centres(items)
+    faiss.omp_set_num_threads(2)
+
+    def blocks() -> Iterator[Floats]:
+        yield from np.array_split(vectors, -(-items // 65_536))
+
+    built = build_index(blocks, items, DIM, choose_kinds("auto", items, DIM), None, target=0.99)
+    write_faiss(built.index, folder / "index.faiss")
+    names = ["".join("abcdefghij"[int(digit)] for digit in str(number + 10_000)) for number in range(WORDS)]
+    shares = np.cumsum(1 / np.arange(1, WORDS + 1))
+    limits = shares.tolist()
+    texts = [" ".join(generator.choices(names, cum_weights=limits, k=WORDS_PER_ITEM)) for _ in range(items)]
+    write_lexical(folder / "lexical", texts)
+    print(f"{items:,} items, {built.choice.factory}")
+    return (
+        Index(FaissIndex.open(folder / "index.faiss"), LexicalIndex(folder / "lexical")),
+        texts,
+        near_centres(SEARCHES),
+    )
+
+
+def measure_latency(items: int) -> None:
+    """Print a table: one row for each number of query words, and each way of searching."""
+    with tempfile.TemporaryDirectory() as folder:
+        index, texts, vectors = make_index(items, Path(folder))
+        artifact: Any = index
+        searched = SearchedIndex(artifact, sample_vectors(artifact))
+        faiss.omp_set_num_threads(1)
+        generator = random.Random(1)
+        print(
+            "| words in the query | vectors, ms | words, ms | both, ms | both / vectors |\n"
+            "| --- | --- | --- | --- | --- |"
+        )
+        for words in (1, 2, 4):
+            queries = [" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in vectors]
+            taken: dict[str, list[float]] = {"vectors": [], "words": [], "both": []}
+            for query, vector in zip(queries, vectors, strict=True):
+                hybrid = HybridQuery(query, DEFAULT_HYBRID)
+                ways: dict[str, Callable[[], Any]] = {
+                    "vectors": partial(rank, searched, RankQuery(vector), 13),
+                    "words": partial(index.lexical.search, query, 13),
+                    "both": partial(rank, searched, RankQuery(vector, hybrid), 13),
+                }
+                for name, way in ways.items():
+                    started = time.perf_counter()
+                    way()
+                    taken[name].append(1000 * (time.perf_counter() - started))
+            medians = {name: statistics.median(values) for name, values in taken.items()}
+            cells = [*(f"{value:.2f}" for value in medians.values()), f"{medians['both'] / medians['vectors']:.2f}"]
+            print(f"| {words} | {' | '.join(cells)} |")
+
+
+def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
+    """Print a table: one row for each weight of the words, from none to words alone."""
+    sys.path.insert(0, str(EMOJI))
+    evaluate_queries: Any = import_module("evaluate_queries")
+    from dcar_core import Encoder
+    from index_jobs.store.versions import open_current
+
+    artifact = open_current(index)
+    lexical = artifact.lexical
+    if lexical is None:
+        raise SystemExit(f"{index} has no lexical index; rebuild it")
+    items = [artifact.item(row) for row in range(artifact.rows)]
+    read = evaluate_queries.read_queries(queries, [item.metadata | {"category": item.category} for item in items])
+    texts = [query.text for query in read]
+    encoder = Encoder.load(artifact.checkpoint, device="cpu")
+    searched = SearchedIndex(artifact, sample_vectors(artifact))
+    print(f"{len(read)} queries, {len(items):,} items, percent\n")
+    print(f"| weight of the words | {' | '.join(evaluate_queries.METRICS)} |\n| --- | --- | --- | --- |")
+    vectors = encoder.encode_text(texts)
+    for weight in weights:
+        scores = np.full((len(read), len(items)), -np.inf, np.float32)
+        for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
+            hybrid = HybridQuery(text, weight) if weight else None
+            best = rank(searched, RankQuery(vector, hybrid), 10)
+            scores[number, [each.row for each in best]] = -np.arange(len(best))
+        means = 100 * evaluate_queries.measure(scores, read).mean(0)
+        name = {0.0: "vectors alone", 1.0: "words alone"}.get(weight, f"{weight:g}")
+        print(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+
+
+def main() -> None:
+    """Run one of the two measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    quality = commands.add_parser("quality", help="what is found")
+    quality.add_argument("--index", type=Path, required=True, help="an index of examples/emoji/twemoji or openmoji")
+    quality.add_argument(
+        "--queries", type=Path, default=EMOJI / "queries" / "validation.tsv", help="default: %(default)s"
+    )
+    quality.add_argument("--weights", type=float, nargs="+", default=[0.0, DEFAULT_HYBRID, 1.0])
+    latency = commands.add_parser("latency", help="how long a search takes")
+    latency.add_argument("--items", type=int, default=100_000, help="default: %(default)s")
+    args = parser.parse_args()
+    if args.command == "quality":
+        measure_quality(args.index, args.queries, args.weights)
+    else:
+        measure_latency(args.items)
+
+
+if __name__ == "__main__":
+    main()

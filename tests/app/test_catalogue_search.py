@@ -1,0 +1,156 @@
+"""Hybrid search, groups and facets over HTTP."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from app.api.schemas import SearchResponse
+from index_jobs.jobs.updates import add, remove
+from index_jobs.rebuild import rebuild
+from tests.support.images import draw, png
+from tests.support.responses import assert_problem
+from tests.support.service import opened
+
+COLORS, SHAPES = 6, 4
+
+
+async def test_words_of_the_query_are_looked_up(built_index: Path) -> None:
+    """The tiny model has random weights, so its vectors alone find nothing."""
+    async with opened(built_index) as client:
+        body = (await client.post("/search/text", json={"query": "a red square", "hybrid": True})).json()
+        SearchResponse.model_validate(body, strict=True)
+        first = body["results"][0]
+        assert (first["caption"], first["text_score"] > 0.8) == ("a red square", True)
+        alone = (await client.post("/search/text", json={"query": "a red square", "k": 24})).json()
+        assert "text_score" not in alone["results"][0]
+        scores = {result["id"]: result["score"] for result in alone["results"]}
+        assert all(result["score"] == pytest.approx(scores[result["id"]], abs=1e-5) for result in body["results"])
+        form = {"query": "red square", "hybrid": "1", "k": "3"}
+        image = (await client.post("/search/image", files={"file": ("a.png", png())}, data=form)).json()
+        assert image["results"][0]["caption"] == "a red square"
+        batch = {"queries": [{"query": "bleu circle", "hybrid": 0.9, "k": 1}, {"query": "a red square", "k": 1}]}
+        answers = (await client.post("/search/batch", json=batch)).json()["answers"]
+        assert "circle" in answers[0]["results"][0]["caption"]
+        assert "text_score" not in answers[1]["results"][0]
+
+
+async def test_hybrid_pages_show_every_item_once(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        shown, offset = [], 0
+        while offset is not None:
+            query = {
+                "query": "red circle",
+                "hybrid": True,
+                "k": 5,
+                "offset": offset,
+                "filter": {"color": ["red", "blue"]},
+            }
+            body = (await client.post("/search/text", json=query)).json()
+            shown += [result["id"] for result in body["results"]]
+            offset = body.get("next_offset")
+        assert len(shown) == len(set(shown)) == 2 * SHAPES
+        assert shown[0] == "circle/red.png"
+
+
+async def test_words_of_added_items_are_found_and_of_removed_ones_not(index: Path, tmp_path: Path) -> None:
+    gallery = tmp_path / "more"
+    gallery.mkdir()
+    for number, caption in enumerate(["WX-300 left mirror", "WX-301 right mirror"]):
+        draw("pink", "square").save(gallery / f"{number}.png")
+        with (gallery / "metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": f"{number}.png", "id": f"new{number}", "caption": caption}) + "\n")
+    add(index, gallery, progress=False)
+    remove(index, ["circle/red.png", "new1"])
+    async with opened(index) as client:
+        code = (await client.post("/search/text", json={"query": "wx300", "hybrid": 1, "k": 1})).json()
+        assert [result["id"] for result in code["results"]] == ["new0"]
+        query = {"query": "red circle mirror", "hybrid": 1, "k": 30}
+        ids = [result["id"] for result in (await client.post("/search/text", json=query)).json()["results"]]
+        assert len(ids) == 24
+        assert not {"circle/red.png", "new1"} & {*ids}
+
+
+async def test_each_group_is_returned_once(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        everything = (await client.post("/search/text", json={"query": "x", "k": 24, "fields": ["color"]})).json()
+        best = list(dict.fromkeys(result["metadata"]["color"] for result in everything["results"]))
+        first_ids = [
+            next(result["id"] for result in everything["results"] if result["metadata"]["color"] == color)
+            for color in best
+        ]
+        body = (await client.post("/search/text", json={"query": "x", "group_by": "color", "k": 4})).json()
+        SearchResponse.model_validate(body, strict=True)
+        rest = {"query": "x", "group_by": "color", "k": 4, "offset": body["next_offset"]}
+        pages = body["results"] + (await client.post("/search/text", json=rest)).json()["results"]
+        assert [result["id"] for result in pages] == first_ids
+        assert [result["group"] for result in pages] == [{"value": color, "count": SHAPES} for color in best]
+        assert [result["rank"] for result in pages] == list(range(1, COLORS + 1))
+        some = {"query": "x", "group_by": "color", "filter": {"category": ["circle", "cross"]}}
+        groups = [result["group"] for result in (await client.post("/search/text", json=some)).json()["results"]]
+        assert {group["count"] for group in groups} == {2}
+
+
+async def test_an_index_with_a_group_field_returns_products(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", group_field="color", workers=0, progress=False)
+    async with opened(tmp_path / "index") as client:
+        results = (await client.post("/search/text", json={"query": "x"})).json()["results"]
+        assert len(results) == COLORS
+        results = (await client.get("/items/circle%2Fred.png/similar")).json()["results"]
+        assert len(results) == COLORS - 1, "the product itself is left out with all of its images"
+        assert "red" not in {result["group"]["value"] for result in results}
+        query = {"query": "x", "group_by": "", "k": 24}
+        assert len((await client.post("/search/text", json=query)).json()["results"]) == 24
+        query = {"query": "x", "fold": 1.0, "k": 24}
+        assert len((await client.post("/search/text", json=query)).json()["results"]) == 24
+
+
+async def test_facets_count_what_the_filter_allows(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        query = {"query": "x", "k": 1, "facets": ["category", "color"], "filter": {"color": ["red", "blue"]}}
+        body = (await client.post("/search/text", json=query)).json()
+        SearchResponse.model_validate(body, strict=True)
+        assert {entry["value"]: entry["count"] for entry in body["facets"]["color"]} == {"red": SHAPES, "blue": SHAPES}
+        assert {entry["count"] for entry in body["facets"]["category"]} == {2}
+        grouped = (await client.post("/search/text", json=query | {"group_by": "color"})).json()["facets"]
+        assert {entry["value"]: entry["count"] for entry in grouped["color"]} == {"red": 1, "blue": 1}
+        everything = (await client.post("/search/text", json={"query": "x", "k": 24, "fields": ["color"]})).json()
+        cutoff = everything["results"][9]["score"]
+        reached = [result for result in everything["results"] if result["score"] >= cutoff]
+        body = (await client.post("/search/text", json={"query": "x", "facets": ["color"], "min_score": cutoff})).json()
+        expected = Counter(result["metadata"]["color"] for result in reached)
+        assert {entry["value"]: entry["count"] for entry in body["facets"]["color"]} == dict(expected)
+        assert "facets_approximate" not in body
+        form = {"facets": '["color"]', "k": "1"}
+        image = (await client.post("/search/image", files={"file": ("a.png", png())}, data=form)).json()
+        assert len(image["facets"]["color"]) == COLORS
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"query": "x", "hybrid": 1.5}, "hybrid"),
+        ({"query": "x", "hybrid": -0.1}, "hybrid"),
+        ({"query": "x", "hybrid": "yes"}, "hybrid"),
+        ({"query": "x", "hybrid": None}, "hybrid"),
+        ({"query": "x", "hybrid": True, "rerank": True}, "hybrid"),
+        ({"more_like": ["circle/red.png"], "hybrid": True}, "hybrid"),
+        ({"query": "x", "group_by": "brand"}, "group_by"),
+        ({"query": "x", "group_by": 7}, "group_by"),
+        ({"query": "x", "group_by": "c" * 1025}, "group_by"),
+        ({"query": "x", "group_by": "color", "fold": 0.9}, "group_by"),
+        ({"query": "x", "facets": ["brand"]}, "facets"),
+        ({"query": "x", "facets": "color"}, "facets"),
+        ({"query": "x", "facets": ["color"] * 9}, "facets"),
+    ],
+    ids=json.dumps,
+)
+async def test_invalid_options_name_the_field(built_index: Path, body: dict[str, object], field: str) -> None:
+    async with opened(built_index) as client:
+        response = await client.post("/search/text", json=body)
+        assert response.status_code == 422
+        assert_problem(response, 422)
+        assert response.json()["errors"][0]["field"].startswith(field)

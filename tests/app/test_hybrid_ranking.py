@@ -1,0 +1,230 @@
+"""Hybrid ranking, groups and facets against plain computations over all rows."""
+
+import random
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from app.search.errors import InvalidQueryError, UnsupportedQueryError
+from app.search.ranking.facets import count_values
+from app.search.ranking.groups import group_field, rank_groups
+from app.search.ranking.hybrid import HybridQuery, _bonus
+from app.search.ranking.rank import RankQuery, rank
+from dcar_core.util.errors import DataError
+from index_jobs.store.faiss_index import FaissIndex
+from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
+
+WORDS = ["ghost", "spook", "fish", "cake", "red", "blue", "truck", "car", "face", "smile"]
+
+
+class Rows:
+    """What ranking needs of an artifact, over a FAISS index of some kind."""
+
+    def __init__(self, vectors: np.ndarray, kind: str = "Flat", lexical: LexicalIndex | None = None, **columns: Any):
+        index: Any = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add(vectors)
+        if kind.startswith("IVF"):
+            index.nprobe = index.nlist
+            index.make_direct_map()
+        if kind.startswith("HNSW"):
+            index.hnsw.efSearch = len(vectors)
+        self._faiss, self.rows, self.lexical = FaissIndex(index), len(vectors), lexical
+        self.live = np.ones(self.rows, np.bool_)
+        self.live.flags.writeable = False
+        self.manifest = SimpleNamespace(removed=0)
+        self._columns = columns
+
+    def search(self, vectors: np.ndarray, k: int, allowed: Any = None) -> Any:
+        return self._faiss.search(vectors, k, allowed)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        return self._faiss.vectors(rows)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        if name not in self._columns:
+            raise DataError(f"no item has the field {name!r}")
+        half = self.rows // 2
+        values = self._columns[name]
+        kind = pa.array(values).type
+        return pa.chunked_array([pa.array(values[:half], kind), pa.array(values[half:], kind)])
+
+
+def snapshot_of(artifact: Rows) -> Any:
+    return SimpleNamespace(artifact=artifact, groups={}, sample_vectors=artifact.vectors(np.arange(50)))
+
+
+def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    vectors = rng.standard_normal(shape).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, np.ndarray, LexicalIndex]:
+    rng, generator = np.random.default_rng(0), random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, range(1, 11), k=generator.randint(1, 5))) for _ in range(400)]
+    path = tmp_path_factory.mktemp("lexical") / "lexical"
+    write_lexical(path, texts)
+    lexical = LexicalIndex(path)
+    vectors = unit(rng, 400, 24)
+    vectors[100:140] = vectors[0]  # ties
+    return snapshot_of(Rows(vectors, lexical=lexical)), vectors, lexical
+
+
+@pytest.mark.parametrize("weight", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("query", ["ghost", "red fish cake", "face smile car", "gohst", "nothing here"])
+def test_hybrid_order_equals_the_sum_over_all_rows(catalogue: Any, query: str, weight: float) -> None:
+    snapshot, vectors, lexical = catalogue
+    vector = unit(np.random.default_rng(len(query)), 24)
+    allowed = np.random.default_rng(1).random(400) < 0.7
+    hybrid = HybridQuery(query, weight)
+    text_scores = lexical.score(query, np.arange(400))
+    scores = vectors @ vector + np.float32(_bonus(snapshot, vector, weight)) * text_scores
+    for mask in (None, allowed):
+        rows = np.arange(400) if mask is None else np.flatnonzero(mask)
+        expected = sorted(zip((-scores[rows]).round(5).tolist(), rows.tolist(), strict=True))
+        ranked = rank(snapshot, RankQuery(vector, hybrid=hybrid), 400, mask)
+        np.testing.assert_allclose([scores[each.row] for each in ranked], [-score for score, _ in expected], atol=2e-5)
+        assert sorted(each.row for each in ranked) == sorted(rows.tolist())
+        for each in ranked:
+            assert each.text_score == pytest.approx(text_scores[each.row], abs=1e-6)
+            assert each.score == pytest.approx(float(vectors[each.row] @ vector), abs=1e-5)
+        for count in (1, 7, 40, 150):
+            page = rank(snapshot, RankQuery(vector, hybrid=hybrid), count, mask)
+            assert [each.row for each in page] == [each.row for each in ranked[:count]]
+
+
+def test_common_words_are_ranked_among_the_nearest_rows(catalogue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.search.ranking.hybrid._TEXT_ROWS", 20)
+    snapshot, vectors, lexical = catalogue
+    vector = unit(np.random.default_rng(9), 24)
+    query = RankQuery(vector, HybridQuery("smile", 0.7))
+    text_scores = lexical.score("smile", np.arange(400))
+    assert np.count_nonzero(text_scores) > 100
+    ranked = rank(snapshot, query, 60)
+    scores = vectors @ vector + np.float32(_bonus(snapshot, vector, 0.7)) * text_scores
+    assert all(np.diff([scores[each.row] for each in ranked]) <= 1e-5)
+    for each in ranked:
+        assert each.text_score == pytest.approx(text_scores[each.row], abs=1e-6)
+    nearest = np.argsort(-(vectors @ vector), kind="stable")[:40]
+    assert {row for row in nearest.tolist() if text_scores[row] > 0} <= {each.row for each in ranked}
+    for count in (1, 10, 40):
+        assert [each.row for each in rank(snapshot, query, count)] == [each.row for each in ranked[:count]]
+
+
+def test_min_score_of_a_hybrid_search_is_a_cosine(catalogue: Any) -> None:
+    snapshot, _, _ = catalogue
+    vector = unit(np.random.default_rng(3), 24)
+    ranked = rank(snapshot, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5), min_score=0.2), 400)
+    everything = rank(snapshot, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5)), 400)
+    assert [each.row for each in ranked] == [each.row for each in everything if round(each.score, 6) >= 0.2]
+    assert 0 < len(ranked) < 400
+
+
+def test_an_index_without_words_says_how_to_get_them() -> None:
+    snapshot = snapshot_of(Rows(unit(np.random.default_rng(0), 60, 8)))
+    with pytest.raises(UnsupportedQueryError, match="rebuild"):
+        rank(snapshot, RankQuery(unit(np.random.default_rng(1), 8), hybrid=HybridQuery("ghost", 0.5)), 5)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,Flat"])
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count = 600
+    values = [None if number < 0 else f"p{number}" for number in (rng.zipf(1.5, count) % 90 - 1).tolist()]
+    vectors = unit(rng, count, 16)
+    snapshot = snapshot_of(Rows(vectors, kind, product=values))
+    groups = group_field(snapshot, "product")
+    vector = vectors[0]
+    for mask in (None, rng.random(count) < 0.5):
+        everything = rank(snapshot, RankQuery(vector), count, mask)
+        first: dict[Any, int] = {}
+        for each in everything:
+            first.setdefault(each.row if values[each.row] is None else values[each.row], each.row)
+        expected = list(first.values())
+
+        def search(size: int, remaining: Any) -> Any:
+            return rank(snapshot, RankQuery(vector), size, remaining)
+
+        for size in (1, 5, 24, len(expected), len(expected) + 5):
+            found = rank_groups(search, size, groups, mask)
+            assert [each.row for each in found] == expected[:size]
+        allowed = np.ones(count, np.bool_) if mask is None else mask
+        plain = Counter(value for value, inside in zip(values, allowed.tolist(), strict=True) if inside)
+        rows = expected[:24]
+        assert groups.sizes(rows, allowed) == [1 if values[row] is None else plain[values[row]] for row in rows]
+        assert [groups.value(row) for row in rows] == [values[row] for row in rows]
+
+
+def test_one_huge_group_does_not_hide_the_others() -> None:
+    rng = np.random.default_rng(0)
+    vectors = unit(rng, 3000, 16)
+    vectors[:2950] = vectors[0] + 0.01 * vectors[:2950]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    values = ["huge"] * 2950 + [f"p{number}" for number in range(50)]
+    snapshot = snapshot_of(Rows(vectors, product=values))
+    groups = group_field(snapshot, "product")
+    found = rank_groups(lambda size, mask: rank(snapshot, RankQuery(vectors[0]), size, mask), 10, groups, None)
+    assert len({groups.value(each.row) for each in found}) == 10
+
+
+def test_facets_equal_a_plain_count() -> None:
+    rng = np.random.default_rng(0)
+    count = 500
+    names = [None if number == 0 else f"c{number}" for number in rng.integers(0, 6, count).tolist()]
+    tags = [[f"t{tag}" for tag in rng.integers(0, 9, rng.integers(0, 4)).tolist()] for _ in range(count)]
+    flags = (rng.random(count) < 0.3).tolist()
+    products = [f"p{number}" for number in rng.integers(0, 40, count).tolist()]
+    snapshot = snapshot_of(Rows(unit(rng, count, 8), name=names, tags=tags, flag=flags, product=products))
+    groups = group_field(snapshot, "product")
+    mask = rng.random(count) < 0.6
+    rows = np.flatnonzero(mask).tolist()
+    for name, values in (("name", [[each] for each in names]), ("tags", tags), ("flag", [[each] for each in flags])):
+        for grouped in (None, groups):
+            pairs = (
+                {(value, row if grouped is None else products[row]) for row in rows for value in values[row]}
+                - {(None, row) for row in rows}
+                - {(None, product) for product in products}
+            )
+            expected = Counter(value for value, _ in pairs)
+            facet = count_values(snapshot, name, mask, grouped)
+            assert {entry["value"]: entry["count"] for entry in facet} == dict(expected)
+            assert [entry["count"] for entry in facet] == sorted(expected.values(), reverse=True)
+
+
+def test_numbers_are_counted_in_ranges_that_filters_accept() -> None:
+    rng = np.random.default_rng(0)
+    prices = [None if price < 0 else price for price in rng.normal(20, 9, 400).round(2).tolist()]
+    years = rng.integers(1990, 1995, 400).tolist()
+    snapshot = snapshot_of(Rows(unit(rng, 400, 8), price=prices, year=years))
+    everything = np.ones(400, np.bool_)
+    facet = count_values(snapshot, "price", everything)
+    assert 2 <= len(facet) <= 10
+    for entry in facet:
+        low = entry["value"]["gte"]
+        within = [
+            price for price in prices
+            if price is not None and price >= low
+            and (price < entry["value"]["lt"] if "lt" in entry["value"] else price <= entry["value"]["lte"])
+        ]  # fmt: skip
+        assert len(within) == entry["count"]
+    assert sum(entry["count"] for entry in facet) == sum(price is not None for price in prices)
+    assert {entry["value"]: entry["count"] for entry in count_values(snapshot, "year", everything)} == Counter(years)
+
+
+def test_a_field_that_cannot_group_is_named() -> None:
+    rng = np.random.default_rng(0)
+    snapshot = snapshot_of(Rows(unit(rng, 60, 8), tags=[["a", "b"]] * 60))
+    with pytest.raises(InvalidQueryError, match="several values"):
+        group_field(snapshot, "tags")
+    with pytest.raises(InvalidQueryError, match="no item has"):
+        group_field(snapshot, "brand")
+    with pytest.raises(InvalidQueryError, match="no item has"):
+        count_values(snapshot, "brand", np.ones(60, np.bool_))
