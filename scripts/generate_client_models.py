@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from app.api import schemas  # noqa: E402
 from app.api.requests import TextQuery  # noqa: E402
-from app.search.query import SearchOptions, Weights  # noqa: E402
+from app.search.query import Crop, SearchOptions, Weights  # noqa: E402
 
 HEADER = '''"""Models of the service's requests and responses.
 
@@ -43,6 +43,7 @@ def generate() -> str:
     parts = [HEADER, *map(_response_class, responses)]
     parts += [
         _typed_dict("Weights", Weights.model_json_schema()),
+        _typed_dict("Crop", Crop.model_json_schema()),
         _typed_dict("SearchOptions", SearchOptions.model_json_schema()),
         _typed_dict("TextQuery", TextQuery.model_json_schema(), base="SearchOptions", inherited=SearchOptions),
     ]

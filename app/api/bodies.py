@@ -24,7 +24,7 @@ from app.core.settings import Settings
 from app.search.query import Query, SearchOptions, normalise
 
 JSON_BYTES_PER_CHAR = 12  # most bytes that one character takes in JSON: a surrogate pair of \uXXXX escapes
-_OMITTED_IF_EMPTY = frozenset({*LIST_FIELDS, "filter", "weights"})
+_OMITTED_IF_EMPTY = frozenset({*LIST_FIELDS, "filter", "weights", "crop"})
 _TEXT_FIELDS = frozenset({"query", "without", "group_by"})  # taken literally; all other form fields are JSON
 _MAX_FIELD_BYTES = 16 * 2**10
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})

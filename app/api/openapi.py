@@ -151,6 +151,6 @@ def _add_limits(schemas: dict[str, Any], settings: Settings) -> None:
     form = schemas["ImageForm"]
     file = {"type": "string", "format": "binary", "description": f"at most {settings.max_upload_bytes} bytes"}
     form |= {"properties": {"file": file, **form["properties"]}, "required": ["file"]}
-    for name in ("filter", "weights"):  # OpenAPI would send an object as a file of its own
+    for name in ("filter", "weights", "crop"):  # OpenAPI would send an object as a file of its own
         description = form["properties"][name].get("description", "as in text searches")
         form["properties"][name] = {"type": "string", "default": "", "description": f"{description}; as JSON"}

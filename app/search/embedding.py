@@ -20,8 +20,9 @@ from app.core.settings import Settings
 from app.core.threads import use_default_scheduling
 from app.search.batching import Batcher, BatchGroup, SharedTasks
 from app.search.embedding_cache import MemoryCache, cache_key, rounded
+from app.search.query import Crop
 from app.search.snapshots import Snapshot
-from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect
+from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect, open_image
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.cpu_features import available_cores
 
@@ -85,21 +86,26 @@ class Embedder:
 
         return await self._cached(cache_key(encoder.fingerprint, "text", text.encode()), encoder.dim, embed)
 
-    async def image(self, snapshot: Snapshot, data: bytes) -> tuple[Floats, bool]:
-        """Return the vector (E,) of an image file, and True if it was cached.
+    async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
+        """Return the vector (E,) of an image file, or of a part of it, and True if it was cached.
 
         Raises:
             ImageError: the file cannot be read; the message is the reason.
         """
-        encoder = snapshot.encoder
+        encoder, preprocess = snapshot.encoder, snapshot.preprocess
+
+        def prepare(container: Container) -> Pixels:
+            if crop is None:
+                return preprocess(container)
+            return preprocess(crop.apply(open_image(container, max_pixels=self._max_pixels)))
 
         async def embed() -> Floats:
-            (vector,) = await self.pixels(
-                snapshot, [await self.decode(data, snapshot.preprocess, self._max_pixels, self._formats)]
-            )
+            (vector,) = await self.pixels(snapshot, [await self.decode(data, prepare, self._max_pixels, self._formats)])
             return vector
 
-        return await self._cached(await self._image_key(encoder.fingerprint, data), encoder.dim, embed)
+        key = await self._image_key(encoder.fingerprint, data)
+        key += "" if crop is None else f":{crop.x:g},{crop.y:g},{crop.width:g},{crop.height:g}"
+        return await self._cached(key, encoder.dim, embed)
 
     async def weighted_text(self, snapshot: Snapshot, text: str, factors: Floats) -> Floats:
         """Return the vectors (C, E) of a text under C weightings of its tokens, factors (C, n). Not cached."""

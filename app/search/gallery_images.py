@@ -69,6 +69,7 @@ class ImageFile:
     async def pieces(self, threads: Executor) -> AsyncIterator[bytes]:
         """Yield the file piece by piece. Raise ImageUnavailableError if it has become shorter meanwhile."""
         loop, piece, left = asyncio.get_running_loop(), self._start, self.size
+        self._start = b""
         while True:
             yield piece
             left -= len(piece)

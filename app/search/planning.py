@@ -56,6 +56,8 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings) -> Plan:
             raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {', '.join(sorted(known))}")
     if options.rerank and not query.text:
         raise InvalidQueryError("rerank", "needs a text query, whose words it weighs")
+    if options.crop is not None and query.image is None:
+        raise InvalidQueryError("crop", "needs an image; leave it out")
     more_rows = [row_of(snapshot, each, "more_like") for each in options.more_like]
     if query.item_id is not None:
         more_rows.append(row_of(snapshot, query.item_id, "id"))

@@ -9,10 +9,11 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from app.core.settings import DEFAULT_K
 from app.search.errors import InvalidQueryError
@@ -31,6 +32,7 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 DEFAULT_HYBRID = 0.7  # weight of the words in a hybrid search; chosen on short queries of the bundled example
 
 _MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
+_CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
 
@@ -56,6 +58,29 @@ class Weights(BaseModel):
     more: Weight = 1.0
     less: Weight = 0.5
     without: Weight = 0.5
+
+
+class Crop(BaseModel):
+    """A part of the query image, in fractions of its width and height when it is upright."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    x: Annotated[float, Field(strict=True, ge=0, lt=1)]
+    y: Annotated[float, Field(strict=True, ge=0, lt=1)]
+    width: Annotated[float, Field(strict=True, gt=0, le=1)]
+    height: Annotated[float, Field(strict=True, gt=0, le=1)]
+
+    @model_validator(mode="after")
+    def _check_edges(self) -> Self:
+        if max(self.x + self.width, self.y + self.height) > 1 + _CROP_ROUNDING:
+            raise ValueError("must lie inside the image: x + width and y + height are at most 1")
+        return self
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """Return this part of an upright image, at least one pixel."""
+        left, top = int(self.x * image.width), int(self.y * image.height)
+        right, bottom = round((self.x + self.width) * image.width), round((self.y + self.height) * image.height)
+        return image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
 
 
 class SearchOptions(BaseModel):
@@ -91,6 +116,9 @@ class SearchOptions(BaseModel):
         Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64), FailFast()],
         Field(description='metadata fields to return with each result, ["*"] for all', examples=[["*"]]),
     ] = ()
+    crop: Annotated[Crop | None, Field(description="search with this part of the image; for image queries alone")] = (
+        None
+    )
     fold: Annotated[
         float | None,
         Field(

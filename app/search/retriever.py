@@ -198,7 +198,7 @@ class Retriever:
         parts = [QueryPart(weight, vector) for (weight, _), (vector, _) in zip(texts, embeddings, strict=True)]
         is_cached = all(cached for _, cached in embeddings)
         if query.image is not None:
-            vector, is_image_cached = await self._embedder.image(snapshot, query.image)
+            vector, is_image_cached = await self._embedder.image(snapshot, query.image, query.options.crop)
             parts.append(QueryPart(weights.image, vector))
             is_cached &= is_image_cached
         for weight, rows in ((weights.more, plan.more_rows), (-weights.less, plan.less_rows)):

@@ -219,6 +219,15 @@ class Weights(TypedDict, total=False):
     without: float
 
 
+class Crop(TypedDict, total=False):
+    """A part of the query image, in fractions of its width and height when it is upright."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
 class SearchOptions(TypedDict, total=False):
     """Options of every kind of search."""
 
@@ -241,6 +250,8 @@ class SearchOptions(TypedDict, total=False):
     weights: Weights
     fields: list[str]
     """Metadata fields to return with each result, ["*"] for all."""
+    crop: Crop | None
+    """Search with this part of the image; for image queries alone."""
     fold: float | None
     """Show items with at least this cosine as one result; the others are listed under `folded`."""
     hybrid: bool | float
