@@ -115,6 +115,7 @@ async def test_the_async_client_returns_the_same(built_index: Path, gallery: Pat
         ("search_text", ("a red circle",), {"k": 3}),
         ("search_image", (file, "red"), {"k": 2}),
         ("search_batch", (["red", {"query": "blue", "k": 3}],), {"k": 2}),
+        ("embeddings", (["red"],), {}),
         ("similar", (ODD_ID,), {"k": 4}),
         ("items", (), {"filter": {"category": "circle"}, "k": 4}),
         ("item", (ODD_ID,), {}),
