@@ -164,7 +164,7 @@ def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
     """Return the largest body in bytes, and the field to blame for a larger one."""
     if path.endswith("/search/image"):
         return settings.max_upload_bytes + _FORM_OVERHEAD_BYTES, "file"
-    if path.endswith("/v1/embeddings"):  # images in base64
-        return settings.max_upload_bytes * 4 // 3 + _FORM_OVERHEAD_BYTES, "input"
-    queries = settings.max_queries if path.endswith("/search/batch") else 1
-    return max(_FORM_OVERHEAD_BYTES, queries * (2 * settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)), "body"
+    texts = max(_FORM_OVERHEAD_BYTES, 2 * settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)
+    if path.endswith(("/v1/embeddings", "/search/batch")):  # also images in base64
+        return settings.max_upload_bytes * 4 // 3 + settings.max_queries * texts, "body"
+    return texts, "body"

@@ -18,7 +18,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.requests import LIST_FIELDS, BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
+from app.api.requests import LIST_FIELDS, BatchEntry, BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import Settings
 from app.search.query import Query, SearchOptions, normalise
@@ -26,6 +26,9 @@ from app.search.query import Query, SearchOptions, normalise
 JSON_BYTES_PER_CHAR = 12  # most bytes that one character takes in JSON: a surrogate pair of \uXXXX escapes
 _OMITTED_IF_EMPTY = frozenset({*LIST_FIELDS, "filter", "weights", "crop"})
 _TEXT_FIELDS = frozenset({"query", "without", "group_by"})  # taken literally; all other form fields are JSON
+# Images make a body large, but not its number of values, each of which costs memory and time of the event loop.
+_LARGE_JSON_BYTES = 2**20
+_MAX_JSON_VALUES = 100_000
 _MAX_FIELD_BYTES = 16 * 2**10
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})
 
@@ -37,7 +40,7 @@ async def read_text_query(request: Request, settings: Settings) -> Query:
     return _text_query(await _read_json(request, TextQuery), settings)
 
 
-async def read_batch(request: Request, settings: Settings) -> list[TextQuery]:
+async def read_batch(request: Request, settings: Settings) -> list[BatchEntry]:
     """Read the body of POST /search/batch. `check_batch` checks the queries one by one."""
     queries = (await _read_json(request, BatchQuery)).queries
     if len(queries) > settings.max_queries:
@@ -45,12 +48,13 @@ async def read_batch(request: Request, settings: Settings) -> list[TextQuery]:
     return queries
 
 
-def check_batch(queries: list[TextQuery], settings: Settings) -> list[Query]:
-    """Check the queries of a batch; an error names the number of its query."""
+def check_batch(queries: list[BatchEntry], settings: Settings) -> list[Query]:
+    """Check the queries of a batch and decode their images; an error names the number of its query."""
     checked = []
     for number, query in enumerate(queries):
         try:
-            checked.append(_text_query(query, settings))
+            image = None if query.image is None else _decoded(query.image, settings, "image")
+            checked.append(_text_query(query, settings, image))
         except Problem as problem:
             raise problem.within(f"queries.{number}") from None
     return checked
@@ -75,14 +79,7 @@ def embeddings_input(query: EmbeddingsQuery, settings: Settings) -> list[str | b
                 raise field_problem(field, "must not be empty")
             inputs.append(text)
             continue
-        try:
-            data = base64.b64decode(each.image.rpartition(",")[2], validate=True)
-        except ValueError:
-            raise field_problem(f"{field}.image", "must be base64, or a data URI with base64") from None
-        if len(data) > settings.max_upload_bytes:
-            message = f"at most {settings.max_upload_bytes / 2**20:.3g} MiB, not {len(data) / 2**20:.3g}"
-            raise field_problem(f"{field}.image", message, status=413)
-        inputs.append(data)
+        inputs.append(_decoded(each.image, settings, f"{field}.image"))
     return inputs
 
 
@@ -111,8 +108,7 @@ async def read_image_query(request: Request, settings: Settings) -> Query:
         if not isinstance(file, UploadFile):
             raise field_problem("file", "an image is required, as the form field `file`")
         if file.size is not None and file.size > settings.max_upload_bytes:
-            message = f"at most {settings.max_upload_bytes / 2**20:.3g} MiB, not {file.size / 2**20:.3g}"
-            raise field_problem("file", message, status=413)
+            raise _too_large("file", file.size, settings)
         data = await file.read()
     if not data:
         raise field_problem("file", "the file is empty")
@@ -138,21 +134,38 @@ def _check_content_type(request: Request, expected: str) -> str:
 async def _read_json(request: Request, model: type[M]) -> M:
     body = await request.body()
     _check_content_type(request, "application/json")
+    if len(body) > _LARGE_JSON_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+        raise field_problem("body", f"at most {_MAX_JSON_VALUES:,} values", status=413)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
 
 
-def _text_query(query: TextQuery, settings: Settings) -> Query:
+def _decoded(image: str, settings: Settings, field: str) -> bytes:
+    try:
+        data = base64.b64decode(image.rpartition(",")[2], validate=True)
+    except ValueError:
+        raise field_problem(field, "must be base64, or a data URI with base64") from None
+    if len(data) > settings.max_upload_bytes:
+        raise _too_large(field, len(data), settings)
+    return data
+
+
+def _too_large(field: str, size: int, settings: Settings) -> Problem:
+    message = f"at most {settings.max_upload_bytes / 2**20:.3g} MiB, not {size / 2**20:.3g}"
+    return field_problem(field, message, status=413)
+
+
+def _text_query(query: TextQuery, settings: Settings, image: bytes | None = None) -> Query:
     text = _normalised(query.query, settings, "query")
-    if not text and (query.query or not query.more_like):
+    if not text and (query.query or not (query.more_like or image)):
         subtracted = "less_like" if query.less_like else "without" if query.without else None
         if subtracted and not query.query:
             raise field_problem(subtracted, "needs a query or more_like to subtract from")
         raise field_problem("query", "must not be empty")
     check_window(query, settings)
-    return Query(query, text, without_text=_without(query, settings))
+    return Query(query, text, image, without_text=_without(query, settings))
 
 
 def _normalised(text: str, settings: Settings, field: str) -> str:

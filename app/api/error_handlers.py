@@ -46,7 +46,9 @@ def to_problem(error: Exception) -> Problem:
         case RequestValidationError():
             return from_validation(error)
         case BatchQueryError():
-            return to_problem(error.cause).within(f"queries.{error.number}")
+            cause = error.cause
+            problem = field_problem("image", str(cause)) if isinstance(cause, ImageError) else to_problem(cause)
+            return problem.within(f"queries.{error.number}")
         case InvalidQueryError():
             return field_problem(error.field, error.message)
         case ItemNotFoundError():

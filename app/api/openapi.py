@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
+from app.api.requests import BatchEntry, BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
 from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem, field_problem
 from app.core.settings import Settings
@@ -108,7 +108,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (TextQuery, ImageForm, BatchQuery, EmbeddingsQuery, ProblemResponse):
+    for model in (TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, ProblemResponse):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
     _add_limits(schemas, app.state.settings)
@@ -140,7 +140,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
 
 def _add_limits(schemas: dict[str, Any], settings: Settings) -> None:
     """Write the limits of the settings, and the file of a form, into the schemas of requests."""
-    for model in (TextQuery, ImageForm):
+    for model in (TextQuery, BatchEntry, ImageForm):
         properties = schemas[model.__name__]["properties"]
         for name in ("query", "without"):
             properties[name]["maxLength"] = settings.max_query_chars

@@ -86,11 +86,17 @@ class EmbeddingsQuery(BaseModel):
     user: Annotated[str | None, Field(description="ignored")] = None
 
 
+class BatchEntry(TextQuery):
+    """One search of a batch: as a text search, or with an image, or both."""
+
+    image: Annotated[str | None, Field(min_length=1, description="an image file in base64, or as a data URI")] = None
+
+
 class BatchQuery(BaseModel):
-    """Several text searches, answered together from one index version."""
+    """Several searches, answered together from one index version."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"queries": [{"query": "crying cat"}, {"query": "red apple"}]}]}
     )
 
-    queries: Annotated[list[TextQuery], Field(min_length=1, max_length=MAX_QUERIES), FailFast()]
+    queries: Annotated[list[BatchEntry], Field(min_length=1, max_length=MAX_QUERIES), FailFast()]

@@ -117,11 +117,12 @@ def _item_routes(settings: Settings) -> APIRouter:
         **operation(BatchResponse, 400, 404, 409, 413, 415, 422, 503, body=BatchQuery),
     )
     async def search_batch(request: Request) -> Response:
-        """Run several text searches in one request. Each one counts against the caller's rate limit."""
+        """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
         snapshot = snapshot_of(request)
         queries = await read_batch(request, settings)
         await charge(request, len(queries) - 1)
-        results = await retriever_of(request).search_batch(snapshot, check_batch(queries, settings))
+        checked = await asyncio.to_thread(check_batch, queries, settings)
+        results = await retriever_of(request).search_batch(snapshot, checked)
         responses = [search_response(request, each) for each in results]
         return JsonResponse({"index_version": results[0].version, "answers": responses})
 

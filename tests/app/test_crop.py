@@ -1,5 +1,6 @@
-"""`crop`: a search with a part of the query image."""
+"""Images as queries: with a part of the image (`crop`), and in a batch."""
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -68,3 +69,40 @@ async def test_an_invalid_crop_is_refused_by_name(built_index: Path, crop: Any, 
 async def test_a_crop_needs_an_image(built_index: Path) -> None:
     async with opened(built_index) as client:
         assert_problem(await client.post("/search/text", json={"query": "red", "crop": LEFT}), 422, "crop")
+
+
+async def test_a_batch_searches_with_texts_and_images(built_index: Path) -> None:
+    image = base64.b64encode(file_of(two_halves())).decode()
+    queries: list[dict[str, Any]] = [
+        {"query": "red", "k": 5},
+        {"image": image, "k": 5},
+        {"image": f"data:image/png;base64,{image}", "query": "circle", "crop": LEFT, "k": 5},
+    ]
+    async with opened(built_index) as client:
+        answers = (await client.post("/search/batch", json={"queries": queries})).json()["answers"]
+        text = await client.post("/search/text", json=queries[0])
+        file = {"file": file_of(two_halves())}
+        whole = await client.post("/search/image", files=file, data={"k": "5"})
+        both = await client.post(
+            "/search/image", files=file, data={"k": "5", "query": "circle", "crop": json.dumps(LEFT)}
+        )
+        for answer, alone in zip(answers, (text, whole, both), strict=True):
+            assert [each["id"] for each in answer["results"]] == [each["id"] for each in alone.json()["results"]]
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "field"),
+    [
+        ({"image": "no base64!"}, 422, "queries.1.image"),
+        ({"image": base64.b64encode(b"no image").decode()}, 422, "queries.1.image"),
+        ({"image": base64.b64encode(bytes(20_001)).decode()}, 413, "queries.1.image"),
+        ({"image": ""}, 422, "queries.1.image"),
+        ({"image": None}, 422, "queries.1.query"),
+    ],
+)
+async def test_an_invalid_image_of_a_batch_is_refused_by_name(
+    built_index: Path, query: dict[str, Any], status: int, field: str
+) -> None:
+    async with opened(built_index, max_upload_bytes=20_000) as client:
+        response = await client.post("/search/batch", json={"queries": [{"query": "red"}, query]})
+        assert_problem(response, status, field)

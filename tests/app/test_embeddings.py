@@ -66,9 +66,17 @@ async def test_invalid_input_is_refused_by_name(
 
 
 async def test_a_body_beyond_the_upload_limit_is_refused(built_index: Path) -> None:
-    async with opened(built_index, max_upload_bytes=20_000) as client:
+    async with opened(built_index, max_upload_bytes=20_000, max_queries=1) as client:
         response = await client.post("/v1/embeddings", json={"input": {"image": "A" * 100_000}})
-        assert_problem(response, 413, "input")
+        assert_problem(response, 413, "body")
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/search/batch"])
+async def test_a_body_of_very_many_values_is_refused_unparsed(built_index: Path, path: str) -> None:
+    body = b'{"user": [' + b"0," * 600_000 + b"0]}"
+    async with opened(built_index) as client:
+        response = await client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert_problem(response, 413, "body")
 
 
 async def test_keys_and_rates_apply_and_each_input_counts(built_index: Path) -> None:
