@@ -52,6 +52,12 @@ def test_a_hostile_file_is_refused_within_milliseconds(name: str) -> None:
     assert caught.value.fault in {ImageFault.HOSTILE, ImageFault.TOO_LARGE, ImageFault.BROKEN}
 
 
+def test_a_large_index_of_an_avif_file_is_refused_before_it_is_searched() -> None:
+    with pytest.raises(ImageError, match="an AVIF file with an index of 10,000,") as caught:
+        inspect(hostile.avif_with_index(10_000_000))
+    assert caught.value.fault == ImageFault.HOSTILE
+
+
 MEMORY = """
 import re, sys
 from pathlib import Path
