@@ -11,6 +11,7 @@ import gc
 import logging
 import logging.config
 import socket
+import sys
 import threading
 from types import FrameType
 from typing import cast
@@ -32,6 +33,7 @@ from index_jobs.store.versions import require_index
 logger = logging.getLogger(__name__)
 
 _FINISH_S = 10  # for pending requests at shutdown
+_SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets twice as many turns as by default
 
 
 def serve(settings: Settings) -> None:
@@ -48,6 +50,7 @@ def serve(settings: Settings) -> None:
         server.should_exit = True
 
     _allow_connections()
+    sys.setswitchinterval(_SWITCH_S)
     with listener:
         app = create_app(settings, on_start_failure=fail, tracer=tracer)
         host, port = listener.getsockname()[:2]
