@@ -2,8 +2,8 @@
 
 - A second httptools parser reads the framing of every message before uvicorn sees the bytes, in 10 us a request. h11
   needs less of a wrapper, but costs 130 us a request.
-- Reads are small, and after a costly one (thousands of tiny chunks) reading pauses until all other connections had a
-  turn: libuv would read a socket up to 32 times in a row.
+- A connection has a turn of about a millisecond, then all others have theirs: thousands of tiny chunks or pipelined
+  requests wait. Reads are small, since libuv reads a socket up to 32 times in a row.
 - While no request is answered, a complete head must arrive within HEAD_S. That bounds slow heads, idle connections and
   bodies that still arrive after their response.
 - Heads, and the bytes between two pieces of a body, are limited to HEAD_BYTES. Trailers are refused, because uvicorn
@@ -33,9 +33,10 @@ HEAD_S = 10.0
 WRITE_S = 30.0
 HEAD_BYTES = 64 * 2**10
 READ_BYTES = 16 * 2**10
+PARSED_BYTES = 2 * 2**10  # between two looks at the clock
 PIECE_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**10
-_COSTLY_S = 0.001  # of the event loop, for one read
+_COSTLY_S = 0.001  # of the event loop, for one connection's turn
 _STATE_KEY = "dcar.connection"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
@@ -77,6 +78,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._pending = 0  # requests that are being answered
         self._heads = 0  # that uvicorn has seen
         self._finished = 0  # requests that have been answered
+        self._is_held = False  # True while reading is paused here
         self._cycle: Any = None  # uvicorn's state of the request that is being answered
         self._in_message = self._in_head = self._has_trailers = False
         self._unframed = 0  # bytes since a head began or a piece of a body arrived
@@ -116,24 +118,28 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._parse()
 
     def _parse(self) -> None:
-        """Parse the received bytes, unless pipelined requests wait. After a costly read, other connections go first."""
-        if self._transport.is_closing():
-            return
-        if self._heads - self._finished > 1:
-            self._transport.pause_reading()
-            return
-        data, self._received = bytes(self._received), bytearray()
+        """Parse the received bytes piece by piece, until pipelined requests wait or other connections have a turn."""
         began = time.perf_counter()
-        self._feed(data)
-        if time.perf_counter() - began > _COSTLY_S and not self._transport.is_closing():
-            self._transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._resume_reading)
-
-    def _resume_reading(self) -> None:
-        if self._received:
-            self._parse()
-        if not (self._received or self._inner.flow.read_paused or self._transport.is_closing()):
+        while self._received and not self._transport.is_closing():
+            if self._heads - self._finished > 1:  # `request_finished` goes on
+                self._is_held = True
+                self._transport.pause_reading()
+                return
+            data = bytes(memoryview(self._received)[:PARSED_BYTES])
+            del self._received[:PARSED_BYTES]
+            self._feed(data)
+            if time.perf_counter() - began > _COSTLY_S and not self._transport.is_closing():
+                self._transport.pause_reading()
+                self._schedule()
+                return
+        if self._is_held and not (self._inner.flow.read_paused or self._transport.is_closing()):
             self._transport.resume_reading()
+        self._is_held = False
+
+    def _schedule(self) -> None:
+        """Parse the rest, and read on, after the other connections."""
+        self._is_held = True
+        asyncio.get_running_loop().call_later(0, self._parse)
 
     def _feed(self, data: bytes) -> None:
         if not self._in_message:
@@ -165,7 +171,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._pending -= 1
         self._finished += 1
         if self._received:
-            asyncio.get_running_loop().call_soon(self._resume_reading)
+            self._schedule()
         if not (self._pending or self._transport.is_closing()):
             self._expect_head()
 
