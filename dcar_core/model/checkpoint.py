@@ -120,7 +120,7 @@ def backbone_files(path: Path) -> list[Path]:
 def read_trainables(path: Path) -> Trainables:
     """Read the trained parameters, or raise CheckpointError."""
     try:
-        return load_file(str(path / WEIGHTS))
+        return load_file(str(path / WEIGHTS))  # type: ignore[no-any-return]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
