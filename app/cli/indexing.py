@@ -1,4 +1,4 @@
-"""`dcar index`: build, add, remove, items, list, verify, rollback."""
+"""`dcar index`: build, add, remove, relocate, items, list, verify, rollback."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +103,26 @@ def add_command(
     added = f"{summary.added:,} added" + (f", {summary.removed:,} of them replaced" if summary.removed else "")
     typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({added}, {summary.failed} broken)")
     _recommend(summary.rebuild)
+
+
+@commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))
+def relocate_command(
+    index: Index,
+    gallery: Annotated[str | None, typer.Option(metavar="PLACE", help="New place of the gallery.")] = None,
+    former: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FOLDER", help="Folder that was moved there. Default: the gallery's root."),
+    ] = None,
+    model: Annotated[Path | None, typer.Option(exists=True, help="New directory or file of the backbone.")] = None,
+    keep: Keep = RebuildOptions.keep,
+) -> None:
+    """Publish a version whose images or model are looked for at another place; nothing is encoded."""
+    from index_jobs.jobs.relocation import relocate
+
+    if gallery is None and model is None:
+        raise typer.BadParameter("give --gallery or --model with the new place")
+    manifest = relocate(index, gallery=gallery, former=former, model=model, keep=keep)
+    typer.echo(f"{index}: version {manifest.version}, images at {manifest.root or ', '.join(manifest.roots)}")
 
 
 @commands.command(

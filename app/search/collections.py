@@ -209,6 +209,13 @@ class Collections:
         reasons = [self._with_name(name, index.reason) for name, index in self if index.reason is not None]
         return "; ".join(reasons) or None
 
+    def find_gallery_fault(self) -> str | None:
+        """Return why images cannot be shown, by a sample of each gallery's files; None if they can. Reads the disk."""
+        for name, index in self:
+            if index.live and (fault := index.live.artifact.find_gallery_fault()):
+                return self._with_name(name, _without_directories(fault, index.index))
+        return None
+
     def start(self) -> None:
         """Load every collection, one after the other, and begin to poll, in the background."""
         for _, index in self:

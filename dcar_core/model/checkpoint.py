@@ -141,6 +141,12 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     described = content["backbone"]
     if backbone is None:
         source = BackboneSource(_absolute(described["model"], path) or "", _absolute(described["pretrained"], path))
+        for key, place in (("model", source.model), ("pretrained", source.pretrained)):
+            if place and Path(place).is_absolute() and not Path(place).exists():
+                raise ModelError(
+                    f"{place}, the backbone of {path}, does not exist; if it was moved, name its new place: for an "
+                    f"index by `dcar index relocate INDEX --model PLACE`, else as backbone.{key} in {path / CONFIG}"
+                )
         backbone = load_backbone(source, device)
     backbone_hash = backbone.content_hash()
     if backbone_hash != described["sha256"]:

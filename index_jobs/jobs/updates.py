@@ -248,14 +248,15 @@ def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> 
     """Return the error for ids that are in the index. Its advice loses no image of another file."""
     columns = zip(*(gallery.table[name].to_pylist() for name in ("id", "location", "offset")), strict=True)
     places = {item_id: (join_location(gallery.root, place), offset) for item_id, place, offset in columns}
-    others = [item_id for item_id in existing if places[item_id] != current.image_place(item_id)]
+    indexed = {item_id: current.image_place(current.row_of(item_id) or 0) for item_id in existing}
+    others = [item_id for item_id in existing if places[item_id] != indexed[item_id]]
     message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.source} have an id that is in the index"
     if not others:
         return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them anew")
-    indexed, _ = current.image_place(others[0]) or ("", 0)
     return DataError(
-        f"{message}, such as {others[0]!r}, which is {indexed} there and {places[others[0]][0]} here; --gallery "
-        f"NAME=PLACE adds them beside each other, with NAME/ before the new ids (--replace takes the indexed ones out)"
+        f"{message}, such as {others[0]!r}, which is {indexed[others[0]][0]} there and {places[others[0]][0]} here; "
+        f"--gallery NAME=PLACE adds them beside each other, with NAME/ before the new ids (--replace takes the indexed "
+        f"ones out)"
     )
 
 

@@ -8,6 +8,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
-from index_jobs.gallery.storage import join_location, location_version, open_image
+from index_jobs.gallery.storage import is_url, join_location, location_version, open_image
 from index_jobs.store.faiss_search import ScoredRows, as_mask
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 _CACHED_ITEMS = 4096  # some 2 MB of objects
+_SAMPLE = 16  # images whose presence stands for the gallery's
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +156,8 @@ class Artifact(Segments):
         vector: Floats = self.vectors(np.array([row]))[0]
         return vector
 
-    def image_place(self, item_id: str) -> tuple[str, int] | None:
-        """Return the file of an item's image and the offset in it, None if there is no such item."""
-        row = self.row_of(item_id)
-        if row is None:
-            return None
+    def image_place(self, row: int) -> tuple[str, int]:
+        """Return the file of a row's image, and the offset in it."""
         segment, place = self.locate(row)
         location = join_location(segment.root, segment.items.cell(place, "location"))
         return location, segment.items.cell(place, "offset")
@@ -191,6 +190,19 @@ class Artifact(Segments):
         if self.image_access is not None:
             location = self.image_access.resolve(segment.root, location, offset, size, segment.roots)
         return segment.root, location, offset, size
+
+    def find_gallery_fault(self) -> str | None:
+        """Return a reason if more than half of a sample of local images are gone, such as after a move; else None."""
+        sampled = [
+            self.image_place(row)
+            for row in {*np.linspace(0, self.rows - 1, _SAMPLE, dtype=int).tolist()}
+            if self.live[row]
+        ]
+        paths = [path for path, _ in sampled if not is_url(path)]
+        missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
+        if 2 * len(missing) <= len(paths):
+            return None
+        return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"
 
     def image_key(self, row: int) -> str:
         """Return 32 hexadecimal digits that change with the place, size and time of the row's image file.

@@ -10,6 +10,7 @@ from app.core.metrics import Metrics
 from app.core.supervision import supervise
 from app.search.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
+from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import current_version
 from tests.support.responses import scrape
 from tests.support.service import ServiceClient, opened, until
@@ -77,6 +78,19 @@ async def test_readiness_shows_no_absolute_path(index: Path) -> None:
         ready = await client.get("/readyz")
         assert str(index.parent) not in ready.text
         assert ready.json()["reason"].startswith("index has no version 7")
+
+
+async def test_a_gallery_that_is_gone_degrades_readiness(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
+    async with opened(tmp_path / "index", poll_s=0.02) as client:
+        assert await has_status(client, "ready")
+        gallery.rename(tmp_path / "unmounted")
+        ready = (await client.get("/readyz")).json()
+        assert ready["status"] == "degraded"
+        assert "sampled images are not in the gallery" in ready["reason"]
+        assert str(tmp_path) not in ready["reason"]
+        (tmp_path / "unmounted").rename(gallery)
+        assert await has_status(client, "ready")
 
 
 async def test_the_batcher_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,130 @@
+"""Relocation of a published index whose gallery or model was moved: a new version with other places.
+
+Nothing is encoded, and all files are shared with the version before, except items with absolute locations below the
+former folder, and the configuration of a checkpoint whose model was moved.
+"""
+
+import datetime
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dcar_core.util.errors import DataError
+from dcar_core.util.files import write_json
+from index_jobs.gallery.storage import is_url, parent_folder
+from index_jobs.options import RebuildOptions
+from index_jobs.store import publish
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.items import write_items
+from index_jobs.store.manifest import CHECKPOINT, ITEMS, Manifest
+from index_jobs.store.versions import open_current
+
+_CONFIG = f"{CHECKPOINT}/config.json"
+
+
+def relocate(
+    index: Path,
+    *,
+    gallery: str | None = None,
+    former: str | None = None,
+    model: Path | None = None,
+    keep: int = RebuildOptions.keep,
+) -> Manifest:
+    """Publish a version with another place of its images, its model, or both.
+
+    Args:
+        gallery: the new folder of the images, or the new place of the tar or list.
+        former: the folder that was moved there; None for the root of the gallery.
+        model: the new directory or file of the backbone.
+
+    Raises:
+        DataError: no sampled image is at the new place, or the model comes from a hub.
+        CheckpointError, ModelError: the model at the new place is another one, or cannot be loaded.
+    """
+    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+        current = open_current(index)
+        manifest, written = current.manifest, set[str]()
+        if gallery is not None:
+            old = (former or manifest.root).rstrip("/")
+            new = gallery if is_url(gallery) else str(Path(gallery).absolute())
+            new = (parent_folder(new) if not is_url(new) and Path(new).is_file() else new).rstrip("/")
+            manifest = _move_places(manifest, old, new)
+            written |= _write_moved_items(current, staging, old, new)
+        if model is not None:
+            _write_config(current, staging, model.absolute())
+            written.add(_CONFIG)
+        kept = {name: info for name, info in current.manifest.files.items() if name not in written}
+        shared = publish.share_files(current.path, staging, kept)
+        if model is not None:
+            _require_model(staging / CHECKPOINT, current)
+        staged = publish.prepare_version(index, staging, manifest, shared=shared)
+        if gallery is not None and (fault := staged.find_gallery_fault()):
+            raise DataError(f"nothing is published: {fault}; give the new place of {former or current.manifest.root}")
+        return publish.commit_version(index, staged, keep=keep)
+
+
+def _moved(place: str, old: str, new: str) -> str:
+    return new + place[len(old) :] if place == old or place.startswith(old + "/") else place
+
+
+def _move_places(manifest: Manifest, old: str, new: str) -> Manifest:
+    def moved_sources(sources: str) -> str:
+        parts = (part.rpartition("=") for part in sources.split(", "))
+        return ", ".join(f"{name}{equals}{_moved(place, old, new)}" for name, equals, place in parts)
+
+    def moved_all(roots: list[str]) -> list[str]:
+        return [_moved(root, old, new) for root in roots]
+
+    additions = [
+        replace(
+            addition, sources=[moved_sources(source) for source in addition.sources], roots=moved_all(addition.roots)
+        )
+        for addition in manifest.additions
+    ]
+    return replace(
+        manifest,
+        source=moved_sources(manifest.source),
+        root=_moved(manifest.root, old, new),
+        roots=moved_all(manifest.roots),
+        additions=additions,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _write_moved_items(current: Artifact, staging: Path, old: str, new: str) -> set[str]:
+    """Write the items that have absolute locations below the former folder, and return the names of their files."""
+    names = [ITEMS, *(f"{addition.folder}/{ITEMS}" for addition in current.manifest.additions)]
+    written = set[str]()
+    for name, segment in zip(names, current.segments, strict=True):
+        table = segment.items.table()
+        locations = table["location"].to_pylist()
+        moved = [_moved(location, old, new) for location in locations]
+        if moved != locations:
+            (staging / name).parent.mkdir(exist_ok=True)
+            column = table.schema.get_field_index("location")
+            table = table.set_column(column, "location", pa.chunked_array([moved], pa.string()))
+            write_items(staging / name, table, np.arange(len(moved)))
+            written.add(name)
+    return written
+
+
+def _write_config(current: Artifact, staging: Path, model: Path) -> None:
+    config: dict[str, Any] = json.loads((current.path / _CONFIG).read_text(encoding="utf-8"))
+    backbone = config["backbone"]
+    local = [key for key in ("model", "pretrained") if backbone[key] and Path(backbone[key]).is_absolute()]
+    if not local:
+        raise DataError(f"the model {backbone['model']} comes from a hub, so it has no place to change")
+    backbone[local[0] if model.is_dir() else local[-1]] = str(model)
+    (staging / CHECKPOINT).mkdir(exist_ok=True)
+    write_json(staging / _CONFIG, config)
+
+
+def _require_model(checkpoint: Path, current: Artifact) -> None:
+    """Load the model from its new place, which fails if it is another one."""
+    from dcar_core import Encoder
+
+    current.require(Encoder.load(checkpoint, device="cpu").fingerprint)

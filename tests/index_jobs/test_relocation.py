@@ -1,0 +1,88 @@
+"""An index whose gallery or model was moved."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import app as command_line
+from dcar_core import Encoder
+from dcar_core.util.errors import CheckpointError, DataError, ModelError
+from index_jobs.gallery.image_access import ImageAccess
+from index_jobs.jobs.relocation import relocate
+from index_jobs.jobs.updates import add, remove
+from index_jobs.rebuild import rebuild
+from index_jobs.store.versions import current_version, open_current, verify_index
+from tests.support.images import draw
+
+
+def test_a_moved_gallery_is_shown_from_its_new_place(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    before = open_current(index)
+    assert before.find_gallery_fault() is None
+    gallery.rename(tmp_path / "moved")
+    assert "16 of 16 sampled images are not in the gallery" in (before.find_gallery_fault() or "")
+    done = CliRunner().invoke(command_line, ["index", "relocate", str(index), "--gallery", str(tmp_path / "moved")])
+    assert done.output == f"{index}: version 2, images at {tmp_path / 'moved'}\n"
+    artifact = open_current(index)
+    artifact.image_access = ImageAccess()
+    assert artifact.find_gallery_fault() is None
+    name = artifact.item(3).metadata["file_name"]
+    assert artifact.image_bytes(3) == (tmp_path / "moved" / name).read_bytes()
+    assert (artifact.path / "index.faiss").samefile(before.path / "index.faiss"), "nothing is copied"
+    assert len(verify_index(index)) == 2
+    assert rebuild(tmp_path / "moved", tiny_checkpoint, index, progress=False).reused
+
+
+def test_images_of_additions_and_further_galleries_move_with_their_folder(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    index, disk = tmp_path / "index", tmp_path / "disk"
+    for name in ("second", "third"):
+        (disk / name).mkdir(parents=True)
+        draw("pink", "circle" if name == "second" else "square").save(disk / name / "pink.png")
+    rebuild([str(gallery), str(disk / "second")], tiny_checkpoint, index, progress=False)
+    add(index, f"third={disk / 'third'}", progress=False)
+    remove(index, [open_current(index).item(0).id])
+    disk.rename(tmp_path / "new disk")
+    relocate(index, gallery=str(tmp_path / "new disk"), former=str(disk))
+    artifact = open_current(index)
+    artifact.image_access = ImageAccess()
+    for row in (1, 24, 25):
+        assert artifact.image_bytes(row)
+    assert artifact.manifest.root == str(gallery)
+    assert artifact.manifest.source == f"{gallery}, second={tmp_path / 'new disk' / 'second'}"
+    assert artifact.manifest.count == 25
+    assert len(verify_index(index)) == 3
+
+
+def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="nothing is published: 16 of 16 sampled images are not in the gallery"):
+        relocate(index, gallery=str(tmp_path / "empty"))
+    assert current_version(index) == 1
+
+
+def test_a_moved_model_is_found_at_its_new_place(
+    tiny_model: Path, tiny_checkpoint: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name))
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "models" / tiny_checkpoint.name)
+    index = tmp_path / "index"
+    rebuild(tiny_gallery, checkpoint, index, progress=False)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(
+        ModelError, match=r"does not exist; if it was moved, name its new place: for an index by `dcar index relocate"
+    ):
+        Encoder.load(open_current(index).checkpoint, device="cpu")
+    relocate(index, model=tmp_path / "moved")
+    artifact = open_current(index)
+    artifact.require(Encoder.load(artifact.checkpoint, device="cpu").fingerprint)
+    assert len(verify_index(index)) == 2
+    (tmp_path / "moved").rename(tmp_path / "again")
+    (tmp_path / "other").mkdir()
+    with pytest.raises((CheckpointError, ModelError)):
+        relocate(index, model=tmp_path / "other")
+    assert current_version(index) == 2
