@@ -137,7 +137,7 @@ class Embedder:
             ImageError: the file cannot be read.
         """
         with self._metrics.timed("decode"):
-            decoded = await self._in_decoder(_decode_unless_large, data, convert, max_pixels, formats)
+            decoded: T | Container = await self._in_decoder(_decode_unless_large, data, convert, max_pixels, formats)
             if isinstance(decoded, Container):
                 return await asyncio.get_running_loop().run_in_executor(self._large_decoder, convert, decoded)
             return decoded

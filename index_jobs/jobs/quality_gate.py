@@ -274,8 +274,8 @@ def _difference(before: Floats, after: Floats, ids: list[str]) -> tuple[dict[str
     That is half of the interval, but at least one image that is found by one index alone.
     """
     _, image = np.unique(ids, return_inverse=True)
-    texts = np.bincount(image).astype(np.float64)
-    hits = [Hits(texts, np.bincount(image, gains), np.zeros_like(texts)) for gains in (after, before)]
+    texts, sums = np.bincount(image).astype(np.float64), [np.bincount(image, gains) for gains in (after, before)]
+    hits = [Hits(texts, each.astype(np.float64), np.zeros(len(texts))) for each in sums]
     estimate = compare_hits(*hits).difference["t2i_r1"]  # in points of a hundred
     values = {name: round(getattr(estimate, name) / 100, 4) for name in ("value", "low", "high")}
     return values, max((estimate.high - estimate.low) / 200, 1 / len(texts))

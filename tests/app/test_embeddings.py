@@ -30,7 +30,7 @@ async def test_texts_and_images_have_the_vectors_of_searches(
         assert (found.object, found.model, found.fingerprint) == ("list", "index", encoder.fingerprint)
         assert [each.index for each in found.data] == [0, 1, 2, 3]
         expected = np.array([rounded(texts[0]), image, rounded(texts[1]), image])
-        np.testing.assert_allclose([each.embedding for each in found.data], expected, atol=1e-6)
+        np.testing.assert_allclose(np.array([each.embedding for each in found.data], np.float64), expected, atol=1e-6)
         body = {"input": "cafe", "encoding_format": "base64", "model": "index", "dimensions": encoder.dim}
         (packed,) = (await client.post("/v1/embeddings", json=body)).json()["data"]
         np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), expected[2], atol=1e-6)
