@@ -1,17 +1,22 @@
 """AVIF and HEIF structure: the index of the file is bounded, declared and coded sizes are read, EXIF is hidden.
 
 - libavif and libheif look items up one after the other, so an index of millions of items takes them minutes.
+- An AV1 decoder allocates what the sequence header says, whatever the container declares. Items are found through
+  `iloc` and `infe`, image sequences through the chunk offsets of their tracks. A frame of a video may exceed its
+  header; the decoder's own limit of 16,384 x 16,384 pixels remains.
 - Both apply rotations of the container by themselves; EXIF says nothing more about them.
 """
 
 from collections.abc import Iterator
 
-from dcar_core.images.av1 import coded_sizes
 from dcar_core.images.formats import Container, ImageFormat, hostile
 from dcar_core.util.errors import ImageError
 
 _MAX_INDEX_BYTES = {b"meta": 2**17, b"moov": 2**20}  # an image of 200 MP in 800 tiles takes 36 KB
 _MAX_BOXES = 1_000  # at the top level
+_MAX_UNITS = 100_000  # of one AV1 stream, about 50 ms
+_MAX_COPIES = 4  # items may share data, so all together may be larger than the file
+_SEQUENCE_HEADER = 1
 _COPIES = 9.0  # bytes per pixel beside the planes: the decoder's result, Pillow's copy of it, and the image
 
 
@@ -57,10 +62,8 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _declared_sizes(index: bytes) -> Iterator[tuple[int, int]]:
     """Yield the sizes of all images in the file: of tiles, thumbnails and the image itself."""
-    position = index.find(b"ispe")
-    while position >= 0:
+    for position in _positions(index, b"ispe"):
         yield int.from_bytes(index[position + 8 : position + 12]), int.from_bytes(index[position + 12 : position + 16])
-        position = index.find(b"ispe", position + 4)
 
 
 def _plane_bytes(index: bytes) -> float:
@@ -72,3 +75,123 @@ def _plane_bytes(index: bytes) -> float:
     chroma = 0.0 if flags & 0x10 else 2 / ((2 if flags & 0x08 else 1) * (2 if flags & 0x04 else 1))
     alpha = 1 if b"auxC" in index else 0
     return (1 + chroma + alpha) * (2 if flags & 0x40 else 1)
+
+
+def coded_sizes(data: bytes, index: bytes, idat: int) -> Iterator[tuple[int, int]]:
+    """Yield width and height of every AV1 sequence header in the items and tracks of a file.
+
+    Args:
+        index: the boxes `meta` and `moov`.
+        idat: the position in the file of the data that the index holds itself.
+
+    Raises:
+        ImageError: the items repeat the same data many times, or have too many units.
+    """
+    kinds, budget = dict(_item_kinds(index)), _MAX_COPIES * len(data)
+    for item, spans in _item_spans(index, idat):
+        if kinds.get(item) == b"av01":
+            stream = [memoryview(data)[start:end] for start, end in spans]
+            budget -= sum(map(len, stream))
+            if budget < 0:
+                raise hostile("an AVIF file whose items overlap")
+            yield from _stream_sizes(b"".join(stream))
+    for name, size in ((b"stco", 4), (b"co64", 8)):
+        for position in _positions(index, name):
+            chunk = _Reader(index, position + 12).bytes(size)  # behind version, flags and the number of chunks
+            yield from _stream_sizes(data[chunk:])
+
+
+def _positions(index: bytes, name: bytes) -> Iterator[int]:
+    position = index.find(name)
+    while position >= 0:
+        yield position
+        position = index.find(name, position + 4)
+
+
+def _item_kinds(index: bytes) -> Iterator[tuple[int, bytes]]:
+    for position in _positions(index, b"infe"):
+        id_bytes = 4 if index[position + 4 : position + 5] == b"\3" else 2
+        kind = position + 10 + id_bytes
+        yield _Reader(index, position + 8).bytes(id_bytes), index[kind : kind + 4]
+
+
+def _item_spans(index: bytes, idat: int) -> Iterator[tuple[int, list[tuple[int, int | None]]]]:
+    """Yield the number of every item and the spans of the file that hold it."""
+    for position in _positions(index, b"iloc"):
+        box = _Reader(index, position + 4)
+        version, _, sizes, more = box.bytes(1), box.bytes(3), box.bytes(1), box.bytes(1)
+        id_bytes = 4 if version == 2 else 2
+        for _ in range(min(box.bytes(id_bytes), len(index))):
+            item, is_inside = box.bytes(id_bytes), version > 0 and box.bytes(2) & 15 == 1
+            _, base = box.bytes(2), box.bytes(more >> 4)
+            spans = list[tuple[int, int | None]]()
+            for _ in range(min(box.bytes(2), len(index))):
+                _ = box.bytes(more & 15 if version else 0)
+                start = base + box.bytes(sizes >> 4) + (idat if is_inside else 0)
+                spans.append((start, start + length if (length := box.bytes(sizes & 15)) else None))
+            yield item, spans
+
+
+def _stream_sizes(stream: bytes) -> Iterator[tuple[int, int]]:
+    """Walk the units of a stream (OBUs) and yield the size in each sequence header."""
+    position = 0
+    for _ in range(_MAX_UNITS):
+        if position + 1 >= len(stream) or stream[position] & 0x80:
+            return
+        unit = stream[position]
+        position += 2 if unit & 4 else 1  # an extension takes a byte
+        size = 0 if unit & 2 else len(stream)
+        for shift in range(0, 56 if unit & 2 else 0, 7):
+            size |= (stream[position] & 127) << shift if position < len(stream) else 0
+            position += 1
+            if position > len(stream) or stream[position - 1] < 128:
+                break
+        if unit >> 3 & 15 == _SEQUENCE_HEADER:
+            yield _sequence_size(_Reader(stream[position : position + min(size, 512)], 0))
+        position += size
+    raise hostile(f"an AV1 stream of more than {_MAX_UNITS:,} units")
+
+
+def _sequence_size(header: "_Reader") -> tuple[int, int]:
+    """Return the largest frame size of a sequence header (AV1 specification, section 5.5)."""
+    bits = header.bits
+    _, is_reduced = bits(4), bits(1)  # profile and still_picture; reduced_still_picture_header
+    if is_reduced:
+        bits(5)
+    else:
+        delay_bits = 0
+        if bits(1):  # timing_info_present_flag
+            bits(64)
+            if bits(1):  # equal_picture_interval, then an Exp-Golomb number
+                zeros = 0
+                while zeros < 32 and not bits(1):
+                    zeros += 1
+                bits(zeros)
+            if bits(1):  # decoder_model_info_present_flag
+                delay_bits = bits(5) + 1
+                bits(42)
+        has_display_delay = bits(1)
+        for _ in range(bits(5) + 1):  # operating points
+            bits(12)
+            bits(1 if bits(5) > 7 else 0)
+            if delay_bits and bits(1):
+                bits(2 * delay_bits + 1)
+            bits(4 if has_display_delay and bits(1) else 0)
+    width_bits, height_bits = bits(4) + 1, bits(4) + 1
+    return bits(width_bits) + 1, bits(height_bits) + 1
+
+
+class _Reader:
+    """Reads big-endian integers in turn; zeros behind the end."""
+
+    def __init__(self, data: bytes, position: int) -> None:
+        self._data, self._bit = data, 8 * position
+
+    def bytes(self, count: int) -> int:
+        return self.bits(8 * count)
+
+    def bits(self, count: int) -> int:
+        start, end = self._bit, self._bit + count
+        self._bit = end
+        part = self._data[start // 8 : -(-end // 8)].ljust(-(-end // 8) - start // 8, b"\0")
+        return int.from_bytes(part) >> -end % 8 & (1 << count) - 1

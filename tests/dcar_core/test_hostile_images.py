@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dcar_core.images import ALL_FORMATS, WEB_FORMATS, ImageFormat, inspect, open_image, sniff_format
-from dcar_core.images.av1 import coded_sizes
+from dcar_core.images.isobmff import coded_sizes
 from dcar_core.images.jpeg import MAX_SCANS
 from dcar_core.util.errors import ImageError, ImageFault
 from tests.support import hostile_images as hostile
