@@ -115,6 +115,7 @@ def test_a_request_that_outlasts_the_shutdown_gets_503(built_index: Path) -> Non
 
             def dripping() -> Any:
                 yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+                assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200  # it has read the beginning
                 process.send_signal(signal.SIGTERM)
                 for _ in range(100):
                     yield b"x"
@@ -152,6 +153,7 @@ def test_a_shutdown_finishes_requests_and_logs_json(built_index: Path) -> None:
 
             def slowly() -> Any:
                 yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + image
+                assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200  # it has read the beginning
                 process.send_signal(signal.SIGTERM)
                 time.sleep(0.2)
                 with httpx.Client(base_url=f"http://127.0.0.1:{port}") as other:

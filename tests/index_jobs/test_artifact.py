@@ -191,6 +191,7 @@ def test_changed_manifest_is_refused_by_its_checksum(index: Path) -> None:
 def test_fields_that_an_older_manifest_lacks_have_defaults(index: Path) -> None:
     path, manifest = index / "versions" / "1" / "manifest.json", open_current(index).manifest
     assert manifest.has_lexical
+    assert open_current(index).lexical is not None
     values = {name: value for name, value in manifest.to_dict().items() if name not in ("checksum", "files")}
     for name in ("cutoff", "exact", "group_field", "rebuild", "removed", "replaced", "runtime", "text_fields"):
         del values[name]
@@ -199,6 +200,7 @@ def test_fields_that_an_older_manifest_lacks_have_defaults(index: Path) -> None:
     path.write_text(json.dumps(values | {"checksum": checksum}))
     older = Manifest.read(path)
     assert not older.has_lexical
+    assert open_current(index).lexical is None
     assert (older.exact, older.runtime, older.replaced, older.removed) == (False, "", None, 0)
     assert (older.cutoff, older.rebuild, older.text_fields, older.group_field) == ({}, "", None, "")
 
