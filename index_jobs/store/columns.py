@@ -7,6 +7,7 @@
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FIELDS = 256
 _TEXT = pa.string()
+_NUMBER_LIKE = re.compile(r"[-+$€£¥\s]*\d[\d.,' ]*([%€$£¥]|[a-zA-Z]{1,3})?")  # 10,50 or $12 or 12 EUR
 _LIST = pa.list_(pa.string())
 
 
@@ -32,12 +34,18 @@ class FieldTypes:
         """Infer the types from a column of JSON objects."""
         frequency: Counter[str] = Counter()
         types: dict[str, pa.DataType] = {}
+        examples: dict[str, str] = {}  # of fields in which every text looks like a number
         for record in _records(metadata):
             for name, value in record.items():
                 if value is None:
                     continue
                 frequency[name] += 1
                 value_type = _type_of(value)
+                if isinstance(value, str) and (name in examples or name not in types):
+                    if _NUMBER_LIKE.fullmatch(value):
+                        examples[name] = examples.get(name, "") if value.isdecimal() else value
+                    else:
+                        examples.pop(name, None)
                 previous = types.get(name, value_type)
                 types[name] = value_type if value_type == previous else common_type(previous, value_type)
         kept = [name for name, _ in frequency.most_common(MAX_FIELDS)]
@@ -45,6 +53,11 @@ class FieldTypes:
             logger.warning(
                 "items have %d metadata fields; filters accept the %d most frequent ones", len(frequency), len(kept)
             )
+        for name, example in ((name, example) for name, example in examples.items() if example):
+            logger.warning(
+                "the field %r is text, because its values, such as %r, are not numbers: filters cannot compare them by "
+                "size; write them as numbers, such as 10.5", name, example,
+            )  # fmt: skip
         return cls({name: types[name] for name in sorted(kept)})
 
     def arrays(self, metadata: pa.ChunkedArray) -> dict[str, pa.Array]:

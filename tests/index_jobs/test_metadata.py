@@ -16,6 +16,7 @@ from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
+from index_jobs.store.columns import FieldTypes
 from index_jobs.store.filters import match_rows
 from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_tar
@@ -248,3 +249,21 @@ def test_heic_files_are_counted_without_their_extra(
         write_file(tmp_path / name, png())
     assert len(scan(tmp_path)) == 1
     assert "2 HEIC files are skipped: pip install 'dcar[heic]'" in caplog.text
+
+
+def test_heic_files_are_images_with_their_extra(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif", reason="needs pip install 'dcar[heic]'")
+    for name in ("a.png", "b.heic", "c.HEIF"):
+        write_file(tmp_path / name, png())
+    assert scan(tmp_path).table["name"].to_pylist() == ["a.png", "b.heic", "c.HEIF"]
+
+
+def test_fields_whose_texts_look_like_numbers_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    records = [
+        {"price": "$12", "weight": "10,50", "year": 1999, "name": "A-3", "size": "12 cm", "zip": "01"},
+        {"price": "$9", "weight": "9", "year": 2000, "name": "A-4", "size": "3", "zip": "02"},
+    ]
+    FieldTypes.infer(pa.chunked_array([list(map(json.dumps, records))]))
+    named = [record.args[0] for record in caplog.records if isinstance(record.args, tuple)]
+    assert named == ["price", "weight", "size"]
+    assert "such as '$9', are not numbers" in caplog.text
