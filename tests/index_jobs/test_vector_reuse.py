@@ -21,7 +21,9 @@ def gallery(tiny_gallery: Path, tmp_path: Path) -> Path:
 
 def run(gallery: Path, checkpoint: Path, out: Path) -> RebuildSummary:
     """With small shards: some are known whole, some in part."""
-    return rebuild(gallery, checkpoint, out, batch_size=2, shard_rows=4, margin=1, max_failed=0.2, progress=False)
+    return rebuild(
+        gallery, checkpoint, out, batch_size=2, shard_rows=4, margin=1, max_failed=0.2, max_vanished=1, progress=False
+    )
 
 
 def same_as_anew(gallery: Path, checkpoint: Path, index: Path, anew: Path) -> None:
