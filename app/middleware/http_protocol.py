@@ -32,8 +32,8 @@ from uvicorn.server import ServerState
 HEAD_S = 10.0
 WRITE_S = 30.0
 HEAD_BYTES = 64 * 2**10
-READ_BYTES = 16 * 2**10
-PARSED_BYTES = 2 * 2**10  # between two looks at the clock
+READ_BYTES = 64 * 2**10
+PARSED_BYTES = 512  # before the first look at the clock, and twice as many before each further one
 PIECE_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**10
 _COSTLY_S = 0.001  # of the event loop, for one connection's turn
@@ -119,15 +119,16 @@ class BoundedProtocol(asyncio.BufferedProtocol):
 
     def _parse(self) -> None:
         """Parse the received bytes piece by piece, until pipelined requests wait or other connections have a turn."""
-        began = time.perf_counter()
+        began, size = time.perf_counter(), PARSED_BYTES
         while self._received and not self._transport.is_closing():
             if self._heads - self._finished > 1:  # `request_finished` goes on
                 self._is_held = True
                 self._transport.pause_reading()
                 return
-            data = bytes(memoryview(self._received)[:PARSED_BYTES])
-            del self._received[:PARSED_BYTES]
+            data = bytes(memoryview(self._received)[:size])
+            del self._received[:size]
             self._feed(data)
+            size *= 2
             if time.perf_counter() - began > _COSTLY_S and not self._transport.is_closing():
                 self._transport.pause_reading()
                 self._schedule()
