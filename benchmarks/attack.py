@@ -313,6 +313,12 @@ async def _send_honest(server: Server, seconds: float) -> Honest:
     return Honest(texts, images, probes, peak)
 
 
+async def _explain_once(port: int) -> None:
+    """Let the service load its full model, which only the first explanation waits for."""
+    request = text(query="cat", k=1, explain=True)
+    await closed_loop(port, lambda: request, connections=1, seconds=0.1)
+
+
 async def spin(target: Target) -> None:
     """Send nothing, but keep one core busy: the latency that a neighbour on the same machine costs."""
     while not target.is_over:
@@ -329,6 +335,7 @@ def main() -> None:
     given = parser.parse_args()
     rows: dict[str, Attack | None] = {"(none)": None, "(a busy core)": spin, **attacks(), "(none) again": None}
     with serving(given.index or emoji(given.work)) as server:
+        asyncio.run(_explain_once(server.port))
         print(
             f"{'attack':28} | {'responses':40} | text p99   | worst text | worst image | worst probe | refused | memory"
         )
