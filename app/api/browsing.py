@@ -21,7 +21,7 @@ from app.api.params import retriever_of, settings_of, snapshot_of
 from app.api.requests import PageQuery
 from app.api.responses import JsonResponse, items_response
 from app.core.problems import field_problem
-from dcar_core.images.thumbnails import ThumbnailFormat
+from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
 from index_jobs.store.artifact import Artifact
 

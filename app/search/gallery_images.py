@@ -21,7 +21,7 @@ from app.search.planning import row_of
 from app.search.query import Thumbnail
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
-from dcar_core.images.thumbnails import ThumbnailFormat, make_thumbnail
+from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Artifact

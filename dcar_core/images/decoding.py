@@ -1,4 +1,4 @@
-"""Decoding of image files and Pillow images to RGB.
+"""Decoding of image files and Pillow images to RGB, and thumbnails.
 
 - Pillow's own limit stays on for the process. Ours apply to one call: the decoder of the announced format is called
   directly, after the check of the file's structure and size.
@@ -9,6 +9,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 from PIL.AvifImagePlugin import AvifImageFile
@@ -49,6 +50,16 @@ _TURNS = {
 }
 
 
+ThumbnailFormat = Literal["webp", "jpeg"]
+
+_OPTIONS: dict[ThumbnailFormat, dict[str, Any]] = {
+    "webp": {"quality": 78, "method": 4},
+    "jpeg": {"quality": 82, "optimize": True, "progressive": True},
+}
+_MAX_UNCHANGED_BYTES = 32 * 2**10
+_UNCHANGED = frozenset({ImageFormat.PNG, ImageFormat.WEBP})  # every browser shows them, and small drawings stay sharp
+
+
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
     """Return an image as RGB: orientation applied, alpha over white, 16-bit and CMYK converted.
 
@@ -76,6 +87,24 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
         raise
     except Exception as error:  # decoders raise all kinds of errors on damaged bytes
         raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
+
+
+def make_thumbnail(container: Container, side: int, thumbnail_format: ThumbnailFormat) -> bytes:
+    """Return an image file whose longer side has at most `side` pixels; a small PNG or WebP stays as it is.
+
+    Raises:
+        ImageError: the image cannot be decoded.
+    """
+    shorter, longer = sorted((container.width, container.height))
+    at_least = max(1, 2 * side * shorter // longer) if longer else None
+    image = open_image(container, at_least=at_least)
+    is_small = longer <= side and len(container.data) <= _MAX_UNCHANGED_BYTES
+    if is_small and container.format in _UNCHANGED and container.orientation == 1:
+        return container.data
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, thumbnail_format, **_OPTIONS[thumbnail_format])
+    return buffer.getvalue()
 
 
 def _bytes_of(source: Path | str | bytes) -> bytes:
