@@ -5,6 +5,8 @@
 - True queries are the validation texts, in two halves; each half is judged by the cut-off of the other. Kept: the share
   whose own image reaches the cut-off.
 - Nonsense queries describe things that no emoji shows, or are random letters. Rejected: the share without any result.
+- Told: the share for which the search page says "nothing fits well", because its words are in no caption and its best
+  score is no strong one, or because nothing reaches the cut-off. Plain queries are single things that emoji show.
 - Remaining results: the number of items that reach the cut-off for a validation text, median and 90th percentile.
 
 The test split is not read. PyTorch encodes on one thread.
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from app.api.browsing import Catalogue
 from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
 from index_jobs.gallery.scan import scan
@@ -32,7 +35,24 @@ UNRELATED_TEXTS = (
     "minutes of the board meeting", "proof of residence document", "scratched hardwood floor", "a pump's wiring plan",
     "mortgage interest rates", "aerial view of farmland", "electron microscope picture of pollen",
 )  # fmt: skip
+FOREIGN_TEXTS = (
+    "weinende Katze", "roter Apfel", "Flagge von Japan", "glückliches Gesicht", "Frau läuft", "Geburtstagskuchen",
+    "blaues Herz", "schlafender Hund", "gelbes Auto", "chat qui pleure", "pomme rouge", "drapeau du japon",
+    "visage heureux", "femme qui court", "gâteau d'anniversaire", "coeur bleu", "chien endormi", "voiture jaune",
+    "gato llorando", "manzana roja", "bandera de japón", "cara feliz", "mujer corriendo", "pastel de cumpleaños",
+    "corazón azul", "perro durmiendo", "coche amarillo", "泣いている猫", "赤いりんご", "日本の旗", "走る女性",
+    "плачущая кошка", "красное яблоко", "флаг японии", "собака спит", "哭泣的猫", "红苹果", "قطة تبكي", "تفاحة حمراء",
+)  # fmt: skip
+PLAIN_TEXTS = (
+    "crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry", "happy face", "dog",
+    "pizza", "car", "airplane", "heart", "sun", "rain", "snow", "tree", "flower", "house", "book", "phone", "guitar",
+    "soccer ball", "trophy", "fire", "moon", "sad", "thumbs up", "baby", "old man", "king", "ghost", "skull", "robot",
+    "monkey", "horse", "elephant", "fish", "banana", "coffee", "cake", "ice cream", "egg", "bus", "train", "bicycle",
+    "rocket", "clock", "key", "hammer", "umbrella", "gift", "pumpkin", "flag of germany", "blue heart", "broken heart",
+    "money", "calendar", "pencil", "scissors", "camera", "radio", "battery", "candle", "mountain", "castle", "hospital",
+)  # fmt: skip
 RANDOM_TEXTS = 200
+FAMILIAR = 0.5  # as in app/ui/list.js
 
 
 def random_texts(count: int) -> list[str]:
@@ -67,6 +87,19 @@ def main() -> None:
         best, _ = artifact.search(encoder.encode_text(list(nonsense)), 1)
         rejected = 100 * float((best[:, 0] < min_score).mean())
         print(f"  {len(nonsense)} queries rejected: {name:20}{rejected:.1f} %")
+    catalogue = Catalogue(artifact)
+    queries_told = {
+        "validation": [text for text, row in queries if row is not None],
+        "plain": PLAIN_TEXTS,
+        "other languages": FOREIGN_TEXTS,
+        "unrelated things": UNRELATED_TEXTS,
+        "random letters": random_texts(RANDOM_TEXTS),
+    }
+    for name, told in queries_told.items():
+        best, _ = artifact.search(encoder.encode_text(list(told)), 1)
+        unfamiliar = np.array([catalogue.known_share(text) < FAMILIAR for text in told])
+        share = (best[:, 0] < min_score) | (unfamiliar & (best[:, 0] < calibrated.strong_score))
+        print(f"  {len(told)} queries told: {name:20}{100 * share.mean():.1f} %")
     scores, _ = artifact.search(texts, count)
     remaining = (scores >= min_score).sum(1)
     print(f"  results of {count}: median {np.median(remaining):.0f}, p90 {np.quantile(remaining, 0.9):.0f}")

@@ -47,24 +47,22 @@ export function clearLists() {
 export function drawList(found, wanted, known) {
   const hadFocus = $("lists").contains(document.activeElement);
   clearLists();
-  list = { ...emptyList(), wanted, minScore: page.minScore(wanted, wanted.in), scale: scaleOf(found.results), count: found.count };
+  const minScore = isUnfamiliar(known, found.results) ? Infinity : page.minScore(wanted, wanted.in);
+  list = { ...emptyList(), wanted, minScore, scale: scaleOf(found.results), count: found.count };
   const hasMaps = found.results.some(({ explanation }) => explanation);
   if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), found.words, hasMaps);
   append(found);
   if (hadFocus) results.focus({ preventScroll: true });
   const where = wanted.category ? ` in the category “${wanted.category}”` : "";
   if (!found.results.length) showNothing(hasSubject(wanted) ? `No images${where}` : `Nothing is here${where}`, "");
-  else if (hasSubject(wanted) && (!list.fitting || isUnfamiliar(known, found.results))) {
+  else if (!found.results.some(({ score }) => !(score < minScore))) {
     showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
-    for (const card of results.querySelectorAll(".card")) card.classList.add("weak");
-    results.querySelector(".divider")?.remove();
-    list.isDivided = true;
   }
 }
 
 // True if captions lack most of the words and the best score is no strong one either.
 function isUnfamiliar(known, [best]) {
-  return Boolean(known) && known.known < FAMILIAR && known.strong_score !== null && best.score < known.strong_score;
+  return Boolean(known && best) && known.known < FAMILIAR && known.strong_score !== null && best.score < known.strong_score;
 }
 
 function showNothing(lead, why) {

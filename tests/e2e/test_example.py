@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -24,6 +25,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 from tests.support.commands import Command
+from tests.support.page import Page, until
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "emoji"
@@ -181,6 +183,68 @@ def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -
         for option, field in (("rerank", "rerank_score"), ("explain", "explanation"), ("fold", "folded")):
             if f'"{option}"' in command:
                 assert any(field in result for result in answer["results"]), command
+
+
+@pytest.mark.slow
+def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float]) -> None:
+    """As the page does: captions lack most of the words, and the best score is no strong one."""
+    url = f"{demo[0]}/collections/twemoji"
+    curl(f"curl -s {url}/items -G -d k=1")  # waits for the model
+    cutoffs = {each["name"]: each["min_score"] for each in httpx.get(f"{demo[0]}/collections").json()["collections"]}
+
+    def nothing_fits(query: str) -> bool:
+        best = httpx.post(f"{url}/search/text", json={"query": query, "k": 1}).json()["results"][0]["score"]
+        words = httpx.get(f"{url}/words", params={"q": query}).json()
+        is_strange = words["known"] < 0.5 and best < words["strong_score"]
+        return bool(best < cutoffs["twemoji"] or is_strange)
+
+    nonsense = ["weinende Katze", "roter Apfel", "pomme rouge", "coche amarillo", "泣いている猫", "флаг японии",
+                "gjrkel wpoqm", "xkqz vvbn", "zzzt qrrp", "tgvbn"]  # fmt: skip
+    queries = ["crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry", "pizza",
+               "thumbs up", "broken heart", "soccer ball"]  # fmt: skip
+    assert sum(map(nothing_fits, nonsense)) >= 9
+    assert sum(map(nothing_fits, queries)) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_list_follows_typing_within_100_ms(page: Page, demo: tuple[str, str, float]) -> None:
+    """From a change of the text to the drawn list, for 95 % of 30 new queries; the best of three rounds."""
+    curl(f"curl -s {demo[0]}/items -G -d k=1")  # waits for the model
+    page.open(demo[0])
+    until(lambda: page.all("#results .card"))
+    things = ("cat", "dog", "car", "flag", "heart", "house", "woman", "fish", "clock", "tree")
+    rounds = (("red", "green", "old"), ("happy", "blue", "two"), ("small", "white", "round"))
+    taken = [typing_times(page, [f"{word} {thing}" for word in words for thing in things]) for words in rounds]
+    assert min(np.quantile(times, 0.95) for times in taken) < 100, np.round(taken)
+
+
+def typing_times(page: Page, queries: list[str]) -> list[float]:
+    """Return milliseconds from each change of the text to the drawn list."""
+    return list(
+        page.driver.execute_async_script(
+            """
+        const [queries, done] = arguments, query = document.getElementById('query'), taken = [];
+        const next = () => {
+            if (!queries.length) return done(taken);
+            const started = performance.now();
+            query.value = queries.shift();
+            query.dispatchEvent(new Event('input', {bubbles: true}));
+            const drawn = new MutationObserver(() => {
+                if (!document.title.startsWith(query.value) || !document.querySelector('#results .score')) return;
+                drawn.disconnect();
+                requestAnimationFrame(() => {
+                    taken.push(performance.now() - started);
+                    setTimeout(next, 150);
+                });
+            });
+            drawn.observe(document.getElementById('results'), {childList: true});
+        };
+        next();
+        """,
+            queries,
+        )
+    )
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str) -> 
     page.one("#key-form button").click()
     until(lambda: count(page) == 48)
     assert not page.one("#key-form").is_displayed()
-    images = "return [...document.querySelectorAll('#results img')].slice(0, 24).every((i) => i.naturalWidth > 0)"
+    images = "return [...document.querySelectorAll('#results img')].slice(0, 6).every((i) => i.naturalWidth > 0)"
     until(lambda: page.driver.execute_script(images))
     stores = page.driver.execute_script("return [sessionStorage.length, localStorage.length, document.cookie]")
     assert stores == [1, 0, ""]

@@ -76,6 +76,7 @@ class Page:
         """Wait until this many results and their images are shown and no request runs; return them."""
         until(lambda: len(self.all("#results .card")) == cards and not self.all("#results[aria-busy]"))
         loaded = "return [...document.querySelectorAll('#results img')].every(i => i.complete && i.naturalWidth > 0)"
+        self.driver.execute_script("document.querySelectorAll('#results img').forEach(i => i.loading = 'eager')")
         until(lambda: self.driver.execute_script(loaded))
         return self.all("#results .card")
 
