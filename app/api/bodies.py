@@ -25,7 +25,7 @@ from app.search.query import Query, SearchOptions, normalise
 
 JSON_BYTES_PER_CHAR = 12  # most bytes that one character takes in JSON: a surrogate pair of \uXXXX escapes
 _OMITTED_IF_EMPTY = frozenset({*LIST_FIELDS, "filter", "weights", "crop"})
-_TEXT_FIELDS = frozenset({"query", "without", "group_by"})  # taken literally; all other form fields are JSON
+_TEXT_FIELDS = frozenset({"query", "without"})  # taken literally; all other form fields are JSON
 # Images make a body large, but not its number of values, each of which costs memory and time of the event loop.
 _LARGE_JSON_BYTES = 2**20
 _MAX_JSON_VALUES = 100_000

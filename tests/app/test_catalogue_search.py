@@ -124,9 +124,12 @@ async def test_facets_count_what_the_filter_allows(built_index: Path) -> None:
         expected = Counter(result["metadata"]["color"] for result in reached)
         assert {entry["value"]: entry["count"] for entry in body["facets"]["color"]} == dict(expected)
         assert "facets_approximate" not in body
-        form = {"facets": '["color"]', "k": "1"}
+        form = {"facets": '["color"]', "k": "1", "group_by": "null"}  # as the page of the documentation sends it
         image = (await client.post("/search/image", files={"file": ("a.png", png())}, data=form)).json()
         assert len(image["facets"]["color"]) == COLORS
+        form = {"group_by": "color", "k": "24"}
+        image = (await client.post("/search/image", files={"file": ("a.png", png())}, data=form)).json()
+        assert len(image["results"]) == COLORS
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_every_model_holds_all_that_the_service_sends(built_index: Path, gallery
             check(getattr(client, name)(), transport.body)
         check(client.collections(), transport.body["collections"])
         check(client.search_text("a red circle", explain=True, rerank=True, fields=["*"]), transport.body)
+        check(client.search_text("a red circle", hybrid=True, group_by="color", facets=["color"]), transport.body)
         check(client.search_text("a red circle", fold=0.5, min_score=-1, k=2), transport.body)
         check(client.search_batch(["red", "blue"], k=2), transport.body["answers"])
         check(client.search_image(gallery / "circle/blue.png", explain=True), transport.body)

@@ -34,6 +34,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr("app.cli.quickstart.serve_index", lambda **flags: calls.append(flags))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    # The command sets HF_HUB_OFFLINE before it imports the library; in this process the library is loaded already.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return calls
 
 
