@@ -72,6 +72,10 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _project_loggers() -> None:
     """Reset the loggers of the project: commands in this process, and libraries, set levels and turn loggers off."""
+    logging.disable(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
+    logging.root.disabled = False
+    logging.root.filters.clear()
     for name, each in logging.root.manager.loggerDict.items():
         if isinstance(each, logging.Logger) and name.split(".")[0] in ("app", "dcar_core", "index_jobs"):
             each.disabled, each.propagate = False, True
