@@ -5,7 +5,7 @@
 - True queries are the validation texts, in two halves; each half is judged by the cut-off of the other. Kept: the share
   whose own image reaches the cut-off.
 - Nonsense queries describe things that no emoji shows, or are random letters. Rejected: the share without any result.
-- Told: the share for which the search page says "nothing fits well", because its words are in no caption and its best
+- Told: the share for which the search page says "nothing fits well", because its words are in no item and its best
   score is no strong one, or because nothing reaches the cut-off. Plain queries are single things that emoji show.
 - Remaining results: the number of items that reach the cut-off for a validation text, median and 90th percentile.
 
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app.api.browsing import Catalogue
 from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
 from index_jobs.gallery.scan import scan
@@ -87,7 +86,9 @@ def main() -> None:
         best, _ = artifact.search(encoder.encode_text(list(nonsense)), 1)
         rejected = 100 * float((best[:, 0] < min_score).mean())
         print(f"  {len(nonsense)} queries rejected: {name:20}{rejected:.1f} %")
-    catalogue = Catalogue(artifact)
+    lexical = artifact.lexical
+    if lexical is None:
+        parser.error(f"{args.index} has no lexical index; rebuild it")
     queries_told = {
         "validation": [text for text, row in queries if row is not None],
         "plain": PLAIN_TEXTS,
@@ -97,7 +98,7 @@ def main() -> None:
     }
     for name, told in queries_told.items():
         best, _ = artifact.search(encoder.encode_text(list(told)), 1)
-        unfamiliar = np.array([catalogue.known_share(text) < FAMILIAR for text in told])
+        unfamiliar = np.array([lexical.known_share(text) < FAMILIAR for text in told])
         share = (best[:, 0] < min_score) | (unfamiliar & (best[:, 0] < calibrated.strong_score))
         print(f"  {len(told)} queries told: {name:20}{100 * share.mean():.1f} %")
     scores, _ = artifact.search(texts, count)

@@ -1,15 +1,13 @@
-"""What the search page needs beside the API: thumbnails, the gallery without a query, and known words.
+"""What the search page needs beside the API: thumbnails, the gallery without a query, and the share of known words.
 
 The routes of this module are not part of the documented API, except for the thumbnails of GET /items/{id}/image.
 """
 
 import asyncio
-import re
 import threading
 from enum import IntEnum
 from functools import cached_property
 from typing import Annotated, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -21,16 +19,15 @@ from app.api.params import retriever_of, settings_of, snapshot_of
 from app.api.requests import PageQuery
 from app.api.responses import JsonResponse, items_response
 from app.core.problems import field_problem
+from app.search.ranking.facets import count_values
+from app.search.snapshots import Snapshot
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
-from index_jobs.store.artifact import Artifact
 
 _MAX_AGE_S = 3600
 _LISTED_CATEGORIES = 500
 _LISTED_FIELDS = 12
 _NUMBERS = frozenset({"int64", "double"})
-_COMMON = frozenset({"the", "and", "with", "for", "from", "are", "without", "one", "some"})
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff]")  # scripts without spaces between words
 
 
 class ThumbnailSize(IntEnum):
@@ -49,23 +46,17 @@ class BrowseQuery(PageQuery):
 
 
 class Catalogue:
-    """Facts about the items of one artifact, each computed once. Its methods block."""
+    """Facts about the items of one version, each computed once. Its methods block."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot, self._artifact = snapshot, snapshot.artifact
         self._lock = threading.Lock()
         self._orders: dict[str, Rows] = {}
 
     @cached_property
     def categories(self) -> list[dict[str, Any]]:
         """The most frequent categories with their numbers of items."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        live = pa.chunked_array([self._artifact.live])
-        counts = pc.value_counts(self._artifact.column("category").filter(live)).to_pylist()
-        named = [(-each["counts"], each["values"]) for each in counts if each["values"]]
-        return [{"value": value, "count": -count} for count, value in sorted(named)[:_LISTED_CATEGORIES]]
+        return count_values(self._snapshot, "category", self._artifact.live, limit=_LISTED_CATEGORIES)
 
     @cached_property
     def fields(self) -> list[dict[str, Any]]:
@@ -74,30 +65,6 @@ class Catalogue:
         names = [name for name in ("caption", "category", *sorted(types)) if name in types and name != "id"]
         unique = list(dict.fromkeys(names))[:_LISTED_FIELDS]
         return [{"name": name, "is_number": types[name] in _NUMBERS} for name in unique]
-
-    @cached_property
-    def words(self) -> frozenset[str]:
-        """The words of all captions and categories, in lower case."""
-        import pyarrow.compute as pc
-
-        words: set[str] = set()
-        for name in ("caption", "category"):
-            for chunk in self._artifact.column(name).chunks:
-                parts = pc.split_pattern_regex(pc.utf8_lower(chunk), r"[^\p{L}\p{N}]+")
-                words.update(pc.unique(pc.list_flatten(parts)).drop_null().to_pylist())
-        return frozenset(words)
-
-    def known_share(self, text: str) -> float:
-        """Return the share of a text's words that captions and categories have; 1 without words or captions."""
-        words = [word for word in re.findall(r"[^\W_]+", text.lower()) if _counts(word)]
-        if not words or len(self.words) <= 1:
-            return 1.0
-        return sum(map(self._is_known, words)) / len(words)
-
-    def _is_known(self, word: str) -> bool:
-        if _UNSPACED.search(word):
-            return any(_UNSPACED.search(each) and (word in each or each in word) for each in self.words if each)
-        return not self.words.isdisjoint({word, f"{word}s", word.removesuffix("s")})
 
     def order(self, sort: str) -> Rows:
         """Return all rows in the order of a field; rows without it are last, equal ones in the order of the index."""
@@ -115,11 +82,9 @@ class Catalogue:
             return self._orders[sort]
 
 
-_catalogues: WeakKeyDictionary[Artifact, Catalogue] = WeakKeyDictionary()
-
-
-def _catalogue_of(artifact: Artifact) -> Catalogue:
-    return _catalogues.setdefault(artifact, Catalogue(artifact))
+def _catalogue_of(snapshot: Snapshot) -> Catalogue:
+    catalogue: Catalogue = snapshot.page_facts.setdefault("catalogue", Catalogue(snapshot))
+    return catalogue
 
 
 def browsing_routes() -> APIRouter:
@@ -131,7 +96,7 @@ def browsing_routes() -> APIRouter:
         snapshot, most = snapshot_of(request), settings_of(request).max_k
         if query.k > most:
             raise field_problem("k", f"at most {most}, not {query.k}")
-        catalogue = _catalogue_of(snapshot.artifact)
+        catalogue = _catalogue_of(snapshot)
         fields = catalogue.fields
         if query.sort and query.sort.removeprefix("-") not in {field["name"] for field in fields}:
             raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
@@ -146,7 +111,8 @@ def browsing_routes() -> APIRouter:
         """Tell how familiar a query's words are, and the score that makes up for unfamiliar ones."""
         snapshot = snapshot_of(request)
         text = q[: settings_of(request).max_query_chars]
-        known = await asyncio.to_thread(_catalogue_of(snapshot.artifact).known_share, text)
+        lexical = snapshot.artifact.lexical
+        known = 1.0 if lexical is None else await asyncio.to_thread(lexical.known_share, text)
         cutoff = snapshot.artifact.manifest.cutoff
         return JsonResponse({"known": known, "strong_score": cutoff.get("strong_score")})
 
@@ -163,8 +129,3 @@ async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(thumbnail.data, media_type=thumbnail.media_type, headers=headers)
-
-
-def _counts(word: str) -> bool:
-    """Return whether a word says something about what an image shows."""
-    return (len(word) > 2 and word not in _COMMON) or bool(_UNSPACED.search(word))

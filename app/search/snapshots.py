@@ -41,6 +41,7 @@ class Snapshot:
         masks: cached masks of filters, bool (rows,), by the filter in JSON.
         groups: cached `GroupField`s of `app.search.ranking.groups`, by the name of the field.
         facets: cached counts of values; see `app.search.ranking.facets`.
+        page_facts: cached facts that only the page needs; see `app.api.browsing`.
         frozen: features of the frozen image encoder by row, cached by re-ranking.
     """
 
@@ -53,6 +54,7 @@ class Snapshot:
     masks: dict[str, Mask] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     facets: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    page_facts: dict[str, Any] = field(default_factory=dict)
     frozen: dict[int, Floats] = field(default_factory=dict)
 
     @property
@@ -112,6 +114,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
         encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
         artifact.search(encoder.encode_text(["warm up"]), 1)
 
+    _ = artifact.lexical  # a damaged one is found now, not by the first caller
     warm_up()  # lets the runtime convert the weights
     encoder.release()
     warm_up()  # reads the pages that queries need back into memory

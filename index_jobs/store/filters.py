@@ -31,7 +31,7 @@ _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
 _MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
-_EMPTY_IS_MISSING = frozenset({"caption", "category"})
+EMPTY_IS_MISSING = frozenset({"caption", "category"})
 _TYPE_NAMES = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
 
 
@@ -134,7 +134,7 @@ def _match_values(column: "pa.ChunkedArray", values: list[Any], field: str) -> M
     mask = np.zeros(len(column), np.bool_)
     if None in values:
         mask |= _to_mask(column.is_null())
-        if field in _EMPTY_IS_MISSING:
+        if field in EMPTY_IS_MISSING:
             mask |= _to_mask(pc.equal(column, ""))
     if member_type == pa.float64() and 0 in targets:
         targets += [0.0, -0.0]  # equal numbers that is_in tells apart
@@ -179,7 +179,7 @@ def _is_present(members: "pa.ChunkedArray", field: str) -> Mask:
     """Return False where an empty text means a missing value."""
     import pyarrow.compute as pc
 
-    return _to_mask(pc.not_equal(members, "")) if field in _EMPTY_IS_MISSING else np.ones(len(members), np.bool_)
+    return _to_mask(pc.not_equal(members, "")) if field in EMPTY_IS_MISSING else np.ones(len(members), np.bool_)
 
 
 def _integer_bound(name: str, bound: float) -> tuple[str, int]:

@@ -199,6 +199,18 @@ def test_facets_equal_a_plain_count() -> None:
             assert [entry["count"] for entry in facet] == sorted(expected.values(), reverse=True)
 
 
+def test_an_empty_category_is_no_value() -> None:
+    rng = np.random.default_rng(0)
+    categories = ["", "cat", "cat", ""] * 15
+    snapshot = snapshot_of(Rows(unit(rng, 60, 8), category=categories))
+    everything = np.ones(60, np.bool_)
+    assert count_values(snapshot, "category", everything) == [{"value": "cat", "count": 30}]
+    groups = group_field(snapshot, "category")
+    query = RankQuery(unit(rng, 8))
+    found = rank_groups(lambda size, mask: rank(snapshot, query, size, mask), 60, groups, None)
+    assert len(found) == 31, "each item without a category stands alone"
+
+
 def test_numbers_are_counted_in_ranges_that_filters_accept() -> None:
     rng = np.random.default_rng(0)
     prices = [None if price < 0 else price for price in rng.normal(20, 9, 400).round(2).tolist()]

@@ -58,6 +58,11 @@ def test_scores_are_shares_of_the_query(lexical: LexicalIndex) -> None:
     assert lexical.search("gohst", 1)[0] < lexical.search("ghost", 1)[0]
 
 
+def test_known_share_is_that_of_terms_in_any_item(lexical: LexicalIndex) -> None:
+    for text, share in {"ghost": 1, "the ghosts": 1, "gohst": 0, "red zebra": 0.5, "?!": 1}.items():
+        assert lexical.known_share(text) == share
+
+
 def test_no_match_gives_no_rows(lexical: LexicalIndex) -> None:
     for query in ("zzz", "", "?!"):
         scores, rows = lexical.search(query, 3)

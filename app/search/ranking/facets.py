@@ -11,12 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.search.errors import InvalidQueryError
 from app.search.ranking.groups import GroupField, group_field
-from app.search.ranking.rows import filter_mask, mask_key
+from app.search.ranking.rows import RankableIndex, field_values, filter_mask, mask_key
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask
-from dcar_core.util.errors import DataError
 
 MAX_VALUES = 100  # of one field; the most frequent
 _MAX_SCORED = 10_000  # rows that are compared with a min_score
@@ -68,7 +66,9 @@ def _cached_values(
     return facets[key]
 
 
-def count_values(snapshot: Snapshot, name: str, mask: Mask, groups: GroupField | None = None) -> Facet:
+def count_values(
+    snapshot: RankableIndex, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
+) -> Facet:
     """Return the values of a field with their counts, the most frequent first; ranges in their order.
 
     Args:
@@ -78,12 +78,8 @@ def count_values(snapshot: Snapshot, name: str, mask: Mask, groups: GroupField |
     Raises:
         InvalidQueryError: there is no such field.
     """
-    try:
-        column = snapshot.artifact.column(name)
-    except DataError as error:
-        raise InvalidQueryError("facets", str(error)) from None
     rows = np.flatnonzero(mask)
-    chosen = column.filter(pa.array(mask))
+    chosen = field_values(snapshot, name, "facets").filter(pa.array(mask))
     is_list = pa.types.is_list(chosen.type)
     if is_list:
         rows = rows[pc.list_parent_indices(chosen).to_numpy()]
@@ -100,7 +96,7 @@ def count_values(snapshot: Snapshot, name: str, mask: Mask, groups: GroupField |
             return _count_ranges(numbers)
     counted = [(entry["values"], entry["counts"]) for entry in pc.value_counts(chosen).to_pylist()]
     counted.sort(key=lambda pair: (-pair[1], str(pair[0])))
-    return [{"value": value, "count": count} for value, count in counted[:MAX_VALUES]]
+    return [{"value": value, "count": count} for value, count in counted[:limit]]
 
 
 def _count_ranges(numbers: Any) -> Facet:

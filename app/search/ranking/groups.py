@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from app.search.errors import InvalidQueryError
 from app.search.ranking.rank import RankedRow
+from app.search.ranking.rows import field_values
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Mask, Rows
-from dcar_core.util.errors import DataError
 
 _ROWS_PER_GROUP = 4  # rows requested at first for each group
 
@@ -57,10 +57,7 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
     """
     groups = snapshot.groups.get(name)
     if groups is None:
-        try:
-            column = snapshot.artifact.column(name)
-        except DataError as error:
-            raise InvalidQueryError("group_by", str(error)) from None
+        column = field_values(snapshot, name, "group_by")
         if pa.types.is_list(column.type):
             raise InvalidQueryError("group_by", f"{name!r} has several values an item; name a field with one")
         encoded = column.combine_chunks().dictionary_encode()

@@ -20,7 +20,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 _SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
 _TEXT_ROWS = 512  # rows of a query's words whose cosines are computed
 _COMMON_WIDTH = 64  # least number of cosines that common words are looked up among
-_WORDS_ALONE = 1e4  # w / (1 - w) for a weight of 1; cosines then order equal matches only
+_LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,5 +103,4 @@ def hybrid_candidates(
 
 def _bonus(snapshot: RankableIndex, vector: Floats, weight: float) -> float:
     """Return the rank score of a text score of 1."""
-    ratio = weight / (1 - weight) if weight < 1 else _WORDS_ALONE
-    return _SPREADS * min(ratio, _WORDS_ALONE) * float(np.std(snapshot.sample_vectors @ vector))
+    return _SPREADS * weight / max(1 - weight, _LEAST_REST) * float(np.std(snapshot.sample_vectors @ vector))

@@ -1,14 +1,16 @@
-"""Rows of a snapshot: the masks of filters, and vectors."""
+"""Rows of a snapshot: the masks of filters, vectors, and the values of fields."""
 
 import json
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from app.search.errors import InvalidQueryError, UnsupportedQueryError
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask
-from dcar_core.util.errors import ArtifactError, StoreUnavailableError
+from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
 from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 
@@ -61,3 +63,16 @@ def row_vectors(snapshot: RankableIndex, rows: list[int]) -> Floats:
     except ArtifactError as error:
         message = f"This query needs the vectors of items, and the index does not keep them: {error}"
         raise UnsupportedQueryError(message) from None
+
+
+def field_values(snapshot: RankableIndex, name: str, option: str) -> pa.ChunkedArray:
+    """Return a field of every row, null where an item has none; an empty caption or category counts as missing.
+
+    Raises:
+        InvalidQueryError: there is no such field; `option` is the part of the query that names it.
+    """
+    try:
+        column = snapshot.artifact.column(name)
+    except DataError as error:
+        raise InvalidQueryError(option, str(error)) from None
+    return pc.if_else(pc.equal(column, ""), None, column) if name in filters.EMPTY_IS_MISSING else column

@@ -14,9 +14,10 @@ _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _CJK_START = re.compile(f"[{_CJK}]")
 _CHUNK = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+(?:[-./_][^\W_{_CJK}]+)*")
 _PART = re.compile(r"[^\W\d_]+|\d+")
-_STOP_WORDS = frozenset(
-    ["a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it", "of", "on", "or", "that", "the", "to"]
-)
+_STOP_WORDS = frozenset({
+    "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it",
+    "of", "on", "or", "that", "the", "to", "with",
+})  # fmt: skip
 _MAX_TERM = 64  # characters
 
 

@@ -59,7 +59,7 @@ def write_lexical(path: Path, texts: Iterable[str]) -> None:
         .add_text_field(_TERMS, tokenizer_name=_ANALYZER, index_option="freq")
         .build()
     )
-    _write(_prepare(tantivy.Index(schema, path=str(path))), path, texts, first_row=0, replaced_from=None)
+    _write(_prepare(tantivy.Index(schema, path=str(path))), path, texts, first_row=0)
 
 
 def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]:
@@ -72,20 +72,20 @@ def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]
         ArtifactError: the index cannot be read.
         OSError: the disk is full or cannot be written.
     """
-    _write(_open(path), path, texts, first_row=first_row, replaced_from=first_row)
+    _write(_open(path), path, texts, first_row)
     return {f"{path.name}/{name}" for name in ("meta.json", ".managed.json")}
 
 
-def _write(index: Any, path: Path, texts: Iterable[str], *, first_row: int, replaced_from: int | None) -> None:
+def _write(index: Any, path: Path, texts: Iterable[str], first_row: int) -> None:
+    """Replace the rows from `first_row` on."""
     import tantivy
 
     try:
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
-        if replaced_from is not None:
-            rows = tantivy.Query.range_query(
-                index.schema, _ROW, tantivy.FieldType.Unsigned, lower_bound=replaced_from, upper_bound=2**62
-            )
-            writer.delete_documents_by_query(rows)
+        replaced = tantivy.Query.range_query(
+            index.schema, _ROW, tantivy.FieldType.Unsigned, lower_bound=first_row, upper_bound=2**62
+        )
+        writer.delete_documents_by_query(replaced)
         for row, text in enumerate(texts, first_row):
             document = tantivy.Document()
             document.add_unsigned(_ROW, row)
@@ -151,6 +151,12 @@ class LexicalIndex:
             order = np.argsort(rows)
             scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
         return scores
+
+    def known_share(self, text: str) -> float:
+        """Return the share of a query's terms that some item contains; 1 for a query without terms."""
+        terms = query_terms(text)
+        known = sum(self._searcher.doc_freq(_TERMS, term) > 0 for term in terms)
+        return known / len(terms) if terms else 1.0
 
     def _query(self, text: str) -> tuple[Any, float]:
         """Return the query, None if no item can match, and the score of a perfect match of average length."""
