@@ -3,7 +3,6 @@
 import atexit
 import gc
 import json
-import logging
 import os
 import shutil
 import sys
@@ -67,19 +66,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_collection_finish() -> None:
     """Exempt what was imported and collected, which stays, from every later search for garbage."""
     gc.freeze()
-
-
-@pytest.fixture(autouse=True)
-def _project_loggers() -> None:
-    """Reset the loggers of the project: commands in this process, and libraries, set levels and turn loggers off."""
-    logging.disable(logging.NOTSET)
-    logging.root.setLevel(logging.WARNING)
-    logging.root.disabled = False
-    logging.root.filters.clear()
-    for name, each in logging.root.manager.loggerDict.items():
-        if isinstance(each, logging.Logger) and name.split(".")[0] in ("app", "dcar_core", "index_jobs"):
-            each.disabled, each.propagate = False, True
-            each.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def _quantize(directory: Path, exact: Path, inputs: dict[str, list[dict[str, Any
             import nncf
     except ImportError:
         raise MissingExtraError("calibrating int8", "int8") from None
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level also mutes handlers that are not its own
     openvino = graph.library()
     for name, samples in inputs.items():
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # for its progress bars
