@@ -45,7 +45,7 @@ class ImageResponse(Response):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._image.close(self._threads)
+            self._image.close()
 
 
 def search_response(request: Request, results: SearchResults) -> dict[str, Any]:

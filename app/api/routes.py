@@ -167,7 +167,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         scope = "private" if settings.api_keys else "public"
         headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
         if etag in request.headers.get("if-none-match", ""):
-            image.close(images.threads)
+            image.close()
             return Response(status_code=304, headers=headers)
         return ImageResponse(image, images.threads, headers)
 

@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
-from contextlib import suppress
 from functools import partial
 from typing import BinaryIO
 
@@ -41,6 +40,7 @@ class ImageFile:
         """Open and hash the image of a row. Raise ImageUnavailableError if there is none that may be served."""
         try:
             self._file, self.size = artifact.open_image(row)
+            self._reading: Future[bytes] | None = None
             try:
                 self._inspect(self._file)
             except BaseException:
@@ -68,22 +68,24 @@ class ImageFile:
 
     async def pieces(self, threads: Executor) -> AsyncIterator[bytes]:
         """Yield the file piece by piece. Raise ImageUnavailableError if it has become shorter meanwhile."""
-        loop, piece, left = asyncio.get_running_loop(), self._start, self.size
+        piece, left = self._start, self.size
         self._start = b""
         while True:
             yield piece
             left -= len(piece)
             if left <= 0:
                 return
-            piece = await loop.run_in_executor(threads, self._file.read, min(left, PIECE_BYTES))
+            self._reading = threads.submit(self._file.read, min(left, PIECE_BYTES))
+            piece = await asyncio.wrap_future(self._reading)
             if not piece:
                 raise ImageUnavailableError
 
-    def close(self, threads: Executor) -> None:
+    def close(self) -> None:
         """Close the file, after a read that a cancelled caller has left in a thread."""
-        if not self._file.closed:
-            with suppress(RuntimeError):  # the threads end with the service
-                threads.submit(self._file.close)
+        if self._reading is None:
+            self._file.close()
+        else:
+            self._reading.add_done_callback(lambda _: self._file.close())
 
 
 class ItemImages:
@@ -112,9 +114,10 @@ class ItemImages:
                 opening.add_done_callback(self._close)
                 raise
 
-    def _close(self, opening: Future[ImageFile]) -> None:
+    @staticmethod
+    def _close(opening: Future[ImageFile]) -> None:
         if not (opening.cancelled() or opening.exception()):
-            opening.result().close(self.threads)
+            opening.result().close()
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
