@@ -39,6 +39,7 @@ _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets 
 def serve(settings: Settings) -> None:
     """Run until interrupted. Raise DcarError if the service cannot start: no index, a taken port, a broken model."""
     logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
+    logging.captureWarnings(True)
     failures: list[DcarError] = []
     for index in settings.indexes.values():
         require_index(index)

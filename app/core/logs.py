@@ -57,5 +57,6 @@ def log_config(level: str, log_format: str) -> dict[str, Any]:
             "uvicorn.error": {"level": "DEBUG" if level == "debug" else "WARNING"},
             "uvicorn.access": {"level": "CRITICAL", "propagate": False},
             "python_multipart": {"level": "ERROR"},
+            "py.warnings": {"level": "WARNING" if level == "debug" else "ERROR"},  # those of libraries
         },
     }
