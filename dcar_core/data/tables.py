@@ -19,7 +19,7 @@ from dcar_core.images import ImageRoot, has_image_suffix
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
-_USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, "caption", "split", "category", "class_name", "meta_category")
+USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, "caption", "split", "category", "class_name", "meta_category")
 
 
 def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
@@ -32,7 +32,7 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
     """
     limit, suffix = RowLimit(file, report), file.suffix.lower()
     may_lack_caption = suffix == ".parquet" or file.stem == "metadata"
-    records = read_records(str(file), lambda: file.open("rb"), used_columns=_USED_COLUMNS, on_bad_line=limit.skip)
+    records = read_records(str(file), lambda: file.open("rb"), used_columns=USED_COLUMNS, on_bad_line=limit.skip)
     for number, row in records:
         if suffix != ".jsonl" and set(IMAGE_COLUMNS).isdisjoint(row):
             raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(row) or 'none'}")

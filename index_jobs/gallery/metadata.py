@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from dcar_core.data.entries import SKIPPED_ROWS, BadRowsError
-from dcar_core.data.load import annotation_files, load_splits
-from dcar_core.data.records import Record, read_records
+from dcar_core.data.load import MISSING_IMAGES, annotation_files, load_splits
+from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.report import shorten
 from dcar_core.data.samples import SPLITS
-from dcar_core.data.tables import split_lines
+from dcar_core.data.tables import USED_COLUMNS, split_lines
 from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
@@ -26,6 +26,7 @@ from index_jobs.gallery.storage import join_location, open_location, parent_fold
 logger = logging.getLogger(__name__)
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_TRAINING_COLUMNS = {*USED_COLUMNS, "id"}  # annotations may number captions, so their ids are not those of items
 
 
 def read_gallery_records(place: str) -> Iterator[tuple[int, Record]]:
@@ -76,18 +77,22 @@ class GalleryMetadata:
         except DataError as error:
             logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)
             return None
-        skipped = {name: None for report in reports.values() for name in report.names.get(SKIPPED_ROWS, ())}
-        if skipped:
-            logger.warning(
-                "%d rows of the annotations in %s are left out: %s", len(skipped), folder, shorten([*skipped])
-            )
+        for phrase, finding in ((SKIPPED_ROWS, "rows"), (MISSING_IMAGES, "missing images")):
+            names = {name: None for report in reports.values() for name in report.names.get(phrase, ())}
+            if names:
+                logger.warning(
+                    "%d %s of the annotations in %s are left out: %s", len(names), finding, folder, shorten([*names])
+                )
         for sample in (sample for data in splits.values() for sample in data.samples):
             record = records.setdefault(sample.image, {"captions": [], "category": sample.category})
             record["captions"].append(sample.caption)
         for record in records.values():
             if len(record["captions"]) == 1:
                 (record["caption"],) = record.pop("captions")
-        return cls(", ".join(sorted({str(file) for file in files})), records)
+        paths = sorted({str(file) for file in files})
+        for path in (path for path in paths if Path(path).suffix.lower() in RECORD_SUFFIXES):
+            _add_other_columns(path, records)
+        return cls(", ".join(paths), records)
 
     @classmethod
     def of_folder(cls, folder: str, names: Iterable[str]) -> "GalleryMetadata | None":
@@ -116,6 +121,18 @@ class GalleryMetadata:
             )
         if unused:
             logger.warning("%d rows of %s name no image here, such as %s", len(unused), self.path, unused[0])
+
+
+def _add_other_columns(table: str, records: Mapping[str, Record]) -> None:
+    """Add the columns of an annotation table that training does not use; an image's first row counts."""
+    try:
+        for _, row in read_records(table, lambda: open_location(table), infer_types=True, on_bad_line=lambda _: None):
+            name = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), "")
+            record = records.get(str(name).replace("\\", "/").removeprefix("./"), {})
+            for column in row.keys() - _TRAINING_COLUMNS:
+                record.setdefault(column, row[column])
+    except DataError as error:
+        logger.warning("other columns than those of training are not taken: %s", error)
 
 
 def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> dict[str, Record]:
