@@ -137,7 +137,7 @@ def _stage(
     logger.info("%d vectors: %s (%s)", len(encoded), choices[0].factory, choices[0].reason)
     queries = caption_queries(gallery.table, encoder)
     choice, measured = stage_vectors(staging, job.out, options, encoder, encoded, choices, queries)
-    stage_items(staging, gallery, encoded, options.text_fields)
+    fields = stage_items(staging, gallery, encoded, options.text_fields)
     return Manifest(
         version=0,
         fingerprint=encoder.fingerprint,
@@ -161,6 +161,7 @@ def _stage(
         exact=options.exact,
         text_fields=None if options.text_fields is None else list(options.text_fields),
         group_field=options.group_field,
+        number_texts=fields.number_texts,
         measured=measured,
         cutoff=calibrate_cutoff(job.pairs, encoder, encoded) if options.validation and job.pairs else {},
         runtime=runtime,

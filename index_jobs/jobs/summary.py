@@ -22,6 +22,7 @@ class RebuildSummary:
     version: the new version, or the one that stays published.
     encoded: images that this run encoded. resumed: images with vectors from an earlier run.
     failed: images without a vector. unread: those of them with bytes that could not be read.
+    number_texts: fields whose texts look like numbers, so that filters cannot compare them by size, with an example.
     changes: items that came, went and changed since the served version; None if there was none.
     gate: comparison of the new index with the served one; see `index_jobs.jobs.quality_gate.GateVerdict`.
     notified: outcome for each notified service.
@@ -45,6 +46,7 @@ class RebuildSummary:
     kind: str
     reason: str
     measured: dict[str, Any]
+    number_texts: dict[str, str]
     changes: dict[str, int] | None
     gate: dict[str, Any] | None
     notified: dict[str, str]
@@ -63,16 +65,26 @@ class RebuildSummary:
             lines.append(f"since the version before: {numbers}")
         if self.gate and not self.reused:
             lines.append(f"compared with the version before: {self.gate['reason']}")
-        if self.failed or self.duplicates:
-            version = Path(self.index) / VERSIONS / str(self.version)
-            lines.append(
-                f"{version}: {FAILED} lists broken images, {DUPLICATES} lists {self.duplicates:,} images that equal "
-                f"another one"
-            )
+        lines += self.notes()
         lines += [f"notified {service}: {outcome}" for service, outcome in self.notified.items()]
         if self.hint:
             lines.append(self.hint)
         return "\n".join(lines)
+
+    def notes(self) -> list[str]:
+        """Return a line for each kind of images or fields that searches leave out or treat as something else."""
+        version, lines = Path(self.index) / VERSIONS / str(self.version), list[str]()
+        if self.failed:
+            lines.append(f"broken images, left out: {self.failed:,}, with reasons in {version / FAILED}")
+        if self.duplicates:
+            lines.append(f"images that equal an earlier one: {self.duplicates:,}, listed in {version / DUPLICATES}")
+        if self.number_texts:
+            examples = ", ".join(f"{name} ({text!r})" for name, text in self.number_texts.items())
+            lines.append(
+                f"fields of text that looks like numbers: {examples}; filters cannot compare them by size, so write "
+                f"numbers such as 10.5"
+            )
+        return lines
 
 
 class RejectedError(GateError):
@@ -128,6 +140,7 @@ def summarize(
         kind=manifest.kind,
         reason=manifest.reason,
         measured=manifest.measured,
+        number_texts=manifest.number_texts,
         changes={name: getattr(changes, name) for name in ("added", "removed", "changed")} if changes else None,
         gate=asdict(verdict) if verdict else None,
         notified=notified or {},

@@ -22,6 +22,7 @@ from index_jobs.gallery.scan import Gallery
 from index_jobs.jobs.quality_gate import PAIRS_SIGNATURE, QueryPairs
 from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
+from index_jobs.store.columns import FieldTypes
 from index_jobs.store.faiss_index import write_faiss
 from index_jobs.store.items import take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
@@ -78,16 +79,19 @@ def stage_vectors(
     return choices[0], tuner.measure(milvus.MilvusIndex(location))
 
 
-def stage_items(staging: Path, gallery: Gallery, encoded: EncodedGallery, text_fields: Sequence[str] | None) -> None:
-    """Write items, their words, failures and duplicates."""
+def stage_items(
+    staging: Path, gallery: Gallery, encoded: EncodedGallery, text_fields: Sequence[str] | None
+) -> FieldTypes:
+    """Write items, their words, failures and duplicates, and return the types of the items' fields."""
     rows = encoded.rows()
-    write_items(staging / ITEMS, gallery.table, rows)
+    fields = write_items(staging / ITEMS, gallery.table, rows)
     write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), text_fields))
     write_failed(staging / FAILED, gallery, encoded.failed)
     duplicates = encoded.duplicates()
     write_duplicates(staging / DUPLICATES, gallery, duplicates)
     if duplicates:
-        logger.info("%d images equal an earlier one; %s lists them", len(duplicates), DUPLICATES)
+        logger.info("%d equal to an earlier image; %s lists them", len(duplicates), DUPLICATES)
+    return fields
 
 
 def calibrate_cutoff(pairs: QueryPairs, encoder: "Encoder", encoded: EncodedGallery) -> dict[str, Any]:

@@ -25,9 +25,13 @@ _LIST = pa.list_(pa.string())
 
 @dataclass(frozen=True)
 class FieldTypes:
-    """Arrow types of a gallery's metadata fields, by name."""
+    """Arrow types of a gallery's metadata fields, by name.
+
+    number_texts: fields in which every text looks like a number, such as "10,50" or "$12", each with one of the texts.
+    """
 
     types: dict[str, pa.DataType]
+    number_texts: dict[str, str]
 
     @classmethod
     def infer(cls, metadata: pa.ChunkedArray) -> "FieldTypes":
@@ -53,12 +57,8 @@ class FieldTypes:
             logger.warning(
                 "items have %d metadata fields; filters accept the %d most frequent ones", len(frequency), len(kept)
             )
-        for name, example in ((name, example) for name, example in examples.items() if example):
-            logger.warning(
-                "the field %r is text, because its values, such as %r, are not numbers: filters cannot compare them by "
-                "size; write them as numbers, such as 10.5", name, example,
-            )  # fmt: skip
-        return cls({name: types[name] for name in sorted(kept)})
+        number_texts = {name: examples[name] for name in kept if examples.get(name)}
+        return cls({name: types[name] for name in sorted(kept)}, number_texts)
 
     def arrays(self, metadata: pa.ChunkedArray) -> dict[str, pa.Array]:
         """Return the columns of a part of the gallery, null where a field is missing."""

@@ -44,8 +44,8 @@ def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
     return pa.Table.from_batches(chosen, table.schema)
 
 
-def write_items(path: Path, table: pa.Table, rows: Rows) -> None:
-    """Write the chosen rows of a gallery's table, ascending."""
+def write_items(path: Path, table: pa.Table, rows: Rows) -> FieldTypes:
+    """Write the chosen rows of a gallery's table, ascending, and return the types of their fields."""
     columns = table.select(COLUMNS)
     by_id = pc.sort_indices(take_rows(columns.select(["id"]), rows)["id"]).to_numpy().astype(np.int64)
     fields = FieldTypes.infer(columns["metadata"])
@@ -60,6 +60,7 @@ def write_items(path: Path, table: pa.Table, rows: Rows) -> None:
             for name in fields.types:
                 batch = batch.append_column(_FIELD + name, values[name])
             writer.write_table(batch, max_chunksize=_BATCH)
+    return fields
 
 
 class Items:

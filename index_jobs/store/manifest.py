@@ -93,6 +93,7 @@ class Manifest:
     exact: bool = False  # images decoded bit for bit as open_clip does
     text_fields: list[str] | None = None  # metadata fields in the lexical index; None for every field with text
     group_field: str = ""  # metadata field that names the product of an item; "" if each item is its own
+    number_texts: dict[str, str] = field(default_factory=dict)  # fields of texts such as "10,50", with an example
     metric: str = "inner_product"
     format: int = FORMAT
 
@@ -100,6 +101,12 @@ class Manifest:
     def has_lexical(self) -> bool:
         """False for versions that are older than the lexical index."""
         return any(name.startswith(f"{LEXICAL}/") for name in self.files)
+
+    @property
+    def folders(self) -> list[str]:
+        """Folders and URLs that hold the images."""
+        added = [root for addition in self.additions for root in addition.roots]
+        return list(dict.fromkeys(root for root in (self.root, *self.roots, *added) if root))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values with a checksum over all of them, which reveals a changed manifest."""

@@ -224,6 +224,20 @@ def test_bad_row_loses_only_its_own_caption(tmp_path: Path, caplog: pytest.LogCa
     assert "line 60: field 'caption' is missing" in caplog.text
 
 
+def test_other_columns_of_training_annotations_are_fields_of_items(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        write_file(tmp_path / name, png())
+    table = "image,caption,category,price,id\na/1.png,a red car,cars,9.5,7\na/1.png,an old car,cars,8,8\n"
+    write_file(tmp_path / "pairs.csv", (table + "./b/1.png,a cat,cats,3,9\ngone.png,a dog,dogs,4,10\n").encode())
+    found = rows_of(scan(tmp_path))
+    assert [row["metadata"]["price"] for row in found.values()] == [9.5, 3]
+    assert not {"7", "9"} & {row["id"] for row in found.values()}
+    assert "1 missing images of the annotations in" in caplog.text
+    assert "are left out: gone.png" in caplog.text
+
+
 def test_too_many_bad_rows_are_an_error_not_a_gallery_without_captions(tmp_path: Path) -> None:
     annotated_gallery(tmp_path, 4, {"image": "x.jpg"}, {"caption": "nothing"})
     with pytest.raises(DataError, match=r"line 5: field 'caption' is missing.*2 of 6 rows cannot be used; at most 10%"):
@@ -236,8 +250,8 @@ def test_files_of_image_kinds_that_are_not_read_are_counted(tmp_path: Path, capl
         write_file(tmp_path / name, b"")
     assert len(scan(tmp_path)) == 1
     assert "2 SVG files are skipped: convert them to PNG" in caplog.text
-    assert "1 video files are skipped: extract frames as images" in caplog.text
-    assert "1 RAW files are skipped: convert them to JPEG" in caplog.text
+    assert "1 video file is skipped: extract frames as images" in caplog.text
+    assert "1 RAW file is skipped: convert them to JPEG" in caplog.text
     assert "notes" not in caplog.text
 
 
@@ -258,12 +272,18 @@ def test_heic_files_are_images_with_their_extra(tmp_path: Path) -> None:
     assert scan(tmp_path).table["name"].to_pylist() == ["a.png", "b.heic", "c.HEIF"]
 
 
-def test_fields_whose_texts_look_like_numbers_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_fields_whose_texts_look_like_numbers_are_named() -> None:
     records = [
         {"price": "$12", "weight": "10,50", "year": 1999, "name": "A-3", "size": "12 cm", "zip": "01"},
         {"price": "$9", "weight": "9", "year": 2000, "name": "A-4", "size": "3", "zip": "02"},
     ]
-    FieldTypes.infer(pa.chunked_array([list(map(json.dumps, records))]))
-    named = [record.args[0] for record in caplog.records if isinstance(record.args, tuple)]
-    assert named == ["price", "weight", "size"]
-    assert "such as '$9', are not numbers" in caplog.text
+    found = FieldTypes.infer(pa.chunked_array([list(map(json.dumps, records))]))
+    assert found.number_texts == {"price": "$9", "weight": "10,50", "size": "12 cm"}
+
+
+def test_the_summary_names_fields_of_text_that_looks_like_numbers(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_file(tmp_path / "photos" / "a.png", png())
+    write_file(tmp_path / "photos" / "metadata.jsonl", b'{"file_name": "a.png", "price": "10,50"}')
+    for _ in range(2):  # published, then up to date
+        done = rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", progress=False)
+        assert "fields of text that looks like numbers: price ('10,50')" in done.to_text()
