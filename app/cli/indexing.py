@@ -122,7 +122,7 @@ def relocate_command(
     if gallery is None and model is None:
         raise typer.BadParameter("give --gallery or --model with the new place")
     manifest = relocate(index, gallery=gallery, former=former, model=model, keep=keep)
-    typer.echo(f"{index}: version {manifest.version}, images at {manifest.root or ', '.join(manifest.roots)}")
+    typer.echo(f"{index}: version {manifest.version}, images at {', '.join(manifest.folders)}")
 
 
 @commands.command(

@@ -4,6 +4,7 @@ A gallery on a disk that is not mounted looks like one whose images were deleted
 gallery that lacks many of the served images.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dcar_core.util.errors import GalleryShrunkError
-from index_jobs.gallery.scan import Gallery
+from index_jobs.gallery.scan import Gallery, absolute_locations
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import Manifest
 
@@ -56,6 +57,18 @@ def count_changes(served: Artifact, gallery: Gallery) -> GalleryChanges:
     gone = np.flatnonzero(~pc.is_in(served_ids, ids).to_numpy())
     example = str(served.item(int(rows[gone[0]])).metadata.get("file_name", "")) if len(gone) else ""
     return GalleryChanges(int((~is_kept).sum()), len(gone), int(changed.sum()), example)
+
+
+def count_indexed_files(served: Artifact, gallery: Gallery) -> tuple[int, str]:
+    """Return how many images of a gallery are files that live items of other ids have, and one of them or ""."""
+    tables = [segment.items.table().select(["id", "location"]) for segment in served.segments]
+    live = pa.concat_tables(tables).filter(pa.array(served.live))
+    places = absolute_locations(gallery.table, gallery.root)["location"]
+    below_root = pc.replace_substring_regex(places, f"^{re.escape(served.manifest.root)}/", "")
+    is_new = pc.invert(pc.is_in(gallery.table["id"], live["id"]))
+    is_indexed = pc.or_(pc.is_in(places, live["location"]), pc.is_in(below_root, live["location"]))
+    same = places.filter(pc.and_(is_new, is_indexed))
+    return len(same), same[0].as_py() if len(same) else ""
 
 
 def _hash_rows(table: pa.Table) -> NDArray[np.int64]:

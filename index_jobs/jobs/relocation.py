@@ -6,6 +6,7 @@ former folder, and the configuration of a checkpoint whose model was moved.
 
 import datetime
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import write_items
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, Manifest
 from index_jobs.store.versions import open_current
+
+logger = logging.getLogger(__name__)
 
 _CONFIG = f"{CHECKPOINT}/config.json"
 
@@ -49,11 +52,14 @@ def relocate(
         current = open_current(index)
         manifest, written = current.manifest, set[str]()
         if gallery is not None:
-            old = (former or manifest.root).rstrip("/")
-            new = gallery if is_url(gallery) else str(Path(gallery).absolute())
-            new = (parent_folder(new) if not is_url(new) and Path(new).is_file() else new).rstrip("/")
+            old, new = _absolute(former or manifest.root), _absolute(gallery)
+            if not old:
+                raise DataError(f"name the folder that was moved with --from: {', '.join(manifest.folders)}")
+            new = parent_folder(new).rstrip("/") if not is_url(new) and Path(new).is_file() else new
             manifest = _move_places(manifest, old, new)
             written |= _write_moved_items(current, staging, old, new)
+            if manifest.folders == current.manifest.folders and not written:
+                raise DataError(f"no image of {index} is below {old}; they are in {', '.join(manifest.folders)}")
         if model is not None:
             _write_config(current, staging, model.absolute())
             written.add(_CONFIG)
@@ -62,9 +68,15 @@ def relocate(
         if model is not None:
             _require_model(staging / CHECKPOINT, current)
         staged = publish.prepare_version(index, staging, manifest, shared=shared)
-        if gallery is not None and (fault := staged.find_gallery_fault()):
-            raise DataError(f"nothing is published: {fault}; give the new place of {former or current.manifest.root}")
+        if gallery is not None and (fault := staged.find_gallery_fault(new)):
+            raise DataError(f"nothing is published: {fault}; give the new place of {old}")
+        for folder in (each for each in manifest.folders if not is_url(each) and not Path(each).exists()):
+            logger.warning("%s is missing as well; relocate it with --from %s", folder, folder)
         return publish.commit_version(index, staged, keep=keep)
+
+
+def _absolute(place: str) -> str:
+    return (place if is_url(place) or not place else str(Path(place).absolute())).rstrip("/")
 
 
 def _moved(place: str, old: str, new: str) -> str:

@@ -9,6 +9,7 @@
 """
 
 import datetime
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -28,6 +29,7 @@ from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.replicas import choose_replicas
 from index_jobs.gallery.scan import Gallery, absolute_locations, scan
 from index_jobs.gallery.storage import join_location
+from index_jobs.jobs.gallery_changes import count_indexed_files
 from index_jobs.jobs.version_writer import caption_queries
 from index_jobs.options import RebuildOptions
 from index_jobs.store import publish
@@ -42,6 +44,8 @@ from index_jobs.store.versions import open_current
 
 if TYPE_CHECKING:
     from dcar_core import Encoder
+
+logger = logging.getLogger(__name__)
 
 WORK = "work-added"
 MAX_ADDITIONS = 8
@@ -130,6 +134,13 @@ def add(
         if existing and not replace_existing:
             raise _collision(current, scanned, existing)
         _require_same_types(current, scanned, str(gallery))
+        repeated, example = count_indexed_files(current, scanned)
+        if repeated:
+            logger.warning(
+                "%d images, such as %s, are in the index already, below another folder: searches find both items; "
+                "`dcar index rollback %s` undoes this, and a rebuild indexes files that are new in its gallery",
+                repeated, example, index,
+            )  # fmt: skip
         settings = RebuildOptions(exact=current.manifest.exact, **options)
         replicas = choose_replicas(scanned, current.checkpoint, index / WORK, settings)
         current.require(replicas[0].fingerprint)

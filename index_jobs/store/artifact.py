@@ -191,18 +191,26 @@ class Artifact(Segments):
             location = self.image_access.resolve(segment.root, location, offset, size, segment.roots)
         return segment.root, location, offset, size
 
-    def find_gallery_fault(self) -> str | None:
-        """Return a reason if more than half of a sample of local images are gone, such as after a move; else None."""
+    def find_gallery_fault(self, folder: str = "") -> str | None:
+        """Return a reason if local images are gone, such as after a move; else None.
+
+        That is more than half of a sample, or one of it together with the whole folder of its gallery.
+
+        Args:
+            folder: look at images below it alone.
+        """
         sampled = [
             self.image_place(row)
             for row in {*np.linspace(0, self.rows - 1, _SAMPLE, dtype=int).tolist()}
             if self.live[row]
         ]
-        paths = [path for path, _ in sampled if not is_url(path)]
+        paths = [path for path, _ in sampled if not is_url(path) and path.startswith(folder)]
         missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
-        if 2 * len(missing) <= len(paths):
-            return None
-        return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"
+        if 2 * len(missing) > len(paths):
+            return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"
+        gone = [root for root in self.manifest.folders if not is_url(root) and not os.path.exists(root)]  # noqa: PTH110
+        lost = next((path for path in missing if path.startswith(tuple(f"{root}/" for root in gone))), None)
+        return f"a folder of the gallery is gone, with images such as {lost}" if lost else None
 
     def image_key(self, row: int) -> str:
         """Return 32 hexadecimal digits that change with the place, size and time of the row's image file.

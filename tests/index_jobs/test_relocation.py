@@ -37,7 +37,11 @@ def test_a_moved_gallery_is_shown_from_its_new_place(gallery: Path, tiny_checkpo
 
 
 def test_images_of_additions_and_further_galleries_move_with_their_folder(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     index, disk = tmp_path / "index", tmp_path / "disk"
     for name in ("second", "third"):
@@ -47,7 +51,11 @@ def test_images_of_additions_and_further_galleries_move_with_their_folder(
     add(index, f"third={disk / 'third'}", progress=False)
     remove(index, [open_current(index).item(0).id])
     disk.rename(tmp_path / "new disk")
-    relocate(index, gallery=str(tmp_path / "new disk"), former=str(disk))
+    assert "a folder of the gallery is gone, with images such as" in (open_current(index).find_gallery_fault() or "")
+    relocate(index, gallery=str(tmp_path / "new disk" / "second"), former=str(disk / "second"))
+    assert f"{disk / 'third'} is missing as well" in caplog.text
+    monkeypatch.chdir(tmp_path)
+    relocate(index, gallery="new disk", former="disk")
     artifact = open_current(index)
     artifact.image_access = ImageAccess()
     for row in (1, 24, 25):
@@ -62,6 +70,8 @@ def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="nothing is published: 16 of 16 sampled images are not in the gallery"):
         relocate(index, gallery=str(tmp_path / "empty"))
+    with pytest.raises(DataError, match=f"no image of .* is below {tmp_path}; they are in "):
+        relocate(index, gallery=str(tmp_path / "empty"), former=str(tmp_path))
     assert current_version(index) == 1
 
 

@@ -22,7 +22,8 @@ from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, open_version, verify_index
 from tests.support.commands import dcar
-from tests.support.images import draw
+from tests.support.files import write_file
+from tests.support.images import draw, png
 
 
 def more(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:
@@ -71,6 +72,16 @@ def test_unchanged_files_are_shared(index: Path, tmp_path: Path) -> None:
     verify_index(index)
     remove(index, [open_current(index).item(0).id], keep=1)
     assert [manifest.version for manifest in verify_index(index)] == [4]
+
+
+def test_files_that_the_index_has_below_another_folder_are_named(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        write_file(tmp_path / "photos" / name, png())
+    rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", progress=False)
+    add(tmp_path / "index", tmp_path / "photos" / "a", progress=False)
+    assert f"1 images, such as {tmp_path}/photos/a/1.png, are in the index already" in caplog.text
 
 
 def test_removed_item_is_never_found(index: Path) -> None:
