@@ -43,19 +43,23 @@ def quickstart(
     the weights of the default one cannot be fetched. An interrupted run resumes with the same command.
     """
     from app.server import listen
+    from index_jobs.gallery.scan import scan
     from index_jobs.rebuild import rebuild
 
     listen(host, port).close()  # before minutes are spent on an index for a port that is taken
     place = gallery.absolute()
     if not place.exists():
         raise DcarError(f"there is no gallery {gallery}; name a folder of images")
+    scanned = scan(place)  # its faults are known before weights are fetched
+    typer.echo(f"1 of 3: model {model}")
     checkpoint, source = _checkpoint(model, None if Path(model).is_dir() else pretrained, data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
     out = data / "quickstart" / hashlib.sha256(str(place).encode()).hexdigest()[:8] / (place.stem or "gallery")
-    summary = rebuild(place, checkpoint, out, runtime=runtime)
+    summary = rebuild(scanned, checkpoint, out, runtime=runtime, max_failed=1.0)  # broken images are counted below
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    typer.echo(f"{summary.count:,} images, {state}\n3 of 3: serve {url}\n{_hints(gallery, out, source)}")
+    typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes(), f"3 of 3: serve {url}"]))
+    typer.echo(_hints(gallery, out, source, has_captions=any(scanned.table["caption"].to_pylist())))
     sys.stdout.flush()
     if page and _has_browser():
         threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
@@ -76,7 +80,6 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
     name = "-".join((model if not Path(model).is_dir() else Path(model).resolve().name, pretrained or "own"))
     out = folder / name.replace("/", "-").replace(":", "-")
     source = ["--model", model, *(["--pretrained", pretrained] if pretrained else [])]
-    typer.echo(f"1 of 3: model {model}")
     if is_checkpoint(out):
         return out, source
     try:
@@ -115,13 +118,20 @@ def hub_is_reachable() -> bool:
     return found.is_set()
 
 
-def _hints(gallery: Path, index: Path, source: list[str]) -> str:
+def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool) -> str:
     images = shlex.quote(str(gallery))
+    if has_captions:
+        start, data = "To adapt the model to the captions, and serve the result:\n", images
+    else:
+        start = (
+            f"To adapt the model, write a table of captions (docs/tutorial.md), or let a vision model write it:\n"
+            f"  dcar data caption --images {images} --out captions.json --url URL --model MODEL\n"
+        )
+        data = f"captions.json --images {images}"
+    validation = f" --validation {images}" if has_captions else ""
     return (
-        f"To adapt the model, write a table of captions (docs/tutorial.md), or let a vision model write it:\n"
-        f"  dcar data caption --images {images} --out captions.json --url URL --model MODEL\n"
-        f"  dcar train --data captions.json --images {images} {shlex.join(source)} --out adapted\n"
-        f"  dcar index build --gallery {images} --checkpoint adapted --out {shlex.quote(str(index))}\n"
+        f"{start}  dcar train --data {data} {shlex.join(source)} --out adapted\n"
+        f"  dcar index build --gallery {images} --checkpoint adapted --out {shlex.quote(str(index))}{validation}\n"
         f"Stop with Ctrl-C."
     )
 

@@ -8,9 +8,11 @@
 
 import difflib
 import json
+import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -184,7 +186,7 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
         towers["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in towers["text_cfg"]:
         towers["text_cfg"]["hf_model_pretrained"] = False
-    with warnings.catch_warnings():
+    with _errors_raised_only(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         return open_clip.create_model(  # type: ignore[no-any-return]
@@ -196,6 +198,20 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
             weights_only=True,
             **towers,
         )
+
+
+@contextmanager
+def _errors_raised_only() -> Iterator[None]:
+    """Drop what open_clip logs as an error: it goes to the root logger, and the exception says the same."""
+
+    def is_no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    logging.getLogger().addFilter(is_no_error)  # records of other loggers do not pass it
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_no_error)
 
 
 def _explained(source: BackboneSource, error: Exception) -> ModelError | MissingExtraError:

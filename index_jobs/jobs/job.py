@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcar_core.util.errors import CheckpointError
 from dcar_core.util.files import canonical_json, sha256_of
@@ -17,12 +17,18 @@ from index_jobs.jobs.summary import RebuildSummary, summarize
 from index_jobs.options import RebuildOptions
 from index_jobs.store.publish import report_os_errors
 
+if TYPE_CHECKING:
+    from index_jobs.gallery.scan import Gallery
 
-def rebuild(gallery: str | Path | Sequence[str], checkpoint: Path, out: Path, **options: Any) -> RebuildSummary:
+
+def rebuild(
+    gallery: "str | Path | Sequence[str] | Gallery", checkpoint: Path, out: Path, **options: Any
+) -> RebuildSummary:
     """Publish an index of a gallery, encoded with a checkpoint.
 
     Args:
         gallery: a folder, an uncompressed tar, or a list, as a path or URL, or several; see `index_jobs.gallery.scan`.
+            A scanned gallery is taken as it is.
         checkpoint: a DCAR checkpoint directory.
         out: the index directory; created if missing.
         options: the fields of `RebuildOptions`.
@@ -39,9 +45,9 @@ def rebuild(gallery: str | Path | Sequence[str], checkpoint: Path, out: Path, **
     start = time.perf_counter()
     settings = RebuildOptions(**options)
     with report_os_errors(out):
-        from index_jobs.gallery.scan import scan
+        from index_jobs.gallery.scan import Gallery, scan
 
-        scanned = scan(gallery)
+        scanned = gallery if isinstance(gallery, Gallery) else scan(gallery)
         job = RebuildJob(scanned, checkpoint, _checkpoint_signature(checkpoint), out, settings, start)
         if not settings.force and (current := job.find_published(checkpoint_signature=job.signature)):
             return summarize(out, current, start=start)

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
+from app.cli.options import EXAMPLES
 from app.cli.quickstart import hub_is_reachable
 from dcar_core.util.errors import DcarError, ModelError
 from index_jobs.store.versions import open_current
@@ -40,11 +41,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
-    photos: Path, tmp_path: Path, served: list[dict[str, Any]]
+    photos: Path, tmp_path: Path, served: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     command = ["quickstart", str(photos), "--data", str(tmp_path / "data"), "--port", str(free_port()), "--no-open"]
     first = CliRunner().invoke(app, command, catch_exceptions=False)
     assert first.output.count("the model hub cannot be reached") == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "the hub's error is said once"
     assert "3 images, indexed in" in first.output
     assert f"dcar train --data captions.json --images '{photos}' --model " in first.output
     (flags,) = served
@@ -56,6 +58,16 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     again = CliRunner().invoke(app, command, catch_exceptions=False)
     assert "3 images, already indexed" in again.output
     assert open_current(served[1]["index"]).manifest.version == artifact.manifest.version
+
+
+def test_broken_images_are_counted_and_captions_are_what_the_model_is_adapted_to(photos: Path, tmp_path: Path) -> None:
+    (photos / "broken.png").write_bytes(png()[:40])
+    (photos / "pairs.csv").write_text("image,caption\ncat.png,a green cat\n")
+    command = ["quickstart", str(photos), "--model", str(EXAMPLES / "base"), "--data", str(tmp_path / "data")]
+    done = CliRunner().invoke(app, [*command, "--port", str(free_port()), "--no-open"], catch_exceptions=False)
+    assert "broken images, left out: 1, with reasons in " in done.output
+    assert f"dcar train --data '{photos}' --model " in done.output
+    assert f"--validation '{photos}'\n" in done.output
 
 
 def test_a_model_that_was_named_by_its_directory_is_not_replaced(photos: Path, tmp_path: Path) -> None:
@@ -70,6 +82,9 @@ def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> N
     done = CliRunner().invoke(app, ["quickstart", str(tmp_path / "none"), "--port", str(free_port())])
     assert isinstance(done.exception, DcarError)
     assert "there is no gallery" in str(done.exception)
+    done = CliRunner().invoke(app, ["quickstart", str(tmp_path), "--port", str(free_port())])
+    assert "is empty" in str(done.exception)
+    assert "1 of 3" not in done.output
 
 
 def test_the_hub_is_reachable_if_it_responds_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
