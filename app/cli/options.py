@@ -23,7 +23,7 @@ def parse_filter(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"a filter is JSON: {error}") from None
+        raise typer.BadParameter(f"""a filter is JSON, such as '{{"category": "shoes"}}': {error}""") from None
     if not isinstance(value, dict):
         raise typer.BadParameter("a filter is a JSON object of fields and conditions")
     return value

@@ -40,6 +40,7 @@ MAX_PAIRS = 1000
 PAIRS_SIGNATURE = "pairs_signature"  # in the manifest's cut-off
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
+_NAMES = {f"recall_at_{k}": f"R@{k}" for k in _RANKS} | {f"ndcg_at_{_DEPTH}": f"nDCG@{_DEPTH}"}  # in messages
 _FILE_SCHEME = "file://"
 _AMBIGUOUS = -1  # instead of a row
 
@@ -230,15 +231,16 @@ def compare(
     before, after = _measures(before_gains), _measures(after_gains)
     pool = served.manifest.count if masks[0] is None else int(np.count_nonzero(masks[0]))
     difference, visible = _difference(before_gains, after_gains, ids)
-    changes = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
+    changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in _NAMES.items())
+    value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
     reason = (
-        f"{changes} among {pool:,} images over {len(shared):,} pairs, margin {margin:g}; ndcg_at_{_DEPTH} changed by "
-        f"{difference['value']:+.3f} (95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})"
+        f"{changes} percent among {pool:,} images over {len(shared):,} pairs, margin {100 * margin:g} points; "
+        f"nDCG@{_DEPTH} changed by {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
     )
     if visible > margin:
         logger.warning(
-            "%d pairs tell differences of %.3f from chance, but the margin is %g; give more validation pairs",
-            len(shared), visible, margin,
+            "%d pairs tell differences of %.1f points from chance, but the margin is %g; give more validation pairs",
+            len(shared), 100 * visible, 100 * margin,
         )  # fmt: skip
     passed = not losses(before, after, margin)
     return GateVerdict(

@@ -81,7 +81,7 @@ def test_worse_index_is_not_published_unless_forced(
     code, summary, stderr = run()
     assert (code, current_version(index)) == (6, 1)
     assert (summary["published"], summary["version"], summary["gate"]["passed"]) == (False, 1, False)
-    assert "not published: the rebuilt index ranks worse than version 1: recall_at_1 0." in stderr
+    assert "not published: the rebuilt index ranks worse than version 1: R@1 " in stderr
     assert stderr.count("\n") == 1
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
     code, summary, _ = run("--margin", "0.9")
@@ -271,12 +271,12 @@ def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many(
     assert verdict.difference is not None
     assert verdict.difference["low"] < verdict.difference["value"] < verdict.difference["high"] < 0
     assert "among 895 images over 80 pairs" in verdict.reason
-    assert "95 % interval -0." in verdict.reason
+    assert "points (95 % interval -" in verdict.reason
 
 
 def test_too_few_pairs_for_the_margin_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert compare([0] * 20, [0] * 20).visible == 0.05
-    assert "20 pairs tell differences of 0.050 from chance, but the margin is 0.02" in caplog.text
+    assert "20 pairs tell differences of 5.0 points from chance, but the margin is 2;" in caplog.text
     caplog.clear()
     assert compare([0] * 100, [0] * 100).passed
     assert not caplog.text
