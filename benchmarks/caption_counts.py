@@ -1,0 +1,79 @@
+"""Recall by the number of captions: a part of the bundled example, split 80 / 10 / 10 as `dcar train` splits a table.
+
+    python benchmarks/caption_counts.py examples/emoji/twemoji [--methods clip-adapter,dcar+] [--seeds 2]
+
+- A tenth of the captions chooses the epoch, a tenth is left out, and the whole test split of the example measures, so
+  that rows differ in what was learned alone.
+- Fewer captions are a part of more. Each seed has its own order. Settings are the defaults of `dcar train`.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+from dcar_core.data import SPLITS, Dataset, load_splits
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods import method
+from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.prepared_split import prepare_split
+from dcar_core.training.train import train
+from dcar_core.training.verdict import split_hits
+from dcar_core.util.bootstrap import Hits, compare_hits
+
+COUNTS = (50, 100, 200, 400, 800, 1600, 2400)
+HEADINGS = ["captions", "method", "text-to-image R@1", "image-to-text R@1", "mean, against the untouched model"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="examples/emoji/base")
+    parser.add_argument("--pretrained")
+    parser.add_argument("--methods", default="clip-adapter,dcar+")
+    parser.add_argument("--counts", default=",".join(map(str, COUNTS)))
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+
+    backbone = load_backbone(BackboneSource(args.model, args.pretrained))
+    splits, _ = load_splits(args.data, SPLITS)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = FeatureCache(Path(folder), backbone)
+
+        def hits(model: DCAR) -> Hits:
+            return split_hits(model, prepare_split(splits["test"], model, for_training=False, cache=cache))
+
+        untouched = hits(seeded_model(backbone, method("clip"), 0))
+        own = compare_hits(untouched, untouched).model
+        row = ["0", "clip", f"{own['t2i_r1'].value:.1f}", f"{own['i2t_r1'].value:.1f}", "-"]
+        print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))
+        print("| " + " | ".join(row) + " |", flush=True)
+        for count in map(int, args.counts.split(",")):
+            for name in args.methods.split(","):
+                runs = []
+                for seed in range(args.seeds):
+                    model = seeded_model(backbone, method(name), seed)
+                    training, validation = (take(splits[split], count * share // 10, seed)
+                                            for split, share in (("train", 8), ("val", 1)))  # fmt: skip
+                    config = TrainConfig(patience=5, seed=seed)
+                    train(model, training, validation, config, progress=False, cache=cache)
+                    runs.append(hits(model))
+                compared = compare_hits(Hits.mean(runs), untouched)
+                recall, gain = compared.model, compared.difference["mean_r1"]
+                row = [f"{count:,}", name, f"{recall['t2i_r1'].value:.1f}", f"{recall['i2t_r1'].value:.1f}",
+                       f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"]  # fmt: skip
+                print("| " + " | ".join(row) + " |", flush=True)
+
+
+def take(data: Dataset, count: int, seed: int) -> Dataset:
+    """Return `count` pairs in an order that depends on the seed alone."""
+    order = list(range(len(data)))
+    Random(seed).shuffle(order)
+    return replace(data, samples=[data.samples[row] for row in sorted(order[:count])])
+
+
+if __name__ == "__main__":
+    main()
