@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from app.api import error_handlers, openapi
 from app.api.bodies import JSON_BYTES_PER_CHAR
 from app.api.pages import make_pages
+from app.api.requests import MAX_PUT_ITEMS
 from app.api.routes import add_routes
 from app.core.metrics import Metrics
 from app.core.rate_limit import RateLimiter
@@ -30,6 +31,7 @@ from app.search.collections import Collections
 from app.search.embedding_cache import make_cache
 from app.search.reload_listener import ReloadListener
 from app.search.retriever import Retriever
+from app.writes.worker import WriteWorker
 from dcar_core.util.errors import DcarError
 from index_jobs.store.versions import require_index
 
@@ -59,16 +61,20 @@ def create_app(
             require_index(index)
         collections = Collections(settings, metrics, on_start_failure=on_start_failure)
         retriever = Retriever(settings, make_cache(settings, metrics), metrics)
-        app.state.collections, app.state.retriever = collections, retriever
+        writer = WriteWorker(settings, collections, metrics)
+        app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
         _watch_indexes(metrics, collections)
         retriever.start()
         collections.start()
+        if settings.writes:
+            writer.start()
         listener = _listen(settings, collections, metrics)
         try:
             yield
         finally:
             if listener is not None:
                 await listener.close()
+            await writer.close()
             await collections.close()
             await retriever.close()
             if rates is not None:
@@ -167,4 +173,6 @@ def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
     texts = max(_FORM_OVERHEAD_BYTES, 2 * settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)
     if path.endswith(("/v1/embeddings", "/search/batch")):  # also images in base64
         return settings.max_upload_bytes * 4 // 3 + settings.max_queries * texts, "body"
+    if settings.writes and path.endswith("/items"):
+        return settings.max_upload_bytes * 4 // 3 + MAX_PUT_ITEMS * _FORM_OVERHEAD_BYTES, "body"
     return texts, "body"

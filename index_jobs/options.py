@@ -1,6 +1,6 @@
 """Options of a rebuild, with their defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class RebuildOptions:
     ray: str | None = None
     runtime: str = "torch"
     progress: bool = True
+    on_encoded: Callable[[int], None] | None = None  # called with a number of images once they have vectors
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shard_rows < 1:

@@ -37,12 +37,12 @@ M = TypeVar("M", bound=BaseModel)
 
 async def read_text_query(request: Request, settings: Settings) -> Query:
     """Read the body of POST /search/text."""
-    return _text_query(await _read_json(request, TextQuery), settings)
+    return _text_query(await read_json(request, TextQuery), settings)
 
 
 async def read_batch(request: Request, settings: Settings) -> list[BatchEntry]:
     """Read the body of POST /search/batch. `check_batch` checks the queries one by one."""
-    queries = (await _read_json(request, BatchQuery)).queries
+    queries = (await read_json(request, BatchQuery)).queries
     if len(queries) > settings.max_queries:
         raise field_problem("queries", f"at most {settings.max_queries}, not {len(queries)}")
     return queries
@@ -53,7 +53,7 @@ def check_batch(queries: list[BatchEntry], settings: Settings) -> list[Query]:
     checked = []
     for number, query in enumerate(queries):
         try:
-            image = None if query.image is None else _decoded(query.image, settings, "image")
+            image = None if query.image is None else decode_base64(query.image, settings, "image")
             checked.append(_text_query(query, settings, image))
         except Problem as problem:
             raise problem.within(f"queries.{number}") from None
@@ -62,7 +62,7 @@ def check_batch(queries: list[BatchEntry], settings: Settings) -> list[Query]:
 
 async def read_embeddings(request: Request, settings: Settings) -> EmbeddingsQuery:
     """Read the body of POST /v1/embeddings. `embeddings_input` checks the inputs one by one."""
-    query = await _read_json(request, EmbeddingsQuery)
+    query = await read_json(request, EmbeddingsQuery)
     if len(query.input) > settings.max_queries:
         raise field_problem("input", f"at most {settings.max_queries}, not {len(query.input)}")
     return query
@@ -79,7 +79,7 @@ def embeddings_input(query: EmbeddingsQuery, settings: Settings) -> list[str | b
                 raise field_problem(field, "must not be empty")
             inputs.append(text)
             continue
-        inputs.append(_decoded(each.image, settings, f"{field}.image"))
+        inputs.append(decode_base64(each.image, settings, f"{field}.image"))
     return inputs
 
 
@@ -131,7 +131,8 @@ def _check_content_type(request: Request, expected: str) -> str:
     return content_type
 
 
-async def _read_json(request: Request, model: type[M]) -> M:
+async def read_json(request: Request, model: type[M]) -> M:
+    """Read a JSON body."""
     body = await request.body()
     _check_content_type(request, "application/json")
     if len(body) > _LARGE_JSON_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
@@ -142,7 +143,8 @@ async def _read_json(request: Request, model: type[M]) -> M:
         raise from_validation(error) from None
 
 
-def _decoded(image: str, settings: Settings, field: str) -> bytes:
+def decode_base64(image: str, settings: Settings, field: str) -> bytes:
+    """Return the file in a base64 text or data URI; an error names the field."""
     try:
         data = base64.b64decode(image.rpartition(",")[2], validate=True)
     except ValueError:

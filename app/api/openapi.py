@@ -11,12 +11,21 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from app.api.requests import BatchEntry, BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
+from app.api.requests import (
+    BatchEntry,
+    BatchQuery,
+    DeleteItems,
+    EmbeddingsQuery,
+    ImageForm,
+    PutItems,
+    TextQuery,
+)
 from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem, field_problem
 from app.core.settings import Settings
 
 _PROBLEM_REF = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
+_BODIES = (TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems)
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _COLLECTION = {
     "name": "collection",
@@ -33,7 +42,7 @@ _ERRORS: dict[str, tuple[str, Problem]] = {
         field_problem("Authorization", "must be `Bearer` and a known API key", status=401),
     ),
     "403": (
-        "Admin routes are disabled.",
+        "Admin routes or writing are disabled, or the scope of the key does not allow this.",
         Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them."),
     ),
     "404": (
@@ -70,10 +79,14 @@ _ERRORS: dict[str, tuple[str, Problem]] = {
 
 
 def operation(
-    model: type[Any], *errors: int, body: type[BaseModel] | None = None, media_type: str = "application/json"
+    model: type[Any],
+    *errors: int,
+    body: type[BaseModel] | None = None,
+    media_type: str = "application/json",
+    status: int = 200,
 ) -> dict[str, Any]:
     """Return a route's keyword arguments: its response model, its error statuses and its request body."""
-    arguments: dict[str, Any] = {"responses": {200: {"model": model}, **problem_responses(*errors)}}
+    arguments: dict[str, Any] = {"responses": {status: {"model": model}, **problem_responses(*errors)}}
     if body is not None:  # `install` adds its schema
         content = {media_type: {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
         arguments["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
@@ -108,7 +121,16 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, ProblemResponse):
+    for model in (
+        TextQuery,
+        BatchEntry,
+        ImageForm,
+        BatchQuery,
+        EmbeddingsQuery,
+        PutItems,
+        DeleteItems,
+        ProblemResponse,
+    ):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
     _add_limits(schemas, app.state.settings)
@@ -118,18 +140,20 @@ def _document(app: FastAPI) -> dict[str, Any]:
         "admin": {"type": "http", "scheme": "bearer", "description": "The admin key."},
     }
     for path, methods in document["paths"].items():
-        for each in methods.values():
-            _complete(path, each)
+        for method, each in methods.items():
+            _complete(path, method, each)
     return document
 
 
-def _complete(path: str, operation: dict[str, Any]) -> None:
+def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
     responses = operation["responses"]
     if "{collection}" in path:  # `collection_of` reads it
         operation.setdefault("parameters", []).insert(0, _COLLECTION)
     if path not in _OPEN_PATHS:
-        operation["security"] = [{"admin": []}] if path.startswith("/admin/") else [{}, {"key": []}]
-        for status in ("401", "429", "500", *(("408",) if "requestBody" in operation else ())):
+        is_write = method in ("put", "delete") or path.startswith("/jobs/")
+        allowed = [{"admin": []}, {"key": []}] if is_write else [{}, {"key": []}]
+        operation["security"] = [{"admin": []}] if path.startswith("/admin/") else allowed
+        for status in ("401", "403", "429", "500", *(("408",) if "requestBody" in operation else ())):
             responses.setdefault(status, {})
     for status, (description, problem) in _ERRORS.items():
         if status in responses:

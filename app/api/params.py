@@ -4,14 +4,15 @@ from typing import Annotated
 
 from fastapi import Path, Request
 
-from app.core.keys import is_key, key_in
+from app.core.keys import ApiKey, is_key, key_in
 from app.core.metrics import Metrics
 from app.core.problems import Problem
 from app.core.settings import Settings
-from app.middleware.access import unauthorised
+from app.middleware.access import API_KEY, out_of_scope, unauthorised
 from app.search.collections import Collections
 from app.search.retriever import Retriever
 from app.search.snapshots import Snapshot
+from app.writes.worker import WriteWorker
 
 ItemId = Annotated[str, Path(description="the id of an item, as results give it", max_length=1024)]
 
@@ -29,6 +30,11 @@ def retriever_of(request: Request) -> Retriever:
 def collections_of(request: Request) -> Collections:
     collections: Collections = request.app.state.collections
     return collections
+
+
+def writer_of(request: Request) -> WriteWorker:
+    writer: WriteWorker = request.app.state.writer
+    return writer
 
 
 def collection_of(request: Request) -> str | None:
@@ -57,3 +63,20 @@ def require_admin(request: Request) -> None:
         metrics: Metrics = request.app.state.metrics
         metrics.refused.labels("key").inc()
         raise unauthorised("must be `Bearer` and the admin key")
+
+
+def may_read(request: Request, collection: str) -> bool:
+    """Return True if the scope of the request's key, if it has one, opens a collection."""
+    key: ApiKey | None = request.scope.get(API_KEY)
+    return key is None or key.opens(collection)
+
+
+def require_writer(request: Request, collection: str) -> None:
+    """Accept the admin key, and API keys that may write to a collection."""
+    if not settings_of(request).writes:
+        raise Problem(403, "Writing is disabled; set DCAR_WRITES=true to enable it.")
+    key: ApiKey | None = request.scope.get(API_KEY)
+    if key is None:  # no API keys are configured
+        require_admin(request)
+    elif not key.may_write or not key.opens(collection):
+        raise out_of_scope()

@@ -5,14 +5,30 @@
   document.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, WithJsonSchema
-from pydantic_core import from_json
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
+from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K, MAX_QUERIES
 from app.search.query import SearchOptions
 
+MAX_PUT_ITEMS = 256
+MAX_DELETED_ITEMS = 10_000
+_MAX_METADATA_BYTES = 64 * 2**10
+_OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside its metadata
+_ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
 LIST_FIELDS = ("more_like", "less_like", "fields", "facets")  # a form may also repeat the field
 
 
@@ -100,3 +116,55 @@ class BatchQuery(BaseModel):
     )
 
     queries: Annotated[list[BatchEntry], Field(min_length=1, max_length=MAX_QUERIES), FailFast()]
+
+
+def _check_item_id(given: str) -> str:
+    if not _ITEM_ID.fullmatch(given):
+        raise ValueError(
+            "must have no control characters, no space at its ends, and not end in /image or /similar, nor be . or .."
+        )
+    return given
+
+
+def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
+    for name in given:
+        if name in _OWN_FIELDS or not name.strip():
+            raise ValueError(f"must not have the field {name!r}")
+    text = to_json(given, inf_nan_mode="null")
+    if len(text) > _MAX_METADATA_BYTES:
+        raise ValueError(f"takes at most {_MAX_METADATA_BYTES // 2**10} KiB as JSON")
+    values: dict[str, Any] = from_json(text)
+    return values
+
+
+NewItemId = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_item_id)]
+
+
+class PutItem(BaseModel):
+    """An item with its image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: NewItemId
+    image: Annotated[str, Field(min_length=1, description="the image file in base64, or as a data URI")]
+    caption: Annotated[str, Field(max_length=10_000)] = ""
+    category: Annotated[str, Field(max_length=1000)] = ""
+    metadata: Annotated[
+        dict[str, Any], AfterValidator(_check_metadata), Field(description="any other fields; a field keeps its type")
+    ] = {}
+
+
+class PutItems(BaseModel):
+    """Items to add; they replace items with the same ids."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    items: Annotated[list[PutItem], Field(min_length=1, max_length=MAX_PUT_ITEMS), FailFast()]
+
+
+class DeleteItems(BaseModel):
+    """Ids of items to remove; ids that the index lacks are ignored."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"ids": ["1f63f"]}]})
+
+    ids: Annotated[list[NewItemId], Field(min_length=1, max_length=MAX_DELETED_ITEMS), FailFast()]

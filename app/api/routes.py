@@ -25,7 +25,7 @@ from app.api.bodies import (
 )
 from app.api.browsing import ThumbnailSize, browsing_routes, thumbnail_response
 from app.api.openapi import operation, problem_responses
-from app.api.params import ItemId, collections_of, require_admin, retriever_of, settings_of, snapshot_of
+from app.api.params import ItemId, collections_of, may_read, require_admin, retriever_of, settings_of, snapshot_of
 from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
 from app.api.responses import (
     ImageResponse,
@@ -46,10 +46,11 @@ from app.api.schemas import (
     ReloadResponse,
     SearchResponse,
 )
+from app.api.writing import item_writing_routes, job_routes
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
-from app.middleware.access import charge
+from app.middleware.access import charge, out_of_scope
 from app.search.errors import BatchQueryError, NotReadyError
 from app.search.query import Query, SearchOptions
 from app.search.snapshots import Snapshot
@@ -81,7 +82,9 @@ def add_routes(app: FastAPI, settings: Settings) -> None:
         )
         app.include_router(_item_routes(settings), prefix=prefix)
         app.include_router(browsing_routes(), prefix=prefix)
+        app.include_router(item_writing_routes(), prefix=prefix)
     app.include_router(_service_routes(settings))
+    app.include_router(job_routes())
 
 
 async def search_text(request: Request) -> Response:
@@ -192,6 +195,8 @@ def _service_routes(settings: Settings) -> APIRouter:
         retriever, collections = retriever_of(request), collections_of(request)
         retriever.require_room()
         query = await read_embeddings(request, settings)
+        if not may_read(request, query.model or collections.default):
+            raise out_of_scope()
         snapshot = collections[query.model].require()
         encoder = snapshot.encoder
         if query.dimensions not in (None, encoder.dim):
@@ -209,7 +214,7 @@ def _service_routes(settings: Settings) -> APIRouter:
 
     @router.get("/collections", tags=["service"], **operation(CollectionsResponse))
     async def list_collections(request: Request) -> Response:
-        """List the served collections."""
+        """List the served collections that the key opens."""
         collections = collections_of(request)
         entries = [
             {
@@ -220,6 +225,7 @@ def _service_routes(settings: Settings) -> APIRouter:
                 "min_score": index.live.min_score if index.live else None,
             }
             for name, index in collections
+            if may_read(request, name)
         ]
         return JsonResponse({"collections": entries})
 

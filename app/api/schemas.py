@@ -4,7 +4,7 @@
 - A field that the request did not ask for is absent, not null.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -162,6 +162,39 @@ class EmbeddingsResponse(BaseModel):
     model: str = Field(description="the collection that embedded")
     fingerprint: str = Field(description="of the model; the manifest of an index has the same")
     usage: EmbeddingsUsage
+
+
+class JobProgress(BaseModel):
+    """Images that have been encoded, of all in the batch that the job is part of."""
+
+    done: int
+    total: int
+
+
+class JobFailure(BaseModel):
+    """An item that could not be put, and why."""
+
+    id: str
+    reason: str
+
+
+class JobResponse(BaseModel):
+    """A change of items, from its acceptance to a week after its end.
+
+    items: number of items in the request. reason: why the job failed, or why it waits.
+    """
+
+    id: str = Field(examples=["18a6f0c2d3b4e5f6a7b8c9d0e1f20314"])
+    collection: str
+    kind: Literal["put", "delete"]
+    status: Literal["waiting", "running", "done", "failed"]
+    items: int
+    accepted: str = Field(description="UTC, ISO 8601", examples=["2026-01-31T12:00:00Z"])
+    ended: str | None = None
+    progress: JobProgress | None = None
+    index_version: int | None = Field(None, description="a version that has all changes of the job")
+    failed: list[JobFailure] | None = Field(None, description="the other items of the job were put")
+    reason: str | None = None
 
 
 class HealthResponse(BaseModel):

@@ -1,4 +1,4 @@
-"""`dcar index`: build, add, remove, relocate, items, list, verify, rollback."""
+"""`dcar index`: build, add, remove, apply, relocate, items, list, verify, rollback."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +103,22 @@ def add_command(
     added = f"{summary.added:,} added" + (f", {summary.removed:,} of them replaced" if summary.removed else "")
     typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({added}, {summary.failed} broken)")
     _recommend(summary.rebuild)
+
+
+@commands.command("apply", epilog=example("dcar index apply index"))
+def apply_command(
+    index: Index,
+    workers: Workers = None,
+    batch_size: BatchSize = RebuildOptions.batch_size,
+    keep: Keep = RebuildOptions.keep,
+    device: Device = "auto",
+    runtime: Runtime = "auto",
+) -> None:
+    """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
+    from index_jobs.jobs.writes.apply import apply_writes
+
+    options = {"workers": workers, "batch_size": batch_size, "keep": keep, "device": device, "runtime": runtime}
+    typer.echo(f"{index}: {apply_writes(index, **options):,} jobs applied")
 
 
 @commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))

@@ -3,6 +3,8 @@
 - A key has 256 random bits, so a plain SHA-256 cannot be reversed and no slow hash is needed.
 - Hashes are compared in constant time and with every known key, so the response time reveals nothing.
 - `dcar key NAME` makes a key for the caller and the line `NAME:HASH` for DCAR_API_KEYS.
+- A scope follows the hash: `NAME:HASH:read` or `NAME:HASH:write`, and perhaps collections, `NAME:HASH:read:shoes+bags`.
+  A key without a scope reads every collection; one that may write reads too.
 """
 
 import hashlib
@@ -10,11 +12,26 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 _PREFIX = "dcar_"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _HASHED = "sha256:"
+_SCOPE = re.compile(r"((?P<right>read|write)(:(?P<names>[A-Za-z0-9._+-]+))?)?")
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """A key's hash and its scope. collections: the names of those it opens; None for all."""
+
+    digest: str
+    may_write: bool = False
+    collections: frozenset[str] | None = None
+
+    def opens(self, collection: str) -> bool:
+        """Return True if the key may read a collection."""
+        return self.collections is None or collection in self.collections
 
 
 def new_key() -> str:
@@ -27,31 +44,36 @@ def key_hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def parse_keys(text: str) -> dict[str, str]:
-    """Return a table of names and hashes from NAME:HASH pairs, separated by commas or white space.
+def parse_keys(text: str) -> dict[str, ApiKey]:
+    """Return keys by name from NAME:HASH[:RIGHT[:COLLECTIONS]] entries, separated by commas or white space.
 
     Raises:
         ValueError: an entry is malformed, or a name is repeated. The message holds no hash.
     """
-    keys: dict[str, str] = {}
+    keys: dict[str, ApiKey] = {}
     for entry in text.replace(",", " ").split():
-        name, _, digest = entry.partition(":")
+        name, _, scope = entry.partition(":")
+        digest, _, scope = scope.partition(":")
         if not _NAME.fullmatch(name) or not _HASH.fullmatch(digest.lower()):
             raise ValueError("must be NAME:HASH pairs, separated by commas, as `dcar key NAME` prints them")
         if name in keys:
             raise ValueError(f"has two keys named {name}")
-        keys[name] = digest.lower()
+        match = _SCOPE.fullmatch(scope)
+        if match is None or entry.endswith(":"):
+            raise ValueError(f"has a scope of {name} that is not read or write, as in {name}:HASH:write:shoes+bags")
+        names = frozenset(match["names"].split("+")) if match["names"] else None
+        keys[name] = ApiKey(digest.lower(), match["right"] == "write", names)
     if not keys:
         raise ValueError("has no key; leave it unset to serve everybody")
     return keys
 
 
-def find_key_name(keys: Mapping[str, str], key: str) -> str | None:
+def find_key_name(keys: Mapping[str, ApiKey], key: str) -> str | None:
     """Return the name of a key, None for an unknown key."""
     digest = key_hash(key).encode()
     match = None
     for name, known in keys.items():  # all of them, in constant time
-        if hmac.compare_digest(digest, known.encode()):
+        if hmac.compare_digest(digest, known.digest.encode()):
             match = name
     return match
 

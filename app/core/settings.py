@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from app.core.keys import parse_keys
+from app.core.keys import ApiKey, parse_keys
 from app.core.rate_limit import parse_rate
 from app.core.redis import check_url
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
@@ -130,10 +130,16 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None, description="Key of the /admin routes, in plain text or as sha256:HASH. Unset: they are disabled."
     )
-    api_keys: Annotated[dict[str, str], NoDecode] = Field(
+    api_keys: Annotated[dict[str, ApiKey], NoDecode] = Field(
         {},
-        description="Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME` makes one. Unset: "
+        description="Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME` makes one. "
+        "NAME:HASH:write may change items as well, and NAME:HASH:read:shoes+bags opens these collections alone. Unset: "
         "everybody may search.",
+    )
+    writes: bool = Field(
+        False,
+        description="Accept changes of items over HTTP, with the admin key or a key that may write. The service then "
+        "needs to write to the index directories.",
     )
     rate_limit: str | None = Field(
         None,
@@ -164,9 +170,14 @@ class Settings(BaseSettings):
     )
 
     @property
+    def default_collection(self) -> str:
+        """Name of the default collection, after the directory of its index."""
+        return self.index.resolve().name
+
+    @property
     def indexes(self) -> dict[str, Path]:
         """Indexes by collection name. The default one is first and named after its directory."""
-        return {self.index.resolve().name: self.index, **self.collections}
+        return {self.default_collection: self.index, **self.collections}
 
     @field_validator("collections")
     @classmethod
@@ -188,6 +199,14 @@ class Settings(BaseSettings):
     @classmethod
     def _parse_keys(cls, value: object) -> object:
         return parse_keys(value) if isinstance(value, str) else value
+
+    @field_validator("writes")
+    @classmethod
+    def _require_writer(cls, value: bool, info: ValidationInfo) -> bool:
+        keys = info.data.get("api_keys", {})
+        if value and not info.data.get("admin_key") and not any(key.may_write for key in keys.values()):
+            raise ValueError("needs DCAR_ADMIN_KEY, or a key in DCAR_API_KEYS that may write")
+        return value
 
     @field_validator("cors_origins", mode="before")
     @classmethod

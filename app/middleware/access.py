@@ -1,7 +1,9 @@
 """ASGI middleware that runs before any body is read: API keys and rate limits.
 
 - Every path needs a key unless it is listed in _OPEN_PATHS, so new routes are protected by default.
-- /metrics accepts an API key or the admin key. Routes below /admin check the admin key themselves.
+- /metrics and the routes that write accept an API key or the admin key. Routes below /admin check the admin key
+  themselves.
+- A key for some collections opens their paths alone, and the few routes that check the collection themselves.
 """
 
 import math
@@ -12,14 +14,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.core.keys import find_key_name, is_key, key_in
+from app.core.keys import ApiKey, find_key_name, is_key, key_in
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.core.rate_limit import RateLimiter, network_of
 from app.core.settings import Settings
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
+_DEFAULT_PATHS = ("/search/", "/items", "/browse", "/words")  # of the default collection
+_CHECKED_PATHS = ("/collections", "/v1/embeddings", "/jobs/")  # their routes check the collection
 CALLER = "dcar.caller"  # scope key: the name of the request's API key
+API_KEY = "dcar.api_key"  # scope key: the request's API key
 _CHARGE = "dcar.charge"  # scope key: counts more requests for the caller
 
 
@@ -32,6 +37,7 @@ class Access:
         self._app = app
         self._keys = settings.api_keys
         self._admin = settings.admin_key
+        self._default = settings.default_collection
         self._rates = rates
         self._metrics = metrics
 
@@ -52,11 +58,16 @@ class Access:
         client = scope.get("client")
         caller = network_of(client[0]) if client else "unknown"
         if self._keys and not path.startswith("/admin/"):
-            name = self._key_name(Headers(scope=scope), is_metrics=path == "/metrics")
-            if name is None:
+            is_for_admin = path == "/metrics" or path.startswith("/jobs/") or scope["method"] in ("PUT", "DELETE")
+            found = self._find_key(Headers(scope=scope), is_for_admin=is_for_admin)
+            if found is None:
                 self._metrics.refused.labels("key").inc()
                 return unauthorised("must be `Bearer` and a known API key")
-            caller = scope[CALLER] = name
+            caller, key = found
+            if not self._opens(key, path):
+                self._metrics.refused.labels("scope").inc()
+                return out_of_scope()
+            scope[CALLER], scope[API_KEY] = caller, key
         if self._rates is None or path == "/metrics":
             return None
         scope[_CHARGE] = partial(self._charge, self._rates, caller)
@@ -71,13 +82,21 @@ class Access:
         detail = f"Too many requests from {caller}. Try again in {seconds} s."
         return Problem(429, detail, headers={"Retry-After": str(seconds)})
 
-    def _key_name(self, headers: Headers, *, is_metrics: bool) -> str | None:
+    def _opens(self, key: ApiKey, path: str) -> bool:
+        if key.collections is None or path.rstrip("/") in _CHECKED_PATHS or path.startswith("/jobs/"):
+            return True
+        if path.startswith("/collections/"):
+            return key.opens(path.split("/")[2])
+        return path.startswith(_DEFAULT_PATHS) and key.opens(self._default)
+
+    def _find_key(self, headers: Headers, *, is_for_admin: bool) -> tuple[str, ApiKey] | None:
         key = key_in(headers)
         if key is None:
             return None
-        if is_metrics and self._admin is not None and is_key(key, self._admin.get_secret_value()):
-            return "admin"
-        return find_key_name(self._keys, key)
+        if is_for_admin and self._admin is not None and is_key(key, self._admin.get_secret_value()):
+            return "admin", ApiKey("", may_write=True)
+        name = find_key_name(self._keys, key)
+        return None if name is None else (name, self._keys[name])
 
 
 async def _send_private(send: Send, message: Message) -> None:
@@ -106,3 +125,8 @@ def unauthorised(message: str) -> Problem:
     problem = field_problem("Authorization", message, status=401)
     problem.headers["WWW-Authenticate"] = "Bearer"
     return problem
+
+
+def out_of_scope() -> Problem:
+    """Return a 403 for a key whose scope lacks a collection, or the right to write."""
+    return field_problem("Authorization", "the scope of this key does not allow this", status=403)

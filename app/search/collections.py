@@ -112,7 +112,7 @@ class ServedIndex:
         if str(failure) != self._failure and not is_reported:
             logger.error("version %s of %s is not served: %s", version or "?", self.index, failure)
         self._failure = str(failure)
-        self.reason = _without_directories(self._failure, self.index)
+        self.reason = without_directories(self._failure, self.index)
         self._failed_version, self._retry_at = version, time.monotonic() + _RETRY_S
         return failure
 
@@ -137,7 +137,7 @@ class ServedIndex:
                     await self.reload()
 
 
-def _without_directories(message: str, index: Path) -> str:
+def without_directories(message: str, index: Path) -> str:
     """Shorten absolute paths in a message to their last part."""
     for directory in (index.absolute(), index.resolve()):
         message = message.replace(str(directory), index.resolve().name)
@@ -213,7 +213,7 @@ class Collections:
         """Return why images cannot be shown, by a sample of each gallery's files; None if they can. Reads the disk."""
         for name, index in self:
             if index.live and (fault := index.live.artifact.find_gallery_fault()):
-                return self._with_name(name, _without_directories(fault, index.index))
+                return self._with_name(name, without_directories(fault, index.index))
         return None
 
     def start(self) -> None:

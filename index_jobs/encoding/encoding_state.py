@@ -206,6 +206,8 @@ class EncodingState:
 
     def advance(self, bar: "tqdm[NoReturn]", images: int) -> None:
         """Advance the bar."""
+        if self._options.on_encoded is not None:
+            self._options.on_encoded(images)
         bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
         bar.update(images)
 

@@ -200,7 +200,7 @@ def _write_addition(
         folder=folder,
         count=table.num_rows,
         kind=built.choice.factory,
-        sources=sources,
+        sources=list(dict.fromkeys(sources)),
         roots=list(dict.fromkeys(roots)),
     )
     return _updated_manifest(manifest, merged_from + table.num_rows, removed, [*manifest.additions[:kept], added])

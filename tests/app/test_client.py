@@ -11,7 +11,10 @@ from dcar_client import AsyncClient, Client, ServiceError, models
 from pydantic import BaseModel
 
 from app.core.keys import key_hash, new_key
+from app.writes.worker import WriteWorker
+from dcar_core.util.errors import LockedError
 from index_jobs.rebuild import rebuild
+from index_jobs.store.writes.write_queue import WriteQueue
 from tests.support.images import png
 from tests.support.processes import free_port
 from tests.support.service import ODD_ID, serving
@@ -44,7 +47,27 @@ def models_in(value: Any) -> Iterator[BaseModel]:
             yield from models_in(each)
 
 
-def test_every_model_holds_all_that_the_service_sends(built_index: Path, gallery: Path) -> None:
+def ended_job(index: Path) -> str:
+    """Return a job that has all fields."""
+    queue = WriteQueue(index)
+    job = queue.accept("delete", [{"id": "a"}])
+    failed = [{"id": "a", "reason": "broken"}]
+    progress = {"done": 1, "total": 1}
+    queue.end(queue.read(job), status="done", index_version=1, failed=failed, progress=progress, reason="as an example")
+    return job
+
+
+@pytest.fixture
+def _no_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start no process that applies jobs."""
+
+    async def run_apply(*_: object) -> tuple[int, str]:
+        return LockedError.exit_code, "another job is writing"
+
+    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
+
+
+def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path) -> None:
     seen: set[type[BaseModel]] = set()
     transport = RecordingTransport()
 
@@ -55,7 +78,7 @@ def test_every_model_holds_all_that_the_service_sends(built_index: Path, gallery
         seen.update(type(model) for model in models_in(value))
 
     with (
-        serving(built_index, admin_key=ADMIN) as (_, port),
+        serving(index, admin_key=ADMIN, writes=True) as (_, port),
         Client(f"http://127.0.0.1:{port}", key=ADMIN, transport=transport) as client,
     ):
         for name in ("health", "readiness", "reload"):
@@ -70,6 +93,7 @@ def test_every_model_holds_all_that_the_service_sends(built_index: Path, gallery
         check(client.items(k=4), transport.body)
         check(client.embeddings(["red", png("red")], model="index"), transport.body)
         check(client.item(ODD_ID), transport.body)
+        check(client.job(ended_job(index)), transport.body)
         with pytest.raises(ServiceError) as caught:
             client.item("nothing")
         check(caught.value.problem, transport.body)
@@ -110,8 +134,9 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
             assert not admin.reload().changed
 
 
-async def test_the_async_client_returns_the_same(built_index: Path, gallery: Path) -> None:
-    file = gallery / "circle/blue.png"
+@pytest.mark.usefixtures("_no_writer")
+async def test_the_async_client_returns_the_same(index: Path, gallery: Path) -> None:
+    job, file = ended_job(index), gallery / "circle/blue.png"
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("search_text", ("a red circle",), {"k": 3}),
         ("search_image", (file, "red"), {"k": 2}),
@@ -121,6 +146,10 @@ async def test_the_async_client_returns_the_same(built_index: Path, gallery: Pat
         ("items", (), {"filter": {"category": "circle"}, "k": 4}),
         ("item", (ODD_ID,), {}),
         ("image", ("circle/blue.png",), {}),
+        ("put_items", ([{"id": "a", "image": file}, {"id": "b", "image": png(), "caption": "b"}],), {}),
+        ("delete_items", (["a"],), {}),
+        ("job", (job,), {}),
+        ("wait_for_job", (job,), {}),
         ("collections", (), {}),
         ("health", (), {}),
         ("readiness", (), {}),
@@ -130,7 +159,7 @@ async def test_the_async_client_returns_the_same(built_index: Path, gallery: Pat
     assert (
         {name for name, *_ in calls} == public - {"close"} == {n for n in vars(AsyncClient) if n in public} - {"close"}
     )
-    with serving(built_index, admin_key=ADMIN) as (_, port):
+    with serving(index, admin_key=ADMIN, writes=True) as (_, port):
         url = f"http://127.0.0.1:{port}"
         with Client(url, key=ADMIN) as client:
             async with AsyncClient(url, key=ADMIN) as async_client:
@@ -140,12 +169,16 @@ async def test_the_async_client_returns_the_same(built_index: Path, gallery: Pat
                     assert without_timing(found) == without_timing(expected), name
                 with pytest.raises(ServiceError, match="There is no item"):
                     await async_client.item("nothing")
+                with pytest.raises(TimeoutError, match="is waiting"):
+                    await async_client.wait_for_job(client.delete_items(["a"]).id, timeout_s=0)
 
 
 def without_timing(value: Any) -> Any:
     if isinstance(value, list):
         return [without_timing(each) for each in value]
     changes = {"took_ms": 0.0, "cached": False} if isinstance(value, models.SearchResponse) else {}
+    if isinstance(value, models.JobResponse):  # each call accepts another job
+        changes = {"id": "", "accepted": "", "reason": None}
     return value.model_copy(update=changes) if isinstance(value, BaseModel) else value
 
 

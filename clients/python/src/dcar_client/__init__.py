@@ -7,6 +7,7 @@ with Client("http://127.0.0.1:8000") as client:
         print(result.score, result.id, result.caption)
 """
 
+from dcar_client.calls import NewItem
 from dcar_client.client import AsyncClient, Client
 from dcar_client.errors import ServiceError
 from dcar_client.models import (
@@ -22,6 +23,9 @@ from dcar_client.models import (
     HealthResponse,
     ItemResponse,
     ItemsResponse,
+    JobFailure,
+    JobProgress,
+    JobResponse,
     ProblemResponse,
     ReadinessResponse,
     ReloadResponse,
@@ -49,6 +53,10 @@ __all__ = [
     "HealthResponse",
     "ItemResponse",
     "ItemsResponse",
+    "JobFailure",
+    "JobProgress",
+    "JobResponse",
+    "NewItem",
     "ProblemResponse",
     "ReadinessResponse",
     "ReloadResponse",

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Required, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -23,6 +23,7 @@ from dcar_client.models import (
     HealthResponse,
     ItemResponse,
     ItemsResponse,
+    JobResponse,
     ReadinessResponse,
     ReloadResponse,
     SearchOptions,
@@ -32,6 +33,16 @@ from dcar_client.models import (
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+
+
+class NewItem(TypedDict, total=False):
+    """An item to put. image: the file, as a path or as bytes."""
+
+    id: Required[str]
+    image: Required[Path | bytes]
+    caption: str
+    category: str
+    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,40 @@ def item(prefix: str, item_id: str) -> Call[ItemResponse]:
 def image(prefix: str, item_id: str) -> Call[bytes]:
     """GET /items/{id}/image."""
     return Call("GET", f"{prefix}/items/{path_segment(item_id)}/image", _image_bytes)
+
+
+def put_items(prefix: str, items: Sequence[NewItem]) -> Call[JobResponse]:
+    """PUT /items, with image files as base64."""
+    given = []
+    for each in items:
+        image = each["image"] if isinstance(each["image"], bytes) else each["image"].read_bytes()
+        given.append({**each, "image": base64.b64encode(image).decode()})
+    return Call("PUT", f"{prefix}/items", _reader(JobResponse), {"json": {"items": given}})
+
+
+def delete_items(prefix: str, ids: Sequence[str]) -> Call[JobResponse]:
+    """DELETE /items."""
+    return Call("DELETE", f"{prefix}/items", _reader(JobResponse), {"json": {"ids": [*ids]}})
+
+
+def job(job_id: str) -> Call[JobResponse]:
+    """GET /jobs/{id}."""
+    return Call("GET", f"/jobs/{path_segment(job_id)}", _reader(JobResponse))
+
+
+def job_wait(status: JobResponse, waited_s: float, timeout_s: float) -> float | None:
+    """Return the seconds to wait before the next look at a job; None if it has ended.
+
+    Raises:
+        TimeoutError: it has not ended in time.
+    """
+    if status.status in ("done", "failed"):
+        return None
+    if waited_s >= timeout_s:
+        raise TimeoutError(
+            f"job {status.id} is {status.status} after {timeout_s:g} s: {status.reason or 'no reason given'}"
+        )
+    return min(2.0, 0.2 + waited_s / 4)
 
 
 def collections() -> Call[list[Collection]]:

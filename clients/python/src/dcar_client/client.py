@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from dcar_client import calls
-from dcar_client.calls import Call, path_segment
+from dcar_client.calls import Call, NewItem, path_segment
 from dcar_client.errors import error_from
 from dcar_client.models import (
     Collection,
@@ -22,6 +22,7 @@ from dcar_client.models import (
     HealthResponse,
     ItemResponse,
     ItemsResponse,
+    JobResponse,
     ReadinessResponse,
     ReloadResponse,
     SearchOptions,
@@ -38,7 +39,7 @@ class Client:
 
     Args:
         url: address of the service, such as http://127.0.0.1:8000.
-        key: an API key, or the admin key for `reload`.
+        key: an API key, or the admin key for `reload` and changes of items.
         collection: the collection to search; None for the default one.
         timeout_s: seconds without data after which an attempt fails.
         retries: further attempts after 429, 503 or a connection that cannot be opened.
@@ -117,6 +118,26 @@ class Client:
     def image(self, item_id: str) -> bytes:
         """Return the image file of an item."""
         return self._send(calls.image(self._prefix, item_id))
+
+    def put_items(self, items: Sequence[NewItem]) -> JobResponse:
+        """Add items, or replace those with the same ids, by a job; needs a key that may write."""
+        return self._send(calls.put_items(self._prefix, items))
+
+    def delete_items(self, ids: Sequence[str]) -> JobResponse:
+        """Remove items by a job; needs a key that may write."""
+        return self._send(calls.delete_items(self._prefix, ids))
+
+    def job(self, job_id: str) -> JobResponse:
+        """Return how a change of items is."""
+        return self._send(calls.job(job_id))
+
+    def wait_for_job(self, job_id: str, *, timeout_s: float = 600.0) -> JobResponse:
+        """Return a job once it is done or failed. Raise TimeoutError if it is not in time."""
+        waited_s = 0.0
+        while (pause := calls.job_wait(status := self.job(job_id), waited_s, timeout_s)) is not None:
+            self._sleep(pause)
+            waited_s += pause
+        return status
 
     def collections(self) -> list[Collection]:
         """List the served collections, the default one first."""
@@ -226,6 +247,26 @@ class AsyncClient:
     async def image(self, item_id: str) -> bytes:
         """Return the image file of an item."""
         return await self._send(calls.image(self._prefix, item_id))
+
+    async def put_items(self, items: Sequence[NewItem]) -> JobResponse:
+        """Add items, or replace those with the same ids, by a job; needs a key that may write."""
+        return await self._send(calls.put_items(self._prefix, items))
+
+    async def delete_items(self, ids: Sequence[str]) -> JobResponse:
+        """Remove items by a job; needs a key that may write."""
+        return await self._send(calls.delete_items(self._prefix, ids))
+
+    async def job(self, job_id: str) -> JobResponse:
+        """Return how a change of items is."""
+        return await self._send(calls.job(job_id))
+
+    async def wait_for_job(self, job_id: str, *, timeout_s: float = 600.0) -> JobResponse:
+        """Return a job once it is done or failed. Raise TimeoutError if it is not in time."""
+        waited_s = 0.0
+        while (pause := calls.job_wait(status := await self.job(job_id), waited_s, timeout_s)) is not None:
+            await self._sleep(pause)
+            waited_s += pause
+        return status
 
     async def collections(self) -> list[Collection]:
         """List the served collections, the default one first."""

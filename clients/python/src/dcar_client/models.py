@@ -165,6 +165,42 @@ class EmbeddingsResponse(BaseModel):
     usage: EmbeddingsUsage
 
 
+class JobProgress(BaseModel):
+    """Images that have been encoded, of all in the batch that the job is part of."""
+
+    done: int
+    total: int
+
+
+class JobFailure(BaseModel):
+    """An item that could not be put, and why."""
+
+    id: str
+    reason: str
+
+
+class JobResponse(BaseModel):
+    """A change of items, from its acceptance to a week after its end.
+
+    items: number of items in the request. reason: why the job failed, or why it waits.
+    """
+
+    id: str
+    collection: str
+    kind: Literal["put", "delete"]
+    status: Literal["waiting", "running", "done", "failed"]
+    items: int
+    accepted: str
+    """UTC, ISO 8601."""
+    ended: str | None = None
+    progress: JobProgress | None = None
+    index_version: int | None = None
+    """A version that has all changes of the job."""
+    failed: list[JobFailure] | None = None
+    """The other items of the job were put."""
+    reason: str | None = None
+
+
 class HealthResponse(BaseModel):
     """The process is alive."""
 

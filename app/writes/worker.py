@@ -1,0 +1,134 @@
+"""The worker of a service that accepts writes: it runs `dcar index apply` while jobs wait.
+
+- A process of its own holds the model that encodes new images, so a failure there ends no search. It has a lower
+  priority than the service.
+- Jobs are files beside the index, so a restarted service, or another one on the same index, continues with them.
+- If the process fails, such as by a full disk or since another job is writing, the jobs wait and it is started again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from app.core.metrics import Metrics
+from app.core.settings import Settings
+from app.core.supervision import supervise
+from app.search.collections import Collections, ServedIndex, without_directories
+from dcar_core.util.errors import DcarError, LockedError
+from index_jobs.store.writes.write_queue import JobKind, WriteQueue
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 5.0
+_POLL_S = 30.0  # for jobs that a service without a worker has left
+_STOP_S = 5.0
+_PRIORITY = 10
+
+
+class WriteWorker:
+    """Accepts jobs and has them applied. One per process."""
+
+    def __init__(self, settings: Settings, collections: Collections, metrics: Metrics) -> None:
+        self._settings, self._collections, self._metrics = settings, collections, metrics
+        self._arrived = asyncio.Event()
+        self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to work, in the background."""
+        self._task = asyncio.create_task(supervise("writer", self._run, self._metrics), name="dcar-writer")
+
+    async def close(self) -> None:
+        """Stop the process that applies jobs; they continue after the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def accept(
+        self, collection: str, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
+    ) -> dict[str, Any]:
+        """Store a job durably and return its status; arguments as for `WriteQueue.accept`.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        queue = WriteQueue(self._collections[collection].index)
+        job = await asyncio.to_thread(queue.accept, kind, items, images)
+        self._arrived.set()
+        status = await self.status(job)
+        assert status is not None
+        return status
+
+    async def status(self, job: str) -> dict[str, Any] | None:
+        """Return the status of a job in any collection; None if there is none."""
+        for name, served in self._collections:
+            queue = WriteQueue(served.index)
+            status = await asyncio.to_thread(queue.status, job)
+            if status is None:
+                continue
+            if served.live is not None and served.live.version < status.get("index_version", 0):
+                with contextlib.suppress(DcarError):  # whoever reads that a job is done finds its items
+                    await served.reload()
+            reason = self._reasons.get(name) if status["status"] == "waiting" else status.get("reason")
+            shown = {} if reason is None else {"reason": without_directories(reason, served.index)}
+            return {"id": job, "collection": name, **status, **shown}
+        return None
+
+    async def _run(self) -> None:
+        while True:
+            self._arrived.clear()
+            waiting = [
+                (name, served)
+                for name, served in self._collections
+                if await asyncio.to_thread(WriteQueue(served.index).waiting)
+            ]
+            outcomes = [await self._apply(name, served) for name, served in waiting]
+            if not all(outcomes):
+                await asyncio.sleep(_RETRY_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), _POLL_S)
+
+    async def _apply(self, name: str, served: ServedIndex) -> bool:
+        """Apply the waiting jobs of a collection, and return False if they have to wait."""
+        code, errors = await self.run_apply(served)
+        if code == 0:
+            self._reasons.pop(name, None)
+        else:
+            lines = errors.strip().splitlines() or [f"the process that applies jobs ended with status {code}"]
+            reason = lines[-1].removeprefix("error: ")
+            if self._reasons.get(name) != reason:
+                log = logger.info if code == LockedError.exit_code else logger.warning
+                log("the jobs of %s wait: %s", name, reason)
+            self._reasons[name] = reason
+        with contextlib.suppress(DcarError):  # logged, and shown by /readyz
+            await served.reload()
+        return code == 0
+
+    async def run_apply(self, served: ServedIndex) -> tuple[int, str]:
+        """Run the process, and return its exit status and stderr."""
+        settings = self._settings
+        command = ["index", "apply", str(served.index), "--device", settings.device, "--runtime", settings.runtime]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "app.cli", *command, env=environment,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, _PRIORITY)
+        try:
+            _, errors = await process.communicate()
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _STOP_S)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            raise
+        assert process.returncode is not None
+        return process.returncode, errors.decode(errors="replace")

@@ -1,0 +1,219 @@
+"""Apply waiting jobs in batches: one version for the items that they put, and one for those that they delete.
+
+- The last change of an id in a batch is the one that is made.
+- A job has ended once its changes are in a complete version that is published. Killed before that, it is applied again;
+  items that the published version has from this job are not added twice.
+- Input that cannot be used ends its own job alone: the jobs of its batch are then applied one by one. Everything else,
+  such as a full disk or another writer, leaves the jobs in the queue.
+- A job that ends its process too often is given up, so the jobs behind it are applied.
+"""
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dcar_core.util.errors import ArtifactError, DataError, DcarError
+from dcar_core.util.files import atomic_writer
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.columns import FieldTypes
+from index_jobs.store.manifest import FAILED
+from index_jobs.store.publish import report_os_errors
+from index_jobs.store.versions import open_current, open_version, version_numbers
+from index_jobs.store.writes.write_queue import WriteJob, WriteQueue
+
+logger = logging.getLogger(__name__)
+
+BATCH_ITEMS = 2000
+MAX_STARTS = 10
+_PROGRESS_S = 1.0
+_SWEEP_S = 3600.0
+_KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
+_LIST = "batch.jsonl"
+
+
+def apply_writes(index: Path, **options: Any) -> int:
+    """Apply every waiting job of an index, those included that arrive meanwhile, and return their number.
+
+    Args:
+        options: keep, workers, batch_size, device and runtime of `RebuildOptions`.
+
+    Raises:
+        LockedError: another job is writing, or another process applies these jobs.
+        ArtifactError: nothing is published, or the published version is damaged.
+        DcarError: the disk is full or cannot be written, or the model cannot be loaded; the jobs stay in the queue.
+    """
+    queue, count = WriteQueue(index), 0
+    with report_os_errors(index), queue.lock():
+        while names := _next_batch(queue):
+            _apply(queue, index, [queue.read(name) for name in names], options)
+            queue.clear_progress()
+            count += len(names)
+        sweep(queue, index)
+    return count
+
+
+def _next_batch(queue: WriteQueue) -> list[str]:
+    """Return the first waiting jobs; the same ones again if a process was killed with them."""
+    waiting = queue.waiting()
+    begun = [name for name in waiting if name in set(queue.progress().get("jobs", ()))]
+    if begun:
+        return begun
+    names, count = list[str](), 0
+    for name in waiting:
+        count += len(queue.read(name).items)
+        if names and count > BATCH_ITEMS:
+            break
+        names.append(name)
+    return names
+
+
+def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
+    """Apply jobs together, or one by one where that fails."""
+    names, progress = [job.name for job in jobs], queue.progress()
+    starts = progress["starts"] + 1 if progress.get("jobs") == names else 1
+    try:
+        if starts > MAX_STARTS:
+            raise DataError(f"given up: the process that applied it ended {MAX_STARTS} times before it was done")
+        queue.set_progress(names, starts, 0, sum(len(job.items) for job in jobs))
+        _publish(queue, index, jobs, options)
+    except DataError as error:
+        if len(jobs) > 1:
+            for job in jobs:
+                _apply(queue, index, [job], options)
+            return
+        logger.warning("job %s failed: %s", names[0], error)
+        queue.end(jobs[0], status="failed", reason=str(error))
+    except (DcarError, OSError):
+        queue.clear_progress()  # the jobs are not to blame
+        raise
+
+
+def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
+    """Publish the changes of some jobs, and record their ends.
+
+    Raises:
+        DataError: a change cannot be made.
+    """
+    from index_jobs.jobs.updates import add, remove
+
+    _require_same_types(jobs)
+    last = {item["id"]: (job, item) for job in jobs for item in job.items}
+    current = open_current(index)
+    version, failed = current.manifest.version, dict[str, str]()
+    puts = [(job, item) for job, item in last.values() if job.kind == "put" and not _is_held(current, job, item)]
+    deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
+    if puts:
+        gallery = queue.folder / _LIST
+        _write_list(queue, gallery, puts)
+        report = _Reporter(queue, len(last))
+        summary = add(
+            index, gallery, replace_existing=True, max_failed=1.0, progress=False, on_encoded=report, **options
+        )
+        version = summary.version
+        if summary.failed:
+            failed = _failures(open_version(index, version))
+    if deleted:
+        keep = {name: value for name, value in options.items() if name == "keep"}
+        version = remove(index, deleted, missing_ok=True, **keep).version
+    for job in jobs:
+        lost = [
+            {"id": item["id"], "reason": failed[item["id"]]}
+            for item in job.items
+            if item["id"] in failed and last[item["id"]][0] is job
+        ]
+        if len(lost) == len(job.items):
+            queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
+        else:
+            queue.end(job, status="done", index_version=version, failed=lost)
+
+
+def _require_same_types(jobs: Sequence[WriteJob]) -> None:
+    """Refuse to publish values of several types in one new field together; `add` compares them with those of the index.
+
+    Raises:
+        DataError: two jobs give a field values of different types.
+    """
+    types = dict[str, str]()
+    for job in jobs if len(jobs) > 1 else ():
+        texts = [json.dumps(item["metadata"]) for item in job.items] if job.kind == "put" else []
+        for name, kind in FieldTypes.infer(pa.chunked_array([texts], pa.string())).types.items():
+            known = types.setdefault(name, str(kind))
+            if known != str(kind) and {known, str(kind)} != {"int64", "double"}:
+                raise DataError(f"the field {name!r} has values of several types")
+
+
+class _Reporter:
+    """Records how many images of the batch have been encoded, at most once a second."""
+
+    def __init__(self, queue: WriteQueue, total: int) -> None:
+        self._queue, self._total, self._done, self._next = queue, total, 0, time.monotonic() + _PROGRESS_S
+
+    def __call__(self, images: int) -> None:
+        self._done += images
+        if time.monotonic() >= self._next:
+            progress = self._queue.progress()
+            self._queue.set_progress(progress["jobs"], progress["starts"], self._done, self._total)
+            self._next = time.monotonic() + _PROGRESS_S
+
+
+def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
+    """True if the version has this item from this job."""
+    row = artifact.row_of(item["id"])
+    return row is not None and artifact.image_place(row)[0].endswith(f"/{job.name}/{item['file']}")
+
+
+def _write_list(queue: WriteQueue, path: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]]) -> None:
+    with atomic_writer(path) as file:
+        for job, item in puts:
+            name = queue.image(job.name, item).relative_to(queue.folder).as_posix()
+            own = {field: item[field] for field in ("id", "caption", "category")}
+            file.write(json.dumps({**item["metadata"], **own, "file_name": name}).encode() + b"\n")
+
+
+def _failures(artifact: Artifact) -> dict[str, str]:
+    """Return the reasons of the images that the newest addition of a version lacks, by id."""
+    path = artifact.path / artifact.manifest.additions[-1].folder / FAILED
+    failures = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {failure["id"]: failure["reason"] for failure in failures}
+
+
+def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
+    """Remove image files that no version shows and no waiting job has, and old records; at most once in `older_s`.
+
+    Args:
+        older_s: younger files stay, since their job may not be in the queue yet.
+    """
+    mark, now = queue.folder / "swept", time.time()
+    if mark.exists() and now - mark.stat().st_mtime < older_s:
+        return
+    mark.touch()
+    queue.forget(now - _KEEP_S)
+    waiting = set(queue.waiting())
+    try:
+        shown = {name for number in version_numbers(index) for name in _shown(open_version(index, number))}
+    except ArtifactError as error:  # a version that cannot be read now may show any image
+        logger.warning("unused images are kept: %s", error)
+        return
+    for folder in queue.images.iterdir() if queue.images.is_dir() else ():
+        if folder.name in waiting or now - folder.stat().st_mtime < older_s:
+            continue
+        for path in folder.iterdir():
+            if f"{folder.name}/{path.name}" not in shown:
+                path.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _shown(artifact: Artifact) -> Iterator[str]:
+    """Yield the images of jobs that a version shows, as JOB/FILE: an index that was moved has other folders before."""
+    for segment in artifact.segments:
+        places = segment.items.table()["location"]
+        found = pc.extract_regex(places, r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$")
+        yield from (each["name"] for each in pc.drop_null(found).to_pylist())

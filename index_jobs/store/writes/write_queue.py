@@ -1,0 +1,166 @@
+"""The queue of one index: jobs survive a crash from the moment they are accepted until they have ended.
+
+INDEX/writes/queue/<job>.json   an accepted job that has not ended; writing this file accepts it
+INDEX/writes/ended/<job>.json   how a job ended; kept for a week
+INDEX/writes/images/<job>/      its image files, which stay there for the index
+INDEX/writes/progress.json      the jobs that are being applied, how often that began, and how far it is
+INDEX/writes/.lock              held by the process that applies jobs
+
+- A job's name is the time of its acceptance and a random number, so jobs are applied in their order. Image files are
+  numbered: nothing that a caller sends becomes a path.
+"""
+
+import contextlib
+import json
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from dcar_core.util.errors import LockedError
+from dcar_core.util.files import fsync_path, write_json
+
+WRITES = "writes"
+_JOB = re.compile(r"[0-9a-f]{32}")
+
+JobKind = Literal["put", "delete"]
+
+
+@dataclass(frozen=True)
+class WriteJob:
+    """An accepted job.
+
+    items: of a put, objects with `id`, `caption`, `category`, `metadata` and `file`, the name of the image file; of a
+        delete, objects with `id`.
+    """
+
+    name: str
+    kind: JobKind
+    items: list[dict[str, Any]]
+
+
+class WriteQueue:
+    """The jobs of one index. Several processes may use a queue at once."""
+
+    def __init__(self, index: Path) -> None:
+        folder = index.resolve() / WRITES
+        self.folder, self.images, self.ended = folder, folder / "images", folder / "ended"
+        self._queue, self._progress = folder / "queue", folder / "progress.json"
+
+    def accept(self, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()) -> str:
+        """Store a job durably and return its name.
+
+        Args:
+            items: as in `WriteJob`, without `file`.
+            images: of a put, the file and the suffix of each item's image.
+
+        Raises:
+            OSError: the disk is full or cannot be written; nothing is accepted.
+        """
+        name = f"{time.time_ns():016x}{secrets.token_hex(8)}"
+        path, folder = self._queue / f"{name}.json", self.images / name
+        files = [f"{number}.{suffix}" for number, (_, suffix) in enumerate(images)]
+        try:
+            self._queue.mkdir(parents=True, exist_ok=True)
+            self.ended.mkdir(exist_ok=True)
+            if images:
+                folder.mkdir(parents=True)
+                for file, (data, _) in zip(files, images, strict=True):
+                    (folder / file).write_bytes(data)
+                    fsync_path(folder / file)
+                for parent in (folder, self.images, self.folder):
+                    fsync_path(parent)
+            stored = [{**item, "file": file} for item, file in zip(items, files, strict=True)] if images else [*items]
+            write_json(path, {"kind": kind, "accepted": _now(), "items": stored})
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return name
+
+    def waiting(self) -> list[str]:
+        """Return the names of the jobs that have not ended, in order."""
+        with contextlib.suppress(FileNotFoundError):
+            names = sorted(path.stem for path in self._queue.iterdir() if _JOB.fullmatch(path.stem))
+            return [name for name in names if not (self.ended / f"{name}.json").exists()]
+        return []
+
+    def read(self, name: str) -> WriteJob:
+        """Return a waiting job."""
+        values = json.loads((self._queue / f"{name}.json").read_bytes())
+        return WriteJob(name, values["kind"], values["items"])
+
+    def image(self, job: str, item: dict[str, Any]) -> Path:
+        """Return the image file of an item of a job."""
+        return self.images / job / str(item["file"])
+
+    def end(self, job: WriteJob, **outcome: Any) -> None:
+        """Record how a job ended, and take it out of the queue."""
+        queued = self._queue / f"{job.name}.json"
+        accepted = json.loads(queued.read_bytes())["accepted"]
+        status = {"kind": job.kind, "items": len(job.items), "accepted": accepted, "ended": _now()}
+        write_json(self.ended / queued.name, status | outcome)
+        queued.unlink()
+
+    def status(self, name: str) -> dict[str, Any] | None:
+        """Return `kind`, `items`, `accepted`, `status` and what else is known of a job; None if there is none."""
+        if not _JOB.fullmatch(name):
+            return None
+        for _ in range(2):  # a job may end between the two looks
+            with contextlib.suppress(FileNotFoundError):
+                ended: dict[str, Any] = json.loads((self.ended / f"{name}.json").read_bytes())
+                return ended
+            with contextlib.suppress(FileNotFoundError):
+                values = json.loads((self._queue / f"{name}.json").read_bytes())
+                progress = self.progress()
+                found = {"kind": values["kind"], "items": len(values["items"]), "accepted": values["accepted"]}
+                if name not in progress.get("jobs", ()):
+                    return {**found, "status": "waiting"}
+                return {**found, "status": "running", "progress": {each: progress[each] for each in ("done", "total")}}
+        return None
+
+    def progress(self) -> dict[str, Any]:
+        """Return `jobs`, `starts`, `done` and `total` of the batch that is being applied, {} without one."""
+        try:
+            values: dict[str, Any] = json.loads(self._progress.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return values
+
+    def set_progress(self, jobs: Sequence[str], starts: int, done: int, total: int) -> None:
+        """Record the batch that is being applied."""
+        write_json(self._progress, {"jobs": [*jobs], "starts": starts, "done": done, "total": total})
+
+    def clear_progress(self) -> None:
+        """Record that no batch is being applied."""
+        self._progress.unlink(missing_ok=True)
+
+    def forget(self, before: float) -> None:
+        """Remove the records of jobs that ended before a time in seconds, and of ended jobs that are still queued."""
+        for path in self.ended.glob("*.json"):
+            (self._queue / path.name).unlink(missing_ok=True)
+            if path.stat().st_mtime < before:
+                path.unlink()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Admit one process that applies jobs. Raise LockedError if another one does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise LockedError(f"another process applies the jobs in {self.folder}; wait until it has ended") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

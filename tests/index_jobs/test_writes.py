@@ -1,0 +1,271 @@
+"""Changes that a service accepted, applied by `dcar index apply`: killed, refused, without disk space, repeated."""
+
+import io
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.util.errors import DcarError, LockedError
+from index_jobs.jobs import updates
+from index_jobs.jobs.writes import apply
+from index_jobs.jobs.writes.apply import apply_writes, sweep
+from index_jobs.store import publish
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import current_version, open_current, verify_index
+from index_jobs.store.writes.write_queue import WriteQueue
+from tests.support.commands import Command, dcar
+from tests.support.images import draw
+
+
+def picture(color: str, shape: str = "square") -> bytes:
+    buffer = io.BytesIO()
+    draw(color, shape).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(index: Path, *ids: str, data: bytes | None = None, color: str = "pink", **metadata: Any) -> str:
+    """Accept a job that puts items with these ids."""
+    items = [{"id": each, "caption": f"a {color} {each}", "category": "new", "metadata": metadata} for each in ids]
+    return WriteQueue(index).accept("put", items, [(data or picture(color), "png")] * len(ids))
+
+
+def delete(index: Path, *ids: str) -> str:
+    return WriteQueue(index).accept("delete", [{"id": each} for each in ids])
+
+
+def status(index: Path, job: str) -> dict[str, Any]:
+    found = WriteQueue(index).status(job)
+    assert found is not None
+    return found
+
+
+def ids_of(artifact: Artifact) -> set[str]:
+    return {artifact.item(row).id for row in artifact.live.nonzero()[0].tolist()}
+
+
+def images_of(index: Path) -> list[str]:
+    return sorted(path.parent.name for path in (index / "writes" / "images").glob("*/*"))
+
+
+def test_waiting_jobs_become_one_version_with_their_images(index: Path, encoder: Encoder) -> None:
+    jobs = [put(index, "a", "b", price=3), put(index, "c", color="cyan", price=4.5)]
+    assert [status(index, job)["status"] for job in jobs] == ["waiting", "waiting"]
+    assert apply_writes(index) == 2
+    artifact = open_current(index)
+    assert (artifact.manifest.version, artifact.manifest.count) == (2, 27)
+    row = artifact.row_of("c")
+    assert row is not None
+    item = artifact.item(row)
+    assert (item.caption, item.category, item.metadata["price"]) == ("a cyan c", "new", 4.5)
+    assert artifact.image_bytes(row) == picture("cyan")
+    found = artifact.search(encoder.encode_images([picture("cyan")]), 1)[1][0, 0]
+    assert found == row
+    ended = status(index, jobs[0])
+    assert ended.pop("accepted") <= ended.pop("ended")
+    assert ended == {"kind": "put", "items": 2, "status": "done", "index_version": 2, "failed": []}
+    assert apply_writes(index) == 0
+    assert verify_index(index)[-1].version == 2
+
+
+def test_last_change_of_an_id_wins(index: Path) -> None:
+    put(index, "a", "b", color="pink")
+    put(index, "a", color="cyan")
+    delete(index, "b", "unknown")
+    last = put(index, "c")
+    apply_writes(index)
+    artifact = open_current(index)
+    row = artifact.row_of("a")
+    assert row is not None
+    assert artifact.image_bytes(row) == picture("cyan")
+    assert (artifact.row_of("b"), artifact.row_of("c") is not None) == (None, True)
+    assert status(index, last)["index_version"] == 2, "nothing that was published had to be deleted"
+    again = [put(index, "a", color="cyan"), delete(index, "b")]
+    apply_writes(index)
+    assert ids_of(open_current(index)) == ids_of(artifact)
+    assert {status(index, job)["status"] for job in again} == {"done"}
+
+
+def test_bad_job_ends_alone(index: Path) -> None:
+    jobs = [
+        put(index, "a", price=1),
+        put(index, "b", data=b"no picture"),
+        put(index, "c", price="cheap"),
+        delete(index, *ids_of(open_current(index))),
+    ]
+    apply_writes(index)
+    found = [status(index, job) for job in jobs]
+    assert [each["status"] for each in found] == ["done", "failed", "failed", "done"]
+    assert "no known image format" in found[1]["reason"]
+    assert "'price' is int64 in the index and string" in found[2]["reason"]
+    assert ids_of(open_current(index)) == {"a"}
+    last = delete(index, "a")
+    apply_writes(index)
+    assert "no item would be left" in status(index, last)["reason"]
+
+
+def test_repeated_batch_adds_nothing_twice(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill between the publication and the record of the job's end."""
+    job = put(index, "a", "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(WriteQueue, "end", lambda *_, **__: None)
+        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job)], {})
+    assert (current_version(index), status(index, job)["status"]) == (2, "waiting")
+    apply_writes(index)
+    assert (current_version(index), status(index, job)["index_version"]) == (2, 2)
+
+
+@pytest.mark.parametrize("error", [LockedError("another job is writing"), OSError(28, "No space left on device")])
+def test_jobs_wait_while_the_index_cannot_be_written(
+    index: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    job = put(index, "a")
+    monkeypatch.setattr(updates, "add", fail)
+    for _ in range(apply.MAX_STARTS + 1):
+        with pytest.raises(DcarError, match=r"another job is writing|No space left on device"):
+            apply_writes(index)
+    assert status(index, job)["status"] == "waiting"
+    monkeypatch.undo()
+    assert apply_writes(index) == 1
+    assert status(index, job)["status"] == "done"
+
+
+def test_two_processes_never_apply_the_same_jobs(index: Path) -> None:
+    put(index, "a")
+    with WriteQueue(index).lock():
+        done = dcar("index", "apply", index, "--device", "cpu")
+        assert (done.returncode, current_version(index)) == (LockedError.exit_code, 1)
+        assert "another process applies" in done.stderr
+    with publish.open_staging(index), pytest.raises(LockedError):
+        apply_writes(index)
+    assert dcar("index", "apply", index, "--device", "cpu").stdout.endswith("1 jobs applied\n")
+
+
+def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs beside it are applied."""
+    jobs = [put(index, "a"), put(index, "deadly"), put(index, "c")]
+    add, killed = updates.add, [0]
+
+    def add_or_die(index: Path, gallery: Path, **options: Any) -> Any:
+        if "deadly" in gallery.read_text():
+            killed[0] += 1
+            raise SystemExit("killed")
+        return add(index, gallery, **options)
+
+    monkeypatch.setattr(updates, "add", add_or_die)
+    while WriteQueue(index).waiting():
+        try:
+            apply_writes(index)
+        except SystemExit:
+            assert killed[0] <= 4 * apply.MAX_STARTS
+    assert [status(index, job)["status"] for job in jobs] == ["done", "failed", "done"]
+    assert "given up" in status(index, jobs[1])["reason"]
+    assert {"a", "c"} <= ids_of(open_current(index))
+
+
+def test_images_that_no_version_shows_are_removed(index: Path) -> None:
+    queue = WriteQueue(index)
+    first, second = put(index, "a", "b"), put(index, "c")
+    apply_writes(index)
+    delete(index, "a", "c")
+    third = put(index, "b", color="cyan")
+    orphan = queue.images / ("0" * 32)
+    orphan.mkdir()
+    (orphan / "0.png").write_bytes(b"of a job that was never accepted")
+    apply_writes(index, keep=2)
+    waiting = put(index, "d")
+    sweep(queue, index, older_s=0)
+    assert images_of(index) == sorted([first, first, second, third, waiting]), "an earlier version shows them"
+    delete(index, "b")
+    apply_writes(index, keep=1)
+    sweep(queue, index, older_s=0)
+    assert images_of(index) == [waiting]
+    assert status(index, third)["status"] == "done"
+    assert verify_index(index)[-1].count == 25
+
+
+MOMENTS = [
+    "index_jobs.store.writes.write_queue.WriteQueue.set_progress",
+    "index_jobs.encoding.shards.ShardStore.save",
+    "index_jobs.store.publish.prepare_version",
+    "index_jobs.store.publish._write_current",
+    "index_jobs.jobs.updates.remove",
+    "index_jobs.store.writes.write_queue.WriteQueue.end",
+    "index_jobs.jobs.writes.apply.sweep",
+]
+KILLED_AT = """
+import os, signal, sys, importlib
+from pathlib import Path
+from index_jobs.jobs.writes.apply import apply_writes
+place, after, index = sys.argv[1], sys.argv[2] == "after", Path(sys.argv[3])
+module, _, name = place.rpartition(".")
+try:
+    owner = importlib.import_module(module)
+except ImportError:
+    module, _, cls = module.rpartition(".")
+    owner = getattr(importlib.import_module(module), cls)
+real = getattr(owner, name)
+
+
+def killed(*given, **options):
+    if after:
+        real(*given, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+setattr(owner, name, killed)
+apply_writes(index, device="cpu", workers=0)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_process_leaves_complete_versions_and_every_job_ends(index: Path, moment: str, when: str) -> None:
+    gone = sorted(ids_of(open_current(index)))[:2]
+    jobs = [put(index, "a", "b"), delete(index, *gone), put(index, "c")]
+    command = Command("-c", KILLED_AT, moment, when, index)
+    _, errors = command.communicate()
+    assert command.returncode == -signal.SIGKILL, errors
+    verify_index(index)
+    found = ids_of(open_current(index))
+    assert {"a", "b", "c"} <= found or not {"a", "b", "c"} & found, "the version has the batch, or nothing of it"
+    apply_writes(index)
+    assert [status(index, job)["status"] for job in jobs] == ["done"] * 3
+    assert WriteQueue(index).waiting() == []
+    assert {"a", "b", "c"} <= ids_of(open_current(index))
+    assert not set(gone) & ids_of(open_current(index))
+    assert verify_index(index)[-1].count == 25
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_job_ends_although_its_process_is_killed_fifty_times(index: Path) -> None:
+    """At random times, while jobs keep arriving."""
+    generator = np.random.default_rng(0)
+    jobs, expected, kills = list[str](), ids_of(open_current(index)), 0
+    while kills < 50:
+        names = {f"n{number}" for number in generator.integers(0, 12, 2).tolist()}
+        if generator.random() < 0.4:
+            jobs.append(delete(index, *names))
+            expected -= names
+        else:
+            jobs.append(put(index, *sorted(names), color=str(generator.choice(["pink", "cyan", "gold"]))))
+            expected |= names
+        command = Command("app.cli", "index", "apply", index, "--device", "cpu", "--workers", 0)
+        try:
+            _, errors = command.communicate(generator.uniform(0.02, 0.6))
+            assert command.returncode == 0, errors
+        except subprocess.TimeoutExpired:
+            kills += 1
+        verify_index(index)
+    apply_writes(index)
+    assert {status(index, job)["status"] for job in jobs} == {"done"}
+    assert ids_of(open_current(index)) == expected
+    assert not list((index / "versions").glob(".tmp*"))
