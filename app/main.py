@@ -163,7 +163,7 @@ def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
 
 
 def _operation_id(route: APIRoute) -> str:
-    return f"{route.name}_in" if route.path.startswith("/collections/") else route.name
+    return f"{route.name}_in" if route.path.startswith("/collections/{collection}/") else route.name
 
 
 def _body_limit(settings: Settings, path: str) -> tuple[int, str]:

@@ -79,14 +79,14 @@ _ERRORS: dict[str, tuple[str, Problem]] = {
 
 
 def operation(
-    model: type[Any],
+    model: type[Any] | None,
     *errors: int,
     body: type[BaseModel] | None = None,
     media_type: str = "application/json",
     status: int = 200,
 ) -> dict[str, Any]:
     """Return a route's keyword arguments: its response model, its error statuses and its request body."""
-    arguments: dict[str, Any] = {"responses": {status: {"model": model}, **problem_responses(*errors)}}
+    arguments: dict[str, Any] = {"responses": {status: {"model": model} if model else {}, **problem_responses(*errors)}}
     if body is not None:  # `install` adds its schema
         content = {media_type: {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
         arguments["openapi_extra"] = {"requestBody": {"required": True, "content": content}}

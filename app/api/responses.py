@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from app.api.params import collection_of
+from app.search.collections import Collections
 from app.search.gallery_images import ImageFile
 from app.search.query import ItemPage, Match, SearchResults, WordWeights
 from dcar_core.util.arrays import Floats
@@ -84,6 +85,18 @@ def embeddings_response(
     data = [{"object": "embedding", "index": i, "embedding": encoded(each)} for i, each in enumerate(vectors)]
     usage = {"prompt_tokens": 0, "total_tokens": 0}
     return {"object": "list", "data": data, "model": name, "fingerprint": fingerprint, "usage": usage}
+
+
+def collection_response(collections: Collections, name: str) -> dict[str, Any]:
+    """Return the body of a `Collection`."""
+    live = collections[name].live
+    return {
+        "name": name,
+        "default": name == collections.default,
+        "count": live.artifact.manifest.count if live else 0,
+        "index_version": live.version if live else None,
+        "min_score": live.min_score if live else None,
+    }
 
 
 def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, ItemsQuery,
 from app.api.responses import (
     ImageResponse,
     JsonResponse,
+    collection_response,
     embeddings_response,
     item_response,
     items_response,
@@ -46,7 +47,7 @@ from app.api.schemas import (
     ReloadResponse,
     SearchResponse,
 )
-from app.api.writing import item_writing_routes, job_routes
+from app.api.writing import collection_writing_routes, item_writing_routes, job_routes
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
@@ -85,6 +86,7 @@ def add_routes(app: FastAPI, settings: Settings) -> None:
         app.include_router(item_writing_routes(), prefix=prefix)
     app.include_router(_service_routes(settings))
     app.include_router(job_routes())
+    app.include_router(collection_writing_routes())
 
 
 async def search_text(request: Request) -> Response:
@@ -216,17 +218,7 @@ def _service_routes(settings: Settings) -> APIRouter:
     async def list_collections(request: Request) -> Response:
         """List the served collections that the key opens."""
         collections = collections_of(request)
-        entries = [
-            {
-                "name": name,
-                "default": name == collections.default,
-                "count": index.live.artifact.manifest.count if index.live else 0,
-                "index_version": index.live.version if index.live else None,
-                "min_score": index.live.min_score if index.live else None,
-            }
-            for name, index in collections
-            if may_read(request, name)
-        ]
+        entries = [collection_response(collections, name) for name, _ in collections if may_read(request, name)]
         return JsonResponse({"collections": entries})
 
     @router.get("/healthz", tags=["service"], **operation(HealthResponse))
@@ -270,7 +262,7 @@ def _service_routes(settings: Settings) -> APIRouter:
         except DcarError as error:
             detail = f"The published version cannot be served: {error}"
             raise Problem(503, detail, headers=_RELOAD_RETRY) from None
-        versions = {name: index.require().version for name, index in collections}
+        versions = {name: index.live.version for name, index in collections if index.live is not None}
         default = collections[None].require().version
         return JsonResponse({"index_version": default, "versions": versions, "changed": any(changed.values())})
 

@@ -1,4 +1,4 @@
-"""The routes that change items: they accept jobs, and tell how a job is.
+"""The routes that change items and collections: they accept jobs, and tell how a job is.
 
 - A request is checked as a whole, its images as those of searches, before anything of it is accepted.
 - The answer to an accepted request is 202, once the job is on the disk; the index changes later.
@@ -6,9 +6,12 @@
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
 from app.api.bodies import decode_base64, read_json
@@ -16,20 +19,22 @@ from app.api.openapi import operation
 from app.api.params import (
     collection_of,
     collections_of,
+    may_read,
     require_writer,
     retriever_of,
     settings_of,
-    snapshot_of,
     writer_of,
 )
 from app.api.requests import DeleteItems, PutItem, PutItems
-from app.api.responses import JsonResponse
-from app.api.schemas import JobResponse
+from app.api.responses import JsonResponse, collection_response
+from app.api.schemas import Collection, JobResponse
 from app.core.problems import Problem, field_problem
-from app.middleware.access import charge
+from app.core.settings import COLLECTION_NAME
+from app.middleware.access import charge, out_of_scope
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
-from dcar_core.util.errors import ImageError
+from dcar_core.util.errors import ImageError, LockedError
+from index_jobs.store.writes.collection_folders import create_collection, drop_collection
 from index_jobs.store.writes.write_queue import JobKind
 
 logger = logging.getLogger(__name__)
@@ -45,7 +50,8 @@ def item_writing_routes() -> APIRouter:
     async def put_items(request: Request) -> Response:
         """Add items, or replace those with the same ids, by a job."""
         require_writer(request, _name(request))
-        snapshot = snapshot_of(request)
+        served = collections_of(request)[_name(request)]
+        snapshot = served.live or (collections_of(request)[None] if served.is_created else served).require()
         items = (await read_json(request, PutItems)).items
         _require_unique([item.id for item in items])
         await charge(request, len(items) - 1)
@@ -56,9 +62,54 @@ def item_writing_routes() -> APIRouter:
     async def delete_items(request: Request) -> Response:
         """Remove items by a job."""
         require_writer(request, _name(request))
-        snapshot_of(request)
+        _ = collections_of(request)[_name(request)]
         ids = (await read_json(request, DeleteItems)).ids
         return await _accept(request, "delete", [{"id": each} for each in dict.fromkeys(ids)])
+
+    return router
+
+
+def collection_writing_routes() -> APIRouter:
+    """Return the routes that create and drop collections."""
+    router = APIRouter(tags=["collections"])
+
+    @router.put("/collections/{collection}", **operation(Collection, 404, 422, 503))
+    async def put_collection(
+        request: Request,
+        model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
+    ) -> Response:
+        """Create a collection without items, unless there is one of this name."""
+        name, collections = _name(request), collections_of(request)
+        require_writer(request, name)
+        folder = settings_of(request).collections_dir
+        if name not in dict(collections):
+            if not COLLECTION_NAME.fullmatch(name):
+                raise field_problem("collection", "must be 1 to 64 letters, digits, '.', '_' and '-'")
+            if folder is None:
+                raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
+            if not may_read(request, model or collections.default):
+                raise out_of_scope()
+            checkpoint = collections[model].require().artifact.checkpoint
+            with _storing("collection"):
+                await asyncio.to_thread(create_collection, folder, name, checkpoint)
+            await collections.sync()
+        return JsonResponse(collection_response(collections, name))
+
+    @router.delete("/collections/{collection}", status_code=204, **operation(None, 404, 409, 503, status=204))
+    async def delete_collection(request: Request) -> Response:
+        """Drop a collection that was created over HTTP, with all of its items."""
+        name, collections = _name(request), collections_of(request)
+        require_writer(request, name)
+        served = collections[name]
+        if not served.is_created:
+            raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
+        try:
+            with _storing("change"):
+                await asyncio.to_thread(drop_collection, served.index)
+        except LockedError:
+            raise Problem(503, "Its jobs are being applied. Try again in 5 s.", headers={"Retry-After": "5"}) from None
+        await collections.sync()
+        return Response(status_code=204)
 
     return router
 
@@ -106,10 +157,17 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
 async def _accept(
     request: Request, kind: JobKind, items: list[dict[str, Any]], images: list[tuple[bytes, str]] | None = None
 ) -> Response:
-    try:
+    with _storing("job"):
         job = await writer_of(request).accept(_name(request), kind, items, images or [])
-    except OSError:
-        raise Problem(
-            503, "There is no disk space for the job. Try again later.", headers={"Retry-After": "10"}
-        ) from None
     return JsonResponse(job, 202, headers={"Location": f"{request.scope.get('root_path', '')}/jobs/{job['id']}"})
+
+
+@contextmanager
+def _storing(what: str) -> Iterator[None]:
+    """Turn a full disk into a 503."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("a %s cannot be stored: %s", what, error)
+        detail = f"The {what} cannot be stored; perhaps the disk is full. Try again later."
+        raise Problem(503, detail, headers={"Retry-After": "10"}) from None

@@ -22,7 +22,7 @@ from dcar_core.util.errors import DcarError
 
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
-_COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@]+")
 # Variables with our prefix that are no settings: of other commands, of docker-compose.yml, and of Kubernetes, which
 # describes a service named dcar to every container.
@@ -141,6 +141,10 @@ class Settings(BaseSettings):
         description="Accept changes of items over HTTP, with the admin key or a key that may write. The service then "
         "needs to write to the index directories.",
     )
+    collections_dir: Path | None = Field(
+        None,
+        description="Directory of the collections that are created over HTTP, with DCAR_WRITES. Unset: none can be.",
+    )
     rate_limit: str | None = Field(
         None,
         description="Rate limit of each key, or of each address where no keys are set: 20/second, 600/minute. "
@@ -184,7 +188,7 @@ class Settings(BaseSettings):
     def _check_collection_names(cls, value: dict[str, Path], info: ValidationInfo) -> dict[str, Path]:
         default = info.data["index"].resolve().name if "index" in info.data else None
         for name in value:
-            if not _COLLECTION_NAME.fullmatch(name):
+            if not COLLECTION_NAME.fullmatch(name):
                 raise ValueError(f"{name[:80]!r} is not a collection name; use letters, digits, '.', '_' and '-'")
             if name == default:
                 raise ValueError(f"{name!r} is the name of the default collection, after its directory; choose another")

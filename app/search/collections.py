@@ -23,6 +23,7 @@ from app.search.errors import CollectionNotFoundError, NotReadyError
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.versions import current_version, read_manifest, require_index
+from index_jobs.store.writes.collection_folders import list_collections
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,12 @@ class ServedIndex:
     Attributes:
         live: the snapshot in use; None while the first one is loaded.
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
+        is_created: True for a collection that was created over HTTP; it may have no version yet.
     """
 
-    def __init__(self, index: Path, collections: "Collections") -> None:
+    def __init__(self, index: Path, collections: "Collections", *, is_created: bool = False) -> None:
         self.index = index
+        self.is_created = is_created
         self.live: Snapshot | None = None
         self.reason: str | None = _LOADING
         self._collections = collections
@@ -51,10 +54,15 @@ class ServedIndex:
         self._loads: set[asyncio.Task[bool]] = set()
         self._is_closing = False
 
+    @property
+    def is_settled(self) -> bool:
+        """True if a version is loaded, or if a created collection has none yet."""
+        return self.live is not None or (self.is_created and self.reason is None)
+
     def require(self) -> Snapshot:
         """Return the live snapshot. Raise NotReadyError if none is loaded."""
         if self.live is None:
-            raise NotReadyError(self.reason or _LOADING)
+            raise NotReadyError(self.reason or "The collection has no items yet.")
         return self.live
 
     def start(self) -> None:
@@ -91,6 +99,9 @@ class ServedIndex:
             version: int | None = None
             started = time.perf_counter()
             try:
+                if self.is_created and await asyncio.to_thread(current_version, self.index) is None:
+                    self.reason = None
+                    return False
                 version = await asyncio.to_thread(require_index, self.index)
                 is_live = self.live is not None and await asyncio.to_thread(_is_live, self.live, self.index, version)
                 snapshot = None if is_live else await run_in_new_thread(load_snapshot, self.index, settings, loaded())
@@ -120,7 +131,7 @@ class ServedIndex:
         try:
             await self.reload()
         except DcarError as error:
-            if self._collections.on_start_failure is not None:
+            if self._collections.on_start_failure is not None and not self.is_created:
                 self._collections.on_start_failure(error)
         await supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
 
@@ -184,11 +195,13 @@ class Collections:
         self.on_start_failure = on_start_failure
         self.load_lock = asyncio.Lock()
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
+        self._sync_lock = asyncio.Lock()
+        self._watcher: asyncio.Task[None] | None = None
         self.default = next(iter(self._indexes))
         self.is_draining = False
 
     def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
-        return iter(self._indexes.items())
+        return iter([*self._indexes.items()])
 
     def __getitem__(self, name: str | None) -> ServedIndex:
         """Return a collection; None means the default. Raise CollectionNotFoundError if no collection has this name."""
@@ -200,7 +213,7 @@ class Collections:
     def require_all(self) -> None:
         """Check that every collection can be searched. Raise NotReadyError if one cannot; the message is its reason."""
         for name, index in self:
-            if index.live is None:
+            if not index.is_settled:
                 raise NotReadyError(self._with_name(name, index.reason or _LOADING))
 
     @property
@@ -220,10 +233,35 @@ class Collections:
         """Load every collection, one after the other, and begin to poll, in the background."""
         for _, index in self:
             index.start()
+        if self.settings.collections_dir is not None:
+            watch = supervise("collections watcher", self._watch, self.metrics)
+            self._watcher = asyncio.create_task(watch, name="dcar-collections")
 
     async def close(self) -> None:
         """Stop polling."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
         await asyncio.gather(*(index.close() for _, index in self))
+
+    async def _watch(self) -> None:
+        await self.sync()
+        while self.settings.poll_s > 0:
+            await asyncio.sleep(self.settings.poll_s)
+            await self.sync()
+
+    async def sync(self) -> None:
+        """Serve the collections that were created over HTTP, and no longer those that were dropped."""
+        if self.settings.collections_dir is None:
+            return
+        async with self._sync_lock:
+            found = await asyncio.to_thread(list_collections, self.settings.collections_dir)
+            for name in [name for name, index in self if index.is_created and found.get(name) != index.index]:
+                await self._indexes.pop(name).close()
+            for name, path in found.items():
+                if name not in self._indexes:
+                    self._indexes[name] = ServedIndex(path, self, is_created=True)
+                    self._indexes[name].start()
 
     async def reload(self) -> dict[str, bool]:
         """Serve the published version of every collection. Return which ones changed, by name.

@@ -70,7 +70,7 @@ class WriteWorker:
             status = await asyncio.to_thread(queue.status, job)
             if status is None:
                 continue
-            if served.live is not None and served.live.version < status.get("index_version", 0):
+            if (served.live.version if served.live else 0) < (status.get("index_version") or 0):
                 with contextlib.suppress(DcarError):  # whoever reads that a job is done finds its items
                     await served.reload()
             reason = self._reasons.get(name) if status["status"] == "waiting" else status.get("reason")

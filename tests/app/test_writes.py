@@ -276,3 +276,58 @@ async def test_jobs_wait_for_another_writer_and_tell_why(index: Path, monkeypatc
 
             await until(tells_why)
         assert (await ended(client, response))["status"] == "done"
+
+
+@pytest.mark.usefixtures("in_process")
+async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: Path) -> None:
+    given = {**WRITES, "collections_dir": tmp_path / "created", "poll_s": 0.05}
+    path = "/collections/lamps"
+    async with opened(index, **given) as client, opened(index, **given) as other:
+        created = await client.put(path, headers=ADMINS)
+        assert created.json() == {
+            "name": "lamps", "default": False, "count": 0, "index_version": None, "min_score": None
+        }  # fmt: skip
+        assert (await client.put(path, headers=ADMINS)).json() == created.json(), "idempotent"
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        assert_problem(await client.post(f"{path}/search/text", json=WORDS), 503)
+        await ended(client, await put(client, item("a"), item("b", "cyan"), path=f"{path}/items"))
+        found = (await client.post(f"{path}/search/text", json={"query": "pink", "k": 5})).json()["results"]
+        assert {each["id"] for each in found} == {"a", "b"}
+        assert (await client.get(f"{path}/items/b/image")).content == png("cyan")
+        await ended(client, await put(client, item("c"), path=f"{path}/items"))
+        assert (await client.get(f"{path}/items")).json()["count"] == 3
+        assert (await client.get("/items")).json()["count"] == 24
+
+        async def count_elsewhere() -> bool:
+            listed = {each["name"]: each["count"] for each in (await other.get("/collections")).json()["collections"]}
+            return listed == {"index": 24, "lamps": 3}
+
+        await until(count_elsewhere)
+    async with opened(index, **given) as client:
+        assert (await client.get(f"{path}/items")).json()["count"] == 3, "after a restart"
+        assert (await client.delete(path, headers=ADMINS)).status_code == 204
+        assert (await client.get(f"{path}/items")).status_code == 404
+        assert (await client.delete(path, headers=ADMINS)).status_code == 404
+        assert not list((tmp_path / "created").iterdir())
+        assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+
+
+async def test_only_collections_of_writers_are_created_and_dropped(index: Path, tmp_path: Path) -> None:
+    lamps = new_key()
+    keys = {"api_keys": f"alice:{key_hash(ALICE)}, lamps:{key_hash(lamps)}:write:lamps+index"}
+    async with opened(index, collections_dir=tmp_path / "created", **WRITES, **keys) as client:
+
+        async def send(method: str, name: str, key: str) -> int:
+            return (await client.request(method, f"/collections/{name}", headers=bearer(key))).status_code
+
+        assert [await send("PUT", "lamps", key) for key in (ALICE, "wrong", lamps)] == [403, 401, 200]
+        assert [await send("PUT", "other", key) for key in (ALICE, lamps)] == [403, 403]
+        assert await send("PUT", "lamps2?model=none", ADMIN) == 404
+        assert await send("DELETE", "index", ADMIN) == 409
+        assert await send("DELETE", "none", ADMIN) == 404
+        for name in (".hidden", "..%2Fx", "a b", "x" * 65, "%00"):
+            assert await send("PUT", name, ADMIN) in (404, 405, 422), name
+        assert len(list((tmp_path / "created").iterdir())) == 1
+        assert [await send("DELETE", "lamps", key) for key in (ALICE, lamps)] == [403, 204]
+    async with opened(index, **WRITES) as client:
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403

@@ -17,6 +17,7 @@ from index_jobs.jobs.writes.apply import apply_writes, sweep
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current, verify_index
+from index_jobs.store.writes.collection_folders import create_collection, drop_collection, list_collections
 from index_jobs.store.writes.write_queue import WriteQueue
 from tests.support.commands import Command, dcar
 from tests.support.images import draw
@@ -100,7 +101,7 @@ def test_bad_job_ends_alone(index: Path) -> None:
     apply_writes(index)
     found = [status(index, job) for job in jobs]
     assert [each["status"] for each in found] == ["done", "failed", "failed", "done"]
-    assert "no known image format" in found[1]["reason"]
+    assert "can be read: 1 of 1 failed" in found[1]["reason"]
     assert "'price' is int64 in the index and string" in found[2]["reason"]
     assert ids_of(open_current(index)) == {"a"}
     last = delete(index, "a")
@@ -269,3 +270,25 @@ def test_every_job_ends_although_its_process_is_killed_fifty_times(index: Path) 
     assert {status(index, job)["status"] for job in jobs} == {"done"}
     assert ids_of(open_current(index)) == expected
     assert not list((index / "versions").glob(".tmp*"))
+
+
+def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "created"
+    create_collection(folder, "lamps", tiny_checkpoint)
+    create_collection(folder, "lamps", tiny_checkpoint)
+    (index,) = list_collections(folder).values()
+    early = delete(index, "a")
+    apply_writes(index)
+    assert status(index, early)["status"] == "done"
+    job = put(index, "a", "b")
+    for killed_at in ("prepare_version", "_write_current"):  # without a version, and with one that is not yet current
+        command = Command("-c", KILLED_AT, f"index_jobs.store.publish.{killed_at}", "before", index)
+        command.communicate()
+        assert (command.returncode, current_version(index)) == (-signal.SIGKILL, None)
+    put(index, "c")
+    apply_writes(index)
+    assert ids_of(open_current(index)) == {"a", "b", "c"}
+    assert status(index, job)["status"] == "done"
+    verify_index(index)
+    drop_collection(index)
+    assert (list_collections(folder), list(folder.iterdir())) == ({}, [])

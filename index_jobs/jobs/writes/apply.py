@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,9 +24,9 @@ from dcar_core.util.errors import ArtifactError, DataError, DcarError
 from dcar_core.util.files import atomic_writer
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.columns import FieldTypes
-from index_jobs.store.manifest import FAILED
-from index_jobs.store.publish import report_os_errors
-from index_jobs.store.versions import open_current, open_version, version_numbers
+from index_jobs.store.manifest import CHECKPOINT, FAILED
+from index_jobs.store.publish import report_os_errors, rollback
+from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
 from index_jobs.store.writes.write_queue import WriteJob, WriteQueue
 
 logger = logging.getLogger(__name__)
@@ -101,25 +102,36 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
     Raises:
         DataError: a change cannot be made.
     """
+    from index_jobs.jobs.job import rebuild
     from index_jobs.jobs.updates import add, remove
 
     _require_same_types(jobs)
     last = {item["id"]: (job, item) for job in jobs for item in job.items}
-    current = open_current(index)
-    version, failed = current.manifest.version, dict[str, str]()
-    puts = [(job, item) for job, item in last.values() if job.kind == "put" and not _is_held(current, job, item)]
+    is_new = False
+    if (index / CHECKPOINT).is_dir() and current_version(index) is None:  # of a created collection
+        is_new = not version_numbers(index)
+        if not is_new:  # killed just before the end of the first publication
+            rollback(index)
+    current = None if is_new else open_current(index)
+    version, failed = current.manifest.version if current else None, dict[str, str]()
+    puts = [
+        (job, item)
+        for job, item in last.values()
+        if job.kind == "put" and not (current is not None and _is_held(current, job, item))
+    ]
     deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
     if puts:
         gallery = queue.folder / _LIST
         _write_list(queue, gallery, puts)
-        report = _Reporter(queue, len(last))
-        summary = add(
-            index, gallery, replace_existing=True, max_failed=1.0, progress=False, on_encoded=report, **options
-        )
+        given = {**options, "max_failed": 1.0, "progress": False, "on_encoded": _Reporter(queue, len(last))}
+        if is_new:
+            summary: Any = rebuild(gallery, index / CHECKPOINT, index, keep_shards=False, **given)
+        else:
+            summary = add(index, gallery, replace_existing=True, **given)
         version = summary.version
         if summary.failed:
-            failed = _failures(open_version(index, version))
-    if deleted:
+            failed = _failures(open_version(index, summary.version))
+    if deleted and version is not None:
         keep = {name: value for name, value in options.items() if name == "keep"}
         version = remove(index, deleted, missing_ok=True, **keep).version
     for job in jobs:
@@ -178,8 +190,8 @@ def _write_list(queue: WriteQueue, path: Path, puts: Sequence[tuple[WriteJob, di
 
 
 def _failures(artifact: Artifact) -> dict[str, str]:
-    """Return the reasons of the images that the newest addition of a version lacks, by id."""
-    path = artifact.path / artifact.manifest.additions[-1].folder / FAILED
+    """Return the reasons of the images that a version lacks, or its newest addition, by id."""
+    path = artifact.path / (artifact.manifest.additions[-1].folder if artifact.manifest.additions else "") / FAILED
     failures = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return {failure["id"]: failure["reason"] for failure in failures}
 
@@ -213,7 +225,10 @@ def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
 
 def _shown(artifact: Artifact) -> Iterator[str]:
     """Yield the images of jobs that a version shows, as JOB/FILE: an index that was moved has other folders before."""
+    start = 0
     for segment in artifact.segments:
-        places = segment.items.table()["location"]
+        stop = start + len(segment.items)
+        places = segment.items.table(np.flatnonzero(artifact.live[start:stop]))["location"]
+        start = stop
         found = pc.extract_regex(places, r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$")
         yield from (each["name"] for each in pc.drop_null(found).to_pylist())

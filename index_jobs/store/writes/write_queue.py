@@ -67,10 +67,10 @@ class WriteQueue:
         path, folder = self._queue / f"{name}.json", self.images / name
         files = [f"{number}.{suffix}" for number, (_, suffix) in enumerate(images)]
         try:
-            self._queue.mkdir(parents=True, exist_ok=True)
-            self.ended.mkdir(exist_ok=True)
+            for parent in (self.folder, self._queue, self.ended, self.images):
+                parent.mkdir(exist_ok=True)  # without the index: it may have been dropped
             if images:
-                folder.mkdir(parents=True)
+                folder.mkdir()
                 for file, (data, _) in zip(files, images, strict=True):
                     (folder / file).write_bytes(data)
                     fsync_path(folder / file)
@@ -150,7 +150,7 @@ class WriteQueue:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Admit one process that applies jobs. Raise LockedError if another one does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         lock = FileLock(self.folder / ".lock", timeout=0)
         try:
             lock.acquire()

@@ -1,0 +1,64 @@
+"""Collections that were created over HTTP: one folder each, whose name is a hash of the collection's.
+
+FOLDER/<hash>/collection.json   the collection's name
+FOLDER/<hash>/checkpoint/       the model that its items are encoded with
+FOLDER/<hash>/...               an index directory, once the first items are published
+"""
+
+import contextlib
+import hashlib
+import json
+import secrets
+import shutil
+from pathlib import Path
+
+from dcar_core.util.files import fsync_path, fsync_tree, write_json
+from index_jobs.store.manifest import CHECKPOINT
+from index_jobs.store.writes.write_queue import WriteQueue
+
+_DESCRIPTION = "collection.json"
+_NEW, _OLD = ".new-", ".old-"
+
+
+def list_collections(folder: Path) -> dict[str, Path]:
+    """Return the index directories of the created collections by name."""
+    found = {}
+    for path in sorted(folder.glob(f"[0-9a-f]*/{_DESCRIPTION}")):
+        with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+            found[json.loads(path.read_bytes())["name"]] = path.parent
+    return found
+
+
+def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
+    """Create a collection without items, unless there is one of this name.
+
+    Args:
+        checkpoint: is copied.
+    """
+    from dcar_core.model.checkpoint import copy_checkpoint
+
+    target = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+    staging = folder / f"{_NEW}{secrets.token_hex(8)}"
+    try:
+        copy_checkpoint(checkpoint, staging / CHECKPOINT)
+        write_json(staging / _DESCRIPTION, {"name": name})
+        fsync_tree(staging)
+        staging.rename(target)
+        fsync_path(folder)
+    except OSError:
+        if not target.exists():  # otherwise another request has created it
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def drop_collection(index: Path) -> None:
+    """Remove a created collection with all of its versions and images.
+
+    Raises:
+        LockedError: its jobs are being applied.
+    """
+    with WriteQueue(index).lock():
+        index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))  # a killed removal leaves no half of it
+    for leftover in index.parent.glob(f"{_OLD}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
