@@ -37,6 +37,11 @@ class WriteWorker:
         self._arrived = asyncio.Event()
         self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
         self._task: asyncio.Task[None] | None = None
+        metrics.add_gauge("dcar_jobs_waiting", "Changes of items that have not ended.", ["collection"], self._count)
+
+    def _count(self) -> list[tuple[list[str], float]]:
+        is_on = self._settings.writes
+        return [([name], float(len(WriteQueue(each.index).waiting()))) for name, each in self._collections if is_on]
 
     def start(self) -> None:
         """Begin to work, in the background."""

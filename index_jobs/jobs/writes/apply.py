@@ -32,7 +32,7 @@ from index_jobs.store.writes.write_queue import WriteJob, WriteQueue
 logger = logging.getLogger(__name__)
 
 BATCH_ITEMS = 2000
-MAX_STARTS = 10
+MAX_STARTS = 100  # far more than restarts of a machine or a service explain
 _PROGRESS_S = 1.0
 _SWEEP_S = 3600.0
 _KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
