@@ -151,7 +151,7 @@ def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
         operation.setdefault("parameters", []).insert(0, _COLLECTION)
     if path not in _OPEN_PATHS:
         is_write = method in ("put", "delete") or path.startswith("/jobs/")
-        allowed = [{"admin": []}, {"key": []}] if is_write else [{}, {"key": []}]
+        allowed: list[dict[str, list[str]]] = [{"admin": []}, {"key": []}] if is_write else [{}, {"key": []}]
         operation["security"] = [{"admin": []}] if path.startswith("/admin/") else allowed
         for status in ("401", "403", "429", "500", *(("408",) if "requestBody" in operation else ())):
             responses.setdefault(status, {})
