@@ -176,7 +176,7 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path) -> 
 def without_timing(value: Any) -> Any:
     if isinstance(value, list):
         return [without_timing(each) for each in value]
-    changes = {"took_ms": 0.0, "cached": False} if isinstance(value, models.SearchResponse) else {}
+    changes: dict[str, Any] = {"took_ms": 0.0, "cached": False} if isinstance(value, models.SearchResponse) else {}
     if isinstance(value, models.JobResponse):  # each call accepts another job
         changes = {"id": "", "accepted": "", "reason": None}
     return value.model_copy(update=changes) if isinstance(value, BaseModel) else value

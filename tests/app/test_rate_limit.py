@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core.keys import find_key_name, is_key, key_hash
+from app.core.keys import ApiKey, find_key_name, is_key, key_hash
 from app.core.rate_limit import RateLimiter, network_of
 from app.core.redis import connect, disconnect
 from app.core.settings import Settings
@@ -52,11 +52,11 @@ def test_keys_are_compared_in_constant_time_with_every_known_key(monkeypatch: py
         return compare(one, other)
 
     monkeypatch.setattr(hmac, "compare_digest", record)
-    keys = {name: key_hash(name) for name in ("first", "second", "third")}
+    keys = {name: ApiKey(key_hash(name)) for name in ("first", "second", "third")}
     for key, name in (("first", "first"), ("third", "third"), ("none of them", None)):
         compared.clear()
         assert find_key_name(keys, key) == name
-        assert [other for _, other in compared] == [digest.encode() for digest in keys.values()]
+        assert [other for _, other in compared] == [each.digest.encode() for each in keys.values()]
     compared.clear()
     assert is_key("secret", "secret")
     assert not is_key("wrong", f"sha256:{key_hash('secret')}")

@@ -5,11 +5,15 @@ import base64
 import errno
 import json
 import os
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from dcar_client import Client
 from filelock import FileLock
 from PIL import Image
 
@@ -21,7 +25,9 @@ from app.writes.worker import WriteWorker
 from dcar_core.util.errors import DcarError
 from index_jobs.jobs.writes.apply import apply_writes
 from index_jobs.store.writes.write_queue import WriteQueue
+from tests.support.commands import Command
 from tests.support.images import encoded, png
+from tests.support.processes import children_of, free_port, is_alive
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, opened, until
 
@@ -314,7 +320,7 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
 
 async def test_only_collections_of_writers_are_created_and_dropped(index: Path, tmp_path: Path) -> None:
     lamps = new_key()
-    keys = {"api_keys": f"alice:{key_hash(ALICE)}, lamps:{key_hash(lamps)}:write:lamps+index"}
+    keys: dict[str, Any] = {"api_keys": f"alice:{key_hash(ALICE)}, lamps:{key_hash(lamps)}:write:lamps+index"}
     async with opened(index, collections_dir=tmp_path / "created", **WRITES, **keys) as client:
 
         async def send(method: str, name: str, key: str) -> int:
@@ -331,3 +337,44 @@ async def test_only_collections_of_writers_are_created_and_dropped(index: Path, 
         assert [await send("DELETE", "lamps", key) for key in (ALICE, lamps)] == [403, 204]
     async with opened(index, **WRITES) as client:
         assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403
+
+
+def started(index: Path, port: int) -> Command:
+    """A service in a process of its own, once it is ready."""
+    environment = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN, "DCAR_DEVICE": "cpu", "DCAR_RUNTIME": "torch"}
+    arguments = ("serve", "--index", index, "--port", port)
+    service = Command("app.cli", *arguments, environment=environment, stdout=os.devnull, stderr=os.devnull)
+    end = time.monotonic() + 120
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                return service
+        assert service.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
+def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> None:
+    port = free_port()
+    service = started(index, port)
+    with Client(f"http://127.0.0.1:{port}", key=ADMIN) as client:
+        job = client.put_items([{"id": "a", "image": png("pink")}, {"id": "b", "image": png("cyan")}])
+        children = children_of(service.pid)
+        service.send_signal(signal.SIGKILL)
+        assert service.wait() == -signal.SIGKILL
+        for child in children:  # as if the machine had stopped
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        service = started(index, port)
+        assert client.wait_for_job(job.id, timeout_s=120).status == "done"
+        assert client.image("b") == png("cyan")
+        last = client.delete_items(["a"])
+        children = children_of(service.pid)
+        service.send_signal(signal.SIGTERM)
+        assert service.wait(30) in (0, -signal.SIGTERM)
+        assert not any(map(is_alive, children)), "the process that applies jobs ends with the service"
+    status = WriteQueue(index).status(last.id)
+    assert status is not None
+    assert status["status"] in ("waiting", "running", "done")
