@@ -3,8 +3,8 @@
 - The last change of an id in a batch is the one that is made.
 - A job has ended once its changes are in a complete version that is published. Killed before that, it is applied again;
   items that the published version has from this job are not added twice.
-- Input that cannot be used ends its own job alone: the jobs of its batch are then applied one by one. Everything else,
-  such as a full disk or another writer, leaves the jobs in the queue.
+- Input that cannot be used ends its own job alone: the halves of its batch are then applied by themselves. Everything
+  else, such as a full disk or another writer, leaves the jobs in the queue.
 - A job that ends its process too often is given up, so the jobs behind it are applied.
 """
 
@@ -76,7 +76,7 @@ def _next_batch(queue: WriteQueue) -> list[str]:
 
 
 def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
-    """Apply jobs together, or one by one where that fails."""
+    """Apply jobs together, or in halves where that fails."""
     names, progress = [job.name for job in jobs], queue.progress()
     starts = progress["starts"] + 1 if progress.get("jobs") == names else 1
     try:
@@ -86,8 +86,9 @@ def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: di
         _publish(queue, index, jobs, options)
     except DataError as error:
         if len(jobs) > 1:
-            for job in jobs:
-                _apply(queue, index, [job], options)
+            half = len(jobs) // 2
+            for part in (jobs[:half], jobs[half:]):
+                _apply(queue, index, part, options)
             return
         logger.warning("job %s failed: %s", names[0], error)
         queue.end(jobs[0], status="failed", reason=str(error))
