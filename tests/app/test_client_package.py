@@ -47,7 +47,7 @@ def test_the_client_covers_every_route() -> None:
         calls.similar("", "{item_id}", 10, 0),
         calls.items("", None, 10, 0),
         calls.item("", "{item_id}"),
-        calls.image("", "{item_id}"),
+        calls.image("", "{item_id}", None),
         calls.collections(),
         calls.health(),
         calls.readiness(),

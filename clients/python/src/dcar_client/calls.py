@@ -104,9 +104,10 @@ def item(prefix: str, item_id: str) -> Call[ItemResponse]:
     return Call("GET", f"{prefix}/items/{path_segment(item_id)}", _reader(ItemResponse))
 
 
-def image(prefix: str, item_id: str) -> Call[bytes]:
+def image(prefix: str, item_id: str, size: int | None) -> Call[bytes]:
     """GET /items/{id}/image."""
-    return Call("GET", f"{prefix}/items/{path_segment(item_id)}/image", _image_bytes)
+    params = {} if size is None else {"size": size}
+    return Call("GET", f"{prefix}/items/{path_segment(item_id)}/image", _image_bytes, {"params": params})
 
 
 def put_items(prefix: str, items: Sequence[NewItem]) -> Call[JobResponse]:

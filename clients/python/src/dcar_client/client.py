@@ -115,9 +115,9 @@ class Client:
         """Return one item with all its metadata."""
         return self._send(calls.item(self._prefix, item_id))
 
-    def image(self, item_id: str) -> bytes:
-        """Return the image file of an item."""
-        return self._send(calls.image(self._prefix, item_id))
+    def image(self, item_id: str, *, size: int | None = None) -> bytes:
+        """Return the image file of an item, or a thumbnail with a longer side of 192, 384 or 1280 pixels."""
+        return self._send(calls.image(self._prefix, item_id, size))
 
     def put_items(self, items: Sequence[NewItem]) -> JobResponse:
         """Add items, or replace those with the same ids, by a job; needs a key that may write."""
@@ -244,9 +244,9 @@ class AsyncClient:
         """Return one item with all its metadata."""
         return await self._send(calls.item(self._prefix, item_id))
 
-    async def image(self, item_id: str) -> bytes:
-        """Return the image file of an item."""
-        return await self._send(calls.image(self._prefix, item_id))
+    async def image(self, item_id: str, *, size: int | None = None) -> bytes:
+        """Return the image file of an item, or a thumbnail with a longer side of 192, 384 or 1280 pixels."""
+        return await self._send(calls.image(self._prefix, item_id, size))
 
     async def put_items(self, items: Sequence[NewItem]) -> JobResponse:
         """Add items, or replace those with the same ids, by a job; needs a key that may write."""

@@ -1,0 +1,226 @@
+"""Clients that others wrote, against the running service: OpenAI's, MCP's, LangChain's and LlamaIndex's.
+
+LlamaIndex and LangChain's standard tests are not part of the extra `stacks`; docs/how-to/connect-other-tools.md tells
+how to run these tests with them.
+"""
+
+import base64
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dcar_client import AsyncClient, Client, ServiceError
+from PIL import Image
+
+from tests.support.images import png
+from tests.support.paths import ROOT
+from tests.support.service import ALICE, KEYS, ODD_ID, serving
+
+CLIENT = str(ROOT / "clients" / "python" / "src")
+IN_CI = os.environ.get("DCAR_REQUIRE_ALL") == "1"
+
+
+def needs(module: str, *, in_ci: bool = True) -> pytest.MarkDecorator:
+    """Skip without a module, unless CI has to have it."""
+    missing = importlib.util.find_spec(module) is None and not (IN_CI and in_ci)
+    return pytest.mark.skipif(missing, reason=f"{module} is not installed: see docs/how-to/connect-other-tools.md")
+
+
+@pytest.fixture(scope="module")
+def url(built_index: Path) -> Iterator[str]:
+    """The service on a port, open to those who have a key."""
+    with serving(built_index, **KEYS) as (_, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url, key=ALICE) as client:
+        yield client
+
+
+@needs("openai")
+def test_the_openai_client_gets_the_vectors_of_the_service(url: str, client: Client) -> None:
+    import openai
+
+    expected = client.embeddings(["a red circle", png("red")])
+    text, image = (np.array(each.embedding) for each in expected.data)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=ALICE, max_retries=0) as foreign:
+        found = foreign.embeddings.create(model="index", input=["a red circle"])
+        assert (found.object, found.model) == ("list", "index")
+        assert found.to_dict()["fingerprint"] == expected.fingerprint
+        np.testing.assert_allclose(found.data[0].embedding, text, atol=1e-6)
+        given: Any = {"image": base64.b64encode(png("red")).decode()}
+        (vector,) = foreign.embeddings.create(model="index", input=given, encoding_format="float").data
+        np.testing.assert_allclose(vector.embedding, image, atol=1e-6)
+        with pytest.raises(openai.NotFoundError):
+            foreign.embeddings.create(model="text-embedding-3-small", input="red")
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.embeddings.create(model="index", input="red")
+
+
+@asynccontextmanager
+async def assistant(url: str, *options: str, key: str = ALICE) -> AsyncIterator[Any]:
+    """MCP's own client, of a server that it starts as assistants do."""
+    from mcp import Client as AssistantClient
+    from mcp import StdioServerParameters, stdio_client
+
+    arguments = ["-m", "dcar_client.mcp", "--url", url, "--api-key-env", "SEARCH_KEY", *options]
+    environment = {"SEARCH_KEY": key, "PYTHONPATH": CLIENT}
+    program = StdioServerParameters(command=sys.executable, args=arguments, env=environment)
+    with open(os.devnull, "w") as log:  # noqa: PTH123
+        async with AssistantClient(stdio_client(program, errlog=log)) as client:
+            yield client
+
+
+def pictures(content: list[Any]) -> list[Image.Image]:
+    images = [each for each in content if each.type == "image"]
+    opened: list[Image.Image] = [Image.open(BytesIO(base64.b64decode(each.data))) for each in images]
+    assert [f"image/{image.format}".lower() for image in opened] == [each.mime_type for each in images]
+    return opened
+
+
+@needs("mcp")
+async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery: Path) -> None:
+    async with assistant(url, "--pictures", str(gallery)) as mcp:
+        tools = {tool.name: tool for tool in (await mcp.list_tools()).tools}
+        assert set(tools) == {"search_by_words", "search_by_picture", "similar_items", "get_item"}
+        assert all(tool.annotations.read_only_hint and tool.output_schema for tool in tools.values())
+
+        options = {"k": 3, "filter": {"category": "circle"}, "fields": ["color"]}
+        found = await mcp.call_tool("search_by_words", {"query": "a red circle", **options, "thumbnails": True})
+        expected = client.search_text("a red circle", k=3, filter={"category": "circle"}, fields=["color"])
+        results = found.structured_content["results"]
+        assert [each["id"] for each in results] == [each.id for each in expected.results]
+        assert [each["metadata"] for each in results] == [each.metadata for each in expected.results]
+        assert results[0]["image_url"] == url + expected.results[0].image_url
+        assert json.loads(found.content[0].text) == found.structured_content
+        assert len(pictures(found.content)) == 3
+
+        file = gallery / "circle/blue.png"
+        for given in ({"file": "circle/blue.png"}, {"image": base64.b64encode(file.read_bytes()).decode()}):
+            found = await mcp.call_tool("search_by_picture", {**given, "k": 1})
+            assert [each["id"] for each in found.structured_content["results"]] == ["circle/blue.png"]
+            assert pictures(found.content) == []
+        found = await mcp.call_tool("similar_items", {"item_id": ODD_ID, "k": 2})
+        similar = client.similar(ODD_ID, k=2)
+        assert [each["id"] for each in found.structured_content["results"]] == [each.id for each in similar.results]
+        found = await mcp.call_tool("get_item", {"item_id": ODD_ID, "thumbnail": True})
+        assert found.structured_content["metadata"] == client.item(ODD_ID).metadata
+        assert len(pictures(found.content)) == 1
+
+        outside = "../" * 20 + "etc/hostname"
+        bad: list[tuple[str, dict[str, Any], str]] = [
+            ("search_by_words", {"query": ""}, "query"),
+            ("search_by_words", {"query": "red", "k": 1000}, "k"),
+            ("search_by_words", {"query": "red", "filter": {"colour": "red"}}, "colour"),
+            ("search_by_picture", {}, "give either `image`"),
+            ("search_by_picture", {"image": "no base64!"}, "image: not base64"),
+            ("search_by_picture", {"image": base64.b64encode(b"no image").decode()}, "422"),
+            ("search_by_picture", {"file": outside}, "there is no file"),
+            ("get_item", {"item_id": "nothing"}, "There is no item"),
+            ("get_item", {"item_id": ".."}, "cannot be the name of an item"),
+        ]
+        for tool, wrong, message in bad:
+            refused = await mcp.call_tool(tool, wrong)
+            assert refused.is_error, (tool, wrong)
+            assert message in refused.content[0].text, refused.content[0].text
+            assert "Traceback" not in refused.content[0].text
+
+
+@needs("mcp")
+async def test_the_mcp_server_tells_of_a_wrong_key_and_of_a_service_that_is_gone(url: str) -> None:
+    from dcar_client.mcp import server
+    from mcp import Client as AssistantClient
+
+    async with AssistantClient(server(url, key="wrong")) as mcp:
+        refused = await mcp.call_tool("search_by_words", {"query": "red"})
+        assert (refused.is_error, "401" in refused.content[0].text) == (True, True)
+        refused = await mcp.call_tool("search_by_picture", {"file": "circle/blue.png"})
+        assert "without --pictures" in refused.content[0].text
+    async with AssistantClient(server("http://127.0.0.1:9")) as mcp:
+        refused = await mcp.call_tool("search_by_words", {"query": "red"})
+        assert "does not answer" in refused.content[0].text
+
+
+@pytest.mark.parametrize(
+    ("module", "blocked"), [("mcp", "mcp"), ("langchain", "langchain_core"), ("llama_index", "llama_index.core")]
+)
+def test_a_missing_extra_is_named(module: str, blocked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, f"dcar_client.{module}", raising=False)
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{blocked}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, blocked, None)
+    with pytest.raises(ImportError, match=rf"pip install 'dcar-client\[{module.replace('_', '-')}\]'"):
+        importlib.import_module(f"dcar_client.{module}")
+
+
+@needs("mcp")
+def test_the_mcp_server_names_a_key_variable_that_is_not_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dcar_client.mcp import main
+
+    monkeypatch.setattr(sys, "argv", ["dcar-mcp", "--url", "http://127.0.0.1:9", "--api-key-env", "NOT_SET"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "the environment variable NOT_SET is not set" in capsys.readouterr().err
+
+
+@needs("langchain_core")
+async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
+    from dcar_client.langchain import DcarRetriever
+    from langchain_core.runnables import RunnableLambda
+
+    retriever = DcarRetriever(client=client, k=3, options={"fields": ["color"]})
+    expected = client.search_text("a red circle", k=3, fields=["color"]).results
+    documents = retriever.invoke("a red circle")
+    assert [each.id for each in documents] == [each.id for each in expected]
+    first, result = documents[0], expected[0]
+    assert (first.page_content, first.metadata["color"]) == (result.caption, (result.metadata or {})["color"])
+    assert (first.metadata["score"], first.metadata["image_url"]) == (result.score, result.image_url)
+    (circle,) = retriever.invoke("a red square", k=1, filter={"category": "circle"})
+    assert circle.metadata["category"] == "circle"
+    assert await retriever.ainvoke("a red circle") == documents
+    chain = retriever | RunnableLambda(lambda found: found[0].page_content)
+    assert chain.batch(["a red circle", "a blue cross"])[0] == first.page_content
+    async with AsyncClient(url, key=ALICE) as async_client:
+        both = DcarRetriever(client=client, async_client=async_client, k=3, options={"fields": ["color"]})
+        assert await both.ainvoke("a red circle") == documents
+    with pytest.raises(ServiceError, match="422"):
+        retriever.invoke("red", colour="red")
+
+
+@needs("llama_index", in_ci=False)
+async def test_llama_index_retrieves_captions(url: str, client: Client, gallery: Path) -> None:
+    from dcar_client.llama_index import DcarRetriever
+    from llama_index.core.schema import QueryBundle
+
+    file = gallery / "circle/blue.png"
+    retriever = DcarRetriever(client, k=3, options={"fields": ["color"]})
+    async with AsyncClient(url, key=ALICE) as async_client:
+        both = DcarRetriever(client, async_client=async_client, k=3, options={"fields": ["color"]})
+        for query, expected in (
+            (QueryBundle("a red circle"), client.search_text("a red circle", k=3, fields=["color"])),
+            (QueryBundle("red", image_path=str(file)), client.search_image(file, "red", k=3, fields=["color"])),
+        ):
+            nodes = retriever.retrieve(query)
+            assert [each.node_id for each in nodes] == [each.id for each in expected.results]
+            assert [each.score for each in nodes] == [each.score for each in expected.results]
+            assert [each.text for each in nodes] == [each.caption for each in expected.results]
+            assert nodes[0].metadata["color"] == (expected.results[0].metadata or {})["color"]
+            assert await retriever.aretrieve(query) == nodes
+            assert await both.aretrieve(query) == nodes
+    with pytest.raises(ServiceError, match="401"), Client(url, key="wrong") as stranger:
+        DcarRetriever(stranger).retrieve("red")
