@@ -83,8 +83,8 @@ def list_folder(root: str) -> Iterator[GalleryImage]:
     if metadata and images:
         metadata.report_unused()
     for kind, count in skipped.most_common():
-        files, are = ("file", "is") if count == 1 else ("files", "are")
-        logger.warning("%d %s %s %s skipped: %s", count, kind, files, are, _HINTS[kind])
+        noun, verb = ("file", "is") if count == 1 else ("files", "are")
+        logger.warning("%d %s %s %s skipped: %s", count, kind, noun, verb, _HINTS[kind])
     return _sorted_by_name(images if metadata else [_with_fields_of_name(image) for image in images])
 
 

@@ -46,14 +46,14 @@ class GalleryChanges:
             )
 
 
-def count_changes(served: Artifact, gallery: Gallery) -> GalleryChanges:
-    """Compare a gallery with a served version by their ids."""
+def count_changes(served: Artifact, table: pa.Table) -> GalleryChanges:
+    """Compare a gallery's table, or the rows of it that can be indexed, with a served version by their ids."""
     rows = np.flatnonzero(served.live)
-    served_ids, ids = served.column("id").filter(served.live), gallery.table["id"]
+    served_ids, ids = served.column("id").filter(served.live), table["id"]
     places = pc.fill_null(pc.index_in(ids, served_ids), -1).to_numpy()
     is_kept = places >= 0
     before = np.concatenate([_hash_rows(segment.items.table()) for segment in served.segments])
-    changed = before[rows[places[is_kept]]] != _hash_rows(gallery.table)[is_kept]
+    changed = before[rows[places[is_kept]]] != _hash_rows(table)[is_kept]
     gone = np.flatnonzero(~pc.is_in(served_ids, ids).to_numpy())
     example = str(served.item(int(rows[gone[0]])).metadata.get("file_name", "")) if len(gone) else ""
     return GalleryChanges(int((~is_kept).sum()), len(gone), int(changed.sum()), example)

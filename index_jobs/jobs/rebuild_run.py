@@ -40,6 +40,7 @@ from index_jobs.jobs.version_writer import (
 )
 from index_jobs.store import gpu_search, milvus, publish
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.items import take_rows
 from index_jobs.store.manifest import CHECKPOINT, Manifest
 
 if TYPE_CHECKING:
@@ -70,13 +71,15 @@ def run(job: RebuildJob) -> RebuildSummary:
         served = ServedVersion.open(out, force=options.force)
         changes = None
         if served is not None:
-            changes = count_changes(served.artifact, gallery)
+            changes = count_changes(served.artifact, gallery.table)
             if not options.force:
                 changes.require_few_removed(served.artifact.manifest, gallery.source, options.max_vanished)
             served.require_model(encoder.fingerprint, pairs)
         _clean_work(out, store.path, served)
         require_disk_space(out, gallery, store, expected)
         encoded = _encode(job, replicas, runtime, checkpoint)
+        if served is not None and encoded.failed:
+            changes = count_changes(served.artifact, take_rows(gallery.table, encoded.rows()))
         choices = choose_kinds(options, len(encoded), encoder.dim, gpu_memory)
         manifest = _stage(job, staging, encoder, encoded, choices, runtime)
         staged = publish.prepare_version(out, staging, manifest)
@@ -96,7 +99,6 @@ def _require_no_worse(
     options, served_manifest = job.options, served.artifact.manifest
     device = options.device.split(",")[0]
     verdict = served.compare(staged, encoder, job.pairs, options.margin, device)
-    logger.info("compared with version %d: %s", served_manifest.version, verdict.reason)
     if not verdict.passed and not options.force:
         if not options.keep_shards:
             publish.remove_directory(job.out, job.out / WORK)

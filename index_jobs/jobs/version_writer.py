@@ -1,6 +1,5 @@
 """Contents of a version besides the model: measured vectors in FAISS or Milvus, the items, and the score cut-off."""
 
-import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from dcar_core import Encoder
-
-logger = logging.getLogger(__name__)
 
 
 def choose_kinds(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[IndexChoice]:
@@ -87,10 +84,7 @@ def stage_items(
     fields = write_items(staging / ITEMS, gallery.table, rows)
     write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), text_fields))
     write_failed(staging / FAILED, gallery, encoded.failed)
-    duplicates = encoded.duplicates()
-    write_duplicates(staging / DUPLICATES, gallery, duplicates)
-    if duplicates:
-        logger.info("%d equal to an earlier image; %s lists them", len(duplicates), DUPLICATES)
+    write_duplicates(staging / DUPLICATES, gallery, encoded.duplicates())
     return fields
 
 

@@ -1,10 +1,12 @@
 """The benchmark scripts of this room run; their figures are for a quiet machine."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from index_jobs.gallery.scan import scan
 from tests.support import commands
 from tests.support.paths import ROOT
 
@@ -37,3 +39,15 @@ def test_encode_prints_memory(tars: tuple[str, ...]) -> None:
     told = run("encode.py", "--memory", "60", "--threads", "1", *tars)
     assert re.search(r"scanned 60 pictures in .*; the table takes \d+ MiB, \d\d\d bytes a picture", told)
     assert re.search(r"encoded 60 pictures, \d+/s; peak \d+ MiB in all, \d+ MiB over the first tenth", told)
+
+
+def test_the_photos_of_the_first_hour_hold_every_trap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    first_hour = importlib.import_module("first_hour")
+    first_hour.make_photos(tmp_path, 30)
+    names = scan(tmp_path).table["name"].to_pylist()
+    assert {"cam1/IMG_0001.jpg", "cam2/IMG_0001.jpg", "cam1/broken.jpg", "cam1/empty.jpg"} <= set(names)
+    for message in ("1 rows of the annotations", "1 missing images", "1 video file is skipped", "1 SVG file"):
+        assert message in caplog.text
