@@ -15,14 +15,15 @@ from tests.support.service import serving
 suite = pytest.importorskip("langchain_tests.integration_tests", reason="needs langchain-tests")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _service(built_index: Path) -> Iterator[None]:
+    with serving(built_index) as (_, port), Client(f"http://127.0.0.1:{port}") as client:
+        TestDcarRetriever.client = client
+        yield
+
+
 class TestDcarRetriever(suite.RetrieversIntegrationTests):  # type: ignore[name-defined]
     client: Client
-
-    @pytest.fixture(autouse=True, scope="class")
-    def _service(self, request: pytest.FixtureRequest, built_index: Path) -> Iterator[None]:
-        with serving(built_index) as (_, port), Client(f"http://127.0.0.1:{port}") as client:
-            request.cls.client = client
-            yield
 
     @property
     def retriever_constructor(self) -> Any:
