@@ -5,8 +5,9 @@
 
 - Quality: hit@1, hit@5 and nDCG@10 of short queries over every item of a bundled gallery; `--queries` as in
   examples/emoji/evaluate_queries.py. `--weights` compares weights of the words; choose on validation.tsv.
-- Latency: p50 of one search on one core, without the encoding of the query. Vectors are random around 1,000 centres, in
-  an index of kind `auto`; texts are words of a Zipf distribution, and queries are the words of an item.
+- Latency: p50 of one search on one core, without the encoding of the query; size and seconds of the lexical index.
+  Vectors are random around 1,000 centres, in an index of kind `auto`; texts are words of a Zipf distribution, and
+  queries are the words of an item.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from index_jobs.building.build import build_index
 from index_jobs.building.kinds import choose_kinds
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
+from index_jobs.store.lexical.term_lists import STARTS, TERMS
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 DIM, CENTRES, WORDS, WORDS_PER_ITEM = 256, 1000, 50_000, 12
@@ -79,8 +81,15 @@ def make_index(items: int, folder: Path) -> tuple[Index, list[str], Floats]:
     shares = np.cumsum(1 / np.arange(1, WORDS + 1))
     limits = shares.tolist()
     texts = [" ".join(generator.choices(names, cum_weights=limits, k=WORDS_PER_ITEM)) for _ in range(items)]
+    started = time.process_time()
     write_lexical(folder / "lexical", texts)
-    print(f"{items:,} items, {built.choice.factory}")
+    seconds = time.process_time() - started
+    sizes = {file.name: file.stat().st_size / 1e6 for file in (folder / "lexical").iterdir()}
+    total, lists = sum(sizes.values()), sizes[TERMS] + sizes[STARTS]
+    print(
+        f"{items:,} items, {built.choice.factory}; lexical index: {total:.1f} MB, {lists:.1f} of them lists of terms, "
+        f"written in {seconds:.1f} s of one core\n"
+    )
     return (
         Index(FaissIndex.open(folder / "index.faiss"), LexicalIndex(folder / "lexical")),
         texts,

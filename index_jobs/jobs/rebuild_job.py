@@ -45,7 +45,7 @@ class RebuildJob:
             and manifest.requested_memory == options.memory
             and manifest.target_recall == options.target_recall
             and manifest.exact == options.exact
-            and manifest.has_lexical
+            and manifest.has_term_lists
             and manifest.text_fields == (None if options.text_fields is None else list(options.text_fields))
             and manifest.group_field == options.group_field
             and options.runtime in {"auto", manifest.runtime}

@@ -9,6 +9,7 @@ from typing import Any
 
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import canonical_json
+from index_jobs.store.lexical.term_lists import TERMS
 
 FORMAT = 2
 CURRENT, VERSIONS = "CURRENT", "versions"
@@ -107,6 +108,11 @@ class Manifest:
         """Folders and URLs that hold the images."""
         added = [root for addition in self.additions for root in addition.roots]
         return list(dict.fromkeys(root for root in (self.root, *self.roots, *added) if root))
+
+    @property
+    def has_term_lists(self) -> bool:
+        """False for versions whose hybrid searches take longer; see `index_jobs.store.lexical.term_lists`."""
+        return f"{LEXICAL}/{TERMS}" in self.files
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values with a checksum over all of them, which reveals a changed manifest."""

@@ -79,6 +79,8 @@ class Segments:
         """
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
             self.locate(int(row))  # raises
+        if len(self.segments) == 1:
+            return self.segments[0].vectors.vectors(rows)
         vectors = np.empty((len(rows), self.segments[0].vectors.dim), np.float32)
         for segment, (start, stop) in zip(self.segments, pairwise(self._starts), strict=True):
             inside = (rows >= start) & (rows < stop)

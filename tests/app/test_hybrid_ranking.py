@@ -102,6 +102,7 @@ def test_hybrid_order_equals_the_sum_over_all_rows(catalogue: Any, query: str, w
 
 def test_common_words_are_ranked_among_the_nearest_rows(catalogue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.search.ranking.hybrid._TEXT_ROWS", 20)
+    monkeypatch.setattr("app.search.ranking.hybrid._COMMON_TEXT_ROWS", 20)
     snapshot, vectors, lexical = catalogue
     vector = unit(np.random.default_rng(9), 24)
     query = RankQuery(vector, HybridQuery("smile", 0.7))

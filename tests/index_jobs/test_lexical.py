@@ -9,6 +9,7 @@ import pytest
 from dcar_core.util.errors import ArtifactError
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
+from index_jobs.store.lexical.term_lists import STARTS, TERMS
 
 TEXTS = ["ghost: a white spook", "skull", "fish cake", "a red car", "red truck, fire engine", "WX-300 left mirror"]
 
@@ -77,6 +78,58 @@ def test_scores_of_given_rows_equal_those_of_a_search(lexical: LexicalIndex) -> 
     np.testing.assert_allclose(lexical.score("red fire car", order), expected[order], rtol=1e-6)
 
 
+def test_scores_from_the_lists_of_terms_equal_those_of_tantivy(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    words = [
+        first + second + third for first in "bdfgkl" for second in ("ab", "oc", "ip") for third in ("em", "un", "at")
+    ]
+    texts = [" ".join(generator.choices(words, k=generator.choice((1, 3, 9, 30, 80)))) for _ in range(300)]
+    write_lexical(tmp_path / "lexical", [*texts, "", " ".join(map(str, range(1000)))])
+    lexical, older = LexicalIndex(tmp_path / "lexical"), LexicalIndex(tmp_path / "lexical")
+    older._lists = None
+    rows = np.array(generator.sample(range(302), 302))
+    for query in ("babem", "babem docun", "babem 7 unknown", " ".join(words[:9]), "of", "?!"):
+        np.testing.assert_allclose(lexical.score(query, rows), older.score(query, rows), rtol=1e-5)
+        assert len(older.search(query, 400)[1]) <= lexical.count_matches(query) <= 302
+
+
+def test_rows_found_by_rare_terms_have_the_score_of_all_terms(tmp_path: Path) -> None:
+    texts = ["face ghost", "ghost", *["face cat"] * 30, "ghost red face", *["car"] * 60]
+    write_lexical(tmp_path / "lexical", texts)
+    lexical = LexicalIndex(tmp_path / "lexical")
+    scores, rows = lexical.search("ghost face", 10, by_rare_terms=True)
+    assert sorted(rows.tolist()) == [0, 1, 32]
+    assert (np.diff(scores) <= 0).all()
+    np.testing.assert_allclose(scores, lexical.score("ghost face", rows), rtol=1e-6)
+    assert len(lexical.search("face", 40, by_rare_terms=True)[1]) == 32, "a query without rare terms keeps the others"
+
+
+def test_an_index_without_lists_of_terms_is_read_and_updated(tmp_path: Path) -> None:
+    path = tmp_path / "lexical"
+    write_lexical(path, TEXTS)
+    for name in (STARTS, TERMS):
+        (path / name).unlink()
+    update_lexical(path, ["a blue car"], first_row=len(TEXTS))
+    scores = LexicalIndex(path).score("blue car", np.arange(len(TEXTS) + 1))
+    assert np.flatnonzero(scores).tolist() == [3, 6]
+    assert not (path / TERMS).exists()
+
+
+@pytest.mark.parametrize("damage", ["shorter", "of other rows", "no array"])
+def test_damaged_lists_of_terms_are_an_error(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "lexical"
+    write_lexical(path, TEXTS)
+    if damage == "shorter":
+        np.save(path / TERMS, np.load(path / TERMS)[:-1])
+    elif damage == "of other rows":
+        starts = np.load(path / STARTS)
+        np.save(path / STARTS, np.delete(starts, 1))
+    else:
+        (path / STARTS).write_bytes(b"")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        LexicalIndex(path)
+
+
 @pytest.mark.parametrize("small", [True, False], ids=["restricted search", "widened search"])
 def test_only_allowed_rows_are_found(tmp_path: Path, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from index_jobs.store.lexical import lexical_index
@@ -106,6 +159,9 @@ def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
     unchanged = {path.name for path in second.iterdir()} & {*before} - {Path(name).name for name in replaced}
     assert all((second / name).read_bytes() == before[name] for name in unchanged)
     current = texts[:50] + added
+    write_lexical(tmp_path / "new", current)
+    for name in (STARTS, TERMS):
+        np.testing.assert_array_equal(np.load(second / name), np.load(tmp_path / "new" / name))
     for index, rows_text in ((LexicalIndex(first), texts), (LexicalIndex(second), current)):
         assert len(index) == len(rows_text)
         for word in words:

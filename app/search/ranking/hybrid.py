@@ -5,8 +5,8 @@
   query's cosines over the gallery: 3 standard deviations * w / (1 - w).
 - Every candidate of one list gets its exact score in the other. No row outside the candidates can exceed
   `highest_unseen`, which tells the caller whether to request more.
-- Words that more than `_TEXT_ROWS` items contain are ranked approximately: among the rows of the highest cosines, whose
-  number is the same for every page of about the same depth, and the best rows by text score.
+- Words that `_TEXT_ROWS` items or more contain are ranked approximately: among the rows of the highest cosines, whose
+  number is the same for every page of about the same depth, and the `_COMMON_TEXT_ROWS` best rows by their rarer words.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from app.search.ranking.rows import RankableIndex, row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
 
 _SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
-_TEXT_ROWS = 512  # rows of a query's words whose cosines are computed
+_TEXT_ROWS = 512  # rows of a query's words up to which the cosines of all are computed
+_COMMON_TEXT_ROWS = 128  # rows of more common words whose cosines are computed
 _COMMON_WIDTH = 64  # least number of cosines that common words are looked up among
 _LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only
 
@@ -81,22 +82,24 @@ def hybrid_candidates(
     allowed = mask
     if artifact.manifest.removed:
         allowed = artifact.live if mask is None else mask & artifact.live
-    text_scores, text_rows = lexical.search(query.text, _TEXT_ROWS, allowed)
-    is_text_complete = len(text_rows) < _TEXT_ROWS
+    is_text_complete = lexical.count_matches(query.text) < _TEXT_ROWS
+    limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
+    text_scores, text_rows = lexical.search(query.text, limit, allowed, by_rare_terms=not is_text_complete)
     if not is_text_complete:
         width = min(max(_COMMON_WIDTH, 1 << (width - 1).bit_length()), artifact.rows)
     near = vector_candidates(snapshot, vector, width, mask)
-    text_score_of = dict(zip(text_rows.tolist(), text_scores.tolist(), strict=True))
-    unscored = np.array([row for row in near.rows.tolist() if row not in text_score_of], np.int64)
-    if not is_text_complete:  # otherwise these rows contain no word
-        text_score_of |= zip(unscored.tolist(), lexical.score(query.text, unscored).tolist(), strict=True)
-    far_rows = np.setdiff1d(text_rows, near.rows)
-    far_cosines = row_vectors(snapshot, far_rows.tolist()) @ vector if len(far_rows) else np.empty(0, np.float32)
-    rows, cosines = np.concatenate((near.rows, far_rows)), np.concatenate((near.cosines, far_cosines))
-    scores = np.array([text_score_of.get(row, 0.0) for row in rows.tolist()], np.float32)
-    bonus = _bonus(snapshot, vector, query.weight)
+    is_same = near.rows[:, None] == text_rows  # [near, text]
+    near_scores = is_same @ text_scores
+    if not is_text_complete:  # otherwise the other rows contain no word
+        unscored = ~is_same.any(1)
+        near_scores[unscored] = lexical.score(query.text, near.rows[unscored])
+    is_far = ~is_same.any(0)
+    far_rows = text_rows[is_far]
+    far_cosines = row_vectors(snapshot, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
+    cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))
     return Candidates(
-        rows, cosines, scores, cosines + np.float32(bonus) * scores,
+        np.concatenate((near.rows, far_rows)), cosines, scores,
+        cosines + np.float32(_bonus(snapshot, vector, query.weight)) * scores,
         near.highest_unseen if is_text_complete else -np.inf, near.highest_unseen_cosine,
     )  # fmt: skip
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from app.search.ranking.hybrid import HybridQuery, hybrid_candidates, vector_candidates
+from app.search.ranking.hybrid import Candidates, HybridQuery, hybrid_candidates, vector_candidates
 from app.search.ranking.rows import RankableIndex, row_vectors
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.arrays import Floats, Mask, Rows
 
 _MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
 _MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
@@ -72,26 +72,35 @@ def rank(snapshot: RankableIndex, query: RankQuery, count: int, mask: Mask | Non
             found = vector_candidates(snapshot, query.vector, width, mask)
         else:
             found = hybrid_candidates(snapshot, query.vector, query.hybrid, width, mask)
-        text_scores = [None] * len(found.rows) if query.hybrid is None else found.text_scores.tolist()
-        candidates = sorted(
-            (-rank_score, row, cosine, text_score)
-            for rank_score, row, cosine, text_score in zip(
-                found.rank_scores.tolist(), found.rows.tolist(), found.cosines.tolist(), text_scores, strict=True
-            )
-            if row not in query.excluded_rows and round(cosine, 6) >= lowest
-        )
-        ranked = [RankedRow(row, cosine, text_score=text_score) for _, row, cosine, text_score in candidates]
+        order = _sorted_places(found, query)
+        best = _ranked_rows(found, order if query.fold is not None else order[:count], query)
         if query.fold is not None:
-            ranked = _fold(snapshot, ranked, query.fold - _ROUNDING, count)
-        best = ranked[:count]
+            best = _fold(snapshot, best, query.fold - _ROUNDING, count)
         is_complete = width >= widest or found.highest_unseen == -np.inf or found.highest_unseen_cosine < lowest
         if is_complete:
             return best
         if len(best) >= count:
-            rank_score_of = {row: -negative for negative, row, _, _ in candidates}
-            if rank_score_of[best[-1].row] > found.highest_unseen:  # no missing row ties with the last
+            last = float(found.rank_scores[found.rows == best[-1].row][0])
+            if last > found.highest_unseen:  # no missing row ties with the last
                 return best
         width = min(2 * width, total)
+
+
+def _sorted_places(found: Candidates, query: RankQuery) -> Rows:
+    """Return the places of the candidates that a query allows, best first."""
+    order: Rows = np.lexsort((found.rows, -found.rank_scores))
+    if query.excluded_rows:
+        order = order[~np.isin(found.rows[order], list(query.excluded_rows))]
+    if query.min_score is not None:
+        reached = [round(cosine, 6) >= query.min_score for cosine in found.cosines[order].tolist()]
+        order = order[np.array(reached, np.bool_)]
+    return order
+
+
+def _ranked_rows(found: Candidates, places: Rows, query: RankQuery) -> list[RankedRow]:
+    texts = [None] * len(places) if query.hybrid is None else found.text_scores[places].tolist()
+    values = zip(found.rows[places].tolist(), found.cosines[places].tolist(), texts, strict=True)
+    return [RankedRow(row, cosine, text_score=text_score) for row, cosine, text_score in values]
 
 
 def _fold(snapshot: RankableIndex, ranked: list[RankedRow], threshold: float, count: int) -> list[RankedRow]:

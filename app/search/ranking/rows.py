@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from app.search.errors import InvalidQueryError, UnsupportedQueryError
 from app.search.snapshots import Snapshot
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
 from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
@@ -50,14 +50,14 @@ def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
     return mask
 
 
-def row_vectors(snapshot: RankableIndex, rows: list[int]) -> Floats:
+def row_vectors(snapshot: RankableIndex, rows: Rows | list[int]) -> Floats:
     """Return the vectors, float32 (m, E), that the index keeps.
 
     Raises:
         UnsupportedQueryError: this kind of index keeps none.
     """
     try:
-        return snapshot.artifact.vectors(np.array(rows, np.int64))
+        return snapshot.artifact.vectors(np.asarray(rows, np.int64))
     except StoreUnavailableError:
         raise
     except ArtifactError as error:

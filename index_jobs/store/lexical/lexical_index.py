@@ -5,6 +5,8 @@
 - A score is the share of a query that an item contains: BM25 divided by the sum of the query's inverse document
   frequencies. It is about 1 for an item of average length that contains every term, less than 1.7 for the shortest.
 - A term that no item contains matches terms one edit away, at half the score, so "gohst" finds a ghost.
+- The best rows come from tantivy, the scores of chosen rows from `term_lists`. For a query that matches terms one edit
+  away, and in versions older than the lists, tantivy scores chosen rows too, which takes longer.
 - Readers open the files through links in a temporary directory, because tantivy locks a directory by writing to it, and
   versions may be mounted read-only.
 """
@@ -13,6 +15,7 @@ import json
 import math
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from index_jobs.store.lexical.analysis import index_terms, query_terms
+from index_jobs.store.lexical.term_lists import TermLists, TermListsWriter
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,6 +34,7 @@ _ANALYZER = "terms"
 _HEAP_BYTES = 128_000_000  # of the writer; a segment is written when it is full
 _FUZZY_FROM = 4  # characters of a term that may match others one edit away
 _FUZZY_SCORE = 0.5
+_COMMON_SHARE = 0.05  # of the items, from which on a term is common
 _SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
 
 
@@ -59,7 +64,8 @@ def write_lexical(path: Path, texts: Iterable[str]) -> None:
         .add_text_field(_TERMS, tokenizer_name=_ANALYZER, index_option="freq")
         .build()
     )
-    _write(_prepare(tantivy.Index(schema, path=str(path))), path, texts, first_row=0)
+    lists = _write(_prepare(tantivy.Index(schema, path=str(path))), path, texts, 0, TermListsWriter())
+    lists.write(path)
 
 
 def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]:
@@ -72,12 +78,14 @@ def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]
         ArtifactError: the index cannot be read.
         OSError: the disk is full or cannot be written.
     """
-    _write(_open(path), path, texts, first_row)
-    return {f"{path.name}/{name}" for name in ("meta.json", ".managed.json")}
+    earlier = TermLists.open(path)
+    lists = _write(_open(path), path, texts, first_row, TermListsWriter(earlier, first_row))
+    written = {"meta.json", ".managed.json"} | (set() if earlier is None else lists.write(path))
+    return {f"{path.name}/{name}" for name in written}
 
 
-def _write(index: Any, path: Path, texts: Iterable[str], first_row: int) -> None:
-    """Replace the rows from `first_row` on."""
+def _write(index: Any, path: Path, texts: Iterable[str], first_row: int, lists: TermListsWriter) -> TermListsWriter:
+    """Replace the rows from `first_row` on in tantivy's index, and append their terms to the lists."""
     import tantivy
 
     try:
@@ -87,9 +95,11 @@ def _write(index: Any, path: Path, texts: Iterable[str], first_row: int) -> None
         )
         writer.delete_documents_by_query(replaced)
         for row, text in enumerate(texts, first_row):
+            terms = dict.fromkeys(index_terms(text))
+            lists.append(terms)
             document = tantivy.Document()
             document.add_unsigned(_ROW, row)
-            document.add_text(_TERMS, " ".join(dict.fromkeys(index_terms(text))))
+            document.add_text(_TERMS, " ".join(terms))
             writer.add_document(document)
         writer.commit()
         writer.wait_merging_threads()
@@ -97,6 +107,24 @@ def _write(index: Any, path: Path, texts: Iterable[str], first_row: int) -> None
         raise OSError(f"the lexical index {path} cannot be written: {error}") from error
     for lock in path.glob(".tantivy-*.lock"):
         lock.unlink()
+    return lists
+
+
+@dataclass(frozen=True, slots=True)
+class _ParsedQuery:
+    """A query.
+
+    whole: None if no item can match. rare: `whole` without common terms; None if it has no others. best_score: of an
+    item of average length with every term. weights: inverse document frequencies of the terms that items contain.
+    matches: number of rows that those with a term do not exceed. has_similar: True if a term matches others.
+    """
+
+    whole: Any
+    rare: Any
+    best_score: float
+    weights: list[tuple[str, float]]
+    matches: int
+    has_similar: bool
 
 
 class LexicalIndex:
@@ -118,39 +146,49 @@ class LexicalIndex:
             except ValueError as error:
                 raise ArtifactError(f"{path} cannot be read: {error}") from error
         self._schema = index.schema
+        self._last: tuple[str, _ParsedQuery] | None = None
+        self._lists = TermLists.open(path)
+        if self._lists is not None and len(self._lists) != len(self):
+            raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
 
     def __len__(self) -> int:
         count: int = self._searcher.num_docs
         return count
 
-    def search(self, text: str, k: int, allowed: Mask | None = None) -> tuple[Floats, Rows]:
+    def search(
+        self, text: str, k: int, allowed: Mask | None = None, *, by_rare_terms: bool = False
+    ) -> tuple[Floats, Rows]:
         """Return the k rows with the highest scores among the allowed ones; rows without any term are left out.
+
+        Args:
+            by_rare_terms: find the rows by the terms that at most a twentieth of the items contain, if there are some.
+                That takes a tenth of the time; a row that only contains common terms is missed.
 
         Returns:
             scores float32 (m,), best first, and rows int64 (m,), with m at most k.
         """
-        query, best = self._query(text)
-        if query is None:
+        query = self._parse(text)
+        if query.whole is None:
             return np.empty(0, np.float32), np.empty(0, np.int64)
-        if allowed is not None and (count := int(np.count_nonzero(allowed))) <= _SET_ROWS:
-            return self._hits(self._among(query, np.flatnonzero(allowed)), min(k, max(count, 1)), best)
-        width = k
+        if allowed is not None and np.count_nonzero(allowed) <= _SET_ROWS:
+            rows = np.flatnonzero(allowed)
+            return _best(self._score(query, rows), rows, k)
+        is_partial, width = by_rare_terms and query.rare is not None, k
         while True:
-            scores, rows = self._hits(query, width, best)
+            scores, rows = self._hits(query.rare if is_partial else query.whole, width, query.best_score)
             inside = np.ones(len(rows), np.bool_) if allowed is None else allowed[rows]
             if len(rows) < width or np.count_nonzero(inside) >= k:
-                return scores[inside][:k], rows[inside][:k]
+                scores, rows = scores[inside][:k], rows[inside][:k]
+                return _best(self._score(query, rows), rows, k) if is_partial else (scores, rows)
             width *= 4
 
     def score(self, text: str, rows: Rows) -> Floats:
         """Return the score of each of these distinct rows, float32 (m,); 0 for rows without any term."""
-        scores = np.zeros(len(rows), np.float32)
-        query, best = self._query(text)
-        if query is not None and len(rows):
-            found_scores, found_rows = self._hits(self._among(query, rows), len(rows), best)
-            order = np.argsort(rows)
-            scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
-        return scores
+        return self._score(self._parse(text), rows)
+
+    def count_matches(self, text: str) -> int:
+        """Return a number of rows that those with a term of a query do not exceed."""
+        return self._parse(text).matches
 
     def known_share(self, text: str) -> float:
         """Return the share of a query's terms that some item contains; 1 for a query without terms."""
@@ -158,24 +196,47 @@ class LexicalIndex:
         known = sum(self._searcher.doc_freq(_TERMS, term) > 0 for term in terms)
         return known / len(terms) if terms else 1.0
 
-    def _query(self, text: str) -> tuple[Any, float]:
-        """Return the query, None if no item can match, and the score of a perfect match of average length."""
+    def _parse(self, text: str) -> _ParsedQuery:
+        """Parse a query, or return the last one again, which a search needs several times."""
+        last = self._last
+        if last is None or last[0] != text:
+            self._last = last = (text, self._parse_new(text))
+        return last[1]
+
+    def _parse_new(self, text: str) -> _ParsedQuery:
         import tantivy
 
-        count, best, parts = len(self), 0.0, []
+        def any_of(parts: list[Any]) -> Any:
+            return tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts]) if parts else None
+
+        count, best, matches, weights, similar, common, rare = len(self), 0.0, 0, [], [], [], []
         for term in query_terms(text):
             frequency = self._searcher.doc_freq(_TERMS, term)
-            best += math.log1p((count - frequency + 0.5) / (frequency + 0.5))
+            best += (weight := math.log1p((count - frequency + 0.5) / (frequency + 0.5)))
             if frequency:
                 part = tantivy.Query.term_query(self._schema, _TERMS, term, "freq")
+                (rare if frequency <= _COMMON_SHARE * count else common).append(part)
+                weights.append((term, weight))
+                matches += frequency
             elif len(term) >= _FUZZY_FROM and not term.isdecimal():
-                similar = tantivy.Query.fuzzy_term_query(self._schema, _TERMS, term, distance=1)
-                weight = _FUZZY_SCORE * math.log1p(count)
-                part = tantivy.Query.const_score_query(similar, weight)
-            else:
-                continue
-            parts.append((tantivy.Occur.Should, part))
-        return (tantivy.Query.boolean_query(parts) if parts else None), best
+                fuzzy = tantivy.Query.fuzzy_term_query(self._schema, _TERMS, term, distance=1)
+                similar.append(tantivy.Query.const_score_query(fuzzy, _FUZZY_SCORE * math.log1p(count)))
+        is_scored_by_lists = self._lists is not None and not similar
+        return _ParsedQuery(
+            any_of(common + rare + similar), any_of(rare) if common and is_scored_by_lists else None, best, weights,
+            count if similar else min(matches, count), bool(similar),
+        )  # fmt: skip
+
+    def _score(self, query: _ParsedQuery, rows: Rows) -> Floats:
+        if self._lists is not None and not query.has_similar:
+            return self._lists.score(query.weights, rows) / np.float32(query.best_score or 1)
+        scores = np.zeros(len(rows), np.float32)
+        if query.whole is not None and len(rows):
+            among = self._among(query.whole, rows)
+            found_scores, found_rows = self._hits(among, len(rows), query.best_score)
+            order = np.argsort(rows)
+            scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
+        return scores
 
     def _among(self, query: Any, rows: Rows) -> Any:
         import tantivy
@@ -189,6 +250,12 @@ class LexicalIndex:
         scores = np.array([score for score, _ in hits], np.float32)
         rows = np.array(self._searcher.fast_field_values(_ROW, [address for _, address in hits]), np.int64)
         return scores / np.float32(best), rows
+
+
+def _best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
+    """Return the k best rows with a score above 0."""
+    order = np.argsort(-scores, kind="stable")[: min(k, np.count_nonzero(scores))]
+    return scores[order], rows[order]
 
 
 def _open(path: Path, shown: Path | None = None) -> Any:
