@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K, MAX_QUERIES
-from app.search.query import SearchOptions
+from app.search.query import GroupBy, SearchOptions
 
 MAX_PUT_ITEMS = 256
 MAX_DELETED_ITEMS = 10_000
@@ -50,6 +50,7 @@ class ItemsQuery(PageQuery):
         WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
         Field(description='the same conditions as in searches, as JSON: {"category": "cat face"}'),
     ] = None
+    group_by: GroupBy = None
 
 
 class TextQuery(SearchOptions):

@@ -133,10 +133,12 @@ def _item_routes(settings: Settings) -> APIRouter:
 
     @router.get("/items", tags=["items"], **operation(ItemsResponse, 404, 422, 503))
     async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
-        """List the gallery's items page by page, in index order."""
+        """List the gallery's items page by page, in index order; of a group the first one."""
         if query.k > settings.max_k:
             raise field_problem("k", f"at most {settings.max_k}, not {query.k}")
-        page = await retriever_of(request).items(snapshot_of(request), query.filter, query.offset, query.k)
+        page = await retriever_of(request).items(
+            snapshot_of(request), query.filter, query.offset, query.k, group_by=query.group_by
+        )
         return JsonResponse(items_response(request, page))
 
     @router.get("/items/{item_id:path}/similar", tags=["items"], **operation(SearchResponse, 404, 409, 422, 503))

@@ -28,6 +28,14 @@ Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
 WordWeights = list[tuple[str, float]]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+GroupBy = Annotated[
+    str | None,
+    Field(
+        max_length=1024,
+        description="metadata field whose values are returned once each, by their best item; the default is the "
+        'field that the index was built with, and "" returns every item',
+    ),
+]
 
 DEFAULT_HYBRID = 0.7  # weight of the words in a hybrid search; chosen on short queries of the bundled example
 
@@ -135,14 +143,7 @@ class SearchOptions(BaseModel):
             "weight of the words from 0 to 1"
         ),
     ] = False
-    group_by: Annotated[
-        str | None,
-        Field(
-            max_length=1024,
-            description="metadata field whose values are returned once each, by their best item; the default is the "
-            'field that the index was built with, and "" returns every item',
-        ),
-    ] = None
+    group_by: GroupBy = None
     facets: Annotated[
         Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=8), FailFast()],
         Field(

@@ -41,6 +41,7 @@ from app.search.query import (
     compose,
 )
 from app.search.ranking.facets import count_facets
+from app.search.ranking.groups import group_field
 from app.search.ranking.rank import RankedRow
 from app.search.ranking.rows import filter_mask, mask_key, row_vectors
 from app.search.snapshots import Snapshot
@@ -125,20 +126,31 @@ class Retriever:
         return snapshot.version, await self._in_search_thread(snapshot.artifact.item, row)
 
     async def items(
-        self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int, order: Rows | None = None
+        self,
+        snapshot: Snapshot,
+        filter: dict[str, Any] | None,
+        offset: int,
+        count: int,
+        order: Rows | None = None,
+        group_by: str | None = None,
     ) -> ItemPage:
-        """Return a page of the items that fulfil a filter.
+        """Return a page of the items that fulfil a filter, the first one of each group.
 
         Args:
             order: all rows in the wanted order; None for the order of the index.
+            group_by: "" for every item, None for the index's own field.
 
         Raises:
-            InvalidQueryError: the filter does not fit the index.
+            InvalidQueryError: the filter or `group_by` does not fit the index.
         """
+
+        name = snapshot.artifact.manifest.group_field if group_by is None else group_by
 
         def list_items(mask: Mask | None) -> ItemPage:
             chosen = snapshot.artifact.live if mask is None else mask
             rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
+            if name:
+                rows = group_field(snapshot, name).first_rows(rows)
             items = [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
             next_offset = offset + count if len(rows) > offset + count else None
             return ItemPage(snapshot.version, len(rows), items, next_offset)

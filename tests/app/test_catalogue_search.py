@@ -102,6 +102,17 @@ async def test_an_index_with_a_group_field_returns_products(
         results = (await client.get("/items/circle%2Fred.png/similar")).json()["results"]
         assert len(results) == COLORS - 1, "the product itself is left out with all of its images"
         assert "red" not in {result["group"]["value"] for result in results}
+        listed = (await client.get("/items", params={"k": 3})).json()
+        assert (listed["count"], listed["next_offset"], len(listed["items"])) == (COLORS, 3, 3)
+        first_of = {}
+        for each in (await client.get("/items", params={"group_by": "", "k": 24})).json()["items"]:
+            first_of.setdefault(each["metadata"]["color"], each["id"])
+        rest = (await client.get("/items", params={"k": 24, "offset": 3})).json()["items"]
+        assert [each["id"] for each in listed["items"] + rest] == list(first_of.values())
+        some = {"filter": '{"category": "circle"}', "group_by": "category"}
+        assert (await client.get("/items", params=some)).json()["count"] == 1
+        wrong = await client.get("/items", params={"group_by": "brand"})
+        assert (wrong.status_code, wrong.json()["errors"][0]["field"]) == (422, "group_by")
         query = {"query": "x", "group_by": "", "k": 24}
         assert len((await client.post("/search/text", json=query)).json()["results"]) == 24
         query = {"query": "x", "fold": 1.0, "k": 24}

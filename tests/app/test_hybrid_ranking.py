@@ -11,6 +11,8 @@ import pyarrow as pa
 import pytest
 
 from app.search.errors import InvalidQueryError, UnsupportedQueryError
+from app.search.planning import Plan, rank_rows
+from app.search.query import Query, SearchOptions
 from app.search.ranking.facets import count_values
 from app.search.ranking.groups import group_field, rank_groups
 from app.search.ranking.hybrid import HybridQuery, _bonus
@@ -162,6 +164,35 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> N
         rows = expected[:24]
         assert groups.sizes(rows, allowed) == [1 if values[row] is None else plain[values[row]] for row in rows]
         assert [groups.value(row) for row in rows] == [values[row] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,Flat"])
+@pytest.mark.parametrize("seed", range(2))
+def test_products_like_some_items_equal_those_of_all_rows(kind: str, seed: int) -> None:
+    rng, count = np.random.default_rng(seed), 500
+    values = [None if number < 0 else f"p{number}" for number in (rng.zipf(1.5, count) % 60 - 1).tolist()]
+    products = [row if value is None else value for row, value in enumerate(values)]
+    vectors = unit(rng, count, 16)
+    snapshot = snapshot_of(Rows(vectors, kind, product=values))
+    for mask in (None, rng.random(count) < 0.5):
+        allowed = np.arange(count) if mask is None else np.flatnonzero(mask)
+        first_of: dict[Any, int] = {}
+        for row in allowed.tolist():
+            first_of.setdefault(products[row], row)
+        assert group_field(snapshot, "product").first_rows(allowed).tolist() == list(first_of.values())
+        for liked in rng.choice(count, (4, 2), replace=False).tolist():
+            vector = vectors[liked].mean(0)
+            vector /= np.linalg.norm(vector)
+            scores = vectors @ vector
+            expected: dict[Any, float] = {}
+            for row in sorted(allowed.tolist(), key=lambda row: -scores[row]):
+                if products[row] not in {products[each] for each in liked}:
+                    expected.setdefault(products[row], float(scores[row]))
+            query = Query(SearchOptions())
+            plan = Plan(query, liked[:1], liked[1:], None, end=9, rerank_depth=0, hybrid=None, group_by="product")
+            found = rank_rows(snapshot, plan, vector, mask)
+            assert [products[each.row] for each in found] == list(expected)[:10]
+            np.testing.assert_allclose([each.score for each in found], list(expected.values())[:10], atol=1e-5)
 
 
 def test_one_huge_group_does_not_hide_the_others() -> None:

@@ -44,6 +44,11 @@ class GroupField:
         counts = self.counts if mask is None else np.bincount(self.codes[mask], minlength=len(self.values))
         return [int(counts[code]) if code < len(self.values) else 1 for code in self.codes[rows].tolist()]
 
+    def first_rows(self, rows: Rows) -> Rows:
+        """Return the first row of each group, in the order of the given rows."""
+        _, places = np.unique(self.codes[rows], return_index=True)
+        return rows[np.sort(places)]
+
     def same_group(self, rows: list[int]) -> set[int]:
         """Return all rows in the groups of some rows."""
         return set(np.flatnonzero(np.isin(self.codes, self.codes[rows])).tolist())

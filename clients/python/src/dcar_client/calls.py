@@ -91,11 +91,15 @@ def similar(prefix: str, item_id: str, k: int, offset: int) -> Call[SearchRespon
     return Call("GET", path, _reader(SearchResponse), {"params": {"k": k, "offset": offset}})
 
 
-def items(prefix: str, filter: Mapping[str, Any] | None, k: int, offset: int) -> Call[ItemsResponse]:
+def items(
+    prefix: str, filter: Mapping[str, Any] | None, k: int, offset: int, group_by: str | None
+) -> Call[ItemsResponse]:
     """GET /items."""
     params: dict[str, str | int] = {"k": k, "offset": offset}
     if filter is not None:
         params["filter"] = json.dumps(filter)
+    if group_by is not None:
+        params["group_by"] = group_by
     return Call("GET", f"{prefix}/items", _reader(ItemsResponse), {"params": params})
 
 

@@ -107,9 +107,16 @@ class Client:
         """Find the items nearest to one of the gallery's items."""
         return self._send(calls.similar(self._prefix, item_id, k, offset))
 
-    def items(self, *, filter: Mapping[str, Any] | None = None, k: int = 10, offset: int = 0) -> ItemsResponse:
-        """List items in index order; `next_offset` is the start of the next page."""
-        return self._send(calls.items(self._prefix, filter, k, offset))
+    def items(
+        self,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        k: int = 10,
+        offset: int = 0,
+        group_by: str | None = None,
+    ) -> ItemsResponse:
+        """List items in index order, one of each group; `next_offset` is the start of the next page."""
+        return self._send(calls.items(self._prefix, filter, k, offset, group_by))
 
     def item(self, item_id: str) -> ItemResponse:
         """Return one item with all its metadata."""
@@ -236,9 +243,16 @@ class AsyncClient:
         """Find the items nearest to one of the gallery's items."""
         return await self._send(calls.similar(self._prefix, item_id, k, offset))
 
-    async def items(self, *, filter: Mapping[str, Any] | None = None, k: int = 10, offset: int = 0) -> ItemsResponse:
-        """List items in index order; `next_offset` is the start of the next page."""
-        return await self._send(calls.items(self._prefix, filter, k, offset))
+    async def items(
+        self,
+        *,
+        filter: Mapping[str, Any] | None = None,
+        k: int = 10,
+        offset: int = 0,
+        group_by: str | None = None,
+    ) -> ItemsResponse:
+        """List items in index order, one of each group; `next_offset` is the start of the next page."""
+        return await self._send(calls.items(self._prefix, filter, k, offset, group_by))
 
     async def item(self, item_id: str) -> ItemResponse:
         """Return one item with all its metadata."""
