@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app.api import error_handlers, openapi
 from app.api.bodies import JSON_BYTES_PER_CHAR
+from app.api.image_urls import ImageFetcher
 from app.api.pages import make_pages
 from app.api.requests import MAX_PUT_ITEMS
 from app.api.routes import add_routes
@@ -93,7 +94,7 @@ def create_app(
         generate_unique_id_function=_operation_id,
         lifespan=lifespan,
     )
-    app.state.settings, app.state.metrics = settings, metrics
+    app.state.settings, app.state.metrics, app.state.fetcher = settings, metrics, ImageFetcher(settings)
     error_handlers.install(app)
     add_routes(app, settings)
     app.include_router(make_pages())

@@ -18,6 +18,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
+from app.api.image_urls import is_image_url
 from app.api.requests import LIST_FIELDS, BatchEntry, BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import Settings
@@ -49,11 +50,17 @@ async def read_batch(request: Request, settings: Settings) -> list[BatchEntry]:
 
 
 def check_batch(queries: list[BatchEntry], settings: Settings) -> list[Query]:
-    """Check the queries of a batch and decode their images; an error names the number of its query."""
+    """Check the queries of a batch and decode their images; an error names the number of its query.
+
+    Images with a URL are empty; see `app.api.image_urls`.
+    """
     checked = []
     for number, query in enumerate(queries):
         try:
-            image = None if query.image is None else decode_base64(query.image, settings, "image")
+            if query.image is None or is_image_url(query.image):
+                image = None if query.image is None else b""  # to be fetched
+            else:
+                image = decode_base64(query.image, settings, "image")
             checked.append(_text_query(query, settings, image))
         except Problem as problem:
             raise problem.within(f"queries.{number}") from None
@@ -161,7 +168,7 @@ def _too_large(field: str, size: int, settings: Settings) -> Problem:
 
 def _text_query(query: TextQuery, settings: Settings, image: bytes | None = None) -> Query:
     text = _normalised(query.query, settings, "query")
-    if not text and (query.query or not (query.more_like or image)):
+    if not text and (query.query or not (query.more_like or image is not None)):
         subtracted = "less_like" if query.less_like else "without" if query.without else None
         if subtracted and not query.query:
             raise field_problem(subtracted, "needs a query or more_like to subtract from")

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Path, Request
 
+from app.api.image_urls import ImageFetcher
 from app.core.keys import ApiKey, is_key, key_in
 from app.core.metrics import Metrics
 from app.core.problems import Problem
@@ -25,6 +26,11 @@ def settings_of(request: Request) -> Settings:
 def retriever_of(request: Request) -> Retriever:
     retriever: Retriever = request.app.state.retriever
     return retriever
+
+
+def fetcher_of(request: Request) -> ImageFetcher:
+    fetcher: ImageFetcher = request.app.state.fetcher
+    return fetcher
 
 
 def collections_of(request: Request) -> Collections:

@@ -106,7 +106,9 @@ class EmbeddingsQuery(BaseModel):
 class BatchEntry(TextQuery):
     """One search of a batch: as a text search, or with an image, or both."""
 
-    image: Annotated[str | None, Field(min_length=1, description="an image file in base64, or as a data URI")] = None
+    image: Annotated[
+        str | None, Field(min_length=1, description="an image file in base64, as a data URI, or its URL")
+    ] = None
 
 
 class BatchQuery(BaseModel):

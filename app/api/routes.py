@@ -25,7 +25,16 @@ from app.api.bodies import (
 )
 from app.api.browsing import ThumbnailSize, browsing_routes, thumbnail_response
 from app.api.openapi import operation, problem_responses
-from app.api.params import ItemId, collections_of, may_read, require_admin, retriever_of, settings_of, snapshot_of
+from app.api.params import (
+    ItemId,
+    collections_of,
+    fetcher_of,
+    may_read,
+    require_admin,
+    retriever_of,
+    settings_of,
+    snapshot_of,
+)
 from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
 from app.api.responses import (
     ImageResponse,
@@ -127,6 +136,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         queries = await read_batch(request, settings)
         await charge(request, len(queries) - 1)
         checked = await asyncio.to_thread(check_batch, queries, settings)
+        checked = await fetcher_of(request).complete(queries, checked)
         results = await retriever_of(request).search_batch(snapshot, checked)
         responses = [search_response(request, each) for each in results]
         return JsonResponse({"index_version": results[0].version, "answers": responses})

@@ -169,8 +169,8 @@ class Settings(BaseSettings):
     )
     image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Hosts, or buckets, separated by commas, from which the service fetches images of rows with a URL. "
-        "Unset: none.",
+        description="Hosts, or buckets, separated by commas, from which the service fetches images: of rows with a "
+        "URL, and query images by URL. Unset: none.",
     )
 
     @property

@@ -1,0 +1,137 @@
+"""Query images by URL: which are fetched, and what their hosts may do."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.api import image_urls
+from app.api.image_urls import ImageFetcher, is_public
+from app.core.problems import Problem
+from app.core.settings import Settings
+from tests.support.images import png
+from tests.support.responses import assert_problem
+from tests.support.service import opened
+
+HOST = "pictures.example"
+
+
+def resolve_to(*addresses: str) -> Callable[[str, int], Any]:
+    async def resolve(host: str, port: int) -> list[str]:
+        return list(addresses)
+
+    return resolve
+
+
+def fetcher(index: Path, **given: Any) -> ImageFetcher:
+    settings = Settings(index=index, image_hosts=(HOST,), max_upload_bytes=2048)
+    return ImageFetcher(settings, **{"resolve": resolve_to("127.0.0.1"), "is_allowed": lambda _: True, **given})
+
+
+@asynccontextmanager
+async def served(answer: bytes, *, stays_open: bool = False) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """A server that gives every request this answer: its URL, and the requests."""
+    requests: list[bytes] = []
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer)
+        if stays_open:
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    async with server:
+        yield f"http://{HOST}:{server.sockets[0].getsockname()[1]}/a.png?size=2#x", requests
+
+
+def ok(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+async def test_a_batch_searches_with_an_image_by_its_url(built_index: Path) -> None:
+    async with opened(built_index, image_hosts=(HOST,)) as client, served(ok(png())) as (url, requests):
+        client.app.state.fetcher = fetcher(built_index, is_allowed=lambda address: address == "127.0.0.1")
+        queries = [{"query": "red"}, {"image": url, "k": 2}]
+        answers = (await client.post("/search/batch", json={"queries": queries})).json()["answers"]
+        image = (await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": "2"})).json()
+        assert answers[1]["results"] == image["results"]
+        assert requests[0].startswith(b"GET /a.png?size=2 HTTP/1.1\r\n")
+        assert f"Host: {HOST}:".encode().lower() in requests[0].lower()
+
+
+async def test_without_allowed_hosts_no_url_is_fetched(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        queries = [{"query": "red"}, {"image": f"https://{HOST}/a.png"}]
+        response = await client.post("/search/batch", json={"queries": queries})
+        assert_problem(response, 422)
+        assert response.json()["errors"][0]["field"] == "queries.1.image"
+        many = [{"image": f"https://{HOST}/{number}.png"} for number in range(9)]
+        response = await client.post("/search/batch", json={"queries": many})
+        assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "queries")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.0.1", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1",
+     "fd00::1", "::ffff:8.8.8.8", "64:ff9b::7f00:1", "2002:7f00:1::"],
+)  # fmt: skip
+async def test_nothing_is_sent_to_an_address_that_is_not_public(tmp_path: Path, address: str) -> None:
+    assert not is_public(address)
+    async with served(ok(b"x")) as (url, requests):
+        for addresses in ([address], ["8.8.8.8", address], []):
+            with pytest.raises(Problem, match="not public"):
+                await fetcher(tmp_path, resolve=resolve_to(*addresses), is_allowed=is_public).fetch(url)
+        assert not requests
+
+
+def test_public_addresses_are_allowed() -> None:
+    assert is_public("8.8.8.8")
+    assert is_public("2001:4860:4860::8888")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://other.example/a", f"http://user@{HOST}/a", f"http://{HOST}:99999/a", f"http://{HOST}/a b", "http://[::1",
+     f"http://{HOST}.other.example/", "http:///a", f"http://{HOST}/\r\nX: y", f"https://{HOST}\\@other.example/"],
+)  # fmt: skip
+async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str) -> None:
+    async def fail(host: str, port: int) -> list[str]:
+        raise AssertionError
+
+    with pytest.raises(Problem) as caught:
+        await fetcher(tmp_path, resolve=fail).fetch(url)
+    assert caught.value.errors[0][0] == "image"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "message"),
+    [
+        (b"HTTP/1.1 302 Found\r\nLocation: http://other.example/\r\nContent-Length: 0\r\n\r\n", 422, "302; redirects"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", 422, "404"),
+        (ok(b"x" * 2049), 413, "MiB"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000, 413, "MiB"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", 422, "does not answer"),
+        (b"SSH-2.0-server\r\n\r\n", 422, "does not answer"),
+        (b"", 422, "does not answer"),
+    ],
+    ids=["redirect", "missing", "too large", "endless", "cut off", "no HTTP", "closed"],
+)
+async def test_other_answers_than_an_image_name_the_field(
+    tmp_path: Path, answer: bytes, status: int, message: str
+) -> None:
+    async with served(answer) as (url, requests):
+        with pytest.raises(Problem, match=message) as caught:
+            await fetcher(tmp_path).fetch(url)
+        assert (caught.value.status, caught.value.errors[0][0], len(requests)) == (status, "image", 1)
+
+
+async def test_a_slow_host_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "_TIMEOUT_S", 0.05)
+    async with served(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", stays_open=True) as (url, _):
+        with pytest.raises(Problem, match="more than") as caught:
+            await fetcher(tmp_path).fetch(url)
+    assert caught.value.status == 422
