@@ -4,9 +4,9 @@
   Otherwise they are images of the gallery, each without itself.
 - Half of the queries choose the parameters, the other half measures the recall of the manifest.
 - A neighbour counts by its score, not by its row, since a search may return any of several equal images.
-- The width (nprobe, efSearch) is doubled until the recall reaches the target, then bisected. Kinds that re-rank
-  candidates (k_factor) are tried with several factors, and the lowest latency wins.
-- A compressing kind has a recall ceiling. Below the target, the narrowest search near the ceiling is chosen.
+- The width (nprobe, efSearch) is doubled until the recall reaches the target, then bisected to a 32nd. Kinds that
+  re-rank candidates (k_factor) start with many; fewer of them need a wider search. The lowest latency wins.
+- A compressing kind has a recall ceiling. Below the target, the narrowest search near it is chosen.
 """
 
 import logging
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,8 +30,9 @@ MAX_QUERIES = 1000
 NEIGHBOURS = 10
 _TIMED_QUERIES = 200
 _MAX_GRAPH_WIDTH = 4096
-_FACTORS = (1, 2, 4, 8, 16, 32, 64)  # candidates to re-rank, in multiples of k
-_BISECTIONS = 3
+_FACTORS = (64, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1)  # candidates to re-rank, in multiples of k
+_SLOWER = 1.2  # fewer candidates are not tried once the wider search takes so many times the lowest latency
+_STEPS = 32  # a width is found to this part of itself
 _NOISE = 0.0005  # differences in recall below this are not a gain
 _RESERVE = 0.25  # of the recall that the target leaves out, so that other queries reach the target too
 _MIN_DIVIDED = 40  # fewer queries are used for tuning and measuring alike
@@ -77,18 +78,18 @@ class Tuner:
         self._blocks = blocks
         self._truth = None if exact else find_neighbours(blocks, queries)
         everything = np.arange(len(queries.vectors))
-        is_divided = len(everything) >= _MIN_DIVIDED
-        self._tuning_queries = everything[::2] if is_divided else everything
-        self._measuring_queries = everything[1::2] if is_divided else everything
+        divided = (everything[::2], everything[1::2]) if len(everything) >= _MIN_DIVIDED else (everything, everything)
+        self._tuning_queries, self._measuring_queries = divided
 
-    def tune(self, index: Any, searched: Any = None) -> dict[str, Any]:
+    def tune(self, index: Any, searched: Any = None, tunable: "Tunable | None" = None) -> dict[str, Any]:
         """Set the search parameters of an index and return its measurements, as in the manifest.
 
         Args:
-            index: a FAISS index on the CPU.
+            index: a FAISS index on the CPU, or with `tunable` anything with a `search`.
             searched: returns the object to measure, such as a GPU copy of the tuned index; None for the index itself.
+            tunable: the parameters of an index that is not of FAISS.
         """
-        parameters = {} if self._truth is None else self._tune(index)
+        parameters = {} if self._truth is None else self._tune(index, tunable or SearchParameters(index))
         return self.measure(searched(index) if searched else index, parameters)
 
     def measure(self, index: Any, parameters: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -103,15 +104,20 @@ class Tuner:
             **measure_latency(index, self._queries.vectors[self._measuring_queries][:_TIMED_QUERIES]),
         }
 
-    def _tune(self, index: Any) -> dict[str, int]:
-        tunable = SearchParameters(index)
+    def _tune(self, index: Any, tunable: "Tunable") -> dict[str, int]:
         timed = self._queries.vectors[self._tuning_queries][: _TIMED_QUERIES // 2]
         points = list[tuple[float, float, dict[str, int]]]()  # recall, latency, parameters
+        width: int | None = None
         for factor in _FACTORS if tunable.has_reranking else (None,):
             tunable.set("k_factor", factor)
-            recall, width = self._narrowest(index, tunable)
+            recall, width = self._narrowest(index, tunable, width or tunable.min_width)
+            if points and recall < min(points[0][0], self._aim) - _NOISE:
+                break  # fewer candidates lose neighbours at any width
             parameters = {name: n for name, n in ((tunable.width, width), ("k_factor", factor)) if name and n}
-            points.append((recall, measure_latency(index, timed)["latency_ms_p50"], parameters))
+            latency = measure_latency(index, timed)["latency_ms_p50"]
+            points.append((recall, latency, parameters))
+            if latency > _SLOWER * min(point[1] for point in points):
+                break
         highest = max(recall for recall, _, _ in points)
         required = highest if highest < self._target else max(self._target, min(self._aim, highest - 2 * _NOISE))
         best = min((point for point in points if point[0] >= required), key=lambda point: point[1])[2]
@@ -119,12 +125,16 @@ class Tuner:
             tunable.set(name, value)
         return best
 
-    def _narrowest(self, index: Any, tunable: "SearchParameters") -> tuple[float, int | None]:
-        """Set the narrowest search that reaches the aim, or comes near the ceiling; return its recall and width."""
+    def _narrowest(self, index: Any, tunable: "Tunable", lowest: int) -> tuple[float, int | None]:
+        """Set the narrowest search that reaches the aim, or comes near the ceiling; return its recall and width.
+
+        Args:
+            lowest: the least width to try.
+        """
         if not tunable.width:
             return self._recall(index, self._tuning_queries), None
         recalls: dict[int, float] = {}  # by width
-        width = min(tunable.min_width, tunable.max_width)
+        width = min(lowest, tunable.max_width)
         while True:
             tunable.set(tunable.width, width)
             recall = recalls[width] = self._recall(index, self._tuning_queries)
@@ -138,10 +148,8 @@ class Tuner:
         goal = self._aim if recall >= self._aim else near_ceiling
         width = min(tried for tried, reached in recalls.items() if reached >= goal)
         low = max((tried for tried in recalls if tried < width), default=width)
-        for _ in range(_BISECTIONS):
+        while width - low > max(1, width // _STEPS):
             middle = (low + width) // 2
-            if middle == low:
-                break
             tunable.set(tunable.width, middle)
             recalls[middle] = self._recall(index, self._tuning_queries)
             if recalls[middle] >= goal:
@@ -158,6 +166,17 @@ class Tuner:
         results = drop_own_rows(rows, queries.own_rows[chosen])
         total = int((self._truth.rows[chosen] >= 0).sum())
         return int(self._truth.hits(self._blocks, queries, chosen, results).sum()) / total if total else 1.0
+
+
+class Tunable(Protocol):
+    """What tuning can set; see `SearchParameters`."""
+
+    width: str | None
+    min_width: int
+    max_width: int
+    has_reranking: bool
+
+    def set(self, name: str, value: int | None) -> None: ...
 
 
 class SearchParameters:

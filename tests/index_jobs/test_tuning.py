@@ -9,7 +9,14 @@ import pytest
 from dcar_core.util.arrays import Floats
 from index_jobs.building.build import build_index, fill_index
 from index_jobs.building.kinds import IndexChoice
-from index_jobs.building.tuning import NEIGHBOURS, HeldOutQueries, Tuner, find_neighbours, gallery_queries
+from index_jobs.building.tuning import (
+    NEIGHBOURS,
+    HeldOutQueries,
+    SearchParameters,
+    Tuner,
+    find_neighbours,
+    gallery_queries,
+)
 from tests.support.vectors import DIM, blocks, clustered
 
 
@@ -130,3 +137,17 @@ def test_parameters_are_chosen_with_a_reserve_for_other_queries() -> None:
     inverted: Any = index
     inverted.nprobe -= 1
     assert 0.8 <= tuner._recall(index, tuner._tuning_queries) < 0.85, "one list fewer reaches the target alone"
+
+
+@pytest.mark.parametrize("kind", ["IVF300,Flat", "HNSW4", "IVF100,PQ16x4fs,RFlat"])
+def test_tuned_width_is_just_above_the_aim(kind: str) -> None:
+    """A sixteenth less misses the aim, whatever number of candidates is re-ranked."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3000, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = fill_index(IndexChoice(kind, "test"), 32, blocks(vectors), len(vectors))
+    tuner = Tuner(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.95)
+    (name, width), *_ = tuner.tune(index)["parameters"].items()
+    assert tuner._recall(index, tuner._tuning_queries) >= 0.9625
+    SearchParameters(index).set(name, width * 15 // 16 - 1)
+    assert tuner._recall(index, tuner._tuning_queries) < 0.9625
