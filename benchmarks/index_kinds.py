@@ -1,184 +1,161 @@
-"""Compare index kinds: build time, memory, latency and recall, printed as a Markdown table.
+r"""Compare index kinds: build time, memory, latency and recall, printed as a Markdown table.
 
     python benchmarks/index_kinds.py                                        20,000 clustered vectors, every kind
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m         an hour or more
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m --kind hnsw      one kind; --out keeps the others
     python benchmarks/index_kinds.py --emoji --count 100000                 a trained encoder's vectors, texts to search
+    python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --peers    your own, with other libraries beside
+    python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --count 10000000 --filters --target 0.99 \
+        --target 0.95
 
 - Each kind is built, tuned and written by the code of `dcar index build`, then opened as the service does in a process
   of its own, which measures latency (one query at a time, on one core), recall and memory.
-- Vectors lie around clusters of unequal size, each wide in directions of its own, so the cluster alone does not give
-  the neighbours. HeldOutQueries are drawn from the same clusters: some to tune, others to measure.
-- Synthetic clusters still flatter inverted lists, whose centres they resemble. With --emoji, texts query images of the
-  bundled galleries. `dcar index build` measures on your own.
+- `index_material.py` describes the vectors. Synthetic clusters flatter inverted lists, whose centres they resemble;
+  `gloss_vectors.py` makes real vectors, and `dcar index build` measures on your own.
+- Peers are tuned and measured as our kinds are. Their memory is that of an index that is read, ours is memory-mapped.
 - `auto` builds everything that it tries, so its build time is the sum.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from emoji_vectors import captions, load_encoder
-from emoji_vectors import vectors as drawn_emoji
+from index_material import EMOJI_DIM, Material, allowed_rows, blocks, count_hits
+from index_peers import PEERS
 
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Rows
 from index_jobs.building.build import build_index
 from index_jobs.building.kinds import choose_kinds, machine_memory
-from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, HeldOutQueries, find_neighbours
+from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, HeldOutQueries, SearchParameters, Tuner
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
 
-KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-rabitq", "pq", "auto")
-BLOCK, QUERIES, TIMED = 20_000, 1000, 500
+KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq", "pq", "auto")
+QUERIES, TIMED = 1000, 500
 LONGEST_S = 30  # of queries, for slow kinds
 NOISE = 0.002  # of a recall over so many queries
-EMOJI_DIM = 256
-SPREAD = 24  # directions in which a cluster is wide
+PERCENTS = (1, 10, 90)  # of the rows that a filter allows
+Result = dict[str, Any]  # a row of the table
 
 
-class Clusters:
-    """sqrt(count) clusters of unequal size; the largest is many times the smallest."""
-
-    def __init__(self, count: int, dim: int) -> None:
-        fixed = np.random.default_rng(0)
-        number = max(20, int(np.sqrt(count)))
-        self.centres = fixed.normal(size=(number, dim)).astype(np.float32)
-        self.basis = fixed.normal(size=(256, dim)).astype(np.float32)
-        self.own = fixed.integers(256, size=(number, SPREAD))
-        self.shares = np.arange(1, number + 1) ** -0.7
-        self.shares /= self.shares.sum()
-
-    def draw(self, size: int, seed: int) -> Floats:
-        """Return float32 (size, dim), L2-normalised."""
-        draw = np.random.default_rng([7, seed])
-        which = draw.choice(len(self.centres), size, p=self.shares)
-        wide = 0.25 * draw.normal(size=(size, SPREAD)).astype(np.float32)
-        vectors = self.centres[which] + 0.12 * draw.normal(size=(size, self.centres.shape[1])).astype(np.float32)
-        for place in range(SPREAD):
-            vectors += wide[:, place : place + 1] * self.basis[self.own[which, place]]
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors
-
-
-@dataclass(frozen=True)
-class Material:
-    """Files of vectors, queries to tune with, and queries to measure with their exact neighbours; made once."""
-
-    out: Path
-    name: str  # "clusters" or "emoji"
-    count: int
-    dim: int
-    queries: int
-
-    @property
-    def mark(self) -> str:
-        return f"{self.name}-{self.count}x{self.dim}"
-
-    @property
-    def truth(self) -> Path:
-        return self.out / f"truth-{self.mark}.npz"
-
-    def index(self, kind: str) -> Path:
-        return self.out / f"{kind}-{self.mark}.faiss"
-
-    def prepare(self) -> tuple[Floats, HeldOutQueries]:
-        """Return the vectors, memory-mapped, and queries to tune with."""
-        path = self.out / f"vectors-{self.mark}.npy"
-        if not (path.exists() and self.truth.exists()):
-            drawn, queries = self._emoji() if self.name == "emoji" else self._clusters()
-            drawing = self.out / f"drawing-{os.getpid()}.npy"  # its own, should another run be at the same
-            written = np.lib.format.open_memmap(drawing, "w+", np.float32, (self.count, self.dim))
-            start = 0
-            for block in drawn:
-                written[start : start + len(block)] = block
-                start += len(block)
-            written.flush()
-            drawing.rename(path)
-            vectors: Floats = np.load(path, mmap_mode="r")
-            truth = find_neighbours(lambda: blocks(vectors), _queries(queries[1::2])).rows
-            np.savez(self.truth, tuning=queries[::2], queries=queries[1::2], truth=truth)
-        with np.load(self.truth) as file:
-            return np.load(path, mmap_mode="r"), _queries(file["tuning"])
-
-    def _clusters(self) -> tuple[Iterator[Floats], Floats]:
-        clusters = Clusters(self.count, self.dim)
-        starts = range(0, self.count, BLOCK)
-        drawn = (clusters.draw(min(BLOCK, self.count - start), seed=start) for start in starts)
-        return drawn, clusters.draw(2 * self.queries, seed=2**31 - 1)
-
-    def _emoji(self) -> tuple[Iterator[Floats], Floats]:
-        model = load_encoder()
-        return drawn_emoji(model, self.count), model.encode_text(captions(2 * self.queries))
-
-
-def _queries(vectors: Floats) -> HeldOutQueries:
-    return HeldOutQueries(vectors, "new", np.full(len(vectors), -1))
-
-
-def blocks(vectors: Floats) -> Iterator[Floats]:
-    return (vectors[start : start + BLOCK] for start in range(0, len(vectors), BLOCK))
-
-
-def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory: int) -> dict[str, object]:
+def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory: int, targets: list[float]) -> Result:
     """Build one kind, tune it and write it. `built_s` (seconds) includes the tuning, and for auto all attempts."""
     count, dim = vectors.shape
-    start, worked = time.perf_counter(), time.process_time()
-    built = build_index(lambda: blocks(vectors), count, dim, choose_kinds(kind, count, dim, memory=memory), queries)
-    seconds, worked = time.perf_counter() - start, time.process_time() - worked
-    write_faiss(built.index, path)
-    return {
-        "kind": kind,
-        "factory": built.choice.factory,
-        "reason": built.choice.reason,
-        "parameters": built.measured["parameters"],
-        "built_s": round(seconds, 1),
-        "cpu_s": round(worked, 1),
-        "file_mb": round(path.stat().st_size / 1e6, 1),
-    }
+    with Usage() as usage:
+        if kind in PEERS:
+            index: Any = PEERS[kind].build(vectors)
+            tunable, about = index, {"factory": index.settings, "reason": "a peer"}
+            tuner = Tuner(lambda: blocks(vectors), queries, target=targets[0])
+            parameters = tuner.tune(index, tunable=tunable)["parameters"]
+        else:
+            choices = choose_kinds(kind, count, dim, memory=memory)
+            built = build_index(lambda: blocks(vectors), count, dim, choices, queries, target=targets[0])
+            index, tunable, parameters = built.index, SearchParameters(built.index), built.measured["parameters"]
+            about = {"factory": built.choice.factory, "reason": built.choice.reason}
+    index.save(path) if kind in PEERS else write_faiss(index, path)
+    tuned = {targets[0]: parameters}
+    for target in targets[1:]:
+        tuned[target] = Tuner(lambda: blocks(vectors), queries, target=target).tune(index, tunable=tunable)[
+            "parameters"
+        ]
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+    return {"kind": kind, **about, **usage.found, "file_mb": round(size / 1e6, 1), "tuned": list(tuned.items())}
 
 
-def try_out(kind: str, material: Material) -> dict[str, object]:
-    """Measure a built index in a fresh process."""
-    path = material.index(kind)
-    command = [sys.executable, __file__, "--measure", str(path), "--truth", str(material.truth)]
-    found: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    path.unlink()
-    return found
+class Usage:
+    """Seconds, processor seconds and the peak of the process's own memory, without pages of mapped files."""
+
+    def __enter__(self) -> "Usage":
+        self._start, self._worked, self._peak = time.perf_counter(), time.process_time(), 0.0
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._sample)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._watch.join()
+        self.found = {
+            "built_s": round(time.perf_counter() - self._start, 1),
+            "cpu_s": round(time.process_time() - self._worked, 1),
+            "peak_mb": round(self._peak),
+        }
+
+    def _sample(self) -> None:
+        before = own_memory()
+        while not self._ended.wait(0.2):
+            self._peak = max(self._peak, (own_memory() - before) / 1e3)
 
 
-def measure(path: Path, truth_path: Path) -> dict[str, float]:
+def own_memory() -> int:
+    """Return the kilobytes of this process that no file holds."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def try_out(result: Result, material: Material, filters: bool) -> None:
+    """Measure a built index in a fresh process, with the parameters of every target."""
+    path = material.index(result["kind"])
+    task = {"path": str(path), "kind": result["kind"], "count": material.count, "dim": material.dim}
+    task |= {"truth": str(material.truth)}
+    if filters and result["kind"] not in PEERS:
+        task |= {"filters": {percent: str(material.filtered(percent)) for percent in PERCENTS}}
+    result["measured"] = []
+    for target, parameters in result["tuned"]:
+        command = [sys.executable, __file__, "--measure", json.dumps(task | {"parameters": parameters})]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        result["measured"].append({"target": target, "parameters": parameters, **json.loads(done.stdout)})
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def measure(task: dict[str, Any]) -> Result:
     """Open an index as the service does; return latency, recall and the growth of the process."""
     import faiss
 
     faiss.omp_set_num_threads(1)
-    with np.load(truth_path) as file:
+    path, peer = Path(task["path"]), PEERS.get(task["kind"])
+    with np.load(task["truth"]) as file:
         queries, truth = file["queries"], file["truth"]
     before = resident()
-    index = FaissIndex.open(path)
+    index: Any = peer.open(path, task["dim"]) if peer else FaissIndex.open(path)
+    tunable = index if peer else SearchParameters(index._index)
+    for name, value in task["parameters"].items():
+        tunable.set(name, value)
+    found = timed(lambda query: index.search(query, NEIGHBOURS), queries, truth)
+    found["resident_mb"] = round((resident() - before) / 1e6, 1)
+    for percent, exact in task.get("filters", {}).items():
+        mask = allowed_rows(task["count"], int(percent))
+        mask.flags.writeable = False
+        filtered = timed(lambda query, mask=mask: index.search(query, NEIGHBOURS, mask), queries, np.load(exact))
+        found[f"of_{percent}"] = f"{filtered['p50_ms']} ms, {filtered['recall_at_10']}"
+    return found
+
+
+def timed(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> Result:
+    """Search one query at a time."""
     rows, times = [], []
     end = time.perf_counter() + LONGEST_S
-    for query in queries:
+    for query in queries[: len(truth)]:
         if time.perf_counter() > end:
             break
         start = time.perf_counter()
-        rows.append(index.search(query[None], NEIGHBOURS)[1][0])
+        rows.append(search(query[None])[1][0])
         times.append(1000 * (time.perf_counter() - start))
-    hits = sum(len(np.intersect1d(a, b)) for a, b in zip(rows, truth, strict=False))
     p50, p99 = np.percentile(times[-TIMED:], [50, 99])  # the first ones warm up
-    grown = (resident() - before) / 1e6
     return {
         "p50_ms": round(float(p50), 3),
         "p99_ms": round(float(p99), 3),
-        "recall_at_10": round(hits / (len(rows) * NEIGHBOURS), 4),
-        "resident_mb": round(grown, 1),
+        "recall_at_10": round(count_hits(np.array(rows), truth[: len(rows)]), 4),
     }
 
 
@@ -187,79 +164,101 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def show(results: dict[str, dict[str, Any]], material: Material, memory: int) -> None:
+def show(results: list[Result], material: Material, memory: int) -> None:
     """Print the table of docs/benchmarks.md, and the choice of `auto`."""
     about = {
         "clusters": f"{material.count:,} clustered vectors of {material.dim}",
         "emoji": f"{material.count:,} images drawn from the emoji, {material.dim} dimensions, queried by texts",
-    }[material.name]
+    }.get(material.name, f"{material.count:,} vectors of {material.dim}, from {material.name}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = [result | measured for result in results for measured in result["measured"]]
+    filters = {f"of_{percent}": f"{percent} % allowed" for percent in PERCENTS if f"of_{percent}" in rows[0]}
+    figures = {
+        "built_s": "build s", "cpu_s": "processor s", "peak_mb": "peak MB", "file_mb": "file MB",
+        "resident_mb": "resident MB", "p50_ms": "p50 ms", "p99_ms": "p99 ms", **filters, "recall_at_10": "recall@10",
+    }  # fmt: skip
     print(f"{about}; built on {cores} cores, searched on one, one query at a time:\n")
-    print("| `--kind` | FAISS | searched with | build s | file MB | resident MB | p50 ms | p99 ms | recall@10 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for r in results.values():
+    print("| `--kind` | FAISS | target | searched with |", " | ".join(figures.values()), "|")
+    print("|", " --- |" * (4 + len(figures)), sep="")
+    for r in rows:
         searched = ", ".join(f"{name} {value}" for name, value in r["parameters"].items())
-        columns = [r[c] for c in ("built_s", "file_mb", "resident_mb", "p50_ms", "p99_ms", "recall_at_10")]
-        print("|", " | ".join(map(str, [f"`{r['kind']}`", f"`{r['factory']}`", searched, *columns])), "|")
-    if auto := results.get("auto"):
-        enough = TARGET_RECALL - NOISE
-        fits = [r for r in results.values() if r["recall_at_10"] >= enough and r["file_mb"] * 1e6 <= memory]
-        best = min(fits, key=lambda r: r["p50_ms"], default=None)
+        columns = [f"`{r['kind']}`", f"`{r['factory']}`", r["target"], searched, *(r.get(c, "") for c in figures)]
+        print("|", " | ".join(map(str, columns)), "|")
+    if auto := next((r for r in rows if r["kind"] == "auto"), None):
+        enough = auto["target"] - NOISE
+        fits = [r for r in rows if r["recall_at_10"] >= enough and r["file_mb"] * 1e6 <= memory]
+        best = min(fits, key=lambda r: float(r["p50_ms"]), default=None)
         print(f"\n`auto` takes `{auto['factory']}`: {auto['reason']}.", end=" ")
         if best:
-            print(f"Of those that reach {TARGET_RECALL} and fit, `{best['kind']}` is fastest: {best['p50_ms']} ms.")
+            print(f"Of those that reach {auto['target']} and fit, `{best['kind']}` is fastest: {best['p50_ms']} ms.")
         else:
-            print(f"None reaches {TARGET_RECALL} here.")
+            print(f"None reaches {auto['target']} here.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--count", type=int, help="default: 20,000, or all of --vectors; beyond, moved copies")
     parser.add_argument("--dim", type=int, default=512, help="of clustered vectors")
     parser.add_argument(
-        "--queries",
+        "--query-count",
         type=int,
         default=QUERIES,
         help="to tune with, and as many to measure; fixed by the first run of --out",
     )
     parser.add_argument("--emoji", action="store_true", help="vectors of a trained encoder in place of clusters")
+    parser.add_argument("--vectors", type=Path, help="your own: a .npy file, float32 (n, E), normalised")
+    parser.add_argument("--queries", type=Path, help="for --vectors: a .npy file; half of them tune, half measure")
     parser.add_argument("--kind", action="append", help=f"may be repeated; default: {', '.join(KINDS)}")
+    parser.add_argument("--peers", action="store_true", help=f"as well, where installed: {', '.join(PEERS)}")
+    parser.add_argument("--target", type=float, action="append", help="recall; may be repeated, the highest first")
+    parser.add_argument("--filters", action="store_true", help="search among 1, 10 and 90 percent of the rows as well")
     parser.add_argument("--memory", type=float, default=0, help="GiB that auto may use (default: half of all)")
     parser.add_argument(
         "--out", type=Path, help="keep vectors and results here for later kinds (default: discard them)"
     )
     parser.add_argument("--build-only", action="store_true", help="build now and measure in a later run; needs --out")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--truth", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(given.measure, given.truth)))
+        print(json.dumps(measure(given.measure)))
         return
     if given.build_only and not given.out:
         parser.error("--build-only needs --out")
+    if bool(given.vectors) != bool(given.queries):
+        parser.error("--vectors and --queries belong together")
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        material = Material(
-            out,
-            "emoji" if given.emoji else "clusters",
-            given.count,
-            EMOJI_DIM if given.emoji else given.dim,
-            given.queries,
-        )
-        vectors, queries = material.prepare()
-        notes = out / f"results-{material.mark}.json"
-        results = json.loads(notes.read_text()) if notes.exists() else {}
-        memory = int(given.memory * 2**30) or machine_memory() // 2
-        for kind in given.kind or [kind for kind in KINDS if "p50_ms" not in results.get(kind, {})]:
-            print(f"{kind} ..", file=sys.stderr, flush=True)
-            if kind not in results or not material.index(kind).exists():
-                results[kind] = make(kind, material.index(kind), vectors, queries, memory)
+        run(given, describe(given, out), out)
+
+
+def describe(given: argparse.Namespace, out: Path) -> Material:
+    if given.vectors:
+        count, dim = np.load(given.vectors, mmap_mode="r").shape
+        files = (given.vectors, given.queries)
+        return Material(out, given.vectors.stem, given.count or count, dim, given.query_count, files)
+    name, dim = ("emoji", EMOJI_DIM) if given.emoji else ("clusters", given.dim)
+    return Material(out, name, given.count or 20_000, dim, given.query_count)
+
+
+def run(given: argparse.Namespace, material: Material, out: Path) -> None:
+    vectors, queries = material.prepare()
+    for percent in PERCENTS if given.filters else ():
+        material.prepare_filter(vectors, percent)
+    notes = out / f"results-{material.mark}.json"
+    results: dict[str, Result] = json.loads(notes.read_text()) if notes.exists() else {}
+    memory = int(given.memory * 2**30) or machine_memory() // 2
+    peers = [name for name in PEERS if importlib.util.find_spec(name)] if given.peers else []
+    for kind in [*(given.kind or [kind for kind in KINDS if "measured" not in results.get(kind, {})]), *peers]:
+        print(f"{kind} ..", file=sys.stderr, flush=True)
+        if kind not in results or not material.index(kind).exists():
+            targets = given.target or [TARGET_RECALL]
+            results[kind] = make(kind, material.index(kind), vectors, queries, memory, targets)
+        notes.write_text(json.dumps(results, indent=2))
+        if not given.build_only:
+            try_out(results[kind], material, given.filters)
             notes.write_text(json.dumps(results, indent=2))
-            if not given.build_only:
-                results[kind] |= try_out(kind, material)
-                notes.write_text(json.dumps(results, indent=2))
-        show({kind: result for kind, result in results.items() if "p50_ms" in result}, material, memory)
+    show([result for result in results.values() if "measured" in result], material, memory)
 
 
 if __name__ == "__main__":

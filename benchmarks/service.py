@@ -158,7 +158,7 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     import datetime
 
     import numpy as np
-    from index_kinds import Clusters
+    from index_material import Clusters
 
     from dcar_core import Encoder
     from dcar_core.model.checkpoint import copy_checkpoint

@@ -4,11 +4,15 @@ import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from index_jobs.gallery.scan import scan
 from tests.support import commands
 from tests.support.paths import ROOT
+from tests.support.vectors import clustered
+
+KINDS = (("flat", "Flat"), ("IVF8,Flat", "IVF8,Flat"))
 
 
 def run(script: str, *arguments: str | Path) -> str:
@@ -21,7 +25,7 @@ def run(script: str, *arguments: str | Path) -> str:
 @pytest.mark.parametrize("vectors", [("--dim", "32"), ("--emoji",)])
 def test_index_kinds_prints_its_table(vectors: tuple[str, ...], tmp_path: Path) -> None:
     kinds = ("--kind", "flat", "--kind", "IVF8,Flat", "--kind", "auto")
-    size = ("--count", "300", "--queries", "100", "--out", tmp_path)
+    size = ("--count", "300", "--query-count", "100", "--out", tmp_path)
     table = run("index_kinds.py", *size, *kinds, *vectors).splitlines()
     rows = [line.split(" | ") for line in table if line.startswith("| `")]
     assert [row[0] for row in rows] == ["| `--kind`", "| `flat`", "| `IVF8,Flat`", "| `auto`"]
@@ -31,6 +35,24 @@ def test_index_kinds_prints_its_table(vectors: tuple[str, ...], tmp_path: Path) 
     assert table[-1].startswith("`auto` takes `Flat`: 300 vectors are at most 20,000")
     kept = run("index_kinds.py", *size, *vectors, "--kind", "flat")
     assert sum(line.startswith("| `IVF8,Flat` |") for line in kept.splitlines()) == 1  # from the results that are kept
+
+
+@pytest.mark.slow
+def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) -> None:
+    """Each target and each filter has its figures; peers that are not installed are left out."""
+    np.save(tmp_path / "v.npy", clustered(200))
+    np.save(tmp_path / "q.npy", clustered(100, seed=3))
+    files = ("--vectors", tmp_path / "v.npy", "--queries", tmp_path / "q.npy", "--count", "300", "--query-count", "50")
+    tasks = ("--kind", "flat", "--kind", "IVF8,Flat", "--filters", "--target", "0.99", "--target", "0.5", "--peers")
+    table = run("index_kinds.py", *files, *tasks).splitlines()
+    assert table[0].startswith("300 vectors of 32, from v; ")
+    rows = [line.strip("| ").split(" | ") for line in table if line.startswith("| `")]
+    ours = [row for row in rows if row[0] in ("`flat`", "`IVF8,Flat`")]
+    asked = [[f"`{kind}`", f"`{factory}`", target] for kind, factory in KINDS for target in ("0.99", "0.5")]
+    assert [row[:3] for row in ours] == asked
+    assert float(ours[2][-1]) >= 0.95 > float(ours[3][-1]) >= 0.5
+    for row in ours:
+        assert all(float(filtered.rsplit(", ")[1]) >= 0.9 for filtered in row[-4:-1])
 
 
 @pytest.mark.slow
