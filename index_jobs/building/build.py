@@ -4,8 +4,8 @@
 - Of several choices, the first that reaches the target recall is kept; if none does, the best one, with a warning.
 - A rival of the kept choice is built as well, and the faster one is kept. Both share their inverted lists, which take
   most of the training time.
-- An index that has to search many of its lists is slow, for example where texts lie far from their images. Then a graph
-  is built too, if one is among the choices, and the faster index is kept.
+- An index that reaches the target only by a wide search is slow. A graph is then followed by the first kind with lists,
+  and lists, for example where texts lie far from their images, by a graph. The faster index is kept.
 """
 
 import logging
@@ -31,9 +31,10 @@ from index_jobs.store import gpu_search
 
 logger = logging.getLogger(__name__)
 
-_EF_CONSTRUCTION = 80
+_EF_CONSTRUCTION = 100
 _GPU_TRAINING_VECTORS = 64 * 4096
 _MANY_LISTS = 0.1  # share of the lists in every search
+_WIDE_GRAPH = 128  # candidates of a search in a graph
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,18 @@ class BuiltIndex:
 
     @property
     def recall(self) -> float:
-        return float(self.measured["recall_at_10"])
+        """Recall of all held-out queries. Half of them alone may miss the target by chance."""
+        return float(self.measured["recall_at_10"] + self.measured["tuning_recall_at_10"]) / 2
 
     @property
-    def searches_many_lists(self) -> bool:
+    def searches_widely(self) -> bool:
         import faiss
 
+        parameters = self.measured["parameters"]
         inverted = None if self.choice.gpu else faiss.try_extract_index_ivf(self.index)
-        return inverted is not None and self.measured["parameters"]["nprobe"] > _MANY_LISTS * inverted.nlist
+        if inverted is not None:
+            return bool(parameters["nprobe"] > _MANY_LISTS * inverted.nlist)
+        return bool(parameters.get("efSearch", 0) > _WIDE_GRAPH)
 
     def is_better_than(self, other: "BuiltIndex", target: float) -> bool:
         """Compare latency if both reach the target, recall otherwise."""
@@ -87,7 +92,7 @@ def build_index(
     best: BuiltIndex | None = None
     tried = list[BuiltIndex]()
     for choice in choices:
-        if best is not None and best.recall >= target and not _may_be_faster(choice, best):
+        if best is not None and best.recall >= target and not _may_be_faster(choice, best, tried):
             continue
         built = _build_and_tune(blocks, count, dim, choice, tuner, best)
         tried.append(replace(built, index=None))
@@ -104,12 +109,14 @@ def build_index(
     return replace(best, choice=replace(best.choice, reason="; ".join(reasons)))
 
 
-def _may_be_faster(choice: IndexChoice, best: BuiltIndex) -> bool:
+def _may_be_faster(choice: IndexChoice, best: BuiltIndex, tried: Sequence[BuiltIndex]) -> bool:
     """Return True if a choice may be faster than the best so far, which reaches the target.
 
-    Where the best searches many of its lists, other lists would have to as well.
+    Where the best searches widely, others with lists, or other graphs, would have to as well.
     """
-    return not choice.has_lists if best.searches_many_lists else choice.is_rival
+    if best.searches_widely:
+        return not any(other.choice.has_lists == choice.has_lists for other in tried)
+    return choice.is_rival and choice.has_lists == best.choice.has_lists
 
 
 def _reason(built: BuiltIndex, target: float) -> str:

@@ -2,7 +2,7 @@
 
 - Queries are captions where the gallery has them, because people search by text and texts lie elsewhere than images.
   Otherwise they are images of the gallery, each without itself.
-- Half of the queries choose the parameters, the other half measures the recall of the manifest.
+- Half of the queries choose the parameters, the other half measures the manifest's recall.
 - A neighbour counts by its score, not by its row, since a search may return any of several equal images.
 - The width (nprobe, efSearch) is doubled until the recall reaches the target, then bisected to a 32nd. Kinds that
   re-rank candidates (k_factor) start with many; fewer of them need a wider search. The lowest latency wins.
@@ -82,7 +82,7 @@ class Tuner:
         self._tuning_queries, self._measuring_queries = divided
 
     def tune(self, index: Any, searched: Any = None, tunable: "Tunable | None" = None) -> dict[str, Any]:
-        """Set the search parameters of an index and return its measurements, as in the manifest.
+        """Set the search parameters of an index; return its measurements, as in the manifest.
 
         Args:
             index: a FAISS index on the CPU, or with `tunable` anything with a `search`.
@@ -90,17 +90,17 @@ class Tuner:
             tunable: the parameters of an index that is not of FAISS.
         """
         parameters = {} if self._truth is None else self._tune(index, tunable or SearchParameters(index))
-        return self.measure(searched(index) if searched else index, parameters)
+        tuned = round(self._recall(index, self._tuning_queries), 4)
+        return self.measure(searched(index) if searched else index, parameters) | {"tuning_recall_at_10": tuned}
 
     def measure(self, index: Any, parameters: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Return the measurements of anything with a `search`."""
-        recall = 1.0 if self._truth is None else round(self._recall(index, self._measuring_queries), 4)
         return {
             "queries": len(self._measuring_queries),
             "query_source": self._queries.source,
             "target_recall": self._target,
             "parameters": dict(parameters or {}),
-            "recall_at_10": recall,
+            "recall_at_10": round(self._recall(index, self._measuring_queries), 4),
             **measure_latency(index, self._queries.vectors[self._measuring_queries][:_TIMED_QUERIES]),
         }
 
@@ -126,10 +126,9 @@ class Tuner:
         return best
 
     def _narrowest(self, index: Any, tunable: "Tunable", lowest: int) -> tuple[float, int | None]:
-        """Set the narrowest search that reaches the aim, or comes near the ceiling; return its recall and width.
+        """Set the narrowest search, at least `lowest`, that reaches the aim, or comes near the ceiling.
 
-        Args:
-            lowest: the least width to try.
+        Returns: its recall and width.
         """
         if not tunable.width:
             return self._recall(index, self._tuning_queries), None
@@ -160,7 +159,8 @@ class Tuner:
         return recalls[width], width
 
     def _recall(self, index: Any, chosen: Rows) -> float:
-        assert self._truth is not None
+        if self._truth is None:
+            return 1.0
         queries = self._queries
         _, rows = index.search(np.ascontiguousarray(queries.vectors[chosen]), NEIGHBOURS + 1)
         results = drop_own_rows(rows, queries.own_rows[chosen])

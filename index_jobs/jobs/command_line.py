@@ -126,8 +126,8 @@ def build_command(
         str,
         typer.Option(
             help="Kind of index: auto (by count, dimensions, memory and device), flat (exact), pq, hnsw, hnsw-sq8, "
-            "ivf, ivf-sq8, ivf-pq, ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as "
-            "IVF1024,SQ8."
+            "ivf, ivf-sq8, ivf-pq, ivf-pq-fp16, ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory "
+            "string such as IVF1024,SQ8."
         ),
     ] = RebuildOptions.kind,
     milvus: Annotated[

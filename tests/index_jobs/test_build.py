@@ -38,6 +38,7 @@ def exact(queries: Floats, vectors: Floats, k: int) -> NDArray[np.int64]:
         ("SQ8", 0.95),
         ("PCA30,IVF16,Flat", 0.6),
         ("PQ16x4fs,RFlat", 0.7),
+        ("ivf-pq-fp16", 0.98),
     ],
 )
 def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: Floats, tmp_path: Path) -> None:
@@ -125,11 +126,11 @@ def test_auto_gives_its_reason() -> None:
     assert "4,000 vectors are at most 20,000" in small.reason
     middle = auto(1_000_000, 8)
     assert [choice.factory for choice in middle] == [
-        "IVF4000,PQ64x4fs,Refine(SQ8)", "IVF4000,RaBitQ,Refine(SQ8)", "IVF4000,Flat", "IVF4000,SQ8", "HNSW32",
-        "HNSW32,SQ8",
+        "HNSW24", "IVF4000,PQ256x4fs,Refine(SQfp16)", "IVF4000,PQ64x4fs,Refine(SQ8)", "IVF4000,RaBitQ,Refine(SQ8)",
+        "IVF4000,Flat", "IVF4000,SQ8", "HNSW24,SQ8",
     ]  # fmt: skip
-    assert "take 0.5 GiB of the 8.0 GiB allowed" in middle[0].reason
-    assert [choice.is_rival for choice in middle] == [False, True, False, False, False, False]
+    assert "take 2.1 GiB of the 8.0 GiB allowed" in middle[0].reason
+    assert [choice.is_rival for choice in middle] == [False, False, False, True, False, False, False]
     tight = auto(1_000_000, 0.6)
     assert not any(choice.is_rival for choice in tight), "two do not fit"
     assert not any(choice.is_rival for choice in auto(100_000_000, 256)), "filling takes hours"
@@ -141,9 +142,9 @@ def test_auto_gives_its_reason() -> None:
     assert "IVF4000,Flat would take 1.9 GiB" in tight[-1].reason
     (codes,) = auto(1_000_000, 0.1)
     assert codes.factory == "IVF4000,PQ64"
-    assert "the only kind that fits; its recall is low; IVF4000,PQ64x4fs,Refine(SQ8) would take 0.5 GiB" in codes.reason
+    assert "the only kind that fits; its recall is low; HNSW24 would take 2.1 GiB" in codes.reason
     large = [choice.factory for choice in auto(100_000_000, 256)]
-    assert large[0] == "IVF40000_HNSW32,PQ64x4fs,Refine(SQ8)"
+    assert large[0] == "IVF40000_HNSW32,PQ256x4fs,Refine(SQfp16)"
     assert not any(factory.startswith("HNSW") for factory in large)  # a graph of so many takes days
     (gpu,) = auto(1_000_000, 8, gpu_memory=40 * GIB)
     assert (gpu.factory, gpu.gpu) == ("Flat", True)
@@ -167,7 +168,7 @@ def test_memory_is_half_of_the_machine_or_container(tmp_path: Path, monkeypatch:
 )
 def test_product_codes_divide_any_dimensions(dim: int, parts: int) -> None:
     factories = [choice.factory for choice in choose_kinds("auto", 50_000, dim, memory=GIB)]
-    assert factories[0] == f"IVF894,PQ{parts}x4fs,Refine(SQ8)"
+    assert factories[2] == f"IVF894,PQ{parts}x4fs,Refine(SQ8)"
     for factory in factories:
         create_index(factory, dim)
 
@@ -213,7 +214,7 @@ def test_a_rival_is_built_as_well_and_the_faster_is_kept(gallery: Floats, caplog
         IndexChoice("IVF64,SQfp16", "the first"),
         IndexChoice("IVF64,Flat", "its rival", is_rival=True),
         IndexChoice("IVF64,SQ8", "never built"),
-        IndexChoice("PQ4x4", "too coarse", is_rival=True),
+        IndexChoice("IVF64,PQ4x4", "too coarse", is_rival=True),
     ]
     with caplog.at_level("INFO"):
         built = build_index(blocks(gallery), len(gallery), DIM, choices)
@@ -221,9 +222,22 @@ def test_a_rival_is_built_as_well_and_the_faster_is_kept(gallery: Floats, caplog
     assert "below the target" not in caplog.text, "one that loses is no cause for a warning"
     winner, loser = (0, 1) if built.choice.factory == choices[0].factory else (1, 0)
     start = f"{choices[winner].reason}; {choices[loser].factory} takes"
-    told = re.fullmatch(rf"{start} (0\.\d\d) ms; PQ4x4 reached a recall of 0\.\d+ only", built.choice.reason)
+    told = re.fullmatch(rf"{start} (0\.\d\d) ms; IVF64,PQ4x4 reached a recall of 0\.\d+ only", built.choice.reason)
     assert told is not None, built.choice.reason
     assert built.measured["latency_ms_p50"] <= float(told[1]) + 0.005
+
+
+def test_lists_are_tried_where_a_graph_is_searched_widely(
+    gallery: Floats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first kind with lists, and no other."""
+    choices = [IndexChoice(kind, "test") for kind in ("HNSW8", "IVF16,Flat", "IVF16,SQ8", "HNSW8,SQ8")]
+    for widest, built in ((1000, ["HNSW8"]), (1, ["HNSW8", "IVF16,Flat"])):
+        monkeypatch.setattr("index_jobs.building.build._WIDE_GRAPH", widest)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert build_index(blocks(gallery), len(gallery), DIM, choices).recall >= 0.99
+        assert [choice.factory for choice in choices if f"{choice.factory}: 5000 vectors" in caplog.text] == built
 
 
 def test_rival_kind_reuses_the_lists_of_the_first(gallery: Floats) -> None:

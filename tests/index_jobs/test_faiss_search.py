@@ -115,6 +115,7 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(
         ("IVF32,SQ8", 0.93),
         ("IVF32,RaBitQ,Refine(SQ8)", 0.93),
         ("IVF32,PQ16x4fs,Refine(SQ8)", 0.93),
+        ("IVF32,PQ16x4fs,Refine(SQfp16)", 0.93),
         ("PCA32,IVF32,Flat", 0.8),
         ("PQ16x4fs,RFlat", 0.97),  # takes no selector: searched exactly
     ],
