@@ -1,4 +1,4 @@
-"""What the search page needs beside the API: thumbnails, the gallery without a query, and the share of known words.
+"""What the search page needs beside the API: thumbnails, the gallery without a query, its filters, and known words.
 
 The routes of this module are not part of the documented API, except for the thumbnails of GET /items/{id}/image.
 """
@@ -16,17 +16,21 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from app.api.params import retriever_of, settings_of, snapshot_of
-from app.api.requests import PageQuery
+from app.api.requests import FilterQuery, PageQuery
 from app.api.responses import JsonResponse, items_response
 from app.core.problems import field_problem
-from app.search.ranking.facets import count_values
+from app.search.query import ItemPage
+from app.search.ranking.facets import count_values, facet_values
+from app.search.ranking.groups import group_field
+from app.search.ranking.rows import filter_mask
 from app.search.snapshots import Snapshot
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
 
 _MAX_AGE_S = 3600
-_LISTED_CATEGORIES = 500
 _LISTED_FIELDS = 12
+_FACETS = 6
+_FACET_VALUES = 100  # values of a field up to which it is offered as a filter
 _NUMBERS = frozenset({"int64", "double"})
 
 
@@ -38,10 +42,9 @@ class ThumbnailSize(IntEnum):
     LARGE = 1280
 
 
-class BrowseQuery(PageQuery):
-    """A page of the gallery, of one category or of all, in the order of a field: "price", or "-price" descending."""
+class BrowseQuery(PageQuery, FilterQuery):
+    """A page of the gallery in the order of a field: "price", or "-price" descending."""
 
-    category: str = ""
     sort: Annotated[str, Field(max_length=1024)] = ""
 
 
@@ -54,9 +57,15 @@ class Catalogue:
         self._orders: dict[str, Rows] = {}
 
     @cached_property
-    def categories(self) -> list[dict[str, Any]]:
-        """The most frequent categories with their numbers of items."""
-        return count_values(self._snapshot, "category", self._artifact.live, limit=_LISTED_CATEGORIES)
+    def facets(self) -> list[str]:
+        """Fields to filter by, which few values divide: the category first, then those of the most values."""
+        group_by = self._artifact.manifest.group_field
+        sizes: dict[str, int] = {}
+        for name in self._artifact.fields.keys() - {"id", "caption", group_by}:
+            facet = count_values(self._snapshot, name, self._artifact.live, limit=_FACET_VALUES + 1)
+            if 2 <= len(facet) <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2):
+                sizes[name] = len(facet)
+        return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[:_FACETS]
 
     @cached_property
     def fields(self) -> list[dict[str, Any]]:
@@ -87,24 +96,67 @@ def _catalogue_of(snapshot: Snapshot) -> Catalogue:
     return catalogue
 
 
+def _groups_of(snapshot: Snapshot, page: ItemPage, filter: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the group of each item of a page: its value, and its number of items that fulfil the filter."""
+    groups = group_field(snapshot, snapshot.artifact.manifest.group_field)
+    rows = [row for item in page.items if (row := snapshot.artifact.row_of(item.id)) is not None]
+    sizes = groups.sizes(rows, filter_mask(snapshot, filter) if filter else None)
+    return [{"value": groups.value(row), "count": size} for row, size in zip(rows, sizes, strict=True)]
+
+
 def browsing_routes() -> APIRouter:
     """Return the routes that only the page uses."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/browse")
     async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) -> Response:
-        snapshot, most = snapshot_of(request), settings_of(request).max_k
+        snapshot, retriever, most = snapshot_of(request), retriever_of(request), settings_of(request).max_k
         if query.k > most:
             raise field_problem("k", f"at most {most}, not {query.k}")
         catalogue = _catalogue_of(snapshot)
-        fields = catalogue.fields
-        if query.sort and query.sort.removeprefix("-") not in {field["name"] for field in fields}:
+        if query.sort and query.sort.removeprefix("-") not in {field["name"] for field in catalogue.fields}:
             raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
-        filter = {"category": query.category} if query.category else None
         order = await asyncio.to_thread(catalogue.order, query.sort) if query.sort else None
-        page = await retriever_of(request).items(snapshot, filter, query.offset, query.k, order)
-        categories = await asyncio.to_thread(lambda: catalogue.categories)
-        return JsonResponse({**items_response(request, page), "categories": categories, "fields": fields})
+        page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
+        body = items_response(request, page)
+        if snapshot.artifact.manifest.group_field:
+            groups = await retriever.examine(_groups_of, snapshot, page, query.filter)
+            body["items"] = [{**item, "group": group} for item, group in zip(body["items"], groups, strict=True)]
+        return JsonResponse(body)
+
+    @router.get("/catalogue")
+    async def catalogue(request: Request) -> Response:
+        """Tell what the index has, and with what the page starts."""
+        snapshot = snapshot_of(request)
+        artifact = snapshot.artifact
+        has_words = artifact.lexical is not None and len(snapshot.sample_vectors) > 0
+        return JsonResponse(
+            {
+                "fields": _catalogue_of(snapshot).fields,
+                "group_field": artifact.manifest.group_field,
+                "has_words": has_words,
+                "starts_hybrid": has_words and settings_of(request).page_hybrid,
+            }
+        )
+
+    @router.get("/facets")
+    async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) -> Response:
+        """Count the values of the fields to filter by.
+
+        Each field is counted without its own part of the filter, so that another of its values can be chosen.
+        """
+        snapshot = snapshot_of(request)
+        given = query.filter or {}
+
+        def count() -> list[dict[str, Any]]:
+            others = {name: {k: v for k, v in given.items() if k != name} for name in _catalogue_of(snapshot).facets}
+            group_by = snapshot.artifact.manifest.group_field
+            return [
+                {"name": name, "values": facet_values(snapshot, name, filter, group_by)}
+                for name, filter in others.items()
+            ]
+
+        return JsonResponse({"facets": await retriever_of(request).examine(count)})
 
     @router.get("/words")
     async def words(request: Request, q: str) -> Response:

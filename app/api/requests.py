@@ -41,8 +41,10 @@ class PageQuery(BaseModel):
     offset: Annotated[int, Field(ge=0, description="results to skip")] = 0
 
 
-class ItemsQuery(PageQuery):
-    """A page of the gallery's items, in index order."""
+class FilterQuery(BaseModel):
+    """Conditions on items."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     filter: Annotated[
         dict[str, Any] | None,
@@ -50,6 +52,11 @@ class ItemsQuery(PageQuery):
         WithJsonSchema({"type": "string", "contentMediaType": "application/json"}),
         Field(description='the same conditions as in searches, as JSON: {"category": "cat face"}'),
     ] = None
+
+
+class ItemsQuery(PageQuery, FilterQuery):
+    """A page of the gallery's items, in index order."""
+
     group_by: GroupBy = None
 
 

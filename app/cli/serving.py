@@ -135,7 +135,8 @@ def demo(
     typer.echo(_hints(f"http://{f'[{host}]' if ':' in host else host}:{port}", others))
     sys.stdout.flush()
     collections = {name: data / "index" / name for name in others}
-    serve_index(index=data / "index" / domain, collections=collections, host=host, port=port, runtime=runtime)
+    index = data / "index" / domain
+    serve_index(index=index, collections=collections, host=host, port=port, runtime=runtime, page_hybrid=True)
 
 
 def _zero_shot_checkpoint(out: Path) -> Path:
@@ -155,7 +156,7 @@ def _hints(url: str, others: list[str]) -> str:
     prefixes = ["", *(f"/collections/{name}" for name in others)]
     texts = "".join(f"  by text     curl -s {url}{prefix}/search/text {body}\n" for prefix in prefixes)
     image = f"  by image    curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
-    pages = f"  the page    {url}/\n  beside CLIP {url}/#q=woman+running+dark+skin&beside={others[-1]}\n"
+    pages = f"  the page    {url}/\n  beside CLIP {url}/#q=woman+running+dark+skin&beside={others[-1]}&words=0\n"
     return f"Try:\n{pages}{texts}{image}Stop with Ctrl-C.\n"
 
 

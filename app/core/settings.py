@@ -156,6 +156,9 @@ class Settings(BaseSettings):
         "unset allows none.",
     )
 
+    page_hybrid: bool = Field(
+        False, description="Start the search page with `Words too` on, which looks up the words of a search as well."
+    )
     thumbnail_cache: Path | None = Field(
         None, description="Directory of cached thumbnails. Unset: below the user's cache directory."
     )

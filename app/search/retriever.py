@@ -158,6 +158,11 @@ class Retriever:
         async with self._admission():
             return await self._in_search_thread(list_items, await self._mask(snapshot, filter, asyncio.Lock()))
 
+    async def examine(self, call: Callable[..., T], *args: Any) -> T:
+        """Call a function that looks at all rows of a snapshot; one is called at a time."""
+        async with self._admission():
+            return await self._in_filter_thread(call, *args)
+
     async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()
         options = query.options

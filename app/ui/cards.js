@@ -1,9 +1,11 @@
 // Renders results as cards, and moves between them by keys.
 
 import { drawMap, drawWords } from "./explain.js";
+import { percent } from "./format.js";
 import { release, showThumbnail } from "./service.js";
 
 const SIDES = [192, 384]; // pixels of a card's thumbnail
+const EVERY = 0.75; // share of the words, by their rarity, from which on a long text has every one
 
 // Returns the range of scores that the bars show: 1 for the best result, 0.1 for the last one of the first page.
 export function scaleOf(results) {
@@ -12,14 +14,14 @@ export function scaleOf(results) {
   return { top, span: Math.max(top - Math.min(...scores), 1e-6) };
 }
 
-// base: path of the collection. scale: see above. minScore: the cut-off. href: address of an opened item. isSelected:
-// tells whether an id is selected. open, only, select: called with the result of the card that was used.
-export function makeCard(result, { base, scale, minScore, href, isSelected, open, only, select }) {
+// base: path of the collection. scale: see above. isWeak: the result hardly fits. href: address of an opened item.
+// isSelected: tells whether an id is selected. open, only, select: called with the result of the card that was used.
+export function makeCard(result, { base, scale, isWeak, href, isSelected, open, only, select }) {
   const node = document.getElementById("card").content.cloneNode(true).firstElementChild;
   const find = (name) => node.querySelector(name);
   const title = result.caption || result.id;
   node.dataset.id = result.id;
-  node.classList.toggle("weak", result.score < minScore);
+  node.classList.toggle("weak", isWeak);
   const image = find("img"), link = find(".open"), category = find(".category"), selected = find(".select");
   showThumbnail(image, base, result.id, SIDES, () => find(".frame").classList.add("gone"));
   link.href = href(result);
@@ -37,11 +39,14 @@ export function makeCard(result, { base, scale, minScore, href, isSelected, open
   selected.addEventListener("click", () => select(result));
   selected.firstElementChild.textContent = `Select ${title}`;
   markSelected(node, isSelected(result.id));
-  if (result.score !== undefined) drawScore(find(".score"), result.score, scale);
-  if (result.folded) {
-    find(".near").hidden = false;
-    find(".near").textContent = `+${result.folded.length}`;
-    find(".near").title = `${result.folded.length} more that look nearly the same; open the image to see them`;
+  if (result.score !== undefined) drawScore(find(".score"), result, scale);
+  const others = result.folded?.length ?? (result.group?.count ?? 1) - 1;
+  if (others) {
+    const near = find(".near");
+    near.hidden = false;
+    near.textContent = `${others} more`;
+    near.title = result.folded ? "Show the images that look nearly the same" : "Show the other images";
+    near.addEventListener("click", () => open(result));
   }
   if (result.explanation) {
     node.classList.add("explained");
@@ -52,10 +57,13 @@ export function makeCard(result, { base, scale, minScore, href, isSelected, open
   return node;
 }
 
-function drawScore(place, score, { top, span }) {
+function drawScore(place, { score, text_score: contained }, { top, span }) {
   place.hidden = false;
-  place.title = `Similarity ${score.toFixed(4)} of at most 1; the bar compares the images shown`;
-  place.querySelector(".number").textContent = score.toFixed(3);
+  place.querySelector(".number").textContent = percent(score);
+  if (contained !== undefined) { // the order follows the words, too, so no bar compares it
+    place.querySelector(".track").hidden = true;
+    place.querySelector(".said").textContent = contained > EVERY ? "all words" : contained ? "some words" : "";
+  }
   place.querySelector(".fill").style.setProperty("--share", Math.max(0.1, 1 - (0.9 * (top - score)) / span));
 }
 

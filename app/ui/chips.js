@@ -46,6 +46,7 @@ function makeChip(part, label, showImage, remove) {
   Object.assign(text, { textContent: label, dir: "auto" });
   Object.assign(button, { type: "button", textContent: "×", ariaLabel: `Remove “${label}” from the search` });
   button.addEventListener("click", remove);
+  if (part === "picture") image.onerror = () => image.remove(); // a format that the browser cannot show
   showImage(image);
   node.append(image, text, button);
   return node;

@@ -1,7 +1,8 @@
 // The dialog that shows one image large, with its metadata and what can be done with it.
 
 import { drawWords } from "./explain.js";
-import { download, imagePath, loadItem, savedKey, showThumbnail } from "./service.js";
+import { fieldName, percent } from "./format.js";
+import { download, imagePath, loadGroup, loadItem, savedKey, showThumbnail } from "./service.js";
 
 const SIDES = [1280, 1280];
 const NEAR_SIDES = [192, 384];
@@ -48,8 +49,10 @@ export function prepareDetail(on) {
   });
 }
 
-// result: what the list knows of the item, or undefined. canLess: there is a search to subtract it from.
-export async function openDetail({ id, base, result, canLess, hasPrevious, hasNext }) {
+// result: what the list knows of the item, or undefined. canLess: there is a search to subtract it from. groups: field
+// whose values are shown once each in lists.
+export async function openDetail({ id, base, result, canLess, groups, hasPrevious, hasNext }) {
+  let isNew = false;
   if (shown?.id !== id || shown.base !== base) {
     shown = { id, base };
     $("detail-image").removeAttribute("src");
@@ -57,6 +60,7 @@ export async function openDetail({ id, base, result, canLess, hasPrevious, hasNe
     $("download").href = imagePath(base, id);
     say("");
     draw(result ?? { id });
+    isNew = true;
   }
   $("less").hidden = !canLess;
   $("previous").disabled = !hasPrevious;
@@ -65,9 +69,17 @@ export async function openDetail({ id, base, result, canLess, hasPrevious, hasNe
     dialog.showModal();
     $("detail-title").focus();
   }
-  if (result?.metadata) return;
-  const item = await loadItem(base, id).catch(({ message }) => say(message)); // a link: no list knows the item
-  if (item && shown?.id === id) draw({ ...result, ...item });
+  const isShown = () => shown?.id === id && shown.base === base;
+  let item = result;
+  if (!item?.metadata) { // a link: no list knows the item
+    item = await loadItem(base, id).catch(({ message }) => say(message));
+    if (!item || !isShown()) return;
+    draw({ ...result, ...item });
+  }
+  const value = groups && isNew ? (item.metadata[groups] ?? item[groups]) : undefined;
+  if (value === undefined || value === "") return;
+  const all = await loadGroup(base, groups, value).catch(() => []); // the image itself is there
+  if (isShown()) drawNear(all.map((each) => each.id).filter((each) => each !== id), `Same ${fieldName(groups).toLowerCase()}`);
 }
 
 export function closeDetail() {
@@ -88,10 +100,10 @@ function draw(item) {
   $("detail-category").title = `Only the category “${item.category}”`;
   $("download").download = fileName(item);
   drawWords($("detail-words"), item.explanation?.words);
-  drawNear(item.folded ?? []);
+  drawNear(item.folded ?? [], "Nearly the same");
   const facts = Object.entries(item.metadata ?? {}).filter(([, value]) => value !== null && value !== "" && !(Array.isArray(value) && !value.length));
-  const similarity = item.score === undefined ? [] : [["similarity", item.score.toFixed(4)]];
-  $("metadata").replaceChildren(...[["id", item.id], ...facts, ...similarity].flatMap(([name, value]) => {
+  const similarity = item.score === undefined ? [] : [["Similarity", percent(item.score)]];
+  $("metadata").replaceChildren(...[["Id", item.id], ...facts.map(([name, value]) => [fieldName(name), value]), ...similarity].flatMap(([name, value]) => {
     const term = document.createElement("dt"), detail = document.createElement("dd");
     term.textContent = name;
     detail.dir = "auto";
@@ -106,8 +118,9 @@ function drawValue(value) {
   return Object.assign(document.createElement("a"), { href: text, textContent: text, rel: "noreferrer", target: "_blank" });
 }
 
-function drawNear(ids) {
+function drawNear(ids, title) {
   $("folded").hidden = !ids.length;
+  $("folded").querySelector("h3").textContent = title;
   $("folded").querySelector("ul").replaceChildren(...ids.map((id) => {
     const entry = document.createElement("li"), button = document.createElement("button"), image = document.createElement("img");
     button.type = "button";

@@ -1,5 +1,7 @@
 // Draws the explanations of the API: word weights, and the contribution of each image part as an overlay.
 
+import { percent } from "./format.js";
+
 const VISIBLE = 0.15; // smallest share of the strongest part that is drawn
 const STRONGEST = 130; // opacity of 255: the image stays recognisable
 const SAME = 0.02; // weights that differ from the average by less say nothing
@@ -14,17 +16,16 @@ function drawWord({ word, weight }) {
   const node = document.createElement("span"), number = document.createElement("small");
   node.className = "word";
   node.textContent = word;
-  number.textContent = weight.toFixed(2);
+  number.textContent = percent(weight);
   node.append(number);
-  node.title = inWords({ word, weight });
+  node.title = `${inWords({ word, weight })}; an average word has 100%`;
   node.style.setProperty("--heat", Math.min(Math.max(weight - 0.5, 0), 1).toFixed(3));
   return node;
 }
 
 function inWords({ word, weight }) {
-  const percent = Math.round(100 * Math.abs(weight - 1));
-  if (percent < 1) return `“${word}” counts as much as an average word`;
-  return `“${word}” counts ${percent} % ${weight > 1 ? "more" : "less"} than an average word`;
+  const difference = percent(Math.abs(weight - 1));
+  return `“${word}” counts ${difference === "0%" ? "the same" : `${difference} ${weight > 1 ? "more" : "less"}`}`;
 }
 
 // Draws how to read the explanations. words: those of the query, null without any. hasMaps: overlays are shown.
@@ -34,9 +35,13 @@ export function drawLegend(place, words, hasMaps) {
     node.append(...parts);
     return node;
   };
-  const swatch = (name) => Object.assign(document.createElement("span"), { className: `swatch ${name}`, ariaHidden: "true" });
+  const part = (name, says) => {
+    const node = document.createElement("span");
+    node.append(Object.assign(document.createElement("span"), { className: `swatch ${name}`, ariaHidden: "true" }), says);
+    return node;
+  };
   const lines = [];
-  if (hasMaps) lines.push(line(swatch("up"), " this part of the image raises the score  ", swatch("down"), " this part lowers it"));
+  if (hasMaps) lines.push(line(part("up", "this part of the image raises the percentage"), part("down", "this part lowers it")));
   if (words?.length) {
     const drawn = Object.assign(document.createElement("div"), { className: "words" });
     drawWords(drawn, words);
@@ -44,8 +49,8 @@ export function drawLegend(place, words, hasMaps) {
     const far = [...words].sort((a, b) => Math.abs(b.weight - 1) - Math.abs(a.weight - 1)).slice(0, 2);
     const says = far.every(({ weight }) => Math.abs(weight - 1) < SAME)
       ? "This model counts all words alike: it has learned nothing about this gallery."
-      : `1.00 is an average word: ${far.map(inWords).join(", ")}.`;
-    lines.push(line(says));
+      : `An average word has 100%: ${far.map(inWords).join(", ")}.`;
+    if (words.length > 1) lines.push(line(says));
   }
   place.hidden = !lines.length;
   place.replaceChildren(...lines);

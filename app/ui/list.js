@@ -1,14 +1,17 @@
 // The list of images, which grows while it is scrolled, and the second list beside it.
 
-import { EMPTY, hasSubject } from "./address.js";
+import { EMPTY, hasFilter, hasSubject } from "./address.js";
 import { clearCards, makeCard, makeDivider, scaleOf } from "./cards.js";
 import { rememberCaption } from "./chips.js";
 import { markPlaces } from "./compare.js";
 import { drawLegend } from "./explain.js";
+import { fieldName, number, percent } from "./format.js";
 import { isSelected, toggleSelected } from "./selection.js";
 import { loadPage } from "./service.js";
 
 const FAMILIAR = 0.5; // share of the words that captions have
+const CONTAINED = 0.6; // share of the words, by their rarity, from which on an item fits whatever its image shows
+const NEAR_SPELLING = 0.4; // the same where captions lack the words
 
 const $ = (id) => document.getElementById(id);
 const results = $("results"), nothing = $("nothing");
@@ -21,7 +24,7 @@ let list = emptyList();
 const observer = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && !page.isBusy() && growList(), { rootMargin: "600px" });
 
 function emptyList() {
-  return { wanted: EMPTY, results: [], others: [], next: undefined, minScore: -Infinity, scale: scaleOf([]), count: 0, fitting: 0, isDivided: false, isGrowing: false };
+  return { wanted: EMPTY, results: [], others: [], next: undefined, minScore: -Infinity, scale: scaleOf([]), count: 0, groups: "", enough: CONTAINED, fitting: 0, isDivided: false, isGrowing: false };
 }
 
 export function prepareList(given) {
@@ -36,33 +39,44 @@ export function clearLists() {
   clearCards(results);
   clearCards($("others"));
   observer.unobserve($("more"));
-  nothing.hidden = $("other").hidden = $("results-name").hidden = true;
+  nothing.hidden = $("other").hidden = $("results-name").hidden = $("scores").hidden = true;
   document.body.classList.remove("beside");
   drawLegend($("legend"), null, false);
   $("status").textContent = "";
   list = emptyList();
 }
 
-// found: the first page. known: how familiar the words are, or null.
-export function drawList(found, wanted, known) {
+// found: the first page. known: how familiar the words are, or null. groups: field whose values are shown once each.
+export function drawList(found, wanted, known, groups) {
   const hadFocus = $("lists").contains(document.activeElement);
   clearLists();
-  const minScore = isUnfamiliar(known, found.results) ? Infinity : page.minScore(wanted, wanted.in);
-  list = { ...emptyList(), wanted, minScore, scale: scaleOf(found.results), count: found.count };
+  const isStrange = isUnfamiliar(known, found.results);
+  const minScore = isStrange ? Infinity : page.minScore(wanted, wanted.in), enough = isStrange ? NEAR_SPELLING : CONTAINED;
+  list = { ...emptyList(), wanted, minScore, enough, scale: scaleOf(found.results), count: found.count, groups };
   const hasMaps = found.results.some(({ explanation }) => explanation);
   if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), found.words, hasMaps);
   append(found);
   if (hadFocus) results.focus({ preventScroll: true });
-  const where = wanted.category ? ` in the category “${wanted.category}”` : "";
-  if (!found.results.length) showNothing(hasSubject(wanted) ? `No images${where}` : `Nothing is here${where}`, "");
-  else if (!found.results.some(({ score }) => !(score < minScore))) {
+  $("scores").hidden = !hasSubject(wanted) || !found.results.length;
+  $("scores").querySelector("summary").textContent = `What does ${percent(found.results[0]?.score)} mean?`;
+  if (!found.results.length) {
+    if (hasFilter(wanted)) showNothing("No images have all of these filters", "Remove one to see more.");
+    else showNothing("No images are here", "");
+  } else if (!list.fitting) {
     showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
   }
 }
 
 // True if captions lack most of the words and the best score is no strong one either.
-function isUnfamiliar(known, [best]) {
-  return Boolean(known && best) && known.known < FAMILIAR && known.strong_score !== null && best.score < known.strong_score;
+function isUnfamiliar(known, shown) {
+  const best = Math.max(...shown.map(({ score }) => score));
+  return Boolean(known && shown.length) && known.known < FAMILIAR && known.strong_score !== null && best < known.strong_score;
+}
+
+// Returns the number of first results that fit: by their score, or because they have the words.
+function countFitting(shown, { minScore, enough = CONTAINED }) {
+  const end = shown.findIndex(({ score, text_score: contained = 0 }) => score < minScore && contained < enough);
+  return end < 0 ? shown.length : end;
 }
 
 function showNothing(lead, why) {
@@ -75,8 +89,8 @@ function append(found) {
   const start = list.results.length, { wanted } = list;
   list.results.push(...found.results);
   list.next = wanted.beside && hasSubject(wanted) ? undefined : found.next_offset;
-  list.fitting = wanted.sort ? list.results.length : list.results.filter(({ score }) => !(score < list.minScore)).length;
-  const cards = found.results.map((result) => card(result, wanted.in, list));
+  list.fitting = wanted.sort ? list.results.length : countFitting(list.results, list);
+  const cards = found.results.map((result, i) => card(result, wanted.in, list.scale, start + i >= list.fitting));
   if (!list.isDivided && list.fitting && list.fitting < list.results.length) {
     cards.splice(list.fitting - start, 0, makeDivider());
     list.isDivided = true;
@@ -87,10 +101,10 @@ function append(found) {
   if (canGrow()) observer.observe($("more")); // again, so that it reports even if it stayed visible
 }
 
-function card(result, name, { scale, minScore }) {
+function card(result, name, scale, isWeak) {
   rememberCaption(page.base(name), result);
   return makeCard(result, {
-    base: page.base(name), scale, minScore, isSelected,
+    base: page.base(name), scale, isWeak, isSelected,
     href: ({ id }) => page.href(id, name),
     open: ({ id }) => page.open(id, name),
     only: ({ category }) => page.only(category),
@@ -99,15 +113,16 @@ function card(result, name, { scale, minScore }) {
 }
 
 function facts({ took_ms: took }) {
-  const { wanted } = list, shown = list.results.length, number = (n) => n.toLocaleString();
+  const { wanted } = list, shown = list.results.length;
   const images = (n) => `${number(n)} ${n === 1 ? "image" : "images"}`;
   if (!hasSubject(wanted)) {
     if (wanted.without) return "“Without” takes things away from a search. Type what to search for, too.";
-    return `${images(list.count)}${wanted.category ? ` in “${wanted.category}”` : ""}`;
+    return `${images(list.count)}${list.groups ? `, one for each ${fieldName(list.groups).toLowerCase()}` : ""}`;
   }
-  const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)} of ${images(page.total(wanted.in))}`;
+  const of = hasFilter(wanted) ? ` ${shown === 1 ? "image" : "images"} with these filters` : ` of ${images(page.total(wanted.in))}`;
+  const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)}${of}`;
   const fitting = list.fitting && list.fitting < shown ? `, ${number(list.fitting)} of them likely` : "";
-  return `${found}${fitting} · ${Math.max(1, Math.round(took))} ms`;
+  return `${found}${fitting} · ${took < 1000 ? `${Math.max(1, Math.round(took))} ms` : `${number(took / 1000)} s`}`;
 }
 
 // Loads the next page; returns false if there is none or the list has changed.
@@ -137,8 +152,8 @@ export function drawCompared(found, wanted) {
   $("other-status").textContent = found.results ? "" : found.message;
   list.others = found.results ?? [];
   if (!list.others.length) return;
-  const compared = { scale: scaleOf(list.others), minScore: page.minScore(wanted, wanted.beside) };
-  $("others").append(...list.others.map((result) => card(result, wanted.beside, compared)));
+  const scale = scaleOf(list.others), fitting = countFitting(list.others, { minScore: page.minScore(wanted, wanted.beside) });
+  $("others").append(...list.others.map((result, i) => card(result, wanted.beside, scale, i >= fitting)));
   markPlaces(results, list.others, wanted.beside);
   markPlaces($("others"), list.results, page.nameOf(wanted.in));
 }

@@ -5,13 +5,15 @@
 // - "Back" loads as much of the list as was shown and scrolls there.
 // - Requests start once the collections are loaded; text typed before that waits.
 
-import { EMPTY, formatAddress, hasSubject, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
+import { EMPTY, formatAddress, hasFilter, hasSubject, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
 import { moveByKey } from "./cards.js";
 import { drawChips } from "./chips.js";
+import { drawPicture, prepareCrop } from "./crop.js";
 import { closeDetail, openDetail, prepareDetail } from "./detail.js";
+import { drawFacets, prepareFacets } from "./facets.js";
 import { canGrow, clearLists, drawCompared, drawList, growList, itemsOf, prepareList, shownCount } from "./list.js";
 import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
-import { knownWords, listCollections, loadPage, saveKey, savedKey } from "./service.js";
+import { knownWords, listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
 import { aboutCollection, drawAbout } from "./start.js";
 import { images, prepareUpload } from "./upload.js";
 
@@ -20,6 +22,7 @@ const query = $("query"), results = $("results"), error = $("error"), collection
 const SLOW_MS = 500;
 const SAVE_MS = 150;
 const SAME_ENTRY_MS = 2000; // typing within this time replaces the entry of the history
+const WIDE = matchMedia("(min-width: 900px)"); // room for a column of filters
 const PHONE = matchMedia("(max-width: 560px), (max-height: 480px)");
 
 let collections = []; // as GET /collections lists them, the default one first
@@ -81,11 +84,11 @@ async function load({ typed, restored }) {
     };
     const second = wanted.beside && hasSubject(wanted) ? compared().catch((reason) => reason) : null;
     const words = isPlain(wanted) ? knownWords(base(wanted.in), wanted.q, signal).catch(() => null) : null;
-    const [found, other, known] = await Promise.all([first, second, words]);
+    const [found, other, known, { group_field: groups }] = await Promise.all([first, second, words, loadCatalogue(base(wanted.in))]);
     if (signal.aborted) return;
     drawn = listKey(wanted);
     error.hidden = $("key-form").hidden = true;
-    drawList(found, wanted, known);
+    drawList(found, wanted, known, groups);
     if (other) drawCompared(other, wanted);
     await restore(restored, signal);
   } catch (reason) {
@@ -127,14 +130,16 @@ function drawControls() {
   beside.value = state.beside;
   setText(query, state.q);
   setText($("without"), state.without);
-  setText($("category"), state.category);
   $("explain").checked = state.explain;
   $("fold").checked = state.fold;
-  $("start").hidden = hasSubject(state) || Boolean(state.category);
+  $("start").hidden = hasSubject(state) || hasFilter(state);
   const isOther = collection.dataset.about !== nameOf(state.in);
   collection.value = collection.dataset.about = nameOf(state.in);
   if (isOther) describe();
+  drawSwitches();
   drawSort();
+  drawPicture(state);
+  drawFacets(base(), state);
   drawParts();
   drawSelection(hasSubject(state));
   for (const node of $("examples").children) node.setAttribute("aria-pressed", node.value === state.q);
@@ -146,6 +151,14 @@ async function describe() {
   if (!described || !isSearched(name)) return;
   drawAbout(described);
   drawSort();
+}
+
+async function drawSwitches() {
+  const name = state.in, { has_words, starts_hybrid, group_field } = await loadCatalogue(base()).catch(() => ({}));
+  if (!isSearched(name)) return;
+  $("words-label").hidden = !has_words;
+  $("words").checked = state.words ? state.words === "1" : starts_hybrid;
+  $("fold-label").hidden = Boolean(group_field);
 }
 
 function drawSort() {
@@ -168,16 +181,18 @@ function drawParts() {
 }
 
 function removePart(part) {
-  const left = { ...state, [part]: part === "picture" ? "" : [] };
+  const left = { ...state, ...(part === "picture" ? { picture: "", crop: "" } : { [part]: [] }) };
   query.focus();
   go(hasSubject(left) ? left : { ...left, unlike: [] });
 }
 
-function drawDetail() {
+async function drawDetail() {
   if (!state.show) return closeDetail();
+  const { group_field: groups } = await loadCatalogue(base(state.of || state.in)).catch(() => ({}));
+  if (!state.show) return;
   const items = itemsOf(state.of), at = items.findIndex(({ id }) => id === state.show);
   openDetail({
-    id: state.show, base: base(state.of || state.in), result: items[at], canLess: hasSubject(state),
+    id: state.show, base: base(state.of || state.in), result: items[at], canLess: hasSubject(state), groups,
     hasPrevious: at > 0, hasNext: at >= 0 && (at + 1 < items.length || (!state.of && canGrow())),
   });
 }
@@ -203,8 +218,13 @@ function searchLike(ids, name = "") {
   const ofOther = Boolean(name) && !isSearched(name), known = new Set(itemsOf(false).map(({ id }) => id));
   const swaps = ofOther && !itemsOf(true).some(({ id }) => known.has(id));
   scrollTo({ top: 0 });
-  const swapped = { in: name, beside: nameOf(state.in), category: "" };
-  go({ q: "", picture: "", unlike: [], like: ids, sort: "", ...(swaps ? swapped : {}) });
+  const swapped = { in: name, beside: nameOf(state.in), filter: {} };
+  go({ q: "", picture: "", crop: "", unlike: [], like: ids, sort: "", ...(swaps ? swapped : {}) });
+}
+
+function toggleFilter(field, value) { // undefined removes the filter
+  const { [field]: _, ...others } = state.filter;
+  go({ filter: value === undefined ? others : { ...others, [field]: value } });
 }
 
 const searchUnlike = (ids) => go({ unlike: [...new Set([...state.unlike, ...ids])] });
@@ -224,7 +244,7 @@ prepareList({
   total: (name) => about(name)?.count ?? 0,
   isBusy: () => running !== null,
   open: (id, name) => go({ show: id, of: isSearched(name) ? "" : name }),
-  only: (category) => go({ category }),
+  only: (category) => toggleFilter("category", category),
 });
 prepareDetail({
   step,
@@ -233,10 +253,13 @@ prepareDetail({
   link: (id) => new URL(href(id, state.of || state.in), location.href).href,
   similar: (id) => searchLike([id], state.of),
   less: (id) => searchUnlike([id]),
-  only: (category) => go({ category }),
+  only: (category) => toggleFilter("category", category),
 });
 prepareSelection({ more: searchLike, less: searchUnlike });
-prepareUpload((picture) => go({ picture, like: [], sort: "" }));
+prepareUpload((picture) => go({ picture, crop: "", like: [], sort: "" }));
+prepareCrop((crop, byKey = false) => go({ crop }, { replace: byKey, typed: byKey }));
+prepareFacets(WIDE, toggleFilter);
+WIDE.addEventListener("change", () => drawFacets(base(), state));
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -244,18 +267,20 @@ $("form").addEventListener("submit", (event) => {
   if (matchMedia("(pointer: coarse)").matches) query.blur(); // closes the keyboard
 });
 for (const input of [query, $("without")]) input.addEventListener("input", typed);
-$("category").addEventListener("change", () => go({ category: $("category").value.trim() }));
 $("sort").addEventListener("change", () => go({ sort: $("sort").value }, { replace: true }));
+$("words").addEventListener("change", async () => {
+  const isOn = $("words").checked, { starts_hybrid } = await loadCatalogue(base());
+  go({ words: isOn === starts_hybrid ? "" : isOn ? "1" : "0" }, { replace: true });
+});
 $("fold").addEventListener("change", () => go({ fold: $("fold").checked }, { replace: true }));
 $("explain").addEventListener("change", () => go({ explain: $("explain").checked }, { replace: true }));
 beside.addEventListener("change", () => go({ beside: beside.value }));
 collection.addEventListener("change", () => {
   clearSelection();
   const swapped = state.beside === collection.value ? nameOf(state.in) : state.beside;
-  go({ in: collection.value, beside: swapped, like: [], unlike: [], category: "", sort: "" });
+  go({ in: collection.value, beside: swapped, like: [], unlike: [], filter: {}, sort: "" });
 });
 $("examples").addEventListener("click", ({ target }) => target.value && go({ q: target.value }));
-$("top-categories").addEventListener("click", ({ target }) => target.value && go({ category: target.value }));
 $("more-options").addEventListener("click", () => {
   $("more-options").setAttribute("aria-expanded", $("form").classList.toggle("open"));
 });

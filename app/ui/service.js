@@ -1,6 +1,7 @@
 // Requests to the service, with the API key of this tab if it has one.
 
-import { hasSubject } from "./address.js";
+import { hasFilter, hasSubject } from "./address.js";
+import { parseCrop } from "./crop.js";
 import { images } from "./upload.js";
 
 const KEY = "dcar.key";
@@ -49,10 +50,40 @@ async function requestJson(path, options) {
 
 export const listCollections = async () => (await requestJson("collections")).collections;
 
-// base: path of a collection, "" for the default one. Returns {count, items, next_offset, categories, fields}.
-export function browse(base, options, signal) {
-  const given = Object.entries({ k: BROWSED, ...options }).filter(([, value]) => value !== "" && value !== undefined);
-  return requestJson(`${base}browse?${new URLSearchParams(given)}`, { signal });
+// base: path of a collection, "" for the default one. Returns {count, items, next_offset}.
+export function browse(base, { filter = {}, ...options }, signal) {
+  const given = { k: BROWSED, ...options, filter: hasFilter({ filter }) ? JSON.stringify(filter) : "" };
+  const present = Object.entries(given).filter(([, value]) => value !== "" && value !== undefined);
+  return requestJson(`${base}browse?${new URLSearchParams(present)}`, { signal });
+}
+
+const catalogues = new Map(); // path of a collection -> promise of its catalogue
+
+// Returns {fields, group_field, has_words, starts_hybrid}: see `app/api/browsing.py`.
+export function loadCatalogue(base) {
+  if (!catalogues.has(base)) {
+    const loading = requestJson(`${base}catalogue`);
+    loading.catch(() => catalogues.delete(base));
+    catalogues.set(base, loading);
+  }
+  return catalogues.get(base);
+}
+
+// Returns [{name, values: [{value, count}]}].
+export async function loadFacets(base, filter) {
+  const params = hasFilter({ filter }) ? `?${new URLSearchParams({ filter: JSON.stringify(filter) })}` : "";
+  return (await requestJson(`${base}facets${params}`)).facets;
+}
+
+// Returns the items that share a value of a field.
+export async function loadGroup(base, field, value) {
+  const params = new URLSearchParams({ k: BROWSED, group_by: "", filter: JSON.stringify({ [field]: value }) });
+  return (await requestJson(`${base}items?${params}`)).items;
+}
+
+// True if a state's words are looked up as well.
+export function isHybrid(state, { has_words, starts_hybrid }) {
+  return Boolean(state.q) && has_words && (state.words ? state.words === "1" : starts_hybrid);
 }
 
 export const loadItem = (base, id, signal) => requestJson(`${base}items/${encodeURIComponent(id)}`, { signal });
@@ -63,17 +94,20 @@ export const knownWords = (base, q, signal) => requestJson(`${base}words?${new U
 // One page of the list that a state describes, as {results, next_offset, count, ...}.
 export async function loadPage(state, base, offset, signal) {
   if (hasSubject(state)) return search(state, base, offset, signal);
-  const page = await browse(base, { offset, category: state.category, sort: state.sort }, signal);
+  const page = await browse(base, { offset, filter: state.filter, sort: state.sort }, signal);
   return { ...page, results: page.items };
 }
 
 async function search(state, base, offset, signal) {
   const options = { k: state.beside ? COMPARED : state.sort ? SORTED : PAGE, offset, fields: ["*"] };
-  if (state.category) options.filter = { category: state.category };
+  const about = await loadCatalogue(base);
+  if (hasFilter(state)) options.filter = state.filter;
+  if (isHybrid(state, about)) options.hybrid = true;
+  if (state.picture && state.crop) options.crop = parseCrop(state.crop);
   if (state.without) options.without = state.without;
   if (state.like.length) options.more_like = state.like;
   if (state.unlike.length) options.less_like = state.unlike;
-  if (state.fold) options.fold = FOLD;
+  if (state.fold && !about.group_field) options.fold = FOLD;
   if (state.explain && !offset) options.explain = true;
   const found = await (state.picture ? searchByImage : searchByWords)(state, options, base, signal);
   return state.sort ? { ...found, results: sorted(found.results, state.sort), next_offset: undefined } : found;

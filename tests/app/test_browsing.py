@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from app.core.thumbnail_cache import ThumbnailCache
 from index_jobs.rebuild import rebuild
+from tests.support.images import encoded
 from tests.support.service import ALICE, KEYS, ODD_ID, ServiceClient, bearer, opened
 
 PNG = b"\x89PNG\r\n\x1a\n"
+CAKES = json.dumps({"category": "cakes"})
 WEBP = {"Accept": "image/avif,image/webp,*/*"}
 
 
@@ -81,6 +84,41 @@ async def test_thumbnails_are_small_and_upright(photos: Path, cache: dict[str, A
             assert fallback.headers["etag"] != response.headers["etag"]
             again = await client.get(url, headers={**WEBP, "If-None-Match": response.headers["etag"]})
             assert (again.status_code, again.content) == (304, b"")
+
+
+async def test_heic_photos_are_searched_and_shown(tiny_checkpoint: Path, tmp_path: Path, cache: dict[str, Any]) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pip install 'dcar[heic]'")
+    (tmp_path / "gallery").mkdir()
+    for color in ("red", "blue"):
+        path = tmp_path / "gallery" / f"{color}.heic"
+        pillow_heif.from_pillow(Image.new("RGB", (400, 300), color)).save(path, quality=90)
+    rebuild(tmp_path / "gallery", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+    async with opened(tmp_path / "index", **cache) as client:
+        files = {"file": ("photo.heic", path.read_bytes(), "image/heic")}
+        found = await client.post("/search/image", files=files, data={"fields": "file_name"})
+        best = found.json()["results"][0]
+        assert (best["metadata"]["file_name"], best["score"] > 0.999) == ("blue.heic", True)
+        for headers, kind in ((WEBP, "webp"), ({}, "jpeg")):
+            thumbnail = await client.get(f"{best['image_url']}?size=192", headers=headers)
+            assert thumbnail.headers["content-type"] == f"image/{kind}"
+            image = Image.open(io.BytesIO(thumbnail.content)).convert("RGB")
+            assert image.size == (192, 144)
+            red, _, blue = np.asarray(image)[72, 96]
+            assert blue > 200 > 60 > red
+
+
+async def test_cmyk_and_tiff_are_query_images_where_they_are_allowed(photos: Path) -> None:
+    gallery = photos.parent / "gallery"
+    async with opened(photos) as client:
+        files = {"file": (gallery / "print.jpg").read_bytes()}
+        best = (await client.post("/search/image", files=files)).json()["results"][0]
+        assert (best["caption"], best["score"] > 0.999) == ("Éclair", True)
+        scan = {"file": encoded(Image.new("RGB", (40, 40), "red"), "TIFF")}
+        refused = await client.post("/search/image", files=scan)
+        assert refused.status_code == 422
+        assert "tiff" in refused.json()["detail"].lower()
+    async with opened(photos, image_formats=("tiff",)) as client:
+        assert (await client.post("/search/image", files=scan)).status_code == 200
 
 
 async def test_small_drawings_are_sent_as_they_are(built_index: Path, cache: dict[str, Any]) -> None:
@@ -166,16 +204,48 @@ def test_cache_without_a_disk_is_no_error(tmp_path: Path, caplog: pytest.LogCapt
 
 async def test_browsing_filters_and_sorts(photos: Path) -> None:
     async with opened(photos) as client:
-        body = (await client.get("/browse")).json()
-        assert body["count"] == 3
-        assert body["categories"] == [{"value": "cakes", "count": 2}, {"value": "lamps", "count": 1}]
-        assert {"name": "price", "is_number": True} in body["fields"]
+        assert (await client.get("/browse")).json()["count"] == 3
+        assert {"name": "price", "is_number": True} in (await client.get("/catalogue")).json()["fields"]
         assert await ids(client, sort="price") == ["print", "phone", "scan"], "an item without a price is last"
         assert await ids(client, sort="-price") == ["phone", "print", "scan"]
         assert await ids(client, sort="price", k=1, offset=1) == ["phone"]
-        assert await ids(client, sort="caption", category="cakes") == ["print", "scan"]
-        for query in ({"sort": "gone"}, {"sort": "attributes"}, {"k": 0}, {"k": 1000}, {"unknown": 1}):
+        assert await ids(client, sort="caption", filter=CAKES) == ["print", "scan"]
+        for query in ({"sort": "gone"}, {"sort": "attributes"}, {"k": 0}, {"k": 1000}, {"unknown": 1}, {"filter": "{"}):
             assert (await client.get("/browse", params=query)).status_code == 422
+
+
+async def test_facets_are_fields_that_few_values_divide(built_index: Path) -> None:
+    async with opened(built_index) as client:
+
+        async def counted(**filter: str) -> dict[str, dict[str, int]]:
+            response = await client.get("/facets", params={"filter": json.dumps(filter)})
+            assert response.status_code == 200, response.text
+            facets = response.json()["facets"]
+            return {facet["name"]: {each["value"]: each["count"] for each in facet["values"]} for facet in facets}
+
+        everything = await counted()
+        assert list(everything) == ["category", "color"], "no field whose values are all different"
+        assert (set(everything["category"].values()), set(everything["color"].values())) == ({6}, {4})
+        red = await counted(color="red")
+        assert red["color"] == everything["color"], "another value of the same field can be chosen"
+        assert set(red["category"].values()) == {1}
+        for wrong in ("{", '{"brand": "x"}', "[1]"):
+            assert (await client.get("/facets", params={"filter": wrong})).status_code == 422
+
+
+async def test_gallery_shows_each_group_once(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", group_field="color", workers=0, progress=False)
+    async with opened(tmp_path / "index", page_hybrid=True) as client:
+        body = (await client.get("/browse", params={"sort": "caption", "k": 4})).json()
+        assert (body["count"], body["next_offset"]) == (6, 4)
+        assert [item["caption"] for item in body["items"]][:2] == ["a black circle", "a blue circle"]
+        assert body["items"][0]["group"] == {"value": "black", "count": 4}
+        some = {"filter": json.dumps({"category": ["cross", "square"]})}
+        assert {item["group"]["count"] for item in (await client.get("/browse", params=some)).json()["items"]} == {2}
+        facets = (await client.get("/facets")).json()["facets"]
+        assert [(facet["name"], {each["count"] for each in facet["values"]}) for facet in facets] == [("category", {6})]
+        about = (await client.get("/catalogue")).json()
+        assert (about["group_field"], about["has_words"], about["starts_hybrid"]) == ("color", True, True)
 
 
 async def test_words_of_captions_are_familiar(photos: Path) -> None:
@@ -195,7 +265,7 @@ async def test_words_of_captions_are_familiar(photos: Path) -> None:
 
 async def test_routes_of_the_page_need_the_key(photos: Path) -> None:
     async with opened(photos, **KEYS) as client:
-        paths = ("/browse", "/words?q=red", f"/items/{'x' * 8}/image?size=192")
+        paths = ("/browse", "/facets", "/catalogue", "/words?q=red", f"/items/{'x' * 8}/image?size=192")
         for path in paths:
             assert (await client.get(path)).status_code == 401
         assert (await client.get("/browse", headers=bearer(ALICE))).status_code == 200

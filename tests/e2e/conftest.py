@@ -1,4 +1,4 @@
-"""A browser, and services with one or two collections."""
+"""A browser, and services with one or several collections."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,46 +24,42 @@ PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
 @pytest.fixture(scope="session")
-def site(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    index = tmp_path_factory.mktemp("page") / "index"
-    rebuild(tiny_gallery, tiny_checkpoint, index, workers=0, progress=False)
-    with served(Settings(index=index, device="cpu")) as address:
+def indexes(
+    tiny_data: Path,
+    tiny_model: Path,
+    tiny_checkpoint: Path,
+    other_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """Indexes by name: one with a cut-off, other galleries and models, and one with a group field."""
+    path = tmp_path_factory.mktemp("page")
+    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), path / "zero-shot")
+
+    def build(name: str, gallery: Path, checkpoint: Path, **options: Any) -> Path:
+        rebuild(gallery, checkpoint, path / name, workers=0, progress=False, **options)
+        return path / name
+
+    return {
+        "shapes": build("shapes", tiny_data, tiny_checkpoint, validation=tiny_data),
+        "circles": build("circles", tiny_data / "circle", other_checkpoint),
+        "another": build("another", tiny_data, other_checkpoint),
+        "untouched": build("untouched", tiny_data, path / "zero-shot"),
+        "products": build("products", tiny_data, tiny_checkpoint, group_field="color"),
+    }
+
+
+@pytest.fixture(scope="session")
+def site(indexes: dict[str, Path]) -> Iterator[str]:
+    """A service with one collection."""
+    with served(Settings(index=indexes["shapes"], device="cpu")) as address:
         yield ready(address)
 
 
 @pytest.fixture(scope="session")
-def two(
-    tiny_data: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """Two collections; in the default one a cut-off is calibrated."""
-    path = tmp_path_factory.mktemp("two")
-    rebuild(tiny_data, tiny_checkpoint, path / "shapes", workers=0, progress=False, validation=tiny_data)
-    rebuild(tiny_data / "circle", other_checkpoint, path / "circles", workers=0, progress=False)
-    settings = Settings(index=path / "shapes", collections={"circles": path / "circles"}, device="cpu")
-    with served(settings) as address:
-        yield ready(address)
-
-
-@pytest.fixture(scope="session")
-def rivals(
-    tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """One gallery by two models."""
-    path = tmp_path_factory.mktemp("rivals")
-    for name, checkpoint in (("one", tiny_checkpoint), ("another", other_checkpoint)):
-        rebuild(tiny_gallery, checkpoint, path / name, workers=0, progress=False)
-    settings = Settings(index=path / "one", collections={"another": path / "another"}, device="cpu")
-    with served(settings) as address:
-        yield ready(address)
-
-
-@pytest.fixture(scope="session")
-def untouched(tiny_gallery: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The gallery by the model without adaptation."""
-    path = tmp_path_factory.mktemp("untouched")
-    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), path / "checkpoint")
-    rebuild(tiny_gallery, path / "checkpoint", path / "index", workers=0, progress=False)
-    with served(Settings(index=path / "index", device="cpu")) as address:
+def many(indexes: dict[str, Path]) -> Iterator[str]:
+    """A service with every collection; shapes is the default one."""
+    others = {name: index for name, index in indexes.items() if name != "shapes"}
+    with served(Settings(index=indexes["shapes"], collections=others, device="cpu")) as address:
         yield ready(address)
 
 

@@ -25,12 +25,12 @@ def marks(cards: list[Any]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals: str) -> None:
+def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: str) -> None:
     page.open(f"{site}/#q=red")
     page.settled(24)
     assert not page.one("#versus").is_displayed(), "there is no other collection"
 
-    page.open(f"{rivals}/#q=a+red+circle")
+    page.open(f"{many}/#q=a+red+circle")
     page.settled(24)
     assert not page.one("#other").is_displayed()
     assert not page.one("#results .place").is_displayed()
@@ -38,11 +38,11 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals:
     there = others(page, 12)
     here = page.settled(12)
     assert "beside=another" in page.driver.current_url
-    assert [page.one("#results-name").text, page.one("#other-name").text] == ["one", "another"]
+    assert [page.one("#results-name").text, page.one("#other-name").text] == ["shapes", "another"]
     assert page.one("#status").text.startswith("The best 12 of 24 images")
     body = {"query": "a red circle", "k": 12}
     ids = [
-        [result["id"] for result in httpx.post(f"{rivals}{path}/search/text", json=body).json()["results"]]
+        [result["id"] for result in httpx.post(f"{many}{path}/search/text", json=body).json()["results"]]
         for path in ("", "/collections/another")
     ]
     for cards, (mine, yours) in ((here, ids), (there, ids[::-1])):
@@ -68,7 +68,7 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals:
     page.settled(12)
     others(page, 12)
     assert f"item={ids[1][0]}" in page.driver.current_url
-    assert page.one("#collection").get_attribute("value") == "one"
+    assert page.one("#collection").get_attribute("value") == "shapes"
     page.driver.back()
     until(lambda: page.one("#detail").is_displayed())
     page.driver.back()
@@ -79,13 +79,13 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, rivals:
     page.open(address)  # as a shared link
     others(page, 12)
     choose(page, "collection", "another")  # the sides swap
-    until(lambda: page.one("#results-name").text == "another" and page.one("#other-name").text == "one")
+    until(lambda: page.one("#results-name").text == "another" and page.one("#other-name").text == "shapes")
     assert page.errors() == []
 
 
 @pytest.mark.slow
-def test_two_galleries_are_compared(page: Page, two: str) -> None:
-    page.open(f"{two}/#q=red&beside=circles")
+def test_two_galleries_are_compared(page: Page, many: str) -> None:
+    page.open(f"{many}/#q=red&beside=circles")
     page.settled(12)
     cards = others(page, 6)
     assert not any(marks([*cards, *page.all("#results .card")])), "no item is in both"
@@ -99,17 +99,17 @@ def test_two_galleries_are_compared(page: Page, two: str) -> None:
     until(lambda: "no item" in page.one("#other-status").text)
     assert page.all("#others .card") == []
     assert not page.one("#error").is_displayed()
-    page.open(f"{two}/#q=red&beside=gone")
+    page.open(f"{many}/#q=red&beside=gone")
     until(lambda: "no gallery “gone”" in page.one("#error").text)
     assert not page.one("#other").is_displayed()
 
 
 @pytest.mark.parametrize("width", [600, 640, 700])
-def test_medium_window_fits_both_lists(page: Page, rivals: str, width: int) -> None:
+def test_medium_window_fits_both_lists(page: Page, many: str, width: int) -> None:
     size = page.driver.get_window_size()
     page.driver.set_window_size(width, 900)
     try:
-        page.open(f"{rivals}/#q=a+red+circle&category=circle")
+        page.open(f"{many}/#q=a+red+circle&category=circle")
         page.settled(6)
         until(lambda: page.driver.execute_script("return document.body.scrollWidth <= innerWidth"))
     finally:

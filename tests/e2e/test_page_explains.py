@@ -32,13 +32,13 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     assert max(opacities) < 0.6 * 255, "the image stays recognisable"
     assert explained[0].find_element("css selector", "img").value_of_css_property("filter") == "none"
     legend = page.one("#legend").text
-    assert "this part of the image raises the score" in legend
+    assert "this part of the image raises the percentage" in legend
     found = httpx.post(f"{site}/search/text", json={"query": "a red square", "explain": True, "k": 1}).json()
     far = max(found["words"], key=lambda each: abs(each["weight"] - 1))
     percent = round(100 * abs(far["weight"] - 1))
     if percent >= 2:
         more = "more" if far["weight"] > 1 else "less"
-        assert f"“{far['word']}” counts {percent} % {more} than an average word" in legend
+        assert f"“{far['word']}” counts {percent}% {more}" in legend
     explained[0].find_element("css selector", ".open").click()
     until(lambda: page.one("#detail-words").is_displayed())
     page.driver.back()
@@ -49,15 +49,15 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_untouched_model_says_that_nothing_was_learned(page: Page, untouched: str) -> None:
-    page.open(f"{untouched}/#q=a+red+square&explain=1")
+def test_untouched_model_says_that_nothing_was_learned(page: Page, many: str) -> None:
+    page.open(f"{many}/#q=a+red+square&explain=1&in=untouched")
     until(lambda: "it has learned nothing about this gallery" in page.one("#legend").text)
     assert page.errors() == []
 
 
 @pytest.mark.slow
-def test_results_below_the_cut_off_are_separated(page: Page, two: str) -> None:
-    cut = httpx.get(f"{two}/collections").json()["collections"][0]["min_score"]
+def test_results_below_the_cut_off_are_separated(page: Page, many: str) -> None:
+    cut = httpx.get(f"{many}/collections").json()["collections"][0]["min_score"]
     best: dict[str, float] = {}
     fitting: dict[str, int] = {}
     for query in (
@@ -72,26 +72,26 @@ def test_results_below_the_cut_off_are_separated(page: Page, two: str) -> None:
         "!",
         "9 9 9",
     ):
-        found = httpx.post(f"{two}/search/text", json={"query": query, "k": 24}).json()["results"]
+        found = httpx.post(f"{many}/search/text", json={"query": query, "k": 24}).json()["results"]
         best[query] = found[0]["score"]
         fitting[query] = sum(result["score"] >= cut for result in found)
     some = next(query for query, count in fitting.items() if 0 < count < 24)
     none = next((query for query, score in best.items() if score < cut), None)
 
-    page.open(f"{two}/#q={quote(some)}")
+    page.open(f"{many}/#q={quote(some)}")
     page.settled(24)
     assert len(page.all("#results .weak")) == 24 - fitting[some]
     assert len(page.all("#results .divider")) == 1
     assert f"{fitting[some]} of them likely" in page.one("#status").text
     assert not page.one("#nothing").is_displayed()
     assert none is not None, (best, cut)
-    page.open(f"{two}/#q={quote(none)}")
+    page.open(f"{many}/#q={quote(none)}")
     page.settled(24)
     assert f"Nothing fits “{none}” well" in page.one("#nothing").text
     assert len(page.all("#results .weak")) == 24
     assert page.all("#results .divider") == []
     (item,) = {page.all("#results .card")[0].get_attribute("data-id")}
-    page.open(f"{two}/#item={item}")  # item searches have no cut-off
+    page.open(f"{many}/#item={item}")  # item searches have no cut-off
     page.settled(23)
     assert page.all("#results .weak") == []
     assert not page.one("#nothing").is_displayed()

@@ -18,6 +18,7 @@ from tests.support.service import ALICE, KEYS
 pytestmark = pytest.mark.browser
 
 COUNT = 130
+PICTURE = Path(__file__).parents[2] / "examples/emoji/query.png"
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def large(large_index: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def locked(large_index: Path) -> Iterator[str]:
-    with served(Settings(index=large_index, device="cpu", **KEYS)) as address:
+    with served(Settings(index=large_index, device="cpu", page_hybrid=True, **KEYS)) as address:
         yield ready(address)
 
 
@@ -180,6 +181,7 @@ def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str) -> 
     until(lambda: not page.one("#detail").is_displayed())
     page.one("#query").send_keys("red")
     until(lambda: page.one("#status").text.startswith("The best"))
+    assert page.one("#words").is_selected(), "the operator chose so"
     page.one("#forget-key").click()
     until(lambda: page.one("#key-form").is_displayed())
     assert page.driver.execute_script("return sessionStorage.length") == 0
@@ -203,7 +205,8 @@ def test_no_serious_barrier_is_found(both: Page, large: str) -> None:
 
     def barriers() -> list[Any]:
         page.driver.execute_script(axe)
-        found = page.driver.execute_async_script("axe.run().then((result) => arguments[0](result.violations))")
+        run = "axe.run({resultTypes: ['violations']}).then((result) => arguments[0](result.violations))"
+        found = page.driver.execute_async_script(run)
         return [
             (each["id"], [node["html"][:120] for node in each["nodes"][:3]])
             for each in found
@@ -216,9 +219,13 @@ def test_no_serious_barrier_is_found(both: Page, large: str) -> None:
     item = httpx.get(f"{large}/items", params={"k": 1}).json()["items"][0]["id"]
     page.open(f"{large}/#q=red+circle&explain=1&without=blue&item={item}")
     until(lambda: page.all("#results .explained"))
+    page.one("#file").send_keys(str(PICTURE))
+    until(lambda: page.one("#box").is_displayed() and not page.all("#results[aria-busy]"))
     page.all("#results .select")[0].click()
+    page.one("#scores summary").click()
     if page.one("#more-options").is_displayed():
         page.one("#more-options").click()
+        page.one("#filters summary").click()
     assert barriers() == []
     page.driver.execute_script("document.querySelector('#results .open').click()")
     until(lambda: page.one("#detail").is_displayed())

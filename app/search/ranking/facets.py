@@ -41,13 +41,11 @@ def count_facets(
         InvalidQueryError: there is no such field.
     """
     artifact = snapshot.artifact
-    mask = filter_mask(snapshot, filter) if filter else artifact.live
-    groups = group_field(snapshot, group_by) if group_by else None
     if min_score is None:
-        key = mask_key(filter) if filter else ""
-        facets = {name: _cached_values(snapshot, name, mask, groups, (name, key, group_by)) for name in names}
-        return facets, True
-    scores, rows = artifact.search(vector[None], min(_MAX_SCORED, artifact.rows), mask if filter else None)
+        return {name: facet_values(snapshot, name, filter, group_by) for name in names}, True
+    mask = filter_mask(snapshot, filter) if filter else None
+    groups = group_field(snapshot, group_by) if group_by else None
+    scores, rows = artifact.search(vector[None], min(_MAX_SCORED, artifact.rows), mask)
     reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
     scored = np.zeros(artifact.rows, np.bool_)
     scored[reached] = True
@@ -55,12 +53,16 @@ def count_facets(
     return {name: count_values(snapshot, name, scored, groups) for name in names}, is_exact
 
 
-def _cached_values(
-    snapshot: Snapshot, name: str, mask: Mask, groups: GroupField | None, key: tuple[str, str, str]
-) -> Facet:
-    facets = snapshot.facets
+def facet_values(snapshot: Snapshot, name: str, filter: dict[str, Any] | None, group_by: str) -> Facet:
+    """Return the values of a field among the rows that fulfil a filter; see `count_values`. Facets are cached.
+
+    Raises:
+        InvalidQueryError: there is no such field.
+    """
+    facets, key = snapshot.facets, (name, mask_key(filter) if filter else "", group_by)
     if key not in facets:
-        facets[key] = count_values(snapshot, name, mask, groups)
+        mask = filter_mask(snapshot, filter) if filter else snapshot.artifact.live
+        facets[key] = count_values(snapshot, name, mask, group_field(snapshot, group_by) if group_by else None)
         while len(facets) > _MAX_CACHED:
             del facets[next(iter(facets))]
     return facets[key]

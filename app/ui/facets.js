@@ -1,0 +1,78 @@
+// The values of fields with their counts, as buttons that filter: a click adds a filter, a second one removes it.
+
+import { hasFilter, hasSubject } from "./address.js";
+import { conditionName, fieldName, number } from "./format.js";
+import { loadFacets } from "./service.js";
+
+const SHOWN = 8; // values of a field until "Show all"
+
+const $ = (id) => document.getElementById(id);
+const expanded = new Set(); // names of fields whose values are all shown
+let shown = { base: null, filter: {}, facets: [] };
+let toggle = null;
+let wide = null; // MediaQueryList: there is room for a column
+let isColumn = null;
+
+// chosen: called with a field and a value, undefined to remove the filter.
+export function prepareFacets(room, chosen) {
+  [wide, toggle] = [room, chosen];
+  $("filters").addEventListener("click", (event) => {
+    const name = event.target.dataset?.expand;
+    if (!name) return;
+    if (!expanded.delete(name)) expanded.add(name);
+    draw();
+    document.querySelector(`[data-expand=${CSS.escape(name)}]`)?.focus();
+  });
+}
+
+export async function drawFacets(base, state) {
+  const { filter } = state, hasRoom = wide.matches && !(state.beside && hasSubject(state));
+  if (hasRoom !== isColumn) $("filters").open = isColumn = hasRoom;
+  if (base === shown.base && JSON.stringify(filter) === JSON.stringify(shown.filter)) return;
+  const mine = (shown = { base, filter, facets: base === shown.base ? shown.facets : [] });
+  draw(); // the click is seen at once
+  mine.facets = await loadFacets(base, filter).catch(() => []); // the list shows the error
+  if (mine === shown) draw();
+}
+
+function draw() {
+  const { filter, facets } = shown;
+  const isActive = (name, value) => JSON.stringify(filter[name]) === JSON.stringify(value);
+  const known = new Set(facets.map(({ name }) => name));
+  const others = Object.entries(filter).filter(([name]) => !known.has(name)).map(([name, value]) => ({ name, values: [{ value }] }));
+  const had = document.activeElement?.dataset?.value;
+  $("facets").replaceChildren(...[...others, ...facets].map(({ name, values }) => drawField(name, values, isActive)));
+  if (had) [...$("facets").querySelectorAll("[data-value]")].find((node) => node.dataset.value === had)?.focus();
+  $("active-filters").textContent = Object.entries(filter).map(([name, value]) => `${fieldName(name)}: ${conditionName(value)}`).join(", ");
+  $("filters").hidden = !facets.length && !hasFilter({ filter });
+}
+
+function drawField(name, values, isActive) {
+  const section = document.createElement("section"), list = document.createElement("ul");
+  section.append(Object.assign(document.createElement("h3"), { textContent: fieldName(name), dir: "auto" }), list);
+  const isAll = expanded.has(name) || values.length <= SHOWN + 1;
+  const first = values.filter(({ value }, at) => isAll || at < SHOWN || isActive(name, value));
+  list.append(...first.map(({ value, count }) => drawValue(name, value, count, isActive(name, value))));
+  if (values.length > SHOWN + 1) {
+    const more = Object.assign(document.createElement("button"), { type: "button", className: "link" });
+    more.textContent = isAll ? "Show fewer" : `Show all ${values.length}`;
+    more.dataset.expand = name;
+    more.setAttribute("aria-expanded", isAll);
+    section.append(more);
+  }
+  return section;
+}
+
+function drawValue(name, value, count, isActive) {
+  const entry = document.createElement("li"), button = document.createElement("button");
+  const label = Object.assign(document.createElement("span"), { textContent: conditionName(value), dir: "auto" });
+  button.type = "button";
+  button.title = isActive ? "Remove this filter" : "";
+  button.dataset.value = `${name} ${JSON.stringify(value)}`;
+  button.setAttribute("aria-pressed", isActive);
+  button.append(label);
+  if (count !== undefined) button.append(Object.assign(document.createElement("small"), { textContent: number(count) }));
+  button.addEventListener("click", () => toggle(name, isActive ? undefined : value));
+  entry.append(button);
+  return entry;
+}

@@ -1,0 +1,186 @@
+"""Words beside vectors, one image for each product, filters with counts, and a part of the query image."""
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.support.page import Page, until
+
+ActionChains: Any = pytest.importorskip("selenium.webdriver", reason="needs the extra dev").ActionChains
+Keys: Any = pytest.importorskip("selenium.webdriver.common.keys", reason="needs the extra dev").Keys
+pytestmark = pytest.mark.browser
+
+
+def ids(page: Page) -> list[str | None]:
+    return [card.get_attribute("data-id") for card in page.all("#results .card")]
+
+
+def shows(page: Page, wanted: list[str]) -> bool:
+    return not page.all("#results[aria-busy]") and ids(page) == wanted
+
+
+def found(url: str, **body: object) -> list[str]:
+    results = httpx.post(f"{url}/search/text", json={"k": 24, **body}).json()["results"]
+    return [result["id"] for result in results]
+
+
+def value(page: Page, field: str, name: str) -> Any:
+    """Return the button of a facet's value."""
+    sections = [each for each in page.all("#facets section") if each.find_element("css selector", "h3").text == field]
+    buttons = [button for section in sections for button in section.find_elements("css selector", "button")]
+    return next(button for button in buttons if button.text.split("\n")[0] == name)
+
+
+def facet(page: Page, field: str) -> dict[str, str]:
+    script = """
+        const section = [...document.querySelectorAll('#facets section')]
+            .find((each) => each.querySelector('h3').textContent === arguments[0]);
+        return [...section?.querySelectorAll('li button') ?? []]
+            .map((each) => [each.querySelector('span').textContent, each.querySelector('small').textContent]);
+    """
+    return dict(page.driver.execute_script(script, field))
+
+
+def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=red+square")
+    until(lambda: shows(page, found(site, query="red square")))
+    assert not page.one("#words").is_selected()
+    assert page.one("#scores summary").text.startswith("What does ")
+    page.one("#scores summary").click()
+    assert "Only the same image reaches 100%" in page.one("#scores").text
+    page.one("#words").click()
+    until(lambda: shows(page, found(site, query="red square", hybrid=True)))
+    assert "words=1" in page.driver.current_url
+    first = page.one("#results .card")
+    assert "a red square" in first.text
+    assert "all words" in first.text
+    best = httpx.post(f"{site}/search/text", json={"query": "red square", "hybrid": True}).json()["results"][0]
+    assert first.find_element("css selector", ".number").text == f"{max(0, best['score']):.0%}"
+    page.one("#words").click()
+    until(lambda: shows(page, found(site, query="red square")))
+    assert "words=" not in page.driver.current_url
+    assert page.errors() == []
+
+
+def test_each_product_is_shown_once_and_opens_the_others(both: Page, many: str) -> None:
+    page, url = both, f"{many}/collections/products"
+    page.open(f"{many}/#in=products")
+    page.settled(6)
+    assert page.one("#status").text == "6 images, one for each color"
+    assert {each.text for each in page.all("#results .near")} == {"3 more"}
+    page.one("#query").send_keys("circle")
+    until(lambda: shows(page, found(url, query="circle")) and len(page.all("#results .card")) == 6)
+    opened = ids(page)[0]
+    page.driver.execute_script("document.querySelector('#results .near').click()")
+    until(lambda: page.one("#detail").is_displayed() and page.one("#folded").is_displayed())
+    assert page.one("#folded h3").text == "Same color"
+    color = httpx.get(f"{url}/items/{opened}").json()["metadata"]["color"]
+    others = page.all("#folded button")
+    assert len(others) == 3
+    others[0].click()
+    until(lambda: page.one("#detail-title").text.startswith(f"a {color}") and opened not in page.driver.current_url)
+    until(lambda: len(page.all("#folded button")) == 3)
+    assert page.errors() == []
+
+
+def test_facets_count_and_filter(both: Page, site: str) -> None:
+    page = both
+    chosen = {"filter": json.dumps({"category": "circle", "color": "blue"})}
+    blue_circles = [item["id"] for item in httpx.get(f"{site}/items", params=chosen).json()["items"]]
+    page.open(site)
+    page.settled(24)
+    if not page.one("#facets").is_displayed():
+        page.one("#filters summary").click()
+    until(lambda: facet(page, "Category") == dict.fromkeys(("circle", "cross", "square", "triangle"), "6"))
+    assert set(facet(page, "Color").values()) == {"4"}
+    value(page, "Color", "red").click()
+    page.settled(4)
+    assert page.one("#status").text == "4 images"
+    until(lambda: set(facet(page, "Category").values()) == {"1"})
+    assert set(facet(page, "Color").values()) == {"4"}, "another color can be chosen"
+    value(page, "Category", "circle").click()
+    page.settled(1)
+    until(lambda: set(facet(page, "Color").values()) == {"1"})
+    value(page, "Color", "blue").click()
+    until(lambda: shows(page, blue_circles))
+    value(page, "Color", "blue").click()
+    page.settled(6)
+    page.driver.execute_script("scrollTo(0, 0)")
+    page.one("#query").send_keys("red")
+    until(lambda: shows(page, found(site, query="red", filter={"category": "circle"})))
+    page.driver.back()
+    page.driver.back()
+    until(lambda: shows(page, blue_circles))
+    assert value(page, "Color", "blue").get_attribute("aria-pressed") == "true"
+    page.open(page.driver.current_url)  # as a shared link
+    until(lambda: shows(page, blue_circles))
+    assert page.errors() == []
+
+
+def crop_of(page: Page) -> list[float]:
+    crop = parse_qs(urlsplit(page.driver.current_url).fragment).get("crop", [""])[0]
+    return [float(edge) for edge in crop.split(",")] if crop else []
+
+
+def test_part_of_the_query_image_is_searched(both: Page, site: str, tmp_path: Path) -> None:
+    page = both
+    image = Image.new("RGB", (400, 200), "blue")
+    image.paste("red", (0, 0, 200, 200))
+    image.save(tmp_path / "halves.png")
+
+    def is_searched(crop: list[float] | None) -> bool:
+        form = {"k": "24"}
+        if crop is not None:
+            form["crop"] = json.dumps(dict(zip(("x", "y", "width", "height"), crop, strict=True)))
+        file = {"file": (tmp_path / "halves.png").read_bytes()}
+        results = httpx.post(f"{site}/search/image", files=file, data=form).json()["results"]
+        return shows(page, [result["id"] for result in results])
+
+    page.open(site)
+    page.one("#file").send_keys(str(tmp_path / "halves.png"))
+    frame = until(lambda: page.one("#picture-frame").size["width"] > 100 and page.one("#picture-frame"))
+    until(lambda: is_searched(None))
+    assert not page.one("#whole").is_displayed()
+    width, height = frame.size["width"], frame.size["height"]
+    if page.driver.execute_script("return matchMedia('(pointer: coarse)').matches"):
+        place = frame.rect
+        corners = [(place["x"] + 4, place["y"] + 4), (place["x"] + width / 2, place["y"] + height - 4)]
+        for kind, points in (("touchStart", corners[:1]), ("touchMove", corners[1:]), ("touchEnd", [])):
+            touches = [{"x": x, "y": y} for x, y in points]
+            page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    else:
+        drag = ActionChains(page.driver, duration=20)
+        drag.move_to_element_with_offset(frame, 4 - width // 2, 4 - height // 2).click_and_hold()
+        drag.move_to_element_with_offset(frame, 0, height // 2 - 4).release().perform()
+    until(lambda: crop_of(page))
+    assert crop_of(page) == pytest.approx([0, 0, 0.5, 1], abs=0.1)
+    until(lambda: is_searched(crop_of(page)))
+    drawn = crop_of(page)
+    box = page.one("#box")
+    box.send_keys(Keys.ARROW_RIGHT)
+    until(lambda: crop_of(page) == pytest.approx([drawn[0] + 0.02, *drawn[1:]], abs=1e-3))
+    box.send_keys(Keys.SHIFT, Keys.ARROW_LEFT, Keys.NULL)
+    until(lambda: crop_of(page) == pytest.approx([drawn[0] + 0.02, drawn[1], drawn[2] - 0.02, drawn[3]], abs=1e-3))
+    until(lambda: is_searched(crop_of(page)))
+    page.one("#whole").click()
+    until(lambda: not crop_of(page) and is_searched(None))
+    page.one("#chips button").click()
+    page.settled(24)
+    assert not page.one("#picture").is_displayed()
+    assert page.errors() == []
+
+
+def test_heic_image_is_searched_though_the_browser_cannot_show_it(page: Page, site: str, tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pip install 'dcar[heic]'")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / "phone.heic")
+    page.open(site)
+    page.one("#file").send_keys(str(tmp_path / "phone.heic"))
+    until(lambda: "cannot show this kind of image" in page.one("#picture-hint").text)
+    page.settled(24)
+    assert page.one("#status").text.startswith("The best 24 of 24 images")
+    assert "phone.heic" in page.one("#chips").text
