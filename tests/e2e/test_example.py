@@ -158,7 +158,7 @@ def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[st
     assert answers[1][0]["image_url"].startswith("/collections/twemoji/items/")
     assert answers[0] != answers[1], "another domain's answer"
     assert [each["id"] for each in answers[0]] != [each["id"] for each in answers[2]], "another model's"
-    assert f"{url}/#q=woman+running+dark+skin&beside=openmoji-clip\n" in said
+    assert f"{url}/#q=woman+running+dark+skin&beside=openmoji-clip&words=0\n" in said
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float
 @pytest.mark.slow
 @pytest.mark.browser
 def test_list_follows_typing_within_100_ms(page: Page, demo: tuple[str, str, float]) -> None:
-    """From a change of the text to the drawn list, for 95 % of 30 new queries; the best of three rounds.
+    """From a change of the text to the drawn list, for 95 % of 30 new queries, in one of three rounds.
 
     Beside another worker of the test run, half of the cores is left, and the bound is wider.
     """
@@ -219,8 +219,13 @@ def test_list_follows_typing_within_100_ms(page: Page, demo: tuple[str, str, flo
     until(lambda: page.all("#results .card"))
     things = ("cat", "dog", "car", "flag", "heart", "house", "woman", "fish", "clock", "tree")
     rounds = (("red", "green", "old"), ("happy", "blue", "two"), ("small", "white", "round"))
-    taken = [typing_times(page, [f"{word} {thing}" for word in words for thing in things]) for words in rounds]
-    assert min(np.quantile(times, 0.95) for times in taken) < bound, np.round(taken)
+    taken: list[float] = []
+    for words in rounds:
+        times = typing_times(page, [f"{word} {thing}" for word in words for thing in things])
+        taken.append(float(np.quantile(times, 0.95)))
+        if taken[-1] < bound:
+            break
+    assert min(taken) < bound, taken
 
 
 def typing_times(page: Page, queries: list[str]) -> list[float]:
@@ -239,7 +244,7 @@ def typing_times(page: Page, queries: list[str]) -> list[float]:
                 drawn.disconnect();
                 requestAnimationFrame(() => {
                     taken.push(performance.now() - started);
-                    setTimeout(next, 150);
+                    setTimeout(next, 30);
                 });
             });
             drawn.observe(document.getElementById('results'), {childList: true});
