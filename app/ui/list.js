@@ -122,7 +122,7 @@ function facts({ took_ms: took }) {
   const of = hasFilter(wanted) ? ` ${shown === 1 ? "image" : "images"} with these filters` : ` of ${images(page.total(wanted.in))}`;
   const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)}${of}`;
   const fitting = list.fitting && list.fitting < shown ? `, ${number(list.fitting)} of them likely` : "";
-  return `${found}${fitting} · ${took < 1000 ? `${Math.max(1, Math.round(took))} ms` : `${number(took / 1000)} s`}`;
+  return `${found}${fitting} · ${took < 1000 ? `${Math.max(1, Math.round(took))}\u00a0ms` : `${(took / 1000).toFixed(1)}\u00a0s`}`;
 }
 
 // Loads the next page; returns false if there is none or the list has changed.
