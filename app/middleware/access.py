@@ -21,7 +21,7 @@ from app.core.rate_limit import RateLimiter, network_of
 from app.core.settings import Settings
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
-_DEFAULT_PATHS = ("/search/", "/items", "/browse", "/words")  # of the default collection
+_DEFAULT_PATHS = ("/search/", "/items", "/browse", "/catalogue", "/facets", "/words")  # of the default collection
 _CHECKED_PATHS = ("/collections", "/v1/embeddings", "/jobs/")  # their routes check the collection
 CALLER = "dcar.caller"  # scope key: the name of the request's API key
 API_KEY = "dcar.api_key"  # scope key: the request's API key

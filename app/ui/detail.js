@@ -1,7 +1,7 @@
 // The dialog that shows one image large, with its metadata and what can be done with it.
 
 import { drawWords } from "./explain.js";
-import { fieldName, percent } from "./format.js";
+import { conditionName, fieldName, percent } from "./format.js";
 import { download, imagePath, loadGroup, loadItem, savedKey, showThumbnail } from "./service.js";
 
 const SIDES = [1280, 1280];
@@ -113,7 +113,7 @@ function draw(item) {
 }
 
 function drawValue(value) {
-  const text = Array.isArray(value) ? value.map(String).join(", ") : typeof value === "object" ? JSON.stringify(value) : String(value);
+  const text = Array.isArray(value) ? value.map(String).join(", ") : typeof value === "boolean" ? conditionName(value) : typeof value === "object" ? JSON.stringify(value) : String(value);
   if (!/^https?:\/\/\S+$/.test(text)) return text;
   return Object.assign(document.createElement("a"), { href: text, textContent: text, rel: "noreferrer", target: "_blank" });
 }

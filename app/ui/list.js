@@ -114,13 +114,14 @@ function card(result, name, scale, isWeak) {
 
 function facts({ took_ms: took }) {
   const { wanted } = list, shown = list.results.length;
+  const once = list.groups ? `, one for each ${fieldName(list.groups).toLowerCase()}` : "";
   const images = (n) => `${number(n)} ${n === 1 ? "image" : "images"}`;
   if (!hasSubject(wanted)) {
     if (wanted.without) return "“Without” takes things away from a search. Type what to search for, too.";
-    return `${images(list.count)}${list.groups ? `, one for each ${fieldName(list.groups).toLowerCase()}` : ""}`;
+    return `${images(list.count)}${once}`;
   }
   const of = hasFilter(wanted) ? ` ${shown === 1 ? "image" : "images"} with these filters` : ` of ${images(page.total(wanted.in))}`;
-  const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)}${of}`;
+  const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)}${of}${once}`;
   const fitting = list.fitting && list.fitting < shown ? `, ${number(list.fitting)} of them likely` : "";
   return `${found}${fitting} · ${took < 1000 ? `${Math.max(1, Math.round(took))}\u00a0ms` : `${(took / 1000).toFixed(1)}\u00a0s`}`;
 }

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
 from index_jobs.rebuild import rebuild
 from tests.support.images import encoded
-from tests.support.service import ALICE, KEYS, ODD_ID, ServiceClient, bearer, opened
+from tests.support.service import ALICE, BOB, KEYS, ODD_ID, ServiceClient, bearer, opened
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CAKES = json.dumps({"category": "cakes"})
@@ -265,9 +266,13 @@ async def test_words_of_captions_are_familiar(photos: Path) -> None:
 
 async def test_routes_of_the_page_need_the_key(photos: Path) -> None:
     async with opened(photos, **KEYS) as client:
-        paths = ("/browse", "/facets", "/catalogue", "/words?q=red", f"/items/{'x' * 8}/image?size=192")
-        for path in paths:
+        paths = ("/browse", "/facets", "/catalogue", "/words?q=red")
+        for path in (*paths, f"/items/{'x' * 8}/image?size=192"):
             assert (await client.get(path)).status_code == 401
-        assert (await client.get("/browse", headers=bearer(ALICE))).status_code == 200
         documented = (await client.get("/openapi.json")).json()["paths"]
         assert "/browse" not in documented
+    scoped = f"alice:{key_hash(ALICE)}:read:{photos.name}, bob:{key_hash(BOB)}:read:another"
+    async with opened(photos, api_keys=scoped) as client:
+        for path in paths:
+            assert (await client.get(path, headers=bearer(ALICE))).status_code == 200, path
+            assert (await client.get(path, headers=bearer(BOB))).status_code == 403, path
