@@ -27,6 +27,7 @@ from app.core.tracing import start_tracing
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
 from app.search.collections import Collections
+from app.writes.worker import require_writable
 from dcar_core.util.errors import DcarError
 from index_jobs.store.versions import require_index
 
@@ -43,6 +44,7 @@ def serve(settings: Settings) -> None:
     failures: list[DcarError] = []
     for index in settings.indexes.values():
         require_index(index)
+    require_writable(settings)
     tracer = start_tracing() if settings.tracing else None
     listener = listen(settings.host, settings.port)
 

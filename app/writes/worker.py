@@ -29,6 +29,13 @@ _STOP_S = 5.0
 _PRIORITY = 10
 
 
+def require_writable(settings: Settings) -> None:
+    """Check that the service may write to its indexes, if it is to accept changes. Raise DcarError if not."""
+    for index in settings.indexes.values() if settings.writes else ():
+        if not os.access(index, os.W_OK):
+            raise DcarError(f"{index} cannot be written, which DCAR_WRITES needs; unset it, or allow it")
+
+
 class WriteWorker:
     """Accepts jobs and has them applied. One per process."""
 

@@ -251,6 +251,25 @@ async def test_waiting_jobs_are_applied_after_a_restart(index: Path) -> None:
         assert (await client.get("/items")).json()["count"] == 24
 
 
+def test_index_that_cannot_be_written_is_an_error_at_the_start(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    worker.require_writable(load_settings(index=index))
+    with pytest.raises(DcarError, match="cannot be written, which DCAR_WRITES needs"):
+        worker.require_writable(load_settings(index=index, **WRITES))
+
+
+async def test_two_services_of_one_index_apply_each_others_jobs(
+    index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_RETRY_S", 0.05)
+    async with opened(index, poll_s=0.05, **WRITES) as one, opened(index, poll_s=0.05, **WRITES) as other:
+        accepted = await asyncio.gather(*(put(client, item(f"{i}")) for i, client in enumerate((one, other) * 4)))
+        for client in (one, other):
+            assert {(await ended(client, response))["status"] for response in accepted} == {"done"}
+            assert (await client.get("/items")).json()["count"] == 32
+    assert set(in_process) <= {0, 5}
+
+
 async def test_full_disk_refuses_a_job_as_a_whole(
     index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import io
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current, verify_index
 from index_jobs.store.writes.collection_folders import create_collection, drop_collection, list_collections
 from index_jobs.store.writes.write_queue import WriteQueue
-from tests.support.commands import Command, dcar
+from tests.support.commands import Command, dcar, run
 from tests.support.images import draw
 
 
@@ -140,6 +141,20 @@ def test_jobs_wait_while_the_index_cannot_be_written(
     monkeypatch.setattr(updates, "add", add)
     assert apply_writes(index) == 1
     assert status(index, job)["status"] == "done"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+@pytest.mark.parametrize("most", [10_000, 200_000])
+def test_full_disk_leaves_the_jobs_waiting(index: Path, most: int) -> None:
+    """First the list of images cannot be written, then the words of the new version."""
+    jobs = [put(index, "a", text="long " * 20_000), delete(index, "unknown")]
+    done = run("app.cli", "index", "apply", index, "--device", "cpu", file_size=most)
+    assert (done.returncode, current_version(index)) == (1, 1)
+    assert "cannot be written: File too large" in done.stderr
+    assert [status(index, job)["status"] for job in jobs] == ["waiting"] * 2
+    assert not list((index / "versions").glob(".tmp*"))
+    apply_writes(index)
+    assert [status(index, job)["index_version"] for job in jobs] == [2, 2]
 
 
 def test_two_processes_never_apply_the_same_jobs(index: Path) -> None:
