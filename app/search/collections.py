@@ -195,6 +195,8 @@ class Collections:
         self.on_start_failure = on_start_failure
         self.load_lock = asyncio.Lock()
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
+        for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
+            self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
         self._sync_lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.default = next(iter(self._indexes))
@@ -245,7 +247,6 @@ class Collections:
         await asyncio.gather(*(index.close() for _, index in self))
 
     async def _watch(self) -> None:
-        await self.sync()
         while self.settings.poll_s > 0:
             await asyncio.sleep(self.settings.poll_s)
             await self.sync()
