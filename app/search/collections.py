@@ -100,7 +100,7 @@ class ServedIndex:
             started = time.perf_counter()
             try:
                 if self.is_created and await asyncio.to_thread(current_version, self.index) is None:
-                    self.reason = None
+                    self.live, self.reason = None, None
                     return False
                 version = await asyncio.to_thread(require_index, self.index)
                 is_live = self.live is not None and await asyncio.to_thread(_is_live, self.live, self.index, version)
