@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 5.0
 _POLL_S = 30.0  # for jobs that a service without a worker has left
 _STOP_S = 5.0
-_PRIORITY = 10
+_PRIORITY = 5  # with 10, jobs hardly get on beside other busy processes
 
 
 def require_writable(settings: Settings) -> None:

@@ -374,6 +374,7 @@ def started(index: Path, port: int) -> Command:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
 def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> None:
     port = free_port()
@@ -387,7 +388,7 @@ def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> Non
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         service = started(index, port)
-        assert client.wait_for_job(job.id, timeout_s=120).status == "done"
+        assert client.wait_for_job(job.id, timeout_s=300).status == "done"
         assert client.image("b") == png("cyan")
         last = client.delete_items(["a"])
         children = children_of(service.pid)

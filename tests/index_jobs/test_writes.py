@@ -104,7 +104,7 @@ def test_bad_job_ends_alone(index: Path) -> None:
     apply_writes(index)
     found = [status(index, job) for job in jobs]
     assert [each["status"] for each in found] == ["done", "failed", "failed", "done"]
-    assert "can be read: 1 of 1 failed" in found[1]["reason"]
+    assert "can be read" in found[1]["reason"]
     assert "'price' is int64 in the index and string" in found[2]["reason"]
     assert ids_of(open_current(index)) == {"a"}
     last = delete(index, "a")
