@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -358,19 +359,26 @@ async def test_only_collections_of_writers_are_created_and_dropped(index: Path, 
         assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403
 
 
-def started(index: Path, port: int) -> Command:
-    """A service in a process of its own, once it is ready."""
+@contextmanager
+def service_process(index: Path, port: int) -> Iterator[Command]:
+    """A service in a process of its own, once it is ready; it is ended if it still runs."""
     environment = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN, "DCAR_DEVICE": "cpu", "DCAR_RUNTIME": "torch"}
     arguments = ("serve", "--index", index, "--port", port)
     service = Command("app.cli", *arguments, environment=environment, stdout=os.devnull, stderr=os.devnull)
-    end = time.monotonic() + 120
-    while True:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
-                return service
-        assert service.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    try:
+        end = time.monotonic() + 120
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                    break
+            assert service.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        yield service
+    finally:
+        if service.poll() is None:
+            service.send_signal(signal.SIGTERM)
+            service.wait(30)
 
 
 @pytest.mark.slow
@@ -378,22 +386,20 @@ def started(index: Path, port: int) -> Command:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
 def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> None:
     port = free_port()
-    service = started(index, port)
     with Client(f"http://127.0.0.1:{port}", key=ADMIN) as client:
-        job = client.put_items([{"id": "a", "image": png("pink")}, {"id": "b", "image": png("cyan")}])
-        children = children_of(service.pid)
-        service.send_signal(signal.SIGKILL)
-        assert service.wait() == -signal.SIGKILL
-        for child in children:  # as if the machine had stopped
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        service = started(index, port)
-        assert client.wait_for_job(job.id, timeout_s=300).status == "done"
-        assert client.image("b") == png("cyan")
-        last = client.delete_items(["a"])
-        children = children_of(service.pid)
-        service.send_signal(signal.SIGTERM)
-        assert service.wait(30) in (0, -signal.SIGTERM)
+        with service_process(index, port) as service:
+            job = client.put_items([{"id": "a", "image": png("pink")}, {"id": "b", "image": png("cyan")}])
+            children = children_of(service.pid)
+            service.send_signal(signal.SIGKILL)
+            assert service.wait() == -signal.SIGKILL
+            for child in children:  # as if the machine had stopped
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        with service_process(index, port) as service:
+            assert client.wait_for_job(job.id, timeout_s=300).status == "done"
+            assert client.image("b") == png("cyan")
+            last = client.delete_items(["a"])
+            children = children_of(service.pid)
         assert not any(map(is_alive, children)), "the process that applies jobs ends with the service"
     status = WriteQueue(index).status(last.id)
     assert status is not None
