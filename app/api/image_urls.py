@@ -1,4 +1,4 @@
-"""Query images that a request names by URL.
+"""Images of queries and new items that a request names by URL.
 
 - Only hosts of `DCAR_IMAGE_HOSTS` are asked. A host is resolved once: if one of its addresses is not public nothing is
   sent, and the connection goes to a checked address, so the name cannot lead elsewhere in between.
@@ -24,14 +24,14 @@ from app.search.query import Query
 
 _TIMEOUT_S = 10.0  # of one image, with the time in the queue
 _AT_ONCE = 8
-_MAX_URLS = 8  # of one batch
+MAX_URLS = 8  # of one request
 _READ_BYTES = 64 * 2**10
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_image_url(image: str | None) -> bool:
-    """Return whether the image of a batch entry is a URL."""
+    """Return whether an image is a URL."""
     return image is not None and image.startswith(("http://", "https://"))
 
 
@@ -50,7 +50,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 class ImageFetcher:
-    """Fetch query images. One per process."""
+    """Fetch images. One per process."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class ImageFetcher:
             Problem: it names the query and the field.
         """
         urls = {number: entry.image for number, entry in enumerate(entries) if is_image_url(entry.image)}
-        if len(urls) > _MAX_URLS:
-            raise field_problem("queries", f"at most {_MAX_URLS} images by URL, not {len(urls)}")
+        if len(urls) > MAX_URLS:
+            raise field_problem("queries", f"at most {MAX_URLS} images by URL, not {len(urls)}")
         fetched = await asyncio.gather(*(self.fetch(url or "") for url in urls.values()), return_exceptions=True)
         completed = list(queries)
         for number, image in zip(urls, fetched, strict=True):

@@ -156,7 +156,10 @@ class PutItem(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: NewItemId
-    image: Annotated[str, Field(min_length=1, description="the image file in base64, or as a data URI")]
+    image: Annotated[
+        str,
+        Field(min_length=1, description="the file in base64, a data URI, or a URL of an allowed host"),
+    ]
     caption: Annotated[str, Field(max_length=10_000)] = ""
     category: Annotated[str, Field(max_length=1000)] = ""
     metadata: Annotated[

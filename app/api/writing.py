@@ -15,10 +15,12 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
 from app.api.bodies import decode_base64, read_json
+from app.api.image_urls import MAX_URLS, is_image_url
 from app.api.openapi import operation
 from app.api.params import (
     collection_of,
     collections_of,
+    fetcher_of,
     may_read,
     require_writer,
     retriever_of,
@@ -143,9 +145,18 @@ def _require_unique(ids: list[str]) -> None:
 async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[tuple[bytes, str]]:
     """Return the image files of items and their suffixes; an error names the item."""
     settings, images, images_of = settings_of(request), list[tuple[bytes, str]](), retriever_of(request).images
+    urls = sum(is_image_url(item.image) for item in items)
+    if urls > MAX_URLS:
+        raise field_problem("items", f"at most {MAX_URLS} images by URL, not {urls}")
     for number, item in enumerate(items):
         field = f"items.{number}.image"
-        data = await asyncio.to_thread(decode_base64, item.image, settings, field)
+        try:
+            if is_image_url(item.image):
+                data = await fetcher_of(request).fetch(item.image)
+            else:
+                data = await asyncio.to_thread(decode_base64, item.image, settings, "image")
+        except Problem as problem:
+            raise problem.within(f"items.{number}") from None
         try:
             await images_of.check(snapshot, data)
         except ImageError as error:

@@ -6,15 +6,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from app.api import image_urls
 from app.api.image_urls import ImageFetcher, is_public
 from app.core.problems import Problem
 from app.core.settings import Settings
+from app.writes.worker import WriteWorker
+from dcar_core.util.errors import LockedError
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import opened
+from tests.support.service import ADMIN, bearer, opened
 
 HOST = "pictures.example"
 
@@ -61,6 +64,26 @@ async def test_a_batch_searches_with_an_image_by_its_url(built_index: Path) -> N
         assert answers[1]["results"] == image["results"]
         assert requests[0].startswith(b"GET /a.png?size=2 HTTP/1.1\r\n")
         assert f"Host: {HOST}:".encode().lower() in requests[0].lower()
+
+
+async def test_an_item_is_put_with_an_image_by_its_url(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run_apply(*_: object) -> tuple[int, str]:
+        return LockedError.exit_code, "another job is writing"
+
+    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
+    given: dict[str, Any] = {"image_hosts": (HOST,), "writes": True, "admin_key": ADMIN}
+    async with opened(index, **given) as client, served(ok(png())) as (url, _):
+        client.app.state.fetcher = fetcher(index, is_allowed=lambda address: address == "127.0.0.1")
+
+        async def put(*images: str) -> httpx.Response:
+            items = [{"id": str(number), "image": image} for number, image in enumerate(images)]
+            return await client.put("/items", json={"items": items}, headers=bearer(ADMIN))
+
+        assert_problem(await put(url, "http://other.example/a.png"), 422, "items.1.image")
+        assert_problem(await put(*[url] * 9), 422, "items")
+        assert (await put(url)).status_code == 202
+        (stored,) = (index / "writes" / "images").glob("*/*")
+        assert stored.read_bytes() == png()
 
 
 async def test_without_allowed_hosts_no_url_is_fetched(built_index: Path) -> None:
