@@ -26,7 +26,6 @@ from typing import Any
 import faiss
 import numpy as np
 
-from app.search.query import DEFAULT_HYBRID
 from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankQuery, rank
 from app.search.snapshots import SearchedIndex, sample_vectors
@@ -34,6 +33,7 @@ from dcar_core.util.arrays import Floats, Rows
 from index_jobs.building.build import build_index
 from index_jobs.building.kinds import choose_kinds
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
+from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.lexical.term_lists import STARTS, TERMS
 
@@ -113,7 +113,7 @@ def measure_latency(items: int) -> None:
             queries = [" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in vectors]
             taken: dict[str, list[float]] = {"vectors": [], "words": [], "both": []}
             for query, vector in zip(queries, vectors, strict=True):
-                hybrid = HybridQuery(query, DEFAULT_HYBRID)
+                hybrid = HybridQuery(query, DEFAULT_WEIGHT)
                 ways: dict[str, Callable[[], Any]] = {
                     "vectors": partial(rank, searched, RankQuery(vector), 13),
                     "words": partial(index.lexical.search, query, 13),
@@ -167,7 +167,7 @@ def main() -> None:
     quality.add_argument(
         "--queries", type=Path, default=EMOJI / "queries" / "validation.tsv", help="default: %(default)s"
     )
-    quality.add_argument("--weights", type=float, nargs="+", default=[0.0, DEFAULT_HYBRID, 1.0])
+    quality.add_argument("--weights", type=float, nargs="+", default=[0.0, DEFAULT_WEIGHT, 1.0])
     latency = commands.add_parser("latency", help="how long a search takes")
     latency.add_argument("--items", type=int, default=100_000, help="default: %(default)s")
     args = parser.parse_args()

@@ -58,7 +58,7 @@ def search(
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service."""
-    from app.search.query import DEFAULT_HYBRID, QueryPart, Weights, compose, normalise
+    from app.search.query import QueryPart, Weights, compose, normalise
     from app.search.ranking.hybrid import HybridQuery
     from app.search.ranking.rank import RankQuery, rank
     from app.search.snapshots import SearchedIndex, sample_vectors
@@ -84,7 +84,7 @@ def search(
     parts = [QueryPart(1.0, vector[0])]
     if excluded_words:
         parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
-    words_query = HybridQuery(words, DEFAULT_HYBRID) if hybrid and not is_image else None
+    words_query = HybridQuery(words, artifact.manifest.words_weight) if hybrid and not is_image else None
     searched = SearchedIndex(artifact, sample_vectors(artifact))
     best = rank(searched, RankQuery(compose(parts), words_query), k, allowed)
     found = [(artifact.item(each.row), each.score) for each in best]

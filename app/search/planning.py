@@ -7,7 +7,7 @@ from typing import Any
 
 from app.core.settings import Settings
 from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
-from app.search.query import DEFAULT_HYBRID, Explanation, Match, Query, SearchOptions
+from app.search.query import Explanation, Match, Query, SearchOptions
 from app.search.ranking.groups import group_field, rank_groups
 from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankedRow, RankQuery, rank
@@ -68,14 +68,14 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings) -> Plan:
         min_score=_min_score(snapshot, query),
         end=options.offset + options.k,
         rerank_depth=settings.rerank_depth if options.rerank else 0,
-        hybrid=_hybrid(query),
+        hybrid=_hybrid(snapshot, query),
         group_by=_group_by(snapshot, options),
     )
 
 
-def _hybrid(query: Query) -> HybridQuery | None:
+def _hybrid(snapshot: Snapshot, query: Query) -> HybridQuery | None:
     options = query.options
-    weight = DEFAULT_HYBRID if options.hybrid is True else float(options.hybrid)
+    weight = snapshot.artifact.manifest.words_weight if options.hybrid is True else float(options.hybrid)
     if not weight:
         return None
     if not query.text:

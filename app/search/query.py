@@ -37,7 +37,6 @@ GroupBy = Annotated[
     ),
 ]
 
-DEFAULT_HYBRID = 0.7  # weight of the words in a hybrid search; chosen on short queries of the bundled example
 
 _MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
 _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1

@@ -17,6 +17,7 @@ from app.core.settings import Settings
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ArtifactError, StoreUnavailableError
 from index_jobs.store.artifact import Artifact, ImageAccess
+from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.versions import open_current, require_index
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
@@ -24,7 +25,6 @@ if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wa
     from dcar_core.model.preprocess import Preprocess
     from dcar_core.serving.pair_weights import PairWeights
 
-_SAMPLE = 256  # items
 _QUICK_MS = 0.3
 _QUICK_ITEMS = 1_000_000  # a larger index may have pages that are not in memory
 
@@ -126,10 +126,8 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
 
 def sample_vectors(artifact: Artifact) -> Floats:
     """Return the vectors of evenly spread items, from which ranking estimates how widely cosines spread."""
-    live = np.flatnonzero(artifact.live)
-    rows = live[:: max(1, len(live) // _SAMPLE)][:_SAMPLE]
     try:
-        return artifact.vectors(rows)
+        return artifact.vectors(spread_rows(np.flatnonzero(artifact.live)))
     except StoreUnavailableError:
         raise
     except ArtifactError:

@@ -4,6 +4,7 @@
   The new model may have been trained on those captions, so validation pairs are the better evidence.
 - An image of a pair is recognised by its file, through symbolic links. In a gallery that is not on this machine it is
   recognised by its name below the gallery, or by the end of its URL, if only one image has that name.
+- Versions whose weight of the words was chosen by validation texts are compared by hybrid searches as well.
 - Each index searches with its own model, as it is served, so the recall lost by a coarser kind of index counts.
 - Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
 """
@@ -26,6 +27,7 @@ from dcar_core.util.files import canonical_json
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.options import RebuildOptions
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.lexical.fusion import version_gains
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -226,12 +228,17 @@ def compare(
         return pass_uncompared("no image of the pairs is in both indexes", margin)
     texts, ids = [text for text, _ in shared], [item_id for _, item_id in shared]
     masks = _shared_rows(served, rebuilt), _shared_rows(rebuilt, served)
-    before_gains = _gains(served, served_encoder.encode_text(texts), ids, masks[0])
-    after_gains = _gains(rebuilt, rebuilt_encoder.encode_text(texts), ids, masks[1])
+    vectors = served_encoder.encode_text(texts), rebuilt_encoder.encode_text(texts)
+    before_gains, after_gains = _gains(served, vectors[0], ids, masks[0]), _gains(rebuilt, vectors[1], ids, masks[1])
     before, after = _measures(before_gains), _measures(after_gains)
+    weights = served.manifest.hybrid_weight, rebuilt.manifest.hybrid_weight
+    if weights[0] is not None and weights[1] is not None:
+        before |= _measures(version_gains(served, weights[0], texts, vectors[0], ids, masks[0]), "hybrid_")
+        after |= _measures(version_gains(rebuilt, weights[1], texts, vectors[1], ids, masks[1]), "hybrid_")
     pool = served.manifest.count if masks[0] is None else int(np.count_nonzero(masks[0]))
     difference, visible = _difference(before_gains, after_gains, ids)
-    changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in _NAMES.items())
+    names = _NAMES | {key: f"hybrid {_NAMES[key.removeprefix('hybrid_')]}" for key in before if key not in _NAMES}
+    changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in names.items())
     value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
     reason = (
         f"{changes} percent among {pool:,} images over {len(shared):,} pairs, margin {100 * margin:g} points; "
@@ -265,9 +272,9 @@ def _gains(artifact: Artifact, vectors: Floats, ids: list[str], allowed: Mask | 
     return gains
 
 
-def _measures(gains: Floats) -> dict[str, float]:
-    recalls = {f"recall_at_{k}": round(float((gains >= 1 / np.log2(1.5 + k)).mean()), 4) for k in _RANKS}
-    return recalls | {f"ndcg_at_{_DEPTH}": round(float(gains.mean()), 4)}
+def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:
+    recalls = {f"{prefix}recall_at_{k}": round(float((gains >= 1 / np.log2(1.5 + k)).mean()), 4) for k in _RANKS}
+    return recalls | {f"{prefix}ndcg_at_{_DEPTH}": round(float(gains.mean()), 4)}
 
 
 def _difference(before: Floats, after: Floats, ids: list[str]) -> tuple[dict[str, float], float]:

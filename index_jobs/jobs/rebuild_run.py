@@ -33,6 +33,7 @@ from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
 from index_jobs.jobs.version_writer import (
     calibrate_cutoff,
     caption_queries,
+    choose_hybrid_weight,
     choose_kinds,
     require_disk_space,
     stage_items,
@@ -140,6 +141,8 @@ def _stage(
     queries = caption_queries(gallery.table, encoder)
     choice, measured = stage_vectors(staging, job.out, options, encoder, encoded, choices, queries)
     fields = stage_items(staging, gallery, encoded, options.text_fields)
+    pairs = job.pairs if options.validation else None
+    can_choose = pairs is not None and not options.milvus
     return Manifest(
         version=0,
         fingerprint=encoder.fingerprint,
@@ -165,7 +168,8 @@ def _stage(
         group_field=options.group_field,
         number_texts=fields.number_texts,
         measured=measured,
-        cutoff=calibrate_cutoff(job.pairs, encoder, encoded) if options.validation and job.pairs else {},
+        cutoff=calibrate_cutoff(pairs, encoder, encoded) if pairs else {},
+        hybrid_weight=choose_hybrid_weight(staging, pairs, gallery, encoded, encoder) if can_choose else None,
         runtime=runtime,
         files={},
     )

@@ -22,9 +22,10 @@ from index_jobs.jobs.quality_gate import PAIRS_SIGNATURE, QueryPairs
 from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
 from index_jobs.store.columns import FieldTypes
-from index_jobs.store.faiss_index import write_faiss
+from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from index_jobs.store.items import take_rows, write_items
-from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.store.lexical.fusion import MIN_TEXTS, choose_weight, spread_rows
+from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, write_lexical
 from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL, VECTORS
 from index_jobs.store.publish import next_version
 
@@ -107,6 +108,26 @@ def calibrate_cutoff(pairs: QueryPairs, encoder: "Encoder", encoded: EncodedGall
         start += len(block)
     cutoff = compute_cutoff(np.einsum("ne,ne->n", encoder.encode_text(texts), images))
     return asdict(cutoff) | {PAIRS_SIGNATURE: pairs.signature}
+
+
+def choose_hybrid_weight(
+    staging: Path, pairs: QueryPairs, gallery: Gallery, encoded: EncodedGallery, encoder: "Encoder"
+) -> float | None:
+    """Return the manifest's `hybrid_weight`; see `index_jobs.store.lexical.fusion`."""
+    rows = encoded.rows()
+    has_vector = np.isin(pairs.rows, rows).tolist()
+    telling = [
+        (text, int(np.searchsorted(rows, row)))
+        for text, row, is_scored in zip(pairs.texts, pairs.rows, has_vector, strict=True)
+        if is_scored and text.casefold() != gallery.table["caption"][row].as_py().casefold()
+    ]
+    if len(telling) < MIN_TEXTS:
+        return None
+    index = FaissIndex.open(staging / VECTORS)
+    vectors = encoder.encode_text([text for text, _ in telling])
+    queries = [(text, vector, row) for (text, row), vector in zip(telling, vectors, strict=True)]
+    sample = index.vectors(spread_rows(np.arange(index.count)))
+    return choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)
 
 
 def caption_queries(table: "pa.Table", encoder: "Encoder") -> HeldOutQueries | None:

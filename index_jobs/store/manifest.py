@@ -9,6 +9,7 @@ from typing import Any
 
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import canonical_json
+from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 from index_jobs.store.lexical.term_lists import TERMS
 
 FORMAT = 2
@@ -95,6 +96,7 @@ class Manifest:
     text_fields: list[str] | None = None  # metadata fields in the lexical index; None for every field with text
     group_field: str = ""  # metadata field that names the product of an item; "" if each item is its own
     number_texts: dict[str, str] = field(default_factory=dict)  # fields of texts such as "10,50", with an example
+    hybrid_weight: float | None = None  # of the words, chosen by validation texts; None: not chosen
     metric: str = "inner_product"
     format: int = FORMAT
 
@@ -108,6 +110,11 @@ class Manifest:
         """Folders and URLs that hold the images."""
         added = [root for addition in self.additions for root in addition.roots]
         return list(dict.fromkeys(root for root in (self.root, *self.roots, *added) if root))
+
+    @property
+    def words_weight(self) -> float:
+        """The weight of the words in hybrid searches that name none."""
+        return DEFAULT_WEIGHT if self.hybrid_weight is None else self.hybrid_weight
 
     @property
     def has_term_lists(self) -> bool:

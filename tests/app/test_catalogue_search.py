@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ async def test_words_of_the_query_are_looked_up(built_index: Path) -> None:
         answers = (await client.post("/search/batch", json=batch)).json()["answers"]
         assert "circle" in answers[0]["results"][0]["caption"]
         assert "text_score" not in answers[1]["results"][0]
+
+
+async def test_hybrid_true_is_the_weight_that_the_build_chose(index: Path) -> None:
+    async with opened(index) as client:
+        artifact = client.app.state.collections[None].live.artifact
+        artifact.manifest = replace(artifact.manifest, hybrid_weight=0.02)
+        answers = [
+            (await client.post("/search/text", json={"query": "red circle", "hybrid": hybrid, "k": 24})).json()[
+                "results"
+            ]
+            for hybrid in (True, 0.02, 0.7)
+        ]
+        assert answers[0] == answers[1] != answers[2]
 
 
 async def test_hybrid_pages_show_every_item_once(built_index: Path) -> None:

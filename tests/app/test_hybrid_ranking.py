@@ -15,10 +15,11 @@ from app.search.planning import Plan, rank_rows
 from app.search.query import Query, SearchOptions
 from app.search.ranking.facets import count_values
 from app.search.ranking.groups import group_field, rank_groups
-from app.search.ranking.hybrid import HybridQuery, _bonus
+from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankQuery, rank
 from dcar_core.util.errors import DataError
 from index_jobs.store.faiss_index import FaissIndex
+from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 
 WORDS = ["ghost", "spook", "fish", "cake", "red", "blue", "truck", "car", "face", "smile"]
@@ -87,7 +88,7 @@ def test_hybrid_order_equals_the_sum_over_all_rows(catalogue: Any, query: str, w
     allowed = np.random.default_rng(1).random(400) < 0.7
     hybrid = HybridQuery(query, weight)
     text_scores = lexical.score(query, np.arange(400))
-    scores = vectors @ vector + np.float32(_bonus(snapshot, vector, weight)) * text_scores
+    scores = vectors @ vector + np.float32(text_bonus(snapshot.sample_vectors, vector, weight)) * text_scores
     for mask in (None, allowed):
         rows = np.arange(400) if mask is None else np.flatnonzero(mask)
         expected = sorted(zip((-scores[rows]).round(5).tolist(), rows.tolist(), strict=True))
@@ -111,7 +112,7 @@ def test_common_words_are_ranked_among_the_nearest_rows(catalogue: Any, monkeypa
     text_scores = lexical.score("smile", np.arange(400))
     assert np.count_nonzero(text_scores) > 100
     ranked = rank(snapshot, query, 60)
-    scores = vectors @ vector + np.float32(_bonus(snapshot, vector, 0.7)) * text_scores
+    scores = vectors @ vector + np.float32(text_bonus(snapshot.sample_vectors, vector, 0.7)) * text_scores
     assert all(np.diff([scores[each.row] for each in ranked]) <= 1e-5)
     for each in ranked:
         assert each.text_score == pytest.approx(text_scores[each.row], abs=1e-6)

@@ -193,7 +193,8 @@ def test_fields_that_an_older_manifest_lacks_have_defaults(index: Path) -> None:
     assert manifest.has_lexical
     assert open_current(index).lexical is not None
     values = {name: value for name, value in manifest.to_dict().items() if name not in ("checksum", "files")}
-    for name in ("cutoff", "exact", "group_field", "rebuild", "removed", "replaced", "runtime", "text_fields"):
+    added = ("cutoff", "exact", "group_field", "hybrid_weight", "rebuild", "removed", "replaced", "runtime")
+    for name in (*added, "text_fields"):
         del values[name]
     values["files"] = {name: value for name, value in manifest.to_dict()["files"].items() if "lexical" not in name}
     checksum = hashlib.sha256(canonical_json(values)).hexdigest()

@@ -229,7 +229,7 @@ class Ranked:
 
     def __init__(self, ranks: list[int], count: int) -> None:
         self.ranks, self.count = ranks, count
-        self.manifest = SimpleNamespace(count=count)
+        self.manifest = SimpleNamespace(count=count, hybrid_weight=None)
         self.live = np.ones(count, np.bool_)
 
     def row_of(self, item_id: str) -> int:

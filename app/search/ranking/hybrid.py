@@ -1,8 +1,7 @@
 """Candidates of a search: by their vectors alone, or by vectors and words together.
 
-- A hybrid rank score is cosine + bonus * text score. The text score is the share of the query's words that an item
-  contains; see `index_jobs.store.lexical`. The bonus follows from the weight w of the words and from the spread of the
-  query's cosines over the gallery: 3 standard deviations * w / (1 - w).
+- A hybrid rank score is cosine + bonus * text score; see `index_jobs.store.lexical.fusion`. The text score is the share
+  of the query's words that an item contains.
 - Every candidate of one list gets its exact score in the other. No row outside the candidates can exceed
   `highest_unseen`, which tells the caller whether to request more.
 - Words that `_TEXT_ROWS` items or more contain are ranked approximately: among the rows of the highest cosines, whose
@@ -16,12 +15,11 @@ import numpy as np
 from app.search.errors import UnsupportedQueryError
 from app.search.ranking.rows import RankableIndex, row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.store.lexical.fusion import text_bonus
 
-_SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
 _TEXT_ROWS = 512  # rows of a query's words up to which the cosines of all are computed
 _COMMON_TEXT_ROWS = 128  # rows of more common words whose cosines are computed
 _COMMON_WIDTH = 64  # least number of cosines that common words are looked up among
-_LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +97,6 @@ def hybrid_candidates(
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))
     return Candidates(
         np.concatenate((near.rows, far_rows)), cosines, scores,
-        cosines + np.float32(_bonus(snapshot, vector, query.weight)) * scores,
+        cosines + np.float32(text_bonus(snapshot.sample_vectors, vector, query.weight)) * scores,
         near.highest_unseen if is_text_complete else -np.inf, near.highest_unseen_cosine,
     )  # fmt: skip
-
-
-def _bonus(snapshot: RankableIndex, vector: Floats, weight: float) -> float:
-    """Return the rank score of a text score of 1."""
-    return _SPREADS * weight / max(1 - weight, _LEAST_REST) * float(np.std(snapshot.sample_vectors @ vector))

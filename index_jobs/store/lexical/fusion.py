@@ -1,0 +1,105 @@
+"""Fusion of cosines and text scores, and the weight of the words that suits a gallery.
+
+- A hybrid rank score is cosine + bonus * text score. The bonus follows from the weight w of the words and from the
+  spread of the query's cosines over the gallery: 3 standard deviations * w / (1 - w).
+- The weight is chosen by validation texts. A text that is its item's own caption says nothing, since the lexical index
+  contains it, so such texts do not count; with few others the weight is the default.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.util.arrays import Floats, Mask, Rows
+
+if TYPE_CHECKING:
+    from index_jobs.store.faiss_search import ScoredRows
+    from index_jobs.store.lexical.lexical_index import LexicalIndex
+
+DEFAULT_WEIGHT = 0.7  # chosen on short queries of the bundled example
+MIN_TEXTS = 100  # that choose a weight
+_WEIGHTS = (0.3, 0.5, DEFAULT_WEIGHT, 0.9)
+_SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
+_LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only
+_SAMPLE = 256  # rows that tell how widely cosines spread
+_DEPTH = 100  # rows of each list; an image below this rank counts as not found
+
+
+class _Vectors(Protocol):
+    def search(self, vectors: Floats, k: int, mask: Mask | None = None, /) -> "ScoredRows": ...
+    def vectors(self, rows: Rows, /) -> Floats: ...
+
+
+class _Version(_Vectors, Protocol):
+    @property
+    def lexical(self) -> "LexicalIndex | None": ...
+    @property
+    def live(self) -> Mask: ...
+    def row_of(self, item_id: str, /) -> int | None: ...
+
+
+def text_bonus(sample_vectors: Floats, vector: Floats, weight: float) -> float:
+    """Return the rank score of a text score of 1.
+
+    Args:
+        sample_vectors: of evenly spread items, (m, E).
+    """
+    return _SPREADS * weight / max(1 - weight, _LEAST_REST) * float(np.std(sample_vectors @ vector))
+
+
+def spread_rows(live: Rows) -> Rows:
+    """Return evenly spread rows, whose vectors are `sample_vectors`."""
+    return live[:: max(1, len(live) // _SAMPLE)][:_SAMPLE]
+
+
+def hybrid_gains(
+    index: _Vectors,
+    lexical: "LexicalIndex",
+    sample_vectors: Floats,
+    queries: Sequence[tuple[str, Floats, int]],
+    weights: Sequence[float],
+    allowed: Mask | None = None,
+) -> NDArray[np.float64]:
+    """Return 1 / log2(1 + rank) of each query's item under each weight, 0 below rank 100: (queries, weights).
+
+    Args:
+        queries: text, vector (E,) and the row of the item.
+    """
+    gains = np.zeros((len(queries), len(weights)))
+    for number, (text, vector, target) in enumerate(queries):
+        near = index.search(vector[None], _DEPTH, allowed)[1][0]
+        rows = np.union1d(near[near >= 0], lexical.search(text, _DEPTH, allowed)[1])
+        place = int(np.searchsorted(rows, target))
+        if place == len(rows) or rows[place] != target:
+            continue
+        cosines, scores = index.vectors(rows) @ vector, lexical.score(text, rows)
+        for column, weight in enumerate(weights):
+            ranks = cosines + text_bonus(sample_vectors, vector, weight) * scores
+            rank = 1 + int(np.count_nonzero(ranks > ranks[place]))
+            gains[number, column] = 1 / np.log2(1 + rank) if rank <= _DEPTH else 0.0
+    return gains
+
+
+def version_gains(
+    artifact: _Version, weight: float, texts: Sequence[str], vectors: Floats, ids: Sequence[str], allowed: Mask | None
+) -> Floats:
+    """Return the gains, (n,), of the items with these ids in a version; see `hybrid_gains`."""
+    if artifact.lexical is None:
+        return np.zeros(len(texts), np.float32)
+    sample = artifact.vectors(spread_rows(np.flatnonzero(artifact.live)))
+    rows = [artifact.row_of(item_id) or 0 for item_id in ids]
+    queries = list(zip(texts, vectors, rows, strict=True))
+    gains = hybrid_gains(artifact, artifact.lexical, sample, queries, [weight], allowed)
+    return gains[:, 0].astype(np.float32)
+
+
+def choose_weight(
+    index: _Vectors, lexical: "LexicalIndex", sample_vectors: Floats, queries: Sequence[tuple[str, Floats, int]]
+) -> float | None:
+    """Return the weight of the highest mean gain; None for less than `MIN_TEXTS` texts."""
+    if len(queries) < MIN_TEXTS:
+        return None
+    means = hybrid_gains(index, lexical, sample_vectors, queries, _WEIGHTS).mean(0).round(6).tolist()
+    return max(zip(means, _WEIGHTS, strict=True), key=lambda each: (each[0], each[1] == DEFAULT_WEIGHT))[1]
