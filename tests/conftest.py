@@ -10,7 +10,13 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for NumPy, as in the service; see also torch's below
+# A tiny model gains nothing from several threads, and loses much to them where other processes run.
+for library in ("OPENBLAS", "OMP"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+# Tests sync hundreds of small files; in memory that costs nothing.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 6 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 import numpy as np
 import pytest
@@ -23,7 +29,6 @@ from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.dcar import DCAR
 from tests.support.images import draw
 
-# A tiny model gains nothing from several threads, and loses much to them where other processes run.
 torch.set_num_threads(1)
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black")

@@ -84,6 +84,12 @@ def webp_with_chunks(count: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def webp_of_size(width: int, height: int) -> bytes:
+    """Return a lossy WebP file that declares a size and holds 16 x 16 pixels."""
+    data = encoded(_grain(16).convert("RGB"), "WEBP")
+    return data[:26] + struct.pack("<HH", width, height) + data[30:]
+
+
 def avif_with_index(size: int) -> bytes:
     """Return an AVIF file whose index is padded to a size."""
     data = encoded(_grain(16).convert("RGB"), "AVIF", speed=10)

@@ -1,14 +1,17 @@
 """Processes, ports and memory."""
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.commands import run
 
 PEAK_MEMORY = """
 import re, sys
+from contextlib import suppress
 from pathlib import Path
+from dcar_core.images import open_image
 from dcar_core.model.preprocess import Preprocess
+from dcar_core.util.errors import ImageError
 
 
 def peak():  # of this program; getrusage counts from the parent's
@@ -18,7 +21,11 @@ def peak():  # of this program; getrusage counts from the parent's
 data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
 chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
 before = peak()
-(chosen if mode == "exact" else chosen.fast())(data)
+if mode == "refused":
+    with suppress(ImageError):
+        open_image(data, at_least=560)
+else:
+    (chosen if mode == "exact" else chosen.fast())(data)
 print(peak() - before)
 """
 
@@ -53,7 +60,11 @@ def free_port() -> int:
 
 
 def peak_memory(data: bytes, mode: str, folder: Path) -> int:
-    """Return the bytes that preprocessing a file adds to the peak memory of a process."""
+    """Return the bytes that a file adds to the peak memory of a process.
+
+    mode: "exact" or "fast" preprocessing, or "refused" for a file that may be refused when it is opened.
+    """
     (folder / "image").write_bytes(data)
-    given = [sys.executable, "-c", PEAK_MEMORY, str(folder / "image"), mode]
-    return int(subprocess.run(given, check=True, capture_output=True, text=True).stdout)
+    done = run("-c", PEAK_MEMORY, folder / "image", mode)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
