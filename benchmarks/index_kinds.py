@@ -22,7 +22,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -36,6 +35,7 @@ from index_material import EMOJI_DIM, Material, allowed_rows, blocks, count_hits
 from index_peers import PEERS
 
 from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.processes import in_own_process
 from index_jobs.building.build import build_index
 from index_jobs.building.kinds import choose_kinds, machine_memory
 from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, HeldOutQueries, SearchParameters, Tuner
@@ -104,7 +104,7 @@ def own_memory() -> int:
 
 
 def try_out(result: Result, material: Material, filters: bool) -> None:
-    """Measure a built index in a fresh process, with the parameters of every target."""
+    """Measure a built index in a process of its own, with the parameters of every target."""
     path = material.index(result["kind"])
     task = {"path": str(path), "kind": result["kind"], "count": material.count, "dim": material.dim}
     task |= {"truth": str(material.truth)}
@@ -112,9 +112,8 @@ def try_out(result: Result, material: Material, filters: bool) -> None:
         task |= {"filters": {percent: str(material.filtered(percent)) for percent in PERCENTS}}
     result["measured"] = []
     for target, parameters in result["tuned"]:
-        command = [sys.executable, __file__, "--measure", json.dumps(task | {"parameters": parameters})]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result["measured"].append({"target": target, "parameters": parameters, **json.loads(done.stdout)})
+        found = in_own_process(measure, task | {"parameters": parameters})
+        result["measured"].append({"target": target, "parameters": parameters, **found})
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -134,7 +133,7 @@ def measure(task: dict[str, Any]) -> Result:
     found = timed(lambda query: index.search(query, NEIGHBOURS), queries, truth)
     found["resident_mb"] = round((resident() - before) / 1e6, 1)
     for percent, exact in task.get("filters", {}).items():
-        mask = allowed_rows(task["count"], int(percent))
+        mask = allowed_rows(task["count"], percent)
         mask.flags.writeable = False
         filtered = timed(lambda query, mask=mask: index.search(query, NEIGHBOURS, mask), queries, np.load(exact))
         found[f"of_{percent}"] = f"{filtered['p50_ms']} ms, {filtered['recall_at_10']}"
@@ -217,11 +216,7 @@ def main() -> None:
         "--out", type=Path, help="keep vectors and results here for later kinds (default: discard them)"
     )
     parser.add_argument("--build-only", action="store_true", help="build now and measure in a later run; needs --out")
-    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(given.measure)))
-        return
     if given.build_only and not given.out:
         parser.error("--build-only needs --out")
     if bool(given.vectors) != bool(given.queries):

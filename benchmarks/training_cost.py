@@ -14,8 +14,6 @@
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -33,6 +31,7 @@ from dcar_core.serving.encoder import pick_device
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
+from dcar_core.util.processes import in_own_process
 
 METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+"
 WORDS = ("red", "blue", "small", "striped", "shiny", "old", "metal", "round", "with", "a", "and", "on", "near", "the")
@@ -76,8 +75,18 @@ def timed_prepare(training: Dataset, model: DCAR, cache: FeatureCache) -> tuple[
     return prepare_split(training, model, for_training=True, progress=False, cache=cache), clock() - started
 
 
+def prepare_process(args: argparse.Namespace) -> None:
+    """Set the number of threads, and the processor's time as the clock of a CPU."""
+    global clock
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if not args.wall and pick_device(args.device) == "cpu":
+        clock = time.process_time
+
+
 def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, float | str | None]:
     """Measure one method in this process."""
+    prepare_process(args)
     backbone = load_backbone(BackboneSource(args.model, args.pretrained), pick_device(args.device))
     model = seeded_model(backbone, method(name), 0).train()
     training = load_split(folder, "train")[0]
@@ -115,16 +124,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="measure wall-clock time on a CPU too")
-    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # measure one method, on existing data
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if not args.wall and pick_device(args.device) == "cpu":
-        global clock
-        clock = time.process_time
-    if args.only:
-        print(json.dumps(measure(args.methods, args.only, args)))
-        return
+    prepare_process(args)
     generated = min(args.pairs, 2 * args.batch_size)
     print(f"{args.model}, {pick_device(args.device)}, {torch.get_num_threads()} threads, batches of {args.batch_size}; "
           f"an epoch of {args.pairs:,} pairs; preparation of {generated} pairs\n")  # fmt: skip
@@ -132,12 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), generated)
         for name in args.methods.split(","):
-            command = [sys.executable, __file__, "--methods", name, "--only", folder]
-            command += ["--wall"] if args.wall else []
-            for option in ("threads", "model", "pretrained", "pairs", "batch_size", "batches", "amp", "device"):
-                command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            m = json.loads(done.stdout.splitlines()[-1])
+            m = in_own_process(measure, name, Path(folder), args)
             uncached = "-" if m["uncached"] is None else f"{m['uncached']:.3g}"
             print(f"| {name} | {m['trainable']:,} | {m['batch']:.3g} | {m['epoch']:.3g} | {m['peak']:.0f} | "
                   f"{m['cold']:.1f} | {m['warm']:.1f} | {uncached} |", flush=True)  # fmt: skip

@@ -161,6 +161,7 @@ def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[bool, flo
         time.sleep(0.05)
     else:
         status = 1
+        print(f"stopped after {timeout:.0f} s", file=sys.stderr, flush=True)
     with suppress(ProcessLookupError):  # what it started, and itself if it takes too long
         os.killpg(child, signal.SIGKILL)
     with suppress(ChildProcessError):

@@ -11,12 +11,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 # A tiny model gains nothing from several threads, and loses much to them where other processes run.
-for library in ("OPENBLAS", "OMP"):
-    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
-# Tests sync hundreds of small files; in memory that costs nothing.
-MEMORY = Path("/dev/shm")
-if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 6 * 2**30:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -30,6 +26,11 @@ from dcar_core.model.dcar import DCAR
 from tests.support.images import draw
 
 torch.set_num_threads(1)
+
+# A run syncs thousands of small files, which costs nothing in memory.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 6 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("square", "circle", "triangle", "cross")

@@ -1,6 +1,5 @@
 """The documentation: its length, links, commands and names agree with the code."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ import typer
 from app.cli import app
 from app.core.settings import Settings
 from dcar_core.util import errors
+from tests.support.commands import run
 from tests.support.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
@@ -260,8 +260,7 @@ def test_python_examples_run() -> None:
         r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
     assert len(blocks) == 1
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", blocks[0]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run("-c", blocks[0])
     assert done.returncode == 0, done.stderr
     for page in PAGES:
         for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):

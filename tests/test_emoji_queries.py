@@ -23,6 +23,7 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (EXAMPLE / "twemoji" / "metadata.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_every_query_has_answers_in_the_gallery(name: str, script: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     queries = script["read_queries"](EXAMPLE / "queries" / f"{name}.tsv", rows)

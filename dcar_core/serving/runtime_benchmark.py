@@ -7,16 +7,13 @@
   below `torch`'s. Runtimes that hold are ranked for `auto`; a partial run only strikes failures.
 """
 
-import multiprocessing
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +27,7 @@ from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranki
 from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime, median_seconds
 from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DcarError
+from dcar_core.util.processes import in_own_process
 from dcar_core.util.retrieval_metrics import recall_at_k
 
 PROBE_SIZE = 32  # images and captions that are compared one by one, and that speed is measured with
@@ -118,7 +116,8 @@ def benchmark(
         try:
             if name == "openvino-int8":
                 _calibrate(encoder, data, images, say)
-            rows.append(_in_own_process(checkpoint, pretrained, device, name, encoder.loaded.cache, material, expected))
+            job = (checkpoint, pretrained, device, name, encoder.loaded.cache, material, expected)
+            rows.append(in_own_process(_measure, *job))
         except BrokenProcessPool:
             rows.append(RuntimeResult(name, reason="its process died, perhaps for want of memory"))
         except DcarError as error:
@@ -213,11 +212,6 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     part = samples.samples[::step][:SAMPLES]
     pixels = np.stack([encoder.preprocess(samples.read(sample.image)) for sample in part])
     calibrate(encoder.adapter, encoder.loaded, CalibrationData([sample.caption for sample in part], pixels))
-
-
-def _in_own_process(*job: Any) -> RuntimeResult:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_measure, *job).result()
 
 
 def _measure(

@@ -2,8 +2,7 @@
 
 - The unit of work is a window: the images of one forward pass. Windows come back in order, and a bounded number of them
   is in flight, so memory does not grow with the gallery.
-- Workers are forked from a server process, which has no threads; torch and faiss have started some here. They end with
-  the job, even if it is killed.
+- Workers end with the job, even if it is killed.
 - Pillow and PyTorch release the interpreter lock while they decode and resize. On few cores, and for small galleries,
   threads are therefore faster than processes: by 10 % for JPEGs of 640 pixels, by 30 % for PNGs of 72.
 - A broken image is a reason in the result, never an exception.
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, ImageError, ImageFault
+from dcar_core.util.processes import process_context
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import FailedImage
 from index_jobs.gallery.storage import ImageLocation, read_images
@@ -100,9 +100,7 @@ def _start_pool(workers: int) -> tuple[Executor, int]:
     if workers == 0:
         threads = min(_MAX_THREADS, available_cores())
         return ThreadPoolExecutor(threads, thread_name_prefix="decode"), threads
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker), workers
+    return ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker), workers
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,7 @@ async def test_a_busy_batcher_waits_for_more_queries_and_an_idle_one_starts_at_o
     await batcher.close()
 
 
+@pytest.mark.slow
 async def test_two_sets_of_callers_that_would_alternate_share_one_batch() -> None:
     """The next batch waits for the callers of the last one, and starts as soon as all of them are back."""
     # A pass takes longer than the wait, which counts from the end of the pass.

@@ -70,6 +70,7 @@ async def item_id(client: ServiceClient, name: str) -> str:
     return next(item["id"] for item in items if item["metadata"]["file_name"] == name)
 
 
+@pytest.mark.slow
 async def test_thumbnails_are_small_and_upright(photos: Path, cache: dict[str, Any]) -> None:
     async with opened(photos, **cache) as client:
         for name, size in (("phone.jpg", (288, 384)), ("print.jpg", (384, 288)), ("scan.tif", (384, 288))):

@@ -114,17 +114,17 @@ def test_too_many_tokens_for_the_context_are_refused(backbone: Backbone) -> None
 @pytest.mark.slow
 def test_real_architecture_loads_bit_for_bit_from_both_kinds_of_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    clip = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
+    clip = open_clip.create_model("ViT-S-32-alt", pretrained=None)
     state = {name: value.contiguous() for name, value in clip.state_dict().items()}
     torch.save(state, tmp_path / "weights.pt")
     save_file(state, str(tmp_path / "weights.safetensors"))
     for file in ("weights.pt", "weights.safetensors"):
-        backbone = load_backbone(BackboneSource("ViT-B-32-quickgelu", str(tmp_path / file)))
+        backbone = load_backbone(BackboneSource("ViT-S-32-alt", str(tmp_path / file)))
         loaded = backbone.clip.state_dict()
         assert all(torch.equal(loaded[name], value) for name, value in state.items())
-        assert (backbone.text_width, backbone.vision_width, backbone.embed_dim) == (512, 768, 512)
+        assert (backbone.text_width, backbone.vision_width, backbone.embed_dim) == (256, 384, 256)
         with torch.no_grad():
-            tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")(["a dog"])
+            tokens = open_clip.get_tokenizer("ViT-S-32-alt")(["a dog"])
             torch.testing.assert_close(backbone.encode_text(tokens), clip.eval().encode_text(tokens), rtol=0, atol=0)
 
 
@@ -157,7 +157,7 @@ def test_pickle_in_a_pt_file_is_not_executed(tmp_path: Path) -> None:
 
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ModelError, match="could not be loaded"):
-        load_backbone(BackboneSource("ViT-B-32-quickgelu", str(tmp_path / "evil.pt")))
+        load_backbone(BackboneSource("ViT-S-32-alt", str(tmp_path / "evil.pt")))
 
 
 @pytest.mark.parametrize(

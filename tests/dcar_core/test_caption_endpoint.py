@@ -24,7 +24,7 @@ BAD: dict[str, Raw | dict[str, Any]] = {
     "502 as a page": Raw(502, "<html>bad gateway</html>"),
     "503 with nonsense": Raw(503, headers=(("retry-after", "soon"),)),
     "529": Raw(529, "overloaded"),
-    "too slow": Raw(body=json.dumps(message("late")), wait=3),
+    "too slow": Raw(body=json.dumps(message("late")), wait=1.5),
     "drop by drop": Raw(body=json.dumps(message("late")), drip=0.1),
     "a closed connection": Raw(silent=True),
     "half an answer": Raw(body=json.dumps(message("half")), cut=True),
@@ -63,7 +63,7 @@ def test_transient_errors_are_retried(photos: Path, how: str) -> None:
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_images_are_captioned_concurrently(photos: Path, most: int) -> None:
-    behave: Behave = lambda asked, n: Raw(body=json.dumps(message(good(asked))), wait=1.0)  # noqa: E731
+    behave: Behave = lambda asked, n: Raw(body=json.dumps(message(good(asked))), wait=0.4)  # noqa: E731
     with VisionServer(behave) as server:
         assert ask(photos, server, judge=False, concurrency=most).accepted == 4
         assert server.at_once == most

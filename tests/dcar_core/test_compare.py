@@ -46,6 +46,7 @@ def compared(backbone: Backbone, tiny_data: Path, tmp_path_factory: pytest.TempP
     return out, compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)
 
 
+@pytest.mark.slow
 def test_results_are_written_and_reproduced_by_the_checkpoints(
     compared: Compared, backbone: Backbone, tiny_data: Path
 ) -> None:

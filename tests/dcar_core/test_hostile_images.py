@@ -163,6 +163,7 @@ def test_a_limit_above_pillows_own_applies() -> None:
     assert open_image(data, max_pixels=200_000_000, at_least=100).size == (120, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux reports it")
 @pytest.mark.parametrize(
     ("kind", "mode", "options"),

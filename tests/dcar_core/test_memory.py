@@ -60,6 +60,7 @@ def test_half_precision_weights_are_not_mapped(model: Path) -> None:
     assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_released_pages_are_read_again_on_use(model: Path, tmp_path: Path) -> None:
     encoder = Encoder.load(model, cache=tmp_path / "cache")
     texts, pixels = ["a red square"], np.zeros((1, 3, 32, 32), np.uint8)

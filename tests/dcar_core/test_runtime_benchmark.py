@@ -35,7 +35,7 @@ def run(
 ) -> Any:
     """A benchmark in which `found` is what its processes measure, in place of minutes."""
     rows = iter(found)
-    monkeypatch.setattr(module, "_in_own_process", lambda *job: next(rows))
+    monkeypatch.setattr(module, "in_own_process", lambda *job: next(rows))
     monkeypatch.setattr(module, "_calibrate", lambda *given: None)
     return benchmark(str(checkpoint), data, runtimes=[each.name for each in found], cache=loaded.cache, device="cpu")
 
@@ -63,7 +63,7 @@ def test_runtime_that_loses_recall_is_not_taken(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [row("torch", 10, 60), row("onnx-int8", 90, 59)]
-    monkeypatch.setattr(module, "_in_own_process", lambda *job: rows.pop(0))
+    monkeypatch.setattr(module, "in_own_process", lambda *job: rows.pop(0))
     report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx-int8"], cache=loaded.cache, device="cpu")
     assert [each.name for each in report.rows] == ["reference", "torch", "onnx-int8"]
     assert report.rows[2].reason == "recall@1 is 1.0 points lower"
@@ -131,12 +131,14 @@ def test_partial_benchmark_only_removes_failed_runtimes(
 def test_error_of_a_library_fails_one_row(
     loaded: LoadedModel, tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(checkpoint: str, pretrained: str | None, device: str, name: str, *rest: object) -> RuntimeResult:
+    def fails(
+        measure: object, checkpoint: str, pretrained: str | None, device: str, name: str, *rest: object
+    ) -> RuntimeResult:
         if name == "onnx":
             raise RuntimeError("no kernel image is available\nand a long story")
         return row(name, 10, 60)
 
-    monkeypatch.setattr(module, "_in_own_process", fails)
+    monkeypatch.setattr(module, "in_own_process", fails)
     report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["onnx", "torch"], cache=loaded.cache, device="cpu")
     assert [(each.name, each.reason) for each in report.rows[1:]] == [
         ("torch", ""),

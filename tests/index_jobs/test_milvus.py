@@ -46,6 +46,7 @@ def plain(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.Te
     return out
 
 
+@pytest.mark.slow
 def test_searches_are_those_of_faiss(index: Path, plain: Path) -> None:
     here, there = open_current(index), open_current(plain)
     assert not (here.path / "index.faiss").exists()

@@ -185,6 +185,7 @@ def test_failures_of_older_versions_count_as_unread(
     assert summarize(tmp_path / "index", manifest, start=0.0).hint == ""
 
 
+@pytest.mark.slow
 def test_training_behind_the_image_tower_needs_no_encoding(gallery: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The features of the frozen tower stay, and an adapter is applied to them."""
     backbone = load_backbone(BackboneSource(str(tiny_model)))

@@ -142,20 +142,21 @@ def test_index_verifies_after_each_of_fifty_killed_jobs(gallery: Path, tiny_chec
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
 def test_killed_command_ends_its_workers_and_resumes(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    for copy in range(16):
+    for copy in range(8):
         shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
     index = tmp_path / "index"
     arguments = [
         "--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index,
         "--workers", 2, "--batch-size", 1, "--shard-rows", 1, "--quiet",
     ]  # fmt: skip
+    others = {*children_of(os.getpid())}
     process = Command("index_jobs.rebuild", *arguments, stdout=os.devnull, stderr=os.devnull)
     limit = time.monotonic() + 60
     while len(list(index.glob("work/*/*.json"))) < 5:
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.02)
-    workers = children_of(process.pid)
+    workers = {*children_of(os.getpid())} - others - {process.pid}
     assert len(workers) >= 2
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -166,7 +167,7 @@ def test_killed_command_ends_its_workers_and_resumes(gallery: Path, tiny_checkpo
     assert current_version(index) is None
     summary = rebuild(gallery, tiny_checkpoint, index, workers=0, batch_size=1, shard_rows=1, progress=False)
     assert summary.resumed >= 5
-    assert (summary.count, summary.resumed + summary.encoded) == (120, 120)
+    assert (summary.count, summary.resumed + summary.encoded) == (72, 72)
     verify_index(index)
 
 

@@ -145,6 +145,7 @@ def test_broken_image_replaces_nothing(index: Path, tmp_path: Path) -> None:
     assert [artifact.item(row).caption for row in rows if row is not None] == ["a pink square", "a cyan circle"]
 
 
+@pytest.mark.slow
 def test_many_small_additions_are_merged_into_few_segments(index: Path, encoder: Encoder, tmp_path: Path) -> None:
     colors, parts = ["pink", "cyan", "lime", "navy", "teal", "gold"], []
     for color in colors:

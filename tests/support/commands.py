@@ -1,7 +1,8 @@
 """Commands of this project in processes of their own, forked from one that has imported everything.
 
 - Importing PyTorch and open_clip takes 5 s of CPU, most of what a command on tiny data takes. Here it is paid once.
-- A process is a real one: its streams may be closed, full or pipes, and it can be killed.
+- A process is a real one: its streams may be closed, full or pipes, and it can be killed. Those that it starts by
+  `multiprocessing` are forked from the same server.
 - Tests about imports, or about the interpreter's own start, use `subprocess` instead.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -144,6 +146,7 @@ def _execute(
     directory: Path,
 ) -> None:
     """Become the command: in the forked process."""
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]  # by default, it starts another
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
