@@ -146,7 +146,7 @@ def _execute(
     directory: Path,
 ) -> None:
     """Become the command: in the forked process."""
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]  # by default, it starts another
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]  # it would start another
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
