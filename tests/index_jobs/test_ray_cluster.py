@@ -56,9 +56,10 @@ def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Pat
         pytest.importorskip("ray.data", reason="needs the extra: pip install 'dcar[ray]'")
     index = tmp_path / "index"
     settings = ("--batch-size", 2, "--shard-rows", 2, "--workers", 2, "--device", "cpu")
+    environment = {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}  # beside other tests, nice workers starve
     process = Command(
         "index_jobs.rebuild", "--ray", "local", "--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index,
-        *settings, environment={"PYTHONPATH": str(ROOT)},
+        *settings, environment=environment,
     )  # fmt: skip
     limit = time.monotonic() + 200
     while len(list(index.glob("work/*/*.json"))) < 3:
