@@ -25,9 +25,10 @@ Results = dict[str, Any]
 
 
 def all_tables(results: Results) -> str:
-    """Return every table as Markdown, for a terminal."""
+    """Return every table as Markdown, for a terminal, below a line with their unit."""
     tables = (recall_rows, significance_rows, measures_rows, shots_rows, settings_rows)
-    return "\n".join(_markdown(rows) for table in tables if (rows := table(results)))
+    texts = (_markdown(rows) for table in tables if (rows := table(results)))
+    return "\n".join([f"Percent; {_spread_of(results)}.", *texts])
 
 
 def recall_rows(results: Results) -> list[list[str]]:
@@ -51,14 +52,13 @@ def column_means(method: dict[str, Any]) -> list[float | None]:
 
 def results_markdown(results: Results) -> str:
     """Return results.md: recall, settings, the weakest categories and the most frequent confusions."""
-    seeds = max(len(method["runs"]) for method in results["methods"].values())
     pairs, settings = results["pairs"], results["training"]
     loss = "" if results["loss"] == "both" else f" The contrastive loss is {results['loss']} alone."
     parts = [
         f"# {results['data']}",
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
         f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}; "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation, percent.{loss}",
+        f"{_spread_of(results)}, percent.{loss}",
         _markdown(recall_rows(results)),
         "## Significance",
         SIGNIFICANCE_NOTE,
@@ -88,6 +88,11 @@ def results_markdown(results: Results) -> str:
         rows += [[c["category"], c["taken_for"], f"{c['count']} of {c['of']}"] for c in confusions]
         parts += [f"## Most confused categories of {best}", _markdown(rows)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _spread_of(results: Results) -> str:
+    seeds = max(len(method["runs"]) for method in results["methods"].values())
+    return f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation"
 
 
 def significance_rows(results: Results) -> list[list[str]]:
