@@ -140,7 +140,9 @@ async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery:
 
 
 @needs("mcp")
-async def test_the_mcp_server_tells_of_a_wrong_key_and_of_a_service_that_is_gone(url: str) -> None:
+async def test_the_mcp_server_tells_of_a_wrong_key_a_rate_and_a_service_that_is_gone(
+    url: str, built_index: Path
+) -> None:
     from dcar_client.mcp import server
     from mcp import Client as AssistantClient
 
@@ -149,6 +151,11 @@ async def test_the_mcp_server_tells_of_a_wrong_key_and_of_a_service_that_is_gone
         assert (refused.is_error, "401" in refused.content[0].text) == (True, True)
         refused = await mcp.call_tool("search_by_picture", {"file": "circle/blue.png"})
         assert "without --pictures" in refused.content[0].text
+    with serving(built_index, rate_limit="1/hour") as (_, port):
+        async with AssistantClient(server(f"http://127.0.0.1:{port}")) as mcp:
+            answers = [await mcp.call_tool("search_by_words", {"query": "red"}) for _ in range(2)]
+            assert [each.is_error for each in answers] == [False, True]
+            assert "429" in answers[1].content[0].text
     async with AssistantClient(server("http://127.0.0.1:9")) as mcp:
         refused = await mcp.call_tool("search_by_words", {"query": "red"})
         assert "does not answer" in refused.content[0].text
