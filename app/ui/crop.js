@@ -74,7 +74,7 @@ function showPreview(isShown) { // HEIC and others are read by the service only
   $("picture-frame").hidden = !isShown;
   $("picture-hint").textContent = isShown
     ? "Drag over a part of the image to search for that part."
-    : "This browser cannot show this kind of image. The search can read it.";
+    : "This browser cannot show this kind of image.";
 }
 
 function drawBox(next) {

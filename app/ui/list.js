@@ -60,8 +60,8 @@ export function drawList(found, wanted, known, groups) {
   $("scores").hidden = !hasSubject(wanted) || !found.results.length;
   $("scores").querySelector("summary").textContent = `What does ${percent(found.results[0]?.score)} mean?`;
   if (!found.results.length) {
-    if (hasFilter(wanted)) showNothing("No images have all of these filters", "Remove one to see more.");
-    else showNothing("No images are here", "");
+    showNothing(hasFilter(wanted) ? "No images have all of these filters" : "No images are here", "");
+    $("clear-filters").hidden = !hasFilter(wanted);
   } else if (!list.fitting) {
     showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
   }
@@ -83,6 +83,7 @@ function showNothing(lead, why) {
   nothing.querySelector(".lead").textContent = lead;
   nothing.querySelector(".why").textContent = why;
   nothing.hidden = false;
+  $("clear-filters").hidden = true;
 }
 
 function append(found) {
@@ -121,6 +122,7 @@ function facts({ took_ms: took }) {
     return `${images(list.count)}${once}`;
   }
   const of = hasFilter(wanted) ? ` ${shown === 1 ? "image" : "images"} with these filters` : ` of ${images(page.total(wanted.in))}`;
+  if (!shown) return "";
   const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)}${of}${once}`;
   const fitting = list.fitting && list.fitting < shown ? `, ${number(list.fitting)} of them likely` : "";
   return `${found}${fitting} · ${took < 1000 ? `${Math.max(1, Math.round(took))}\u00a0ms` : `${(took / 1000).toFixed(1)}\u00a0s`}`;

@@ -163,7 +163,7 @@ async function drawSwitches() {
 
 function drawSort() {
   const sort = $("sort");
-  if (sort.options.length) sort.options[0].textContent = hasSubject(state) ? "best match" : "the gallery's order";
+  if (sort.options.length) sort.options[0].textContent = hasSubject(state) ? "best match" : "gallery order";
   sort.value = state.sort;
   $("sort-label").hidden = sort.options.length < 2;
 }
@@ -268,6 +268,7 @@ $("form").addEventListener("submit", (event) => {
 });
 for (const input of [query, $("without")]) input.addEventListener("input", typed);
 $("sort").addEventListener("change", () => go({ sort: $("sort").value }, { replace: true }));
+$("clear-filters").addEventListener("click", () => go({ filter: {} }));
 $("words").addEventListener("change", async () => {
   const isOn = $("words").checked, { starts_hybrid } = await loadCatalogue(base());
   go({ words: isOn === starts_hybrid ? "" : isOn ? "1" : "0" }, { replace: true });

@@ -44,7 +44,7 @@ async function requestJson(path, options) {
     throw new ServiceError("The service cannot be reached.", 0);
   }
   const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new ServiceError(body.detail || `Error ${response.status}`, response.status);
+  if (!response.ok) throw new ServiceError(body.detail?.replace(/^file: /, "") || `Error ${response.status}`, response.status);
   return body;
 }
 

@@ -153,6 +153,9 @@ def test_category_of_an_image_filters(page: Page, site: str) -> None:
     page.open(f"{site}/#q=red&category=nothing")
     until(lambda: page.one("#nothing").is_displayed())
     assert "No images have all of these filters" in page.one("#nothing").text
+    page.one("#clear-filters").click()
+    page.settled(24)
+    assert page.driver.current_url.endswith("#q=red")
     assert page.errors() == []
 
 
