@@ -142,7 +142,7 @@ def _stage(
     choice, measured = stage_vectors(staging, job.out, options, encoder, encoded, choices, queries)
     fields = stage_items(staging, gallery, encoded, options.text_fields)
     pairs = job.pairs if options.validation else None
-    can_choose = pairs is not None and not options.milvus
+    searchable = None if options.milvus else pairs
     return Manifest(
         version=0,
         fingerprint=encoder.fingerprint,
@@ -169,7 +169,7 @@ def _stage(
         number_texts=fields.number_texts,
         measured=measured,
         cutoff=calibrate_cutoff(pairs, encoder, encoded) if pairs else {},
-        hybrid_weight=choose_hybrid_weight(staging, pairs, gallery, encoded, encoder) if can_choose else None,
+        hybrid_weight=choose_hybrid_weight(staging, searchable, gallery, encoded, encoder) if searchable else None,
         runtime=runtime,
         files={},
     )

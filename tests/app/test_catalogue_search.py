@@ -118,7 +118,7 @@ async def test_an_index_with_a_group_field_returns_products(
         assert "red" not in {result["group"]["value"] for result in results}
         listed = (await client.get("/items", params={"k": 3})).json()
         assert (listed["count"], listed["next_offset"], len(listed["items"])) == (COLORS, 3, 3)
-        first_of = {}
+        first_of = dict[str, str]()
         for each in (await client.get("/items", params={"group_by": "", "k": 24})).json()["items"]:
             first_of.setdefault(each["metadata"]["color"], each["id"])
         rest = (await client.get("/items", params={"k": 24, "offset": 3})).json()["items"]

@@ -209,7 +209,8 @@ class LexicalIndex:
         def any_of(parts: list[Any]) -> Any:
             return tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts]) if parts else None
 
-        count, best, matches, weights, similar, common, rare = len(self), 0.0, 0, [], [], [], []
+        count, best, matches, weights = len(self), 0.0, 0, list[tuple[str, float]]()
+        similar, common, rare = list[Any](), list[Any](), list[Any]()
         for term in query_terms(text):
             frequency = self._searcher.doc_freq(_TERMS, term)
             best += (weight := math.log1p((count - frequency + 0.5) / (frequency + 0.5)))
