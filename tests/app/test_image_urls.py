@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ def fetcher(index: Path, **given: Any) -> ImageFetcher:
 async def served(answer: bytes, *, stays_open: bool = False) -> AsyncIterator[tuple[str, list[bytes]]]:
     """A server that gives every request this answer: its URL, and the requests."""
     requests: list[bytes] = []
+    writers: list[asyncio.StreamWriter] = []
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         requests.append(await reader.readuntil(b"\r\n\r\n"))
         writer.write(answer)
         if stays_open:
@@ -49,6 +51,10 @@ async def served(answer: bytes, *, stays_open: bool = False) -> AsyncIterator[tu
     server = await asyncio.start_server(respond, "127.0.0.1", 0)
     async with server:
         yield f"http://{HOST}:{server.sockets[0].getsockname()[1]}/a.png?size=2#x", requests
+        for writer in writers:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
 
 def ok(body: bytes) -> bytes:

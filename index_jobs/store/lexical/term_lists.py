@@ -72,7 +72,7 @@ class TermLists:
         for term, weight in weights:
             sums[owners[terms == crc32(term.encode())]] += np.float32(weight)
         rounded = _LENGTHS[np.searchsorted(_LENGTHS, lengths, side="right") - 1]
-        scores: Floats = sums * np.float32(1 + _K1) / (1 + _K1 * (1 - _B + _B * rounded / self._mean_length))
+        scores = sums * (1 + _K1) / (1 + _K1 * (1 - _B + _B * rounded / self._mean_length))
         return scores.astype(np.float32)
 
 
