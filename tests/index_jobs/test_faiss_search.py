@@ -19,7 +19,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store import faiss_search
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.columns import MAX_FIELDS, FieldTypes
-from index_jobs.store.faiss_index import FaissIndex
+from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from index_jobs.store.gpu_search import MAX_K
 from index_jobs.store.versions import open_current
 
@@ -167,6 +167,21 @@ def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytes
         assert mask[rows].all()
         truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
         assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)]) >= lowest
+
+
+@pytest.mark.parametrize(
+    "kind", ["SQ8", "SQfp16", "IVF32,PQ16x4fs,Refine(SQfp16)", "IVF32,PQ16x4fs,Refine(SQ8)", "HNSW8"]
+)
+def test_exact_searches_compare_the_stored_vectors(kind: str, vectors: NDArray[np.float32], tmp_path: Path) -> None:
+    """Codes that are decoded together, from a mapped file, are those that FAISS decodes one by one."""
+    write_faiss(fill_index(IndexChoice(kind, "test"), DIM, lambda: iter([vectors]), COUNT), tmp_path / "index.faiss")
+    index: Any = FaissIndex.open(tmp_path / "index.faiss")
+    rows = np.arange(5, COUNT, 7)
+    np.testing.assert_array_equal(faiss_search._decode(index._index, rows), index._index.reconstruct_batch(rows))
+    mask = np.zeros(COUNT, np.bool_)
+    mask[rows] = True
+    nearest = np.argsort(-(vectors[:20] @ vectors[rows].T), axis=1)[:, :1]
+    assert np.mean(index.search(vectors[:20], 1, mask)[1] == rows[nearest]) > 0.9
 
 
 def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: NDArray[np.float32]) -> None:
