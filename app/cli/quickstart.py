@@ -6,7 +6,6 @@ import shlex
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 import webbrowser
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import serve_index
 from dcar_core.util.errors import DcarError, ModelError
@@ -21,8 +21,6 @@ from index_jobs.jobs.command_line import Runtime
 
 commands = typer.Typer()
 
-_HUB = "https://huggingface.co"
-_HUB_TIMEOUT_S = 5.0
 _BUNDLED = EXAMPLES / "base"
 
 
@@ -71,9 +69,7 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
 
     The second value is the model as options of `dcar train`.
     """
-    is_online = hub_is_reachable()
-    if not is_online:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # cached weights are found at once, without attempts to connect
+    is_online = prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
 
@@ -94,28 +90,6 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
         return _checkpoint(str(_BUNDLED), None, folder)
     save_zero_shot(backbone, out)
     return out, source
-
-
-def hub_is_reachable() -> bool:
-    """Return True if the model hub responds within a few seconds, also where names take long to resolve."""
-    found = threading.Event()
-
-    def ask() -> None:
-        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", _HUB), method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-        except (OSError, ValueError):
-            return
-        found.set()
-
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
-        return False
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(_HUB_TIMEOUT_S)
-    return found.is_set()
 
 
 def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
+from app.cli.hub import prepare_hub
 from app.cli.options import (
     Accumulate,
     Amp,
@@ -74,6 +75,7 @@ def train(
     The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
     good; the checkpoint is written nevertheless. An interrupted run resumes with the same command.
     """
+    prepare_hub(model, pretrained)
     from dcar_core.data import describe_reports, load_splits, save_reports
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_checkpoint
@@ -142,6 +144,7 @@ def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pre
 
     It needs no data, and works wherever a trained checkpoint does: `dcar index build --checkpoint OUT ...`
     """
+    prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_zero_shot
 
@@ -194,6 +197,7 @@ def evaluate(
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
+    prepare_hub(model, pretrained)
     from dcar_core.evaluation import all_tables, compare
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods import comparable_methods, method

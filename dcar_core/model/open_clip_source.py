@@ -218,7 +218,7 @@ def _explained(source: BackboneSource, error: Exception) -> ModelError | Missing
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "install transformers" in reason:
         return MissingExtraError(f"the text tower of {source.model}", "hf")
-    if "Unknown model" in reason or "timm" in reason.lower():
+    if "Unknown model" in reason or ("timm" in reason.lower() and "download" not in reason):
         return ModelError(
             f"timm {version('timm')} does not know the image tower of {source.model} ({reason}); "
             f"install timm {OLDEST_TIMM} or newer"

@@ -63,6 +63,6 @@ def _checkpoint_signature(checkpoint: Path) -> str:
     The configuration holds a hash of the backbone, so the signature covers that as well.
     """
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} is no checkpoint directory; `dcar train --out DIR` writes one")
+        raise CheckpointError(f"{checkpoint} is no checkpoint directory; `dcar train` or `dcar zero-shot` writes one")
     files = {path.name: sha256_of(path) for path in checkpoint.iterdir() if path.is_file()}
     return hashlib.sha256(canonical_json(files)).hexdigest()

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
+from app.cli.hub import hub_is_reachable
 from app.cli.options import EXAMPLES
-from app.cli.quickstart import hub_is_reachable
 from dcar_core.util.errors import DcarError, ModelError
 from index_jobs.store.versions import open_current
 from tests.support.images import png
@@ -70,6 +70,13 @@ def test_broken_images_are_counted_and_captions_are_what_the_model_is_adapted_to
     assert f"--validation '{photos}'\n" in done.output
 
 
+def test_without_a_hub_a_model_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["zero-shot", "--pretrained", "openai", "--out", str(tmp_path / "clip")])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert isinstance(done.exception, ModelError)
+    assert "the weights 'openai' of ViT-B-32-quickgelu could not be fetched" in str(done.exception)
+
+
 def test_a_model_that_was_named_by_its_directory_is_not_replaced(photos: Path, tmp_path: Path) -> None:
     broken = tmp_path / "model"
     broken.mkdir()
@@ -103,7 +110,7 @@ def test_the_hub_is_reachable_if_it_responds_at_all(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hub_that_never_responds_is_known_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.cli.quickstart._HUB_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("app.cli.hub._TIMEOUT_S", 0.2)
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # accepts, and that is all
     with server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
