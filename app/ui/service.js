@@ -82,7 +82,7 @@ export async function loadGroup(base, field, value) {
 }
 
 // True if a state's words are looked up as well.
-export function isHybrid(state, { has_words, starts_hybrid }) {
+function isHybrid(state, { has_words, starts_hybrid }) {
   return Boolean(state.q) && has_words && (state.words ? state.words === "1" : starts_hybrid);
 }
 
