@@ -279,7 +279,7 @@ def _decode(index: Any, rows: Rows) -> Floats:
     size = int(storage.code_size)
     codes = library.rev_swig_ptr(storage.codes.data(), storage.ntotal * size).reshape(-1, size)[rows]
     if storage.sq.qtype == library.ScalarQuantizer.QT_fp16:
-        return np.take(_halves(), codes.view(np.uint16))
+        return np.asarray(np.take(_halves(), codes.view(np.uint16)))
     return np.asarray(storage.sa_decode(codes))
 
 

@@ -26,7 +26,7 @@ from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, hold, opene
 
 
 async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path) -> None:
-    async with opened(built_index, deadline_ms=100) as client:
+    async with opened(built_index, deadline_ms=300) as client:
         encoder = client.app.state.collections[None].live.encoder
         gate, seen = hold(encoder)
         first = asyncio.create_task(client.post("/search/text", json={"query": "q0"}))

@@ -273,7 +273,8 @@ async def test_pages_load_nothing_from_other_sites(built_index: Path) -> None:
         }  # fmt: skip
         assert set(document["paths"]) == {
             *of_items, *(f"/collections/{{collection}}{path}" for path in of_items),
-            "/collections", "/healthz", "/readyz", "/metrics", "/admin/reload", "/v1/embeddings",
+            "/collections", "/collections/{collection}", "/jobs/{job_id}", "/healthz", "/readyz", "/metrics",
+            "/admin/reload", "/v1/embeddings",
         }  # fmt: skip
         operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
         assert len(set(operations)) == len(operations) == 20
@@ -354,14 +355,14 @@ def _server_of(collections: Any, **given: Any) -> _Server:
 
 @pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
 async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
-    loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
+    loaded: dict[str, Any] = {"one": SimpleNamespace(is_settled=False)}
     server = _server_of(loaded.items(), drain_s=0, batch_scheduling=batch_scheduling)
     before = gc.get_freeze_count()
     try:
         await server.on_tick(1)
         assert gc.get_freeze_count() == before
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
-        loaded["one"].live = object()
+        loaded["one"].is_settled = True
         await server.on_tick(2)
         assert gc.get_freeze_count() > before + 10_000
         assert os.sched_getscheduler(0) == policy
