@@ -1,7 +1,6 @@
 """The weight of the words: ranks under a weight, and which weight validation texts choose."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +72,17 @@ def test_a_build_chooses_the_weight_by_texts_that_are_no_captions_of_the_gallery
 ) -> None:
     monkeypatch.setattr("index_jobs.jobs.version_writer.MIN_TEXTS", 4)
     monkeypatch.setattr(fusion, "MIN_TEXTS", 4)
-    index, validation = tmp_path / "index", Path(shutil.copytree(tiny_data, tmp_path / "validation"))
+    index, validation = tmp_path / "index", tmp_path / "validation"
+    validation.mkdir()
+    for path in tiny_data.iterdir():
+        (validation / path.name).symlink_to(path)
     rebuild(tiny_data, tiny_checkpoint, index, progress=False, validation=tiny_data)
     manifest = open_current(index).manifest
     assert (manifest.hybrid_weight, manifest.words_weight) == (None, DEFAULT_WEIGHT)
     content = json.loads((validation / "val.json").read_text())
     for each in content.values():
         each["positive"] = "picture of " + each["positive"]
+    (validation / "val.json").unlink()
     (validation / "val.json").write_text(json.dumps(content))
     for _ in range(2):
         summary = rebuild(
