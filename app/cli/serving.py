@@ -57,7 +57,10 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Search an index once, without a service. A line has rank, score (cosine), id, and caption or file name."""
+    """Search an index once, without a service.
+
+    A line has rank, score (cosine), id, and caption or file name. With --hybrid the words count for the rank as well.
+    """
     from app.search.query import QueryPart, Weights, compose, normalise
     from app.search.ranking.hybrid import HybridQuery
     from app.search.ranking.rank import RankQuery, rank
