@@ -1,7 +1,11 @@
 """The lexical index: analysis, scores, updates, and what it writes."""
 
+import errno
+import os
 import random
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +192,22 @@ def test_a_removed_directory_stays_readable_while_it_is_open(tmp_path: Path) -> 
     for file in path.iterdir():
         file.unlink()
     assert lexical.search("skull", 1)[1].tolist() == [1]
+
+
+def test_a_file_that_tantivy_makes_while_the_links_are_removed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = os.rmdir
+
+    def not_empty(path: str, **given: Any) -> None:
+        if "dcar-lexical-" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        remove(path, **given)
+
+    write_lexical(tmp_path / "lexical", ["a red apple"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "rmdir", not_empty)
+    assert LexicalIndex(tmp_path / "lexical").search("apple", 1)[1].tolist() == [0]
 
 
 def test_a_missing_or_damaged_index_is_an_error_with_its_path(tmp_path: Path) -> None:

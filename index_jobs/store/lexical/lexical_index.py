@@ -136,7 +136,8 @@ class LexicalIndex:
         Raises:
             ArtifactError: the index cannot be read.
         """
-        with tempfile.TemporaryDirectory(prefix="dcar-lexical-") as links:
+        # Errors are ignored since tantivy may create a lock file during the removal.
+        with tempfile.TemporaryDirectory(prefix="dcar-lexical-", ignore_cleanup_errors=True) as links:
             for file in path.iterdir() if path.is_dir() else ():
                 (Path(links) / file.name).symlink_to(file.resolve())
             index = _open(Path(links), shown=path)
