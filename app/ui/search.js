@@ -210,7 +210,9 @@ function closeItem() {
   if (history.state?.opened) history.back();
   else go({ show: "", of: "" }, { replace: true });
   const card = [...document.querySelectorAll(".card")].find((node) => node.dataset.id === id);
-  setTimeout(() => card?.querySelector(".open").focus(), 50); // after the dialog has given the focus back
+  setTimeout(() => { // after the dialog has given the focus back
+    if (document.activeElement !== query) card?.querySelector(".open").focus();
+  }, 50);
 }
 
 // Searches for images like some of a collection; another gallery becomes the searched one, another model does not.
