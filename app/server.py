@@ -86,7 +86,7 @@ class _Server(uvicorn.Server):
     - The first signal makes /readyz fail and leaves the service running for drain_s, which gives load balancers time to
       stop sending requests. A second signal ends the wait.
     - Once everything is loaded, the objects of the libraries are frozen: otherwise each full garbage collection stops
-      every request for a third of a second.
+      every request for a third of a second. So are those of the full model, which an explanation may load later.
     - From then on, with `batch_scheduling`, the event loop does not preempt the model: see `app.core.threads`.
     """
 
@@ -96,7 +96,7 @@ class _Server(uvicorn.Server):
         self._drain_s = settings.drain_s
         self._batch_scheduling = settings.batch_scheduling
         self._timer: threading.Timer | None = None
-        self._is_loaded = False
+        self._is_loaded = self._has_full_model = False
 
     async def on_tick(self, counter: int) -> bool:
         collections: Collections | None = getattr(self._app.state, "collections", None)
@@ -105,6 +105,11 @@ class _Server(uvicorn.Server):
             if self._batch_scheduling:
                 use_batch_scheduling()
             self._is_loaded = True
+        elif self._is_loaded and not self._has_full_model and collections is not None:
+            encoders = [each.live.encoder for _, each in collections if each.live is not None]
+            if any(encoder.backbone is not None for encoder in encoders):  # an explanation has loaded it
+                gc.freeze()
+                self._has_full_model = True
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -4,7 +4,6 @@
 - An encoder in memory is shared by every version of the same fingerprint, and a backbone by every encoder on it.
 """
 
-import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -109,9 +108,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     def pair_weights() -> "PairWeights":
         from dcar_core.serving.pair_weights import PairWeights
 
-        weights = PairWeights(encoder)
-        gc.freeze()  # a full collection of the objects that this has loaded would stop every request
-        return weights
+        return PairWeights(encoder)
 
     def warm_up() -> None:
         encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))

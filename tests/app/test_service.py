@@ -358,6 +358,7 @@ async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_sched
     loaded: dict[str, Any] = {"one": SimpleNamespace(is_settled=False)}
     server = _server_of(loaded.items(), drain_s=0, batch_scheduling=batch_scheduling)
     before = gc.get_freeze_count()
+    _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
     try:
         await server.on_tick(1)
         assert gc.get_freeze_count() == before
@@ -366,6 +367,13 @@ async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_sched
         await server.on_tick(2)
         assert gc.get_freeze_count() > before + 10_000
         assert os.sched_getscheduler(0) == policy
+        before, loaded["one"].live = gc.get_freeze_count(), SimpleNamespace(encoder=SimpleNamespace(backbone=None))
+        of_the_model: list[list[int]] = [[] for _ in range(12_000)]
+        await server.on_tick(3)
+        assert gc.get_freeze_count() <= before
+        loaded["one"].live.encoder.backbone = of_the_model
+        await server.on_tick(4)
+        assert gc.get_freeze_count() > before + 10_000
         embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())
         for pool in (embedder._batcher._thread, embedder._decoders):  # their threads start with the first query
             assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_OTHER
