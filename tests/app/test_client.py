@@ -67,7 +67,7 @@ def _no_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
 
 
-def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path) -> None:
+def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path, tmp_path: Path) -> None:
     seen: set[type[BaseModel]] = set()
     transport = RecordingTransport()
 
@@ -78,11 +78,12 @@ def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path
         seen.update(type(model) for model in models_in(value))
 
     with (
-        serving(index, admin_key=ADMIN, writes=True) as (_, port),
+        serving(index, admin_key=ADMIN, writes=True, collections_dir=tmp_path / "created") as (_, port),
         Client(f"http://127.0.0.1:{port}", key=ADMIN, transport=transport) as client,
     ):
         for name in ("health", "readiness", "reload"):
             check(getattr(client, name)(), transport.body)
+        check(client.put_collection("lamps"), transport.body)
         check(client.collections(), transport.body["collections"])
         check(client.search_text("a red circle", explain=True, rerank=True, fields=["*"]), transport.body)
         check(client.search_text("a red circle", hybrid=True, group_by="color", facets=["color"]), transport.body)
@@ -120,6 +121,10 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
             by_file = client.search_image(file, k=2, filter={"category": "circle"}, less_like=["circle/red.png"])
             assert by_file.results[0].id == "circle/blue.png"
             assert client.search_image(file.read_bytes(), "red", weights={"image": 0.5}).results
+            in_batch = client.search_batch([{"image": file}, {"image": file.read_bytes(), "query": "red"}], k=1)
+            assert in_batch[0].results[0].id == "circle/blue.png"
+            with pytest.raises(ServiceError, match="fetches no images by URL"):
+                client.search_batch([{"image": "https://pictures.example/a.png"}])
             assert client.similar("circle/red.png", k=4).results
             assert client.item(ODD_ID).id == ODD_ID
             with_fields = client.search_image(file, k=1, fields=["file_name"]).results[0]
@@ -135,7 +140,7 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
 
 
 @pytest.mark.usefixtures("_no_writer")
-async def test_the_async_client_returns_the_same(index: Path, gallery: Path) -> None:
+async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp_path: Path) -> None:
     job, file = ended_job(index), gallery / "circle/blue.png"
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("search_text", ("a red circle",), {"k": 3}),
@@ -150,16 +155,16 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path) -> 
         ("delete_items", (["a"],), {}),
         ("job", (job,), {}),
         ("wait_for_job", (job,), {}),
+        ("put_collection", ("lamps",), {"model": "index"}),
         ("collections", (), {}),
         ("health", (), {}),
         ("readiness", (), {}),
         ("reload", (), {}),
     ]
     public = {name for name in vars(Client) if not name.startswith("_")}
-    assert (
-        {name for name, *_ in calls} == public - {"close"} == {n for n in vars(AsyncClient) if n in public} - {"close"}
-    )
-    with serving(index, admin_key=ADMIN, writes=True) as (_, port):
+    assert public == {name for name in vars(AsyncClient) if name in public}
+    assert {name for name, *_ in calls} == public - {"close", "delete_collection"}
+    with serving(index, admin_key=ADMIN, writes=True, collections_dir=tmp_path / "created") as (_, port):
         url = f"http://127.0.0.1:{port}"
         with Client(url, key=ADMIN) as client:
             async with AsyncClient(url, key=ADMIN) as async_client:
@@ -167,6 +172,12 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path) -> 
                     expected = getattr(client, name)(*arguments, **options)
                     found = await getattr(async_client, name)(*arguments, **options)
                     assert without_timing(found) == without_timing(expected), name
+                client.delete_collection("lamps")
+                with pytest.raises(ServiceError, match="There is no collection"):
+                    await async_client.delete_collection("lamps")
+                client.put_collection("lamps")
+                await async_client.delete_collection("lamps")
+                assert [each.name for each in client.collections()] == ["index"]
                 with pytest.raises(ServiceError, match="There is no item"):
                     await async_client.item("nothing")
                 with pytest.raises(TimeoutError, match="is waiting"):
@@ -286,7 +297,7 @@ def test_a_response_of_something_else_is_a_service_error() -> None:
     assert caught.value.problem is None
     login_page = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Please log in</html>"))
     with Client("http://portal", transport=login_page) as client:
-        for call in (client.readiness, lambda: client.image("a")):
+        for call in (client.readiness, lambda: client.image("a"), lambda: client.delete_collection("a")):
             with pytest.raises(ServiceError, match="200"):
                 call()
 

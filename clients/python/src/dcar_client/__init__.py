@@ -7,7 +7,7 @@ with Client("http://127.0.0.1:8000") as client:
         print(result.score, result.id, result.caption)
 """
 
-from dcar_client.calls import NewItem
+from dcar_client.calls import NewItem, NewQuery
 from dcar_client.client import AsyncClient, Client
 from dcar_client.errors import ServiceError
 from dcar_client.models import (
@@ -57,6 +57,7 @@ __all__ = [
     "JobProgress",
     "JobResponse",
     "NewItem",
+    "NewQuery",
     "ProblemResponse",
     "ReadinessResponse",
     "ReloadResponse",

@@ -36,13 +36,19 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class NewItem(TypedDict, total=False):
-    """An item to put. image: the file, as a path or as bytes."""
+    """An item to put. image: the file, as a path or as bytes, or its URL."""
 
     id: Required[str]
-    image: Required[Path | bytes]
+    image: Required[Path | bytes | str]
     caption: str
     category: str
     metadata: dict[str, Any]
+
+
+class NewQuery(TextQuery, total=False):
+    """A search of a batch. image: the file, as a path or as bytes, or its URL."""
+
+    image: Path | bytes | str
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,9 @@ def search_image(prefix: str, image: Path | str | bytes, query: str, options: Se
     return Call("POST", f"{prefix}/search/image", _reader(SearchResponse), arguments)
 
 
-def search_batch(prefix: str, queries: Sequence[str | TextQuery], options: SearchOptions) -> Call[list[SearchResponse]]:
+def search_batch(prefix: str, queries: Sequence[str | NewQuery], options: SearchOptions) -> Call[list[SearchResponse]]:
     """POST /search/batch. An option of a query takes precedence over the common `options`."""
-    own = [TextQuery(query=query) if isinstance(query, str) else query for query in queries]
+    own = [{"query": query} if isinstance(query, str) else _with_image(query) for query in queries]
     body = {"queries": [{**options, **query} for query in own]}
     read = _reader(BatchResponse)
     return Call("POST", f"{prefix}/search/batch", lambda response: read(response).answers, {"json": body})
@@ -115,11 +121,8 @@ def image(prefix: str, item_id: str, size: int | None) -> Call[bytes]:
 
 
 def put_items(prefix: str, items: Sequence[NewItem]) -> Call[JobResponse]:
-    """PUT /items, with image files as base64."""
-    given = []
-    for each in items:
-        image = each["image"] if isinstance(each["image"], bytes) else each["image"].read_bytes()
-        given.append({**each, "image": base64.b64encode(image).decode()})
+    """PUT /items."""
+    given = [_with_image(each) for each in items]
     return Call("PUT", f"{prefix}/items", _reader(JobResponse), {"json": {"items": given}})
 
 
@@ -154,6 +157,17 @@ def collections() -> Call[list[Collection]]:
     return Call("GET", "/collections", lambda response: read(response).collections)
 
 
+def put_collection(name: str, model: str | None) -> Call[Collection]:
+    """PUT /collections/{collection}."""
+    params = {} if model is None else {"model": model}
+    return Call("PUT", f"/collections/{path_segment(name)}", _reader(Collection), {"params": params})
+
+
+def delete_collection(name: str) -> Call[None]:
+    """DELETE /collections/{collection}."""
+    return Call("DELETE", f"/collections/{path_segment(name)}", _nothing)
+
+
 def health() -> Call[HealthResponse]:
     """GET /healthz."""
     return Call("GET", "/healthz", _reader(HealthResponse))
@@ -180,6 +194,16 @@ def path_segment(name: str) -> str:
     return quote(name, safe="")
 
 
+def _with_image(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an item or a query as JSON, with an image file in base64."""
+    image = given.get("image")
+    if isinstance(image, Path):
+        image = image.read_bytes()
+    if isinstance(image, bytes):
+        image = base64.b64encode(image).decode()
+    return {**given} if image is None else {**given, "image": image}
+
+
 def _reader(model: type[M]) -> Callable[[httpx.Response], M]:
     def read(response: httpx.Response) -> M:
         try:
@@ -194,3 +218,8 @@ def _image_bytes(response: httpx.Response) -> bytes:
     if not response.headers.get("content-type", "").startswith(("image/", "application/octet-stream")):
         raise error_from(response)
     return response.content
+
+
+def _nothing(response: httpx.Response) -> None:
+    if response.status_code != 204:
+        raise error_from(response)

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from dcar_client import calls
-from dcar_client.calls import Call, NewItem, path_segment
+from dcar_client.calls import Call, NewItem, NewQuery, path_segment
 from dcar_client.errors import error_from
 from dcar_client.models import (
     Collection,
@@ -27,7 +27,6 @@ from dcar_client.models import (
     ReloadResponse,
     SearchOptions,
     SearchResponse,
-    TextQuery,
 )
 from dcar_client.retries import CONNECT_WAIT_S, RETRIED_ERRORS, wait_after
 
@@ -39,7 +38,7 @@ class Client:
 
     Args:
         url: address of the service, such as http://127.0.0.1:8000.
-        key: an API key, or the admin key for `reload` and changes of items.
+        key: an API key, or the admin key for `reload` and changes of items and collections.
         collection: the collection to search; None for the default one.
         timeout_s: seconds without data after which an attempt fails.
         retries: further attempts after 429, 503 or a connection that cannot be opened.
@@ -89,13 +88,11 @@ class Client:
         """Find the images that resemble an image, given as a path or as bytes, and match the text `query`."""
         return self._send(calls.search_image(self._prefix, image, query, options))
 
-    def search_batch(
-        self, queries: Sequence[str | TextQuery], **options: Unpack[SearchOptions]
-    ) -> list[SearchResponse]:
-        """Run several text searches in one request; responses are in the order of the queries.
+    def search_batch(self, queries: Sequence[str | NewQuery], **options: Unpack[SearchOptions]) -> list[SearchResponse]:
+        """Run several searches by text or image in one request; responses are in the order of the queries.
 
         Args:
-            queries: texts, or dicts of `query` and options that take precedence over the common `options`.
+            queries: texts, or dicts of `query`, `image` and options that take precedence over the common `options`.
         """
         return self._send(calls.search_batch(self._prefix, queries, options))
 
@@ -149,6 +146,14 @@ class Client:
     def collections(self) -> list[Collection]:
         """List the served collections, the default one first."""
         return self._send(calls.collections())
+
+    def put_collection(self, name: str, *, model: str | None = None) -> Collection:
+        """Create a collection with the model of a served one, unless it exists; needs a key that may write."""
+        return self._send(calls.put_collection(name, model))
+
+    def delete_collection(self, name: str) -> None:
+        """Drop a created collection with all of its items; needs a key that may write."""
+        return self._send(calls.delete_collection(name))
 
     def health(self) -> HealthResponse:
         """Return whether the process is alive."""
@@ -226,12 +231,12 @@ class AsyncClient:
         return await self._send(calls.search_image(self._prefix, image, query, options))
 
     async def search_batch(
-        self, queries: Sequence[str | TextQuery], **options: Unpack[SearchOptions]
+        self, queries: Sequence[str | NewQuery], **options: Unpack[SearchOptions]
     ) -> list[SearchResponse]:
-        """Run several text searches in one request; responses are in the order of the queries.
+        """Run several searches by text or image in one request; responses are in the order of the queries.
 
         Args:
-            queries: texts, or dicts of `query` and options that take precedence over the common `options`.
+            queries: texts, or dicts of `query`, `image` and options that take precedence over the common `options`.
         """
         return await self._send(calls.search_batch(self._prefix, queries, options))
 
@@ -285,6 +290,14 @@ class AsyncClient:
     async def collections(self) -> list[Collection]:
         """List the served collections, the default one first."""
         return await self._send(calls.collections())
+
+    async def put_collection(self, name: str, *, model: str | None = None) -> Collection:
+        """Create a collection with the model of a served one, unless it exists; needs a key that may write."""
+        return await self._send(calls.put_collection(name, model))
+
+    async def delete_collection(self, name: str) -> None:
+        """Drop a created collection with all of its items; needs a key that may write."""
+        return await self._send(calls.delete_collection(name))
 
     async def health(self) -> HealthResponse:
         """Return whether the process is alive."""
