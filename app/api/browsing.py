@@ -114,9 +114,10 @@ def browsing_routes() -> APIRouter:
         if query.k > most:
             raise field_problem("k", f"at most {most}, not {query.k}")
         catalogue = _catalogue_of(snapshot)
-        if query.sort and query.sort.removeprefix("-") not in {field["name"] for field in catalogue.fields}:
+        sort = query.sort if snapshot.artifact.rows else ""
+        if sort and sort.removeprefix("-") not in {field["name"] for field in catalogue.fields}:
             raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
-        order = await asyncio.to_thread(catalogue.order, query.sort) if query.sort else None
+        order = await asyncio.to_thread(catalogue.order, sort) if sort else None
         page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
         body = items_response(request, page)
         if snapshot.artifact.manifest.group_field:

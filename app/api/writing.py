@@ -25,6 +25,7 @@ from app.api.params import (
     require_writer,
     retriever_of,
     settings_of,
+    snapshot_of,
     writer_of,
 )
 from app.api.requests import DeleteItems, PutItem, PutItems
@@ -52,8 +53,7 @@ def item_writing_routes() -> APIRouter:
     async def put_items(request: Request) -> Response:
         """Add items, or replace those with the same ids, by a job."""
         require_writer(request, _name(request))
-        served = collections_of(request)[_name(request)]
-        snapshot = served.live or (collections_of(request)[None] if served.is_created else served).require()
+        snapshot = snapshot_of(request)
         items = (await read_json(request, PutItems)).items
         _require_unique([item.id for item in items])
         await charge(request, len(items) - 1)

@@ -20,7 +20,7 @@ from app.core.settings import Settings
 from app.core.supervision import supervise
 from app.core.threads import run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
-from app.search.snapshots import Snapshot, load_snapshot
+from app.search.snapshots import Snapshot, load_empty_snapshot, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.versions import current_version, read_manifest, require_index
 from index_jobs.store.writes.collection_folders import list_collections
@@ -38,7 +38,7 @@ class ServedIndex:
     Attributes:
         live: the snapshot in use; None while the first one is loaded.
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
-        is_created: True for a collection that was created over HTTP; it may have no version yet.
+        is_created: True for a collection that was created over HTTP; without items it is version 0.
     """
 
     def __init__(self, index: Path, collections: "Collections", *, is_created: bool = False) -> None:
@@ -54,15 +54,10 @@ class ServedIndex:
         self._loads: set[asyncio.Task[bool]] = set()
         self._is_closing = False
 
-    @property
-    def is_settled(self) -> bool:
-        """True if a version is loaded, or if a created collection has none yet."""
-        return self.live is not None or (self.is_created and self.reason is None)
-
     def require(self) -> Snapshot:
         """Return the live snapshot. Raise NotReadyError if none is loaded."""
         if self.live is None:
-            raise NotReadyError(self.reason or "The collection has no items yet.")
+            raise NotReadyError(self.reason or _LOADING)
         return self.live
 
     def start(self) -> None:
@@ -94,17 +89,17 @@ class ServedIndex:
     async def _load(self) -> bool:
         settings, loaded = self._collections.settings, self._collections.live_snapshots
         async with self._collections.load_lock:
-            if self._is_closing:
+            is_dropped = self.is_created and not await asyncio.to_thread(self.index.is_dir)
+            if self._is_closing or is_dropped:
                 return False
             version: int | None = None
             started = time.perf_counter()
             try:
-                if self.is_created and await asyncio.to_thread(current_version, self.index) is None:
-                    self.live, self.reason = None, None
-                    return False
-                version = await asyncio.to_thread(require_index, self.index)
+                is_empty = self.is_created and await asyncio.to_thread(current_version, self.index) is None
+                version = 0 if is_empty else await asyncio.to_thread(require_index, self.index)
                 is_live = self.live is not None and await asyncio.to_thread(_is_live, self.live, self.index, version)
-                snapshot = None if is_live else await run_in_new_thread(load_snapshot, self.index, settings, loaded())
+                load = load_empty_snapshot if is_empty else load_snapshot
+                snapshot = None if is_live else await run_in_new_thread(load, self.index, settings, loaded())
             except Exception as error:
                 failure = self._record_failure(version, error)
                 raise failure from (None if failure is error else error)
@@ -215,7 +210,7 @@ class Collections:
     def require_all(self) -> None:
         """Check that every collection can be searched. Raise NotReadyError if one cannot; the message is its reason."""
         for name, index in self:
-            if not index.is_settled:
+            if index.live is None:
                 raise NotReadyError(self._with_name(name, index.reason or _LOADING))
 
     @property
@@ -261,8 +256,11 @@ class Collections:
                 await self._indexes.pop(name).close()
             for name, path in found.items():
                 if name not in self._indexes:
-                    self._indexes[name] = ServedIndex(path, self, is_created=True)
-                    self._indexes[name].start()
+                    created = ServedIndex(path, self, is_created=True)
+                    with contextlib.suppress(DcarError):  # logged; the service stays ready meanwhile
+                        await created.reload()
+                    self._indexes[name] = created
+                    created.start()
 
     async def reload(self) -> dict[str, bool]:
         """Serve the published version of every collection. Return which ones changed, by name.

@@ -7,7 +7,7 @@ from typing import Any
 
 from app.core.settings import Settings
 from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
-from app.search.query import Explanation, Match, Query, SearchOptions
+from app.search.query import Explanation, Match, Query, SearchOptions, SearchResults
 from app.search.ranking.groups import group_field, rank_groups
 from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankedRow, RankQuery, rank
@@ -71,6 +71,24 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings) -> Plan:
         hybrid=_hybrid(snapshot, query),
         group_by=_group_by(snapshot, options),
     )
+
+
+def no_results(query: Query) -> SearchResults:
+    """Return the results in a collection without items. The query may name fields that items will have.
+
+    Raises:
+        ItemNotFoundError: the query names an item.
+    """
+    options = query.options
+    ids = {"id": filter(None, [query.item_id]), "more_like": options.more_like, "less_like": options.less_like}
+    for field, named in ids.items():
+        for item_id in named:
+            raise ItemNotFoundError(item_id, field)
+    return SearchResults(
+        version=0, matches=[], is_cached=False, took_ms=0.0, offset=options.offset, next_offset=None,
+        min_score=None if options.min_score == "auto" else options.min_score, words=None,
+        facets={name: [] for name in options.facets} if options.facets else None,
+    )  # fmt: skip
 
 
 def _hybrid(snapshot: Snapshot, query: Query) -> HybridQuery | None:

@@ -29,7 +29,7 @@ from app.search.embedding_cache import MemoryCache
 from app.search.errors import BatchQueryError, SearchError
 from app.search.gallery_images import ItemImages
 from app.search.pairs import PairScorer
-from app.search.planning import Plan, make_plan, matches_of, rank_rows, row_of
+from app.search.planning import Plan, make_plan, matches_of, no_results, rank_rows, row_of
 from app.search.query import (
     Explanation,
     ItemPage,
@@ -149,7 +149,7 @@ class Retriever:
         def list_items(mask: Mask | None) -> ItemPage:
             chosen = snapshot.artifact.live if mask is None else mask
             rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
-            if name:
+            if name and len(rows):
                 rows = group_field(snapshot, name).first_rows(rows)
             items = [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
             next_offset = offset + count if len(rows) > offset + count else None
@@ -166,6 +166,10 @@ class Retriever:
     async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()
         options = query.options
+        if not snapshot.artifact.rows:
+            if query.image is not None:
+                await self._embedder.image(snapshot, query.image, options.crop)  # a broken one is an error
+            return no_results(query)
         plan = make_plan(snapshot, query, self._settings)
         vector, is_cached = await self._query_vector(snapshot, plan)
         mask = await self._mask(snapshot, options.filter, filter_turn or asyncio.Lock())
@@ -225,14 +229,14 @@ class Retriever:
         return compose(parts), is_cached and bool(query.text or query.image)
 
     async def _mask(self, snapshot: Snapshot, filter: dict[str, Any] | None, turn: asyncio.Lock) -> Mask | None:
-        """Return the rows that fulfil a filter, None without one.
+        """Return the rows that fulfil a filter, None without one or without rows.
 
         Masks are computed in one thread, so an expensive filter delays no search without a filter.
 
         Args:
             turn: shared by the queries of one request: it has one filter in the queue of this thread at a time.
         """
-        if not filter:
+        if not filter or not snapshot.artifact.rows:
             return None
         mask = snapshot.masks.get(mask_key(filter))
         if mask is None:

@@ -17,7 +17,9 @@ from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ArtifactError, StoreUnavailableError
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.lexical.fusion import spread_rows
+from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, require_index
+from index_jobs.store.writes.collection_folders import EmptyArtifact
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
     from dcar_core import Encoder
@@ -93,14 +95,21 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     Raises:
         DcarError: the index or its checkpoint is missing or broken, or they do not belong together.
     """
-    from dcar_core.model.checkpoint import read_config
-
     require_index(index)
     artifact = open_current(index)
     artifact.image_access = ImageAccess(settings.image_roots, frozenset(settings.image_hosts))
-    backbone = read_config(artifact.checkpoint)["backbone"]["sha256"]
-    encoder = _find_or_load_encoder(artifact, backbone, settings, list(loaded))
+    encoder, backbone = _find_or_load_encoder(artifact.checkpoint, artifact.manifest.fingerprint, settings, loaded)
     artifact.require(encoder.fingerprint)
+    return _make_snapshot(artifact, encoder, backbone, settings)
+
+
+def load_empty_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:
+    """Load the model of a created collection that has no items yet; its version is 0. See `load_snapshot`."""
+    encoder, backbone = _find_or_load_encoder(index / CHECKPOINT, None, settings, loaded)
+    return _make_snapshot(EmptyArtifact(index, encoder.fingerprint, encoder.dim), encoder, backbone, settings)
+
+
+def _make_snapshot(artifact: Artifact, encoder: "Encoder", backbone: str, settings: Settings) -> Snapshot:
     encoder.add_checkpoint_path(artifact.checkpoint)  # old versions are deleted together with their checkpoints
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
 
@@ -131,18 +140,28 @@ def sample_vectors(artifact: Artifact) -> Floats:
         return np.empty((0, artifact.manifest.dim), np.float32)
 
 
-def _find_or_load_encoder(artifact: Artifact, backbone: str, settings: Settings, loaded: list[Snapshot]) -> "Encoder":
-    from dcar_core import Encoder
+def _find_or_load_encoder(
+    checkpoint: Path, fingerprint: str | None, settings: Settings, loaded: Iterable[Snapshot]
+) -> "tuple[Encoder, str]":
+    """Return the encoder of a checkpoint, and the SHA-256 of its backbone.
 
-    for snapshot in loaded:
-        if snapshot.encoder.fingerprint == artifact.manifest.fingerprint:
-            return snapshot.encoder
-    shared = next((s.encoder.backbone for s in loaded if s.backbone == backbone and s.encoder.backbone), None)
-    return Encoder.load(
-        artifact.checkpoint,
+    Args:
+        fingerprint: of the encoder; None for the one that the checkpoint names.
+    """
+    from dcar_core import Encoder
+    from dcar_core.model.checkpoint import read_config
+
+    config, snapshots = read_config(checkpoint), list(loaded)
+    backbone = config["backbone"]["sha256"]
+    for snapshot in snapshots:
+        if snapshot.encoder.fingerprint == (fingerprint or config.get("fingerprint")):
+            return snapshot.encoder, backbone
+    encoder = Encoder.load(
+        checkpoint,
         device=settings.device,
         runtime=settings.runtime,
         cache=settings.runtime_cache,
-        backbone=shared,
+        backbone=next((s.encoder.backbone for s in snapshots if s.backbone == backbone and s.encoder.backbone), None),
         threads=settings.threads,
     )
+    return encoder, backbone

@@ -355,7 +355,7 @@ def _server_of(collections: Any, **given: Any) -> _Server:
 
 @pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
 async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
-    loaded: dict[str, Any] = {"one": SimpleNamespace(is_settled=False)}
+    loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
     server = _server_of(loaded.items(), drain_s=0, batch_scheduling=batch_scheduling)
     before = gc.get_freeze_count()
     _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
@@ -363,11 +363,11 @@ async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_sched
         await server.on_tick(1)
         assert gc.get_freeze_count() == before
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
-        loaded["one"].is_settled = True
+        loaded["one"].live = SimpleNamespace(encoder=SimpleNamespace(backbone=None))
         await server.on_tick(2)
         assert gc.get_freeze_count() > before + 10_000
         assert os.sched_getscheduler(0) == policy
-        before, loaded["one"].live = gc.get_freeze_count(), SimpleNamespace(encoder=SimpleNamespace(backbone=None))
+        before = gc.get_freeze_count()
         of_the_model: list[list[int]] = [[] for _ in range(12_000)]
         await server.on_tick(3)
         assert gc.get_freeze_count() <= before

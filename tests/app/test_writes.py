@@ -311,11 +311,11 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
     async with opened(index, **given) as client, opened(index, **given) as other:
         created = await client.put(path, headers=ADMINS)
         assert created.json() == {
-            "name": "lamps", "default": False, "count": 0, "index_version": None, "min_score": None
+            "name": "lamps", "default": False, "count": 0, "index_version": 0, "min_score": None
         }  # fmt: skip
         assert (await client.put(path, headers=ADMINS)).json() == created.json(), "idempotent"
         assert (await client.get("/readyz")).json()["status"] == "ready"
-        assert_problem(await client.post(f"{path}/search/text", json=WORDS), 503)
+        assert (await client.post(f"{path}/search/text", json=WORDS)).json()["results"] == []
         await ended(client, await put(client, item("a"), item("b", "cyan"), path=f"{path}/items"))
         found = (await client.post(f"{path}/search/text", json={"query": "pink", "k": 5})).json()["results"]
         assert {each["id"] for each in found} == {"a", "b"}
@@ -336,6 +336,43 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
         assert (await client.delete(path, headers=ADMINS)).status_code == 404
         assert not list((tmp_path / "created").iterdir())
         assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+
+
+async def test_empty_collection_has_no_results_and_checks_requests(index: Path, tmp_path: Path) -> None:
+    async with opened(index, collections_dir=tmp_path / "created", **WRITES) as client:
+        path = "/collections/lamps"
+        await client.put(path, headers=ADMINS)
+        options = {
+            "filter": {"price": 3},
+            "fields": ["price"],
+            "group_by": "price",
+            "hybrid": True,
+            "min_score": "auto",
+        }
+        text = {"query": "red", "facets": ["price"], "explain": True, "rerank": True, **options}
+        found = (await client.post(f"{path}/search/text", json=text)).json()
+        took_ms = found.pop("took_ms")
+        assert found == {"index_version": 0, "cached": False, "results": [], "facets": {"price": []}}
+        assert took_ms >= 0
+        by_image = await client.post(f"{path}/search/image", files={"file": png()}, data={"filter": '{"price": 3}'})
+        assert by_image.json()["results"] == []
+        batch = await client.post(f"{path}/search/batch", json={"queries": [text, {"query": "blue", "k": 5}]})
+        assert [each["results"] for each in batch.json()["answers"]] == [[], []]
+        for route in ("items?group_by=price", 'items?filter={"price": 3}', "browse?sort=-price"):
+            listed = (await client.get(f"{path}/{route}")).json()
+            assert listed == {"index_version": 0, "count": 0, "items": []}
+        assert (await client.get(f"{path}/facets")).json() == {"facets": []}
+        assert (await client.get(f"{path}/catalogue")).json()["fields"] == []
+        embedded = (await client.post("/v1/embeddings", json={"input": "red", "model": "lamps"})).json()
+        assert embedded["data"] == (await client.post("/v1/embeddings", json={"input": "red"})).json()["data"]
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        for route in ("items/a", "items/a/similar", "items/a/image", "items/a/image?size=192"):
+            assert_problem(await client.get(f"{path}/{route}"), 404, "id")
+        assert_problem(
+            await client.post(f"{path}/search/text", json={"query": "red", "more_like": ["a"]}), 422, "more_like"
+        )
+        assert_problem(await client.post(f"{path}/search/text", json={"query": ""}), 422, "query")
+        assert_problem(await client.post(f"{path}/search/image", files={"file": b"none"}), 422, "file")
 
 
 async def test_only_collections_of_writers_are_created_and_dropped(index: Path, tmp_path: Path) -> None:

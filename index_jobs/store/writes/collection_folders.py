@@ -2,7 +2,7 @@
 
 FOLDER/<hash>/collection.json   the collection's name
 FOLDER/<hash>/checkpoint/       the model that its items are encoded with
-FOLDER/<hash>/...               an index directory, once the first items are published
+FOLDER/<hash>/...               an index directory, once the first items are published; until then `EmptyArtifact`
 """
 
 import contextlib
@@ -12,12 +12,46 @@ import secrets
 import shutil
 from pathlib import Path
 
+import numpy as np
+
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.files import fsync_path, fsync_tree, write_json
-from index_jobs.store.manifest import CHECKPOINT
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.faiss_search import ScoredRows
+from index_jobs.store.manifest import CHECKPOINT, Manifest
+from index_jobs.store.segments import Segments
 from index_jobs.store.writes.write_queue import WriteQueue
 
 _DESCRIPTION = "collection.json"
 _NEW, _OLD = ".new-", ".old-"
+
+
+class EmptyArtifact(Artifact):
+    """A created collection before its first items: version 0, without rows."""
+
+    def __init__(self, index: Path, fingerprint: str, dim: int) -> None:
+        """Describe the collection in directory `index`, whose model has this fingerprint and vectors (dim,)."""
+        self.path, self._items = index, {}
+        self.manifest = Manifest(
+            version=0, fingerprint=fingerprint, count=0, dim=dim, kind="Flat", reason="no items", gpu=False,
+            requested_kind="auto", requested_memory=None, target_recall=1.0, source="", root="",
+            checkpoint=str(self.checkpoint), checkpoint_signature="", gallery_signature="", created="", failed=0,
+            measured={}, files={},
+        )  # fmt: skip
+        Segments.__init__(self, [], np.empty(0, np.int64))
+
+    def search(self, vectors: Floats, k: int, allowed: Mask | Rows | None = None) -> ScoredRows:
+        """Find nothing."""
+        shape = (len(vectors), k)
+        return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
+
+    def vectors(self, rows: Rows) -> Floats:
+        """Return no vectors, float32 (0, E)."""
+        return np.empty((0, self.manifest.dim), np.float32)
+
+    def find_gallery_fault(self, folder: str = "") -> str | None:
+        """Return None: no image can be gone."""
+        return None
 
 
 def list_collections(folder: Path) -> dict[str, Path]:
