@@ -21,7 +21,7 @@ from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods import method, require_runnable
 from dcar_core.negatives import add_negatives, backbone_views
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import decode_images, report_truncation
@@ -71,13 +71,16 @@ def compare(
         `diverged` with the reason, instead of in `methods`.
 
     Raises:
-        DcarError: a method is unknown, the data cannot be read, or every method diverged.
+        DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
     """
     configs = {name: method(name).with_loss_direction(loss) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
     if seeds < 1:
         raise DataError(f"--seeds must be at least 1, not {seeds}")
+    room = backbone.context_length - backbone.layout.start
+    for each in configs.values():  # before hours of training
+        require_runnable(each, backbone.level, backbone.source.model, room)
     image_policy: ImagePolicy = "skip" if skip_broken else "require"
     splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
     unseen = frozenset[str]()

@@ -93,6 +93,10 @@ def test_training_takes_the_method_that_the_towers_can_run(
     result = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "named"), "--method", "dcar+"])
     assert isinstance(result.exception, ModelError)
     assert str(result.exception).endswith("use the method dcar+-text")
+    named = ["evaluate", *map(str, command[1:]), str(tmp_path / "mixed"), "--methods", "clip,coop,maple"]
+    result = CliRunner().invoke(app, named)
+    assert str(result.exception).endswith("use the method coop")
+    assert not (tmp_path / "mixed").exists(), "before the first training"
     evaluated = ["evaluate", *map(str, command[1:]), str(tmp_path / "results"), "--seeds", "1"]
     result = CliRunner().invoke(app, evaluated)
     assert (
