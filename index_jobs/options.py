@@ -7,11 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class RebuildOptions:
-    """Options of a rebuild; `dcar index build --help` describes them.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
+    """Options of a rebuild; `dcar index build --help` describes them. Raise ValueError if a number is out of range."""
 
     kind: str = "auto"
     milvus: str | None = None

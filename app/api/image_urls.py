@@ -83,11 +83,7 @@ class ImageFetcher:
         return completed
 
     async def fetch(self, url: str) -> bytes:
-        """Return the file at a URL.
-
-        Raises:
-            Problem: it may not be fetched, or cannot be; the field is "image".
-        """
+        """Return the file at a URL. Raise Problem with the field "image" if it may not be fetched, or cannot be."""
         parts = self._check(url)
         try:
             async with asyncio.timeout(_TIMEOUT_S), self._turns:

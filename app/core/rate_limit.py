@@ -20,11 +20,7 @@ _MARGIN_S = 0.05  # added to the computed wait
 
 
 def parse_rate(text: str) -> RateLimitItem:
-    """Parse a rate: "20/second", "600/minute", "100 per 10 seconds".
-
-    Raises:
-        ValueError: the text is not exactly one rate of at least one request.
-    """
+    """Parse a rate such as "20/second" or "100 per 10 seconds". Raise ValueError unless it is one, of at least 1."""
     try:
         (rate,) = parse_many(text)
         if rate.amount >= 1:

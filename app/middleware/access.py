@@ -109,11 +109,7 @@ async def _send_private(send: Send, message: Message) -> None:
 
 
 async def charge(request: Request, more: int) -> None:
-    """Count a request, already counted once, as `more` additional requests.
-
-    Raises:
-        Problem: the caller exceeds the rate limit.
-    """
+    """Count `more` requests beside the one that is counted already. Raise Problem if they exceed the rate limit."""
     count: Callable[[int], Awaitable[Problem | None]] | None = request.scope.get(_CHARGE)
     problem = await count(more) if count is not None and more else None
     if problem is not None:

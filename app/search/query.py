@@ -178,11 +178,7 @@ class QueryPart:
 
 
 def compose(parts: Sequence[QueryPart]) -> Floats:
-    """Return the unit vector (E,) of a query.
-
-    Raises:
-        InvalidQueryError: every weight is zero, or the parts cancel each other out.
-    """
+    """Return the unit vector (E,) of a query. Raise InvalidQueryError if all weights are 0, or the parts cancel out."""
     scale = max((abs(part.weight) for part in parts), default=0.0)
     if scale == 0:
         raise InvalidQueryError("weights", "at least one part of the query must have a weight above 0")

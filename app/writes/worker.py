@@ -63,11 +63,7 @@ class WriteWorker:
     async def accept(
         self, collection: str, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
     ) -> dict[str, Any]:
-        """Store a job durably and return its status; arguments as for `WriteQueue.accept`.
-
-        Raises:
-            OSError: the disk is full or cannot be written.
-        """
+        """Store a job as `WriteQueue.accept` does, and return its status. Raise OSError if the disk is full."""
         queue = WriteQueue(self._collections[collection].index)
         job = await asyncio.to_thread(queue.accept, kind, items, images)
         self._arrived.set()

@@ -154,11 +154,7 @@ class Endpoint:
 
 
 def _read(content: bytes, usage: TokenUsage) -> Completion:
-    """Parse a response; add its tokens to `usage` in any case.
-
-    Raises:
-        _ResponseError: it holds no completion.
-    """
+    """Parse a response; add its tokens to `usage` in any case. Raise _ResponseError if it holds no completion."""
     tokens = TokenUsage(1, unknown=1)
     try:
         if len(content) > _MAX_RESPONSE:

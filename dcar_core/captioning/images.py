@@ -32,11 +32,7 @@ def folder_category(name: str) -> tuple[str, str]:
 
 
 def data_uri(content: bytes, side: int) -> str:
-    """Encode an image as a JPEG data URI, its longer side at most `side` pixels.
-
-    Raises:
-        ImageError: the image cannot be read.
-    """
+    """Encode an image as a JPEG data URI of at most `side` pixels a side. Raise ImageError if it cannot be read."""
     image = open_image(content, at_least=side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -267,11 +267,7 @@ class _Run:
         return sum(usage.cost(self.models[asked].price) for asked, usage in self.journal.usage.items())
 
     def write(self, names: Sequence[str]) -> None:
-        """Write the annotations and the rejected drafts of the run so far.
-
-        Raises:
-            CaptionError: a file cannot be written.
-        """
+        """Write the annotations and the rejected drafts so far. Raise CaptionError if a file cannot be written."""
         out, entries = self.outcome.out, {}
         for name in names:
             if self._captions.get(name):

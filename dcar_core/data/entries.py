@@ -78,11 +78,7 @@ class RowLimit:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file, with or without a byte-order mark.
-
-    Raises:
-        DataError: it is not UTF-8.
-    """
+    """Return the text of a file, with or without a byte-order mark. Raise DataError if it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -90,11 +86,7 @@ def read_text(file: Path) -> str:
 
 
 def required_text(entry: Mapping[str, Any], name: str, where: str) -> str:
-    """Return a field that must hold text.
-
-    Raises:
-        DataError: it is missing, empty, or not text.
-    """
+    """Return a field that must hold text. Raise DataError if it is missing, empty, or not text."""
     value = entry.get(name)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value, default=str)[:60]}")
@@ -104,11 +96,7 @@ def required_text(entry: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def label_text(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
-    """Return the first filled field of these as text: a category may be a number, even 0. "" if none is filled.
-
-    Raises:
-        DataError: it is a list or an object.
-    """
+    """Return the first filled field as text, such as the number 0, or "". Raise DataError for a list or object."""
     for name in names:
         value = entry.get(name)
         if isinstance(value, list | dict):
@@ -119,11 +107,7 @@ def label_text(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> 
 
 
 def text_list(value: object, where: str, name: str) -> tuple[str, ...]:
-    """Return the texts of a field that holds nothing, a text, or a list of texts.
-
-    Raises:
-        DataError: it holds anything else.
-    """
+    """Return the texts of a field with nothing, one text, or a list of texts. Raise DataError for anything else."""
     if value is None or value == "":
         return ()
     if isinstance(value, str):

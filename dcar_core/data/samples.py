@@ -45,11 +45,7 @@ class Dataset:
         return list(dict.fromkeys(sample.image for sample in self.samples))
 
     def read(self, image: str) -> bytes:
-        """Return the bytes of an image.
-
-        Raises:
-            DataError: it is missing; the message names it.
-        """
+        """Return the bytes of an image. Raise DataError if it is missing; the message names it."""
         try:
             return self.root.read(image)
         except ImageError as error:

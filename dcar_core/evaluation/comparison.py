@@ -143,11 +143,7 @@ def _run_method(
     grid: tuple[float, ...] | None,
     unseen: frozenset[str],
 ) -> dict[str, Any]:
-    """Tune, train and test one method.
-
-    Raises:
-        DivergedError: a run diverged.
-    """
+    """Tune, train and test one method. Raise DivergedError if a run diverges."""
     model = seeded_model(runner.backbone, config, 0)
     has_trainables = any(True for _ in model.trainables())
     lr, tuning = runner.tune(config, grid) if grid and has_trainables else (runner.config.lr, None)

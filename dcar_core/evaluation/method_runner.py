@@ -85,11 +85,7 @@ class MethodRunner:
         return record
 
     def test(self, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
-        """Return the record of a run with its results on the test split, which each run reads once.
-
-        Raises:
-            DivergedError: the run diverged.
-        """
+        """Return the record of a run with its results on the test split, read once. Raise DivergedError as `train`."""
         record, directory = self.train(method, seed, lr), self.directory(method, seed, lr)
         files = {directory / "test.json": self.splits["test"]}
         for name, other in self.others.items():

@@ -104,11 +104,7 @@ class ImageRoot:
         return (self.path / name, None) if member is None else (member[0], member[1].offset)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of an image.
-
-        Raises:
-            ImageError: without such a file or member.
-        """
+        """Return the bytes of an image. Raise ImageError if there is no such file or member."""
         member = self._member(name)
         if member is not None:
             tar, span = member

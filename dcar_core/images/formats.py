@@ -65,11 +65,7 @@ class Container:
         return int(self.width * self.height * self.bytes_per_pixel / 4)
 
     def require_cost(self, max_pixels: int) -> None:
-        """Refuse an image that takes more memory than `max_pixels` pixels of four bytes, or has more pixels.
-
-        Raises:
-            ImageError: it does.
-        """
+        """Raise ImageError for more pixels than `max_pixels`, or more memory than so many pixels of four bytes take."""
         most = int(max_pixels / max(1.0, self.bytes_per_pixel / 4))
         if self.width * self.height > most:
             raise too_large(self.width, self.height, most, self.format)

@@ -11,11 +11,7 @@ _EXTENSION, _FRAME, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
 
 
 def inspect_gif(data: bytes) -> Container:
-    """Check the structure of a GIF up to its first frame and remove its extensions.
-
-    Raises:
-        ImageError: it has too many blocks, or no frame.
-    """
+    """Check a GIF up to its first frame and remove extensions. Raise ImageError for too many blocks or no frame."""
     if len(data) < 13:
         raise ImageError("broken or truncated: a GIF without a header")
     position = head = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)

@@ -21,11 +21,7 @@ _COPIES = 9.0  # bytes per pixel beside the planes: the decoder's result, Pillow
 
 
 def inspect_isobmff(data: bytes, image_format: ImageFormat) -> Container:
-    """Check the structure of an AVIF or HEIF file.
-
-    Raises:
-        ImageError: its index is too large, or missing.
-    """
+    """Check the structure of an AVIF or HEIF file. Raise ImageError if its index is too large, or missing."""
     pieces, view, indexes = list[memoryview | bytes](), memoryview(data), list[bytes]()
     for name, start, end in _boxes(data):
         if name not in _MAX_INDEX_BYTES:

@@ -28,11 +28,7 @@ _REDUCED = 0.25  # bytes per pixel of the result, at 1/4 of the size or less
 
 
 def inspect_jpeg(data: bytes) -> Container:
-    """Check the structure of a JPEG and remove its metadata.
-
-    Raises:
-        ImageError: it has too many segments or scans, or no frame.
-    """
+    """Check a JPEG and remove its metadata. Raise ImageError if it has too many segments or scans, or no frame."""
     kept: dict[int, bytes] = {}  # JFIF and Adobe headers, which decide about colours
     tables: list[bytes] = []
     frame, exif, position = b"", b"", 2

@@ -12,11 +12,7 @@ _FREE_CHUNKS, _BYTES_PER_CHUNK = 1_000, 1_024  # encoders write data chunks of 8
 
 
 def inspect_png(data: bytes) -> Container:
-    """Check the structure of a PNG and remove its metadata.
-
-    Raises:
-        ImageError: it has no header, or too many chunks for its size.
-    """
+    """Check a PNG and remove its metadata. Raise ImageError if it has no header, or too many chunks for its size."""
     if data[12:16] != b"IHDR" or len(data) < 33:
         raise ImageError("broken or truncated: a PNG without a header")
     view, spans, exif, position = memoryview(data), [(0, 8)], b"", 8

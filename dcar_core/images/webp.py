@@ -9,11 +9,7 @@ _BYTES_PER_PIXEL = 16.0  # the decoder holds two canvases beside its own planes 
 
 
 def inspect_webp(data: bytes) -> Container:
-    """Check the structure of a WebP file.
-
-    Raises:
-        ImageError: it has too many chunks for its size, or its header is damaged.
-    """
+    """Check a WebP file. Raise ImageError if it has too many chunks for its size, or a damaged header."""
     position, orientation, limit = 12, 1, _FREE_CHUNKS + len(data) // _BYTES_PER_CHUNK
     for _ in range(limit):
         size = int.from_bytes(data[position + 4 : position + 8], "little")

@@ -33,11 +33,7 @@ _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
 
 
 class WeightChanges(nn.Module):
-    """Trainable differences to the weights of a scope.
-
-    Raises:
-        ModelError: the towers have no weights of this scope.
-    """
+    """Trainable differences to the weights of a scope. Raise ModelError if the towers have no weights of this scope."""
 
     def __init__(self, backbone: Backbone, config: FineTuneConfig) -> None:
         super().__init__()

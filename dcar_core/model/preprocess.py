@@ -72,11 +72,7 @@ class Preprocess:
         return replace(self, exact=False, resizer="torch" if torch and _torch_is_fast() else "pillow")
 
     def __call__(self, source: ImageSource) -> NDArray[np.uint8]:
-        """Return uint8 (3, S, S).
-
-        Raises:
-            ImageError: the image cannot be read.
-        """
+        """Return uint8 (3, S, S). Raise ImageError if the image cannot be read."""
         at_least = None if self.exact else math.ceil(_DECODED * self.size)
         image = open_image(source, max_pixels=self.max_pixels, at_least=at_least)
         if self.resizer == "torch" and self.resize != "longest" and min(image.size) < 2 * _REDUCED * self.size:

@@ -42,11 +42,7 @@ class Taxonomy:
 
 
 def load_taxonomy(file: Path) -> Taxonomy:
-    """Read a taxonomy file.
-
-    Raises:
-        DataError: the file is missing, is not valid, or puts a category into two groups.
-    """
+    """Read a taxonomy file. Raise DataError if it is missing, is not valid, or puts a category into two groups."""
     try:
         content = parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:

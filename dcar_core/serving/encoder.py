@@ -225,11 +225,7 @@ def _load(
 
 
 def pick_device(device: str) -> str:
-    """Resolve "auto" to cuda, mps or cpu, whichever there is.
-
-    Raises:
-        ModelError: the named device is not there.
-    """
+    """Resolve "auto" to cuda, mps or cpu, whichever there is. Raise ModelError if the named device is not there."""
     import torch
 
     if device == "auto":

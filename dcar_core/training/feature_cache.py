@@ -50,11 +50,7 @@ class FeatureCache:
         return self._backbone.content_hash()
 
     def image_key(self, data: Dataset) -> str:
-        """Return the key of a split's images: a hash of their names and bytes. Each split is read once.
-
-        Raises:
-            DataError: an image is missing; the message names it.
-        """
+        """Return a hash of the names and bytes of a split's images, read once. Raise DataError if one is missing."""
         names = digest(str(data.root.path), data.images)
         if names not in self._image_keys:
             content = hashlib.sha256()

@@ -108,20 +108,12 @@ def prepare_split(
 
 
 def decode_images(data: Dataset, backbone: Backbone, cache: FeatureCache, *, progress: bool = True) -> None:
-    """Decode a split's images into the cache, so that a broken image is reported now.
-
-    Raises:
-        DataError: an image is missing or broken; the message names it.
-    """
+    """Decode a split's images into the cache now. Raise DataError, which names the image, if one is broken."""
     FrozenFeatures(data, backbone, cache, progress).pixels()
 
 
 def split_key(data: Dataset, cache: FeatureCache) -> str:
-    """Return a hash of the images and texts of a split, equal for splits that train the same model.
-
-    Raises:
-        DataError: an image is missing; the message names it.
-    """
+    """Return a hash of images and texts, equal for splits that train the same. Raise DataError if one is missing."""
     texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories, s.attributes] for s in data.samples]
     return digest(cache.image_key(data), texts)
 

@@ -156,11 +156,7 @@ class _TrainingLoop:
                 self._save()
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Validate, remember the weights if they are the best so far, and return the epoch's record.
-
-        Raises:
-            DivergedError: a validation vector is not finite.
-        """
+        """Validate, keep the best weights, and return the record. Raise DivergedError if a vector is not finite."""
         own_choice = choose_query_weights(self.model, self.val_split) if self.group.is_leader else None
         choice = self.group.broadcast(own_choice)
         assert choice is not None  # the leader's

@@ -83,11 +83,7 @@ class PairedDifference:
 
 
 def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
-    """Compare two models on the same queries.
-
-    Raises:
-        ValueError: the hits are of different queries.
-    """
+    """Compare two models on the same queries. Raise ValueError if the hits are of different queries."""
     if not np.array_equal(model.texts, baseline.texts):
         raise ValueError(f"hits of {len(model.texts)} and {len(baseline.texts)} images are not of the same queries")
     samples = _resample((model, baseline), resamples, seed)  # [2, R, 3]

@@ -28,11 +28,7 @@ def apply_umask(mode: int) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as 64 hex digits.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return the sha256 of a file as 64 hex digits. Raise OSError if the file cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -21,10 +21,6 @@ def process_context() -> BaseContext:
 
 
 def in_own_process(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
-    """Call a function of a module in a process that ends with the call, and return the result.
-
-    Raises:
-        BrokenProcessPool: the process died.
-    """
+    """Return the result of a function, called in a process of its own. Raise BrokenProcessPool if that died."""
     with ProcessPoolExecutor(1, mp_context=process_context()) as process:
         return process.submit(function, *arguments, **options).result()

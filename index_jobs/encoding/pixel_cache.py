@@ -40,11 +40,7 @@ class PixelCache:
 
     @classmethod
     def open(cls, folder: Path, preprocess: Preprocess) -> "PixelCache":
-        """Open the cache of one preprocessing in `folder`, which is created if necessary.
-
-        Raises:
-            DcarError: it cannot be written, or is not a cache.
-        """
+        """Open the cache of one preprocessing; create `folder` if necessary. Raise DcarError if it cannot be used."""
         name = hashlib.sha256(canonical_json(preprocess.to_dict())).hexdigest()[:16]
         cache = cls(folder / f"pixels-{name}.sqlite", preprocess.size)
         try:

@@ -138,11 +138,7 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
 
 
 def location_version(root: str, location: str) -> str:
-    """Return a text that changes when a local file does; "" of a URL.
-
-    Raises:
-        OSError: there is no such file.
-    """
+    """Return a text that changes when a local file does; "" of a URL. Raise OSError if there is no such file."""
     place = join_location(root, location)
     if is_url(place):
         return ""

@@ -33,11 +33,7 @@ class GalleryChanges:
     example: str  # an item that is gone
 
     def require_few_removed(self, served: Manifest, source: str, limit: float) -> None:
-        """Check that at most this share of the served items is gone.
-
-        Raises:
-            GalleryShrunkError: there are more.
-        """
+        """Raise GalleryShrunkError if more than this share of the served items is gone."""
         if self.removed > limit * served.count:
             raise GalleryShrunkError(
                 f"not published: {self.removed:,} of the {served.count:,} images of version {served.version} are gone "

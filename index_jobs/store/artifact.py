@@ -101,11 +101,7 @@ class Artifact(Segments):
 
     @cached_property
     def lexical(self) -> "LexicalIndex | None":
-        """The words of the items; None in versions that have no lexical index.
-
-        Raises:
-            ArtifactError: the index cannot be read.
-        """
+        """The words of the items; None in older versions. Raise ArtifactError if the index cannot be read."""
         from index_jobs.store.lexical.lexical_index import LexicalIndex
 
         return LexicalIndex(self.path / LEXICAL) if self.manifest.has_lexical else None
@@ -137,11 +133,7 @@ class Artifact(Segments):
         return super().search(vectors, k, None if allowed is None else as_mask(allowed, self.rows))
 
     def item(self, row: int) -> Item:
-        """Return one item by its row; the items of recent searches are cached.
-
-        Raises:
-            IndexError: the row does not exist, or it was removed.
-        """
+        """Return one item; those of recent searches are cached. Raise IndexError if the row is unknown or removed."""
         if (cached := self._items.get(row)) is not None:
             return cached
         segment, place = self.locate(row)
@@ -230,11 +222,7 @@ class Artifact(Segments):
         return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
     def require(self, fingerprint: str) -> None:
-        """Refuse an encoder that did not encode this index.
-
-        Raises:
-            FingerprintError: the message names the command that builds an index for that encoder.
-        """
+        """Raise FingerprintError, which names the command to run, for an encoder that did not encode this index."""
         if fingerprint != self.manifest.fingerprint:
             index = self.path.parent.parent
             raise FingerprintError(
@@ -244,11 +232,7 @@ class Artifact(Segments):
             )
 
     def verify(self, *, skip: Collection[str] = ()) -> None:
-        """Read every file except the skipped ones, and compare checksums.
-
-        Raises:
-            ArtifactError: a file differs; the message names the first one.
-        """
+        """Compare the checksums of files, except the skipped ones. Raise ArtifactError at the first that differs."""
         self._check_sizes()
         for name, info in self.manifest.files.items():
             if name in skip:

@@ -111,11 +111,7 @@ class FaissIndex:
 
 
 def _check_contents(index: Any) -> None:
-    """Check metric, sizes and row numbers, which FAISS trusts; the links of graphs it checks itself as it reads them.
-
-    Raises:
-        ValueError: one is wrong.
-    """
+    """Raise ValueError for a wrong metric, size or row number, which FAISS trusts; it checks links of graphs itself."""
     import faiss
 
     count, (innermost, _, _) = int(index.ntotal), unwrap(index)

@@ -58,11 +58,7 @@ def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
 
 
 def match_column(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
-    """Return the rows of a column that meet a condition, bool (rows,).
-
-    Raises:
-        FilterError: the condition does not fit the column.
-    """
+    """Return the rows of a column that meet a condition, bool (rows,). Raise FilterError if it does not fit."""
     if isinstance(condition, list):
         return _match_values(column, condition, field)
     if not isinstance(condition, dict):

@@ -84,11 +84,7 @@ class Items:
         check_file_once(path, self._check)
 
     def _check(self) -> None:
-        """Check offsets, texts and row numbers, which Arrow trusts: a wrong one ends the process.
-
-        Raises:
-            ValueError: one is wrong.
-        """
+        """Raise ValueError for a wrong offset, text or row number. Arrow trusts them, and one would end the process."""
         for batch, by_id in zip(self._batches, self._cells[_BY_ID], strict=True):
             batch.validate(full=True)
             rows = by_id.to_numpy()

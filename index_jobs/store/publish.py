@@ -33,11 +33,7 @@ _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 @contextlib.contextmanager
 def report_os_errors(index: Path) -> Iterator[None]:
-    """Turn an OSError, such as a full disk, into one line for people.
-
-    Raises:
-        DcarError: in place of an OSError.
-    """
+    """Raise DcarError, one line for people, in place of an OSError such as a full disk."""
     try:
         yield
     except OSError as error:

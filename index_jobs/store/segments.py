@@ -89,11 +89,7 @@ class Segments:
         return vectors
 
     def locate(self, row: int) -> tuple[Segment, int]:
-        """Return the segment of a row, and the row's number in it.
-
-        Raises:
-            IndexError: the row does not exist, or it was removed.
-        """
+        """Return the segment of a row, and its number there. Raise IndexError if the row is unknown or removed."""
         if not 0 <= row < self.rows:
             raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
         if len(self._removed) and not self.live[row]:
@@ -116,11 +112,7 @@ class Segments:
         return {name: str(_common_type(self._types(name))) for name in names}
 
     def column(self, name: str) -> "pa.ChunkedArray":
-        """Return one field of every row, memory-mapped, null where an item lacks it; for filters.
-
-        Raises:
-            DataError: no segment has the field.
-        """
+        """Return one field of every row, null where an item lacks it. Raise DataError if no segment has the field."""
         import pyarrow as pa
 
         from index_jobs.store.columns import cast_column

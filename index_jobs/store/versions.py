@@ -51,11 +51,7 @@ def current_version_or_none(index: Path) -> int | None:
 
 
 def require_index(index: Path) -> int:
-    """Return the version that CURRENT names.
-
-    Raises:
-        ArtifactError: nothing is published; the message names the command to run.
-    """
+    """Return the version that CURRENT names. Raise ArtifactError, which names the command to run, if there is none."""
     version = current_version(index)
     if version is None and version_numbers(index):
         raise ArtifactError(
@@ -70,11 +66,7 @@ def require_index(index: Path) -> int:
 
 
 def open_current(index: Path) -> Artifact:
-    """Open the published version.
-
-    Raises:
-        ArtifactError: nothing is published, or the version is incomplete.
-    """
+    """Open the published version. Raise ArtifactError if nothing is published, or the version is incomplete."""
     version = require_index(index)
     while True:
         try:
@@ -119,11 +111,7 @@ def list_versions(index: Path) -> list[Manifest]:
 
 
 def verify_index(index: Path) -> list[Manifest]:
-    """Verify CURRENT and every version, and return the verified manifests.
-
-    Raises:
-        ArtifactError: the first fault found.
-    """
+    """Verify CURRENT and every version, and return the manifests. Raise ArtifactError at the first fault found."""
     open_current(index)
     artifacts = [open_version(index, number) for number in version_numbers(index)]
     for artifact in artifacts:

@@ -55,11 +55,7 @@ class GroupField:
 
 
 def group_field(snapshot: Snapshot, name: str) -> GroupField:
-    """Return the groups of a field, which are cached.
-
-    Raises:
-        InvalidQueryError: there is no such field, or its values are lists.
-    """
+    """Return a field's groups, cached. Raise InvalidQueryError if there is no such field, or it holds lists."""
     groups = snapshot.groups.get(name)
     if groups is None:
         column = field_values(snapshot, name, "group_by")

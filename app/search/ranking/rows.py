@@ -51,11 +51,7 @@ def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
 
 
 def row_vectors(snapshot: RankableIndex, rows: Rows | list[int]) -> Floats:
-    """Return the vectors, float32 (m, E), that the index keeps.
-
-    Raises:
-        UnsupportedQueryError: this kind of index keeps none.
-    """
+    """Return the stored vectors, float32 (m, E). Raise UnsupportedQueryError if this kind of index keeps none."""
     try:
         return snapshot.artifact.vectors(np.asarray(rows, np.int64))
     except StoreUnavailableError:

@@ -131,11 +131,7 @@ class LexicalIndex:
     """An opened lexical index. Safe for concurrent readers; its files may be removed while it is open."""
 
     def __init__(self, path: Path) -> None:
-        """Open a directory that `write_lexical` wrote.
-
-        Raises:
-            ArtifactError: the index cannot be read.
-        """
+        """Open a directory that `write_lexical` wrote. Raise ArtifactError if the index cannot be read."""
         # Errors are ignored since tantivy may create a lock file during the removal.
         with tempfile.TemporaryDirectory(prefix="dcar-lexical-", ignore_cleanup_errors=True) as links:
             for file in path.iterdir() if path.is_dir() else ():

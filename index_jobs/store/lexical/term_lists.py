@@ -33,11 +33,7 @@ class TermLists:
 
     @classmethod
     def open(cls, path: Path) -> "TermLists | None":
-        """Open the lists in the directory of a lexical index; None in one that is older than they are.
-
-        Raises:
-            ArtifactError: they cannot be read.
-        """
+        """Open the lists of a lexical index; None if it is older than they are. Raise ArtifactError if that fails."""
         if not (path / TERMS).exists():
             return None
         try:
@@ -90,11 +86,7 @@ class TermListsWriter:
         self._starts.append(len(self._terms))
 
     def write(self, path: Path) -> set[str]:
-        """Write the files into the directory of a lexical index, and return their names.
-
-        Raises:
-            OSError: the disk is full or cannot be written.
-        """
+        """Write the files beside a lexical index, and return their names. Raise OSError if the disk is full."""
         for name, values in ((STARTS, np.array(self._starts, np.int64)), (TERMS, np.array(self._terms, np.uint32))):
             with atomic_writer(path / name) as file:
                 np.save(file, values, allow_pickle=False)

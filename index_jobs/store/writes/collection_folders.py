@@ -87,11 +87,7 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
 
 
 def drop_collection(index: Path) -> None:
-    """Remove a created collection with all of its versions and images.
-
-    Raises:
-        LockedError: its jobs are being applied.
-    """
+    """Remove a created collection with its versions and images. Raise LockedError if its jobs are being applied."""
     with WriteQueue(index).lock():
         index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))  # a killed removal leaves no half of it
     for leftover in index.parent.glob(f"{_OLD}*"):
