@@ -28,12 +28,11 @@ import numpy as np
 
 from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankQuery, rank
-from app.search.snapshots import SearchedIndex, sample_vectors
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.building.build import build_index
 from index_jobs.building.kinds import choose_kinds
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
-from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
+from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.lexical.term_lists import STARTS, TERMS
 
@@ -49,6 +48,7 @@ class Index:
         self._vectors, self.lexical, self.rows = vectors, lexical, vectors.count
         self.manifest = SimpleNamespace(removed=0)
         self.live = np.ones(self.rows, np.bool_)
+        self.sample_vectors = self.vectors(spread_rows(np.arange(self.rows)))
 
     def search(self, vectors: Floats, k: int, allowed: Any = None) -> Any:
         """As `Artifact.search`."""
@@ -102,7 +102,6 @@ def measure_latency(items: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         index, texts, vectors = make_index(items, Path(folder))
         artifact: Any = index
-        searched = SearchedIndex(artifact, sample_vectors(artifact))
         faiss.omp_set_num_threads(1)
         generator = random.Random(1)
         print(
@@ -115,9 +114,9 @@ def measure_latency(items: int) -> None:
             for query, vector in zip(queries, vectors, strict=True):
                 hybrid = HybridQuery(query, DEFAULT_WEIGHT)
                 ways: dict[str, Callable[[], Any]] = {
-                    "vectors": partial(rank, searched, RankQuery(vector), 13),
+                    "vectors": partial(rank, artifact, RankQuery(vector), 13),
                     "words": partial(index.lexical.search, query, 13),
-                    "both": partial(rank, searched, RankQuery(vector, hybrid), 13),
+                    "both": partial(rank, artifact, RankQuery(vector, hybrid), 13),
                 }
                 for name, way in ways.items():
                     started = time.perf_counter()
@@ -143,7 +142,6 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
     read = evaluate_queries.read_queries(queries, [item.metadata | {"category": item.category} for item in items])
     texts = [query.text for query in read]
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    searched = SearchedIndex(artifact, sample_vectors(artifact))
     print(f"{len(read)} queries, {len(items):,} items, percent\n")
     print(f"| weight of the words | {' | '.join(evaluate_queries.METRICS)} |\n| --- | --- | --- | --- |")
     vectors = encoder.encode_text(texts)
@@ -151,7 +149,7 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
         scores = np.full((len(read), len(items)), -np.inf, np.float32)
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
             hybrid = HybridQuery(text, weight) if weight else None
-            best = rank(searched, RankQuery(vector, hybrid), 10)
+            best = rank(artifact, RankQuery(vector, hybrid), 10)
             scores[number, [each.row for each in best]] = -np.arange(len(best))
         means = 100 * evaluate_queries.measure(scores, read).mean(0)
         name = {0.0: "vectors alone", 1.0: "words alone"}.get(weight, f"{weight:g}")

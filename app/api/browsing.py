@@ -52,7 +52,7 @@ class Catalogue:
     """Facts about the items of one version, each computed once. Its methods block."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot, self._artifact = snapshot, snapshot.artifact
+        self._artifact = snapshot.artifact
         self._lock = threading.Lock()
         self._orders: dict[str, Rows] = {}
 
@@ -62,7 +62,7 @@ class Catalogue:
         group_by = self._artifact.manifest.group_field
         sizes: dict[str, int] = {}
         for name in self._artifact.fields.keys() - {"id", "caption", group_by}:
-            facet = count_values(self._snapshot, name, self._artifact.live, limit=_FACET_VALUES + 1)
+            facet = count_values(self._artifact, name, self._artifact.live, limit=_FACET_VALUES + 1)
             if 2 <= len(facet) <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2):
                 sizes[name] = len(facet)
         return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[:_FACETS]
@@ -130,7 +130,7 @@ def browsing_routes() -> APIRouter:
         """Tell what the index has, and with what the page starts."""
         snapshot = snapshot_of(request)
         artifact = snapshot.artifact
-        has_words = artifact.lexical is not None and len(snapshot.sample_vectors) > 0
+        has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
         return JsonResponse(
             {
                 "fields": _catalogue_of(snapshot).fields,

@@ -64,7 +64,6 @@ def search(
     from app.search.query import QueryPart, Weights, compose, normalise
     from app.search.ranking.hybrid import HybridQuery
     from app.search.ranking.rank import RankQuery, rank
-    from app.search.snapshots import SearchedIndex, sample_vectors
     from dcar_core import Encoder
     from dcar_core.images import IMAGE_SUFFIXES
     from dcar_core.serving import adapter_cache
@@ -88,8 +87,7 @@ def search(
     if excluded_words:
         parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
     words_query = HybridQuery(words, artifact.manifest.words_weight) if hybrid and not is_image else None
-    searched = SearchedIndex(artifact, sample_vectors(artifact))
-    best = rank(searched, RankQuery(compose(parts), words_query), k, allowed)
+    best = rank(artifact, RankQuery(compose(parts), words_query), k, allowed)
     found = [(artifact.item(each.row), each.score) for each in best]
     results = [
         {"rank": number, "id": item.id, "score": round(score, 4), "caption": item.caption, "category": item.category,

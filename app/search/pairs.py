@@ -70,7 +70,8 @@ class PairScorer:
         features = np.stack(list(frozen.values()))
         factors = await self._embedder.run_in_model_thread(pairs.factors, text, features)  # [C, n]
         texts = await self._embedder.weighted_text(snapshot, text, factors)  # [C, E]
-        images = await asyncio.to_thread(row_vectors, snapshot, [each.row for each in candidates])  # [C, E]
+        rows = [each.row for each in candidates]
+        images = await asyncio.to_thread(row_vectors, snapshot.artifact, rows)  # [C, E]
         scores = np.einsum("ce,ce->c", texts, images)
         scored = [replace(each, rerank_score=float(score)) for each, score in zip(candidates, scores, strict=True)]
         scored.sort(key=lambda each: -(each.rerank_score or 0.0))

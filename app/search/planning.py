@@ -140,8 +140,8 @@ def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None)
     query = RankQuery(vector, plan.hybrid, excluded_rows, plan.min_score, plan.options.fold)
     count = max(plan.end + 1, plan.rerank_depth)
     if groups is None:
-        return rank(snapshot, query, count, mask)
-    return rank_groups(partial(rank, snapshot, query), count, groups, mask)
+        return rank(snapshot.artifact, query, count, mask)
+    return rank_groups(partial(rank, snapshot.artifact, query), count, groups, mask)
 
 
 def matches_of(

@@ -224,7 +224,7 @@ class Retriever:
             is_cached &= is_image_cached
         for weight, rows in ((weights.more, plan.more_rows), (-weights.less, plan.less_rows)):
             if rows:
-                vectors = await self._in_search_thread(row_vectors, snapshot, rows)
+                vectors = await self._in_search_thread(row_vectors, snapshot.artifact, rows)
                 parts.append(QueryPart(weight, vectors.mean(0)))
         return compose(parts), is_cached and bool(query.text or query.image)
 

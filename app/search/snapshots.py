@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from app.core.settings import Settings
 from dcar_core.util.arrays import Floats, Mask
-from dcar_core.util.errors import ArtifactError, StoreUnavailableError
 from index_jobs.store.artifact import Artifact, ImageAccess
-from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, require_index
 from index_jobs.store.writes.collection_folders import EmptyArtifact
@@ -39,7 +37,6 @@ class Snapshot:
         backbone: SHA-256 of the backbone.
         pair_weights: returns the weights for re-ranking and explanations. The first call may load the model, which
             takes seconds: do not call it in the event loop.
-        sample_vectors: of some items, float32 (m, E); empty if the index keeps none.
         masks: cached masks of filters, bool (rows,), by the filter in JSON.
         groups: cached `GroupField`s of `app.search.ranking.groups`, by the name of the field.
         facets: cached counts of values; see `app.search.ranking.facets`.
@@ -52,7 +49,6 @@ class Snapshot:
     preprocess: "Preprocess"
     backbone: str
     pair_weights: "Callable[[], PairWeights]"
-    sample_vectors: Floats
     masks: dict[str, Mask] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     facets: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=dict)
@@ -77,13 +73,6 @@ class Snapshot:
     def min_score(self) -> float | None:
         """The calibrated cut-off; None without calibration."""
         return self.artifact.manifest.cutoff.get("min_score")
-
-
-class SearchedIndex(NamedTuple):
-    """An index that is searched without an encoder; see `Snapshot`."""
-
-    artifact: Artifact
-    sample_vectors: Floats
 
 
 def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:
@@ -123,21 +112,11 @@ def _make_snapshot(artifact: Artifact, encoder: "Encoder", backbone: str, settin
         encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
         artifact.search(encoder.encode_text(["warm up"]), 1)
 
-    _ = artifact.lexical  # a damaged one is found now, not by the first caller
+    _ = artifact.lexical, artifact.sample_vectors  # damage is found now, not by the first caller
     warm_up()  # lets the runtime convert the weights
     encoder.release()
     warm_up()  # reads the pages that queries need back into memory
-    return Snapshot(encoder, artifact, preprocess, backbone, pair_weights, sample_vectors(artifact))
-
-
-def sample_vectors(artifact: Artifact) -> Floats:
-    """Return the vectors of evenly spread items, from which ranking estimates how widely cosines spread."""
-    try:
-        return artifact.vectors(spread_rows(np.flatnonzero(artifact.live)))
-    except StoreUnavailableError:
-        raise
-    except ArtifactError:
-        return np.empty((0, artifact.manifest.dim), np.float32)
+    return Snapshot(encoder, artifact, preprocess, backbone, pair_weights)
 
 
 def _find_or_load_encoder(

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.errors import ArtifactError, FingerprintError
+from dcar_core.util.errors import ArtifactError, FingerprintError, StoreUnavailableError
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
 from index_jobs.gallery.storage import is_url, join_location, location_version, open_image
 from index_jobs.store.faiss_search import ScoredRows, as_mask
+from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
 
@@ -105,6 +106,16 @@ class Artifact(Segments):
         from index_jobs.store.lexical.lexical_index import LexicalIndex
 
         return LexicalIndex(self.path / LEXICAL) if self.manifest.has_lexical else None
+
+    @cached_property
+    def sample_vectors(self) -> Floats:
+        """Vectors (m, E) of evenly spread items, which show how widely cosines vary; empty if the index keeps none."""
+        try:
+            return self.vectors(spread_rows(np.flatnonzero(self.live)))
+        except StoreUnavailableError:
+            raise
+        except ArtifactError:
+            return np.empty((0, self.manifest.dim), np.float32)
 
     @property
     def checkpoint(self) -> Path:

@@ -42,6 +42,7 @@ class Rows:
         self.live.flags.writeable = False
         self.manifest = SimpleNamespace(removed=0)
         self._columns = columns
+        self.sample_vectors = vectors[:50]
 
     def search(self, vectors: np.ndarray, k: int, allowed: Any = None) -> Any:
         return self._faiss.search(vectors, k, allowed)
@@ -59,7 +60,7 @@ class Rows:
 
 
 def snapshot_of(artifact: Rows) -> Any:
-    return SimpleNamespace(artifact=artifact, groups={}, sample_vectors=artifact.vectors(np.arange(50)))
+    return SimpleNamespace(artifact=artifact, groups={})
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -88,18 +89,18 @@ def test_hybrid_order_equals_the_sum_over_all_rows(catalogue: Any, query: str, w
     allowed = np.random.default_rng(1).random(400) < 0.7
     hybrid = HybridQuery(query, weight)
     text_scores = lexical.score(query, np.arange(400))
-    scores = vectors @ vector + np.float32(text_bonus(snapshot.sample_vectors, vector, weight)) * text_scores
+    scores = vectors @ vector + np.float32(text_bonus(snapshot.artifact.sample_vectors, vector, weight)) * text_scores
     for mask in (None, allowed):
         rows = np.arange(400) if mask is None else np.flatnonzero(mask)
         expected = sorted(zip((-scores[rows]).round(5).tolist(), rows.tolist(), strict=True))
-        ranked = rank(snapshot, RankQuery(vector, hybrid=hybrid), 400, mask)
+        ranked = rank(snapshot.artifact, RankQuery(vector, hybrid=hybrid), 400, mask)
         np.testing.assert_allclose([scores[each.row] for each in ranked], [-score for score, _ in expected], atol=2e-5)
         assert sorted(each.row for each in ranked) == sorted(rows.tolist())
         for each in ranked:
             assert each.text_score == pytest.approx(text_scores[each.row], abs=1e-6)
             assert each.score == pytest.approx(float(vectors[each.row] @ vector), abs=1e-5)
         for count in (1, 7, 40, 150):
-            page = rank(snapshot, RankQuery(vector, hybrid=hybrid), count, mask)
+            page = rank(snapshot.artifact, RankQuery(vector, hybrid=hybrid), count, mask)
             assert [each.row for each in page] == [each.row for each in ranked[:count]]
 
 
@@ -111,22 +112,22 @@ def test_common_words_are_ranked_among_the_nearest_rows(catalogue: Any, monkeypa
     query = RankQuery(vector, HybridQuery("smile", 0.7))
     text_scores = lexical.score("smile", np.arange(400))
     assert np.count_nonzero(text_scores) > 100
-    ranked = rank(snapshot, query, 60)
-    scores = vectors @ vector + np.float32(text_bonus(snapshot.sample_vectors, vector, 0.7)) * text_scores
+    ranked = rank(snapshot.artifact, query, 60)
+    scores = vectors @ vector + np.float32(text_bonus(snapshot.artifact.sample_vectors, vector, 0.7)) * text_scores
     assert all(np.diff([scores[each.row] for each in ranked]) <= 1e-5)
     for each in ranked:
         assert each.text_score == pytest.approx(text_scores[each.row], abs=1e-6)
     nearest = np.argsort(-(vectors @ vector), kind="stable")[:40]
     assert {row for row in nearest.tolist() if text_scores[row] > 0} <= {each.row for each in ranked}
     for count in (1, 10, 40):
-        assert [each.row for each in rank(snapshot, query, count)] == [each.row for each in ranked[:count]]
+        assert [each.row for each in rank(snapshot.artifact, query, count)] == [each.row for each in ranked[:count]]
 
 
 def test_min_score_of_a_hybrid_search_is_a_cosine(catalogue: Any) -> None:
     snapshot, _, _ = catalogue
     vector = unit(np.random.default_rng(3), 24)
-    ranked = rank(snapshot, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5), min_score=0.2), 400)
-    everything = rank(snapshot, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5)), 400)
+    ranked = rank(snapshot.artifact, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5), min_score=0.2), 400)
+    everything = rank(snapshot.artifact, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5)), 400)
     assert [each.row for each in ranked] == [each.row for each in everything if round(each.score, 6) >= 0.2]
     assert 0 < len(ranked) < 400
 
@@ -134,7 +135,7 @@ def test_min_score_of_a_hybrid_search_is_a_cosine(catalogue: Any) -> None:
 def test_an_index_without_words_says_how_to_get_them() -> None:
     snapshot = snapshot_of(Rows(unit(np.random.default_rng(0), 60, 8)))
     with pytest.raises(UnsupportedQueryError, match="rebuild"):
-        rank(snapshot, RankQuery(unit(np.random.default_rng(1), 8), hybrid=HybridQuery("ghost", 0.5)), 5)
+        rank(snapshot.artifact, RankQuery(unit(np.random.default_rng(1), 8), hybrid=HybridQuery("ghost", 0.5)), 5)
 
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,Flat"])
@@ -148,14 +149,14 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> N
     groups = group_field(snapshot, "product")
     vector = vectors[0]
     for mask in (None, rng.random(count) < 0.5):
-        everything = rank(snapshot, RankQuery(vector), count, mask)
+        everything = rank(snapshot.artifact, RankQuery(vector), count, mask)
         first: dict[Any, int] = {}
         for each in everything:
             first.setdefault(each.row if values[each.row] is None else values[each.row], each.row)
         expected = list(first.values())
 
         def search(size: int, remaining: Any) -> Any:
-            return rank(snapshot, RankQuery(vector), size, remaining)
+            return rank(snapshot.artifact, RankQuery(vector), size, remaining)
 
         for size in (1, 5, 24, len(expected), len(expected) + 5):
             found = rank_groups(search, size, groups, mask)
@@ -204,7 +205,7 @@ def test_one_huge_group_does_not_hide_the_others() -> None:
     values = ["huge"] * 2950 + [f"p{number}" for number in range(50)]
     snapshot = snapshot_of(Rows(vectors, product=values))
     groups = group_field(snapshot, "product")
-    found = rank_groups(lambda size, mask: rank(snapshot, RankQuery(vectors[0]), size, mask), 10, groups, None)
+    found = rank_groups(lambda size, mask: rank(snapshot.artifact, RankQuery(vectors[0]), size, mask), 10, groups, None)
     assert len({groups.value(each.row) for each in found}) == 10
 
 
@@ -227,7 +228,7 @@ def test_facets_equal_a_plain_count() -> None:
                 - {(None, product) for product in products}
             )
             expected = Counter(value for value, _ in pairs)
-            facet = count_values(snapshot, name, mask, grouped)
+            facet = count_values(snapshot.artifact, name, mask, grouped)
             assert {entry["value"]: entry["count"] for entry in facet} == dict(expected)
             assert [entry["count"] for entry in facet] == sorted(expected.values(), reverse=True)
 
@@ -237,10 +238,10 @@ def test_an_empty_category_is_no_value() -> None:
     categories = ["", "cat", "cat", ""] * 15
     snapshot = snapshot_of(Rows(unit(rng, 60, 8), category=categories))
     everything = np.ones(60, np.bool_)
-    assert count_values(snapshot, "category", everything) == [{"value": "cat", "count": 30}]
+    assert count_values(snapshot.artifact, "category", everything) == [{"value": "cat", "count": 30}]
     groups = group_field(snapshot, "category")
     query = RankQuery(unit(rng, 8))
-    found = rank_groups(lambda size, mask: rank(snapshot, query, size, mask), 60, groups, None)
+    found = rank_groups(lambda size, mask: rank(snapshot.artifact, query, size, mask), 60, groups, None)
     assert len(found) == 31, "each item without a category stands alone"
 
 
@@ -250,7 +251,7 @@ def test_numbers_are_counted_in_ranges_that_filters_accept() -> None:
     years = rng.integers(1990, 1995, 400).tolist()
     snapshot = snapshot_of(Rows(unit(rng, 400, 8), price=prices, year=years))
     everything = np.ones(400, np.bool_)
-    facet = count_values(snapshot, "price", everything)
+    facet = count_values(snapshot.artifact, "price", everything)
     assert 2 <= len(facet) <= 10
     for entry in facet:
         low = entry["value"]["gte"]
@@ -261,7 +262,9 @@ def test_numbers_are_counted_in_ranges_that_filters_accept() -> None:
         ]  # fmt: skip
         assert len(within) == entry["count"]
     assert sum(entry["count"] for entry in facet) == sum(price is not None for price in prices)
-    assert {entry["value"]: entry["count"] for entry in count_values(snapshot, "year", everything)} == Counter(years)
+    assert {entry["value"]: entry["count"] for entry in count_values(snapshot.artifact, "year", everything)} == Counter(
+        years
+    )
 
 
 def test_a_field_that_cannot_group_is_named() -> None:
@@ -272,4 +275,4 @@ def test_a_field_that_cannot_group_is_named() -> None:
     with pytest.raises(InvalidQueryError, match="no item has"):
         group_field(snapshot, "brand")
     with pytest.raises(InvalidQueryError, match="no item has"):
-        count_values(snapshot, "brand", np.ones(60, np.bool_))
+        count_values(snapshot.artifact, "brand", np.ones(60, np.bool_))

@@ -24,8 +24,8 @@ def row_by_row(vectors: np.ndarray, found: list[RankedRow], fold: float) -> list
     return [RankedRow(found[place].row, found[place].score, tuple(members[place])) for place in shown]
 
 
-def snapshot_of(vectors: np.ndarray) -> Any:
-    return SimpleNamespace(artifact=SimpleNamespace(vectors=lambda rows: vectors[rows]))
+def artifact_of(vectors: np.ndarray) -> Any:
+    return SimpleNamespace(vectors=lambda rows: vectors[rows])
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -40,8 +40,8 @@ def test_folding_in_blocks_equals_folding_row_by_row(seed: int) -> None:
     fold = float(rng.integers(1, 14))
     expected = row_by_row(vectors, found, fold)
     for count in {1, 2, len(expected) // 2 + 1, len(expected), len(expected) + 1, 2 * rows}:
-        assert _fold(snapshot_of(vectors), found, fold, count) == expected[:count], count
-    assert _fold(snapshot_of(vectors), [], fold, 3) == []
+        assert _fold(artifact_of(vectors), found, fold, count) == expected[:count], count
+    assert _fold(artifact_of(vectors), [], fold, 3) == []
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_folding_in_blocks_is_faster_than_row_by_row() -> None:
     times, hits = [], []
     for fold in (
         lambda: row_by_row(vectors, found, 0.95),
-        lambda: _fold(snapshot_of(vectors), found, 0.95, 626),
+        lambda: _fold(artifact_of(vectors), found, 0.95, 626),
     ):
         took = []
         for _ in range(3):  # take the fastest: the machine may be busy
@@ -85,47 +85,47 @@ class Exact:
 
 
 def copies() -> tuple[Any, np.ndarray]:
-    """Return a snapshot of 300 rows, 100 of them copies of two, and a query vector."""
+    """Return an artifact of 300 rows, 100 of them copies of two, and a query vector."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((300, 64)).astype(np.float32)
     vectors[::5], vectors[1:200:5] = vectors[0], vectors[1]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = vectors[0] + vectors[1] + vectors[2]
-    return SimpleNamespace(artifact=Exact(vectors)), expected / np.linalg.norm(expected)
+    return Exact(vectors), expected / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"excluded_rows": {0, 1, 2, 50}}, {"fold": 0.9}, {"min_score": 0.0}], ids=str)
 def test_a_longer_list_begins_with_the_shorter_one(options: dict[str, Any]) -> None:
     """Pages then have every item once, however many scores are equal."""
-    snapshot, vector = copies()
-    rows = [hit.row for hit in rank(snapshot, RankQuery(vector, **options), 300)]
+    artifact, vector = copies()
+    rows = [hit.row for hit in rank(artifact, RankQuery(vector, **options), 300)]
     assert len(rows) == len(set(rows))
     for count in range(1, 120):
-        assert [hit.row for hit in rank(snapshot, RankQuery(vector, **options), count)] == rows[:count]
+        assert [hit.row for hit in rank(artifact, RankQuery(vector, **options), count)] == rows[:count]
     assert not options or len(rows) < 300
     if not options:
         assert sorted(rows) == list(range(300))
 
 
 def test_only_tied_scores_widen_the_search() -> None:
-    snapshot, vector = copies()
-    rank(snapshot, RankQuery(vector), 10)
-    assert snapshot.artifact.asked == 88, "11, 22, 44: the sixty copies of one image"
-    rank(snapshot, RankQuery(vector), 150)
-    assert snapshot.artifact.asked == 151
+    artifact, vector = copies()
+    rank(artifact, RankQuery(vector), 10)
+    assert artifact.asked == 88, "11, 22, 44: the sixty copies of one image"
+    rank(artifact, RankQuery(vector), 150)
+    assert artifact.asked == 151
 
 
 def test_identical_vectors_fold_at_a_threshold_of_one() -> None:
     """The product of a float32 vector with itself may be slightly below 1."""
-    snapshot, vector = copies()
-    assert not np.all((snapshot.artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
-    hits = rank(snapshot, RankQuery(vector, fold=1.0), 300)
+    artifact, vector = copies()
+    assert not np.all((artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
+    hits = rank(artifact, RankQuery(vector, fold=1.0), 300)
     assert sorted(len(hit.folded) for hit in hits)[-2:] == [39, 59]
     assert len(hits) == 300 - 98
 
 
 def test_a_displayed_score_works_as_min_score() -> None:
-    snapshot, vector = copies()
-    for number, hit in enumerate(rank(snapshot, RankQuery(vector), 300)[:150], 1):
-        kept = rank(snapshot, RankQuery(vector, min_score=round(hit.score, 6)), 300)
+    artifact, vector = copies()
+    for number, hit in enumerate(rank(artifact, RankQuery(vector), 300)[:150], 1):
+        kept = rank(artifact, RankQuery(vector, min_score=round(hit.score, 6)), 300)
         assert len(kept) >= number

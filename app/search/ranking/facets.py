@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from app.search.ranking.groups import GroupField, group_field
-from app.search.ranking.rows import RankableIndex, field_values, filter_mask, mask_key
+from app.search.ranking.rows import field_values, filter_mask, mask_key
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask
+from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
 _MAX_SCORED = 10_000  # rows that are compared with a min_score
@@ -50,7 +51,7 @@ def count_facets(
     scored = np.zeros(artifact.rows, np.bool_)
     scored[reached] = True
     is_exact = len(reached) < _MAX_SCORED and artifact.manifest.kind == "Flat"
-    return {name: count_values(snapshot, name, scored, groups) for name in names}, is_exact
+    return {name: count_values(artifact, name, scored, groups) for name in names}, is_exact
 
 
 def facet_values(snapshot: Snapshot, name: str, filter: dict[str, Any] | None, group_by: str) -> Facet:
@@ -62,14 +63,15 @@ def facet_values(snapshot: Snapshot, name: str, filter: dict[str, Any] | None, g
     facets, key = snapshot.facets, (name, mask_key(filter) if filter else "", group_by)
     if key not in facets:
         mask = filter_mask(snapshot, filter) if filter else snapshot.artifact.live
-        facets[key] = count_values(snapshot, name, mask, group_field(snapshot, group_by) if group_by else None)
+        groups = group_field(snapshot, group_by) if group_by else None
+        facets[key] = count_values(snapshot.artifact, name, mask, groups)
         while len(facets) > _MAX_CACHED:
             del facets[next(iter(facets))]
     return facets[key]
 
 
 def count_values(
-    snapshot: RankableIndex, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
+    artifact: Artifact, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
 ) -> Facet:
     """Return the values of a field with their counts, the most frequent first; ranges in their order.
 
@@ -81,7 +83,7 @@ def count_values(
         InvalidQueryError: there is no such field.
     """
     rows = np.flatnonzero(mask)
-    chosen = field_values(snapshot, name, "facets").filter(pa.array(mask))
+    chosen = field_values(artifact, name, "facets").filter(pa.array(mask))
     is_list = pa.types.is_list(chosen.type)
     if is_list:
         rows = rows[pc.list_parent_indices(chosen).to_numpy()]

@@ -58,7 +58,7 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
     """Return a field's groups, cached. Raise InvalidQueryError if there is no such field, or it holds lists."""
     groups = snapshot.groups.get(name)
     if groups is None:
-        column = field_values(snapshot, name, "group_by")
+        column = field_values(snapshot.artifact, name, "group_by")
         if pa.types.is_list(column.type):
             raise InvalidQueryError("group_by", f"{name!r} has several values an item; name a field with one")
         encoded = column.combine_chunks().dictionary_encode()

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.search.errors import UnsupportedQueryError
-from app.search.ranking.rows import RankableIndex, row_vectors
+from app.search.ranking.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 
 _TEXT_ROWS = 512  # rows of a query's words up to which the cosines of all are computed
@@ -51,9 +52,9 @@ class Candidates:
     highest_unseen_cosine: float
 
 
-def vector_candidates(snapshot: RankableIndex, vector: Floats, width: int, mask: Mask | None) -> Candidates:
+def vector_candidates(artifact: Artifact, vector: Floats, width: int, mask: Mask | None) -> Candidates:
     """Return the `width` rows with the highest cosines."""
-    scores, rows = snapshot.artifact.search(vector[None], width, mask)  # [1, width], [1, width]
+    scores, rows = artifact.search(vector[None], width, mask)  # [1, width], [1, width]
     last = float(scores[0, -1]) if rows[0, -1] >= 0 else -np.inf
     found = rows[0] >= 0
     cosines = scores[0][found]
@@ -61,22 +62,21 @@ def vector_candidates(snapshot: RankableIndex, vector: Floats, width: int, mask:
 
 
 def hybrid_candidates(
-    snapshot: RankableIndex, vector: Floats, query: HybridQuery, width: int, mask: Mask | None
+    artifact: Artifact, vector: Floats, query: HybridQuery, width: int, mask: Mask | None
 ) -> Candidates:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
 
     Raises:
         UnsupportedQueryError: the version has no lexical index.
     """
-    lexical = snapshot.artifact.lexical
-    if not len(snapshot.sample_vectors):
+    lexical = artifact.lexical
+    if not len(artifact.sample_vectors):
         raise UnsupportedQueryError(
             "Hybrid search needs the vectors of items, and the index keeps none.", field="hybrid"
         )
     if lexical is None:
         message = "This index is older than hybrid search; rebuild it with `dcar index build`."
         raise UnsupportedQueryError(message, field="hybrid")
-    artifact = snapshot.artifact
     allowed = mask
     if artifact.manifest.removed:
         allowed = artifact.live if mask is None else mask & artifact.live
@@ -85,7 +85,7 @@ def hybrid_candidates(
     text_scores, text_rows = lexical.search(query.text, limit, allowed, by_rare_terms=not is_text_complete)
     if not is_text_complete:
         width = min(max(_COMMON_WIDTH, 1 << (width - 1).bit_length()), artifact.rows)
-    near = vector_candidates(snapshot, vector, width, mask)
+    near = vector_candidates(artifact, vector, width, mask)
     is_same = near.rows[:, None] == text_rows  # [near, text]
     near_scores = is_same @ text_scores
     if not is_text_complete:  # otherwise the other rows contain no word
@@ -93,10 +93,10 @@ def hybrid_candidates(
         near_scores[unscored] = lexical.score(query.text, near.rows[unscored])
     is_far = ~is_same.any(0)
     far_rows = text_rows[is_far]
-    far_cosines = row_vectors(snapshot, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
+    far_cosines = row_vectors(artifact, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))
     return Candidates(
         np.concatenate((near.rows, far_rows)), cosines, scores,
-        cosines + np.float32(text_bonus(snapshot.sample_vectors, vector, query.weight)) * scores,
+        cosines + np.float32(text_bonus(artifact.sample_vectors, vector, query.weight)) * scores,
         near.highest_unseen if is_text_complete else -np.inf, near.highest_unseen_cosine,
     )  # fmt: skip

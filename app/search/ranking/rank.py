@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from app.search.ranking.hybrid import Candidates, HybridQuery, hybrid_candidates, vector_candidates
-from app.search.ranking.rows import RankableIndex, row_vectors
+from app.search.ranking.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.store.artifact import Artifact
 
 _MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
 _MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
@@ -57,25 +58,25 @@ class RankQuery:
     fold: float | None = None
 
 
-def rank(snapshot: RankableIndex, query: RankQuery, count: int, mask: Mask | None = None) -> list[RankedRow]:
+def rank(artifact: Artifact, query: RankQuery, count: int, mask: Mask | None = None) -> list[RankedRow]:
     """Return the `count` best rows among those of a mask, bool (rows,); see `rows.filter_mask`.
 
     Raises:
         UnsupportedQueryError: `fold` or `hybrid` needs vectors or words, and the index keeps none.
     """
     lowest = -np.inf if query.min_score is None else query.min_score
-    total = snapshot.artifact.rows
+    total = artifact.rows
     widest = min(total, _MAX_ROWS_TIED if query.fold is None else _MAX_ROWS_FOLDED)
     width = min(count + 1 + len(query.excluded_rows), total)
     while True:
         if query.hybrid is None:
-            found = vector_candidates(snapshot, query.vector, width, mask)
+            found = vector_candidates(artifact, query.vector, width, mask)
         else:
-            found = hybrid_candidates(snapshot, query.vector, query.hybrid, width, mask)
+            found = hybrid_candidates(artifact, query.vector, query.hybrid, width, mask)
         order = _sorted_places(found, query)
         best = _ranked_rows(found, order if query.fold is not None else order[:count], query)
         if query.fold is not None:
-            best = _fold(snapshot, best, query.fold - _ROUNDING, count)
+            best = _fold(artifact, best, query.fold - _ROUNDING, count)
         is_complete = width >= widest or found.highest_unseen == -np.inf or found.highest_unseen_cosine < lowest
         if is_complete:
             return best
@@ -103,14 +104,14 @@ def _ranked_rows(found: Candidates, places: Rows, query: RankQuery) -> list[Rank
     return [RankedRow(row, cosine, text_score=text_score) for row, cosine, text_score in values]
 
 
-def _fold(snapshot: RankableIndex, ranked: list[RankedRow], threshold: float, count: int) -> list[RankedRow]:
+def _fold(artifact: Artifact, ranked: list[RankedRow], threshold: float, count: int) -> list[RankedRow]:
     """Return the best `count` rows that differ, each with the near-duplicates that are most similar to it.
 
     Rows are compared in blocks: one product of matrices is many times as fast as one product for each row.
     """
     if not ranked:
         return []
-    vectors = row_vectors(snapshot, [each.row for each in ranked])  # [m, E]
+    vectors = row_vectors(artifact, [each.row for each in ranked])  # [m, E]
     shown = np.empty_like(vectors)  # vectors of the rows that are shown
     positions: list[int] = []  # of the rows that are shown, in `ranked`
     members: list[list[int]] = []

@@ -1,7 +1,7 @@
 """Rows of a snapshot: the masks of filters, vectors, and the values of fields."""
 
 import json
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +15,6 @@ from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 
 _MAX_MASKS = 16  # cached for one version; a byte an item each
-
-
-class RankableIndex(Protocol):
-    """The parts of a snapshot that ranking reads; see `app.search.snapshots.Snapshot`."""
-
-    @property
-    def artifact(self) -> Artifact: ...
-
-    @property
-    def sample_vectors(self) -> Floats: ...
 
 
 def mask_key(filter: dict[str, Any]) -> str:
@@ -50,10 +40,10 @@ def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
     return mask
 
 
-def row_vectors(snapshot: RankableIndex, rows: Rows | list[int]) -> Floats:
+def row_vectors(artifact: Artifact, rows: Rows | list[int]) -> Floats:
     """Return the stored vectors, float32 (m, E). Raise UnsupportedQueryError if this kind of index keeps none."""
     try:
-        return snapshot.artifact.vectors(np.asarray(rows, np.int64))
+        return artifact.vectors(np.asarray(rows, np.int64))
     except StoreUnavailableError:
         raise
     except ArtifactError as error:
@@ -61,14 +51,14 @@ def row_vectors(snapshot: RankableIndex, rows: Rows | list[int]) -> Floats:
         raise UnsupportedQueryError(message) from None
 
 
-def field_values(snapshot: RankableIndex, name: str, option: str) -> pa.ChunkedArray:
+def field_values(artifact: Artifact, name: str, option: str) -> pa.ChunkedArray:
     """Return a field of every row, null where an item has none; an empty caption or category counts as missing.
 
     Raises:
         InvalidQueryError: there is no such field; `option` is the part of the query that names it.
     """
     try:
-        column = snapshot.artifact.column(name)
+        column = artifact.column(name)
     except DataError as error:
         raise InvalidQueryError(option, str(error)) from None
     return pc.if_else(pc.equal(column, ""), None, column) if name in filters.EMPTY_IS_MISSING else column

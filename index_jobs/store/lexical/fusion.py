@@ -36,7 +36,7 @@ class _Version(_Vectors, Protocol):
     @property
     def lexical(self) -> "LexicalIndex | None": ...
     @property
-    def live(self) -> Mask: ...
+    def sample_vectors(self) -> Floats: ...
     def row_of(self, item_id: str, /) -> int | None: ...
 
 
@@ -88,10 +88,9 @@ def version_gains(
     """Return the gains, (n,), of the items with these ids in a version; see `hybrid_gains`."""
     if artifact.lexical is None:
         return np.zeros(len(texts), np.float32)
-    sample = artifact.vectors(spread_rows(np.flatnonzero(artifact.live)))
     rows = [artifact.row_of(item_id) or 0 for item_id in ids]
     queries = list(zip(texts, vectors, rows, strict=True))
-    gains = hybrid_gains(artifact, artifact.lexical, sample, queries, [weight], allowed)
+    gains = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], allowed)
     return gains[:, 0].astype(np.float32)
 
 
