@@ -8,7 +8,7 @@
 
 import base64
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -228,11 +228,7 @@ def _form_fields(form: FormData) -> dict[str, Any]:
 
 def _list_items(value: str) -> list[Any]:
     """Return the items of a JSON list, or the value itself as the only item."""
-    if value.lstrip().startswith("["):
-        try:
-            items = from_json(value)
-        except ValueError:
-            items = None
-        if isinstance(items, list):
+    with suppress(ValueError):
+        if isinstance(items := from_json(value), list):
             return items
     return [value]

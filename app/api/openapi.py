@@ -5,6 +5,7 @@
 - Statuses that the middleware sends (401, 408, 429) are added to every operation that it guards.
 """
 
+from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,7 +26,9 @@ from app.core.problems import MEDIA_TYPE, Problem, field_problem
 from app.core.settings import Settings
 
 _PROBLEM_REF = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
-_BODIES = (TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems)
+_BODIES: tuple[type[BaseModel], ...] = (
+    TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems
+)  # fmt: skip
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _COLLECTION = {
     "name": "collection",
@@ -100,13 +103,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def install(app: FastAPI) -> None:
     """Serve the completed document at /openapi.json."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = cache(partial(_document, app))  # type: ignore[method-assign]
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
@@ -121,16 +118,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (
-        TextQuery,
-        BatchEntry,
-        ImageForm,
-        BatchQuery,
-        EmbeddingsQuery,
-        PutItems,
-        DeleteItems,
-        ProblemResponse,
-    ):
+    for model in (*_BODIES, ProblemResponse):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
     _add_limits(schemas, app.state.settings)

@@ -45,7 +45,8 @@ class RequestLog:
         began = time.perf_counter()
         method = scope["method"]
         inner = {**scope, "method": "GET"} if method == "HEAD" else scope
-        identifier = choose_id(_given_id(scope))
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), None)
+        identifier = choose_id(given)
         token = request_id.set(identifier)
         status = 0
 
@@ -97,10 +98,6 @@ class RequestLog:
                 "caller": scope.get(CALLER),
             }
             logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
-
-
-def _given_id(scope: Scope) -> str | None:
-    return next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), None)
 
 
 def _has_one_host(scope: Scope) -> bool:

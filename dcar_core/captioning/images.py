@@ -1,13 +1,9 @@
-"""Images in one folder per category, and their form in a request."""
+"""Images in one folder per category."""
 
-import base64
-import io
 from pathlib import Path
 
-from PIL import Image
-
 from dcar_core.data import SPLITS
-from dcar_core.images import has_image_suffix, open_image
+from dcar_core.images import has_image_suffix
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 
@@ -29,12 +25,3 @@ def folder_category(name: str) -> tuple[str, str]:
     folders = name.split("/")[:-1]
     meta = folders[-2] if len(folders) > 1 and folders[-2] not in SPLITS else ""
     return folders[-1], meta
-
-
-def data_uri(content: bytes, side: int) -> str:
-    """Encode an image as a JPEG data URI of at most `side` pixels a side. Raise ImageError if it cannot be read."""
-    image = open_image(content, at_least=side)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dcar_core.captioning.endpoint import Completion, Endpoint
 from dcar_core.captioning.filters import JUDGED, REFUSED, DraftFilter, Rejection
-from dcar_core.captioning.images import data_uri, folder_category, list_images
+from dcar_core.captioning.images import folder_category, list_images
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, TokenUsage, VisionModel
 from dcar_core.captioning.questions import (
@@ -32,6 +32,8 @@ from dcar_core.captioning.questions import (
     tidy_draft,
     word_limit,
 )
+from dcar_core.images import open_image
+from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
 from dcar_core.util.files import atomic_writer, write_json
 
@@ -92,6 +94,10 @@ def caption_images(
 
 def _beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.stem}.{what}.jsonl")
+
+
+def _data_uri(content: bytes, side: int) -> str:
+    return jpeg_data_uri(open_image(content, at_least=side), side)
 
 
 def _verdict(answer: Completion) -> Judgement | None:
@@ -164,7 +170,7 @@ class _Run:
             image, content = await self._read(name)
             caption = self._of_bytes.get((image.sha, image.category))  # of the image's former name
             is_moved = bool(caption) and self.filters.owner(caption or "") is None
-            uri = "" if is_moved else await asyncio.to_thread(data_uri, content, self.options.side)
+            uri = "" if is_moved else await asyncio.to_thread(_data_uri, content, self.options.side)
         except (ImageError, OSError, UnicodeEncodeError) as error:
             is_name = isinstance(error, UnicodeEncodeError)
             self.outcome.broken[name] = "its name is not UTF-8; rename the file" if is_name else str(error)

@@ -6,7 +6,7 @@ In: annotations (the formats of docs/reference/data-formats.md) and images. Out:
 Every folder above `model` may import it; it imports `util` alone.
 """
 
-from dcar_core.data.dataset_check import CheckedSplit, check_dataset
+from dcar_core.data.dataset_check import check_dataset
 from dcar_core.data.load import MISSING_IMAGES, Annotations, ImagePolicy, load_split, load_splits
 from dcar_core.data.report import CleaningReport, describe_reports, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample
@@ -16,7 +16,6 @@ __all__ = [
     "MISSING_IMAGES",
     "SPLITS",
     "Annotations",
-    "CheckedSplit",
     "CleaningReport",
     "Dataset",
     "ImagePolicy",

@@ -19,6 +19,7 @@ from dcar_core.images import ImageRoot, has_image_suffix
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
+SIDECARS = ("json", "cls", "txt")  # of webdataset, in the order in which they are read
 USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, "caption", "split", "category", "class_name", "meta_category")
 
 
@@ -94,31 +95,27 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
 
 
 def _sample_row(tar: ImageRoot, members: Mapping[str, str], where: str) -> dict[str, Any]:
-    row = _json_member(tar.read(members["json"]), where) if "json" in members else {}
-    if "cls" in members and not label_text(row, ("category", "class_name"), where):
-        row["category"] = _text_member(tar, members, "cls", where).strip()
-    if "txt" in members:
-        row["caption"] = [line for line in split_lines(_text_member(tar, members, "txt", where)) if line.strip()]
+    row: dict[str, Any] = {}
+    for extension in (each for each in SIDECARS if each in members):
+        if extension != "cls" or not label_text(row, ("category", "class_name"), where):
+            row |= parse_sidecar(where, extension, tar.read(members[extension]))
     return row
 
 
-def _text_member(tar: ImageRoot, members: Mapping[str, str], extension: str, where: str) -> str:
+def parse_sidecar(where: str, extension: str, data: bytes) -> dict[str, Any]:
+    """Return what a tar member says of its image: .json is a row, .cls a category, .txt has a caption on each line."""
     try:
-        return tar.read(members[extension]).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: its .{extension} is not UTF-8 ({error.reason}); convert it first") from error
+        text = data.decode("utf-8-sig").strip()
+        captions = [line.strip() for line in split_lines(text) if line.strip()]
+        texts = {"cls": {"category": text}, "txt": {"caption": captions if len(captions) > 1 else text}}
+        row = texts[extension] if extension in texts else parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{where}: its .{extension} cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: its .{extension} must hold an object, not a {type(row).__name__}")
+    return row
 
 
 def split_lines(text: str) -> list[str]:
     """Split a text at line ends. `str.splitlines` also splits at characters that may occur in a caption."""
     return re.split(r"\r\n|\r|\n", text)
-
-
-def _json_member(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = parse_json(content)
-    except ValueError as error:
-        raise DataError(f"{where}: its .json is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: its .json must hold an object, not a {type(row).__name__}")
-    return row

@@ -1,7 +1,5 @@
 """report.html: one file with its plots and images inside, which opens without a server or a network."""
 
-import base64
-import io
 from collections.abc import Callable
 from functools import cache
 from html import escape
@@ -26,6 +24,7 @@ from dcar_core.evaluation.tables import (
     significance_rows,
 )
 from dcar_core.images import open_image
+from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.util.errors import DataError
 
 THUMBNAIL_SIZE = 96
@@ -160,9 +159,6 @@ def _thumbnails(data: Dataset) -> Callable[[str], str]:
             image = open_image(data.read(name))
         except DataError:  # removed since the run; the report is still useful
             image = Image.new("RGB", (8, 8), "gray")
-        image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return jpeg_data_uri(image, THUMBNAIL_SIZE)
 
     return thumbnail

@@ -31,13 +31,8 @@ def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> No
 
 def best_baseline(results: Results) -> str | None:
     """Return the best method on validation that is not DCAR or a part of it; None without one."""
-    names = [name for name in results["methods"] if is_baseline(name)]
+    names = [name for name in results["methods"] if name != "dual" and not name.startswith("dcar")]
     return best_method(results, names) if names else None
-
-
-def is_baseline(name: str) -> bool:
-    """True for methods of others; DCAR's variants and ablations are ours."""
-    return name != "dual" and not name.startswith("dcar")
 
 
 def hits_to_json(hits: Hits) -> dict[str, list[float]]:

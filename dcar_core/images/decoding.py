@@ -6,6 +6,7 @@
 - A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, which skips most of the work.
 """
 
+import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,14 @@ def make_thumbnail(container: Container, side: int, thumbnail_format: ThumbnailF
     buffer = io.BytesIO()
     image.save(buffer, thumbnail_format, **_OPTIONS[thumbnail_format])
     return buffer.getvalue()
+
+
+def jpeg_data_uri(image: Image.Image, side: int) -> str:
+    """Return an RGB image as a JPEG data URI with a longer side of at most `side` pixels."""
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _bytes_of(source: Path | str | bytes) -> bytes:

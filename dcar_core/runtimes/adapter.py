@@ -100,11 +100,8 @@ class Adapter:
 
     def finish_text(self, features: Floats) -> Floats:
         """Turn a text tower's features (n, E) into vectors (n, E)."""
-        return _finish(features, self.text_bottleneck)
-
-    def finish_image(self, features: Floats) -> Floats:
-        """Turn an image tower's features (n, E) into vectors (n, E)."""
-        return _finish(features, self.image_bottleneck)
+        vectors = normalize(features)
+        return vectors if self.text_bottleneck is None else self.text_bottleneck(vectors)
 
 
 def encode_tokens(
@@ -142,8 +139,3 @@ def normalize(vectors: Floats) -> Floats:
     lengths = np.sqrt(np.einsum("ne,ne->n", vectors, vectors))
     unit: Floats = vectors / np.maximum(lengths, np.float32(1e-12))[:, None]
     return unit
-
-
-def _finish(features: Floats, bottleneck: Bottleneck | None) -> Floats:
-    vectors = normalize(features)
-    return vectors if bottleneck is None else bottleneck(vectors)

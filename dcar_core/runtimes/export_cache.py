@@ -117,16 +117,8 @@ def _check(key: ExportKey, final: Path) -> None:
         files: Mapping[str, str] = manifest["files"]
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         raise RuntimeUnavailableError(f"the export in {final} has no readable {MANIFEST}; {remedy}") from None
-    for name, expected in key.to_dict().items():
-        if manifest.get(name) != expected:
-            raise RuntimeUnavailableError(
-                f"the export in {final} has {name} {_short(manifest.get(name))}, not {_short(expected)}; {remedy}"
-            )
+    if other := [name for name, expected in key.to_dict().items() if manifest.get(name) != expected]:
+        raise RuntimeUnavailableError(f"the export in {final} was made with other {', '.join(other)}; {remedy}")
     for name, checksum in files.items():
         if not (final / name).is_file() or sha256_of(final / name) != checksum:
             raise RuntimeUnavailableError(f"{final / name} is corrupted: its checksum differs; {remedy}")
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text

@@ -9,21 +9,13 @@ Letters: B rows, n tokens, E joint space.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from dcar_core.runtimes.adapter import encode_tokens
+from dcar_core.runtimes.adapter import encode_tokens, normalize
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.arrays import Floats, Pixels
-
-
-class _Row(Protocol):
-    @property
-    def encoder(self) -> Encoder: ...
-
-
-R = TypeVar("R", bound=_Row)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +35,9 @@ class ImageRow:
     pixels: Pixels
 
 
+R = TypeVar("R", TextRow, ImageRow)
+
+
 def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
     """Encode texts -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
     return _in_groups(rows, lambda encoder: encoder.adapter.text_prompts.shape, _encode_texts)
@@ -50,7 +45,7 @@ def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
 
 def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
     """Encode images -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
-    return _in_groups(rows, _image_shape, _encode_images)
+    return _in_groups(rows, lambda encoder: getattr(encoder.adapter.image_prompts, "shape", None), _encode_images)
 
 
 def _encode_texts(rows: Sequence[TextRow]) -> Floats:
@@ -76,13 +71,8 @@ def _encode_images(rows: Sequence[ImageRow]) -> Floats:
     joined = next(iter(prompts), None) if is_shared else np.concatenate(prompts, 1)
     out = rows[0].encoder.runtime.image(np.stack([row.pixels for row in rows]), joined)
     for encoder, places in _by_encoder(rows):
-        out[places] = encoder.adapter.finish_image(out[places])
+        out[places] = encoder.adapter.adapt_images(normalize(out[places]))
     return out
-
-
-def _image_shape(encoder: Encoder) -> Hashable:
-    prompts = encoder.adapter.image_prompts
-    return None if prompts is None else prompts.shape
 
 
 def _by_encoder(rows: Sequence[R]) -> list[tuple[Encoder, list[int]]]:

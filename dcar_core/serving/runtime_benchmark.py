@@ -23,10 +23,9 @@ from dcar_core.images import open_image
 from dcar_core.runtimes.equality_proof import Probe, Proof, reference_vectors
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, require_known
 from dcar_core.serving.encoder import Encoder
-from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranking, rank, save_ranking
+from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranking, rank, reason_of, save_ranking
 from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime, median_seconds
 from dcar_core.util.arrays import Floats, Pixels, Rows
-from dcar_core.util.errors import DcarError
 from dcar_core.util.processes import in_own_process
 from dcar_core.util.retrieval_metrics import recall_at_k
 
@@ -120,10 +119,8 @@ def benchmark(
             rows.append(in_own_process(_measure, *job))
         except BrokenProcessPool:
             rows.append(RuntimeResult(name, reason="its process died, perhaps for want of memory"))
-        except DcarError as error:
-            rows.append(RuntimeResult(name, reason=str(error)))
         except Exception as error:  # a library's error of any kind costs its row, not the others
-            rows.append(RuntimeResult(name, reason=f"{type(error).__name__}: {error}".strip().splitlines()[0]))
+            rows.append(RuntimeResult(name, reason=reason_of(error)))
     exact = next((row.recall for row in rows if row.name == "torch"), None)
     judged = [_judge(row, exact) for row in rows]
     adapter = encoder.adapter

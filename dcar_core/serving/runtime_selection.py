@@ -77,11 +77,11 @@ def _opened(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
     except DcarError:
         raise
     except Exception as error:
-        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {_reason(error)}") from error
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {reason_of(error)}") from error
     return runtime
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, DcarError):
         return str(error)
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -99,7 +99,7 @@ def _best(adapter: Adapter, loaded: LoadedModel) -> Runtime:
                 return runtime
             reason = f"its vectors are not those of float32 here: {proof}"
         except Exception as error:  # perhaps with a larger batch than the first
-            reason = _reason(error)
+            reason = reason_of(error)
         if name != FALLBACK:
             logger.warning(
                 "the runtime %s, the fastest here, is not used: %s; using %s instead", name, reason, following
@@ -131,7 +131,7 @@ def measure_candidates(adapter: Adapter, loaded: LoadedModel, probe: Probe, name
         try:
             trials.append(measure_runtime(adapter, _opened(name, adapter, loaded), probe, expected))
         except Exception as error:
-            logger.warning("the runtime %s is not tried: %s", name, _reason(error))
+            logger.warning("the runtime %s is not tried: %s", name, reason_of(error))
     ranking = rank(trials)
     save_ranking(loaded, ranking)
     logger.info("runtimes here, best first: %s", ", ".join(ranking.names))

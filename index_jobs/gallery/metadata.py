@@ -17,10 +17,9 @@ from dcar_core.data.load import MISSING_IMAGES, annotation_files, load_splits
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.report import shorten
 from dcar_core.data.samples import SPLITS
-from dcar_core.data.tables import USED_COLUMNS, split_lines
+from dcar_core.data.tables import SIDECARS, USED_COLUMNS, parse_sidecar
 from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse_json
 from index_jobs.gallery.storage import join_location, open_location, parent_folder
 
 logger = logging.getLogger(__name__)
@@ -141,28 +140,12 @@ def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> d
     for member, span in members.items():
         path = PurePosixPath(member)
         base, _, extension = path.name.partition(".")
-        if extension.lower() not in {"json", "txt", "cls"} or not base:
+        if extension.lower() not in SIDECARS or not base:
             continue
         file.seek(span.offset)
         record = records.setdefault((path.parent / base).as_posix(), {})
-        record.update(_parse_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
+        record.update(parse_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
     return records
-
-
-def _parse_sidecar(where: str, extension: str, data: bytes) -> Record:
-    try:
-        text = data.decode("utf-8-sig").strip()
-        if extension == "txt":
-            lines = [line.strip() for line in split_lines(text) if line.strip()]
-            return {"captions": lines} if len(lines) > 1 else {"caption": text}
-        if extension == "cls":
-            return {"category": text}
-        value = parse_json(text)
-    except ValueError as error:
-        raise DataError(f"{where} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: must be an object, not a {type(value).__name__}")
-    return value
 
 
 def split_fields(fields: Record) -> tuple[str, str, str, Record]:

@@ -179,7 +179,9 @@ def read_images(
             remote[i] = path
             continue
         try:
-            results[i] = _read_file(path, location)
+            file, size = _open_span(path, location)
+            with file:
+                results[i] = file.read(size)
         except OSError as error:
             results[i] = error
         except ValueError as error:  # NUL, or a character that the file system's encoding lacks
@@ -193,12 +195,6 @@ def read_images(
         remote = {i: url for i, url in remote.items() if isinstance(results[i], Exception)}
         remote = {i: url for i, url in remote.items() if not isinstance(results[i], _PERMANENT)}
     return results
-
-
-def _read_file(path: str, location: ImageLocation) -> bytes:
-    file, size = _open_span(path, location)
-    with file:
-        return file.read(size)
 
 
 def _open_span(path: str, location: ImageLocation) -> tuple[BinaryIO, int]:

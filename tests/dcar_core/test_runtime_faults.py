@@ -82,23 +82,16 @@ def test_missing_extra_is_named(
         by_name(tiny_checkpoint, chosen)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "reason"),
-    [
-        ("backbone", "0" * 64, "has backbone 000000000000, not"),
-        ("library", "openvino 2019.1", "has library openvino 2019.1, not"),
-        ("graphs", 0, "has graphs 0, not"),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), [("backbone", "0" * 64), ("library", "openvino 2019.1"), ("graphs", 0)])
 def test_export_of_another_model_or_version_is_refused(
-    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, field: str, value: object, reason: str
+    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, field: str, value: object
 ) -> None:
     path = export(chosen) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
     assert name == "torch"
-    assert reason in warning
-    with pytest.raises(RuntimeUnavailableError, match=f"{reason}.*delete .* made again"):
+    assert f"made with other {field}" in warning
+    with pytest.raises(RuntimeUnavailableError, match=f"other {field}.*delete .* made again"):
         by_name(tiny_checkpoint, chosen)
 
 

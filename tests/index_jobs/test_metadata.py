@@ -163,7 +163,7 @@ def test_a_row_that_cannot_be_read_is_named(name: str, make: Any, says: str, tmp
 def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for text in (b"9" * 5000, b"[" * 5000 + b"]" * 5000):
         tar = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.json": b'{"n": ' + text + b"}"})
-        with pytest.raises(DataError, match=r"t\.tar, a\.json cannot be read"):
+        with pytest.raises(DataError, match=r"t\.tar, a\.json: its \.json cannot be read"):
             scan(tar)
 
 

@@ -323,7 +323,7 @@ def bad_name_column(root: Path) -> Path:
         (bad_gzip, "is a compressed tar.*decompress it first"),
         (bad_hidden_gzip, "is not an uncompressed tar"),
         (bad_cut_tar, "is not an uncompressed tar"),
-        (bad_sidecar, r"a\.json cannot be read"),
+        (bad_sidecar, r"a\.json: its \.json cannot be read"),
         (bad_join, "no row of .*metadata.jsonl names an image of this gallery"),
         (bad_twice, "rows 1 and 2 both describe a.png"),
         (bad_two_files, "both exist; keep one"),
