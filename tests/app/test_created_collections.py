@@ -1,0 +1,104 @@
+"""Collections that are created, filled and dropped over HTTP."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.keys import key_hash, new_key
+from tests.support.images import png
+from tests.support.responses import assert_problem
+from tests.support.service import ADMIN, ALICE, WORDS, bearer, opened, until
+from tests.support.writes import ADMINS, WRITES, ended, item, put
+
+
+@pytest.mark.usefixtures("in_process")
+async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: Path) -> None:
+    given = {**WRITES, "collections_dir": tmp_path / "created", "poll_s": 0.05}
+    path = "/collections/lamps"
+    async with opened(index, **given) as client, opened(index, **given) as other:
+        created = await client.put(path, headers=ADMINS)
+        assert created.json() == {
+            "name": "lamps", "default": False, "count": 0, "index_version": 0, "min_score": None
+        }  # fmt: skip
+        assert (await client.put(path, headers=ADMINS)).json() == created.json(), "idempotent"
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        assert (await client.post(f"{path}/search/text", json=WORDS)).json()["results"] == []
+        await ended(client, await put(client, item("a"), item("b", "cyan"), path=f"{path}/items"))
+        found = (await client.post(f"{path}/search/text", json={"query": "pink", "k": 5})).json()["results"]
+        assert {each["id"] for each in found} == {"a", "b"}
+        assert (await client.get(f"{path}/items/b/image")).content == png("cyan")
+        await ended(client, await put(client, item("c"), path=f"{path}/items"))
+        assert (await client.get(f"{path}/items")).json()["count"] == 3
+        assert (await client.get("/items")).json()["count"] == 24
+
+        async def count_elsewhere() -> bool:
+            listed = {each["name"]: each["count"] for each in (await other.get("/collections")).json()["collections"]}
+            return listed == {"index": 24, "lamps": 3}
+
+        await until(count_elsewhere)
+    async with opened(index, **given) as client:
+        assert (await client.get(f"{path}/items")).json()["count"] == 3, "after a restart"
+        assert (await client.delete(path, headers=ADMINS)).status_code == 204
+        assert (await client.get(f"{path}/items")).status_code == 404
+        assert (await client.delete(path, headers=ADMINS)).status_code == 404
+        assert not list((tmp_path / "created").iterdir())
+        assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+
+
+async def test_empty_collection_has_no_results_and_checks_requests(index: Path, tmp_path: Path) -> None:
+    async with opened(index, collections_dir=tmp_path / "created", **WRITES) as client:
+        path = "/collections/lamps"
+        await client.put(path, headers=ADMINS)
+        options = {
+            "filter": {"price": 3},
+            "fields": ["price"],
+            "group_by": "price",
+            "hybrid": True,
+            "min_score": "auto",
+        }
+        text = {"query": "red", "facets": ["price"], "explain": True, "rerank": True, **options}
+        found = (await client.post(f"{path}/search/text", json=text)).json()
+        took_ms = found.pop("took_ms")
+        assert found == {"index_version": 0, "cached": False, "results": [], "facets": {"price": []}}
+        assert took_ms >= 0
+        by_image = await client.post(f"{path}/search/image", files={"file": png()}, data={"filter": '{"price": 3}'})
+        assert by_image.json()["results"] == []
+        batch = await client.post(f"{path}/search/batch", json={"queries": [text, {"query": "blue", "k": 5}]})
+        assert [each["results"] for each in batch.json()["answers"]] == [[], []]
+        for route in ("items?group_by=price", 'items?filter={"price": 3}', "browse?sort=-price"):
+            listed = (await client.get(f"{path}/{route}")).json()
+            assert listed == {"index_version": 0, "count": 0, "items": []}
+        assert (await client.get(f"{path}/facets")).json() == {"facets": []}
+        assert (await client.get(f"{path}/catalogue")).json()["fields"] == []
+        embedded = (await client.post("/v1/embeddings", json={"input": "red", "model": "lamps"})).json()
+        assert embedded["data"] == (await client.post("/v1/embeddings", json={"input": "red"})).json()["data"]
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        for route in ("items/a", "items/a/similar", "items/a/image", "items/a/image?size=192"):
+            assert_problem(await client.get(f"{path}/{route}"), 404, "id")
+        assert_problem(
+            await client.post(f"{path}/search/text", json={"query": "red", "more_like": ["a"]}), 422, "more_like"
+        )
+        assert_problem(await client.post(f"{path}/search/text", json={"query": ""}), 422, "query")
+        assert_problem(await client.post(f"{path}/search/image", files={"file": b"none"}), 422, "file")
+
+
+async def test_only_collections_of_writers_are_created_and_dropped(index: Path, tmp_path: Path) -> None:
+    lamps = new_key()
+    keys: dict[str, Any] = {"api_keys": f"alice:{key_hash(ALICE)}, lamps:{key_hash(lamps)}:write:lamps+index"}
+    async with opened(index, collections_dir=tmp_path / "created", **WRITES, **keys) as client:
+
+        async def send(method: str, name: str, key: str) -> int:
+            return (await client.request(method, f"/collections/{name}", headers=bearer(key))).status_code
+
+        assert [await send("PUT", "lamps", key) for key in (ALICE, "wrong", lamps)] == [403, 401, 200]
+        assert [await send("PUT", "other", key) for key in (ALICE, lamps)] == [403, 403]
+        assert await send("PUT", "lamps2?model=none", ADMIN) == 404
+        assert await send("DELETE", "index", ADMIN) == 409
+        assert await send("DELETE", "none", ADMIN) == 404
+        for name in (".hidden", "..%2Fx", "a b", "x" * 65, "%00"):
+            assert await send("PUT", name, ADMIN) in (404, 405, 422), name
+        assert len(list((tmp_path / "created").iterdir())) == 1
+        assert [await send("DELETE", "lamps", key) for key in (ALICE, lamps)] == [403, 204]
+    async with opened(index, **WRITES) as client:
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403

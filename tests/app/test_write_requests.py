@@ -1,0 +1,143 @@
+"""Requests that change items: what they must contain, and who may send them."""
+
+import base64
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.core.keys import key_hash, new_key, parse_keys
+from app.core.settings import load_settings
+from app.writes import worker
+from dcar_core.util.errors import DcarError
+from tests.support.images import encoded
+from tests.support.responses import assert_problem
+from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, opened
+from tests.support.writes import ADMINS, JSON, WRITES, ended, item, put
+
+BAD: list[tuple[str, bytes, int, str]] = [
+    ("PUT", b"{", 400, "body"),
+    ("PUT", b"[]", 422, "body"),
+    ("PUT", b"{}", 422, "items"),
+    ("PUT", b'{"items": []}', 422, "items"),
+    ("PUT", b'{"items": [{}]}', 422, "items.0.id"),
+    ("PUT", json.dumps({"items": [item("a")], "more": 1}).encode(), 422, "more"),
+    ("PUT", json.dumps({"items": [item("a") | {"url": "http://x"}]}).encode(), 422, "items.0.url"),
+    ("PUT", json.dumps({"items": [item("a"), item("a")]}).encode(), 422, "items.1.id"),
+    *(
+        ("PUT", json.dumps({"items": [item(bad)]}).encode(), 422, "items.0.id")
+        for bad in ("", " a", "a ", "a\n", "a\x00b", ".", "..", "a/image", "a/similar", "a" * 1025)
+    ),
+    ("PUT", json.dumps({"items": [item("a", caption=1)]}).encode(), 422, "items.0.caption"),
+    ("PUT", json.dumps({"items": [item("a", caption="x" * 10_001)]}).encode(), 422, "items.0.caption"),
+    ("PUT", json.dumps({"items": [item("a", category=None)]}).encode(), 422, "items.0.category"),
+    ("PUT", json.dumps({"items": [item("a", metadata=[])]}).encode(), 422, "items.0.metadata"),
+    ("PUT", json.dumps({"items": [item("a", metadata={"id": "b"})]}).encode(), 422, "items.0.metadata"),
+    (
+        "PUT",
+        json.dumps({"items": [item("a", metadata={"file_name": "/etc/passwd"})]}).encode(),
+        422,
+        "items.0.metadata",
+    ),
+    ("PUT", json.dumps({"items": [item("a", metadata={"x": "y" * 65_536})]}).encode(), 422, "items.0.metadata"),
+    ("PUT", json.dumps({"items": [item("a") | {"image": "%"}]}).encode(), 422, "items.0.image"),
+    ("PUT", json.dumps({"items": [item("a"), item("b") | {"image": "AAAA"}]}).encode(), 422, "items.1.image"),
+    ("DELETE", b"{}", 422, "ids"),
+    ("DELETE", b'{"ids": []}', 422, "ids"),
+    ("DELETE", b'{"ids": ["a", ""]}', 422, "ids.1"),
+    ("DELETE", b'{"ids": "a"}', 422, "ids"),
+    ("DELETE", b'{"ids": ["a"], "filter": {}}', 422, "filter"),
+]
+
+
+async def test_bad_requests_name_the_field_and_change_nothing(index: Path, in_process: list[int]) -> None:
+    async with opened(index, max_upload_bytes=20_000, **WRITES) as client:
+        for method, body, status, field in BAD:
+            response = await client.request(method, "/items", content=body, headers={**ADMINS, **JSON})
+            assert_problem(response, status, field)
+        wrong_type = await client.put("/items", content=b"{}", headers={**ADMINS, "Content-Type": "text/plain"})
+        assert_problem(wrong_type, 415, "Content-Type")
+        broken = encoded(Image.effect_noise((90, 90), 90))[:-500]
+        given = item("a") | {"image": base64.b64encode(broken).decode()}
+        assert_problem(await put(client, given), 422, "items.0.image")
+        given = item("a") | {"image": base64.b64encode(b"\x89PNG" + bytes(20_001)).decode()}
+        assert_problem(await put(client, given), 413, "items.0.image")
+        assert_problem(await put(client, *(item(str(number)) for number in range(257))), 422, "items")
+        for job in ("0" * 32, "x", "..%2F..%2Fprogress", "0" * 31 + "G"):
+            assert (await client.get(f"/jobs/{job}", headers=ADMINS)).status_code == 404, job
+        assert (await client.put("/collections/none/items", json={}, headers=ADMINS)).status_code == 404
+        assert not (index / "writes").exists()
+    assert in_process == []
+
+
+async def test_only_the_admin_and_keys_that_may_write_change_items(index: Path, in_process: list[int]) -> None:
+    writer, loader, reader, other = (new_key() for _ in range(4))
+    keys = (
+        f"alice:{key_hash(ALICE)}, admin:{key_hash(reader)}:read:index, loader:{key_hash(loader)}:write:index, "
+        f"other:{key_hash(other)}:write:other, writer:{key_hash(writer)}:write"
+    )
+    async with opened(index, api_keys=keys, collections={"other": index}, **WRITES) as client:
+
+        async def statuses(key: str) -> list[int]:
+            """Of a put, a put elsewhere, a job, a search, one elsewhere, and embeddings."""
+            headers = bearer(key)
+            answers = [
+                await put(client, headers=headers),
+                await put(client, path="/collections/other/items", headers=headers),
+                await client.get("/jobs/0", headers=headers),
+                await client.post("/search/text", json=WORDS, headers=headers),
+                await client.post("/collections/other/search/text", json=WORDS, headers=headers),
+                await client.post("/v1/embeddings", json={"input": "a"}, headers=headers),
+                await client.post("/v1/embeddings", json={"input": "a", "model": "other"}, headers=headers),
+                await client.get("/metrics", headers=headers),
+            ]
+            return [answer.status_code for answer in answers]
+
+        # 422: a put without items was allowed
+        assert await statuses(ADMIN) == [422, 422, 404, 401, 401, 401, 401, 200]
+        assert await statuses(writer) == [422, 422, 404, 200, 200, 200, 200, 200]
+        assert await statuses(ALICE) == [403, 403, 403, 200, 200, 200, 200, 200]
+        assert await statuses(loader) == [422, 403, 404, 200, 403, 200, 403, 403]
+        assert await statuses(reader) == [403, 403, 403, 200, 403, 200, 403, 403]
+        assert await statuses(other) == [403, 422, 403, 403, 200, 403, 200, 403]
+        assert await statuses("wrong") == [401] * 8
+        for key, names in ((loader, ["index"]), (other, ["other"]), (ALICE, ["index", "other"])):
+            listed = (await client.get("/collections", headers=bearer(key))).json()["collections"]
+            assert [each["name"] for each in listed] == names
+        refused = await put(client, headers=bearer(ALICE))
+        assert_problem(refused, 403, "Authorization")
+        job = await ended(client, await put(client, item("a"), headers=bearer(loader)))
+        assert (await client.get(f"/jobs/{job['id']}", headers=bearer(other))).status_code in (403, 404)
+    async with opened(index, **KEYS) as client:
+        assert (await put(client, item("a"))).status_code == 403, "off by default"
+        assert (await client.get("/jobs/0", headers=ADMINS)).status_code == 403
+    async with opened(index, **WRITES) as client:
+        assert [(await put(client, headers=headers)).status_code for headers in ({}, bearer("wrong"))] == [401, 401]
+    with pytest.raises(DcarError, match=r"DCAR_WRITES: .*needs DCAR_ADMIN_KEY"):
+        load_settings(index=index, writes=True, api_keys=f"alice:{key_hash(ALICE)}")
+    assert load_settings(index=index, writes=True, api_keys=f"alice:{key_hash(ALICE)}:write").writes
+
+
+@pytest.mark.parametrize("scope", ["", "delete", "write:", "write:a b", "read:a/b", "read:a:b", ":a"])
+def test_malformed_scopes_are_refused(scope: str) -> None:
+    with pytest.raises(ValueError, match=r"has a scope of alice|NAME:HASH") as caught:
+        parse_keys(f"alice:{key_hash(ALICE)}:{scope}")
+    assert key_hash(ALICE) not in str(caught.value)
+
+
+async def test_put_counts_as_its_items_and_large_bodies_are_refused(index: Path, in_process: list[int]) -> None:
+    async with opened(index, rate_limit="3/minute", max_upload_bytes=1024, **WRITES) as client:
+        assert (await put(client, item("a"), item("b"))).status_code == 202
+        assert (await put(client, item("a"), item("b"))).status_code == 429
+    async with opened(index, max_upload_bytes=1024, **WRITES) as client:
+        body = bytes(1024 * 4 // 3 + 256 * 64 * 2**10 + 1)
+        assert_problem(await client.put("/items", content=body, headers={**ADMINS, **JSON}), 413, "body")
+
+
+def test_index_that_cannot_be_written_is_an_error_at_the_start(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    worker.require_writable(load_settings(index=index))
+    with pytest.raises(DcarError, match="cannot be written, which DCAR_WRITES needs"):
+        worker.require_writable(load_settings(index=index, **WRITES))
