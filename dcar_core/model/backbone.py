@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dcar_core.model.open_clip_source import RANDOM, BackboneSource, OpenClipModel, load_open_clip
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.settings_hash import classic_settings, is_classic, tower_settings
+from dcar_core.model.settings_hash import vector_settings
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.model.towers.select import Level, level_of, select_towers
@@ -133,10 +133,7 @@ class Backbone(nn.Module):
     def content_hash(self) -> str:
         """sha256 over every weight and whatever else decides on vectors, as 64 hex digits."""
         digest = hashlib.sha256(json.dumps(self.preprocess.to_dict(), sort_keys=True).encode())
-        if is_classic(self.clip, self._tokenizer_identity):
-            digest.update(classic_settings(self.clip, self._tokenizer_identity))
-        else:
-            digest.update(tower_settings(self.clip, self._settings, self._tokenizer_identity))
+        digest.update(vector_settings(self.clip, self._settings, self._tokenizer_identity))
         for name, value in sorted(self.clip.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().data)

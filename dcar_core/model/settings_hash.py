@@ -31,7 +31,12 @@ _OF_TRANSFORMERS = (
 )  # fmt: skip
 
 
-def is_classic(clip: Any, tokenizer: Mapping[str, Any]) -> bool:
+def vector_settings(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bytes:
+    """The settings of a model. settings: of its towers, as far as they differ from open_clip's defaults."""
+    return _classic(clip, tokenizer) if _is_classic(clip, tokenizer) else _stated(clip, settings, tokenizer)
+
+
+def _is_classic(clip: Any, tokenizer: Mapping[str, Any]) -> bool:
     """True for models of the family that was supported first."""
     text, visual = getattr(clip, "text", clip), clip.visual
     pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
@@ -46,23 +51,21 @@ def is_classic(clip: Any, tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
-def classic_settings(clip: Any, tokenizer: Mapping[str, Any]) -> bytes:
-    """The settings of a classic model."""
+def _classic(clip: Any, tokenizer: Mapping[str, Any]) -> bytes:
     text, modules = getattr(clip, "text", clip), list(clip.modules())
     heads = [int(block.attn.num_heads) for block in [*text.transformer.resblocks, *clip.visual.transformer.resblocks]]
     described = {
         **tokenizer,
         "pool": clip.visual.pool_type,
         "norm_after_pool": clip.visual.final_ln_after_pool,
-        "eps": sorted({module.eps for module in modules if isinstance(module, nn.LayerNorm)}),
-        "gelu": sorted({module.approximate for module in modules if isinstance(module, nn.GELU)} - {"none"}),
+        "eps": _once([module.eps for module in modules if isinstance(module, nn.LayerNorm)]),
+        "gelu": _once([module.approximate for module in modules if isinstance(module, nn.GELU)], usual="none"),
     }
     unusual = {name: value for name, value in described.items() if value != _OPENAI[name]}
     return f"quick_gelu={_is_quick(clip)} heads={heads}".encode() + (_as_bytes(unusual) if unusual else b"")
 
 
-def tower_settings(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bytes:
-    """The settings of any other model. settings: of its towers, as far as they differ from open_clip's defaults."""
+def _stated(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bytes:
     described: dict[str, Any] = {
         "class": type(clip).__name__,
         "quick_gelu": _is_quick(clip),
@@ -72,7 +75,15 @@ def tower_settings(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[st
     config = getattr(getattr(clip, "text", None), "config", None)
     if config is not None:
         described["transformers"] = {name: getattr(config, name, None) for name in _OF_TRANSFORMERS}
+        if getattr(config, "is_decoder", False):  # causal attention
+            described["is_decoder"] = True
     return _as_bytes(described)
+
+
+def _once(values: list[Any], usual: Any = None) -> list[Any]:
+    """Return a value that all modules share, nothing if it is the usual one, else the value of each module."""
+    kinds = set(values)
+    return values if len(kinds) > 1 else sorted(kinds - {usual})
 
 
 def _is_quick(clip: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The content hash changes with every setting that decides on vectors, in every family, and with no other."""
+"""The content hash changes with the files of a model directory; see test_settings_hash.py for every setting."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from tests.support.tiny_clips import small_timm_models
 from tests.support.tiny_models import write_tiny_model
 
-SIGLIP2, PE_CORE, CLIPA, COCA = "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "ViT-L-14-CLIPA", "coca_ViT-B-32"
+SIGLIP2, PE_CORE, CLIPA = "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "ViT-L-14-CLIPA"
 WORLDWIDE, XLM = "ViT-L-14-worldwide", "xlm-roberta-base-ViT-B-32"
 
 
@@ -51,42 +51,6 @@ def changed(model: Path, copy: Path, file: str, change: Callable[[dict[str, Any]
     return content_hash(copy)
 
 
-def setting(part: str, **values: object) -> Callable[[dict[str, Any]], None]:
-    return lambda content: content["model_cfg"][part].update(values)
-
-
-@pytest.mark.parametrize(
-    ("name", "part", "values"),
-    [
-        (SIGLIP2, "text_cfg", {"heads": 4}),
-        (SIGLIP2, "text_cfg", {"pool_type": "argmax"}),
-        (SIGLIP2, "text_cfg", {"no_causal_mask": False}),
-        (SIGLIP2, "text_cfg", {"norm_kwargs": {"eps": 1e-3}}),
-        (SIGLIP2, "text_cfg", {"act_kwargs": {}}),
-        (SIGLIP2, "text_cfg", {"tokenizer_kwargs": {"clean": "whitespace"}}),
-        (PE_CORE, "vision_cfg", {"timm_model_name": "vit_pe_core_small_patch16_384"}),
-        (PE_CORE, "text_cfg", {"no_causal_mask": True}),
-        (CLIPA, "vision_cfg", {"pool_type": "tok"}),
-        (CLIPA, "vision_cfg", {"final_ln_after_pool": False}),
-        (CLIPA, "vision_cfg", {"head_width": 8}),
-        (CLIPA, "text_cfg", {"tokenizer_kwargs": {"strip_sep_token": False}}),
-        (COCA, "vision_cfg", {"attn_pooler_heads": 4}),
-        (COCA, "text_cfg", {"pad_id": 1}),
-        (WORLDWIDE, "text_cfg", {"eos_id": 2}),
-        (WORLDWIDE, "text_cfg", {"pool_type": "argmax"}),
-        (XLM, "text_cfg", {"hf_pooler_type": "cls_last_hidden_state_pooler"}),
-    ],
-    ids=str,
-)
-def test_a_setting_of_a_tower_changes_it(
-    name: str, part: str, values: dict[str, Any], models: Callable[[str], tuple[Path, str]], tmp_path: Path
-) -> None:
-    if name == XLM:
-        pytest.importorskip("transformers", reason="needs the extra [hf]")
-    path, before = models(name)
-    assert changed(path, tmp_path / "copy", MODEL_CONFIG, setting(part, **values)) != before
-
-
 def swap_words(content: dict[str, Any]) -> None:
     vocabulary = content["model"]["vocab"]
     first, second = (next(i for i, (piece, _) in enumerate(vocabulary) if piece == word) for word in ("▁red", "▁dogs"))
@@ -102,10 +66,18 @@ def swap_words(content: dict[str, Any]) -> None:
         (WORLDWIDE, "tokenizer.json", lambda c: c["pre_tokenizer"].update(prepend_scheme="never")),
         (SIGLIP2, "tokenizer.json", lambda c: c["model"]["merges"].pop()),
         (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(byte_fallback=False)),
+        (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(fuse_unk=False)),
+        (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(dropout=0.5)),
+        (SIGLIP2, "tokenizer.json", lambda c: c["added_tokens"][0].update(lstrip=True)),
+        (CLIPA, "tokenizer.json", lambda c: c["model"].update(continuing_subword_prefix="")),
+        (CLIPA, "tokenizer.json", lambda c: c["model"].update(max_input_chars_per_word=3)),
         (SIGLIP2, "tokenizer_config.json", lambda c: c.update(pad_token="<eos>")),
         (CLIPA, "tokenizer.json", lambda c: c["normalizer"].update(lowercase=False)),
         (XLM, "xlm-roberta/config.json", lambda c: c.update(num_attention_heads=4)),
         (XLM, "xlm-roberta/config.json", lambda c: c.update(layer_norm_eps=1e-3)),
+        (XLM, "xlm-roberta/config.json", lambda c: c.update(is_decoder=True)),
+        (SIGLIP2, MODEL_CONFIG, lambda c: c["model_cfg"]["text_cfg"].update(heads=4)),
+        (CLIPA, MODEL_CONFIG, lambda c: c["model_cfg"]["vision_cfg"].update(pool_type="tok")),
         (PE_CORE, MODEL_CONFIG, lambda c: c["preprocess_cfg"].update(mean=[0.4, 0.5, 0.5])),
         (PE_CORE, MODEL_CONFIG, lambda c: c["preprocess_cfg"].update(resize_mode="shortest")),
         (PE_CORE, MODEL_CONFIG, lambda c: c["preprocess_cfg"].update(interpolation="bilinear")),
@@ -125,18 +97,23 @@ def test_a_file_beside_the_weights_changes_it(
     assert changed(path, tmp_path / "copy", file, change) != before
 
 
-@pytest.mark.parametrize(
-    ("name", "part", "values"),
-    [
-        (SIGLIP2, "vision_cfg", {"timm_drop": 0.1, "timm_model_pretrained": True}),
-        (SIGLIP2, "text_cfg", {"hf_tokenizer_name": "another/mirror"}),
-        (CLIPA, "vision_cfg", {"patch_dropout": 0.5}),
-        (COCA, "multimodal_cfg", {"heads": 4}),
-    ],
-    ids=str,
-)
-def test_a_setting_of_training_or_a_name_does_not(
-    name: str, part: str, values: dict[str, Any], models: Callable[[str], tuple[Path, str]], tmp_path: Path
-) -> None:
-    path, before = models(name)
-    assert changed(path, tmp_path / "copy", MODEL_CONFIG, setting(part, **values)) == before
+def test_it_keeps_where_nothing_decides_on_vectors(models: Callable[[str], tuple[Path, str]], tmp_path: Path) -> None:
+    path, before = models(SIGLIP2)
+
+    def rename(content: dict[str, Any]) -> None:
+        content["model_cfg"]["vision_cfg"] |= {"timm_drop": 0.1, "timm_model_pretrained": True}
+        content["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "another/mirror"}
+
+    assert changed(path, tmp_path / "copy", MODEL_CONFIG, rename) == before
+
+
+def test_it_knows_which_tower_has_an_unusual_setting(tmp_path: Path) -> None:
+    path = write_tiny_model("ViT-B-32", tmp_path / "model")
+
+    def setting(part: str, **values: Any) -> str:
+        copy = tmp_path / f"{part} {sorted(values)}"
+        return changed(path, copy, MODEL_CONFIG, lambda content: content["model_cfg"][part].update(values))
+
+    settings: list[dict[str, Any]] = [{"act_kwargs": {"approximate": "tanh"}}, {"norm_kwargs": {"eps": 1e-3}}]
+    hashes = {setting(part, **each) for part in ("vision_cfg", "text_cfg") for each in settings}
+    assert len(hashes | {content_hash(path)}) == 5

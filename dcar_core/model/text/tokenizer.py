@@ -10,11 +10,12 @@ import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
@@ -101,12 +102,13 @@ class TextTokenizer:
         """sha256 over the vocabulary and whatever else decides on ids."""
         content = json.loads(self.tokenizer.to_str())
         model = content["model"]
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
-        scores = [score for _, score in model["vocab"]] if isinstance(model["vocab"], list) else None
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.pop("merges", [])]
+        pieces = model.pop("vocab")
+        scores = [score for _, score in pieces] if isinstance(pieces, list) else None
         described = [
-            sorted(self.tokenizer.get_vocab().items()), merges, scores, model.get("byte_fallback"), model.get("type"),
-            content["normalizer"], content["pre_tokenizer"], self.normalizer, list(self.start_ids), self.end_id,
-            self.pad_id, sorted(self.special_ids),
+            sorted(self.tokenizer.get_vocab().items()), merges, scores, _set_values(model),
+            [_set_values(token) for token in content["added_tokens"]], content["normalizer"], content["pre_tokenizer"],
+            self.normalizer, list(self.start_ids), self.end_id, self.pad_id, sorted(self.special_ids),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -115,6 +117,11 @@ class TextTokenizer:
 
     def _normal(self, text: str) -> str:
         return NORMALIZERS[self.normalizer](clean_text(text))
+
+
+def _set_values(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Leave out what is off, so that a later version of the library with another switch changes no identity."""
+    return sorted((name, value) for name, value in settings.items() if value not in (None, "") and value is not False)
 
 
 def clip_token_ids(texts: Sequence[str], prompt_tokens: int = 0) -> list[list[int]]:
