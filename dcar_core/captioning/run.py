@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dcar_core.captioning.endpoint import Completion, Endpoint
@@ -34,8 +33,9 @@ from dcar_core.captioning.questions import (
 )
 from dcar_core.images import open_image
 from dcar_core.images.decoding import jpeg_data_uri
-from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError, LockedError
+from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError
 from dcar_core.util.files import atomic_writer, write_json
+from dcar_core.util.processes import hold_lock
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
@@ -70,25 +70,22 @@ def caption_images(
         raise DataError(f"{out} exists and was not written by this command; give another --out")
     names, loose = list_images(images)
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out.with_name(f".{out.name}.lock")).acquire(timeout=0):
-            if restart:
-                journal_file.unlink(missing_ok=True)
-            journal = CaptionJournal(journal_file, options.settings(drafter, judge))
-            models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
-            run = _Run(images, models, options, count_tokens, journal, CaptioningResult(out, loose=loose))
-            try:
-                asyncio.run(run.all(names, progress))
-            except BaseExceptionGroup as group:
-                error: BaseException = group
-                while isinstance(error, BaseExceptionGroup):
-                    error = error.exceptions[0]
-                raise (error if isinstance(error, DcarError) else group) from None
-            finally:
-                journal.close()
-                run.write(names)
-    except Timeout:
-        raise LockedError(f"another run is writing to {out}") from None
+    with hold_lock(out.with_name(f".{out.name}.lock"), f"another run is writing to {out}"):
+        if restart:
+            journal_file.unlink(missing_ok=True)
+        journal = CaptionJournal(journal_file, options.settings(drafter, judge))
+        models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
+        run = _Run(images, models, options, count_tokens, journal, CaptioningResult(out, loose=loose))
+        try:
+            asyncio.run(run.all(names, progress))
+        except BaseExceptionGroup as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise (error if isinstance(error, DcarError) else group) from None
+        finally:
+            journal.close()
+            run.write(names)
     return run.outcome
 
 

@@ -1,14 +1,20 @@
-"""Calls in processes of their own.
+"""Calls in processes of their own, and locks between processes.
 
 Processes are forked from a server process, which has no threads; torch and faiss have started some here. Where the
 system has no such server, each process starts anew.
 """
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
+
+from dcar_core.util.errors import LockedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,3 +30,17 @@ def in_own_process(function: Callable[P, R], *arguments: P.args, **options: P.kw
     """Return the result of a function, called in a process of its own. Raise BrokenProcessPool if that died."""
     with ProcessPoolExecutor(1, mp_context=process_context()) as process:
         return process.submit(function, *arguments, **options).result()
+
+
+@contextmanager
+def hold_lock(file: Path, message: str) -> Iterator[None]:
+    """Lock a file, until the process ends at the latest. Raise LockedError if another process has locked it."""
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LockedError(message) from None
+    try:
+        yield
+    finally:
+        lock.release()

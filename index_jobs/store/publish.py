@@ -13,13 +13,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from dcar_core.util.errors import ArtifactError, DcarError, LockedError
+from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, sha256_of, write_json
+from dcar_core.util.processes import hold_lock
 from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
 from index_jobs.store.artifact import Artifact
@@ -169,21 +169,12 @@ def _previous_version(index: Path) -> int:
     return earlier[-1]
 
 
-@contextlib.contextmanager
-def _lock(index: Path) -> Iterator[None]:
+def _lock(index: Path) -> AbstractContextManager[None]:
     index.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(index / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LockedError(
-            f"another job is writing to {index} (it holds {index / LOCK}); wait until it has ended, or "
-            f"give another --out"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return hold_lock(
+        index / LOCK,
+        f"another job is writing to {index} (it holds {index / LOCK}); wait until it has ended, or give another --out",
+    )
 
 
 def _write_current(index: Path, version: int) -> None:

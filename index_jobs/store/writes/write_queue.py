@@ -16,15 +16,14 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from dcar_core.util.errors import LockedError
 from dcar_core.util.files import fsync_path, write_json
+from dcar_core.util.processes import hold_lock
 
 WRITES = "writes"
 _JOB = re.compile(r"[0-9a-f]{32}")
@@ -147,19 +146,11 @@ class WriteQueue:
             if path.stat().st_mtime < before:
                 path.unlink()
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Admit one process that applies jobs. Raise LockedError if another one does."""
         self.folder.mkdir(exist_ok=True)
-        lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise LockedError(f"another process applies the jobs in {self.folder}; wait until it has ended") from None
-        try:
-            yield
-        finally:
-            lock.release()
+        message = f"another process applies the jobs in {self.folder}; wait until it has ended"
+        return hold_lock(self.folder / ".lock", message)
 
 
 def _now() -> str:
