@@ -29,9 +29,7 @@ _CHARGE = "dcar.charge"  # scope key: counts more requests for the caller
 
 
 class Access:
-    """Args:
-    rates: None for no rate limit.
-    """
+    """Check the key of each request, and count it. rates: None for no rate limit."""
 
     def __init__(self, app: ASGIApp, settings: Settings, rates: RateLimiter | None, metrics: Metrics) -> None:
         self._app = app

@@ -39,7 +39,8 @@ class _Body:
 
 
 class BodyLimit:
-    """Args:
+    """Limit the bodies of requests.
+
     limit: request path -> (largest body in bytes, field to blame for a larger one).
     in_flight: bytes of all unfinished bodies together.
     upload_s: seconds for one body to arrive.

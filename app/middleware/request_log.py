@@ -30,9 +30,7 @@ _CLIENT_CLOSED = 499  # logged if the client disconnected before the response
 
 
 class RequestLog:
-    """Args:
-    metrics: counts requests and errors.
-    """
+    """Log and count each request, under an id."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app

@@ -112,10 +112,9 @@ def comparable_methods(level: str) -> list[str]:
 
 
 def require_runnable(config: ModelConfig, level: str, model: str, context: int) -> None:
-    """Check that the towers of a model can run a method. context: token positions behind the start tokens.
+    """Raise ModelError, which names another method, if the towers of a model cannot run a method.
 
-    Raises:
-        ModelError: they cannot; the message names a method that they can run.
+    context: token positions behind the start tokens.
     """
     prompt, has_prompts = config.prompt, config.prompt.length > 0
     needs_text = (has_prompts and (prompt.text or prompt.image)) or config.reweight.train != "none"

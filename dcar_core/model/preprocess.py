@@ -34,8 +34,9 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 @dataclass(frozen=True)
 class Preprocess:
-    """size: S, the side in pixels. resize: "shortest" (then a centre crop), "squash", or "longest" (then padding).
+    """Turn images into the pixels of one model.
 
+    size: S, the side in pixels. resize: "shortest" (then a centre crop), "squash", or "longest" (then padding).
     exact: open_clip's pixels bit for bit; False is the fast mode.
     resizer: of the fast mode; PyTorch's for images that need no halving, on processors where it is faster.
     """

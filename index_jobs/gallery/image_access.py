@@ -19,7 +19,9 @@ _REMOTE_SCHEMES = frozenset({"http", "https", "s3", "s3a", "gs", "gcs"})
 
 @dataclass(frozen=True, slots=True)
 class ImageAccess:
-    """roots: directories that may be read beside the gallery's root. hosts: hosts, or buckets, that rows with a URL may
+    """Limits of one service.
+
+    roots: directories that may be read beside the gallery's root. hosts: hosts, or buckets, that rows with a URL may
     name. max_bytes: largest image file.
     """
 

@@ -25,11 +25,7 @@ _checked = set[tuple[int, int, int, int]]()  # device, inode, size and time of c
 def check_file_once(path: Path, check: Callable[[], None]) -> None:
     """Check the contents of a file that this process has not checked yet; versions share files by hard links.
 
-    Args:
-        check: raises ValueError if the contents cannot be used.
-
-    Raises:
-        ArtifactError: they cannot.
+    `check` raises ValueError for damaged contents. Raise ArtifactError instead, with a remedy.
     """
     stat = path.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

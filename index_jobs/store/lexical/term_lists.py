@@ -33,7 +33,7 @@ class TermLists:
 
     @classmethod
     def open(cls, path: Path) -> "TermLists | None":
-        """Open the lists of a lexical index; None if it is older than they are. Raise ArtifactError if that fails."""
+        """Open the lists of a lexical index; None in older versions. Raise ArtifactError if they cannot be read."""
         if not (path / TERMS).exists():
             return None
         try:
