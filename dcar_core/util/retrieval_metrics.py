@@ -64,13 +64,13 @@ def recall_of_ranks(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, f
 
 def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
     """Return for each query the number of wrong targets that do not score clearly below its best true one."""
-    compute_ranks = np.empty(len(query), np.int64)
+    ranks = np.empty(len(query), np.int64)
     for start in range(0, len(query), chunk):
         scores = query[start : start + chunk] @ target.T
         for row, own in enumerate(truth[start : start + chunk]):
             below = scores[row] < scores[row, own].max() - TIE_TOLERANCE  # False for NaN
-            compute_ranks[start + row] = (~below).sum() - (~below[own]).sum()
-    return compute_ranks
+            ranks[start + row] = (~below).sum() - (~below[own]).sum()
+    return ranks
 
 
 def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: int = 10, chunk: int = 1024) -> float:
