@@ -12,15 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from app.api.requests import (
-    BatchEntry,
-    BatchQuery,
-    DeleteItems,
-    EmbeddingsQuery,
-    ImageForm,
-    PutItems,
-    TextQuery,
-)
+from app.api.requests import BatchEntry, BatchQuery, DeleteItems, EmbeddingsQuery, ImageForm, PutItems, TextQuery
 from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem, field_problem
 from app.core.settings import Settings

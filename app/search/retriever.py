@@ -30,16 +30,7 @@ from app.search.errors import BatchQueryError, SearchError
 from app.search.gallery_images import ItemImages
 from app.search.pairs import PairScorer
 from app.search.planning import Plan, make_plan, matches_of, no_results, rank_rows, row_of
-from app.search.query import (
-    Explanation,
-    ItemPage,
-    Match,
-    Query,
-    QueryPart,
-    SearchResults,
-    WordWeights,
-    compose,
-)
+from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, WordWeights, compose
 from app.search.ranking.facets import count_facets
 from app.search.ranking.groups import group_field
 from app.search.ranking.rank import RankedRow

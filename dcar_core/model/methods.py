@@ -3,14 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from dcar_core.model.config import (
-    AdapterConfig,
-    FineTuneConfig,
-    LossConfig,
-    ModelConfig,
-    PromptConfig,
-    ReweightConfig,
-)
+from dcar_core.model.config import AdapterConfig, FineTuneConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.util.errors import DcarError, ModelError
 
 MAX_DEPTH = 128  # more blocks than any tower has
