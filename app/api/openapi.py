@@ -18,8 +18,8 @@ from app.core.problems import MEDIA_TYPE, Problem, field_problem
 from app.core.settings import Settings
 
 _PROBLEM_REF = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
-_BODIES: tuple[type[BaseModel], ...] = (
-    TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems
+_MODELS: tuple[type[BaseModel], ...] = (
+    TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems, ProblemResponse
 )  # fmt: skip
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _COLLECTION = {
@@ -110,7 +110,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (*_BODIES, ProblemResponse):
+    for model in _MODELS:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
     _add_limits(schemas, app.state.settings)
