@@ -5,15 +5,17 @@
     python scripts/mutants.py --seed 2                other places
 
 - A mutant swaps a comparison, an operator, a truth value or a condition, adds one to a number, or drops a call, an
-  exception or a returned value. Texts and logging stay.
+  exception or a returned value. Texts, logging and tables of numbers stay.
 - Each runs only the tests of its target, in a copy of the checkout, in a process forked from one that has imported the
   libraries. A mutant that runs three times as long as the tests do counts as noticed.
+- Noticed mutants are kept in `.mutants`: an interrupted run resumes, and a run after new tests repeats the survivors
+  alone. A mutant of a changed module is another one. Without the file, all are tried.
 - Survivors are printed: some change nothing that can be observed, the others want a test.
 """
 
 import argparse
 import ast
-import copy
+import hashlib
 import importlib
 import os
 import random
@@ -27,40 +29,55 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("faiss", "fastapi", "httpx", "open_clip", "pyarrow.compute", "pytest", "redis.asyncio", "torch", "typer")
 AIM = 90  # percent
+TABLE = 9  # entries from which on a set or mapping of a file format is data
+NOTICED = ROOT / ".mutants"
 
 TARGETS = {
     "publish": (
         ["index_jobs/store/publish.py"],
         [
             "tests/index_jobs/test_artifact.py",
+            "tests/index_jobs/test_publishing.py",
+            "tests/index_jobs/test_durability.py",
             "tests/index_jobs/test_rebuild_killed.py::test_full_disk_is_reported_alike_by_every_library",
             "tests/index_jobs/test_updates.py::test_without_hard_links_files_are_copied",
         ],
     ),
-    "manifest": (["index_jobs/store/manifest.py"], ["tests/index_jobs/test_artifact.py"]),
+    "files": (["dcar_core/util/files.py"], ["tests/dcar_core/test_files.py", "tests/index_jobs/test_durability.py"]),
+    "manifest": (
+        ["index_jobs/store/manifest.py"],
+        ["tests/index_jobs/test_publishing.py", "tests/index_jobs/test_artifact.py"],
+    ),
     "artifact": (
         ["index_jobs/store/artifact.py"],
         [
+            "tests/index_jobs/test_publishing.py",
             "tests/index_jobs/test_artifact.py",
-            "tests/index_jobs/test_image_access.py",
-            "tests/index_jobs/test_lexical.py",
+            "tests/index_jobs/test_relocation.py",
             "tests/index_jobs/test_updates.py::test_added_items_are_found_beside_the_others",
             "tests/index_jobs/test_updates.py::test_removed_item_is_never_found",
+            "tests/index_jobs/test_updates.py::test_removed_rows_that_do_not_exist_are_refused",
         ],
     ),
     "filters": (["index_jobs/store/filters.py"], ["tests/index_jobs/test_filters.py"]),
     "images": (
         [f"dcar_core/images/{name}.py" for name in ("containers", "gif", "isobmff", "jpeg", "png", "tiff", "webp")],
-        ["tests/dcar_core/test_hostile_images.py", "tests/dcar_core/test_images.py"],
+        [
+            "tests/dcar_core/test_image_structure.py",
+            "tests/dcar_core/test_hostile_images.py",
+            "tests/dcar_core/test_images.py",
+        ],
     ),
-    "keys": (["app/core/keys.py"], ["tests/app/test_access.py"]),
+    "keys": (["app/core/keys.py"], ["tests/app/test_rate_limit.py", "tests/app/test_access.py"]),
     "rate limits": (["app/core/rate_limit.py"], ["tests/app/test_rate_limit.py", "tests/app/test_access.py"]),
-    "body limit": (["app/middleware/body_limit.py"], ["tests/app/test_limits.py"]),
+    "body limit": (["app/middleware/body_limit.py"], ["tests/app/test_body_limit.py", "tests/app/test_limits.py"]),
     "resume": (["dcar_core/training/train_state.py"], ["tests/dcar_core/test_train_state.py"]),
 }
 
@@ -74,12 +91,25 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """A changed module. line, change: where, and what was changed."""
+    """A changed module. number, place: of the node in its tree, and of the change among those that fit the node."""
 
     path: str
+    number: int
+    place: int
     line: int
     change: str
-    source: str
+
+    @cached_property
+    def source(self) -> str:
+        tree = ast.parse((ROOT / self.path).read_text())
+        node = next(islice(ast.walk(tree), self.number, None))
+        _, apply = list(_changes(node))[self.place]
+        apply(node)
+        return ast.unparse(ast.fix_missing_locations(tree))
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(f"{self.path}\0{self.source}".encode()).hexdigest()[:20]
 
 
 def mutants(path: str) -> Iterator[Mutant]:
@@ -87,14 +117,9 @@ def mutants(path: str) -> Iterator[Mutant]:
     tree = ast.parse((ROOT / path).read_text())
     number_of = {id(node): number for number, node in enumerate(ast.walk(tree))}
     for node in _observable(tree):
-        for change, apply in _changes(node):
-            changed = copy.deepcopy(tree)
-            twin = next(each for number, each in enumerate(ast.walk(changed)) if number == number_of[id(node)])
-            apply(twin)
-            source = ast.unparse(ast.fix_missing_locations(changed))
-            yield Mutant(
-                path, getattr(node, "lineno", 0), f"{change}: {ast.unparse(node).splitlines()[0][:70]}", source
-            )
+        for place, (change, _) in enumerate(_changes(node)):
+            told = f"{change}: {ast.unparse(node).splitlines()[0][:70]}"
+            yield Mutant(path, number_of[id(node)], place, getattr(node, "lineno", 0), told)
 
 
 def _observable(node: ast.AST) -> Iterator[ast.AST]:
@@ -108,6 +133,10 @@ def _observable(node: ast.AST) -> Iterator[ast.AST]:
         return
     if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: a guard that never applies
         return
+    if (isinstance(node, ast.Set) and len(node.elts) >= TABLE) or (
+        isinstance(node, ast.Dict) and len(node.keys) >= TABLE
+    ):
+        return
     yield node
     for name, field in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list"):
@@ -118,30 +147,30 @@ def _observable(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], None]]]:
-    """Yield the changes that fit a node: what they do, and how they are applied to its twin in another tree."""
+    """Yield the changes that fit a node: what they do, and how they are applied to it."""
     operator = getattr(node, "op", None)
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _SWAPS:
-        yield "swap", lambda twin: twin.ops.__setitem__(0, _SWAPS[type(twin.ops[0])]())  # type: ignore[attr-defined]
+        yield "swap", lambda it: it.ops.__setitem__(0, _SWAPS[type(it.ops[0])]())  # type: ignore[attr-defined]
     if isinstance(node, ast.BoolOp | ast.BinOp | ast.AugAssign) and type(operator) in _SWAPS:
-        yield "swap", lambda twin: setattr(twin, "op", _SWAPS[type(twin.op)]())  # type: ignore[attr-defined]
+        yield "swap", lambda it: setattr(it, "op", _SWAPS[type(it.op)]())  # type: ignore[attr-defined]
     if isinstance(node, ast.If | ast.While | ast.IfExp):
-        yield "negate", lambda twin: setattr(twin, "test", ast.UnaryOp(ast.Not(), twin.test))  # type: ignore[attr-defined]
+        yield "negate", lambda it: setattr(it, "test", ast.UnaryOp(ast.Not(), it.test))  # type: ignore[attr-defined]
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield "negate", lambda twin: setattr(twin, "value", not twin.value)  # type: ignore[attr-defined]
+        yield "negate", lambda it: setattr(it, "value", not it.value)  # type: ignore[attr-defined]
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        yield "add one", lambda twin: setattr(twin, "value", twin.value + 1)  # type: ignore[attr-defined]
+        yield "add one", lambda it: setattr(it, "value", it.value + 1)  # type: ignore[attr-defined]
     if isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
-        yield "return None", lambda twin: setattr(twin, "value", ast.Constant(None))
+        yield "return None", lambda it: setattr(it, "value", ast.Constant(None))
     is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call | ast.Await)
     if is_call and not ast.unparse(node).startswith("logger."):
-        yield "drop", lambda twin: setattr(twin, "value", ast.Constant(None))
+        yield "drop", lambda it: setattr(it, "value", ast.Constant(None))
     if isinstance(node, ast.Raise) and node.exc is not None:
         yield "drop", _drop_raise
 
 
-def _drop_raise(twin: ast.AST) -> None:
-    twin.__class__ = ast.Pass  # type: ignore[assignment]
-    twin.__dict__ = {"lineno": 0, "col_offset": 0}
+def _drop_raise(it: ast.AST) -> None:
+    it.__class__ = ast.Pass  # type: ignore[assignment]
+    it.__dict__ = {"lineno": 0, "col_offset": 0}
 
 
 def run_tests(folder: Path, tests: list[str], timeout: float) -> tuple[bool, float]:
@@ -203,19 +232,21 @@ def main() -> None:
     given = parser.parse_args()
     for name in LIBRARIES:
         importlib.import_module(name)
+    known = set(NOTICED.read_text().split()) if NOTICED.is_file() else set[str]()
     rows, survivors = [], []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, NOTICED.open("a") as log:
         folder = Path(temporary)
         copy_checkout(folder)
         for target in given.only or TARGETS:
             paths, tests = TARGETS[target]
-            passed, usual = run_tests(folder, tests, 600)
-            if not passed:
-                sys.exit(f"{target}: the tests fail without a mutant:\n{(folder / 'log').read_text()}")
             every = [mutant for path in paths for mutant in mutants(path)]
             chosen = random.Random(given.seed).sample(every, min(given.each, len(every)))
-            noticed = 0
-            for mutant in chosen:
+            left = [mutant for mutant in chosen if mutant.key not in known]
+            passed, usual = run_tests(folder, tests, 600) if left else (True, 0)
+            if not passed:
+                sys.exit(f"{target}: the tests fail without a mutant:\n{(folder / 'log').read_text()}")
+            noticed = len(chosen) - len(left)
+            for mutant in left:
                 (folder / mutant.path).write_text(mutant.source)
                 passed, _ = run_tests(folder, tests, 3 * usual + 20)
                 shutil.copy2(ROOT / mutant.path, folder / mutant.path)
@@ -223,6 +254,8 @@ def main() -> None:
                 if passed:
                     survivors.append(f"{mutant.path}:{mutant.line}: {mutant.change}")
                     print(f"survived: {survivors[-1]}", file=sys.stderr, flush=True)
+                else:
+                    print(mutant.key, file=log, flush=True)
             rows.append((target, len(chosen), len(every), noticed))
             print(f"{target}: {noticed} of {len(chosen)}, tests take {usual:.0f} s", file=sys.stderr, flush=True)
     print("| target | mutants | of | noticed |\n| --- | --- | --- | --- |")

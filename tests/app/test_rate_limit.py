@@ -1,4 +1,4 @@
-"""Addresses that rate limits are counted by, and comparison of keys in constant time."""
+"""Rate limits and keys without a service: addresses, waits, scopes, and comparison in constant time."""
 
 import asyncio
 import hmac
@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core.keys import ApiKey, find_key_name, is_key, key_hash
-from app.core.rate_limit import RateLimiter, network_of
+from app.core.keys import ApiKey, find_key_name, is_key, key_hash, key_in, new_key, parse_keys
+from app.core.rate_limit import RateLimiter, _seconds_until_room, network_of, parse_rate
 from app.core.redis import connect, disconnect
 from app.core.settings import Settings
 from app.main import create_app
@@ -61,6 +61,72 @@ def test_keys_are_compared_in_constant_time_with_every_known_key(monkeypatch: py
     assert is_key("secret", "secret")
     assert not is_key("wrong", f"sha256:{key_hash('secret')}")
     assert [other for _, other in compared] == [key_hash("secret").encode()] * 2
+
+
+def test_a_scope_follows_the_hash() -> None:
+    digest = key_hash("secret")
+    keys = parse_keys(
+        f"a:{digest}, b:{digest}:read c:{digest}:write\nd:{digest}:read:shoes+bags e:{digest}:write:shoes"
+    )
+    assert [each.may_write for each in keys.values()] == [False, False, True, False, True]
+    assert [each.opens("bags") for each in keys.values()] == [True, True, True, True, False]
+    assert keys["d"].collections == {"shoes", "bags"}
+    assert {each.digest for each in keys.values()} == {digest}
+    assert not ApiKey(digest).may_write
+    for scope in (":", ":all", ":read:", ":write:shoes:", ":read+write"):
+        with pytest.raises(
+            ValueError, match="has a scope of a that is not read or write, as in a:HASH:write"
+        ) as caught:
+            parse_keys(f"a:{digest}{scope}")
+        assert digest not in str(caught.value)
+    with pytest.raises(ValueError, match="has no key; leave it unset"):
+        parse_keys(" , ")
+    with pytest.raises(ValueError, match="must be NAME:HASH pairs"):
+        parse_keys(f"{65 * 'a'}:{digest}")
+
+
+def test_a_key_is_read_from_two_headers() -> None:
+    for headers, key in (
+        ({"authorization": "Bearer secret"}, "secret"),
+        ({"authorization": "bearer  secret "}, "secret"),
+        ({"authorization": "Basic secret"}, None),
+        ({"authorization": "secret"}, None),
+        ({"authorization": "Bearer ", "x-api-key": "other"}, "other"),
+        ({"authorization": "Bearer secret", "x-api-key": "other"}, "secret"),
+        ({"x-api-key": ""}, None),
+        ({}, None),
+    ):
+        assert key_in(headers) == key, headers
+    assert (new_key()[:5], len(new_key())) == ("dcar_", 48)
+
+
+@pytest.mark.parametrize(
+    ("count", "window", "seconds"),
+    [  # window: earlier count, seconds to its end, current count, seconds to its end; the rate is 10 in 20 s
+        (1, (0, 0, 9, 5), 0),
+        (1, (0, 0, 10, 25), 5),  # this window ends in 5 s, and counts in full until then
+        (1, (0, 0, 10, 40), 20),
+        (1, (0, 0, 20, 25), 5 + 10),  # half of its 20 must fall out of the next
+        (3, (0, 0, 10, 25), 5 + 4),
+        (1, (10, 15, 4, 35), 15 - 12),  # room for six of the earlier ten: 12 s
+        (4, (10, 15, 4, 35), 15 - 6),
+        (1, (5, 4, 4, 24), 0),
+    ],
+)
+def test_the_announced_wait_is_exact(count: int, window: tuple[int, float, int, float], seconds: float) -> None:
+    assert _seconds_until_room(parse_rate("10 per 20 seconds"), count, *window) == pytest.approx(seconds)
+
+
+async def test_a_cost_above_the_rate_takes_all_of_it() -> None:
+    limiter = RateLimiter("5/hour")
+    assert await limiter.wait_for("alice") == 0
+    assert await limiter.wait_for("alice", extra=0) == 0
+    assert await limiter.wait_for("alice", extra=19) == 0
+    assert 0 < await limiter.wait_for("alice") <= 2 * 3600.1
+    assert await limiter.wait_for("alice", extra=0) == 0, "costs nothing more"
+    assert [await limiter.wait_for("bob") == 0 for _ in range(6)] == [True] * 5 + [False]
+    assert await RateLimiter("1/hour").wait_for("alice", extra=7) == 0, "one request is the whole rate"
+    await limiter.close()
 
 
 async def test_every_use_of_a_hanging_redis_times_out() -> None:

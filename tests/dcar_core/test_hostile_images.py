@@ -130,6 +130,10 @@ def test_an_honest_file_is_decoded_as_pillow_does(
     data = encoded(noise(mode), kind, **options)
     with Image.open(io.BytesIO(data)) as image:
         expected = ImageOps.exif_transpose(image).convert("RGB")
+    container = inspect(data)
+    assert (container.width, container.height) == noise(mode).size
+    if kind != "AVIF":  # whose boxes state it
+        assert container.orientation == (1 if kind in {"GIF", "BMP"} else orientation or 1)
     np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(expected))
     assert sniff_format(data) == ImageFormat(kind.lower())
 

@@ -15,7 +15,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
 from dcar_core.training.grad_cache import accumulate_gradients
 from dcar_core.training.train import train
-from dcar_core.training.train_state import STATE_FILE, delete_state
+from dcar_core.training.train_state import STATE_FILE, TrainProgress, TrainStateFile, delete_state
 from dcar_core.util.errors import TrainingError
 from tests.support.commands import Command, run
 from tests.support.paths import TRAIN_PROCESS
@@ -176,6 +176,47 @@ def test_a_state_runs_no_code(tiny_model: Path, tiny_data: Path, tmp_path: Path)
     with pytest.raises(TrainingError, match=r"not a training state \(UnpicklingError\); delete it"):
         train(model, split, split, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_everything_that_the_next_step_depends_on_is_restored(tiny_model: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+
+    def begun(seed: int) -> tuple[DCAR, torch.optim.Optimizer, torch.amp.GradScaler]:
+        model = seeded_model(backbone, method("coop"), seed)
+        parameters = [parameter for _, parameter in model.trainables()]
+        optimizer, scaler = torch.optim.Adam(parameters, lr=seed), torch.amp.GradScaler("cpu", init_scale=2.0**seed)
+        scaler.scale(torch.stack([parameter.sum() for parameter in parameters]).sum()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return model, optimizer, scaler
+
+    file, progress = TrainStateFile(tmp_path / "a" / "b", {"lr": 1, "seed": 2}), TrainProgress(epoch=3, losses=[0.5])
+    assert file.restore(*begun(1)) is None
+    assert (TrainProgress().epoch, TrainProgress().step, TrainProgress().seconds) == (0, 0, 0)
+    model, optimizer, scaler = begun(3)
+    torch.manual_seed(7)
+    for _ in range(2):
+        file.save(model, optimizer, scaler, progress, {"best": torch.ones(2)})
+    following = torch.rand(3)
+    other, its_optimizer, its_scaler = begun(4)
+    restored = file.restore(other, its_optimizer, its_scaler)
+    assert restored is not None
+    assert torch.equal(torch.rand(3), following)
+    assert restored[0] == progress
+    assert torch.equal(restored[1]["best"], torch.ones(2))
+    assert its_scaler.get_scale() == 8
+    assert all(torch.equal(one, two) for (_, one), (_, two) in zip(model.trainables(), other.trainables(), strict=True))
+    ours, theirs = optimizer.state_dict(), its_optimizer.state_dict()
+    assert theirs["param_groups"] == ours["param_groups"]
+    assert torch.equal(theirs["state"][0]["exp_avg"], ours["state"][0]["exp_avg"])
+    for identity, named in (({"lr": 1}, "seed"), ({"lr": 2, "seed": 2}, "lr"), ({"lr": 1, "seed": 2, "z": 0}, "z")):
+        with pytest.raises(TrainingError, match=f"holds an unfinished run with another {named}; finish it"):
+            TrainStateFile(tmp_path / "a" / "b", identity).restore(*begun(1))
+    nowhere = TrainStateFile(None, {})
+    nowhere.save(model, optimizer, scaler, progress, {})
+    assert nowhere.restore(model, optimizer, scaler) is None
+    for _ in range(2):
+        delete_state(tmp_path / "a" / "b")
+    assert file.restore(*begun(1)) is None
 
 
 @pytest.mark.slow

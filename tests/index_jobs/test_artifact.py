@@ -23,16 +23,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import Manifest
 from index_jobs.store.publish import next_version, open_staging, publish_version, rollback
 from index_jobs.store.versions import current_version, list_versions, open_current, verify_index, version_numbers
-
-
-def publish_copy(index: Path, keep: int = 3) -> int:
-    """Publish the current version once more."""
-    current = open_current(index)
-    with open_staging(index) as staging:
-        for name in current.manifest.files:
-            (staging / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(current.path / name, staging / name)
-        return publish_version(index, staging, current.manifest, keep=keep).version
+from tests.support.versions import publish_copy
 
 
 def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path) -> None:

@@ -132,6 +132,7 @@ def test_conditions_that_do_not_fit_the_field_are_named(shop: Artifact, filter: 
         match_rows(shop, filter)
     assert caught.value.field == field
     assert said in caught.value.message
+    assert str(caught.value) == f"{field}: {caught.value.message}"
 
 
 @pytest.mark.parametrize(("field", "none"), [("caption", True), ("category", True), ("color", False)])

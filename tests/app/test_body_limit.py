@@ -1,0 +1,240 @@
+"""The limits on request bodies, on a small ASGI application."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from app.core.metrics import Metrics
+from app.middleware.body_limit import FREE_BYTES, BodyLimit
+
+LIMIT = 2**20 + 2 * FREE_BYTES
+Handler = Callable[[Scope, Receive, Send], Any]
+Response = tuple[int, dict[bytes, bytes], bytes]  # status, headers and body
+
+
+async def respond(send: Send, body: bytes = b"", *headers: tuple[bytes, bytes]) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": list(headers)})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def count(_: Scope, receive: Receive, send: Send) -> None:
+    """Answer with the number of bytes."""
+    total, more = 0, True
+    while more:
+        message = await receive()
+        total, more = total + len(message.get("body", b"")), message.get("more_body", False)
+    await respond(send, str(total).encode())
+
+
+class Served:
+    """A handler behind the limits. refused: counts by reason."""
+
+    def __init__(
+        self, handler: Handler = count, *, in_flight: int = 2**30, upload_s: float = 30, limit: int = LIMIT
+    ) -> None:
+        self.metrics = Metrics()
+        self.app = BodyLimit(handler, lambda path: (limit, path[1:]), self.metrics, in_flight, upload_s)
+
+    def refused(self, reason: str) -> float:
+        value: float = self.metrics.refused.labels(reason)._value.get()
+        return value
+
+    async def __call__(
+        self,
+        *parts: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = ((b"transfer-encoding", b"chunked"),),
+        hangs: asyncio.Event | None = None,
+    ) -> Response:
+        """Send a body in parts and return the response. hangs: the end of the body comes when it is set."""
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        if hangs is None:
+            messages[-1]["more_body"] = False
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop(0)
+            await (hangs or asyncio.Event()).wait()
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await self.app({"type": "http", "path": "/file", "headers": list(headers)}, receive, send)
+        start, bodies = sent[0], b"".join(each["body"] for each in sent[1:])
+        assert [each["type"] for each in sent].count("http.response.start") == 1
+        return start["status"], dict(start["headers"]), bodies
+
+
+@pytest.mark.parametrize("over", [0, 1])
+async def test_a_body_is_refused_at_the_first_byte_over_its_limit(over: int) -> None:
+    served = Served()
+    status, _, body = await served(bytes(LIMIT - 5), bytes(5 + over))
+    assert (status, served.refused("body_size")) == ((413, 1) if over else (200, 0))
+    if over:
+        problem = json.loads(body)
+        assert problem["detail"] == "The body is too large; the limit is 1 MiB."
+        assert problem["errors"] == [{"field": "file", "message": "at most 1 MiB"}]
+    else:
+        assert body == str(LIMIT).encode()
+
+
+@pytest.mark.parametrize("over", [0, 1])
+async def test_an_announced_body_is_refused_unread(over: int) -> None:
+    served = Served(limit=100 * 2**10)
+    length = (b"content-length", str(100 * 2**10 + over).encode())
+    status, _, body = await served(b"x", headers=[(b"host", b"x"), length])
+    assert status == (413 if over else 200)
+    if over:
+        assert json.loads(body)["detail"] == "The body is too large; the limit is 100 KiB."
+    wrong = await Served()(b"x", headers=[(b"content-length", b"-1")])
+    assert wrong[0] == 200, "not a number; the HTTP protocol refuses it"
+
+
+async def test_safe_headers_are_added_once() -> None:
+    async def handler(_: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, b"done", (b"x-content-type-options", b"own"), (b"x-other", b"1"))
+
+    own = (await Served(handler)(b"x"))[1]
+    usual = (await Served()(b"x"))[1]
+    assert own[b"x-content-type-options"] == b"own"
+    assert usual[b"x-content-type-options"] == b"nosniff"
+    assert own.keys() == usual.keys() | {b"x-other"}
+
+
+async def test_a_response_that_has_begun_is_not_replaced() -> None:
+    async def handler(_: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            while True:
+                await receive()
+        finally:
+            await send({"type": "http.response.body", "body": b"rest"})
+
+    status, _, body = await Served(handler)(bytes(LIMIT), b"x")
+    assert (status, body) == (200, b"rest")
+
+
+async def test_an_answer_to_a_broken_body_is_replaced_and_other_errors_are_not() -> None:
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await count(scope, receive, send)
+        except Exception:
+            await respond(send, b"could not be parsed")
+            raise ValueError("as frameworks wrap it") from None
+
+    assert (await Served(answers)(bytes(LIMIT), b"x"))[0] == 413
+    with pytest.raises(ZeroDivisionError):
+        await Served(lambda *_: 1 / 0)(b"x")
+
+
+async def test_other_protocols_pass() -> None:
+    seen: list[Any] = []
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((scope, receive, send))
+
+    scope: Scope = {"type": "lifespan"}
+    served = Served(handler)
+    await served.app(scope, None, None)  # type: ignore[arg-type]
+    assert seen == [(scope, None, None)]
+
+
+async def test_the_largest_unfinished_body_gives_way() -> None:
+    """The first FREE_BYTES of each are free, a single body always has room, and a finished one is not dropped."""
+    served, done = Served(in_flight=2**20), asyncio.Event()
+
+    async def begin(size: int) -> asyncio.Task[Response]:
+        task = asyncio.create_task(served(bytes(size), hangs=done))
+        await asyncio.sleep(0.01)
+        return task
+
+    first = await begin(LIMIT)
+    free = [await begin(FREE_BYTES) for _ in range(20)]
+    assert served.refused("uploads") == 0
+    second = await begin(LIMIT - 1)
+    status, headers, body = await first
+    assert (status, headers[b"retry-after"]) == (503, b"1")
+    assert json.loads(body)["detail"] == "Too many uploads are in progress. Try again in 1 s."
+    third = await begin(LIMIT)
+    assert (await third)[0] == 503, "the newest is the largest"
+    assert served.refused("uploads") == 2
+    done.set()
+    assert [(await each)[0] for each in (second, *free)] == 21 * [200]
+    assert (served.app._held, served.app._bodies) == (0, set())
+    assert (await served(bytes(LIMIT)))[0] == 200
+
+
+async def test_exactly_the_budget_is_accepted() -> None:
+    served, done = Served(in_flight=2**20), asyncio.Event()
+    half = FREE_BYTES + 2**19
+    tasks = [asyncio.create_task(served(bytes(half), hangs=done)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    assert served.app._held == 2**20
+    assert not any(task.done() for task in tasks)
+    tasks.append(asyncio.create_task(served(bytes(FREE_BYTES + 1), hangs=done)))
+    await asyncio.sleep(0.01)
+    assert sum(task.done() for task in tasks) == 1, "one byte more is too much"
+    done.set()
+    assert sorted([(await task)[0] for task in tasks]) == [200, 200, 503]
+
+
+async def test_an_unfinished_body_is_refused_in_time_and_a_finished_one_is_not() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await count(scope, receive, send)
+        await asyncio.sleep(0.2)
+
+    served = Served(slow, upload_s=0.1)
+    assert (await served(b"x"))[0] == 200
+    status, _, body = await served(b"x", hangs=asyncio.Event())
+    assert (status, served.refused("slow_body")) == (408, 1)
+    assert json.loads(body)["detail"] == "The body did not arrive within 0.1 seconds."
+
+
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"0")], [(b"content-length", b"1")]])
+async def test_a_request_whose_client_leaves_is_cancelled(headers: list[tuple[bytes, bytes]]) -> None:
+    left, gone = asyncio.Event(), asyncio.Event()
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        if headers == [(b"content-length", b"1")]:
+            await receive()
+        try:
+            await asyncio.wait_for(asyncio.Event().wait(), 20)
+        except asyncio.CancelledError:
+            left.set()
+            raise
+
+    served = Served(handler)
+    messages = [{"type": "http.request", "body": b"x"}] if headers == [(b"content-length", b"1")] else []
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    scope: Scope = {"type": "http", "path": "/", "headers": headers}
+    task = asyncio.create_task(served.app(scope, receive, send))
+    asyncio.get_running_loop().call_later(0.1, gone.set)
+    await asyncio.wait_for(task, 5)
+    assert left.is_set()
+    assert not task.cancelled()
+    assert task.cancelling() == 0
+
+
+async def test_a_cancellation_from_outside_is_passed_on() -> None:
+    async def handler(*_: object) -> None:
+        await asyncio.sleep(20)
+
+    task = asyncio.create_task(Served(handler)(b"x"))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

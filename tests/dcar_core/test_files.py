@@ -1,0 +1,96 @@
+"""Durable writes: complete or not at all, with exact bytes; see tests/index_jobs/test_durability.py for the order."""
+
+import errno
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from dcar_core.util.files import apply_umask, atomic_writer, canonical_json, fsync_path, sha256_of, write_json
+
+
+def test_the_whole_content_is_on_the_disk_before_the_file_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bytes]] = []
+
+    def record(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path.name, path.read_bytes() if path.is_file() else b""))
+
+    monkeypatch.setattr(os, "fsync", record)
+    with atomic_writer(tmp_path / "file") as file:
+        file.write(b"short")
+    assert synced == [(".file..tmp", b"short"), (tmp_path.name, b"")]
+    write_json(tmp_path / "file", 1)
+    assert synced[2:] == [(".file..tmp", b"1\n"), (tmp_path.name, b"")]
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def interrupted() -> None:
+        with atomic_writer(path) as file:
+            file.write(b"new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+    with pytest.raises(FileNotFoundError), atomic_writer(tmp_path / "nowhere" / "file"):
+        pass
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OSError, match="too many open files"), atomic_writer(path):
+        pass
+
+
+def test_writers_that_share_a_file_have_names_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_writer(path, shared=True) as one, atomic_writer(path, shared=True) as other:
+        assert len({one.name, other.name}) == 2
+        one.write(b"one")
+        other.write(b"other")
+    assert path.read_bytes() == b"one", "the last to end"
+    write_json(path, 1, shared=True)
+    with atomic_writer(path) as file:
+        assert file.name == str(tmp_path / ".file..tmp")
+
+
+def test_json_is_written_readably_and_hashed_canonically(tmp_path: Path) -> None:
+    write_json(tmp_path / "file", {"b": "é", "a": [1]})
+    assert (tmp_path / "file").read_text(encoding="utf-8") == '{\n  "b": "é",\n  "a": [\n    1\n  ]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "file", math.nan)
+    assert canonical_json({"b": "é", "a": [1, 2]}) == '{"a":[1,2],"b":"é"}'.encode()
+    digest = sha256_of(tmp_path / "file")
+    assert (len(digest), digest) == (64, digest.lower())
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_error_but_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EINVAL, "cannot be flushed")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", fail)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    fsync_path(tmp_path)
+    with pytest.raises(OSError, match="cannot be flushed"):
+        fsync_path(tmp_path / "file")
+    assert len([*Path("/proc/self/fd").iterdir()]) == before, "descriptors are closed"
+
+
+def test_the_umask_of_the_process_is_applied_and_kept() -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert apply_umask(0o777) == 0o777 & ~umask
+    assert apply_umask(0o700) == 0o700
+    assert umask != 0o077, "which the module sets while it reads it"

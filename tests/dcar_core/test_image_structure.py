@@ -1,0 +1,350 @@
+"""The check of an image file's structure: sizes, kept parts and exact limits, without any decoding."""
+
+import io
+import itertools
+import struct
+
+import pytest
+from PIL import Image
+
+from dcar_core.images import inspect
+from dcar_core.images.isobmff import coded_sizes
+from dcar_core.images.jpeg import MAX_SEGMENTS
+from dcar_core.images.tiff import MAX_TAGS, MAX_VALUES, exif_orientation
+from dcar_core.util.errors import ImageError, ImageFault
+from tests.support import hostile_images as hostile
+from tests.support.images import encoded
+
+
+def refusal(data: bytes) -> tuple[ImageFault, str]:
+    with pytest.raises(ImageError) as caught:
+        inspect(data)
+    return caught.value.fault, str(caught.value)
+
+
+def leb128(number: int) -> bytes:
+    groups = []
+    while number > 127:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def unit(kind: int, content: bytes, *, extended: bool = False, sized: bool = True) -> bytes:
+    """Return a unit (OBU) of an AV1 stream."""
+    head = kind << 3 | (4 if extended else 0) | (2 if sized else 0)
+    return bytes([head]) + (b"\xff" if extended else b"") + (leb128(len(content)) if sized else b"") + content
+
+
+def sequence_header(width: int, height: int, *optional: str, levels: tuple[int, ...] = (5,)) -> bytes:
+    """Return a sequence header (AV1 specification, section 5.5); skipped fields are ones, so a misread one shows.
+
+    optional: "timing", "interval", "decoder" and "delay", the parts that it has.
+    """
+    has = {name: name in optional for name in ("timing", "interval", "decoder", "delay")}
+    bits = "1111" + "0"
+    bits += f"1{64 * '1'}" if has["timing"] else "0"
+    if has["timing"]:
+        bits += "1" + "0001" + "111" if has["interval"] else "0"
+        bits += f"1{9:05b}{42 * '1'}" if has["decoder"] else "0"
+    bits += "1" if has["delay"] else "0"
+    bits += f"{len(levels) - 1:05b}"
+    for level in levels:
+        bits += 12 * "1" + f"{level:05b}" + ("1" if level > 7 else "")
+        bits += f"1{21 * '1'}" if has["timing"] and has["decoder"] else ""
+        bits += "1" + 4 * "1" if has["delay"] else ""
+    bits += f"{11:04b}{9:04b}{width - 1:012b}{height - 1:010b}"
+    return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8))
+
+
+def stream_sizes(stream: bytes, before: bytes = b"") -> list[tuple[int, int]]:
+    """Return the sizes in a stream that a track finds by the offset of its chunk."""
+    index = b"stco" + bytes(4) + struct.pack(">II", 1, len(before))
+    wide = b"co64" + bytes(4) + struct.pack(">IQ", 1, len(before))
+    found = [list(coded_sizes(before + stream, each, 0)) for each in (index, wide)]
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_every_optional_part_of_a_sequence_header_is_skipped(count: int) -> None:
+    for optional in itertools.combinations(("timing", "interval", "decoder", "delay"), count):
+        for levels in ((5,), (7, 8), (8, 7, 31)):
+            header = sequence_header(3_001, 777, *optional, levels=levels)
+            assert stream_sizes(unit(1, header)) == [(3_001, 777)], (optional, levels)
+
+
+def test_every_sequence_header_of_a_stream_is_read() -> None:
+    one, two, three = (sequence_header(100 * n, 10 * n) for n in (1, 2, 3))
+    stream = unit(2, b"") + unit(1, one) + unit(15, 300 * b"\xff") + unit(1, two, extended=True)
+    stream += unit(6, 128 * b"x", extended=True) + unit(1, three, sized=False)
+    assert stream_sizes(stream, b"before") == [(100, 10), (200, 20), (300, 30)]
+    assert stream_sizes(unit(1, one) + b"\x8a" + unit(1, two)) == [(100, 10)], "a forbidden bit ends the stream"
+    assert stream_sizes(b"\x0a") == []
+    assert stream_sizes(b"") == []
+
+
+def test_a_stream_of_too_many_units_is_refused() -> None:
+    header = unit(1, sequence_header(64, 64))
+    assert stream_sizes(99_998 * unit(2, b"") + header) == [(64, 64)]
+    with pytest.raises(ImageError, match="an AV1 stream of more than 100,000 units"):
+        stream_sizes(100_001 * unit(2, b"") + header)
+
+
+def items_index(version: int, spans: dict[int, list[tuple[int, int]]], *, inside: bool = False, base: int = 3) -> bytes:
+    """Return `iloc` with items of these starts and lengths. The numbers of items take more bytes in version 2."""
+    number = ">I" if version == 2 else ">H"
+    box = b"iloc" + bytes([version]) + bytes(3) + b"\x44" + (b"\x42" if version else b"\x40")
+    box += struct.pack(number, len(spans))
+    for item, extents in spans.items():
+        box += struct.pack(number, item) + (struct.pack(">H", inside) if version else b"")
+        box += struct.pack(">HIH", 7, base, len(extents))  # data reference, base, number of extents
+        for start, length in extents:
+            box += (b"\xff\xff" if version else b"") + struct.pack(">II", start - base, length)
+    return box
+
+
+def item_kind(item: int, kind: bytes, version: int = 2) -> bytes:
+    return b"infe" + bytes([version]) + bytes(3) + struct.pack(">I" if version == 3 else ">H", item) + b"\0\0" + kind
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("inside", [False, True])
+def test_items_are_found_by_their_spans(version: int, inside: bool) -> None:
+    stream = unit(2, b"") + unit(1, sequence_header(1_000, 500))
+    place = 20 if inside and version else 0
+    data = bytes(place) + b"abcde" + stream[:4] + b"gap" + stream[4:]
+    spans = {5: [(5, 4), (12, len(stream) - 4)], 6: [(5, 4), (12, 0)], 7: [(5, 0)]}
+    kinds = item_kind(5, b"av01") + item_kind(6, b"av01", 3) + item_kind(7, b"Exif")
+    index = items_index(version, spans, inside=inside) + kinds
+    assert list(coded_sizes(data, index, 20)) == 2 * [(1_000, 500)]
+    assert list(coded_sizes(data, items_index(version, spans, inside=inside), 20)) == [], "of no known kind"
+
+
+def test_items_that_share_their_data_too_often_are_refused() -> None:
+    stream = unit(1, sequence_header(64, 64))
+    kinds = b"".join(item_kind(item, b"av01") for item in range(5))
+    four, five = (items_index(0, {item: [(0, len(stream))] for item in range(n)}, base=0) for n in (4, 5))
+    assert list(coded_sizes(stream, four + kinds, 0)) == 4 * [(64, 64)]
+    with pytest.raises(ImageError, match="an AVIF file whose items overlap"):
+        list(coded_sizes(stream, five + kinds, 0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "subsampling", "planes"),
+    [
+        ("RGB", "4:2:0", 1.5),
+        ("RGB", "4:2:2", 2.0),
+        ("RGB", "4:4:4", 3.0),
+        ("RGBA", "4:4:4", 4.0),
+        ("RGB", "4:0:0", 1.0),
+    ],
+)
+def test_memory_of_an_avif_follows_its_planes(mode: str, subsampling: str, planes: float) -> None:
+    data = encoded(Image.new(mode, (40, 33)), "AVIF", speed=10, subsampling=subsampling)
+    assert inspect(data).bytes_per_pixel == planes + 9
+    deep = data.index(b"av1C") + 6
+    assert inspect(data[:deep] + bytes([data[deep] | 0x40]) + data[deep + 1 :]).bytes_per_pixel == 2 * planes + 9
+    assert inspect(data.replace(b"av1C", b"none")).bytes_per_pixel == 8 + 9
+
+
+def test_boxes_of_any_form_are_passed_on() -> None:
+    data = encoded(Image.new("RGB", (40, 33)), "AVIF", speed=10)
+    wide = struct.pack(">I4sQ", 1, b"free", 24) + 8 * b"w"
+    to_the_end = bytes(4) + b"free" + b"rest"
+    container = inspect(data + wide + struct.pack(">I4s", 8, b"free") + to_the_end)
+    assert container.data == data + wide + struct.pack(">I4s", 8, b"free") + to_the_end
+    assert (container.width, container.height) == (40, 33)
+    boxes = struct.pack(">I4s", 8, b"free")
+    count = data.count(b"ftyp") + data.count(b"meta") + data.count(b"mdat")
+    assert inspect(data + (999 - count) * boxes).width == 40
+    assert refusal(data + 1_000 * boxes) == (ImageFault.HOSTILE, "refused: more than 1,000 boxes")
+    assert refusal(data.replace(b"meta", b"free"))[1] == "broken or truncated: an AVIF file without an index"
+
+
+@pytest.mark.parametrize("declared", [(500, 100), (100, 400), (301, 200)])
+def test_the_size_of_an_avif_is_that_of_most_pixels(declared: tuple[int, int]) -> None:
+    data = encoded(Image.new("RGB", (300, 200)), "AVIF", speed=10)
+    place = data.index(b"ispe") + 8
+    other = data[:place] + struct.pack(">II", *declared) + data[place + 8 :]
+    assert (inspect(other).width, inspect(other).height) == max(
+        declared, (300, 200), key=lambda size: size[0] * size[1]
+    )
+    unknown = data.replace(b"ispe", b"none").replace(b"infe", b"none")
+    assert (inspect(unknown).width, inspect(unknown).height) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "bytes_per_pixel"),
+    [
+        ("RGB", {}, 0.25),
+        ("RGB", {"progressive": True, "subsampling": 0}, 0.25 + 2 * 3),
+        ("RGB", {"progressive": True, "subsampling": 2}, 0.25 + 2 * 1.5),
+        ("L", {"progressive": True}, 0.25 + 2),
+    ],
+)
+def test_memory_of_a_jpeg_follows_its_coefficients(
+    mode: str, options: dict[str, object], bytes_per_pixel: float
+) -> None:
+    assert inspect(encoded(Image.new(mode, (40, 33)), "JPEG", **options)).bytes_per_pixel == bytes_per_pixel
+
+
+def test_a_sequential_jpeg_of_several_scans_holds_its_coefficients() -> None:
+    data = encoded(Image.new("RGB", (40, 33)), "JPEG", subsampling=0)
+    scan = data.index(b"\xff\xda")
+    first = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+    assert inspect(data[:scan] + first + data[scan + 14 :]).bytes_per_pixel == 0.25 + 2 * 3
+
+
+def test_segments_of_a_jpeg_are_limited() -> None:
+    assert inspect(hostile.jpeg_with_segments(MAX_SEGMENTS - 10, 0xE5, b"x")).width == 16
+    fault, told = refusal(hostile.jpeg_with_segments(MAX_SEGMENTS, 0xFE, b"x"))
+    assert (fault, told) == (ImageFault.HOSTILE, "refused: a JPEG with more than 2,000 segments before its image data")
+    tables = [hostile.jpeg_with_segments(count, 0xDB, b"\0" + bytes(64)) for count in (940, 950)]  # of 69 bytes each
+    assert inspect(tables[0]).width == 16
+    assert refusal(tables[1]) == (ImageFault.HOSTILE, "refused: a JPEG with more than 64 KB of tables")
+    data = encoded(Image.new("L", (16, 16)), "JPEG")
+    comment = b"\xff\xfe\0\x03x"
+    assert inspect(data[:-2] + (MAX_SEGMENTS - 3) * comment + data[-2:]).width == 16
+    fault, told = refusal(data[:-2] + MAX_SEGMENTS * comment + data[-2:])
+    assert (fault, told) == (ImageFault.HOSTILE, "refused: a JPEG with more than 2,000 segments between its scans")
+
+
+def test_a_jpeg_is_read_around_fill_bytes_and_rubbish() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (40, 33)), "JPEG", exif=exif.tobytes(), comment=b"by hand")
+    container = inspect(data[:2] + b"\xff\xff\xff\x01rubbish\xff\xd0" + data[2:])
+    plain = inspect(data)
+    assert (container.data, container.width, container.height) == (plain.data, 40, 33)
+    assert (container.orientation, plain.orientation) == (6, 6)
+    assert b"by hand" not in plain.data
+    assert b"Exif" not in plain.data
+    assert b"JFIF" in inspect(encoded(Image.new("RGB", (40, 33)), "JPEG")).data
+    assert b"Adobe" in inspect(encoded(Image.new("CMYK", (40, 33)), "JPEG")).data
+
+
+def test_a_jpeg_without_image_data_or_frame_is_broken() -> None:
+    data = encoded(Image.new("RGB", (40, 33)), "JPEG")
+    scan, frame = data.index(b"\xff\xda"), data.index(b"\xff\xc0")
+    for cut in (data[:scan], data[: scan + 3], data[:scan] + b"\xff\xd9", data[:scan] + b"\xff\xff"):
+        assert refusal(cut) == (ImageFault.BROKEN, "broken or truncated: a JPEG without image data")
+    assert inspect(data[: scan + 4]).width == 40, "the decoder finds the rest missing"
+    without = data[:frame] + data[frame + 2 + int.from_bytes(data[frame + 2 : frame + 4]) :]
+    assert refusal(without) == (ImageFault.BROKEN, "broken or truncated: a JPEG without a frame header")
+
+
+def test_chunks_of_a_png_and_a_webp_are_limited_by_size() -> None:
+    assert inspect(hostile.png_with_chunks(950)).width == 16
+    assert refusal(hostile.png_with_chunks(1_020))[1].startswith("refused: a PNG with more than 1,01")
+    assert inspect(hostile.png_with_chunks(1_500, data=bytes(1_100))).width == 16, "of a kilobyte each"
+    assert inspect(hostile.webp_with_chunks(950)).width == 16
+    assert refusal(hostile.webp_with_chunks(1_020))[1].startswith("refused: a WebP file with more than 1,00")
+
+
+def test_metadata_of_a_png_is_removed_and_its_first_orientation_read() -> None:
+    six, three = Image.Exif(), Image.Exif()
+    six[0x0112], three[0x0112] = 6, 3
+    data = encoded(Image.new("RGB", (40, 33)))
+    chunks = b"".join(hostile.png_chunk(b"eXIf", each.tobytes()[6:]) for each in (six, three))
+    container = inspect(data[:33] + chunks + data[33:] + b"trailer")
+    assert (container.data, container.orientation) == (data, 6)
+    assert refusal(data[:32]) == (ImageFault.BROKEN, "broken or truncated: a PNG without a header")
+    assert refusal(data[:12] + b"JUNK" + data[16:])[1] == "broken or truncated: a PNG without a header"
+
+
+def test_headers_of_a_webp_that_are_cut_off_are_broken() -> None:
+    for options in ({"lossless": True}, {}, {"exif": b"Exif\0\0II*\0"}):
+        data = encoded(Image.new("RGB", (40, 33)), "WEBP", **options)
+        assert (inspect(data).width, inspect(data).height) == (40, 33)
+        assert refusal(data[:24])[0] == ImageFault.BROKEN
+        assert refusal(data[:12] + b"VP9 " + data[16:])[0] == ImageFault.BROKEN
+
+
+def test_the_canvas_of_a_gif_holds_its_first_frame() -> None:
+    colour = bytes(6)
+    frame = b"\x2c" + struct.pack("<HHHHB", 5, 7, 300, 20, 0) + b"\x02\x02\x44\x01\0;"
+    head = b"GIF89a" + struct.pack("<HHBBB", 16, 400, 0x80, 0, 0) + colour
+    control, comment = b"\x21\xf9\x04\x01\0\0\0\0", b"\x21\xfe\x03one\x02is\0"
+    container = inspect(head + comment + control + comment + frame)
+    assert container.data == head + control + frame
+    assert (container.width, container.height) == (305, 400)
+    plain = b"GIF89a" + struct.pack("<HHBBB", 500, 16, 0, 0, 0)
+    assert (inspect(plain + frame).width, inspect(plain + frame).height) == (500, 27)
+    assert refusal(head[:12]) == (ImageFault.BROKEN, "broken or truncated: a GIF without a header")
+    assert refusal(head + comment + frame[:9]) == (ImageFault.BROKEN, "broken or truncated: a GIF without a frame")
+    assert inspect(head + b"\x21\xfe" + 9_999 * b"\x01c" + b"\0" + frame).width == 305
+    many = "refused: a GIF with more than 10,000 blocks before its first frame"
+    assert refusal(head + b"\x21\xfe" + 10_000 * b"\x01c" + b"\0" + frame) == (ImageFault.HOSTILE, many)
+    assert refusal(head + 10_001 * b"\0" + frame) == (ImageFault.HOSTILE, many)
+
+
+def _long(value: int) -> tuple[int, int, bytes]:
+    return (4, 1, struct.pack("<L", value))
+
+
+def test_tags_of_a_tiff_are_limited() -> None:
+    size = {256: _long(40), 257: _long(33)}
+    private = {40_000 + i: _long(i) for i in range(MAX_TAGS)}
+    container = inspect(hostile.tiff(size | {k: private[k] for k in list(private)[: MAX_TAGS - 2]}))
+    assert (container.width, container.height) == (40, 33)
+    assert struct.unpack_from("<H", container.data, 8) == (2,), "the private ones are removed"
+    assert refusal(hostile.tiff(size | private))[1].startswith("refused: a TIFF file with 1,002 tags")
+    many = (3, MAX_VALUES + 1, bytes(4))
+    assert refusal(hostile.tiff(size | {273: many}))[1] == "refused: a TIFF file with a tag of more than 262,144 values"
+    room = bytes(2 * MAX_VALUES + 100)
+    assert inspect(hostile.tiff(size | {273: (3, MAX_VALUES, bytes(4))}, room)).width == 40
+    assert inspect(hostile.tiff(size | {347: (7, MAX_VALUES + 1, bytes(4))}, room)).width == 40, "bytes stay bytes"
+    assert refusal(hostile.tiff(size | {273: (12, 100, bytes(4))}))[1].endswith("more data in its tags than it has")
+    assert inspect(hostile.tiff(size | {50_000: many})).width == 40, "no decoder reads it"
+
+
+def test_tiles_of_a_tiff_may_be_a_little_larger_than_the_image() -> None:
+    def tiled(side: int, tile: int) -> bytes:
+        return hostile.tiff({256: _long(side), 257: _long(side), 322: _long(tile), 323: _long(tile)})
+
+    assert inspect(tiled(16, 2_048)).width == 16, "any of four megapixels"
+    told = "refused: a TIFF file of 16 x 16 pixels in tiles of 2049 x 2049"
+    assert refusal(tiled(16, 2_049)) == (ImageFault.HOSTILE, told)
+    assert inspect(tiled(3_000, 4_242)).width == 3_000
+    assert refusal(tiled(3_000, 4_243))[0] == ImageFault.HOSTILE
+
+
+def test_broken_directories_of_a_tiff_are_named() -> None:
+    whole = hostile.tiff({256: _long(40), 257: _long(33)})
+    assert refusal(whole[:30])[1] == "broken or truncated: a TIFF file without a complete directory"
+    beyond = whole[:4] + struct.pack("<L", len(whole) + 1) + whole[8:]
+    assert refusal(beyond)[1] == "broken or truncated: a TIFF file without its directory"
+    for order, mark in (("<", b"II"), (">", b"MM")):
+        big = mark + struct.pack(order + "HHHQQ", 43, 8, 0, 16, 2)
+        big += struct.pack(order + "HHQL4x", 256, 4, 1, 40) + struct.pack(order + "HHQQ", 257, 16, 1, 33)
+        container = inspect(big + bytes(8))
+        assert (container.width, container.height) == (40, 33)
+
+
+@pytest.mark.parametrize(("stated", "read"), [(1, 1), (8, 8), (0, 1), (9, 1)])
+def test_only_known_orientations_count(stated: int, read: int) -> None:
+    assert exif_orientation(hostile.tiff({271: (2, 4, b"abc\0"), 274: (3, 1, struct.pack("<HH", stated, 0))})) == read
+    for kind in (1, 3, 4, 13):
+        assert exif_orientation(hostile.tiff({274: (kind, 1, b"\6\0\0\0")})) == 6
+    assert exif_orientation(b"none") == 1
+    assert exif_orientation(hostile.tiff({274: (2, 1, b"\6\0\0\0")})) == 1, "a text is no number"
+
+
+def test_run_lengths_of_a_bmp_are_limited() -> None:
+    buffer = io.BytesIO()
+    Image.new("P", (40, 33)).save(buffer, "BMP")
+    data = buffer.getvalue()
+    assert (inspect(data).width, inspect(data).height) == (40, 33)
+    top_down = data[:22] + struct.pack("<i", -33) + data[26:]
+    assert inspect(top_down).height == 33
+    assert inspect(data[:34]).width == 40
+    assert refusal(data[:33]) == (ImageFault.BROKEN, "broken or truncated: a BMP file without a header")
+    for kind, refused in ((0, False), (1, True), (2, True), (3, False)):
+        packed = data[:30] + struct.pack("<I", kind) + data[34:]
+        assert inspect(packed.ljust(2**20, b"\0")).width == 40
+        large = packed.ljust(2**20 + 1, b"\0")
+        if refused:
+            assert refusal(large) == (ImageFault.HOSTILE, "refused: a run-length encoded BMP file of more than 1 MB")
+        else:
+            assert inspect(large).width == 40

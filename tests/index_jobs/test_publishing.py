@@ -1,0 +1,208 @@
+"""Details of publishing and of opened versions that no other test would miss."""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core.util.errors import ArtifactError, DcarError
+from dcar_core.util.files import write_json
+from index_jobs.jobs.updates import remove
+from index_jobs.store import artifact as artifact_module
+from index_jobs.store import milvus, publish
+from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
+from index_jobs.store.manifest import Addition, Manifest, check_file_once
+from index_jobs.store.publish import clean_work, open_staging, report_os_errors, rollback
+from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
+from tests.support.versions import publish_copy
+
+
+def test_fewer_than_one_version_cannot_be_kept(index: Path) -> None:
+    with pytest.raises(ValueError, match="keep must be at least 1, not 0"):
+        publish_copy(index, keep=0)
+    assert version_numbers(index) == [1]
+    assert current_version(index) == 1
+
+
+def test_a_refused_writer_does_not_wait(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(_: float) -> None:
+        raise AssertionError("waits")
+
+    with open_staging(index):
+        monkeypatch.setattr("time.sleep", wait)
+        with pytest.raises(DcarError, match="another job is writing"):
+            rollback(index)
+
+
+def test_an_external_store_follows_every_change_of_the_current_version(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(milvus, "read_locations", lambda _: "read before old versions are removed")
+    monkeypatch.setattr(milvus, "sync_collections", lambda *given: calls.append(given))
+    publish_copy(index)
+    rollback(index)
+    assert calls == [(index, 2, "read before old versions are removed"), (index, 1)]
+
+
+def test_a_lost_current_version_rolls_back_to_the_newest(index: Path) -> None:
+    publish_copy(index)
+    for content in (None, b"\0"):
+        (index / "CURRENT").unlink()
+        if content is not None:
+            (index / "CURRENT").write_bytes(content)
+        assert rollback(index) == 2
+
+
+def test_only_rejected_folders_of_a_work_directory_are_removed(index: Path) -> None:
+    work = index / "work"
+    clean_work(index, work, lambda _: False)
+    for name in ("kept", "old"):
+        (work / name).mkdir(parents=True)
+    (work / "file").touch()
+    clean_work(index, work, lambda path: path.name == "kept")
+    assert sorted(path.name for path in work.iterdir()) == ["file", "kept"]
+    assert [path.name for path in (index / "versions").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "one"), r"cannot be written: Permission denied \(one\); published"),
+        (OSError(errno.EXDEV, "Other device", "one", None, "two"), r"cannot be written: Other device \(two\); "),
+        (OSError(errno.EIO, "Broken"), r"cannot be written: Broken; published versions are unchanged, run the same"),
+        (OSError("no library"), r"cannot be made: no library; published versions are unchanged$"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(error: OSError, told: str, tmp_path: Path) -> None:
+    with pytest.raises(DcarError, match=told), report_os_errors(tmp_path):
+        raise error
+
+
+def test_shared_files_are_not_read_again(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def record(module: Any) -> None:
+        real: Callable[[Path], str] = module.sha256_of
+
+        def recorded(path: Path) -> str:
+            hashed.append(path.name)
+            return real(path)
+
+        monkeypatch.setattr(module, "sha256_of", recorded)
+
+    record(publish)
+    record(artifact_module)
+    remove(index, [open_current(index).item(0).id])
+    assert "index.faiss" not in hashed
+    assert hashed.count("removed.npy") == 2, "written and read back"
+
+
+def test_the_number_of_removed_rows_must_be_that_of_the_manifest(index: Path) -> None:
+    remove(index, [open_current(index).item(row).id for row in (3, 7)])
+    path = open_current(index).path / "removed.npy"
+    for rows in ([], [3], [3, 7, 9]):
+        np.save(path, np.array(rows, np.int64))
+        manifest = Manifest.read(path.parent / "manifest.json")
+        info = replace(manifest.files["removed.npy"], size=path.stat().st_size)
+        manifest = replace(manifest, files=manifest.files | {"removed.npy": info})
+        write_json(path.parent / "manifest.json", manifest.to_dict())
+        with pytest.raises(ArtifactError, match=r"removed\.npy does not fit the manifest"):
+            open_current(index)
+
+
+def test_lengths_are_checked_even_of_files_that_are_not_read(index: Path) -> None:
+    artifact = open_current(index)
+    path = artifact.path / "index.faiss"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match=r"index\.faiss has [\d,]+ bytes, but should have"):
+        artifact.verify(skip=["index.faiss"])
+
+
+def test_a_file_that_cannot_be_read_is_named(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(artifact_module, "sha256_of", broken)
+    with pytest.raises(ArtifactError, match=r"checkpoint/\S+ cannot be read: Input/output error"):
+        open_current(index).verify()
+
+
+def test_few_items_are_held(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact_module, "_CACHED_ITEMS", 5)
+    artifact, held = open_current(published), list[int]()
+    for row in range(12):
+        artifact.item(row)
+        held.append(len(artifact._items))
+    assert held == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
+    assert artifact.item(11) is artifact.item(11)
+    assert artifact.item(0).id == open_current(published).item(0).id
+
+
+def test_half_of_the_images_may_be_missing(index: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact_module, "_SAMPLE", 24)
+    manifest = replace(open_current(index).manifest, root=str(gallery))
+    write_json(index / "versions/1/manifest.json", manifest.to_dict())
+    artifact = open_current(index)
+    assert artifact.find_gallery_fault() is None
+    paths = [Path(artifact.image_place(row)[0]) for row in range(24)]
+    for path in paths[:12]:
+        path.unlink()
+    assert artifact.find_gallery_fault() is None
+    assert (
+        artifact.find_gallery_fault(str(paths[0]))
+        == f"1 of 1 sampled images are not in the gallery, such as {paths[0]}"
+    )
+    assert artifact.find_gallery_fault(str(paths[23])) is None
+    paths[20].unlink()
+    assert artifact.find_gallery_fault() == f"13 of 24 sampled images are not in the gallery, such as {paths[0]}"
+
+
+def test_the_key_of_an_image_changes_with_its_file(index: Path, gallery: Path) -> None:
+    manifest = replace(open_current(index).manifest, root=str(gallery))
+    write_json(index / "versions/1/manifest.json", manifest.to_dict())
+    artifact = open_current(index)
+    keys = [artifact.image_key(row) for row in range(24)]
+    assert (len({*keys}), {len(key) for key in keys}) == (24, {32})
+    assert artifact.image_key(3) == keys[3]
+    path = Path(artifact.image_place(3)[0])
+    os.utime(path, ns=(1, 1))
+    assert artifact.image_key(3) != keys[3]
+    assert artifact.image_key(4) == keys[4]
+    path.unlink()
+    with pytest.raises(ArtifactError, match="the image of row 3 cannot be read: No such file"):
+        artifact.image_key(3)
+
+
+def test_derived_facts_of_a_manifest(published: Path) -> None:
+    manifest = open_version(published, 1).manifest
+    assert manifest.has_term_lists
+    assert not replace(manifest, files={}).has_term_lists
+    assert manifest.words_weight == DEFAULT_WEIGHT
+    assert replace(manifest, hybrid_weight=0.0).words_weight == 0
+    addition = Addition(folder="added-2", count=1, kind="Flat", sources=["d"], roots=["/d", "/a"])
+    assert replace(manifest, root="/a", roots=["/b", ""], additions=[addition]).folders == ["/a", "/b", "/d"]
+
+
+def test_a_file_is_checked_until_it_is_sound(tmp_path: Path) -> None:
+    path, checks = tmp_path / "file", list[Path]()
+    path.touch()
+
+    def check() -> None:
+        checks.append(path)
+        if len(checks) == 1:
+            raise ValueError("odd")
+
+    with pytest.raises(ArtifactError, match=r"file is damaged: odd; roll back, or rebuild the index"):
+        check_file_once(path, check)
+    for _ in range(3):
+        check_file_once(path, check)
+    assert len(checks) == 2
+    path.write_bytes(b"changed")
+    check_file_once(path, check)
+    assert len(checks) == 3
