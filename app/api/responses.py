@@ -124,6 +124,8 @@ def _item(items: str, item: Item) -> dict[str, Any]:
         "category": item.category,
         "metadata": _metadata(item),
         "image_url": _image_url(items, item.id),
+        "width": item.width,
+        "height": item.height,
     }
 
 
@@ -136,6 +138,8 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
         "caption": item.caption,
         "category": item.category,
         "image_url": _image_url(items, item.id),
+        "width": item.width,
+        "height": item.height,
     }
     if fields:
         metadata = _metadata(item)

@@ -49,6 +49,7 @@ class FacetValue(BaseModel):
 class Result(BaseModel):
     """One result. score: cosine of query and item, at most 1.
 
+    width, height: of the upright image in pixels; null if the index does not know them.
     text_score: share of the query's words that the item contains, about 1 for all of them; hybrid results are sorted by
         both scores.
     rerank_score: cosine under the exact weights of this (query, item) pair; re-ranked results are sorted by it.
@@ -61,6 +62,8 @@ class Result(BaseModel):
     caption: str = Field(examples=["crying cat"])
     category: str = Field(examples=["cat face"])
     image_url: str = Field(examples=["/items/1f63f.png/image"])
+    width: int | None = Field(None, examples=[72])
+    height: int | None = Field(None, examples=[72])
     metadata: dict[str, Any] | None = None
     rerank_score: float | None = None
     text_score: float | None = None
@@ -115,13 +118,15 @@ class CollectionsResponse(BaseModel):
 
 
 class GalleryItem(BaseModel):
-    """One item of the gallery with all its metadata."""
+    """One item of the gallery with all its metadata. width, height: as of a result."""
 
     id: str
     caption: str
     category: str
     metadata: dict[str, Any]
     image_url: str
+    width: int | None = None
+    height: int | None = None
 
 
 class ItemResponse(GalleryItem):

@@ -94,7 +94,11 @@ function say(message) {
 function draw(item) {
   const title = item.caption || item.id;
   $("detail-title").textContent = title;
-  $("detail-image").alt = title;
+  const image = $("detail-image"), { width, height } = item;
+  image.alt = title;
+  image.classList.toggle("sized", Boolean(width && height)); // takes its place before it is loaded
+  image.style.setProperty("--width", `${width}px`);
+  image.style.setProperty("--ratio", width / height);
   $("detail-category").textContent = item.category ?? "";
   $("detail-category").hidden = !item.category;
   $("detail-category").title = `Only the category “${item.category}”`;

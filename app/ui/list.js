@@ -13,6 +13,8 @@ const FAMILIAR = 0.5; // share of the words that captions have
 const CONTAINED = 0.6; // share of the words, by their rarity, from which on an item fits whatever its image shows
 const NEAR_SPELLING = 0.4; // the same where captions lack the words
 
+const LONGEST = 1.5; // of a frame's sides to each other
+
 const $ = (id) => document.getElementById(id);
 const results = $("results"), nothing = $("nothing");
 
@@ -55,6 +57,7 @@ export function drawList(found, wanted, known, groups) {
   list = { ...emptyList(), wanted, minScore, enough, scale: scaleOf(found.results), count: found.count, groups };
   const hasMaps = found.results.some(({ explanation }) => explanation);
   if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), found.words, hasMaps);
+  $("lists").style.setProperty("--frame", frameOf(found.results));
   append(found);
   if (hadFocus) results.focus({ preventScroll: true });
   $("scores").hidden = !hasSubject(wanted) || !found.results.length;
@@ -100,6 +103,15 @@ function append(found) {
   $("status").textContent = facts(found);
   observer.unobserve($("more"));
   if (canGrow()) observer.observe($("more")); // again, so that it reports even if it stayed visible
+}
+
+// Returns the aspect ratio of the frames: that of the middle image, so most fill theirs. Explained images are square, as
+// the model sees them.
+function frameOf(shown) {
+  const known = shown.filter(({ width, height }) => width && height);
+  if (!known.length || shown.some(({ explanation }) => explanation)) return 1;
+  const ratios = known.map(({ width, height }) => width / height).sort((a, b) => a - b);
+  return Math.min(LONGEST, Math.max(1 / LONGEST, ratios[ratios.length >> 1]));
 }
 
 function card(result, name, scale, isWeak) {

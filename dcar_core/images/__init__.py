@@ -7,7 +7,7 @@ Every folder above `util` may import it; it imports `util` alone.
 """
 
 from dcar_core.images.containers import inspect
-from dcar_core.images.decoding import MAX_PIXELS, ImageSource, open_image
+from dcar_core.images.decoding import MAX_PIXELS, ImageSource, open_image, upright_size
 from dcar_core.images.files import ImageRoot, TarSpan, index_tar
 from dcar_core.images.formats import (
     ALL_FORMATS,
@@ -34,4 +34,5 @@ __all__ = [
     "inspect",
     "open_image",
     "sniff_format",
+    "upright_size",
 ]

@@ -49,7 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
+_SIDEWAYS = 5  # orientations from which on width and height change places
 
 ThumbnailFormat = Literal["webp", "jpeg"]
 
@@ -88,6 +88,20 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
         raise
     except Exception as error:  # decoders raise all kinds of errors on damaged bytes
         raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
+
+
+def upright_size(container: Container) -> tuple[int, int]:
+    """Return width and height of the upright image; 0 where only decoding would tell. AVIF and HEIF may be turned by
+    their container, which their decoders read without decoding.
+
+    Raises:
+        ImageError: the extra that reads the format is missing.
+    """
+    (width, height), orientation = (container.width, container.height), container.orientation
+    if container.format in (ImageFormat.AVIF, ImageFormat.HEIF):
+        image = _open(container)
+        (width, height), orientation = image.size, _orientation(container, image)
+    return (height, width) if orientation >= _SIDEWAYS else (width, height)
 
 
 def make_thumbnail(container: Container, side: int, thumbnail_format: ThumbnailFormat) -> bytes:

@@ -24,15 +24,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dcar_core.images import Container, inspect, upright_size
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, ImageError, ImageFault
 from dcar_core.util.processes import process_context
-from index_jobs.encoding.pixel_cache import PixelCache
-from index_jobs.encoding.shards import FailedImage
+from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
+from index_jobs.encoding.shards import FailedImage, Sizes
 from index_jobs.gallery.storage import ImageLocation, read_images
 
-PreprocessBytes = Callable[[bytes], Pixels]
+PreprocessImage = Callable[[Container], Pixels]
 SMALL_GALLERY = 2_000  # threads finish a smaller gallery before worker processes have started
 _MAX_THREADS = 4  # threads keep up to this many cores busy
 _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
@@ -51,12 +52,13 @@ class DecodedWindow:
     """A decoded window.
 
     pixels: uint8 (m, 3, S, S) of the readable images, in order. failed: the other images.
-    pixel_hashes: uint64 (m,). size: number of images in the window.
+    pixel_hashes: uint64 (m,). sizes: of the files. size: number of images in the window.
     """
 
     pixels: Pixels
     failed: tuple[FailedImage, ...]
     pixel_hashes: NDArray[np.uint64]
+    sizes: Sizes
     size: int
 
 
@@ -74,7 +76,7 @@ def worker_count(workers: int | None, images: int) -> int:
 
 
 def decode_windows(
-    windows: Iterator[Window], preprocess: PreprocessBytes, workers: int, cache: PixelCache | None = None
+    windows: Iterator[Window], preprocess: PreprocessImage, workers: int, cache: PixelCache | None = None
 ) -> Generator[DecodedWindow, None, None]:
     """Decode windows in order, with `workers` from `worker_count`."""
     decoder = WindowDecoder(preprocess, cache)
@@ -107,34 +109,37 @@ def _start_pool(workers: int) -> tuple[Executor, int]:
 class WindowDecoder:
     """Reads and decodes the images of a window, through the cache if there is one."""
 
-    preprocess: PreprocessBytes
+    preprocess: PreprocessImage
     cache: PixelCache | None = None
 
     def __call__(self, window: Window) -> DecodedWindow:
-        pixels = self.cache.get(window.root, window.locations) if self.cache else {}
-        missing = [location for location in window.locations if location.row not in pixels]
-        decoded: dict[ImageLocation, Pixels] = {}
+        images = self.cache.get(window.root, window.locations) if self.cache else {}
+        missing = [location for location in window.locations if location.row not in images]
+        decoded: dict[ImageLocation, DecodedImage] = {}
         failed = []
         for location, data in zip(missing, read_images(window.root, missing), strict=True):
             result = self._decode(location.row, data)
             if isinstance(result, FailedImage):
                 failed.append(result)
             else:
-                pixels[location.row] = decoded[location] = result
+                images[location.row] = decoded[location] = result
         if self.cache and decoded:
             self.cache.put(window.root, decoded)
-        stacked = np.stack([pixels[row] for row in sorted(pixels)]) if pixels else np.empty((0, 3, 0, 0), np.uint8)
-        hashes = [int.from_bytes(hashlib.blake2b(image.data, digest_size=8).digest()) for image in stacked]
-        return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), len(window.locations))
+        ordered = [images[row] for row in sorted(images)]
+        stacked = np.stack([image.pixels for image in ordered]) if ordered else np.empty((0, 3, 0, 0), np.uint8)
+        hashes = [int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest()) for pixels in stacked]
+        sizes = np.array([image[1:] for image in ordered], np.int32).reshape(-1, 2)
+        return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), sizes, len(window.locations))
 
-    def _decode(self, row: int, data: bytes | Exception) -> Pixels | FailedImage:
+    def _decode(self, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:
         if isinstance(data, FileNotFoundError):
             return FailedImage(row, "no such file", ImageFault.MISSING)
         if isinstance(data, Exception):
             reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
             return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)
         try:
-            return self.preprocess(data)
+            container = inspect(data)
+            return DecodedImage(self.preprocess(container), *upright_size(container))
         except ImageError as error:
             return FailedImage(row, str(error), error.fault)
         except Exception as error:  # an unforeseen decoder error fails one image, not the job

@@ -91,16 +91,20 @@ def save_shard(
     """
     reused_at = reused.indices if reused is not None else np.empty(0, np.int64)
     vectors, hashes = ([reused.vectors], [reused.pixel_hashes]) if reused is not None else ([], [])
+    sizes = [reused.sizes] if reused is not None else []
     failed = list[FailedImage]()
     missing = len(locations) - len(reused_at)
     while missing:  # keeps no window: the pixels of a shard take 150 MB
         window, encoded = next(windows)
         vectors.append(encoded)
         hashes.append(window.pixel_hashes)
+        sizes.append(window.sizes)
         failed += window.failed
         missing -= window.size
     failed_rows = {failure.row for failure in failed}
     readable = np.array([i for i, location in enumerate(locations) if location.row not in failed_rows], np.int64)
     order = np.argsort(np.concatenate([reused_at, np.setdiff1d(readable, reused_at)]))
     location_hashes = np.array([locations[i].location_hash for i in readable], np.uint64)
-    return store.save(number, np.concatenate(vectors)[order], failed, np.concatenate(hashes)[order], location_hashes)
+    joined = np.concatenate(vectors)[order]
+    pixel_hashes, all_sizes = np.concatenate(hashes)[order], np.concatenate(sizes)[order]
+    return store.save(number, joined, failed, pixel_hashes, location_hashes, all_sizes)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation, read_images
 from index_jobs.options import RebuildOptions
+from index_jobs.store.items import SIZE_COLUMNS
 from index_jobs.store.manifest import FAILED
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,15 @@ class EncodedGallery:
     def rows(self) -> Rows:
         """Gallery row of every vector, int64 (n,), ascending."""
         return np.concatenate([shard.rows for shard in self.shards])
+
+    def with_sizes(self, table: pa.Table) -> pa.Table:
+        """Return the gallery's table with the columns of `SIZE_COLUMNS`, null where a size is unknown."""
+        sizes = np.zeros((table.num_rows, 2), np.int32)
+        for shard in self.shards:
+            sizes[shard.rows] = shard.sizes
+        for name, column in zip(SIZE_COLUMNS, sizes.T, strict=True):
+            table = table.append_column(name, pa.array(column, mask=column <= 0))
+        return table
 
     def duplicates(self) -> list[tuple[int, int]]:
         """(gallery row, first row with the same pixels) of every repeated image."""
@@ -170,7 +181,7 @@ class EncodingState:
         if (positions >= 0).all():
             reused = self._reusable.take(positions, self.store.dim)
             hashes = np.array([location.location_hash for location in locations], np.uint64)
-            self.shards[number] = self.store.save(number, reused.vectors, [], reused.pixel_hashes, hashes)
+            self.shards[number] = self.store.save(number, reused.vectors, [], reused.pixel_hashes, hashes, reused.sizes)
         elif (positions >= 0).any() and not whole_shards:
             self._positions[number] = positions
 

@@ -5,16 +5,19 @@
 - The key holds the location and its version, so a changed image is decoded again. Failures are not cached.
 - A disk that fills up, or a file that breaks during the job, costs a warning and the time to decode. A cache that
   cannot be opened is an error before anything is encoded.
+- The width and height of the file follow the pixels; entries of older versions end with the pixels.
 - An image of 224 pixels takes 150 KB. Nothing is ever removed; delete the directory to free the space.
 """
 
 import hashlib
 import logging
 import sqlite3
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +32,15 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_S = 60  # for another process's write
 _PAGE_BYTES = 32_768  # a few pages per image
 _KEYS_PER_QUERY = 500  # the oldest builds of SQLite accept 999
+_SIZE = struct.Struct("<II")
+
+
+class DecodedImage(NamedTuple):
+    """Pixels for the model, uint8 (3, S, S), and width and height of the upright file, 0 if unknown."""
+
+    pixels: Pixels
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
@@ -55,25 +67,30 @@ class PixelCache:
             ) from error
         return cache
 
-    def get(self, root: str, locations: Sequence[ImageLocation]) -> dict[int, Pixels]:
-        """Return gallery row -> uint8 (3, S, S) of the cached images among these."""
+    def get(self, root: str, locations: Sequence[ImageLocation]) -> dict[int, DecodedImage]:
+        """Return gallery row -> image of the cached ones among these."""
         rows = {cache_key(root, location): location.row for location in locations}
-        keys, cached = list(rows), dict[int, Pixels]()
+        keys, cached, pixels = list(rows), dict[int, DecodedImage](), 3 * self.side**2
         try:
             with self._connection() as connection:
                 for start in range(0, len(keys), _KEYS_PER_QUERY):
                     part = keys[start : start + _KEYS_PER_QUERY]
                     query = f"SELECT key, value FROM pixels WHERE key IN ({','.join('?' * len(part))})"
                     for key, value in connection.execute(query, part):
-                        if len(value) == 3 * self.side**2:
-                            cached[rows[key]] = np.frombuffer(value, np.uint8).reshape(3, self.side, self.side)
+                        if len(value) in (pixels, pixels + _SIZE.size):
+                            image = np.frombuffer(value, np.uint8, pixels).reshape(3, self.side, self.side)
+                            width, height = _SIZE.unpack_from(value, pixels) if len(value) > pixels else (0, 0)
+                            cached[rows[key]] = DecodedImage(image, width, height)
         except sqlite3.Error as error:
             logger.warning("the pixel cache %s cannot be read (%s); images are decoded instead", self.path, error)
         return cached
 
-    def put(self, root: str, pixels: Mapping[ImageLocation, Pixels]) -> None:
-        """Store uint8 (3, S, S) of each location."""
-        rows = [(cache_key(root, location), value.tobytes()) for location, value in pixels.items()]
+    def put(self, root: str, images: Mapping[ImageLocation, DecodedImage]) -> None:
+        """Store the image of each location."""
+        rows = [
+            (cache_key(root, location), pixels.tobytes() + _SIZE.pack(width, height))
+            for location, (pixels, width, height) in images.items()
+        ]
         try:
             with self._connection() as connection, connection:
                 connection.executemany("INSERT OR REPLACE INTO pixels VALUES (?, ?)", rows)

@@ -1,8 +1,8 @@
 """Vector shards: the finished part of an encoding job, safe against kills.
 
-- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the failed images, hashes of
-  the locations and pixels of the others, and the checksum. The JSON is written last, so a shard counts only when it is
-  complete.
+- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the failed images, the sizes
+  of the others, hashes of their locations and pixels, and the checksum. The JSON is written last, so a shard counts
+  only when it is complete.
 - The vectors of a shard depend on nothing outside its range, so those of a resumed job are those of an uninterrupted
   one.
 - Shards hold the image tower's features; an adapter of features is applied when they are read. A training that changes
@@ -29,6 +29,9 @@ from dcar_core.util.files import atomic_writer, canonical_json, sha256_of, write
 
 FORMAT = 4
 
+Sizes = NDArray[np.int32]
+"""Width and height of upright images in pixels, int32 (m, 2); 0 if unknown."""
+
 
 class FailedImage(NamedTuple):
     """An image without a vector. row: of the gallery."""
@@ -48,7 +51,7 @@ class FailedImage(NamedTuple):
 class Shard:
     """A complete shard: the vectors' file, the gallery rows [start, stop) that it covers, and the failed images.
 
-    pixel_hashes, location_hashes: of each vector's image, uint64 (m,).
+    pixel_hashes, location_hashes: of each vector's image, uint64 (m,). sizes: likewise; 0 in older shards.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Shard:
     failed: tuple[FailedImage, ...]
     pixel_hashes: NDArray[np.uint64]
     location_hashes: NDArray[np.uint64]
+    sizes: Sizes
 
     @classmethod
     def read(cls, note: Path) -> "Shard":
@@ -64,9 +68,12 @@ class Shard:
         path, values = note.with_suffix(".npy"), json.loads(note.read_bytes())
         start, stop = map(int, values["rows"])
         failed = tuple(FailedImage.parse(failure) for failure in values["failed"])
-        shard = cls(path, start, stop, failed, _from_hex(values["pixels"]), _from_hex(values["marks"]))
-        vectors, count = shard.vectors(), stop - start - len(failed)
-        lengths = {len(vectors), len(shard.pixel_hashes), len(shard.location_hashes)}
+        count = stop - start - len(failed)
+        sizes = np.frombuffer(bytes.fromhex(values.get("sizes", "00" * 8 * count)), ">i4").reshape(-1, 2)
+        hashes = _from_hex(values["pixels"]), _from_hex(values["marks"])
+        shard = cls(path, start, stop, failed, *hashes, sizes.astype(np.int32))
+        vectors = shard.vectors()
+        lengths = {len(vectors), len(sizes), *map(len, hashes)}
         is_valid = vectors.ndim == 2 and vectors.dtype == np.float32 and lengths == {count}
         if not is_valid or values["sha256"] != sha256_of(path):
             raise ValueError(f"{path} does not match {note.name}")
@@ -150,8 +157,9 @@ class ShardStore:
         failed: Sequence[FailedImage],
         pixel_hashes: NDArray[np.uint64],
         location_hashes: NDArray[np.uint64],
+        sizes: Sizes,
     ) -> Shard:
-        """Write a shard: float32 (m, E) of the rows that did not fail, and hashes as in `Shard`."""
+        """Write a shard: float32 (m, E) of the rows that did not fail, hashes and sizes as in `Shard`."""
         note, path = self._paths(number)
         span = self.span(number)
         if vectors.shape != (len(span) - len(failed), self.dim):
@@ -164,10 +172,11 @@ class ShardStore:
             "failed": [list(failure) for failure in failed],
             "pixels": _to_hex(pixel_hashes),
             "marks": _to_hex(location_hashes),
+            "sizes": sizes.astype(">i4").tobytes().hex(),
             "sha256": sha256_of(path),
         }
         write_json(note, values, shared=True)
-        return Shard(path, span.start, span.stop, tuple(failed), pixel_hashes, location_hashes)
+        return Shard(path, span.start, span.stop, tuple(failed), pixel_hashes, location_hashes, sizes)
 
     def reopen(self, number: int) -> None:
         """Mark a complete shard as to do, for every machine that sees the store."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
-from index_jobs.encoding.shards import Shard
+from index_jobs.encoding.shards import Shard, Sizes
 from index_jobs.gallery.storage import ImageLocation
 
 
@@ -19,12 +19,13 @@ from index_jobs.gallery.storage import ImageLocation
 class ReusedVectors:
     """Vectors of some of a list of images.
 
-    indices: int64 (m,) into the list. vectors: float32 (m, E). pixel_hashes: uint64 (m,).
+    indices: int64 (m,) into the list. vectors: float32 (m, E). pixel_hashes: uint64 (m,). sizes: of the images.
     """
 
     indices: NDArray[np.int64]
     vectors: Floats
     pixel_hashes: NDArray[np.uint64]
+    sizes: Sizes
 
 
 class ReusableVectors:
@@ -52,10 +53,11 @@ class ReusableVectors:
         """Return the vectors at `positions`; -1 is left out."""
         indices = np.flatnonzero(positions >= 0)
         vectors = np.empty((len(indices), dim), np.float32)
-        pixel_hashes = np.empty(len(indices), np.uint64)
+        pixel_hashes, sizes = np.empty(len(indices), np.uint64), np.empty((len(indices), 2), np.int32)
         shard_numbers = np.searchsorted(self._starts, positions[indices], side="right") - 1
         for number in np.unique(shard_numbers):
             shard, here = self._shards[number], shard_numbers == number
             rows = positions[indices[here]] - self._starts[number]
             vectors[here], pixel_hashes[here] = shard.vectors()[rows], shard.pixel_hashes[rows]
-        return ReusedVectors(indices, vectors, pixel_hashes)
+            sizes[here] = shard.sizes[rows]
+        return ReusedVectors(indices, vectors, pixel_hashes, sizes)

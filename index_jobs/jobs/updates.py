@@ -179,9 +179,8 @@ def _write_addition(
         tables.append(Items(current.path / addition.folder / ITEMS).table(live - start))
         blocks.append(current.vectors(live))
         start += addition.count
-    table = pa.concat_tables(
-        [*tables, take_rows(absolute_locations(gallery.table, gallery.root).select(COLUMNS), rows)]
-    )
+    new = absolute_locations(encoded.with_sizes(gallery.table), gallery.root).select(COLUMNS)
+    table = pa.concat_tables([*tables, take_rows(new, rows)])
     built = build_index(
         lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
         kinds.choose_kinds("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),

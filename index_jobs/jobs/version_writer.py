@@ -82,7 +82,7 @@ def stage_items(
 ) -> FieldTypes:
     """Write items, their words, failures and duplicates, and return the types of the items' fields."""
     rows = encoded.rows()
-    fields = write_items(staging / ITEMS, gallery.table, rows)
+    fields = write_items(staging / ITEMS, encoded.with_sizes(gallery.table), rows)
     write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), text_fields))
     write_failed(staging / FAILED, gallery, encoded.failed)
     write_duplicates(staging / DUPLICATES, gallery, encoded.duplicates())

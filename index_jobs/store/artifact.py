@@ -31,18 +31,25 @@ if TYPE_CHECKING:
     from index_jobs.store.faiss_index import VectorIndex
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
+_ITEM_COLUMNS = ("id", "caption", "category", "metadata", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
 _SAMPLE = 16  # images whose presence stands for the gallery's
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of the gallery. Missing values are "". fields: the metadata as JSON, parsed on demand."""
+    """One image of the gallery. Missing texts are "".
+
+    fields: the metadata as JSON, parsed on demand. width, height: of the upright image in pixels; None if the index
+    does not know them.
+    """
 
     id: str
     caption: str
     category: str
     fields: str
+    width: int | None
+    height: int | None
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -148,7 +155,7 @@ class Artifact(Segments):
         if (cached := self._items.get(row)) is not None:
             return cached
         segment, place = self.locate(row)
-        item = Item(*(segment.items.cell(place, column) for column in ("id", "caption", "category", "metadata")))
+        item = Item(*(segment.items.cell(place, column) for column in _ITEM_COLUMNS))
         if len(self._items) >= _CACHED_ITEMS:
             self._items.clear()
         self._items[row] = item

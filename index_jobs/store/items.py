@@ -20,9 +20,14 @@ from index_jobs.store.columns import FieldTypes
 from index_jobs.store.manifest import check_file_once
 
 _BATCH = 65_536
-COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata"]
+SIZE_COLUMNS = ["width", "height"]  # of the upright image in pixels, null if unknown; older files lack them
+COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata", *SIZE_COLUMNS]
 _BY_ID = "by_id"  # row numbers in the order of the ids
-_TYPES = {name: pa.int64() if name in {"offset", "size", _BY_ID} else pa.string() for name in [*COLUMNS, _BY_ID]}
+_TYPES = {
+    **dict.fromkeys([*COLUMNS, _BY_ID], pa.string()),
+    **dict.fromkeys(["offset", "size", _BY_ID], pa.int64()),
+    **dict.fromkeys(SIZE_COLUMNS, pa.int32()),
+}
 _FIELD = "field:"  # prefix of a metadata field's column
 _BUILT_IN_FIELDS = ("id", "caption", "category")
 
@@ -75,11 +80,15 @@ class Items:
                 self._schema = reader.schema
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
+        self._missing = [name for name in SIZE_COLUMNS if name not in self._schema.names]
         types = {name: self._schema.field(name).type for name in _TYPES if name in self._schema.names}
-        if types != _TYPES or any(len(batch) != _BATCH for batch in self._batches[:-1]):
+        if {**dict.fromkeys(self._missing, pa.int32()), **types} != _TYPES or any(
+            len(batch) != _BATCH for batch in self._batches[:-1]
+        ):
             raise ArtifactError(f"{path} is no items file of this version")
         # Cached, because a batch creates a new object for a column each time.
-        self._cells = {name: [batch.column(name) for batch in self._batches] for name in _TYPES}
+        self._cells = {name: [batch.column(name) for batch in self._batches] for name in types}
+        self._cells |= {name: [pa.nulls(len(batch)) for batch in self._batches] for name in self._missing}
         self._count = sum(len(batch) for batch in self._batches)
         check_file_once(path, self._check)
 
@@ -110,7 +119,10 @@ class Items:
 
     def table(self, rows: Rows | None = None) -> pa.Table:
         """Return all rows, or some, ascending, with the columns that `write_items` needs."""
-        table = pa.Table.from_batches(self._batches, self._schema).select(COLUMNS)
+        table = pa.Table.from_batches(self._batches, self._schema)
+        for name in self._missing:
+            table = table.append_column(name, pa.nulls(len(self), pa.int32()))
+        table = table.select(COLUMNS)
         return table if rows is None else take_rows(table, rows)
 
     def cell(self, row: int, column: str) -> Any:

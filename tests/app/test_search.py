@@ -124,6 +124,7 @@ async def test_items_have_images_and_similar_items(built_index: Path, gallery: P
             image = await client.get(result["image_url"])
             item = (await client.get(result["image_url"].removesuffix("/image"))).json()
             assert item["id"] == result["id"]
+            assert (result["width"], item["height"]) == (48, 48)
             assert image.content == (gallery / item["metadata"]["file_name"]).read_bytes()
         assert image.headers["content-type"] == "image/png"
         assert image.headers["x-content-type-options"] == "nosniff"

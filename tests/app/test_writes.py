@@ -35,6 +35,7 @@ async def test_items_are_put_replaced_and_deleted_by_jobs(index: Path) -> None:
         found = (await client.get("/items/new%2F1")).json()
         assert (found["index_version"], found["caption"], found["category"]) == (2, "a pink thing", "things")
         assert found["metadata"]["price"] == 3
+        assert (found["width"], found["height"]) == (40, 40)
         assert (await client.get(found["image_url"])).content == png("pink")
         body = {"query": "pink", "filter": {"price": {"gte": 3}}}
         assert (await client.post("/search/text", json=body)).json()["results"][0]["id"] == "new/1"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcar_core.images import ImageRoot, colours, index_tar, open_image
+from dcar_core.images import ImageRoot, colours, index_tar, inspect, open_image, upright_size
 from dcar_core.util.errors import DataError, ImageError
 from tests.support.hostile_images import png_of_size
 from tests.support.images import encoded
@@ -65,6 +65,17 @@ def test_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     assert open_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF"])
+def test_upright_size_is_that_of_the_decoded_image(kind: str) -> None:
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif", reason="needs the extra heic").register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = {} if kind in ("GIF", "BMP") else {"exif": exif.tobytes()}
+    data = encoded(Image.new("RGB", (80, 48)), kind, **turned)
+    assert upright_size(inspect(data)) == open_image(data).size == ((48, 80) if turned else (80, 48))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from filelock import FileLock
 
@@ -26,6 +27,12 @@ from index_jobs.store.versions import current_version, list_versions, open_curre
 from tests.support.versions import publish_copy
 
 
+def with_sizes(table: pa.Table) -> pa.Table:
+    for name in items.SIZE_COLUMNS:
+        table = table.append_column(name, pa.array([40] * len(table), pa.int32()))
+    return table
+
+
 def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path) -> None:
     artifact = open_current(published)
     vectors = encoder.encode_images([tiny_gallery / "cross" / "red.png", tiny_gallery / "circle" / "blue.png"])
@@ -35,6 +42,7 @@ def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path)
     item = artifact.item(int(rows[0, 0]))
     assert (item.caption, item.category) == ("a red cross", "cross")
     assert item.metadata == {"file_name": "cross/red.png", "color": "red"}
+    assert (item.width, item.height) == (48, 48)
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
     np.testing.assert_allclose(artifact.vector(int(rows[1, 0])), vectors[1], atol=1e-5)
     assert artifact.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
@@ -49,7 +57,7 @@ def test_every_id_leads_to_its_row(published: Path) -> None:
 
 def test_items_are_read_from_many_batches(tmp_path: Path, tiny_gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "_BATCH", 5)
-    table = scan(tiny_gallery).table
+    table = with_sizes(scan(tiny_gallery).table)
     rows = np.array([r for r in range(24) if r != 7])
     items.write_items(tmp_path / "items.arrow", table, rows)
     found = items.Items(tmp_path / "items.arrow")
@@ -57,6 +65,20 @@ def test_items_are_read_from_many_batches(tmp_path: Path, tiny_gallery: Path, mo
     assert [found.cell(i, "id") for i in range(len(found))] == [ids[row] for row in rows]
     assert [found.row_of(ids[row]) for row in rows] == list(range(23))
     assert found.row_of(ids[7]) is None
+
+
+def test_sizes_of_older_items_files_are_unknown(tmp_path: Path, tiny_gallery: Path) -> None:
+    path = tmp_path / "items.arrow"
+    items.write_items(path, with_sizes(scan(tiny_gallery).table), np.arange(24))
+    assert items.Items(path).cell(3, "width") == 40
+    with pa.memory_map(str(path)) as source:
+        older = pa.ipc.open_file(source).read_all().drop_columns(["width", "height"])
+    with pa.ipc.new_file(tmp_path / "older.arrow", older.schema) as writer:
+        writer.write_table(older)
+    found = items.Items(tmp_path / "older.arrow")
+    assert (found.cell(3, "width"), found.cell(3, "height")) == (None, None)
+    items.write_items(path, found.table(), np.arange(24))  # as an addition is merged
+    assert items.Items(path).cell(3, "width") is None
 
 
 def test_rows_and_queries_out_of_range_are_refused(published: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
+from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ModelError
 from index_jobs.encoding.decode import DecodedWindow
 from index_jobs.encoding.devices import encode_windows, load_replicas
@@ -51,11 +52,15 @@ class Barrier(Encoder):
         return super().image_features(pixels)
 
 
+def decoded(pixels: Pixels) -> DecodedWindow:
+    return DecodedWindow(pixels, (), np.zeros(1, np.uint64), np.zeros((1, 2), np.int32), 1)
+
+
 def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
     for number in range(count):
         taken.append(number)
         pixels = np.full((1, 3, 32, 32), number, np.uint8)
-        yield DecodedWindow(pixels, (), np.zeros(1, np.uint64), 1)
+        yield decoded(pixels)
 
 
 def test_devices_work_concurrently_and_in_order(tiny_checkpoint: Path) -> None:
@@ -72,7 +77,7 @@ def test_devices_work_concurrently_and_in_order(tiny_checkpoint: Path) -> None:
 
 def test_a_failing_device_ends_the_job(tiny_checkpoint: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    wrong = DecodedWindow(np.zeros((1, 3, 7, 7), np.uint8), (), np.zeros(1, np.uint64), 1)
+    wrong = decoded(np.zeros((1, 3, 7, 7), np.uint8))
     with pytest.raises(RuntimeError):
         list(encode_windows(iter([*windows(3, []), wrong]), [encoder, encoder]))
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
+from dcar_core.images import Container
 from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, ImageFault
@@ -315,7 +316,7 @@ def test_worker_count_follows_gallery_and_cores(monkeypatch: pytest.MonkeyPatch)
         worker_count(-1, 10)
 
 
-def die(data: bytes) -> NDArray[np.uint8]:
+def die(image: Container) -> NDArray[np.uint8]:
     os._exit(9)
 
 
@@ -326,7 +327,7 @@ def test_dead_worker_is_an_error_not_a_hang(tiny_gallery: Path) -> None:
         list(decode_windows(windows, die, 1))
 
 
-def surprise(data: bytes) -> NDArray[np.uint8]:
+def surprise(image: Container) -> NDArray[np.uint8]:
     raise ZeroDivisionError("in a decoder")
 
 

@@ -17,7 +17,7 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery
-from index_jobs.encoding.pixel_cache import PixelCache
+from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.options import RebuildOptions
@@ -67,7 +67,8 @@ def vectors_of(encoded: EncodedGallery) -> np.ndarray:
 def test_image_is_decoded_once(
     gallery: Path, encoder: Encoder, other_checkpoint: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
-    (gallery / "circle" / "blue.png").write_bytes(b"broken")
+    broken = gallery / "circle" / "blue.png"
+    broken.write_bytes(broken.read_bytes()[:60])
     cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
     plain = run(gallery, encoder, tmp_path / "a", None)
     assert len(decoded) == 24
@@ -80,6 +81,7 @@ def test_image_is_decoded_once(
     assert len(decoded) == 50
     np.testing.assert_array_equal(vectors_of(first), vectors_of(plain))
     np.testing.assert_array_equal(vectors_of(again), vectors_of(plain))
+    assert np.concatenate([shard.sizes for shard in again.shards]).tolist() == [[48, 48]] * 23
     np.testing.assert_array_equal(vectors_of(other), vectors_of(run(gallery, retrained, tmp_path / "e", None)))
     assert plain.failed == first.failed == again.failed
 
@@ -182,8 +184,13 @@ def test_exact_pixels_make_a_new_version(gallery: Path, tiny_checkpoint: Path, t
 def test_image_of_another_place_or_version_is_not_cached(tmp_path: Path) -> None:
     cache = PixelCache.open(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
     place, pixel = ImageLocation(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
-    cache.put("/root", {place: pixel})
-    np.testing.assert_array_equal(cache.get("/root", [replace(place, row=5)])[5], pixel)
+    cache.put("/root", {place: DecodedImage(pixel, 40, 30)})
+    found = cache.get("/root", [replace(place, row=5)])[5]
+    np.testing.assert_array_equal(found.pixels, pixel)
+    assert found[1:] == (40, 30)
     for other in ({"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}):
         assert cache.get("/root", [replace(place, **other)]) == {}
     assert cache.get("/elsewhere", [place]) == {}
+    with closing(sqlite3.connect(cache.path)) as connection, connection:
+        connection.execute("UPDATE pixels SET value = ?", [pixel.tobytes()])  # an older entry
+    assert cache.get("/root", [place])[0][1:] == (0, 0)

@@ -70,7 +70,8 @@ def test_begun_runtimes_are_preferred_then_faster_ones(
 
     def begin(runtime: str) -> None:
         store = shard_store(gallery, encoder, runtime, tmp_path, RebuildOptions(batch_size=4, shard_rows=8))
-        store.save(0, np.zeros((8, encoder.dim), np.float32), [], *[np.zeros(8, np.uint64)] * 2)
+        hashes, sizes = np.zeros(8, np.uint64), np.zeros((8, 2), np.int32)
+        store.save(0, np.zeros((8, encoder.dim), np.float32), [], hashes, hashes, sizes)
 
     def chosen(fastest: str, batch: int = 4) -> str:
         return runtime_in_use(gallery, encoder, fastest, tmp_path, RebuildOptions(batch_size=batch, shard_rows=8))

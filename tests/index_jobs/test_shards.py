@@ -68,12 +68,13 @@ def test_unreadable_files_fail_temporarily(made: Callable[[Path], ImageLocation]
 def test_reopened_shard_counts_as_incomplete(tmp_path: Path) -> None:
     store = ShardStore(tmp_path, image_key="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
                        rows=2)  # fmt: skip
-    one = np.zeros(1, np.uint64)
-    store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "no such file", ImageFault.MISSING)], one, one)
-    store.save(1, np.zeros((1, 2), np.float32), [], one, one)
+    one, size = np.zeros(1, np.uint64), np.array([[40, 30]], np.int32)
+    store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "no such file", ImageFault.MISSING)], one, one, size)
+    store.save(1, np.zeros((1, 2), np.float32), [], one, one, size)
     shard = store.load(0)
     assert shard is not None
     assert shard.unread == [1]
+    assert shard.sizes.tolist() == [[40, 30]]
     assert shard.failed == (FailedImage(1, "no such file", ImageFault.MISSING),)
     store.reopen(0)
     assert store.load(0) is None
@@ -95,16 +96,19 @@ def test_probing_for_readable_images_is_limited_in_time(tiny_gallery: Path) -> N
     assert not any_readable(gallery, [0, 1], time.monotonic())
 
 
-def test_failures_of_older_shards_are_retried(tmp_path: Path) -> None:
-    """Older shards say the reason alone."""
+def test_failures_of_older_shards_are_retried_and_sizes_unknown(tmp_path: Path) -> None:
+    """Older shards say the reason of a failure alone, and no sizes."""
     store = ShardStore(tmp_path, image_key="f", runtime="torch", pixels={}, signature="s", count=2, dim=2, batch=2,
                        rows=2)  # fmt: skip
-    one = np.zeros(1, np.uint64)
-    store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "not an image", ImageFault.NOT_AN_IMAGE)], one, one)
+    one, size = np.zeros(1, np.uint64), np.array([[40, 30]], np.int32)
+    failure = FailedImage(1, "not an image", ImageFault.NOT_AN_IMAGE)
+    store.save(0, np.zeros((1, 2), np.float32), [failure], one, one, size)
     note = store.path / "000000.json"
     values = json.loads(note.read_text())
+    del values["sizes"]
     values["failed"] = [failure[:2] for failure in values["failed"]]
     note.write_text(json.dumps(values))
     shard = store.load(0)
     assert shard is not None
     assert shard.unread == [1]
+    assert shard.sizes.tolist() == [[0, 0]]

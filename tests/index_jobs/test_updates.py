@@ -58,6 +58,7 @@ def test_added_items_are_found_beside_the_others(index: Path, encoder: Encoder, 
     assert row is not None
     np.testing.assert_allclose(artifact.vector(row), vectors[0], atol=1e-5)
     assert artifact.image_bytes(row) == (gallery / "pink.png").read_bytes()
+    assert (artifact.item(row).width, artifact.item(row).height) == (48, 48)
     assert artifact.item(row).metadata == {"file_name": "pink.png", "color": "pink", "year": 1999}
     assert artifact.fields["year"] == "int64"
     assert artifact.column("year").to_pylist() == [None] * 24 + [1999, 1999]

@@ -30,7 +30,7 @@ def same_as_anew(gallery: Path, checkpoint: Path, index: Path, anew: Path) -> No
     run(gallery, checkpoint, anew)
     here, there = open_current(index), open_current(anew)
     rows = np.arange(there.manifest.count)
-    assert [here.item(int(row)).id for row in rows] == [there.item(int(row)).id for row in rows]
+    assert [here.item(int(row)) for row in rows] == [there.item(int(row)) for row in rows]
     np.testing.assert_allclose(here.vectors(rows), there.vectors(rows), atol=1e-6)
     for name in ("failed.jsonl", "duplicates.jsonl"):
         assert (here.path / name).read_bytes() == (there.path / name).read_bytes()
@@ -39,7 +39,7 @@ def same_as_anew(gallery: Path, checkpoint: Path, index: Path, anew: Path) -> No
 def test_only_new_and_changed_images_are_encoded(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
     assert run(gallery, tiny_checkpoint, index).encoded == 24
-    draw("pink", "circle").save(gallery / "a first one.png")
+    draw("pink", "circle").resize((60, 40)).save(gallery / "a first one.png")
     shutil.copy(gallery / "circle/red.png", gallery / "circle/twin.png")
     (gallery / "broken.png").write_bytes(b"no picture")
     (gallery / "square/red.png").unlink()
@@ -51,6 +51,8 @@ def test_only_new_and_changed_images_are_encoded(gallery: Path, tiny_checkpoint:
     found = run(gallery, tiny_checkpoint, index)
     assert (found.encoded, found.resumed) == (0, 25)
     same_as_anew(gallery, tiny_checkpoint, index, tmp_path / "anew again")
+    first = open_current(index).item(0)
+    assert (first.width, first.height) == (60, 40)
 
 
 def test_another_order_and_other_ids_encode_nothing(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
