@@ -41,6 +41,10 @@ _FORMS = (
 _UPPER_BOUNDS = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # of a hash in [0, 1)
 
 
+class NoPairsError(DataError):
+    """Annotations were read, but no pair of a split can be used."""
+
+
 class Annotations:
     """The annotation files of a data set, each read once, when it is needed."""
 
@@ -84,7 +88,7 @@ class Annotations:
             report.add("images broken, left out", names=broken)
         samples = list(clean_entries(found, report))
         if not samples:
-            raise DataError(f"{self.path} has no {split} pairs that can be used:\n{report}")
+            raise NoPairsError(f"{self.path} has no {split} pairs that can be used:\n{report}")
         return Dataset(split, samples, self._root), report
 
     def unusable_images(self, split: str) -> tuple[list[str], list[str], CleaningReport]:

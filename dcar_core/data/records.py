@@ -1,6 +1,7 @@
 """Reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record maps columns to values.
 
 - Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows of commas alone, are skipped.
+- A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is no value.
 - The columns in LIST_COLUMNS hold several texts: a JSON list, or texts with bars between them.
@@ -14,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -116,17 +118,20 @@ def _read_csv_rows(
     name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
-        # Strict: otherwise a quote that is never closed takes the following rows into its cell.
-        reader, line = csv.DictReader(file, restval="", strict=True), 0
+        line = 0
         try:
-            _check_header(reader, name, used_columns)
+            header = file.readline()
+            sign = _delimiter(header)
+            # Strict: otherwise a quote that is never closed takes the following rows into its cell.
+            reader = csv.DictReader(chain([header], file), restval="", strict=True, delimiter=sign)
+            _require_unique_columns(reader.fieldnames or (), name, used_columns)
             line = reader.line_num
             for row in reader:
                 line = reader.line_num
                 if not any(row.values()):
                     continue
                 if None in row:
-                    reason = "more cells than the header has columns; quote a text that has commas"
+                    reason = f"more cells than the header has columns; quote a text that has {sign!r}"
                     on_bad_line(DataError(f"{name}, line {line}: {reason}"))
                     continue
                 yield line, row
@@ -137,11 +142,12 @@ def _read_csv_rows(
             raise DataError(f"{name} is not UTF-8 ({error.reason}); convert it first") from error
 
 
-def _check_header(reader: "csv.DictReader[str]", name: str, used_columns: Sequence[str] | None) -> None:
-    columns = list(reader.fieldnames or ())
-    for sign, word in ((";", "semicolons"), ("\t", "tabs")):
-        if len(columns) == 1 and sign in columns[0]:
-            raise DataError(f"{name} separates its columns by {word}; save it with commas")
+def _delimiter(header: str) -> str:
+    """Return the sign that separates the columns of a CSV: the comma, or one that the header has in its place."""
+    return "," if "," in header else next((sign for sign in ";\t" if sign in header), ",")
+
+
+def _require_unique_columns(columns: Sequence[str], name: str, used_columns: Sequence[str] | None) -> None:
     used = [column for column in columns if column and (used_columns is None or column in used_columns)]
     repeated = next((column for column, count in Counter(used).items() if count > 1), None)
     if repeated is not None:

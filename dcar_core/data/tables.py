@@ -20,6 +20,7 @@ from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
 SIDECARS = ("json", "cls", "txt")  # of webdataset, in the order in which they are read
+_CAPTION_COLUMNS = ("caption", "captions")
 USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, "caption", "split", "category", "class_name", "meta_category")
 
 
@@ -29,14 +30,17 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
     Rows of a Parquet file or of a gallery's metadata may lack a caption; cleaning counts them.
 
     Raises:
-        DataError: the file cannot be parsed, has no column of images, or too many bad rows.
+        DataError: the file cannot be parsed, has no column of images or of captions, or too many bad rows.
     """
     limit, suffix = RowLimit(file, report), file.suffix.lower()
     may_lack_caption = suffix == ".parquet" or file.stem == "metadata"
     records = read_records(str(file), lambda: file.open("rb"), used_columns=USED_COLUMNS, on_bad_line=limit.skip)
     for number, row in records:
-        if suffix != ".jsonl" and set(IMAGE_COLUMNS).isdisjoint(row):
-            raise DataError(f"{file} has no column {' or '.join(IMAGE_COLUMNS)}; it has {', '.join(row) or 'none'}")
+        if suffix != ".jsonl":
+            for columns in (IMAGE_COLUMNS, *(() if may_lack_caption else (_CAPTION_COLUMNS,))):
+                if set(columns).isdisjoint(row):
+                    has = f"it has {', '.join(row) or 'none'}"
+                    raise DataError(f"{file} has no column {' or '.join(columns)}, which every row needs; {has}")
         if may_lack_caption and row.get("caption") is None and row.get("captions") is None:
             row["caption"] = ""
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
@@ -50,7 +54,7 @@ def _make_entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
     return Entry(
         image=name,
         path=name if name.startswith("/") or name[1:3] == ":/" else "",
-        captions=caption_texts(row, ("caption", "captions"), where),
+        captions=caption_texts(row, _CAPTION_COLUMNS, where),
         split=label_text(row, ("split",), where).strip(),
         category=label_text(row, ("category", "class_name"), where),
         negatives=_first_list(row, "negatives", "negative", where),

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from dcar_core.data.entries import SKIPPED_ROWS, BadRowsError
-from dcar_core.data.load import MISSING_IMAGES, annotation_files, load_splits
+from dcar_core.data.load import MISSING_IMAGES, NoPairsError, annotation_files, load_splits
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.report import shorten
 from dcar_core.data.samples import SPLITS
@@ -64,16 +64,22 @@ class GalleryMetadata:
         """Read a folder's annotations for training (`train.json`, `pairs.csv`, ...), if there are any.
 
         Tars are left out: their images have metadata of their own.
+
+        Raises:
+            DataError: too many rows cannot be used, or a table named `pairs` is not what the name says. A file of
+                another name may not be annotations at all, which is a warning.
         """
         records: dict[str, Record] = {}
+        files: list[Path] = []
         try:
             files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
             if not files or any(file.suffix == ".tar" for file in files):
                 return None
             splits, reports = load_splits(Path(folder), image_policy="present")
-        except BadRowsError:
-            raise
         except DataError as error:
+            is_named = any(file.stem == "pairs" for file in files) and not isinstance(error, NoPairsError)
+            if is_named or isinstance(error, BadRowsError):
+                raise
             logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)
             return None
         for phrase, finding in ((SKIPPED_ROWS, "rows"), (MISSING_IMAGES, "missing images")):

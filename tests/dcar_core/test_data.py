@@ -163,11 +163,10 @@ def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("Image,Caption\na.png,a\n")
-    with pytest.raises(DataError, match="has no column file_name or image or path; it has Image, Caption"):
+    with pytest.raises(DataError, match=r"has no column file_name or image or path, .*; it has Image, Caption"):
         load_split(table, "train", image_policy="ignore")
     table.write_text("image;caption;split\na.png;a;train\n")
-    with pytest.raises(DataError, match="its columns by semicolons; save it with commas"):
-        load_split(table, "train", image_policy="ignore")
+    assert load_split(table, "train", image_policy="ignore")[0].samples[0].caption == "a"
     table.write_text("path,caption,split\na.png,a,train\n")
     assert load_split(table, "train", image_policy="ignore")[0].samples[0].image == "a.png"
 

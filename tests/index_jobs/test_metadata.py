@@ -97,11 +97,38 @@ def test_paths_of_other_systems_are_read(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
-def test_columns_without_commas_are_named(sign: str, name: str, tmp_path: Path) -> None:
-    path = write_file(tmp_path / "l.csv", f"path{sign}caption\na.png{sign}x\n".encode())
-    with pytest.raises(DataError, match=f"its columns by {name}; save it with commas"):
-        scan(path)
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_columns_may_be_separated_by_other_signs(sign: str, tmp_path: Path) -> None:
+    lines = [sign.join(cells) for cells in (("path", "caption", "weight"), ("a.png", "red, round", "10,50"))]
+    (row,) = rows_of(scan(write_file(tmp_path / "l.csv", "\r\n".join(lines).encode()))).values()
+    assert (row["location"], row["caption"], row["metadata"]["weight"]) == ("a.png", "red, round", "10,50")
+    with pytest.raises(DataError, match=r"no column .*; it has .*path"):
+        scan(write_file(tmp_path / "l.csv", f"path{sign}x, y\na.png{sign}b\n".encode()))
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("file,text\na.png,a\n", "has no column file_name or image or path, .*; it has file, text"),
+        ("image,text\na.png,a\n", "has no column caption or captions, .*; it has image, text"),
+        ('image,caption\na.png,"a\n', "is not CSV"),
+    ],
+)
+def test_pairs_that_are_no_pairs_are_an_error(table: str, says: str, tmp_path: Path) -> None:
+    write_file(tmp_path / "a.png", png())
+    write_file(tmp_path / "pairs.csv", table.encode())
+    with pytest.raises(DataError, match=says):
+        scan(tmp_path)
+    write_file(tmp_path / "pairs.csv", b"image;caption;category\na.png;a red, round thing;x\n")
+    (row,) = rows_of(scan(tmp_path)).values()
+    assert (row["caption"], row["category"]) == ("a red, round thing", "x")
+
+
+def test_foreign_table_of_a_training_name_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_file(tmp_path / "a.png", png())
+    write_file(tmp_path / "train.csv", b"id_code,diagnosis\na,2\n")
+    assert len(scan(tmp_path)) == 1
+    assert "it has id_code, diagnosis" in caplog.text
 
 
 def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
