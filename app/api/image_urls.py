@@ -2,7 +2,8 @@
 
 - Only hosts of `DCAR_IMAGE_HOSTS` are asked. A host is resolved once: if one of its addresses is not public nothing is
   sent, and the connection goes to a checked address, so the name cannot lead elsewhere in between.
-- Redirects are not followed. Size, time and the number of simultaneous requests are bounded.
+- Redirects are not followed. Size, time and the number of simultaneous requests are bounded, and the bytes count
+  against the budget of request bodies.
 - fsspec, which reads galleries, resolves names and follows redirects by itself; hence this small client.
 """
 
@@ -16,10 +17,12 @@ from functools import cached_property
 from urllib.parse import SplitResult, urlsplit
 
 import h11
+from starlette.types import Scope
 
 from app.api.requests import BatchEntry
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
+from app.middleware.body_limit import byte_counter
 from app.search.query import Query
 
 _TIMEOUT_S = 10.0  # of one image, with the time in the queue
@@ -63,8 +66,11 @@ class ImageFetcher:
         self._resolve, self._is_allowed = resolve, is_allowed
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
-    async def complete(self, entries: Sequence[BatchEntry], queries: Sequence[Query]) -> list[Query]:
+    async def complete(self, scope: Scope, entries: Sequence[BatchEntry], queries: Sequence[Query]) -> list[Query]:
         """Return the queries of a batch with the images of those whose entry has a URL.
+
+        Args:
+            scope: of the request.
 
         Raises:
             Problem: it names the query and the field.
@@ -72,7 +78,8 @@ class ImageFetcher:
         urls = {number: entry.image for number, entry in enumerate(entries) if is_image_url(entry.image)}
         if len(urls) > MAX_URLS:
             raise field_problem("queries", f"at most {MAX_URLS} images by URL, not {len(urls)}")
-        fetched = await asyncio.gather(*(self.fetch(url or "") for url in urls.values()), return_exceptions=True)
+        fetches = (self.fetch(scope, url or "") for url in urls.values())
+        fetched = await asyncio.gather(*fetches, return_exceptions=True)
         completed = list(queries)
         for number, image in zip(urls, fetched, strict=True):
             if isinstance(image, Problem):
@@ -82,12 +89,12 @@ class ImageFetcher:
             completed[number] = replace(queries[number], image=image)
         return completed
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, scope: Scope, url: str) -> bytes:
         """Return the file at a URL. Raise Problem with the field "image" if it may not be fetched, or cannot be."""
         parts = self._check(url)
         try:
             async with asyncio.timeout(_TIMEOUT_S), self._turns:
-                return await self._download(parts)
+                return await self._download(parts, byte_counter(scope))
         except TimeoutError:
             raise field_problem("image", f"the host took more than {_TIMEOUT_S:g} seconds") from None
         except (OSError, h11.ProtocolError):
@@ -111,7 +118,7 @@ class ImageFetcher:
     def _tls(self) -> ssl.SSLContext:
         return ssl.create_default_context()
 
-    async def _download(self, parts: SplitResult) -> bytes:
+    async def _download(self, parts: SplitResult, count: Callable[[int], None]) -> bytes:
         host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
         addresses = await self._resolve(host, port)
         if not addresses or not all(map(self._is_allowed, addresses)):
@@ -126,11 +133,13 @@ class ImageFetcher:
             headers = [("Host", parts.netloc), ("Accept", "image/*"), ("Connection", "close")]
             request = connection.send(h11.Request(method="GET", target=target, headers=headers)) or b""
             writer.write(request + (connection.send(h11.EndOfMessage()) or b""))
-            return await self._read_body(reader, connection)
+            return await self._read_body(reader, connection, count)
         finally:
             writer.close()
 
-    async def _read_body(self, reader: asyncio.StreamReader, connection: h11.Connection) -> bytes:
+    async def _read_body(
+        self, reader: asyncio.StreamReader, connection: h11.Connection, count: Callable[[int], None]
+    ) -> bytes:
         data = bytearray()
         while True:
             event = connection.next_event()
@@ -139,6 +148,7 @@ class ImageFetcher:
             elif isinstance(event, h11.Response) and event.status_code != 200:
                 raise field_problem("image", f"the host answered {event.status_code}; redirects are not followed")
             elif isinstance(event, h11.Data):
+                count(len(event.data))
                 data += event.data
                 if len(data) > self._max_bytes:
                     raise field_problem("image", f"at most {self._max_bytes / 2**20:.3g} MiB", status=413)

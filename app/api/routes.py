@@ -136,7 +136,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         queries = await read_batch(request, settings)
         await charge(request, len(queries) - 1)
         checked = await asyncio.to_thread(check_batch, queries, settings)
-        checked = await fetcher_of(request).complete(queries, checked)
+        checked = await fetcher_of(request).complete(request.scope, queries, checked)
         results = await retriever_of(request).search_batch(snapshot, checked)
         responses = [search_response(request, each) for each in results]
         return JsonResponse({"index_version": results[0].version, "answers": responses})

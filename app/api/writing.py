@@ -152,7 +152,7 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
         field = f"items.{number}.image"
         try:
             if is_image_url(item.image):
-                data = await fetcher_of(request).fetch(item.image)
+                data = await fetcher_of(request).fetch(request.scope, item.image)
             else:
                 data = await asyncio.to_thread(decode_base64, item.image, settings, "image")
         except Problem as problem:

@@ -102,7 +102,8 @@ class Settings(BaseSettings):
     max_in_flight_bytes: int = Field(
         256 * 2**20,
         ge=1024,
-        description="Largest number of bytes held for all request bodies in progress. More get 503.",
+        description="Largest number of bytes held for all requests in progress: of their bodies, and of images "
+        "fetched by URL. More get 503.",
     )
     upload_timeout_s: float = Field(
         30, gt=0, description="Seconds for a request body to arrive. After it the response is 408."

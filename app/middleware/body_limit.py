@@ -3,6 +3,7 @@
 - A body that announces too much is refused unread; a chunked one is refused at the first byte over its limit.
 - A body must be complete within `upload_s`. All unfinished bodies together may hold `in_flight` bytes; beyond that the
   largest one is dropped. The first FREE_BYTES of a body do not count, so text searches never compete with uploads.
+- Bytes that a request fetches count as those of its body: see `byte_counter`.
 - Bytes that arrive after a refusal are discarded by the HTTP protocol.
 - A request whose client disconnects is cancelled, and the batcher skips its work.
 """
@@ -16,6 +17,7 @@ from app.core.metrics import Metrics
 from app.core.problems import SAFE_HEADERS, Problem
 
 FREE_BYTES = 64 * 2**10
+_COUNT_BYTES = "dcar.count_bytes"  # scope key
 _SAFE = [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 _WATCH_AFTER_S = 0.05
 
@@ -38,11 +40,20 @@ class _Body:
         self.cancel: Callable[[], None] = lambda: None
 
 
+def byte_counter(scope: Scope) -> Callable[[int], None]:
+    """Return the function that counts bytes which a request holds beside its body, such as of images that it fetches.
+
+    It ends the request if they exceed the budget.
+    """
+    count: Callable[[int], None] = scope[_COUNT_BYTES]
+    return count
+
+
 class BodyLimit:
     """Limit the bodies of requests.
 
     limit: request path -> (largest body in bytes, field to blame for a larger one).
-    in_flight: bytes of all unfinished bodies together.
+    in_flight: bytes of all unfinished bodies together, and of what their requests fetch.
     upload_s: seconds for one body to arrive.
     """
 
@@ -79,6 +90,13 @@ class BodyLimit:
                     raise _RefusedError
             return message
 
+        def count_bytes(size: int) -> None:
+            if body.refusal is None:
+                body.received += size
+                self._hold(body)
+            if body.refusal is not None:
+                raise _RefusedError
+
         async def safe_send(message: Message) -> None:
             nonlocal has_started
             if body.refusal is not None and not has_started:
@@ -93,6 +111,7 @@ class BodyLimit:
         def refuse_late() -> None:
             body.refusal = self._too_slow()
 
+        scope[_COUNT_BYTES] = count_bytes
         try:
             if announced > limit:
                 body.refusal = self._too_large(limit, field)

@@ -13,6 +13,7 @@ from app.api import image_urls
 from app.api.image_urls import ImageFetcher, is_public
 from app.core.problems import Problem
 from app.core.settings import Settings
+from app.middleware import body_limit
 from app.writes.worker import WriteWorker
 from dcar_core.util.errors import LockedError
 from tests.support.images import png
@@ -20,6 +21,7 @@ from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, bearer, opened
 
 HOST = "pictures.example"
+SCOPE: dict[str, Any] = {body_limit._COUNT_BYTES: lambda _: None}
 
 
 def resolve_to(*addresses: str) -> Callable[[str, int], Any]:
@@ -72,6 +74,31 @@ async def test_a_batch_searches_with_an_image_by_its_url(built_index: Path) -> N
         assert f"Host: {HOST}:".encode().lower() in requests[0].lower()
 
 
+async def test_fetched_bytes_count_against_the_budget_of_bodies(built_index: Path) -> None:
+    large, kind = ok(png() + bytes(900_000)), {"Content-Type": "multipart/form-data; boundary=b"}
+    go, arrived = asyncio.Event(), asyncio.Event()
+
+    async def upload() -> AsyncIterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + png() + bytes(500_000)
+        arrived.set()
+        await go.wait()
+        yield b"\r\n--b--\r\n"
+
+    async with opened(built_index, max_in_flight_bytes=2**20) as client, served(large) as (url, _):
+        settings = Settings(index=built_index, image_hosts=(HOST,))
+        client.app.state.fetcher = ImageFetcher(settings, resolve_to("127.0.0.1"), lambda _: True)
+        body = {"queries": [{"image": url}]}
+        assert (await client.post("/search/batch", json=body)).status_code == 200, "a single request always has room"
+        uploading = asyncio.create_task(client.post("/search/image", content=upload(), headers=kind))
+        await arrived.wait()
+        refused = await client.post("/search/batch", json=body)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert_problem(refused, 503)
+        go.set()
+        assert (await uploading).status_code == 200
+        assert (await client.post("/search/batch", json=body)).status_code == 200, "refused requests free their part"
+
+
 async def test_an_item_is_put_with_an_image_by_its_url(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run_apply(*_: object) -> tuple[int, str]:
         return LockedError.exit_code, "another job is writing"
@@ -113,7 +140,7 @@ async def test_nothing_is_sent_to_an_address_that_is_not_public(tmp_path: Path, 
     async with served(ok(b"x")) as (url, requests):
         for addresses in ([address], ["8.8.8.8", address], []):
             with pytest.raises(Problem, match="not public"):
-                await fetcher(tmp_path, resolve=resolve_to(*addresses), is_allowed=is_public).fetch(url)
+                await fetcher(tmp_path, resolve=resolve_to(*addresses), is_allowed=is_public).fetch(SCOPE, url)
         assert not requests
 
 
@@ -132,7 +159,7 @@ async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str) ->
         raise AssertionError
 
     with pytest.raises(Problem) as caught:
-        await fetcher(tmp_path, resolve=fail).fetch(url)
+        await fetcher(tmp_path, resolve=fail).fetch(SCOPE, url)
     assert caught.value.errors[0][0] == "image"
 
 
@@ -154,7 +181,7 @@ async def test_other_answers_than_an_image_name_the_field(
 ) -> None:
     async with served(answer) as (url, requests):
         with pytest.raises(Problem, match=message) as caught:
-            await fetcher(tmp_path).fetch(url)
+            await fetcher(tmp_path).fetch(SCOPE, url)
         assert (caught.value.status, caught.value.errors[0][0], len(requests)) == (status, "image", 1)
 
 
@@ -162,5 +189,5 @@ async def test_a_slow_host_is_given_up(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(image_urls, "_TIMEOUT_S", 0.05)
     async with served(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", stays_open=True) as (url, _):
         with pytest.raises(Problem, match="more than") as caught:
-            await fetcher(tmp_path).fetch(url)
+            await fetcher(tmp_path).fetch(SCOPE, url)
     assert caught.value.status == 422
