@@ -99,7 +99,8 @@ class WriteWorker:
                 await asyncio.sleep(_RETRY_S)
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), _POLL_S)
+                async with asyncio.timeout(_POLL_S):  # `wait_for` can lose a cancellation in Python 3.11
+                    await self._arrived.wait()
 
     async def _apply(self, name: str, served: ServedIndex) -> bool:
         """Apply the waiting jobs of a collection, and return False if they have to wait."""

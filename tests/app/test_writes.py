@@ -8,13 +8,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
 from dcar_client import Client
 from filelock import FileLock
 
+from app.core.metrics import Metrics
+from app.core.settings import Settings
+from app.search.collections import Collections
 from app.writes import worker
+from app.writes.worker import WriteWorker
 from index_jobs.store.writes.write_queue import WriteQueue
 from tests.support.commands import Command
 from tests.support.images import png
@@ -59,6 +64,17 @@ async def test_repeated_requests_leave_the_same_items(index: Path) -> None:
         await ended(client, await delete(client, "circle/red.png"))
         await ended(client, await put(client, item("a"), item("b")))
         assert (await client.get("/items")).json()["count"] == 25
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_worker_stops_although_a_job_has_just_arrived(turns: int, tmp_path: Path) -> None:
+    writer = WriteWorker(Settings(index=tmp_path), cast(Collections, ()), Metrics())
+    writer.start()
+    await asyncio.sleep(0.01)  # it waits for a job
+    writer._arrived.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(writer.close(), 10)
 
 
 @pytest.mark.usefixtures("in_process")
