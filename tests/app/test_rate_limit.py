@@ -70,7 +70,7 @@ def test_a_scope_follows_the_hash() -> None:
     )
     assert [each.may_write for each in keys.values()] == [False, False, True, False, True]
     assert [each.opens("bags") for each in keys.values()] == [True, True, True, True, False]
-    assert keys["d"].collections == {"shoes", "bags"}
+    assert keys["d"].collections == frozenset({"shoes", "bags"})
     assert {each.digest for each in keys.values()} == {digest}
     assert not ApiKey(digest).may_write
     for scope in (":", ":all", ":read:", ":write:shoes:", ":read+write"):
