@@ -49,6 +49,18 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
         f"{element} return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === arguments[0]"
     )
     assert page.driver.execute_script(at_centre, image), "a right click reaches the image"
+    both_boxes = """
+        const box = (image) => (({width, height}) => [width, height])(image.getBoundingClientRect());
+        const empty = arguments[0].cloneNode(), loaded = box(arguments[0]);
+        for (const name of ["src", "srcset"]) empty.removeAttribute(name);
+        arguments[0].replaceWith(empty);
+        const place = box(empty);
+        empty.replaceWith(arguments[0]);
+        return [loaded, place];
+    """
+    loaded, place = page.driver.execute_script(both_boxes, image)
+    assert loaded == place, "its place is kept while it is loaded"
+    assert loaded[0] == loaded[1] >= 288
     assert page.one("#download").get_attribute("href") == f"{site}/items/{shown[0]}/image"
     assert page.one("#download").get_attribute("download") == Path(item["metadata"]["file_name"]).name
 
