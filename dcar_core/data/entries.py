@@ -32,6 +32,7 @@ class Entry:
     negatives: tuple[str, ...] = ()
     negative_categories: tuple[str, ...] = ()
     meta_category: str = ""
+    attributes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -117,6 +118,11 @@ def text_list(value: object, where: str, name: str) -> tuple[str, ...]:
     raise DataError(
         f"{where}: field {name!r} must be text or a list of texts, not {json.dumps(value, default=str)[:60]}"
     )
+
+
+def attribute_texts(value: object) -> tuple[str, ...]:
+    """Return the texts of a list of texts. Return () for anything else: galleries use "attributes" in many ways."""
+    return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else ()
 
 
 def caption_texts(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:

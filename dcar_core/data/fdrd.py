@@ -5,7 +5,8 @@
 - Older files give absolute paths of another machine, file names without a suffix and four negatives; some give no
   class_name.
 - Newer files (`inter_*`) give the placeholder YOUR_IMAGE_PATH, file names with a suffix, class names and no negatives.
-- Every repair is reported. Beyond FDRD, `positive` may be a list, and `negative_class` and `meta_category` are read.
+- Every repair is reported. Beyond FDRD, `positive` may be a list, and `negative_class`, `meta_category` and
+  `attributes` are read.
 """
 
 import re
@@ -13,7 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dcar_core.data.entries import Entry, RowLimit, caption_texts, label_text, read_text, required_text, text_list
+from dcar_core.data.entries import (
+    Entry,
+    RowLimit,
+    attribute_texts,
+    caption_texts,
+    label_text,
+    read_text,
+    required_text,
+    text_list,
+)
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import has_image_suffix
 from dcar_core.util.errors import DataError
@@ -80,6 +90,7 @@ def _make_entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
         negatives=text_list(entry.get("negative"), where, "negative"),
         negative_categories=text_list(entry.get("negative_class"), where, "negative_class"),
         meta_category=label_text(entry, ("meta_category",), where),
+        attributes=attribute_texts(entry.get("attributes")),
         notes=tuple(notes),
     )
 

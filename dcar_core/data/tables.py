@@ -1,7 +1,8 @@
 """Readers of tables (JSONL, CSV, Parquet) and of webdataset tars with captions.
 
-- A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives and
-  negative_categories. `file_name`, which comes first, and `path` also name the image, `class_name` the category.
+- A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives,
+  negative_categories and, as a list, attributes. `file_name`, which comes first, and `path` also name the image,
+  `class_name` the category.
 - In a CSV cell, several negatives are a JSON list or stand between bars: "a red van | a blue car".
 - Tar members that share a key are one sample: 0001.jpg with 0001.txt (one caption per line) or 0001.json (a row), and
   0001.cls (a category).
@@ -12,7 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dcar_core.data.entries import Entry, RowLimit, caption_texts, label_text, required_text, text_list
+from dcar_core.data.entries import (
+    Entry,
+    RowLimit,
+    attribute_texts,
+    caption_texts,
+    label_text,
+    required_text,
+    text_list,
+)
 from dcar_core.data.records import IMAGE_COLUMNS, LIST_COLUMNS, read_records
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import ImageRoot, has_image_suffix
@@ -21,7 +30,8 @@ from dcar_core.util.json_text import parse_json
 
 SIDECARS = ("json", "cls", "txt")  # of webdataset, in the order in which they are read
 _CAPTION_COLUMNS = ("caption", "captions")
-USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, "caption", "split", "category", "class_name", "meta_category")
+_LABEL_COLUMNS = ("category", "class_name", "meta_category")
+USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, *_LABEL_COLUMNS, "caption", "split", "attributes")
 
 
 def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
@@ -60,6 +70,7 @@ def _make_entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
         negatives=_first_list(row, "negatives", "negative", where),
         negative_categories=_first_list(row, "negative_categories", "negative_class", where),
         meta_category=label_text(row, ("meta_category",), where),
+        attributes=attribute_texts(row.get("attributes")),
     )
 
 

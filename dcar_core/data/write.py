@@ -36,5 +36,6 @@ def _lines(samples: Iterable[Sample]) -> Iterable[str]:
             "meta_category": sample.meta_category,
             "negatives": sample.negatives,
             "negative_categories": sample.negative_categories,
+            "attributes": sample.attributes,
         }
         yield json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dcar_core.data import Annotations, CleaningReport, check_dataset, load, load_split, load_splits, write_splits
-from dcar_core.data.entries import Entry
+from dcar_core.data.entries import SKIPPED_ROWS, Entry
 from dcar_core.data.tables import read_table
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json
@@ -146,6 +146,7 @@ def test_jsonl_and_csv_give_the_same_pairs(tmp_path: Path) -> None:
 def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     more = {"meta_category": "vehicles", "negative_class": ["van", "truck"], "negative": ["a red van", "a red truck"]}
+    more["attributes"] = ["red", "vintage"]
     write_json(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
     write_json(
         tmp_path / "rows" / "train.jsonl", {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
@@ -156,8 +157,17 @@ def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
         assert (sample.image, sample.category, sample.meta_category) == ("a.png", "car", "vehicles")
         assert sample.negatives == ("a red van", "a red truck")
         assert sample.negative_categories == ("van", "truck")
+        assert sample.attributes == ("red", "vintage")
     write_splits({"train": found[0]}, tmp_path / "out")
     assert load_split(tmp_path / "out", "train", image_root=tmp_path)[0].samples == found[0].samples
+
+
+@pytest.mark.parametrize("attributes", [{"colour": "red"}, "red", 3, ["red", 3], None])
+def test_attributes_of_another_form_are_ignored(attributes: object, tmp_path: Path) -> None:
+    write_json(tmp_path / "train.json", {"a": entry(attributes=attributes)})
+    data, report = load_split(tmp_path, "train", image_policy="ignore")
+    assert [sample.attributes for sample in data.samples] == [()]
+    assert SKIPPED_ROWS not in report.counts
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
