@@ -3,12 +3,12 @@
 //   node render.mjs OUT [size]      ->  OUT/<style>/<code points>.png, OUT/emoji.json
 //
 // - Styles with a code point table are matched by it, the others by icon name, through the names in the
-//   tables. Flag sets are matched by country code.
+//   tables. Flag sets are matched by country code. One style is images named by code points.
 // - Images keep their alpha channel, so training can put them on any background.
 // - An existing image is not rendered again: an interrupted run continues where it stopped.
 import { createRequire } from "node:module";
-import { existsSync, mkdirSync, renameSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { existsSync, mkdirSync, readdirSync, renameSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 import sharp from "sharp";
 
 const require = createRequire(import.meta.url);
@@ -18,9 +18,11 @@ if (!out) {
   process.exit(2);
 }
 
-const BY_CODE_POINT = ["noto", "fluent-emoji-flat", "twemoji", "openmoji"];
-const BY_NAME = ["fluent-emoji", "noto-v1", "emojione", "fxemoji", "streamline-emojis"];
+const BY_CODE_POINT = ["noto", "fluent-emoji-flat", "twemoji", "openmoji", "fluent-emoji-high-contrast"];
+const BY_NAME = ["fluent-emoji", "noto-v1", "emojione", "emojione-monotone", "fxemoji", "streamline-emojis"];
 const BY_COUNTRY = { flag: (n) => n.match(/^([a-z]{2})-4x3$/)?.[1], "circle-flags": (n) => n, cif: (n) => n, flagpack: (n) => n };
+
+const IMAGES = { "fluent-emoji-3d": "@lobehub/fluent-emoji-3d" };
 
 const iconSet = (style) => require(`@iconify-json/${style}/icons.json`);
 const charsOf = (style) => require(`@iconify-json/${style}/chars.json`);
@@ -93,15 +95,28 @@ function match(emoji) {
     }
     styles.set(style, found);
   }
+  for (const [style, name] of Object.entries(IMAGES)) {
+    const folder = join(dirname(require.resolve(`${name}/package.json`)), "assets"), found = new Map();
+    for (const file of readdirSync(folder)) {
+      const k = key(file.replace(/\.webp$/, ""));
+      if (emoji.has(k)) found.set(k, { path: join(folder, file) });
+    }
+    styles.set(style, found);
+  }
   return styles;
 }
 
-async function render(icon, file) {
+function open(icon, px) {
+  if (icon.path) return sharp(icon.path);
   const { left, top, width, height, body } = icon;
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ` +
     `viewBox="${left} ${top} ${width} ${height}" width="${width}" height="${height}">${body}</svg>`;
-  const px = Number(size), density = Math.max(1, (72 * px) / Math.max(width, height));
-  const png = await sharp(Buffer.from(svg), { density })
+  return sharp(Buffer.from(svg), { density: Math.max(1, (72 * px) / Math.max(width, height)) });
+}
+
+async function render(icon, file) {
+  const px = Number(size);
+  const png = await open(icon, px)
     .resize(px, px, { fit: "contain", background: { r: 0, g: 0, b: 0, alpha: 0 } })
     .png().toBuffer();
   writeFileSync(file + ".part", png);
