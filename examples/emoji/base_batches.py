@@ -23,7 +23,18 @@ STYLES = (
     "circle-flags",
     "cif",
     "flagpack",
+    "fluent-emoji-3d",
+    "fluent-emoji-high-contrast",
+    "emojione-monotone",
+    "noto-mono-400",
+    "noto-mono-700",
+    "symbola",
+    "noto-filled",
+    "fluent-filled",
+    "symbola-filled",
 )
+WITHOUT_COLOUR = {"fluent-emoji-high-contrast", "emojione-monotone", "noto-mono-400", "noto-mono-700", "symbola"}
+RARER = 0.4  # weight of a style without colour when two images of an emoji are drawn
 UNSEEN = ("twemoji", "openmoji")
 SIDE, RENDERED = 48, 64  # pixels of the model's input and of the rendered images
 # Subgroups whose mirror images mean something else, and words of labels that say so.
@@ -48,8 +59,8 @@ DIRECTED = {
 SIDED = ("left", "right", "clockwise", "magnifying")
 
 
-def load_images(renders: Path, styles: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
-    """Return all images of the styles, uint8 (n, 4, 64, 64), and the emoji of each.
+def load_images(renders: Path, styles: tuple[str, ...]) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Return all images of the styles, uint8 (n, 4, 64, 64), and the emoji and the style of each.
 
     They are packed into one file the first time, and memory-mapped.
     """
@@ -60,8 +71,8 @@ def load_images(renders: Path, styles: tuple[str, ...]) -> tuple[np.ndarray, lis
         for row, file in enumerate(files):
             array[row] = np.asarray(Image.open(file).convert("RGBA")).transpose(2, 0, 1)
         array.flush()
-        names.write_text(json.dumps([f.stem for f in files]))
-    return np.load(packed, mmap_mode="r"), json.loads(names.read_text())
+        names.write_text(json.dumps([(f.stem, f.parent.name) for f in files]))
+    return np.load(packed, mmap_mode="r"), [(emoji, style) for emoji, style in json.loads(names.read_text())]
 
 
 def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
@@ -95,6 +106,9 @@ def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
     kind = torch.rand(n, 1, 1, 1)
     background = torch.where(kind < 0.65, torch.ones(n, 3, 1, 1), torch.rand(n, 3, 1, 1))
     background = torch.where((kind >= 0.65) & (kind < 0.8), uniform(0.85, 1.0, 1, 1, 1).expand(n, 3, 1, 1), background)
+    # Now and then the lines alone.
+    lines = (torch.rand(n) < 0.06).float().view(n, 1, 1, 1)
+    color, alpha = color * (1 - lines), alpha * (1 - lines) + lines * (2 * edges - 0.15).clamp(0, 1)
     x = color + background * (1 - alpha)
 
     gray = x.mean(1, keepdim=True)
@@ -120,10 +134,11 @@ class Sampler:
 
     GROUP = 4
 
-    def __init__(self, rows: list[str], emoji: dict, seed: int) -> None:
+    def __init__(self, rows: list[tuple[str, str]], emoji: dict, seed: int) -> None:
         self.images: dict[str, list[int]] = {}
-        for row, name in enumerate(rows):
+        for row, (name, _) in enumerate(rows):
             self.images.setdefault(name, []).append(row)
+        self.weights = [RARER if style in WITHOUT_COLOUR else 1.0 for _, style in rows]
         self.base = [name for name in self.images if emoji[name]["base"] == name]
         self.families: dict[str, list[str]] = {}
         self.subgroups: dict[str, list[str]] = {}
@@ -148,7 +163,10 @@ class Sampler:
                 group = self.subgroups[self.emoji[self.rng.choice(self.base)]["subgroup"]]
             chosen |= dict.fromkeys(self.rng.sample(group, min(self.GROUP, len(group))))
         names = list(chosen)[:n]
-        pairs = [
-            self.rng.sample(rows, 2) if len(rows) > 1 else rows * 2 for rows in map(self.images.__getitem__, names)
-        ]
+        pairs = [self.draw_two(self.images[name]) for name in names]
         return names, [first for first, _ in pairs], [second for _, second in pairs]
+
+    def draw_two(self, rows: list[int]) -> list[int]:
+        """Draw two different rows by weight, or the only row twice."""
+        keys = sorted(rows, key=lambda row: -(self.rng.random() ** (1 / self.weights[row])))
+        return (keys * 2)[:2]

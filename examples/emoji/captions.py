@@ -5,6 +5,23 @@ import random
 import re
 
 TONES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}
+TONE_NAMES = {
+    1: ("light skin", "light skinned", "light", "white", "pale"),
+    2: ("medium light skin", "medium light", "light brown skin"),
+    3: ("medium skin", "medium", "tan", "tanned", "olive skin"),
+    4: ("medium dark skin", "medium dark", "brown skin", "brown"),
+    5: ("dark skin", "dark skinned", "dark", "very dark skin", "black"),
+}
+GENDER_NAMES = {
+    "man": ("man", "guy", "male", "boy"),
+    "woman": ("woman", "lady", "female", "girl"),
+    "person": ("person", "someone"),
+}
+TYPED_NEARBY = {
+    "a": "qs", "b": "vn", "c": "xv", "d": "sf", "e": "wr", "f": "dg", "g": "fh", "h": "gj", "i": "uo", "j": "hk",
+    "k": "jl", "l": "ko", "m": "n", "n": "bm", "o": "ip", "p": "o", "q": "wa", "r": "et", "s": "ad", "t": "ry",
+    "u": "yi", "v": "cb", "w": "qe", "x": "zc", "y": "tu", "z": "xa",
+}  # fmt: skip
 TEMPLATES = ("{}", "{}", "{}", "{} emoji", "a picture of {}", "an emoji of {}", "a photo of a {}")
 
 
@@ -69,6 +86,43 @@ def short_caption(emoji: dict, rng: random.Random) -> tuple[str, frozenset[str]]
     words = rng.sample(emoji["tags"], min(len(emoji["tags"]), rng.choice((1, 1, 1, 2))))
     words += tone_words(emoji["tones"]) if rng.random() < 0.5 else []
     return rng.choice((", ", " ")).join(words), frozenset(word.lower() for word in words)
+
+
+def spoken_caption(emoji: dict, rng: random.Random) -> str:
+    """Draw a caption that names gender and skin tone as people do: "dark skinned lady running"."""
+    label = plain_label(emoji["base_label"])
+    first = label.split(" ")[0].strip(",")
+    if first in GENDER_NAMES and rng.random() < 0.6:
+        label = label.replace(first, rng.choice(GENDER_NAMES[first]), 1)
+    if not emoji["tones"]:
+        return label
+    tone = " and ".join(rng.choice(TONE_NAMES[tone]) for tone in dict.fromkeys(emoji["tones"]))
+    return rng.choice(("{1} {0}", "{0} {1}", "{0}, {1}", "{0} with {1}", "{1} {0} emoji")).format(label, tone)
+
+
+def with_typo(text: str, rng: random.Random) -> str:
+    """Make one typing error in a word of at least four letters, if there is one; its first letter stays."""
+    words = text.split(" ")
+    places = [place for place, word in enumerate(words) if len(word) >= 4 and word.isalpha()]
+    if not places:
+        return text
+    place = rng.choice(places)
+    word = words[place]
+    at, kind = rng.randrange(1, len(word)), rng.random()
+    head, letter, tail = word[:at], word[at], word[at + 1 :]
+    if kind < 0.25:
+        word = head + tail
+    elif kind < 0.50 and tail:
+        word = head + tail[0] + letter + tail[1:]
+    elif kind < 0.65:
+        word = head + 2 * letter + tail
+    elif kind < 0.92:
+        vowel = letter in "aeiou" and kind >= 0.82
+        word = head + rng.choice("aeiou" if vowel else TYPED_NEARBY.get(letter, "e")) + tail
+    else:
+        word = head + rng.choice("aeiounrst") + letter + tail
+    words[place] = word
+    return " ".join(words)
 
 
 def facts(emoji: dict) -> frozenset[str]:

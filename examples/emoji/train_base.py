@@ -6,9 +6,13 @@
   easily confused: one family with other genders and skin tones, or one subgroup.
 - Positives are the images of an emoji, captions that read the same, and tags that are true of another emoji.
   A second contrastive term pulls the two styles of an emoji together, because the domains are unseen styles.
+- Each step also has phrases with a sentence encoder's ranking of emoji (phrases.py). The text tower learns to rank the
+  mean images of emoji as the encoder ranks their words, and to predict its vectors with a head that is not kept.
+- A share of the captions and phrases has a typing error.
 - Images keep their alpha until the batch is made. Background, outline, colour and geometry are random each time.
 - Hidden matrices use Muon, the rest AdamW; bf16 autocast. Half of the patches are dropped (FLIP) until the last part.
-- Validation emoji of the unseen styles are evaluated for the log; nothing is chosen on them.
+  The saved weights are a moving average.
+- Validation emoji and queries on the unseen styles are evaluated for the log; nothing is chosen on test emoji.
 - A killed run resumes from its last checkpoint with the same command.
 """
 
@@ -23,9 +27,10 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from base_batches import SIDE, STYLES, UNSEEN, Sampler, augment, load_images, on_white
-from captions import domain_caption, sample_caption, split_of
-from safetensors.torch import save_file
+from base_batches import SIDE, STYLES, Sampler, augment, load_images
+from base_texts import TEMPERATURE, Texts
+from base_validation import TextEncoder, Validation, encode_images
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MERGES = 8000  # of CLIP's 48,894
@@ -44,8 +49,7 @@ MODEL = {
 }
 MEAN = STD = (0.5, 0.5, 0.5)
 SAVE_EVERY, LOG_EVERY = 400, 50  # steps
-
-Views = dict[str, tuple[Tensor, list[str]]]  # style -> images and captions
+AVERAGE = 0.997  # of the weights, per step
 
 
 def write_tokenizer(out: Path) -> open_clip.SimpleTokenizer:
@@ -86,61 +90,127 @@ def contrastive(images: Tensor, texts: Tensor, positives: Tensor, scale: Tensor)
     return (rows + columns) / 2
 
 
-def batch_loss(
-    model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, sampler: Sampler, images: np.ndarray, n: int
-) -> tuple[Tensor, Tensor]:
-    """Draw a batch of n emoji; return its loss and the model's scale."""
-    names, first_rows, second_rows = sampler.draw(n)
-    captions = [sample_caption(sampler.emoji[name], sampler.rng) for name in names]
-    texts = [text.lower() for text, _ in captions]
-    tokens = tokenizer(texts)
-    tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
-    rgba = torch.from_numpy(images[np.array(first_rows + second_rows)]).float().div_(255)
-    pixels = augment(rgba, torch.tensor([sampler.may_flip[name] for name in names] * 2))
-    with torch.autocast("cpu", torch.bfloat16):
-        image = model.encode_image(pixels, normalize=True).float()
-        length = tokens.shape[1]
-        x = model.token_embedding(tokens) + model.positional_embedding[:length]
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-        text = F.normalize(x[torch.arange(n), tokens.argmax(1)] @ model.text_projection, dim=-1).float()
-    identical = [[a == b for b in texts] for a in texts]
-    is_true = [[needs is not None and needs <= sampler.facts[name] for _, needs in captions] for name in names]
-    own = torch.eye(n, dtype=torch.bool)
-    positives = torch.tensor(identical) | torch.tensor(is_true) | own
-    scale = model.logit_scale.exp().clamp(max=100)
-    loss = contrastive(image, text, torch.cat([positives, positives]), scale)
-    return loss + 0.3 * contrastive(image[:n], image[n:], own, scale.detach().clamp(max=20)), scale
+class Trainer:
+    """The model with its moving average, and what a step needs."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.step = args, 0
+        self.emoji = json.loads((args.renders / "emoji.json").read_text())
+        self.images, rows = load_images(args.renders, STYLES)
+        self.sampler = Sampler(rows, self.emoji, args.seed)
+        names = sorted(self.sampler.images)
+        self.texts = Texts(args.renders, self.emoji, names, self.sampler.rng)
+        self.model = build_model()
+        self.tokenizer = write_tokenizer(args.out)
+        if args.init:
+            weights = load_file(args.init / "open_clip_model.safetensors")
+            self.model.load_state_dict({name: value.float() for name, value in weights.items()})
+        self.encode_texts = TextEncoder(self.model, self.tokenizer)
+        self.head = torch.nn.Linear(MODEL["text_cfg"]["width"], self.texts.vectors.shape[1])
+        self.optimizers = build_optimizers(self.model, args.optimizer, args.lr)
+        self.optimizers[-1].add_param_group({"params": list(self.head.parameters())})
+        self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.parameters = [*self.model.parameters(), *self.head.parameters()]
+        self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.owners = torch.tensor([self.texts.places[name] for name, _ in rows])
 
-def validation_views(renders: Path, emoji: dict) -> Views:
-    """Return the base validation emoji of each unseen style."""
-    images, rows = load_images(renders, UNSEEN)
-    views, half = {}, len(rows) // 2
-    for offset, style in ((0, "twemoji"), (half, "openmoji")):
-        chosen = [
-            row
-            for row in range(offset, offset + half)
-            if split_of(rows[row]) == "val" and emoji[rows[row]]["base"] == rows[row]
-        ]
-        views[style] = (on_white(images[chosen]), [domain_caption(emoji[rows[row]]) for row in chosen])
-    return views
+    def take_step(self) -> list[float]:
+        """Train on one batch; return the terms of its loss."""
+        args = self.args
+        if self.step >= args.steps * (1 - args.full):
+            self.model.visual.patch_dropout.prob = 0.0
+        factor = min(1.0, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.step / args.steps))
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.zero_grad(set_to_none=True)
+        terms = self.losses()
+        (terms @ torch.tensor([1.0, 0.3, 0.2, 0.5, 0.5])).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        weight = 1 - min(AVERAGE, self.step / (self.step + 10))
+        for name, value in self.model.named_parameters():
+            self.average[name].lerp_(value.detach(), weight)
+        return terms.tolist()
 
+    def losses(self) -> Tensor:
+        """Draw a batch; return the five terms of its loss.
 
-@torch.inference_mode()
-def validate(model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer, views: Views) -> dict[str, list[float]]:
-    """Return text-to-image recall at 1, 5 and 10 of each view, in percent."""
-    model.eval()
-    recalls = {}
-    for style, (pixels, captions) in views.items():
-        images = torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(256)])
-        texts = torch.cat(
-            [model.encode_text(tokenizer(captions[i : i + 256]), normalize=True) for i in range(0, len(captions), 256)]
-        )
-        scores = texts @ images.T
-        rank = (scores >= scores.diagonal()[:, None]).sum(1)
-        recalls[style] = [round(100 * (rank <= k).float().mean().item(), 1) for k in (1, 5, 10)]
-    model.train()
-    return recalls
+        They are: images and captions; the two images of an emoji; captions and the mean images of all emoji; phrases
+        and the mean images of base emoji; the encoder's vectors.
+        """
+        n = self.args.emoji
+        names, first_rows, second_rows = self.sampler.draw(n)
+        captions, typed, true = self.texts.captions(names)
+        phrases, numbers = self.texts.draw_phrases(self.args.phrases)
+        hidden, text = self.encode_texts([*typed, *phrases])
+        rgba = torch.from_numpy(self.images[np.array(first_rows + second_rows)]).float().div_(255)
+        pixels = augment(rgba, torch.tensor([self.sampler.may_flip[name] for name in names] * 2))
+        with torch.autocast("cpu", torch.bfloat16):
+            image = self.model.encode_image(pixels, normalize=True)
+        image = image.float()
+        places = torch.tensor([self.texts.places[name] for name in names])
+        positives = true[:, places].T | torch.tensor([[a == b for b in captions] for a in captions])
+        scale = self.model.logit_scale.exp().clamp(max=60)
+        pairs = contrastive(image, text[:n], torch.cat([positives, positives]), scale)
+        fixed = scale.detach()
+        styles = contrastive(image[:n], image[n:], torch.eye(n, dtype=torch.bool), fixed.clamp(max=20))
+        with torch.no_grad():
+            self.means[places] = F.normalize(0.6 * self.means[places] + 0.2 * (image[:n] + image[n:]), dim=1)
+        share = true.float() / true.sum(1, keepdim=True)
+        named = -((fixed * text[:n] @ self.means.T).log_softmax(1) * share).sum(1).mean()
+        ranking = torch.from_numpy(self.texts.scores[numbers] / TEMPERATURE).softmax(1)
+        found = (fixed * text[n:] @ self.means[self.texts.base].T).log_softmax(1)
+        rows = torch.from_numpy(self.texts.rows[numbers].astype(np.int64))
+        ranked = -(ranking * found.gather(1, rows)).sum(1).mean()
+        vectors = torch.from_numpy(self.texts.vectors[numbers].astype(np.float32))
+        predicted = 1 - F.cosine_similarity(self.head(hidden[n:]), vectors).mean()
+        return torch.stack([pairs, styles, named, ranked, predicted])
+
+    @torch.no_grad()
+    def start_means(self) -> None:
+        """Encode all images, for the mean image of each emoji."""
+        self.model.eval()
+        sums = torch.zeros(len(self.texts.places), MODEL["embed_dim"])
+        self.means = F.normalize(sums.index_add_(0, self.owners, encode_images(self.model, self.images)), dim=1)
+        self.model.train()
+
+    @torch.no_grad()
+    def save(self, validation: Validation) -> dict[str, list[float]]:
+        """Write the average as a model and the state as a checkpoint; return validation figures of the average."""
+        weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        for name, value in self.model.named_parameters():
+            value.copy_(self.average[name])
+        self.model.eval()
+        figures = validation.measure(self.model, self.encode_texts)
+        save_model(self.model, self.args.out)
+        for name, value in self.model.named_parameters():
+            value.copy_(weights[name])
+        self.model.train()
+        state = {
+            "model": self.model.state_dict(), "head": self.head.state_dict(), "average": self.average,
+            "step": self.step, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }  # fmt: skip
+        part = self.args.out / "resume.part"
+        torch.save(state, part)
+        part.replace(self.args.out / "resume.pt")
+        return figures
+
+    def resume(self) -> None:
+        """Restore the last checkpoint, if there is one."""
+        path = self.args.out / "resume.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.head.load_state_dict(state["head"])
+        self.average, self.step = state["average"], state["step"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.sampler.rng.seed(self.args.seed + self.step)
+        print(f"resuming from step {self.step}", flush=True)
 
 
 def save_model(model: open_clip.CLIP, out: Path) -> None:
@@ -152,34 +222,16 @@ def save_model(model: open_clip.CLIP, out: Path) -> None:
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save_state(model: open_clip.CLIP, optimizers: list[torch.optim.Optimizer], step: int, path: Path) -> None:
-    """Replace the checkpoint from which a killed run resumes."""
-    part = path.with_suffix(".part")
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-    torch.save(state, part)
-    part.replace(path)
-
-
-def load_state(model: open_clip.CLIP, optimizers: list[torch.optim.Optimizer], path: Path) -> int:
-    """Restore model and optimizers in place; return the number of finished steps, 0 without a checkpoint."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    print(f"resuming from step {state['step']}", flush=True)
-    return int(state["step"])
-
-
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renders", type=Path, required=True, help="output of render.mjs")
+    parser.add_argument("--renders", type=Path, required=True, help="output of render.mjs, outlines.py and phrases.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--full", type=float, default=0.1, help="share of the steps, at the end, with all patches")
     parser.add_argument("--emoji", type=int, default=128, help="emoji in a batch; twice as many images")
+    parser.add_argument("--phrases", type=int, default=160, help="phrases in a batch")
+    parser.add_argument("--init", type=Path, help="a model to begin with; default: random weights")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--seed", type=int, default=0)
@@ -195,47 +247,25 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    emoji = json.loads((args.renders / "emoji.json").read_text())
-    images, rows = load_images(args.renders, STYLES)
-    views = validation_views(args.renders, emoji)
-    tokenizer = write_tokenizer(args.out)
-    model = build_model()
-    optimizers = build_optimizers(model, args.optimizer, args.lr)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    state_file = args.out / "resume.pt"
-    step = first_step = load_state(model, optimizers, state_file)
-    sampler = Sampler(rows, emoji, args.seed + step)
-    started, losses = time.time(), []
-    while step < (args.stop_after or args.steps):
-        if step >= args.steps * (1 - args.full):
-            model.visual.patch_dropout.prob = 0.0
-        factor = min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * factor
-        loss, scale = batch_loss(model, tokenizer, sampler, images, args.emoji)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.item())
-        step += 1
+    trainer, validation = Trainer(args), Validation(args.renders)
+    trainer.resume()
+    trainer.start_means()
+    first_step, started, losses = trainer.step, time.time(), []
+    while trainer.step < (args.stop_after or args.steps):
+        losses.append(trainer.take_step())
+        step = trainer.step
         if step % LOG_EVERY == 0:
             rate = (step - first_step) / (time.time() - started)
             record = {
                 "step": step,
-                "loss": round(sum(losses) / len(losses), 3),
-                "scale": round(scale.item(), 1),
+                "losses": [round(float(term), 3) for term in np.mean(losses, axis=0)],
                 "pictures_per_s": round(rate * 2 * args.emoji),
                 "minutes": round((time.time() - started) / 60, 1),
                 "minutes_left": round((args.steps - step) / rate / 60),
             }
             losses = []
             if step % SAVE_EVERY == 0 or step == args.steps:
-                record |= validate(model, tokenizer, views)
-                save_state(model, optimizers, step, state_file)
-                save_model(model, args.out)
+                record |= trainer.save(validation)
             print(json.dumps(record), flush=True)
             with (args.out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
