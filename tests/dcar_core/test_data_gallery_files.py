@@ -102,5 +102,5 @@ def test_a_parquet_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.parquet is not a parquet file"):
         load_split(tmp_path, "train")
     pq.write_table(pa.Table.from_pylist([{"caption": "a"}]), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match="no column file_name or image or path; it has caption"):
+    with pytest.raises(DataError, match="no column file_name or image or path, which every row needs; it has caption"):
         load_split(tmp_path, "train")

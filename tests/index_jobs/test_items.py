@@ -24,7 +24,10 @@ def large_table() -> pa.Table:
         ], SCHEMA)
         for start in range(0, BATCHES * ROWS, ROWS)
     ]  # fmt: skip
-    return pa.Table.from_batches(batches, SCHEMA)
+    table = pa.Table.from_batches(batches, SCHEMA)
+    for name in items.SIZE_COLUMNS:
+        table = table.append_column(name, pa.nulls(len(table), pa.int32()))
+    return table
 
 
 @pytest.mark.parametrize("rows", [[], [0], [19], [3, 4], [0, 1, 7, 8, 19], [*range(20)], [5, 6, 7, 8, 9]])
