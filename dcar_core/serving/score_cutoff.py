@@ -12,14 +12,14 @@ import numpy as np
 from dcar_core.util.arrays import Floats
 
 MISSED = 0.05  # share of the true pairs below the cut-off [ours]
-STRONG = 0.75  # share of the true pairs below a strong score [ours]
+STRONG = 0.95  # share of the true pairs below a strong score [ours]
 
 
 @dataclass(frozen=True)
 class Cutoff:
     """A cut-off and its evidence.
 
-    strong_score: the score of the best quarter of pairs, which hardly any query about something else reaches.
+    strong_score: the score that one true pair in twenty reaches, which hardly any query about something else reaches.
     kept: share (0 to 1) of pairs that reach a cut-off chosen from the other half of them; None with a single pair.
     pairs: how many there were.
     """
