@@ -7,7 +7,8 @@ which train_base.py reads, and writes for each domain (twemoji and openmoji):
 
     gallery.tar                       every image of the style, palette PNG, 64 px
     metadata.jsonl                    one line per image: caption, category, meta-category, attributes, split
-    train.json val.json test.json     the pairs in FDRD's form, with swapped negatives
+    train.json val.json test.json     the pairs in FDRD's form, with swapped negatives; in train.json each image has a
+                                      short caption too, and lists the short captions that are true of it
 
 - Emoji are split by the base emoji, so all skin tones of an emoji are in the same split.
 - The output has the same bytes every time. A killed run resumes with the images that are missing.
@@ -22,7 +23,16 @@ import sys
 import tarfile
 from pathlib import Path
 
-from captions import domain_caption, plain_label, split_of, tone_words, useful_tags
+from captions import (
+    domain_caption,
+    facts,
+    plain_label,
+    short_caption,
+    split_of,
+    spoken_caption,
+    tone_words,
+    useful_tags,
+)
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -71,6 +81,26 @@ def negatives(name: str, emoji: dict, siblings: dict, rng: random.Random) -> lis
     return [pair for pair in swapped if pair[0] != caption]
 
 
+def add_short_captions(pairs: dict[str, dict], emoji: dict) -> None:
+    """Give each image a short caption too, as people search, and list all short captions that are true of it.
+
+    It is one tag or two, or, for some emoji with a skin tone, the name with gender and tone in other words.
+    """
+    required: dict[str, frozenset[str]] = {}
+    for name, pair in pairs.items():
+        rng = random.Random(f"short {name}")
+        if emoji[name]["tones"] and rng.random() < 0.4:
+            text = spoken_caption(emoji[name], rng)
+        else:
+            text, required_facts = short_caption(emoji[name], rng)
+            required[text] = required_facts
+        if text != pair["positive"]:
+            pair["positive"] = [pair["positive"], text]
+    for name, pair in pairs.items():
+        own = facts(emoji[name])
+        pair["attributes"] = [text for text, needed in required.items() if needed <= own]
+
+
 def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, int]:
     """Write metadata.jsonl and the splits' pairs; return the number of pairs of each split."""
     siblings: dict[str, list[str]] = {}
@@ -94,6 +124,7 @@ def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, i
             "positive": domain_caption(own),
             "negative": [n for n, _ in swapped], "negative_class": [c for _, c in swapped],
         }  # fmt: skip
+    add_short_captions(splits["train"], emoji)
     folder = HERE / domain
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     for split, entries in splits.items():

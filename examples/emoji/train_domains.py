@@ -1,7 +1,7 @@
 """Adapt the base model to both domains: the checkpoints and figures of the model card.
 
     python examples/emoji/train_domains.py --domains twemoji
-    python examples/emoji/train_domains.py --domains openmoji --epochs 16 --short 1 --anchor 3
+    python examples/emoji/train_domains.py --domains openmoji --epochs 16 --anchor 3
 
 - For each domain: zero-shot, then the method with three seeds. Validation emoji choose the best epoch of a run and the
   seed whose checkpoint is bundled; each run reads the test emoji once.
@@ -11,12 +11,9 @@
 
 import argparse
 import json
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
-
-from captions import TONES, facts, short_caption
 
 from dcar_core.data import Dataset, load_split
 from dcar_core.evaluation import summarise
@@ -40,33 +37,6 @@ def base_only(data: Dataset, domain: str) -> Dataset:
     return replace(data, samples=[sample for sample in data.samples if sample.image in base])
 
 
-def with_short_captions(data: Dataset, domain: str, count: int) -> Dataset:
-    """Add `count` short captions of one or two tags to each pair, since people search for "birthday".
-
-    A short caption is true of several images. It is listed in their attributes, so it is never their negative.
-    """
-    rng = random.Random(0)
-    emoji = {row["file_name"]: emoji_of(row) for row in map(json.loads, metadata(domain))}
-    short = [[short_caption(emoji[sample.image], rng) for _ in range(count)] for sample in data.samples]
-    required_facts = {text: required for each in short for text, required in each}
-    samples = []
-    for sample, each in zip(data.samples, short, strict=True):
-        own_facts = facts(emoji[sample.image])
-        true_texts = tuple(text for text, required in required_facts.items() if required <= own_facts)
-        sample = replace(sample, attributes=true_texts)
-        without_negatives = replace(sample, negatives=(), negative_categories=())
-        samples += [sample, *(replace(without_negatives, caption=text) for text, _ in each)]
-    return replace(data, samples=samples)
-
-
-def emoji_of(row: dict) -> dict:
-    """Convert a line of metadata.jsonl to the form that `captions` takes."""
-    numbers = {f"{name} skin tone": number for number, name in TONES.items()}
-    tones = [numbers[attribute] for attribute in row["attributes"] if attribute in numbers]
-    tags = [attribute for attribute in row["attributes"] if attribute not in numbers]
-    return {"label": row["category"], "tags": tags, "tones": tones}
-
-
 def metadata(domain: str) -> list[str]:
     """Return the lines of metadata.jsonl."""
     return (HERE / domain / "metadata.jsonl").read_text().splitlines()
@@ -83,9 +53,9 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     """Train zero-shot and all seeds, bundle the best checkpoint, and return the domain's results."""
     work = args.work / domain
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
-    training = with_short_captions(load_split(HERE / domain, "train")[0], domain, args.short)
+    training = load_split(HERE / domain, "train")[0]
     validation = load_split(HERE / domain, "val")[0]
-    settings = f"{args.epochs}-{args.batch_size}-{args.lr:g}-{args.short}-{args.anchor}"
+    settings = f"{args.epochs}-{args.batch_size}-{args.lr:g}-{args.anchor}"
     runs = []
     for name, seeds in (("clip", 1), (args.method, args.seeds)):
         for seed in range(seeds):
@@ -152,8 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--short", type=int, default=0, help="short captions to add to each pair; default: %(default)s")
-    parser.add_argument("--anchor", type=float, help="weight of the anchor loss; default: the method's")  # fmt: skip
+    parser.add_argument("--anchor", type=float, help="weight of the anchor loss; default: the method's")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true")
