@@ -119,7 +119,7 @@ def emoji(work: Path) -> Path:
     out = work / "twemoji"
     example = ROOT / "examples" / "emoji" / "twemoji"
     command = [sys.executable, "-m", "app.cli", "index", "build", "--gallery", str(example)]
-    command += ["--checkpoint", str(example / "checkpoint"), "--out", str(out)]
+    command += ["--checkpoint", str(example / "checkpoint"), "--out", str(out), "--force"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return out
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
 from dcar_core.util.console import json_text
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import CheckpointError, DcarError
 from index_jobs.jobs.command_line import Runtime
 
 commands = typer.Typer()
@@ -130,7 +131,11 @@ def demo(
     others.append(f"{domain}-clip")
     typer.echo()
     for number, (name, (gallery, checkpoint)) in enumerate(sources.items(), 1):
-        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, runtime=runtime)
+        build = partial(rebuild, gallery, checkpoint, data / "index" / name, validation=gallery, runtime=runtime)
+        try:
+            summary = build()
+        except CheckpointError:  # an index of another release, whose model is gone
+            summary = build(force=True)
         state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
         typer.echo(f"{number} of {len(sources)}: {summary.count:,} {name} images, {state}")
     typer.echo(_hints(f"http://{f'[{host}]' if ':' in host else host}:{port}", others))

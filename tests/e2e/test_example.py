@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,12 @@ def test_cutoff_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]) -> 
 @pytest.fixture(scope="module")
 def demo(data: Path) -> Iterator[tuple[str, str, float]]:
     """Start `dcar demo` on built indexes with openmoji as default; return its address, output and start time."""
+    with start_demo(data) as started:
+        yield started
+
+
+@contextmanager
+def start_demo(data: Path) -> Iterator[tuple[str, str, float]]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -147,6 +154,20 @@ def demo(data: Path) -> Iterator[tuple[str, str, float]]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
+
+
+@pytest.mark.slow
+def test_demo_replaces_an_index_of_a_release_with_another_model(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    version = tmp_path / "data" / "index" / "twemoji" / "versions" / "1"
+    for file in (version / "checkpoint" / "config.json", version / "manifest.json"):
+        text = file.read_text()
+        known = json.loads(text)
+        of_file = known["fingerprint"] if "fingerprint" in known else known["backbone"]["sha256"]
+        file.write_text(text.replace(of_file, "0" * len(of_file)))
+    with start_demo(tmp_path / "data") as (_, said, _):
+        assert said.count("already indexed") == 2
+        assert re.search(r"3,944 twemoji images, indexed in", said)
 
 
 def curl(command: str) -> dict[str, Any]:
