@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -149,7 +151,8 @@ def start_demo(data: Path) -> Iterator[tuple[str, str, float]]:
     command = ("demo", "--domain", "openmoji", "--data", data, "--port", port)
     process = Command("app.cli", *command, environment={"PYTHONUNBUFFERED": "1"}, stderr=os.devnull)
     try:
-        said = "".join(iter(process.stdout.readline, "Stop with Ctrl-C.\n"))
+        lines = iter(process.stdout.readline, "Stop with Ctrl-C.\n")
+        said = "".join(takewhile(bool, lines))  # up to its end, if it fails
         yield f"http://127.0.0.1:{port}", said, started
     finally:
         process.send_signal(signal.SIGTERM)
@@ -159,12 +162,13 @@ def start_demo(data: Path) -> Iterator[tuple[str, str, float]]:
 @pytest.mark.slow
 def test_demo_replaces_an_index_of_a_release_with_another_model(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    version = tmp_path / "data" / "index" / "twemoji" / "versions" / "1"
-    for file in (version / "checkpoint" / "config.json", version / "manifest.json"):
-        text = file.read_text()
-        known = json.loads(text)
-        of_file = known["fingerprint"] if "fingerprint" in known else known["backbone"]["sha256"]
-        file.write_text(text.replace(of_file, "0" * len(of_file)))
+    shutil.rmtree(tmp_path / "data" / "index" / "twemoji")
+    base = shutil.copytree(EXAMPLES / "base", tmp_path / "base")
+    weights = load_file(base / "open_clip_model.safetensors")
+    save_file(weights | {"logit_scale": weights["logit_scale"] + 1}, str(base / "open_clip_model.safetensors"))
+    save_zero_shot(load_backbone(BackboneSource(str(base))), tmp_path / "zero-shot")
+    rebuild(EXAMPLES / "twemoji", tmp_path / "zero-shot", tmp_path / "data" / "index" / "twemoji", progress=False)
+    shutil.rmtree(base)
     with start_demo(tmp_path / "data") as (_, said, _):
         assert said.count("already indexed") == 2
         assert re.search(r"3,944 twemoji images, indexed in", said)
