@@ -15,7 +15,7 @@ import typer
 
 from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
-from app.cli.serving import serve_index
+from app.cli.serving import bundled_checkpoint, serve_index
 from dcar_core.util.errors import DcarError, ModelError
 from index_jobs.jobs.command_line import Runtime
 
@@ -87,7 +87,7 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
             f"the model hub cannot be reached, so the bundled model is used, which knows drawings better than photos; "
             f"run this again with a connection, or give --model DIR, for {model}"
         )
-        return _checkpoint(str(_BUNDLED), None, folder)
+        return bundled_checkpoint(folder / "bundled"), ["--model", str(_BUNDLED)]
     save_zero_shot(backbone, out)
     return out, source
 

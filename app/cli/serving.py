@@ -127,7 +127,7 @@ def demo(
     listen(host, port).close()  # before minutes are spent on indexes for a port that is taken
     others = [name for name in domains if name != domain]
     sources = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
-    sources[f"{domain}-clip"] = EXAMPLES / domain, _zero_shot_checkpoint(data / "zero-shot")
+    sources[f"{domain}-clip"] = EXAMPLES / domain, bundled_checkpoint(data / "zero-shot")
     others.append(f"{domain}-clip")
     typer.echo()
     for number, (name, (gallery, checkpoint)) in enumerate(sources.items(), 1):
@@ -145,8 +145,8 @@ def demo(
     serve_index(index=index, collections=collections, host=host, port=port, runtime=runtime, page_hybrid=True)
 
 
-def _zero_shot_checkpoint(out: Path) -> Path:
-    """Return a checkpoint of the unadapted bundled model; it is written once."""
+def bundled_checkpoint(out: Path) -> Path:
+    """Return a checkpoint of the unadapted bundled model; it is written once, and again if a release brings another."""
     from dcar_core.model.checkpoint import is_checkpoint, read_config, save_zero_shot
 
     backbones = {read_config(path)["backbone"]["sha256"] for path in EXAMPLES.glob("*/checkpoint")}

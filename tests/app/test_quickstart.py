@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.cli.hub import hub_is_reachable
 from app.cli.options import EXAMPLES
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.util.errors import DcarError, ModelError
 from index_jobs.store.versions import open_current
 from tests.support.images import png
@@ -41,9 +43,11 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
-    photos: Path, tmp_path: Path, served: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    photos: Path, tiny_model: Path, tmp_path: Path, served: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     command = ["quickstart", str(photos), "--data", str(tmp_path / "data"), "--port", str(free_port()), "--no-open"]
+    of_another_release = load_backbone(BackboneSource(str(tiny_model)))
+    save_zero_shot(of_another_release, tmp_path / "data" / "zero-shot" / "bundled")
     first = CliRunner().invoke(app, command, catch_exceptions=False)
     assert first.output.count("the model hub cannot be reached") == 1
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "the hub's error is said once"

@@ -167,7 +167,12 @@ def test_demo_replaces_an_index_of_a_release_with_another_model(data: Path, tmp_
     weights = load_file(base / "open_clip_model.safetensors")
     save_file(weights | {"logit_scale": weights["logit_scale"] + 1}, str(base / "open_clip_model.safetensors"))
     save_zero_shot(load_backbone(BackboneSource(str(base))), tmp_path / "zero-shot")
-    rebuild(EXAMPLES / "twemoji", tmp_path / "zero-shot", tmp_path / "data" / "index" / "twemoji", progress=False)
+    one = tmp_path / "gallery"  # an item of the gallery is enough
+    one.mkdir()
+    row = (EXAMPLES / "twemoji" / "metadata.jsonl").read_text().splitlines()[0]
+    (one / "metadata.jsonl").write_text(row)
+    shutil.copy(EXAMPLES / "query.png", one / json.loads(row)["file_name"])
+    rebuild(one, tmp_path / "zero-shot", tmp_path / "data" / "index" / "twemoji", progress=False)
     shutil.rmtree(base)
     with start_demo(tmp_path / "data") as (_, said, _):
         assert said.count("already indexed") == 2
