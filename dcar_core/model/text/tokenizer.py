@@ -50,7 +50,10 @@ class TextTokenizer:
     @classmethod
     def for_clip(cls, limit: int = _CLIP_CONTEXT) -> "TextTokenizer":
         """Use the vocabulary that CLIP was trained with."""
-        return _clip_tokenizer().with_limit(limit)
+        spec = find_spec("open_clip")
+        assert spec is not None
+        assert spec.origin is not None
+        return load_byte_pairs(Path(spec.origin).with_name(_VOCABULARY_FILE)).with_limit(limit)
 
     def with_limit(self, limit: int) -> "TextTokenizer":
         return replace(self, limit=limit)
@@ -137,16 +140,18 @@ def count_clip_tokens(texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in TextTokenizer.for_clip(sys.maxsize).encode(texts)]
 
 
-@cache
-def _clip_tokenizer() -> TextTokenizer:
-    spec = find_spec("open_clip")
-    assert spec is not None
-    assert spec.origin is not None
-    return load_byte_pairs(Path(spec.origin).with_name(_VOCABULARY_FILE))
-
-
 def load_byte_pairs(file: Path) -> TextTokenizer:
-    """Load a vocabulary of CLIP's kind: gzipped merges, a line each."""
+    """Load a vocabulary of CLIP's kind: gzipped merges, a line each. It is read again only if the file has changed."""
+    return _load_byte_pairs(file, file.stat().st_mtime_ns)
+
+
+def digest_byte_pairs(file: Path) -> str:
+    """Return the sha256 over the pieces and merges of a vocabulary of CLIP's kind, likewise read once."""
+    return _digest_byte_pairs(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _load_byte_pairs(file: Path, modified: int) -> TextTokenizer:
     ids, ranks = _read_byte_pairs(file)
     merges = [(merge[0], merge[1]) for merge in sorted(ranks, key=ranks.__getitem__) if len(merge) == 2]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix=_WORD_END))
@@ -159,8 +164,8 @@ def load_byte_pairs(file: Path) -> TextTokenizer:
     return TextTokenizer(tokenizer, _CLIP_CONTEXT, "lower", (ids[_START],), ids[_END])
 
 
-def digest_byte_pairs(file: Path) -> str:
-    """Return the sha256 over the pieces and merges of a vocabulary of CLIP's kind."""
+@cache
+def _digest_byte_pairs(file: Path, modified: int) -> str:
     content = [sorted(part.items()) for part in _read_byte_pairs(file)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
