@@ -19,14 +19,14 @@ RUN python -c "import sys, tomllib; wanted = tomllib.load(open('pyproject.toml',
 FROM ${BASE} AS builder
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
 ARG LOCK=""
-ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 RUN python -m venv --without-pip /opt/venv
 COPY --from=requirements /requirements.txt /requirements.txt
 COPY requirements*.lock /locks/
 # The locks leave out PyTorch, since the index decides its build; the second command adds it.
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     test -z "$LOCK" || pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$LOCK"
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip --python /opt/venv/bin/python install --requirement /requirements.txt
 
 FROM builder AS project
@@ -35,7 +35,7 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY dcar_core dcar_core
 COPY index_jobs index_jobs
 COPY app app
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip wheel --no-deps --wheel-dir /dist .
 
 FROM ${BASE}
