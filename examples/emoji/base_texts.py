@@ -1,11 +1,13 @@
-"""Texts for training the base model: captions and phrases, with typing errors."""
+"""Texts for training the base model: captions and phrases, with typing errors, and their encoding."""
 
 import json
 import random
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
+import torch.nn.functional as F
 from captions import domain_caption, facts, sample_caption, short_caption, spoken_caption, with_typo
 from torch import Tensor
 
@@ -65,3 +67,27 @@ class Texts:
         texts = [with_typo(text, rng) if rng.random() < 0.25 else text for text in texts]
         texts = [f"{rng.choice(ARTICLES)} {text}" if rng.random() < 0.06 else text for text in texts]
         return texts, np.array(numbers)
+
+
+class TextEncoder:
+    """Encodes texts of any length with the model's text tower, cut to the longest of each part."""
+
+    def __init__(self, model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Return the tower's output (n, width) and the normalised features (n, dim)."""
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        parts = [self._encode([texts[row] for row in rows]) for rows in np.array_split(order, 3)]
+        back = torch.from_numpy(np.argsort(order))
+        hidden = torch.cat(parts)[back]
+        return hidden, F.normalize(hidden @ self.model.text_projection, dim=-1)
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenizer(texts)
+        ends = tokens.argmax(1)
+        length, model = int(ends.max()) + 1, self.model
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
+            x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
+            x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])[torch.arange(len(texts)), ends]
+        return model.ln_final(x.float())

@@ -5,36 +5,12 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-import torch.nn.functional as F
 from base_batches import UNSEEN, load_images, on_white
+from base_texts import TextEncoder
 from evaluate_queries import measure, read_domain, read_queries
 from torch import Tensor
 
 HERE = Path(__file__).parent
-
-
-class TextEncoder:
-    """Encodes texts of any length with the model's text tower, cut to the longest of each part."""
-
-    def __init__(self, model: open_clip.CLIP, tokenizer: open_clip.SimpleTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Return the tower's output (n, width) and the normalised features (n, dim)."""
-        order = np.argsort([len(text) for text in texts], kind="stable")
-        parts = [self._encode([texts[row] for row in rows]) for rows in np.array_split(order, 3)]
-        back = torch.from_numpy(np.argsort(order))
-        hidden = torch.cat(parts)[back]
-        return hidden, F.normalize(hidden @ self.model.text_projection, dim=-1)
-
-    def _encode(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenizer(texts)
-        ends = tokens.argmax(1)
-        length, model = int(ends.max()) + 1, self.model
-        with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
-            x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
-            x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])[torch.arange(len(texts)), ends]
-        return model.ln_final(x.float())
 
 
 def encode_images(model: open_clip.CLIP, rgba: np.ndarray) -> Tensor:

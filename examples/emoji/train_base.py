@@ -28,8 +28,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from base_batches import SIDE, STYLES, Sampler, augment, load_images
-from base_texts import TEMPERATURE, Texts
-from base_validation import TextEncoder, Validation, encode_images
+from base_texts import TEMPERATURE, TextEncoder, Texts
+from base_validation import Validation, encode_images
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -113,6 +113,7 @@ class Trainer:
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.owners = torch.tensor([self.texts.places[name] for name, _ in rows])
+        self.means = torch.empty(0, MODEL["embed_dim"])  # of each emoji's images; see `start_means`
 
     def take_step(self) -> list[float]:
         """Train on one batch; return the terms of its loss."""
