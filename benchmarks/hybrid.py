@@ -2,15 +2,20 @@
 
     python benchmarks/hybrid.py quality --index data/index/twemoji --queries examples/emoji/queries/test.tsv
     python benchmarks/hybrid.py latency --items 100000
+    python benchmarks/hybrid.py service --items 100000
 
 - Quality: hit@1, hit@5 and nDCG@10 of short queries over every item of a bundled gallery; `--queries` as in
   examples/emoji/evaluate_queries.py. `--weights` compares weights of the words; choose on validation.tsv.
 - Latency: p50 of one search on one core, without the encoding of the query; size and seconds of the lexical index.
   Vectors are random around 1,000 centres, in an index of kind `auto`; texts are words of a Zipf distribution, and
   queries are the words of an item.
+- Service: p50 of POST /search/text over the same items, one query at a time, with the bundled model on one core and the
+  caller on another; for texts that are new, and for texts whose vectors are cached. The ways alternate.
 """
 
 import argparse
+import asyncio
+import os
 import random
 import statistics
 import sys
@@ -25,7 +30,10 @@ from typing import Any
 
 import faiss
 import numpy as np
+from load import connect, text_request
+from service import made_index, serving
 
+from app.cli.serving import bundled_checkpoint
 from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankQuery, rank
 from dcar_core.util.arrays import Floats, Rows
@@ -60,8 +68,8 @@ class Index:
         return vectors
 
 
-def make_index(items: int, folder: Path) -> tuple[Index, list[str], Floats]:
-    """Return an index of made items, their texts, and query vectors."""
+def make_material(items: int) -> tuple[Floats, list[str], Floats]:
+    """Return the vectors of made items, their texts, and query vectors."""
     rng, generator = np.random.default_rng(0), random.Random(0)
     centres = rng.standard_normal((CENTRES, DIM)).astype(np.float32)
 
@@ -70,6 +78,15 @@ def make_index(items: int, folder: Path) -> tuple[Index, list[str], Floats]:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     vectors = near_centres(items)
+    names = ["".join("abcdefghij"[int(digit)] for digit in str(number + 10_000)) for number in range(WORDS)]
+    limits = np.cumsum(1 / np.arange(1, WORDS + 1)).tolist()
+    texts = [" ".join(generator.choices(names, cum_weights=limits, k=WORDS_PER_ITEM)) for _ in range(items)]
+    return vectors, texts, near_centres(SEARCHES)
+
+
+def make_index(vectors: Floats, texts: list[str], folder: Path) -> Index:
+    """Return an index of the material."""
+    items = len(vectors)
     faiss.omp_set_num_threads(2)
 
     def blocks() -> Iterator[Floats]:
@@ -77,10 +94,6 @@ def make_index(items: int, folder: Path) -> tuple[Index, list[str], Floats]:
 
     built = build_index(blocks, items, DIM, choose_kinds("auto", items, DIM), None, target=0.99)
     write_faiss(built.index, folder / "index.faiss")
-    names = ["".join("abcdefghij"[int(digit)] for digit in str(number + 10_000)) for number in range(WORDS)]
-    shares = np.cumsum(1 / np.arange(1, WORDS + 1))
-    limits = shares.tolist()
-    texts = [" ".join(generator.choices(names, cum_weights=limits, k=WORDS_PER_ITEM)) for _ in range(items)]
     started = time.process_time()
     write_lexical(folder / "lexical", texts)
     seconds = time.process_time() - started
@@ -90,17 +103,14 @@ def make_index(items: int, folder: Path) -> tuple[Index, list[str], Floats]:
         f"{items:,} items, {built.choice.factory}; lexical index: {total:.1f} MB, {lists:.1f} of them lists of terms, "
         f"written in {seconds:.1f} s of one core\n"
     )
-    return (
-        Index(FaissIndex.open(folder / "index.faiss"), LexicalIndex(folder / "lexical")),
-        texts,
-        near_centres(SEARCHES),
-    )
+    return Index(FaissIndex.open(folder / "index.faiss"), LexicalIndex(folder / "lexical"))
 
 
 def measure_latency(items: int) -> None:
     """Print a table: one row for each number of query words, and each way of searching."""
     with tempfile.TemporaryDirectory() as folder:
-        index, texts, vectors = make_index(items, Path(folder))
+        item_vectors, texts, vectors = make_material(items)
+        index = make_index(item_vectors, texts, Path(folder))
         artifact: Any = index
         faiss.omp_set_num_threads(1)
         generator = random.Random(1)
@@ -125,6 +135,48 @@ def measure_latency(items: int) -> None:
             medians = {name: statistics.median(values) for name, values in taken.items()}
             cells = [*(f"{value:.2f}" for value in medians.values()), f"{medians['both'] / medians['vectors']:.2f}"]
             print(f"| {words} | {' | '.join(cells)} |")
+
+
+def measure_service(items: int, work: Path) -> None:
+    """Print a table: new and cached texts of several numbers of words, and each way of searching."""
+    vectors, texts, _ = make_material(items)
+    index = made_index(work / f"hybrid-{items}", bundled_checkpoint(work / "bundled"), vectors, texts)
+    del vectors
+    generator = random.Random(1)
+    queries = {
+        words: [" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in range(SEARCHES)]
+        for words in (1, 2, 4)
+    }
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[-1]})
+    print(
+        "| query | vectors, ms | words, ms | both, ms | both / vectors |\n| --- | --- | --- | --- | --- |", flush=True
+    )
+    for kind, cache_size in (("new", 0), ("cached", 10_000)):
+        with serving(index, cores={cores[0]}, cache_size=cache_size) as server:
+            for words, texts in queries.items():
+                taken = asyncio.run(_milliseconds(server.port, texts))
+                medians = [statistics.median(values) for values in taken]
+                cells = [*(f"{value:.2f}" for value in medians), f"{medians[2] / medians[0]:.2f}"]
+                print(f"| {words} words, {kind} | {' | '.join(cells)} |", flush=True)
+
+
+async def _milliseconds(port: int, texts: list[str]) -> list[list[float]]:
+    """Return the latencies of texts by vectors, by words and by both; the ways alternate."""
+    connection = await connect(port)
+    taken: list[list[float]] = [[], [], []]
+    for is_measured in (False, True):
+        for text in texts:
+            for way, weight in enumerate((False, 1, DEFAULT_WEIGHT)):
+                request = text_request(text, hybrid=weight)
+                started = time.perf_counter()
+                status = await connection.ask(request)
+                if status != 200:
+                    raise SystemExit(f"the service answered {status}")
+                if is_measured:
+                    taken[way].append(1000 * (time.perf_counter() - started))
+    connection.transport.close()
+    return taken
 
 
 def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
@@ -157,7 +209,7 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
 
 
 def main() -> None:
-    """Run one of the two measurements."""
+    """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     quality = commands.add_parser("quality", help="what is found")
@@ -168,9 +220,14 @@ def main() -> None:
     quality.add_argument("--weights", type=float, nargs="+", default=[0.0, DEFAULT_WEIGHT, 1.0])
     latency = commands.add_parser("latency", help="how long a search takes")
     latency.add_argument("--items", type=int, default=100_000, help="default: %(default)s")
+    service = commands.add_parser("service", help="how long a request takes")
+    service.add_argument("--items", type=int, default=100_000, help="default: %(default)s")
+    service.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="default: %(default)s")
     args = parser.parse_args()
     if args.command == "quality":
         measure_quality(args.index, args.queries, args.weights)
+    elif args.command == "service":
+        measure_service(args.items, args.work)
     else:
         measure_latency(args.items)
 

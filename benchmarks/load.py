@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,8 @@ class _Connection(asyncio.Protocol):
             self._response.set_exception(ConnectionError("closed without a response"))
 
 
-async def _connect(port: int) -> _Connection:
+async def connect(port: int) -> _Connection:
+    """Open a connection."""
     _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
     return connection
 
@@ -97,7 +99,7 @@ async def _once(
 ) -> _Connection | None:
     try:
         if connection is None or not connection.alive:
-            connection = await _connect(port)
+            connection = await connect(port)
         status = await connection.ask(request)
     except OSError:
         tally.broken += 1
@@ -162,11 +164,11 @@ async def open_loop(port: int, requests: Requests, *, rate: float, seconds: floa
     return tally
 
 
-def text_request(query: str, k: int = 10) -> bytes:
+def text_request(query: str, k: int = 10, **options: Any) -> bytes:
     """Return a POST /search/text."""
     import json
 
-    return post("/search/text", "application/json", json.dumps({"query": query, "k": k}).encode())
+    return post("/search/text", "application/json", json.dumps({"query": query, "k": k} | options).encode())
 
 
 def image_request(image: bytes, k: int = 10) -> bytes:

@@ -14,10 +14,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcar_core.util.arrays import Floats
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -152,13 +155,20 @@ def vit_checkpoint(work: Path) -> Path:
 
 def random_vit(work: Path, count: int = 100_000) -> Path:
     """Return an index of `count` random vectors under a random ViT-B/32; made once."""
-    out = work / f"vit-{count}"
+    from index_material import Clusters
+
+    vectors = Clusters(count, 512).draw(count, seed=1)
+    return made_index(work / f"vit-{count}", vit_checkpoint(work), vectors, [f"item {i}" for i in range(count)])
+
+
+def made_index(out: Path, checkpoint: Path, vectors: "Floats", captions: Sequence[str]) -> Path:
+    """Return an index of vectors and captions whose images do not exist; made once."""
     if (out / "CURRENT").exists():
         return out
     import datetime
 
     import numpy as np
-    from index_material import Clusters
+    import pyarrow as pa
 
     from dcar_core import Encoder
     from dcar_core.model.checkpoint import copy_checkpoint
@@ -167,26 +177,30 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     from index_jobs.gallery.scan import scan
     from index_jobs.store import publish
     from index_jobs.store.faiss_index import write_faiss
-    from index_jobs.store.items import write_items
-    from index_jobs.store.manifest import CHECKPOINT, ITEMS, VECTORS, Manifest
+    from index_jobs.store.items import SIZE_COLUMNS, write_items
+    from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
+    from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, VECTORS, Manifest
 
-    checkpoint = vit_checkpoint(work)
-    listed = work / "vit-gallery.jsonl"
-    rows = (
-        {"file_name": f"{i}.jpg", "id": f"{i}", "caption": f"item {i}", "category": f"c{i % 50}"} for i in range(count)
-    )
-    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    count, dim = vectors.shape
+    listed = out.with_suffix(".jsonl")
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    with listed.open("w") as file:
+        for i, caption in enumerate(captions):
+            row = {"file_name": f"{i}.jpg", "id": f"{i}", "caption": caption, "category": f"c{i % 50}"}
+            file.write(json.dumps(row) + "\n")
     gallery = scan(listed)
-    vectors = Clusters(count, 512).draw(count, seed=1)
-    choices = kinds.choose_kinds("auto", count, 512)
-    built = build_index(lambda: iter([vectors]), count, 512, choices)
+    table = gallery.table
+    for name in SIZE_COLUMNS:
+        table = table.append_column(name, pa.nulls(count, pa.int32()))
+    built = build_index(lambda: iter([vectors]), count, dim, kinds.choose_kinds("auto", count, dim))
     with publish.open_staging(out) as staging:
         copy_checkpoint(checkpoint, staging / CHECKPOINT)
         encoder = Encoder.load(staging / CHECKPOINT, device="cpu")
         write_faiss(built.index, staging / VECTORS)
-        write_items(staging / ITEMS, gallery.table, np.arange(count))
+        write_items(staging / ITEMS, table, np.arange(count))
+        write_lexical(staging / LEXICAL, item_texts(table, None))
         manifest = Manifest(
-            version=0, fingerprint=encoder.fingerprint, count=count, dim=512, kind=built.choice.factory,
+            version=0, fingerprint=encoder.fingerprint, count=count, dim=dim, kind=built.choice.factory,
             reason=built.choice.reason, gpu=False, requested_kind="auto", requested_memory=None, target_recall=0.99,
             source=gallery.source, root=gallery.root, checkpoint=str(checkpoint), checkpoint_signature="random",
             gallery_signature=gallery.content_signature,
