@@ -75,7 +75,8 @@ def make_material(items: int) -> tuple[Floats, list[str], Floats]:
 
     def near_centres(count: int) -> Floats:
         vectors = centres[rng.integers(0, CENTRES, count)] + rng.standard_normal((count, DIM)).astype(np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        unit: Floats = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit
 
     vectors = near_centres(items)
     names = ["".join("abcdefghij"[int(digit)] for digit in str(number + 10_000)) for number in range(WORDS)]

@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from app.core.metrics import Metrics
-from app.middleware.body_limit import FREE_BYTES, BodyLimit
+from app.middleware.body_limit import _WATCH_AFTER_S, FREE_BYTES, BodyLimit, byte_counter
 
 LIMIT = 2**20 + 2 * FREE_BYTES
 Handler = Callable[[Scope, Receive, Send], Any]
@@ -154,7 +154,7 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         return task
 
     first = await begin(LIMIT)
-    free = [await begin(FREE_BYTES) for _ in range(20)]
+    free = [await begin(size) for size in (FREE_BYTES, 60_000) for _ in range(10)]
     assert served.refused("uploads") == 0
     second = await begin(LIMIT - 1)
     status, headers, body = await first
@@ -195,7 +195,36 @@ async def test_an_unfinished_body_is_refused_in_time_and_a_finished_one_is_not()
     assert json.loads(body)["detail"] == "The body did not arrive within 0.1 seconds."
 
 
-@pytest.mark.parametrize("headers", [[], [(b"content-length", b"0")], [(b"content-length", b"1")]])
+async def test_a_body_may_pause_longer_than_the_wait_for_a_disconnect() -> None:
+    """The disconnect is watched after the body, since the watcher would take its messages."""
+    served, parts, sent = Served(), asyncio.Queue[Message](), list[Message]()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: Scope = {"type": "http", "path": "/", "headers": [(b"transfer-encoding", b"chunked")]}
+    task = asyncio.create_task(served.app(scope, parts.get, send))
+    await asyncio.sleep(2 * _WATCH_AFTER_S)
+    parts.put_nowait({"type": "http.request", "body": b"abc"})
+    await asyncio.wait_for(task, 5)
+    assert sent[-1]["body"] == b"3"
+
+
+async def test_fetched_bytes_have_room_in_the_budget_or_end_the_request() -> None:
+    async def fetch(scope: Scope, receive: Receive, send: Send) -> None:
+        byte_counter(scope)(LIMIT - 2)
+        await count(scope, receive, send)
+
+    fetching = Served(fetch, in_flight=2**20)
+    assert (await fetching(b"x"))[0] == 200, "one alone always has room"
+    done = asyncio.Event()
+    both = [asyncio.create_task(fetching(b"x", hangs=done)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    done.set()
+    assert sorted([(await each)[0] for each in both]) == [200, 503]
+
+
+@pytest.mark.parametrize("headers", [[], [(b"host", b"x")], [(b"content-length", b"0")], [(b"content-length", b"1")]])
 async def test_a_request_whose_client_leaves_is_cancelled(headers: list[tuple[bytes, bytes]]) -> None:
     left, gone = asyncio.Event(), asyncio.Event()
 
