@@ -2,11 +2,12 @@
 
     python examples/emoji/evaluate_queries.py --queries test
     python examples/emoji/evaluate_queries.py --base build/base --domains twemoji --zero-shot
-    python examples/emoji/evaluate_queries.py --zero-shot --captions
+    python examples/emoji/evaluate_queries.py --zero-shot --captions [--encoder MODEL_FOLDER]
 
 - queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
 - Every image of the style is in the gallery, with all skin tones, and vectors alone rank it.
-- With --captions, the items' captions are ranked in place of their images: what is left to the image tower.
+- With --captions, the items' captions are ranked in place of their images: what is left to the image tower. With
+  --encoder, the sentence encoder of phrases.py ranks them as well.
 - A hit@k is a query with a right answer among the first k. nDCG@10 counts every right answer alike.
 """
 
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=HERE / "base", help="default: %(default)s")
     parser.add_argument("--zero-shot", action="store_true", help="the base model alone, without the checkpoints")
     parser.add_argument("--captions", action="store_true", help="rank the captions of the items, not their images")
+    parser.add_argument("--encoder", type=Path, help="with --captions: the folder of a sentence encoder")
     parser.add_argument("--misses", action="store_true", help="list the queries without a hit among the first five")
     args = parser.parse_args()
     results = {}
@@ -131,11 +133,17 @@ def main() -> None:
         models = {"zero-shot": args.base}
         if not args.zero_shot:
             models["adapted"] = HERE / domain / "checkpoint"
+        captions, texts = [row["caption"] for row in rows], [query.text for query in queries]
+        if args.encoder is not None:
+            from phrases import SentenceEncoder
+
+            sentences = SentenceEncoder(args.encoder)
+            scores = (sentences.encode(texts) @ sentences.encode(captions).T).numpy()
+            results[f"{domain}, sentence encoder"] = queries, measure(scores, queries)
         for name, source in models.items():
             encoder = Encoder.load(source)
-            captions = [row["caption"] for row in rows]
             items = encoder.encode_text(captions) if args.captions else encoder.encode_images(images)
-            scores = encoder.encode_text([query.text for query in queries]) @ items.T
+            scores = encoder.encode_text(texts) @ items.T
             values = measure(scores, queries)
             results[f"{domain}, {name}"] = queries, values
             if args.misses:
