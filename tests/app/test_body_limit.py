@@ -205,7 +205,9 @@ async def test_a_body_may_pause_longer_than_the_wait_for_a_disconnect() -> None:
     scope: Scope = {"type": "http", "path": "/", "headers": [(b"transfer-encoding", b"chunked")]}
     task = asyncio.create_task(served.app(scope, parts.get, send))
     await asyncio.sleep(2 * _WATCH_AFTER_S)
-    parts.put_nowait({"type": "http.request", "body": b"abc"})
+    for part, has_more in ((b"ab", True), (b"c", False)):
+        parts.put_nowait({"type": "http.request", "body": part, "more_body": has_more})
+        await asyncio.sleep(0.01)
     await asyncio.wait_for(task, 5)
     assert sent[-1]["body"] == b"3"
 
