@@ -2,13 +2,15 @@
 
 - Graphs and inverted lists are tuned for ten results. A graph returns no more rows than it keeps on its way, lists no
   more than they hold, so more results need a wider search.
-- A selection is one bit for each row in an IDSelector that FAISS reads during its search. Since a part of the visited
-  rows does not count, the search widens until it visits as many selected rows as an unfiltered search visits rows. The
-  width differs between queries, because selected rows may lie far from a query.
+- A search among selected rows visits as many of them as an unfiltered search visits rows, so it is wider. It requests
+  twice the results that evenly spread rows need and drops those that are not selected.
+- A query with too few selected rows among those has most of them far away. Its search widens further, with one bit for
+  each row in an IDSelector that FAISS reads.
 - A small selection, or one that needs too wide a search, is compared exactly. So are kinds without selectors.
 """
 
-from functools import cache, cached_property
+import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ _GRAPH_COST = 4  # cost of a vector reached through the graph, in vectors compar
 _SCAN_RATIO = 16  # rows skipped in lists that cost as much as one exact comparison
 _SPARSE = 0.5  # selected rows are sparse near a query below this ratio of their share
 _WIDENING = 4  # factor on the width where they are sparse
-_BLOCK = 2048  # rows that are decoded at a time and stay in the processor's cache
+_BLOCK = 1024  # rows that are compared at a time and stay in the processor's cache
 _SELECTOR_SHARE = 0.25  # from this share on, a kind that scans every row is faster with a selector than row by row
 
 ScoredRows = tuple[Floats, Rows]  # scores (n, k), best first, and rows (n, k), -1 where there are fewer
@@ -140,18 +142,15 @@ def search_selection(index: Any, vectors: Floats, k: int, selection: RowSelectio
 
     if selection.count == 0:
         return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
-    innermost, _, transforms = unwrap(index)
-    transformed = vectors
-    for transform in transforms:
-        transformed = transform.apply(transformed)
+    innermost, factor, transforms = unwrap(index)
     scans_every_row = isinstance(innermost, faiss.IndexFlat | faiss.IndexScalarQuantizer)
     if selection.count <= EXACT_UP_TO and not (scans_every_row and selection.share > _SELECTOR_SHARE):
         return _search_exactly(index, vectors, k, selection.rows)
     try:
         if isinstance(innermost, faiss.IndexIVF):
-            return _search_lists(index, innermost, vectors, transformed, k, selection)
+            return _search_lists(index, vectors, k, selection, innermost, factor, transforms)
         if isinstance(innermost, faiss.IndexHNSW):
-            return _search_graph(index, innermost, vectors, k, selection)
+            return _search_graph(index, vectors, k, selection, int(innermost.hnsw.efSearch), factor)
         scores, rows = index.search(vectors, k, params=_parameters(index, selection.selector))
     except RuntimeError:  # a kind without selectors, such as PQ or NSG
         return _search_exactly(index, vectors, k, selection.rows)
@@ -195,28 +194,44 @@ def _parameters(index: Any, selector: Any, width: int = 0) -> Any:
 
 
 def _search_lists(
-    index: Any, lists: Any, vectors: Floats, transformed: Floats, k: int, selection: RowSelection
+    index: Any, vectors: Floats, k: int, selection: RowSelection, lists: Any, factor: float, transforms: list[Any]
 ) -> ScoredRows:
-    rows_to_visit = lists.nprobe / selection.share * lists.ntotal / lists.nlist  # if selected rows are evenly spread
-    if rows_to_visit > _SCAN_RATIO * selection.count:
+    wanted, list_size = _results_with_selected(k, selection), lists.ntotal / lists.nlist
+    tuned = max(int(lists.nprobe), math.ceil(_VISITED * k / list_size))
+    width = min(lists.nlist, math.ceil(tuned / selection.share))
+    if width * list_size > _SCAN_RATIO * (selection.count - factor * wanted):
         return _search_exactly(index, vectors, k, selection.rows)
-    results = []
-    for vector, inner_vector in zip(vectors[:, None], transformed[:, None], strict=True):
-        probes = _probes(lists, inner_vector, selection)
-        results.append(index.search(vector, k, params=_parameters(index, selection.selector, probes)))
-    return _stack(results)
+    scores, rows = _search_oversampled(index, vectors, k, selection, wanted, width)
+    for number in np.flatnonzero(rows[:, -1] < 0):
+        vector = transformed = vectors[number, None]
+        for transform in transforms:
+            transformed = transform.apply(transformed)
+        parameters = _parameters(index, selection.selector, _probes(lists, transformed, selection, tuned))
+        scores[number], rows[number] = index.search(vector, k, params=parameters)
+    return scores, rows
 
 
-def _probes(lists: Any, vector: Floats, selection: RowSelection) -> int:
-    """Return how many lists hold as many selected rows as the tuned number of lists holds rows; vector: (1, E).
+def _results_with_selected(k: int, selection: RowSelection) -> int:
+    """Return how many results have k selected ones among them, unless selected rows are sparse near the query."""
+    return min(len(selection.mask), math.ceil(k / (_SPARSE * selection.share)))
 
-    Where few neighbours of a query are selected, the nearest selected rows are spread over distant lists, so the target
-    grows by `_WIDENING`.
+
+def _search_oversampled(
+    index: Any, vectors: Floats, k: int, selection: RowSelection, wanted: int, width: int
+) -> ScoredRows:
+    scores, rows = index.search(vectors, wanted, params=_parameters(index, None, width))
+    return merge_top_k([scores], [np.where(selection.mask[rows], rows, -1)], k)
+
+
+def _probes(lists: Any, vector: Floats, selection: RowSelection, tuned: int) -> int:
+    """Return how many lists have four times as many selected rows as the tuned number has rows; vector: (1, E).
+
+    The nearest selected rows of a query with few of them nearby are spread over distant lists, hence the factor.
     """
     import faiss
 
-    inverted, tuned, share = lists.invlists, int(lists.nprobe), selection.share
-    first = min(lists.nlist, 4 * round(tuned / share))
+    inverted = lists.invlists
+    first = min(lists.nlist, 4 * round(tuned / selection.share))
     selected = target = visited = 0
     for limit in (first, lists.nlist):
         nearest = lists.quantizer.search(vector, limit)[1][0].tolist()
@@ -226,68 +241,59 @@ def _probes(lists: Any, vector: Floats, selection: RowSelection) -> int:
                 ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)
                 selected += int(np.count_nonzero(selection.mask[ids]))
             visited += 1
-            target += size if visited <= tuned else 0
-            if visited == tuned and selected < _SPARSE * share * target:
-                target *= _WIDENING
+            target += _WIDENING * size if visited <= tuned else 0
             if visited >= tuned and selected >= target:
                 return visited
     return int(lists.nlist)
 
 
-def _search_graph(index: Any, graph: Any, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
-    """Widen the search by the share of each query's neighbours that are selected, until it finds enough of them."""
-    tuned = int(graph.hnsw.efSearch)
-    share, count = selection.share, max(k, tuned)
-    neighbours = index.search(vectors, count, params=_parameters(index, None, count))[1]
-    results = []
-    for vector, share_nearby in zip(vectors[:, None], selection.mask[neighbours].mean(1), strict=True):
-        widening = 1 if share_nearby >= _SPARSE * share else _WIDENING**2  # distant rows are many hops away
-        width = round(widening * tuned / share)
-        while _GRAPH_COST * width <= selection.count:
-            scores, rows = index.search(vector, count, params=_parameters(index, selection.selector, width))
-            if rows[0, -1] >= 0:
-                results.append((scores[:, :k], rows[:, :k]))
-                break
-            width *= _WIDENING
-        else:
-            results.append(_search_exactly(index, vector, k, selection.rows))
-    return _stack(results)
+def _search_graph(
+    index: Any, vectors: Floats, k: int, selection: RowSelection, tuned: int, factor: float
+) -> ScoredRows:
+    """Widen the search for each query with few selected neighbours until it finds enough of them."""
+    wanted, count = _results_with_selected(k, selection), max(k, tuned)
+    width = max(round(count / selection.share), round(factor * wanted))
+    if _GRAPH_COST * width > selection.count:
+        return _search_exactly(index, vectors, k, selection.rows)
+    scores, rows = _search_oversampled(index, vectors, k, selection, wanted, width)
+    for number in np.flatnonzero(rows[:, -1] < 0):
+        vector = vectors[number, None]
+        wider = _WIDENING**2 * width  # distant rows are many hops away
+        found = np.full((1, 1), -1)
+        while found[0, -1] < 0 and _GRAPH_COST * wider <= selection.count:
+            found_scores, found = index.search(vector, count, params=_parameters(index, selection.selector, wider))
+            wider *= _WIDENING
+        if found[0, -1] < 0:
+            found_scores, found = _search_exactly(index, vector, k, selection.rows)
+        scores[number], rows[number] = found_scores[0, :k], found[0, :k]
+    return scores, rows
 
 
 def _search_exactly(index: Any, vectors: Floats, k: int, selected: Rows) -> ScoredRows:
+    """Compare every selected row. Scalar codes are copied and compared, which is faster than decoding them."""
     import faiss
 
+    library: Any = faiss  # the type hints have the C++ signatures only
+    storage = index
+    if isinstance(index, faiss.IndexRefine | faiss.IndexHNSW):
+        storage = faiss.downcast_index(index.refine_index if isinstance(index, faiss.IndexRefine) else index.storage)
+    if has_codes := isinstance(storage, faiss.IndexScalarQuantizer):
+        size = int(storage.code_size)
+        codes = library.rev_swig_ptr(storage.codes.data(), storage.ntotal * size).reshape(-1, size)
+        part = library.IndexScalarQuantizer(storage.d, storage.sq.qtype, storage.metric_type)
+        part.sq, part.is_trained = storage.sq, True
+        buffer = np.empty((min(_BLOCK, len(selected)), size), np.uint8)
     scores = np.empty((len(vectors), 0), np.float32)
     rows = np.empty((len(vectors), 0), np.int64)
     for start in range(0, len(selected), _BLOCK):
         block = selected[start : start + _BLOCK]
-        block_scores, places = faiss.knn(
-            vectors, _decode(index, block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
-        )
+        if has_codes:
+            part.reset()  # keeps its memory
+            part.add_sa_codes(np.take(codes, block, 0, buffer[: len(block)], "clip"))
+            block_scores, places = part.search(vectors, min(k, len(block)))
+        else:
+            block_scores, places = faiss.knn(
+                vectors, index.reconstruct_batch(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+            )
         scores, rows = merge_top_k([scores, block_scores], [rows, block[places]], k)
     return scores, rows
-
-
-def _decode(index: Any, rows: Rows) -> Floats:
-    """Return the vectors of rows. Scalar codes are decoded all at once, which is faster than row by row."""
-    import faiss
-
-    storage = faiss.downcast_index(index.refine_index) if isinstance(index, faiss.IndexRefine) else index
-    if not isinstance(storage, faiss.IndexScalarQuantizer):
-        return np.asarray(index.reconstruct_batch(rows))
-    library: Any = faiss  # the type hints have the C++ signatures only
-    size = int(storage.code_size)
-    codes = library.rev_swig_ptr(storage.codes.data(), storage.ntotal * size).reshape(-1, size)[rows]
-    if storage.sq.qtype == library.ScalarQuantizer.QT_fp16:
-        return np.asarray(np.take(_halves(), codes.view(np.uint16)))
-    return np.asarray(storage.sa_decode(codes))
-
-
-@cache
-def _halves() -> Floats:
-    """Return every 16-bit float as a float32, by its bits: a look-up is faster than NumPy's conversion."""
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-
-
-def _stack(results: list[ScoredRows]) -> ScoredRows:
-    return np.concatenate([scores for scores, _ in results]), np.concatenate([rows for _, rows in results])

@@ -170,18 +170,20 @@ def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "kind", ["SQ8", "SQfp16", "IVF32,PQ16x4fs,Refine(SQfp16)", "IVF32,PQ16x4fs,Refine(SQ8)", "HNSW8"]
+    "kind", ["SQ8", "SQfp16", "IVF32,PQ16x4fs,Refine(SQfp16)", "IVF32,PQ16x4fs,Refine(SQ8)", "HNSW8", "HNSW8,SQ8"]
 )
 def test_exact_searches_compare_the_stored_vectors(kind: str, vectors: NDArray[np.float32], tmp_path: Path) -> None:
-    """Codes that are decoded together, from a mapped file, are those that FAISS decodes one by one."""
+    """Codes that are copied from a mapped file have the scores of the vectors that FAISS decodes one by one."""
     write_faiss(fill_index(IndexChoice(kind, "test"), DIM, lambda: iter([vectors]), COUNT), tmp_path / "index.faiss")
     index: Any = FaissIndex.open(tmp_path / "index.faiss")
-    rows = np.arange(5, COUNT, 7)
-    np.testing.assert_array_equal(faiss_search._decode(index._index, rows), index._index.reconstruct_batch(rows))
     mask = np.zeros(COUNT, np.bool_)
-    mask[rows] = True
-    nearest = np.argsort(-(vectors[:20] @ vectors[rows].T), axis=1)[:, :1]
-    assert np.mean(index.search(vectors[:20], 1, mask)[1] == rows[nearest]) > 0.9
+    mask[5::4] = True
+    scores, rows = index.search(vectors[:20], 10, mask)
+    assert mask[rows].all()
+    stored = index._index.reconstruct_batch(np.arange(COUNT))
+    exact = np.where(mask, vectors[:20] @ stored.T, -1)
+    np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :10], atol=1e-5)
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), atol=1e-5)
 
 
 def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: NDArray[np.float32]) -> None:
@@ -299,3 +301,21 @@ def test_a_list_that_holds_too_few_rows_is_searched_together_with_others() -> No
     scores, rows = index.search(vectors, 10)
     assert (rows >= 0).all()
     assert (np.diff(scores) <= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["IVF64,Flat", "HNSW8"])
+def test_many_results_of_a_filter_are_complete_and_near(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that was tuned for ten results holds fewer allowed rows in as many lists, or on as short a way."""
+    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 0)
+    vectors = np.random.default_rng(0).normal(size=(6400, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    whole: Any = fill_index(IndexChoice(kind, "test"), 16, lambda: iter([vectors]), 6400)
+    if kind == "HNSW8":
+        whole.hnsw.efSearch = 16
+    else:
+        whole.nprobe = 1
+    mask = np.random.default_rng(1).random(6400) < 0.5
+    rows = FaissIndex(whole).search(vectors[:20], 200, mask)[1]
+    assert (rows >= 0).all()
+    nearest = np.argsort(np.where(mask, -(vectors[:20] @ vectors.T), 9), axis=1)[:, :200]
+    assert np.mean([len(np.intersect1d(a, b)) / 200 for a, b in zip(rows, nearest, strict=True)]) > 0.7
