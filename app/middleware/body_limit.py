@@ -125,6 +125,7 @@ class BodyLimit:
                 raise
         finally:
             self._release(body)
+            del scope[_COUNT_BYTES], body.cancel  # without cycles, no garbage collection stops other requests
         if body.refusal is not None and not has_started:
             await body.refusal.response()(scope, receive, send)
 
@@ -190,6 +191,7 @@ class _Watch:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None
         if self._is_cancelled and self._task is not None:
             self._task.uncancel()
             return kind is asyncio.CancelledError

@@ -1,6 +1,7 @@
 """Connections: slow heads, trailers, upgrades, idling, unread bodies, early ends."""
 
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -64,6 +65,25 @@ def read_until_closed(connection: socket.socket) -> bytes:
     except ConnectionError:
         pass
     return data
+
+
+def test_requests_leave_no_reference_cycles(connection: socket.socket) -> None:
+    """The collector would stop every request while it looks for them."""
+    searches = [SEARCH + b"Content-Length: %d\r\n\r\n%b" % (len(body), body) for body in (b'{"query":"red"}', b"{}")]
+
+    def ask(times: int) -> None:
+        for request in times * [HEALTH, *searches]:
+            connection.sendall(request)
+            read_response(connection)
+
+    ask(2)
+    gc.collect()
+    gc.disable()
+    try:
+        ask(20)
+        assert gc.collect() < 60, "not one for each request"
+    finally:
+        gc.enable()
 
 
 def is_cut_off(connection: socket.socket, pieces: Iterable[bytes], every_s: float = 0) -> bool:
