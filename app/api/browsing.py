@@ -61,7 +61,7 @@ class Catalogue:
         """Fields to filter by, which few values divide: the category first, then those of the most values."""
         group_by = self._artifact.manifest.group_field
         sizes: dict[str, int] = {}
-        for name in self._artifact.fields.keys() - {"id", "caption", group_by}:
+        for name in self._artifact.fields.keys() - {"id", "caption", "title", group_by}:
             facet = count_values(self._artifact, name, self._artifact.live, limit=_FACET_VALUES + 1)
             if 2 <= len(facet) <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2):
                 sizes[name] = len(facet)

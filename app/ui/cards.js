@@ -1,7 +1,7 @@
 // Renders results as cards, and moves between them by keys.
 
 import { drawMap, drawWords } from "./explain.js";
-import { percent } from "./format.js";
+import { percent, titleOf } from "./format.js";
 import { release, showThumbnail } from "./service.js";
 
 const SIDES = [192, 384]; // pixels of a card's thumbnail
@@ -19,7 +19,7 @@ export function scaleOf(results) {
 export function makeCard(result, { base, scale, isWeak, href, isSelected, open, only, select }) {
   const node = document.getElementById("card").content.cloneNode(true).firstElementChild;
   const find = (name) => node.querySelector(name);
-  const title = result.caption || result.id;
+  const title = titleOf(result);
   node.dataset.id = result.id;
   node.classList.toggle("weak", isWeak);
   const image = find("img"), link = find(".open"), category = find(".category"), selected = find(".select");

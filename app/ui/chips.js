@@ -1,12 +1,13 @@
 // The parts of a search that are no words, as chips in the search bar: an image, items, and items to avoid.
 
+import { titleOf } from "./format.js";
 import { loadItem, showThumbnail } from "./service.js";
 import { images } from "./upload.js";
 
 const SIDES = [192, 192];
 const captions = new Map(); // path of a collection and id -> caption
 
-export const rememberCaption = (base, { id, caption }) => captions.set(base + id, caption || id);
+export const rememberCaption = (base, item) => captions.set(base + item.id, titleOf(item));
 
 // Returns the labels. base: path of the collection. remove: called with the part of the state whose chip was removed.
 // changed: called when a caption has arrived that was not known.

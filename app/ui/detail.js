@@ -1,7 +1,7 @@
 // The dialog that shows one image large, with its metadata and what can be done with it.
 
 import { drawWords } from "./explain.js";
-import { conditionName, fieldName, percent } from "./format.js";
+import { conditionName, fieldName, percent, titleOf } from "./format.js";
 import { download, imagePath, loadGroup, loadItem, savedKey, showThumbnail } from "./service.js";
 
 const SIDES = [1280, 1280];
@@ -92,7 +92,7 @@ function say(message) {
 }
 
 function draw(item) {
-  const title = item.caption || item.id;
+  const title = titleOf(item);
   $("detail-title").textContent = title;
   const image = $("detail-image"), { width, height } = item;
   image.alt = title;

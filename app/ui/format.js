@@ -5,6 +5,9 @@ export const percent = (share) => `${Math.round(100 * Math.max(0, share))}%`;
 
 export const number = (value) => value.toLocaleString(undefined, { maximumFractionDigits: 2 });
 
+// Returns what an item is called: its caption, else its title, which may be that of its file.
+export const titleOf = ({ id, caption, metadata }) => caption || metadata?.title || id;
+
 // Returns "Frame colour" for "frame_colour".
 export function fieldName(name) {
   const words = name.replace(/[_\s]+/g, " ").trim() || name;
