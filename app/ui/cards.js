@@ -23,6 +23,7 @@ export function makeCard(result, { base, scale, isWeak, href, isSelected, open, 
   node.dataset.id = result.id;
   node.classList.toggle("weak", isWeak);
   const image = find("img"), link = find(".open"), category = find(".category"), selected = find(".select");
+  if (result.width && result.height) find(".picture").style.setProperty("--ratio", result.width / result.height);
   showThumbnail(image, base, result.id, SIDES, () => find(".frame").classList.add("gone"));
   link.href = href(result);
   link.addEventListener("click", (event) => {
@@ -50,8 +51,8 @@ export function makeCard(result, { base, scale, isWeak, href, isSelected, open, 
   }
   if (result.explanation) {
     node.classList.add("explained");
-    image.style.objectFit = result.explanation.fit;
-    drawMap(find(".map"), result.explanation.relevance);
+    image.style.objectFit = result.explanation.fit; // where the image's shape is unknown
+    drawMap(find(".map"), result.explanation);
     drawWords(find(".words"), result.explanation.words);
   }
   return node;

@@ -57,8 +57,8 @@ export function drawLegend(place, words, hasMaps) {
 }
 
 // relevance: rows of patches, each the patch's contribution to the score. Positive patches are tinted orange, negative
-// ones blue.
-export function drawMap(canvas, relevance) {
+// ones blue. fit: how the image becomes the square that the model sees.
+export function drawMap(canvas, { relevance, fit }) {
   const rows = relevance.length, columns = relevance[0].length;
   const most = Math.max(...relevance.flat().map(Math.abs), 1e-6);
   canvas.width = columns;
@@ -71,5 +71,6 @@ export function drawMap(canvas, relevance) {
     image.data.set([...colour, strength < VISIBLE ? 0 : STRONGEST * strength], 4 * at);
   });
   context.putImageData(image, 0, 0);
+  canvas.dataset.fit = fit;
   canvas.hidden = false;
 }

@@ -105,11 +105,10 @@ function append(found) {
   if (canGrow()) observer.observe($("more")); // again, so that it reports even if it stayed visible
 }
 
-// Returns the aspect ratio of the frames: that of the middle image, so most fill theirs. Explained images are square, as
-// the model sees them.
+// Returns the aspect ratio of the frames: that of the middle image, so most fill theirs.
 function frameOf(shown) {
   const known = shown.filter(({ width, height }) => width && height);
-  if (!known.length || shown.some(({ explanation }) => explanation)) return 1;
+  if (!known.length) return 1;
   const ratios = known.map(({ width, height }) => width / height).sort((a, b) => a - b);
   return Math.min(LONGEST, Math.max(1 / LONGEST, ratios[ratios.length >> 1]));
 }

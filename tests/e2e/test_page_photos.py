@@ -1,0 +1,118 @@
+"""A folder of photos of other shapes than squares, without captions."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.core.settings import Settings
+from index_jobs.rebuild import rebuild
+from tests.support.images import draw
+from tests.support.page import Page, ready, served, until
+
+pytestmark = pytest.mark.browser
+
+ROTATED = 6  # EXIF's value of "turn right to see it upright"
+SIZES = {"landscape": (120, 80), "portrait": (80, 120), "wide": (200, 50), "tall": (50, 200), "line": (90, 1)}
+BOXES = """
+    const box = (node) => (({x, y, width, height}) => ({x, y, width, height}))(node.getBoundingClientRect());
+    return [...document.querySelectorAll('#results .card')].map((card) => {
+        const image = card.querySelector('img');
+        return {title: card.querySelector('.caption').textContent, natural: image.naturalWidth / image.naturalHeight,
+                image: box(image), map: box(card.querySelector('.map')), frame: box(card.querySelector('.frame'))};
+    });
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service of photos in two folders with the same names, one of them lying on its side in its file."""
+    gallery = tmp_path_factory.mktemp("photos") / "gallery"
+    for folder, color in (("north", "red"), ("south", "blue")):
+        (gallery / folder).mkdir(parents=True)
+        for name, size in SIZES.items():
+            draw(color, "cross", 200).resize(size).save(gallery / folder / f"{name}.png")
+    upright = Image.Exif()
+    upright[0x0112] = ROTATED
+    draw("green", "triangle", 200).resize((60, 120)).save(gallery / "north" / "turned_photo.jpg", exif=upright)
+    rebuild(gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False)
+    with served(Settings(index=gallery.parent / "index", device="cpu")) as address:
+        yield ready(address)
+
+
+def test_photos_without_captions_show_their_titles_and_have_no_filter_by_title(page: Page, photos: str) -> None:
+    page.open(photos)
+    page.settled(11)
+    titles = [card.text.split("\n")[0] for card in page.all("#results .card")]
+    assert sorted(titles) == sorted([*SIZES, *SIZES, "turned photo"])
+    assert [each.text for each in page.all("#facets h3")] == ["Category"]
+    page.one("#results .open").click()
+    until(lambda: page.one("#detail").is_displayed())
+    assert page.one("#detail-title").text == titles[0]
+    page.one("#similar").click()
+    until(lambda: page.one("#chips").text.startswith(f"like {titles[0]}"))
+    assert page.errors() == []
+
+
+def test_explained_photos_keep_their_shape_under_an_aligned_map(both: Page, photos: str) -> None:
+    page = both
+    page.open(f"{photos}/#q=cross")
+    page.settled(11)
+    plain = page.driver.execute_script(BOXES)
+    page.open(f"{photos}/#q=cross&explain=1")
+    page.settled(11)
+    explained = [each for each in page.driver.execute_script(BOXES) if each["map"]["width"]]
+    assert len(explained) == 8
+    for each in explained:
+        image, frame = each["image"], each["frame"]
+        assert frame["height"] == pytest.approx(plain[0]["frame"]["height"], abs=0.5), "explaining moves no image"
+        if each["title"] != "line":
+            assert image["width"] / image["height"] == pytest.approx(each["natural"], rel=0.05)
+        assert image["x"] >= frame["x"]
+        assert image["y"] >= frame["y"]
+        assert image["height"] >= 1
+        assert image["width"] <= frame["width"]
+        assert each["map"] == pytest.approx(image, abs=0.5)
+    turned = next(each for each in plain if each["title"] == "turned photo")
+    assert turned["image"]["width"] == pytest.approx(2 * turned["image"]["height"], rel=0.05)
+    assert page.errors() == []
+
+
+@pytest.mark.parametrize(("fit", "side"), [("cover", min), ("contain", max)])
+def test_map_lies_on_the_square_that_the_model_sees(
+    page: Page, photos: str, fit: str, side: Callable[[float, float], float]
+) -> None:
+    page.open(f"{photos}/#q=cross&explain=1")
+    page.settled(11)
+    page.driver.execute_script(
+        "document.querySelectorAll('.map').forEach((map) => (map.dataset.fit = arguments[0]))", fit
+    )
+    for each in page.driver.execute_script(BOXES):
+        image, cover = each["image"], each["map"]
+        if cover["width"]:
+            assert cover["width"] == cover["height"] == pytest.approx(side(image["width"], image["height"]), abs=0.5)
+            assert cover["x"] + cover["width"] / 2 == pytest.approx(image["x"] + image["width"] / 2, abs=0.5)
+            assert cover["y"] + cover["height"] / 2 == pytest.approx(image["y"] + image["height"] / 2, abs=0.5)
+
+
+def test_photos_have_no_white_frames_in_the_dark(page: Page, photos: str) -> None:
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    try:
+        page.open(photos)
+        page.settled(11)
+        for frame in (".frame", ".stage"):
+            assert page.one(frame).value_of_css_property("background-color") == "rgba(18, 18, 25, 1)"
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_page_does_not_move_sideways_when_it_becomes_longer_than_the_window(page: Page, photos: str) -> None:
+    page.open(f"{photos}/#q=cross")
+    page.settled(11)
+    right = "return document.querySelector('nav').getBoundingClientRect().right"
+    page.driver.execute_script("document.body.style.minHeight = '3000px'")
+    of_long_page = page.driver.execute_script(right)
+    page.driver.execute_script("document.querySelector('main').hidden = true; document.body.style.minHeight = ''")
+    assert page.driver.execute_script(right) == of_long_page
