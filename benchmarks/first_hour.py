@@ -6,7 +6,8 @@
 - The photos are pictures of the bundled example as JPEGs, in three folders of one camera each whose names collide, with
   captions in pairs.jsonl (one row bad, one image missing) and prices as texts. Among them: HEIC (with its extra),
   broken and empty files, SVG, a video.
-- The model is the bundled one, so no weights are fetched; without a hub, the seconds include asking for it.
+- The model is the bundled one, so no weights are fetched; without a hub, the seconds include asking for it. `--model
+  ViT-B-32-quickgelu` takes that model with random weights, which cost as much as trained ones once these are fetched.
 - Commands after the first are those that it prints, with the settings it prints.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from encode import random_model
 from PIL import Image
 from service import ROOT, free_port
 
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--only-start", action="store_true", help="end after the first search")
     parser.add_argument("--install", action="store_true", help="clone and install, which is timed apart")
     parser.add_argument("--query", default="crying cat")
+    parser.add_argument("--model", help="open_clip model with random weights, in place of the bundled one")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -180,9 +183,11 @@ def main() -> None:
         program, environment = [sys.executable, "-m", "app.cli"], os.environ | {"PYTHONPATH": str(ROOT)}
         if args.install:
             program, environment = install(folder)
+        environment["DCAR_RUNTIME_CACHE"] = f"{temporary}/runtimes"  # a new user has measured no runtime
         walk = Walk(folder, program, environment)
         port = free_port()
-        with walk.serve(f"dcar quickstart photos --port {port} --no-open", port) as said:
+        model = f"--model {random_model(folder / args.model, args.model).name} " if args.model else ""
+        with walk.serve(f"dcar quickstart photos {model}--port {port} --no-open", port) as said:
             walk.search(port, args.query)
             if args.only_start:
                 return
