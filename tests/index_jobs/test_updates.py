@@ -17,6 +17,7 @@ from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, Lo
 from index_jobs.jobs import updates
 from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
+from index_jobs.store import faiss_search
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback
@@ -133,6 +134,35 @@ def test_replaced_item_has_the_new_vector(index: Path, encoder: Encoder, tmp_pat
     np.testing.assert_allclose(artifact.vector(row), vectors[0], atol=1e-5)
     rows = artifact.search(vectors[1:], 26)[1][0]
     assert sum(artifact.item(int(r)).id == "pink" for r in rows if r >= 0) == 1
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq"])
+def test_every_kind_of_built_index_takes_updates(
+    kind: str,
+    index: Path,
+    tiny_gallery: Path,
+    tiny_checkpoint: Path,
+    encoder: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 0)
+    rebuild(tiny_gallery, tiny_checkpoint, index, kind=kind, progress=False)
+    built = open_current(index)
+    assert built.manifest.kind != "Flat"
+    ids = [built.item(row).id for row in range(24)]
+    changed = more(tmp_path / "changed", "cyan")
+    (changed / "metadata.jsonl").write_text(json.dumps({"file_name": "cyan.png", "id": ids[3], "caption": "new"}))
+    add(index, more(tmp_path / "more", "pink"), progress=False)
+    assert add(index, changed, replace_existing=True, progress=False).removed == 1
+    remove(index, [ids[17], "pink"])
+    artifact = open_current(index)
+    vectors = encoder.encode_images([changed / "cyan.png", tmp_path / "more" / "pink.png"])
+    assert found(artifact, vectors[:1]) == [ids[3]]
+    expected = sorted({*ids} - {ids[17]})
+    for allowed in (None, np.arange(artifact.rows) % 26 != 24):  # 24 is the row of the removed addition
+        rows = artifact.search(np.concatenate([vectors, built.vectors(np.arange(24))]), artifact.rows, allowed)[1]
+        assert all(sorted(artifact.item(row).id for row in line if row >= 0) == expected for line in rows.tolist())
 
 
 def test_broken_image_replaces_nothing(index: Path, tmp_path: Path) -> None:
