@@ -60,7 +60,9 @@ def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory
             parameters = tuner.tune(index, tunable=tunable)["parameters"]
         else:
             choices = choose_kinds(kind, count, dim, memory=memory)
-            built = build_index(lambda: blocks(vectors), count, dim, choices, queries, target=targets[0])
+            built = build_index(
+                lambda: blocks(vectors), count, dim, choices, queries, target=targets[0], folder=path.parent
+            )
             index, tunable, parameters = built.index, SearchParameters(built.index), built.measured["parameters"]
             about = {"factory": built.choice.factory, "reason": built.choice.reason}
     index.save(path) if kind in PEERS else write_faiss(index, path)

@@ -4,19 +4,22 @@
 - Of several choices, the first that reaches the target recall is kept; if none does, the best one, with a warning.
 - A rival of the kept choice is built as well, and the faster one is kept. Both share their inverted lists, which take
   most of the training time.
+- One index is in memory at a time. The best so far is in a file while another is built.
 - An index that reaches the target only by a wide search is slow. A graph is then followed by the first kind with lists,
   and lists, for example where texts lie far from their images, by a graph. The faster index is kept.
 """
 
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcar_core.util.arrays import Blocks
+from dcar_core.util.arrays import Blocks, Floats
 from dcar_core.util.errors import DataError, MissingExtraError
 from index_jobs.building.kinds import IndexChoice, create_index, list_count
 from index_jobs.building.tuning import (
@@ -28,6 +31,7 @@ from index_jobs.building.tuning import (
     sample_vectors,
 )
 from index_jobs.store import gpu_search
+from index_jobs.store.faiss_index import write_faiss
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +43,15 @@ _WIDE_GRAPH = 128  # candidates of a search in a graph
 
 @dataclass(frozen=True)
 class BuiltIndex:
-    """A FAISS index, its choice, and its measurements for the manifest."""
+    """A FAISS index, its choice, and its measurements for the manifest.
+
+    index: None while it is in a file. lists: number of inverted lists, 0 for kinds without.
+    """
 
     index: Any
     choice: IndexChoice
     measured: dict[str, Any]
+    lists: int
 
     @property
     def recall(self) -> float:
@@ -52,12 +60,9 @@ class BuiltIndex:
 
     @property
     def searches_widely(self) -> bool:
-        import faiss
-
         parameters = self.measured["parameters"]
-        inverted = None if self.choice.gpu else faiss.try_extract_index_ivf(self.index)
-        if inverted is not None:
-            return bool(parameters["nprobe"] > _MANY_LISTS * inverted.nlist)
+        if self.lists:
+            return bool(parameters["nprobe"] > _MANY_LISTS * self.lists)
         return bool(parameters.get("efSearch", 0) > _WIDE_GRAPH)
 
     def is_better_than(self, other: "BuiltIndex", target: float) -> bool:
@@ -75,6 +80,7 @@ def build_index(
     queries: HeldOutQueries | None = None,
     *,
     target: float = TARGET_RECALL,
+    folder: Path | None = None,
 ) -> BuiltIndex:
     """Build and tune an index; row numbers are the order of the vectors.
 
@@ -83,27 +89,39 @@ def build_index(
         choices: what to build, and what to build next while the recall stays below the target.
         queries: held-out queries; None for vectors of the gallery, each without itself.
         target: recall at 10 against exact search.
+        folder: for the best index while another is built; None for the system's temporary directory.
 
     Raises:
         DataError: the kind needs more vectors than there are.
     """
+    import faiss
+
     is_exact = [choice.factory for choice in choices] == ["Flat"]
     tuner = Tuner(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
     best: BuiltIndex | None = None
-    tried = list[BuiltIndex]()
-    for choice in choices:
-        if best is not None and best.recall >= target and not _may_be_faster(choice, best, tried):
-            continue
-        built = _build_and_tune(blocks, count, dim, choice, tuner, best)
-        tried.append(replace(built, index=None))
-        if best is None or built.is_better_than(best, target):
-            best = built
-        if best.recall < target:
-            logger.warning(
-                "%s: recall@10 is %.3f, below the target of %.2f; %s",
-                choice.factory, built.recall, target,
-                "choose another kind" if choice is choices[-1] else "trying another kind",
-            )  # fmt: skip
+    tried, centroids = list[BuiltIndex](), None
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        file = Path(temporary) / "best.faiss"
+        for choice in choices:
+            if best is not None and best.recall >= target and not _may_be_faster(choice, best, tried):
+                continue
+            if best is not None and best.index is not None:
+                centroids = _list_centroids(best.index)
+                write_faiss(best.index, file)
+                best = replace(best, index=None)
+            built = _build_and_tune(blocks, count, dim, choice, tuner, centroids)
+            tried.append(replace(built, index=None))
+            if best is None or built.is_better_than(best, target):
+                best = built
+            del built  # frees the index of a loser
+            if best.recall < target:
+                logger.warning(
+                    "%s: recall@10 is %.3f, below the target of %.2f; %s",
+                    choice.factory, tried[-1].recall, target,
+                    "choose another kind" if choice is choices[-1] else "trying another kind",
+                )  # fmt: skip
+        if best is not None and best.index is None:
+            best = replace(best, index=faiss.read_index(str(file)))
     assert best is not None
     reasons = [best.choice.reason, *(_reason(other, target) for other in tried if other.choice is not best.choice)]
     return replace(best, choice=replace(best.choice, reason="; ".join(reasons)))
@@ -126,24 +144,33 @@ def _reason(built: BuiltIndex, target: float) -> str:
 
 
 def _build_and_tune(
-    blocks: Blocks, count: int, dim: int, choice: IndexChoice, tuner: Tuner, previous: BuiltIndex | None
+    blocks: Blocks, count: int, dim: int, choice: IndexChoice, tuner: Tuner, centroids: Floats | None
 ) -> BuiltIndex:
+    import faiss
+
     start = time.perf_counter()
-    if choice.gpu:
-        index = fill_on_gpu(choice, dim, blocks, count)
-    else:
-        index = fill_index(choice, dim, blocks, count, None if previous is None else previous.index)
+    on_gpu = choice.gpu
+    index = fill_on_gpu(choice, dim, blocks, count) if on_gpu else fill_index(choice, dim, blocks, count, centroids)
     seconds = time.perf_counter() - start
     logger.info("%s: %d vectors in %.1f s", choice.factory, count, seconds)
-    measured = tuner.tune(index, gpu_search.GpuSearch if choice.gpu else None)
-    return BuiltIndex(index, choice, measured | {"build_seconds": round(seconds, 1)})
+    measured = tuner.tune(index, gpu_search.GpuSearch if on_gpu else None)
+    inverted = None if on_gpu else faiss.try_extract_index_ivf(index)
+    lists = 0 if inverted is None else int(inverted.nlist)
+    return BuiltIndex(index, choice, measured | {"build_seconds": round(seconds, 1)}, lists)
 
 
-def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, previous: Any = None) -> Any:
+def _list_centroids(index: Any) -> Floats | None:
+    import faiss
+
+    inverted: Any = faiss.try_extract_index_ivf(index)
+    return None if inverted is None else inverted.quantizer.reconstruct_n(0, inverted.nlist)
+
+
+def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, centroids: Floats | None = None) -> Any:
     """Train and fill an index on the CPU.
 
     Args:
-        previous: an index of the same vectors; its lists are reused if there are as many.
+        centroids: of the lists of another index of the same vectors, (lists, E); reused if there are as many.
     """
     import faiss
 
@@ -151,9 +178,7 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, previo
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.cp.min_points_per_centroid = 1  # no warnings on stderr for a small gallery
-        previous_lists = None if previous is None else faiss.try_extract_index_ivf(previous)
-        if previous_lists is not None and previous_lists.nlist == inverted.nlist:
-            centroids = previous_lists.quantizer.reconstruct_n(0, previous_lists.nlist)
+        if centroids is not None and len(centroids) == inverted.nlist:
             inverted.quantizer.add(centroids)  # training leaves them unchanged
     if hasattr(index, "hnsw"):
         index.hnsw.efConstruction = _EF_CONSTRUCTION

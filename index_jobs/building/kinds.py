@@ -4,7 +4,7 @@
   first one is built; while the measured recall stays below the target, the next one is. See `build`.
 - The order follows measured latencies of one query on one core; `benchmarks/index_kinds.py` prints them. A graph over
   full vectors is fastest on real embeddings. Of the small kinds with lists, the vectors decide which is faster, so both
-  are built and measured where memory allows: they are rivals.
+  are built and measured: they are rivals.
 - Up to 20,000 vectors, exact search takes two milliseconds and needs no training, so nothing else is considered.
 - Memory estimates are bytes for each vector; the benchmark prints measured ones.
 """
@@ -137,9 +137,7 @@ def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) ->
             continue
         rest = f"; {', '.join(too_large)}" if too_large else ""
         reason = f"{_size(count, dim)} take {_gib(size)} of the {_gib(memory)} allowed: {kind.description}{rest}"
-        # Both are in memory until one of them is chosen.
-        both_fit = bool(choices) and size + choices[-1].bytes <= memory
-        is_rival = name == _RIVAL and both_fit and count <= _RIVALS_UP_TO
+        is_rival = name == _RIVAL and bool(choices) and count <= _RIVALS_UP_TO
         choices.append(IndexChoice(kind.factory(count, dim), reason, bytes=size, is_rival=is_rival))
     if not choices:
         raise DataError(

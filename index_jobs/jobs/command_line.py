@@ -157,8 +157,8 @@ def build_command(
         typer.Option(
             parser=parse_size,
             metavar="SIZE",
-            help="Memory that the index may take, such as 800MiB or 4GiB. Default: half of the machine's or "
-            "container's memory.",
+            help="Memory that the index may take, such as 800MiB or 4GiB. Building it also holds a sample of the "
+            "vectors. Default: half of the machine's or container's memory.",
         ),
     ] = None,
     target_recall: Annotated[

@@ -184,7 +184,7 @@ def _write_addition(
     built = build_index(
         lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
         kinds.choose_kinds("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),
-        caption_queries(table, encoder), target=manifest.target_recall,
+        caption_queries(table, encoder), target=manifest.target_recall, folder=staging,
     )  # fmt: skip
     write_failed(staging / folder / FAILED, gallery, encoded.failed)
     write_faiss(built.index, staging / folder / VECTORS)

@@ -67,7 +67,7 @@ def stage_vectors(
     """Write the vectors into the staged version and return the built kind with its measurements."""
     target, dim, blocks = options.target_recall, encoder.dim, encoded.blocks
     if not options.milvus:
-        built = build_index(blocks, len(encoded), dim, choices, queries, target=target)
+        built = build_index(blocks, len(encoded), dim, choices, queries, target=target, folder=staging)
         write_faiss(built.index, staging / VECTORS)
         return built.choice, built.measured | {"bytes": (staging / VECTORS).stat().st_size}
     version = next_version(out)
