@@ -5,14 +5,15 @@ r"""Compare index kinds: build time, memory, latency and recall, printed as a Ma
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m --kind hnsw      one kind; --out keeps the others
     python benchmarks/index_kinds.py --emoji --count 100000                 a trained encoder's vectors, texts to search
     python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --peers    your own, with other libraries beside
-    python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --count 10000000 --filters --target 0.99 \
-        --target 0.95
+    python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --count 10000000 --filters --updates \
+        --target 0.99 --target 0.95
 
 - Each kind is built, tuned and written by the code of `dcar index build`, then opened as the service does in a process
   of its own, which measures latency (one query at a time, on one core), recall and memory.
 - `index_material.py` describes the vectors. Synthetic clusters flatter inverted lists, whose centres they resemble;
   `gloss_vectors.py` makes real vectors, and `dcar index build` measures on your own.
 - Peers are tuned and measured as our kinds are. Their memory is that of an index that is read, ours is memory-mapped.
+- An update adds a segment, built as `dcar index add` does but of vectors that are ready, and removes rows by number.
 - `auto` builds everything that it tries, so its build time is the sum.
 """
 
@@ -40,6 +41,7 @@ from index_jobs.building.build import build_index
 from index_jobs.building.kinds import choose_kinds, machine_memory
 from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, HeldOutQueries, SearchParameters, Tuner
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
+from index_jobs.store.segments import Segment, Segments, write_removed
 
 KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq", "pq", "auto")
 QUERIES, TIMED = 1000, 500
@@ -105,13 +107,15 @@ def own_memory() -> int:
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
-def try_out(result: Result, material: Material, filters: bool) -> None:
+def try_out(result: Result, material: Material, filters: bool, updates: bool) -> None:
     """Measure a built index in a process of its own, with the parameters of every target."""
     path = material.index(result["kind"])
     task = {"path": str(path), "kind": result["kind"], "count": material.count, "dim": material.dim}
     task |= {"truth": str(material.truth)}
     if filters and result["kind"] not in PEERS:
         task |= {"filters": {percent: str(material.filtered(percent)) for percent in PERCENTS}}
+    if updates and result["kind"] not in PEERS:
+        task |= {"added": str(material.added), "updated": str(material.updated)}
     result["measured"] = []
     for target, parameters in result["tuned"]:
         found = in_own_process(measure, task | {"parameters": parameters})
@@ -139,7 +143,24 @@ def measure(task: dict[str, Any]) -> Result:
         mask.flags.writeable = False
         filtered = timed(lambda query, mask=mask: index.search(query, NEIGHBOURS, mask), queries, np.load(exact))
         found[f"of_{percent}"] = f"{filtered['p50_ms']} ms, {filtered['recall_at_10']}"
+    if "added" in task:
+        found |= measure_update(index, np.load(task["added"]), path.parent, queries, np.load(task["updated"]))
     return found
+
+
+def measure_update(index: FaissIndex, added: Floats, folder: Path, queries: Floats, truth: Rows) -> Result:
+    """Add vectors as a segment of their own, remove one percent of the rows, and search."""
+    start = time.perf_counter()
+    choices = choose_kinds("auto", *added.shape)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        file, removed = Path(temporary) / "added.faiss", np.flatnonzero(~allowed_rows(index.count, 99))
+        write_faiss(build_index(lambda: blocks(added), *added.shape, choices).index, file)
+        write_removed(Path(temporary) / "removed.npy", removed)
+        segments = [Segment(vectors, None, "", ()) for vectors in (index, FaissIndex.open(file))]
+        updated = Segments(segments, removed)
+        seconds = time.perf_counter() - start
+        found = timed(lambda query: updated.search(query, NEIGHBOURS, None), queries, truth)
+    return {"update_s": round(seconds, 2), "updated": f"{found['p50_ms']} ms, {found['recall_at_10']}"}
 
 
 def timed(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> Result:
@@ -174,9 +195,11 @@ def show(results: list[Result], material: Material, memory: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [result | measured for result in results for measured in result["measured"]]
     filters = {f"of_{percent}": f"{percent} % allowed" for percent in PERCENTS if f"of_{percent}" in rows[0]}
+    updates = {"update_s": "update s", "updated": "1 % added, 1 % removed"} if "updated" in rows[0] else {}
     figures = {
         "built_s": "build s", "cpu_s": "processor s", "peak_mb": "peak MB", "file_mb": "file MB",
-        "resident_mb": "resident MB", "p50_ms": "p50 ms", "p99_ms": "p99 ms", **filters, "recall_at_10": "recall@10",
+        "resident_mb": "resident MB", "p50_ms": "p50 ms", "p99_ms": "p99 ms", **filters, **updates,
+        "recall_at_10": "recall@10",
     }  # fmt: skip
     print(f"{about}; built on {cores} cores, searched on one, one query at a time:\n")
     print("| `--kind` | FAISS | target | searched with |", " | ".join(figures.values()), "|")
@@ -213,6 +236,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help=f"as well, where installed: {', '.join(PEERS)}")
     parser.add_argument("--target", type=float, action="append", help="recall; may be repeated, the highest first")
     parser.add_argument("--filters", action="store_true", help="search among 1, 10 and 90 percent of the rows as well")
+    parser.add_argument("--updates", action="store_true", help="add and remove one percent, and search then as well")
     parser.add_argument("--memory", type=float, default=0, help="GiB that auto may use (default: half of all)")
     parser.add_argument(
         "--out", type=Path, help="keep vectors and results here for later kinds (default: discard them)"
@@ -242,6 +266,8 @@ def run(given: argparse.Namespace, material: Material, out: Path) -> None:
     vectors, queries = material.prepare()
     for percent in PERCENTS if given.filters else ():
         material.prepare_filter(vectors, percent)
+    if given.updates:
+        material.prepare_update(vectors)
     notes = out / f"results-{material.mark}.json"
     results: dict[str, Result] = json.loads(notes.read_text()) if notes.exists() else {}
     memory = int(given.memory * 2**30) or machine_memory() // 2
@@ -253,7 +279,7 @@ def run(given: argparse.Namespace, material: Material, out: Path) -> None:
             results[kind] = make(kind, material.index(kind), vectors, queries, memory, targets)
         notes.write_text(json.dumps(results, indent=2))
         if not given.build_only:
-            try_out(results[kind], material, given.filters)
+            try_out(results[kind], material, given.filters, given.updates)
             notes.write_text(json.dumps(results, indent=2))
     show([result for result in results.values() if "measured" in result], material, memory)
 

@@ -40,11 +40,12 @@ def test_index_kinds_prints_its_table(vectors: tuple[str, ...], tmp_path: Path) 
 
 @pytest.mark.slow
 def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) -> None:
-    """Each target and each filter has its figures; peers that are not installed are left out."""
+    """Each target, filter and update has its figures; peers that are not installed are left out."""
     np.save(tmp_path / "v.npy", clustered(200))
     np.save(tmp_path / "q.npy", clustered(100, seed=3))
     files = ("--vectors", tmp_path / "v.npy", "--queries", tmp_path / "q.npy", "--count", "300", "--query-count", "50")
-    tasks = ("--kind", "flat", "--kind", "IVF8,Flat", "--filters", "--target", "0.99", "--target", "0.5", "--peers")
+    kinds = ("--kind", "flat", "--kind", "IVF8,Flat")
+    tasks = (*kinds, "--filters", "--updates", "--target", "0.99", "--target", "0.5", "--peers")
     table = run("index_kinds.py", *files, *tasks).splitlines()
     assert table[0].startswith("300 vectors of 32, from v; ")
     rows = [line.strip("| ").split(" | ") for line in table if line.startswith("| `")]
@@ -53,7 +54,7 @@ def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) 
     assert [row[:3] for row in ours] == asked
     assert float(ours[2][-1]) >= 0.95 > float(ours[3][-1]) >= 0.5
     for row in ours:
-        assert all(float(filtered.rsplit(", ")[1]) >= 0.9 for filtered in row[-4:-1])
+        assert all(float(filtered.rsplit(", ")[1]) >= 0.9 for filtered in (*row[-6:-3], row[-2]))
 
 
 @pytest.mark.slow
