@@ -3,7 +3,7 @@
 - Retried with exponential backoff and jitter: 408, 409, 425, 429, 5xx, timeouts, broken connections, and responses that
   are truncated, oversized, not JSON, or without choices.
 - Retry-After, in seconds or as a date, holds back every request of the endpoint.
-- A refused key or an unknown model ends the run. Any other 4xx fails one image.
+- A refused key, an unknown model, or an address that never answered ends the run. Any other 4xx fails one image.
 - Redirects are not followed, since they could send the key to another host.
 """
 
@@ -57,7 +57,7 @@ class Endpoint:
     def __init__(self, model: VisionModel, options: CaptionOptions) -> None:
         self.model, self._options = model, options
         self._url = model.url.rstrip("/") + "/chat/completions"
-        self._not_before = 0.0
+        self._not_before, self._has_answered = 0.0, False
         # gzip only: its decompression can be bounded; that of httpx's other encodings cannot.
         headers = {"accept-encoding": "gzip"} | ({"authorization": f"Bearer {model.key}"} if model.key else {})
         self._client = httpx.AsyncClient(
@@ -91,6 +91,7 @@ class Endpoint:
             try:
                 async with asyncio.timeout(self._options.timeout_s):  # httpx's timeout restarts with every byte
                     reply, content = await self._post(messages)
+                self._has_answered = True
                 if reply.status_code == 200:
                     completion = _read(content, usage)
                     if usable(completion):
@@ -106,6 +107,11 @@ class Endpoint:
             except _ResponseError as error:
                 reason = f"{error}: {self._excerpt(content)}".rstrip(": ")
             except (httpx.HTTPError, TimeoutError) as error:
+                if isinstance(error, httpx.ConnectError) and not self._has_answered:
+                    raise CaptionError(
+                        f"{self._url} cannot be reached ({error}); start the model's server or correct the URL, and "
+                        f"run the same command again"
+                    ) from error
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
             if attempt + 1 < tries:
                 await self._back_off(attempt, retry_after)

@@ -229,8 +229,13 @@ def test_consecutive_failures_end_the_run(photos: Path) -> None:
         pytest.raises(CaptionError, match=r"2 consecutive images failed"),  # however good the drafts are
     ):
         ask(photos, server, photos.parent / "other.json", concurrency=1, give_up_after=2)
-    with pytest.raises(CaptionError, match=r"no usable response in 2 attempts; the last: ConnectError"):
-        ask(photos, server, tries=2, give_up_after=2)  # it is gone
+
+
+def test_address_that_never_answered_ends_the_run_at_once(photos: Path) -> None:
+    with VisionServer(lambda asked, n: good(asked)) as server:
+        pass  # it is gone
+    with pytest.raises(CaptionError, match=r"/chat/completions cannot be reached .* start the model's server"):
+        ask(photos, server, backoff_s=60)
 
 
 def test_key_is_sent_to_its_own_host_only() -> None:
