@@ -35,8 +35,8 @@ _NAMES = {split: (split, *(alias for alias, meant in _ALIASES.items() if meant =
 _IN_NAME = re.compile(rf"(?:^|[_\-.])({'|'.join([*SPLITS, *_ALIASES])})(?:$|[_\-.]\d+$)", re.IGNORECASE)
 _TABLES = (".jsonl", ".csv", ".parquet")
 _FORMS = (
-    "train.json (FDRD's form), train.jsonl, .csv, .parquet or .tar, pairs.jsonl, .csv or .parquet with a split column, "
-    "or a gallery's metadata file or tars"
+    "pairs.csv, .jsonl or .parquet with the columns image and caption, train.json (FDRD's form), train.jsonl, .csv, "
+    ".parquet or .tar, or a gallery's metadata file or tars"
 )
 _UPPER_BOUNDS = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # of a hash in [0, 1)
 
@@ -139,7 +139,8 @@ class Annotations:
 
     def _needed_files(self) -> str:
         packed = [file.name for pattern in ("*.tar.*", "*.tgz") for file in self.path.glob(pattern)]
-        return f"it needs {_FORMS}" + (f"; unpack {shorten(packed)} first" if packed else "")
+        unpack = f"; unpack {shorten(packed)} first" if packed else ""
+        return f"it needs {_FORMS}{unpack}. `dcar data caption` writes captions with a vision model"
 
     def _files(self, split: str) -> list[Path]:
         """Return the files that may hold a split. A gallery's own files are used if there are no annotations."""

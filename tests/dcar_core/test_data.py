@@ -303,7 +303,7 @@ def test_bad_annotations_are_named_with_their_place(tmp_path: Path, content: str
             r"1 rows have no split, such as 'b\.png'",
         ),
         ("pairs.csv", "image,caption,split\na.png,one, two,train\n", r"line 2: more cells than the header"),
-        ("notes.txt", "a", r"needs train\.json"),
+        ("notes.txt", "a", r"needs pairs\.csv"),
     ],
 )
 def test_bad_tables_are_named_with_their_place(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -343,7 +343,9 @@ def test_deep_nesting_is_an_error(tmp_path: Path, name: str) -> None:
 
 
 def test_directory_without_annotations_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no annotations for val: it needs train\.json"):
+    with pytest.raises(
+        DataError, match=r"no annotations for val: it needs pairs\.csv, .* `dcar data caption` writes captions"
+    ):
         load_split(tmp_path, "val")
     with pytest.raises(DataError, match="does not exist"):
         load_split(tmp_path / "gone", "val")
