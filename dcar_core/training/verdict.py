@@ -69,9 +69,10 @@ class Verdict:
 
     def _advice(self) -> str:
         lower, more = self.config.lr / 4, 2 * self.config.epochs
-        others = "" if self.method == "dcar+" else "--method dcar+, "
+        # "clip-adapter" needs the fewest pairs and runs on every model.
+        other = "" if self.method == "clip-adapter" else "--method clip-adapter, "
         return (
-            f"{others}--lr {lower:g}, --epochs {more} --patience 0, more training pairs, or `dcar evaluate --tune`; "
+            f"{other}--lr {lower:g}, --epochs {more} --patience 0, more training pairs, or `dcar evaluate --tune`; "
             f"until then, `dcar zero-shot` writes a checkpoint of the untouched model."
         )
 

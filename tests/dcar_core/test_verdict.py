@@ -39,8 +39,8 @@ def test_a_model_that_is_no_better_was_not_worth_it(adapted: list[float]) -> Non
     found = verdict(adapted, [1.0] * 100 + [0.0] * 100)
     assert not found.is_worth_it
     assert "No: the untouched model is at least as good" in str(found)
-    assert "Next: --lr 0.0005, --epochs 40 --patience 0, more training pairs" in str(found)
-    assert "Next: --method dcar+, " in str(verdict(adapted, [1.0] * 200, method="coop"))
+    assert "Next: --method clip-adapter, --lr 0.0005, --epochs 40 --patience 0, more training pairs" in str(found)
+    assert "Next: --lr 0.0005" in str(verdict(adapted, [1.0] * 200, method="clip-adapter"))
 
 
 def test_few_validation_pairs_get_a_caveat() -> None:
