@@ -281,7 +281,8 @@ def run(given: argparse.Namespace, material: Material, out: Path) -> None:
         if not given.build_only:
             try_out(results[kind], material, given.filters, given.updates)
             notes.write_text(json.dumps(results, indent=2))
-    show([result for result in results.values() if "measured" in result], material, memory)
+    if not given.build_only:
+        show([result for result in results.values() if "measured" in result], material, memory)
 
 
 if __name__ == "__main__":
