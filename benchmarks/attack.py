@@ -2,8 +2,9 @@
 
     python benchmarks/attack.py
 
-- Each attack runs in a process of its own for `--seconds`. Beside it one client sends new texts, one sends new images,
-  and one probes /healthz, which needs nothing but the service's event loop.
+- Each attack runs in a process of its own for `--seconds`, once the server has read what the one before has left. Beside
+  it one client sends new texts, one sends new images, and one probes /healthz, which needs nothing but the service's
+  event loop.
 - The table shows the responses to the attack, the latencies of the honest requests, the number of refused ones, and the
   peak of the server's memory. The first row is the service without an attack. In the second, a process that sends
   nothing keeps a core busy: on few cores, an attacker costs that much by running on the same machine.
@@ -269,6 +270,7 @@ class Honest:
 
 def measure(server: Server, attack: Attack | None, seconds: float) -> str:
     """Run one attack beside honest requests; return the cells of its row."""
+    _wait_until_idle(server)
     target = Target(server.port, time.monotonic() + seconds)
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -281,6 +283,14 @@ def measure(server: Server, attack: Attack | None, seconds: float) -> str:
     process.join()
     described = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(outcomes.items()) if count)
     return f"{described or '-':40} | {honest.cells()}"
+
+
+def _wait_until_idle(server: Server) -> None:
+    """Wait until the server has read what the attack before has left in its sockets."""
+    used, last = server.cpu_s(), -1.0
+    while used - last > 0.05:
+        time.sleep(0.5)
+        used, last = server.cpu_s(), used
 
 
 def _run_attack(attack: Attack | None, target: Target, sender: Connection) -> None:
