@@ -2,7 +2,7 @@
 
     python benchmarks/attack.py
 
-- Each attack runs in a process of its own for `--seconds`, once the server has read what the one before has left. Beside
+- Each attack runs in a process of its own for `--seconds`, once the server has read what the one before left. Beside
   it one client sends new texts, one sends new images, and one probes /healthz, which needs nothing but the service's
   event loop.
 - The table shows the responses to the attack, the latencies of the honest requests, the number of refused ones, and the
