@@ -98,7 +98,8 @@ def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool)
         start, data = "To adapt the model to the captions, and serve the result:\n", images
     else:
         start = (
-            f"To adapt the model, write a table of captions (docs/tutorial.md), or let a vision model write it:\n"
+            "To adapt the model, write a table of captions (docs/tutorial.md). With a folder per category, a vision\n"
+            "model can write it:\n"
             f"  dcar data caption --images {images} --out captions.json --url URL --model MODEL\n"
         )
         data = f"captions.json --images {images}"
