@@ -327,7 +327,9 @@ async function begin() {
   for (let wait = 1000; !isReady(); wait = Math.min(2 * wait, 15000)) {
     try {
       collections = await listCollections();
+      if (about(state.in)?.index_version === null) await loadCatalogue(base()); // says why it is not served yet
     } catch ({ message, status }) {
+      collections = [];
       fail(status === 401 ? "The service does not know this key." : message, status);
       if (status === 401) {
         error.hidden = !savedKey();

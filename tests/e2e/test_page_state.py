@@ -53,6 +53,28 @@ def test_link_shows_only_what_it_names(page: Page, many: str) -> None:
     assert page.errors() == []
 
 
+def test_page_waits_for_an_index_that_is_being_loaded(page: Page, site: str) -> None:
+    loads_once = """
+        const whole = window.fetch; let asked = 0;
+        window.fetch = async (url, ...more) => {
+            if (url === 'catalogue' && asked === 1) return new Response('{"detail": "It is loaded."}', {status: 503});
+            if (url !== 'collections' || ++asked > 1) return whole(url, ...more);
+            const {collections: [one]} = await (await whole(url)).json();
+            return Response.json({collections: [{...one, index_version: null}]});
+        };
+    """
+    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": loads_once})
+    try:
+        page.open(f"{site}/#q=red")
+        until(lambda: page.one("#error").text == "It is loaded.")
+        page.settled(24)
+        assert not page.one("#error").is_displayed()
+        until(lambda: page.all("#facets button"))
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    assert page.errors() == []
+
+
 @pytest.mark.slow
 def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     page.open(site)
