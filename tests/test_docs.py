@@ -151,6 +151,7 @@ def test_every_image_of_the_documentation_is_used() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.slow
 def test_documented_commands_and_options_exist(page: Path) -> None:
     for words in shell_commands(page):
         if unknown := unknown_options(words):

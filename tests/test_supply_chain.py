@@ -80,6 +80,7 @@ def test_the_bill_lists_every_requirement(tmp_path: Path) -> None:
         (None, 3, "not audited: the network is down"),
     ],
 )
+@pytest.mark.slow
 def test_the_audit_says_what_it_found(
     dependencies: list[dict[str, object]] | None, code: int, message: str, tmp_path: Path
 ) -> None:

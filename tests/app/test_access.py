@@ -188,6 +188,7 @@ async def test_responses_behind_keys_are_private_to_caches(built_index: Path) ->
 
 
 @pytest.mark.parametrize(("cost", "requests"), [(3, 4), (6, 2), (10, 2)])
+@pytest.mark.slow
 async def test_caller_is_accepted_after_the_announced_wait(cost: int, requests: int) -> None:
     rates, refused = RateLimiter("10/second"), 0
     for _ in range(requests):
@@ -202,6 +203,7 @@ async def test_caller_is_accepted_after_the_announced_wait(cost: int, requests: 
 
 
 @pytest.mark.redis
+@pytest.mark.slow
 async def test_announced_wait_is_sufficient_with_redis(redis_server: RedisServer) -> None:
     rates = RateLimiter("10/second", redis_url=redis_server.url, timeout_s=1)
     for _ in range(3):

@@ -109,6 +109,7 @@ async def test_heic_photos_are_searched_and_shown(tiny_checkpoint: Path, tmp_pat
             assert blue > 200 > 60 > red
 
 
+@pytest.mark.slow
 async def test_cmyk_and_tiff_are_query_images_where_they_are_allowed(photos: Path) -> None:
     gallery = photos.parent / "gallery"
     async with opened(photos) as client:

@@ -176,6 +176,7 @@ async def test_facets_count_what_the_filter_allows(built_index: Path) -> None:
     ],
     ids=json.dumps,
 )
+@pytest.mark.slow
 async def test_invalid_options_name_the_field(built_index: Path, body: dict[str, object], field: str) -> None:
     async with opened(built_index) as client:
         response = await client.post("/search/text", json=body)

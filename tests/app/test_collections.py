@@ -44,6 +44,7 @@ async def text(client: httpx.AsyncClient, prefix: str, query: str) -> list[dict[
     return results
 
 
+@pytest.mark.slow
 async def test_each_collection_has_its_own_checkpoint_and_index(built_index: Path, circles: Path) -> None:
     async with opened(circles) as alone:
         expected = await text(alone, "", "red")

@@ -13,6 +13,7 @@ from tests.support.writes import ADMINS, WRITES, ended, item, put
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.slow
 async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: Path) -> None:
     given = {**WRITES, "collections_dir": tmp_path / "created", "poll_s": 0.05}
     path = "/collections/lamps"

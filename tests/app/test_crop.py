@@ -60,6 +60,7 @@ async def test_a_crop_is_searched_like_the_part_alone(built_index: Path) -> None
         ("left", "crop"),
     ],
 )
+@pytest.mark.slow
 async def test_an_invalid_crop_is_refused_by_name(built_index: Path, crop: Any, field: str) -> None:
     async with opened(built_index) as client:
         files = {"file": file_of(two_halves())}
@@ -100,6 +101,7 @@ async def test_a_batch_searches_with_texts_and_images(built_index: Path) -> None
         ({"image": None}, 422, "queries.1.query"),
     ],
 )
+@pytest.mark.slow
 async def test_an_invalid_image_of_a_batch_is_refused_by_name(
     built_index: Path, query: dict[str, Any], status: int, field: str
 ) -> None:

@@ -89,6 +89,7 @@ async def test_a_missing_redis_fails_no_search_and_costs_little(built_index: Pat
 
 
 @pytest.mark.redis
+@pytest.mark.slow
 async def test_values_are_read_back_exactly_and_expire(redis_server: RedisServer) -> None:
     cache = RedisCache(redis_server.url, ttl_s=1, timeout_s=1)
     cache.put("key", VECTOR)

@@ -58,6 +58,7 @@ async def test_texts_and_images_have_the_vectors_of_searches(
         ({"input": "red", "modell": "index"}, 422, "modell"),
     ],
 )
+@pytest.mark.slow
 async def test_invalid_input_is_refused_by_name(
     built_index: Path, given: dict[str, Any], status: int, field: str
 ) -> None:

@@ -289,6 +289,7 @@ def test_responses_that_are_not_read_end_the_connection(port: int) -> None:
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_slow_reader_gets_all_of_a_long_response(port: int) -> None:
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -327,6 +328,7 @@ async def test_head_is_get_without_the_body(built_index: Path) -> None:
         assert (await client.delete("/healthz")).headers["allow"] == "GET, HEAD"
 
 
+@pytest.mark.slow
 def test_searches_of_clients_that_left_are_skipped(built_index: Path) -> None:
     with serving(built_index) as (app, port):
         encoder = app.state.collections[None].live.encoder

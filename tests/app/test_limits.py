@@ -123,6 +123,7 @@ async def test_slow_upload_is_refused_408(built_index: Path) -> None:
         assert (await client.post("/search/image", files={"file": png()})).status_code == 200
 
 
+@pytest.mark.slow
 async def test_largest_unfinished_upload_is_dropped_when_the_budget_is_full(built_index: Path) -> None:
     kind = {"Content-Type": "multipart/form-data; boundary=b"}
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + png()
@@ -179,6 +180,7 @@ def test_announced_bytes_do_not_count_against_the_upload_budget(built_index: Pat
 
 
 @pytest.mark.parametrize("length", [{}, {"Content-Length": "0"}])
+@pytest.mark.slow
 async def test_request_without_a_body_has_no_upload_timeout(built_index: Path, length: dict[str, str]) -> None:
     async with opened(built_index, upload_timeout_s=0.1, poll_s=0, **KEYS) as client:
         collections = client.app.state.collections
@@ -228,6 +230,7 @@ async def test_large_image_is_hashed_and_read_in_threads(
     assert {name.rpartition("_")[0] for name in threads} == {"dcar-image"}
 
 
+@pytest.mark.slow
 def test_images_that_are_not_read_cost_little_memory(
     built_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +254,7 @@ def test_images_that_are_not_read_cost_little_memory(
     assert peak - before < count * size / 5
 
 
+@pytest.mark.slow
 async def test_slow_gallery_does_not_delay_searches(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 

@@ -92,6 +92,7 @@ def pictures(content: list[Any]) -> list[Image.Image]:
 
 
 @needs("mcp")
+@pytest.mark.slow
 async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery: Path) -> None:
     async with assistant(url, "--pictures", str(gallery)) as mcp:
         tools = {tool.name: tool for tool in (await mcp.list_tools()).tools}
@@ -140,6 +141,7 @@ async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery:
 
 
 @needs("mcp")
+@pytest.mark.slow
 async def test_the_mcp_server_tells_of_a_wrong_key_a_rate_and_a_service_that_is_gone(
     url: str, built_index: Path
 ) -> None:

@@ -89,6 +89,7 @@ async def test_a_unix_socket_is_used(tmp_path: Path) -> None:
         await assert_cached(f"unix://{tmp_path / 'redis.sock'}?db=2")
 
 
+@pytest.mark.slow
 async def test_a_cluster_is_used() -> None:
     bus = free_port()
     with running(

@@ -29,6 +29,7 @@ def index(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
+@pytest.mark.slow
 async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, lock = load_snapshot, threading.Lock()
     running = most = 0
@@ -103,6 +104,7 @@ async def test_a_rebuilt_index_with_the_same_version_number_is_served(
         assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
 
 
+@pytest.mark.slow
 async def test_a_reload_with_a_body_does_not_time_out(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load_snapshot
 

@@ -337,6 +337,7 @@ def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
     assert process.returncode in (0, -signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_server_with_a_broken_index_exits_with_the_reason(index: Path) -> None:
     (index / "versions/1/checkpoint/trainables.safetensors").unlink()
     environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu"}

@@ -53,6 +53,7 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_stages_are_spans_in_the_trace_of_the_caller(built_index: Path, collector: tuple[str, list[Any]]) -> None:
     url, spans = collector
     port = free_port()

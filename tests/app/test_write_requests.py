@@ -72,6 +72,7 @@ async def test_bad_requests_name_the_field_and_change_nothing(index: Path, in_pr
     assert in_process == []
 
 
+@pytest.mark.slow
 async def test_only_the_admin_and_keys_that_may_write_change_items(index: Path, in_process: list[int]) -> None:
     writer, loader, reader, other = (new_key() for _ in range(4))
     keys = (

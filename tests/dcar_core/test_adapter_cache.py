@@ -70,6 +70,7 @@ def is_from_cache(encoder: Encoder) -> bool:
     return encoder.backbone is None
 
 
+@pytest.mark.slow
 def test_cached_adapter_gives_the_models_vectors(checkpoint: Path, cache: Path) -> None:
     whole, quick = Encoder.load(checkpoint, device="cpu"), load(checkpoint, cache)
     assert is_from_cache(quick)

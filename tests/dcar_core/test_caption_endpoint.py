@@ -51,6 +51,7 @@ BAD: dict[str, Raw | dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", list(BAD))
+@pytest.mark.slow
 def test_transient_errors_are_retried(photos: Path, how: str) -> None:
     def behave(asked: Asked, n: int) -> str | Raw | dict[str, Any]:
         return BAD[how] if n == 0 else good(asked)
@@ -62,6 +63,7 @@ def test_transient_errors_are_retried(photos: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.slow
 def test_images_are_captioned_concurrently(photos: Path, most: int) -> None:
     behave: Behave = lambda asked, n: Raw(body=json.dumps(message(good(asked))), wait=0.4)  # noqa: E731
     with VisionServer(behave) as server:
@@ -69,6 +71,7 @@ def test_images_are_captioned_concurrently(photos: Path, most: int) -> None:
         assert server.at_once == most
 
 
+@pytest.mark.slow
 def test_retry_after_delays_every_request(photos: Path) -> None:
     def behave(asked: Asked, n: int) -> str | Raw:
         first = len(server.asked) == 1
@@ -89,6 +92,7 @@ def test_retry_after_delays_every_request(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("retry_after", ["0", "nan", "0.01", formatdate(0, usegmt=True)])
+@pytest.mark.slow
 def test_pauses_grow_whatever_retry_after_says(photos: Path, retry_after: str) -> None:
     with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", retry_after),))) as server:
         ask(one_picture(photos), server, tries=3, backoff_s=0.2)
@@ -123,6 +127,7 @@ def test_compressed_response_is_read_up_to_a_limit(photos: Path) -> None:
     "content", [[{"text": "An owl"}, {"text": None}, {"type": "image"}, "on grass."], {"text": "An owl on grass."}]
 )
 @pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": None, "completion_tokens": "3"}])
+@pytest.mark.slow
 def test_other_response_forms_are_read(photos: Path, content: Any, usage: Any) -> None:
     with VisionServer(lambda asked, n: message(content, usage=usage)) as server:
         found = ask(one_picture(photos), server, judge=False)
@@ -186,6 +191,7 @@ def test_permanent_errors_end_the_run(photos: Path, status: int, says: str) -> N
         f"It is {KEY}",  # what the judge says
     ],
 )
+@pytest.mark.slow
 def test_messages_never_show_the_key(photos: Path, answer: Raw | str | dict[str, Any]) -> None:
     def behave(asked: Asked, n: int) -> Raw | str | dict[str, Any]:
         return good(asked) if isinstance(answer, str) and asked.kind == "draft" else answer

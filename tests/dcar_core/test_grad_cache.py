@@ -71,6 +71,7 @@ def assert_parts_have_the_gradients_of_the_whole(
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "clip"])
+@pytest.mark.slow
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(name: str, backbone: Backbone, training: Dataset) -> None:
     model, data = ready(backbone, training, name)
     assert_parts_have_the_gradients_of_the_whole(model, data, np.arange(len(data)), 1, 2, 5, 20)

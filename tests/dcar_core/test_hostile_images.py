@@ -59,6 +59,7 @@ def test_a_large_index_of_an_avif_file_is_refused_before_it_is_searched() -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux reports it")
 @pytest.mark.parametrize("name", ["gif comment", "tiff tile", "comments", "png text"])
+@pytest.mark.slow
 def test_a_hostile_file_takes_no_memory_beyond_its_own(name: str, tmp_path: Path) -> None:
     assert peak_memory(REFUSED[name](), "refused", tmp_path) < 32 * 2**20
 

@@ -42,6 +42,7 @@ def jpegs(width: int, height: int, count: int) -> list[bytes]:
 
 
 @pytest.mark.parametrize(("width", "height"), [(150, 120), (241, 260), (500, 400), (1400, 960)])
+@pytest.mark.slow
 def test_fast_mode_changes_embeddings_little(encoder: Encoder, width: int, height: int) -> None:
     exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
     assert exact.exact
@@ -141,5 +142,6 @@ def test_long_image_is_cropped_while_scaling(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
+@pytest.mark.slow
 def test_image_of_one_line_takes_little_memory(tmp_path: Path) -> None:
     assert peak_memory(encoded(Image.new("RGB", (1, 10_000))), "exact", tmp_path) < 50 * 2**20

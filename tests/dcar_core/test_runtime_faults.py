@@ -70,6 +70,7 @@ def test_unknown_runtime_is_refused_with_the_known_ones(tiny_checkpoint: Path, t
         by_name(tiny_checkpoint, tmp_path, "tensorrt")
 
 
+@pytest.mark.slow
 def test_missing_extra_is_named(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

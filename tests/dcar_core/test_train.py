@@ -25,6 +25,7 @@ QUICK = TrainConfig(epochs=2, batch_size=6)
 
 
 @pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.slow
 def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, tiny_model: Path, tiny_data: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     before = backbone.content_hash()

@@ -23,7 +23,6 @@ def build(gallery: Path, checkpoint: Path, out: Path, *more: object, **options: 
     return run("index_jobs.rebuild", "--gallery", gallery, "--checkpoint", checkpoint, "--out", out, *more, **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "streams",
     [{"stderr": None}, {"stderr": FULL}, {"stdout": FULL}, {"stdout": UNREAD}, {"stdout": None, "stderr": None}],
@@ -41,7 +40,6 @@ def test_closed_or_full_streams_do_not_fail_a_job(
         assert "the summary is lost: the output cannot be written: No space left on device" in done.stderr
 
 
-@pytest.mark.slow
 @needs_full
 def test_training_continues_without_a_progress_bar(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     for number, stderr in enumerate((None, FULL)):
@@ -51,7 +49,6 @@ def test_training_continues_without_a_progress_bar(tiny_data: Path, tiny_model: 
         assert "Was it worth it?" in done.stdout
 
 
-@pytest.mark.slow
 @needs_full
 def test_output_that_cannot_be_written_is_one_line(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert build(tiny_gallery, tiny_checkpoint, tmp_path / "index").returncode == 0
@@ -62,7 +59,6 @@ def test_output_that_cannot_be_written_is_one_line(tiny_gallery: Path, tiny_chec
     assert dcar("index", "items", tmp_path / "index", stdout=UNREAD).stderr == ""
 
 
-@pytest.mark.slow
 def test_output_in_another_encoding_is_escaped(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "examples/emoji/query.png", tmp_path / "1.png")
     row = {"file_name": "1.png", "id": "日本 😀", "caption": "日本 😀"}
@@ -80,7 +76,6 @@ def test_output_in_another_encoding_is_escaped(tiny_checkpoint: Path, tmp_path: 
             assert (found["results"][0] if "results" in found else found)["caption"] == "日本 😀"
 
 
-@pytest.mark.slow
 def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     gallery = tmp_path / "gallery"
     shutil.copytree(tiny_gallery, gallery)
@@ -104,7 +99,6 @@ def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint
     verify_index(tmp_path / "index")
 
 
-@pytest.mark.slow
 def test_full_disk_ends_training_with_one_line(tiny_data: Path, tiny_model: Path, tmp_path: Path) -> None:
     """By the size that a file may have, which needs no disk of one's own."""
     endings = set()

@@ -72,7 +72,6 @@ def served(request: pytest.FixtureRequest, data: Path) -> tuple[Encoder, Artifac
 FIRST_ROW = 7  # results in the page's first row
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("query", "wanted"),
     [
@@ -91,7 +90,6 @@ def test_first_results_match_the_query(served: tuple[Encoder, Artifact], query: 
     assert any(wanted in caption for caption in captions), captions
 
 
-@pytest.mark.slow
 def test_short_queries_find_a_right_answer(served: tuple[Encoder, Artifact]) -> None:
     """Seven of ten validation queries have one among the first five; the model card has the figures."""
     encoder, artifact = served
@@ -127,7 +125,6 @@ def test_bundled_files_stay_small() -> None:
         assert (EXAMPLES / domain / "checkpoint" / "trainables.safetensors").stat().st_size < 1e6
 
 
-@pytest.mark.slow
 def test_cutoff_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]) -> None:
     _, artifact = served
     cutoff = artifact.manifest.cutoff
@@ -159,7 +156,6 @@ def start_demo(data: Path) -> Iterator[tuple[str, str, float]]:
         process.communicate(timeout=20)
 
 
-@pytest.mark.slow
 def test_demo_replaces_an_index_of_a_release_with_another_model(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "index" / "twemoji")
@@ -188,7 +184,6 @@ def curl(command: str) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.slow
 def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[str, str, float]) -> None:
     url, said, started = demo
     assert said.count("already indexed") == 3
@@ -204,7 +199,6 @@ def test_a_second_demo_starts_in_seconds_and_what_it_prints_works(demo: tuple[st
     assert f"{url}/#q=woman+running+dark+skin&beside=openmoji-clip&words=0\n" in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/how-to/search.md", "docs/how-to/re-rank-and-explain.md"])
 def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -> None:
     """Each on the collection that it is written for: twemoji, which is not the default here."""
@@ -228,7 +222,6 @@ def test_the_documented_requests_work(demo: tuple[str, str, float], page: str) -
                 assert any(field in result for result in answer["results"]), command
 
 
-@pytest.mark.slow
 def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float]) -> None:
     """As the page does: captions lack most of the words, and the best score is no strong one."""
     url = f"{demo[0]}/collections/twemoji"
@@ -249,7 +242,6 @@ def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float
     assert sum(map(nothing_fits, queries)) <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.browser
 def test_list_follows_typing_within_100_ms(page: Page, demo: tuple[str, str, float]) -> None:
     """From a change of the text to the drawn list, for 95 % of 30 new queries, in one of three rounds.
@@ -299,7 +291,6 @@ def typing_times(page: Page, queries: list[str]) -> list[float]:
     )
 
 
-@pytest.mark.slow
 def test_bundled_galleries_have_the_category_that_identifies_them(demo: tuple[str, str, float]) -> None:
     """So the page knows that its own examples fit."""
     script = (ROOT / "app" / "ui" / "start.js").read_text()

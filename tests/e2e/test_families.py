@@ -92,7 +92,6 @@ async def searched_deeply(http: ServiceClient) -> list[float]:
     return sorted(result["score"] for result in deep["results"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_path: Path) -> None:
     checkpoint = trained(family, tiny_data, tmp_path)
@@ -122,7 +121,6 @@ def why_missing(runtime: str) -> str | None:
     return f"needs {', '.join(absent)}" if absent else needs and cpu_features.missing_instructions(needs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", BEST)
 def test_other_precisions_are_near(family: str, tiny_data: Path, tmp_path: Path) -> None:
     """One training and one export of each library serve all; int8 for OpenVINO is calibrated on its export."""

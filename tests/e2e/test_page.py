@@ -11,7 +11,6 @@ from tests.support.page import Page, until
 pytestmark = pytest.mark.browser
 
 
-@pytest.mark.slow
 def test_typing_searches_and_a_result_leads_to_similar_ones(page: Page, site: str) -> None:
     page.open(site)
     page.settled(24)  # the gallery
@@ -135,7 +134,6 @@ def pressed(page: Page) -> list[str]:
     return [button.text for button in page.all("#facets [aria-pressed=true]")]
 
 
-@pytest.mark.slow
 def test_category_of_an_image_filters(page: Page, site: str) -> None:
     page.open(f"{site}/#q=red")
     cards = page.settled(24)
@@ -159,7 +157,6 @@ def test_category_of_an_image_filters(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-@pytest.mark.slow
 def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path) -> None:
     documented = httpx.get(f"{site}/openapi.json").json()["paths"].values()
     page.open(f"{site}/docs")

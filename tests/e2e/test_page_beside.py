@@ -24,7 +24,6 @@ def marks(cards: list[Any]) -> list[str]:
     return [card.find_element("css selector", ".place").text for card in cards]
 
 
-@pytest.mark.slow
 def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: str) -> None:
     page.open(f"{site}/#q=red")
     page.settled(24)
@@ -83,7 +82,6 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
     assert page.errors() == []
 
 
-@pytest.mark.slow
 def test_two_galleries_are_compared(page: Page, many: str) -> None:
     page.open(f"{many}/#q=red&beside=circles")
     page.settled(12)

@@ -55,7 +55,6 @@ def test_untouched_model_says_that_nothing_was_learned(page: Page, many: str) ->
     assert page.errors() == []
 
 
-@pytest.mark.slow
 def test_results_below_the_cut_off_are_separated(page: Page, many: str) -> None:
     cut = httpx.get(f"{many}/collections").json()["collections"][0]["min_score"]
     best: dict[str, float] = {}

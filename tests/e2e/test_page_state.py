@@ -30,7 +30,6 @@ def test_text_typed_while_the_page_loads_is_kept(page: Page, many: str) -> None:
     assert page.errors() == []
 
 
-@pytest.mark.slow
 def test_link_shows_only_what_it_names(page: Page, many: str) -> None:
     page.open(f"{many}/#q=red&in=gone")
     until(lambda: "no gallery “gone”" in page.one("#error").text)
@@ -75,7 +74,6 @@ def test_page_waits_for_an_index_that_is_being_loaded(page: Page, site: str) -> 
     assert page.errors() == []
 
 
-@pytest.mark.slow
 def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     page.open(site)
     assert not page.one("#where").is_displayed(), "there is only one collection"
@@ -109,7 +107,6 @@ def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     assert page.errors() == []
 
 
-@pytest.mark.slow
 def test_without_removes_results_and_is_in_the_address(page: Page, site: str) -> None:
     from selenium.webdriver.common.keys import Keys
 

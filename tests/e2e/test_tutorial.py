@@ -101,7 +101,6 @@ def test_the_tutorial_has_ten_commands() -> None:
     assert "tests/e2e/test_tutorial.py" in tutorial()
 
 
-@pytest.mark.slow
 def test_the_tutorial_ends_with_the_table(photos: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos.parent)
     _install, check, zero_shot, index, search, train, index_adapted, serve, ask, evaluate = (

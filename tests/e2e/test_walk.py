@@ -71,7 +71,6 @@ def walked(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
     return checkpoint, index
 
 
-@pytest.mark.slow
 def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
     _, index = walked
     found = json.loads(dcar("search", "a red circle", "--index", index, "-k", 3, "--json").stdout)
@@ -88,7 +87,6 @@ def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: P
     assert "gone.png: no such file" in dcar("search", "gone.png", "--index", index, check=False).stderr
 
 
-@pytest.mark.slow
 def test_versions_are_listed_verified_and_rolled_back(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
     checkpoint, index = walked
     again = dcar("index", "build", "--gallery", tiny_gallery, "--checkpoint", checkpoint, "--out", index)
@@ -103,7 +101,6 @@ def test_versions_are_listed_verified_and_rolled_back(walked: tuple[Path, Path],
     assert "version 1 is current" in dcar("index", "rollback", index).stdout
 
 
-@pytest.mark.slow
 def test_serve_answers_and_a_taken_port_is_one_line(walked: tuple[Path, Path]) -> None:
     _, index = walked
     with server("serve", "--index", index, "--collection", f"again={index}") as (url, port):
@@ -119,7 +116,6 @@ def test_serve_answers_and_a_taken_port_is_one_line(walked: tuple[Path, Path]) -
         assert str(port) in taken.stderr
 
 
-@pytest.mark.slow
 def test_evaluate_writes_results(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     done = dcar(
         "evaluate", "--data", tiny_data, "--model", tiny_model, "--methods", "clip,dcar", "--seeds", 1,

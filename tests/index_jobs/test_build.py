@@ -42,6 +42,7 @@ def exact(queries: Floats, vectors: Floats, k: int) -> NDArray[np.int64]:
         ("ivf-pq-fp16", 0.98),
     ],
 )
+@pytest.mark.slow
 def test_kind_finds_what_exact_search_finds(kind: str, lowest: float, gallery: Floats, tmp_path: Path) -> None:
     built = build_index(blocks(gallery), len(gallery), DIM, choose_kinds(kind, len(gallery), DIM))
     write_faiss(built.index, tmp_path / "index.faiss")

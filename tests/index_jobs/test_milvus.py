@@ -74,6 +74,7 @@ def test_rows_continue_across_requests(
     np.testing.assert_allclose(found, truth, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_collection_of_a_damaged_version_is_not_dropped(
     tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("left", range(4))
+@pytest.mark.slow
 def test_outage_at_any_step_is_one_error(index: Path, uri: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     place, client = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
     monkeypatch.setattr(milvus, "connect", lambda uri: Broken(client, left))

@@ -163,6 +163,7 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
     assert read_image(remote.root, row["location"], row["offset"], row["size"]) == png("green")
 
 
+@pytest.mark.slow
 def test_an_http_gallery_gives_the_vectors_of_its_folder(
     served: tuple[Path, str, type[Server]], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

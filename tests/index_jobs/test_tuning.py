@@ -140,6 +140,7 @@ def test_parameters_are_chosen_with_a_reserve_for_other_queries() -> None:
 
 
 @pytest.mark.parametrize("kind", ["IVF300,Flat", "HNSW4", "IVF100,PQ16x4fs,RFlat"])
+@pytest.mark.slow
 def test_tuned_width_is_just_above_the_aim(kind: str) -> None:
     """A sixteenth less misses the aim, whatever number of candidates is re-ranked."""
     rng = np.random.default_rng(0)

@@ -137,6 +137,7 @@ def test_replaced_item_has_the_new_vector(index: Path, encoder: Encoder, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq"])
+@pytest.mark.slow
 def test_every_kind_of_built_index_takes_updates(
     kind: str,
     index: Path,

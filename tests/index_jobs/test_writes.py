@@ -248,6 +248,7 @@ apply_writes(index, device="cpu", workers=0)
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.slow
 def test_killed_process_leaves_complete_versions_and_every_job_ends(index: Path, moment: str, when: str) -> None:
     gone = sorted(ids_of(open_current(index)))[:2]
     jobs = [put(index, "a", "b"), delete(index, *gone), put(index, "c")]
