@@ -26,6 +26,7 @@ from app.search.ranking.rows import filter_mask
 from app.search.snapshots import Snapshot
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
+from index_jobs.store.filters import EMPTY_IS_MISSING
 
 _MAX_AGE_S = 3600
 _LISTED_FIELDS = 12
@@ -69,11 +70,17 @@ class Catalogue:
 
     @cached_property
     def fields(self) -> list[dict[str, Any]]:
-        """Fields to sort by."""
+        """Fields to sort by. The caption and the category are left out where no item has one."""
         types = {name: kind for name, kind in self._artifact.fields.items() if kind in {*_NUMBERS, "string"}}
-        names = [name for name in ("caption", "category", *sorted(types)) if name in types and name != "id"]
+        missing = {name for name in EMPTY_IS_MISSING & types.keys() if not self._has_texts(name)}
+        names = [name for name in ("caption", "category", *sorted(types)) if name in types.keys() - missing - {"id"}]
         unique = list(dict.fromkeys(names))[:_LISTED_FIELDS]
         return [{"name": name, "is_number": types[name] in _NUMBERS} for name in unique]
+
+    def _has_texts(self, name: str) -> bool:
+        import pyarrow.compute as pc
+
+        return any(pc.any(pc.not_equal(chunk, "")).as_py() for chunk in self._artifact.column(name).chunks)
 
     def order(self, sort: str) -> Rows:
         """Return all rows in the order of a field; rows without it are last, equal ones in the order of the index."""

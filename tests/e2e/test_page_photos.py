@@ -47,6 +47,9 @@ def test_photos_without_captions_show_their_titles_and_have_no_filter_by_title(p
     titles = [card.text.split("\n")[0] for card in page.all("#results .card")]
     assert sorted(titles) == sorted([*SIZES, *SIZES, "turned photo"])
     assert [each.text for each in page.all("#facets h3")] == ["Category"]
+    until(lambda: page.all("#sort option[value=title]"))
+    fields = [each.get_attribute("value") for each in page.all("#sort option")]
+    assert fields == ["", *(sign + name for name in ("category", "file_name", "title") for sign in ("", "-"))]
     page.one("#results .open").click()
     until(lambda: page.one("#detail").is_displayed())
     assert page.one("#detail-title").text == titles[0]
