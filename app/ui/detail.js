@@ -66,6 +66,8 @@ export async function openDetail({ id, base, result, canLess, groups, hasPreviou
   $("previous").disabled = !hasPrevious;
   $("next").disabled = !hasNext;
   if (!dialog.open) {
+    const root = document.documentElement;
+    root.style.setProperty("--scrollbar", `${innerWidth - root.clientWidth}px`);
     dialog.showModal();
     $("detail-title").focus();
   }

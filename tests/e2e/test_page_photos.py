@@ -119,3 +119,23 @@ def test_page_does_not_move_sideways_when_it_becomes_longer_than_the_window(page
     of_long_page = page.driver.execute_script(right)
     page.driver.execute_script("document.querySelector('main').hidden = true; document.body.style.minHeight = ''")
     assert page.driver.execute_script(right) == of_long_page
+
+
+def test_detail_view_leaves_no_strip_of_the_page_and_moves_nothing(page: Page, photos: str) -> None:
+    places = """
+        const detail = document.getElementById('detail');
+        const backdrop = parseFloat(getComputedStyle(detail, '::backdrop').width);
+        const {right} = document.querySelector('nav').getBoundingClientRect();
+        return [innerWidth, detail.open ? backdrop : document.body.clientWidth, right];
+    """
+    page.open(f"{photos}/#q=cross")
+    page.settled(11)
+    window, room, right = page.driver.execute_script(places)
+    assert room < window, "the scroll bar takes room"
+    page.one("#results .open").click()
+    until(lambda: page.one("#detail").is_displayed())
+    assert page.driver.execute_script(places) == [window, window, right]
+    page.one("#close").click()
+    until(lambda: not page.one("#detail").is_displayed())
+    assert page.driver.execute_script(places) == [window, room, right]
+    assert page.errors() == []
