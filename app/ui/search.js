@@ -21,6 +21,7 @@ const $ = (id) => document.getElementById(id);
 const query = $("query"), results = $("results"), error = $("error"), collection = $("collection"), beside = $("beside");
 const SLOW_MS = 500;
 const SAVE_MS = 150;
+const LONGEST_WAIT_MS = 2000; // until a service that does not answer yet is asked again
 const SAME_ENTRY_MS = 2000; // typing within this time replaces the entry of the history
 const WIDE = matchMedia("(min-width: 900px)"); // room for a column of filters
 const PHONE = matchMedia("(max-width: 560px), (max-height: 480px)");
@@ -324,7 +325,7 @@ addEventListener("scroll", () => {
 }, { passive: true });
 
 async function begin() {
-  for (let wait = 1000; !isReady(); wait = Math.min(2 * wait, 15000)) {
+  for (let wait = 500; !isReady(); wait = Math.min(2 * wait, LONGEST_WAIT_MS)) {
     try {
       collections = await listCollections();
       if (about(state.in)?.index_version === null) await loadCatalogue(base()); // says why it is not served yet

@@ -74,6 +74,28 @@ def test_page_waits_for_an_index_that_is_being_loaded(page: Page, site: str) -> 
     assert page.errors() == []
 
 
+def test_page_asks_an_unavailable_service_at_least_every_two_seconds(page: Page, site: str) -> None:
+    """Waits are recorded and skipped."""
+    fails_six_times = """
+        const whole = window.fetch, later = window.setTimeout; let asked = 0;
+        window.waits = [];
+        window.setTimeout = (call, wait) => {
+            if (wait < 500) return later(call, wait);
+            window.waits.push(wait);
+            return later(call, 0);
+        };
+        window.fetch = (url, ...more) => (url === 'collections' && ++asked < 7
+            ? Promise.resolve(new Response('{}', {status: 503})) : whole(url, ...more));
+    """
+    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": fails_six_times})
+    try:
+        page.open(site)
+        page.settled(24)
+        assert page.driver.execute_script("return waits.slice(0, 6)") == [500, 1000, 2000, 2000, 2000, 2000]
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
 def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
     page.open(site)
     assert not page.one("#where").is_displayed(), "there is only one collection"
