@@ -1,6 +1,9 @@
 """The benchmark scripts run, on a tiny CLIP; their figures are for a quiet machine."""
 
 import json
+import runpy
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -59,3 +62,15 @@ def test_method_seconds_shows_which_methods_encode_again(tiny_model: Path, tiny_
     adapter, lora = (line.split(" | ") for line in done.stdout.splitlines()[2:])
     assert (adapter[2], adapter[6]) == ("0", "shared |")
     assert (lora[2], lora[6]) == ("24", "own |")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+def test_every_benchmark_is_imported_and_names_its_options(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    is_command = "__main__" in script.read_text()
+    with pytest.raises(SystemExit, match="0") if is_command else nullcontext():
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: " if is_command else "")
