@@ -138,11 +138,15 @@ def measure_latency(items: int) -> None:
             print(f"| {words} | {' | '.join(cells)} |")
 
 
+def make_served(items: int, work: Path) -> tuple[Path, list[str]]:
+    """Return a published index of made items, and their texts; the vectors are no longer in memory."""
+    vectors, texts, _ = make_material(items)
+    return made_index(work / f"hybrid-{items}", bundled_checkpoint(work / "bundled"), lambda: vectors, texts), texts
+
+
 def measure_service(items: int, work: Path) -> None:
     """Print a table: new and cached texts of several numbers of words, and each way of searching."""
-    vectors, texts, _ = make_material(items)
-    index = made_index(work / f"hybrid-{items}", bundled_checkpoint(work / "bundled"), vectors, texts)
-    del vectors
+    index, texts = make_served(items, work)
     generator = random.Random(1)
     queries = {
         words: [" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in range(SEARCHES)]
@@ -155,8 +159,8 @@ def measure_service(items: int, work: Path) -> None:
     )
     for kind, cache_size in (("new", 0), ("cached", 10_000)):
         with serving(index, cores={cores[0]}, cache_size=cache_size) as server:
-            for words, texts in queries.items():
-                taken = asyncio.run(_milliseconds(server.port, texts))
+            for words, drawn in queries.items():
+                taken = asyncio.run(_milliseconds(server.port, drawn))
                 medians = [statistics.median(values) for values in taken]
                 cells = [*(f"{value:.2f}" for value in medians), f"{medians[2] / medians[0]:.2f}"]
                 print(f"| {words} words, {kind} | {' | '.join(cells)} |", flush=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,12 +157,14 @@ def random_vit(work: Path, count: int = 100_000) -> Path:
     """Return an index of `count` random vectors under a random ViT-B/32; made once."""
     from index_material import Clusters
 
-    vectors = Clusters(count, 512).draw(count, seed=1)
-    return made_index(work / f"vit-{count}", vit_checkpoint(work), vectors, [f"item {i}" for i in range(count)])
+    captions = [f"item {i}" for i in range(count)]
+    return made_index(
+        work / f"vit-{count}", vit_checkpoint(work), lambda: Clusters(count, 512).draw(count, seed=1), captions
+    )
 
 
-def made_index(out: Path, checkpoint: Path, vectors: "Floats", captions: Sequence[str]) -> Path:
-    """Return an index of vectors and captions whose images do not exist; made once."""
+def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captions: Sequence[str]) -> Path:
+    """Return an index of drawn vectors and captions whose images do not exist; made once."""
     if (out / "CURRENT").exists():
         return out
     import datetime
@@ -181,6 +183,7 @@ def made_index(out: Path, checkpoint: Path, vectors: "Floats", captions: Sequenc
     from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
     from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, VECTORS, Manifest
 
+    vectors = draw()
     count, dim = vectors.shape
     listed = out.with_suffix(".jsonl")
     listed.parent.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,8 @@ def test_a_made_index_is_searched_by_vectors_and_by_words(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     vectors = clustered(40)
     made_index = importlib.import_module("service").made_index
-    artifact = open_current(made_index(tmp_path / "made", tiny_checkpoint, vectors, [f"item {i}" for i in range(40)]))
+    captions = [f"item {i}" for i in range(40)]
+    artifact = open_current(made_index(tmp_path / "made", tiny_checkpoint, lambda: vectors, captions))
     assert artifact.search(vectors[7:8], 1)[1].tolist() == [[7]]
     assert artifact.lexical is not None
     assert artifact.lexical.search("item 7", 1)[1].tolist() == [7]
