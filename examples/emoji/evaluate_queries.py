@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="with --captions: the folder of a sentence encoder")
     parser.add_argument("--misses", action="store_true", help="list the queries without a hit among the first five")
     args = parser.parse_args()
+    if args.encoder is not None and not args.captions:
+        parser.error("--encoder ranks captions: give --captions as well")
     results = {}
     for domain in args.domains:
         rows, images = read_domain(domain)
