@@ -120,9 +120,9 @@ def build_index(
                     choice.factory, tried[-1].recall, target,
                     "choose another kind" if choice is choices[-1] else "trying another kind",
                 )  # fmt: skip
-        if best is not None and best.index is None:
+        assert best is not None
+        if best.index is None:
             best = replace(best, index=faiss.read_index(str(file)))
-    assert best is not None
     reasons = [best.choice.reason, *(_reason(other, target) for other in tried if other.choice is not best.choice)]
     return replace(best, choice=replace(best.choice, reason="; ".join(reasons)))
 
