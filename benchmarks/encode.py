@@ -100,7 +100,7 @@ def random_model(folder: Path, name: str) -> Path:
     config = open_clip.get_model_config(name)
     model = open_clip.create_model(name, pretrained=None)
     preprocess = {k: v for k, v in model.visual.preprocess_cfg.items() if k != "mode"}
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(folder / "open_clip_model.safetensors"))
     return folder

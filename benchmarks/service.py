@@ -132,23 +132,14 @@ def vit_checkpoint(work: Path) -> Path:
     checkpoint = work / "vit-checkpoint"
     if (checkpoint / "config.json").exists():
         return checkpoint
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
+    from encode import random_model
 
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_checkpoint
     from dcar_core.model.config import ModelConfig
     from dcar_core.model.dcar import DCAR
 
-    base = work / "vit-base"
-    base.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32", pretrained=None)
-    save_file({n: v.contiguous() for n, v in model.state_dict().items()}, base / "open_clip_model.safetensors")
-    config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {"size": [224, 224]}}
-    config["preprocess_cfg"] |= {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
-    (base / "open_clip_config.json").write_text(json.dumps(config))
+    base = random_model(work / "vit-base", "ViT-B-32")
     save_checkpoint(DCAR(load_backbone(BackboneSource(str(base))), ModelConfig()), checkpoint)
     return checkpoint
 
