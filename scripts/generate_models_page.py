@@ -3,22 +3,27 @@
     python scripts/generate_models_page.py            write the page
     python scripts/generate_models_page.py --check    exit with 1 if it is stale
 
-The text above the mark is written by hand and stays; everything below it is replaced.
+The text above the mark is written by hand and stays; everything below it is replaced. Parameters of models that
+parameters.json lacks are counted first; RoBERTa, mT5 and NLLB need the hub for that.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
+
+import open_clip
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT))
 
-from dcar_core.model.catalogue import FAMILIES, CatalogueEntry, list_catalogue  # noqa: E402
+from dcar_core.model.catalogue import FAMILIES, PARAMETERS, CatalogueEntry, list_catalogue  # noqa: E402
 
 MARK = "<!-- Generated below by scripts/generate_models_page.py. Run `make reference` after an update of open_clip. -->"
-HEAD = ["| model | level | pixels | tokens | needs | weights |", "| --- | --- | --- | --- | --- | --- |"]
+HEAD = ["| model | level | M | pixels | tokens | languages | needs | weights |", "| " + " | ".join(8 * ["---"]) + " |"]
 
 
 def page(text: str) -> str:
@@ -39,7 +44,23 @@ def page(text: str) -> str:
 def _row(entry: CatalogueEntry) -> str:
     tags = ", ".join(entry.pretrained)
     needs, tokens = ", ".join(entry.needs), f"{entry.context_length}{'*' if entry.reads_padding else ''}"
-    return f"| {entry.name} | {entry.level} | {entry.image_size} | {tokens} | {needs} | {tags} |"
+    languages = "" if entry.languages == "English" else entry.languages
+    cells = [entry.name, entry.level, entry.parameters, entry.image_size, tokens, languages, needs, tags]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def count_parameters(name: str) -> int:
+    """Return the millions of parameters of a built-in model, built without its memory."""
+    with torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, device="meta")
+    return round(sum(int(parameter.numel()) for parameter in model.parameters()) / 1e6)
+
+
+def add_counts() -> None:
+    """Count the parameters of the models that are new in open_clip."""
+    known = json.loads(PARAMETERS.read_text(encoding="utf-8"))
+    counts = {name: known.get(name) or count_parameters(name) for name in open_clip.list_models()}
+    PARAMETERS.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -47,6 +68,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     check = parser.parse_args().check
+    if not check:
+        add_counts()
     text = PAGE.read_text(encoding="utf-8")
     current = page(text)
     if current == text:

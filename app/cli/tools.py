@@ -20,7 +20,8 @@ def models(
     level: Annotated[str | None, typer.Option(help="Only models of this level: full, text or adapters.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
-    """List the built-in models: name, level, image size, context length, libraries, and tags for --pretrained.
+    """List the built-in models: name, level, parameters in millions, image size, context length, languages,
+    libraries, and tags for --pretrained.
 
     Levels: full takes prompts in both towers, text in the text tower alone, adapters in neither. docs/models.md
     helps to choose.
@@ -42,8 +43,9 @@ def models(
     width, needs_width = max(len(entry.name) for entry in entries), max(map(len, needs))
     for entry, libraries in zip(entries, needs, strict=True):
         typer.echo(
-            f"{entry.name:{width}}  {entry.level:8}  {entry.image_size:3} px  {entry.context_length:2} tokens  "
-            f"{libraries:{needs_width}}  {', '.join(entry.pretrained) or '-'}"
+            f"{entry.name:{width}}  {entry.level:8}  {entry.parameters or '-':4} M  {entry.image_size:3} px  "
+            f"{entry.context_length:2} tokens  {entry.languages:7}  {libraries:{needs_width}}  "
+            f"{', '.join(entry.pretrained) or '-'}"
         )
 
 

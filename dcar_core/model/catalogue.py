@@ -2,12 +2,15 @@
 
 - The level is that of the towers by structure. Loading lowers it where a tower fails its proof.
 - The family follows from the name. The first pattern that matches decides.
+- parameters.json has the counts, since building a large tower to count takes seconds.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from dcar_core.model.open_clip_source import builtin_models
 from dcar_core.model.towers.select import Level, level_of_config, reads_padding
@@ -29,6 +32,8 @@ _FAMILIES = {
     "Other timm towers": "swin|vit_",
     "ViT": "ViT",
 }
+_MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their publishers state
+PARAMETERS = Path(__file__).with_name("parameters.json")  # millions by name
 FAMILIES = ("ViT", *(name for name in _FAMILIES if name != "ViT"))  # in the order of the documentation
 
 
@@ -36,7 +41,9 @@ FAMILIES = ("ViT", *(name for name in _FAMILIES if name != "ViT"))  # in the ord
 class CatalogueEntry:
     """A built-in model.
 
-    pretrained: tags of its weights. image_size: S in pixels. context_length: L, start and end token included.
+    parameters: of both towers, in millions; None for a model newer than the list.
+    languages: of the texts that its published weights learned from. pretrained: tags of its weights.
+    image_size: S in pixels. context_length: L, start and end token included.
     reads_padding: every text costs the whole context.
     needs: libraries other than open_clip that build its towers.
     """
@@ -44,6 +51,8 @@ class CatalogueEntry:
     name: str
     family: str
     level: Level
+    parameters: int | None
+    languages: Literal["English", "many"]
     image_size: int
     context_length: int
     reads_padding: bool
@@ -53,16 +62,19 @@ class CatalogueEntry:
 
 def list_catalogue() -> list[CatalogueEntry]:
     """Describe every built-in model, in open_clip's order."""
-    return [_entry(name, config, tags) for name, (config, tags) in builtin_models().items()]
+    counts = json.loads(PARAMETERS.read_text(encoding="utf-8"))
+    return [_entry(name, config, tags, counts.get(name)) for name, (config, tags) in builtin_models().items()]
 
 
-def _entry(name: str, config: Mapping[str, Any], tags: list[str]) -> CatalogueEntry:
+def _entry(name: str, config: Mapping[str, Any], tags: list[str], parameters: int | None) -> CatalogueEntry:
     vision, text = config["vision_cfg"], config["text_cfg"]
     needs = {"timm": "timm_model_name" in vision, "transformers": "hf_model_name" in text}
     return CatalogueEntry(
         name=name,
         family=next((family for family, pattern in _FAMILIES.items() if re.search(pattern, name)), "Other timm towers"),
         level=level_of_config(config),
+        parameters=parameters,
+        languages="many" if _MULTILINGUAL.search(name) else "English",
         image_size=int(vision.get("image_size", 224)),
         context_length=int(text.get("context_length", 77)),
         reads_padding=reads_padding(text),

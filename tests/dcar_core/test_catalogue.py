@@ -27,7 +27,7 @@ def test_every_built_in_model_has_a_level_and_a_family() -> None:
 
 def test_an_entry_describes_its_model() -> None:
     assert entries()["ViT-B-16-SigLIP2-384"] == CatalogueEntry(
-        "ViT-B-16-SigLIP2-384", "SigLIP 2", "full", 384, 64, True, ("timm",), ("webli",)
+        "ViT-B-16-SigLIP2-384", "SigLIP 2", "full", 375, "many", 384, 64, True, ("timm",), ("webli",)
     )
     assert entries()["xlm-roberta-base-ViT-B-32"].needs == ("transformers",)
     assert not entries()["xlm-roberta-base-ViT-B-32"].reads_padding
@@ -35,14 +35,24 @@ def test_an_entry_describes_its_model() -> None:
     assert "openai" in entries()["RN50"].pretrained
 
 
+def test_every_model_has_its_number_of_parameters_and_languages() -> None:
+    assert all(entry.parameters for entry in entries().values())
+    script = runpy.run_path(str(ROOT / "scripts" / "generate_models_page.py"))
+    for name in ("ViT-B-32", "RN50", "PE-Core-T-16-384"):
+        assert script["count_parameters"](name) == entries()[name].parameters, name
+    many = {entry.family for entry in entries().values() if entry.languages == "many"}
+    assert many == {"NLLB-CLIP", "SigLIP 2", "SigLIP", "MetaCLIP 2", "RoBERTa and mT5"}
+    assert entries()["ViT-B-16-SigLIP"].languages == entries()["roberta-ViT-B-32"].languages == "English"
+
+
 def test_the_command_filters_by_name_and_level() -> None:
     done = CliRunner().invoke(app, ["models", "mobileclip2", "--level", "full"])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert [line.split()[:4] for line in lines] == [
-        ["MobileCLIP2-B", "full", "224", "px"], ["MobileCLIP2-L-14", "full", "224", "px"],
+    assert [line.split()[:6] for line in lines] == [
+        ["MobileCLIP2-B", "full", "150", "M", "224", "px"], ["MobileCLIP2-L-14", "full", "428", "M", "224", "px"],
     ]  # fmt: skip
-    assert all(line.endswith("tokens  timm  dfndr2b") for line in lines)
+    assert all(line.endswith("tokens  English  timm  dfndr2b") for line in lines)
 
 
 def test_the_command_prints_json() -> None:
