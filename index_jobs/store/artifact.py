@@ -22,7 +22,7 @@ from dcar_core.util.errors import ArtifactError, FingerprintError, StoreUnavaila
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
 from index_jobs.gallery.storage import is_url, join_location, location_version, open_image
-from index_jobs.store.faiss_search import ScoredRows, as_mask
+from index_jobs.store.faiss_search import ScoredRows
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
@@ -148,7 +148,7 @@ class Artifact(Segments):
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        return super().search(vectors, k, None if allowed is None else as_mask(allowed, self.rows))
+        return super().search(vectors, k, None if allowed is None else _as_mask(allowed, self.rows))
 
     def item(self, row: int) -> Item:
         """Return one item; those of recent searches are cached. Raise IndexError if the row is unknown or removed."""
@@ -275,3 +275,21 @@ class Artifact(Segments):
                 raise ArtifactError(
                     f"{path} has {size:,} bytes, but should have {info.size:,}; roll back, or rebuild the index"
                 )
+
+
+def _as_mask(allowed: Mask | Rows, count: int) -> Mask:
+    """Return row numbers, or one truth value for each row, as bool (count,).
+
+    Raises:
+        IndexError: a row is out of range.
+        ValueError: the number of truth values is not count.
+    """
+    if allowed.dtype == np.bool_:
+        if allowed.shape != (count,):
+            raise ValueError(f"allowed has {allowed.shape} truth values, but there are {count} rows")
+        return allowed.astype(np.bool_, copy=False)
+    if len(allowed) and (allowed.min() < 0 or allowed.max() >= count):
+        raise IndexError(f"allowed rows must be in 0..{count - 1}, not {allowed.min()}..{allowed.max()}")
+    mask = np.zeros(count, np.bool_)
+    mask[allowed] = True
+    return mask

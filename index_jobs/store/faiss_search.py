@@ -10,6 +10,7 @@
 """
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -31,22 +32,11 @@ _SELECTOR_SHARE = 0.25  # from this share on, a kind that scans every row is fas
 ScoredRows = tuple[Floats, Rows]  # scores (n, k), best first, and rows (n, k), -1 where there are fewer
 
 
-def as_mask(allowed: Mask | Rows, count: int) -> Mask:
-    """Return row numbers, or one truth value for each row, as bool (count,).
+def _faiss() -> Any:
+    """Import FAISS at its first use. Its type hints have the C++ signatures only."""
+    import faiss
 
-    Raises:
-        IndexError: a row is out of range.
-        ValueError: the number of truth values is not count.
-    """
-    if allowed.dtype == np.bool_:
-        if allowed.shape != (count,):
-            raise ValueError(f"allowed has {allowed.shape} truth values, but there are {count} rows")
-        return allowed.astype(np.bool_, copy=False)
-    if len(allowed) and (allowed.min() < 0 or allowed.max() >= count):
-        raise IndexError(f"allowed rows must be in 0..{count - 1}, not {allowed.min()}..{allowed.max()}")
-    mask = np.zeros(count, np.bool_)
-    mask[allowed] = True
-    return mask
+    return faiss
 
 
 def merge_top_k(scores: list[Floats], rows: list[Rows], k: int) -> ScoredRows:
@@ -67,8 +57,7 @@ class WideSearch:
     """
 
     def __init__(self, index: Any) -> None:
-        import faiss
-
+        faiss = _faiss()
         self._index = index
         innermost, self._factor, _ = unwrap(index)
         self._list_count, self._row_count = 0, int(index.ntotal)
@@ -100,14 +89,10 @@ class WideSearch:
         else:
             power = 1 << (k - 1).bit_length()  # most pages of one result list are then searched alike
             width = max(self.tuned, min(self.maximum, self._width_for(power)))
-            scores, rows = self._search_width(vectors, k, width)
+            scores, rows = _search(self._index, vectors, k, width)
         while width < self.maximum and k <= self._row_count and (short := rows[:, -1] < 0).any():
             width = min(2 * width, self.maximum)
-            scores[short], rows[short] = self._search_width(vectors[short], k, width)
-        return scores, rows
-
-    def _search_width(self, vectors: Floats, k: int, width: int) -> ScoredRows:
-        scores, rows = self._index.search(vectors, k, params=_parameters(self._index, None, width))
+            scores[short], rows[short] = _search(self._index, vectors[short], k, width)
         return scores, rows
 
 
@@ -131,16 +116,12 @@ class RowSelection:
 
     @cached_property
     def selector(self) -> Any:
-        import faiss
-
-        library: Any = faiss  # the type hints have the C++ signatures only
-        return library.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
+        return _faiss().IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
 
 
 def search_selection(index: Any, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
     """Search among selected rows, as `VectorIndex.search` does."""
-    import faiss
-
+    faiss = _faiss()
     if selection.count == 0:
         return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
     innermost, factor, transforms = unwrap(index)
@@ -152,10 +133,9 @@ def search_selection(index: Any, vectors: Floats, k: int, selection: RowSelectio
             return _search_lists(index, vectors, k, selection, innermost, factor, transforms)
         if isinstance(innermost, faiss.IndexHNSW):
             return _search_graph(index, vectors, k, selection, int(innermost.hnsw.efSearch), factor)
-        scores, rows = index.search(vectors, k, params=_parameters(index, selection.selector))
+        return _search(index, vectors, k, selector=selection.selector)
     except RuntimeError:  # a kind without selectors, such as PQ or NSG
         return _search_exactly(index, vectors, k, selection.rows)
-    return scores, rows
 
 
 def unwrap(index: Any) -> tuple[Any, float, list[Any]]:
@@ -163,35 +143,37 @@ def unwrap(index: Any) -> tuple[Any, float, list[Any]]:
 
     The other values are the factor of results that refinements request of it, and the transforms of its vectors.
     """
-    import faiss
-
+    faiss = _faiss()
     index, factor, transforms = faiss.downcast_index(index), 1.0, []
     while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
         if isinstance(index, faiss.IndexRefine):
             factor, index = factor * index.k_factor, faiss.downcast_index(index.base_index)
         else:
-            chain: Any = index.chain
+            chain = index.chain
             transforms += [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
             index = faiss.downcast_index(index.index)
     return index, factor, transforms
 
 
-def _parameters(index: Any, selector: Any, width: int = 0) -> Any:
-    """Return the search parameters of a kind and of the kinds inside it; width is nprobe or efSearch."""
-    import faiss
+def _search(index: Any, vectors: Floats, k: int, width: int = 0, selector: Any = None) -> ScoredRows:
+    scores, rows = index.search(vectors, k, params=_parameters(index, selector, width))
+    return scores, rows
 
-    library: Any = faiss
+
+def _parameters(index: Any, selector: Any, width: int) -> Any:
+    """Return the search parameters of a kind and of the kinds inside it; width is nprobe or efSearch."""
+    faiss = _faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        return library.SearchParametersPreTransform(index_params=_parameters(index.index, selector, width))
+        return faiss.SearchParametersPreTransform(index_params=_parameters(index.index, selector, width))
     if isinstance(index, faiss.IndexRefine):
         base = _parameters(index.base_index, selector, width)
-        return library.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=base)
+        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=base)
     if isinstance(index, faiss.IndexIVF):
-        return library.SearchParametersIVF(sel=selector, nprobe=width)
+        return faiss.SearchParametersIVF(sel=selector, nprobe=width)
     if isinstance(index, faiss.IndexHNSW):
-        return library.SearchParametersHNSW(sel=selector, efSearch=width)
-    return library.SearchParameters(sel=selector)
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=width)
+    return faiss.SearchParameters(sel=selector)
 
 
 def _search_lists(
@@ -207,8 +189,8 @@ def _search_lists(
         vector = transformed = vectors[number, None]
         for transform in transforms:
             transformed = transform.apply(transformed)
-        parameters = _parameters(index, selection.selector, _probes(lists, transformed, selection, tuned))
-        scores[number], rows[number] = index.search(vector, k, params=parameters)
+        probes = _probes(lists, transformed, selection, tuned)
+        scores[number], rows[number] = _search(index, vector, k, probes, selection.selector)
     return scores, rows
 
 
@@ -218,7 +200,7 @@ def _results_with_selected(k: int, selection: RowSelection) -> int:
 
 
 def _oversample(index: Any, vectors: Floats, k: int, selection: RowSelection, wanted: int, width: int) -> ScoredRows:
-    scores, rows = index.search(vectors, wanted, params=_parameters(index, None, width))
+    scores, rows = _search(index, vectors, wanted, width)
     return merge_top_k([scores], [np.where(selection.mask[rows], rows, -1)], k)
 
 
@@ -227,8 +209,7 @@ def _probes(lists: Any, vector: Floats, selection: RowSelection, tuned: int) -> 
 
     The nearest selected rows of a query with few of them nearby are spread over distant lists, hence the factor.
     """
-    import faiss
-
+    faiss = _faiss()
     inverted = lists.invlists
     first = min(lists.nlist, 4 * round(tuned / selection.share))
     selected = target = visited = 0
@@ -258,7 +239,7 @@ def _search_graph(
     for number in np.flatnonzero(rows[:, -1] < 0):
         vector, wider = vectors[number, None], _WIDENING**2 * width  # distant rows are many hops away
         while _GRAPH_COST * wider <= selection.count:
-            found = index.search(vector, count, params=_parameters(index, selection.selector, wider))
+            found = _search(index, vector, count, wider, selection.selector)
             if found[1][0, -1] >= 0:
                 break
             wider *= _WIDENING
@@ -269,32 +250,41 @@ def _search_graph(
 
 
 def _search_exactly(index: Any, vectors: Floats, k: int, selected: Rows) -> ScoredRows:
-    """Compare every selected row. Scalar codes are copied and compared, which is faster than decoding them."""
-    import faiss
+    """Compare every selected row, block by block."""
+    compare, size = _block_comparison(index, vectors, k)
+    scores = np.empty((len(vectors), 0), np.float32)
+    rows = np.empty((len(vectors), 0), np.int64)
+    for start in range(0, len(selected), size):
+        block = selected[start : start + size]
+        block_scores, places = compare(block)
+        scores, rows = merge_top_k([scores, block_scores], [rows, block[places]], k)
+    return scores, rows
 
-    library: Any = faiss  # the type hints have the C++ signatures only
+
+def _block_comparison(index: Any, vectors: Floats, k: int) -> tuple[Callable[[Rows], ScoredRows], int]:
+    """Return what finds the k best of a block of rows, as places in it, and the size of a block.
+
+    Scalar codes are copied and compared, which is faster than decoding them.
+    """
+    faiss = _faiss()
     storage = index
     if isinstance(index, faiss.IndexRefine | faiss.IndexHNSW):
         storage = faiss.downcast_index(index.refine_index if isinstance(index, faiss.IndexRefine) else index.storage)
-    step = _BLOCK
-    if has_codes := isinstance(storage, faiss.IndexScalarQuantizer):
-        size = int(storage.code_size)
-        codes = library.rev_swig_ptr(storage.codes.data(), storage.ntotal * size).reshape(-1, size)
-        part = library.IndexScalarQuantizer(storage.d, storage.sq.qtype, storage.metric_type)
-        part.sq, part.is_trained = storage.sq, True
-        step = max(1, _BLOCK_BYTES // size)
-        buffer = np.empty((min(step, len(selected)), size), np.uint8)
-    scores = np.empty((len(vectors), 0), np.float32)
-    rows = np.empty((len(vectors), 0), np.int64)
-    for start in range(0, len(selected), step):
-        block = selected[start : start + step]
-        if has_codes:
-            part.reset()  # keeps its memory
-            part.add_sa_codes(np.take(codes, block, 0, buffer[: len(block)], "clip"))
-            block_scores, places = part.search(vectors, min(k, len(block)))
-        else:
-            block_scores, places = faiss.knn(
-                vectors, index.reconstruct_batch(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
-            )
-        scores, rows = merge_top_k([scores, block_scores], [rows, block[places]], k)
-    return scores, rows
+    if not isinstance(storage, faiss.IndexScalarQuantizer):
+        return lambda block: faiss.knn(
+            vectors, index.reconstruct_batch(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
+        ), _BLOCK
+    code_size = int(storage.code_size)
+    codes = faiss.rev_swig_ptr(storage.codes.data(), storage.ntotal * code_size).reshape(-1, code_size)
+    part = faiss.IndexScalarQuantizer(storage.d, storage.sq.qtype, storage.metric_type)
+    part.sq, part.is_trained = storage.sq, True
+    size = max(1, _BLOCK_BYTES // code_size)
+    buffer = np.empty((size, code_size), np.uint8)
+
+    def compare_codes(block: Rows) -> ScoredRows:
+        part.reset()  # keeps its memory
+        part.add_sa_codes(np.take(codes, block, 0, buffer[: len(block)], "clip"))
+        scores, places = part.search(vectors, min(k, len(block)))
+        return scores, places
+
+    return compare_codes, size
