@@ -136,7 +136,19 @@ def test_replaced_item_has_the_new_vector(index: Path, encoder: Encoder, tmp_pat
     assert sum(artifact.item(int(r)).id == "pink" for r in rows if r >= 0) == 1
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "hnsw",
+        "hnsw-sq8",
+        "ivf",
+        "ivf-sq8",
+        "ivf-pq",
+        "ivf-pq-fp16",
+        "ivf-rabitq",
+        pytest.param("IVF1,PQ32x4", id="pq"),  # its codes of eight bits need 256 images to train
+    ],
+)
 @pytest.mark.slow
 def test_every_kind_of_built_index_takes_updates(
     kind: str,
