@@ -21,6 +21,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 _TUNED_FOR = 12  # results that tuning covers: ten, and two that show whether there are more, or equal ones
 _VISITED = 4  # rows to visit for each result
+_GRAPH_RESERVE = 1.2  # factor on the width of a graph's first search among selected rows
 _GRAPH_COST = 4  # cost of a vector reached through the graph, in vectors compared sequentially
 _SCAN_RATIO = 16  # rows skipped in lists that cost as much as one exact comparison
 _SPARSE = 0.5  # selected rows are sparse near a query below this ratio of their share
@@ -233,9 +234,10 @@ def _search_graph(
     """Widen the search for each query with few selected neighbours until it finds enough of them."""
     wanted, count = _results_with_selected(k, selection), max(k, tuned)
     width = max(round(count / selection.share), round(factor * wanted))
-    if _GRAPH_COST * width > selection.count:
+    first = max(width, round(_GRAPH_RESERVE * count / selection.share))
+    if _GRAPH_COST * first > selection.count:
         return _search_exactly(index, vectors, k, selection.rows)
-    scores, rows = _oversample(index, vectors, k, selection, wanted, width)
+    scores, rows = _oversample(index, vectors, k, selection, wanted, first)
     for number in np.flatnonzero(rows[:, -1] < 0):
         vector, wider = vectors[number, None], _WIDENING**2 * width  # distant rows are many hops away
         while _GRAPH_COST * wider <= selection.count:

@@ -319,3 +319,18 @@ def test_many_results_of_a_filter_are_complete_and_near(kind: str, monkeypatch: 
     assert (rows >= 0).all()
     nearest = np.argsort(np.where(mask, -(vectors[:20] @ vectors.T), 9), axis=1)[:, :200]
     assert np.mean([len(np.intersect1d(a, b)) / 200 for a, b in zip(rows, nearest, strict=True)]) > 0.7
+
+
+def test_filtered_graph_finds_more_of_the_nearest_rows_than_an_unfiltered_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 0)
+    vectors = np.random.default_rng(0).normal(size=(6400, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    whole: Any = fill_index(IndexChoice("HNSW8", "test"), 16, lambda: iter([vectors]), 6400)
+    whole.hnsw.efSearch = 20
+    index, queries = FaissIndex(whole), vectors[:500] + 0.1
+    recalls = []
+    for mask in (np.ones(6400, np.bool_), np.random.default_rng(1).random(6400) < 0.9):
+        rows = index.search(queries, 10, mask)[1]
+        nearest = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
+        recalls.append(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, nearest, strict=True)]))
+    assert recalls[1] > recalls[0] + 0.012
