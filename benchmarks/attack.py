@@ -198,6 +198,19 @@ def tile_bomb(side: int) -> bytes:
     return b"II*\x00" + struct.pack("<I", 8 + len(tile)) + tile + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
+def many_tags(count: int) -> bytes:
+    """Return a TIFF with many tags."""
+    tags = b"".join(struct.pack("<HHII", 700 + number, 4, 1, number) for number in range(count))
+    return b"II*\x00" + struct.pack("<IH", 8, count) + tags + bytes(4)
+
+
+def heif_bomb(side: int) -> bytes:
+    """Return an AVIF under the names of HEIF that declares side x side pixels."""
+    data = encoded("AVIF", 64).replace(b"avif", b"heic").replace(b"av01", b"hvc1")
+    size = data.index(b"ispe") + 8
+    return data[:size] + struct.pack(">II", side, side) + data[size + 8 :]
+
+
 def text(**body: object) -> bytes:
     return post("/search/text", "application/json", json.dumps(body).encode())
 
@@ -224,8 +237,10 @@ def attacks() -> dict[str, Attack]:
         "BMP bomb": encoded("BMP", 2_500),
         "WebP bomb": encoded("WEBP", 9_000),
         "AVIF bomb": encoded("AVIF", 6_000),
+        "HEIF bomb": heif_bomb(60_000),
         "TIFF bomb": encoded("TIFF", 9_000, compression="tiff_adobe_deflate"),
         "TIFF tile bomb": tile_bomb(12_000),
+        "TIFF with 5,000 tags": many_tags(5_000),
         "JPEG with 2,000 scans": many_scans(2_000),
         "JPEG with 50,000 segments": many_segments(50_000),
         "PNG with 500,000 chunks": many_chunks(200_000),
@@ -242,6 +257,7 @@ def attacks() -> dict[str, Attack]:
         "pipelined requests": again(connections(20, lambda: iter([PROBE * 2000]))),
         "unread responses": connections(100, lambda: iter([large * 20]), is_read=False),
         "smuggling": smuggle,
+        "no Host, and two": flood(b"GET /healthz HTTP/1.1\r\n\r\n", PROBE[:-2] + HOST + b"\r\n"),
         "traversal": flood(*(f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n" for path in paths)),
         "deep JSON": flood(post("/search/text", "application/json", b'{"filter":' + b'{"a":' * 12_000)),
         "nested entities": flood(text(query="&" + "amp;" * 249)),
