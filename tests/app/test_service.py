@@ -29,6 +29,7 @@ from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.commands import Command
+from tests.support.images import png
 from tests.support.processes import free_port
 from tests.support.service import before_encoding, opened, restore, until
 
@@ -224,6 +225,9 @@ async def test_image_missing_from_the_gallery_is_404(
     rebuild(changing, tiny_checkpoint, tmp_path / "other", workers=0, progress=False)
     (changing / "circle/red.png").unlink()
     (changing / "circle/blue.png").write_text("<script>alert(1)</script>")
+    (tmp_path / "secret.png").write_bytes(png())
+    (changing / "circle/green.png").unlink()
+    (changing / "circle/green.png").symlink_to(tmp_path / "secret.png")
 
     async with opened(tmp_path / "other") as client:
         gone = await client.get("/items/circle%2Fred.png/image")
@@ -231,6 +235,9 @@ async def test_image_missing_from_the_gallery_is_404(
         assert str(changing) not in gone.text
         changed = await client.get("/items/circle%2Fblue.png/image")
         assert changed.status_code == 404, "only images are served"
+        assert (await client.get("/items/circle%2Fgreen.png/image")).status_code == 404, "a link out of the gallery"
+    async with opened(tmp_path / "other", image_roots=(tmp_path,)) as client:
+        assert (await client.get("/items/circle%2Fgreen.png/image")).content == png(), "unless that folder is allowed"
 
 
 async def test_unexpected_error_reveals_no_internals(built_index: Path) -> None:

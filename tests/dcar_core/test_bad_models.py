@@ -141,6 +141,15 @@ def test_a_configuration_sets_only_what_is_allowed(
         load_backbone(edit(model, part, **values))
 
 
+def test_the_configuration_of_a_hub_model_is_checked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = open_clip.get_model_config("ViT-B-32")
+    config["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_: {"model_cfg": config})
+    monkeypatch.setattr(open_clip, "create_model", None)  # nothing may be created
+    with pytest.raises(ModelError, match="sets trust_remote_code in tokenizer_kwargs, which a model may not set"):
+        load_backbone(BackboneSource("hf-hub:a/model"))
+
+
 @pytest.mark.parametrize("prompt", [{"length": 2_000_000}, {"depth": 2_000_000}])
 def test_a_checkpoint_with_huge_prompts_is_refused_before_they_are_allocated(
     tiny_checkpoint: Path, tmp_path: Path, prompt: dict[str, int]
