@@ -243,7 +243,7 @@ def attacks() -> dict[str, Attack]:
         "TIFF with 5,000 tags": many_tags(5_000),
         "JPEG with 2,000 scans": many_scans(2_000),
         "JPEG with 50,000 segments": many_segments(50_000),
-        "PNG with 500,000 chunks": many_chunks(200_000),
+        "PNG with 200,000 chunks": many_chunks(200_000),
         "GIF with 1,000,000 comments": many_comments(1_000_000),
     }
     return {
