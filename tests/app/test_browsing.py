@@ -162,7 +162,9 @@ async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, cache: dict[st
         first = await client.get(url)
         files = [path for path in cache["thumbnail_cache"].rglob("*") if path.is_file()]
         assert [path.read_bytes() for path in files] == [first.content]
-        assert (await client.get(url)).content == first.content
+        (cached,) = files
+        cached.write_bytes(first.content + b"of the cache")
+        assert (await client.get(url)).content == first.content + b"of the cache", "it is made once"
         path = photos.parent / "gallery" / "print.jpg"
         content = path.read_bytes()
         try:

@@ -28,6 +28,13 @@ async def test_words_of_the_query_are_looked_up(built_index: Path) -> None:
         assert "text_score" not in alone["results"][0]
         scores = {result["id"]: result["score"] for result in alone["results"]}
         assert all(result["score"] == pytest.approx(scores[result["id"]], abs=1e-5) for result in body["results"])
+        moved = {"query": "a red square", "without": "blue", "k": 24}
+        scores = {
+            each["id"]: each["score"] for each in (await client.post("/search/text", json=moved)).json()["results"]
+        }
+        moved_hybrid = (await client.post("/search/text", json=moved | {"hybrid": True})).json()["results"]
+        assert {each["id"]: each["score"] for each in moved_hybrid} == pytest.approx(scores, abs=1e-5)
+        assert next(each for each in moved_hybrid if each["id"] == first["id"])["text_score"] == first["text_score"]
         form = {"query": "red square", "hybrid": "1", "k": "3"}
         image = (await client.post("/search/image", files={"file": ("a.png", png())}, data=form)).json()
         assert image["results"][0]["caption"] == "a red square"
@@ -84,6 +91,10 @@ async def test_words_of_added_items_are_found_and_of_removed_ones_not(index: Pat
         ids = [result["id"] for result in (await client.post("/search/text", json=query)).json()["results"]]
         assert len(ids) == 24
         assert not {"circle/red.png", "new1"} & {*ids}
+        counted = (await client.post("/search/text", json={"query": "x", "facets": ["category"]})).json()["facets"]
+        assert {entry["value"]: entry["count"] for entry in counted["category"]} == {
+            "circle": 5, "cross": 6, "square": 6, "triangle": 6
+        }  # fmt: skip
 
 
 async def test_each_group_is_returned_once(built_index: Path) -> None:
@@ -155,6 +166,17 @@ async def test_facets_count_what_the_filter_allows(built_index: Path) -> None:
         form = {"group_by": "color", "k": "24"}
         image = (await client.post("/search/image", files={"file": ("a.png", png())}, data=form)).json()
         assert len(image["results"]) == COLORS
+
+
+async def test_counts_of_the_best_rows_alone_are_approximate(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.search.ranking.facets._MAX_SCORED", 5)
+    async with opened(built_index) as client:
+        query = {"query": "x", "facets": ["color"], "min_score": -1}
+        body = (await client.post("/search/text", json=query)).json()
+        assert body["facets_approximate"]
+        assert sum(entry["count"] for entry in body["facets"]["color"]) == 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +134,28 @@ def test_min_score_of_a_hybrid_search_is_a_cosine(catalogue: Any) -> None:
     assert 0 < len(ranked) < 400
 
 
+def test_hybrid_results_are_grouped_and_folded_in_their_order(catalogue: Any) -> None:
+    snapshot, vectors, _ = catalogue
+    query = RankQuery(vectors[0], hybrid=HybridQuery("red fish cake", 0.7))
+    everything = [each.row for each in rank(snapshot.artifact, query, 400)]
+    assert everything != [each.row for each in rank(snapshot.artifact, replace(query, hybrid=None), 400)]
+
+    products = [f"p{row % 37}" for row in range(400)]
+    first: dict[str, int] = {}
+    for row in everything:
+        first.setdefault(products[row], row)
+    groups = group_field(snapshot_of(Rows(vectors, product=products)), "product")
+    for count in (5, 37):
+        grouped = rank_groups(partial(rank, snapshot.artifact, query), count, groups, None)
+        assert [each.row for each in grouped] == list(first.values())[:count]
+
+    same = {0, *range(100, 140)}
+    best = next(row for row in everything if row in same)
+    folded = rank(snapshot.artifact, replace(query, fold=0.999), 30)
+    assert [each.row for each in folded] == [row for row in everything if row not in same - {best}][:30]
+    assert {row: {*each.folded} for each in folded if each.folded for row in [each.row]} == {best: same - {best}}
+
+
 def test_an_index_without_words_says_how_to_get_them() -> None:
     snapshot = snapshot_of(Rows(unit(np.random.default_rng(0), 60, 8)))
     with pytest.raises(UnsupportedQueryError, match="rebuild"):
@@ -231,6 +255,13 @@ def test_facets_equal_a_plain_count() -> None:
             facet = count_values(snapshot.artifact, name, mask, grouped)
             assert {entry["value"]: entry["count"] for entry in facet} == dict(expected)
             assert [entry["count"] for entry in facet] == sorted(expected.values(), reverse=True)
+
+
+def test_a_field_of_many_values_is_counted_by_its_most_frequent_ones() -> None:
+    values = [f"c{number}" for number in range(150) for _ in range(150 - number)]
+    snapshot = snapshot_of(Rows(unit(np.random.default_rng(0), len(values), 4), name=values))
+    facet = count_values(snapshot.artifact, "name", np.ones(len(values), np.bool_))
+    assert facet == [{"value": f"c{number}", "count": 150 - number} for number in range(100)]
 
 
 def test_an_empty_category_is_no_value() -> None:

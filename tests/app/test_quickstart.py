@@ -3,6 +3,8 @@
 import http.server
 import json
 import os
+import queue
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from app.cli import app
+from app.cli import app, hub
 from app.cli.hub import hub_is_reachable
 from app.cli.options import EXAMPLES
+from app.cli.quickstart import _open_when_ready
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.util.errors import DcarError, ModelError
@@ -52,6 +55,11 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     assert first.output.count("the model hub cannot be reached") == 1
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "the hub's error is said once"
     assert "3 images, indexed in" in first.output
+    assert re.findall(r"^\d of 3: \w+", first.output, re.MULTILINE) == [
+        "1 of 3: model",
+        "2 of 3: index",
+        "3 of 3: serve",
+    ]
     assert f"dcar train --data captions.json --images '{photos}' --model " in first.output
     (flags,) = served
     artifact = open_current(flags["index"])
@@ -64,14 +72,38 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     assert open_current(served[1]["index"]).manifest.version == artifact.manifest.version
 
 
-def test_broken_images_are_counted_and_captions_are_what_the_model_is_adapted_to(photos: Path, tmp_path: Path) -> None:
+def test_broken_images_are_counted_and_captions_are_what_the_model_is_adapted_to(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages, port = queue.Queue[str](), free_port()
+    monkeypatch.setattr("app.cli.quickstart._has_browser", lambda: True)
+    monkeypatch.setattr("app.cli.quickstart._open_when_ready", pages.put)
     (photos / "broken.png").write_bytes(png()[:40])
     (photos / "pairs.csv").write_text("image,caption\ncat.png,a green cat\n")
     command = ["quickstart", str(photos), "--model", str(EXAMPLES / "base"), "--data", str(tmp_path / "data")]
-    done = CliRunner().invoke(app, [*command, "--port", str(free_port()), "--no-open"], catch_exceptions=False)
+    done = CliRunner().invoke(app, [*command, "--port", str(port)], catch_exceptions=False)
+    assert pages.get(timeout=10) == f"http://127.0.0.1:{port}/"
     assert "broken images, left out: 1, with reasons in " in done.output
     assert f"dcar train --data '{photos}' --model " in done.output
     assert f"--validation '{photos}'\n" in done.output
+
+
+def test_the_page_is_opened_once_the_service_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses, pages = [503, 200], list[str]()
+
+    class Service(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(statuses.pop(0))
+            self.end_headers()
+
+    monkeypatch.setattr("webbrowser.open", pages.append)
+    with http.server.HTTPServer(("127.0.0.1", 0), Service) as server:
+        answering = threading.Thread(target=lambda: [server.handle_request() for _ in range(2)])
+        answering.start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        _open_when_ready(url)
+        answering.join()
+    assert (pages, statuses) == ([url], [])
 
 
 def test_without_a_hub_a_model_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
@@ -114,7 +146,8 @@ def test_the_hub_is_reachable_if_it_responds_at_all(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hub_that_never_responds_is_known_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.cli.hub._TIMEOUT_S", 0.2)
+    assert hub._TIMEOUT_S <= 5
+    monkeypatch.setattr(hub, "_TIMEOUT_S", 0.2)
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # accepts, and that is all
     with server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")

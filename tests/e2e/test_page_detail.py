@@ -1,6 +1,7 @@
 """The detail view, selected images and the keyboard."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -36,6 +37,11 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     page.open(f"{site}/#q=a+red+circle")
     page.settled(24)
     shown = ids(page)
+    for jargon in ("index", "cached", "cosine", "score"):
+        assert jargon not in page.one("body").text.lower()
+    sources = str(page.one("#results img").get_attribute("srcset"))
+    sides = [(int(side), screen) for side, screen in re.findall(r"size=(\d+) (\dx)", sources)]
+    assert sides == [(sides[0][0], "1x"), (2 * sides[0][0], "2x")]
     page.one("#results .open").click()
     detail = opened(page)
     item = httpx.get(f"{site}/items/{shown[0]}").json()
