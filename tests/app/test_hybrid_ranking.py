@@ -153,7 +153,7 @@ def test_hybrid_results_are_grouped_and_folded_in_their_order(catalogue: Any) ->
     best = next(row for row in everything if row in same)
     folded = rank(snapshot.artifact, replace(query, fold=0.999), 30)
     assert [each.row for each in folded] == [row for row in everything if row not in same - {best}][:30]
-    assert {row: {*each.folded} for each in folded if each.folded for row in [each.row]} == {best: same - {best}}
+    assert {each.row: {*each.folded} for each in folded if each.folded} == {best: same - {best}}
 
 
 def test_an_index_without_words_says_how_to_get_them() -> None:

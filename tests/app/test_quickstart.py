@@ -98,10 +98,11 @@ def test_the_page_is_opened_once_the_service_is_ready(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("webbrowser.open", pages.append)
     with http.server.HTTPServer(("127.0.0.1", 0), Service) as server:
-        answering = threading.Thread(target=lambda: [server.handle_request() for _ in range(2)])
+        answering = threading.Thread(target=server.serve_forever)
         answering.start()
         url = f"http://127.0.0.1:{server.server_port}/"
         _open_when_ready(url)
+        server.shutdown()
         answering.join()
     assert (pages, statuses) == ([url], [])
 

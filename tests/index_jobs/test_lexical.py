@@ -1,6 +1,7 @@
 """The lexical index: analysis, scores, updates, and what it writes."""
 
 import errno
+import json
 import os
 import random
 import tempfile
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError
+from index_jobs.jobs.updates import add
+from index_jobs.rebuild import main
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
 from index_jobs.store.lexical.term_lists import STARTS, TERMS
+from index_jobs.store.versions import open_current
+from tests.support.images import draw
 
 TEXTS = ["ghost: a white spook", "skull", "fish cake", "a red car", "red truck, fire engine", "WX-300 left mirror"]
 
@@ -217,3 +222,34 @@ def test_a_missing_or_damaged_index_is_an_error_with_its_path(tmp_path: Path) ->
     (tmp_path / "lexical" / "meta.json").write_text("{}")
     with pytest.raises(ArtifactError, match="cannot be read"):
         LexicalIndex(tmp_path / "lexical")
+
+
+def test_chosen_metadata_fields_are_looked_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for name, color, code in (("gallery", "red", "WX-300"), ("more", "blue", "QZ-17")):
+        (tmp_path / name).mkdir()
+        draw(color, "square").save(tmp_path / name / f"{color}.png")
+        row = {"file_name": f"{color}.png", "caption": f"a {color} mirror", "code": code, "note": "velvet"}
+        (tmp_path / name / "metadata.jsonl").write_text(json.dumps(row))
+    index = tmp_path / "index"
+
+    def found(*words: str) -> list[int]:
+        lexical = open_current(index).lexical
+        assert lexical is not None
+        return [len(lexical.search(each, 9)[1]) for each in words]
+
+    command = [
+        "--gallery",
+        str(tmp_path / "gallery"),
+        "--checkpoint",
+        str(tiny_checkpoint),
+        "--out",
+        str(index),
+        "--quiet",
+    ]
+    assert main([*command, "--text-fields", "code,brand", "--group-field", "code"]) == 0
+    assert found("wx300", "mirror", "velvet") == [1, 1, 0]
+    assert open_current(index).manifest.group_field == "code"
+    add(index, tmp_path / "more", progress=False)
+    assert found("qz17", "mirror", "velvet") == [1, 2, 0]
+    assert main([*command, "--max-vanished", "1"]) == 0
+    assert found("wx300", "mirror", "velvet") == [1, 1, 1]
