@@ -65,6 +65,12 @@ def test_encode_prints_memory(tars: tuple[str, ...]) -> None:
     assert re.search(r"encoded 60 pictures, \d+/s; peak \d+ MiB in all, \d+ MiB over the first tenth", told)
 
 
+@pytest.mark.slow
+def test_exact_search_finds_every_group() -> None:
+    row = run("groups.py", "--items", "300", "--kind", "flat").splitlines()[-1]
+    assert row.startswith("| `flat` | 1.000 | 1.000 |")
+
+
 def test_the_photos_of_the_first_hour_hold_every_trap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
