@@ -11,49 +11,49 @@ from tests.support.page import Page, until
 pytestmark = pytest.mark.browser
 
 
-def test_typing_searches_and_a_result_leads_to_similar_ones(page: Page, site: str) -> None:
-    page.open(site)
-    page.settled(24)  # the gallery
-    assert page.one("#status").text == "24 images"
-    assert page.one("#start").is_displayed()
-    assert page.driver.switch_to.active_element == page.one("#query")
-    page.one("#query").send_keys("red circle")
-    until(lambda: page.driver.current_url.endswith("#q=red+circle"))
-    cards = page.settled(24)
-    assert page.one("#status").text.startswith("The best 24 of 24 images")
-    assert not page.one("#start").is_displayed()
+def test_typing_searches_and_a_result_leads_to_similar_ones(both: Page, site: str) -> None:
+    both.open(site)
+    both.settled(24)  # the gallery
+    assert both.one("#status").text == "24 images"
+    assert both.one("#start").is_displayed()
+    assert both.driver.switch_to.active_element == both.one("#query")
+    both.one("#query").send_keys("red circle")
+    until(lambda: both.driver.current_url.endswith("#q=red+circle"))
+    cards = both.settled(24)
+    assert both.one("#status").text.startswith("The best 24 of 24 images")
+    assert not both.one("#start").is_displayed()
     caption = cards[0].find_element("css selector", ".caption").text
     assert caption.startswith("a ")
 
     cards[0].find_element("css selector", ".open").click()
-    until(lambda: page.one("#detail").is_displayed())
-    page.one("#similar").click()
-    page.settled(23)
-    assert "#item=" in page.driver.current_url
-    assert not page.one("#detail").is_displayed()
-    assert caption in page.one("#chips").text
-    assert page.one("#query").get_attribute("value") == ""
-    item_address = page.driver.current_url
+    until(lambda: both.one("#detail").is_displayed())
+    both.one("#similar").click()
+    both.settled(23)
+    assert "#item=" in both.driver.current_url
+    assert not both.one("#detail").is_displayed()
+    assert caption in both.one("#chips").text
+    assert both.one("#query").get_attribute("value") == ""
+    item_address = both.driver.current_url
 
-    page.driver.back()
-    page.driver.back()
-    page.settled(24)
-    assert page.one("#query").get_attribute("value") == "red circle"
-    assert page.all(".chip") == []
+    both.driver.back()
+    both.driver.back()
+    both.settled(24)
+    assert both.one("#query").get_attribute("value") == "red circle"
+    assert both.all(".chip") == []
 
-    page.open(item_address)  # as a shared link
-    page.settled(23)
-    until(lambda: caption in page.one("#chips").text)
-    page.one("#query").send_keys("blue")  # words combine with the item
-    until(lambda: "q=blue" in page.driver.current_url and "item=" in page.driver.current_url)
-    found = [card.get_attribute("data-id") for card in page.settled(23)]
+    both.open(item_address)  # as a shared link
+    both.settled(23)
+    until(lambda: caption in both.one("#chips").text)
+    both.one("#query").send_keys("blue")  # words combine with the item
+    until(lambda: "q=blue" in both.driver.current_url and "item=" in both.driver.current_url)
+    found = [card.get_attribute("data-id") for card in both.settled(23)]
     (item,) = parse_qs(urlsplit(item_address).fragment)["item"]
     body = {"query": "blue", "more_like": [item], "k": 24}
     assert found == [each["id"] for each in httpx.post(f"{site}/search/text", json=body).json()["results"]]
-    page.one("#chips button").click()
-    page.settled(24)
-    assert page.driver.current_url.endswith("#q=blue")
-    assert page.errors() == []
+    both.one("#chips button").click()
+    both.settled(24)
+    assert both.driver.current_url.endswith("#q=blue")
+    assert both.errors() == []
 
 
 def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
@@ -70,25 +70,25 @@ def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_image_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path) -> None:
-    page.open(site)
-    page.one("#file").send_keys(str(tiny_gallery / "circle/blue.png"))
-    until(lambda: "picture=" in page.driver.current_url)
-    cards = page.settled(24)
-    assert "blue.png" in page.one("#chips").text
+def test_image_and_words_are_searched_together(both: Page, site: str, tiny_gallery: Path) -> None:
+    both.open(site)
+    both.one("#file").send_keys(str(tiny_gallery / "circle/blue.png"))
+    until(lambda: "picture=" in both.driver.current_url)
+    cards = both.settled(24)
+    assert "blue.png" in both.one("#chips").text
     assert cards[0].find_element("css selector", ".number").text == "100%"
-    assert page.driver.execute_script("return document.querySelector('.chip img').naturalWidth") > 0
+    assert both.driver.execute_script("return document.querySelector('.chip img').naturalWidth") > 0
 
-    page.one("#query").send_keys("green")
-    until(lambda: "#q=green&picture=" in page.driver.current_url)
-    shown = [card.get_attribute("data-id") for card in page.settled(24)]
+    both.one("#query").send_keys("green")
+    until(lambda: "#q=green&picture=" in both.driver.current_url)
+    shown = [card.get_attribute("data-id") for card in both.settled(24)]
     file = {"file": (tiny_gallery / "circle/blue.png").read_bytes()}
     found = httpx.post(f"{site}/search/image", files=file, data={"query": "green", "k": "24"}).json()["results"]
     assert shown == [each["id"] for each in found]
-    page.one("#chips button").click()
-    until(lambda: page.driver.current_url.endswith("#q=green"))
-    page.settled(24)
-    assert page.errors() == []
+    both.one("#chips button").click()
+    until(lambda: both.driver.current_url.endswith("#q=green"))
+    both.settled(24)
+    assert both.errors() == []
 
 
 def test_dropped_and_pasted_images_are_searched(page: Page, site: str) -> None:
@@ -131,30 +131,31 @@ def test_errors_are_shown_in_words(page: Page, site: str, tmp_path: Path) -> Non
 
 
 def pressed(page: Page) -> list[str]:
-    return [button.text for button in page.all("#facets [aria-pressed=true]")]
+    """Return the texts of the chosen filters, which a phone has folded away."""
+    return [button.get_attribute("textContent") for button in page.all("#facets [aria-pressed=true]")]
 
 
-def test_category_of_an_image_filters(page: Page, site: str) -> None:
-    page.open(f"{site}/#q=red")
-    cards = page.settled(24)
+def test_category_of_an_image_filters(both: Page, site: str) -> None:
+    both.open(f"{site}/#q=red")
+    cards = both.settled(24)
     category = cards[0].find_element("css selector", ".category")
     name = category.text
     category.click()
-    cards = page.settled(6)
+    cards = both.settled(6)
     assert {card.find_element("css selector", ".category").text for card in cards} == {name}
-    assert pressed(page) == [f"{name}\n6"]
-    query = page.one("#query")
+    assert pressed(both) == [f"{name}6"]
+    query = both.one("#query")
     query.clear()
     query.send_keys("green")  # the filter stays
-    until(lambda: "q=green" in page.driver.current_url)
-    page.settled(6)
-    page.open(f"{site}/#q=red&category=nothing")
-    until(lambda: page.one("#nothing").is_displayed())
-    assert "No images have all of these filters" in page.one("#nothing").text
-    page.one("#clear-filters").click()
-    page.settled(24)
-    assert page.driver.current_url.endswith("#q=red")
-    assert page.errors() == []
+    until(lambda: "q=green" in both.driver.current_url)
+    both.settled(6)
+    both.open(f"{site}/#q=red&category=nothing")
+    until(lambda: both.one("#nothing").is_displayed())
+    assert "No images have all of these filters" in both.one("#nothing").text
+    both.one("#clear-filters").click()
+    both.settled(24)
+    assert both.driver.current_url.endswith("#q=red")
+    assert both.errors() == []
 
 
 def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path) -> None:

@@ -46,25 +46,26 @@ def facet(page: Page, field: str) -> dict[str, str]:
     return dict(page.driver.execute_script(script, field))
 
 
-def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> None:
-    page.open(f"{site}/#q=red+square")
-    until(lambda: shows(page, found(site, query="red square")))
-    assert not page.one("#words").is_selected()
-    assert page.one("#scores summary").text.startswith("What does ")
-    page.one("#scores summary").click()
-    assert "Only the same image reaches 100%" in page.one("#scores").text
-    page.one("#words").click()
-    until(lambda: shows(page, found(site, query="red square", hybrid=True)))
-    assert "words=1" in page.driver.current_url
-    first = page.one("#results .card")
+def test_words_are_looked_up_where_the_page_says_so(both: Page, site: str) -> None:
+    both.open(f"{site}/#q=red+square")
+    until(lambda: shows(both, found(site, query="red square")))
+    both.show_options()
+    assert not both.one("#words").is_selected()
+    assert both.one("#scores summary").text.startswith("What does ")
+    both.one("#scores summary").click()
+    assert "Only the same image reaches 100%" in both.one("#scores").text
+    both.one("#words").click()
+    until(lambda: shows(both, found(site, query="red square", hybrid=True)))
+    assert "words=1" in both.driver.current_url
+    first = both.one("#results .card")
     assert "a red square" in first.text
     assert "all words" in first.text
     best = httpx.post(f"{site}/search/text", json={"query": "red square", "hybrid": True}).json()["results"][0]
     assert first.find_element("css selector", ".number").text == f"{max(0, best['score']):.0%}"
-    page.one("#words").click()
-    until(lambda: shows(page, found(site, query="red square")))
-    assert "words=" not in page.driver.current_url
-    assert page.errors() == []
+    both.one("#words").click()
+    until(lambda: shows(both, found(site, query="red square")))
+    assert "words=" not in both.driver.current_url
+    assert both.errors() == []
 
 
 def test_each_product_is_shown_once_and_opens_the_others(both: Page, many: str) -> None:

@@ -67,6 +67,11 @@ class Page:
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
 
+    def show_options(self) -> None:
+        """Unfold the options of a search, as a phone needs it."""
+        if (more := self.one("#more-options")).is_displayed():
+            more.click()
+
     def open(self, address: str) -> None:
         self.driver.get("about:blank")
         self.driver.get_log("browser")
