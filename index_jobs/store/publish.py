@@ -91,7 +91,9 @@ def prepare_version(
         OSError: the disk is full or cannot be written.
     """
     shared = shared or {}
-    names = [path.relative_to(staging).as_posix() for path in sorted(staging.rglob("*")) if path.is_file()]
+    # tantivy may hold the locks of its directory for a moment after it has written.
+    staged_files = (path for path in sorted(staging.rglob("*")) if path.suffix != ".lock" and path.is_file())
+    names = [path.relative_to(staging).as_posix() for path in staged_files]
     files = {
         name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
     }

@@ -206,3 +206,12 @@ def test_a_file_is_checked_until_it_is_sound(tmp_path: Path) -> None:
     path.write_bytes(b"changed")
     check_file_once(path, check)
     assert len(checks) == 3
+
+
+def test_a_lock_that_tantivy_still_holds_is_no_file_of_the_version(index: Path) -> None:
+    with open_staging(index) as staging:
+        current = open_current(index)
+        shared = publish.share_files(current.path, staging, current.manifest.files)
+        (staging / "lexical" / ".tantivy-meta.lock").touch()
+        manifest = publish.publish_version(index, staging, current.manifest, shared=shared)
+    assert manifest.files.keys() == current.manifest.files.keys()
