@@ -2,7 +2,7 @@
 # make test       all tests, in JOBS=2 processes, and the ten slowest         (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
-# make mutants    changes of critical code that tests notice; half an hour    (ARGS="--only filters --each 60")
+# make mutants    changes of critical code that tests notice; 15 minutes      (ARGS="--only filters --each 60")
 # make reference  generated pages of docs, and the client's models
 # make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file

@@ -1,6 +1,6 @@
 """Change critical code at random places, one at a time, and count the changes that a test notices.
 
-    python scripts/mutants.py                         16 mutants of each target, half an hour of one core
+    python scripts/mutants.py                         16 mutants of each target, a quarter of an hour of one core
     python scripts/mutants.py --only filters --each 60
     python scripts/mutants.py --seed 2                other places
 

@@ -73,7 +73,8 @@ class Catalogue:
         """Fields to sort by. The caption and the category are left out where no item has one."""
         types = {name: kind for name, kind in self._artifact.fields.items() if kind in {*_NUMBERS, "string"}}
         missing = {name for name in EMPTY_IS_MISSING & types.keys() if not self._has_texts(name)}
-        names = [name for name in ("caption", "category", *sorted(types)) if name in types.keys() - missing - {"id"}]
+        offered = types.keys() - missing - {"id"}
+        names = [name for name in ("caption", "category", *sorted(types)) if name in offered]
         unique = list(dict.fromkeys(names))[:_LISTED_FIELDS]
         return [{"name": name, "is_number": types[name] in _NUMBERS} for name in unique]
 

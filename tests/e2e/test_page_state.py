@@ -41,14 +41,11 @@ def test_link_shows_only_what_it_names(page: Page, many: str) -> None:
         window.fetch = (url, ...more) => (url === 'collections' && ++asked < 3
             ? Promise.resolve(new Response('{"detail": "Too busy."}', {status: 503})) : whole(url, ...more));
     """
-    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": fails_twice})
-    try:
+    with page.script(fails_twice):
         page.open(f"{many}/#q=red&in=circles")
         until(lambda: page.one("#error").text == "Too busy.")
         page.settled(6)
         assert not page.one("#error").is_displayed()
-    finally:
-        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
     assert page.errors() == []
 
 
@@ -62,15 +59,12 @@ def test_page_waits_for_an_index_that_is_being_loaded(page: Page, site: str) -> 
             return Response.json({collections: [{...one, index_version: null}]});
         };
     """
-    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": loads_once})
-    try:
+    with page.script(loads_once):
         page.open(f"{site}/#q=red")
         until(lambda: page.one("#error").text == "It is loaded.")
         page.settled(24)
         assert not page.one("#error").is_displayed()
         until(lambda: page.all("#facets button"))
-    finally:
-        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
     assert page.errors() == []
 
 
@@ -87,13 +81,10 @@ def test_page_asks_an_unavailable_service_at_least_every_two_seconds(page: Page,
         window.fetch = (url, ...more) => (url === 'collections' && ++asked < 7
             ? Promise.resolve(new Response('{}', {status: 503})) : whole(url, ...more));
     """
-    script = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": fails_six_times})
-    try:
+    with page.script(fails_six_times):
         page.open(site)
         page.settled(24)
         assert page.driver.execute_script("return waits.slice(0, 6)") == [500, 1000, 2000, 2000, 2000, 2000]
-    finally:
-        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:

@@ -1,4 +1,4 @@
-"""Index kinds: choice, recall by measurement, and every kind through its file."""
+"""Built indexes: recall by measurement, rivals, tuning, and every kind through its file."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
-from index_jobs.building import kinds
+from dcar_core.util.errors import ArtifactError, DataError
 from index_jobs.building.build import build_index, fill_index
-from index_jobs.building.kinds import IndexChoice, choose_kinds, create_index, machine_memory
+from index_jobs.building.kinds import IndexChoice, choose_kinds, create_index
 from index_jobs.building.tuning import HeldOutQueries, SearchParameters, measure_latency
 from index_jobs.store import gpu_search
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
@@ -113,66 +112,6 @@ def test_fewer_vectors_than_neighbours_are_indexed(kind: str, count: int, tmp_pa
     assert rows[0] == 0
     assert sorted(rows[:count]) == list(range(count))
     assert (rows[count:] == -1).all()
-
-
-GIB = 2**30
-
-
-def auto(count: int, memory: float, gpu_memory: int = 0) -> list[IndexChoice]:
-    return choose_kinds("auto", count, 512, memory=int(memory * GIB), gpu_memory=gpu_memory)
-
-
-def test_auto_gives_its_reason() -> None:
-    (small,) = auto(4_000, 1)
-    assert small.factory == "Flat"
-    assert "4,000 vectors are at most 20,000" in small.reason
-    middle = auto(1_000_000, 8)
-    assert [choice.factory for choice in middle] == [
-        "HNSW24", "IVF4000,PQ256x4fs,Refine(SQfp16)", "IVF4000,PQ64x4fs,Refine(SQ8)", "IVF4000,RaBitQ,Refine(SQ8)",
-        "IVF4000,Flat", "IVF4000,SQ8", "HNSW24,SQ8",
-    ]  # fmt: skip
-    assert "take 2.1 GiB of the 8.0 GiB allowed" in middle[0].reason
-    assert [choice.is_rival for choice in middle] == [False, False, False, True, False, False, False]
-    tight = auto(1_000_000, 0.6)
-    assert [choice.is_rival for choice in tight] == [False, True, False]
-    assert not any(choice.is_rival for choice in auto(100_000_000, 256)), "filling takes hours"
-    assert [choice.factory for choice in tight] == [
-        "IVF4000,PQ64x4fs,Refine(SQ8)",
-        "IVF4000,RaBitQ,Refine(SQ8)",
-        "IVF4000,SQ8",
-    ]
-    assert "IVF4000,Flat would take 1.9 GiB" in tight[-1].reason
-    (codes,) = auto(1_000_000, 0.1)
-    assert codes.factory == "IVF4000,PQ64"
-    assert "the only kind that fits; its recall is low; HNSW24 would take 2.1 GiB" in codes.reason
-    large = [choice.factory for choice in auto(100_000_000, 256)]
-    assert large[0] == "IVF40000_HNSW32,PQ256x4fs,Refine(SQfp16)"
-    assert not any(factory.startswith("HNSW") for factory in large)  # a graph of so many takes days
-    (gpu,) = auto(1_000_000, 8, gpu_memory=40 * GIB)
-    assert (gpu.factory, gpu.gpu) == ("Flat", True)
-    assert auto(1_000_000, 8, gpu_memory=GIB) == middle, "what the GPU has no memory for"
-    with pytest.raises(DataError, match=r"1,000,000 vectors of 512 fit no kind of index in 0\.0 GiB: .*raise --memory"):
-        auto(1_000_000, 0.01)
-
-
-def test_memory_is_half_of_the_machine_or_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(kinds, "Path", lambda _: limit)
-    machine = machine_memory()  # no limit is set
-    for text, memory in (("max", machine), (str(2 * machine), machine), (str(GIB), GIB)):
-        limit.write_text(f"{text}\n")
-        assert machine_memory() == memory
-    assert choose_kinds("auto", 1_000_000, 512) == auto(1_000_000, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("dim", "parts"), [(512, 64), (256, 64), (768, 96), (1024, 128), (640, 80), (48, 48), (49, 49)]
-)
-def test_product_codes_divide_any_dimensions(dim: int, parts: int) -> None:
-    factories = [choice.factory for choice in choose_kinds("auto", 50_000, dim, memory=GIB)]
-    assert factories[2] == f"IVF894,PQ{parts}x4fs,Refine(SQ8)"
-    for factory in factories:
-        create_index(factory, dim)
 
 
 def test_auto_tries_the_next_kind_when_recall_is_too_low(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
@@ -367,17 +306,6 @@ def test_gpu_results_equal_those_of_the_cpu(kind: str, gallery: Floats, tmp_path
         np.testing.assert_allclose(scores[same], gpu_scores[same], atol=1e-3)
     mask = np.arange(len(gallery)) % 3 == 0
     assert mask[on_gpu.search(queries, 10, mask)[1]].all()
-
-
-def test_gpu_kind_without_a_gpu_names_the_extra() -> None:
-    with pytest.raises(MissingExtraError, match=r"gpu-flat.*pip install 'dcar\[gpu\]'"):
-        choose_kinds("gpu-flat", 1000, DIM, gpu_memory=0)
-
-
-@pytest.mark.parametrize("kind", ["nonsense", "IVFx,Flat", "PQ7", "", "gpu-nonsense"])
-def test_unknown_kind_is_refused_with_the_known_ones(kind: str) -> None:
-    with pytest.raises(DataError, match=r"use auto, flat, hnsw, .* or an index_factory string"):
-        choose_kinds(kind, 1000, DIM)
 
 
 def test_kind_that_needs_more_vectors_is_an_error(gallery: Floats) -> None:

@@ -72,6 +72,15 @@ class Page:
         if (more := self.one("#more-options")).is_displayed():
             more.click()
 
+    @contextmanager
+    def script(self, source: str) -> Iterator[None]:
+        """Run a script before those of every page that is opened."""
+        added = self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
     def open(self, address: str) -> None:
         self.driver.get("about:blank")
         self.driver.get_log("browser")

@@ -1,0 +1,143 @@
+"""The server process: start, shutdown, and what keeps it from pauses."""
+
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.core.metrics import Metrics
+from app.core.settings import Settings
+from app.search.embedding import Embedder
+from app.search.embedding_cache import MemoryCache
+from app.server import _Server, serve
+from dcar_core.util.errors import DcarError
+from tests.support.commands import Command
+from tests.support.processes import free_port
+
+
+def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
+    with pytest.raises(DcarError, match="dcar index build"):
+        serve(Settings(index=tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DcarError, match=f"port {port} .* is taken") as caught:
+            serve(Settings(index=built_index, port=port))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DcarError, match=r"192\.0\.2\.1"):
+        serve(Settings(index=built_index, host="192.0.2.1"))
+
+
+SERVE = "import sys; from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
+
+
+def _started(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
+    return subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
+    port = free_port()
+    process = _started(built_index, port)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            end = time.monotonic() + 150
+            answered_while_loading = False
+            while True:
+                assert time.monotonic() < end
+                try:
+                    assert client.get("/healthz").status_code == 200
+                    status = client.get("/readyz").status_code
+                except httpx.TransportError:
+                    time.sleep(0.05)
+                    continue
+                if status == 200:
+                    break
+                answered_while_loading = True
+                time.sleep(0.05)
+            assert answered_while_loading
+            assert client.post("/search/text", json={"query": "red", "k": 2}).json()["results"][0]["rank"] == 1
+            big = client.post("/search/image", files={"file": ("big.png", bytes(100 * 2**20))})
+            assert big.status_code == 413
+            assert "server" not in big.headers
+            assert client.get("/nothing").status_code == 404
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert "Traceback" not in log
+    assert "POST /search/text" in log
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_server_with_a_broken_index_exits_with_the_reason(index: Path) -> None:
+    (index / "versions/1/checkpoint/trainables.safetensors").unlink()
+    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu"}
+    process = Command("-c", SERVE, environment=environment)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "trainables.safetensors" in log.splitlines()[-1]
+    assert log.count("trainables.safetensors") == 1, "logged once"
+
+
+def _server_of(collections: Any, **given: Any) -> _Server:
+    app = FastAPI()
+    app.state.collections = collections
+    return _Server(app, Settings(index=Path("index"), **given))
+
+
+@pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
+async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
+    loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
+    server = _server_of(loaded.items(), drain_s=0, batch_scheduling=batch_scheduling)
+    before = gc.get_freeze_count()
+    _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
+    try:
+        await server.on_tick(1)
+        assert gc.get_freeze_count() == before
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+        loaded["one"].live = SimpleNamespace(encoder=SimpleNamespace(backbone=None))
+        await server.on_tick(2)
+        assert gc.get_freeze_count() > before + 10_000
+        assert os.sched_getscheduler(0) == policy
+        before = gc.get_freeze_count()
+        of_the_model: list[list[int]] = [[] for _ in range(12_000)]
+        await server.on_tick(3)
+        assert gc.get_freeze_count() <= before
+        loaded["one"].live.encoder.backbone = of_the_model
+        await server.on_tick(4)
+        assert gc.get_freeze_count() > before + 10_000
+        embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())
+        for pool in (embedder._batcher._thread, embedder._decoders):  # their threads start with the first query
+            assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_OTHER
+            pool.shutdown()
+    finally:
+        gc.unfreeze()
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def test_second_signal_ends_the_drain_but_not_pending_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(dict[None, Any]):
+        is_draining = False
+
+    loaded: Any = Loaded({None: SimpleNamespace(live=object())})
+    server = _server_of(loaded, drain_s=0.2)
+    server.handle_exit(signal.SIGINT, None)
+    assert (loaded.is_draining, server.should_exit) == (True, False)
+    server.handle_exit(signal.SIGINT, None)
+    assert (server.should_exit, server.force_exit) == (True, False)
+    assert server._timer is not None
+    server._timer.join(5)
+    assert not server.force_exit, "the timer must not send a third signal"
