@@ -22,10 +22,11 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.settings_hash import vector_settings
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.model.towers.prompt_rows import AdapterMatrices
 from dcar_core.model.towers.select import Level, level_of, select_towers
 from dcar_core.util.arrays import Pixels
 
-__all__ = ["RANDOM", "Backbone", "BackboneSource", "load_backbone"]
+__all__ = ["RANDOM", "AdapterMatrices", "Backbone", "BackboneSource", "load_backbone"]
 
 _SENTENCE = "a red sports car parked in front of a house"
 
@@ -72,7 +73,7 @@ class Backbone(nn.Module):
         """Stay in eval mode whatever the owner does."""
         return super().train(False)
 
-    def forward(self, name: str, *inputs: Tensor | None) -> Tensor:
+    def forward(self, name: str, *inputs: Tensor | AdapterMatrices | None) -> Tensor:
         """Call one of the methods below by name, for `torch.func.functional_call`."""
         encoded: Tensor = getattr(self, name)(*inputs)
         return encoded
@@ -122,9 +123,11 @@ class Backbone(nn.Module):
         """uint8 (B, 3, S, S) -> float32, as `encode_image` takes them."""
         return torch.from_numpy(self.preprocess.normalize(pixels)).to(self.device)
 
-    def encode_image(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def encode_image(
+        self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None
+    ) -> Tensor:
         """Image features (B, E), not normalised; see `ImageTower.encode`."""
-        return self.image_tower.encode(pixels, prompts)
+        return self.image_tower.encode(pixels, prompts, adapters)
 
     def patch_features(self, pixels: Tensor) -> Tensor:
         """Each patch's feature in the joint space (B, P, E), not normalised, without prompts."""

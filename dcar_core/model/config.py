@@ -78,13 +78,22 @@ class ReweightConfig(_Config):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(_Config):
-    """Residual bottlenecks on the features that leave the towers, part of serving (CLIP-Adapter; dcar+ [ours]).
+    """Residual bottlenecks, part of serving.
 
-    With `text`, L_cate uses the same adapter for its captions, in place of a category adapter that serving drops.
+    text, image: on the features that leave the towers (CLIP-Adapter; dcar+ [ours]). With `text`, L_cate uses the same
+        adapter for its captions, in place of a category adapter that serving drops.
+    blocks: inner width of the adapters behind every block of the image tower (Houlsby et al. 2019; dcar+ [ours]); 0 for
+        none.
     """
 
     text: bool = False
     image: bool = False
+    blocks: int = 0
+    _omitted = frozenset({"blocks"})
+
+    def __post_init__(self) -> None:
+        if self.blocks < 0:
+            raise ValueError(f"blocks must be at least 0, not {self.blocks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +194,8 @@ class ModelConfig(_Config):
         return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        content = super().to_dict() | {"reweight": self.reweight.to_dict(), "loss": self.loss.to_dict()}
+        parts = {"reweight": self.reweight, "adapter": self.adapter, "loss": self.loss}
+        content = super().to_dict() | {name: part.to_dict() for name, part in parts.items()}
         if self.fine_tune == FineTuneConfig():  # earlier runs keep their names
             del content["fine_tune"]
         return content

@@ -5,7 +5,7 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
     clip    no prompts                     coop    text prompts
     dcar    dual prompts, token weights, category adapter in the loss
     maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
-    dcar+   several blocks of prompts, and bottlenecks on the features
+    dcar+   several blocks of prompts, and bottlenecks in the image tower and on the features
     lora, prolip, flyp      changes of the backbone's own weights (`fine_tuning`)
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcar_core.model.backbone import Backbone
+from dcar_core.model.backbone import AdapterMatrices, Backbone
 from dcar_core.model.config import ModelConfig, PromptConfig
 from dcar_core.model.fine_tuning import WeightChanges
 from dcar_core.model.methods import require_runnable
@@ -75,6 +75,24 @@ class FeatureAdapter(nn.Module):
         return F.normalize(features + self.up(F.relu(self.down(features))), dim=-1)
 
 
+class BlockAdapters(nn.Module):
+    """A residual bottleneck behind every block of the image tower, zero at the start [ours].
+
+    They reach what prompts and feature adapters cannot, as low-rank changes of the weights do, and stay inputs of the
+    shared tower.
+    """
+
+    def __init__(self, backbone: Backbone, inner: int) -> None:
+        super().__init__()
+        shape, width = (backbone.image_tower.blocks, inner, backbone.vision_width), backbone.vision_width
+        self.down = nn.Parameter(torch.randn(shape) / width**0.5)
+        self.up = nn.Parameter(torch.zeros(shape))
+
+    def matrices(self) -> AdapterMatrices:
+        """Two of (D, r, W_v)."""
+        return self.down, self.up
+
+
 class DCAR(nn.Module):
     """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalised features (B, E).
 
@@ -92,6 +110,7 @@ class DCAR(nn.Module):
         self.head = TokenWeightHead(backbone.text_width, config.reweight) if config.reweight.train != "none" else None
         self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
+        self.block_adapters = BlockAdapters(backbone, config.adapter.blocks) if config.adapter.blocks else None
         with_caa = config.loss.category > 0 and not config.adapter.text
         self.caa = FeatureAdapter(backbone.embed_dim) if with_caa else None
         self.changes = WeightChanges(backbone, config.fine_tune) if config.fine_tune.scope != "none" else None
@@ -132,9 +151,10 @@ class DCAR(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """float32 (B, 3, S, S), normalised -> (B, E)."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
-        return self.adapt_image(F.normalize(self._run("encode_image", pixels, prompts), dim=-1))
+        adapters = self.block_adapters.matrices() if self.block_adapters is not None else None
+        return self.adapt_image(F.normalize(self._run("encode_image", pixels, prompts, adapters), dim=-1))
 
-    def _run(self, name: str, *inputs: Tensor | None) -> Tensor:
+    def _run(self, name: str, *inputs: Tensor | AdapterMatrices | None) -> Tensor:
         """Call a method of the backbone, with the changed weights if there are some."""
         if self.changes is None:
             return self.backbone(name, *inputs)  # type: ignore[no-any-return]
@@ -160,7 +180,8 @@ class DCAR(nn.Module):
     def image_is_frozen(self) -> bool:
         """True if nothing is learned in or before the image tower, so that its features can be computed once."""
         is_changed = self.changes is not None and self.changes.touches(image=True)
-        return (self.prompts is None or not self.config.prompt.image) and not is_changed
+        has_prompts = self.prompts is not None and self.config.prompt.image
+        return not has_prompts and self.block_adapters is None and not is_changed
 
     def category_adapter(self) -> FeatureAdapter | None:
         """The adapter of L_cate's captions; None if the loss has no such term."""

@@ -53,12 +53,21 @@ METHODS: dict[str, ModelConfig] = {
         _prompts_alone("dual"),
         # DCAR with fresh prompts in each of the first four blocks [ours]
         ModelConfig(method="dcar-deep", prompt=PromptConfig(depth=4)),
-        # the extension [ours]: deep prompts, adapters on both features (text: CAA, kept for queries), held to CLIP
+        # the extension [ours]: deep prompts, adapters behind the image tower's blocks and on both features (text: CAA,
+        # kept for queries), held to CLIP
         ModelConfig(
             method="dcar+",
             prompt=PromptConfig(depth=4),
-            adapter=AdapterConfig(text=True, image=True),
+            adapter=AdapterConfig(text=True, image=True, blocks=32),
             loss=LossConfig(anchor=1.0),
+        ),
+        # its ablation without DCAR's parts [ours]: the adapters alone; the text tower stays as it is
+        ModelConfig(
+            method="block-adapters",
+            prompt=PromptConfig(length=0),
+            reweight=_NO_WEIGHTS,
+            adapter=AdapterConfig(text=True, image=True, blocks=32),
+            loss=LossConfig(head=0, anchor=1.0),
         ),
         # PromptSRC's regularisation on deep prompts: features and similarities are held to the frozen encoders'; its
         # distance of features is L1, and it averages the prompts over epochs, for which one epoch is chosen here [ours]
@@ -111,16 +120,17 @@ def require_runnable(config: ModelConfig, level: str, model: str, context: int) 
     """
     prompt, has_prompts = config.prompt, config.prompt.length > 0
     needs_text = (has_prompts and (prompt.text or prompt.image)) or config.reweight.train != "none"
-    needs_rows = (has_prompts and prompt.image) or config.reweight.picture == "patches"
+    needs_rows = (has_prompts and prompt.image) or config.reweight.picture == "patches" or config.adapter.blocks > 0
     if level == "adapters" and needs_text:
         raise ModelError(
             f"{config.method} needs prompts or token weights, which the towers of {model} do not take; "
             f"use the method clip-adapter"
         )
-    if level == "text" and needs_rows:
+    if level != "full" and needs_rows:
         raise ModelError(
-            f"{config.method} needs image prompts or patches, which the image tower of {model} does not have; "
-            f"use the method {_text_variant(config)}"
+            f"{config.method} needs image prompts, block adapters or patches, which the image tower of {model} does "
+            f"not have; "
+            f"use the method {_text_variant(config) if level == 'text' else 'clip-adapter'}"
         )
     if has_prompts and prompt.length > context - 1:
         raise ModelError(f"{prompt.length} prompts do not fit into the {context} tokens of {model}")

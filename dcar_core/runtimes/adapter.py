@@ -42,12 +42,14 @@ class Adapter:
     """One model's prompts, token weights and bottlenecks, and what else a query needs beside a runtime.
 
     fingerprint: of the encoder.
-    image_key: of what decides on `image_features`, the backbone and the image prompts. A training that leaves these as
+    image_key: of what decides on `image_features`, the backbone and `image_inputs`. A training that leaves these as
         they are leaves the features of a gallery as they are.
     dim: E. patch_grid: of the image tower, patches a side.
     uses_token_weights: True if the model was trained with token weights.
     tokenizer: its limit leaves room for the prompts.
-    image_prompts: (depth, 1, k, W_v). token_factors: (V,), a query's weight of each token; None where all are 1.
+    image_inputs: inputs of the image graph behind the pixels, each if there are some: prompts (depth, 1, k, W_v), and
+        the matrices of the blocks' adapters, two of (D, 1, r, W_v).
+    token_factors: (V,), a query's weight of each token; None where all are 1.
     """
 
     fingerprint: str
@@ -59,7 +61,7 @@ class Adapter:
     tokenizer: TextTokenizer
     layout: TextLayout
     text_prompts: TextPrompts
-    image_prompts: Floats | None = None
+    image_inputs: tuple[Floats, ...] = ()
     token_factors: Floats | None = None
     text_bottleneck: Bottleneck | None = None
     image_bottleneck: Bottleneck | None = None
@@ -92,7 +94,7 @@ class Adapter:
 
     def image_features(self, runtime: Runtime, pixels: Pixels) -> Floats:
         """uint8 (n, 3, S, S) -> (n, E), L2-normalised, before the bottleneck."""
-        return normalize(runtime.image(pixels, self.image_prompts))
+        return normalize(runtime.image(pixels, self.image_inputs))
 
     def adapt_images(self, features: Floats) -> Floats:
         """Turn the result of `image_features` (n, E) into vectors (n, E)."""

@@ -36,9 +36,8 @@ class TorchRuntime:
         return _to_numpy(self._text(self._on_device(ids), *(self._cast(each) for each in rest)))
 
     @torch.inference_mode()
-    def image(self, pixels: Pixels, prompts: Floats | None) -> Floats:
-        batch = self._on_device(pixels)
-        return _to_numpy(self._image(batch) if prompts is None else self._image(batch, self._cast(prompts)))
+    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
+        return _to_numpy(self._image(self._on_device(pixels), *map(self._cast, inputs)))
 
     def _on_device(self, values: Any) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -3,7 +3,7 @@
     CACHE/exports/KEY/manifest.json    its key, and the checksum of every file
     CACHE/exports/KEY/*.xml, *.bin, *.onnx, *.safetensors
 
-- KEY names backbone, depth of the prompts, library and version, so an upgrade exports anew beside the old one.
+- KEY names backbone, inputs of the graphs, library and version, so an upgrade exports anew beside the old one.
 - Exports are written aside and renamed under a lock, so a killed process leaves no half of one in place.
 - Nothing is a pickle: reading a cache never runs code.
 """
@@ -22,7 +22,7 @@ from dcar_core.util.errors import RuntimeUnavailableError
 from dcar_core.util.files import apply_umask, sha256_of
 
 MANIFEST = "manifest.json"
-GRAPHS = 3  # version of the graphs: exports of another one are not used
+GRAPHS = 4  # version of the graphs: exports of another one are not used
 
 
 def default_cache_directory() -> Path:
@@ -42,6 +42,7 @@ class ExportKey:
     """Identity of an export.
 
     depth, text_depth: of image and text prompts; text_depth is 0 where one graph serves every depth.
+    has_adapters: as of `ImageGraph`.
     fingerprint: of the encoder whose data calibrated it, empty for an exact export.
     """
 
@@ -49,12 +50,13 @@ class ExportKey:
     backbone: str
     depth: int
     text_depth: int
+    has_adapters: bool
     library: str
     fingerprint: str = ""
 
     def directory(self, cache: Path) -> Path:
-        depths = f"d{self.depth}t{self.text_depth}" if self.text_depth else f"d{self.depth}"
-        parts = [self.backbone[:16], depths, self.runtime, self.library.replace(" ", "-"), f"g{GRAPHS}"]
+        inputs = f"d{self.depth}" + f"t{self.text_depth}" * (self.text_depth > 0) + "a" * self.has_adapters
+        parts = [self.backbone[:16], inputs, self.runtime, self.library.replace(" ", "-"), f"g{GRAPHS}"]
         return cache / "exports" / "_".join([*parts, self.fingerprint[:16]] if self.fingerprint else parts)
 
     def to_dict(self) -> dict[str, object]:

@@ -3,7 +3,8 @@
 - Everything that differs between adapters is an input, so one export serves every adapter on a backbone.
 - Pixels enter as uint8 and are normalised inside the graph.
 
-Letters: B batch, P patches, k prompt vectors, R = 1 or B, H heads, d width of a head, W width, E joint space, S side.
+Letters: B batch, P patches, k prompt vectors, r width of an adapter, R = 1 or B, D blocks, H heads, d width of a head,
+W width, E joint space, S side.
 """
 
 import copy
@@ -55,20 +56,21 @@ class AttentionBlock(nn.Module):
 
 
 class ImageGraph(nn.Module):
-    """(pixels, prompts) -> image features (B, E), not normalised.
+    """(pixels, prompts, down, up) -> image features (B, E), not normalised.
 
-    depth: of the prompts that an export is made for, 0 for none; eager, any will do.
+    depth: of the prompts that an export is made for, 0 for none; eager, any other than 0 will do.
+    has_adapters: True if the blocks have adapters, whose matrices are the last two inputs.
     """
 
     scale: Tensor
     shift: Tensor
-    input_names = ("pixels", "prompts")
 
-    def __init__(self, backbone: Backbone, depth: int) -> None:
+    def __init__(self, backbone: Backbone, depth: int, *, has_adapters: bool = False) -> None:
         super().__init__()
         tower = backbone.image_tower
-        self.depth, self.size, self.width = depth, backbone.preprocess.size, tower.width
-        self.tower = tower
+        self.depth, self.size, self.tower = depth, backbone.preprocess.size, tower
+        self.has_adapters = has_adapters
+        self.input_names = ("pixels", *(["prompts"] if depth else []), *(["down", "up"] if has_adapters else []))
         self.encoder: nn.Module = tower.module  # registered, to be converted with it
         std = torch.tensor(backbone.preprocess.std).reshape(1, 3, 1, 1)
         mean = torch.tensor(backbone.preprocess.mean).reshape(1, 3, 1, 1)
@@ -76,20 +78,22 @@ class ImageGraph(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
         self.to(backbone.device)
 
-    def forward(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, pixels: Tensor, *inputs: Tensor) -> Tensor:
         """
         Args:
             pixels: uint8 (B, 3, S, S).
-            prompts: (depth, R, k, W_v).
+            inputs: prompts (depth, R, k, W_v), then two matrices (D, R, r, W_v), each if there are some.
         """
-        return self.tower.encode(self.normalized(pixels), prompts)
+        adapters = (inputs[-2], inputs[-1]) if self.has_adapters else None
+        return self.tower.encode(self.normalized(pixels), inputs[0] if self.depth else None, adapters)
 
     def example(self) -> tuple[tuple[Tensor, ...], list[list[int]]]:
         """Inputs to trace the graph with, and their shapes with -1 for what may change."""
         pixels = torch.zeros(2, 3, self.size, self.size, dtype=torch.uint8)
-        prompts = torch.zeros(self.depth, 1, 2, self.width)
-        shapes = [[-1, 3, self.size, self.size], [self.depth, -1, -1, self.width]]
-        return ((pixels, prompts), shapes) if self.depth else ((pixels,), shapes[:1])
+        counts = [self.depth] * bool(self.depth) + [self.tower.blocks] * (2 * self.has_adapters)
+        inputs = (torch.zeros(count, 1, 2, self.tower.width) for count in counts)
+        shapes = [[-1, 3, self.size, self.size], *([count, -1, -1, self.tower.width] for count in counts)]
+        return (pixels, *inputs), shapes
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """uint8 -> the type of the weights. In float32 until then: bfloat16 has 8 bits."""

@@ -45,13 +45,13 @@ def calibrate(adapter: Adapter, loaded: LoadedModel, data: CalibrationData) -> P
     exact = loaded.export(graph)
     key = loaded.export_key("openvino-int8", graph.version(), calibrated=True)
     inputs = {
-        graph.TEXT: list(_text_inputs(adapter, data.texts, loaded.graphs()[0].input_names)),
-        graph.IMAGE: list(_image_inputs(adapter, data.pixels)),
+        graph.TEXT: list(_text_inputs(adapter, data.texts)),
+        graph.IMAGE: [(image[None], *adapter.image_inputs) for image in data.pixels[:SAMPLES]],
     }
     return ensure_export(key, loaded.cache, lambda path: _quantize(path, exact, inputs))
 
 
-def _quantize(directory: Path, exact: Path, inputs: dict[str, list[dict[str, Any]]]) -> None:
+def _quantize(directory: Path, exact: Path, inputs: dict[str, list[tuple[Any, ...]]]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -73,17 +73,10 @@ def _quantize(directory: Path, exact: Path, inputs: dict[str, list[dict[str, Any
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
-def _text_inputs(adapter: Adapter, texts: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _text_inputs(adapter: Adapter, texts: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Yield the inputs of one caption at a time, so that padding is not measured."""
     tokens, prompts = adapter.tokens(texts[:SAMPLES]), adapter.text_prompts
     weights, lengths = adapter.query_weights(tokens), text_lengths(adapter.layout, tokens)
     for i, length in enumerate(lengths):
         part = slice(prompts.skipped, int(length))
-        values = prompts.graph_inputs(tokens[i : i + 1, part], weights[i : i + 1, part])
-        yield dict(zip(names, values, strict=False))
-
-
-def _image_inputs(adapter: Adapter, pixels: Pixels) -> Iterator[dict[str, Any]]:
-    prompts = {} if adapter.image_prompts is None else {"prompts": adapter.image_prompts}
-    for image in pixels[:SAMPLES]:
-        yield {"pixels": image[None], **prompts}
+        yield prompts.graph_inputs(tokens[i : i + 1, part], weights[i : i + 1, part])

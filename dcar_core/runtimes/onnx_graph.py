@@ -91,8 +91,8 @@ class OnnxRuntime:
     def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
         return self._run(self._text, prompts.graph_inputs(tokens, weights))
 
-    def image(self, pixels: Pixels, prompts: Floats | None) -> Floats:
-        return self._run(self._image, (pixels,) if prompts is None else (pixels, prompts))
+    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
+        return self._run(self._image, (pixels, *inputs))
 
     def _run(self, session: Any, inputs: tuple[Any, ...]) -> Floats:
         names = [each.name for each in session.get_inputs()]

@@ -79,7 +79,7 @@ class OpenVinoRuntime:
             result: Floats = self._text(list(prompts.graph_inputs(tokens, weights)))[0]
             return result.copy()  # the library writes into this memory again at the next call
 
-    def image(self, pixels: Pixels, prompts: Floats | None) -> Floats:
+    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
         with self._turn:
-            result: Floats = self._image([pixels] if prompts is None else [pixels, prompts])[0]
+            result: Floats = self._image([pixels, *inputs])[0]
             return result.copy()

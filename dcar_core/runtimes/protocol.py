@@ -1,9 +1,10 @@
 """The protocol of a runtime: the two frozen towers, whole batches of arrays in, features out.
 
-A runtime belongs to a backbone and knows no adapter: prompts and token weights are inputs, bottlenecks come after it.
+A runtime belongs to a backbone and knows no adapter: prompts, adapters of blocks and token weights are inputs,
+bottlenecks come after it.
 
-Letters: B batch, n tokens, k prompt vectors, p rows of a prefix, R = 1 or B, D blocks, H heads, d width of a head, W_t
-and W_v widths, E joint space, S side in pixels.
+Letters: B batch, n tokens, k prompt vectors, p rows of a prefix, r width of a block's adapter, R = 1 or B, D blocks, H
+heads, d width of a head, W_t and W_v widths, E joint space, S side in pixels.
 """
 
 from collections.abc import Sequence
@@ -59,8 +60,8 @@ class Runtime(Protocol):
         """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalised."""
         ...
 
-    def image(self, pixels: Pixels, prompts: Floats | None) -> Floats:
-        """pixels (B, 3, S, S), prompts (depth, R, k, W_v) -> image features (B, E), not normalised."""
+    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
+        """pixels (B, 3, S, S), `Adapter.image_inputs` of one or of B adapters -> features (B, E), not normalised."""
         ...
 
 

@@ -56,16 +56,35 @@ AUTO = "auto"
 class LoadedModel:
     """A model in memory, and what names its exports.
 
-    backbone_hash: as `Backbone.content_hash`. image_depth, text_depth: of its prompts, 0 without any.
-    cache: the directory of exports and measurements.
+    backbone_hash: as `Backbone.content_hash`. cache: the directory of exports and measurements.
     """
 
     model: "DCAR"
     backbone_hash: str
-    image_depth: int
-    text_depth: int
     fingerprint: str
     cache: Path
+
+    @property
+    def image_depth(self) -> int:
+        """Depth of the image prompts, 0 without any."""
+        prompt = self.model.config.prompt
+        return prompt.depth if self.model.prompts is not None and prompt.image else 0
+
+    @property
+    def text_depth(self) -> int:
+        """Depth of the text prompts, 0 without any."""
+        prompt = self.model.config.prompt
+        return prompt.depth if self.model.prompts is not None and prompt.text else 0
+
+    @property
+    def has_adapters(self) -> bool:
+        """True if the blocks of the image tower have adapters."""
+        return self.model.block_adapters is not None
+
+    @property
+    def inputs(self) -> str:
+        """What the graphs take besides tokens and pixels, as a part of names."""
+        return f"d{self.image_depth}t{self.text_depth}" + "a" * self.has_adapters
 
     @property
     def backbone(self) -> "Backbone":
@@ -76,14 +95,17 @@ class LoadedModel:
 
         text_depth = 0 if PrefixTextGraph.fits(self.backbone) else self.text_depth  # that graph serves every depth
         fingerprint = self.fingerprint if calibrated else ""
-        return ExportKey(runtime, self.backbone_hash, self.image_depth, text_depth, library, fingerprint)
+        return ExportKey(
+            runtime, self.backbone_hash, self.image_depth, text_depth, self.has_adapters, library, fingerprint
+        )
 
     def graphs(self) -> "tuple[TextGraph, ImageGraph]":
         """The graphs of both towers."""
         from dcar_core.runtimes.graph_modules import ImageGraph
         from dcar_core.runtimes.text_graphs import text_graph
 
-        return text_graph(self.backbone, self.text_depth), ImageGraph(self.backbone, self.image_depth).eval()
+        image = ImageGraph(self.backbone, self.image_depth, has_adapters=self.has_adapters)
+        return text_graph(self.backbone, self.text_depth), image.eval()
 
     def export(self, graph: Any) -> Path:
         """Return the directory of the checked float32 export; make it if there is none.
@@ -118,8 +140,8 @@ def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
         where = "a GPU (--device cuda)" if kind.on == "cuda" else "the processor (--device cpu)"
         raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
     _require_instructions(kind)
-    depths = f"{loaded.image_depth} {loaded.text_depth}" if kind.extra else "any"
-    key = f"{name} {depths} {loaded.fingerprint if name == 'openvino-int8' else ''}"
+    inputs = loaded.inputs if kind.extra else f"{loaded.image_depth > 0} {loaded.has_adapters}"  # any other depth
+    key = f"{name} {inputs} {loaded.fingerprint if name == 'openvino-int8' else ''}"
     if key not in opened:
         opened[key] = _open_torch(kind, loaded) if kind.extra is None else _open_on_export(kind, loaded)
     return opened[key]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 _LIBRARIES = (
     "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "onnxruntime", "tokenizers", "ftfy",
 )  # fmt: skip

@@ -20,9 +20,10 @@ def extract(model: DCAR, fingerprint: str, backbone_hash: str) -> Adapter:
     """Extract the adapter of a model as it is now. backbone_hash: as `Backbone.content_hash`."""
     backbone, prompts = model.backbone, model.prompts
     text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
+    adapters = () if model.block_adapters is None else model.block_adapters.matrices()
     graph = text_graph(backbone, 0 if text is None else len(text))
-    image_prompts = None if image is None else _to_numpy(image.unsqueeze(1))
-    image_key = hashlib.sha256(backbone_hash.encode() + (b"" if image_prompts is None else image_prompts.tobytes()))
+    image_inputs = tuple(_to_numpy(each.unsqueeze(1)) for each in (image, *adapters) if each is not None)
+    image_key = hashlib.sha256(backbone_hash.encode() + b"".join(each.tobytes() for each in image_inputs))
     inputs = tuple(_to_numpy(each) for each in graph.prompt_inputs(text))
     return Adapter(
         fingerprint=fingerprint,
@@ -34,7 +35,7 @@ def extract(model: DCAR, fingerprint: str, backbone_hash: str) -> Adapter:
         tokenizer=backbone.text_tokenizer(model.prompt_tokens),
         layout=backbone.layout,
         text_prompts=TextPrompts(inputs, graph.skipped, graph.has_weights),
-        image_prompts=image_prompts,
+        image_inputs=image_inputs,
         token_factors=_token_factors(model) if model.config.reweight.query == "predicted" else None,
         text_bottleneck=_bottleneck(model.text_adapter),
         image_bottleneck=_bottleneck(model.image_adapter),

@@ -218,10 +218,7 @@ def _load(
         model = DCAR(load_backbone(BackboneSource(name, pretrained), device), method("clip"))
         backbone_hash = model.backbone.content_hash()
         mark = fingerprint(backbone_hash, model.config, {})
-    prompt, has_prompts = model.config.prompt, model.prompts is not None
-    image_depth = prompt.depth if has_prompts and prompt.image else 0
-    text_depth = prompt.depth if has_prompts and prompt.text else 0
-    return LoadedModel(model.eval(), backbone_hash, image_depth, text_depth, mark, cache)
+    return LoadedModel(model.eval(), backbone_hash, mark, cache)
 
 
 def pick_device(device: str) -> str:

@@ -1,8 +1,9 @@
 """Queries of several adapters in one forward pass over the backbone that they share.
 
-- Prompts are inputs: each row brings its own encoder's, and gets the vector that this encoder gives alone.
-- Rows share a pass where their prompts have one shape and one runtime runs them; others follow in a pass of their own.
-- Bottlenecks are applied encoder by encoder.
+- Prompts and the blocks' adapters are inputs: each row brings its own encoder's, and gets the vector that this encoder
+  gives alone.
+- Rows share a pass where these inputs have one shape and one runtime runs them; others follow in a pass of their own.
+- Bottlenecks behind the towers are applied encoder by encoder.
 
 Letters: B rows, n tokens, E joint space.
 """
@@ -45,7 +46,7 @@ def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
 
 def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
     """Encode images -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
-    return _in_groups(rows, lambda encoder: getattr(encoder.adapter.image_prompts, "shape", None), _encode_images)
+    return _in_groups(rows, lambda encoder: tuple(x.shape for x in encoder.adapter.image_inputs), _encode_images)
 
 
 def _encode_texts(rows: Sequence[TextRow]) -> Floats:
@@ -66,9 +67,9 @@ def _encode_texts(rows: Sequence[TextRow]) -> Floats:
 
 
 def _encode_images(rows: Sequence[ImageRow]) -> Floats:
-    prompts = [each for row in rows if (each := row.encoder.adapter.image_prompts) is not None]
-    is_shared = all(each is prompts[0] for each in prompts)
-    joined = next(iter(prompts), None) if is_shared else np.concatenate(prompts, 1)
+    inputs = [row.encoder.adapter.image_inputs for row in rows]
+    is_shared = all(each is inputs[0] for each in inputs)
+    joined = inputs[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*inputs, strict=True))
     out = rows[0].encoder.runtime.image(np.stack([row.pixels for row in rows]), joined)
     for encoder, places in _by_encoder(rows):
         out[places] = encoder.adapter.adapt_images(normalize(out[places]))

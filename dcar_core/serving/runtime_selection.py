@@ -185,8 +185,7 @@ def load_ranking(loaded: LoadedModel) -> Ranking | None:
 
 def _path(loaded: LoadedModel, fingerprint: str) -> Path:
     device = loaded.backbone.device.type
-    depths = f"d{loaded.image_depth}t{loaded.text_depth}"
-    name = f"{loaded.backbone_hash[:16]}_{depths}_{device}_{torch.get_num_threads()}"
+    name = f"{loaded.backbone_hash[:16]}_{loaded.inputs}_{device}_{torch.get_num_threads()}"
     return loaded.cache / "rankings" / (f"{name}_{fingerprint[:16]}.json" if fingerprint else f"{name}.json")
 
 

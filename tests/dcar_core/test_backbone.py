@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
+from dcar_core.model.methods import method
 from dcar_core.util.errors import ModelError
 
 TEXTS = ["a red square", "x", "a much longer caption of a small green circle beside a wall"]
@@ -80,6 +81,20 @@ def test_deep_prompts_reach_the_second_block(backbone: Backbone, pixels: torch.T
         assert not torch.allclose(
             backbone.encode_image(pixels, image), backbone.encode_image(pixels, changed), atol=1e-4
         )
+
+
+def test_block_adapters_start_without_effect_and_leave_texts_alone(backbone: Backbone, pixels: torch.Tensor) -> None:
+    model = DCAR(backbone, method("block-adapters"))
+    tokens = backbone.tokenize(TEXTS)
+    assert model.text_is_frozen
+    assert not model.image_is_frozen
+    assert model.block_adapters is not None
+    with torch.no_grad():
+        stock = F.normalize(backbone.encode_image(pixels), dim=-1)
+        torch.testing.assert_close(model.encode_image(pixels), stock, rtol=0, atol=1e-6)
+        model.block_adapters.up.normal_(std=0.2)
+        assert not torch.allclose(model.encode_image(pixels), stock, atol=0.01)
+        torch.testing.assert_close(model.encode_text(tokens), F.normalize(backbone.encode_text(tokens), dim=-1))
 
 
 def test_end_of_text_survives_a_long_caption_and_a_marker_is_stripped(backbone: Backbone) -> None:

@@ -100,13 +100,21 @@ def test_tower_that_fails_its_check_is_used_without_prompts(
 
 @pytest.mark.parametrize(
     ("method", "instead"),
-    [("dcar", "dcar-text"), ("dcar+", r"dcar\+-text"), ("maple", "coop"), ("dcar-patches", "dcar-text")],
+    [
+        ("dcar", "dcar-text"),
+        ("dcar+", r"dcar\+-text"),
+        ("maple", "coop"),
+        ("dcar-patches", "dcar-text"),
+        ("block-adapters", r"dcar\+-text"),
+    ],
 )
 def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: str, instead: str) -> None:
     with pytest.raises(ModelError, match=f"which the image tower of RN50 does not have; use the method {instead}$"):
         require_runnable(METHODS[method], "text", "RN50", 76)
     for name in ("clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"):
         require_runnable(METHODS[name], "text", "RN50", 76)
+    with pytest.raises(ModelError, match=r"use the method clip-adapter$"):
+        require_runnable(METHODS["block-adapters"], "adapters", "RN50", 76)
 
 
 @pytest.mark.parametrize(("level", "method"), [("full", "dcar+"), ("text", "dcar+-text"), ("adapters", "clip-adapter")])

@@ -355,6 +355,7 @@ def test_fewer_shots_are_a_part_of_more(tiny_data: Path) -> None:
         ("coop", ("shared", "unchanged")),
         ("clip-adapter", ("shared", "matrix product")),
         ("dcar+", ("shared", "encode again")),
+        ("block-adapters", ("shared", "encode again")),
         ("lora", ("own", "encode again")),
     ],
 )

@@ -54,9 +54,7 @@ class Case:
     def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
         self.model = model
         self.adapter = extract(model, fingerprint, model.backbone.content_hash())
-        prompt = model.config.prompt
-        image, text = (prompt.depth if prompt.length and used else 0 for used in (prompt.image, prompt.text))
-        self.loaded = LoadedModel(model, model.backbone.content_hash(), image, text, fingerprint, cache)
+        self.loaded = LoadedModel(model, model.backbone.content_hash(), fingerprint, cache)
 
     def proof(self, name: str, probe: Probe) -> Proof:
         return prove(self.adapter, open_runtime(name, self.loaded), probe, reference_vectors(self.model, probe))
@@ -79,12 +77,13 @@ def require_instructions(name: str) -> None:
 
 
 PLAIN = ModelConfig(prompt=PromptConfig(length=0))
-DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=AdapterConfig(text=True, image=True))
-DEEP = DEEP.with_query_weights("predicted")
+ADAPTERS = AdapterConfig(text=True, image=True, blocks=6)
+BLOCKS = ModelConfig(prompt=PromptConfig(length=0), adapter=ADAPTERS)
+DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS).with_query_weights("predicted")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [PLAIN, ModelConfig(), DEEP], ids=["plain", "dcar", "deep"])
+@pytest.mark.parametrize("config", [PLAIN, ModelConfig(), BLOCKS, DEEP], ids=["plain", "dcar", "blocks", "deep"])
 @pytest.mark.parametrize("name", ["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
 def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
     kind = RUNTIME_KINDS[name]
@@ -129,7 +128,7 @@ def test_onnx_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
     require(RUNTIME_KINDS[name].extra)
-    first, second = (moved(tiny_model, ModelConfig(), cache, seed) for seed in (1, 2))
+    first, second = (moved(tiny_model, DEEP, cache, seed) for seed in (1, 2))
     one, other, runtime = first.adapter, second.adapter, open_runtime(name, first.loaded)
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.text_prompts.skipped :]
     weights = np.ones(tokens.shape, np.float32)
@@ -138,12 +137,13 @@ def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, n
     np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.text_prompts), atol=1e-5)
     np.testing.assert_allclose(mixed[1:], runtime.text(tokens[1:], weights[1:], other.text_prompts), atol=1e-5)
     assert np.abs(mixed[0] - mixed[2]).max() > 0.01
-    assert one.image_prompts is not None
-    assert other.image_prompts is not None
+    assert [each.shape[2] for each in one.image_inputs] == [3, 6, 6], "prompts and the adapters' matrices"
     pixels = Probe.synthetic(32, 2).pixels
-    both = runtime.image(pixels, np.concatenate([one.image_prompts, other.image_prompts], 1))
-    np.testing.assert_allclose(both[:1], runtime.image(pixels[:1], one.image_prompts), atol=1e-5)
-    np.testing.assert_allclose(both[1:], runtime.image(pixels[1:], other.image_prompts), atol=1e-5)
+    joined = zip(one.image_inputs, other.image_inputs, strict=True)
+    both = runtime.image(pixels, tuple(np.concatenate(parts, 1) for parts in joined))
+    np.testing.assert_allclose(both[:1], runtime.image(pixels[:1], one.image_inputs), atol=1e-5)
+    np.testing.assert_allclose(both[1:], runtime.image(pixels[1:], other.image_inputs), atol=1e-5)
+    assert np.abs(both[0] - runtime.image(pixels[:1], other.image_inputs)[0]).max() > 0.01
 
 
 def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path) -> None:

@@ -87,6 +87,13 @@ def check_image_prompts(image: object, pixels: Tensor) -> None:
     assert shared.grad is not None
     assert (shared.grad.abs().amax((1, 2)) > 0).all(), "both depths are reached"
     check_rows(lambda i, prompts: image.encode(pixels[i], prompts), rows)  # type: ignore[attr-defined]
+    blocks = 0.1 * torch.randn(2, image.blocks, 2, 3, width, generator=generator)  # type: ignore[attr-defined]
+    down, up = (each.clone().requires_grad_() for each in blocks.select(-3, 0))
+    image.encode(pixels, None, (down, up)).square().sum().backward()  # type: ignore[attr-defined]
+    for matrix in (down, up):
+        assert matrix.grad is not None
+        assert (matrix.grad.abs().amax((1, 2)) > 0).all(), "every block is reached"
+    check_rows(lambda i, both: image.encode(pixels[i], None, tuple(both)), blocks)  # type: ignore[attr-defined]
     with torch.no_grad():
         patches = image.patch_features(pixels)  # type: ignore[attr-defined]
     assert patches.shape == (2, image.patch_grid**2, WIDTH)  # type: ignore[attr-defined]
@@ -94,8 +101,8 @@ def check_image_prompts(image: object, pixels: Tensor) -> None:
 
 
 def check_rows(encode: object, prompts: Tensor) -> None:
-    """Prompts row by row equal separate runs."""
+    """Prompts or adapters row by row, at the last axis but two, equal separate runs."""
     with torch.no_grad():
         both = encode(slice(None), prompts)  # type: ignore[operator]
         for i in range(2):
-            close(both[i : i + 1], encode(slice(i, i + 1), prompts[:, i]))  # type: ignore[operator]
+            close(both[i : i + 1], encode(slice(i, i + 1), prompts.select(-3, i)))  # type: ignore[operator]

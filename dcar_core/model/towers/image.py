@@ -1,6 +1,6 @@
 """Image towers: pixels -> embed -> run with prompts -> pool -> project.
 
-- Prompts are appended behind the patches and leave before the last norm and the pooling.
+- Prompts are appended behind the patches and leave before the last norm and the pooling; adapters follow each block.
 - `NativeImage` is open_clip's transformer, `TimmImage` timm's ViT and Eva, `WholeImage` any encoder, unprompted.
 
 Letters: B batch, P patches, k prompt vectors, S side in pixels, W_v width, E joint space.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcar_core.model.towers.prompt_rows import PromptRows
+from dcar_core.model.towers.prompt_rows import AdapterMatrices, PromptRows
 from dcar_core.model.towers.text import project_by
 
 _SQUARE = 32  # pixels a side of the squares that an encoder without patches is explained by
@@ -22,23 +22,26 @@ class ImageTower:
     """A frozen image encoder.
 
     width: W_v of its patches and prompts; 0 where it has no rows that prompts could join.
+    blocks: D, the number of its transformer blocks; 0 where `width` is.
     patch_grid: patches a side.
     module: open_clip's module that it runs.
     """
 
     width: int
+    blocks: int
     patch_grid: int
     module: Any
 
-    def encode(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None) -> Tensor:
         """Image features (B, E), not normalised.
 
         Args:
             pixels: float32 (B, 3, S, S), normalised as `Preprocess.normalize` does.
             prompts: (depth, k, W_v) for all rows or (depth, B, k, W_v) row by row.
+            adapters: behind each block; see `PromptRows`.
         """
         x = self.embed(pixels)
-        rows = PromptRows(prompts, x.shape[1])
+        rows = PromptRows(prompts, x.shape[1], adapters)
         return self.project(self.pool(self.run(rows.enter(x, self.prepare_prompts), rows)))
 
     def patch_features(self, pixels: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ class NativeImage(ImageTower):
 
     def __init__(self, visual: Any) -> None:
         self.module = visual
-        self.width = int(visual.conv1.out_channels)
+        self.width, self.blocks = int(visual.conv1.out_channels), len(visual.transformer.resblocks)
         self.patch_grid = int(visual.grid_size[0])
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ class TimmImage(ImageTower):
     def __init__(self, visual: Any) -> None:
         self.module = visual
         trunk = visual.trunk
-        self.width = int(trunk.embed_dim)
+        self.width, self.blocks = int(trunk.embed_dim), len(trunk.blocks)
         self.patch_grid = int(trunk.patch_embed.grid_size[0])
         self.has_rope = getattr(trunk, "rope", None) is not None
         self.is_eva = type(trunk).__name__ == "Eva"
@@ -153,15 +156,15 @@ def _with_unturned_rows(rope: Tensor, count: int) -> Tensor:
 class WholeImage(ImageTower):
     """An image encoder as it is, without prompts: ResNet, ConvNeXt, FastViT, Swin."""
 
-    width = 0
+    width = blocks = 0
 
     def __init__(self, clip: Any, size: int) -> None:
         self.module = clip
         self.patch_grid = max(1, size // _SQUARE)
 
-    def encode(self, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
-        if prompts is not None:
-            raise ValueError("this image tower has no rows that prompts could join")
+    def encode(self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None) -> Tensor:
+        if prompts is not None or adapters is not None:
+            raise ValueError("this image tower has no rows that prompts could join, and no blocks for adapters")
         return self.module.encode_image(pixels, normalize=False)  # type: ignore[no-any-return]
 
     def patch_features(self, pixels: Tensor) -> Tensor:

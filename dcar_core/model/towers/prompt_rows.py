@@ -1,19 +1,23 @@
-"""Prompt rows: enter a sequence, are renewed before the first blocks, and leave it again."""
+"""What a model adds to a tower's sequence: prompt rows before its blocks, adapters behind them."""
 
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+AdapterMatrices = tuple[Tensor, Tensor]
 
 
 class PromptRows:
     """Prompts in the rows [start, start + k) of a sequence; the first `depth` blocks see prompts of their own.
 
     prompts: (depth, k, W) for all rows of a batch or (depth, B, k, W) row by row; None without prompts.
+    adapters: the lower and the upper matrices of a bottleneck behind each block, each (D, r, W) or (D, B, r, W).
     """
 
-    def __init__(self, prompts: Tensor | None, start: int) -> None:
-        self.prompts, self.start = prompts, start
+    def __init__(self, prompts: Tensor | None, start: int, adapters: AdapterMatrices | None = None) -> None:
+        self.prompts, self.start, self.adapters = prompts, start, adapters
         self.count = 0 if prompts is None else prompts.shape[-2]
 
     def enter(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = lambda prompts: prompts) -> Tensor:
@@ -25,8 +29,16 @@ class PromptRows:
     def run(self, x: Tensor, blocks: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
         """Run the blocks over (B, n + k, W), with fresh prompts before each of the first `depth`."""
         for i, block in enumerate(blocks):
-            x = block(self.renew(x, i))
+            x = self.adapt(block(self.renew(x, i)), i)
         return x
+
+    def adapt(self, x: Tensor, block: int) -> Tensor:
+        """Apply the adapter behind this block, a residual bottleneck on normalised rows."""
+        if self.adapters is None:
+            return x
+        down, up = (each[block] for each in self.adapters)  # [r, W] or [B, r, W]
+        width = int(x.shape[-1])  # a constant in exports
+        return x + F.relu(F.layer_norm(x, (width,)) @ down.transpose(-2, -1)) @ up
 
     def renew(self, x: Tensor, block: int) -> Tensor:
         """Replace the prompts' rows before this block, if it has prompts of its own."""
