@@ -58,8 +58,8 @@ class AttentionBlock(nn.Module):
 class ImageGraph(nn.Module):
     """(pixels, prompts, down, up) -> image features (B, E), not normalised.
 
-    depth: of the prompts that an export is made for, 0 for none; eager, any other than 0 will do.
-    has_adapters: True if the blocks have adapters, whose matrices are the last two inputs.
+    depth, has_adapters: of the prompts that an export is made for, 0 for none, and whether its blocks have adapters;
+        eager, any inputs will do.
     """
 
     scale: Tensor
@@ -82,10 +82,11 @@ class ImageGraph(nn.Module):
         """
         Args:
             pixels: uint8 (B, 3, S, S).
-            inputs: prompts (depth, R, k, W_v), then two matrices (D, R, r, W_v), each if there are some.
+            inputs: prompts (depth, R, k, W_v), then both matrices (D, R, r, W_v) of adapters, each if there are some.
         """
-        adapters = (inputs[-2], inputs[-1]) if self.has_adapters else None
-        return self.tower.encode(self.normalized(pixels), inputs[0] if self.depth else None, adapters)
+        prompts = inputs[0] if len(inputs) % 2 else None
+        adapters = (inputs[-2], inputs[-1]) if len(inputs) > 1 else None
+        return self.tower.encode(self.normalized(pixels), prompts, adapters)
 
     def example(self) -> tuple[tuple[Tensor, ...], list[list[int]]]:
         """Inputs to trace the graph with, and their shapes with -1 for what may change."""

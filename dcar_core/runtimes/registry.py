@@ -140,7 +140,7 @@ def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
         where = "a GPU (--device cuda)" if kind.on == "cuda" else "the processor (--device cpu)"
         raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
     _require_instructions(kind)
-    inputs = loaded.inputs if kind.extra else f"{loaded.image_depth > 0} {loaded.has_adapters}"  # any other depth
+    inputs = loaded.inputs if kind.extra else "any"
     key = f"{name} {inputs} {loaded.fingerprint if name == 'openvino-int8' else ''}"
     if key not in opened:
         opened[key] = _open_torch(kind, loaded) if kind.extra is None else _open_on_export(kind, loaded)

@@ -24,6 +24,7 @@ from dcar_core.training.prepared_split import prepare_split
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
 SAME = {"a": ModelConfig(), "b": ModelConfig().with_query_weights("predicted")}
 ADAPTED = {"c": replace(ModelConfig(), adapter=AdapterConfig(text=True, image=True))}
+BLOCKS = {name: replace(ModelConfig(), adapter=AdapterConfig(image=True, blocks=4)) for name in "de"}
 SHAPES = {
     "deep": ModelConfig(prompt=PromptConfig(depth=2)),
     "short": ModelConfig(prompt=PromptConfig(length=2)),
@@ -37,14 +38,15 @@ def encoders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Different in all that may differ, on one backbone."""
     root = tmp_path_factory.mktemp("mixed")
     backbone = load_backbone(BackboneSource(str(tiny_model)))
-    for seed, (name, config) in enumerate((SAME | ADAPTED | SHAPES).items()):
+    configs = SAME | ADAPTED | SHAPES | BLOCKS
+    for seed, (name, config) in enumerate(configs.items()):
         torch.manual_seed(seed)
         model = DCAR(backbone, config)
         with torch.no_grad():
             for _, parameter in model.trainables():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         save_checkpoint(model, root / name)
-    loaded = {name: Encoder.load(root / name, device="cpu", backbone=backbone) for name in SAME | ADAPTED | SHAPES}
+    loaded = {name: Encoder.load(root / name, device="cpu", backbone=backbone) for name in configs}
     assert len({id(encoder.model.backbone) for encoder in loaded.values()}) == 1
     return loaded
 
@@ -66,7 +68,7 @@ def counted(runtime: Runtime, name: str) -> Iterator[list[int]]:
         delattr(runtime, name)
 
 
-@pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), (["a", "b", *SHAPES], 3)])
+@pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abcde", 1), (["a", "b", *SHAPES], 3)])
 def test_mixed_text_rows_equal_each_encoder_alone(
     encoders: dict[str, Encoder], names: list[str], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +82,9 @@ def test_mixed_text_rows_equal_each_encoder_alone(
         np.testing.assert_allclose(vector, row.encoder.encode_text([row.text])[0], atol=2e-6)
 
 
-@pytest.mark.parametrize(("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), (["a", "c", *SHAPES], 4)])
+@pytest.mark.parametrize(
+    ("names", "passes"), [("a", 1), ("ab", 1), ("abc", 1), ("de", 1), ("ade", 2), (["a", "c", *SHAPES], 4)]
+)
 def test_mixed_image_rows_equal_each_encoder_alone(encoders: dict[str, Encoder], names: list[str], passes: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
     rows = [ImageRow(encoders[name], each) for each in pixels for name in names]
