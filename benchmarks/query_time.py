@@ -1,4 +1,4 @@
-"""Text encoding time of adapted models as a ratio to plain CLIP: the cost of prompts and token weights at query time.
+"""Encoding time of adapted models as a ratio to plain CLIP: the cost of prompts, adapters and token weights in use.
 
     python benchmarks/query_time.py                     # random ViT-B/32, batches of 1 and of 32
 
@@ -11,8 +11,12 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -30,16 +34,24 @@ QUERIES = (
 )
 
 
-def seconds_per_call(encoder: Encoder, texts: list[str], repeat: int) -> float:
-    """Return the mean seconds of encoding `texts`."""
+def seconds_per_call(encode: Callable[[], Any], repeat: int) -> float:
+    """Return the mean seconds of a call."""
     started = time.perf_counter()
     for _ in range(repeat):
-        encoder.encode_text(texts)  # copies to the CPU, which waits for the GPU
+        encode()  # copies to the CPU, which waits for the GPU
     return (time.perf_counter() - started) / repeat
 
 
+def call(encoder: Encoder, text: str | None, batch: int) -> Callable[[], Any]:
+    """Return the call that encodes a batch of a text, or of images without one."""
+    size = encoder.preprocess.size
+    if text is None:
+        return partial(encoder.encode_pixels, np.zeros((batch, 3, size, size), np.uint8))
+    return partial(encoder.encode_text, [text] * batch)
+
+
 def main() -> None:
-    """Print one line for each query and batch size."""
+    """Print one line for each query, and one for an image, and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32-quickgelu")
     parser.add_argument(
@@ -63,21 +75,21 @@ def main() -> None:
             save_checkpoint(seeded_model(backbone, config, 0), Path(folder) / name)
             encoders[name] = Encoder.load(Path(folder) / name, device=str(backbone.device), backbone=backbone)
     print(f"{args.model}, {backbone.device}, {torch.get_num_threads()} threads, {args.rounds} rounds\n")
-    print("| queries | words | plain CLIP, ms |", " | ".join(f"{n}, ratio" for n in names[1:]), "|")
+    print("| batch | of | plain CLIP, ms |", " | ".join(f"{n}, ratio" for n in names[1:]), "|")
     print("| --- " * (2 + len(names)) + "|")
+    cases: list[str | None] = [*QUERIES, None]
     for batch in (1, 32):
-        for query in QUERIES:
-            texts, repeat = [query] * batch, 5 if batch == 1 else 1
-            for encoder in encoders.values():
-                seconds_per_call(encoder, texts, 2)  # warm-up
+        for query in cases:
+            calls, repeat = {name: call(encoder, query, batch) for name, encoder in encoders.items()}, 5 // batch or 1
+            for encode in calls.values():
+                seconds_per_call(encode, 2)  # warm-up
             rounds = [
-                {name: seconds_per_call(encoder, texts, repeat) for name, encoder in encoders.items()}
-                for _ in range(args.rounds)
+                {name: seconds_per_call(encode, repeat) for name, encode in calls.items()} for _ in range(args.rounds)
             ]
             plain = statistics.median(times["clip"] for times in rounds)
             ratios = [statistics.median(times[name] / times["clip"] for times in rounds) for name in names[1:]]
-            cells = [f"{batch}", f"{len(query.split())}", f"{1000 * plain:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            label = "images" if query is None else f"texts of {len(query.split())} words"
+            print(f"| {batch} | {label} | {1000 * plain:.1f} | {' | '.join(f'{r:.2f}' for r in ratios)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_training_cost_prints_its_table(tiny_model: Path) -> None:
 def test_query_time_prints_its_table(tiny_model: Path) -> None:
     done = run("query_time.py", "--model", tiny_model, "--methods", "dcar", "--rounds", "1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n| ") == 10  # a head, a line, and four queries alone and in batches
+    assert done.stdout.count("\n| ") == 12  # a head, a line, and four queries and images alone and in batches
 
 
 def test_published_table_is_printed_beside_ours(tmp_path: Path) -> None:
