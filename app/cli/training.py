@@ -70,7 +70,7 @@ def train(
     negatives: Negatives = "auto",
     taxonomy: Taxonomy = None,
 ) -> None:
-    """Adapt CLIP to a domain: learn a few hundred KB of prompts and adapters, keep the best epoch by validation recall.
+    """Adapt CLIP to a domain: learn a few MB of prompts and adapters, keep the best epoch by validation recall.
 
     The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
     good; the checkpoint is written nevertheless. An interrupted run resumes with the same command.
