@@ -55,7 +55,7 @@ class ExportKey:
     fingerprint: str = ""
 
     def directory(self, cache: Path) -> Path:
-        inputs = f"d{self.depth}" + f"t{self.text_depth}" * (self.text_depth > 0) + "a" * self.has_adapters
+        inputs = f"d{self.depth}t{self.text_depth}" + ("a" if self.has_adapters else "")
         parts = [self.backbone[:16], inputs, self.runtime, self.library.replace(" ", "-"), f"g{GRAPHS}"]
         return cache / "exports" / "_".join([*parts, self.fingerprint[:16]] if self.fingerprint else parts)
 

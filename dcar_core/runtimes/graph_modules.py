@@ -91,7 +91,7 @@ class ImageGraph(nn.Module):
     def example(self) -> tuple[tuple[Tensor, ...], list[list[int]]]:
         """Inputs to trace the graph with, and their shapes with -1 for what may change."""
         pixels = torch.zeros(2, 3, self.size, self.size, dtype=torch.uint8)
-        counts = [self.depth] * bool(self.depth) + [self.tower.blocks] * (2 * self.has_adapters)
+        counts = [*([self.depth] if self.depth else []), *([self.tower.blocks] * 2 if self.has_adapters else [])]
         inputs = (torch.zeros(count, 1, 2, self.tower.width) for count in counts)
         shapes = [[-1, 3, self.size, self.size], *([count, -1, -1, self.tower.width] for count in counts)]
         return (pixels, *inputs), shapes

@@ -84,7 +84,7 @@ class LoadedModel:
     @property
     def inputs(self) -> str:
         """What the graphs take besides tokens and pixels, as a part of names."""
-        return f"d{self.image_depth}t{self.text_depth}" + "a" * self.has_adapters
+        return f"d{self.image_depth}t{self.text_depth}" + ("a" if self.has_adapters else "")
 
     @property
     def backbone(self) -> "Backbone":
