@@ -129,12 +129,15 @@ class Artifact(Segments):
         """The model that encoded the vectors, for `Encoder.load`."""
         return self.path / CHECKPOINT
 
-    def search(self, vectors: Floats, k: int, allowed: Mask | Rows | None = None) -> ScoredRows:
+    def search(
+        self, vectors: Floats, k: int, allowed: Mask | Rows | None = None, *, is_narrow: bool = False
+    ) -> ScoredRows:
         """Return the k best rows for each query.
 
         Args:
             vectors: float32 (n, E), L2-normalised.
             allowed: the rows that may be found, as row numbers or as bool (rows,); None for all.
+            is_narrow: as in `VectorIndex.search`.
 
         Returns:
             scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer than k.
@@ -148,7 +151,8 @@ class Artifact(Segments):
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        return super().search(vectors, k, None if allowed is None else _as_mask(allowed, self.rows))
+        mask = None if allowed is None else _as_mask(allowed, self.rows)
+        return super().search(vectors, k, mask, is_narrow=is_narrow)
 
     def item(self, row: int) -> Item:
         """Return one item; those of recent searches are cached. Raise IndexError if the row is unknown or removed."""

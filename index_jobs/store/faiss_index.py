@@ -28,12 +28,13 @@ class VectorIndex(Protocol):
     def count(self) -> int: ...
     @property
     def dim(self) -> int: ...
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query.
 
         Args:
             vectors: float32 (n, E).
             mask: bool (count,), the rows that may be found; None for all.
+            is_narrow: without a mask, search no wider than for a few results; more of the last ones are missed.
 
         Returns:
             scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer than k.
@@ -79,12 +80,13 @@ class FaissIndex:
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {_reason(error)}") from error
 
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """As `VectorIndex.search`."""
         vectors = np.ascontiguousarray(vectors, np.float32)
         selection = None if mask is None else self._select(mask)
         if selection is None or selection.is_everything:
-            return self._wide_search.search(vectors, k, self._unfiltered if k <= MAX_K else self._index)
+            tuned_index = self._unfiltered if k <= MAX_K else self._index
+            return self._wide_search.search(vectors, k, tuned_index, is_narrow=is_narrow)
         return search_selection(self._index, vectors, k, selection)
 
     @cached_property
@@ -102,11 +104,13 @@ class FaissIndex:
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
+        import faiss
+
         try:
             vectors: Floats = self._index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
         except RuntimeError as error:
             raise ArtifactError(f"this kind of index cannot reconstruct a vector: {_reason(error)}") from error
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        faiss.normalize_L2(vectors)
         return vectors
 
 

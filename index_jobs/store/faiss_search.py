@@ -1,7 +1,7 @@
 """Searches of a FAISS index among all rows, or among a selection of rows.
 
 - Graphs and inverted lists are tuned for ten results. A graph returns no more rows than it keeps on its way, lists no
-  more than they hold, so more results need a wider search.
+  more than they hold, so more results need a wider search. A narrow search returns what one for fewer comes across.
 - A search among selected rows visits as many of them as an unfiltered search visits rows, so it is wider. It requests
   twice the results that evenly spread rows need and drops those that are not selected.
 - A query with too few selected rows among those has most of them far away. Its search widens further, with one bit for
@@ -20,6 +20,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 _TUNED_FOR = 12  # results that tuning covers: ten, and two that show whether there are more, or equal ones
+_NARROW = 16  # results that a narrow search is wide enough for
 _VISITED = 4  # rows to visit for each result
 _GRAPH_RESERVE = 1.2  # factor on the width of a graph's first search among selected rows
 _GRAPH_COST = 4  # cost of a vector reached through the graph, in vectors compared sequentially
@@ -78,7 +79,7 @@ class WideSearch:
         rows = _VISITED * k
         return -(-rows * self._list_count // self._row_count) if self._list_count else round(rows * self._factor)
 
-    def search(self, vectors: Floats, k: int, tuned_index: Any) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, tuned_index: Any, *, is_narrow: bool = False) -> ScoredRows:
         """Search as `VectorIndex.search` does.
 
         Args:
@@ -89,7 +90,7 @@ class WideSearch:
             scores, rows = tuned_index.search(vectors, k)
         else:
             power = 1 << (k - 1).bit_length()  # most pages of one result list are then searched alike
-            width = max(self.tuned, min(self.maximum, self._width_for(power)))
+            width = max(self.tuned, min(self.maximum, self._width_for(_NARROW if is_narrow else power)))
             scores, rows = _search(self._index, vectors, k, width)
         while width < self.maximum and k <= self._row_count and (short := rows[:, -1] < 0).any():
             width = min(2 * width, self.maximum)

@@ -98,7 +98,7 @@ class MilvusIndex:
                 f"collection {self._name} holds {count:,} vectors, not {self.count:,}; roll back, or rebuild the index"
             )
 
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """As `VectorIndex.search`.
 
         A filter that names thousands of rows is slow in Milvus. A mask that allows many rows is therefore applied to a

@@ -56,16 +56,16 @@ class Segments:
         mask.flags.writeable = False
         return mask
 
-    def search(self, vectors: Floats, k: int, mask: Mask | None) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, mask: Mask | None, *, is_narrow: bool = False) -> ScoredRows:
         """Search the rows that were not removed, as `VectorIndex.search` does."""
         if len(self._removed):
             mask = self.live if mask is None else mask & self.live
         if len(self.segments) == 1:
-            return self.segments[0].vectors.search(vectors, k, mask)
+            return self.segments[0].vectors.search(vectors, k, mask, is_narrow=is_narrow)
         scores, rows = [], []
         for segment, (start, stop) in zip(self.segments, pairwise(self._starts), strict=True):
             segment_mask = None if mask is None else mask[start:stop]
-            segment_scores, places = segment.vectors.search(vectors, k, segment_mask)
+            segment_scores, places = segment.vectors.search(vectors, k, segment_mask, is_narrow=is_narrow)
             scores.append(segment_scores)
             rows.append(np.where(places >= 0, places + start, -1))
         return merge_top_k(scores, rows, k)

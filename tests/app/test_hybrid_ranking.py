@@ -46,8 +46,8 @@ class Rows:
         self._columns = columns
         self.sample_vectors = vectors[:50]
 
-    def search(self, vectors: np.ndarray, k: int, allowed: Any = None) -> Any:
-        return self._faiss.search(vectors, k, allowed)
+    def search(self, vectors: np.ndarray, k: int, allowed: Any = None, *, is_narrow: bool = False) -> Any:
+        return self._faiss.search(vectors, k, allowed, is_narrow=is_narrow)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         return self._faiss.vectors(rows)

@@ -73,7 +73,9 @@ class Exact:
     def __init__(self, vectors: np.ndarray) -> None:
         self._vectors, self.rows, self.asked = vectors, len(vectors), 0
 
-    def search(self, vector: np.ndarray, k: int, allowed: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, vector: np.ndarray, k: int, allowed: Any = None, *, is_narrow: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         self.asked = k
         scores = (self._vectors * vector).sum(1)  # row by row: equal vectors get equal scores
         shuffled = np.random.default_rng(k).permutation(self.rows)

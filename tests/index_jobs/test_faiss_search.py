@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -88,6 +89,26 @@ def test_many_results_are_complete_and_near(kind: str, width: int, recall: float
         found = np.mean([len(set(a) & set(b)) / k for a, b in zip(rows.tolist(), nearest[:, :k].tolist(), strict=True)])
         assert found >= recall, k
     assert (index.search(queries, COUNT + 1)[1][:, -1] == -1).all(), "there are no more"
+
+
+@pytest.mark.parametrize("kind", ["HNSW16", "IVF32,Flat"])
+def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
+    kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]
+) -> None:
+    index, queries = FaissIndex(built(kind)), vectors[:20] + 0.02
+    counters: Any = faiss.cvar
+    stats = counters.hnsw_stats if kind.startswith("HNSW") else counters.indexIVF_stats
+
+    def compared(k: int, *, is_narrow: bool = False) -> tuple[int, NDArray[np.int64]]:
+        stats.reset()
+        rows = index.search(queries, k, is_narrow=is_narrow)[1]
+        return stats.ndis, rows
+
+    few, best = compared(16)
+    narrow, rows = compared(100, is_narrow=True)
+    assert narrow == few < compared(400)[0]
+    assert all(set(a) <= set(b) for a, b in zip(best.tolist(), rows.tolist(), strict=True))
+    assert all(len(set(found) - {-1}) == 100 for found in rows.tolist())
 
 
 def test_more_results_than_a_gpu_gives_come_from_the_processor(

@@ -6,6 +6,8 @@
   `highest_unseen`, which tells the caller whether to request more.
 - Words that `_TEXT_ROWS` items or more contain are ranked approximately: among the rows of the highest cosines, whose
   number is the same for every page of about the same depth, and the `_COMMON_TEXT_ROWS` best rows by their rarer words.
+- The first pages of such words need many rows of high cosines, though not exactly the highest. Without a filter, a
+  narrow search finds twice as many in less time.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 
 _TEXT_ROWS = 512  # rows of a query's words up to which the cosines of all are computed
-_COMMON_TEXT_ROWS = 128  # rows of more common words whose cosines are computed
+_COMMON_TEXT_ROWS = 256  # rows of more common words whose cosines are computed
 _COMMON_WIDTH = 64  # least number of cosines that common words are looked up among
 
 
@@ -52,9 +54,11 @@ class Candidates:
     highest_unseen_cosine: float
 
 
-def vector_candidates(artifact: Artifact, vector: Floats, width: int, mask: Mask | None) -> Candidates:
+def vector_candidates(
+    artifact: Artifact, vector: Floats, width: int, mask: Mask | None, *, is_narrow: bool = False
+) -> Candidates:
     """Return the `width` rows with the highest cosines."""
-    scores, rows = artifact.search(vector[None], width, mask)  # [1, width], [1, width]
+    scores, rows = artifact.search(vector[None], width, mask, is_narrow=is_narrow)  # [1, width], [1, width]
     last = float(scores[0, -1]) if rows[0, -1] >= 0 else -np.inf
     found = rows[0] >= 0
     cosines = scores[0][found]
@@ -83,15 +87,18 @@ def hybrid_candidates(
     is_text_complete = lexical.count_matches(query.text) < _TEXT_ROWS
     limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
     text_scores, text_rows = lexical.search(query.text, limit, allowed, by_rare_terms=not is_text_complete)
+    is_narrow = not is_text_complete and allowed is None and width <= _COMMON_WIDTH
     if not is_text_complete:
-        width = min(max(_COMMON_WIDTH, 1 << (width - 1).bit_length()), artifact.rows)
-    near = vector_candidates(artifact, vector, width, mask)
-    is_same = near.rows[:, None] == text_rows  # [near, text]
-    near_scores = is_same @ text_scores
-    if not is_text_complete:  # otherwise the other rows contain no word
-        unscored = ~is_same.any(1)
-        near_scores[unscored] = lexical.score(query.text, near.rows[unscored])
-    is_far = ~is_same.any(0)
+        wide = 1 << (max(width, _COMMON_WIDTH) - 1).bit_length()
+        width = min(2 * _COMMON_WIDTH if is_narrow else wide, artifact.rows)
+    near = vector_candidates(artifact, vector, width, mask, is_narrow=is_narrow)
+    if is_text_complete:
+        is_same = near.rows[:, None] == text_rows  # [near, text]
+        near_scores, is_far = is_same @ text_scores, ~is_same.any(0)
+    else:
+        near_scores = lexical.score(query.text, near.rows)
+        sorted_rows = np.sort(near.rows)
+        is_far = sorted_rows[np.searchsorted(sorted_rows, text_rows, side="right") - 1] != text_rows
     far_rows = text_rows[is_far]
     far_cosines = row_vectors(artifact, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))

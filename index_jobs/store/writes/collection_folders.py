@@ -40,7 +40,9 @@ class EmptyArtifact(Artifact):
         )  # fmt: skip
         Segments.__init__(self, [], np.empty(0, np.int64))
 
-    def search(self, vectors: Floats, k: int, allowed: Mask | Rows | None = None) -> ScoredRows:
+    def search(
+        self, vectors: Floats, k: int, allowed: Mask | Rows | None = None, *, is_narrow: bool = False
+    ) -> ScoredRows:
         """Find nothing."""
         shape = (len(vectors), k)
         return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
