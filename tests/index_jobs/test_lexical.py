@@ -87,6 +87,14 @@ def test_scores_of_given_rows_equal_those_of_a_search(lexical: LexicalIndex) -> 
     np.testing.assert_allclose(lexical.score("red fire car", order), expected[order], rtol=1e-6)
 
 
+def test_a_search_that_is_repeated_is_not_made_again(lexical: LexicalIndex) -> None:
+    first = lexical.search("red car", 2)
+    assert lexical.search("red car", 2) is first
+    assert len(lexical.search("red car", 1)[1]) == 1
+    none = lexical.search("red car", 2, np.zeros(len(lexical), np.bool_))
+    assert not len(none[1]), "rows of a filter are looked up each time"
+
+
 def test_scores_from_the_lists_of_terms_equal_those_of_tantivy(tmp_path: Path) -> None:
     generator = random.Random(0)
     words = [

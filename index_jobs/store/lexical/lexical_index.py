@@ -16,6 +16,7 @@ import math
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ _HEAP_BYTES = 128_000_000  # of the writer; a segment is written when it is full
 _FUZZY_FROM = 4  # characters of a term that may match others one edit away
 _FUZZY_SCORE = 0.5
 _COMMON_SHARE = 0.05  # of the items, from which on a term is common
+_CACHED_QUERIES = 1000  # with their results, about 6 kB each
 _SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
 
 
@@ -143,7 +145,8 @@ class LexicalIndex:
             except ValueError as error:
                 raise ArtifactError(f"{path} cannot be read: {error}") from error
         self._schema = index.schema
-        self._last: tuple[str, _ParsedQuery] | None = None
+        self._parse = lru_cache(_CACHED_QUERIES)(self._parse_new)
+        self._search_all = lru_cache(_CACHED_QUERIES)(self._search)
         self._lists = TermLists.open(path)
         if self._lists is not None and len(self._lists) != len(self):
             raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
@@ -162,8 +165,14 @@ class LexicalIndex:
                 That takes a tenth of the time; a row that only contains common terms is missed.
 
         Returns:
-            scores float32 (m,), best first, and rows int64 (m,), with m at most k.
+            scores float32 (m,), best first, and rows int64 (m,), with m at most k. Without `allowed` they are cached:
+            do not change them.
         """
+        if allowed is None:
+            return self._search_all(text, k, by_rare_terms)
+        return self._search(text, k, by_rare_terms, allowed)
+
+    def _search(self, text: str, k: int, by_rare_terms: bool, allowed: Mask | None = None) -> tuple[Floats, Rows]:
         query = self._parse(text)
         if query.whole is None:
             return np.empty(0, np.float32), np.empty(0, np.int64)
@@ -192,13 +201,6 @@ class LexicalIndex:
         terms = query_terms(text)
         known = sum(self._searcher.doc_freq(_TERMS, term) > 0 for term in terms)
         return known / len(terms) if terms else 1.0
-
-    def _parse(self, text: str) -> _ParsedQuery:
-        """Parse a query, or return the last one again, which a search needs several times."""
-        last = self._last
-        if last is None or last[0] != text:
-            self._last = last = (text, self._parse_new(text))
-        return last[1]
 
     def _parse_new(self, text: str) -> _ParsedQuery:
         import tantivy
@@ -245,9 +247,9 @@ class LexicalIndex:
 
     def _hits(self, query: Any, limit: int, best: float) -> tuple[Floats, Rows]:
         hits = self._searcher.search(query, limit, count=False).hits
-        scores = np.array([score for score, _ in hits], np.float32)
-        rows = np.array(self._searcher.fast_field_values(_ROW, [address for _, address in hits]), np.int64)
-        return scores / np.float32(best), rows
+        scores, addresses = zip(*hits, strict=True) if hits else ((), ())
+        rows = np.array(self._searcher.fast_field_values(_ROW, list(addresses)), np.int64)
+        return np.array(scores, np.float32) / np.float32(best), rows
 
 
 def _best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
