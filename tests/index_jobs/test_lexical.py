@@ -1,10 +1,12 @@
 """The lexical index: analysis, scores, updates, and what it writes."""
 
 import errno
+import gc
 import json
 import os
 import random
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,19 @@ def test_a_search_that_is_repeated_is_not_made_again(lexical: LexicalIndex) -> N
     assert len(lexical.search("red car", 1)[1]) == 1
     none = lexical.search("red car", 2, np.zeros(len(lexical), np.bool_))
     assert not len(none[1]), "rows of a filter are looked up each time"
+
+
+def test_an_index_that_is_no_longer_used_is_released_at_once(tmp_path: Path) -> None:
+    write_lexical(tmp_path / "lexical", TEXTS)
+    index = LexicalIndex(tmp_path / "lexical")
+    index.search("red car", 3)
+    released = weakref.ref(index)
+    gc.disable()
+    try:
+        del index
+        assert released() is None
+    finally:
+        gc.enable()
 
 
 def test_scores_from_the_lists_of_terms_equal_those_of_tantivy(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@
 import json
 import math
 import tempfile
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -145,8 +146,9 @@ class LexicalIndex:
             except ValueError as error:
                 raise ArtifactError(f"{path} cannot be read: {error}") from error
         self._schema = index.schema
-        self._parse = lru_cache(_CACHED_QUERIES)(self._parse_new)
-        self._search_all = lru_cache(_CACHED_QUERIES)(self._search)
+        me: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep the files of an older version open
+        self._parse = lru_cache(_CACHED_QUERIES)(lambda text: me._parse_new(text))
+        self._search_all = lru_cache(_CACHED_QUERIES)(lambda text, k, by_rare: me._search(text, k, by_rare))
         self._lists = TermLists.open(path)
         if self._lists is not None and len(self._lists) != len(self):
             raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
