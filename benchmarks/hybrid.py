@@ -30,6 +30,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+from index_material import read_whole
 from load import connect, text_request
 from service import made_index, serving
 
@@ -150,9 +151,7 @@ def measure_service(items: int, work: Path) -> None:
     """Print a table: new and cached texts of several numbers of words, and each way of searching."""
     index, texts = make_served(items, work)
     for file in index.rglob(VECTORS):  # into memory, where those of a running service are
-        with file.open("rb") as opened:
-            while opened.read(1 << 24):
-                pass
+        read_whole(file)
     generator = random.Random(1)
 
     def draw(words: int) -> list[str]:

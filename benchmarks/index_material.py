@@ -174,3 +174,10 @@ def count_hits(found: Rows, exact: Rows) -> float:
     """Return the recall of rows (q, 10); -1 stands for none."""
     hits = sum(len(np.intersect1d(a, b[b >= 0])) for a, b in zip(found, exact, strict=True))
     return hits / int((exact >= 0).sum())
+
+
+def read_whole(file: Path) -> None:
+    """Read a file, so that its pages are in memory when it is mapped."""
+    with file.open("rb") as opened:
+        while opened.read(1 << 24):
+            pass
