@@ -176,10 +176,10 @@ def _parse_collections(options: list[str]) -> dict[str, Path] | None:
 
 def serve_index(**flags: object) -> None:
     """Serve with the settings of flags and the environment."""
-    # Before NumPy is loaded: its products are small here, and beside a busy model two threads take up to twenty times
-    # as long as one.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from threadpoolctl import threadpool_limits
+
     from app.core.settings import load_settings
     from app.server import serve as run
 
+    threadpool_limits(1, "blas")  # products are small here; beside a busy model two threads take longer than one
     run(load_settings(**flags))

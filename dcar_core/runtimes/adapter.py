@@ -4,15 +4,18 @@ texts -> tokens and weights ----> runtime.text  --> normalise --> text bottlenec
 pixels -------------------------> runtime.image --> normalise --> image bottleneck --> vectors
 
 `serving.adapter_extraction` computes an adapter from a model; `serving.adapter_cache` keeps it for later starts.
-Bottlenecks are small and are applied here, outside of any exported graph.
+Bottlenecks are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further ones
+would wait busily for the next product and take the cores from the towers.
 
 Letters: V tokens of the vocabulary, H a bottleneck's inner width; others as in `runtimes.protocol`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.layout import TextLayout
@@ -33,8 +36,9 @@ class Bottleneck:
 
     def __call__(self, features: Floats) -> Floats:
         """(n, E) -> (n, E), normalised."""
-        inner = np.maximum(features @ self.down.T + self.down_bias, 0)
-        return normalize(features + inner @ self.up.T + self.up_bias)
+        with _numpy_threads().limit(limits=1, user_api="blas"):
+            inner = np.maximum(features @ self.down.T + self.down_bias, 0)
+            return normalize(features + inner @ self.up.T + self.up_bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +138,11 @@ def text_lengths(layout: TextLayout, tokens: TokenIds) -> Rows:
         return np.full(len(tokens), tokens.shape[1], np.int64)
     lengths: Rows = layout.lengths(tokens)
     return lengths
+
+
+@cache
+def _numpy_threads() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def normalize(vectors: Floats) -> Floats:

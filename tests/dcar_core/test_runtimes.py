@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes import equality_proof
+from dcar_core.runtimes.adapter import Bottleneck
 from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
 from dcar_core.runtimes.int8_calibration import CalibrationData, calibrate
@@ -157,6 +159,24 @@ def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path
     probe = Probe.synthetic(32)
     runtime = open_runtime("openvino", first.loaded)
     assert prove(longer.adapter, runtime, probe, reference_vectors(longer.model, probe)).holds
+
+
+def test_bottlenecks_leave_no_thread_of_blas_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+
+    def noted(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        found.extend(library.num_threads for library in blas().lib_controllers)
+        return vectors
+
+    def blas() -> ThreadpoolController:
+        return ThreadpoolController().select(user_api="blas")
+
+    monkeypatch.setattr("dcar_core.runtimes.adapter.normalize", noted)
+    down, up = np.ones((8, 32), np.float32), np.ones((32, 8), np.float32)
+    with threadpool_limits(2, "blas"):
+        Bottleneck(down, down[:, 0], up, up[:, 0])(np.ones((4, 32), np.float32))
+        assert {library.num_threads for library in blas().lib_controllers} == {2}
+    assert set(found) == {1}
 
 
 def test_length_batches_pad_little() -> None:
