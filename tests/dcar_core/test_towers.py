@@ -87,7 +87,7 @@ def check_image_prompts(image: object, pixels: Tensor) -> None:
     assert shared.grad is not None
     assert (shared.grad.abs().amax((1, 2)) > 0).all(), "both depths are reached"
     check_rows(lambda i, prompts: image.encode(pixels[i], prompts), rows)  # type: ignore[attr-defined]
-    blocks = 0.1 * torch.randn(2, image.blocks, 2, 3, width, generator=generator)  # type: ignore[attr-defined]
+    blocks = 0.1 * torch.randn(2, image.blocks, 2, 16, width, generator=generator)  # type: ignore[attr-defined]
     down, up = (each.clone().requires_grad_() for each in blocks.select(-3, 0))
     image.encode(pixels, None, (down, up)).square().sum().backward()  # type: ignore[attr-defined]
     for matrix in (down, up):
