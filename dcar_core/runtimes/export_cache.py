@@ -41,22 +41,19 @@ def default_cache_directory() -> Path:
 class ExportKey:
     """Identity of an export.
 
-    depth, text_depth: of image and text prompts; text_depth is 0 where one graph serves every depth.
-    has_adapters: as of `ImageGraph`.
+    inputs: depth of the image prompts and of the text prompts, and "a" for adapters of blocks, such as d4t0a; the text
+        depth is 0 where one graph serves every depth.
     fingerprint: of the encoder whose data calibrated it, empty for an exact export.
     """
 
     runtime: str
     backbone: str
-    depth: int
-    text_depth: int
-    has_adapters: bool
+    inputs: str
     library: str
     fingerprint: str = ""
 
     def directory(self, cache: Path) -> Path:
-        inputs = f"d{self.depth}t{self.text_depth}" + ("a" if self.has_adapters else "")
-        parts = [self.backbone[:16], inputs, self.runtime, self.library.replace(" ", "-"), f"g{GRAPHS}"]
+        parts = [self.backbone[:16], self.inputs, self.runtime, self.library.replace(" ", "-"), f"g{GRAPHS}"]
         return cache / "exports" / "_".join([*parts, self.fingerprint[:16]] if self.fingerprint else parts)
 
     def to_dict(self) -> dict[str, object]:

@@ -84,8 +84,8 @@ class ImageGraph(nn.Module):
             pixels: uint8 (B, 3, S, S).
             inputs: prompts (depth, R, k, W_v), then both matrices (D, R, r, W_v) of adapters, each if there are some.
         """
-        prompts = inputs[0] if len(inputs) % 2 else None
-        adapters = (inputs[-2], inputs[-1]) if len(inputs) > 1 else None
+        prompts = inputs[0] if len(inputs) in (1, 3) else None
+        adapters = (inputs[-2], inputs[-1]) if len(inputs) in (2, 3) else None
         return self.tower.encode(self.normalized(pixels), prompts, adapters)
 
     def example(self) -> tuple[tuple[Tensor, ...], list[list[int]]]:

@@ -83,21 +83,19 @@ class LoadedModel:
 
     @property
     def inputs(self) -> str:
-        """What the graphs take besides tokens and pixels, as a part of names."""
-        return f"d{self.image_depth}t{self.text_depth}" + ("a" if self.has_adapters else "")
+        """What the graphs are made for besides tokens and pixels, as a part of names; see `ExportKey`."""
+        from dcar_core.runtimes.text_graphs import PrefixTextGraph
+
+        text_depth = 0 if PrefixTextGraph.fits(self.backbone) else self.text_depth  # that graph serves every depth
+        return f"d{self.image_depth}t{text_depth}" + ("a" if self.has_adapters else "")
 
     @property
     def backbone(self) -> "Backbone":
         return self.model.backbone
 
     def export_key(self, runtime: str, library: str, *, calibrated: bool = False) -> ExportKey:
-        from dcar_core.runtimes.text_graphs import PrefixTextGraph
-
-        text_depth = 0 if PrefixTextGraph.fits(self.backbone) else self.text_depth  # that graph serves every depth
         fingerprint = self.fingerprint if calibrated else ""
-        return ExportKey(
-            runtime, self.backbone_hash, self.image_depth, text_depth, self.has_adapters, library, fingerprint
-        )
+        return ExportKey(runtime, self.backbone_hash, self.inputs, library, fingerprint)
 
     def graphs(self) -> "tuple[TextGraph, ImageGraph]":
         """The graphs of both towers."""

@@ -1,7 +1,7 @@
 """Adapt the base model to both domains: the checkpoints and figures of the model card.
 
     python examples/emoji/train_domains.py
-    python examples/emoji/train_domains.py --domains openmoji --epochs 8 --anchor 3
+    python examples/emoji/train_domains.py --domains openmoji --seeds 1
 
 - For each domain: zero-shot, then the method with three seeds. Validation emoji choose the best epoch of a run and the
   seed whose checkpoint is bundled; each run reads the test emoji once.

@@ -171,7 +171,7 @@ def test_one_variable_names_the_cache_for_all(tmp_path: Path, monkeypatch: pytes
 
 
 def test_remains_of_a_killed_export_are_deleted(tmp_path: Path) -> None:
-    key = ExportKey("onnx", "a" * 64, 0, 0, False, "1")
+    key = ExportKey("onnx", "a" * 64, "d0t0", "1")
     left = key.directory(tmp_path).with_name(key.directory(tmp_path).name + ".part-killed")
     left.mkdir(parents=True)
     (left / "text.onnx").write_bytes(b"half")
@@ -257,7 +257,7 @@ def test_conversion_sends_no_telemetry() -> None:
 
 
 def test_graphs_of_another_version_have_their_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = ExportKey("onnx", "b" * 64, 0, 0, False, "1.0")
+    key = ExportKey("onnx", "b" * 64, "d0t0", "1.0")
     before = key.directory(tmp_path)
     monkeypatch.setattr("dcar_core.runtimes.export_cache.GRAPHS", 0)
     assert key.directory(tmp_path) != before

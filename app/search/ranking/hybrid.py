@@ -93,12 +93,10 @@ def hybrid_candidates(
         width = min(2 * _COMMON_WIDTH if is_narrow else wide, artifact.rows)
     near = vector_candidates(artifact, vector, width, mask, is_narrow=is_narrow)
     if is_text_complete:
-        is_same = near.rows[:, None] == text_rows  # [near, text]
-        near_scores, is_far = is_same @ text_scores, ~is_same.any(0)
+        near_scores = (near.rows[:, None] == text_rows) @ text_scores
     else:
         near_scores = lexical.score(query.text, near.rows)
-        sorted_rows = np.sort(near.rows)
-        is_far = sorted_rows[np.searchsorted(sorted_rows, text_rows, side="right") - 1] != text_rows
+    is_far = ~np.isin(text_rows, near.rows)
     far_rows = text_rows[is_far]
     far_cosines = row_vectors(artifact, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))

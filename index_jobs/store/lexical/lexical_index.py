@@ -146,9 +146,9 @@ class LexicalIndex:
             except ValueError as error:
                 raise ArtifactError(f"{path} cannot be read: {error}") from error
         self._schema = index.schema
-        me: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep the files of an older version open
-        self._parse = lru_cache(_CACHED_QUERIES)(lambda text: me._parse_new(text))
-        self._search_all = lru_cache(_CACHED_QUERIES)(lambda text, k, by_rare: me._search(text, k, by_rare))
+        proxy: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep an older version's files open
+        self._parse = lru_cache(_CACHED_QUERIES)(lambda text: proxy._parse_new(text))
+        self._search_cached = lru_cache(_CACHED_QUERIES)(lambda text, k, by_rare: proxy._search(text, k, by_rare))
         self._lists = TermLists.open(path)
         if self._lists is not None and len(self._lists) != len(self):
             raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
@@ -171,7 +171,7 @@ class LexicalIndex:
             do not change them.
         """
         if allowed is None:
-            return self._search_all(text, k, by_rare_terms)
+            return self._search_cached(text, k, by_rare_terms)
         return self._search(text, k, by_rare_terms, allowed)
 
     def _search(self, text: str, k: int, by_rare_terms: bool, allowed: Mask | None = None) -> tuple[Floats, Rows]:
