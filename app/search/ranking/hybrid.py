@@ -92,11 +92,9 @@ def hybrid_candidates(
         wide = 1 << (max(width, _COMMON_WIDTH) - 1).bit_length()
         width = min(2 * _COMMON_WIDTH if is_narrow else wide, artifact.rows)
     near = vector_candidates(artifact, vector, width, mask, is_narrow=is_narrow)
-    if is_text_complete:
-        near_scores = (near.rows[:, None] == text_rows) @ text_scores
-    else:
-        near_scores = lexical.score(query.text, near.rows)
-    is_far = ~np.isin(text_rows, near.rows)
+    is_same = near.rows[:, None] == text_rows  # [near, text]
+    near_scores = is_same @ text_scores if is_text_complete else lexical.score(query.text, near.rows)
+    is_far = ~is_same.any(0)
     far_rows = text_rows[is_far]
     far_cosines = row_vectors(artifact, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))
