@@ -94,7 +94,9 @@ class Settings(BaseSettings):
         description="Time limit of a Redis command in milliseconds. A slower response is treated as a failure.",
     )
     cache_size: int = Field(
-        10_000, ge=0, description="Number of query embeddings cached in the process. 0 caches none."
+        10_000,
+        ge=0,
+        description="Number of query embeddings cached in the process, and at most 1,000 rankings. 0 caches none.",
     )
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="Lifetime in seconds of an embedding in Redis.")
 

@@ -1,6 +1,6 @@
 """Plan of a search: a query is checked against a snapshot, and its vector becomes ranked rows and results."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,6 +142,12 @@ def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None)
     if groups is None:
         return rank(snapshot.artifact, query, count, mask)
     return rank_groups(partial(rank, snapshot.artifact, query), count, groups, mask)
+
+
+def ranking_key(plan: Plan, vector: Floats) -> Hashable:
+    """Return the key, in `Snapshot.rankings`, of a plan without a filter, folding and groups."""
+    depth = max(plan.end + 1, plan.rerank_depth)
+    return vector.tobytes(), plan.hybrid, frozenset((*plan.more_rows, *plan.less_rows)), plan.min_score, depth
 
 
 def matches_of(

@@ -29,7 +29,7 @@ from app.search.embedding_cache import MemoryCache
 from app.search.errors import BatchQueryError, SearchError
 from app.search.gallery_images import ItemImages
 from app.search.pairs import PairScorer
-from app.search.planning import Plan, make_plan, matches_of, no_results, rank_rows, row_of
+from app.search.planning import Plan, make_plan, matches_of, no_results, rank_rows, ranking_key, row_of
 from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, WordWeights, compose
 from app.search.ranking.facets import count_facets
 from app.search.ranking.groups import group_field
@@ -43,7 +43,8 @@ from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
 
-_QUICK_DEPTH = 50  # results of a search that may run in the event loop
+_QUICK_DEPTH = 50  # results of a search that may run in the event loop, or be cached
+_MAX_RANKINGS = 1000  # cached for one version, about 8 kB each
 _IMAGE_THREADS = 8
 
 
@@ -238,20 +239,29 @@ class Retriever:
     async def _rank(
         self, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None
     ) -> tuple[list[RankedRow], list[Match] | None]:
-        """Return the ranked rows up to the next page, and the matches of this page, None if they will change."""
-        options = plan.options
+        """Return the ranked rows up to the next page, and the matches of this page, None if they will change.
+
+        Rankings are cached, except those whose rows or keys may be many, and those whose matches take long.
+        """
+        options, rankings = plan.options, snapshot.rankings
         is_final = not (plan.rerank_depth or options.explain)
+        is_short = plan.end <= _QUICK_DEPTH and not (options.filter or options.fold or plan.group_by)
+        is_quick = is_short and snapshot.is_quick and not plan.hybrid
+        key = ranking_key(plan, vector) if is_short else None
+        cached = rankings.get(key)
 
         def search() -> tuple[list[RankedRow], list[Match] | None]:
             _use_one_faiss_thread()
-            ranked = rank_rows(snapshot, plan, vector, mask)
+            ranked = rank_rows(snapshot, plan, vector, mask) if cached is None else cached
             return ranked, matches_of(snapshot, plan, ranked[options.offset : plan.end], mask) if is_final else None
 
         with self._metrics.timed("search"):
-            is_plain = not (options.filter or options.fold or plan.hybrid or plan.group_by)
-            if snapshot.is_quick and is_plain and plan.end <= _QUICK_DEPTH:
-                return search()
-            return await self._in_search_thread(search)
+            found = search() if is_quick or cached is not None else await self._in_search_thread(search)
+        if key is not None:
+            rankings[key] = found[0]
+            while len(rankings) > min(self._settings.cache_size, _MAX_RANKINGS):
+                del rankings[next(iter(rankings))]
+        return found
 
     async def _in_filter_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._filter_thread, call, *args)

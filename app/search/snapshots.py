@@ -4,7 +4,7 @@
 - An encoder in memory is shared by every version of the same fingerprint, and a backbone by every encoder on it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ class Snapshot:
         masks: cached masks of filters, bool (rows,), by the filter in JSON.
         groups: cached `GroupField`s of `app.search.ranking.groups`, by the name of the field.
         facets: cached counts of values; see `app.search.ranking.facets`.
+        rankings: cached `RankedRow`s of recent queries, by `app.search.planning.ranking_key`.
         page_facts: cached facts that only the page needs; see `app.api.browsing`.
         frozen: features of the frozen image encoder by row, cached by re-ranking.
     """
@@ -52,6 +53,7 @@ class Snapshot:
     masks: dict[str, Mask] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     facets: dict[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    rankings: dict[Hashable, Any] = field(default_factory=dict)
     page_facts: dict[str, Any] = field(default_factory=dict)
     frozen: dict[int, Floats] = field(default_factory=dict)
 

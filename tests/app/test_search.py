@@ -12,7 +12,10 @@ import pytest
 from app.api.responses import JsonResponse
 from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
 from app.core.settings import Settings
-from app.search.snapshots import load_snapshot
+from app.search import retriever
+from app.search.planning import Plan, rank_rows
+from app.search.ranking.rank import RankedRow
+from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import remove
@@ -70,6 +73,33 @@ async def test_a_cached_query_has_the_same_ranks_and_scores(built_index: Path) -
         second = (await client.post("/search/text", json={"query": " green triangle\n", "k": 24})).json()
         assert (first["cached"], second["cached"]) == (False, True)
         assert first["results"] == second["results"]
+
+
+async def test_a_repeated_query_is_not_ranked_again(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: list[Plan] = []
+
+    def counted(snapshot: Snapshot, plan: Plan, *rest: Any) -> list[RankedRow]:
+        ranked.append(plan)
+        return rank_rows(snapshot, plan, *rest)
+
+    monkeypatch.setattr(retriever, "rank_rows", counted)
+    async with opened(built_index, cache_size=8) as client:
+        asked = {"query": "a green triangle", "k": 3}
+        others: list[dict[str, Any]] = [
+            {"hybrid": 0.5}, {"hybrid": 0.6}, {"min_score": 0.1}, {"more_like": ["circle/red.png"]}, {"offset": 2},
+            {"k": 4}, {"query": "a red circle"},
+        ]  # fmt: skip
+        for other in [{}, *others]:
+            first, second = [(await client.post("/search/text", json=asked | other)).json() for _ in range(2)]
+            assert first["results"] == second["results"]
+        assert len(ranked) == 8, "each once"
+        for other in ({"filter": {"category": "circle"}}, {"fold": 0.9}, {"group_by": "category"}):
+            for _ in range(2):
+                await client.post("/search/text", json=asked | other)
+        assert len(ranked) == 14, "rows of filters, folds and groups are not cached"
+        await client.post("/search/text", json={"query": "a ninth query"})
+        await client.post("/search/text", json=asked)
+        assert len(ranked) == 16, "as many rankings are cached as embeddings"
 
 
 async def test_concurrent_queries_share_forward_passes_and_keep_their_results(built_index: Path) -> None:
