@@ -35,10 +35,11 @@ from index_jobs.store.faiss_index import write_faiss
 
 logger = logging.getLogger(__name__)
 
-_EF_CONSTRUCTION = 100
+_LARGE_GRAPH = 500_000  # vectors from which on a graph is built with a wider search, which finds sparse regions
+_CONSTRUCTION_WIDTH, _LARGE_CONSTRUCTION_WIDTH = 100, 200
 _GPU_TRAINING_VECTORS = 64 * 4096
 _MANY_LISTS = 0.1  # share of the lists in every search
-_WIDE_GRAPH = 128  # candidates of a search in a graph
+_WIDE_GRAPH = 200  # candidates of a search in a graph
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, centro
         if centroids is not None and len(centroids) == inverted.nlist:
             inverted.quantizer.add(centroids)  # training leaves them unchanged
     if hasattr(index, "hnsw"):
-        index.hnsw.efConstruction = _EF_CONSTRUCTION
+        index.hnsw.efConstruction = _LARGE_CONSTRUCTION_WIDTH if count >= _LARGE_GRAPH else _CONSTRUCTION_WIDTH
     SearchParameters(index)  # sets the width of a graph over lists, which adding vectors needs too
     try:
         if not index.is_trained:

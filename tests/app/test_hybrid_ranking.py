@@ -162,7 +162,7 @@ def test_an_index_without_words_says_how_to_get_them() -> None:
         rank(snapshot.artifact, RankQuery(unit(np.random.default_rng(1), 8), hybrid=HybridQuery("ghost", 0.5)), 5)
 
 
-@pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,Flat"])
+@pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,SQfp16"])
 @pytest.mark.parametrize("seed", range(4))
 def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -181,6 +181,13 @@ def test_lists_are_tried_where_a_graph_is_searched_widely(
         assert [choice.factory for choice in choices if f"{choice.factory}: 5000 vectors" in caplog.text] == built
 
 
+def test_a_large_graph_is_built_with_a_wider_search(gallery: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose_kinds("hnsw", len(gallery), DIM)[0]
+    for large, width in ((len(gallery) + 1, 100), (len(gallery), 200)):
+        monkeypatch.setattr("index_jobs.building.build._LARGE_GRAPH", large)
+        assert fill_index(choice, DIM, blocks(gallery), len(gallery)).hnsw.efConstruction == width
+
+
 def test_rival_kind_reuses_the_lists_of_the_first(gallery: Floats) -> None:
     import faiss
 

@@ -63,6 +63,7 @@ def test_few_removed_rows_are_skipped_by_exhaustive_kinds(
     ("kind", "width", "recall"),
     [
         ("HNSW16", 16, 0.97),
+        ("HNSW16,SQfp16", 16, 0.97),
         ("HNSW16,SQ8", 16, 0.95),
         ("HNSW16,SQ4,Refine(SQ8)", 16, 0.93),
         ("IVF128,Flat", 2, 0.9),
@@ -91,7 +92,7 @@ def test_many_results_are_complete_and_near(kind: str, width: int, recall: float
     assert (index.search(queries, COUNT + 1)[1][:, -1] == -1).all(), "there are no more"
 
 
-@pytest.mark.parametrize("kind", ["HNSW16", "IVF32,Flat"])
+@pytest.mark.parametrize("kind", ["HNSW16,SQfp16", "IVF32,Flat"])
 def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
     kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]
 ) -> None:
@@ -132,6 +133,7 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(
         ("Flat", 1.0),
         ("SQ8", 0.95),
         ("HNSW16", 0.97),
+        ("HNSW16,SQfp16", 0.97),
         ("IVF32,Flat", 0.97),
         ("IVF32,SQ8", 0.93),
         ("IVF32,RaBitQ,Refine(SQ8)", 0.93),
@@ -167,7 +169,7 @@ def test_filtered_search_finds_the_nearest_allowed_rows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["HNSW16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
+@pytest.mark.parametrize("kind", ["HNSW16,SQfp16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
 def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allowed rows that lie away from the query, like another category, are found too."""
     monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 100)
@@ -191,7 +193,16 @@ def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "kind", ["SQ8", "SQfp16", "IVF32,PQ16x4fs,Refine(SQfp16)", "IVF32,PQ16x4fs,Refine(SQ8)", "HNSW8", "HNSW8,SQ8"]
+    "kind",
+    [
+        "SQ8",
+        "SQfp16",
+        "IVF32,PQ16x4fs,Refine(SQfp16)",
+        "IVF32,PQ16x4fs,Refine(SQ8)",
+        "HNSW8",
+        "HNSW8,SQfp16",
+        "HNSW8,SQ8",
+    ],
 )
 def test_exact_searches_compare_the_stored_vectors(kind: str, vectors: NDArray[np.float32], tmp_path: Path) -> None:
     """Codes that are copied from a mapped file have the scores of the vectors that FAISS decodes one by one."""
@@ -224,7 +235,7 @@ def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: NDA
     assert index._cached_selection is not kept
 
 
-@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF32,SQ8"])
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16,SQfp16", "IVF32,SQ8"])
 def test_fewer_allowed_rows_than_k_are_padded(
     kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]
 ) -> None:

@@ -22,10 +22,10 @@ def test_auto_gives_its_reason() -> None:
     assert "4,000 vectors are at most 20,000" in small.reason
     middle = auto(1_000_000, 8)
     assert [choice.factory for choice in middle] == [
-        "HNSW24", "IVF4000,PQ256x4fs,Refine(SQfp16)", "IVF4000,PQ64x4fs,Refine(SQ8)", "IVF4000,RaBitQ,Refine(SQ8)",
-        "IVF4000,Flat", "IVF4000,SQ8", "HNSW24,SQ8",
+        "HNSW24,SQfp16", "IVF4000,PQ256x4fs,Refine(SQfp16)", "IVF4000,PQ64x4fs,Refine(SQ8)",
+        "IVF4000,RaBitQ,Refine(SQ8)", "IVF4000,Flat", "IVF4000,SQ8", "HNSW24,SQ8",
     ]  # fmt: skip
-    assert "take 2.1 GiB of the 8.0 GiB allowed" in middle[0].reason
+    assert "take 1.1 GiB of the 8.0 GiB allowed" in middle[0].reason
     assert [choice.is_rival for choice in middle] == [False, False, False, True, False, False, False]
     tight = auto(1_000_000, 0.6)
     assert [choice.is_rival for choice in tight] == [False, True, False]
@@ -38,7 +38,7 @@ def test_auto_gives_its_reason() -> None:
     assert "IVF4000,Flat would take 1.9 GiB" in tight[-1].reason
     (codes,) = auto(1_000_000, 0.1)
     assert codes.factory == "IVF4000,PQ64"
-    assert "the only kind that fits; its recall is low; HNSW24 would take 2.1 GiB" in codes.reason
+    assert "the only kind that fits; its recall is low; HNSW24,SQfp16 would take 1.1 GiB" in codes.reason
     large = [choice.factory for choice in auto(100_000_000, 256)]
     assert large[0] == "IVF40000_HNSW32,PQ256x4fs,Refine(SQfp16)"
     assert not any(factory.startswith("HNSW") for factory in large)  # a graph of so many takes days
