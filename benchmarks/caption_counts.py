@@ -4,7 +4,8 @@
 
 - A tenth of the captions chooses the epoch, a tenth is left out, and the whole test split of the example measures, so
   that rows differ in what was learned alone.
-- Fewer captions are a part of more. Each seed has its own order. Settings are the defaults of `dcar train`.
+- An image has one caption, its first. Fewer captions are a part of more. Each seed has its own order. Settings are the
+  defaults of `dcar train`.
 """
 
 import argparse
@@ -69,10 +70,10 @@ def main() -> None:
 
 
 def take(data: Dataset, count: int, seed: int) -> Dataset:
-    """Return `count` pairs in an order that depends on the seed alone."""
-    order = list(range(len(data)))
-    Random(seed).shuffle(order)
-    return replace(data, samples=[data.samples[row] for row in sorted(order[:count])])
+    """Return `count` images with their first captions, in an order that depends on the seed alone."""
+    firsts = list({sample.image: row for row, sample in reversed(list(enumerate(data.samples)))}.values())[::-1]
+    Random(seed).shuffle(firsts)
+    return replace(data, samples=[data.samples[row] for row in sorted(firsts[:count])])
 
 
 if __name__ == "__main__":
