@@ -71,9 +71,12 @@ def main() -> None:
 
 def take(data: Dataset, count: int, seed: int) -> Dataset:
     """Return `count` images with their first captions, in an order that depends on the seed alone."""
-    firsts = list({sample.image: row for row, sample in reversed(list(enumerate(data.samples)))}.values())[::-1]
-    Random(seed).shuffle(firsts)
-    return replace(data, samples=[data.samples[row] for row in sorted(firsts[:count])])
+    first_rows: dict[str, int] = {}
+    for row, sample in enumerate(data.samples):
+        first_rows.setdefault(sample.image, row)
+    order = list(first_rows.values())
+    Random(seed).shuffle(order)
+    return replace(data, samples=[data.samples[row] for row in sorted(order[:count])])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from app.search.errors import UnavailableError, UnsupportedQueryError
 from app.search.query import Explanation, ObjectFit, WordWeights
 from app.search.ranking.rank import RankedRow
 from app.search.ranking.rows import row_vectors
-from app.search.snapshots import Snapshot
+from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DcarError, ImageError
 
@@ -132,8 +132,7 @@ class PairScorer:
             new = dict(zip(images, computed, strict=True))
             features |= new
             cache.update(new)
-            while len(cache) > _MAX_FROZEN_BYTES // computed[0].nbytes:
-                del cache[next(iter(cache))]
+            drop_oldest(cache, _MAX_FROZEN_BYTES // computed[0].nbytes)
         return {row: features[row] for row in rows if row in features}
 
     async def _in_chunks(

@@ -35,7 +35,7 @@ from app.search.ranking.facets import count_facets
 from app.search.ranking.groups import group_field
 from app.search.ranking.rank import RankedRow
 from app.search.ranking.rows import filter_mask, mask_key, row_vectors
-from app.search.snapshots import Snapshot
+from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import ImageError
@@ -243,12 +243,12 @@ class Retriever:
 
         Rankings are cached, except those whose rows or keys may be many, and those whose matches take long.
         """
-        options, rankings = plan.options, snapshot.rankings
+        options = plan.options
         is_final = not (plan.rerank_depth or options.explain)
         is_short = plan.end <= _QUICK_DEPTH and not (options.filter or options.fold or plan.group_by)
         is_quick = is_short and snapshot.is_quick and not plan.hybrid
         key = ranking_key(plan, vector) if is_short else None
-        cached = rankings.get(key)
+        cached = snapshot.rankings.get(key)
 
         def search() -> tuple[list[RankedRow], list[Match] | None]:
             _use_one_faiss_thread()
@@ -257,10 +257,9 @@ class Retriever:
 
         with self._metrics.timed("search"):
             found = search() if is_quick or cached is not None else await self._in_search_thread(search)
-        if key is not None:
-            rankings[key] = found[0]
-            while len(rankings) > min(self._settings.cache_size, _MAX_RANKINGS):
-                del rankings[next(iter(rankings))]
+        if key is not None and cached is None:
+            snapshot.rankings[key] = found[0]
+            drop_oldest(snapshot.rankings, min(self._settings.cache_size, _MAX_RANKINGS))
         return found
 
     async def _in_filter_thread(self, call: Callable[..., T], *args: Any) -> T:

@@ -77,6 +77,12 @@ class Snapshot:
         return self.artifact.manifest.cutoff.get("min_score")
 
 
+def drop_oldest(cache: dict[Any, Any], size: int) -> None:
+    """Drop the oldest entries of a snapshot's cache, down to `size`."""
+    while len(cache) > size:
+        del cache[next(iter(cache))]
+
+
 def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:
     """Load the published version of an index and search it once, so the first caller does not wait.
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from app.search.ranking.groups import GroupField, group_field
 from app.search.ranking.rows import field_values, filter_mask, mask_key
-from app.search.snapshots import Snapshot
+from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Floats, Mask
 from index_jobs.store.artifact import Artifact
 
@@ -65,8 +65,7 @@ def facet_values(snapshot: Snapshot, name: str, filter: dict[str, Any] | None, g
         mask = filter_mask(snapshot, filter) if filter else snapshot.artifact.live
         groups = group_field(snapshot, group_by) if group_by else None
         facets[key] = count_values(snapshot.artifact, name, mask, groups)
-        while len(facets) > _MAX_CACHED:
-            del facets[next(iter(facets))]
+        drop_oldest(facets, _MAX_CACHED)
     return facets[key]
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from app.search.errors import InvalidQueryError, UnsupportedQueryError
-from app.search.snapshots import Snapshot
+from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
 from index_jobs.store import filters
@@ -35,8 +35,7 @@ def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
             mask = masks[key] = filters.match_rows(snapshot.artifact, filter)
         except filters.FilterError as error:
             raise InvalidQueryError(f"filter.{error.field}", error.message) from None
-        while len(masks) > _MAX_MASKS:
-            del masks[next(iter(masks))]
+        drop_oldest(masks, _MAX_MASKS)
     return mask
 
 
