@@ -1,6 +1,7 @@
 """The image tower as a function of tensors, for runtimes that export or convert it; helpers for both towers.
 
-- Everything that differs between adapters is an input, so one export serves every adapter on a backbone.
+- What adapters differ in is an input, so one export serves every adapter on a backbone with the same `ImageGraph.depth`
+  and `has_adapters`.
 - Pixels enter as uint8 and are normalised inside the graph.
 
 Letters: B batch, P patches, k prompt vectors, r width of an adapter, R = 1 or B, D blocks, H heads, d width of a head,
