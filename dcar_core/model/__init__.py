@@ -1,5 +1,5 @@
 """The model: a frozen CLIP backbone and everything DCAR learns on top of it, with its configuration and checkpoints.
 
 In: tokens, pixels, a checkpoint directory. Out: PyTorch features and trainable parameters.
-Imports `util` alone; every later stage (runtimes, training, evaluation) builds on it.
+Imports `images` and `util`; every later stage (runtimes, training, evaluation) builds on it.
 """

@@ -5,6 +5,7 @@ INDEX/versions/<n>/manifest.json     fingerprint, counts, kind, measurements, ch
 INDEX/versions/<n>/index.faiss       vectors, memory-mapped
 INDEX/versions/<n>/milvus.json       instead of index.faiss: the Milvus collection with the vectors
 INDEX/versions/<n>/items.arrow       ids, captions, metadata and image locations, memory-mapped
+INDEX/versions/<n>/lexical/          the words of the items; see `lexical`
 INDEX/versions/<n>/added-<m>/        vectors and items added after the build; see `segments`
 INDEX/versions/<n>/removed.npy       rows of items removed after the build
 INDEX/versions/<n>/failed.jsonl      images that could not be read, with reasons
