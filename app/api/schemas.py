@@ -57,11 +57,11 @@ class Result(BaseModel):
     """
 
     rank: int = Field(examples=[1])
-    id: str = Field(examples=["1f63f.png"])
+    id: str = Field(examples=["1f63f"])
     score: float = Field(examples=[0.4213])
     caption: str = Field(examples=["crying cat"])
     category: str = Field(examples=["cat face"])
-    image_url: str = Field(examples=["/items/1f63f.png/image"])
+    image_url: str = Field(examples=["/items/1f63f/image"])
     width: int | None = Field(None, examples=[72])
     height: int | None = Field(None, examples=[72])
     metadata: dict[str, Any] | None = None
@@ -209,7 +209,8 @@ class HealthResponse(BaseModel):
 
 
 class ReadinessResponse(BaseModel):
-    """ready: searches work in every collection. degraded: a version older than the published one is served; see reason.
+    """ready: searches work in every collection. degraded: they work, but a newer version cannot be served, or images of
+    a gallery are missing; `reason` says which.
 
     index_version and count belong to the default collection.
     """

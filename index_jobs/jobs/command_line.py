@@ -215,7 +215,9 @@ def build_command(
     margin: Annotated[
         float,
         typer.Option(
-            parser=parse_share, metavar="SHARE", help="Recall at 1 or 10 that the new index may lose and still pass."
+            parser=parse_share,
+            metavar="SHARE",
+            help="Recall at 1 or 10, or nDCG at 100, that the new index may lose and still pass.",
         ),
     ] = RebuildOptions.margin,
     force: Annotated[

@@ -213,7 +213,8 @@ class HealthResponse(BaseModel):
 
 
 class ReadinessResponse(BaseModel):
-    """ready: searches work in every collection. degraded: a version older than the published one is served; see reason.
+    """ready: searches work in every collection. degraded: they work, but a newer version cannot be served, or images of
+    a gallery are missing; `reason` says which.
 
     index_version and count belong to the default collection.
     """
