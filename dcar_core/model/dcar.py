@@ -6,6 +6,7 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
     dcar    dual prompts, token weights, category adapter in the loss
     maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
     dcar+   several blocks of prompts, and bottlenecks in the image tower and on the features
+    block-adapters      these bottlenecks alone
     lora, prolip, flyp      changes of the backbone's own weights (`fine_tuning`)
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.

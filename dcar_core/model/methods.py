@@ -61,7 +61,7 @@ METHODS: dict[str, ModelConfig] = {
             adapter=AdapterConfig(text=True, image=True, blocks=32),
             loss=LossConfig(anchor=1.0),
         ),
-        # its ablation without DCAR's parts [ours]: the adapters alone; the text tower stays as it is
+        # its ablation without prompts and token weights [ours]: the adapters alone; the text tower stays as it is
         ModelConfig(
             method="block-adapters",
             prompt=PromptConfig(length=0),
