@@ -96,7 +96,8 @@ class Settings(BaseSettings):
     cache_size: int = Field(
         10_000,
         ge=0,
-        description="Number of query embeddings cached in the process, and at most 1,000 rankings. 0 caches none.",
+        description="Number of query embeddings cached in the process, and of rankings cached for each version, of "
+        "these at most 1,000. 0 caches none.",
     )
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="Lifetime in seconds of an embedding in Redis.")
 
