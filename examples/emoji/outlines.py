@@ -1,6 +1,6 @@
 """Draw the styles that come from fonts, and colour outlined styles: both teach the base model about outlined emoji.
 
-    python examples/emoji/outlines.py --renders build/renders --symbola Symbola_hint.ttf
+    python examples/emoji/outlines.py --renders examples/emoji/build/renders --symbola Symbola_hint.ttf
 
 - noto-mono-400, noto-mono-700 (Noto Emoji, from npm) and symbola (from Debian's package fonts-symbola) are glyphs.
 - noto-filled, fluent-filled and symbola-filled are outlines whose enclosed areas have the colours of the same emoji in

