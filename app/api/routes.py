@@ -72,7 +72,7 @@ _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will n
 
 
 class DirectRoute(APIRoute):
-    """A route whose endpoint takes only the request: dependency injection costs 20 % of a cached search."""
+    """A route whose endpoint takes only the request: injected dependencies would take 14 % of a cached search."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         return self.endpoint
