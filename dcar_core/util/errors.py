@@ -1,23 +1,4 @@
-"""Every error that this project raises on purpose. A message says what happened and what to do.
-
-DcarError
-|- DataError             annotations, galleries and their metadata
-|  `- ImageError         one image that cannot be read
-|- CaptionError          captions cannot be requested: the key, the model, the address, or another run's journal
-|  `- EndpointError      one request that was refused or never answered
-|- ModelError            a backbone that is unknown, unsupported or cannot be loaded
-|  `- RuntimeUnavailableError  an encoder runtime that cannot be used on this machine
-|- CheckpointError       trainables that are missing, broken or belong to another backbone
-|- TrainingError         a run that cannot start or cannot be resumed
-|  `- DivergedError      the loss is not finite
-|- ArtifactError         a published index that is missing, incomplete or corrupted
-|  |- FingerprintError   an index built by another encoder than the one that serves it
-|  `- StoreUnavailableError  the vector store does not respond
-|- GateError             a rebuilt index ranks worse than the served one
-|- GalleryShrunkError    a gallery lacks many of the served index's images
-|- LockedError           another writer holds the index
-`- MissingExtraError     an optional dependency is not installed
-"""
+"""Every error that this project raises on purpose. A message says what happened and what to do."""
 
 from enum import StrEnum
 
