@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 TrainWeights = Literal["none", "pair", "predicted"]
@@ -22,17 +22,17 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields; omit options of later versions at their defaults, so that older fingerprints stay."""
-        usual = type(self)()
-        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        return {name: v for name, v in values.items() if name not in self._omitted or v != getattr(usual, name)}
+        usual = vars(type(self)())
+        kept = {name: v for name, v in vars(self).items() if name not in self._omitted or v != usual[name]}
+        return {name: v.to_dict() if isinstance(v, _Config) else v for name, v in kept.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        unknown = set(values) - known
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; it has {sorted(known)}")
-        return cls(**values)
+        usual = vars(cls())
+        if unknown := sorted(set(values) - set(usual)):
+            raise ValueError(f"{cls.__name__} has no field {unknown}; it has {sorted(usual)}")
+        parts = {name: part for name, part in usual.items() if isinstance(part, _Config) and name in values}
+        return cls(**{**values, **{name: part.from_dict(values[name]) for name, part in parts.items()}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,24 +181,7 @@ class ModelConfig(_Config):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        parts: dict[str, type[_Config]] = {
-            "prompt": PromptConfig,
-            "reweight": ReweightConfig,
-            "adapter": AdapterConfig,
-            "loss": LossConfig,
-            "fine_tune": FineTuneConfig,
-        }
-        return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        parts = {"reweight": self.reweight, "adapter": self.adapter, "loss": self.loss}
-        content = super().to_dict() | {name: part.to_dict() for name, part in parts.items()}
-        if self.fine_tune == FineTuneConfig():  # earlier runs keep their names
-            del content["fine_tune"]
-        return content
+    _omitted = frozenset({"fine_tune"})
 
     def with_loss_direction(self, direction: LossDirection) -> Self:
         return replace(self, loss=replace(self.loss, direction=direction))
