@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# Half of a pair, beside what may look like one: an escaped backslash, and a whole pair.
+_HALF = re.compile(r"\\\\|\\u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?P<half>\\u(?i:d[89a-f][0-9a-f]{2}))")
 
 
-def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Return the value of a JSON text.
 
     Args:
-        make_object: builds an object from its names and values, in order; names may repeat.
+        make_object: builds an object from its names and values, in order; names may repeat. The default is a dict.
 
     Raises:
         ValueError: invalid JSON, an encoding other than Unicode, or nested too deeply.
@@ -25,13 +26,8 @@ def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]],
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text))
     try:
-        if not _ESCAPED_SURROGATE.search(text):
-            return json.loads(text) if make_object is dict else json.loads(text, object_pairs_hook=make_object)
-
-        def make_clean(pairs: list[tuple[str, Any]]) -> Any:
-            return make_object([(replace_surrogates(name), _clean(value)) for name, value in pairs])
-
-        return _clean(json.loads(text, object_pairs_hook=make_clean))
+        whole = _HALF.sub(lambda found: r"\ufffd" if found["half"] else found[0], text)
+        return json.loads(whole, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -39,10 +35,3 @@ def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]],
 def replace_surrogates(text: str) -> str:
     """Return the text with U+FFFD in place of characters that UTF-8 cannot hold."""
     return _SURROGATE.sub("\ufffd", text)
-
-
-def _clean(value: Any) -> Any:
-    """Clean texts and lists of them; objects are clean already."""
-    if isinstance(value, str):
-        return replace_surrogates(value)
-    return [_clean(item) for item in value] if isinstance(value, list) else value
