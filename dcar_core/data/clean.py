@@ -47,7 +47,7 @@ def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[
             seen.add(normal)
             pairs.add((entry.image, normal))
             negatives, categories = _negatives(entry, own, report)
-            yield Sample(entry.image, caption, category, negatives, categories, entry.meta_category, entry.attributes)
+            yield Sample(entry.image, caption, category, entry.meta_category, negatives, categories, entry.attributes)
     twins = [" = ".join(names) for names in spellings.values() if len(names) > 1]
     report.add("categories written in several ways, which results and filters keep apart", names=twins)
 

@@ -14,17 +14,17 @@ class Sample:
     """One image-caption pair; an image with several captions has several samples. Unknown texts are "".
 
     image: the image's name below the image root.
-    negative_categories: the category of each negative, "" if unknown; empty if all are unknown.
     meta_category: the group of similar categories, if the data state one.
+    negative_categories: the category of each negative, "" if unknown; empty if all are unknown.
     attributes: short texts that are true of the image; a caption equal to one is not used as its negative.
     """
 
     image: str
     caption: str
     category: str = ""
+    meta_category: str = ""
     negatives: tuple[str, ...] = ()
     negative_categories: tuple[str, ...] = ()
-    meta_category: str = ""
     attributes: tuple[str, ...] = ()
 
 

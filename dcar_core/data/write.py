@@ -1,10 +1,10 @@
 """Writing of data sets as JSONL tables that the readers accept."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from dcar_core.data.samples import Dataset, Sample
+from dcar_core.data.samples import Dataset
 from dcar_core.util.errors import DataError
 
 
@@ -22,20 +22,7 @@ def write_splits(splits: Mapping[str, Dataset], directory: Path) -> list[Path]:
     written = []
     for name, data in splits.items():
         file = directory / f"{name}.jsonl"
-        file.write_text("".join(_lines(data.samples)), encoding="utf-8")
+        rows = ({name: value for name, value in vars(sample).items() if value} for sample in data.samples)
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         written.append(file)
     return written
-
-
-def _lines(samples: Iterable[Sample]) -> Iterable[str]:
-    for sample in samples:
-        row = {
-            "image": sample.image,
-            "caption": sample.caption,
-            "category": sample.category,
-            "meta_category": sample.meta_category,
-            "negatives": sample.negatives,
-            "negative_categories": sample.negative_categories,
-            "attributes": sample.attributes,
-        }
-        yield json.dumps({key: value for key, value in row.items() if value}, ensure_ascii=False) + "\n"
