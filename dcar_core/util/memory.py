@@ -7,6 +7,7 @@
 
 import ctypes
 import mmap
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+# Start, end and file of a mapping without modified pages, which releasing would lose.
+_UNMODIFIED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*?(/.*)\n(?:\w+:.*\n)*?Anonymous: +0 kB", re.MULTILINE)
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
@@ -43,10 +46,9 @@ def release_pages(places: Iterable[Path]) -> None:
         return
     roots = {place.resolve() for place in places}
     libc = ctypes.CDLL(None)
-    for start, end, path, fields in _mappings():
-        is_modified = fields.get("Anonymous")  # releasing such pages would lose them
-        if path.startswith("/") and not is_modified and not roots.isdisjoint([Path(path), *Path(path).parents]):
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advise)
+    for start, end, name in _UNMODIFIED.findall(Path("/proc/self/smaps").read_text()):
+        if not roots.isdisjoint([Path(name), *Path(name).parents]):
+            libc.madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), advise)
 
 
 def trim_heap() -> None:
@@ -54,17 +56,3 @@ def trim_heap() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:
         malloc_trim(0)
-
-
-def _mappings() -> list[tuple[int, int, str, dict[str, int]]]:
-    """Return start, end, file and sizes in bytes of every mapping of a file."""
-    mappings: list[tuple[int, int, str, dict[str, int]]] = []
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *rest = line.split(maxsplit=5)
-        if name.endswith(":"):
-            if mappings and rest[-1:] == ["kB"]:
-                mappings[-1][3][name[:-1]] = int(rest[0]) * 1024
-        else:
-            start, end = (int(part, 16) for part in name.split("-"))
-            mappings.append((start, end, rest[4] if len(rest) > 4 else "", {}))
-    return mappings
