@@ -134,7 +134,7 @@ def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[T
         tokenizer = load_hub_tokenizer(name, directory, limit, normalizer=normalizer, strip_end=strip_end)
         return tokenizer, {"tokenizer": tokenizer.identity()}
     normalizer = settings.get("clean", "lower")
-    tokenizer, vocabulary = TextTokenizer.for_clip(limit), CLIP_VOCABULARY
+    tokenizer, vocabulary = TextTokenizer.for_clip(), CLIP_VOCABULARY
     if (file := settings.get("bpe_path")) and directory is not None:
         tokenizer, vocabulary = load_byte_pairs(directory / file), digest_byte_pairs(directory / file)
     identity = {

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dcar_core.model.text.tokenizer import clip_token_ids
+from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.negatives.generate import ReadTokens
 from dcar_core.negatives.taxonomy import NameFeatures, letter_features
 from dcar_core.util.arrays import Floats
@@ -23,7 +23,12 @@ class TextViews(NamedTuple):
     tokens: ReadTokens
 
 
-LETTERS = TextViews(letter_features, lambda texts: clip_token_ids(texts, ROOM))
+def _clip_tokens(texts: Sequence[str]) -> list[list[int]]:
+    clip = TextTokenizer.for_clip()
+    return clip.with_limit(clip.limit - ROOM).encode(texts)
+
+
+LETTERS = TextViews(letter_features, _clip_tokens)
 
 
 def backbone_views(backbone: "Backbone") -> TextViews:

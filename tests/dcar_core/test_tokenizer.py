@@ -16,7 +16,8 @@ import pytest
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.text.cleaning import clean_text, mend
-from dcar_core.model.text.tokenizer import TextTokenizer, clip_token_ids, count_clip_tokens
+from dcar_core.model.text.tokenizer import TextTokenizer, count_clip_tokens
+from dcar_core.negatives import LETTERS
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -81,9 +82,9 @@ def test_clips_vocabulary_needs_no_open_clip() -> None:
     found = TextTokenizer.for_clip()(texts)
     np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
     assert not wanted[:, found.shape[1] :].any()
-    assert clip_token_ids(["a red car"], 8) == [reference("a red car")[0, :5].tolist()]
+    assert LETTERS.tokens(["a red car"]) == [reference("a red car")[0, :5].tolist()]
     assert count_clip_tokens(["a red car", "a " * 5000]) == [5, 5002]
-    assert len(clip_token_ids(["a " * 5000], 8)[0]) == 69
+    assert len(LETTERS.tokens(["a " * 5000])[0]) == 69
     code = "import sys, dcar_core.negatives as n; n.LETTERS.tokens(['a']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -47,13 +47,14 @@ class TextTokenizer:
     pad_id: int = 0
     special_ids: frozenset[int] = frozenset()
 
-    @classmethod
-    def for_clip(cls, limit: int = _CLIP_CONTEXT) -> "TextTokenizer":
-        """Use the vocabulary that CLIP was trained with."""
+    @staticmethod
+    @cache
+    def for_clip() -> "TextTokenizer":
+        """Use the vocabulary and the context that CLIP was trained with."""
         spec = find_spec("open_clip")
         assert spec is not None
         assert spec.origin is not None
-        return load_byte_pairs(Path(spec.origin).with_name(_VOCABULARY_FILE)).with_limit(limit)
+        return load_byte_pairs(Path(spec.origin).with_name(_VOCABULARY_FILE))
 
     def with_limit(self, limit: int) -> "TextTokenizer":
         return replace(self, limit=limit)
@@ -127,31 +128,13 @@ def _set_values(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted((name, value) for name, value in settings.items() if value not in (None, "") and value is not False)
 
 
-def clip_token_ids(texts: Sequence[str], prompt_tokens: int = 0) -> list[list[int]]:
-    """Tokenize with CLIP's own vocabulary and context of 77, SOS and EOT included; needs no model.
-
-    prompt_tokens: positions of the context that prompts take.
-    """
-    return TextTokenizer.for_clip(_CLIP_CONTEXT - prompt_tokens).encode(texts)
-
-
 def count_clip_tokens(texts: Sequence[str]) -> list[int]:
     """Count the tokens of each text in CLIP's own vocabulary, SOS and EOT included, without a limit."""
-    return [len(ids) for ids in TextTokenizer.for_clip(sys.maxsize).encode(texts)]
+    return [len(ids) for ids in TextTokenizer.for_clip().with_limit(sys.maxsize).encode(texts)]
 
 
 def load_byte_pairs(file: Path) -> TextTokenizer:
-    """Load a vocabulary of CLIP's kind: gzipped merges, a line each. It is read again only if the file has changed."""
-    return _load_byte_pairs(file, file.stat().st_mtime_ns)
-
-
-def digest_byte_pairs(file: Path) -> str:
-    """Return the sha256 over the pieces and merges of a vocabulary of CLIP's kind, likewise read once."""
-    return _digest_byte_pairs(file, file.stat().st_mtime_ns)
-
-
-@cache
-def _load_byte_pairs(file: Path, modified: int) -> TextTokenizer:
+    """Load a vocabulary of CLIP's kind: gzipped merges, a line each."""
     ids, ranks = _read_byte_pairs(file)
     merges = [(merge[0], merge[1]) for merge in sorted(ranks, key=ranks.__getitem__) if len(merge) == 2]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix=_WORD_END))
@@ -164,8 +147,8 @@ def _load_byte_pairs(file: Path, modified: int) -> TextTokenizer:
     return TextTokenizer(tokenizer, _CLIP_CONTEXT, "lower", (ids[_START],), ids[_END])
 
 
-@cache
-def _digest_byte_pairs(file: Path, modified: int) -> str:
+def digest_byte_pairs(file: Path) -> str:
+    """Return the sha256 over the pieces and merges of a vocabulary of CLIP's kind."""
     content = [sorted(part.items()) for part in _read_byte_pairs(file)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
