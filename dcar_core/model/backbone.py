@@ -86,26 +86,9 @@ class Backbone(nn.Module):
         """Return int64 (B, n): start, words, end, padding; at most L - prompt_tokens, so that prompts fit in too."""
         return torch.from_numpy(self.text_tokenizer(prompt_tokens)(texts)).to(self.device)
 
-    def exceeds_context(self, texts: Sequence[str], prompt_tokens: int = 0) -> list[bool]:
-        """True for each text that `tokenize` would cut."""
-        tokenizer = self.text_tokenizer(prompt_tokens)
-        return [tokenizer.exceeds_limit(text) for text in texts]
-
-    def caption_mask(self, tokens: Tensor) -> Tensor:
-        """bool (B, n): the caption's own tokens, without start, end and padding."""
-        return self.layout.caption_mask(tokens)  # type: ignore[no-any-return]
-
-    def trim(self, tokens: Tensor) -> Tensor:
-        """Cut a batch to its longest text."""
-        return tokens[:, : int(self.layout.lengths(tokens).max())] if len(tokens) else tokens
-
     def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Text features (B, E), not normalised; see `TextTower.encode`."""
         return self.text_tower.encode(tokens, prompts, weights)
-
-    def token_features(self, tokens: Tensor) -> Tensor:
-        """Contextual features of every token (B, n, E), not normalised, without prompts."""
-        return self.text_tower.token_features(tokens)
 
     def lone_token_features(self, tokens: Tensor) -> Tensor:
         """Features of every token as a text of its own (B, n, E), not normalised, without prompts."""
@@ -114,10 +97,6 @@ class Backbone(nn.Module):
         end = torch.full_like(unique, self.layout.end_id)
         alone = torch.cat([start, unique[:, None], end[:, None]], 1)  # [V, start + 2]
         return self.encode_text(alone)[place]
-
-    def token_embeddings(self, tokens: Tensor) -> Tensor:
-        """The embedding table's rows (B, n, W_t), before positions."""
-        return self.text_tower.embed(tokens)
 
     def normalized(self, pixels: Pixels) -> Tensor:
         """uint8 (B, 3, S, S) -> float32, as `encode_image` takes them."""
@@ -128,10 +107,6 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Image features (B, E), not normalised; see `ImageTower.encode`."""
         return self.image_tower.encode(pixels, prompts, adapters)
-
-    def patch_features(self, pixels: Tensor) -> Tensor:
-        """Each patch's feature in the joint space (B, P, E), not normalised, without prompts."""
-        return self.image_tower.patch_features(pixels)
 
     def content_hash(self) -> str:
         """sha256 over every weight and whatever else decides on vectors, as 64 hex digits."""

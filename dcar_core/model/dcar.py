@@ -40,9 +40,9 @@ class DualPrompts(nn.Module):
         std = backbone.text_tower.prompt_std
         start = torch.empty(config.depth, config.length, backbone.text_width).normal_(std=std)
         tokens = backbone.tokenize([INITIAL_TEXT])
-        words = tokens[backbone.caption_mask(tokens)][None]
+        words = tokens[backbone.layout.caption_mask(tokens)][None]
         if words.shape[1] == config.length:
-            start[0] = backbone.token_embeddings(words)[0].detach().cpu()
+            start[0] = backbone.text_tower.embed(words)[0].detach().cpu()
         self.text = nn.Parameter(start)
         if config.image:
             self.couple = nn.Linear(backbone.text_width, backbone.vision_width)
@@ -136,8 +136,8 @@ class DCAR(nn.Module):
         """Factors (B, n) from the text alone; None without a head."""
         if self.head is None:
             return None
-        mask = self.backbone.caption_mask(tokens)
-        return self.head(self.backbone.token_embeddings(tokens), mask)  # type: ignore[no-any-return]
+        mask = self.backbone.layout.caption_mask(tokens)
+        return self.head(self.backbone.text_tower.embed(tokens), mask)  # type: ignore[no-any-return]
 
     def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
         """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""

@@ -51,7 +51,7 @@ def _token_factors(model: DCAR) -> Floats | None:
     for start in range(0, count, _CHUNK):
         ids = torch.arange(start, min(start + _CHUNK, count), device=model.backbone.device)[None]
         everywhere = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-        parts.append(_to_numpy(model.head(model.backbone.token_embeddings(ids), everywhere)[0]))
+        parts.append(_to_numpy(model.head(model.backbone.text_tower.embed(ids), everywhere)[0]))
     return np.concatenate(parts)
 
 

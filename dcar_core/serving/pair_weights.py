@@ -44,7 +44,7 @@ class PairWeights:
         tokens = backbone.tokenize([text], self._model.prompt_tokens)  # [1, n]
         images = torch.from_numpy(image_features).to(tokens.device)
         features = token_text_features(backbone, tokens, config).expand(len(images), -1, -1)  # [C, n, E]
-        mask = backbone.caption_mask(tokens).expand(len(images), -1)
+        mask = backbone.layout.caption_mask(tokens).expand(len(images), -1)
         factors = blend(pair_weights(features, images, self._blank), mask, config)
         return factors.float().cpu().numpy()
 

@@ -61,7 +61,7 @@ class FrozenFeatures:
         texts = [s.caption for s in self.data.samples]
         key = digest(self.image_key, texts, self.image_of.tolist(), tokens.shape[1], config.word, config.picture)
         raw = self.cache.tensor("weights", key, lambda: self._raw_weights(tokens, config))
-        return blend(raw, self.backbone.caption_mask(tokens), config)
+        return blend(raw, self.backbone.layout.caption_mask(tokens), config)
 
     def candidates(self, alpha: float) -> tuple[Tensor, Tensor]:
         """Return features (N, 1 + M, E) of captions and negatives, and their category-matching weights (N, 1 + M)."""

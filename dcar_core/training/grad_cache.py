@@ -120,8 +120,9 @@ def _forward(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> _Part
     """Encode `part`, and compute its share of the loss terms that are means over the whole `batch`."""
     config, scale = model.config, model.backbone.scale
     share = len(part) / len(batch)
-    tokens = model.backbone.trim(data.tokens[part])
-    length = tokens.shape[1]
+    layout, tokens = model.backbone.layout, data.tokens[part]
+    length = int(layout.lengths(tokens).max())
+    tokens = tokens[:, :length]
     target_weights = data.pair_weights[part, :length] if data.pair_weights is not None else None
     predicted = model.predicted_weights(tokens)
     token_weights = {"none": None, "pair": target_weights, "predicted": predicted}[config.reweight.train]
@@ -140,8 +141,8 @@ def _forward(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> _Part
             category = category_loss(image, candidates, data.candidate_weights[part], scale)
             losses = losses + share * config.loss.category * category
         if predicted is not None and target_weights is not None:
-            mask = model.backbone.caption_mask(tokens)
-            token_share = mask.sum() / model.backbone.caption_mask(data.tokens[batch]).sum().clamp(min=1)
+            mask = layout.caption_mask(tokens)
+            token_share = mask.sum() / layout.caption_mask(data.tokens[batch]).sum().clamp(min=1)
             losses = losses + token_share * config.loss.head * head_loss(predicted.float(), target_weights, mask)
         if config.loss.anchor > 0 and data.image_features is not None and data.text_features is not None:
             image_anchor = anchor_loss(image, data.image_features[data.image_of[part]])

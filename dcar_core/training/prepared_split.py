@@ -134,10 +134,9 @@ def report_truncation(
         unused = sum(max(0, len(sample.negatives) - MAX_NEGATIVES) for sample in splits["train"].samples)
         reports["train"].add(f"negatives after the first {MAX_NEGATIVES} of a pair, not trained on", unused)
     message = f"captions cut to the {backbone.context_length - room} tokens that fit"
+    tokenizer = backbone.text_tokenizer(room)
     for name, data in splits.items():
-        captions = [sample.caption for sample in data.samples]
-        for start in range(0, len(captions), 1024):
-            reports[name].add(message, sum(backbone.exceeds_context(captions[start : start + 1024], room)))
+        reports[name].add(message, sum(tokenizer.exceeds_limit(sample.caption) for sample in data.samples))
 
 
 def _true_pairs(data: Dataset, groups: Mapping[str, int], image_of: Rows) -> NDArray[np.int64]:

@@ -38,10 +38,9 @@ async def test_reranking_applies_the_exact_weights_to_every_candidate(
         for row in range(artifact.rows):
             pixels = encoder.preprocess(artifact.image_bytes(row))
             image = frozen(pixels)
-            raw = pair_weights(model.backbone.token_features(tokens), image, blank)
-            vector = model.encode_text(tokens, blend(raw, model.backbone.caption_mask(tokens), model.config.reweight))[
-                0
-            ].numpy()
+            raw = pair_weights(model.backbone.text_tower.token_features(tokens), image, blank)
+            factors = blend(raw, model.backbone.layout.caption_mask(tokens), model.config.reweight)
+            vector = model.encode_text(tokens, factors)[0].numpy()
             expected[artifact.item(row).id] = float(vector @ artifact.vector(row))
     async with opened(built_index, rerank_depth=8) as http:
         client = Client(http)

@@ -114,7 +114,7 @@ def test_token_features_encode_each_token_alone(backbone: Backbone) -> None:
 
 
 def test_patch_features_are_the_projected_tokens(backbone: Backbone, pixels: torch.Tensor) -> None:
-    patches = backbone.patch_features(pixels)
+    patches = backbone.image_tower.patch_features(pixels)
     assert patches.shape == (len(pixels), backbone.patch_grid**2, backbone.embed_dim)
     visual = backbone.visual
     tokens = visual._pool(visual.transformer(visual._embeds(pixels)))[1]

@@ -64,8 +64,8 @@ def test_captions_beyond_the_context_are_found(tiny_model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))  # a context of 32
     texts = ["a " * n for n in (26, 27, 30, 31)]
     assert count_clip_tokens(texts) == [28, 29, 32, 33]
-    assert backbone.exceeds_context(texts) == [False, False, False, True]
-    assert backbone.exceeds_context(texts, prompt_tokens=4) == [False, True, True, True]
+    assert list(map(backbone.text_tokenizer(0).exceeds_limit, texts)) == [False, False, False, True]
+    assert list(map(backbone.text_tokenizer(4).exceeds_limit, texts)) == [False, True, True, True]
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backb
     wanted = contrastive_loss(text, image, torch.from_numpy(data.positives(np.arange(len(data)))), scale)
     wanted = wanted + 0.3 * category_loss(image, torch.stack(captions), data.candidate_weights, scale)
     if predicted is not None and data.pair_weights is not None:
-        wanted = wanted + 0.7 * head_loss(predicted, data.pair_weights, model.backbone.caption_mask(data.tokens))
+        wanted = wanted + 0.7 * head_loss(predicted, data.pair_weights, model.backbone.layout.caption_mask(data.tokens))
     held = anchor_loss(image, torch.cat(frozen_images)) + anchor_loss(text, torch.cat(frozen_texts))
     torch.testing.assert_close(batch_loss(model, data, np.arange(len(data))), wanted + 0.2 * held, rtol=1e-4, atol=1e-4)
 
@@ -126,8 +126,8 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
     """Compute weights from the texts and images that the options name, relative to a white image."""
     monkeypatch.setattr(frozen_features, "TEXT_BATCH", 4)
     model, data = ready(backbone, described_twice, name)
-    words = backbone.lone_token_features if name == "dcar-alone" else backbone.token_features
-    pictures = backbone.patch_features if name == "dcar-patches" else backbone.encode_image
+    words = backbone.lone_token_features if name == "dcar-alone" else backbone.text_tower.token_features
+    pictures = backbone.image_tower.patch_features if name == "dcar-patches" else backbone.encode_image
     size = backbone.preprocess.size
     pixels = [backbone.preprocess(described_twice.read(sample.image)) for sample in described_twice.samples]
     seen = np.stack([*pixels, np.full((3, size, size), 255, np.uint8)])
@@ -135,7 +135,7 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
         found = pictures(torch.from_numpy(backbone.preprocess.normalize(seen)))
         raw = pair_weights(words(data.tokens), found[:-1], found[-1])
     assert data.pair_weights is not None
-    wanted = blend(raw, model.backbone.caption_mask(data.tokens), model.config.reweight)
+    wanted = blend(raw, model.backbone.layout.caption_mask(data.tokens), model.config.reweight)
     torch.testing.assert_close(data.pair_weights, wanted, rtol=1e-3, atol=1e-3)
 
 

@@ -127,7 +127,7 @@ def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> Non
     with torch.inference_mode():
         both = np.concatenate([pixels, backbone.preprocess.blank()[None]])
         image, blank = backbone.encode_image(torch.from_numpy(backbone.preprocess.normalize(both))).numpy()
-        words = backbone.token_features(tokens)[0, 1:-1].numpy()  # [3, E]
+        words = backbone.text_tower.token_features(tokens)[0, 1:-1].numpy()  # [3, E]
 
     def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         similarity: np.ndarray = one @ other / np.linalg.norm(one, axis=-1) / np.linalg.norm(other)
