@@ -245,6 +245,24 @@ def test_the_http_reference_names_every_route() -> None:
             assert f"{path}`" in page, f"docs/reference/http-api.md does not name {path}"
 
 
+def test_every_method_is_described() -> None:
+    from dcar_core.model.methods import METHODS
+
+    page = (ROOT / "docs" / "explanation" / "method.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"`{name}`" not in page] == []
+
+
+def test_every_kind_of_index_is_described_as_it_is_built() -> None:
+    from index_jobs.building.kinds import NAMED, choose_kinds
+
+    page = (ROOT / "docs" / "explanation" / "index-kinds.md").read_text(encoding="utf-8")
+    count, dim = 1_000_000, 512
+    for name in NAMED[1:]:  # without "auto"
+        (choice,) = choose_kinds(name, count, dim)
+        row = f"| `{name}` | `{choice.factory.replace('IVF4000', 'IVF<n>')}` | {choice.bytes // count} |"
+        assert row in page, f"docs/explanation/index-kinds.md lacks {row}"
+
+
 def test_the_reference_of_exit_codes_is_complete() -> None:
     page = (ROOT / "docs" / "reference" / "exit-codes.md").read_text(encoding="utf-8")
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}

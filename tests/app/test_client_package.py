@@ -8,7 +8,7 @@ import tomllib
 from typing import Any
 from urllib.parse import unquote
 
-from dcar_client import calls
+from dcar_client import Client, SearchOptions, calls
 
 from app.core.settings import Settings
 from app.main import create_app
@@ -29,6 +29,12 @@ def test_the_client_depends_on_httpx_and_pydantic_alone() -> None:
     code = "import sys, dcar_client; sys.exit(bool({'torch', 'faiss', 'numpy', 'app', 'dcar_core'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE / "src")}
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE, env=environment).returncode == 0
+
+
+def test_the_readme_names_every_method_and_search_option() -> None:
+    readme = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    methods = [f"{name}(" for name in vars(Client) if not name.startswith("_") and name != "close"]
+    assert [name for name in (*methods, *SearchOptions.__annotations__) if f"`{name}" not in readme] == []
 
 
 def test_the_client_covers_every_route() -> None:
