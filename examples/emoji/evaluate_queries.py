@@ -1,7 +1,7 @@
 """Measure short queries, as people type them, on both domains: hit@1, hit@5 and nDCG@10.
 
     python examples/emoji/evaluate_queries.py --queries test
-    python examples/emoji/evaluate_queries.py --base build/base --domains twemoji --zero-shot
+    python examples/emoji/evaluate_queries.py --base examples/emoji/build/base --domains twemoji --zero-shot
     python examples/emoji/evaluate_queries.py --zero-shot --captions [--encoder MODEL_FOLDER]
 
 - queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
