@@ -52,7 +52,7 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of results.")] = 10,
     without: Annotated[str, typer.Option(help="Words for content that results should not show.")] = "",
     hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Look up the words in captions, categories and metadata as well.")
+        bool, typer.Option("--hybrid", help="Look up the words in ids, captions, categories and metadata as well.")
     ] = False,
     filter: Filter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -138,8 +138,8 @@ class SearchOptions(BaseModel):
     hybrid: Annotated[
         Annotated[bool, Field(strict=True)] | Share,
         Field(
-            description="look up the words of the query as well, in captions, categories and metadata: true, or the "
-            "weight of the words from 0 to 1"
+            description="look up the words of the query as well, in ids, captions, categories and metadata: true, or "
+            "the weight of the words from 0 to 1"
         ),
     ] = False
     group_by: GroupBy = None

@@ -297,8 +297,8 @@ class SearchOptions(TypedDict, total=False):
     fold: float | None
     """Show items with at least this cosine as one result; the others are listed under `folded`."""
     hybrid: bool | float
-    """Look up the words of the query as well, in captions, categories and metadata: true, or the weight of the
-    words from 0 to 1.
+    """Look up the words of the query as well, in ids, captions, categories and metadata: true, or the weight of
+    the words from 0 to 1.
     """
     group_by: str | None
     """Metadata field whose values are returned once each, by their best item; the default is the field that the
