@@ -15,7 +15,7 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 from pydantic import Field
 
-from app.api.params import retriever_of, settings_of, snapshot_of
+from app.api.params import snapshot_of, state_of
 from app.api.requests import FilterQuery, PageQuery
 from app.api.responses import JsonResponse, items_response
 from app.core.problems import field_problem
@@ -118,7 +118,7 @@ def browsing_routes() -> APIRouter:
 
     @router.get("/browse")
     async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) -> Response:
-        snapshot, retriever, most = snapshot_of(request), retriever_of(request), settings_of(request).max_k
+        snapshot, retriever, most = snapshot_of(request), state_of(request).retriever, state_of(request).settings.max_k
         if query.k > most:
             raise field_problem("k", f"at most {most}, not {query.k}")
         catalogue = _catalogue_of(snapshot)
@@ -144,7 +144,7 @@ def browsing_routes() -> APIRouter:
                 "fields": _catalogue_of(snapshot).fields,
                 "group_field": artifact.manifest.group_field,
                 "has_words": has_words,
-                "starts_hybrid": has_words and settings_of(request).page_hybrid,
+                "starts_hybrid": has_words and state_of(request).settings.page_hybrid,
             }
         )
 
@@ -165,13 +165,13 @@ def browsing_routes() -> APIRouter:
                 for name, filter in others.items()
             ]
 
-        return JsonResponse({"facets": await retriever_of(request).examine(count)})
+        return JsonResponse({"facets": await state_of(request).retriever.examine(count)})
 
     @router.get("/words")
     async def words(request: Request, q: str) -> Response:
         """Tell how familiar a query's words are, and the score that makes up for unfamiliar ones."""
         snapshot = snapshot_of(request)
-        text = q[: settings_of(request).max_query_chars]
+        text = q[: state_of(request).settings.max_query_chars]
         lexical = snapshot.artifact.lexical
         known = 1.0 if lexical is None else await asyncio.to_thread(lexical.known_share, text)
         cutoff = snapshot.artifact.manifest.cutoff
@@ -183,8 +183,8 @@ def browsing_routes() -> APIRouter:
 async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize) -> Response:
     """Return a thumbnail of an item, as WebP for clients that name it in `Accept`, else as JPEG."""
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-    thumbnail = await retriever_of(request).images.thumbnail(snapshot_of(request), item_id, size, kind)
-    scope = "private" if settings_of(request).api_keys else "public"
+    thumbnail = await state_of(request).retriever.images.thumbnail(snapshot_of(request), item_id, size, kind)
+    scope = "private" if state_of(request).settings.api_keys else "public"
     etag = f'"{thumbnail.name}"'
     headers = {"Cache-Control": f"{scope}, max-age={_MAX_AGE_S}", "ETag": etag, "Vary": "Accept"}
     if etag in request.headers.get("if-none-match", ""):

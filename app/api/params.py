@@ -1,6 +1,6 @@
 """What a handler needs from the request and the application."""
 
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Path, Request
 
@@ -18,29 +18,20 @@ from app.writes.worker import WriteWorker
 ItemId = Annotated[str, Path(description="the id of an item, as results give it", max_length=1024)]
 
 
-def settings_of(request: Request) -> Settings:
-    settings: Settings = request.app.state.settings
-    return settings
+class ServiceState(Protocol):
+    """The parts of the service that handlers use, as `create_app` puts them into `app.state`."""
+
+    settings: Settings
+    metrics: Metrics
+    collections: Collections
+    retriever: Retriever
+    writer: WriteWorker
+    fetcher: ImageFetcher
 
 
-def retriever_of(request: Request) -> Retriever:
-    retriever: Retriever = request.app.state.retriever
-    return retriever
-
-
-def fetcher_of(request: Request) -> ImageFetcher:
-    fetcher: ImageFetcher = request.app.state.fetcher
-    return fetcher
-
-
-def collections_of(request: Request) -> Collections:
-    collections: Collections = request.app.state.collections
-    return collections
-
-
-def writer_of(request: Request) -> WriteWorker:
-    writer: WriteWorker = request.app.state.writer
-    return writer
+def state_of(request: Request) -> ServiceState:
+    state: ServiceState = request.app.state
+    return state
 
 
 def collection_of(request: Request) -> str | None:
@@ -56,18 +47,17 @@ def snapshot_of(request: Request) -> Snapshot:
         CollectionNotFoundError: the collection is unknown.
         NotReadyError: it is not loaded yet.
     """
-    return collections_of(request)[collection_of(request)].require()
+    return state_of(request).collections[collection_of(request)].require()
 
 
 def require_admin(request: Request) -> None:
     """Accept only the holder of the admin key. The client address proves nothing: behind a proxy it is loopback."""
-    key = settings_of(request).admin_key
+    key = state_of(request).settings.admin_key
     if key is None:
         raise Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
     given = key_in(request.headers)
     if given is None or not is_key(given, key.get_secret_value()):
-        metrics: Metrics = request.app.state.metrics
-        metrics.refused.labels("key").inc()
+        state_of(request).metrics.refused.labels("key").inc()
         raise unauthorised("must be `Bearer` and the admin key")
 
 
@@ -79,7 +69,7 @@ def may_read(request: Request, collection: str) -> bool:
 
 def require_writer(request: Request, collection: str) -> None:
     """Accept the admin key, and API keys that may write to a collection."""
-    if not settings_of(request).writes:
+    if not state_of(request).settings.writes:
         raise Problem(403, "Writing is disabled; set DCAR_WRITES=true to enable it.")
     key: ApiKey | None = request.scope.get(API_KEY)
     if key is None:  # no API keys are configured

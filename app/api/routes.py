@@ -27,13 +27,10 @@ from app.api.browsing import ThumbnailSize, browsing_routes, thumbnail_response
 from app.api.openapi import operation, problem_responses
 from app.api.params import (
     ItemId,
-    collections_of,
-    fetcher_of,
     may_read,
     require_admin,
-    retriever_of,
-    settings_of,
     snapshot_of,
+    state_of,
 )
 from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
 from app.api.responses import (
@@ -101,11 +98,11 @@ def add_routes(app: FastAPI, settings: Settings) -> None:
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
     snapshot = snapshot_of(request)
-    return await _search(request, snapshot, await read_text_query(request, settings_of(request)))
+    return await _search(request, snapshot, await read_text_query(request, state_of(request).settings))
 
 
 async def _search(request: Request, snapshot: Snapshot, query: Query) -> Response:
-    return JsonResponse(search_response(request, await retriever_of(request).search(snapshot, query)))
+    return JsonResponse(search_response(request, await state_of(request).retriever.search(snapshot, query)))
 
 
 def _item_routes(settings: Settings) -> APIRouter:
@@ -122,8 +119,8 @@ def _item_routes(settings: Settings) -> APIRouter:
         """Find the images that resemble an uploaded image."""
         snapshot = snapshot_of(request)
         check_form_type(request)
-        retriever_of(request).require_room()  # a body that will not be used is not read
-        return await _search(request, snapshot, await read_image_query(request, settings_of(request)))
+        state_of(request).retriever.require_room()  # a body that will not be used is not read
+        return await _search(request, snapshot, await read_image_query(request, state_of(request).settings))
 
     @router.post(
         "/search/batch",
@@ -136,8 +133,8 @@ def _item_routes(settings: Settings) -> APIRouter:
         queries = await read_batch(request, settings)
         await charge(request, len(queries) - 1)
         checked = await asyncio.to_thread(check_batch, queries, settings)
-        checked = await fetcher_of(request).complete(request.scope, queries, checked)
-        results = await retriever_of(request).search_batch(snapshot, checked)
+        checked = await state_of(request).fetcher.complete(request.scope, queries, checked)
+        results = await state_of(request).retriever.search_batch(snapshot, checked)
         responses = [search_response(request, each) for each in results]
         return JsonResponse({"index_version": results[0].version, "answers": responses})
 
@@ -146,7 +143,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         """List the gallery's items page by page, in index order; of a group the first one."""
         if query.k > settings.max_k:
             raise field_problem("k", f"at most {settings.max_k}, not {query.k}")
-        page = await retriever_of(request).items(
+        page = await state_of(request).retriever.items(
             snapshot_of(request), query.filter, query.offset, query.k, group_by=query.group_by
         )
         return JsonResponse(items_response(request, page))
@@ -178,7 +175,7 @@ def _item_routes(settings: Settings) -> APIRouter:
         """Return the image file of an item as stored in the gallery, or a thumbnail of it."""
         if size is not None:
             return await thumbnail_response(request, item_id, size)
-        images = retriever_of(request).images
+        images = state_of(request).retriever.images
         image = await images.open(snapshot_of(request), item_id)
         etag = f'"{image.digest}"'
         scope = "private" if settings.api_keys else "public"
@@ -191,7 +188,9 @@ def _item_routes(settings: Settings) -> APIRouter:
     @router.get("/items/{item_id:path}", tags=["items"], **operation(ItemResponse, 404, 422, 503))
     async def item(request: Request, item_id: ItemId) -> Response:
         """Return an item with all its metadata."""
-        return JsonResponse(item_response(request, *await retriever_of(request).item(snapshot_of(request), item_id)))
+        snapshot = snapshot_of(request)
+        found = await state_of(request).retriever.item(snapshot, item_id)
+        return JsonResponse(item_response(request, snapshot.version, found))
 
     return router
 
@@ -206,7 +205,7 @@ def _service_routes(settings: Settings) -> APIRouter:
     )
     async def embeddings(request: Request) -> Response:
         """Return the vectors of texts and images, in the shape of OpenAI's API."""
-        retriever, collections = retriever_of(request), collections_of(request)
+        retriever, collections = state_of(request).retriever, state_of(request).collections
         retriever.require_room()
         query = await read_embeddings(request, settings)
         if not may_read(request, query.model or collections.default):
@@ -229,7 +228,7 @@ def _service_routes(settings: Settings) -> APIRouter:
     @router.get("/collections", tags=["service"], **operation(CollectionsResponse))
     async def list_collections(request: Request) -> Response:
         """List the served collections that the key opens."""
-        collections = collections_of(request)
+        collections = state_of(request).collections
         entries = [collection_response(collections, name) for name, _ in collections if may_read(request, name)]
         return JsonResponse({"collections": entries})
 
@@ -241,7 +240,7 @@ def _service_routes(settings: Settings) -> APIRouter:
     @router.get("/readyz", tags=["service"], **operation(ReadinessResponse, 503))
     async def readyz(request: Request) -> Response:
         """Report that searches work in every collection, or the reason why they do not."""
-        collections = collections_of(request)
+        collections = state_of(request).collections
         collections.require_all()
         if collections.is_draining:
             raise NotReadyError("The service is shutting down.")
@@ -261,13 +260,13 @@ def _service_routes(settings: Settings) -> APIRouter:
     )
     async def metrics(request: Request) -> Response:
         """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
-        return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE)
 
     @router.post("/admin/reload", tags=["service"], **operation(ReloadResponse, 401, 403, 503))
     async def reload(request: Request) -> Response:
         """Serve the published version of every collection now, without waiting for the next poll."""
         require_admin(request)
-        collections = collections_of(request)
+        collections = state_of(request).collections
         await request.body()  # unused, but an unread body would count as one that never arrives
         try:
             changed = await collections.reload()

@@ -19,14 +19,10 @@ from app.api.image_urls import MAX_URLS, is_image_url
 from app.api.openapi import operation
 from app.api.params import (
     collection_of,
-    collections_of,
-    fetcher_of,
     may_read,
     require_writer,
-    retriever_of,
-    settings_of,
     snapshot_of,
-    writer_of,
+    state_of,
 )
 from app.api.requests import DeleteItems, PutItem, PutItems
 from app.api.responses import JsonResponse, collection_response
@@ -64,7 +60,7 @@ def item_writing_routes() -> APIRouter:
     async def delete_items(request: Request) -> Response:
         """Remove items by a job."""
         require_writer(request, _name(request))
-        _ = collections_of(request)[_name(request)]
+        _ = state_of(request).collections[_name(request)]
         ids = (await read_json(request, DeleteItems)).ids
         return await _accept(request, "delete", [{"id": each} for each in dict.fromkeys(ids)])
 
@@ -81,9 +77,9 @@ def collection_writing_routes() -> APIRouter:
         model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
     ) -> Response:
         """Create a collection without items, unless there is one of this name."""
-        name, collections = _name(request), collections_of(request)
+        name, collections = _name(request), state_of(request).collections
         require_writer(request, name)
-        folder = settings_of(request).collections_dir
+        folder = state_of(request).settings.collections_dir
         if name not in dict(collections):
             if not COLLECTION_NAME.fullmatch(name):
                 raise field_problem("collection", "must be 1 to 64 letters, digits, '.', '_' and '-'")
@@ -100,7 +96,7 @@ def collection_writing_routes() -> APIRouter:
     @router.delete("/collections/{collection}", status_code=204, **operation(None, 404, 409, 503, status=204))
     async def delete_collection(request: Request) -> Response:
         """Drop a collection that was created over HTTP, with all of its items."""
-        name, collections = _name(request), collections_of(request)
+        name, collections = _name(request), state_of(request).collections
         require_writer(request, name)
         served = collections[name]
         if not served.is_created:
@@ -123,8 +119,8 @@ def job_routes() -> APIRouter:
     @router.get("/jobs/{job_id}", **operation(JobResponse, 404))
     async def job(request: Request, job_id: str) -> Response:
         """Return the status of a change of items: how far it is, and how it ended."""
-        status = await writer_of(request).status(job_id) if settings_of(request).writes else None
-        require_writer(request, collections_of(request).default if status is None else status["collection"])
+        status = await state_of(request).writer.status(job_id) if state_of(request).settings.writes else None
+        require_writer(request, state_of(request).collections.default if status is None else status["collection"])
         if status is None:
             raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])
         return JsonResponse(status)
@@ -133,7 +129,7 @@ def job_routes() -> APIRouter:
 
 
 def _name(request: Request) -> str:
-    return collection_of(request) or collections_of(request).default
+    return collection_of(request) or state_of(request).collections.default
 
 
 def _require_unique(ids: list[str]) -> None:
@@ -144,7 +140,7 @@ def _require_unique(ids: list[str]) -> None:
 
 async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[tuple[bytes, str]]:
     """Return the image files of items and their suffixes; an error names the item."""
-    settings, images, images_of = settings_of(request), list[tuple[bytes, str]](), retriever_of(request).images
+    state, images = state_of(request), list[tuple[bytes, str]]()
     urls = sum(is_image_url(item.image) for item in items)
     if urls > MAX_URLS:
         raise field_problem("items", f"at most {MAX_URLS} images by URL, not {urls}")
@@ -152,13 +148,13 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
         field = f"items.{number}.image"
         try:
             if is_image_url(item.image):
-                data = await fetcher_of(request).fetch(request.scope, item.image)
+                data = await state.fetcher.fetch(request.scope, item.image)
             else:
-                data = await asyncio.to_thread(decode_base64, item.image, settings, "image")
+                data = await asyncio.to_thread(decode_base64, item.image, state.settings, "image")
         except Problem as problem:
             raise problem.within(f"items.{number}") from None
         try:
-            await images_of.check(snapshot, data)
+            await state.retriever.images.check(snapshot, data)
         except ImageError as error:
             raise field_problem(field, str(error)) from None
         images.append((data, str(sniff_format(data))))
@@ -169,7 +165,7 @@ async def _accept(
     request: Request, kind: JobKind, items: list[dict[str, Any]], images: list[tuple[bytes, str]] | None = None
 ) -> Response:
     with _storing("job"):
-        job = await writer_of(request).accept(_name(request), kind, items, images or [])
+        job = await state_of(request).writer.accept(_name(request), kind, items, images or [])
     return JsonResponse(job, 202, headers={"Location": f"{request.scope.get('root_path', '')}/jobs/{job['id']}"})
 
 

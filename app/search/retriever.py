@@ -112,10 +112,9 @@ class Retriever:
             )
         return [vector for vector, _ in _all_or_error(outcomes)]
 
-    async def item(self, snapshot: Snapshot, item_id: str) -> tuple[int, Item]:
-        """Return the version of the index and an item. Raise ItemNotFoundError if no item has this id."""
-        row = row_of(snapshot, item_id, "id")
-        return snapshot.version, await self._in_search_thread(snapshot.artifact.item, row)
+    async def item(self, snapshot: Snapshot, item_id: str) -> Item:
+        """Return an item. Raise ItemNotFoundError if no item has this id."""
+        return await self._in_search_thread(snapshot.artifact.item, row_of(snapshot, item_id))
 
     async def items(
         self,
