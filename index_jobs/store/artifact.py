@@ -129,14 +129,12 @@ class Artifact(Segments):
         """The model that encoded the vectors, for `Encoder.load`."""
         return self.path / CHECKPOINT
 
-    def search(
-        self, vectors: Floats, k: int, allowed: Mask | Rows | None = None, *, is_narrow: bool = False
-    ) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, allowed: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query.
 
         Args:
             vectors: float32 (n, E), L2-normalised.
-            allowed: the rows that may be found, as row numbers or as bool (rows,); None for all.
+            allowed: bool (rows,), the rows that may be found; None for all.
             is_narrow: as in `VectorIndex.search`.
 
         Returns:
@@ -144,15 +142,15 @@ class Artifact(Segments):
 
         Raises:
             ArtifactError: the vectors have another length than those of the index.
-            IndexError: an allowed row does not exist.
             ValueError: k is less than 1, or allowed has not one truth value for each row.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        mask = None if allowed is None else _as_mask(allowed, self.rows)
-        return super().search(vectors, k, mask, is_narrow=is_narrow)
+        if allowed is not None and allowed.shape != (self.rows,):
+            raise ValueError(f"allowed has {allowed.shape} truth values, but there are {self.rows} rows")
+        return super().search(vectors, k, allowed, is_narrow=is_narrow)
 
     def item(self, row: int) -> Item:
         """Return one item; those of recent searches are cached. Raise IndexError if the row is unknown or removed."""
@@ -164,11 +162,6 @@ class Artifact(Segments):
             self._items.clear()
         self._items[row] = item
         return item
-
-    def vector(self, row: int) -> Floats:
-        """Return the vector of one row, float32 (E,); see `vectors`."""
-        vector: Floats = self.vectors(np.array([row]))[0]
-        return vector
 
     def image_place(self, row: int) -> tuple[str, int]:
         """Return the file of a row's image, and the offset in it."""
@@ -279,21 +272,3 @@ class Artifact(Segments):
                 raise ArtifactError(
                     f"{path} has {size:,} bytes, but should have {info.size:,}; roll back, or rebuild the index"
                 )
-
-
-def _as_mask(allowed: Mask | Rows, count: int) -> Mask:
-    """Return row numbers, or one truth value for each row, as bool (count,).
-
-    Raises:
-        IndexError: a row is out of range.
-        ValueError: the number of truth values is not count.
-    """
-    if allowed.dtype == np.bool_:
-        if allowed.shape != (count,):
-            raise ValueError(f"allowed has {allowed.shape} truth values, but there are {count} rows")
-        return allowed.astype(np.bool_, copy=False)
-    if len(allowed) and (allowed.min() < 0 or allowed.max() >= count):
-        raise IndexError(f"allowed rows must be in 0..{count - 1}, not {allowed.min()}..{allowed.max()}")
-    mask = np.zeros(count, np.bool_)
-    mask[allowed] = True
-    return mask

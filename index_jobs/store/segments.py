@@ -62,7 +62,7 @@ class Segments:
             mask = self.live if mask is None else mask & self.live
         if len(self.segments) == 1:
             return self.segments[0].vectors.search(vectors, k, mask, is_narrow=is_narrow)
-        scores, rows = [], []
+        scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
         for segment, (start, stop) in zip(self.segments, pairwise(self._starts), strict=True):
             segment_mask = None if mask is None else mask[start:stop]
             segment_scores, places = segment.vectors.search(vectors, k, segment_mask, is_narrow=is_narrow)

@@ -41,7 +41,7 @@ async def test_reranking_applies_the_exact_weights_to_every_candidate(
             raw = pair_weights(model.backbone.text_tower.token_features(tokens), image, blank)
             factors = blend(raw, model.backbone.layout.caption_mask(tokens), model.config.reweight)
             vector = model.encode_text(tokens, factors)[0].numpy()
-            expected[artifact.item(row).id] = float(vector @ artifact.vector(row))
+            expected[artifact.item(row).id] = float(vector @ artifact.vectors(np.array([row]))[0])
     async with opened(built_index, rerank_depth=8) as http:
         client = Client(http)
         plain = await client.text(query="a red square", k=24)

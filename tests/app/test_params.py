@@ -165,7 +165,7 @@ async def test_more_like_and_less_like_shift_the_query(built_index: Path, encode
     def vector(item: str) -> np.ndarray:
         row = artifact.row_of(item)
         assert row is not None
-        return artifact.vector(row)
+        return artifact.vectors(np.array([row]))[0]
 
     text = encoder.encode_text(["red"])[0]
     a, b, c = (vector(item) for item in ("circle/red.png", "cross/blue.png", "square/green.png"))

@@ -31,7 +31,7 @@ async def test_without_is_subtracted_from_every_kind_of_query(built_index: Path,
     image = encoder.encode_images([png()])[0]
     row = artifact.row_of("circle/red.png")
     assert row is not None
-    item = artifact.vector(row)
+    item = artifact.vectors(np.array([row]))[0]
 
     async with opened(built_index) as http:
         client = Client(http)

@@ -44,7 +44,7 @@ def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path)
     assert item.metadata == {"file_name": "cross/red.png", "color": "red"}
     assert (item.width, item.height) == (48, 48)
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
-    np.testing.assert_allclose(artifact.vector(int(rows[1, 0])), vectors[1], atol=1e-5)
+    np.testing.assert_allclose(artifact.vectors(rows[1:2, 0]), vectors[1:], atol=1e-5)
     assert artifact.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
 
 
@@ -112,7 +112,7 @@ def test_the_version_holds_the_model_that_made_it(published: Path) -> None:
 
 def test_threads_share_an_artifact(published: Path, encoder: Encoder) -> None:
     artifact = open_current(published)
-    vectors = np.stack([artifact.vector(row) for row in range(24)])
+    vectors = artifact.vectors(np.arange(24))
     barrier = threading.Barrier(8)
 
     def work(seed: int) -> bool:
@@ -130,9 +130,9 @@ def test_threads_share_an_artifact(published: Path, encoder: Encoder) -> None:
 
 def test_removed_version_stays_usable_while_open(index: Path) -> None:
     artifact = open_current(index)
-    vector = artifact.vector(3)
+    vector = artifact.vectors(np.array([3]))
     shutil.rmtree(artifact.path)
-    assert artifact.search(vector[None], 1)[1].tolist() == [[3]]
+    assert artifact.search(vector, 1)[1].tolist() == [[3]]
     assert artifact.row_of(artifact.item(3).id) == 3
 
 

@@ -27,7 +27,7 @@ def test_published_vectors_equal_the_encoders(tiny_gallery: Path, tiny_checkpoin
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     artifact.require(encoder.fingerprint)
     paths = [tiny_gallery / name for name in scan(tiny_gallery).table["name"].to_pylist()]
-    found = np.stack([artifact.vector(row) for row in range(24)])
+    found = artifact.vectors(np.arange(24))
     np.testing.assert_allclose(found, encoder.encode_images(paths), atol=1e-5)
     manifest = artifact.manifest
     assert (summary.version, summary.count, summary.failed, summary.reused) == (1, 24, 0, False)
@@ -205,6 +205,6 @@ def test_training_behind_the_image_tower_needs_no_encoding(gallery: Path, tiny_m
         artifact, encoder = open_current(index), Encoder.load(checkpoint, device="cpu")
         artifact.require(encoder.fingerprint)
         images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]
-        found = np.stack([artifact.vector(row) for row in range(3)])
+        found = artifact.vectors(np.arange(3))
         np.testing.assert_allclose(found, encoder.encode_images(images), atol=1e-5)
     assert encoded == [24, 0, 0, 0, 24, 24]  # image prompts are part of the tower

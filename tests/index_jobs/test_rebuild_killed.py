@@ -95,7 +95,8 @@ def run_or_kill(delay: float, *arguments: object) -> tuple[str, float]:
 def vectors_of(index: Path) -> dict[str, np.ndarray]:
     """The vector of every item that can be found, by its id."""
     artifact = open_current(index)
-    return {artifact.item(row).id: artifact.vector(row) for row in np.flatnonzero(artifact.live).tolist()}
+    rows = np.flatnonzero(artifact.live)
+    return {artifact.item(int(row)).id: vector for row, vector in zip(rows, artifact.vectors(rows), strict=True)}
 
 
 @pytest.mark.slow

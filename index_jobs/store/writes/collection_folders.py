@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.files import fsync_path, fsync_tree, write_json
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.faiss_search import ScoredRows
 from index_jobs.store.manifest import CHECKPOINT, Manifest
 from index_jobs.store.segments import Segments
 from index_jobs.store.writes.write_queue import WriteQueue
@@ -39,13 +38,6 @@ class EmptyArtifact(Artifact):
             measured={}, files={},
         )  # fmt: skip
         Segments.__init__(self, [], np.empty(0, np.int64))
-
-    def search(
-        self, vectors: Floats, k: int, allowed: Mask | Rows | None = None, *, is_narrow: bool = False
-    ) -> ScoredRows:
-        """Find nothing."""
-        shape = (len(vectors), k)
-        return np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
 
     def vectors(self, rows: Rows) -> Floats:
         """Return no vectors, float32 (0, E)."""
