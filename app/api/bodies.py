@@ -123,7 +123,6 @@ async def read_image_query(request: Request, settings: Settings) -> Query:
 
 
 def check_window(options: SearchOptions, settings: Settings) -> None:
-    """Check k and offset against the settings."""
     if options.k > settings.max_k:
         raise field_problem("k", f"at most {settings.max_k}, not {options.k}")
     if options.offset + options.k > settings.max_window:
@@ -139,7 +138,6 @@ def _check_content_type(request: Request, expected: str) -> str:
 
 
 async def read_json(request: Request, model: type[M]) -> M:
-    """Read a JSON body."""
     body = await request.body()
     _check_content_type(request, "application/json")
     if len(body) > _LARGE_JSON_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:

@@ -113,7 +113,6 @@ def _groups_of(snapshot: Snapshot, page: ItemPage, filter: dict[str, Any] | None
 
 
 def browsing_routes() -> APIRouter:
-    """Return the routes that only the page uses."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/browse")

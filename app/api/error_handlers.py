@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers."""
     for kind in (Problem, SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_error)

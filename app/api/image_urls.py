@@ -34,7 +34,6 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_image_url(image: str | None) -> bool:
-    """Return whether an image is a URL."""
     return image is not None and image.startswith(("http://", "https://"))
 
 
@@ -47,7 +46,6 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Return the IP addresses of a host."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 

@@ -76,7 +76,6 @@ class DirectRoute(APIRoute):
 
 
 def add_routes(app: FastAPI, settings: Settings) -> None:
-    """Add every route of the API to the application."""
     for prefix in ("", _COLLECTION):
         # On the app itself: FastAPI matches the routes of an included router more slowly.
         app.router.add_api_route(

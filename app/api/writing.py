@@ -42,7 +42,6 @@ _ERRORS = (400, 404, 413, 415, 422, 503)
 
 
 def item_writing_routes() -> APIRouter:
-    """Return the routes that change the items of a collection."""
     router = APIRouter(tags=["items"])
 
     @router.put("/items", status_code=202, **operation(JobResponse, *_ERRORS, status=202, body=PutItems))
@@ -68,7 +67,6 @@ def item_writing_routes() -> APIRouter:
 
 
 def collection_writing_routes() -> APIRouter:
-    """Return the routes that create and drop collections."""
     router = APIRouter(tags=["collections"])
 
     @router.put("/collections/{collection}", **operation(Collection, 404, 422, 503))
@@ -113,7 +111,6 @@ def collection_writing_routes() -> APIRouter:
 
 
 def job_routes() -> APIRouter:
-    """Return the route that tells how a job is."""
     router = APIRouter(tags=["items"])
 
     @router.get("/jobs/{job_id}", **operation(JobResponse, 404))

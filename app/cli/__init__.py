@@ -48,5 +48,4 @@ app.add_typer(tools.commands)
 
 
 def main() -> None:
-    """Run the command line and exit with its status."""
     raise SystemExit(run_command(app))

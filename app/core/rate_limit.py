@@ -84,7 +84,6 @@ class RateLimiter:
         return await self._hit(self._local, caller, count)
 
     async def close(self) -> None:
-        """Release the connections."""
         if self._client is not None:
             await disconnect(self._client)
 

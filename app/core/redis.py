@@ -177,7 +177,6 @@ class CircuitBreaker:
         return is_trial
 
     def succeeded(self) -> None:
-        """Record a success."""
         if self.is_open:
             logger.info("Redis responds again; %s resumed", self._purpose)
         self._failures = 0

@@ -30,7 +30,6 @@ class ThumbnailCache:
         self._has_warned = False
 
     def get(self, name: str) -> bytes | None:
-        """Return a thumbnail, None if it is not cached."""
         if not self._limit:
             return None
         path = self._path(name)
@@ -42,7 +41,6 @@ class ThumbnailCache:
         return data if sniff_format(data) is not None else None  # a damaged file is replaced
 
     def put(self, name: str, data: bytes) -> None:
-        """Add a thumbnail."""
         if len(data) > self._limit * _KEPT:
             return
         try:

@@ -30,7 +30,6 @@ class Tracer:
         self.close = close
 
     def span(self, stage: str) -> Any:
-        """Return a context manager that spans the stage."""
         return self._tracer.start_as_current_span(stage)
 
     def past_span(self, stage: str, context: Any, started: float, ended: float, **attributes: int) -> None:

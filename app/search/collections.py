@@ -235,7 +235,6 @@ class Collections:
             self._watcher = asyncio.create_task(watch, name="dcar-collections")
 
     async def close(self) -> None:
-        """Stop polling."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)

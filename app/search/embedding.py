@@ -56,7 +56,6 @@ class Embedder:
         self._formats = frozenset(map(ImageFormat, settings.image_formats))
 
     def start(self) -> None:
-        """Begin to work. The event loop must be running."""
         self._batcher.start()
 
     async def close(self) -> None:

@@ -34,13 +34,11 @@ class ReloadListener:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to listen, in the background."""
         self._task = asyncio.create_task(
             supervise("reload listener", self._listen, self._metrics), name="dcar-reload-listener"
         )
 
     async def close(self) -> None:
-        """Stop listening."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

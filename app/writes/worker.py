@@ -51,7 +51,6 @@ class WriteWorker:
         return [([name], float(len(WriteQueue(each.index).waiting()))) for name, each in self._collections if is_on]
 
     def start(self) -> None:
-        """Begin to work, in the background."""
         self._task = asyncio.create_task(supervise("writer", self._run, self._metrics), name="dcar-writer")
 
     async def close(self) -> None:

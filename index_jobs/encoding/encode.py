@@ -71,7 +71,6 @@ def encode_gallery(
 
 
 def split_windows(root: str, locations: Sequence[ImageLocation], batch: int) -> Iterator[Window]:
-    """Yield the windows of a shard."""
     for start in range(0, len(locations), batch):
         yield Window(root, tuple(locations[start : start + batch]))
 

@@ -186,7 +186,6 @@ class EncodingState:
             self._positions[number] = positions
 
     def locations(self, number: int) -> list[ImageLocation]:
-        """Return the locations of the images of a shard."""
         return image_locations(self._gallery.table, self.store.span(number))
 
     def missing(self, number: int) -> list[ImageLocation]:
@@ -216,14 +215,12 @@ class EncodingState:
         )
 
     def advance(self, bar: "tqdm[NoReturn]", images: int) -> None:
-        """Advance the bar."""
         if self._options.on_encoded is not None:
             self._options.on_encoded(images)
         bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
         bar.update(images)
 
     def add_failed(self, failed: Sequence[FailedImage]) -> None:
-        """Count failures."""
         if failed:
             self._failed += failed
             self._check_failed()

@@ -86,7 +86,6 @@ class PixelCache:
         return cached
 
     def put(self, root: str, images: Mapping[ImageLocation, DecodedImage]) -> None:
-        """Store the image of each location."""
         rows = [
             (cache_key(root, location), pixels.tobytes() + _SIZE.pack(width, height))
             for location, (pixels, width, height) in images.items()

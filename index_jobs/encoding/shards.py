@@ -64,7 +64,6 @@ class Shard:
 
     @classmethod
     def read(cls, note: Path) -> "Shard":
-        """Read a shard by its JSON file."""
         path, values = note.with_suffix(".npy"), json.loads(note.read_bytes())
         start, stop = map(int, values["rows"])
         failed = tuple(FailedImage.parse(failure) for failure in values["failed"])
@@ -124,7 +123,6 @@ class ShardStore:
         return sum(len(self.span(int(note.stem))) for note in self.path.glob("[0-9]*.json"))
 
     def span(self, number: int) -> range:
-        """Return the gallery rows of a shard."""
         return range(number * self.shard_rows, min(self.count, (number + 1) * self.shard_rows))
 
     def load(self, number: int) -> Shard | None:

@@ -58,7 +58,6 @@ def join_location(root: str, location: str) -> str:
 
 
 def parent_folder(place: str) -> str:
-    """Return the folder of a file."""
     if not is_url(place):
         return str(Path(place).parent)
     before, path, after = _split_chain(place)

@@ -49,7 +49,6 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str | float) -> float:
-    """Return a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -60,7 +59,6 @@ def parse_share(text: str | float) -> float:
 
 
 def parse_service(text: str) -> str:
-    """Return the URL of a service that can be notified."""
     if not text.startswith(SCHEMES):
         raise typer.BadParameter(f"must begin with one of {', '.join(SCHEMES)}, not {text!r}")
     return text

@@ -96,7 +96,6 @@ def run(job: RebuildJob) -> RebuildSummary:
 def _require_no_worse(
     job: RebuildJob, served: ServedVersion, staged: Artifact, encoded: EncodedGallery, encoder: "Encoder"
 ) -> GateVerdict:
-    """Compare the staged version with the served one."""
     options, served_manifest = job.options, served.artifact.manifest
     device = options.device.split(",")[0]
     verdict = served.compare(staged, encoder, job.pairs, options.margin, device)

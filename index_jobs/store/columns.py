@@ -94,7 +94,6 @@ def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
 
 
 def cast_column(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
-    """Return a column converted to a wider type."""
     return pa.chunked_array([[_cast(value, target) for value in chunk.to_pylist()] for chunk in column.chunks], target)
 
 

@@ -72,7 +72,6 @@ class Items:
     """A memory-mapped items file. Safe for concurrent readers."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file."""
         try:
             # The map outlives the file's name, so a version may be removed while it is served.
             with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
@@ -126,7 +125,6 @@ class Items:
         return table if rows is None else take_rows(table, rows)
 
     def cell(self, row: int, column: str) -> Any:
-        """Return one cell."""
         if not 0 <= row < self._count:
             raise IndexError(f"row {row} is not in 0..{self._count - 1}")
         return self._cells[column][row // _BATCH][row % _BATCH].as_py()

@@ -124,7 +124,6 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Read a manifest.json."""
         try:
             values = json.loads(path.read_bytes())
             checksum = values.pop("checksum", None)

@@ -64,14 +64,12 @@ class MilvusLocation:
 
     @classmethod
     def read(cls, path: Path) -> "MilvusLocation":
-        """Read milvus.json."""
         try:
             return cls(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
 
     def write(self, path: Path) -> None:
-        """Write milvus.json."""
         write_json(path, asdict(self))
 
 
@@ -79,7 +77,6 @@ class MilvusIndex:
     """The collection of one version. Safe for concurrent searches."""
 
     def __init__(self, location: MilvusLocation) -> None:
-        """Connect to the collection."""
         uri, self.count, self.dim, self._name = location.uri, location.count, location.dim, location.collection
         if not self._name.endswith(location.fingerprint[:_FINGERPRINT]):
             raise FingerprintError(
@@ -204,7 +201,6 @@ def create_collection(
 
 
 def require_kind(kind: str) -> None:
-    """Check that Milvus offers a kind."""
     if kind not in _TYPES:
         raise DataError(f"vectors in Milvus can be of kind {', '.join(_TYPES)}, not {kind!r}")
 
@@ -260,7 +256,6 @@ def collection_prefix(index: Path) -> str:
 
 
 def connect(uri: str) -> Any:
-    """Return a client."""
     try:
         from pymilvus import MilvusClient
     except ImportError:

@@ -185,7 +185,6 @@ def _write_current(index: Path, version: int) -> None:
 
 
 def next_version(index: Path) -> int:
-    """Return the number of the next published version."""
     return max([*version_numbers(index), current_version_or_none(index) or 0]) + 1
 
 

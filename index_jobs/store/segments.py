@@ -144,7 +144,6 @@ def _common_type(types: "list[pa.DataType]") -> "pa.DataType":
 
 
 def write_removed(path: Path, rows: Rows) -> None:
-    """Write the removed rows of a version."""
     with atomic_writer(path) as file:
         np.save(file, rows.astype(np.int64), allow_pickle=False)
 

@@ -80,7 +80,6 @@ def open_current(index: Path) -> Artifact:
 
 
 def open_version(index: Path, version: int) -> Artifact:
-    """Open one version."""
     path = index / VERSIONS / str(version)
     if not path.is_dir():
         available = ", ".join(map(str, version_numbers(index))) or "none"
@@ -96,7 +95,6 @@ def version_numbers(index: Path) -> list[int]:
 
 
 def read_manifest(index: Path, version: int) -> Manifest:
-    """Read the manifest of a version."""
     return Manifest.read(index / VERSIONS / str(version) / MANIFEST)
 
 

@@ -90,12 +90,10 @@ class WriteQueue:
         return []
 
     def read(self, name: str) -> WriteJob:
-        """Return a waiting job."""
         values = json.loads((self._queue / f"{name}.json").read_bytes())
         return WriteJob(name, values["kind"], values["items"])
 
     def image(self, job: str, item: dict[str, Any]) -> Path:
-        """Return the image file of an item of a job."""
         return self.images / job / str(item["file"])
 
     def end(self, job: WriteJob, **outcome: Any) -> None:
@@ -132,11 +130,9 @@ class WriteQueue:
         return values
 
     def set_progress(self, jobs: Sequence[str], starts: int, done: int, total: int) -> None:
-        """Record the batch that is being applied."""
         write_json(self._progress, {"jobs": [*jobs], "starts": starts, "done": done, "total": total})
 
     def clear_progress(self) -> None:
-        """Record that no batch is being applied."""
         self._progress.unlink(missing_ok=True)
 
     def forget(self, before: float) -> None:
