@@ -79,12 +79,11 @@ def decode_windows(
     windows: Iterator[Window], preprocess: PreprocessImage, workers: int, cache: PixelCache | None = None
 ) -> Generator[DecodedWindow, None, None]:
     """Decode windows in order, with `workers` from `worker_count`."""
-    decoder = WindowDecoder(preprocess, cache)
     pool, parallel = _start_pool(workers)
     pending: deque[Future[DecodedWindow]] = deque()
     try:
         for window in windows:
-            pending.append(pool.submit(decoder, window))
+            pending.append(pool.submit(_decode_window, preprocess, cache, window))
             if len(pending) > _WINDOWS_AHEAD + parallel:
                 yield pending.popleft().result()
         while pending:
@@ -105,45 +104,40 @@ def _start_pool(workers: int) -> tuple[Executor, int]:
     return ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker), workers
 
 
-@dataclass(frozen=True)
-class WindowDecoder:
-    """Reads and decodes the images of a window, through the cache if there is one."""
+def _decode_window(preprocess: PreprocessImage, cache: PixelCache | None, window: Window) -> DecodedWindow:
+    """Read and decode the images of a window, through the cache if there is one."""
+    images = cache.get(window.root, window.locations) if cache else {}
+    missing = [location for location in window.locations if location.row not in images]
+    decoded: dict[ImageLocation, DecodedImage] = {}
+    failed = []
+    for location, data in zip(missing, read_images(window.root, missing), strict=True):
+        result = _decode_image(preprocess, location.row, data)
+        if isinstance(result, FailedImage):
+            failed.append(result)
+        else:
+            images[location.row] = decoded[location] = result
+    if cache and decoded:
+        cache.put(window.root, decoded)
+    ordered = [images[row] for row in sorted(images)]
+    stacked = np.stack([image.pixels for image in ordered]) if ordered else np.empty((0, 3, 0, 0), np.uint8)
+    hashes = [int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest()) for pixels in stacked]
+    sizes = np.array([image[1:] for image in ordered], np.int32).reshape(-1, 2)
+    return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), sizes, len(window.locations))
 
-    preprocess: PreprocessImage
-    cache: PixelCache | None = None
 
-    def __call__(self, window: Window) -> DecodedWindow:
-        images = self.cache.get(window.root, window.locations) if self.cache else {}
-        missing = [location for location in window.locations if location.row not in images]
-        decoded: dict[ImageLocation, DecodedImage] = {}
-        failed = []
-        for location, data in zip(missing, read_images(window.root, missing), strict=True):
-            result = self._decode(location.row, data)
-            if isinstance(result, FailedImage):
-                failed.append(result)
-            else:
-                images[location.row] = decoded[location] = result
-        if self.cache and decoded:
-            self.cache.put(window.root, decoded)
-        ordered = [images[row] for row in sorted(images)]
-        stacked = np.stack([image.pixels for image in ordered]) if ordered else np.empty((0, 3, 0, 0), np.uint8)
-        hashes = [int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest()) for pixels in stacked]
-        sizes = np.array([image[1:] for image in ordered], np.int32).reshape(-1, 2)
-        return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), sizes, len(window.locations))
-
-    def _decode(self, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:
-        if isinstance(data, FileNotFoundError):
-            return FailedImage(row, "no such file", ImageFault.MISSING)
-        if isinstance(data, Exception):
-            reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
-            return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)
-        try:
-            container = inspect(data)
-            return DecodedImage(self.preprocess(container), *upright_size(container))
-        except ImageError as error:
-            return FailedImage(row, str(error), error.fault)
-        except Exception as error:  # an unforeseen decoder error fails one image, not the job
-            return FailedImage(row, f"{type(error).__name__}: {error}", ImageFault.BROKEN)
+def _decode_image(preprocess: PreprocessImage, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:
+    if isinstance(data, FileNotFoundError):
+        return FailedImage(row, "no such file", ImageFault.MISSING)
+    if isinstance(data, Exception):
+        reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
+        return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)
+    try:
+        container = inspect(data)
+        return DecodedImage(preprocess(container), *upright_size(container))
+    except ImageError as error:
+        return FailedImage(row, str(error), error.fault)
+    except Exception as error:  # an unforeseen decoder error fails one image, not the job
+        return FailedImage(row, f"{type(error).__name__}: {error}", ImageFault.BROKEN)
 
 
 def _start_worker() -> None:

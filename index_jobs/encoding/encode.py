@@ -80,7 +80,7 @@ def save_shard(
     number: int,
     locations: Sequence[ImageLocation],
     windows: Iterator[tuple[DecodedWindow, Floats]],
-    reused: ReusedVectors | None = None,
+    reused: ReusedVectors,
 ) -> Shard:
     """Consume the windows of a shard and write it.
 
@@ -88,11 +88,9 @@ def save_shard(
         locations: of all images of the shard.
         reused: the vectors that exist already; their images are in no window.
     """
-    reused_at = reused.indices if reused is not None else np.empty(0, np.int64)
-    vectors, hashes = ([reused.vectors], [reused.pixel_hashes]) if reused is not None else ([], [])
-    sizes = [reused.sizes] if reused is not None else []
+    vectors, hashes, sizes = [reused.vectors], [reused.pixel_hashes], [reused.sizes]
     failed = list[FailedImage]()
-    missing = len(locations) - len(reused_at)
+    missing = len(locations) - len(reused.indices)
     while missing:  # keeps no window: the pixels of a shard take 150 MB
         window, encoded = next(windows)
         vectors.append(encoded)
@@ -102,7 +100,7 @@ def save_shard(
         missing -= window.size
     failed_rows = {failure.row for failure in failed}
     readable = np.array([i for i, location in enumerate(locations) if location.row not in failed_rows], np.int64)
-    order = np.argsort(np.concatenate([reused_at, np.setdiff1d(readable, reused_at)]))
+    order = np.argsort(np.concatenate([reused.indices, np.setdiff1d(readable, reused.indices)]))
     location_hashes = np.array([locations[i].location_hash for i in readable], np.uint64)
     joined = np.concatenate(vectors)[order]
     pixel_hashes, all_sizes = np.concatenate(hashes)[order], np.concatenate(sizes)[order]

@@ -195,11 +195,9 @@ class EncodingState:
             return locations
         return [location for location, at in zip(locations, self._positions[number], strict=True) if at < 0]
 
-    def reused(self, number: int) -> ReusedVectors | None:
-        """Return the vectors of a shard that other galleries have, if any."""
-        if number not in self._positions:
-            return None
-        return self._reusable.take(self._positions[number], self.store.dim)
+    def reused(self, number: int) -> ReusedVectors:
+        """Return the vectors of a shard that other galleries have."""
+        return self._reusable.take(self._positions.get(number, np.empty(0, np.int64)), self.store.dim)
 
     def progress_bar(self) -> "tqdm[NoReturn]":
         """Return a bar on stderr: updated twice a second on a terminal, every ten seconds in a log file."""

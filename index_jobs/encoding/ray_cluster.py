@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dcar_core.util.cpu_features import available_cores
@@ -28,6 +29,7 @@ from index_jobs.encoding.encode import save_shard, split_windows
 from index_jobs.encoding.encoding_state import LOCATION_COLUMNS, EncodedGallery, EncodingState, image_locations
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import Shard, ShardStore
+from index_jobs.encoding.vector_reuse import ReusableVectors
 from index_jobs.gallery.scan import Gallery
 from index_jobs.options import RebuildOptions
 
@@ -78,7 +80,8 @@ class ShardWorker:
         windows = split_windows(self.task.root, locations, self.task.options.batch_size)
         decoded = decode_windows(windows, self.replicas[0].preprocess, 0, self.cache)
         with closing(decoded), closing(encode_windows(decoded, self.replicas)) as vectors:
-            save_shard(store, number, locations, vectors)
+            nothing = ReusableVectors([]).take(np.empty(0, np.int64), store.dim)
+            save_shard(store, number, locations, vectors, nothing)
 
 
 def encode_on_ray(

@@ -133,10 +133,13 @@ class ShardStore:
         span = self.span(number)
         try:
             shard = Shard.read(note)
+            if (shard.start, shard.stop, shard.vectors().shape[1]) != (span.start, span.stop, self.dim):
+                raise ValueError(f"{note.name} is of another job")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._corrupted(path, note) from error
-        if (shard.start, shard.stop) != (span.start, span.stop) or shard.vectors().shape[1] != self.dim:
-            raise self._corrupted(path, note)
+            raise ArtifactError(
+                f"the vector shard {path} is corrupted; delete it and {note.name} and run the same command again: only "
+                f"this shard is encoded again"
+            ) from error
         return shard
 
     def other_galleries(self) -> Iterator[Shard]:
@@ -182,13 +185,6 @@ class ShardStore:
 
     def _paths(self, number: int) -> tuple[Path, Path]:
         return self.path / f"{number:06}.json", self.path / f"{number:06}.npy"
-
-    @staticmethod
-    def _corrupted(path: Path, note: Path) -> ArtifactError:
-        return ArtifactError(
-            f"the vector shard {path} is corrupted; delete it and {note.name} and run the same command again: only "
-            f"this shard is encoded again"
-        )
 
 
 def _hash_settings(*settings: Any) -> str:
