@@ -99,7 +99,7 @@ class Embedder:
             return preprocess(crop.apply(open_image(container, max_pixels=self._max_pixels)))
 
         async def embed() -> Floats:
-            (vector,) = await self.pixels(snapshot, [await self.decode(data, prepare, self._max_pixels, self._formats)])
+            (vector,) = await self.pixels(snapshot, [await self.decode(data, prepare, is_query=True)])
             return vector
 
         key = await self._image_key(encoder.fingerprint, data)
@@ -120,23 +120,18 @@ class Embedder:
         rows = [ImageRow(snapshot.encoder, each) for each in images]
         return await self._batcher.submit_all(_group(snapshot.encoder, "image"), rows)
 
-    async def decode(
-        self,
-        data: bytes,
-        convert: Callable[[Container], T],
-        max_pixels: int = sys.maxsize,
-        formats: Set[ImageFormat] = ALL_FORMATS,
-    ) -> T:
+    async def decode(self, data: bytes, convert: Callable[[Container], T], *, is_query: bool = False) -> T:
         """Return what `convert`, such as a `Preprocess`, makes of a checked image file.
 
         Args:
-            max_pixels, formats: limits for query images; images of the gallery have none, as the index job read them.
+            is_query: apply the limits of query images; images of the gallery have none, as the index job read them.
 
         Raises:
             ImageError: the file cannot be read.
         """
+        limits = (self._max_pixels, self._formats) if is_query else (sys.maxsize, ALL_FORMATS)
         with self._metrics.timed("decode"):
-            decoded: T | Container = await self._in_decoder(_decode_unless_large, data, convert, max_pixels, formats)
+            decoded: T | Container = await self._in_decoder(_decode_unless_large, data, convert, *limits)
             if isinstance(decoded, Container):
                 return await asyncio.get_running_loop().run_in_executor(self._large_decoder, convert, decoded)
             return decoded

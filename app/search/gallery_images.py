@@ -19,7 +19,7 @@ from app.search.errors import ImageUnavailableError
 from app.search.planning import row_of
 from app.search.query import Thumbnail
 from app.search.snapshots import Snapshot
-from dcar_core.images import ImageFormat, sniff_format
+from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.util.errors import ArtifactError, ImageError
@@ -93,7 +93,6 @@ class ItemImages:
 
     def __init__(self, settings: Settings, embedder: Embedder, admission: Admission, threads: Executor) -> None:
         self._embedder = embedder
-        self._max_pixels, self._formats = settings.max_pixels, frozenset(map(ImageFormat, settings.image_formats))
         self._admission = admission
         self.threads = threads
         folder = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
@@ -127,7 +126,7 @@ class ItemImages:
             ImageError: the file cannot be read; the message is the reason.
         """
         async with self._admission(kind="pictures"):
-            await self._embedder.decode(data, snapshot.preprocess, self._max_pixels, self._formats)
+            await self._embedder.decode(data, snapshot.preprocess, is_query=True)
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
