@@ -14,7 +14,6 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -24,7 +23,7 @@ import numpy as np
 from app.core.metrics import Metrics, PendingKind
 from app.core.settings import Settings
 from app.core.supervision import supervise
-from app.core.threads import use_default_scheduling
+from app.core.threads import ComputeThreads
 from app.search.errors import NotReadyError, OverloadedError, UnavailableError
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
@@ -118,7 +117,7 @@ class Batcher:
         self._expected_size: dict[Hashable, int] = {}  # group key -> jobs that ran or waited when its last batch ended
         self._last_end = -math.inf  # of the last forward pass
         self._is_closing = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcar-model", initializer=use_default_scheduling)
+        self._thread = ComputeThreads(1, "dcar-model")
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -229,7 +228,7 @@ class Batcher:
         started = time.monotonic()
         outcomes: list[Floats | Exception]
         try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, _forward, group.run, payloads)
+            outcomes = await self._thread.run(_forward, group.run, payloads)
         except Exception as error:  # the thread itself failed; every caller must learn of it
             outcomes = [error] * len(batch)
         self._last_end = time.monotonic()

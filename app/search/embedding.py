@@ -7,17 +7,15 @@
 - Encoders that share a backbone share its forward passes: see `dcar_core.serving.multi_adapter_batch`.
 """
 
-import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import use_default_scheduling
+from app.core.threads import ComputeThreads
 from app.search.batching import Batcher, BatchGroup, SharedTasks
 from app.search.embedding_cache import MemoryCache, cache_key, rounded
 from app.search.query import Crop
@@ -50,8 +48,8 @@ class Embedder:
         )
         self.require_room = self._batcher.require_room
         threads = min(4, available_cores())
-        self._decoders = ThreadPoolExecutor(threads, "dcar-decode", use_default_scheduling)
-        self._large_decoder = ThreadPoolExecutor(1, "dcar-decode-large", use_default_scheduling)
+        self._decoders = ComputeThreads(threads, "dcar-decode")
+        self._large_decoder = ComputeThreads(1, "dcar-decode-large")
         self._max_pixels = settings.max_pixels
         self._formats = frozenset(map(ImageFormat, settings.image_formats))
 
@@ -131,9 +129,9 @@ class Embedder:
         """
         limits = (self._max_pixels, self._formats) if is_query else (sys.maxsize, ALL_FORMATS)
         with self._metrics.timed("decode"):
-            decoded: T | Container = await self._in_decoder(_decode_unless_large, data, convert, *limits)
+            decoded: T | Container = await self._decoders.run(_decode_unless_large, data, convert, *limits)
             if isinstance(decoded, Container):
-                return await asyncio.get_running_loop().run_in_executor(self._large_decoder, convert, decoded)
+                return await self._large_decoder.run(convert, decoded)
             return decoded
 
     async def run_in_model_thread(self, call: Callable[..., Floats], *args: Any) -> Floats:
@@ -143,7 +141,7 @@ class Embedder:
     async def _image_key(self, fingerprint: str, data: bytes) -> str:
         if len(data) <= _MAX_HASHED_INLINE:
             return cache_key(fingerprint, "image", data)
-        return await self._in_decoder(cache_key, fingerprint, "image", data)
+        return await self._decoders.run(cache_key, fingerprint, "image", data)
 
     async def _cached(self, key: str, dim: int, embed: Callable[[], Awaitable[Floats]]) -> tuple[Floats, bool]:
         """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation."""
@@ -162,9 +160,6 @@ class Embedder:
             return rounded(vector), False
 
         return await self._computations.run(key, find_or_embed)
-
-    async def _in_decoder(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, call, *args)
 
 
 def _group(encoder: "Encoder", kind: Literal["text", "image"]) -> BatchGroup:

@@ -22,7 +22,7 @@ import numpy as np
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import use_default_scheduling
+from app.core.threads import ComputeThreads
 from app.search.batching import Admission
 from app.search.embedding import Embedder
 from app.search.embedding_cache import MemoryCache
@@ -57,8 +57,8 @@ class Retriever:
         self._admission = Admission(settings, metrics)
         self._embedder = Embedder(settings, cache, self._metrics)
         threads = min(4, available_cores())
-        self._search_threads = ThreadPoolExecutor(threads, "dcar-search", use_default_scheduling)
-        self._filter_thread = ThreadPoolExecutor(1, "dcar-filter", use_default_scheduling)
+        self._search_threads = ComputeThreads(threads, "dcar-search")
+        self._filter_thread = ComputeThreads(1, "dcar-filter")
         self.image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
         self.require_room = self._embedder.require_room
         self._pairs = PairScorer(self._embedder, self.image_threads)
@@ -114,7 +114,7 @@ class Retriever:
 
     async def item(self, snapshot: Snapshot, item_id: str) -> Item:
         """Return an item. Raise ItemNotFoundError if no item has this id."""
-        return await self._in_search_thread(snapshot.artifact.item, row_of(snapshot, item_id))
+        return await self._search_threads.run(snapshot.artifact.item, row_of(snapshot, item_id))
 
     async def items(
         self,
@@ -147,12 +147,12 @@ class Retriever:
             return ItemPage(snapshot.version, len(rows), items, next_offset)
 
         async with self._admission():
-            return await self._in_search_thread(list_items, await self._mask(snapshot, filter, asyncio.Lock()))
+            return await self._search_threads.run(list_items, await self._mask(snapshot, filter, asyncio.Lock()))
 
     async def examine(self, call: Callable[..., T], *args: Any) -> T:
         """Call a function that looks at all rows of a snapshot; one is called at a time."""
         async with self._admission():
-            return await self._in_filter_thread(call, *args)
+            return await self._filter_thread.run(call, *args)
 
     async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()
@@ -178,11 +178,11 @@ class Retriever:
                 explained = page[: self._settings.explain_results]
                 explanations = await self._pairs.explain(snapshot, query.text, vector, explained)
         if matches is None:
-            matches = await self._in_search_thread(matches_of, snapshot, plan, page, mask, explanations)
+            matches = await self._search_threads.run(matches_of, snapshot, plan, page, mask, explanations)
         facets, has_exact_facets = None, True
         if options.facets:
             count = partial(count_facets, snapshot, options.facets, vector, options.filter)
-            facets, has_exact_facets = await self._in_filter_thread(count, plan.min_score, plan.group_by)
+            facets, has_exact_facets = await self._filter_thread.run(count, plan.min_score, plan.group_by)
         has_next = len(ranked) > plan.end and plan.end + options.k <= self._settings.max_window
         return SearchResults(
             version=snapshot.version,
@@ -215,7 +215,7 @@ class Retriever:
             is_cached &= is_image_cached
         for weight, rows in ((weights.more, plan.more_rows), (-weights.less, plan.less_rows)):
             if rows:
-                vectors = await self._in_search_thread(row_vectors, snapshot.artifact, rows)
+                vectors = await self._search_threads.run(row_vectors, snapshot.artifact, rows)
                 parts.append(QueryPart(weight, vectors.mean(0)))
         return compose(parts), is_cached and bool(query.text or query.image)
 
@@ -232,7 +232,7 @@ class Retriever:
         mask = snapshot.masks.get(mask_key(filter))
         if mask is None:
             async with turn:
-                mask = await self._in_filter_thread(filter_mask, snapshot, filter)
+                mask = await self._filter_thread.run(filter_mask, snapshot, filter)
         return mask
 
     async def _rank(
@@ -255,17 +255,11 @@ class Retriever:
             return ranked, matches_of(snapshot, plan, ranked[options.offset : plan.end], mask) if is_final else None
 
         with self._metrics.timed("search"):
-            found = search() if is_quick or cached is not None else await self._in_search_thread(search)
+            found = search() if is_quick or cached is not None else await self._search_threads.run(search)
         if key is not None and cached is None:
             snapshot.rankings[key] = found[0]
             drop_oldest(snapshot.rankings, min(self._settings.cache_size, _MAX_RANKINGS))
         return found
-
-    async def _in_filter_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._filter_thread, call, *args)
-
-    async def _in_search_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._search_threads, call, *args)
 
 
 def _all_or_error(outcomes: Sequence[T | BaseException]) -> list[T]:
