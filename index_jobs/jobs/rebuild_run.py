@@ -26,9 +26,9 @@ from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
 from index_jobs.jobs.gallery_changes import count_changes
 from index_jobs.jobs.notify import notify
-from index_jobs.jobs.quality_gate import GateVerdict
+from index_jobs.jobs.quality_gate import GateVerdict, compare, pass_uncompared
 from index_jobs.jobs.rebuild_job import RebuildJob
-from index_jobs.jobs.served_version import ServedVersion
+from index_jobs.jobs.served_version import load_served_encoder, open_served
 from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
 from index_jobs.jobs.version_writer import (
     calibrate_cutoff,
@@ -69,40 +69,46 @@ def run(job: RebuildJob) -> RebuildSummary:
         if options.milvus:
             milvus.connect(options.milvus).close()
         store = shard_store(gallery, encoder, runtime, out / WORK, options)
-        served = ServedVersion.open(out, force=options.force)
+        served = open_served(out)
         changes = None
         if served is not None:
-            changes = count_changes(served.artifact, gallery.table)
+            changes = count_changes(served, gallery.table)
             if not options.force:
-                changes.require_few_removed(served.artifact.manifest, gallery.source, options.max_vanished)
-            served.require_model(encoder.fingerprint, pairs)
+                changes.require_few_removed(served.manifest, gallery.source, options.max_vanished)
+            if pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
+                load_served_encoder(served, "cpu", force=options.force)  # and release it: encoding may need the memory
         _clean_work(out, store.path, served)
         require_disk_space(out, gallery, store, expected)
         encoded = _encode(job, replicas, runtime, checkpoint)
         if served is not None and encoded.failed:
-            changes = count_changes(served.artifact, take_rows(gallery.table, encoded.rows()))
+            changes = count_changes(served, take_rows(gallery.table, encoded.rows()))
         choices = choose_kinds(options, len(encoded), encoder.dim, gpu_memory)
         manifest = _stage(job, staging, encoder, encoded, choices, runtime)
         staged = publish.prepare_version(out, staging, manifest)
         verdict = None if served is None else _require_no_worse(job, served, staged, encoded, encoder)
         manifest = publish.commit_version(out, staged, keep=options.keep)
         if served is not None:
-            _warn_of_lost_updates(served.artifact.manifest, manifest)
+            _warn_of_lost_updates(served.manifest, manifest)
         _keep_vectors(job, store.path, manifest)
     notified = notify(options.notify, out, manifest.version)
     return summarize(out, manifest, encoded, verdict, changes, start=job.start, notified=notified)
 
 
 def _require_no_worse(
-    job: RebuildJob, served: ServedVersion, staged: Artifact, encoded: EncodedGallery, encoder: "Encoder"
+    job: RebuildJob, served: Artifact, staged: Artifact, encoded: EncodedGallery, encoder: "Encoder"
 ) -> GateVerdict:
-    options, served_manifest = job.options, served.artifact.manifest
-    device = options.device.split(",")[0]
-    verdict = served.compare(staged, encoder, job.pairs, options.margin, device)
+    options = job.options
+    served_encoder: Encoder | str = encoder
+    if job.pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
+        served_encoder = load_served_encoder(served, options.device.split(",")[0], force=options.force)
+    if isinstance(served_encoder, str):
+        verdict = pass_uncompared(served_encoder, options.margin)
+    else:
+        verdict = compare(served, served_encoder, staged, encoder, job.pairs, options.margin)
     if not verdict.passed and not options.force:
         if not options.keep_shards:
             publish.remove_directory(job.out, job.out / WORK)
-        kept = replace(served_manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
+        kept = replace(served.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
         summary = summarize(job.out, kept, encoded, verdict, start=job.start, published=False)
         raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
     return verdict
@@ -174,9 +180,9 @@ def _stage(
     )
 
 
-def _clean_work(out: Path, own: Path, served: ServedVersion | None) -> None:
+def _clean_work(out: Path, own: Path, served: Artifact | None) -> None:
     """Remove vectors other than this job's and the served version's."""
-    mark = None if served is None else _vectors_mark(served.artifact.manifest)
+    mark = None if served is None else _vectors_mark(served.manifest)
     publish.clean_work(out, out / WORK, lambda path: path == own or (mark is not None and (path / mark).exists()))
 
 
