@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from fastapi import APIRouter, Request
 from fastapi import Query as QueryParam
 from fastapi.responses import Response
@@ -79,15 +81,10 @@ class Catalogue:
         return [{"name": name, "is_number": types[name] in _NUMBERS} for name in unique]
 
     def _has_texts(self, name: str) -> bool:
-        import pyarrow.compute as pc
-
         return any(pc.any(pc.not_equal(chunk, "")).as_py() for chunk in self._artifact.column(name).chunks)
 
     def order(self, sort: str) -> Rows:
         """Return all rows in the order of a field; rows without it are last, equal ones in the order of the index."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         with self._lock:
             if sort not in self._orders:
                 column = self._artifact.column(sort.removeprefix("-"))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 
 from dcar_core.util.arrays import Blocks, Floats
@@ -95,8 +96,6 @@ def build_index(
     Raises:
         DataError: the kind needs more vectors than there are.
     """
-    import faiss
-
     is_exact = [choice.factory for choice in choices] == ["Flat"]
     tuner = Tuner(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
     best: BuiltIndex | None = None
@@ -147,8 +146,6 @@ def _reason(built: BuiltIndex, target: float) -> str:
 def _build_and_tune(
     blocks: Blocks, count: int, dim: int, choice: IndexChoice, tuner: Tuner, centroids: Floats | None
 ) -> BuiltIndex:
-    import faiss
-
     start = time.perf_counter()
     on_gpu = choice.gpu
     index = fill_on_gpu(choice, dim, blocks, count) if on_gpu else fill_index(choice, dim, blocks, count, centroids)
@@ -161,8 +158,6 @@ def _build_and_tune(
 
 
 def _list_centroids(index: Any) -> Floats | None:
-    import faiss
-
     inverted: Any = faiss.try_extract_index_ivf(index)
     return None if inverted is None else inverted.quantizer.reconstruct_n(0, inverted.nlist)
 
@@ -173,8 +168,6 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, centro
     Args:
         centroids: of the lists of another index of the same vectors, (lists, E); reused if there are as many.
     """
-    import faiss
-
     index: Any = create_index(choice.factory, dim)
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
@@ -199,9 +192,7 @@ def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, centro
 
 def fill_on_gpu(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:
     """Train and fill an index on the GPU, and return its CPU form."""
-    import faiss
-
-    library: Any = faiss
+    library: Any = faiss  # the type hints lack some of the GPU
     resources = library.StandardGpuResources()
     if choice.factory == "CAGRA":
         if "CUVS" not in library.get_compile_options():

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import faiss
+
 from dcar_core.util.errors import DataError, MissingExtraError
 
 FLAT_UP_TO = 20_000
@@ -149,8 +151,6 @@ def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) ->
 
 def create_index(factory: str, dim: int) -> object:
     """Return an empty FAISS index for inner products."""
-    import faiss
-
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:

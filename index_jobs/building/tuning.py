@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import faiss
 import numpy as np
 
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
@@ -186,8 +187,6 @@ class SearchParameters:
     """
 
     def __init__(self, index: Any) -> None:
-        import faiss
-
         self._space, self._index = faiss.ParameterSpace(), index
         self.width: str | None = None
         self.min_width, self.max_width = 1, 0
@@ -249,8 +248,6 @@ class ExactNeighbours:
 
 def find_neighbours(blocks: Blocks, queries: HeldOutQueries) -> ExactNeighbours:
     """Return the nearest neighbours by brute force, without each query's own row."""
-    import faiss
-
     k = NEIGHBOURS + 2  # its own row, and one more that shows whether the last is tied
     q = len(queries.vectors)
     best_scores = np.full((q, k), -np.inf, np.float32)
@@ -290,8 +287,6 @@ def measure_latency(index: Any, vectors: Floats) -> dict[str, float]:
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    import faiss
-
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:

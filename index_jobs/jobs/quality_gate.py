@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.bootstrap import Hits, compare_hits
@@ -30,8 +32,6 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import version_gains
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from dcar_core import Encoder
     from dcar_core.images import ImageRoot
     from index_jobs.gallery.scan import Gallery
@@ -177,15 +177,12 @@ def _path_resolver() -> Callable[[str], str]:
     return resolve
 
 
-def _cells(column: "pa.ChunkedArray", rows: list[int]) -> list[str]:
+def _cells(column: pa.ChunkedArray, rows: list[int]) -> list[str]:
     """Return a few cells, one by one: `take` joins all text first, which is slow and fails at 2 GiB."""
     return [column[row].as_py() for row in rows]
 
 
 def _caption_pairs(gallery: "Gallery") -> QueryPairs | None:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     captions = gallery.table["caption"].cast(pa.large_string())  # distinct captions in one array may exceed 2 GiB
     counts = pc.value_counts(captions)
     unique = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
@@ -257,8 +254,6 @@ def compare(
 
 def _shared_rows(artifact: Artifact, other: Artifact) -> Mask | None:
     """Return the rows of an artifact that are items of the other one too; None for all."""
-    import pyarrow.compute as pc
-
     other_ids = other.column("id").filter(other.live)
     mask: Mask = pc.is_in(artifact.column("id"), other_ids).to_numpy() & artifact.live
     return None if mask.all() else mask

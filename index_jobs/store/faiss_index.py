@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import faiss
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Mask, Rows
@@ -66,8 +67,6 @@ class FaissIndex:
         Raises:
             ArtifactError: the file is missing, truncated or no index.
         """
-        import faiss
-
         if not path.is_file():
             raise ArtifactError(f"{path} is missing")
         try:
@@ -104,8 +103,6 @@ class FaissIndex:
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
-        import faiss
-
         try:
             vectors: Floats = self._index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
         except RuntimeError as error:
@@ -116,8 +113,6 @@ class FaissIndex:
 
 def _check_contents(index: Any) -> None:
     """Raise ValueError for a wrong metric, size or row number, which FAISS trusts; it checks links of graphs itself."""
-    import faiss
-
     count, (innermost, _, _) = int(index.ntotal), unwrap(index)
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d < 1 or not 0 <= count == innermost.ntotal:
         raise ValueError(f"{count} vectors of {index.d} with metric {index.metric_type} are no index of this kind")
@@ -147,8 +142,6 @@ def write_faiss(index: Any, path: Path) -> None:
 
     FAISS overlooks errors on closing a file, as on a full disk, so it writes through Python's own file.
     """
-    import faiss
-
     library: Any = faiss  # the type hints lack the two writers
     write_error: OSError | None = None
     with atomic_writer(path) as file:

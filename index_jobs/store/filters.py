@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dcar_core.util.arrays import Mask, Rows
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import replace_surrogates
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from index_jobs.store.artifact import Artifact
 
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
@@ -57,7 +57,7 @@ def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     return _match_all(artifact, filter)
 
 
-def match_column(column: "pa.ChunkedArray", condition: Any, field: str) -> Mask:
+def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
     """Return the rows of a column that meet a condition, bool (rows,). Raise FilterError if it does not fit."""
     if isinstance(condition, list):
         return _match_values(column, condition, field)
@@ -119,10 +119,7 @@ def _match_any(artifact: "Artifact", filters: Any) -> Mask:
     return mask
 
 
-def _match_values(column: "pa.ChunkedArray", values: list[Any], field: str) -> Mask:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+def _match_values(column: pa.ChunkedArray, values: list[Any], field: str) -> Mask:
     member_type = _member_type(column)
     targets = [_checked_value(value, member_type, field) for value in values if value is not None]
     if member_type == pa.int64():
@@ -141,11 +138,8 @@ def _match_values(column: "pa.ChunkedArray", values: list[Any], field: str) -> M
     return mask
 
 
-def _match_substring(column: "pa.ChunkedArray", text: Any, field: str) -> Mask:
+def _match_substring(column: pa.ChunkedArray, text: Any, field: str) -> Mask:
     """Match a substring, without regard to case."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     if not isinstance(text, str) or _member_type(column) != pa.string():
         raise FilterError(field, '"contains" takes a text, and a field of texts')
     members, parents = _members(column)
@@ -153,11 +147,8 @@ def _match_substring(column: "pa.ChunkedArray", text: Any, field: str) -> Mask:
     return _any_member(is_match & _is_present(members, field), parents, len(column))
 
 
-def _match_ranges(column: "pa.ChunkedArray", ranges: dict[str, Any], field: str) -> Mask:
+def _match_ranges(column: pa.ChunkedArray, ranges: dict[str, Any], field: str) -> Mask:
     """Match bounds; of a list, one member must lie within all of them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     member_type = _member_type(column)
     members, parents = _members(column)
     mask = _is_present(members, field)
@@ -171,10 +162,8 @@ def _match_ranges(column: "pa.ChunkedArray", ranges: dict[str, Any], field: str)
     return _any_member(mask, parents, len(column))
 
 
-def _is_present(members: "pa.ChunkedArray", field: str) -> Mask:
+def _is_present(members: pa.ChunkedArray, field: str) -> Mask:
     """Return False where an empty text means a missing value."""
-    import pyarrow.compute as pc
-
     return _to_mask(pc.not_equal(members, "")) if field in EMPTY_IS_MISSING else np.ones(len(members), np.bool_)
 
 
@@ -191,10 +180,8 @@ def _integer_bound(name: str, bound: float) -> tuple[str, int]:
     return ("gt", _INT64.stop - 1) if is_lower else ("lt", _INT64.start)
 
 
-def _checked_value(value: Any, member_type: "pa.DataType", field: str) -> Any:
+def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
     """Return the value if a field of this type can have it."""
-    import pyarrow as pa
-
     if member_type == pa.bool_():
         fits = isinstance(value, bool)
     elif member_type == pa.string():
@@ -216,26 +203,19 @@ def _as_float(number: float) -> float:
         return math.inf if number > 0 else -math.inf
 
 
-def _member_type(column: "pa.ChunkedArray") -> "pa.DataType":
-    import pyarrow as pa
-
+def _member_type(column: pa.ChunkedArray) -> pa.DataType:
     return column.type.value_type if pa.types.is_list(column.type) else column.type
 
 
-def _members(column: "pa.ChunkedArray") -> tuple["pa.ChunkedArray", Rows | None]:
+def _members(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Rows | None]:
     """Return all values, and for a column of lists the row of each value."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     if not pa.types.is_list(column.type):
         return column, None
     column = pa.chunked_array([column.combine_chunks()], column.type)
     return pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
 
 
-def _to_mask(values: "pa.ChunkedArray") -> Mask:
-    import pyarrow.compute as pc
-
+def _to_mask(values: pa.ChunkedArray) -> Mask:
     mask: Mask = pc.fill_null(values, False).to_numpy().astype(np.bool_, copy=False)
     return mask
 

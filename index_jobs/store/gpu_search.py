@@ -8,6 +8,8 @@
 import threading
 from typing import Any
 
+import faiss
+
 from dcar_core.util.arrays import Floats
 from index_jobs.store.faiss_search import ScoredRows
 
@@ -19,11 +21,9 @@ def free_gpu_memory() -> int:
 
     Returns 0 without a GPU or FAISS's GPU build.
     """
-    import faiss
     import torch
 
-    library: Any = faiss
-    if not hasattr(library, "StandardGpuResources") or not library.get_num_gpus() or not torch.cuda.is_available():
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus() or not torch.cuda.is_available():
         return 0
     return int(torch.cuda.mem_get_info(0)[0] // 2)
 
@@ -32,11 +32,8 @@ class GpuSearch:
     """A GPU copy of an index. Safe for many threads; one searches at a time."""
 
     def __init__(self, index: Any) -> None:
-        import faiss
-
-        library: Any = faiss
-        self._resources = library.StandardGpuResources()  # must outlive the index
-        self._index = library.index_cpu_to_gpu(self._resources, 0, index)
+        self._resources = faiss.StandardGpuResources()  # must outlive the index
+        self._index = faiss.index_cpu_to_gpu(self._resources, 0, index)
         self._lock = threading.Lock()
 
     def search(self, vectors: Floats, k: int) -> ScoredRows:

@@ -84,7 +84,7 @@ def test_sizes_of_older_items_files_are_unknown(tmp_path: Path, tiny_gallery: Pa
 def test_rows_and_queries_out_of_range_are_refused(published: Path) -> None:
     artifact = open_current(published)
     for row in (-1, 24):
-        for read in (artifact.item, artifact.vector, artifact.image_bytes):
+        for read in (artifact.item, artifact.image_bytes):
             with pytest.raises(IndexError, match=f"row {row} is not in 0..23"):
                 read(row)
     with pytest.raises(ArtifactError, match=r"the index has vectors of 32, but the queries are \(1, 16\)"):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tantivy
 
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
@@ -58,8 +59,6 @@ def write_lexical(path: Path, texts: Iterable[str]) -> None:
     Raises:
         OSError: the disk is full or cannot be written.
     """
-    import tantivy
-
     path.mkdir(exist_ok=True)
     schema = (
         tantivy.SchemaBuilder()
@@ -89,8 +88,6 @@ def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]
 
 def _write(index: Any, path: Path, texts: Iterable[str], first_row: int, lists: TermListsWriter) -> TermListsWriter:
     """Replace the rows from `first_row` on in tantivy's index, and append their terms to the lists."""
-    import tantivy
-
     try:
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
         replaced = tantivy.Query.range_query(
@@ -205,7 +202,6 @@ class LexicalIndex:
         return known / len(terms) if terms else 1.0
 
     def _parse_new(self, text: str) -> _ParsedQuery:
-        import tantivy
 
         def any_of(parts: list[Any]) -> Any:
             return tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts]) if parts else None
@@ -241,8 +237,6 @@ class LexicalIndex:
         return scores
 
     def _among(self, query: Any, rows: Rows) -> Any:
-        import tantivy
-
         chosen = tantivy.Query.term_set_query(self._schema, _ROW, rows.tolist())
         must = tantivy.Occur.Must
         return tantivy.Query.boolean_query([(must, tantivy.Query.const_score_query(chosen, 0.0)), (must, query)])
@@ -261,8 +255,6 @@ def _best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
 
 
 def _open(path: Path, shown: Path | None = None) -> Any:
-    import tantivy
-
     try:
         return _prepare(tantivy.Index.open(str(path)))
     except ValueError as error:
@@ -270,7 +262,5 @@ def _open(path: Path, shown: Path | None = None) -> Any:
 
 
 def _prepare(index: Any) -> Any:
-    import tantivy
-
     index.register_tokenizer(_ANALYZER, tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace()).build())
     return index
