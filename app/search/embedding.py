@@ -9,7 +9,7 @@
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence, Set
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -21,11 +21,10 @@ from app.search.embedding_cache import MemoryCache, cache_key, rounded
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
 from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect, open_image
+from dcar_core.serving.encoder import Encoder
+from dcar_core.serving.multi_adapter_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.cpu_features import available_cores
-
-if TYPE_CHECKING:  # importing torch takes seconds
-    from dcar_core.serving.encoder import Encoder
 
 T = TypeVar("T")
 
@@ -77,8 +76,6 @@ class Embedder:
         encoder = snapshot.encoder
 
         async def embed() -> Floats:
-            from dcar_core.serving.multi_adapter_batch import TextRow
-
             return await self._batcher.submit(_group(encoder, "text"), TextRow(encoder, text))
 
         return await self._cached(cache_key(encoder.fingerprint, "text", text.encode()), encoder.dim, embed)
@@ -106,15 +103,11 @@ class Embedder:
 
     async def weighted_text(self, snapshot: Snapshot, text: str, factors: Floats) -> Floats:
         """Return the vectors (C, E) of a text under C weightings of its tokens, factors (C, n). Not cached."""
-        from dcar_core.serving.multi_adapter_batch import TextRow
-
         rows = [TextRow(snapshot.encoder, text, each) for each in factors]
         return np.stack(await self._batcher.submit_all(_group(snapshot.encoder, "text"), rows))
 
     async def pixels(self, snapshot: Snapshot, images: Sequence[Pixels]) -> list[Floats]:
         """Return the vectors (E,) of decoded images. Not cached."""
-        from dcar_core.serving.multi_adapter_batch import ImageRow
-
         rows = [ImageRow(snapshot.encoder, each) for each in images]
         return await self._batcher.submit_all(_group(snapshot.encoder, "image"), rows)
 
@@ -162,9 +155,7 @@ class Embedder:
         return await self._computations.run(key, find_or_embed)
 
 
-def _group(encoder: "Encoder", kind: Literal["text", "image"]) -> BatchGroup:
-    from dcar_core.serving.multi_adapter_batch import encode_image_rows, encode_text_rows
-
+def _group(encoder: Encoder, kind: Literal["text", "image"]) -> BatchGroup:
     key = id(encoder.runtime), kind  # encoders on one backbone share its runtime
     return BatchGroup(key, encode_text_rows if kind == "text" else encode_image_rows)
 

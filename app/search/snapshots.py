@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.core.settings import Settings
+from dcar_core import Encoder
+from dcar_core.model.checkpoint import read_config
+from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats, Mask
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CHECKPOINT
@@ -20,8 +23,6 @@ from index_jobs.store.versions import open_current, require_index
 from index_jobs.store.writes.collection_folders import EmptyArtifact
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
-    from dcar_core import Encoder
-    from dcar_core.model.preprocess import Preprocess
     from dcar_core.serving.pair_weights import PairWeights
 
 _QUICK_MS = 0.3
@@ -45,9 +46,9 @@ class Snapshot:
         frozen: features of the frozen image encoder by row, cached by re-ranking.
     """
 
-    encoder: "Encoder"
+    encoder: Encoder
     artifact: Artifact
-    preprocess: "Preprocess"
+    preprocess: Preprocess
     backbone: str
     pair_weights: "Callable[[], PairWeights]"
     masks: dict[str, Mask] = field(default_factory=dict)
@@ -106,7 +107,7 @@ def load_empty_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapsh
     return _make_snapshot(EmptyArtifact(index, encoder.fingerprint, encoder.dim), encoder, backbone, settings)
 
 
-def _make_snapshot(artifact: Artifact, encoder: "Encoder", backbone: str, settings: Settings) -> Snapshot:
+def _make_snapshot(artifact: Artifact, encoder: Encoder, backbone: str, settings: Settings) -> Snapshot:
     encoder.add_checkpoint_path(artifact.checkpoint)  # old versions are deleted together with their checkpoints
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
 
@@ -129,15 +130,12 @@ def _make_snapshot(artifact: Artifact, encoder: "Encoder", backbone: str, settin
 
 def _find_or_load_encoder(
     checkpoint: Path, fingerprint: str | None, settings: Settings, loaded: Iterable[Snapshot]
-) -> "tuple[Encoder, str]":
+) -> tuple[Encoder, str]:
     """Return the encoder of a checkpoint, and the SHA-256 of its backbone.
 
     Args:
         fingerprint: of the encoder; None for the one that the checkpoint names.
     """
-    from dcar_core import Encoder
-    from dcar_core.model.checkpoint import read_config
-
     config, snapshots = read_config(checkpoint), list(loaded)
     backbone = config["backbone"]["sha256"]
     for snapshot in snapshots:

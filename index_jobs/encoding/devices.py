@@ -11,17 +11,15 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from dcar_core import Encoder
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.util.arrays import Floats, Pixels
 from index_jobs.encoding.decode import DecodedWindow
-
-if TYPE_CHECKING:
-    from dcar_core import Encoder
 
 
 class ImageEncoder(Protocol):
@@ -39,7 +37,7 @@ class ImageEncoder(Protocol):
     def adapt_images(self, features: Floats) -> Floats: ...
 
 
-def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list["Encoder"]:
+def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list[Encoder]:
     """Load an encoder for each device, twice for a GPU, all on one runtime.
 
     Args:
@@ -48,8 +46,6 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
         runtime: the encoder's runtime, as `Encoder.load` takes it.
     """
     import torch
-
-    from dcar_core import Encoder
 
     names = [name.strip() for name in device.split(",")]
     if names == ["auto"] and torch.cuda.is_available():

@@ -7,8 +7,8 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dcar_core import Encoder
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
 from dcar_core.util.errors import DcarError
 from index_jobs.encoding.devices import ImageEncoder, load_replicas
@@ -16,13 +16,10 @@ from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.gallery.scan import Gallery
 from index_jobs.options import RebuildOptions
 
-if TYPE_CHECKING:
-    from dcar_core import Encoder
-
 logger = logging.getLogger(__name__)
 
 
-def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: RebuildOptions) -> "list[Encoder]":
+def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: RebuildOptions) -> list[Encoder]:
     """Load replicas as `load_replicas` does; "auto" continues with the runtime of this gallery's shards."""
     replicas = load_replicas(checkpoint, options.device, exact=options.exact, runtime=options.runtime)
     fastest = replicas[0].runtime.name

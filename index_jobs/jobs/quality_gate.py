@@ -16,25 +16,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dcar_core import Encoder
+from dcar_core.data import MISSING_IMAGES, load_split
+from dcar_core.images import ImageRoot
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
+from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.options import RebuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import version_gains
-
-if TYPE_CHECKING:
-    from dcar_core import Encoder
-    from dcar_core.images import ImageRoot
-    from index_jobs.gallery.scan import Gallery
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ class GateVerdict:
     visible: float | None = None
 
 
-def find_pairs(gallery: "Gallery", validation: Path | None) -> QueryPairs | None:
+def find_pairs(gallery: Gallery, validation: Path | None) -> QueryPairs | None:
     """Return the pairs to compare with; None if there are neither validation pairs nor captions.
 
     Args:
@@ -98,9 +96,7 @@ def find_pairs(gallery: "Gallery", validation: Path | None) -> QueryPairs | None
     return _validation_pairs(gallery, validation) if validation else _caption_pairs(gallery)
 
 
-def _validation_pairs(gallery: "Gallery", data: Path) -> QueryPairs:
-    from dcar_core.data import MISSING_IMAGES, load_split
-
+def _validation_pairs(gallery: Gallery, data: Path) -> QueryPairs:
     split, report = load_split(data, "val", image_policy="present")
     if missing := report.names.get(MISSING_IMAGES):
         logger.warning("%d validation images of %s are missing, such as %s", len(missing), data, missing[0])
@@ -122,20 +118,20 @@ def _validation_pairs(gallery: "Gallery", data: Path) -> QueryPairs:
     return QueryPairs([text for text, _ in pairs], _cells(gallery.table["id"], chosen), chosen, "validation")
 
 
-def _recognition(gallery: "Gallery") -> str:
+def _recognition(gallery: Gallery) -> str:
     if is_url(gallery.root):
         return "its name below the gallery, as in its items' file_name"
     return "its file, or the end of its URL"
 
 
-def _image_keys(root: "ImageRoot", name: str, resolve: Callable[[str], str]) -> list[_ImageKey]:
+def _image_keys(root: ImageRoot, name: str, resolve: Callable[[str], str]) -> list[_ImageKey]:
     """Return the keys that may identify a pair's image in a gallery: its location, then its names."""
     path, offset = root.locate(name)
     location = (resolve(str(path)), WHOLE_FILE if offset is None else offset)
     return [location, name] if offset is None else [location, f"{path.name}/{name}", name]
 
 
-def _rows_by_key(gallery: "Gallery", keys: set[_ImageKey], resolve: Callable[[str], str]) -> dict[_ImageKey, int]:
+def _rows_by_key(gallery: Gallery, keys: set[_ImageKey], resolve: Callable[[str], str]) -> dict[_ImageKey, int]:
     """Return the rows of images: local ones by file and offset, others by name.
 
     A name that several images have identifies none of them. A full name goes before the end of a URL.
@@ -182,7 +178,7 @@ def _cells(column: pa.ChunkedArray, rows: list[int]) -> list[str]:
     return [column[row].as_py() for row in rows]
 
 
-def _caption_pairs(gallery: "Gallery") -> QueryPairs | None:
+def _caption_pairs(gallery: Gallery) -> QueryPairs | None:
     captions = gallery.table["caption"].cast(pa.large_string())  # distinct captions in one array may exceed 2 GiB
     counts = pc.value_counts(captions)
     unique = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
@@ -200,9 +196,9 @@ def pass_uncompared(reason: str, margin: float) -> GateVerdict:
 
 def compare(
     served: Artifact,
-    served_encoder: "Encoder",
+    served_encoder: Encoder,
     rebuilt: Artifact,
-    rebuilt_encoder: "Encoder",
+    rebuilt_encoder: Encoder,
     pairs: QueryPairs | None,
     margin: float = RebuildOptions.margin,
 ) -> GateVerdict:

@@ -13,8 +13,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.runtimes.registry import AUTO
 from dcar_core.util.files import canonical_json
@@ -43,9 +43,6 @@ from index_jobs.store import gpu_search, milvus, publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import take_rows
 from index_jobs.store.manifest import CHECKPOINT, Manifest
-
-if TYPE_CHECKING:
-    from dcar_core import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +92,7 @@ def run(job: RebuildJob) -> RebuildSummary:
 
 
 def _require_no_worse(
-    job: RebuildJob, served: Artifact, staged: Artifact, encoded: EncodedGallery, encoder: "Encoder"
+    job: RebuildJob, served: Artifact, staged: Artifact, encoded: EncodedGallery, encoder: Encoder
 ) -> GateVerdict:
     options = job.options
     served_encoder: Encoder | str = encoder
@@ -114,7 +111,7 @@ def _require_no_worse(
     return verdict
 
 
-def _load_replicas(job: RebuildJob, checkpoint: Path) -> "tuple[list[Encoder], str]":
+def _load_replicas(job: RebuildJob, checkpoint: Path) -> tuple[list[Encoder], str]:
     """Return encoders, and the runtime that encodes the images: on a cluster it is not theirs."""
     options, work = job.options, job.out / WORK
     if not options.ray:
@@ -126,7 +123,7 @@ def _load_replicas(job: RebuildJob, checkpoint: Path) -> "tuple[list[Encoder], s
     return replicas, runtime_in_use(job.gallery, replicas[0], "torch", work, options)
 
 
-def _encode(job: RebuildJob, replicas: "list[Encoder]", runtime: str, checkpoint: Path) -> EncodedGallery:
+def _encode(job: RebuildJob, replicas: list[Encoder], runtime: str, checkpoint: Path) -> EncodedGallery:
     options, work = job.options, job.out / WORK
     cache = PixelCache.open(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
     if options.ray:
@@ -137,7 +134,7 @@ def _encode(job: RebuildJob, replicas: "list[Encoder]", runtime: str, checkpoint
 
 
 def _stage(
-    job: RebuildJob, staging: Path, encoder: "Encoder", encoded: EncodedGallery, choices: Sequence[IndexChoice],
+    job: RebuildJob, staging: Path, encoder: Encoder, encoded: EncodedGallery, choices: Sequence[IndexChoice],
     runtime: str,
 ) -> Manifest:  # fmt: skip
     """Write vectors, items and failures, and return their manifest."""

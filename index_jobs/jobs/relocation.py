@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dcar_core import Encoder
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import write_json
 from index_jobs.gallery.storage import is_url, parent_folder
@@ -137,6 +138,5 @@ def _write_config(current: Artifact, staging: Path, model: Path) -> None:
 
 def _require_model(checkpoint: Path, current: Artifact) -> None:
     """Load the model from its new place, which fails if it is another one."""
-    from dcar_core import Encoder
 
     current.require(Encoder.load(checkpoint, device="cpu").fingerprint)

@@ -2,15 +2,12 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, CheckpointError, ModelError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT
 from index_jobs.store.versions import open_current
-
-if TYPE_CHECKING:
-    from dcar_core import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +23,8 @@ def open_served(index: Path) -> Artifact | None:
         return None
 
 
-def load_served_encoder(served: Artifact, device: str, *, force: bool) -> "Encoder | str":
+def load_served_encoder(served: Artifact, device: str, *, force: bool) -> Encoder | str:
     """Return the model of the served version; with force, the reason if it cannot be loaded."""
-    from dcar_core import Encoder
 
     try:
         return Encoder.load(served.checkpoint, device=device)

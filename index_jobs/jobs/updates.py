@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
 from index_jobs.building import kinds
@@ -41,9 +42,6 @@ from index_jobs.store.lexical.lexical_index import item_texts, update_lexical
 from index_jobs.store.manifest import FAILED, ITEMS, LEXICAL, REMOVED, VECTORS, Addition, FileInfo, Manifest
 from index_jobs.store.segments import write_removed
 from index_jobs.store.versions import open_current
-
-if TYPE_CHECKING:
-    from dcar_core import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +159,7 @@ def add(
 
 
 def _write_addition(
-    staging: Path, current: Artifact, gallery: Gallery, encoded: EncodedGallery, removed: Rows, encoder: "Encoder"
+    staging: Path, current: Artifact, gallery: Gallery, encoded: EncodedGallery, removed: Rows, encoder: Encoder
 ) -> Manifest:
     """Write the new segment, with small earlier additions merged into it, and return the manifest.
 

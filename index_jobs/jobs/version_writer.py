@@ -4,10 +4,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
 from dcar_core.util.errors import DcarError
 from index_jobs.building import kinds
@@ -28,11 +30,6 @@ from index_jobs.store.lexical.fusion import MIN_TEXTS, choose_weight, spread_row
 from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, write_lexical
 from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL, VECTORS
 from index_jobs.store.publish import next_version
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from dcar_core import Encoder
 
 
 def choose_kinds(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[IndexChoice]:
@@ -59,7 +56,7 @@ def stage_vectors(
     staging: Path,
     out: Path,
     options: RebuildOptions,
-    encoder: "Encoder",
+    encoder: Encoder,
     encoded: EncodedGallery,
     choices: Sequence[IndexChoice],
     queries: HeldOutQueries | None,
@@ -89,7 +86,7 @@ def stage_items(
     return fields
 
 
-def calibrate_cutoff(pairs: QueryPairs, encoder: "Encoder", encoded: EncodedGallery) -> dict[str, Any]:
+def calibrate_cutoff(pairs: QueryPairs, encoder: Encoder, encoded: EncodedGallery) -> dict[str, Any]:
     """Return the manifest's `cutoff`: the meaning of `min_score: "auto"` by validation pairs, and their signature.
 
     The score of a pair is that of its text, encoded as a query, and the vector of its image in the gallery. There is no
@@ -111,7 +108,7 @@ def calibrate_cutoff(pairs: QueryPairs, encoder: "Encoder", encoded: EncodedGall
 
 
 def choose_hybrid_weight(
-    staging: Path, pairs: QueryPairs, gallery: Gallery, encoded: EncodedGallery, encoder: "Encoder"
+    staging: Path, pairs: QueryPairs, gallery: Gallery, encoded: EncodedGallery, encoder: Encoder
 ) -> float | None:
     """Return the manifest's `hybrid_weight`; see `index_jobs.store.lexical.fusion`."""
     rows = encoded.rows()
@@ -130,7 +127,7 @@ def choose_hybrid_weight(
     return choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)
 
 
-def caption_queries(table: "pa.Table", encoder: "Encoder") -> HeldOutQueries | None:
+def caption_queries(table: pa.Table, encoder: Encoder) -> HeldOutQueries | None:
     """Return evenly spread captions as held-out queries; None if less than half of the images have one."""
     step = max(1, -(-table.num_rows // MAX_QUERIES))
     column = table["caption"]  # read cell by cell, because `take` joins all text first and fails at 2 GiB

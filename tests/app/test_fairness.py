@@ -82,7 +82,7 @@ async def test_explanations_and_reranking_encode_images_in_small_chunks(
         passes.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(multi_adapter_batch, "encode_image_rows", record_rows)
+    monkeypatch.setattr("app.search.embedding.encode_image_rows", record_rows)
     monkeypatch.setattr(PairWeights, "image_features", record_features)
     async with opened(built_index, explain_results=2) as client:
         bodies = [{"query": f"a red square {i}", "k": 10} | options for i in range(4)]

@@ -19,18 +19,16 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import tantivy
 
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.term_lists import TermLists, TermListsWriter
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _ROW, _TERMS = "row", "terms"
 _ANALYZER = "terms"
@@ -42,7 +40,7 @@ _CACHED_QUERIES = 1000  # with their results, about 6 kB each
 _SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
 
 
-def item_texts(table: "pa.Table", fields: Collection[str] | None) -> Iterator[str]:
+def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]:
     """Return the text of each row of a table of items: id, caption, category and metadata fields, None for all."""
     for batch in table.select(["id", "caption", "category", "metadata"]).to_batches():
         for item_id, caption, category, metadata in zip(*(column.to_pylist() for column in batch.columns), strict=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.files import fsync_path, fsync_tree, write_json
 from index_jobs.store.artifact import Artifact
@@ -63,8 +64,6 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
     Args:
         checkpoint: is copied.
     """
-    from dcar_core.model.checkpoint import copy_checkpoint
-
     target = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
     staging = folder / f"{_NEW}{secrets.token_hex(8)}"
     try:
