@@ -67,7 +67,7 @@ def requirements(extras: tuple[str, ...]) -> list[Requirement]:
 
 
 def faults(path: Path, extras: tuple[str, ...]) -> list[str]:
-    """What pyproject.toml requires and a lock does not fulfil."""
+    """Requirements of pyproject.toml that a lock does not fulfil."""
     pinned: dict[str, list[str]] = {}
     for name, version in _PINNED.findall(path.read_text(encoding="utf-8")):
         pinned.setdefault(canonicalize_name(name), []).append(version)

@@ -1,4 +1,4 @@
-"""What the search page needs beside the API: thumbnails, the gallery without a query, its filters, and known words.
+"""Routes for the search page: thumbnails, the gallery without a query, its filters, and known words.
 
 The routes of this module are not part of the documented API, except for the thumbnails of GET /items/{id}/image.
 """

@@ -1,4 +1,4 @@
-"""What a handler needs from the request and the application."""
+"""Parts of the request and of the application, for handlers."""
 
 from typing import Annotated, Protocol
 

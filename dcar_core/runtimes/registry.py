@@ -83,7 +83,7 @@ class LoadedModel:
 
     @property
     def inputs(self) -> str:
-        """What the graphs are made for besides tokens and pixels, as a part of names; see `ExportKey`."""
+        """Inputs of the graphs besides tokens and pixels, as a part of names; see `ExportKey`."""
         from dcar_core.runtimes.text_graphs import PrefixTextGraph
 
         text_depth = 0 if PrefixTextGraph.fits(self.backbone) else self.text_depth  # that graph serves every depth

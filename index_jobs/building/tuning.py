@@ -170,7 +170,7 @@ class Tuner:
 
 
 class Tunable(Protocol):
-    """What tuning can set; see `SearchParameters`."""
+    """Parameters that tuning can set; see `SearchParameters`."""
 
     width: str | None
     min_width: int

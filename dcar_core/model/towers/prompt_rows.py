@@ -1,4 +1,4 @@
-"""What a model adds to a tower's sequence: prompt rows before its blocks, adapters behind them."""
+"""Additions of a model to a tower's sequence: prompt rows before its blocks, adapters behind them."""
 
 from collections.abc import Callable, Iterable
 
