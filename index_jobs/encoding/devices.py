@@ -11,30 +11,12 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from dcar_core import Encoder
-from dcar_core.model.preprocess import Preprocess
-from dcar_core.runtimes.protocol import Runtime
-from dcar_core.util.arrays import Floats, Pixels
+from dcar_core.util.arrays import Floats
 from index_jobs.encoding.decode import DecodedWindow
-
-
-class ImageEncoder(Protocol):
-    """The part of `dcar_core.Encoder` that encoding uses."""
-
-    @property
-    def image_key(self) -> str: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def preprocess(self) -> Preprocess: ...
-    @property
-    def runtime(self) -> Runtime: ...
-    def image_features(self, pixels: Pixels) -> Floats: ...
-    def adapt_images(self, features: Floats) -> Floats: ...
 
 
 def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list[Encoder]:
@@ -63,7 +45,7 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
 
 
 def encode_windows(
-    windows: Iterator[DecodedWindow], replicas: Sequence[ImageEncoder]
+    windows: Iterator[DecodedWindow], replicas: Sequence[Encoder]
 ) -> Generator[tuple[DecodedWindow, Floats], None, None]:
     """Yield each window with its features, float32 (m, E), in order; at most two windows per replica are in flight."""
     if len(replicas) == 1:
@@ -83,5 +65,5 @@ def encode_windows(
             yield last, future.result()
 
 
-def _encode(encoder: ImageEncoder, window: DecodedWindow) -> Floats:
+def _encode(encoder: Encoder, window: DecodedWindow) -> Floats:
     return encoder.image_features(window.pixels) if len(window.pixels) else np.empty((0, encoder.dim), np.float32)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dcar_core import Encoder
 from dcar_core.util.arrays import Floats
 from index_jobs.encoding.decode import DecodedWindow, Window, decode_windows, worker_count
-from index_jobs.encoding.devices import ImageEncoder, encode_windows
+from index_jobs.encoding.devices import encode_windows
 from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
@@ -25,7 +26,7 @@ from index_jobs.options import RebuildOptions
 
 def encode_gallery(
     gallery: Gallery,
-    encoder: ImageEncoder | Sequence[ImageEncoder],
+    encoder: Encoder | Sequence[Encoder],
     work: Path,
     options: RebuildOptions,
     cache: PixelCache | None = None,

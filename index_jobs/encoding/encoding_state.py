@@ -19,9 +19,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dcar_core import Encoder
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
-from index_jobs.encoding.devices import ImageEncoder
 from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
@@ -85,9 +85,7 @@ class EncodedGallery:
         return (self.adapt(shard.vectors()) for shard in self.shards)
 
 
-def shard_store(
-    gallery: Gallery, encoder: ImageEncoder, runtime: str, work: Path, options: RebuildOptions
-) -> ShardStore:
+def shard_store(gallery: Gallery, encoder: Encoder, runtime: str, work: Path, options: RebuildOptions) -> ShardStore:
     """Return the store of the shards that a runtime makes of a gallery."""
     return ShardStore(
         work,
@@ -130,7 +128,7 @@ class EncodingState:
     def __init__(
         self,
         gallery: Gallery,
-        encoder: ImageEncoder,
+        encoder: Encoder,
         work: Path,
         options: RebuildOptions,
         runtime: str,

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dcar_core import Encoder
 from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.files import atomic_writer
 from index_jobs.encoding.decode import decode_windows
-from index_jobs.encoding.devices import ImageEncoder, encode_windows, load_replicas
+from index_jobs.encoding.devices import encode_windows, load_replicas
 from index_jobs.encoding.encode import save_shard, split_windows
 from index_jobs.encoding.encoding_state import LOCATION_COLUMNS, EncodedGallery, EncodingState, image_locations
 from index_jobs.encoding.pixel_cache import PixelCache
@@ -86,7 +87,7 @@ class ShardWorker:
 
 def encode_on_ray(
     gallery: Gallery,
-    encoder: ImageEncoder,
+    encoder: Encoder,
     work: Path,
     options: RebuildOptions,
     *,

@@ -11,7 +11,7 @@ from pathlib import Path
 from dcar_core import Encoder
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
 from dcar_core.util.errors import DcarError
-from index_jobs.encoding.devices import ImageEncoder, load_replicas
+from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.gallery.scan import Gallery
 from index_jobs.options import RebuildOptions
@@ -35,7 +35,7 @@ def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: Reb
     return [others[id(replica)] for replica in replicas]
 
 
-def runtime_in_use(gallery: Gallery, encoder: ImageEncoder, fastest: str, work: Path, options: RebuildOptions) -> str:
+def runtime_in_use(gallery: Gallery, encoder: Encoder, fastest: str, work: Path, options: RebuildOptions) -> str:
     """Return the runtime that has shards of this gallery; `fastest` if none has, or if it is among several."""
     for name in (fastest, *RUNTIME_KINDS):
         if shard_store(gallery, encoder, name, work, options).stored_rows():

@@ -41,19 +41,18 @@ def vectors_of(encoded: EncodedGallery) -> Floats:
     return np.concatenate(list(encoded.blocks()))
 
 
-class Counting:
+class Counting(Encoder):
     """A real encoder that counts its forward passes and can fail in one."""
 
     def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
-        self.encoder, self.die_at, self.calls = encoder, die_at, 0
-        self.image_key, self.dim, self.preprocess = encoder.image_key, encoder.dim, encoder.preprocess
-        self.runtime, self.adapt_images = encoder.runtime, encoder.adapt_images
+        super().__init__(encoder.adapter, encoder.loaded, encoder.runtime)
+        self.die_at, self.calls = die_at, 0
 
     def image_features(self, pixels: NDArray[np.uint8]) -> Floats:
         self.calls += 1
         if self.calls == self.die_at:
             raise KeyboardInterrupt
-        return self.encoder.image_features(pixels)
+        return super().image_features(pixels)
 
 
 @pytest.mark.slow
