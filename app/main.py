@@ -7,7 +7,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -65,23 +65,23 @@ def create_app(
         writer = WriteWorker(settings, collections, metrics)
         app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
         _watch_indexes(metrics, collections)
-        retriever.start()
-        collections.start()
-        if settings.writes:
-            writer.start()
-        listener = _listen(settings, collections, metrics)
-        try:
-            yield
-        finally:
-            if listener is not None:
-                await listener.close()
-            await writer.close()
-            await collections.close()
-            await retriever.close()
-            if rates is not None:
-                await rates.close()
+        async with AsyncExitStack() as stack:  # closes the last one first
             if tracer is not None:  # uvicorn re-raises the signal after this, which ends the process
-                await asyncio.to_thread(tracer.close)
+                stack.push_async_callback(asyncio.to_thread, tracer.close)
+            if rates is not None:
+                stack.push_async_callback(rates.close)
+            retriever.start()
+            stack.push_async_callback(retriever.close)
+            collections.start()
+            stack.push_async_callback(collections.close)
+            if settings.writes:
+                writer.start()
+                stack.push_async_callback(writer.close)
+            if settings.redis_url is not None:
+                listener = ReloadListener(settings.redis_url.get_secret_value(), collections, metrics)
+                listener.start()
+                stack.push_async_callback(listener.close)
+            yield
 
     app = FastAPI(
         title="DCAR image search",
@@ -123,14 +123,6 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: R
             expose_headers=["Retry-After", "X-Request-ID"],
         )
     app.add_middleware(RequestLog, metrics=metrics)
-
-
-def _listen(settings: Settings, collections: Collections, metrics: Metrics) -> ReloadListener | None:
-    if settings.redis_url is None:
-        return None
-    listener = ReloadListener(settings.redis_url.get_secret_value(), collections, metrics)
-    listener.start()
-    return listener
 
 
 def _make_rates(settings: Settings) -> RateLimiter | None:
