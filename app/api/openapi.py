@@ -9,7 +9,6 @@ from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from app.api.requests import BatchEntry, BatchQuery, DeleteItems, EmbeddingsQuery, ImageForm, PutItems, TextQuery
@@ -99,13 +98,7 @@ def install(app: FastAPI) -> None:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    document = get_openapi(
-        title=app.title,
-        version=app.version,
-        description=app.description,
-        openapi_version=app.openapi_version,
-        routes=app.routes,
-    )
+    document = FastAPI.openapi(app)
     components = document["components"]
     schemas = components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
