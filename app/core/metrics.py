@@ -8,7 +8,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -24,13 +24,6 @@ ReadGauge = Callable[[], Iterable[tuple[list[str], float]]]  # (label values, va
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-class TimedJob(Protocol):
-    """A job of the batcher: its arrival by time.monotonic, and its trace context."""
-
-    arrived: float
-    context: Any
 
 
 class Metrics:
@@ -80,15 +73,15 @@ class Metrics:
         """Return the trace context of the current request, for work that is done in another task."""
         return None if self.tracer is None else self.tracer.current()
 
-    def forward_pass(self, jobs: Sequence[TimedJob], started: float, ended: float) -> None:
-        """Record a forward pass and the waiting time of its jobs. Times are of time.monotonic."""
+    def forward_pass(self, jobs: Sequence[tuple[float, Any]], started: float, ended: float) -> None:
+        """Record a forward pass. jobs: their arrivals and trace contexts. Times are of time.monotonic."""
         self._batches.observe(len(jobs))
         self._stage["encode"].observe(ended - started)
-        for job in jobs:
-            self._stage["queue"].observe(started - job.arrived)
+        for arrived, context in jobs:
+            self._stage["queue"].observe(started - arrived)
             if self.tracer is not None:
-                self.tracer.past_span("queue", job.context, job.arrived, started)
-                self.tracer.past_span("encode", job.context, started, ended, **{"dcar.batch_size": len(jobs)})
+                self.tracer.past_span("queue", context, arrived, started)
+                self.tracer.past_span("encode", context, started, ended, **{"dcar.batch_size": len(jobs)})
 
     def add_gauge(self, name: str, description: str, labels: list[str], read: ReadGauge) -> None:
         """Add a gauge that is read from its owner at each scrape."""

@@ -239,7 +239,7 @@ class Batcher:
                 job.future.set_exception(outcome)
             else:
                 job.future.set_result(outcome)
-        self._metrics.forward_pass(batch, started, self._last_end)
+        self._metrics.forward_pass([(job.arrived, job.context) for job in batch], started, self._last_end)
         seconds = (self._last_end - started) / len(batch)
         smoothed = self._seconds_per_query.get(group.key, seconds)
         self._seconds_per_query[group.key] = _NEWEST_WEIGHT * seconds + (1 - _NEWEST_WEIGHT) * smoothed

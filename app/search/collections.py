@@ -87,7 +87,6 @@ class ServedIndex:
         return await asyncio.shield(load)
 
     async def _load(self) -> bool:
-        settings, loaded = self._collections.settings, self._collections.live_snapshots
         async with self._collections.load_lock:
             is_dropped = self.is_created and not await asyncio.to_thread(self.index.is_dir)
             if self._is_closing or is_dropped:
@@ -99,7 +98,9 @@ class ServedIndex:
                 version = 0 if is_empty else await asyncio.to_thread(require_index, self.index)
                 is_live = self.live is not None and await asyncio.to_thread(_is_live, self.live, self.index, version)
                 load = load_empty_snapshot if is_empty else load_snapshot
-                snapshot = None if is_live else await run_in_new_thread(load, self.index, settings, loaded())
+                loaded = [index.live for _, index in self._collections if index.live is not None]
+                settings = self._collections.settings
+                snapshot = None if is_live else await run_in_new_thread(load, self.index, settings, loaded)
             except Exception as error:
                 failure = self._record_failure(version, error)
                 raise failure from (None if failure is error else error)
@@ -280,7 +281,3 @@ class Collections:
 
     def _with_name(self, name: str, message: str) -> str:
         return message if len(self._indexes) == 1 else f"{name}: {message}"
-
-    def live_snapshots(self) -> list[Snapshot]:
-        """Return the loaded snapshots; a new one shares their encoders."""
-        return [index.live for _, index in self if index.live is not None]

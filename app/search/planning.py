@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from app.core.settings import Settings
@@ -159,15 +160,14 @@ def matches_of(
 ) -> list[Match]:
     """Return the results of a page of ranked rows; explanations belong to the first of them."""
     item, rows = snapshot.artifact.item, [each.row for each in ranked]
-    groups: list[tuple[Any, int] | None] = [None] * len(rows)
+    groups: list[tuple[Any, int]] = []
     if plan.group_by:
         field = group_field(snapshot, plan.group_by)
         groups = [(field.value(row), size) for row, size in zip(rows, field.sizes(rows, mask), strict=True)]
-    padded = [*explanations, *[None] * (len(ranked) - len(explanations))]
     return [
         Match(
             item(each.row), each.score, [item(row).id for row in each.folded], each.rerank_score, explanation,
             each.text_score, group,
         )
-        for each, explanation, group in zip(ranked, padded, groups, strict=True)
+        for each, explanation, group in zip_longest(ranked, explanations, groups)
     ]  # fmt: skip

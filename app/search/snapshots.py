@@ -19,7 +19,7 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats, Mask
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CHECKPOINT
-from index_jobs.store.versions import open_current, require_index
+from index_jobs.store.versions import open_current
 from index_jobs.store.writes.collection_folders import EmptyArtifact
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
@@ -93,7 +93,6 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     Raises:
         DcarError: the index or its checkpoint is missing or broken, or they do not belong together.
     """
-    require_index(index)
     artifact = open_current(index)
     artifact.image_access = ImageAccess(settings.image_roots, frozenset(settings.image_hosts))
     encoder, backbone = _find_or_load_encoder(artifact.checkpoint, artifact.manifest.fingerprint, settings, loaded)
