@@ -18,7 +18,7 @@ from dcar_core import Encoder
 from dcar_core.images import open_image
 from dcar_core.util.arrays import Floats
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import read_image
+from index_jobs.gallery.storage import open_image as open_file
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji"
 STYLES = ("twemoji", "openmoji")
@@ -51,7 +51,9 @@ def vectors(model: Encoder, count: int) -> Iterator[Floats]:
 def _image_files(directory: Path) -> Iterator[bytes]:
     gallery = scan(directory)
     for row in gallery.table.select(["location", "offset", "size"]).to_pylist():
-        yield read_image(gallery.root, row["location"], row["offset"], row["size"])
+        file, size = open_file(gallery.root, row["location"], row["offset"], row["size"])
+        with file:
+            yield file.read(size)
 
 
 def _variant(image: Image.Image, seed: int) -> Image.Image:

@@ -33,7 +33,7 @@ class ImageAccess:
         """Return the place to read an image from, with links resolved.
 
         Args:
-            root, location, offset, size: as for `read_image`.
+            root, location, offset, size: as for `open_image`.
             roots: further folders or URLs of the index, for absolute locations.
 
         Raises:

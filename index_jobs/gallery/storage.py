@@ -118,35 +118,7 @@ def remote_version(info: Mapping[str, Any]) -> int:
 
 
 def open_image(root: str, location: str, offset: int, size: int) -> tuple[BinaryIO, int]:
-    """Open an image at its first byte, and return its number of bytes. One with a URL is fetched whole.
-
-    Args:
-        root, location, offset, size: as for `read_image`.
-
-    Raises:
-        OSError: the file cannot be read, or the tar ends before the span does.
-    """
-    path = join_location(root, location)
-    if is_url(path):
-        data = read_image(root, location, offset, size)
-        return io.BytesIO(data), len(data)
-    try:
-        return _open_span(path, ImageLocation(0, location, offset, size))
-    except ValueError as error:
-        raise OSError(f"not a path: {error}") from None
-
-
-def location_version(root: str, location: str) -> str:
-    """Return a text that changes when a local file does; "" of a URL. Raise OSError if there is no such file."""
-    place = join_location(root, location)
-    if is_url(place):
-        return ""
-    status = Path(place).stat()
-    return f"{status.st_mtime_ns}-{status.st_size}"
-
-
-def read_image(root: str, location: str, offset: int, size: int) -> bytes:
-    """Return the bytes of one image, without a retry.
+    """Open an image at its first byte, and return its number of bytes. One at a URL is fetched whole, without retries.
 
     Args:
         root: the gallery's root; an absolute location or a URL stands for itself.
@@ -156,10 +128,16 @@ def read_image(root: str, location: str, offset: int, size: int) -> bytes:
     Raises:
         OSError: the file cannot be read, or the tar ends before the span does.
     """
-    (data,) = read_images(root, [ImageLocation(0, location, offset, size)], pauses=())
-    if isinstance(data, bytes):
-        return data
-    raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data
+    path, span = join_location(root, location), ImageLocation(0, location, offset, size)
+    if is_url(path):
+        (data,) = read_images(root, [span], pauses=())
+        if isinstance(data, bytes):
+            return io.BytesIO(data), len(data)
+        raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data
+    try:
+        return _open_span(path, span)
+    except ValueError as error:
+        raise OSError(f"not a path: {error}") from None
 
 
 def read_images(

@@ -21,7 +21,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError, StoreUnavailableError
 from dcar_core.util.files import sha256_of
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
-from index_jobs.gallery.storage import is_url, join_location, location_version, open_image
+from index_jobs.gallery.storage import is_url, join_location, open_image
 from index_jobs.store.faiss_search import ScoredRows
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
@@ -230,7 +230,10 @@ class Artifact(Segments):
         """
         try:
             root, location, offset, size = self._image_location(row)
-            version = location_version(root, location) or f"version {self.manifest.version}"
+            place, version = join_location(root, location), f"version {self.manifest.version}"
+            if not is_url(place):
+                status = Path(place).stat()
+                version = f"{status.st_mtime_ns}-{status.st_size}"
         except OSError as error:
             raise ArtifactError(f"the image of row {row} cannot be read: {error.strerror or error}") from error
         key = f"{root}\0{location}\0{offset}\0{size}\0{version}"

@@ -14,7 +14,7 @@ import pytest
 from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import WHOLE_FILE, read_image
+from index_jobs.gallery.storage import WHOLE_FILE, open_image
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
@@ -81,7 +81,9 @@ def test_tar_members_are_read_in_place_with_their_siblings(tmp_path: Path) -> No
     assert rows["shard.tar/x/2.png"]["metadata"]["source"] == "here"
     for name, color in (("shard.tar/x/1.png", "green"), ("shard.tar/x/2.png", "blue")):
         row = rows[name]
-        assert read_image(gallery.root, row["location"], row["offset"], row["size"]) == png(color)
+        file, size = open_image(gallery.root, row["location"], row["offset"], row["size"])
+        with file:
+            assert file.read(size) == png(color)
     alone = scan(tmp_path / "shard.tar")
     assert alone.table["id"] == gallery.table["id"]
 

@@ -28,8 +28,8 @@ from index_jobs.gallery.storage import (
     file_suffix,
     is_url,
     join_location,
+    open_image,
     parent_folder,
-    read_image,
     read_images,
 )
 from index_jobs.options import RebuildOptions
@@ -160,7 +160,8 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
     remote = scan("memory://g/list.csv")
     (row,) = remote.table.to_pylist()
     assert (row["location"], row["caption"]) == ("deep/a.png", "a")
-    assert read_image(remote.root, row["location"], row["offset"], row["size"]) == png("green")
+    file, _ = open_image(remote.root, row["location"], row["offset"], row["size"])
+    assert file.read() == png("green")
 
 
 @pytest.mark.slow
@@ -247,7 +248,7 @@ def test_impossible_path_is_an_unreadable_image(store: Any, tmp_path: Path) -> N
     )
     assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]
     with pytest.raises(OSError, match="not a path: embedded null byte"):
-        read_image(str(tmp_path), names[1], WHOLE_FILE, 0)
+        open_image(str(tmp_path), names[1], WHOLE_FILE, 0)
 
 
 def test_location_hash_covers_every_field_but_the_row() -> None:
