@@ -32,7 +32,7 @@ from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.options import RebuildOptions
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.lexical.fusion import version_gains
+from index_jobs.store.lexical.fusion import hybrid_gains
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +226,8 @@ def compare(
     before, after = _measures(before_gains), _measures(after_gains)
     weights = served.manifest.hybrid_weight, rebuilt.manifest.hybrid_weight
     if weights[0] is not None and weights[1] is not None:
-        before |= _measures(version_gains(served, weights[0], texts, vectors[0], ids, masks[0]), "hybrid_")
-        after |= _measures(version_gains(rebuilt, weights[1], texts, vectors[1], ids, masks[1]), "hybrid_")
+        before |= _measures(_hybrid_gains(served, weights[0], texts, vectors[0], ids, masks[0]), "hybrid_")
+        after |= _measures(_hybrid_gains(rebuilt, weights[1], texts, vectors[1], ids, masks[1]), "hybrid_")
     pool = served.manifest.count if masks[0] is None else int(np.count_nonzero(masks[0]))
     difference, visible = _difference(before_gains, after_gains, ids)
     names = _NAMES | {key: f"hybrid {_NAMES[key.removeprefix('hybrid_')]}" for key in before if key not in _NAMES}
@@ -261,6 +261,16 @@ def _gains(artifact: Artifact, vectors: Floats, ids: list[str], allowed: Mask | 
     is_target = rows == np.array([artifact.row_of(item_id) for item_id in ids])[:, None]
     gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
     return gains
+
+
+def _hybrid_gains(
+    artifact: Artifact, weight: float, texts: list[str], vectors: Floats, ids: list[str], allowed: Mask | None
+) -> Floats:
+    """Return the gains of searches by words and vectors, as `_gains` does."""
+    assert artifact.lexical is not None  # a weight was chosen with it
+    queries = list(zip(texts, vectors, [artifact.row_of(item_id) or 0 for item_id in ids], strict=True))
+    gains = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], allowed)
+    return gains[:, 0].astype(np.float32)
 
 
 def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:

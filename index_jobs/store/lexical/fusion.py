@@ -32,14 +32,6 @@ class _Vectors(Protocol):
     def vectors(self, rows: Rows, /) -> Floats: ...
 
 
-class _Version(_Vectors, Protocol):
-    @property
-    def lexical(self) -> "LexicalIndex | None": ...
-    @property
-    def sample_vectors(self) -> Floats: ...
-    def row_of(self, item_id: str, /) -> int | None: ...
-
-
 def text_bonus(sample_vectors: Floats, vector: Floats, weight: float) -> float:
     """Return the rank score of a text score of 1.
 
@@ -80,18 +72,6 @@ def hybrid_gains(
             rank = 1 + int(np.count_nonzero(ranks > ranks[place]))
             gains[number, column] = 1 / np.log2(1 + rank) if rank <= _DEPTH else 0.0
     return gains
-
-
-def version_gains(
-    artifact: _Version, weight: float, texts: Sequence[str], vectors: Floats, ids: Sequence[str], allowed: Mask | None
-) -> Floats:
-    """Return the gains, (n,), of the items with these ids in a version; see `hybrid_gains`."""
-    if artifact.lexical is None:
-        return np.zeros(len(texts), np.float32)
-    rows = [artifact.row_of(item_id) or 0 for item_id in ids]
-    queries = list(zip(texts, vectors, rows, strict=True))
-    gains = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], allowed)
-    return gains[:, 0].astype(np.float32)
 
 
 def choose_weight(
