@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-# Start, end and file of a mapping without modified pages, which releasing would lose.
-_UNMODIFIED = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*?(/.*)\n(?:\w+:.*\n)*?Anonymous: +0 kB", re.MULTILINE)
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
@@ -42,13 +40,14 @@ def release_pages(places: Iterable[Path]) -> None:
     The system reads them again when they are needed. Does nothing on systems without `madvise`.
     """
     advise = getattr(mmap, "MADV_DONTNEED", None)
-    if advise is None or not Path("/proc/self/smaps").is_file():
+    roots = "|".join(re.escape(str(place.resolve())) for place in places)
+    if not roots or advise is None or not Path("/proc/self/smaps").is_file():
         return
-    roots = {place.resolve() for place in places}
+    # Start and end of a mapping without modified pages, which releasing would lose.
+    unmodified = rf"(?m)^([0-9a-f]+)-([0-9a-f]+) .* (?:{roots})(?:/.*)?\n(?:\w+:.*\n)*?Anonymous: +0 kB"
     libc = ctypes.CDLL(None)
-    for start, end, name in _UNMODIFIED.findall(Path("/proc/self/smaps").read_text()):
-        if not roots.isdisjoint([Path(name), *Path(name).parents]):
-            libc.madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), advise)
+    for start, end in re.findall(unmodified, Path("/proc/self/smaps").read_text()):
+        libc.madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), advise)
 
 
 def trim_heap() -> None:
