@@ -5,7 +5,6 @@ import json
 import os
 import queue
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.util.errors import DcarError, ModelError
 from index_jobs.store.versions import open_current
 from tests.support.images import png
-from tests.support.processes import free_port
+from tests.support.processes import answering, free_port
 
 
 @pytest.fixture
@@ -97,13 +96,10 @@ def test_the_page_is_opened_once_the_service_is_ready(monkeypatch: pytest.Monkey
             self.end_headers()
 
     monkeypatch.setattr("webbrowser.open", pages.append)
-    with http.server.HTTPServer(("127.0.0.1", 0), Service) as server:
-        answering = threading.Thread(target=server.serve_forever)
-        answering.start()
-        url = f"http://127.0.0.1:{server.server_port}/"
+    server = http.server.HTTPServer(("127.0.0.1", 0), Service)
+    url = f"http://127.0.0.1:{server.server_port}/"
+    with answering(server):
         _open_when_ready(url)
-        server.shutdown()
-        answering.join()
     assert (pages, statuses) == ([url], [])
 
 
@@ -133,17 +129,11 @@ def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> N
 
 def test_the_hub_is_reachable_if_it_responds_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # responds 501
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with answering(server):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         assert hub_is_reachable()
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert not hub_is_reachable()
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def test_a_hub_that_never_responds_is_known_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Notification of services after a rebuild."""
 
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from index_jobs.jobs.notify import notify
 from index_jobs.rebuild import rebuild
+from tests.support.processes import answering
 
 
 def test_summary_lists_notified_services(
@@ -55,10 +55,9 @@ def test_redirect_is_not_followed_with_the_admin_key(tmp_path: Path, monkeypatch
 
     asked: list[str] = []
     monkeypatch.setenv("DCAR_ADMIN_KEY", "long enough")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Away) as server:
-        threading.Thread(target=server.serve_forever).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Away)
+    url = f"http://127.0.0.1:{server.server_port}"
+    with answering(server):
         told = notify([url], tmp_path, 1)[url]
-        server.shutdown()
     assert told.startswith("not reached: 302")
     assert asked == ["/admin/reload"]

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +37,7 @@ from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
+from tests.support.processes import answering
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -73,6 +73,10 @@ class Server(SimpleHTTPRequestHandler):
         pass
 
 
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 64  # of 5, some of many connections at a time would wait a second for another attempt
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str, type[Server]]]:
     """A folder, its URL, and the server that serves it."""
@@ -85,13 +89,9 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str, type[Server]]]:
     root = tmp_path / "served"
     root.mkdir()
     handler = type("Handler", (Server,), {"stumbles": {}, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(root)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield root, f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    server = Listener(("127.0.0.1", 0), functools.partial(handler, directory=str(root)))
+    with answering(server):
+        yield root, f"http://127.0.0.1:{server.server_port}", handler
 
 
 @pytest.fixture

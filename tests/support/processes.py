@@ -1,7 +1,11 @@
-"""Processes, ports and memory."""
+"""Processes, threads, ports and memory."""
 
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from socketserver import BaseServer
 
 from tests.support.commands import run
 
@@ -57,6 +61,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def answering(server: BaseServer) -> Iterator[None]:
+    """Let a server of the standard library answer in a thread, which sees within 10 ms that it is to end."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def peak_memory(data: bytes, mode: str, folder: Path) -> int:
