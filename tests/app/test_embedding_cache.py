@@ -279,8 +279,9 @@ async def test_results_are_the_same_with_and_without_redis(built_index: Path, re
         assert (await ask())["results"] == first["results"]
     async with opened(built_index, **given) as client:  # as another process would
         assert (await ask())["cached"] is True
-        breaker = client.app.state.retriever._embedder._cache.read_breaker
-        breaker._pause = 0.2
+        cache = client.app.state.retriever._embedder._cache
+        breaker = cache.read_breaker
+        breaker._pause = cache.write_breaker._pause = 0.2
         redis_server.stop()
         for _ in range(4):
             response = await ask()

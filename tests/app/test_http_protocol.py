@@ -39,8 +39,8 @@ def connection(port: int) -> Iterator[socket.socket]:
 
 @pytest.fixture(autouse=True)
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.middleware.http_protocol.HEAD_S", 0.6)
-    monkeypatch.setattr("app.middleware.http_protocol.WRITE_S", 0.6)
+    monkeypatch.setattr("app.middleware.http_protocol.HEAD_S", 0.4)
+    monkeypatch.setattr("app.middleware.http_protocol.WRITE_S", 0.4)
 
 
 def read_response(connection: socket.socket) -> bytes:
@@ -286,7 +286,7 @@ def test_responses_that_are_not_read_end_the_connection(port: int) -> None:
         end = time.monotonic() + 10
         while not is_cut_off(deaf, [b"\r\n"]):
             assert time.monotonic() < end, "still connected"
-            time.sleep(0.1)
+            time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -298,9 +298,9 @@ def test_slow_reader_gets_all_of_a_long_response(port: int) -> None:
         began, received = time.monotonic(), 0
         while part := slow.recv(65536):
             received += len(part)
-            time.sleep(0.03)
+            time.sleep(0.02)
     assert received > 10**6
-    assert time.monotonic() - began > 0.6, "longer than WRITE_S"
+    assert time.monotonic() - began > 0.4, "longer than WRITE_S"
 
 
 async def test_head_is_get_without_the_body(built_index: Path) -> None:

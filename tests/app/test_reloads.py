@@ -39,7 +39,7 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.5)
+        time.sleep(0.25)
         with lock:
             running -= 1
         return whole(*given)  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
         monkeypatch.setattr("app.search.collections.load_snapshot", slow)
         rollback(index, 2)
         first = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
         first.cancel()
         again = await client.post("/admin/reload", headers=BEARER)
         assert again.json()["index_version"] == 2
@@ -56,7 +56,7 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
         assert most == 1
         rollback(index, 1)
         last = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
         last.cancel()
     assert running == 0, "closing waits for a load"
 
@@ -109,10 +109,10 @@ async def test_a_reload_with_a_body_does_not_time_out(index: Path, monkeypatch: 
     whole = load_snapshot
 
     def slow(*given: object) -> object:
-        time.sleep(1)
+        time.sleep(0.4)
         return whole(*given)  # type: ignore[arg-type]
 
-    async with opened(index, poll_s=0, upload_timeout_s=0.3, **KEY) as client:
+    async with opened(index, poll_s=0, upload_timeout_s=0.15, **KEY) as client:
         monkeypatch.setattr("app.search.collections.load_snapshot", slow)
         rollback(index, 2)
         response = await client.post("/admin/reload", headers=BEARER, json={})
