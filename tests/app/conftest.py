@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 from tests.support.redis_server import RedisServer
-from tests.support.service import ODD_ID
+from tests.support.service import ODD_ID, ServiceClient, opened
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +54,13 @@ def encoder(tiny_checkpoint: Path) -> Encoder:
 def index(built_index: Path, tmp_path: Path) -> Path:
     """A copy to publish to and to damage."""
     return Path(shutil.copytree(built_index, tmp_path / "index"))
+
+
+@pytest.fixture(scope="module")
+async def started(built_index: Path) -> AsyncIterator[ServiceClient]:
+    """The application, started once for the tests of a module that change nothing in it."""
+    async with opened(built_index, max_upload_bytes=20_000) as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
 from tests.support.images import draw, png
 from tests.support.responses import assert_problem
-from tests.support.service import opened
+from tests.support.service import ServiceClient, opened
 
 COLORS, SHAPES = 6, 4
 
@@ -198,10 +198,8 @@ async def test_counts_of_the_best_rows_alone_are_approximate(
     ],
     ids=json.dumps,
 )
-@pytest.mark.slow
-async def test_invalid_options_name_the_field(built_index: Path, body: dict[str, object], field: str) -> None:
-    async with opened(built_index) as client:
-        response = await client.post("/search/text", json=body)
-        assert response.status_code == 422
-        assert_problem(response, 422)
-        assert response.json()["errors"][0]["field"].startswith(field)
+async def test_invalid_options_name_the_field(started: ServiceClient, body: dict[str, object], field: str) -> None:
+    response = await started.post("/search/text", json=body)
+    assert response.status_code == 422
+    assert_problem(response, 422)
+    assert response.json()["errors"][0]["field"].startswith(field)

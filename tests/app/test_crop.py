@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.support.responses import assert_problem
-from tests.support.service import opened
+from tests.support.service import ServiceClient, opened
 
 LEFT = {"x": 0, "y": 0, "width": 0.5, "height": 1}
 
@@ -60,11 +60,9 @@ async def test_a_crop_is_searched_like_the_part_alone(built_index: Path) -> None
         ("left", "crop"),
     ],
 )
-@pytest.mark.slow
-async def test_an_invalid_crop_is_refused_by_name(built_index: Path, crop: Any, field: str) -> None:
-    async with opened(built_index) as client:
-        files = {"file": file_of(two_halves())}
-        assert_problem(await client.post("/search/image", files=files, data={"crop": json.dumps(crop)}), 422, field)
+async def test_an_invalid_crop_is_refused_by_name(started: ServiceClient, crop: Any, field: str) -> None:
+    files = {"file": file_of(two_halves())}
+    assert_problem(await started.post("/search/image", files=files, data={"crop": json.dumps(crop)}), 422, field)
 
 
 async def test_a_crop_needs_an_image(built_index: Path) -> None:
@@ -101,10 +99,8 @@ async def test_a_batch_searches_with_texts_and_images(built_index: Path) -> None
         ({"image": None}, 422, "queries.1.query"),
     ],
 )
-@pytest.mark.slow
 async def test_an_invalid_image_of_a_batch_is_refused_by_name(
-    built_index: Path, query: dict[str, Any], status: int, field: str
+    started: ServiceClient, query: dict[str, Any], status: int, field: str
 ) -> None:
-    async with opened(built_index, max_upload_bytes=20_000) as client:
-        response = await client.post("/search/batch", json={"queries": [{"query": "red"}, query]})
-        assert_problem(response, status, field)
+    response = await started.post("/search/batch", json={"queries": [{"query": "red"}, query]})
+    assert_problem(response, status, field)

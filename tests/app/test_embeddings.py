@@ -12,7 +12,7 @@ from app.search.embedding_cache import rounded
 from dcar_core import Encoder
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import ALICE, KEYS, bearer, hold, opened, restore
+from tests.support.service import ALICE, KEYS, ServiceClient, bearer, hold, opened, restore
 
 IMAGE = base64.b64encode(png("red")).decode()
 
@@ -58,12 +58,10 @@ async def test_texts_and_images_have_the_vectors_of_searches(
         ({"input": "red", "modell": "index"}, 422, "modell"),
     ],
 )
-@pytest.mark.slow
 async def test_invalid_input_is_refused_by_name(
-    built_index: Path, given: dict[str, Any], status: int, field: str
+    started: ServiceClient, given: dict[str, Any], status: int, field: str
 ) -> None:
-    async with opened(built_index, max_upload_bytes=20_000) as client:
-        assert_problem(await client.post("/v1/embeddings", json=given), status, field)
+    assert_problem(await started.post("/v1/embeddings", json=given), status, field)
 
 
 async def test_a_body_beyond_the_upload_limit_is_refused(built_index: Path) -> None:
