@@ -13,6 +13,7 @@ from unittest import mock
 import open_clip
 import timm
 import torch
+from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vitamin import VitCfg, VitConvCfg
 
 from dcar_core.model.text.layout import TextLayout
@@ -129,12 +130,15 @@ def layout_of(name: str, config: dict[str, Any]) -> TextLayout:
 @contextmanager
 def small_timm_models() -> Iterator[None]:
     """Within it, timm builds every model with few layers and small widths."""
-    whole = timm.create_model
+    whole, whole_stem = timm.create_model, ConvStem
 
     def create(name: str, **options: Any) -> Any:
         return whole(name, **_timm_sizes(name), **options)
 
-    with mock.patch("timm.create_model", create):
+    def stem(*, channels: tuple[int, ...], **options: Any) -> ConvStem:  # of vit_base_mci, which fixes the width
+        return whole_stem(channels=tuple(WIDTH * each // channels[-1] for each in channels), **options)
+
+    with mock.patch("timm.create_model", create), mock.patch(f"{ConvStem.__module__}.ConvStem", stem):
         yield
 
 
@@ -158,8 +162,6 @@ def _timm_sizes(name: str) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS, "img_size": _timm_size(name),
     }  # fmt: skip
-    if name.startswith("vit_base_mci"):  # its stem fixes the width
-        sizes |= {"embed_dim": 768, "num_heads": 12}
     if name.startswith("vitamin"):
         conv = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
         sizes["embed_cfg"] = VitCfg(
