@@ -12,7 +12,7 @@ PICTURE = Path(__file__).parents[2] / "examples/emoji/query.png"
 
 
 def test_text_typed_while_the_page_loads_is_kept(page: Page, many: str) -> None:
-    slow = {"offline": False, "latency": 400, "downloadThroughput": -1, "uploadThroughput": -1}
+    slow = {"offline": False, "latency": 200, "downloadThroughput": -1, "uploadThroughput": -1}
     page.open(f"{many}/#q=red&in=circles")
     page.settled(6)
     page.driver.execute_cdp_cmd("Network.enable", {})
@@ -37,13 +37,19 @@ def test_link_shows_only_what_it_names(page: Page, many: str) -> None:
     until(lambda: "An image is not part of a link" in page.one("#error").text)
     assert page.all("#results .card") == []
     fails_twice = """
-        const whole = window.fetch; let asked = 0;
-        window.fetch = (url, ...more) => (url === 'collections' && ++asked < 3
-            ? Promise.resolve(new Response('{"detail": "Too busy."}', {status: 503})) : whole(url, ...more));
+        const whole = window.fetch, later = window.setTimeout, shown = new Promise((done) => window.seen = done);
+        let asked = 0;
+        window.setTimeout = (call, wait) => later(call, wait < 500 ? wait : 0);
+        window.fetch = async (url, ...more) => {
+            if (url === 'collections' && ++asked < 3) return new Response('{"detail": "Too busy."}', {status: 503});
+            if (url === 'collections') await shown;
+            return whole(url, ...more);
+        };
     """
     with page.script(fails_twice):
         page.open(f"{many}/#q=red&in=circles")
         until(lambda: page.one("#error").text == "Too busy.")
+        page.driver.execute_script("window.seen()")
         page.settled(6)
         assert not page.one("#error").is_displayed()
     assert page.errors() == []
