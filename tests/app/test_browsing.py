@@ -21,13 +21,13 @@ CAKES = json.dumps({"category": "cakes"})
 WEBP = {"Accept": "image/avif,image/webp,*/*"}
 
 
-def photo(path: Path, mode: str = "RGB", **options: Any) -> None:
-    """Save a photo of 12 megapixels. As in nature, finer details have less contrast."""
+def photo() -> Image.Image:
+    """Return a photo of 12 megapixels. As in nature, finer details have less contrast."""
     image = Image.new("L", (4000, 3000))
     for width, share in ((8, 1.0), (32, 0.5), (128, 0.35), (512, 0.2), (2000, 0.1)):
         octave = Image.effect_noise((width, width * 3 // 4), 90).resize(image.size, Image.Resampling.BICUBIC)
         image = Image.blend(image, octave, share)
-    Image.merge("RGB", [image, image.transpose(Image.Transpose.ROTATE_180), image]).convert(mode).save(path, **options)
+    return Image.merge("RGB", [image, image.transpose(Image.Transpose.ROTATE_180), image])
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
     gallery.mkdir()
     upright = Image.Exif()
     upright[274] = 6  # the camera was turned
-    photo(gallery / "phone.jpg", quality=92, exif=upright)
-    photo(gallery / "print.jpg", "CMYK", quality=90)
-    photo(gallery / "scan.tif", compression="tiff_deflate")
+    image = photo()
+    image.save(gallery / "phone.jpg", quality=92, exif=upright)
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).convert("CMYK").save(gallery / "print.jpg", quality=90)
+    image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(gallery / "scan.tif", compression="tiff_deflate")
     (gallery / "metadata.jsonl").write_text(
         "".join(
             json.dumps(row) + "\n"

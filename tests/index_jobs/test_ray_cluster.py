@@ -29,7 +29,7 @@ def gallery(tmp_path: Path) -> Path:
     draw = np.random.default_rng(0)
     for number in range(8):
         cells = draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(cells).resize((1600, 1200)).save(root / f"{number:03}.png", compress_level=1)
+        Image.fromarray(cells).resize((1200, 900)).save(root / f"{number:03}.png", compress_level=1)
     for number in range(8, IMAGES):
         os.link(root / f"{number % 8:03}.png", root / f"{number:03}.png")
     (root / "broken.png").write_bytes(b"no picture")
