@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from dcar_core.data import Dataset
-from dcar_core.evaluation.significance import hits_to_json
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import encode_captions, encode_images
@@ -24,7 +23,7 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     Returns:
         recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
         confusions: the most frequent {category, taken_for, count, of, examples}, by the first image found for each
-        caption; hits: see `significance.hits_to_json`; measures: others by their headings.
+        caption; hits: the fields of `bootstrap.Hits`; measures: others by their headings.
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
@@ -38,7 +37,7 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
         "hard_negative_accuracy": None if np.isnan(accuracy) else accuracy,
         "categories": _recall_by_category(data, image_of, ranks.text < 1, image_hits),
         "confusions": _confusions(data, image_of, best_targets(text, image)),
-        "hits": hits_to_json(Hits.from_ranks(ranks, image_of)),
+        "hits": {name: values.tolist() for name, values in vars(Hits.from_ranks(ranks, image_of)).items()},
         "measures": {
             "nDCG@10 text-to-image": ndcg(text, image, images_of),
             "nDCG@10 image-to-text": ndcg(image, text, texts_of),

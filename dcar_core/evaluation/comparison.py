@@ -15,7 +15,7 @@ from dcar_core.data import SPLITS, ImagePolicy, load_split, load_splits, save_re
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import write_report
 from dcar_core.evaluation.serving_cost import serving_cost
-from dcar_core.evaluation.significance import add_significance, hits_from_json
+from dcar_core.evaluation.significance import add_significance
 from dcar_core.evaluation.subsets import hold_out_categories, take_shots
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
@@ -24,7 +24,8 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method, require_runnable
 from dcar_core.negatives import add_negatives, backbone_views
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import decode_images, report_truncation
+from dcar_core.training.frozen_features import FrozenFeatures
+from dcar_core.training.prepared_split import report_truncation
 from dcar_core.training.validation import mean_r1
 from dcar_core.util.bootstrap import Hits
 from dcar_core.util.errors import DataError, DivergedError
@@ -94,7 +95,7 @@ def compare(
     save_reports(reports, out)
     cache = FeatureCache(features or out / "features", backbone)
     for part in (splits["test"], *others.values()):  # report broken images before hours of training
-        decode_images(part, backbone, cache, progress=progress)
+        FrozenFeatures(part, backbone, cache, progress).pixels()
     runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message, others)
     results: dict[str, Any] = {
         "data": data.resolve().name,
@@ -119,7 +120,8 @@ def compare(
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
         else:
-            hits[name] = [hits_from_json(run.pop("hits")) for run in result["runs"]]  # too many for results.json
+            found = (run.pop("hits") for run in result["runs"])  # too many for results.json
+            hits[name] = [Hits(**{field: np.array(values) for field, values in each.items()}) for each in found]
             results["methods"][name] = result
         write_json(out / "results.json", results)  # after each method, so that an interruption loses nothing
     if not results["methods"]:

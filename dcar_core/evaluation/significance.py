@@ -5,8 +5,6 @@ The hits of a method's seeds are averaged by query first. The recall table has t
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from dcar_core.evaluation.tables import Results, best_method
 from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, compare_hits
 
@@ -33,16 +31,6 @@ def best_baseline(results: Results) -> str | None:
     """Return the best method on validation that is not DCAR or a part of it; None without one."""
     names = [name for name in results["methods"] if name != "dual" and not name.startswith("dcar")]
     return best_method(results, names) if names else None
-
-
-def hits_to_json(hits: Hits) -> dict[str, list[float]]:
-    """Return the hits as lists, for test.json."""
-    return {name: value.tolist() for name, value in vars(hits).items()}
-
-
-def hits_from_json(content: Mapping[str, Sequence[float]]) -> Hits:
-    """Return the hits that `hits_to_json` wrote."""
-    return Hits(**{name: np.array(value) for name, value in content.items()})
 
 
 def _to_json(estimates: Mapping[str, Estimate]) -> dict[str, list[float]]:

@@ -107,11 +107,6 @@ def prepare_split(
     )
 
 
-def decode_images(data: Dataset, backbone: Backbone, cache: FeatureCache, *, progress: bool = True) -> None:
-    """Decode a split's images into the cache now. Raise DataError, which names the image, if one is broken."""
-    FrozenFeatures(data, backbone, cache, progress).pixels()
-
-
 def split_key(data: Dataset, cache: FeatureCache) -> str:
     """Return a hash of images and texts, equal for splits that train the same. Raise DataError if one is missing."""
     texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories, s.attributes] for s in data.samples]
