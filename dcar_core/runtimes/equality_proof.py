@@ -30,7 +30,7 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs that runtimes are compared on: texts, and images as uint8 (m, 3, S, S)."""
+    """Inputs that runtimes are compared on, or calibrated with: texts, and images as uint8 (m, 3, S, S)."""
 
     texts: tuple[str, ...]
     pixels: Pixels

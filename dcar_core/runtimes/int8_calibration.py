@@ -8,26 +8,17 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dcar_core.runtimes import openvino_graph as graph
 from dcar_core.runtimes.adapter import Adapter, text_lengths
+from dcar_core.runtimes.equality_proof import Probe
 from dcar_core.runtimes.export_cache import ensure_export
 from dcar_core.runtimes.registry import LoadedModel
-from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import MissingExtraError
 
 SAMPLES = 200  # of each kind; more hardly change the ranges
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """Captions, and images as uint8 (m, 3, S, S); SAMPLES of each are enough."""
-
-    texts: Sequence[str]
-    pixels: Pixels
 
 
 def is_calibrated(loaded: LoadedModel) -> bool:
@@ -35,8 +26,8 @@ def is_calibrated(loaded: LoadedModel) -> bool:
     return loaded.export_key("openvino-int8", graph.version(), calibrated=True).directory(loaded.cache).is_dir()
 
 
-def calibrate(adapter: Adapter, loaded: LoadedModel, data: CalibrationData) -> Path:
-    """Make the int8 export of this encoder, unless there is one.
+def calibrate(adapter: Adapter, loaded: LoadedModel, data: Probe) -> Path:
+    """Make the int8 export of this encoder, unless there is one. SAMPLES of each kind of data are enough.
 
     Raises:
         MissingExtraError: openvino or nncf is not installed.

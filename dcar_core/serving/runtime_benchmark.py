@@ -197,7 +197,7 @@ def _measure_reference(encoder: Encoder, material: BenchmarkData) -> RuntimeResu
 
 
 def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[[str], None]) -> None:
-    from dcar_core.runtimes.int8_calibration import SAMPLES, CalibrationData, calibrate, is_calibrated
+    from dcar_core.runtimes.int8_calibration import SAMPLES, calibrate, is_calibrated
 
     if is_calibrated(encoder.loaded):
         return
@@ -208,7 +208,7 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     step = max(1, len(samples) // SAMPLES)
     part = samples.samples[::step][:SAMPLES]
     pixels = np.stack([encoder.preprocess(samples.read(sample.image)) for sample in part])
-    calibrate(encoder.adapter, encoder.loaded, CalibrationData([sample.caption for sample in part], pixels))
+    calibrate(encoder.adapter, encoder.loaded, Probe(tuple(sample.caption for sample in part), pixels))
 
 
 def _measure(

@@ -23,7 +23,7 @@ from dcar_core.runtimes import equality_proof
 from dcar_core.runtimes.adapter import Bottleneck
 from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
-from dcar_core.runtimes.int8_calibration import CalibrationData, calibrate
+from dcar_core.runtimes.int8_calibration import calibrate
 from dcar_core.runtimes.length_batches import PASS_COST, group_by_length
 from dcar_core.runtimes.protocol import TextPrompts
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
@@ -106,7 +106,7 @@ def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     adapter, where = case.adapter, case.loaded
     handler = logging.NullHandler()  # stands for one of the service
     logging.getLogger("nncf").addHandler(handler)
-    directory = calibrate(adapter, where, CalibrationData(probe.texts, probe.pixels))
+    directory = calibrate(adapter, where, probe)
     assert handler.level == logging.NOTSET
     assert "Fake" in (directory / "text.xml").read_text()
     runtime, (texts, pictures) = open_runtime("openvino-int8", where), reference_vectors(case.model, probe)

@@ -15,7 +15,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import default_method, method
 from dcar_core.runtimes.equality_proof import Probe
-from dcar_core.runtimes.int8_calibration import CalibrationData, calibrate
+from dcar_core.runtimes.int8_calibration import calibrate
 from dcar_core.runtimes.registry import RUNTIME_KINDS
 from dcar_core.training.train import train
 from dcar_core.util import cpu_features
@@ -133,7 +133,7 @@ def test_other_precisions_are_near(family: str, tiny_data: Path, tmp_path: Path)
     wanted = exact.encode_text(probe.texts), exact.encode_pixels(probe.pixels)
     for runtime in runtimes:
         if runtime == "openvino-int8":
-            calibrate(exact.adapter, exact.loaded, CalibrationData(probe.texts, probe.pixels))
+            calibrate(exact.adapter, exact.loaded, probe)
         near = exact.with_runtime(runtime, proven=False)  # random weights of 32 columns lose more than a real model's
         found = near.encode_text(probe.texts), near.encode_pixels(probe.pixels)
         cosines = [float(np.median((one * other).sum(1))) for one, other in zip(found, wanted, strict=True)]
