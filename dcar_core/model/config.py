@@ -53,6 +53,12 @@ class PromptConfig(_Config):
         if self.length < 0 or self.depth < 1:
             raise ValueError(f"length must be at least 0 and depth at least 1, not {self.length} and {self.depth}")
 
+    @property
+    def depths(self) -> tuple[int, int]:
+        """Depth of the text prompts and of the image prompts, 0 for a tower without any."""
+        depth = self.depth if self.length else 0
+        return depth * self.text, depth * self.image
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReweightConfig(_Config):

@@ -107,7 +107,7 @@ class DCAR(nn.Module):
         self.backbone = backbone
         self.config = config
         prompt = config.prompt
-        self.prompts = DualPrompts(backbone, prompt) if prompt.length and (prompt.text or prompt.image) else None
+        self.prompts = DualPrompts(backbone, prompt) if any(prompt.depths) else None
         self.head = TokenWeightHead(backbone.text_width, config.reweight) if config.reweight.train != "none" else None
         self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
@@ -125,8 +125,7 @@ class DCAR(nn.Module):
     @property
     def prompt_tokens(self) -> int:
         """Token positions that the text prompts take."""
-        prompt = self.config.prompt
-        return prompt.length if self.prompts is not None and prompt.text else 0
+        return self.config.prompt.length if self.config.prompt.text else 0
 
     def trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that a checkpoint holds: all but the backbone's."""
@@ -175,14 +174,13 @@ class DCAR(nn.Module):
     def text_is_frozen(self) -> bool:
         """True if nothing is learned in or before the text tower, so that its features can be computed once."""
         is_changed = self.changes is not None and self.changes.touches(image=False)
-        return self.head is None and (self.prompts is None or not self.config.prompt.text) and not is_changed
+        return self.head is None and self.prompt_tokens == 0 and not is_changed
 
     @property
     def image_is_frozen(self) -> bool:
         """True if nothing is learned in or before the image tower, so that its features can be computed once."""
         is_changed = self.changes is not None and self.changes.touches(image=True)
-        has_prompts = self.prompts is not None and self.config.prompt.image
-        return not has_prompts and self.block_adapters is None and not is_changed
+        return self.config.prompt.depths[1] == 0 and self.block_adapters is None and not is_changed
 
     def category_adapter(self) -> FeatureAdapter | None:
         """The adapter of L_cate's captions; None if the loss has no such term."""

@@ -119,8 +119,8 @@ def require_runnable(config: ModelConfig, level: str, model: str, context: int) 
     context: token positions behind the start tokens.
     """
     prompt, has_prompts = config.prompt, config.prompt.length > 0
-    needs_text = (has_prompts and (prompt.text or prompt.image)) or config.reweight.train != "none"
-    needs_rows = (has_prompts and prompt.image) or config.reweight.picture == "patches" or config.adapter.blocks > 0
+    needs_text = any(prompt.depths) or config.reweight.train != "none"
+    needs_rows = prompt.depths[1] > 0 or config.reweight.picture == "patches" or config.adapter.blocks > 0
     if level == "adapters" and needs_text:
         raise ModelError(
             f"{config.method} needs prompts or token weights, which the towers of {model} do not take; "

@@ -65,29 +65,13 @@ class LoadedModel:
     cache: Path
 
     @property
-    def image_depth(self) -> int:
-        """Depth of the image prompts, 0 without any."""
-        prompt = self.model.config.prompt
-        return prompt.depth if self.model.prompts is not None and prompt.image else 0
-
-    @property
-    def text_depth(self) -> int:
-        """Depth of the text prompts, 0 without any."""
-        prompt = self.model.config.prompt
-        return prompt.depth if self.model.prompts is not None and prompt.text else 0
-
-    @property
-    def has_adapters(self) -> bool:
-        """True if the blocks of the image tower have adapters."""
-        return self.model.block_adapters is not None
-
-    @property
     def inputs(self) -> str:
         """Inputs of the graphs besides tokens and pixels, as a part of names; see `ExportKey`."""
         from dcar_core.runtimes.text_graphs import PrefixTextGraph
 
-        text_depth = 0 if PrefixTextGraph.fits(self.backbone) else self.text_depth  # that graph serves every depth
-        return f"d{self.image_depth}t{text_depth}" + ("a" if self.has_adapters else "")
+        text, image = self.model.config.prompt.depths
+        text = 0 if PrefixTextGraph.fits(self.backbone) else text  # that graph serves every depth
+        return f"d{image}t{text}" + ("a" if self.model.block_adapters is not None else "")
 
     @property
     def backbone(self) -> "Backbone":
@@ -102,8 +86,9 @@ class LoadedModel:
         from dcar_core.runtimes.graph_modules import ImageGraph
         from dcar_core.runtimes.text_graphs import text_graph
 
-        image = ImageGraph(self.backbone, self.image_depth, has_adapters=self.has_adapters)
-        return text_graph(self.backbone, self.text_depth), image.eval()
+        text, image = self.model.config.prompt.depths
+        has_adapters = self.model.block_adapters is not None
+        return text_graph(self.backbone, text), ImageGraph(self.backbone, image, has_adapters=has_adapters).eval()
 
     def export(self, graph: Any) -> Path:
         """Return the directory of the checked float32 export; make it if there is none.
