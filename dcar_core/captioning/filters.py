@@ -67,7 +67,6 @@ class DraftFilter:
         return self.duplicate(draft, image)
 
     def duplicate(self, draft: str, image: str) -> Rejection | None:
-        """Return the rejection of a caption that another image has."""
         if self.owner(draft) in {None, image}:
             return None
         return Rejection(DUPLICATE, "another image has the same caption; describe what is specific to this one.")

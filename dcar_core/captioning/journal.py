@@ -53,7 +53,6 @@ class CaptionJournal:
         self._out.close()
 
     def answer(self, image: CaptionedImage, asked: str, turn: int) -> Completion | None:
-        """Return the recorded response, None if there is none."""
         return self._answers.get((image.name, image.sha, asked, turn))
 
     def answered(self, image: CaptionedImage, asked: str, turn: int, answer: Completion, usage: TokenUsage) -> None:

@@ -122,7 +122,6 @@ class CaptioningResult:
     cost: float | None = None
 
     def __str__(self) -> str:
-        """Format the accepted and rejected drafts, problem images, token usage and cost."""
         rejected = self.out.with_name(f"{self.out.stem}.rejected.jsonl")
         lines = [f"{self.out}: {self.accepted:,} captions"]
         if self.rejected:

@@ -49,7 +49,6 @@ class RowLimit:
         self._good = 0
 
     def skip(self, error: DataError) -> None:
-        """Leave out the row of an error."""
         self._bad.append(error)
 
     @contextmanager

@@ -27,7 +27,6 @@ class CleaningReport:
             self.names.setdefault(phrase, []).extend(names)
 
     def merge(self, other: "CleaningReport") -> None:
-        """Add the counts of another report."""
         self.counts.update(other.counts)
         for phrase, names in other.names.items():
             self.names.setdefault(phrase, []).extend(names)
@@ -57,7 +56,6 @@ REPORT_FILE = "cleaning.json"
 
 
 def describe_reports(sizes: Mapping[str, Sized], reports: Mapping[str, CleaningReport]) -> str:
-    """Return a line for each split, followed by its report."""
     return "\n".join(f"{split}: {len(sizes[split]):,} pairs\n{report}" for split, report in reports.items())
 
 

@@ -126,7 +126,6 @@ class MethodRunner:
         return max(scores, key=lambda lr: scores[lr]), {f"{lr:g}": scores.get(lr) for lr in grid}
 
     def directory(self, method: ModelConfig, seed: int, lr: float) -> Path:
-        """Return the directory of a run."""
         config = replace(self.config, seed=seed, lr=lr)
         key = digest(self.cache.backbone_hash, method.to_dict(), config.to_dict(), self._split_keys)[:8]
         return self.out / "runs" / method.method / f"seed{seed}-lr{lr:g}-{key}"

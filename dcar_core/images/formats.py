@@ -99,6 +99,5 @@ def hostile(reason: str) -> ImageError:
 
 
 def too_large(width: int, height: int, most: int, image_format: ImageFormat | None = None) -> ImageError:
-    """Return the error for an image of more than `most` pixels."""
     name = f" as {image_format.upper()}" if image_format else ""
     return ImageError(f"{width} x {height} pixels; at most {most:,} are accepted{name}", ImageFault.TOO_LARGE)

@@ -94,7 +94,6 @@ METHODS: dict[str, ModelConfig] = {
 
 
 def method(name: str) -> ModelConfig:
-    """Return the configuration of a method; the error of an unknown one lists all names."""
     if name not in METHODS:
         raise DcarError(f"no method is named {name!r}; there are: {', '.join(METHODS)}")
     return METHODS[name]

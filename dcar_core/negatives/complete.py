@@ -65,7 +65,6 @@ def add_negatives(
 
 
 def _rows_to_complete(data: Dataset, mode: str, report: CleaningReport) -> set[int]:
-    """Select the rows that get negatives."""
     if not data.samples:
         raise DataError(f"the split {data.split} has no pairs")
     without = {row for row, sample in enumerate(data.samples) if not sample.negatives}

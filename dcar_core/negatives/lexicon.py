@@ -67,7 +67,6 @@ OPPOSITES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-    """Map each word to its replacements."""
     found: dict[str, list[str]] = {}
     for rows in LEXICON.values():
         for row in rows:

@@ -85,7 +85,6 @@ def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[M
 
 
 def replace_name(caption: str, places: Sequence[Mention], name: str, new: str) -> str:
-    """Replace `name` at `places` of the caption by `new`."""
     for start, end, number in sorted(places, reverse=True):
         text = {"given": new, "plural": plural(new), "singular": singular(new)}[number]
         caption = splice_phrase(caption, start, end, _written_like(caption[start:end], name, text))

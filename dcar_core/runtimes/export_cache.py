@@ -61,7 +61,6 @@ class ExportKey:
 
     @classmethod
     def from_manifest(cls, directory: Path) -> "ExportKey":
-        """Read the key of an export that is there."""
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return cls(**{name: manifest[name] for name in cls.__dataclass_fields__})
 

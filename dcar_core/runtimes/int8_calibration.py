@@ -22,7 +22,6 @@ SAMPLES = 200  # of each kind; more hardly change the ranges
 
 
 def is_calibrated(loaded: LoadedModel) -> bool:
-    """True if this encoder has its int8 export."""
     return loaded.export_key("openvino-int8", graph.version(), calibrated=True).directory(loaded.cache).is_dir()
 
 

@@ -82,7 +82,6 @@ class LoadedModel:
         return ExportKey(runtime, self.backbone_hash, self.inputs, library, fingerprint)
 
     def graphs(self) -> "tuple[TextGraph, ImageGraph]":
-        """The graphs of both towers."""
         from dcar_core.runtimes.graph_modules import ImageGraph
         from dcar_core.runtimes.text_graphs import text_graph
 

@@ -175,7 +175,6 @@ def _pack(value: Any, arrays: Arrays) -> Any:
 
 
 def _unpack(value: Any, arrays: Arrays) -> Any:
-    """Return the value that `_pack` was given."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

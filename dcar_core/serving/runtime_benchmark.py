@@ -250,7 +250,6 @@ def _judge(row: RuntimeResult, exact: dict[str, float] | None) -> RuntimeResult:
 
 
 def format_report(report: RuntimeReport) -> str:
-    """Format the report as text, a line for each runtime."""
     lines = [
         f"{'runtime':15} {'texts/s':>8} {'text ms':>8} {'images/s':>9} {'image ms':>9} {'MB':>6} {'open s':>7} "
         f"{'cosine t':>9} {'cosine i':>9} {'R@1 t2i':>8} {'R@1 i2t':>8}"

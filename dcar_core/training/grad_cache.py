@@ -35,7 +35,6 @@ class MixedPrecision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Return the context for a forward pass."""
         if self.name == "off":
             return nullcontext()
         return torch.autocast(self._device, dtype=getattr(torch, self.name))

@@ -38,7 +38,6 @@ class TensorBoard:
         self._writer = SummaryWriter(str(directory), purge_step=epoch + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add the scalars of one epoch."""
         for name, value in record.items():
             if name != "epoch" and isinstance(value, int | float):
                 group = "validation" if "_r" in name else "training"
@@ -46,5 +45,4 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """Close the event file."""
         self._writer.close()

@@ -62,7 +62,6 @@ class TrainStateFile:
         progress: TrainProgress,
         best_weights: Mapping[str, Tensor],
     ) -> None:
-        """Replace the file by the current state."""
         if self._path is None:
             return
         content = {
@@ -115,5 +114,4 @@ class TrainStateFile:
 
 
 def delete_state(directory: Path) -> None:
-    """Delete the state file of a run, if there is one."""
     (directory / STATE_FILE).unlink(missing_ok=True)

@@ -33,7 +33,6 @@ class Verdict:
         return difference.low > 0 or difference.high < 0
 
     def __str__(self) -> str:
-        """Return the table and the conclusion, for a terminal."""
         pairs = self.comparison.queries
         parts = [
             f"{'R@1 in percent (95 % interval)':32}{'text-to-image':24}{'image-to-text':24}mean",

@@ -33,7 +33,6 @@ class Hits:
 
     @classmethod
     def from_ranks(cls, ranks: Ranks, image_of_text: Rows) -> "Hits":
-        """Return the hits of one run."""
         place = np.full(int(image_of_text.max()) + 1, -1)
         place[ranks.described] = np.arange(len(ranks.described))
         image = place[image_of_text]

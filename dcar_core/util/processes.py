@@ -21,7 +21,6 @@ R = TypeVar("R")
 
 
 def process_context() -> BaseContext:
-    """Return the context in which processes are started."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     return multiprocessing.get_context(method)
 
