@@ -117,11 +117,6 @@ class DCAR(nn.Module):
         self.changes = WeightChanges(backbone, config.fine_tune) if config.fine_tune.scope != "none" else None
         self.to(backbone.device)
 
-    def train(self, mode: bool = True) -> "DCAR":
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     @property
     def prompt_tokens(self) -> int:
         """Token positions that the text prompts take."""

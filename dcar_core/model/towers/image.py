@@ -166,6 +166,3 @@ class WholeImage(ImageTower):
         if prompts is not None or adapters is not None:
             raise ValueError("this image tower has no rows that prompts could join, and no blocks for adapters")
         return self.module.encode_image(pixels, normalize=False)  # type: ignore[no-any-return]
-
-    def patch_features(self, pixels: Tensor) -> Tensor:
-        raise ValueError("this image tower has no patches with features of their own")

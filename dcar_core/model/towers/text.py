@@ -177,6 +177,3 @@ class WholeText(TextTower):
         missing = self.layout.context_length - tokens.shape[1]
         tokens = nn.functional.pad(tokens, (0, max(missing, 0)), value=self.layout.pad_id)
         return self.module.encode_text(tokens, normalize=False)  # type: ignore[no-any-return]
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        raise ValueError("this text tower has no token embeddings that could be weighted")
