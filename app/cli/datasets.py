@@ -23,15 +23,11 @@ def check_command(
 ) -> None:
     """Print the contents of a data set, its repairs and omissions; fails if images are missing or broken."""
     from dcar_core.data import check_dataset
-    from dcar_core.model.text.tokenizer import count_clip_tokens
 
-    count = count_clip_tokens if context else None
     unusable = 0
     for path in paths:
         typer.echo(f"{path}")
-        for split in check_dataset(
-            path, image_root=images, decode_images=not annotations_only, context=context, count_tokens=count
-        ):
+        for split in check_dataset(path, image_root=images, decode_images=not annotations_only, context=context):
             typer.echo(split)
             unusable += len(split.missing) + len(split.broken)
     if unusable:
@@ -123,7 +119,6 @@ def caption_command(
     from dcar_core.captioning.options import CaptionOptions, VisionModel
     from dcar_core.captioning.questions import QUESTION_TEMPLATES, load_templates
     from dcar_core.captioning.run import caption_images
-    from dcar_core.model.text.tokenizer import count_clip_tokens
 
     drafter = VisionModel(url=url, name=model, key=os.environ.get("DCAR_CAPTION_API_KEY"), price=_parse_price(price))
     judging_key = os.environ.get("DCAR_JUDGE_API_KEY")
@@ -134,9 +129,7 @@ def caption_command(
         context=context, rounds=rounds, side=side, max_tokens=max_tokens, temperature=temperature,
         concurrency=concurrency, timeout_s=timeout, tries=tries,
     )  # fmt: skip
-    outcome = caption_images(
-        images, out, drafter, judging_model if judge else None, options, count_clip_tokens, restart=restart
-    )
+    outcome = caption_images(images, out, drafter, judging_model if judge else None, options, restart=restart)
     typer.echo(str(outcome))
     if outcome.failed:
         raise typer.Exit(1)

@@ -2,5 +2,5 @@
 
 In: images in one folder per category and an endpoint. Out: annotations in FDRD's format, and a journal that makes runs
 resumable.
-The CLI imports it; it imports `images`, `data`, `negatives` and `util`.
+The CLI imports it; it imports `images`, `model`, `data`, `negatives` and `util`.
 """

@@ -1,10 +1,11 @@
 """Checks that reject a draft caption before the judge model is paid to look at it."""
 
 import re
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from dcar_core.captioning.questions import word_limit
 from dcar_core.data.clean import normalise
+from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.negatives.words import find_mentions
 
 EMPTY, CUT, REFUSAL, LONG, NAMELESS, DUPLICATE, JUDGED = (
@@ -40,12 +41,10 @@ class DraftFilter:
 
     Args:
         context: the maximum number of CLIP tokens, SOS and EOT included.
-        words: the word limit that the feedback names.
-        count_tokens: counts CLIP tokens, SOS and EOT included.
     """
 
-    def __init__(self, context: int, words: int, count_tokens: Callable[[Sequence[str]], list[int]]) -> None:
-        self._context, self._words, self._count = context, words, count_tokens
+    def __init__(self, context: int) -> None:
+        self._context, self._words = context, word_limit(context)
         self._accepted: dict[str, str] = {}
 
     def rejected(self, draft: str, *, image: str, category: str, finish: str) -> Rejection | None:
@@ -59,7 +58,7 @@ class DraftFilter:
             return Rejection(CUT, f"it was cut off; use at most {self._words} words.")
         if not re.search(r"[^\W\d_]", draft):
             return Rejection(EMPTY, "it has no words.")
-        tokens = self._count([draft])[0]
+        (tokens,) = count_clip_tokens([draft])
         if tokens > self._context:
             return Rejection(LONG, f"it is too long; use at most {self._words * self._context // tokens} words.")
         if not find_mentions(draft, category):

@@ -29,15 +29,12 @@ from dcar_core.captioning.questions import (
     question,
     read_verdict,
     tidy_draft,
-    word_limit,
 )
 from dcar_core.images import open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError
 from dcar_core.util.files import atomic_writer, write_json
 from dcar_core.util.processes import hold_lock
-
-CountTokens = Callable[[Sequence[str]], list[int]]
 
 
 def caption_images(
@@ -46,7 +43,6 @@ def caption_images(
     drafter: VisionModel,
     judge: VisionModel | None,
     options: CaptionOptions,
-    count_tokens: CountTokens,
     *,
     restart: bool = False,
     progress: bool = True,
@@ -55,7 +51,6 @@ def caption_images(
 
     Args:
         judge: None accepts every draft that passes the filters.
-        count_tokens: counts CLIP tokens, SOS and EOT included.
         restart: discard the journal of an earlier run to `out`.
 
     Raises:
@@ -75,7 +70,7 @@ def caption_images(
             journal_file.unlink(missing_ok=True)
         journal = CaptionJournal(journal_file, options.settings(drafter, judge))
         models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
-        run = _Run(images, models, options, count_tokens, journal, CaptioningResult(out, loose=loose))
+        run = _Run(images, models, options, journal, CaptioningResult(out, loose=loose))
         try:
             asyncio.run(run.all(names, progress))
         except BaseExceptionGroup as group:
@@ -107,14 +102,13 @@ class _Run:
         images: Path,
         models: Mapping[str, VisionModel],
         options: CaptionOptions,
-        count_tokens: CountTokens,
         journal: CaptionJournal,
         outcome: CaptioningResult,
     ) -> None:
         self.images, self.models, self.options, self.journal = images, models, options, journal
         self.outcome = outcome
         self.endpoints: dict[str, Endpoint] = {}
-        self.filters = DraftFilter(options.context, word_limit(options.context), count_tokens)
+        self.filters = DraftFilter(options.context)
         self._captions = {name: caption for (name, _), caption in journal.finished.items()}
         self._of_bytes = {
             (sha, folder_category(image)[0]): caption for (image, sha), caption in journal.finished.items() if caption

@@ -3,7 +3,7 @@
     files --readers--> Entry --clean--> Sample --lookup--> Sample with a readable image --> Dataset
 
 In: annotations (the formats of docs/reference/data-formats.md) and images. Out: a `Dataset` for each split.
-Every folder above `model` may import it; it imports `images` and `util`.
+Every folder above `model` may import it; it imports `model`, `images` and `util`.
 """
 
 from dcar_core.data.dataset_check import check_dataset

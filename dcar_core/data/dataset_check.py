@@ -1,6 +1,5 @@
 """Check of a data set before training: counts, repairs, and images that are missing or broken."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +39,11 @@ def check_dataset(
     image_root: Path | None = None,
     decode_images: bool = True,
     context: int = 0,
-    count_tokens: Callable[[Sequence[str]], list[int]] | None = None,
 ) -> list[CheckedSplit]:
     """Return every split of a data set, checked.
 
     Args:
-        decode_images: decode every image.
-        context, count_tokens: count captions of more than `context` tokens.
+        context: count captions of more CLIP tokens, SOS and EOT included; 0 counts none.
 
     Raises:
         DataError: there are no annotations, or they cannot be read.
@@ -57,8 +54,10 @@ def check_dataset(
         categories = {sample.category for sample in data.samples} - {""}
         report.add("splits with one category only: no category can be swapped for another", len(categories) == 1)
         report.add("pairs without a category", sum(not sample.category for sample in data.samples))
-        if count_tokens is not None:
-            lengths = count_tokens([sample.caption for sample in data.samples])
+        if context:
+            from dcar_core.model.text.tokenizer import count_clip_tokens
+
+            lengths = count_clip_tokens([sample.caption for sample in data.samples])
             report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
         missing, broken, lookups = annotations.unusable_images(split) if decode_images else ([], [], CleaningReport())
         report.merge(lookups)

@@ -7,7 +7,6 @@ from typing import Any
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, VisionModel
 from dcar_core.captioning.questions import QUESTION_TEMPLATES
 from dcar_core.captioning.run import caption_images
-from dcar_core.model.text.tokenizer import count_clip_tokens
 from tests.support.vision_server import VisionServer
 
 KEY = "sk-very-secret"
@@ -22,9 +21,7 @@ def ask(
     usual: dict[str, Any] = {"dataset": "animals", "templates": QUESTION_TEMPLATES, "backoff_s": 0.01}
     options = CaptionOptions(**usual | {"timeout_s": 20.0, "concurrency": 2} | given)
     out = out or photos.parent / "captions.json"
-    return caption_images(
-        photos, out, drafter, drafter if judge else None, options, count_clip_tokens, restart=restart, progress=False
-    )
+    return caption_images(photos, out, drafter, drafter if judge else None, options, restart=restart, progress=False)
 
 
 def captions(photos: Path) -> dict[str, Any]:
