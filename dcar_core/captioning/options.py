@@ -20,7 +20,7 @@ class VisionModel:
 
     url: str
     name: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     price: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -42,9 +42,6 @@ class VisionModel:
         own = key or (self.key if _origin(where) == _origin(self.url) else None)
         same = where == self.url and name in {None, self.name}
         return VisionModel(url=where, name=name or self.name, key=own, price=price or (self.price if same else None))
-
-    def __repr__(self) -> str:
-        return f"Model({self.name!r} at {urlsplit(self.url).hostname})"
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

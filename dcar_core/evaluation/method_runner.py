@@ -9,6 +9,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,10 +117,8 @@ class MethodRunner:
         """
         scores: dict[float, float] = {}
         for lr in grid:
-            try:
+            with suppress(DivergedError):
                 scores[lr] = mean_r1(self.train(method, 0, lr)["val"])
-            except DivergedError:
-                continue
         if not scores:
             rates = ", ".join(f"{lr:g}" for lr in grid)
             raise DivergedError(f"{method.method} diverged with every learning rate of {rates}")

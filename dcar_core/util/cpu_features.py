@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +19,8 @@ def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
     """Return the versions of the libraries that are installed, by name."""
     versions = {}
     for name in libraries:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 

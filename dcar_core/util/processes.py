@@ -7,7 +7,7 @@ system has no such server, each process starts anew.
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -34,12 +34,9 @@ def in_own_process(function: Callable[P, R], *arguments: P.args, **options: P.kw
 @contextmanager
 def hold_lock(file: Path, message: str) -> Iterator[None]:
     """Lock a file, until the process ends at the latest. Raise LockedError if another process has locked it."""
-    lock = FileLock(file, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LockedError(message) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(file, timeout=0))
+        except Timeout:
+            raise LockedError(message) from None
         yield
-    finally:
-        lock.release()
