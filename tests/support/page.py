@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -31,11 +31,14 @@ def served(settings: Settings) -> Iterator[str]:
 
 
 def ready(address: str) -> str:
+    """Wait until a service answers and has loaded its indexes; return its address."""
     end = time.monotonic() + 60
-    while httpx.get(f"{address}/readyz").status_code != 200:
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{address}/readyz").status_code == 200:
+                return address
         assert time.monotonic() < end
         time.sleep(0.05)
-    return address
 
 
 def until(condition: Any, seconds: float = 15) -> Any:
@@ -52,7 +55,7 @@ def until(condition: Any, seconds: float = 15) -> Any:
         if found:
             return found
         assert time.monotonic() < end, f"it does not happen: {last or condition}"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 class Page:
