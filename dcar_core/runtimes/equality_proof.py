@@ -70,11 +70,8 @@ def reference_vectors(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Flo
     with torch.inference_mode():
         tokens = backbone.tokenize(probe.texts, model.prompt_tokens)
         texts = [model.encode_query(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
-        pixels = backbone.preprocess.normalize(probe.pixels)
-        images = [
-            model.encode_image(torch.from_numpy(pixels[i : i + batch]).to(backbone.device))
-            for i in range(0, len(pixels), batch)
-        ]
+        parts = (probe.pixels[i : i + batch] for i in range(0, len(probe.pixels), batch))
+        images = [model.encode_image(backbone.normalized(part)) for part in parts]
         return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
 
 

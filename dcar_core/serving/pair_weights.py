@@ -34,8 +34,8 @@ class PairWeights:
     def image_features(self, pixels: Pixels) -> Floats:
         """uint8 (C, 3, S, S), from `preprocess` -> frozen float32 (C, E), or (C, P, E) by patches; not normalised."""
         backbone = self._model.backbone
-        batch = torch.from_numpy(backbone.preprocess.normalize(pixels)).to(backbone.device)
-        return token_weights.image_features(backbone, batch, self._model.config.reweight).float().cpu().numpy()
+        config = self._model.config.reweight
+        return token_weights.image_features(backbone, backbone.normalized(pixels), config).float().cpu().numpy()
 
     @torch.inference_mode()
     def factors(self, text: str, image_features: Floats) -> Floats:
