@@ -104,7 +104,9 @@ def benchmark(
     for name in runtimes:
         require_known(name)
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
-    names = list(dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.loaded), *_int8_names(encoder)])]))
+    is_cpu = encoder.model.backbone.device.type == "cpu"
+    int8 = (name for name, kind in RUNTIME_KINDS.items() if kind.precision == "int8" and is_cpu)
+    names = dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.loaded), *int8])])
     test = load_split(data, "test", image_root=images, image_policy="present")[0]
     say(f"reading {min(limit, len(test)):,} captions and their images")
     material, decoding = _read(encoder, test, limit)
@@ -147,12 +149,6 @@ def _update_ranking(loaded: LoadedModel, rows: Sequence[RuntimeResult]) -> str:
     return kept[0]
 
 
-def _int8_names(encoder: Encoder) -> list[str]:
-    if encoder.model.backbone.device.type != "cpu":
-        return []
-    return [name for name, kind in RUNTIME_KINDS.items() if kind.precision == "int8"]
-
-
 def _read(encoder: Encoder, test: Dataset, limit: int) -> tuple[BenchmarkData, DecodingSpeed]:
     samples = test.samples[:limit]
     names = replace(test, samples=samples).images
@@ -185,7 +181,7 @@ def _measure_reference(encoder: Encoder, material: BenchmarkData) -> RuntimeResu
     tokens = backbone.tokenize(probe.texts, model.prompt_tokens)
     missing = backbone.context_length - model.prompt_tokens - tokens.shape[1]
     padded = torch.nn.functional.pad(tokens, (0, missing), value=backbone.layout.pad_id)
-    pixels = torch.from_numpy(backbone.preprocess.normalize(probe.pixels)).to(backbone.device)
+    pixels = backbone.normalized(probe.pixels)
 
     def seconds(encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> tuple[float, float]:
         with torch.inference_mode():
@@ -237,15 +233,13 @@ def _measure(
 
 def _judge(row: RuntimeResult, exact: dict[str, float] | None) -> RuntimeResult:
     """Mark a runtime that loses recall as failed, however near its vectors are. exact: recall of `torch`."""
-    if row.trial is None:
+    if row.trial is None or row.recall is None:
         return row
     reason = "" if row.trial.holds else "its vectors are too far from the reference's"
-    if row.recall is not None and exact is None:
+    if exact is None:
         reason = "there is no recall of torch to compare its recall with"
-    elif row.recall is not None and exact is not None:
-        lost = max(exact[key] - row.recall[key] for key in exact)
-        if lost > MAX_RECALL_LOSS:
-            reason = f"recall@1 is {lost:.1f} points lower"
+    elif (lost := max(exact[key] - row.recall[key] for key in exact)) > MAX_RECALL_LOSS:
+        reason = f"recall@1 is {lost:.1f} points lower"
     return replace(row, trial=replace(row.trial, holds=not reason), reason=reason)
 
 
