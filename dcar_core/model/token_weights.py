@@ -6,25 +6,21 @@
 Letters: B batch, n tokens, P patches, W_t width, E joint space.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ReweightConfig
 
-if TYPE_CHECKING:
-    from dcar_core.model.backbone import Backbone
 
-
-def token_text_features(backbone: "Backbone", tokens: Tensor, config: ReweightConfig) -> Tensor:
+def token_text_features(backbone: Backbone, tokens: Tensor, config: ReweightConfig) -> Tensor:
     """(B, n) -> (B, n, E), not normalised, of the frozen text encoder without prompts."""
     features = backbone.lone_token_features if config.word == "alone" else backbone.text_tower.token_features
     return features(tokens)
 
 
-def image_features(backbone: "Backbone", pixels: Tensor, config: ReweightConfig) -> Tensor:
+def image_features(backbone: Backbone, pixels: Tensor, config: ReweightConfig) -> Tensor:
     """(B, 3, S, S), normalised -> (B, E), or (B, P, E) by patches; not normalised, of the frozen image encoder."""
     return backbone.image_tower.patch_features(pixels) if config.picture == "patches" else backbone.encode_image(pixels)
 

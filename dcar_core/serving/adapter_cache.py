@@ -18,7 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +35,10 @@ from dcar_core.runtimes.adapter import Adapter, Bottleneck
 from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
 from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, default_cache_directory, ensure_export
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime, TextPrompts
-from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, open_export
+from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
 from dcar_core.util import cpu_features
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import atomic_writer
-
-if TYPE_CHECKING:
-    from dcar_core.runtimes.registry import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +79,7 @@ def directory_in(cache: Path) -> Path:
     return cache / "adapters"
 
 
-def store(request: LoadRequest, adapter: Adapter, loaded: "LoadedModel", runtime: Runtime) -> None:
+def store(request: LoadRequest, adapter: Adapter, loaded: LoadedModel, runtime: Runtime) -> None:
     """Write an entry, if the runtime runs an export and gives PyTorch's vectors.
 
     A cache that cannot be written only makes later starts slower.

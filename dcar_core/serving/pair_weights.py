@@ -5,7 +5,6 @@ feature beside its vector: the frozen image encoder's. Every candidate of a quer
 """
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,16 +12,14 @@ from torch import Tensor
 
 from dcar_core.model import token_weights
 from dcar_core.model.token_weights import blend, pair_weights, token_text_features
+from dcar_core.serving.encoder import Encoder
 from dcar_core.util.arrays import Floats, Pixels
-
-if TYPE_CHECKING:
-    from dcar_core.serving.encoder import Encoder
 
 
 class PairWeights:
     """Token factors of one encoder's queries for given images. Creating it loads the encoder's model."""
 
-    def __init__(self, encoder: "Encoder") -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._model = encoder.model
 
     @cached_property
