@@ -84,13 +84,25 @@ class Adapter:
 
     def encode_text(self, runtime: Runtime, texts: Sequence[str], batch_size: int) -> Floats:
         """Return (n, E), L2-normalised, with at most `batch_size` texts in a forward pass."""
-        if not len(texts):
-            return np.empty((0, self.dim), np.float32)
         tokens = self.tokens(texts)
         prompts = [self.text_prompts] * len(texts)
-        return self.finish_text(
-            encode_tokens(runtime, self.layout, tokens, self.query_weights(tokens), prompts, batch_size)
-        )
+        return self.finish_text(self.encode_tokens(runtime, tokens, self.query_weights(tokens), prompts, batch_size))
+
+    def encode_tokens(
+        self, runtime: Runtime, tokens: TokenIds, weights: Floats, prompts: Sequence[TextPrompts], batch_size: int
+    ) -> Floats:
+        """Run the text tower over tokens and weights (n, L), by length, each row with its own prompts -> (n, E)."""
+        out, lengths = np.empty((len(tokens), self.dim), np.float32), self.text_lengths(tokens)
+        for rows in group_by_length(lengths, batch_size):
+            group = TextPrompts.stack([prompts[row] for row in rows])
+            part = slice(group.skipped, int(lengths[rows[-1]]))
+            out[rows] = runtime.text(tokens[rows, part], weights[rows, part], group)
+        return out
+
+    def text_lengths(self, tokens: TokenIds) -> Rows:
+        """Tokens of each text that the tower must see, (n,)."""
+        lengths: Rows = self.layout.lengths(tokens)
+        return np.full_like(lengths, tokens.shape[1]) if self.layout.reads_padding else lengths
 
     def encode_pixels(self, runtime: Runtime, pixels: Pixels) -> Floats:
         """uint8 (n, 3, S, S) -> (n, E), L2-normalised, in one forward pass."""
@@ -108,36 +120,6 @@ class Adapter:
         """Turn a text tower's features (n, E) into vectors (n, E)."""
         vectors = normalize(features)
         return vectors if self.text_bottleneck is None else self.text_bottleneck(vectors)
-
-
-def encode_tokens(
-    runtime: Runtime,
-    layout: TextLayout,
-    tokens: TokenIds,
-    weights: Floats,
-    prompts: Sequence[TextPrompts],
-    batch_size: int,
-) -> Floats:
-    """Run the text tower over tokens and weights (n, L), grouped by length, each row with its own prompts -> (n, E)."""
-    out: Floats | None = None
-    lengths = text_lengths(layout, tokens)
-    for rows in group_by_length(lengths, batch_size):
-        stop = int(lengths[rows[-1]])
-        group = TextPrompts.stack([prompts[row] for row in rows])
-        part = slice(group.skipped, stop)
-        features = runtime.text(tokens[rows, part], weights[rows, part], group)
-        out = np.empty((len(tokens), features.shape[1]), np.float32) if out is None else out
-        out[rows] = features
-    assert out is not None  # there is at least one text
-    return out
-
-
-def text_lengths(layout: TextLayout, tokens: TokenIds) -> Rows:
-    """Tokens of each text that the tower must see, (n,)."""
-    if layout.reads_padding:
-        return np.full(len(tokens), tokens.shape[1], np.int64)
-    lengths: Rows = layout.lengths(tokens)
-    return lengths
 
 
 @cache

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.runtimes import openvino_graph as graph
-from dcar_core.runtimes.adapter import Adapter, text_lengths
+from dcar_core.runtimes.adapter import Adapter
 from dcar_core.runtimes.equality_proof import Probe
 from dcar_core.runtimes.export_cache import ensure_export
 from dcar_core.runtimes.registry import LoadedModel
@@ -66,7 +66,7 @@ def _quantize(directory: Path, exact: Path, inputs: dict[str, list[tuple[Any, ..
 def _text_inputs(adapter: Adapter, texts: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Yield the inputs of one caption at a time, so that padding is not measured."""
     tokens, prompts = adapter.tokens(texts[:SAMPLES]), adapter.text_prompts
-    weights, lengths = adapter.query_weights(tokens), text_lengths(adapter.layout, tokens)
+    weights, lengths = adapter.query_weights(tokens), adapter.text_lengths(tokens)
     for i, length in enumerate(lengths):
         part = slice(prompts.skipped, int(length))
         yield prompts.graph_inputs(tokens[i : i + 1, part], weights[i : i + 1, part])

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dcar_core.runtimes.adapter import encode_tokens, normalize
+from dcar_core.runtimes.adapter import normalize
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.arrays import Floats, Pixels
 
@@ -60,7 +60,7 @@ def _encode_texts(rows: Sequence[TextRow]) -> Floats:
             weights[place] = 1
             weights[place, : len(row.weights)] = row.weights
     prompts = [row.encoder.adapter.text_prompts for row in rows]
-    out = encode_tokens(rows[0].encoder.runtime, adapter.layout, tokens, weights, prompts, len(rows))
+    out = adapter.encode_tokens(rows[0].encoder.runtime, tokens, weights, prompts, len(rows))
     for encoder, places in _by_encoder(rows):
         out[places] = encoder.adapter.finish_text(out[places])
     return out
