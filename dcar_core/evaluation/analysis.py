@@ -1,6 +1,6 @@
 """Analysis of a model on a split: recall, hard negatives, recall by category, and confused categories."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,12 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     text, image = encode_captions(model, split), encode_images(model, split)
     image_of = split.image_of
     ranks = compute_ranks(text, image, image_of)
-    image_hits = dict(zip(ranks.described.tolist(), (ranks.image < 1).tolist(), strict=True))
     images_of, texts_of = split.right_answers()
     accuracy = hard_negative_accuracy(image[image_of], text, _encode_negatives(model, data))
     return {
         "recall": recall_of_ranks(ranks),
         "hard_negative_accuracy": None if np.isnan(accuracy) else accuracy,
-        "categories": _recall_by_category(data, image_of, ranks.text < 1, image_hits),
+        "categories": _recall_by_category(data, image_of, ranks.text < 1, ranks.image < 1),
         "confusions": _confusions(data, image_of, best_targets(text, image)),
         "hits": {name: values.tolist() for name, values in vars(Hits.from_ranks(ranks, image_of)).items()},
         "measures": {
@@ -60,7 +59,7 @@ def _encode_negatives(model: DCAR, data: Dataset, batch: int = 256) -> list[Floa
 
 
 def _recall_by_category(
-    data: Dataset, image_of: Rows, text_hits: Mask, image_hits: dict[int, bool]
+    data: Dataset, image_of: Rows, text_hits: Mask, image_hits: Mask
 ) -> dict[str, dict[str, float]]:
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, sample in enumerate(data.samples):
@@ -70,26 +69,21 @@ def _recall_by_category(
         name: {
             "pairs": len(rows),
             "t2i_r1": 100 * float(text_hits[rows].mean()),
-            "i2t_r1": 100 * float(np.mean([image_hits[i] for i in dict.fromkeys(image_of[rows].tolist())])),
+            "i2t_r1": 100 * float(image_hits[np.unique(image_of[rows])].mean()),
         }
         for name, rows in sorted(rows_of.items())
     }
 
 
 def _confusions(data: Dataset, image_of: Rows, first_image: Rows) -> list[dict[str, Any]]:
-    category_of: dict[int, str] = {}
-    name_of: dict[int, str] = {}
-    captions_in: dict[str, int] = defaultdict(int)
-    for sample, image in zip(data.samples, image_of.tolist(), strict=True):
-        category_of.setdefault(image, sample.category)
-        name_of.setdefault(image, sample.image)
-        captions_in[sample.category] += 1
+    captions_in = Counter(sample.category for sample in data.samples)
+    _, firsts = np.unique(image_of, return_index=True)  # the first pair of each image
     confused: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for sample, image in zip(data.samples, first_image.tolist(), strict=True):
-        other = category_of[image]
-        if sample.category and other and other != sample.category:
-            example = {"caption": sample.caption, "image": sample.image, "found": name_of[image]}
-            confused[sample.category, other].append(example)
+    for sample, image in zip(data.samples, first_image, strict=True):
+        found = data.samples[firsts[image]]
+        if sample.category and found.category and found.category != sample.category:
+            example = {"caption": sample.caption, "image": sample.image, "found": found.image}
+            confused[sample.category, found.category].append(example)
     most_frequent = sorted(confused.items(), key=lambda item: (-len(item[1]), item[0]))[:MAX_CONFUSIONS]
     return [
         {"category": category, "taken_for": other, "count": len(examples), "of": captions_in[category],

@@ -33,9 +33,7 @@ class Hits:
 
     @classmethod
     def from_ranks(cls, ranks: Ranks, image_of_text: Rows) -> "Hits":
-        place = np.full(int(image_of_text.max()) + 1, -1)
-        place[ranks.described] = np.arange(len(ranks.described))
-        image = place[image_of_text]
+        image = np.searchsorted(ranks.described, image_of_text)
         count = len(ranks.described)
         return cls(
             np.bincount(image, minlength=count).astype(np.float64),
