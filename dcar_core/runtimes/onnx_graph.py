@@ -2,12 +2,13 @@
 
 import threading
 import warnings
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcar_core.runtimes.protocol import TextPrompts
-from dcar_core.util.arrays import Floats, Pixels, TokenIds
+from dcar_core.runtimes.protocol import ExportRuntime
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
@@ -71,31 +72,29 @@ def write_int8(directory: Path, exact: Path) -> None:
             )  # fmt: skip
 
 
-class OnnxRuntime:
+class OnnxRuntime(ExportRuntime):
     """Both graphs as sessions on the processor."""
 
     def __init__(self, name: str, directory: Path, *, threads: int) -> None:
         onnxruntime = library()
-        self.name, self.directory, self.threads = name, directory, threads
+        self.directory, self.threads = directory, threads
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            self._text = onnxruntime.InferenceSession(directory / TEXT, options, providers=["CPUExecutionProvider"])
-            self._image = onnxruntime.InferenceSession(directory / IMAGE, options, providers=["CPUExecutionProvider"])
+            sessions = [
+                onnxruntime.InferenceSession(directory / file, options, providers=["CPUExecutionProvider"])
+                for file in (TEXT, IMAGE)
+            ]
         except Exception as error:  # the library's own errors share no narrower base
             reason = str(error).strip().splitlines()[0]
             raise RuntimeUnavailableError(f"ONNX Runtime cannot load the export in {directory}: {reason}") from error
-        self._turn = threading.Lock()
+        turn = threading.Lock()
+        super().__init__(name, *(partial(_run, session, turn) for session in sessions))
 
-    def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
-        return self._run(self._text, prompts.graph_inputs(tokens, weights))
 
-    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
-        return self._run(self._image, (pixels, *inputs))
-
-    def _run(self, session: Any, inputs: tuple[Any, ...]) -> Floats:
-        names = [each.name for each in session.get_inputs()]
-        with self._turn:
-            result: Floats = session.run(None, dict(zip(names, inputs, strict=True)))[0]
-            return result
+def _run(session: Any, turn: threading.Lock, inputs: tuple[Any, ...]) -> Floats:
+    names = [each.name for each in session.get_inputs()]
+    with turn:
+        result: Floats = session.run(None, dict(zip(names, inputs, strict=True)))[0]
+        return result

@@ -7,12 +7,13 @@
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcar_core.runtimes.protocol import TextPrompts
-from dcar_core.util.arrays import Floats, Pixels, TokenIds
+from dcar_core.runtimes.protocol import ExportRuntime
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
@@ -52,12 +53,12 @@ def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
-class OpenVinoRuntime:
+class OpenVinoRuntime(ExportRuntime):
     """Both graphs, compiled. hint: "f32" or "bf16", for graphs that are not int8."""
 
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
         openvino = library()
-        self.name, self.directory, self.threads = name, directory, threads
+        self.directory, self.threads = directory, threads
         config = {
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
@@ -67,19 +68,15 @@ class OpenVinoRuntime:
         core = openvino.Core()
         try:
             with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
-                compiled = pool.map(lambda name: core.compile_model(directory / name, "CPU", config), (TEXT, IMAGE))
-                self._text, self._image = compiled
+                graphs = list(pool.map(lambda n: core.compile_model(directory / n, "CPU", config), (TEXT, IMAGE)))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeUnavailableError(f"OpenVINO cannot compile the export in {directory}: {reason}") from error
-        self._turn = threading.Lock()
+        turn = threading.Lock()
+        super().__init__(name, *(partial(_run, graph, turn) for graph in graphs))
 
-    def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
-        with self._turn:
-            result: Floats = self._text(list(prompts.graph_inputs(tokens, weights)))[0]
-            return result.copy()  # the library writes into this memory again at the next call
 
-    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
-        with self._turn:
-            result: Floats = self._image([pixels, *inputs])[0]
-            return result.copy()
+def _run(graph: Any, turn: threading.Lock, inputs: tuple[Any, ...]) -> Floats:
+    with turn:
+        result: Floats = graph(list(inputs))[0]
+        return result.copy()  # the library writes into this memory again at the next call

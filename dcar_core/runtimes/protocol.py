@@ -7,14 +7,16 @@ Letters: B batch, n tokens, k prompt vectors, p rows of a prefix, r width of a b
 heads, d width of a head, W_t and W_v widths, E joint space, S side in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Pixels, TokenIds
+
+RunGraph = Callable[[tuple[Any, ...]], Floats]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,23 +52,26 @@ class TextPrompts:
         return TextPrompts(inputs, first.skipped, first.has_weights)
 
 
-class Runtime(Protocol):
-    """Several threads may use it at once; a library that cannot run twice at once lets them take turns."""
+class Runtime:
+    """Both towers. Several threads may use it at once; a library that cannot run twice at once lets them take turns.
 
-    @property
-    def name(self) -> str: ...
+    run_text, run_image: run a tower's graph over its inputs.
+    """
+
+    def __init__(self, name: str, run_text: RunGraph, run_image: RunGraph) -> None:
+        self.name = name
+        self._run_text, self._run_image = run_text, run_image
 
     def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
         """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalised."""
-        ...
+        return self._run_text(prompts.graph_inputs(tokens, weights))
 
     def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
         """pixels (B, 3, S, S), `Adapter.image_inputs` of one or of B adapters -> features (B, E), not normalised."""
-        ...
+        return self._run_image((pixels, *inputs))
 
 
-@runtime_checkable
-class ExportRuntime(Runtime, Protocol):
+class ExportRuntime(Runtime):
     """A runtime that runs a graph on disk, and needs neither the model nor PyTorch for it."""
 
     directory: Path
