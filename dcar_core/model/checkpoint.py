@@ -165,9 +165,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     if expected != found:
         odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
         raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json: {', '.join(odd)}")
-    with torch.no_grad():
-        for name, parameter in model.trainables():
-            parameter.copy_(torch.from_numpy(weights[name]))
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
     mark = fingerprint(backbone_hash, model.config, weights)
     if content.get("fingerprint", mark) != mark:
         raise CheckpointError(

@@ -179,9 +179,7 @@ class _TrainingLoop:
 
     def keep_best_epoch(self) -> TrainResult:
         """Load the weights of the best epoch into the model, and return the result."""
-        with torch.no_grad():
-            for name, parameter in self.model.trainables():
-                parameter.copy_(self.best_weights[name])
+        self.model.load_state_dict(self.best_weights, strict=False)
         at = self.progress
         self.model.config = self.model.config.with_query_weights(at.best_query)
         self.model.eval()

@@ -104,9 +104,7 @@ class TrainStateFile:
                 f"{self._path.parent} holds an unfinished run with another {', '.join(different)}; finish it with the "
                 f"same command, choose another --out, or discard it with --restart"
             )
-        with torch.no_grad():
-            for name, parameter in model.trainables():
-                parameter.copy_(content["trainables"][name])
+        model.load_state_dict(content["trainables"], strict=False)
         optimizer.load_state_dict(content["optimizer"])
         scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["random"].cpu())
