@@ -16,7 +16,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -37,14 +37,6 @@ PreprocessImage = Callable[[Container], Pixels]
 SMALL_GALLERY = 2_000  # threads finish a smaller gallery before worker processes have started
 _MAX_THREADS = 4  # threads keep up to this many cores busy
 _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
-
-
-@dataclass(frozen=True)
-class Window:
-    """The images of one forward pass."""
-
-    root: str
-    locations: tuple[ImageLocation, ...]
 
 
 @dataclass(frozen=True)
@@ -76,14 +68,18 @@ def worker_count(workers: int | None, images: int) -> int:
 
 
 def decode_windows(
-    windows: Iterator[Window], preprocess: PreprocessImage, workers: int, cache: PixelCache | None = None
+    root: str,
+    windows: Iterator[Sequence[ImageLocation]],
+    preprocess: PreprocessImage,
+    workers: int,
+    cache: PixelCache | None = None,
 ) -> Generator[DecodedWindow, None, None]:
-    """Decode windows in order, with `workers` from `worker_count`."""
+    """Decode the windows of a gallery in order, with `workers` from `worker_count`."""
     pool, parallel = _start_pool(workers)
     pending: deque[Future[DecodedWindow]] = deque()
     try:
         for window in windows:
-            pending.append(pool.submit(_decode_window, preprocess, cache, window))
+            pending.append(pool.submit(_decode_window, root, window, preprocess, cache))
             if len(pending) > _WINDOWS_AHEAD + parallel:
                 yield pending.popleft().result()
         while pending:
@@ -104,25 +100,27 @@ def _start_pool(workers: int) -> tuple[Executor, int]:
     return ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker), workers
 
 
-def _decode_window(preprocess: PreprocessImage, cache: PixelCache | None, window: Window) -> DecodedWindow:
+def _decode_window(
+    root: str, locations: Sequence[ImageLocation], preprocess: PreprocessImage, cache: PixelCache | None
+) -> DecodedWindow:
     """Read and decode the images of a window, through the cache if there is one."""
-    images = cache.get(window.root, window.locations) if cache else {}
-    missing = [location for location in window.locations if location.row not in images]
+    images = cache.get(root, locations) if cache else {}
+    missing = [location for location in locations if location.row not in images]
     decoded: dict[ImageLocation, DecodedImage] = {}
     failed = []
-    for location, data in zip(missing, read_images(window.root, missing), strict=True):
+    for location, data in zip(missing, read_images(root, missing), strict=True):
         result = _decode_image(preprocess, location.row, data)
         if isinstance(result, FailedImage):
             failed.append(result)
         else:
             images[location.row] = decoded[location] = result
     if cache and decoded:
-        cache.put(window.root, decoded)
+        cache.put(root, decoded)
     ordered = [images[row] for row in sorted(images)]
     stacked = np.stack([image.pixels for image in ordered]) if ordered else np.empty((0, 3, 0, 0), np.uint8)
     hashes = [int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest()) for pixels in stacked]
     sizes = np.array([image[1:] for image in ordered], np.int32).reshape(-1, 2)
-    return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), sizes, len(window.locations))
+    return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), sizes, len(locations))
 
 
 def _decode_image(preprocess: PreprocessImage, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:

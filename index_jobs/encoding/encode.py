@@ -13,7 +13,7 @@ import numpy as np
 
 from dcar_core import Encoder
 from dcar_core.util.arrays import Floats
-from index_jobs.encoding.decode import DecodedWindow, Window, decode_windows, worker_count
+from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
 from index_jobs.encoding.devices import encode_windows
 from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.encoding.pixel_cache import PixelCache
@@ -44,12 +44,9 @@ def encode_gallery(
     """
     replicas = list(encoder) if isinstance(encoder, Sequence) else [encoder]
     state = EncodingState(gallery, replicas[0], work, options, replicas[0].runtime.name)
-    windows = (
-        window
-        for number in state.todo
-        for window in split_windows(gallery.root, state.missing(number), options.batch_size)
-    )
-    decoded = decode_windows(windows, replicas[0].preprocess, worker_count(options.workers, state.remaining), cache)
+    windows = (window for number in state.todo for window in split_windows(state.missing(number), options.batch_size))
+    workers = worker_count(options.workers, state.remaining)
+    decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers, cache)
     with closing(decoded), state.progress_bar() as bar:
 
         def checked() -> Iterator[DecodedWindow]:
@@ -71,9 +68,8 @@ def encode_gallery(
     return state.result()
 
 
-def split_windows(root: str, locations: Sequence[ImageLocation], batch: int) -> Iterator[Window]:
-    for start in range(0, len(locations), batch):
-        yield Window(root, tuple(locations[start : start + batch]))
+def split_windows(locations: Sequence[ImageLocation], batch: int) -> Iterator[Sequence[ImageLocation]]:
+    return (locations[start : start + batch] for start in range(0, len(locations), batch))
 
 
 def save_shard(

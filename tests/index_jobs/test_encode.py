@@ -18,7 +18,7 @@ from dcar_core.images import Container
 from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, ImageFault
-from index_jobs.encoding.decode import Window, decode_windows, worker_count
+from index_jobs.encoding.decode import decode_windows, worker_count
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.gallery.scan import scan
@@ -159,8 +159,7 @@ def made(how: str, path: Path) -> Path:
 def test_images_are_decoded_as_people_see_them(how: str, exact: bool, encoder: Encoder, tmp_path: Path) -> None:
     preprocess = encoder.model.backbone.preprocess if exact else encoder.preprocess
     path = made(how, tmp_path / "picture")
-    window = Window(str(tmp_path), (ImageLocation(0, path.name, -1, 0),))
-    (decoded,) = decode_windows(iter([window]), preprocess, 0)
+    (decoded,) = decode_windows(str(tmp_path), iter([[ImageLocation(0, path.name, -1, 0)]]), preprocess, 0)
     wanted = preprocess(seen().convert("L").convert("RGB") if how == "16 bit" else seen())
     assert decoded.failed == ()
     assert np.abs(decoded.pixels[0].astype(int) - wanted).mean() < 4  # of 255; JPEG is not exact
@@ -321,9 +320,9 @@ def die(image: Container) -> NDArray[np.uint8]:
 
 @pytest.mark.slow
 def test_dead_worker_is_an_error_not_a_hang(tiny_gallery: Path) -> None:
-    windows = iter([Window(str(tiny_gallery), (ImageLocation(0, "circle/red.png", -1, 0),))])
+    windows = iter([[ImageLocation(0, "circle/red.png", -1, 0)]])
     with pytest.raises(DcarError, match="a decoding worker died"):
-        list(decode_windows(windows, die, 1))
+        list(decode_windows(str(tiny_gallery), windows, die, 1))
 
 
 def surprise(image: Container) -> NDArray[np.uint8]:
@@ -331,15 +330,15 @@ def surprise(image: Container) -> NDArray[np.uint8]:
 
 
 def test_unexpected_error_in_a_decoder_is_a_failed_image(tiny_gallery: Path) -> None:
-    windows = iter([Window(str(tiny_gallery), (ImageLocation(5, "circle/red.png", -1, 0),))])
-    (result,) = decode_windows(windows, surprise, 0)
+    windows = iter([[ImageLocation(5, "circle/red.png", -1, 0)]])
+    (result,) = decode_windows(str(tiny_gallery), windows, surprise, 0)
     assert result.failed == ((5, "ZeroDivisionError: in a decoder", ImageFault.BROKEN),)
 
 
 @pytest.mark.slow
 def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:
-    windows = (Window(str(tiny_gallery), (ImageLocation(row, "circle/red.png", -1, 0),)) for row in range(100))
-    decoded = decode_windows(windows, encoder.preprocess, 2)
+    windows = ([ImageLocation(row, "circle/red.png", -1, 0)] for row in range(100))
+    decoded = decode_windows(str(tiny_gallery), windows, encoder.preprocess, 2)
     next(decoded)
     assert len(multiprocessing.active_children()) == 2
     decoded.close()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dcar_core.images import open_image
 from dcar_core.util.errors import ImageError, ImageFault
-from index_jobs.encoding.decode import Window, decode_windows
+from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encoding_state import any_readable
 from index_jobs.encoding.shards import FailedImage, ShardStore
 from index_jobs.gallery.scan import scan
@@ -59,8 +59,8 @@ def folder(path: Path) -> ImageLocation:
     ],
 )
 def test_unreadable_files_fail_temporarily(made: Callable[[Path], ImageLocation], tmp_path: Path) -> None:
-    window = Window(str(tmp_path), (made(tmp_path / "picture.png"),))
-    ((decoded),) = decode_windows(iter([window]), lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    windows = iter([[made(tmp_path / "picture.png")]])
+    ((decoded),) = decode_windows(str(tmp_path), windows, lambda data: np.zeros((3, 1, 1), np.uint8), 0)
     (failure,) = decoded.failed
     assert failure.fault.is_temporary
 
