@@ -26,6 +26,7 @@ from app.search.ranking.facets import count_values, facet_values
 from app.search.ranking.groups import group_field
 from app.search.ranking.rows import filter_mask
 from app.search.snapshots import Snapshot
+from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
 from index_jobs.store.filters import EMPTY_IS_MISSING
@@ -179,10 +180,10 @@ def browsing_routes() -> APIRouter:
 async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize) -> Response:
     """Return a thumbnail of an item, as WebP for clients that name it in `Accept`, else as JPEG."""
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-    thumbnail = await state_of(request).retriever.images.thumbnail(snapshot_of(request), item_id, size, kind)
+    name, data = await state_of(request).retriever.images.thumbnail(snapshot_of(request), item_id, size, kind)
     scope = "private" if state_of(request).settings.api_keys else "public"
-    etag = f'"{thumbnail.name}"'
+    etag = f'"{name}"'
     headers = {"Cache-Control": f"{scope}, max-age={_MAX_AGE_S}", "ETag": etag, "Vary": "Accept"}
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    return Response(thumbnail.data, media_type=thumbnail.media_type, headers=headers)
+    return Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)

@@ -17,7 +17,6 @@ from app.search.batching import Admission
 from app.search.embedding import Embedder
 from app.search.errors import ImageUnavailableError
 from app.search.planning import row_of
-from app.search.query import Thumbnail
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
@@ -130,8 +129,8 @@ class ItemImages:
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
-    ) -> Thumbnail:
-        """Return a thumbnail of an item's image, from the cache or made now.
+    ) -> tuple[str, bytes]:
+        """Return a name that changes with an item's image, and a thumbnail of it, from the cache or made now.
 
         Args:
             side: pixels that its longer side has at most.
@@ -158,4 +157,4 @@ class ItemImages:
         except (ArtifactError, ImageError, OSError):
             raise ImageUnavailableError from None
         assert data is not None
-        return Thumbnail(name, data)
+        return name, data

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from app.core.settings import DEFAULT_K
 from app.search.errors import InvalidQueryError
-from dcar_core.images import sniff_format
 from dcar_core.model.text.cleaning import strip_control_tokens
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
@@ -227,18 +226,6 @@ class SearchResults:
     fields: tuple[str, ...] = ()
     facets: dict[str, list[dict[str, Any]]] | None = None
     has_exact_facets: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Thumbnail:
-    """A small copy of an image. name: changes with its content."""
-
-    name: str
-    data: bytes
-
-    @property
-    def media_type(self) -> str:
-        return f"image/{sniff_format(self.data)}"
 
 
 @dataclass(frozen=True, slots=True)
