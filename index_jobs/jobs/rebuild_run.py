@@ -17,6 +17,7 @@ from pathlib import Path
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.runtimes.registry import AUTO
+from dcar_core.util.errors import ArtifactError, CheckpointError, ModelError
 from dcar_core.util.files import canonical_json
 from index_jobs.building.kinds import IndexChoice
 from index_jobs.encoding.devices import load_replicas
@@ -28,7 +29,6 @@ from index_jobs.jobs.gallery_changes import count_changes
 from index_jobs.jobs.notify import notify
 from index_jobs.jobs.quality_gate import GateVerdict, compare, pass_uncompared
 from index_jobs.jobs.rebuild_job import RebuildJob
-from index_jobs.jobs.served_version import load_served_encoder, open_served
 from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
 from index_jobs.jobs.version_writer import (
     calibrate_cutoff,
@@ -42,7 +42,8 @@ from index_jobs.jobs.version_writer import (
 from index_jobs.store import gpu_search, milvus, publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import take_rows
-from index_jobs.store.manifest import CHECKPOINT, Manifest
+from index_jobs.store.manifest import CHECKPOINT, CURRENT, Manifest
+from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +67,14 @@ def run(job: RebuildJob) -> RebuildSummary:
         if options.milvus:
             milvus.connect(options.milvus).close()
         store = shard_store(gallery, encoder, runtime, out / WORK, options)
-        served = open_served(out)
+        served = _open_served(out)
         changes = None
         if served is not None:
             changes = count_changes(served, gallery.table)
             if not options.force:
                 changes.require_few_removed(served.manifest, gallery.source, options.max_vanished)
             if pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
-                load_served_encoder(served, "cpu", force=options.force)  # and release it: encoding may need the memory
+                _load_served_encoder(served, "cpu", force=options.force)  # and release it: encoding may need the memory
         _clean_work(out, store.path, served)
         require_disk_space(out, gallery, store, expected)
         encoded = _encode(job, replicas, runtime, checkpoint)
@@ -91,13 +92,40 @@ def run(job: RebuildJob) -> RebuildSummary:
     return summarize(out, manifest, encoded, verdict, changes, start=job.start, notified=notified)
 
 
+def _open_served(index: Path) -> Artifact | None:
+    """Open the served version; None if there is nothing to compare with."""
+    if not (index / CURRENT).exists():
+        return None
+    try:
+        return open_current(index)
+    except ArtifactError as error:
+        logger.info("there is nothing to compare with: %s", error)
+        return None
+
+
+def _load_served_encoder(served: Artifact, device: str, *, force: bool) -> Encoder | str:
+    """Return the model of the served version; with force, the reason if it cannot be loaded."""
+
+    try:
+        return Encoder.load(served.checkpoint, device=device)
+    except (CheckpointError, ModelError) as error:
+        version = served.manifest.version
+        reason = f"the served version {version} cannot be compared, because its model cannot be loaded: {error}"
+        if not force:
+            raise CheckpointError(
+                f"{reason}; restore the files of its model, or publish without a comparison by --force"
+            ) from error
+        logger.warning("%s", reason)
+        return reason
+
+
 def _require_no_worse(
     job: RebuildJob, served: Artifact, staged: Artifact, encoded: EncodedGallery, encoder: Encoder
 ) -> GateVerdict:
     options = job.options
     served_encoder: Encoder | str = encoder
     if job.pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
-        served_encoder = load_served_encoder(served, options.device.split(",")[0], force=options.force)
+        served_encoder = _load_served_encoder(served, options.device.split(",")[0], force=options.force)
     if isinstance(served_encoder, str):
         verdict = pass_uncompared(served_encoder, options.margin)
     else:
