@@ -12,6 +12,7 @@ import pyarrow as pa
 from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
 from dcar_core.util.errors import DcarError
+from dcar_core.util.files import write_json
 from index_jobs.building import kinds
 from index_jobs.building.build import build_index
 from index_jobs.building.kinds import IndexChoice
@@ -69,7 +70,7 @@ def stage_vectors(
         return built.choice, built.measured | {"bytes": (staging / VECTORS).stat().st_size}
     version = next_version(out)
     location = milvus.create_collection(options.milvus, out, version, encoder.fingerprint, options.kind, blocks, dim)
-    location.write(staging / milvus.MILVUS)
+    write_json(staging / milvus.MILVUS, asdict(location))
     tuner = Tuner(blocks, queries or gallery_queries(blocks, len(encoded)), target=target)
     return choices[0], tuner.measure(milvus.MilvusIndex(location))
 

@@ -80,7 +80,13 @@ class Artifact(Segments):
         from index_jobs.store.items import Items
 
         path, manifest = self.path, self.manifest
-        segments = [Segment(self._open_vectors(), Items(path / ITEMS), manifest.root, manifest.roots)]
+        if manifest.milvus:
+            from index_jobs.store.milvus import MILVUS, MilvusIndex, MilvusLocation
+
+            vectors: VectorIndex = MilvusIndex(MilvusLocation.read(path / MILVUS))
+        else:
+            vectors = FaissIndex.open(path / VECTORS, gpu=manifest.gpu)
+        segments = [Segment(vectors, Items(path / ITEMS), manifest.root, manifest.roots)]
         for addition in manifest.additions:
             folder = path / addition.folder
             segments.append(Segment(FaissIndex.open(folder / VECTORS), Items(folder / ITEMS), "", addition.roots))
@@ -97,15 +103,6 @@ class Artifact(Segments):
         if len(removed) != manifest.removed or (len(removed) and not 0 <= removed.min() <= removed.max() < total):
             raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
         return segments, removed
-
-    def _open_vectors(self) -> "VectorIndex":
-        if self.manifest.milvus:
-            from index_jobs.store.milvus import MILVUS, MilvusIndex, MilvusLocation
-
-            return MilvusIndex(MilvusLocation.read(self.path / MILVUS))
-        from index_jobs.store.faiss_index import FaissIndex
-
-        return FaissIndex.open(self.path / VECTORS, gpu=self.manifest.gpu)
 
     @cached_property
     def lexical(self) -> "LexicalIndex | None":

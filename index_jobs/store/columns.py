@@ -50,8 +50,7 @@ class FieldTypes:
                         examples[name] = examples.get(name, "") if value.isdecimal() else value
                     else:
                         examples.pop(name, None)
-                previous = types.get(name, value_type)
-                types[name] = value_type if value_type == previous else common_type(previous, value_type)
+                types[name] = common_type(types.get(name, value_type), value_type)
         kept = [name for name, _ in frequency.most_common(MAX_FIELDS)]
         if len(kept) < len(frequency):
             logger.warning(
@@ -88,7 +87,9 @@ def _type_of(value: Any) -> pa.DataType:
 
 
 def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    """Return the narrowest type that holds the values of two different types."""
+    """Return the narrowest type that holds the values of two types."""
+    if first == second:
+        return first
     numbers = (pa.int64(), pa.float64())
     return pa.float64() if first in numbers and second in numbers else _TEXT
 

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from dcar_core.util.errors import (
     MissingExtraError,
     StoreUnavailableError,
 )
-from dcar_core.util.files import write_json
 from index_jobs.store.faiss_search import ScoredRows, merge_top_k
 from index_jobs.store.manifest import VERSIONS
 
@@ -68,9 +67,6 @@ class MilvusLocation:
             return cls(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
 
 
 class MilvusIndex:
@@ -174,7 +170,6 @@ def create_collection(
         kind: auto, flat or hnsw.
         blocks: vectors, L2-normalised, in row order.
     """
-    require_kind(kind)
     client = connect(uri)
     from pymilvus import DataType
 

@@ -8,7 +8,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,10 +137,7 @@ class Segments:
 def _common_type(types: "list[pa.DataType]") -> "pa.DataType":
     from index_jobs.store.columns import common_type
 
-    common = types[0]
-    for other in types[1:]:
-        common = common if common == other else common_type(common, other)
-    return common
+    return reduce(common_type, types)
 
 
 def write_removed(path: Path, rows: Rows) -> None:
