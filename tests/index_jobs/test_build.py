@@ -137,7 +137,7 @@ def test_auto_takes_the_faster_kind_where_lists_fit_badly(caplog: pytest.LogCapt
         IndexChoice("IVF32,SQ8", "never built"),
         IndexChoice("HNSW32", "a graph"),
     ]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="index_jobs"):
         built = build_index(blocks(vectors), len(vectors), DIM, choices)
     assert "IVF32,Flat: 8000 vectors" in caplog.text
     assert "HNSW32: 8000 vectors" in caplog.text
@@ -157,7 +157,7 @@ def test_a_rival_is_built_as_well_and_the_faster_is_kept(gallery: Floats, caplog
         IndexChoice("IVF64,SQ8", "never built"),
         IndexChoice("IVF64,PQ4x4", "too coarse", is_rival=True),
     ]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="index_jobs"):
         built = build_index(blocks(gallery), len(gallery), DIM, choices)
     assert "IVF64,SQ8" not in caplog.text
     assert "below the target" not in caplog.text, "one that loses is no cause for a warning"
@@ -176,7 +176,7 @@ def test_lists_are_tried_where_a_graph_is_searched_widely(
     for widest, built in ((1000, ["HNSW8"]), (1, ["HNSW8", "IVF16,Flat"])):
         monkeypatch.setattr("index_jobs.building.build._WIDE_GRAPH", widest)
         caplog.clear()
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="index_jobs"):
             assert build_index(blocks(gallery), len(gallery), DIM, choices).recall >= 0.99
         assert [choice.factory for choice in choices if f"{choice.factory}: 5000 vectors" in caplog.text] == built
 
