@@ -3,8 +3,9 @@
 - `auto` lists the kinds for the gallery, fastest at the target recall first, without those that exceed the memory. The
   first one is built; while the measured recall stays below the target, the next one is. See `build`.
 - The order follows measured latencies of one query on one core; `benchmarks/index_kinds.py` prints them. A graph is
-  fastest on real embeddings, and over 16-bit vectors finds what it finds over full ones. Of the small kinds with lists,
-  the vectors decide which is faster, so both are built and measured: they are rivals.
+  fastest on real embeddings, and over 16-bit vectors finds what it finds over full ones; among many near-duplicates it
+  misses. Of the small kinds with lists, the vectors decide which is faster, so both are built and measured: they are
+  rivals.
 - Up to 20,000 vectors, exact search takes two milliseconds and needs no training, so nothing else is considered.
 - Memory estimates are bytes for each vector; the benchmark prints measured ones.
 """
@@ -20,8 +21,7 @@ import faiss
 from dcar_core.util.errors import DataError, MissingExtraError
 
 FLAT_UP_TO = 20_000
-_GRAPH_UP_TO = 10_000_000  # beyond, `auto` builds no graph, which would take most of a day
-_RIVALS_UP_TO = 10_000_000  # beyond, filling a second index takes hours
+_COMPARED_UP_TO = 5_000_000  # beyond, `auto` builds lists alone: at ten million a graph took 50 minutes, and missed
 _GRAPH_BYTES = 4 * 2 * 24 + 16  # links of a vector in a graph of degree 24
 _ENTRY_BYTES = 16  # number of a vector, in its list and in the map from row to list
 _COARSE_GRAPH_FROM = 16_384  # from this number on, a graph finds the lists
@@ -130,7 +130,7 @@ def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) ->
     choices = list[IndexChoice]()
     too_large = []
     for name in _FASTEST_FIRST:
-        if (name in _GRAPHS and count > _GRAPH_UP_TO) or (name == "pq" and choices):
+        if (name in _GRAPHS and count > _COMPARED_UP_TO) or (name == "pq" and choices):
             continue
         kind = _KINDS[name]
         size = int(count * kind.bytes(dim))
@@ -139,7 +139,7 @@ def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) ->
             continue
         rest = f"; {', '.join(too_large)}" if too_large else ""
         reason = f"{_size(count, dim)} take {_gib(size)} of the {_gib(memory)} allowed: {kind.description}{rest}"
-        is_rival = name == _RIVAL and bool(choices) and count <= _RIVALS_UP_TO
+        is_rival = name == _RIVAL and bool(choices) and count <= _COMPARED_UP_TO
         choices.append(IndexChoice(kind.factory(count, dim), reason, bytes=size, is_rival=is_rival))
     if not choices:
         raise DataError(
