@@ -105,7 +105,6 @@ def _open_served(index: Path) -> Artifact | None:
 
 def _load_served_encoder(served: Artifact, device: str, *, force: bool) -> Encoder | str:
     """Return the model of the served version; with force, the reason if it cannot be loaded."""
-
     try:
         return Encoder.load(served.checkpoint, device=device)
     except (CheckpointError, ModelError) as error:
