@@ -1,9 +1,11 @@
 """Recall of text searches with and without `rerank`, and the forward passes that it costs.
 
     python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji
+    python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji --pool validation --depth 413
 
-- Every validation text searches the whole index. Its first `--depth` results are scored again with the exact token
-  weights of the text for each result, by the code of the service. A hit is the text's own image.
+- Every validation text searches the whole index, or with `--pool validation` the validation images alone. Its first
+  `--depth` results are scored again with the exact token weights of the text for each result, by the code of the
+  service. A hit is the text's own image.
 - The test split is not read.
 """
 
@@ -48,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a published index")
     parser.add_argument("--validation", type=Path, required=True, help="data set; its validation pairs are the queries")
+    parser.add_argument("--pool", choices=("gallery", "validation"), default="gallery", help="default: %(default)s")
     parser.add_argument("--depth", type=int, default=20, help="results to re-rank (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT queries")
     args = parser.parse_args()
@@ -57,24 +60,30 @@ def main() -> None:
     pair_weights = PairWeights(encoder)
     pairs = quality_gate.find_pairs(scan(artifact.manifest.source), args.validation)
     assert pairs is not None  # --validation is required
-    queries = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))[: args.limit]
-    depth = max(args.depth, *RANKS)
+    queries = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))
+    depth, allowed = max(args.depth, *RANKS), None
+    if args.pool == "validation":
+        allowed = np.zeros(artifact.rows, bool)
+        allowed[[row for _, row in queries]] = True
     plain_hits, reranked_hits = np.zeros(len(RANKS)), np.zeros(len(RANKS))
     image_features: dict[int, NDArray[np.float32]] = {}
+    queries = queries[: args.limit]
     for text, row in queries:
-        rows = artifact.search(encoder.encode_text([text]), depth)[1][0]
+        rows = artifact.search(encoder.encode_text([text]), depth, allowed)[1][0]
+        rows = rows[rows >= 0]
         reranked = np.concatenate(
             [rerank(encoder, pair_weights, artifact, text, rows[: args.depth], image_features), rows[args.depth :]]
         )
         plain_hits += [row in rows[:k] for k in RANKS]
         reranked_hits += [row in reranked[:k] for k in RANKS]
-    print(f"{args.index}: {len(queries)} validation texts among {artifact.manifest.count:,} items, percent")
+    count = artifact.manifest.count if allowed is None else int(allowed.sum())
+    print(f"{args.index}: {len(queries)} validation texts among {count:,} items, percent")
     for name, hits in (("not re-ranked", plain_hits), (f"first {args.depth} re-ranked", reranked_hits)):
         print(
             f"  {name:22}" + "".join(f"  R@{k} {100 * n / len(queries):5.1f}" for k, n in zip(RANKS, hits, strict=True))
         )
     print(
-        f"  each query encodes {args.depth} more texts, and each image once by the frozen encoder: "
+        f"  each query encodes {min(args.depth, count)} more texts, and each image once by the frozen encoder: "
         f"{len(image_features):,} in total"
     )
 
