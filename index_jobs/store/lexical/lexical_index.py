@@ -135,11 +135,7 @@ class LexicalIndex:
             for file in path.iterdir() if path.is_dir() else ():
                 (Path(links) / file.name).symlink_to(file.resolve())
             index = _open(Path(links), shown=path)
-            try:
-                index.config_reader("manual")
-                self._searcher = index.searcher()
-            except ValueError as error:
-                raise ArtifactError(f"{path} cannot be read: {error}") from error
+            self._searcher = index.searcher()
         self._schema = index.schema
         proxy: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep an older version's files open
         self._parse = lru_cache(_CACHED_QUERIES)(lambda text: proxy._parse_new(text))
@@ -261,4 +257,5 @@ def _open(path: Path, shown: Path | None = None) -> Any:
 
 def _prepare(index: Any) -> Any:
     index.register_tokenizer(_ANALYZER, tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace()).build())
+    index.config_reader("manual")  # a reader that follows commits would lock the directory again after the last one
     return index
