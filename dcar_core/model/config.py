@@ -124,7 +124,7 @@ class LossConfig(_Config):
 
     alpha: the category-matching weight.
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
-    logits: the divergence of a batch's similarities from the frozen encoders' (PromptSRC).
+    consistency: the distance of a batch's features and similarities from the frozen encoders' (PromptSRC).
     distance: the squared distance of fine-tuned weights from the frozen ones (ProLIP).
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
     """
@@ -133,10 +133,10 @@ class LossConfig(_Config):
     head: float = 1.0
     alpha: float = 0.5
     anchor: float = 0.0
-    logits: float = 0.0
+    consistency: float = 0.0
     distance: float = 0.0
     direction: LossDirection = "both"
-    _omitted = frozenset({"direction", "logits", "distance"})
+    _omitted = frozenset({"direction", "consistency", "distance"})
 
     def __post_init__(self) -> None:
         if self.direction not in get_args(LossDirection):

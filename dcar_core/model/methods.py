@@ -69,13 +69,13 @@ METHODS: dict[str, ModelConfig] = {
             adapter=AdapterConfig(text=True, image=True, blocks=32),
             loss=LossConfig(head=0, anchor=1.0),
         ),
-        # PromptSRC's regularisation on deep prompts: features and similarities are held to the frozen encoders'; its
-        # distance of features is L1, and it averages the prompts over epochs, for which one epoch is chosen here [ours]
+        # PromptSRC's regularisation on deep prompts: features and similarities are held to the frozen encoders'; it
+        # averages the prompts over epochs, for which one epoch is chosen here [ours]
         ModelConfig(
             method="promptsrc",
             prompt=PromptConfig(depth=4),
             reweight=_NO_WEIGHTS,
-            loss=LossConfig(category=0, head=0, anchor=1.0, logits=1.0),
+            loss=LossConfig(category=0, head=0, consistency=1.0),
         ),
         # weights of the backbone: attention at low rank; the image projection alone; everything, interpolated
         _fine_tuned("lora", scope="attention", rank=4, lr_factor=0.2),
