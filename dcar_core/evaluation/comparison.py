@@ -6,23 +6,34 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcar_core.data import SPLITS, ImagePolicy, load_split, load_splits, save_reports
+from dcar_core.data import (
+    SPLITS,
+    CleaningReport,
+    Dataset,
+    ImagePolicy,
+    describe_reports,
+    load_split,
+    load_splits,
+    save_reports,
+)
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import write_report
 from dcar_core.evaluation.serving_cost import serving_cost
 from dcar_core.evaluation.significance import add_significance
-from dcar_core.evaluation.subsets import hold_out_categories, take_shots
+from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method, require_runnable
 from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.frozen_features import FrozenFeatures
 from dcar_core.training.prepared_split import report_truncation
@@ -60,11 +71,12 @@ def compare(
         negatives, taxonomy: see `negatives.add_negatives`.
         loss: directions of the contrastive loss, for every method alike.
         shots: also train on this many pairs of each category, for curves of mean R@1.
-        unseen_categories: share of the categories that only the test split has; their R@1 is a measure of its own.
+        unseen_categories: share of the categories that only the test split keeps; R@1 is also given for its categories
+            with and without training pairs.
         also: other data sets on whose test split each trained model is measured.
         tune: choose each method's learning rate from `grid` on validation; otherwise all use `config.lr`.
         features: directory of frozen features, shared with other runs on this data; `out`/features by default.
-        on_message: called with one line before each training.
+        on_message: called with what was found in the data, and with one line before each training.
 
     Returns:
         The content of results.json: for each method, the recall of each seed in percent, their mean and standard
@@ -84,28 +96,40 @@ def compare(
         require_runnable(each, backbone.level, backbone.source.model, room)
     image_policy: ImagePolicy = "skip" if skip_broken else "require"
     splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
-    unseen = frozenset[str]()
+    held_out = frozenset[str]()
     if unseen_categories:
-        splits, unseen = hold_out_categories(splits, unseen_categories)
-    others = {each.resolve().name: load_split(each, "test", image_policy=image_policy)[0] for each in also}
-    if len(others) < len(also):
-        raise DataError("two data sets of --also have the same name; rename one of their directories")
-    splits = add_negatives(splits, reports, backbone_views(backbone), mode=negatives, taxonomy=taxonomy)
+        splits, held_out = hold_out_categories(splits, unseen_categories)
+    others: dict[str, Dataset] = {}
+    for directory in also:
+        name = directory.resolve().name
+        if name in others:
+            raise DataError("two data sets of --also have the same name; rename one of their directories")
+        others[name], reports[f"also {name}"] = load_split(directory, "test", image_policy=image_policy)
+    complete = partial(
+        add_negatives, views=backbone_views(backbone), mode=negatives, taxonomy=taxonomy, held_out=held_out
+    )
+    all_pairs, splits = splits["train"], complete(splits, reports)
+
+    def choose_pairs(shots: int, seed: int) -> Dataset:  # negatives come from the chosen pairs, too
+        return complete({"train": take_shots(all_pairs, shots, seed)}, {"train": CleaningReport()})["train"]
+
     report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
     save_reports(reports, out)
+    read = {**splits, **{f"also {name}": other for name, other in others.items()}}
+    on_message(describe_reports(read, reports))
     cache = FeatureCache(features or out / "features", backbone)
     for part in (splits["test"], *others.values()):  # report broken images before hours of training
         FrozenFeatures(part, backbone, cache, progress).pixels()
     runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message, others)
     results: dict[str, Any] = {
         "data": data.resolve().name,
-        "pairs": {name: len(split) for name, split in splits.items()},
+        "pairs": {name: len(split) for name, split in read.items()},
         "cleaning": {name: dict(report.counts) for name, report in reports.items()},
         "backbone": Path(backbone.source.model).name,
         "training": config.to_dict(),
         "loss": loss,
         "grid": list(grid) if tune else None,
-        "unseen_categories": len(unseen),
+        "unseen_categories": len(held_out),
         "shots": {},
         "methods": {},
         "diverged": {},
@@ -114,8 +138,8 @@ def compare(
     hits: dict[str, list[Hits]] = {}
     for name, chosen in configs.items():
         try:
-            result = _run_method(runner, chosen, seeds, tuple(grid) if tune else None, unseen)
-            results["shots"][name] = _run_shots(runner, chosen, result["runs"], shots)
+            result = _run_method(runner, chosen, seeds, tuple(grid) if tune else None, bool(held_out))
+            results["shots"][name] = _run_shots(runner, chosen, result["runs"], shots, choose_pairs)
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
@@ -143,16 +167,20 @@ def _run_method(
     config: ModelConfig,
     seeds: int,
     grid: tuple[float, ...] | None,
-    unseen: frozenset[str],
+    by_familiarity: bool,
 ) -> dict[str, Any]:
-    """Tune, train and test one method. Raise DivergedError if a run diverges."""
+    """Tune, train and test one method. Raise DivergedError if a run diverges.
+
+    by_familiarity: also give R@1 on categories with and without training pairs.
+    """
     model = seeded_model(runner.backbone, config, 0)
     has_trainables = any(True for _ in model.trainables())
     lr, tuning = runner.tune(config, grid) if grid and has_trainables else (runner.config.lr, None)
     runs = [runner.test(config, seed, lr) for seed in range(seeds if has_trainables else 1)]  # zero-shot has no seed
-    if unseen:
+    if by_familiarity:
+        trained = {fold_name(sample.category) for sample in runner.splits["train"].samples}
         for run in runs:
-            run["measures"] |= _recall_by_familiarity(run["categories"], unseen)
+            run["measures"] |= recall_by_familiarity(run["categories"], trained)
     accuracy = [run["hard_negative_accuracy"] for run in runs if run["hard_negative_accuracy"] is not None]
     return {
         "lr": lr if has_trainables else None,
@@ -167,33 +195,26 @@ def _run_method(
 
 
 def _run_shots(
-    runner: MethodRunner, config: ModelConfig, runs: Sequence[dict[str, Any]], shots: Sequence[int]
+    runner: MethodRunner,
+    config: ModelConfig,
+    runs: Sequence[dict[str, Any]],
+    shots: Sequence[int],
+    choose_pairs: Callable[[int, int], Dataset],
 ) -> dict[str, dict[str, float]]:
     """Return mean R@1 after training on few pairs a category, as mean and deviation over seeds, by their number.
 
     runs: those on all pairs, whose seeds and learning rate are used again. Zero-shot has one result for every number.
+    choose_pairs: returns the training pairs for a number and a seed.
     """
     found = {}
     for count in shots:
         tests = [run["test"] for run in runs]
         if runs[0]["trainable"]:
-            few = [take_shots(runner.splits["train"], count, run["seed"]) for run in runs]
+            few = [choose_pairs(count, run["seed"]) for run in runs]
             parts = [replace(runner, splits={**runner.splits, "train": part}) for part in few]
             tests = [p.test(config, run["seed"], run["lr"])["test"] for p, run in zip(parts, runs, strict=True)]
         found[str(count)] = _spread([mean_r1(test) for test in tests])
     return found
-
-
-def _recall_by_familiarity(categories: dict[str, dict[str, float]], unseen: frozenset[str]) -> dict[str, float]:
-    """Return R@1 (mean of both directions) on the test pairs of seen and of unseen categories."""
-    measures = {}
-    for label, names in (("seen", categories.keys() - unseen), ("unseen", categories.keys() & unseen)):
-        weights = [categories[name]["pairs"] for name in names]
-        if weights:
-            measures[f"{label} categories R@1"] = float(
-                np.average([mean_r1(categories[name]) for name in names], weights=weights)
-            )
-    return measures
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

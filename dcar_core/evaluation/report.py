@@ -15,6 +15,7 @@ from dcar_core.evaluation.tables import (
     Results,
     best_method,
     column_means,
+    data_rows,
     mean_categories,
     measures_rows,
     recall_rows,
@@ -73,6 +74,8 @@ def report_html(results: Results, image_url: Callable[[str], str]) -> str:
         shots_plot(methods, results["shots"], "Mean R@1 by training pairs of each category"),
         "<h2>Settings and cost</h2>",
         _plain_table(settings_rows(results)),
+        "<h2>Data</h2>",
+        _plain_table(data_rows(results)),
         _confusions(results, image_url),
         _categories(results),
     ]

@@ -1,12 +1,16 @@
 """Parts of a data set that an evaluation trains on: few pairs a category, and only some of the categories."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import chain
 from random import Random
 
+import numpy as np
+
 from dcar_core.data import Dataset
+from dcar_core.negatives.words import fold_name
+from dcar_core.training.validation import mean_r1
 from dcar_core.util.errors import DataError
 
 
@@ -33,20 +37,39 @@ def hold_out_categories(splits: Mapping[str, Dataset], share: float) -> tuple[di
     """Leave a share of the categories out of training and validation, chosen by a hash of their names.
 
     Returns:
-        The splits, of which the test split is whole, and the categories that it alone has.
+        The splits, of which the test split is whole, and the folded names of the categories left out.
 
     Raises:
         DataError: too few categories to leave some out and keep some.
     """
-    names = {sample.category for data in splits.values() for sample in data.samples} - {""}
-    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    unseen = frozenset(ordered[: round(share * len(ordered))])
-    if not 0 < len(unseen) < len(names):
-        raise DataError(f"--unseen-categories {share:g} leaves {len(unseen)} of {len(names)} categories out; change it")
+    names = sorted({sample.category for data in splits.values() for sample in data.samples} - {""})
+    spellings = {fold_name(name): name for name in reversed(names)}
+    ordered = sorted(spellings, key=lambda key: hashlib.sha256(spellings[key].encode()).digest())
+    held_out = frozenset(ordered[: round(share * len(ordered))])
+    if not 0 < len(held_out) < len(ordered):
+        raise DataError(
+            f"--unseen-categories {share:g} leaves {len(held_out)} of {len(ordered)} categories out; change it"
+        )
     kept = {
         name: data
         if name == "test"
-        else replace(data, samples=[sample for sample in data.samples if sample.category not in unseen])
+        else replace(data, samples=[sample for sample in data.samples if fold_name(sample.category) not in held_out])
         for name, data in splits.items()
     }
-    return kept, unseen
+    return kept, held_out
+
+
+def recall_by_familiarity(categories: Mapping[str, dict[str, float]], trained: Collection[str]) -> dict[str, float]:
+    """Return R@1 (mean of both directions) on the test pairs of seen and of unseen categories.
+
+    categories: name -> pairs and recall. trained: folded names of the categories that the training split has.
+    """
+    seen = {name for name in categories if name and fold_name(name) in trained}
+    measures = {}
+    for label, names in (("seen", seen), ("unseen", categories.keys() - seen - {""})):
+        weights = [categories[name]["pairs"] for name in names]
+        if weights:
+            measures[f"{label} categories R@1"] = float(
+                np.average([mean_r1(categories[name]) for name in names], weights=weights)
+            )
+    return measures

@@ -70,6 +70,8 @@ def results_markdown(results: Results) -> str:
         *([SHOTS_NOTE, _markdown(shots)] if (shots := shots_rows(results)) else []),
         "## Settings and cost",
         _markdown(settings_rows(results)),
+        "## Data",
+        _markdown(data_rows(results)),
     ]
     best = best_method(results)
     categories = mean_categories(results, best)
@@ -120,6 +122,12 @@ def measures_rows(results: Results) -> list[list[str]]:
         cells = [method["measures"][measure] for measure in names]
         rows.append([name, *(_mean_and_std(cell["mean"], cell["std"], has_spread) for cell in cells)])
     return rows
+
+
+def data_rows(results: Results) -> list[list[str]]:
+    """Return what was found while the splits were read, with the number of cases."""
+    found = [(split, phrase, n) for split, counts in results["cleaning"].items() for phrase, n in counts.items()]
+    return [["split", "cases", "finding"], *([split, f"{n:,}", phrase] for split, phrase, n in found)]
 
 
 def shots_rows(results: Results) -> list[list[str]]:

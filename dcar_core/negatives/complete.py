@@ -2,11 +2,12 @@
 
 - `auto` (the default) completes splits where most pairs have no negatives, as in FDRD's newer files. `missing`
   completes every pair without negatives, `all` also replaces the data's own, and `off` does nothing.
-- A split uses categories of its own and of the training split, so training never sees a test category.
+- A split uses categories of its own, of the training split and of the taxonomy. Without a taxonomy, training therefore
+  never sees a category that only the test split has.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -34,6 +35,7 @@ def add_negatives(
     *,
     mode: str = "auto",
     taxonomy: Path | None = None,
+    held_out: Collection[str] = (),
     count: int = COUNT,
     seed: int = 0,
 ) -> dict[str, Dataset]:
@@ -42,6 +44,7 @@ def add_negatives(
     Args:
         views: the features rank and cluster categories; the tokens tell which negatives read alike.
         taxonomy: a file with meta-categories; see docs/reference/data-formats.md.
+        held_out: folded names of categories that only negatives of the test split may name.
         count: maximum negatives per pair.
         seed: selects among the possible attribute swaps.
 
@@ -58,6 +61,8 @@ def add_negatives(
         if rows:
             samples = [*data.samples, *(splits["train"].samples if "train" in splits and name != "train" else ())]
             ranked = rank_categories(samples, tree, views.features, reports[name])
+            if name != "test":
+                ranked = {key: [o for o in near if fold_name(o) not in held_out] for key, near in ranked.items()}
             generator = NegativeGenerator(data.samples, ranked, views.tokens, count=count, seed=seed)
             data = _completed(data, rows, generator, reports[name])
         done[name] = data

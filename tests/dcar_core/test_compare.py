@@ -15,20 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Dataset, load_split, load_splits
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.serving_cost import serving_cost
-from dcar_core.evaluation.subsets import take_shots
-from dcar_core.evaluation.tables import (
-    COLUMNS,
-    query_weights,
-)
+from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
+from dcar_core.evaluation.tables import COLUMNS, query_weights
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
-from dcar_core.model.config import PromptConfig, TrainConfig
+from dcar_core.model.config import ModelConfig, PromptConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
+from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult, train
@@ -38,6 +37,11 @@ from dcar_core.util.errors import DataError, DcarError, DivergedError
 QUICK = TrainConfig(epochs=2, batch_size=6)
 Compared = tuple[Path, dict[str, Any]]
 METHODS = ["clip", "clip-adapter", "dcar"]
+
+
+def trainings(messages: list[str]) -> list[str]:
+    """Return the messages of `compare` that announce a training."""
+    return [message for message in messages if "learning rate" in message]
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +168,12 @@ def test_a_finished_run_is_not_repeated(compared: Compared, backbone: Backbone, 
     out, results = compared
     messages: list[str] = []
     again = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False, on_message=messages.append)
-    assert messages == []
+    assert trainings(messages) == []
     assert again == results
     compare(backbone, tiny_data, [*METHODS, "coop"], 1, out, QUICK, progress=False, on_message=messages.append)
-    assert messages == ["coop, seed 0, learning rate 0.002"]  # one method more, one run more
+    assert trainings(messages) == ["coop, seed 0, learning rate 0.002"]  # one method more, one run more
     compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), progress=False, on_message=messages.append)
-    assert len(messages) == 2  # other settings are another run
+    assert len(trainings(messages)) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
 
 
@@ -190,7 +194,7 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
         backbone, tiny_data, ["clip", "coop", "clip-adapter"], 2, tmp_path, QUICK, progress=False, tune=True, grid=grid,
         on_message=messages.append,
     )  # fmt: skip
-    assert len(messages) == 1 + 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
+    assert len(trainings(messages)) == 1 + 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
     for name in ("coop", "clip-adapter"):
         found = results["methods"][name]
         scores = {lr: score for lr, score in found["tuning"].items() if score is not None}
@@ -317,7 +321,10 @@ def test_shots_unseen_categories_and_other_data_are_measured(
         backbone, tiny_data, ["clip", "coop"], 1, tmp_path / "out", quick, progress=False, shots=[1, 2],
         unseen_categories=0.5, also=[other], on_message=messages.append,
     )  # fmt: skip
-    assert len(messages) == 4  # coop on all pairs, on one and on two of each category; clip has nothing to train
+    assert "also other: " in messages[0]  # what was found in the data
+    assert (
+        len(trainings(messages)) == 4
+    )  # coop on all pairs, on one and on two of each category; clip has nothing to train
     assert results["unseen_categories"] == 2
     run = results["methods"]["clip"]["runs"][0]
     assert set(run["measures"]) == {
@@ -330,12 +337,70 @@ def test_shots_unseen_categories_and_other_data_are_measured(
     assert set(results["shots"]["coop"]) == {"1", "2"}
     text, page = (tmp_path / "out" / "results.md").read_text(), (tmp_path / "out" / "report.html").read_text()
     assert "unseen categories R@1" in text
+    assert results["pairs"]["also other"] == len(load_split(other, "test")[0])
+    assert "| also other | " in text
     assert "| method | 1 | 2 | all |" in text
     assert "pairs a category" in page
     with pytest.raises(DataError, match="two data sets of --also have the same name"):
         compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, progress=False, also=[other, other])
     with pytest.raises(DataError, match=r"--unseen-categories 0\.01 leaves 0 of 4 categories out"):
         compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, progress=False, unseen_categories=0.01)
+
+
+def test_negatives_of_few_pairs_are_made_of_these_pairs_alone(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caption that was left out must not come back as the negative of another image."""
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    file = data / "train.json"
+    entries = json.loads(file.read_text())
+    for number, entry in enumerate(entries.values()):
+        entry["positive"] += f" no{number}"
+    file.write_text(json.dumps(entries))
+    trained = list[Dataset]()
+
+    def run(runner: MethodRunner, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
+        trained.append(runner.splits["train"])
+        return real_test(runner, method, seed, lr)
+
+    real_test = MethodRunner.test
+    monkeypatch.setattr(MethodRunner, "test", run)
+    quick = replace(QUICK, epochs=1)
+    compare(backbone, data, ["dcar"], 1, tmp_path, quick, progress=False, negatives="all", shots=[2])
+    captions, negatives = ([{s.caption for s in data.samples} for data in trained],
+                           [{n for s in data.samples for n in s.negatives} for data in trained])  # fmt: skip
+    left_out = captions[0] - captions[1]
+    assert left_out & negatives[0]  # of all pairs
+    assert captions[1] & negatives[1]
+    assert not left_out & negatives[1]
+
+
+def test_a_category_is_held_out_in_every_spelling_and_in_the_taxonomy(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path
+) -> None:
+    splits, reports = load_splits(tiny_data)
+    shouted = [replace(sample, category=sample.category.upper()) for sample in splits["train"].samples]
+    splits["train"] = replace(splits["train"], samples=shouted)
+    kept, held_out = hold_out_categories(splits, 0.5)
+    assert len(held_out) == 2
+    assert not {fold_name(sample.category) for sample in kept["train"].samples} & held_out
+    names = sorted({sample.category for sample in splits["test"].samples})
+    taxonomy = tmp_path / "taxonomy.json"
+    taxonomy.write_text(json.dumps({"meta_categories": {"all": names}}))
+    made = add_negatives(
+        kept, reports, backbone_views(backbone), mode="all", taxonomy=taxonomy, held_out=held_out
+    )  # fmt: skip
+    named = {s: {fold_name(c) for x in made[s].samples for c in x.negative_categories} for s in ("train", "test")}
+    assert named["train"]
+    assert not named["train"] & held_out
+    assert named["test"] & held_out
+
+
+def test_a_category_is_seen_only_if_training_pairs_have_it() -> None:
+    recall = {"pairs": 1.0, "t2i_r1": 100.0, "i2t_r1": 50.0}
+    none = recall | {"pairs": 3.0, "t2i_r1": 0.0, "i2t_r1": 0.0}
+    measures = recall_by_familiarity({"Fox": recall, "owl": none, "hen": recall, "": recall}, {"fox"})
+    assert measures == {"seen categories R@1": 75.0, "unseen categories R@1": 75 / 4}
 
 
 def test_fewer_shots_are_a_part_of_more(tiny_data: Path) -> None:

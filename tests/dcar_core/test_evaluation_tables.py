@@ -53,6 +53,7 @@ def example_results() -> dict[str, Any]:
     return {
         "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": None, "methods": methods,
         "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "baseline": None, "loss": "both",
+        "cleaning": {"train": {"captions are doubled": 2}},
         "shots": {},
     }  # fmt: skip
 
