@@ -23,12 +23,12 @@ def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[
     seen: set[str] = set()
     pairs: set[tuple[str, str]] = set()
     entries = list(entries)
-    captions = defaultdict[str, set[str]](set)  # of an image, over all of its entries
+    true_texts = defaultdict[str, set[str]](set)  # of an image, over all of its entries
     spellings = defaultdict[str, dict[str, None]](dict)
     for entry in entries:
-        captions[entry.image] |= {normalise(tidy_caption(caption)) for caption in entry.captions}
+        true_texts[entry.image] |= {normalise(tidy_caption(text)) for text in (*entry.captions, *entry.attributes)}
     for entry in entries:
-        own = captions[entry.image]
+        own = true_texts[entry.image]
         category = " ".join(entry.category.replace("_", " ").split())
         spellings[normalise(category)][category] = None
         for raw in entry.captions:
@@ -74,7 +74,7 @@ def _negatives(entry: Entry, own: set[str], report: CleaningReport) -> tuple[tup
         if not normal:
             report.add("empty negatives, left out")
         elif normal in own:
-            report.add("negatives equal to a caption of their image, left out")
+            report.add("negatives equal to a caption or an attribute of their image, left out")
         elif normal in kept:
             report.add("negatives that occur twice for one caption, left out once")
         else:

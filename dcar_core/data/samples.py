@@ -16,7 +16,7 @@ class Sample:
     image: the image's name below the image root.
     meta_category: the group of similar categories, if the data state one.
     negative_categories: the category of each negative, "" if unknown; empty if all are unknown.
-    attributes: short texts that are true of the image; a caption equal to one is not used as its negative.
+    attributes: short texts that are true of the image; a text equal to one is not used as its negative.
     """
 
     image: str

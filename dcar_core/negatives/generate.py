@@ -3,8 +3,8 @@
 - Category swap: the caption with another category of the same meta-category, most similar first.
 - Attribute swap: another caption of the category, or the caption with one attribute word replaced.
 - Half of each kind; a shortage of one kind is filled with the other [ours]. FDRD has four negatives per pair.
-- A negative never equals a caption or another negative of its image, after normalisation and after truncation to the
-  context.
+- A negative never equals a caption, an attribute or another negative of its image, after normalisation and after
+  truncation to the context.
 - Negatives depend on the seed and on the captions of the same category only.
 """
 
@@ -58,7 +58,7 @@ class NegativeGenerator:
         for sample in samples:
             self._captions[fold_name(sample.category)].append(sample)
             same = _same(sample.caption)
-            self._own[sample.image] |= {same, self._full.get(sample.caption, same)}
+            self._own[sample.image] |= {same, self._full.get(sample.caption, same), *map(_same, sample.attributes)}
         self._longer = _contained([*self._captions, *(fold_name(name) for names in ranked.values() for name in names)])
 
     def negatives(self, sample: Sample) -> list[Negative]:

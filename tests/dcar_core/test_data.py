@@ -53,7 +53,7 @@ def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
         "absolute paths of another machine, replaced by the image root": 4,
         "file names without a suffix": 4,
         "categories derived from the key": 3,
-        "negatives equal to a caption of their image, left out": 1,
+        "negatives equal to a caption or an attribute of their image, left out": 1,
         "negatives that occur twice for one caption, left out once": 1,
         "pairs without a negative": 3,
         "captions with stray white space, repaired": 1,
@@ -62,16 +62,22 @@ def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
     }
 
 
-def test_negative_that_is_another_caption_of_the_image_is_left_out(tmp_path: Path) -> None:
+def test_negative_that_is_true_of_the_image_is_left_out(tmp_path: Path) -> None:
     rows = [
-        {"image": "1.png", "caption": "A red car.", "negatives": ["A blue van.", "A fast car."], "category": "car"},
+        {
+            "image": "1.png",
+            "caption": "A red car.",
+            "negatives": ["A blue van.", "A fast car.", "red"],
+            "attributes": ["Red"],
+            "category": "car",
+        },
         {"image": "1.png", "caption": "A fast car.", "category": "car"},
         {"image": "2.png", "caption": "A blue van.", "category": "van"},
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data, report = load_split(tmp_path, "train", image_policy="ignore")
     assert data.samples[0].negatives == ("A blue van.",)
-    assert report.counts["negatives equal to a caption of their image, left out"] == 1
+    assert report.counts["negatives equal to a caption or an attribute of their image, left out"] == 2
 
 
 def test_a_negative_that_equals_its_repaired_positive_is_left_out(tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ def test_negatives_swap_categories_and_captions(tmp_path: Path) -> None:
     }
 
 
+def test_no_negative_is_an_attribute_of_its_image(tmp_path: Path) -> None:
+    samples = [sample("0", "bread, grain, loaf", "food"), sample("1", "bread", "food"), sample("2", "rice", "food")]
+    assert "bread" in made(samples, tmp_path)[0][0].negatives
+    samples[0] = replace(samples[0], attributes=("Bread",))
+    assert made(samples, tmp_path)[0][0].negatives == ("rice",)
+
+
 def test_category_without_letters_is_harmless(tmp_path: Path) -> None:
     samples, report = made([*CATS, sample("8", "a dash - here", "-")], tmp_path)
     assert samples[-1].negatives == ()
