@@ -22,6 +22,7 @@ from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.training.feature_cache import FeatureCache, digest
+from dcar_core.training.grad_cache import resolve_amp
 from dcar_core.training.prepared_split import prepare_split, split_key
 from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
@@ -125,7 +126,8 @@ class MethodRunner:
         return max(scores, key=lambda lr: scores[lr]), {f"{lr:g}": scores.get(lr) for lr in grid}
 
     def directory(self, method: ModelConfig, seed: int, lr: float) -> Path:
-        config = replace(self.config, seed=seed, lr=lr)
+        amp = resolve_amp(self.config.amp, self.backbone.device)  # a CPU's runs are not a GPU's
+        config = replace(self.config, seed=seed, lr=lr, amp=amp)
         key = digest(self.cache.backbone_hash, method.to_dict(), config.to_dict(), self._split_keys)[:8]
         return self.out / "runs" / method.method / f"seed{seed}-lr{lr:g}-{key}"
 

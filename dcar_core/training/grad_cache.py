@@ -23,16 +23,22 @@ from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Rows
 
 
+def resolve_amp(amp: Amp, device: torch.device) -> Amp:
+    """Return the precision that "auto" means: bfloat16 or float16 on a GPU, and float32 ("off") elsewhere."""
+    if amp != "auto":
+        return amp
+    if device.type != "cuda":
+        return "off"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
 class MixedPrecision:
-    """Automatic mixed precision: "auto" selects bfloat16 or float16 on a GPU, and float32 elsewhere."""
+    """Automatic mixed precision on a device."""
 
     def __init__(self, amp: Amp, device: torch.device) -> None:
-        if amp == "auto":
-            has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-            amp = "bfloat16" if has_bfloat16 else "float16" if device.type == "cuda" else "off"
-        self.name = amp
+        self.name = resolve_amp(amp, device)
         self._device = device.type
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "float16")
 
     def autocast(self) -> AbstractContextManager[None]:
         if self.name == "off":

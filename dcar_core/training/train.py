@@ -12,7 +12,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ class _TrainingLoop:
         self.precision = MixedPrecision(config.amp, model.backbone.device)
         self.batches = math.ceil(len(train_split) / config.batch_size)
         self.total_steps = self.batches * config.epochs
-        identity = _run_identity(model, train_split, val_split, config) if run is not None else {}
+        exact = replace(config, amp=self.precision.name)
+        identity = _run_identity(model, train_split, val_split, exact) if run is not None else {}
         self.state = TrainStateFile(run, identity)
         self.progress, self.best_weights = TrainProgress(), _copy_trainables(model)
         self.started = self.saved = time.monotonic()

@@ -182,6 +182,9 @@ def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, ti
     runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
     shorter = replace(method("coop"), prompt=PromptConfig(length=2, image=False))
     assert runs.directory(method("coop"), 0, 1e-3) != runs.directory(shorter, 0, 1e-3)
+    automatic, exact, half = (replace(runs, config=replace(QUICK, amp=amp)) for amp in ("auto", "off", "bfloat16"))
+    assert automatic.directory(method("coop"), 0, 1e-3) == exact.directory(method("coop"), 0, 1e-3)  # on a CPU
+    assert automatic.directory(method("coop"), 0, 1e-3) != half.directory(method("coop"), 0, 1e-3)
 
 
 @pytest.mark.slow
