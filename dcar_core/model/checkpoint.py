@@ -101,10 +101,14 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path / CONFIG} does not have format {FORMAT}; train again, or use the version that wrote it"
         )
     described = content.get("backbone")
-    if not isinstance(content.get("model"), dict) or not (
-        isinstance(described, dict) and described.keys() >= {"model", "pretrained", "sha256"}
+    if not (
+        isinstance(content.get("model"), dict)
+        and isinstance(content.get("fingerprint"), str)
+        and isinstance(described, dict)
+        and all(isinstance(described.get(key), str) for key in ("model", "sha256"))
+        and isinstance(described.get("pretrained", 0), str | None)
     ):
-        raise CheckpointError(f"{path / CONFIG} names no model and backbone; copy the whole file")
+        raise CheckpointError(f"{path / CONFIG} lacks the model, the backbone or the fingerprint; copy the whole file")
     return content
 
 
@@ -157,7 +161,10 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
         )
     weights = read_trainables(path)
     try:
-        model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
+        config = ModelConfig.from_dict(content["model"])
+        if config.fine_tune != FineTuneConfig():  # `save_checkpoint` merges such changes
+            raise ValueError("fine_tune belongs to a training, not to a checkpoint")
+        model = DCAR(backbone, config)
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     expected = {name: tuple(p.shape) for name, p in model.trainables()}
@@ -167,7 +174,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
         raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json: {', '.join(odd)}")
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
     mark = fingerprint(backbone_hash, model.config, weights)
-    if content.get("fingerprint", mark) != mark:
+    if content["fingerprint"] != mark:
         raise CheckpointError(
             f"{path / WEIGHTS} and the {CONFIG} beside it come from different trainings; copy both again, "
             f"or train again"

@@ -14,6 +14,7 @@ LossDirection = Literal["both", "image-to-text"]
 FineTuneScope = Literal["none", "attention", "projection", "all"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
+MAX_BLOCK_WIDTH = 4096  # of adapters; a forged config.json must not fill the memory
 GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
 
 
@@ -98,8 +99,8 @@ class AdapterConfig(_Config):
     _omitted = frozenset({"blocks"})
 
     def __post_init__(self) -> None:
-        if self.blocks < 0:
-            raise ValueError(f"blocks must be at least 0, not {self.blocks}")
+        if not 0 <= self.blocks <= MAX_BLOCK_WIDTH:
+            raise ValueError(f"blocks must be 0 to {MAX_BLOCK_WIDTH}, not {self.blocks}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -117,8 +118,21 @@ def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, t
     with pytest.raises(CheckpointError, match="does not have format 1; train again"):
         load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 1}')
-    with pytest.raises(CheckpointError, match="names no model and backbone"):
+    with pytest.raises(CheckpointError, match="lacks the model, the backbone or the fingerprint"):
         load_checkpoint(tmp_path)
+    content = json.loads(good)
+    for key, value in (("fingerprint", None), ("backbone", {**content["backbone"], "model": 5})):
+        (tmp_path / "config.json").write_text(json.dumps({**content, key: value}))
+        with pytest.raises(CheckpointError, match="lacks the model, the backbone or the fingerprint"):
+            load_checkpoint(tmp_path)
+    for key, values, message in (
+        ("adapter", {"blocks": 10**15}, "blocks must be 0 to 4096"),
+        ("fine_tune", {"scope": "attention", "rank": 10**15}, "fine_tune belongs to a training"),
+    ):
+        model = {**content["model"], key: {**content["model"].get(key, {}), **values}}
+        (tmp_path / "config.json").write_text(json.dumps({**content, "model": model}))
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(good)
     (tmp_path / "trainables.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="cannot be read"):
