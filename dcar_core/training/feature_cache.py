@@ -2,7 +2,8 @@
 
 - An entry's key covers everything it depends on: the backbone's content hash, the image bytes and the texts.
   Entries never go stale, because changed images or weights have another key.
-- Each entry is one file, written to a temporary name and renamed. Concurrent processes write the same bytes.
+- Each entry is one file, written to a temporary name and renamed. Concurrent processes write the same bytes. A damaged
+  entry is computed again.
 - Temporary files of a killed run are removed after a day. Deleting the directory is always safe.
 - Without a directory, every value is computed when requested and not stored.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -27,6 +28,8 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import DISK_ERRORS, apply_umask
+
+T = TypeVar("T")
 
 _STALE_AFTER_S = 24 * 3600  # no entry takes longer to compute
 
@@ -64,11 +67,12 @@ class FeatureCache:
         if self._directory is None:
             return compute()
         path = self._directory / f"{kind}-{key}.safetensors"
-        if not path.is_file():
-            with _written_atomically(path) as part:
-                save_file({kind: compute().cpu().contiguous()}, str(part))
-        loaded: dict[str, Tensor] = load_file(str(path), device=str(self._backbone.device))
-        return loaded[kind]
+
+        def read() -> Tensor:
+            loaded: dict[str, Tensor] = load_file(str(path), device=str(self._backbone.device))
+            return loaded[kind]
+
+        return _read_or_make(path, read, lambda part: save_file({kind: compute().cpu().contiguous()}, str(part)))
 
     def array(self, kind: str, key: str, shape: tuple[int, ...], fill: Callable[[Pixels], None]) -> Pixels:
         """Load a uint8 array of `shape`, memory-mapped; allocate it and call `fill` first if it is missing."""
@@ -77,14 +81,24 @@ class FeatureCache:
             fill(out)
             return out
         path = self._directory / f"{kind}-{key}.npy"
-        if not path.is_file():
-            with _written_atomically(path) as part:
-                out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-                _allocate(part)
-                fill(out)
-                out.flush()
-                del out
-        return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+        def write(part: Path) -> None:
+            out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+            _allocate(part)
+            fill(out)
+            out.flush()
+
+        return _read_or_make(path, lambda: np.load(path, mmap_mode="r"), write)
+
+
+def _read_or_make(path: Path, read: Callable[[], T], write: Callable[[Path], None]) -> T:
+    """Read an entry; make it first if it is missing, and again if it is damaged."""
+    if path.is_file():
+        with suppress(SafetensorError, ValueError, EOFError):
+            return read()
+    with _written_atomically(path) as part:
+        write(part)
+    return read()
 
 
 @contextmanager
@@ -98,6 +112,8 @@ def _written_atomically(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
         part.chmod(apply_umask(0o666))
         part.replace(path)
     except (OSError, SafetensorError) as error:

@@ -318,6 +318,23 @@ def test_failed_computation_leaves_no_cache_entry(backbone: Backbone, tmp_path: 
     assert torch.equal(cache.tensor("images", "key", lambda: torch.ones(2)), torch.ones(2))
 
 
+def test_damaged_cache_entry_is_computed_again(backbone: Backbone, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, backbone)
+
+    def entries() -> tuple[Tensor, Any]:
+        pixels = cache.array("pixels", "key", (40, 8), lambda out: out.fill(7))
+        return cache.tensor("images", "key", lambda: torch.ones(50)), pixels
+
+    entries()
+    for length in (0, 20, 150):
+        for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+            path.write_bytes(path.read_bytes()[:length])
+        features, pixels = entries()
+        assert torch.equal(features, torch.ones(50))
+        assert (pixels == 7).all()
+        assert pixels.shape == (40, 8)
+
+
 def test_negatives_are_encoded_as_one_by_one(backbone: Backbone, training: Dataset) -> None:
     _, data = ready(backbone, training, "dcar")
     assert data.candidate_features is not None
