@@ -32,6 +32,7 @@ from dcar_core.model.config import GRID, LossDirection, TrainConfig
 
 commands = typer.Typer()
 
+DEFAULT_GRID = ",".join(f"{lr:g}" for lr in GRID)
 UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 
@@ -183,7 +184,7 @@ def evaluate(
         list[Path] | None, typer.Option(help="Another data set to measure the trained models on; may be repeated.")
     ] = None,
     tune: Annotated[bool, typer.Option(help="Choose the learning rate of each method on validation, seed 0.")] = False,
-    grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = ",".join(f"{lr:g}" for lr in GRID),
+    grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = DEFAULT_GRID,
     patience: Patience = 5,
     accumulate: Accumulate = TrainConfig.accumulate,
     amp: Amp = "auto",
@@ -208,6 +209,10 @@ def evaluate(
         method(name)  # refuses an unknown name before a model is loaded
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
     rates = _parse_rates(grid)
+    if tune and lr != TrainConfig.lr:
+        raise typer.BadParameter("--tune chooses the learning rate; leave out --lr, or name the rates by --grid")
+    if not tune and grid != DEFAULT_GRID:
+        raise typer.BadParameter("--grid names the learning rates of --tune; give both, or one rate by --lr")
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     if methods is None:
         names = comparable_methods(backbone.level)

@@ -49,11 +49,13 @@ def add_negatives(
         seed: selects among the possible attribute swaps.
 
     Raises:
-        DataError: an unknown mode, an unusable taxonomy, an empty split, or mode `missing` or `all` for data without
-            categories.
+        DataError: an unknown mode, an unusable taxonomy or one beside mode `off`, an empty split, or mode `missing` or
+            `all` for data without categories.
     """
     if mode not in get_args(Mode):
         raise DataError(f"--negatives must be {', '.join(get_args(Mode))}, not {mode!r}")
+    if mode == "off" and taxonomy is not None:
+        raise DataError("--taxonomy is for generated negatives, which --negatives off turns off; leave one of them out")
     tree = load_taxonomy(taxonomy) if taxonomy is not None else None
     done = {}
     for name, data in splits.items():
@@ -65,6 +67,8 @@ def add_negatives(
                 ranked = {key: [o for o in near if fold_name(o) not in held_out] for key, near in ranked.items()}
             generator = NegativeGenerator(data.samples, ranked, views.tokens, count=count, seed=seed)
             data = _completed(data, rows, generator, reports[name])
+        elif tree is not None:
+            reports[name].add("pairs with the negatives of the data, for which the taxonomy is not used", len(data))
         done[name] = data
     return done
 

@@ -44,6 +44,19 @@ def test_an_unknown_method_is_told_before_anything_is_loaded(command: list[str],
     assert "no method is named 'dcarr'" in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--grid", "1e-3"], "--grid names the learning rates of --tune"),
+        (["--tune", "--lr", "1e-3"], "--tune chooses the learning rate"),
+    ],
+)
+def test_learning_rates_that_would_be_ignored_are_refused(options: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["evaluate", "--data", "d", "--out", "o", "--model", "no such model", *options])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", "").split())
+
+
 def test_the_version_is_told() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"dcar {version('dcar')}\n"
 

@@ -109,6 +109,12 @@ def test_modes_choose_which_pairs_get_negatives(tmp_path: Path) -> None:
     assert [len(s.negatives) > 0 for s in made([*own[:5], CATS[5]], tmp_path, "missing")[0]] == [True] * 6
     assert all("A dog." not in s.negatives for s in made(own, tmp_path, "all")[0])
     assert made(CATS, tmp_path, "off")[0] == CATS
+    tree = write_json(tmp_path / "t.json", {"meta_categories": FELINE})
+    assert made(own, tmp_path, taxonomy=tree)[1].counts == {
+        "pairs with the negatives of the data, for which the taxonomy is not used": 6
+    }
+    with pytest.raises(DataError, match="--taxonomy is for generated negatives, which --negatives off turns off"):
+        made(CATS, tmp_path, "off", taxonomy=tree)
     with pytest.raises(DataError, match=r"--negatives must be auto, missing, all, off, not 'some'"):
         made(CATS, tmp_path, "some")
 
