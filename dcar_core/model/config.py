@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
-TrainWeights = Literal["none", "pair", "predicted"]
+TrainWeights = Literal["none", "pair"]
 QueryWeights = Literal["none", "predicted"]
 WordSide = Literal["context", "alone"]
 PictureSide = Literal["pooled", "patches"]
@@ -65,8 +65,7 @@ class PromptConfig(_Config):
 class ReweightConfig(_Config):
     """Dynamic token re-weighting (section 2).
 
-    train: the weights that captions get in training: "pair" from their own image, as published; "predicted"
-        from the text alone; "none".
+    train: the weights that captions get in training: "pair" from their own image, as published, or "none".
     query: the weights of a query, which has no image. "predicted" or "none", as the validation split prefers.
     strength, low, high [ours]: 1 + strength * (w / mean - 1), clipped to [low, high].
     word: the token's feature in a pair weight, in its caption or alone.

@@ -130,11 +130,10 @@ def _forward(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> _Part
     tokens = tokens[:, :length]
     target_weights = data.pair_weights[part, :length] if data.pair_weights is not None else None
     predicted = model.predicted_weights(tokens)
-    token_weights = {"none": None, "pair": target_weights, "predicted": predicted}[config.reweight.train]
     if model.text_is_frozen and data.text_features is not None:
         text = model.adapt_text(data.text_features[part])
     else:
-        text = model.encode_text(tokens, token_weights)
+        text = model.encode_text(tokens, target_weights)
     image = _encode_images(model, data, part)
     text, image = text.float(), image.float()
     adapter, candidates, losses = model.category_adapter(), None, scale.new_zeros(())

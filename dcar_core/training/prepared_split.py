@@ -88,7 +88,7 @@ def prepare_split(
     caption_group = np.array([groups.setdefault(normalise(caption), len(groups)) for caption in captions])
     tokens = backbone.tokenize(captions, model.prompt_tokens)
     has_anchor = for_training and max(config.loss.anchor, config.loss.consistency) > 0
-    has_pair_weights = for_training and (config.reweight.train == "pair" or model.head is not None)
+    has_pair_weights = for_training and config.reweight.train == "pair"
     candidate_features = candidate_weights = None
     if for_training and model.category_adapter() is not None:
         candidate_features, candidate_weights = frozen.candidates(config.loss.alpha)
