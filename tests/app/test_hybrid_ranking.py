@@ -221,6 +221,46 @@ def test_products_like_some_items_equal_those_of_all_rows(kind: str, seed: int) 
             np.testing.assert_allclose([each.score for each in found], list(expected.values())[:10], atol=1e-5)
 
 
+@pytest.mark.parametrize("query", ["ghost", "red fish cake", "face smile car"])
+def test_hybrid_products_like_some_items_equal_those_of_all_rows(catalogue: Any, query: str) -> None:
+    snapshot, vectors, lexical = catalogue
+    products = [f"p{row % 9}" for row in range(400)]
+    grouped = snapshot_of(Rows(vectors, lexical=lexical, product=products))
+    hybrid = HybridQuery(query, 0.7)
+    for mask in (None, np.random.default_rng(2).random(400) < 0.5):
+        everything = rank(snapshot.artifact, RankQuery(vectors[5], hybrid), 400, mask)
+        expected: dict[str, int] = {}
+        for row in (each.row for each in everything):
+            if products[row] not in ("p5", "p6"):
+                expected.setdefault(products[row], row)
+        for end in (3, 20):
+            plan = Plan(Query(SearchOptions()), [5], [6], None, end, 0, hybrid, group_by="product")
+            found = rank_rows(grouped, plan, vectors[5], mask)
+            assert [each.row for each in found] == list(expected.values())[: end + 1]
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", None]], ids=["all", "half"])
+def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str | None]) -> None:
+    """A group of the items to resemble may be most of the gallery."""
+    rng, count = np.random.default_rng(0), 3000
+    vectors = unit(rng, count, 16)
+    values = rng.choice(np.array(names, object), count).tolist()
+    values[7] = "a"
+    artifact: Any = Rows(vectors, product=values)
+    search, widths = artifact.search, list[int]()
+
+    def recording(queries: np.ndarray, k: int, *given: Any, **options: Any) -> Any:
+        widths.append(k)
+        return search(queries, k, *given, **options)
+
+    artifact.search = recording
+    plan = Plan(Query(SearchOptions()), [7], [], None, end=9, rerank_depth=0, hybrid=None, group_by="product")
+    found = rank_rows(snapshot_of(artifact), plan, vectors[7], None)
+    assert [values[each.row] for each in found if values[each.row] == "a"] == []
+    assert len(found) == (0 if names == ["a"] else 10)
+    assert max(widths) < 100
+
+
 def test_one_huge_group_does_not_hide_the_others() -> None:
     rng = np.random.default_rng(0)
     vectors = unit(rng, 3000, 16)

@@ -49,9 +49,10 @@ class GroupField:
         _, places = np.unique(self.codes[rows], return_index=True)
         return rows[np.sort(places)]
 
-    def same_group(self, rows: list[int]) -> set[int]:
-        """Return all rows in the groups of some rows."""
-        return set(np.flatnonzero(np.isin(self.codes, self.codes[rows])).tolist())
+    def outside(self, codes: Rows, mask: Mask | None) -> Mask:
+        """Return the rows of a mask, None for all rows, that are in none of the numbered groups, bool (rows,)."""
+        others = ~np.isin(self.codes, codes)
+        return others if mask is None else others & mask
 
 
 def group_field(snapshot: Snapshot, name: str) -> GroupField:
@@ -89,6 +90,5 @@ def rank_groups(
             best.setdefault(int(groups.codes[ranked.row]), ranked)
         if not rows:
             break
-        outside = ~np.isin(groups.codes, np.fromiter(best, np.int64))
-        remaining = outside if mask is None else outside & mask
+        remaining = groups.outside(np.fromiter(best, np.int64), mask)
     return list(best.values())[:count]
