@@ -244,7 +244,7 @@ def _service_routes(settings: Settings) -> APIRouter:
         if collections.is_draining:
             raise NotReadyError("The service is shutting down.")
         live, reason = collections[None].require(), collections.reason
-        reason = reason or await asyncio.to_thread(collections.find_gallery_fault)
+        reason = reason or await collections.gallery_fault.result()
         status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
         return JsonResponse({**status, "count": live.artifact.manifest.count, "reason": reason})
 

@@ -8,10 +8,13 @@
 
 import asyncio
 import contextlib
+import math
 import os
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -37,6 +40,47 @@ async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
         return await thread.run(call, *args)
     finally:
         thread.shutdown(wait=False)
+
+
+class SharedCall(Generic[T]):
+    """A call that may hang, such as a look at a network disk. One thread at a time runs it, for all who ask.
+
+    Attributes:
+        wait_s: longest wait for a result.
+        fresh_s: time after the start of a run in which its result is returned without a new run.
+        known_s: age up to which a result is returned where a new run takes longer than `wait_s`.
+    """
+
+    wait_s, fresh_s, known_s = 1.0, 5.0, 60.0
+
+    def __init__(self, call: Callable[[], T], otherwise: T) -> None:
+        """Prepare the call. `otherwise` is returned while no result is known."""
+        self._call, self._otherwise = call, otherwise
+        self._known = (-math.inf, otherwise)  # time and result of the last complete run
+        self._started = -math.inf
+        self._run: Future[T] | None = None
+
+    async def result(self) -> T:
+        """Return the result of the call, or raise its error."""
+        if self._run is None or (self._run.done() and time.monotonic() - self._started > self.fresh_s):
+            self._started, self._run = time.monotonic(), Future()
+            self._run.set_running_or_notify_cancel()  # a caller that gives up cancels nothing
+            threading.Thread(target=self._work, args=[self._run], name="dcar-shared", daemon=True).start()
+        try:
+            async with asyncio.timeout(self.wait_s):
+                return await asyncio.wrap_future(self._run)
+        except TimeoutError:
+            ended, result = self._known
+            return result if time.monotonic() - ended <= self.known_s else self._otherwise
+
+    def _work(self, run: Future[T]) -> None:
+        try:
+            result = self._call()
+        except Exception as error:
+            run.set_exception(error)
+        else:
+            self._known = (time.monotonic(), result)
+            run.set_result(result)
 
 
 def use_batch_scheduling() -> None:

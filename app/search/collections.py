@@ -18,7 +18,7 @@ from pathlib import Path
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import supervise
-from app.core.threads import run_in_new_thread
+from app.core.threads import SharedCall, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
 from app.search.snapshots import Snapshot, load_empty_snapshot, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
@@ -176,6 +176,7 @@ class Collections:
         default: name of the default collection.
         load_lock: held while a version is loaded, so one is loaded at a time.
         on_start_failure: called if the first version of a collection cannot be loaded.
+        gallery_fault: why images cannot be shown, by a sample of each gallery's files; None if they can.
         is_draining: True if the service is about to stop: it still serves, but is not ready.
     """
 
@@ -196,6 +197,7 @@ class Collections:
         self._sync_lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.default = next(iter(self._indexes))
+        self.gallery_fault = SharedCall[str | None](self._find_gallery_fault, "the gallery does not respond")
         self.is_draining = False
 
     def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
@@ -220,8 +222,7 @@ class Collections:
         reasons = [self._with_name(name, index.reason) for name, index in self if index.reason is not None]
         return "; ".join(reasons) or None
 
-    def find_gallery_fault(self) -> str | None:
-        """Return why images cannot be shown, by a sample of each gallery's files; None if they can. Reads the disk."""
+    def _find_gallery_fault(self) -> str | None:
         for name, index in self:
             if index.live and (fault := index.live.artifact.find_gallery_fault()):
                 return self._with_name(name, without_directories(fault, index.index))

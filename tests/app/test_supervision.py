@@ -1,6 +1,8 @@
 """Background tasks that fail are restarted, and readiness and metrics show it."""
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import pytest
 
 from app.core.metrics import Metrics
 from app.core.supervision import supervise
+from app.core.threads import SharedCall
 from app.search.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
 from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version
 from tests.support.responses import scrape
 from tests.support.service import ServiceClient, opened, until
@@ -80,7 +84,10 @@ async def test_readiness_shows_no_absolute_path(index: Path) -> None:
         assert ready.json()["reason"].startswith("index has no version 7")
 
 
-async def test_a_gallery_that_is_gone_degrades_readiness(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+async def test_a_gallery_that_is_gone_degrades_readiness(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SharedCall, "fresh_s", 0)
     rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
     async with opened(tmp_path / "index", poll_s=0.02) as client:
         assert await has_status(client, "ready")
@@ -91,6 +98,30 @@ async def test_a_gallery_that_is_gone_degrades_readiness(gallery: Path, tiny_che
         assert str(tmp_path) not in ready["reason"]
         (tmp_path / "unmounted").rename(gallery)
         assert await has_status(client, "ready")
+
+
+async def test_a_hung_gallery_degrades_readiness_and_holds_up_nothing_else(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, looks = threading.Event(), list[threading.Thread]()
+
+    def hang(_: Artifact) -> None:
+        looks.append(threading.current_thread())
+        assert gate.wait(20)
+
+    monkeypatch.setattr(Artifact, "find_gallery_fault", hang)
+    monkeypatch.setattr(SharedCall, "wait_s", 0.05)
+    async with opened(built_index, poll_s=0) as client:
+        probes = await asyncio.gather(*(client.get("/readyz") for _ in range(os.cpu_count() or 1) for _ in range(8)))
+        assert {(each.json()["status"], each.json()["reason"]) for each in probes} == {
+            ("degraded", "the gallery does not respond")
+        }
+        batch = client.post("/search/batch", json={"queries": [{"query": "red"}]})
+        assert (await asyncio.wait_for(batch, 10)).status_code == 200
+        assert len(looks) == 1
+        assert looks[0].daemon, "the process can end"
+        gate.set()
+        await until(lambda: has_status(client, "ready"))
 
 
 async def test_the_batcher_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

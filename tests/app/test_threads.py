@@ -1,11 +1,13 @@
 """Threads for rare work end with it, so few threads compute."""
 
+import asyncio
+import itertools
 import threading
 from pathlib import Path
 
 import pytest
 
-from app.core.threads import run_in_new_thread
+from app.core.threads import SharedCall, run_in_new_thread
 from app.search.snapshots import load_snapshot
 from dcar_core.serving import pair_weights
 from tests.support.service import opened
@@ -18,6 +20,40 @@ async def test_a_new_thread_ends_with_its_call() -> None:
     assert not thread.is_alive()
     with pytest.raises(ZeroDivisionError):
         await run_in_new_thread(divmod, 1, 0)
+
+
+async def test_a_shared_call_runs_once_for_all_and_again_when_its_result_is_old() -> None:
+    numbers = itertools.count(1)
+    call = SharedCall(lambda: next(numbers), 0)
+    assert await asyncio.gather(*(call.result() for _ in range(20))) == [1] * 20
+    assert await call.result() == 1
+    call.fresh_s = 0
+    assert await call.result() == 2
+
+
+async def test_a_shared_call_that_hangs_has_its_last_result_for_a_while() -> None:
+    gate = threading.Event()
+    gate.set()
+    call = SharedCall(lambda: gate.wait(10), False)
+    call.fresh_s = 0
+    assert await call.result()
+    gate.clear()
+    call.wait_s = 0.02
+    assert await call.result()
+    call.known_s = 0
+    assert not await call.result()
+    gate.set()
+    call.wait_s = 60
+    assert await call.result()
+
+
+async def test_a_shared_call_that_fails_raises_its_error_and_runs_again() -> None:
+    divisors = [0, 1]
+    call = SharedCall(lambda: 1 // divisors.pop(0), -1)
+    call.fresh_s = 0
+    with pytest.raises(ZeroDivisionError):
+        await call.result()
+    assert await call.result() == 1
 
 
 async def test_threads_that_loaded_a_model_end(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
