@@ -78,10 +78,15 @@ class Snapshot:
         return self.artifact.manifest.cutoff.get("min_score")
 
 
-def drop_oldest(cache: dict[Any, Any], size: int) -> None:
-    """Drop the oldest entries of a snapshot's cache, down to `size`."""
-    while len(cache) > size:
-        del cache[next(iter(cache))]
+def drop_oldest(cache: dict[Any, Any], size: int, kept: Hashable = None) -> None:
+    """Drop the oldest entries of a snapshot's cache, down to `size`, and one more if `kept` is the oldest.
+
+    Several threads may fill and trim a cache at once.
+    """
+    surplus = len(cache) - size
+    for key in [*cache][:surplus] if surplus > 0 else ():
+        if key != kept:
+            cache.pop(key, None)
 
 
 def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:

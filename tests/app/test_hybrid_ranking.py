@@ -1,7 +1,9 @@
 """Hybrid ranking, groups and facets against plain computations over all rows."""
 
 import random
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from app.search.ranking.facets import count_values
 from app.search.ranking.groups import group_field, rank_groups
 from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankQuery, rank
+from app.search.snapshots import drop_oldest
 from dcar_core.util.errors import DataError
 from index_jobs.store.faiss_index import FaissIndex
 from index_jobs.store.lexical.fusion import text_bonus
@@ -42,7 +45,7 @@ class Rows:
         self._faiss, self.rows, self.lexical = FaissIndex(index), len(vectors), lexical
         self.live = np.ones(self.rows, np.bool_)
         self.live.flags.writeable = False
-        self.manifest = SimpleNamespace(removed=0)
+        self.manifest = SimpleNamespace(removed=0, group_field="field0")
         self._columns = columns
         self.sample_vectors = vectors[:50]
 
@@ -259,6 +262,33 @@ def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str
     assert [values[each.row] for each in found if values[each.row] == "a"] == []
     assert len(found) == (0 if names == ["a"] else 10)
     assert max(widths) < 100
+
+
+def test_groups_of_recent_fields_and_of_the_own_field_of_the_index_are_kept() -> None:
+    fields: dict[str, Any] = {f"field{number}": ["a", "b"] for number in range(20)}
+    snapshot = snapshot_of(Rows(unit(np.random.default_rng(0), 2, 4), **fields))
+    for name in fields:
+        assert group_field(snapshot, name) is group_field(snapshot, name)
+        assert len(snapshot.groups) <= 9
+    assert list(snapshot.groups) == ["field0", *(f"field{number}" for number in range(12, 20))]
+
+
+def test_threads_may_fill_and_trim_a_cache_at_once() -> None:
+    cache: dict[int, int] = {}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def fill(worker: int) -> None:
+        for number in range(20_000):
+            cache[8 * number + worker] = number
+            drop_oldest(cache, 8)
+
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(fill, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(cache) <= 8
 
 
 def test_one_huge_group_does_not_hide_the_others() -> None:

@@ -61,12 +61,13 @@ def facet_values(snapshot: Snapshot, name: str, filter: dict[str, Any] | None, g
         InvalidQueryError: there is no such field.
     """
     facets, key = snapshot.facets, (name, mask_key(filter) if filter else "", group_by)
-    if key not in facets:
+    facet = facets.get(key)
+    if facet is None:
         mask = filter_mask(snapshot, filter) if filter else snapshot.artifact.live
         groups = group_field(snapshot, group_by) if group_by else None
-        facets[key] = count_values(snapshot.artifact, name, mask, groups)
+        facet = facets[key] = count_values(snapshot.artifact, name, mask, groups)
         drop_oldest(facets, _MAX_CACHED)
-    return facets[key]
+    return facet
 
 
 def count_values(

@@ -14,9 +14,10 @@ import pyarrow as pa
 from app.search.errors import InvalidQueryError
 from app.search.ranking.rank import RankedRow
 from app.search.ranking.rows import field_values
-from app.search.snapshots import Snapshot
+from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Mask, Rows
 
+_MAX_CACHED = 8  # fields of one version; one of different texts takes about 80 bytes an item
 _ROWS_PER_GROUP = 4  # rows requested at first for each group
 
 
@@ -56,7 +57,11 @@ class GroupField:
 
 
 def group_field(snapshot: Snapshot, name: str) -> GroupField:
-    """Return a field's groups, cached. Raise InvalidQueryError if there is no such field, or it holds lists."""
+    """Return a field's groups. Those of recent fields, and of the index's own, are cached.
+
+    Raises:
+        InvalidQueryError: there is no such field, or it holds lists.
+    """
     groups = snapshot.groups.get(name)
     if groups is None:
         column = field_values(snapshot.artifact, name, "group_by")
@@ -71,6 +76,7 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
         codes[alone] = len(values) + alone
         counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
         groups = snapshot.groups[name] = GroupField(codes, values, counts)
+        drop_oldest(snapshot.groups, _MAX_CACHED, kept=snapshot.artifact.manifest.group_field)
     return groups
 
 
