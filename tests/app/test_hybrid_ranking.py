@@ -2,6 +2,7 @@
 
 import random
 import sys
+import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -325,6 +326,48 @@ def test_facets_equal_a_plain_count() -> None:
             facet = count_values(snapshot.artifact, name, mask, grouped)
             assert {entry["value"]: entry["count"] for entry in facet} == dict(expected)
             assert [entry["count"] for entry in facet] == sorted(expected.values(), reverse=True)
+
+
+def test_facets_are_in_the_order_of_all_values_sorted() -> None:
+    """Frequent ones first; of equally frequent ones, the first in the order of their texts."""
+    rng = np.random.default_rng(0)
+    count = 900
+    letters = ["é", "z", "Z", "10", "9", " ", "\uffff", "\U0001f600", "'", '"']
+    texts = ["".join(rng.choice(letters, rng.integers(1, 4)).tolist()) for _ in range(count)]
+    columns: dict[str, Any] = {
+        "text": [None if text == "z" else text for text in texts],
+        "tags": [sorted({text, text[:1], text[::-1]}) for text in texts],
+        "flag": (rng.random(count) < 0.5).tolist(),
+        "whole": rng.choice([7, 8, 10, 100, -1], count).tolist(),
+        "number": rng.choice([2.0, 10.0, 1e300, np.inf, -0.5], count).tolist(),
+        "alike": [True, False] * (count // 2),
+    }
+    snapshot, mask = snapshot_of(Rows(unit(rng, count, 4), **columns)), rng.random(count) < 0.9
+    for name, values in columns.items():
+        counter = Counter[Any]()
+        for row in np.flatnonzero(mask).tolist():
+            counter.update(values[row] if name == "tags" else [values[row]])
+        del counter[None]
+        for limit in (100, 101):
+            expected = sorted(counter.items(), key=lambda pair: (-pair[1], str(pair[0])))[:limit]
+            facet = count_values(snapshot.artifact, name, mask, limit=limit)
+            assert [(entry["value"], entry["count"]) for entry in facet] == expected, name
+    assert len(set(texts)) > 300, "ties at the end of the list"
+
+
+def test_a_facet_of_different_texts_needs_little_memory() -> None:
+    count = 50_000
+    artifact: Any = Rows(np.ones((count, 1), np.float32), name=[f"item {number:06d}" for number in range(count)])
+    column, mask = artifact.column("name"), np.ones(count, np.bool_)
+    artifact.column = lambda _: column
+    tracemalloc.start()
+    try:
+        facet = count_values(artifact, "name", mask)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [entry["value"] for entry in facet] == [f"item {number:06d}" for number in range(100)]
+    assert peak < 100 * count, "bytes; the texts alone have as many as Python objects"
 
 
 def test_a_field_of_many_values_is_counted_by_its_most_frequent_ones() -> None:

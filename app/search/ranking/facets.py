@@ -98,9 +98,13 @@ def count_values(
         numbers = numbers[np.isfinite(numbers)]
         if len(np.unique(numbers)) > _SINGLE_NUMBERS:
             return _count_ranges(numbers)
-    counted = [(entry["values"], entry["counts"]) for entry in pc.value_counts(chosen).to_pylist()]
-    counted.sort(key=lambda pair: (-pair[1], str(pair[0])))
-    return [{"value": value, "count": count} for value, count in counted[:limit]]
+    counted = pc.value_counts(chosen)
+    if len(counted) > limit:  # of texts, perhaps millions
+        table = pa.table({"count": counted.field("counts"), "text": counted.field("values")})
+        order = [("count", "descending"), ("text", "ascending")]
+        counted = counted.take(pc.select_k_unstable(table, limit, order))
+    facet = [{"value": entry["values"], "count": entry["counts"]} for entry in counted.to_pylist()]
+    return sorted(facet, key=lambda entry: (-entry["count"], str(entry["value"])))
 
 
 def _count_ranges(numbers: Any) -> Facet:
