@@ -22,6 +22,7 @@ SAFE_HEADERS = {
 }
 _UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]")  # added by pydantic to the location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
+_MAX_EXAMINED = 1000  # a hostile body has many thousands, and each takes microseconds in the event loop
 
 
 class Problem(Exception):  # noqa: N818 - the name in RFC 9457
@@ -81,7 +82,9 @@ def from_validation(error: ValidationError | RequestValidationError) -> Problem:
     """Turn the faults that pydantic, or FastAPI on its behalf, found into one problem."""
     if isinstance(error, RequestValidationError):  # a location begins with the part of the request
         entries = [{**entry, "loc": entry["loc"][1:]} for entry in error.errors()]
-    else:  # a hostile body may have many thousands; the options leave out the costly parts
+    elif error.error_count() > _MAX_EXAMINED:
+        return field_problem("body", f"has {error.error_count():,} faults; send only the fields that /docs names")
+    else:  # the options leave out the costly parts
         entries = cast(list[Any], error.errors(include_url=False, include_context=False, include_input=False))
     if any(entry["type"] == "json_invalid" for entry in entries):
         return field_problem("body", "not valid JSON", status=400)

@@ -208,7 +208,8 @@ async def test_thousands_of_faults_are_summarised(built_index: Path, path: str) 
     async with opened(built_index) as client:
         for body, field in (
             ({"queries": [1] * 30_000, "query": "a", "more_like": [1] * 30_000}, "more_like.0"),
-            ({f"f{n}": 1 for n in range(5000)}, "f0"),
+            ({f"f{n}": 1 for n in range(999)}, "f0"),
+            ({f"f{n}": 1 for n in range(5000)}, "body: has 5,001 faults; send only the fields that /docs names"),
             ({"queries": [{}] * 1001}, "queries"),
         ):
             content = json.dumps(body).encode()[: 60_000 if path == "/search/text" else None]
