@@ -4,7 +4,8 @@
 - A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference.
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
 - A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload` and notices over Redis.
-- The service is ready when every collection is loaded, and stays ready when one cannot follow a new version.
+- The service is ready when every collection is loaded, and stays ready when one cannot follow a new version. A created
+  collection that cannot be loaded does not count.
 """
 
 import asyncio
@@ -115,7 +116,7 @@ class ServedIndex:
     def _record_failure(self, version: int | None, error: Exception) -> DcarError:
         """Note why a version is not served. Log it once, and not at all if `on_start_failure` reports it."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
-        is_reported = self.live is None and self._collections.on_start_failure is not None
+        is_reported = self.live is None and not self.is_created and self._collections.on_start_failure is not None
         if str(failure) != self._failure and not is_reported:
             logger.error("version %s of %s is not served: %s", version or "?", self.index, failure)
         self._failure = str(failure)
@@ -175,7 +176,7 @@ class Collections:
     Attributes:
         default: name of the default collection.
         load_lock: held while a version is loaded, so one is loaded at a time.
-        on_start_failure: called if the first version of a collection cannot be loaded.
+        on_start_failure: called if the first version of a collection in the settings cannot be loaded.
         gallery_fault: why images cannot be shown, by a sample of each gallery's files; None if they can.
         is_draining: True if the service is about to stop: it still serves, but is not ready.
     """
@@ -211,9 +212,13 @@ class Collections:
         return index
 
     def require_all(self) -> None:
-        """Check that every collection can be searched. Raise NotReadyError if one cannot; the message is its reason."""
+        """Check that every collection can be searched, except created ones that cannot be loaded.
+
+        Raises:
+            NotReadyError: one cannot; the message is its reason.
+        """
         for name, index in self:
-            if index.live is None:
+            if index.live is None and (not index.is_created or index.reason == _LOADING):
                 raise NotReadyError(self._with_name(name, index.reason or _LOADING))
 
     @property

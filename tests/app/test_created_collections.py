@@ -1,11 +1,20 @@
 """Collections that are created, filled and dropped over HTTP."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.core.keys import key_hash, new_key
+from app.core.metrics import Metrics
+from app.core.settings import Settings
+from app.search.collections import Collections
+from app.search.errors import NotReadyError
+from dcar_core.util.errors import DcarError
+from index_jobs.store.manifest import CHECKPOINT
+from index_jobs.store.versions import open_current
+from index_jobs.store.writes.collection_folders import create_collection, list_collections
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, WORDS, bearer, opened, until
@@ -103,3 +112,46 @@ async def test_only_collections_of_writers_are_created_and_dropped(index: Path, 
         assert [await send("DELETE", "lamps", key) for key in (ALICE, lamps)] == [403, 204]
     async with opened(index, **WRITES) as client:
         assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403
+
+
+async def test_created_collection_that_cannot_be_loaded_is_logged_and_leaves_the_service_ready(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "created"
+    folder.mkdir()
+    for name in ("lamps", "shoes"):
+        create_collection(folder, name, open_current(index).checkpoint)
+    (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
+    failures = list[DcarError]()  # with which `dcar serve` ends
+    settings = Settings(index=index, collections_dir=folder, device="cpu", poll_s=0)
+    collections = Collections(settings, Metrics(), on_start_failure=failures.append)
+    with pytest.raises(NotReadyError):
+        collections.require_all()
+    collections.start()
+
+    async def is_loaded() -> bool:
+        with contextlib.suppress(NotReadyError):
+            collections.require_all()
+            return True
+        return False
+
+    await until(is_loaded)
+    assert collections["shoes"].live is not None
+    assert failures == []
+    assert (collections.reason or "").startswith("lamps: ")
+    assert [record.levelname for record in caplog.records if "is not served" in record.getMessage()] == ["ERROR"]
+    await collections.close()
+
+
+async def test_created_collection_that_breaks_makes_readiness_degraded(index: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "created"
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+        await client.put("/collections/shoes", headers=ADMINS)
+        create_collection(folder, "lamps", open_current(index).checkpoint)
+        (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
+        await client.app.state.collections.sync()
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+        assert ready.json()["reason"].startswith("lamps: ")
+        assert_problem(await client.post("/collections/lamps/search/text", json=WORDS), 503)
+        assert (await client.post("/collections/shoes/search/text", json=WORDS)).status_code == 200
