@@ -54,7 +54,8 @@ def to_problem(error: Exception) -> Problem:
             status = 404 if error.field == "id" else 422
             return Problem(status, str(error), errors=[(error.field, f"unknown: {error.shown_id}")])
         case CollectionNotFoundError():
-            return Problem(404, str(error), errors=[("collection", str(error))])
+            detail = f"{str(error).rstrip('.')}; GET /collections lists the served ones."
+            return Problem(404, detail, errors=[(error.field, detail)])
         case ImageUnavailableError():
             return Problem(404, str(error))
         case UnsupportedQueryError():

@@ -209,7 +209,7 @@ def _service_routes(settings: Settings) -> APIRouter:
         query = await read_embeddings(request, settings)
         if not may_read(request, query.model or collections.default):
             raise out_of_scope()
-        snapshot = collections[query.model].require()
+        snapshot = collections.find(query.model, "model").require()
         encoder = snapshot.encoder
         if query.dimensions not in (None, encoder.dim):
             raise field_problem("dimensions", f"must be {encoder.dim} for this model, not {query.dimensions}")

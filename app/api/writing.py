@@ -85,7 +85,7 @@ def collection_writing_routes() -> APIRouter:
                 raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
             if not may_read(request, model or collections.default):
                 raise out_of_scope()
-            checkpoint = collections[model].require().artifact.checkpoint
+            checkpoint = collections.find(model, "model").require().artifact.checkpoint
             with _storing("collection"):
                 await asyncio.to_thread(create_collection, folder, name, checkpoint)
             await collections.sync()

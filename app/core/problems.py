@@ -20,7 +20,9 @@ SAFE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-_UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]")  # added by pydantic to the location of a union's fault
+_UNION_BRANCH = re.compile(
+    r"constrained-\w+|literal\[.*\]|bool"
+)  # added by pydantic to the location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
 _MAX_EXAMINED = 1000  # a hostile body has many thousands, and each takes microseconds in the event loop
 
@@ -88,15 +90,17 @@ def from_validation(error: ValidationError | RequestValidationError) -> Problem:
         entries = cast(list[Any], error.errors(include_url=False, include_context=False, include_input=False))
     if any(entry["type"] == "json_invalid" for entry in entries):
         return field_problem("body", "not valid JSON", status=400)
-    faults = [(_field_name(entry["loc"]), _message(entry["msg"])) for entry in entries[:_MAX_FAULTS]]
+    faults = [(_field_name(entry), _message(entry["msg"])) for entry in entries[:_MAX_FAULTS]]
     detail = "; ".join(f"{field}: {message}" for field, message in faults)
     if len(entries) > _MAX_FAULTS:
         detail += f"; and {len(entries) - _MAX_FAULTS:,} more"
     return Problem(422, detail, errors=faults)
 
 
-def _field_name(location: Sequence[int | str]) -> str:
-    return ".".join(part for part in map(str, location) if not _UNION_BRANCH.fullmatch(part)) or "body"
+def _field_name(fault: Mapping[str, Any]) -> str:
+    places = [str(place) for place in fault["loc"]]
+    unknown = [places.pop()] if fault["type"] == "extra_forbidden" else []  # the caller's own word
+    return ".".join([*(place for place in places if not _UNION_BRANCH.fullmatch(place)), *unknown]) or "body"
 
 
 def _message(text: str) -> str:

@@ -206,9 +206,13 @@ class Collections:
 
     def __getitem__(self, name: str | None) -> ServedIndex:
         """Return a collection; None means the default. Raise CollectionNotFoundError if no collection has this name."""
+        return self.find(name, "collection")
+
+    def find(self, name: str | None, field: str) -> ServedIndex:
+        """Return the collection that a field of the request names, as `[name]` does."""
         index = self._indexes.get(self.default if name is None else name)
         if index is None:
-            raise CollectionNotFoundError(str(name), list(self._indexes))
+            raise CollectionNotFoundError(str(name), field)
         return index
 
     def require_all(self) -> None:

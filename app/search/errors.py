@@ -4,8 +4,6 @@
 - The engine knows nothing of HTTP: `app.api.error_handlers` maps each class to a response.
 """
 
-from collections.abc import Sequence
-
 from dcar_core.util.errors import DcarError, ImageError
 
 _MAX_SHOWN = 200  # characters of a name that a caller sent
@@ -47,10 +45,15 @@ class ItemNotFoundError(SearchError):
 
 
 class CollectionNotFoundError(SearchError):
-    """No collection of this name is served."""
+    """No collection of this name is served.
 
-    def __init__(self, name: str, available: Sequence[str]) -> None:
-        super().__init__(f"There is no collection {name[:_MAX_SHOWN]!r}; available: {', '.join(available)}.")
+    Attributes:
+        field: the field of the request that names the collection.
+    """
+
+    def __init__(self, name: str, field: str) -> None:
+        super().__init__(f"There is no collection {name[:_MAX_SHOWN]!r}.")
+        self.field = field
 
 
 class ImageUnavailableError(SearchError):

@@ -70,6 +70,8 @@ TEXTS: list[tuple[bytes, int, str]] = [
     (b'{"query": "x", "k": "10"}', 422, "k"),
     (b'{"query": "x", "k": true}', 422, "k"),
     (b'{"query": "x", "limit": 3}', 422, "limit"),
+    (b'{"query": "x", "bool": 3}', 422, "bool"),
+    (b'{"query": "x", "hybrid": "yes"}', 422, "hybrid"),
     (b"[]", 422, "body"),
     (b'"red"', 422, "body"),
     (b"", 400, "body"),
@@ -84,7 +86,8 @@ TEXTS: list[tuple[bytes, int, str]] = [
 async def test_invalid_text_queries_name_the_field(built_index: Path) -> None:
     async with opened(built_index) as client:
         for content, status, field in TEXTS:
-            assert_problem(await client.post("/search/text", content=content, headers=JSON), status, field)
+            body = assert_problem(await client.post("/search/text", content=content, headers=JSON), status, field)
+            assert {each["field"] for each in body["errors"]} == {field}
         good = b'{"query": "x"}'
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
             response = await client.post("/search/text", content=good, headers={"Content-Type": kind})

@@ -103,7 +103,7 @@ async def test_only_collections_of_writers_are_created_and_dropped(index: Path, 
 
         assert [await send("PUT", "lamps", key) for key in (ALICE, "wrong", lamps)] == [403, 401, 200]
         assert [await send("PUT", "other", key) for key in (ALICE, lamps)] == [403, 403]
-        assert await send("PUT", "lamps2?model=none", ADMIN) == 404
+        assert_problem(await client.put("/collections/lamps2?model=none", headers=ADMINS), 404, "model")
         assert await send("DELETE", "index", ADMIN) == 409
         assert await send("DELETE", "none", ADMIN) == 404
         for name in (".hidden", "..%2Fx", "a b", "x" * 65, "%00"):

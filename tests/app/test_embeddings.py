@@ -54,7 +54,7 @@ async def test_texts_and_images_have_the_vectors_of_searches(
         ({"input": {"image": IMAGE, "url": "http://x"}}, 422, "input.0.url"),
         ({"input": "red", "dimensions": 8}, 422, "dimensions"),
         ({"input": "red", "encoding_format": "int8"}, 422, "encoding_format"),
-        ({"input": "red", "model": "text-embedding-3-small"}, 404, "collection"),
+        ({"input": "red", "model": "text-embedding-3-small"}, 404, "model"),
         ({"input": "red", "modell": "index"}, 422, "modell"),
     ],
 )
