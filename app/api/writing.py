@@ -6,8 +6,8 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -30,6 +30,7 @@ from app.api.schemas import Collection, JobResponse
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
 from app.middleware.access import charge, out_of_scope
+from app.search.collections import Collections
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.util.errors import ImageError, LockedError
@@ -78,6 +79,7 @@ def collection_writing_routes() -> APIRouter:
         name, collections = _name(request), state_of(request).collections
         require_writer(request, name)
         folder = state_of(request).settings.collections_dir
+        await collections.sync()  # another process may have created or dropped some
         if name not in dict(collections):
             if not COLLECTION_NAME.fullmatch(name):
                 raise field_problem("collection", "must be 1 to 64 letters, digits, '.', '_' and '-'")
@@ -86,7 +88,7 @@ def collection_writing_routes() -> APIRouter:
             if not may_read(request, model or collections.default):
                 raise out_of_scope()
             checkpoint = collections.find(model, "model").require().artifact.checkpoint
-            with _storing("collection"):
+            async with _storing("collection", collections):
                 await asyncio.to_thread(create_collection, folder, name, checkpoint)
             await collections.sync()
         return JsonResponse(collection_response(collections, name))
@@ -100,7 +102,7 @@ def collection_writing_routes() -> APIRouter:
         if not served.is_created:
             raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
         try:
-            with _storing("change"):
+            async with _storing("change", collections, name):
                 await asyncio.to_thread(drop_collection, served.index)
         except LockedError:
             raise Problem(503, "Its jobs are being applied. Try again in 5 s.", headers={"Retry-After": "5"}) from None
@@ -161,17 +163,20 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
 async def _accept(
     request: Request, kind: JobKind, items: list[dict[str, Any]], images: list[tuple[bytes, str]] | None = None
 ) -> Response:
-    with _storing("job"):
+    async with _storing("job", state_of(request).collections, _name(request)):
         job = await state_of(request).writer.accept(_name(request), kind, items, images or [])
     return JsonResponse(job, 202, headers={"Location": f"{request.scope.get('root_path', '')}/jobs/{job['id']}"})
 
 
-@contextmanager
-def _storing(what: str) -> Iterator[None]:
-    """Turn a full disk into a 503."""
+@asynccontextmanager
+async def _storing(what: str, collections: Collections, name: str | None = None) -> AsyncIterator[None]:
+    """Turn a full disk into a 503, and a named collection that another process has dropped into a 404."""
     try:
         yield
     except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            await collections.sync()
+            _ = collections[name]
         logger.warning("a %s cannot be stored: %s", what, error)
         detail = f"The {what} cannot be stored; perhaps the disk is full. Try again later."
         raise Problem(503, detail, headers={"Retry-After": "10"}) from None

@@ -14,11 +14,11 @@ from app.search.errors import NotReadyError
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current
-from index_jobs.store.writes.collection_folders import create_collection, list_collections
+from index_jobs.store.writes.collection_folders import create_collection, drop_collection, list_collections
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, WORDS, bearer, opened, until
-from tests.support.writes import ADMINS, WRITES, ended, item, put
+from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
 
 
 @pytest.mark.usefixtures("in_process")
@@ -155,3 +155,28 @@ async def test_created_collection_that_breaks_makes_readiness_degraded(index: Pa
         assert ready.json()["reason"].startswith("lamps: ")
         assert_problem(await client.post("/collections/lamps/search/text", json=WORDS), 503)
         assert (await client.post("/collections/shoes/search/text", json=WORDS)).status_code == 200
+
+
+@pytest.mark.parametrize("request_of", ["drop", "put", "delete", "model"])
+async def test_collection_that_another_process_has_dropped_is_not_found(
+    index: Path, tmp_path: Path, request_of: str
+) -> None:
+    folder = tmp_path / "created"
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
+        drop_collection(list_collections(folder)["lamps"])
+        if request_of == "drop":
+            refused = await client.delete("/collections/lamps", headers=ADMINS)
+        elif request_of == "put":
+            refused = await put(client, item("a"), path="/collections/lamps/items")
+        elif request_of == "delete":
+            refused = await delete(client, "a", path="/collections/lamps/items")
+        else:
+            refused = await client.put("/collections/shoes?model=lamps", headers=ADMINS)
+        assert_problem(refused, 404, "model" if request_of == "model" else "collection")
+        listed = (await client.get("/collections")).json()["collections"]
+        assert [each["name"] for each in listed] == ["index"]
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
+        drop_collection(list_collections(folder)["lamps"])
+        assert (await client.put("/collections/lamps", headers=ADMINS)).json()["count"] == 0
+        assert [*list_collections(folder)] == ["lamps"]
