@@ -76,6 +76,22 @@ def test_unchanged_files_are_shared(index: Path, tmp_path: Path) -> None:
     assert [manifest.version for manifest in verify_index(index)] == [4]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no modes of files")
+def test_another_user_may_read_every_file(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcar_core.util.files._UMASK", 0o022)
+    before = os.umask(0o022)
+    try:
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", progress=False)
+        add(tmp_path / "index", more(tmp_path / "more", "pink"), progress=False)
+    finally:
+        os.umask(before)
+    for number in "12":
+        files = [path for path in (tmp_path / "index" / "versions" / number).rglob("*") if path.is_file()]
+        assert {path.name for path in files if path.stat().st_mode & 0o777 != 0o644} == set()
+
+
 def test_files_that_the_index_has_below_another_folder_are_named(
     tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

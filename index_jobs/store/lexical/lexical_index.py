@@ -27,6 +27,7 @@ import tantivy
 
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
+from dcar_core.util.files import apply_umask
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.term_lists import TermLists, TermListsWriter
 
@@ -37,6 +38,7 @@ _FUZZY_FROM = 4  # characters of a term that may match others one edit away
 _FUZZY_SCORE = 0.5
 _COMMON_SHARE = 0.05  # of the items, from which on a term is common
 _CACHED_QUERIES = 1000  # with their results, about 6 kB each
+_REPLACED = {"meta.json", ".managed.json"}  # by every commit
 _SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
 
 
@@ -80,7 +82,7 @@ def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]
     """
     earlier = TermLists.open(path)
     lists = _write(_open(path), path, texts, first_row, TermListsWriter(earlier, first_row))
-    written = {"meta.json", ".managed.json"} | (set() if earlier is None else lists.write(path))
+    written = _REPLACED | (set() if earlier is None else lists.write(path))
     return {f"{path.name}/{name}" for name in written}
 
 
@@ -105,6 +107,8 @@ def _write(index: Any, path: Path, texts: Iterable[str], first_row: int, lists: 
         raise OSError(f"the lexical index {path} cannot be written: {error}") from error
     for lock in path.glob(".tantivy-*.lock"):
         lock.unlink()
+    for name in _REPLACED:  # tantivy writes them for this user alone; the service may run as another
+        (path / name).chmod(apply_umask(0o666))
     return lists
 
 
