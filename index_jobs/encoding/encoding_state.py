@@ -26,7 +26,7 @@ from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import ImageLocation, read_images
+from index_jobs.gallery.storage import ImageLocation, is_url, read_images
 from index_jobs.options import RebuildOptions
 from index_jobs.store.items import SIZE_COLUMNS
 from index_jobs.store.manifest import FAILED
@@ -116,10 +116,11 @@ def any_readable(gallery: Gallery, rows: Sequence[int], deadline: float) -> bool
     return False
 
 
-def image_locations(table: Any, span: range) -> list[ImageLocation]:
-    """Return the locations of some rows of a table with the LOCATION_COLUMNS."""
+def image_locations(root: str, table: Any, span: range) -> list[ImageLocation]:
+    """Return the locations of some rows of a gallery's root and table, of which the LOCATION_COLUMNS are enough."""
+    root = root if is_url(root) else ""
     rows = table.slice(span.start, len(span)).select(LOCATION_COLUMNS).to_pylist()
-    return [ImageLocation(row, *columns.values()) for row, columns in zip(span, rows, strict=True)]
+    return [ImageLocation(*(row, *columns.values(), root)) for row, columns in zip(span, rows, strict=True)]
 
 
 class EncodingState:
@@ -184,7 +185,7 @@ class EncodingState:
             self._positions[number] = positions
 
     def locations(self, number: int) -> list[ImageLocation]:
-        return image_locations(self._gallery.table, self.store.span(number))
+        return image_locations(self._gallery.root, self._gallery.table, self.store.span(number))
 
     def missing(self, number: int) -> list[ImageLocation]:
         """Return the locations of the images of a shard that must be encoded."""

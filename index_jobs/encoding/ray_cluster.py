@@ -77,7 +77,7 @@ class ShardWorker:
 
     def _make(self, number: int) -> None:
         store = self.task.store
-        locations = image_locations(self.table, store.span(number))
+        locations = image_locations(self.task.root, self.table, store.span(number))
         windows = split_windows(locations, self.task.options.batch_size)
         decoded = decode_windows(self.task.root, windows, self.replicas[0].preprocess, 0, self.cache)
         with closing(decoded), closing(encode_windows(decoded, self.replicas)) as vectors:

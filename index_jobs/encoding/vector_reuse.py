@@ -1,7 +1,8 @@
 """Reuse of vectors that the same encoder has computed for earlier galleries.
 
 A changed gallery is a new one with shards of its own. Images that it shares with an earlier gallery, recognised by
-location, size and time of change, are copied from there instead of being encoded again.
+location (of a gallery at a URL with its root), size and time of change, are copied from there instead of being encoded
+again.
 """
 
 from collections.abc import Iterable, Sequence

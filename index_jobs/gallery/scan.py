@@ -6,7 +6,8 @@
   relative name, so it survives moving the gallery.
 - Several galleries become one table, each but the first with its name before ids and names.
 - Faults of the gallery as a whole are errors here, before any image is decoded.
-- Two signatures: `vectors` changes when an image may have changed, `content` also when its metadata has.
+- Two signatures: `vectors` changes when an image may have changed, `content` also when its metadata has. A gallery at
+  another URL has other images.
 """
 
 import hashlib
@@ -100,8 +101,8 @@ def scan(place: str | Path | Sequence[str]) -> Gallery:
     table = pa.concat_tables([*tables[:first], *absolute])
     _require_unique_ids(table)
     _require_addressable_ids(table)
-    vectors = _signature(table, _VECTOR_COLUMNS)
     root = "" if is_mixed else roots[0]
+    vectors = _signature(table, _VECTOR_COLUMNS, root if is_url(root) else "")
     return Gallery(", ".join(sources), root, table, vectors, _signature(table, SCHEMA.names), tuple(roots[first:]))
 
 
@@ -236,8 +237,8 @@ def _require_none(ids: pa.ChunkedArray, bad: pa.ChunkedArray, reason: str) -> No
         raise DataError(f"the id {ids.filter(bad)[0].as_py()[:80]!r} {reason}; give another")
 
 
-def _signature(table: pa.Table, columns: list[str]) -> str:
-    digest = hashlib.sha256()
+def _signature(table: pa.Table, columns: list[str], root: str = "") -> str:
+    digest = hashlib.sha256(root.encode())
     for batch in table.select(columns).to_batches():
         digest.update(canonical_json(batch.to_pydict()))
     return digest.hexdigest()

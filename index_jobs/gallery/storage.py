@@ -29,18 +29,23 @@ _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 
 @dataclass(frozen=True)
 class ImageLocation:
-    """The gallery row of an image, the place of its bytes, and a number that changes when they do."""
+    """The gallery row of an image, the place of its bytes, and a number that changes when they do.
+
+    root: of a gallery at a URL, whose names alone do not tell its images from another's. It is empty on this machine,
+        where a gallery can be moved.
+    """
 
     row: int
     location: str
     offset: int
     size: int
     version: int = 0
+    root: str = ""
 
     @property
     def location_hash(self) -> int:
         """64 bits of everything but the row, so the same image of another gallery has the same hash."""
-        value = f"{self.location}\0{self.offset}\0{self.size}\0{self.version}"
+        value = f"{join_location(self.root, self.location)}\0{self.offset}\0{self.size}\0{self.version}"
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest())
 
 

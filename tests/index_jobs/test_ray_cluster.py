@@ -7,14 +7,22 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from dcar_core import Encoder
 from dcar_core.util.errors import MissingExtraError
+from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.encoding_state import shard_store
+from index_jobs.encoding.ray_cluster import LOCATIONS, EncodingTask, ShardWorker, _write_locations
+from index_jobs.gallery.scan import scan
+from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current, verify_index
 from tests.support.commands import Command
+from tests.support.images import png
 from tests.support.paths import ROOT
 from tests.support.processes import children_of, is_alive
 
@@ -89,6 +97,22 @@ def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Pat
     np.testing.assert_allclose(ours.vectors(every), theirs.vectors(every), atol=1e-5)
     for name in ("failed.jsonl", "duplicates.jsonl"):
         assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
+
+
+def test_a_worker_marks_images_at_urls_as_one_machine_does(
+    encoder: Encoder, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    memory, options = fsspec.filesystem("memory"), RebuildOptions(progress=False, device="cpu")
+    memory.pipe({"/ray/a.png": png("red"), "/ray/items.csv": b"file_name\na.png\n"})
+    gallery = scan("memory://ray/items.csv")
+    store = shard_store(gallery, encoder, "torch", tmp_path / "there", options)
+    _write_locations(store.path / LOCATIONS, gallery.table)
+    task = EncodingTask(store, gallery.root, tiny_checkpoint, encoder.image_key, "torch", options)
+    ShardWorker(task)({"shard": np.array([0])})
+    made, (alone,) = store.load(0), encode_gallery(gallery, encoder, tmp_path / "here", options).shards
+    memory.rm("/ray", recursive=True)
+    assert made is not None
+    assert made.location_hashes.tolist() == alone.location_hashes.tolist()
 
 
 def test_missing_ray_names_its_extra(

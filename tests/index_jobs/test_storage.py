@@ -164,6 +164,22 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
     assert file.read() == png("green")
 
 
+def test_galleries_of_the_same_names_at_two_urls_share_no_vector(
+    store: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Nothing else tells the rows of the lists apart, since nobody asks for the size of a list's images."""
+    encoder, index = Encoder.load(tiny_checkpoint, device="cpu"), tmp_path / "index"
+    for season, color in (("spring", "red"), ("summer", "blue")):
+        store.pipe({f"/{season}/a.png": png(color), f"/{season}/items.csv": b"file_name\na.png\n"})
+        assert rebuild(f"memory://{season}/items.csv", tiny_checkpoint, index, progress=False).encoded == 1
+        write_file(tmp_path / f"{color}.png", png(color))
+        expected = encoder.encode_images([tmp_path / f"{color}.png"])
+        np.testing.assert_allclose(open_current(index).vectors(np.arange(1)), expected, atol=1e-6)
+    store.pipe({"/summer/b.png": png("green"), "/summer/items.csv": b"file_name\na.png\nb.png\n"})
+    grown = rebuild("memory://summer/items.csv", tiny_checkpoint, index, progress=False)
+    assert (grown.encoded, grown.resumed) == (1, 1)
+
+
 @pytest.mark.slow
 def test_an_http_gallery_gives_the_vectors_of_its_folder(
     served: tuple[Path, str, type[Server]], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
@@ -254,5 +270,11 @@ def test_impossible_path_is_an_unreadable_image(store: Any, tmp_path: Path) -> N
 def test_location_hash_covers_every_field_but_the_row() -> None:
     place = ImageLocation(0, "a.tar", 512, 100, 7)
     assert replace(place, row=9).location_hash == place.location_hash
-    others: list[dict[str, Any]] = [{"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}]
-    assert len({place.location_hash, *(replace(place, **other).location_hash for other in others)}) == 5
+    others: list[dict[str, Any]] = [
+        {"location": "b.tar"},
+        {"offset": 0},
+        {"size": 99},
+        {"version": 8},
+        {"root": "s3://b"},
+    ]
+    assert len({place.location_hash, *(replace(place, **other).location_hash for other in others)}) == 6
