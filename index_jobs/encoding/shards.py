@@ -142,11 +142,13 @@ class ShardStore:
             ) from error
         return shard
 
+    def other_folders(self) -> list[Path]:
+        """Return the folders of shards that the same encoder made of other galleries, complete or not."""
+        return sorted({*self.path.parent.glob(f"{self._encoder_key}-*")} - {self.path})
+
     def other_galleries(self) -> Iterator[Shard]:
         """Yield the complete shards that the same encoder made of other galleries in the same way."""
-        for folder in sorted(self.path.parent.glob(f"{self._encoder_key}-*")):
-            if folder == self.path:
-                continue
+        for folder in self.other_folders():
             for note in sorted(folder.glob("[0-9]*.json")):
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # incomplete
                     yield Shard.read(note)

@@ -3,7 +3,8 @@
 - The checkpoint is copied first and loaded from the copy, so a version contains the model that encoded it.
 - Errors are found before the first image is encoded: lock, output, checkpoint, kind, validation pairs, the served
   version's model, and disk space.
-- `out/work` keeps the vectors of the served version, and those of one rejected or interrupted rebuild.
+- `out/work` keeps the vectors of the served version, and those of one rejected or interrupted rebuild. The next rebuild
+  by the same encoder takes what it can use from both, also if the gallery has changed in between.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.runtimes.registry import AUTO
-from dcar_core.util.errors import ArtifactError, CheckpointError, ModelError
+from dcar_core.util.errors import ArtifactError, CheckpointError, DcarError, ModelError
 from dcar_core.util.files import canonical_json
 from index_jobs.building.kinds import IndexChoice
 from index_jobs.encoding.devices import load_replicas
@@ -25,6 +26,7 @@ from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery, shard_store
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
+from index_jobs.encoding.shards import ShardStore
 from index_jobs.jobs.gallery_changes import count_changes
 from index_jobs.jobs.notify import notify
 from index_jobs.jobs.quality_gate import GateVerdict, compare, pass_uncompared
@@ -75,9 +77,14 @@ def run(job: RebuildJob) -> RebuildSummary:
                 changes.require_few_removed(served.manifest, gallery.source, options.max_vanished)
             if pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
                 _load_served_encoder(served, "cpu", force=options.force)  # and release it: encoding may need the memory
-        _clean_work(out, store.path, served)
-        require_disk_space(out, gallery, store, expected)
+        _clean_work(out, store, served, keep_reusable=True)
+        try:
+            require_disk_space(out, gallery, store, expected)
+        except DcarError:
+            _clean_work(out, store, served)
+            require_disk_space(out, gallery, store, expected)
         encoded = _encode(job, replicas, runtime, checkpoint)
+        _clean_work(out, store, served)
         if served is not None and encoded.failed:
             changes = count_changes(served, take_rows(gallery.table, encoded.rows()))
         choices = choose_kinds(options, len(encoded), encoder.dim, gpu_memory)
@@ -204,10 +211,23 @@ def _stage(
     )
 
 
-def _clean_work(out: Path, own: Path, served: Artifact | None) -> None:
-    """Remove vectors other than this job's and the served version's."""
-    mark = None if served is None else _vectors_mark(served.manifest)
-    publish.clean_work(out, out / WORK, lambda path: path == own or (mark is not None and (path / mark).exists()))
+def _clean_work(out: Path, store: ShardStore, served: Artifact | None, *, keep_reusable: bool = False) -> None:
+    """Remove vectors other than this job's and the served version's.
+
+    Args:
+        keep_reusable: keep the largest other folder that this job can take vectors from.
+    """
+    kept = {store.path}
+    if served is not None:
+        kept |= {mark.parent for mark in (out / WORK).glob(f"*/{_vectors_mark(served.manifest)}")}
+    if keep_reusable:
+        others = (folder for folder in store.other_folders() if folder not in kept)
+        kept.add(max(others, key=_count_bytes, default=store.path))
+    publish.clean_work(out, out / WORK, lambda path: path in kept)
+
+
+def _count_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _keep_vectors(job: RebuildJob, own: Path, manifest: Manifest) -> None:

@@ -188,6 +188,21 @@ def test_rejected_rebuilds_leave_one_set_of_vectors(
     assert list((index / "work").iterdir()) == [served]
 
 
+def test_rejected_vectors_are_reused_although_the_gallery_has_changed(
+    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
+) -> None:
+    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
+    rebuild(gallery, better_and_worse[0], index, progress=False)
+    (served,) = (index / "work").iterdir()
+    for name, encoded in (("first", 24), ("second", 1), ("third", 1)):
+        with pytest.raises(RejectedError, match="its vectors are kept") as caught:
+            rebuild(gallery, better_and_worse[1], index, progress=False, margin=0)
+        assert caught.value.summary.encoded == encoded
+        assert len(set((index / "work").iterdir()) - {served}) == 1
+        shutil.copy(gallery / "circle" / "red.png", gallery / f"{name}.png")
+    assert rebuild(gallery, better_and_worse[0], index, progress=False).encoded == 3
+
+
 def test_rejected_vectors_are_deleted_on_request(
     tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
 ) -> None:

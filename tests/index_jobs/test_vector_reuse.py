@@ -79,28 +79,72 @@ def test_another_model_and_damaged_shards_are_encoded_anew(
     same_as_anew(gallery, other_checkpoint, index, tmp_path / "anew")
 
 
+def interrupt(gallery: Path, checkpoint: Path, index: Path, shards: int) -> None:
+    """Run a job that ends before it saves another shard than so many."""
+    saved, save = 0, ShardStore.save
+
+    def dies(self: ShardStore, *given: object) -> object:
+        nonlocal saved
+        saved += 1
+        if saved > shards:
+            raise KeyboardInterrupt
+        return save(self, *given)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardStore, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(gallery, checkpoint, index)
+
+
 def test_interrupted_job_resumes_with_new_and_reused_vectors(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     index, calm = tmp_path / "index", tmp_path / "calm"
     run(gallery, tiny_checkpoint, index)
     shutil.copytree(index, calm)
     for number in range(6):
         draw("pink", "circle").resize((32 + number, 32)).save(gallery / f"circle/{number}.png")
-    saved, save = 0, ShardStore.save
-
-    def dies(self: ShardStore, *given: object) -> object:
-        nonlocal saved
-        saved += 1
-        if saved == 8:  # six shards are copied, one is encoded
-            raise KeyboardInterrupt
-        return save(self, *given)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardStore, "save", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run(gallery, tiny_checkpoint, index)
+    interrupt(gallery, tiny_checkpoint, index, shards=7)  # six are copied, one is encoded
     assert run(gallery, tiny_checkpoint, index).encoded == 2
     assert run(gallery, tiny_checkpoint, calm).encoded == 6
     rows = np.arange(30)
     np.testing.assert_array_equal(open_current(index).vectors(rows), open_current(calm).vectors(rows))
+
+
+def test_vectors_of_interrupted_jobs_are_reused_although_the_gallery_has_changed(
+    gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The served version is of another model, so its vectors are of no use, but they stay."""
+    index = tmp_path / "index"
+    run(gallery, other_checkpoint, index)
+    (served,) = (index / "work").iterdir()
+    for number, shards in enumerate((5, 0, 0)):  # the later ones end before they have copied anything
+        interrupt(gallery, tiny_checkpoint, index, shards)
+        draw("pink", "circle").resize((32 + number, 32)).save(gallery / f"{number}.png")
+    found = run(gallery, tiny_checkpoint, index)
+    assert (found.encoded, found.resumed) == (7, 20)
+    assert len(list((index / "work").iterdir())) == 1
+    assert not served.exists()
+    same_as_anew(gallery, tiny_checkpoint, index, tmp_path / "anew")
+
+
+def test_interrupted_jobs_do_not_fill_the_disk(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """One folder of an earlier job stays, the fullest, beside the last one's."""
+    index, sizes = tmp_path / "index", list[int]()
+    for number in range(4):
+        interrupt(gallery, tiny_checkpoint, index, shards=1 + number)
+        sizes.append(len(list((index / "work").iterdir())))
+        draw("pink", "circle").resize((32 + number, 32)).save(gallery / f"{number}.png")
+    assert sizes == [1, 2, 2, 2]
+
+
+def test_vectors_of_an_interrupted_job_give_way_to_a_new_version(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "index"
+    interrupt(gallery, tiny_checkpoint, index, shards=5)
+    (left,) = (index / "work").iterdir()
+    draw("pink", "circle").save(gallery / "new.png")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if left.exists() else usage.free))
+    assert run(gallery, tiny_checkpoint, index).encoded == 25
