@@ -126,6 +126,8 @@ def _decode_window(
 def _decode_image(preprocess: PreprocessImage, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:
     if isinstance(data, FileNotFoundError):
         return FailedImage(row, "no such file", ImageFault.MISSING)
+    if isinstance(data, ImageError):
+        return FailedImage(row, str(data), data.fault)
     if isinstance(data, Exception):
         reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
         return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dcar_core.util.errors import DataError, MissingExtraError
+from dcar_core.util.errors import DataError, ImageError, ImageFault, MissingExtraError
 
 WHOLE_FILE = -1  # the offset of an image that is a file of its own
+_MAX_BYTES = 2**30  # of an image file, which is read whole
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _PAUSES_S = (0.2, 1.0, 3.0)
@@ -148,24 +149,30 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
 def read_images(
     root: str, locations: Sequence[ImageLocation], pauses: Sequence[float] = _PAUSES_S
 ) -> list[bytes | Exception]:
-    """Return the bytes of several images, or the error of each.
+    """Return the bytes of several images, or the error of each: an ImageError for a file of more than a gibibyte.
 
     Args:
         pauses: seconds before each retry of a URL.
     """
     results: list[bytes | Exception] = [b""] * len(locations)
     remote: dict[int, str] = {}
+    too_large = ImageError(f"a file of more than {_MAX_BYTES >> 30} GiB", ImageFault.TOO_LARGE)
     for i, location in enumerate(locations):
         path = join_location(root, location.location)
+        if location.size > _MAX_BYTES:
+            results[i] = too_large
+            continue
         if is_url(path):
             remote[i] = path
             continue
         try:
             file, size = _open_span(path, location)
             with file:
-                results[i] = file.read(size)
+                results[i] = file.read(size) if size <= _MAX_BYTES else too_large
         except OSError as error:
             results[i] = error
+        except MemoryError:
+            results[i] = OSError(errno.ENOMEM, "too little memory to read it", path)
         except ValueError as error:  # NUL, or a character that the file system's encoding lacks
             results[i] = OSError(f"not a path: {error}")
     for pause in (0.0, *pauses):

@@ -16,6 +16,7 @@ from dcar_core.util.errors import ImageError, ImageFault
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encoding_state import any_readable
 from index_jobs.encoding.shards import FailedImage, ShardStore
+from index_jobs.gallery import storage
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 
@@ -63,6 +64,35 @@ def test_unreadable_files_fail_temporarily(made: Callable[[Path], ImageLocation]
     ((decoded),) = decode_windows(str(tmp_path), windows, lambda data: np.zeros((3, 1, 1), np.uint8), 0)
     (failure,) = decoded.failed
     assert failure.fault.is_temporary
+
+
+@pytest.mark.parametrize("form", ["file", "member", "listed"])
+def test_a_huge_file_is_one_failed_image_and_is_not_read(form: str, tmp_path: Path) -> None:
+    huge, size = tmp_path / "huge.jpg", 2**40
+    with huge.open("wb") as file:
+        file.truncate(size)  # sparse
+    (tmp_path / "good.png").write_bytes(encoded("PNG"))
+    place = {
+        "file": ImageLocation(0, huge.name, -1, 0),
+        "member": ImageLocation(0, huge.name, 512, size - 1024),
+        "listed": ImageLocation(0, "http://127.0.0.1:9/huge.jpg", -1, size),
+    }[form]
+    windows = iter([[place, ImageLocation(1, "good.png", -1, 0)]])
+    (decoded,) = decode_windows(str(tmp_path), windows, lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    assert decoded.failed == (FailedImage(0, "a file of more than 1 GiB", ImageFault.TOO_LARGE),)
+    assert len(decoded.pixels) == 1
+
+
+def test_a_file_beyond_the_memory_is_a_failed_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_MAX_BYTES", 2**62)
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        try:
+            file.truncate(2**50)  # sparse, and more than a process can address
+        except OSError:
+            pytest.skip("this file system has no files of that size")
+    windows = iter([[ImageLocation(0, "huge.jpg", -1, 0)]])
+    (decoded,) = decode_windows(str(tmp_path), windows, lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    assert decoded.failed == (FailedImage(0, "too little memory to read it", ImageFault.UNREADABLE),)
 
 
 def test_reopened_shard_counts_as_incomplete(tmp_path: Path) -> None:
