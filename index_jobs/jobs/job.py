@@ -39,6 +39,7 @@ def rebuild(
         LockedError: another job is writing to `out`.
         GalleryShrunkError: too many of the served images are gone from the gallery.
         RejectedError: the rebuilt index ranks worse than the served one, which stays published.
+        StoreUnavailableError: the served version's store does not respond, without force.
         ArtifactError: a shard is corrupted, or the written files do not read back.
         DcarError: the output cannot be written; published versions are unchanged.
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.runtimes.registry import AUTO
-from dcar_core.util.errors import ArtifactError, CheckpointError, DcarError, ModelError
+from dcar_core.util.errors import ArtifactError, CheckpointError, DcarError, ModelError, StoreUnavailableError
 from dcar_core.util.files import canonical_json
 from index_jobs.building.kinds import IndexChoice
 from index_jobs.encoding.devices import load_replicas
@@ -69,7 +69,7 @@ def run(job: RebuildJob) -> RebuildSummary:
         if options.milvus:
             milvus.connect(options.milvus).close()
         store = shard_store(gallery, encoder, runtime, out / WORK, options)
-        served = _open_served(out)
+        served = _open_served(out, force=options.force)
         changes = None
         if served is not None:
             changes = count_changes(served, gallery.table)
@@ -99,14 +99,19 @@ def run(job: RebuildJob) -> RebuildSummary:
     return summarize(out, manifest, encoded, verdict, changes, start=job.start, notified=notified)
 
 
-def _open_served(index: Path) -> Artifact | None:
-    """Open the served version; None if there is nothing to compare with."""
+def _open_served(index: Path, *, force: bool) -> Artifact | None:
+    """Open the served version; None if there is nothing to compare with, also with force if its store is down."""
     if not (index / CURRENT).exists():
         return None
     try:
         return open_current(index)
     except ArtifactError as error:
-        logger.info("there is nothing to compare with: %s", error)
+        if isinstance(error, StoreUnavailableError) and not force:
+            raise StoreUnavailableError(
+                f"the served version cannot be compared: {error}; run the same command again once its store responds, "
+                f"or publish without a comparison by --force"
+            ) from error
+        logger.warning("the served version cannot be read, so nothing is compared with it: %s", error)
         return None
 
 

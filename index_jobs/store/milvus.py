@@ -258,4 +258,4 @@ def connect(uri: str) -> Any:
     try:
         return MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=30)
     except Exception as error:
-        raise ArtifactError(f"Milvus at {uri} cannot be reached: {error}") from error
+        raise StoreUnavailableError(f"Milvus at {uri} cannot be reached: {error}") from error

@@ -15,7 +15,7 @@ from index_jobs.jobs.updates import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import milvus
 from index_jobs.store.publish import rollback
-from index_jobs.store.versions import open_current, verify_index
+from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
 
 pytestmark = [
@@ -272,6 +272,24 @@ def test_unreachable_store_is_an_error_before_encoding(
     monkeypatch.setattr("index_jobs.jobs.rebuild_run.encode_gallery", no_work)
     with pytest.raises(ArtifactError, match="cannot be reached"):
         rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus="http://127.0.0.1:9", progress=False)
+
+
+def test_nothing_is_published_while_the_served_version_cannot_be_reached(
+    gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the served version, nobody would notice that most images are gone."""
+    index = tmp_path / "index"
+    rebuild(gallery, tiny_checkpoint, index, milvus=uri, progress=False)
+    path = open_current(index).path / milvus.MILVUS
+    content = path.read_text()
+    path.write_text(content.replace(uri, "http://127.0.0.1:9").ljust(len(content)))  # opening checks the size
+    for image in sorted(gallery.rglob("*.png"))[4:]:
+        image.unlink()
+    with pytest.raises(StoreUnavailableError, match=r"cannot be compared: Milvus .* cannot be reached: .* by --force"):
+        rebuild(gallery, tiny_checkpoint, index, progress=False)
+    assert current_version(index) == 1
+    assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).count == 4
+    assert "nothing is compared with it: Milvus" in caplog.text
 
 
 def test_missing_lite_file_is_not_created_again(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -225,11 +225,13 @@ def test_gallery_without_captions_is_published_uncompared(
 
 
 def test_broken_served_index_is_replaced(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
+    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (open_current(index).path / "items.arrow").unlink()
     assert rebuild(tiny_gallery, better_and_worse[1], index, progress=False).published
     assert open_current(index).manifest.version == 2
+    (warning,) = (record for record in caplog.records if "nothing is compared with it" in record.message)
+    assert warning.levelname == "WARNING"
 
 
 def test_loss_of_exactly_the_margin_passes() -> None:
