@@ -30,8 +30,8 @@ class ImageFault(StrEnum):
 
     @property
     def is_temporary(self) -> bool:
-        """True where another attempt to read the image may succeed."""
-        return self in {ImageFault.MISSING, ImageFault.UNREADABLE}
+        """True where another attempt to read the same file may succeed."""
+        return self in {ImageFault.MISSING, ImageFault.UNREADABLE, ImageFault.MISSING_DECODER}
 
 
 class ImageError(DataError):

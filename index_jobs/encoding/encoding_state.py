@@ -3,13 +3,15 @@
 - Complete shards are skipped after their checksum has been verified.
 - A shard with an image that could not be read is encoded again if the image can be read now, so a store that was down
   for a while costs no image. Images that are still missing cost one request, not a new encoding.
+- Images whose decoder was missing are tried again once it is installed, and all other failures by force: a store may
+  have sent an error page, and a row of a list does not change with its image. What can be decoded is encoded again.
 - Windows are fixed, so the result is that of an uninterrupted job.
 """
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +22,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dcar_core import Encoder
+from dcar_core.images import IMAGE_SUFFIXES, open_image
 from dcar_core.util.arrays import Floats, Rows
-from dcar_core.util.errors import DataError
+from dcar_core.util.errors import DataError, ImageFault
 from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
@@ -34,8 +37,9 @@ from index_jobs.store.manifest import FAILED
 logger = logging.getLogger(__name__)
 
 LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the fields of `ImageLocation` beside the row
+_FAULTS_OF_READING = (ImageFault.MISSING, ImageFault.UNREADABLE)
 _READ_AT_ONCE = 32  # images whose bytes are in memory together
-_MAX_RETRY_S = 60.0  # for all images: a host that never responds must not hold a job for hours
+_MAX_RETRY_S = 60.0  # for all images of a kind: a host that never responds must not hold a job for hours
 
 
 @dataclass(frozen=True)
@@ -100,20 +104,29 @@ def shard_store(gallery: Gallery, encoder: Encoder, runtime: str, work: Path, op
     )
 
 
-def any_readable(gallery: Gallery, rows: Sequence[int], deadline: float) -> bool:
-    """Return whether the bytes of any of these images can be read. Each is requested once, and none is decoded.
+def any_readable(gallery: Gallery, failed: Sequence[FailedImage], deadline: float) -> bool:
+    """Return whether any of these images can be read now, and decoded unless its bytes were missing. Each is read once.
 
-    deadline: by `time.monotonic`; no image is requested after it.
+    deadline: by `time.monotonic`; no image is read after it.
     """
     columns = [gallery.table[name] for name in LOCATION_COLUMNS]
-    for start in range(0, len(rows), _READ_AT_ONCE):
+    for start in range(0, len(failed), _READ_AT_ONCE):
         if time.monotonic() >= deadline:
             return False
-        batch = rows[start : start + _READ_AT_ONCE]
-        locations = [ImageLocation(row, *(column[row].as_py() for column in columns)) for row in batch]
-        if any(isinstance(data, bytes) for data in read_images(gallery.root, locations, pauses=())):
-            return True
+        batch = failed[start : start + _READ_AT_ONCE]
+        locations = [ImageLocation(each.row, *(column[each.row].as_py() for column in columns)) for each in batch]
+        for failure, data in zip(batch, read_images(gallery.root, locations, pauses=()), strict=True):
+            if isinstance(data, bytes) and (failure.fault in _FAULTS_OF_READING or _is_image(data)):
+                return True
     return False
+
+
+def _is_image(data: bytes) -> bool:
+    try:
+        open_image(data)
+    except Exception:  # as in `decode`
+        return False
+    return True
 
 
 def image_locations(root: str, table: Any, span: range) -> list[ImageLocation]:
@@ -146,7 +159,11 @@ class EncodingState:
         self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
         numbers = range(len(self.store))
         self.shards = {number: shard for number in numbers if (shard := self.store.load(number))}
-        self._reopen_readable()
+        self._reopen_readable(_FAULTS_OF_READING)
+        if ".heic" in IMAGE_SUFFIXES:
+            self._reopen_readable({ImageFault.MISSING_DECODER})
+        if options.force:
+            self._reopen_readable([fault for fault in ImageFault if not fault.is_temporary])
         self._reusable = ReusableVectors(self.store.other_galleries())
         self._positions: dict[int, NDArray[np.int64]] = {}
         for number in [number for number in numbers if number not in self.shards] if len(self._reusable) else ():
@@ -161,12 +178,13 @@ class EncodingState:
         self._check_failed()
         self._start = time.perf_counter()
 
-    def _reopen_readable(self) -> None:
-        """Mark shards as to do again whose unread images can be read now."""
-        unread, deadline = {n: s.unread for n, s in self.shards.items() if s.unread}, time.monotonic() + _MAX_RETRY_S
-        if unread:
-            logger.info("retrying %d images that could not be read", sum(map(len, unread.values())))
-        readable = [number for number, rows in unread.items() if any_readable(self._gallery, rows, deadline)]
+    def _reopen_readable(self, faults: Collection[ImageFault]) -> None:
+        """Mark shards as to do again with images that failed in such a way and can be read now."""
+        deadline = time.monotonic() + _MAX_RETRY_S
+        failed = {n: [failure for failure in s.failed if failure.fault in faults] for n, s in self.shards.items()}
+        if count := sum(map(len, failed.values())):
+            logger.info("retrying %d images that could not be read", count)
+        readable = [number for number, images in failed.items() if any_readable(self._gallery, images, deadline)]
         for number in readable:
             del self.shards[number]
             self.store.reopen(number)

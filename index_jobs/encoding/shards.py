@@ -9,7 +9,7 @@
   the adapter alone, or the text side, finds them again, and its gallery takes a matrix product.
 - The directory is named after a hash of everything that the vectors depend on, and one of the gallery. Another model or
   runtime cannot find them; another gallery reuses the vectors of common images (see `vector_reuse`).
-- A failure of reading is tried again by the next job; a failure of the image itself is not.
+- A failure of reading is tried again by the next job; a failure of the image itself only by force.
 """
 
 import contextlib

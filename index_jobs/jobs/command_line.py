@@ -223,7 +223,7 @@ def build_command(
         typer.Option(
             "--force",
             help="Publish although nothing has changed, the new index ranks worse or cannot be compared, or the "
-            "gallery has shrunk. Images that could not be read are tried again.",
+            "gallery has shrunk. Images that failed are tried again.",
         ),
     ] = False,
     notify: Annotated[

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -152,7 +155,50 @@ def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpo
     ours, theirs = open_current(tmp_path / "index"), open_current(tmp_path / "other")
     np.testing.assert_array_equal(ours.vectors(np.arange(23)), theirs.vectors(np.arange(23)))
     assert [ours.item(row) for row in range(23)] == [theirs.item(row) for row in range(23)]
-    assert run(force=True).encoded == 0, "what is no picture is not tried again"
+    assert run(force=True).encoded == 0, "what is no picture costs no encoding"
+
+
+def test_failed_images_are_tried_again_by_force(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A server sent an error page with status 200. A row of a list does not tell that this has changed."""
+    memory, settings = fsspec.filesystem("memory"), {"batch_size": 2, "shard_rows": 2, "progress": False}
+    names = [path.name for path in sorted((gallery / "circle").iterdir())]
+    memory.pipe({f"/forced/{name}": (gallery / "circle" / name).read_bytes() for name in names})
+    memory.pipe(f"/forced/{names[0]}", b"<html>back in 5 minutes</html>")
+    (tmp_path / "list.csv").write_text("\n".join(["url", *(f"memory://forced/{name}" for name in names)]))
+
+    def run(**options: object) -> RebuildSummary:
+        return rebuild(
+            tmp_path / "list.csv", tiny_checkpoint, tmp_path / "index", max_failed=0.2, **settings, **options
+        )
+
+    try:
+        assert (run().failed, run(force=True).encoded) == (1, 0)
+        memory.pipe(f"/forced/{names[0]}", (gallery / "circle" / names[0]).read_bytes())
+        repaired = run(force=True)
+    finally:
+        memory.rm("/forced", recursive=True)
+    assert (repaired.count, repaired.failed, repaired.encoded) == (len(names), 0, 2)
+
+
+def test_images_are_tried_again_once_their_decoder_is_installed(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phones and converters name HEIC files .jpg."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(gallery / "phone.heic")
+    (gallery / "phone.heic").rename(gallery / "phone.jpg")
+
+    def run(**options: object) -> RebuildSummary:
+        return rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        first = run()
+        assert (first.failed, first.unread) == (1, 1)
+        assert first.hint.endswith("give --force")
+        assert run(kind="hnsw").encoded == 0
+    installed = run(kind="flat")
+    assert (installed.count, installed.failed, installed.hint) == (25, 0, "")
 
 
 def test_job_resumes_after_its_gallery_was_unavailable(

@@ -112,18 +112,34 @@ def test_reopened_shard_counts_as_incomplete(tmp_path: Path) -> None:
     assert store.stored_rows() == 1
 
 
+def missing(*rows: int) -> list[FailedImage]:
+    return [FailedImage(row, "no such file", ImageFault.MISSING) for row in rows]
+
+
 def test_one_readable_image_is_enough(tiny_gallery: Path, tmp_path: Path) -> None:
     gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     for row, left in ((0, True), (1, False)):
         (tmp_path / "gallery" / gallery.table["name"][row].as_py()).unlink()
-        assert any_readable(gallery, [0, 1], time.monotonic() + 60) == left
+        assert any_readable(gallery, missing(0, 1), time.monotonic() + 60) == left
+
+
+def test_what_was_no_image_must_be_decoded_to_count_as_readable(tiny_gallery: Path, tmp_path: Path) -> None:
+    gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
+    path = tmp_path / "gallery" / gallery.table["name"][0].as_py()
+    failed, whole = FailedImage(0, "", ImageFault.BROKEN), path.read_bytes()
+    for data in (whole[:-30], b"<html>back in 5 minutes</html>"):
+        path.write_bytes(data)
+        assert any_readable(gallery, missing(0), time.monotonic() + 60)
+        assert not any_readable(gallery, [failed], time.monotonic() + 60)
+    path.write_bytes(whole)
+    assert any_readable(gallery, [failed], time.monotonic() + 60)
 
 
 def test_probing_for_readable_images_is_limited_in_time(tiny_gallery: Path) -> None:
     """A silent host costs its time-out for each request."""
     gallery = scan(tiny_gallery)
-    assert any_readable(gallery, [0, 1], time.monotonic() + 60)
-    assert not any_readable(gallery, [0, 1], time.monotonic())
+    assert any_readable(gallery, missing(0, 1), time.monotonic() + 60)
+    assert not any_readable(gallery, missing(0, 1), time.monotonic())
 
 
 def test_failures_of_older_shards_are_retried_and_sizes_unknown(tmp_path: Path) -> None:
