@@ -148,15 +148,18 @@ def relocate_command(
 def remove_command(
     index: Index,
     ids: Annotated[list[str] | None, typer.Argument(help="Ids of items, as in search results.")] = None,
-    ids_file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="File with one id a line.")] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 file with one id a line.")
+    ] = None,
     filter: Filter = None,
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ignore ids that are not in the index.")] = False,
     keep: Keep = RebuildOptions.keep,
 ) -> None:
     """Publish a version in which some items are never found, without a rebuild."""
+    from dcar_core.data.entries import read_text
     from index_jobs.jobs.updates import remove
 
-    lines = ids_file.read_text(encoding="utf-8").splitlines() if ids_file else []
+    lines = read_text(ids_file).split("\n") if ids_file else []
     chosen = [*(ids or []), *(line.strip() for line in lines if line.strip())]
     if not chosen and not filter:
         raise typer.BadParameter("give ids, --ids-file with one id a line, or --filter with a condition")

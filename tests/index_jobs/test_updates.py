@@ -125,6 +125,26 @@ def test_removed_item_is_never_found(index: Path) -> None:
     assert open_current(index).row_of(gone[0]) == 3
 
 
+def test_files_of_ids_may_come_from_another_system(index: Path, tmp_path: Path) -> None:
+    """Windows begins UTF-8 with a mark, and an id may contain what only `str.splitlines` takes for a line's end."""
+    gallery, ids = more(tmp_path / "more", "pink"), tmp_path / "ids"
+    for name in ("cyan", "lime"):
+        draw(name, "square").save(gallery / f"{name}.png")
+    rows = [{"file_name": "cyan.png", "id": "a\u2028b"}, {"file_name": "lime.png", "id": "l"}]
+    with (gallery / "metadata.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    add(index, gallery, progress=False)
+    for text, left in (("pink\r\na\u2028b\r\n", 25), ("l\r\n", 24)):
+        ids.write_bytes(text.encode("utf-8-sig"))
+        done = CliRunner().invoke(app, ["index", "remove", str(index), "--ids-file", str(ids)])
+        assert f"{left} images" in done.output
+    ids.write_bytes("pink\r\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"ids is not UTF-8 .*; convert it first"):
+        CliRunner().invoke(
+            app, ["index", "remove", str(index), "--ids-file", str(ids), "--missing-ok"], catch_exceptions=False
+        )
+
+
 @pytest.mark.parametrize("row", [-1, 24])
 def test_removed_rows_that_do_not_exist_are_refused(index: Path, row: int) -> None:
     remove(index, [open_current(index).item(0).id])
