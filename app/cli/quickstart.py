@@ -52,7 +52,7 @@ def quickstart(
     typer.echo(f"1 of 3: model {model}")
     checkpoint, source = _checkpoint(model, None if Path(model).is_dir() else pretrained, data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
-    out = data / "quickstart" / hashlib.sha256(str(place).encode()).hexdigest()[:8] / (place.stem or "gallery")
+    out = data / "quickstart" / _short_hash(place) / (place.stem or "gallery")
     summary = rebuild(scanned, checkpoint, out, runtime=runtime, max_failed=1.0)  # broken images are counted below
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
@@ -67,21 +67,27 @@ def quickstart(
 def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path, list[str]]:
     """Return a checkpoint of the unadapted model, or of the bundled one if its weights cannot be fetched.
 
-    The second value is the model as options of `dcar train`.
+    The checkpoint of files on this machine is always written anew, since they may have changed. The second value is the
+    model as options of `dcar train`.
     """
     is_online = prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
 
-    name = "-".join((model if not Path(model).is_dir() else Path(model).resolve().name, pretrained or "own"))
-    out = folder / name.replace("/", "-").replace(":", "-")
+    is_directory = Path(model).is_dir()
+    weights = Path(model if is_directory else pretrained or "").resolve()
+    is_local = is_directory or weights.is_file()
+    names = [model, pretrained or "own"]
+    if is_local:
+        names = [*([] if is_directory else [model]), weights.name, _short_hash(weights)]
+    out = folder / "-".join(names).replace("/", "-").replace(":", "-")
     source = ["--model", model, *(["--pretrained", pretrained] if pretrained else [])]
-    if is_checkpoint(out):
+    if is_checkpoint(out) and not is_local:
         return out, source
     try:
         backbone = load_backbone(BackboneSource(model, pretrained))
     except ModelError:
-        if is_online or Path(model).is_dir() or not _BUNDLED.is_dir():
+        if is_online or is_directory or not _BUNDLED.is_dir():
             raise
         typer.echo(
             f"the model hub cannot be reached, so the bundled model is used, which knows drawings better than photos; "
@@ -90,6 +96,11 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
         return bundled_checkpoint(folder / "bundled"), ["--model", str(_BUNDLED)]
     save_zero_shot(backbone, out)
     return out, source
+
+
+def _short_hash(place: Path) -> str:
+    """Return eight digits that tell a place from others of the same name."""
+    return hashlib.sha256(str(place).encode()).hexdigest()[:8]
 
 
 def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool) -> str:

@@ -5,10 +5,14 @@ import json
 import os
 import queue
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import open_clip
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from app.cli import app, hub
@@ -16,8 +20,11 @@ from app.cli.hub import hub_is_reachable
 from app.cli.options import EXAMPLES
 from app.cli.quickstart import _open_when_ready
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import save_zero_shot
+from dcar_core.model.checkpoint import read_config, save_zero_shot
+from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.serving.encoder import Encoder
 from dcar_core.util.errors import DcarError, ModelError
+from dcar_core.util.memory import WEIGHTS_FILE
 from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.processes import answering, free_port
@@ -116,6 +123,40 @@ def test_a_model_that_was_named_by_its_directory_is_not_replaced(photos: Path, t
     (broken / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
     command = ["quickstart", str(photos), "--model", str(broken), "--data", str(tmp_path), "--port", str(free_port())]
     assert isinstance(CliRunner().invoke(app, command).exception, ModelError)
+
+
+def test_the_named_files_of_a_model_are_what_the_index_is_made_with(
+    photos: Path, tiny_model: Path, tmp_path: Path, served: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(weights: Path) -> None:
+        changed = {name: np.asarray(weight + 0.01) for name, weight in load_file(weights).items()}
+        weights.unlink()  # an encoder may still have the file mapped into memory
+        save_file(changed, weights)
+
+    def indexed(*model: str) -> str:
+        command = ["quickstart", str(photos), "--model", *model, "--data", str(tmp_path / "data"), "--no-open"]
+        done = CliRunner().invoke(app, [*command, "--port", str(free_port())], catch_exceptions=False)
+        artifact = open_current(served[-1]["index"])
+        artifact.require(Encoder.load(artifact.checkpoint).fingerprint)
+        used = read_config(artifact.checkpoint)["backbone"]
+        assert used["sha256"] == load_backbone(BackboneSource(used["model"], used["pretrained"])).content_hash()
+        return ("reused: " if "already indexed" in done.output else "made: ") + (used["pretrained"] or used["model"])
+
+    first, second = (shutil.copytree(tiny_model, tmp_path / version / "clip") for version in ("v1", "v2"))
+    change(second / WEIGHTS_FILE)
+    assert indexed(str(first)) == f"made: {first}"
+    assert indexed(str(first)) == f"reused: {first}"
+    assert indexed(str(second)) == f"made: {second}"
+    change(second / WEIGHTS_FILE)
+    assert indexed(str(second)) == f"made: {second}"
+    assert len(list((tmp_path / "data" / "zero-shot").iterdir())) == 2
+
+    config = json.loads((tiny_model / MODEL_CONFIG).read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config)
+    weights = first / WEIGHTS_FILE
+    assert indexed("Tiny", "--pretrained", str(weights)) == f"made: {weights}"
+    change(weights)
+    assert indexed("Tiny", "--pretrained", str(weights)) == f"made: {weights}"
 
 
 def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
