@@ -1,6 +1,7 @@
 """Reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record maps columns to values.
 
 - Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows of commas alone, are skipped.
+- A column without a name, such as the row numbers of pandas, is left out of a CSV.
 - A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is no value.
@@ -124,7 +125,9 @@ def _read_csv_rows(
             sign = _delimiter(header)
             # Strict: otherwise a quote that is never closed takes the following rows into its cell.
             reader = csv.DictReader(chain([header], file), restval="", strict=True, delimiter=sign)
-            _require_unique_columns(reader.fieldnames or (), name, used_columns)
+            columns = reader.fieldnames or ()
+            _require_unique_columns(columns, name, used_columns)
+            unnamed = {column for column in columns if not column.strip()}
             line = reader.line_num
             for row in reader:
                 line = reader.line_num
@@ -134,6 +137,8 @@ def _read_csv_rows(
                     reason = f"more cells than the header has columns; quote a text that has {sign!r}"
                     on_bad_line(DataError(f"{name}, line {line}: {reason}"))
                     continue
+                for column in unnamed:
+                    del row[column]
                 yield line, row
         except csv.Error as error:
             hint = "is a quote not closed, not doubled in a text, or followed by a blank?"

@@ -106,6 +106,14 @@ def test_columns_may_be_separated_by_other_signs(sign: str, tmp_path: Path) -> N
         scan(write_file(tmp_path / "l.csv", f"path{sign}x, y\na.png{sign}b\n".encode()))
 
 
+@pytest.mark.parametrize("header", [",Unnamed: 0,path,size", "Unnamed: 0,,path,size, ", ",,Unnamed: 0,path,size,"])
+def test_columns_without_a_name_are_left_out(header: str, tmp_path: Path) -> None:
+    cells = {"path": "a.png", "size": "9", "Unnamed: 0": "7"}
+    row = ",".join(cells.get(column, "0") for column in header.split(","))
+    (found,) = rows_of(scan(write_file(tmp_path / "l.csv", f"{header}\n{row}\n".encode()))).values()
+    assert found["metadata"] == {"file_name": "a.png", "Unnamed: 0": 7, "path": "a.png", "size": 9}
+
+
 @pytest.mark.parametrize(
     ("table", "says"),
     [
