@@ -4,6 +4,7 @@
   are truncated, oversized, not JSON, or without choices.
 - Retry-After, in seconds or as a date, holds back every request of the endpoint.
 - A refused key, an unknown model, or an address that never answered ends the run. Any other 4xx fails one image.
+- A 403 refuses the key before the first completion, and one image after it. If it reports moderation, it is a refusal.
 - Redirects are not followed, since they could send the key to another host.
 """
 
@@ -31,7 +32,7 @@ except ImportError:  # pragma: no cover - the tests have it
 _RETRIED = frozenset({408, 409, 425, 429})
 _FATAL = {
     401: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY)",
-    403: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY)",
+    403: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY) or the image",
     404: "has no such model or address",
 }
 _MAX_PAUSE_S = 30.0
@@ -57,7 +58,7 @@ class Endpoint:
     def __init__(self, model: VisionModel, options: CaptionOptions) -> None:
         self.model, self._options = model, options
         self._url = model.url.rstrip("/") + "/chat/completions"
-        self._not_before, self._has_answered = 0.0, False
+        self._not_before, self._has_answered, self._has_accepted_key = 0.0, False, False
         # gzip only: its decompression can be bounded; that of httpx's other encodings cannot.
         headers = {"accept-encoding": "gzip"} | ({"authorization": f"Bearer {model.key}"} if model.key else {})
         self._client = httpx.AsyncClient(
@@ -92,8 +93,10 @@ class Endpoint:
                 async with asyncio.timeout(self._options.timeout_s):  # httpx's timeout restarts with every byte
                     reply, content = await self._post(messages)
                 self._has_answered = True
-                if reply.status_code == 200:
-                    completion = _read(content, usage)
+                status = reply.status_code
+                completion = _read(content, usage) if status == 200 else self._read_moderation(status, content)
+                if completion is not None:
+                    self._has_accepted_key = True
                     if usable(completion):
                         return completion
                     reason = f"an unusable completion: {self._shortened(completion.text)!r}"
@@ -101,8 +104,8 @@ class Endpoint:
                     if unusable == _MAX_UNUSABLE:
                         raise EndpointError(reason)
                 else:
-                    reason = f"{reply.status_code} {self._excerpt(content)}"
-                    self._require_retryable(reply.status_code, reason)
+                    reason = f"{status} {self._excerpt(content)}"
+                    self._require_retryable(status, reason)
                     retry_after = reply.headers.get("retry-after")
             except _ResponseError as error:
                 reason = f"{error}: {self._excerpt(content)}".rstrip(": ")
@@ -137,10 +140,18 @@ class Endpoint:
         return reply, bytes(content)
 
     def _require_retryable(self, status: int, reason: str) -> None:
-        if status in _FATAL:
+        if status in _FATAL and not (status == 403 and self._has_accepted_key):
             raise CaptionError(f"{self._url} {_FATAL[status]}: {reason} (model {self.model.name!r})")
         if status not in _RETRIED and status < 500:
             raise EndpointError(reason)
+
+    def _read_moderation(self, status: int, content: bytes) -> Completion | None:
+        """Return the refusal in a 403 whose error says that moderation flagged the input, as OpenRouter writes it."""
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            error = parse_json(content)["error"]
+            if status == 403 and {"reasons", "flagged_input"} & error["metadata"].keys():
+                return Completion(self._shortened(str(error["message"])), REFUSED)
+        return None
 
     def _excerpt(self, content: bytes) -> str:
         return self._shortened(content.decode("utf-8", "replace"))

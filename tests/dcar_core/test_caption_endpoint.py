@@ -228,6 +228,39 @@ def test_refused_request_fails_its_own_image(photos: Path) -> None:
     assert "1 images failed, retried by the same command: owl/1.png (400 image too odd)" in str(found)
 
 
+def test_403_after_a_caption_fails_its_own_image(photos: Path) -> None:
+    def behave(asked: Asked, n: int) -> str | Raw:
+        third = len({each.picture for each in server.asked}) == 3
+        return Raw(403, "requires moderation") if third else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server, concurrency=1)
+    assert found.accepted == 3
+    assert found.failed == {"red_fox/1.png": "403 requires moderation"}
+
+
+@pytest.mark.parametrize("metadata", [{"reasons": ["violence"]}, {"flagged_input": "A photo of"}])
+def test_images_that_moderation_flags_are_given_up(photos: Path, metadata: dict[str, Any]) -> None:
+    error = {"code": 403, "message": f"for {KEY} flagged", "metadata": metadata}
+    flagged = Raw(403, json.dumps({"error": error}))
+    first: list[str] = []
+
+    def behave(asked: Asked, n: int) -> str | Raw:
+        first.append(asked.picture)
+        return flagged if asked.picture == first[0] else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server, concurrency=1, rounds=1, give_up_after=1, key=KEY)
+        assert (found.accepted, found.given_up, found.failed) == (3, ["owl/1.png"], {})
+        assert [(kept["reason"], kept["draft"]) for kept in rejected(photos)] == [("a refusal", "for flagged")]
+        count = len(server.asked)
+        ask(photos, server, concurrency=1, rounds=1, give_up_after=1, key=KEY)
+        assert len(server.asked) == count
+        server.behave = lambda asked, n: flagged if asked.kind == "judge" else good(asked)
+        found = ask(one_picture(photos), server, photos.parent / "other.json", key=KEY)
+    assert list(found.failed.values()) == ["an unusable completion: 'for *** flagged'"]
+
+
 def test_consecutive_failures_end_the_run(photos: Path) -> None:
     with VisionServer(lambda asked, n: Raw(400, "no pictures here")) as server:
         with pytest.raises(
