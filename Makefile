@@ -23,9 +23,13 @@ install: $(INSTALLED)
 
 # PyPI's torch for Linux is the CUDA build, several GB. Set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to an index of CPU builds
 # to avoid it.
+#
+# A venv that was interrupted, or failed for want of python3-venv, lacks pip and `activate`, and is made again. One of uv
+# lacks pip alone, and gets it.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || if test -f $(BIN)/activate && $(BIN)/python -c '' 2>/dev/null; \
+	then $(BIN)/python -m ensurepip; else $(PYTHON) -m venv $(VENV); fi
 	@test -z "$(LOCK)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement $(LOCK)
 	@echo "installing into $(VENV); without an index of CPU builds, PyTorch for Linux is a download of several GB"
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(EXTRAS)]'

@@ -1,0 +1,53 @@
+"""`make install` where a virtual environment is unfinished, or has no pip."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+_PROJECT = """[project]
+name = "x"
+version = "1"
+optional-dependencies.dev = []
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
+_BACKEND = """import pathlib, zipfile
+def build_editable(folder, *_):
+    with zipfile.ZipFile(pathlib.Path(folder) / "x-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("x-1.dist-info/METADATA", "Metadata-Version: 2.1\\nName: x\\nVersion: 1\\n")
+        wheel.writestr("x-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr("x-1.dist-info/RECORD", "")
+    return "x-1-py3-none-any.whl"
+"""
+
+
+@pytest.mark.parametrize("found", ["unfinished", "without pip"])
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.slow
+def test_install_goes_on_from_any_virtual_environment(found: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").write_text(_PROJECT)
+    (tmp_path / "backend.py").write_text(_BACKEND)
+    place = tmp_path / ".venv"
+    venv.create(place, with_pip=False, symlinks=True)
+    (place / "kept").touch()
+    if found == "unfinished":  # the scripts come after pip
+        for script in place.glob("bin/[aA]ctivate*"):
+            script.unlink()
+    usual = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "PYTHONPATH"}}
+    command = ["make", "install", f"PYTHON={sys.executable}"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=usual | {"PIP_NO_INDEX": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (place / "bin" / "activate").is_file()
+    assert (place / "kept").exists(), "nothing is deleted"
