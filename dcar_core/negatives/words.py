@@ -2,6 +2,7 @@
 
 - Case, underscores and hyphens are folded: "A morning_glory" contains "Morning glory"; "catalogue" and "cat-like" do
   not contain "cat".
+- Scripts without spaces between words, such as Chinese and Thai, show no whole words; names are found anywhere in them.
 - Singular and plural forms are found too, and replaced by the same number of the new name.
 - A preceding "a" or "an" follows the sound of the new word, as far as its spelling shows it.
 """
@@ -13,8 +14,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 _GAP = r"[\s_\-]+"
-_NOT_BEFORE = r"(?<![^\W_])(?<![^\W_]-)"
-_NOT_AFTER = r"(?!-?[^\W_])"
+# Kana, Chinese characters, Thai, Lao, Burmese and Khmer
+_UNSPACED = (
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"
+)
+_OF_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_SPACED = rf"[^\W_{_UNSPACED}]"
+_NOT_BEFORE = f"(?<!{_SPACED})(?<!{_SPACED}-)"
+_NOT_AFTER = f"(?!-?{_SPACED})"
 _ARTICLE = re.compile(r"(?<![^\W_])(a|an)([\s_]+)$", re.IGNORECASE)
 _SENTENCE_START = re.compile(r"(^|[.!?][\s\"']+)$")
 _PREPOSITION = re.compile(r"\s(?:of|in|on|with|at|de|du|la|over|under)\s", re.IGNORECASE)
@@ -183,7 +191,9 @@ def _pattern(name: str) -> re.Pattern[str]:
     forms = {name, plural(name), singular(name)}
     parts = {_GAP.join(map(re.escape, re.split(_GAP, unicodedata.normalize("NFC", form).strip()))) for form in forms}
     either = "|".join(sorted(parts, key=lambda part: (-len(part), part)))
-    return re.compile(f"{_NOT_BEFORE}(?:{either}){_NOT_AFTER}", re.IGNORECASE)
+    before = "" if _OF_UNSPACED.match(name.strip()[:1]) else _NOT_BEFORE
+    after = "" if _OF_UNSPACED.match(name.strip()[-1:]) else _NOT_AFTER
+    return re.compile(f"{before}(?:{either}){after}", re.IGNORECASE)
 
 
 def _number(found: str, name: str) -> str:
