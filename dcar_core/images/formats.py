@@ -26,9 +26,9 @@ WEB_FORMATS = ALL_FORMATS - {ImageFormat.TIFF, ImageFormat.BMP}  # what browsers
 
 HEIC_SUFFIXES = frozenset({".heic", ".heif"})
 # The suffixes of images that can be decoded here
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}) | (
-    HEIC_SUFFIXES if find_spec("pillow_heif") else frozenset()
-)
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
+}) | (HEIC_SUFFIXES if find_spec("pillow_heif") else frozenset())  # fmt: skip
 
 _SIGNATURES = {
     ImageFormat.JPEG: (b"\xff\xd8\xff",),

@@ -61,6 +61,13 @@ def test_hidden_files_and_other_files_are_left_out(tmp_path: Path) -> None:
     assert list(rows_of(scan(tmp_path))) == ["a.JPG"]
 
 
+def test_jpegs_of_every_suffix_are_images(tmp_path: Path) -> None:
+    names = ["a.jfif", "b.JFIF", "c.jpe", "d.jpeg", "e.jpg", "f.pjpeg"]
+    for name in names:
+        write_file(tmp_path / name, png())
+    assert scan(tmp_path).table["name"].to_pylist() == names
+
+
 def test_tar_members_are_read_in_place_with_their_siblings(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "shard.tar",
