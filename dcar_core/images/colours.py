@@ -23,7 +23,7 @@ def to_rgb(image: Image.Image, at_least: int | None = None, *, is_turned: bool =
     width, height = image.size
     is_large = at_least is not None and width * height > _LARGE_PIXELS
     factor = max(1, min(width, height) // at_least) if is_large and at_least else 1
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not isinstance(image.info.get("transparency"), tuple):  # the colour that is transparent
         if factor == 1 or not is_turned:
             image.load()
             return image
@@ -59,7 +59,10 @@ def _convert_tiles(image: Image.Image, factor: int, convert: Callable[[Image.Ima
 
 def _from_16_bits(tile: Image.Image) -> Image.Image:
     values = np.clip(np.asarray(tile, np.int32), 0, 65535)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounds value / 65535 * 255
+    gray = ((values + 128) // 257).astype(np.uint8)  # rounds value / 65535 * 255
+    if (key := tile.info.get("transparency")) is not None:
+        gray[values == key] = 255
+    return Image.fromarray(gray)
 
 
 def _from_floats(tile: Image.Image, top: float) -> Image.Image:

@@ -39,6 +39,11 @@ def deep_or_clear(mode: str, width: int, height: int) -> Image.Image:
         values = deep.astype(np.float32) / 20_000
         values[0, 0] = np.nan
         return Image.fromarray(values)
+    if mode == "RGB":
+        keyed = rgba.convert(mode)
+        keyed.paste((1, 2, 3), (0, 0, width // 2, height))
+        keyed.info["transparency"] = (1, 2, 3)
+        return keyed
     if mode == "P":
         palette = rgba.convert("RGB").quantize(32)
         palette.info["transparency"] = bytes(range(0, 256, 8))
@@ -59,6 +64,17 @@ def test_transparent_images_are_drawn_on_white() -> None:
     assert open_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
     palette = clear.quantize(4)
     assert open_image(encoded(palette)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "I;16"])
+def test_the_transparent_colour_of_a_png_is_drawn_white(mode: str) -> None:
+    drawn = np.zeros((64, 96), bool)
+    drawn[8:24, 40:80] = True
+    deep = np.where(drawn, 1000, 0).astype(np.uint16)
+    image = Image.fromarray(deep) if mode == "I;16" else Image.fromarray(drawn).convert(mode)
+    data = encoded(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
+    expected = np.where(drawn & (mode == "I;16"), 1000 // 257 + 1, 255)
+    np.testing.assert_array_equal(np.asarray(open_image(data)), np.repeat(expected[:, :, None], 3, axis=2))
 
 
 def test_orientation_is_applied() -> None:
@@ -118,7 +134,7 @@ def test_images_are_read_from_folders_and_tars(tmp_path: Path) -> None:
         ImageRoot(tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "I;16B", "I", "F"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "I;16B", "I", "F"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
 def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(colours, "_TILE_PIXELS", tile)
@@ -127,7 +143,7 @@ def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkey
         np.testing.assert_array_equal(np.asarray(open_image(image)), whole(image))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "F"])
 def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = deep_or_clear(mode, 131, 97)
     assert open_image(image, at_least=10).size == (131, 97)  # not large
