@@ -26,7 +26,7 @@ let list = emptyList();
 const observer = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && !page.isBusy() && growList(), { rootMargin: "600px" });
 
 function emptyList() {
-  return { wanted: EMPTY, results: [], others: [], next: undefined, minScore: -Infinity, scale: scaleOf([]), count: 0, groups: "", enough: CONTAINED, fitting: 0, isDivided: false, isGrowing: false };
+  return { wanted: EMPTY, results: [], others: [], next: undefined, minScore: -Infinity, scale: scaleOf([]), count: 0, facts: "", groups: "", enough: CONTAINED, fitting: 0, isDivided: false, isGrowing: false };
 }
 
 export function prepareList(given) {
@@ -100,7 +100,8 @@ function append(found) {
     list.isDivided = true;
   }
   results.append(...cards);
-  $("status").textContent = facts(found);
+  list.facts = facts(found);
+  drawFacts();
   observer.unobserve($("more"));
   if (canGrow()) observer.observe($("more")); // again, so that it reports even if it stayed visible
 }
@@ -122,6 +123,10 @@ function card(result, name, scale, isWeak) {
     only: ({ category }) => page.only(category),
     select: toggleSelected,
   });
+}
+
+export function drawFacts() {
+  $("status").textContent = list.facts;
 }
 
 function facts({ took_ms: took }) {

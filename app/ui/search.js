@@ -11,7 +11,7 @@ import { drawChips } from "./chips.js";
 import { drawPicture, prepareCrop } from "./crop.js";
 import { closeDetail, openDetail, prepareDetail } from "./detail.js";
 import { drawFacets, prepareFacets } from "./facets.js";
-import { canGrow, clearLists, drawCompared, drawList, growList, itemsOf, prepareList, shownCount } from "./list.js";
+import { canGrow, clearLists, drawCompared, drawFacts, drawList, growList, itemsOf, prepareList, shownCount } from "./list.js";
 import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
 import { knownWords, listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
 import { aboutCollection, drawAbout } from "./start.js";
@@ -64,16 +64,27 @@ async function show({ typed = false, restored = null } = {}) {
     return fail("An image is not part of a link and is lost when the page is closed. Choose it again.");
   }
   if (listKey(state) !== drawn) await load({ typed, restored });
+  else if (running) { // another search, that the user has left again
+    stop();
+    drawFacts();
+  }
   drawDetail();
 }
 
-async function load({ typed, restored }) {
+function stop() {
   running?.abort();
+  running = null;
+  results.removeAttribute("aria-busy");
+}
+
+async function load({ typed, restored }) {
+  stop();
   const mine = (running = new AbortController()), wanted = state, { signal } = mine;
   isTyping = typed;
   hasTypedMore = false;
   results.setAttribute("aria-busy", "true");
   const slow = setTimeout(() => {
+    if (signal.aborted) return;
     $("status").textContent = "Searching…";
     error.hidden = true; // it belongs to the previous search
   }, SLOW_MS);
@@ -97,8 +108,7 @@ async function load({ typed, restored }) {
   } finally {
     clearTimeout(slow);
     if (running === mine) {
-      running = null;
-      results.removeAttribute("aria-busy");
+      stop();
       if (hasTypedMore) show({ typed: true });
     }
   }
@@ -114,12 +124,11 @@ async function restore(restored, signal) {
 const isPlain = ({ q, like, unlike, picture, without }) => Boolean(q) && !like.length && !unlike.length && !picture && !without;
 
 function fail(message, code) {
-  running?.abort();
-  running = drawn = null;
+  stop();
+  drawn = null;
   error.textContent = message;
   error.hidden = code === 401;
   $("key-form").hidden = code !== 401;
-  results.removeAttribute("aria-busy");
   clearLists();
   closeDetail();
 }

@@ -185,3 +185,33 @@ def test_text_in_both_fields_is_searched(page: Page, site: str) -> None:
     assert page.one("#query").get_attribute("value") == "a circle"
     assert page.one("#without").get_attribute("value") == "red"
     assert page.errors() == []
+
+
+def test_search_that_is_left_again_changes_nothing(page: Page, site: str) -> None:
+    """Its answer comes only after the state of the list was chosen again."""
+    page.open(f"{site}/#q=red")
+    page.settled(24)
+    facts = page.one("#status").text
+    until(lambda: page.all("#facets button"))
+    page.driver.execute_script("""
+        const whole = window.fetch;
+        window.ended = 0;
+        window.fetch = async (path, options) => {
+            if (!path.includes('search/text')) return whole(path, options);
+            await new Promise((done) => window.answer = done);
+            return whole(path, options).finally(() => window.ended++);
+        };
+    """)
+    filters = "return document.querySelectorAll('#facets [aria-pressed=true]').length"
+    page.driver.execute_script("document.querySelector('#facets button').click()")
+    until(lambda: page.driver.execute_script(filters) == 1)
+    until(lambda: page.one("#status").text == "Searching…")
+    page.driver.execute_script("document.querySelector('#facets [aria-pressed=true]').click()")
+    until(lambda: page.driver.execute_script(filters) == 0)
+    assert page.driver.current_url.endswith("#q=red")
+    page.driver.execute_script("window.answer()")
+    until(lambda: page.driver.execute_script("return window.ended") == 1)
+    until(lambda: not page.all("#results[aria-busy]"))
+    page.settled(24)
+    assert page.one("#status").text == facts
+    assert page.errors() == []
