@@ -8,9 +8,9 @@ export const number = (value) => value.toLocaleString(undefined, { maximumFracti
 // Returns what an item is called: its caption, else its title, which may be that of its file.
 export const titleOf = ({ id, caption, metadata }) => caption || metadata?.title || id;
 
-// Returns "Frame colour" for "frame_colour".
+// Returns "Frame colour" for "frame_colour". The column of row numbers that pandas saves has no name.
 export function fieldName(name) {
-  const words = name.replace(/[_\s]+/g, " ").trim() || name;
+  const words = name.replace(/[_\s]+/g, " ").trim() || name.trim() || "(no name)";
   return words[0].toUpperCase() + words.slice(1);
 }
 

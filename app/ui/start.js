@@ -40,7 +40,7 @@ export function drawAbout({ examples, fields }) {
   const chosen = $("sort").value;
   $("sort").replaceChildren(
     new Option("best match", ""),
-    ...fields.flatMap(({ name, is_number }) => [
+    ...fields.filter(({ name }) => name).flatMap(({ name, is_number }) => [
       new Option(`${fieldName(name)}, ${is_number ? "lowest first" : "A to Z"}`, name),
       new Option(`${fieldName(name)}, ${is_number ? "highest first" : "Z to A"}`, `-${name}`),
     ]),

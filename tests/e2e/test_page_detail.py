@@ -200,3 +200,31 @@ def test_near_duplicates_are_one_result(both: Page, site: str) -> None:
     near[0].click()
     until(lambda: f"show={folded[first][0]}" in page.driver.current_url.replace("%2F", "/"))
     assert page.errors() == []
+
+
+def test_field_without_a_name_hides_nothing(page: Page, site: str) -> None:
+    """Older indexes have it from the row numbers that pandas saves; here it is put into the responses."""
+    with_numbers = """
+        const whole = window.fetch;
+        window.fetch = async (path, options) => {
+            const response = await whole(path, options);
+            if (!/^(browse|catalogue|facets)/.test(path)) return response;
+            const body = await response.json();
+            body.items?.forEach(({metadata}, row) => (metadata[''] = row));
+            body.fields?.unshift({name: '', is_number: true});
+            body.facets?.unshift({name: '', values: [{value: 0, count: 1}, {value: 1, count: 1}]});
+            return Response.json(body);
+        };
+    """
+    with page.script(with_numbers):
+        page.open(site)
+        page.settled(24)
+        until(lambda: [each.text for each in page.all("#facets h3")] == ["(no name)", "Category", "Color"])
+        until(lambda: page.all("#sort option[value=color]"))
+        assert "no name" not in page.one("#sort").get_attribute("textContent"), "it has no order"
+        page.one("#results .open").click()
+        opened(page)
+        names = [each.text for each in page.all("#metadata dt")]
+        values = [each.text for each in page.all("#metadata dd")]
+        assert ("(no name)", "0") in zip(names, values, strict=True)
+    assert page.errors() == []
