@@ -2,7 +2,7 @@
 
 import { drawMap, drawWords } from "./explain.js";
 import { percent, titleOf } from "./format.js";
-import { release, showThumbnail } from "./service.js";
+import { showThumbnail } from "./service.js";
 
 const SIDES = [192, 384]; // pixels of a card's thumbnail
 const EVERY = 0.75; // share of the words, by their rarity, from which on a long text has every one
@@ -78,14 +78,6 @@ export function makeDivider() {
   node.className = "divider";
   node.textContent = "Less likely";
   return node;
-}
-
-export function clearCards(list) {
-  for (const image of list.querySelectorAll("img")) {
-    image.onerror = null;
-    release(image);
-  }
-  list.replaceChildren();
 }
 
 // Moves the focus from card to card: arrows, Home and End. Returns true if the key was used.

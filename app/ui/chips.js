@@ -1,7 +1,7 @@
 // The parts of a search that are no words, as chips in the search bar: an image, items, and items to avoid.
 
 import { titleOf } from "./format.js";
-import { loadItem, showThumbnail } from "./service.js";
+import { clearImages, loadItem, showThumbnail } from "./service.js";
 import { images } from "./upload.js";
 
 const SIDES = [192, 192];
@@ -24,7 +24,8 @@ export function drawChips(place, state, base, { remove, changed }) {
     const label = ids.length === 1 ? captionOf(base, ids[0], changed) : `${ids.length} images`;
     add(part, `${words} ${label}`, (image) => showThumbnail(image, base, ids[0], SIDES));
   }
-  place.replaceChildren(...chips);
+  clearImages(place);
+  place.append(...chips);
   return chips.map(({ title }) => title);
 }
 

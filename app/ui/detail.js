@@ -2,7 +2,7 @@
 
 import { drawWords } from "./explain.js";
 import { conditionName, fieldName, percent, titleOf } from "./format.js";
-import { download, imagePath, loadGroup, loadItem, savedKey, showThumbnail } from "./service.js";
+import { clearImages, download, imagePath, loadGroup, loadItem, savedKey, showThumbnail } from "./service.js";
 
 const SIDES = [1280, 1280];
 const NEAR_SIDES = [192, 384];
@@ -127,7 +127,9 @@ function drawValue(value) {
 function drawNear(ids, title) {
   $("folded").hidden = !ids.length;
   $("folded").querySelector("h3").textContent = title;
-  $("folded").querySelector("ul").replaceChildren(...ids.map((id) => {
+  const list = $("folded").querySelector("ul");
+  clearImages(list);
+  list.append(...ids.map((id) => {
     const entry = document.createElement("li"), button = document.createElement("button"), image = document.createElement("img");
     button.type = "button";
     image.alt = `Open ${id}`;

@@ -1,13 +1,13 @@
 // The list of images, which grows while it is scrolled, and the second list beside it.
 
 import { EMPTY, hasFilter, hasSubject } from "./address.js";
-import { clearCards, makeCard, makeDivider, scaleOf } from "./cards.js";
+import { makeCard, makeDivider, scaleOf } from "./cards.js";
 import { rememberCaption } from "./chips.js";
 import { markPlaces } from "./compare.js";
 import { drawLegend } from "./explain.js";
 import { fieldName, number, percent } from "./format.js";
 import { isSelected, toggleSelected } from "./selection.js";
-import { loadPage } from "./service.js";
+import { clearImages, loadPage } from "./service.js";
 
 const FAMILIAR = 0.5; // share of the words that captions have
 const CONTAINED = 0.6; // share of the words, by their rarity, from which on an item fits whatever its image shows
@@ -38,8 +38,8 @@ export const canGrow = () => list.next !== undefined;
 export const itemsOf = (isOther) => (isOther ? list.others : list.results);
 
 export function clearLists() {
-  clearCards(results);
-  clearCards($("others"));
+  clearImages(results);
+  clearImages($("others"));
   observer.unobserve($("more"));
   nothing.hidden = $("other").hidden = $("results-name").hidden = $("scores").hidden = true;
   document.body.classList.remove("beside");

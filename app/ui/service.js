@@ -12,7 +12,7 @@ const BROWSED = 48;
 const SORTED = 96; // best matches that are put into another order
 const RETRY_MS = [1500, 4000, 10000]; // delays before an image that failed to load is requested again
 
-const loaded = new WeakMap(); // image element -> object URL
+const shown = new WeakMap(); // image element -> AbortController of what is shown in it
 
 export const savedKey = () => sessionStorage.getItem(KEY) ?? "";
 
@@ -140,14 +140,17 @@ function sorted(results, sort) { // items without the field come last
 
 export const imagePath = (base, id) => `${base}items/${encodeURIComponent(id)}/image`;
 
-// Shows an item's thumbnail in an image element. sides: pixels for screens of one and of two dots per pixel.
-// Retries, because rate limits count images too; calls `failed` after the last try.
+// Shows an item's thumbnail in an image element, in place of the one before. sides: pixels for screens of one and of two
+// dots per pixel. Retries, because rate limits count images too; calls `failed` after the last try.
 export function showThumbnail(image, base, id, [once, twice], failed = () => {}) {
-  const path = imagePath(base, id);
+  release(image);
+  const mine = new AbortController(), { signal } = mine, path = imagePath(base, id);
+  shown.set(image, mine);
   const url = (side) => `${path}?size=${side}`;
   let tries = 0;
   const load = () => {
-    if (savedKey()) showPrivate(image, url(devicePixelRatio > 1 ? twice : once));
+    if (signal.aborted) return;
+    if (savedKey()) showPrivate(image, url(devicePixelRatio > 1 ? twice : once), signal);
     else {
       image.srcset = `${url(once)} 1x, ${url(twice)} 2x`;
       image.src = url(once);
@@ -161,21 +164,29 @@ export function showThumbnail(image, base, id, [once, twice], failed = () => {})
   load();
 }
 
-async function showPrivate(image, url) { // an image element cannot send a key
+async function showPrivate(image, url, signal) { // an image element cannot send a key
   try {
-    const response = await request(url, { headers: { Accept: "image/webp,*/*" } });
+    const response = await request(url, { headers: { Accept: "image/webp,*/*" }, signal });
     if (!response.ok) throw new ServiceError("", response.status);
-    release(image);
-    loaded.set(image, URL.createObjectURL(await response.blob()));
-    image.src = loaded.get(image);
+    const blob = await response.blob();
+    signal.throwIfAborted();
+    const source = URL.createObjectURL(blob);
+    signal.addEventListener("abort", () => URL.revokeObjectURL(source));
+    image.src = source;
   } catch {
-    image.onerror?.();
+    if (!signal.aborted) image.onerror?.();
   }
 }
 
-export function release(image) {
-  if (loaded.has(image)) URL.revokeObjectURL(loaded.get(image));
-  loaded.delete(image);
+function release(image) {
+  shown.get(image)?.abort();
+  image.onerror = null;
+}
+
+// Empties a list of images, and frees their memory.
+export function clearImages(list) {
+  for (const image of list.querySelectorAll("img")) release(image);
+  list.replaceChildren();
 }
 
 // Saves the original image file under a name.
