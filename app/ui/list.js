@@ -37,6 +37,12 @@ export const shownCount = () => list.results.length;
 export const canGrow = () => list.next !== undefined;
 export const itemsOf = (isOther) => (isOther ? list.others : list.results);
 
+// Returns the collection in which the items of a list are searched. Lists that share items show one gallery by two models.
+export function searchedIn(name) {
+  const known = new Set(list.results.map(({ id }) => id));
+  return page.nameOf(list.others.some(({ id }) => known.has(id)) ? list.wanted.in : name);
+}
+
 export function clearLists() {
   clearImages(results);
   clearImages($("others"));
@@ -117,11 +123,12 @@ function frameOf(shown) {
 function card(result, name, scale, isWeak) {
   rememberCaption(page.base(name), result);
   return makeCard(result, {
-    base: page.base(name), scale, isWeak, isSelected,
+    base: page.base(name), scale, isWeak,
     href: ({ id }) => page.href(id, name),
     open: ({ id }) => page.open(id, name),
     only: ({ category }) => page.only(category),
-    select: toggleSelected,
+    isSelected: (id) => isSelected(id, searchedIn(name)),
+    select: ({ id }) => toggleSelected(id, searchedIn(name)),
   });
 }
 

@@ -11,7 +11,7 @@ import { drawChips } from "./chips.js";
 import { drawPicture, prepareCrop } from "./crop.js";
 import { closeDetail, openDetail, prepareDetail } from "./detail.js";
 import { drawFacets, prepareFacets } from "./facets.js";
-import { canGrow, clearLists, drawCompared, drawFacts, drawList, growList, itemsOf, prepareList, shownCount } from "./list.js";
+import { canGrow, clearLists, drawCompared, drawFacts, drawList, growList, itemsOf, prepareList, searchedIn, shownCount } from "./list.js";
 import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
 import { knownWords, listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
 import { aboutCollection, drawAbout } from "./start.js";
@@ -151,7 +151,7 @@ function drawControls() {
   drawPicture(state);
   drawFacets(base(), state);
   drawParts();
-  drawSelection(hasSubject(state));
+  drawSelection(hasSubject(state), nameOf(state.in));
   for (const node of $("examples").children) node.setAttribute("aria-pressed", node.value === state.q);
   $("forget-key").hidden = !savedKey();
 }
@@ -202,7 +202,8 @@ async function drawDetail() {
   if (!state.show) return;
   const items = itemsOf(state.of), at = items.findIndex(({ id }) => id === state.show);
   openDetail({
-    id: state.show, base: base(state.of || state.in), result: items[at], canLess: hasSubject(state), groups,
+    id: state.show, base: base(state.of || state.in), result: items[at], groups,
+    canLess: hasSubject(state) && isSearched(searchedIn(state.of || state.in)),
     hasPrevious: at > 0, hasNext: at >= 0 && (at + 1 < items.length || (!state.of && canGrow())),
   });
 }
@@ -225,13 +226,11 @@ function closeItem() {
   }, 50);
 }
 
-// Searches for images like some of a collection; another gallery becomes the searched one, another model does not.
-function searchLike(ids, name = "") {
-  const ofOther = Boolean(name) && !isSearched(name), known = new Set(itemsOf(false).map(({ id }) => id));
-  const swaps = ofOther && !itemsOf(true).some(({ id }) => known.has(id));
-  scrollTo({ top: 0 });
+// Searches for images like some of a collection, which becomes the searched one.
+function searchLike(ids, name) {
   const swapped = { in: name, beside: nameOf(state.in), filter: {} };
-  go({ q: "", picture: "", crop: "", unlike: [], like: ids, sort: "", ...(swaps ? swapped : {}) });
+  scrollTo({ top: 0 });
+  go({ q: "", picture: "", crop: "", unlike: [], like: ids, sort: "", ...(isSearched(name) ? {} : swapped) });
 }
 
 function toggleFilter(field, value) { // undefined removes the filter
@@ -263,7 +262,7 @@ prepareDetail({
   close: closeItem,
   open: (id) => go({ show: id, of: state.of }, { replace: true }),
   link: (id) => new URL(href(id, state.of || state.in), location.href).href,
-  similar: (id) => searchLike([id], state.of),
+  similar: (id) => searchLike([id], searchedIn(state.of || state.in)),
   less: (id) => searchUnlike([id]),
   only: (category) => toggleFilter("category", category),
 });

@@ -102,6 +102,40 @@ def test_two_galleries_are_compared(page: Page, many: str) -> None:
     assert not page.one("#other").is_displayed()
 
 
+def test_selected_images_are_searched_in_their_gallery(page: Page, many: str) -> None:
+    page.open(f"{many}/#q=red&beside=circles")
+    page.settled(12)
+    cards = others(page, 6)
+    page.all("#results .select")[0].click()
+    assert page.one("#selected-less").is_enabled()
+    page.all("#others .select")[1].click()  # the selection is of one gallery
+    assert page.one("#selected-count").text == "1 selected"
+    assert [len(page.all(f"{place} .selected")) for place in ("#results", "#others")] == [0, 1]
+    assert not page.one("#selected-less").is_enabled()
+    assert page.one("#selected-less").get_attribute("title") == "These images are not in “shapes”, which is searched"
+    cards[0].find_element("css selector", ".open").click()
+    until(lambda: page.one("#detail").is_displayed())
+    assert not page.one("#less").is_displayed()
+    page.one("#close").click()
+    until(lambda: not page.one("#detail").is_displayed())
+    chosen = cards[1].get_attribute("data-id")
+    page.one("#selected-more").click()
+    page.settled(5)
+    assert page.driver.current_url.endswith(f"#in=circles&beside=shapes&item={chosen}")
+    assert not page.one("#error").is_displayed()
+
+    page.open(f"{many}/#q=a+red+circle&beside=another")  # two models, one gallery
+    page.settled(12)
+    others(page, 12)
+    for place in ("#results", "#others"):
+        page.one(f"{place} .card:not(.selected) .select").click()
+    assert page.one("#selected-count").text == "2 selected"
+    assert page.one("#selected-less").is_enabled()
+    page.one("#selected-more").click()
+    page.settled(12)
+    assert page.one("#collection").get_attribute("value") == "shapes"
+
+
 @pytest.mark.parametrize("width", [600, 640, 700])
 def test_medium_window_fits_both_lists(page: Page, many: str, width: int) -> None:
     size = page.driver.get_window_size()
