@@ -35,14 +35,14 @@ export function prepareDetail(on) {
   });
   dialog.addEventListener("keydown", (event) => {
     const direction = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!direction) return;
+    if (!direction || event.ctrlKey || event.metaKey || event.altKey) return; // "Back" of the browser
     event.preventDefault();
     on.step(direction);
   });
   let start = null;
   dialog.addEventListener("touchstart", ({ touches }) => (start = touches.length === 1 ? touches[0] : null), { passive: true });
   dialog.addEventListener("touchend", ({ changedTouches: [end] }) => {
-    if (!start) return;
+    if (!start || visualViewport.scale > 1.01) return; // the enlarged page was moved
     const across = end.clientX - start.clientX, down = end.clientY - start.clientY;
     if (Math.abs(across) > SWIPE && Math.abs(across) > 2 * Math.abs(down)) on.step(across < 0 ? 1 : -1);
     start = null;

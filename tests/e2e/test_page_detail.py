@@ -14,6 +14,12 @@ from tests.support.page import Page, until
 Keys: Any = pytest.importorskip("selenium.webdriver.common.keys", reason="needs the extra dev").Keys
 pytestmark = pytest.mark.browser
 
+SWIPE = """
+    const touch = (x) => new Touch({identifier: 1, target: arguments[0], clientX: x, clientY: 100});
+    arguments[0].dispatchEvent(new TouchEvent('touchstart', {bubbles: true, touches: [touch(300)]}));
+    arguments[0].dispatchEvent(new TouchEvent('touchend', {bubbles: true, changedTouches: [touch(100)]}));
+"""
+
 
 def opened(page: Page) -> Any:
     return until(lambda: page.one("#detail").is_displayed() and page.one("#detail"))
@@ -80,12 +86,7 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     until(lambda: f"show={shown[2]}" in page.driver.current_url)
     detail.send_keys(Keys.ARROW_LEFT)
     until(lambda: f"show={shown[1]}" in page.driver.current_url)
-    swipe = """
-        const touch = (x) => new Touch({identifier: 1, target: arguments[0], clientX: x, clientY: 100});
-        arguments[0].dispatchEvent(new TouchEvent('touchstart', {bubbles: true, touches: [touch(300)]}));
-        arguments[0].dispatchEvent(new TouchEvent('touchend', {bubbles: true, changedTouches: [touch(100)]}));
-    """
-    page.driver.execute_script(swipe, image)
+    page.driver.execute_script(SWIPE, image)
     until(lambda: f"show={shown[2]}" in page.driver.current_url)
     page.one("#close").click()
     closed(page)
@@ -227,4 +228,34 @@ def test_field_without_a_name_hides_nothing(page: Page, site: str) -> None:
         names = [each.text for each in page.all("#metadata dt")]
         values = [each.text for each in page.all("#metadata dd")]
         assert ("(no name)", "0") in zip(names, values, strict=True)
+    assert page.errors() == []
+
+
+def test_browser_keeps_its_keys_and_the_moves_of_an_enlarged_page(phone: Page, site: str) -> None:
+    page = phone
+
+    def is_prevented(**keys: object) -> bool:
+        press = "return !arguments[0].dispatchEvent(new KeyboardEvent('keydown', arguments[1]))"
+        pressed = {"bubbles": True, "cancelable": True, "key": "ArrowRight", **keys}
+        return bool(page.driver.execute_script(press, page.one("#detail-title"), pressed))
+
+    page.open(f"{site}/#q=red")
+    page.settled(24)
+    shown = ids(page)
+    page.one("#results .open").click()
+    opened(page)
+    for modifier in ("altKey", "ctrlKey", "metaKey"):
+        assert not is_prevented(**{modifier: True})
+    page.driver.execute_cdp_cmd("Emulation.setPageScaleFactor", {"pageScaleFactor": 2})
+    try:
+        until(lambda: page.driver.execute_script("return visualViewport.scale") == 2)
+        page.driver.execute_script(SWIPE, page.one("#detail-image"))
+        assert f"show={shown[0]}" in page.driver.current_url
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setPageScaleFactor", {"pageScaleFactor": 1})
+    until(lambda: page.driver.execute_script("return visualViewport.scale") == 1)
+    page.driver.execute_script(SWIPE, page.one("#detail-image"))
+    until(lambda: f"show={shown[1]}" in page.driver.current_url)
+    assert is_prevented()
+    until(lambda: f"show={shown[2]}" in page.driver.current_url)
     assert page.errors() == []
