@@ -67,6 +67,7 @@ async function show({ typed = false, restored = null } = {}) {
   else if (running) { // another search, that the user has left again
     stop();
     drawFacts();
+    if (restored?.shown) scrollTo({ top: restored.top, behavior: "instant" });
   }
   drawDetail();
 }
@@ -229,8 +230,8 @@ function closeItem() {
 // Searches for images like some of a collection, which becomes the searched one.
 function searchLike(ids, name) {
   const swapped = { in: name, beside: nameOf(state.in), filter: {} };
-  scrollTo({ top: 0 });
   go({ q: "", picture: "", crop: "", unlike: [], like: ids, sort: "", ...(isSearched(name) ? {} : swapped) });
+  scrollTo({ top: 0 }); // after the position was saved
 }
 
 function toggleFilter(field, value) { // undefined removes the filter

@@ -86,6 +86,12 @@ def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(both: 
     both.driver.refresh()
     until(lambda: count(both) == COUNT)
     until(lambda: abs(top(both) - 900) < 2)
+    both.driver.execute_script("document.querySelectorAll('#results .select')[12].click()")
+    both.one("#selected-more").click()
+    until(lambda: top(both) == 0 and both.one("#status").text.startswith("The best"))
+    both.driver.back()
+    until(lambda: count(both) == COUNT)
+    until(lambda: abs(top(both) - 900) < 2)
     assert both.errors() == []
 
 

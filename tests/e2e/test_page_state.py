@@ -214,4 +214,13 @@ def test_search_that_is_left_again_changes_nothing(page: Page, site: str) -> Non
     until(lambda: not page.all("#results[aria-busy]"))
     page.settled(24)
     assert page.one("#status").text == facts
+
+    page.driver.execute_script("scrollTo({top: 200, behavior: 'instant'})")
+    until(lambda: page.driver.execute_script("return scrollY") == 200)
+    page.driver.execute_script("document.querySelectorAll('#results .select')[9].click()")
+    page.one("#selected-more").click()
+    until(lambda: page.driver.execute_script("return scrollY") == 0)
+    page.driver.back()
+    until(lambda: page.driver.execute_script("return scrollY") == 200)
+    page.settled(24)
     assert page.errors() == []
