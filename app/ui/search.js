@@ -105,7 +105,8 @@ async function load({ typed, restored }) {
     if (other) drawCompared(other, wanted);
     await restore(restored, signal);
   } catch (reason) {
-    if (!signal.aborted) fail(reason.message, reason.status);
+    if (hasTypedMore && !signal.aborted) drawFacts(); // the words that failed are no longer the typed ones
+    else if (!signal.aborted) fail(reason.message, reason.status);
   } finally {
     clearTimeout(slow);
     if (running === mine) {

@@ -224,3 +224,23 @@ def test_search_that_is_left_again_changes_nothing(page: Page, site: str) -> Non
     until(lambda: page.driver.execute_script("return scrollY") == 200)
     page.settled(24)
     assert page.errors() == []
+
+
+def test_words_typed_while_a_search_fails_are_searched(page: Page, site: str) -> None:
+    page.open(site)
+    page.settled(24)
+    page.driver.execute_script("""
+        const whole = window.fetch, answered = new Promise((done) => window.answer = done); let asked = 0;
+        window.fetch = async (path, options) => {
+            if (!path.includes('search/text') || asked++) return whole(path, options);
+            await answered;
+            return new Response('{"detail": "Too busy."}', {status: 503});
+        };
+    """)
+    page.one("#query").send_keys("red")
+    until(lambda: page.driver.current_url.endswith("#q=red"))
+    page.driver.execute_script("window.answer()")
+    until(lambda: page.one("#status").text.startswith("The best 24"))
+    page.settled(24)
+    assert not page.one("#error").is_displayed()
+    assert page.errors() == []
