@@ -90,6 +90,8 @@ def test_generated_requests_get_documented_responses(url: str) -> None:
             except Exception as error:
                 if "Unsatisfiable" in type(error).__name__:
                     continue  # an operation without parameters has no invalid requests
+                if str(error).startswith("Unsupported type: 'Binary'"):
+                    continue  # schemathesis sometimes fails to draw an invalid upload, before it sends anything
                 raise
             tried.add(operation.label)
     assert "POST /search/text" in tried
