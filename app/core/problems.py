@@ -20,9 +20,7 @@ SAFE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-_UNION_BRANCH = re.compile(
-    r"constrained-\w+|literal\[.*\]|bool"
-)  # added by pydantic to the location of a union's fault
+_UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]|bool")  # in pydantic's location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
 _MAX_EXAMINED = 1000  # a hostile body has many thousands, and each takes microseconds in the event loop
 
