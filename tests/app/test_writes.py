@@ -34,7 +34,8 @@ async def test_items_are_put_replaced_and_deleted_by_jobs(index: Path) -> None:
     async with opened(index, **WRITES) as client:
         accepted = await put(client, item("new/1", caption="a pink thing", category="things", metadata={"price": 3}))
         job = accepted.json()
-        assert (job["status"], job["kind"], job["items"], job["collection"]) == ("waiting", "put", 1, "index")
+        assert job["status"] in ("waiting", "running")
+        assert (job["kind"], job["items"], job["collection"]) == ("put", 1, "index")
         job = await ended(client, accepted)
         assert (job["status"], job["index_version"], job["failed"]) == ("done", 2, [])
         found = (await client.get("/items/new%2F1")).json()
