@@ -11,6 +11,7 @@ which train_base.py reads, and writes for each domain (twemoji and openmoji):
                                       short caption too, and lists the short captions that are true of it
 
 - Emoji are split by the base emoji, so all skin tones of an emoji are in the same split.
+- Negatives of training pairs come from training emoji alone, so no method reads a caption of another split.
 - The output has the same bytes every time. A killed run resumes with the images that are missing.
 """
 
@@ -37,6 +38,8 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 DOMAINS = ("twemoji", "openmoji")
+# the splits that the negatives of a split may come from
+SOURCES = {"train": {"train"}, "val": {"train", "val"}, "test": {"train", "val", "test"}}
 COLORS = 64
 GENDERS = {0: "woman", 1: "man"}
 
@@ -66,7 +69,9 @@ def write_gallery(renders: Path, domain: str, names: list[str]) -> None:
 def negatives(name: str, emoji: dict, siblings: dict, rng: random.Random) -> list[tuple[str, str]]:
     """Return negatives as (caption, category): two other emoji of the subgroup, then one with other attributes."""
     own = emoji[name]
-    others = [k for k in siblings[own["subgroup"]] if emoji[k]["base"] != own["base"]]
+    sources = SOURCES[split_of(own["base"])]
+    allowed = [k for k in siblings[own["subgroup"]] if split_of(emoji[k]["base"]) in sources]
+    others = [k for k in allowed if emoji[k]["base"] != own["base"]]
     swapped = [
         (domain_caption(emoji[k]), plain_label(emoji[k]["base_label"])) for k in rng.sample(others, min(2, len(others)))
     ]
