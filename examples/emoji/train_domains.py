@@ -4,9 +4,9 @@
     python examples/emoji/train_domains.py --domains openmoji --seeds 1
 
 - For each domain: zero-shot, then the method with three seeds. Validation emoji choose the best epoch of a run and the
-  seed whose checkpoint is bundled; each run reads the test emoji once.
+  seed whose checkpoint is bundled; test emoji are read after the training of each run.
 - Figures are given for all test images and for the base emoji alone (without skin tones), each with its own gallery.
-- A finished run is not repeated; `--restart` discards all runs.
+- A finished run is not repeated, unless the base model, the data or the settings changed.
 """
 
 import argparse
@@ -17,79 +17,55 @@ from pathlib import Path
 
 from dcar_core.data import Dataset, load_split
 from dcar_core.evaluation import summarise
+from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import TrainConfig
-from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import method
+from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
-from dcar_core.training.train import train
 from dcar_core.training.validation import evaluate
 
 HERE = Path(__file__).parent
 DOMAINS = ("twemoji", "openmoji")
-
-
-def base_only(data: Dataset, domain: str) -> Dataset:
-    """Return the pairs of base emoji, without skin tones."""
-    base = {row["file_name"] for row in map(json.loads, metadata(domain)) if row["base"]}
-    return replace(data, samples=[sample for sample in data.samples if sample.image in base])
-
-
-def metadata(domain: str) -> list[str]:
-    """Return the lines of metadata.jsonl."""
-    return (HERE / domain / "metadata.jsonl").read_text().splitlines()
-
-
-def test_recall(model: DCAR, domain: str) -> dict[str, dict[str, float]]:
-    """Return recall on all test images, and on the base emoji alone."""
-    data = load_split(HERE / domain, "test")[0]
-    parts = {"all": data, "base": base_only(data, domain)}
-    return {name: evaluate(model, prepare_split(part, model, for_training=False)) for name, part in parts.items()}
+SPLITS = ("train", "val", "test")
 
 
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     """Train zero-shot and all seeds, bundle the best checkpoint, and return the domain's results."""
-    work = args.work / domain
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
-    training = load_split(HERE / domain, "train")[0]
-    validation = load_split(HERE / domain, "val")[0]
-    settings = f"{args.epochs}-{args.batch_size}-{args.lr:g}-{args.anchor}"
+    splits = {split: load_split(HERE / domain, split)[0] for split in SPLITS}
+    config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size)
+    cache = FeatureCache(args.work / domain / "features", backbone)
+    runner = MethodRunner(backbone, splits, args.work / domain, config, cache)
     runs = []
     for name, seeds in (("clip", 1), (args.method, args.seeds)):
         for seed in range(seeds):
-            record = work / f"{name}-{seed}-{settings}" / "run.json"
-            if not record.is_file():
-                config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=seed)
-                model_config = method(name)
-                if name != "clip" and args.anchor is not None:
-                    loss = replace(model_config.loss, anchor=args.anchor)
-                    model_config = replace(model_config, loss=loss)
-                model = seeded_model(backbone, model_config, seed)
-                result = train(model, training, validation, config)
-                notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
-                save_checkpoint(model, record.parent, training=notes)
-                run = {
-                    "method": name,
-                    "seed": seed,
-                    "epoch": result.epoch,
-                    "seconds": round(result.seconds),
-                    "query": model.config.reweight.query,
-                    "val": result.best,
-                    "test": test_recall(model, domain),
-                }
-                record.write_text(json.dumps(run) + "\n")
-            runs.append(json.loads(record.read_text()))
+            run = runner.train(method(name), seed, args.lr)
+            model, _ = load_checkpoint(runner.directory(method(name), seed, args.lr), backbone=backbone)
+            run |= {"method": name, "test": test_recall(model, domain, splits["test"])}
+            del run["history"]
+            runs.append(run)
     adapted = [run for run in runs if run["method"] == args.method]
     best = max(adapted, key=lambda run: run["val"]["t2i_r1"] + run["val"]["i2t_r1"])
-    bundle(work / f"{args.method}-{best['seed']}-{settings}", HERE / domain / "checkpoint")
+    bundle(runner.directory(method(args.method), best["seed"], args.lr), HERE / domain / "checkpoint")
     return {
         "runs": runs,
         "bundled_seed": best["seed"],
         "zero_shot": {part: runs[0]["test"][part] for part in ("all", "base")},
         "adapted": {part: summarise([run["test"][part] for run in adapted]) for part in ("all", "base")},
     }
+
+
+def test_recall(model: DCAR, domain: str, test: Dataset) -> dict[str, dict[str, float]]:
+    """Return recall on all test images, and on the base emoji alone."""
+    rows = map(json.loads, (HERE / domain / "metadata.jsonl").read_text().splitlines())
+    base = {row["file_name"] for row in rows if row["base"]}
+    base_only = replace(test, samples=[sample for sample in test.samples if sample.image in base])
+    parts = {"all": test, "base": base_only}
+    return {name: evaluate(model, prepare_split(part, model, for_training=False)) for name, part in parts.items()}
 
 
 def bundle(source: Path, target: Path) -> None:
@@ -122,18 +98,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--anchor", type=float, help="weight of the anchor loss; default: the method's")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
-    parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
-    if args.restart:
-        shutil.rmtree(args.work, ignore_errors=True)
     file = HERE / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
-    results |= {domain: adapt(domain, args) for domain in args.domains}
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    print(card(results))
+    for domain in args.domains:
+        result = adapt(domain, args)
+        # read after the training: another process may have written its domain
+        results = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(results | {domain: result}, indent=1) + "\n")
+    print(card(json.loads(file.read_text())))
 
 
 if __name__ == "__main__":
