@@ -22,14 +22,7 @@ from dcar_core.captioning.filters import JUDGED, REFUSED, DraftFilter, Rejection
 from dcar_core.captioning.images import folder_category, list_images
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, TokenUsage, VisionModel
-from dcar_core.captioning.questions import (
-    Judgement,
-    draft_messages,
-    judge_messages,
-    question,
-    read_verdict,
-    tidy_draft,
-)
+from dcar_core.captioning.questions import Judgement, draft_messages, judge_messages, question, read_verdict, tidy_draft
 from dcar_core.images import open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError

@@ -13,15 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dcar_core.data.entries import (
-    Entry,
-    RowLimit,
-    attribute_texts,
-    caption_texts,
-    label_text,
-    required_text,
-    text_list,
-)
+from dcar_core.data.entries import Entry, RowLimit, attribute_texts, caption_texts, label_text, required_text, text_list
 from dcar_core.data.records import IMAGE_COLUMNS, LIST_COLUMNS, read_records
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import ImageRoot, has_image_suffix

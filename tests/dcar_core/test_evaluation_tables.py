@@ -9,13 +9,7 @@ from typing import Any
 from dcar_core.evaluation import compare, summarise
 from dcar_core.evaluation.report import report_html
 from dcar_core.evaluation.significance import best_baseline
-from dcar_core.evaluation.tables import (
-    COLUMNS,
-    best_method,
-    mean_categories,
-    results_csv,
-    results_markdown,
-)
+from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, results_csv, results_markdown
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 

@@ -9,16 +9,7 @@ from typing import Any, Literal
 import open_clip
 import torch
 from safetensors.torch import save_file
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from dcar_core.model.config import MODEL_CONFIG
 from tests.support.tiny_clips import image_size, shake, tiny_config
