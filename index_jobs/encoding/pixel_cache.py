@@ -1,11 +1,10 @@
 """A cache of decoded, resized images: a rebuild after retraining need not decode or fetch them again.
 
-- One SQLite file per preprocessing, one row per image. It survives kills, worker processes share it, and an image is
-  found wherever it stands in a gallery that has grown.
+- One SQLite file per preprocessing, one row per image: its pixels, then the width and height of its file. The cache
+  survives kills, worker processes share it, and an image is found wherever it stands in a gallery that has grown.
 - The key holds the location and its version, so a changed image is decoded again. Failures are not cached.
 - A disk that fills up, or a file that breaks during the job, costs a warning and the time to decode. A cache that
   cannot be opened is an error before anything is encoded.
-- The width and height of the file follow the pixels; entries of older versions end with the pixels.
 - An image of 224 pixels takes 150 KB. Nothing is ever removed; delete the directory to free the space.
 """
 
@@ -77,10 +76,9 @@ class PixelCache:
                     part = keys[start : start + _KEYS_PER_QUERY]
                     query = f"SELECT key, value FROM pixels WHERE key IN ({','.join('?' * len(part))})"
                     for key, value in connection.execute(query, part):
-                        if len(value) in (pixels, pixels + _SIZE.size):
+                        if len(value) == pixels + _SIZE.size:
                             image = np.frombuffer(value, np.uint8, pixels).reshape(3, self.side, self.side)
-                            width, height = _SIZE.unpack_from(value, pixels) if len(value) > pixels else (0, 0)
-                            cached[rows[key]] = DecodedImage(image, width, height)
+                            cached[rows[key]] = DecodedImage(image, *_SIZE.unpack_from(value, pixels))
         except sqlite3.Error as error:
             logger.warning("the pixel cache %s cannot be read (%s); images are decoded instead", self.path, error)
         return cached
