@@ -149,21 +149,10 @@ def summarize(
 
 
 def _count_unread(version: Path) -> int:
-    """Return how many failed images of a version a later job may be able to read; 0 if the list is missing."""
-    try:
-        return sum(_is_temporary(json.loads(line)) for line in (version / FAILED).read_bytes().splitlines())
-    except (OSError, ValueError):
-        return 0
-
-
-def _is_temporary(failure: dict[str, str]) -> bool:
-    if "fault" in failure:
-        return ImageFault(failure["fault"]).is_temporary
-    return failure.get("kind") != "picture"  # the field of older versions; the oldest have none
+    """Return how many failed images of a version a later job may be able to read."""
+    faults = (json.loads(line)["fault"] for line in (version / FAILED).read_bytes().splitlines())
+    return sum(ImageFault(fault).is_temporary for fault in faults)
 
 
 def _count_duplicates(version: Path) -> int:
-    try:
-        return (version / DUPLICATES).read_bytes().count(b"\n")
-    except FileNotFoundError:  # a version older than the list
-        return 0
+    return (version / DUPLICATES).read_bytes().count(b"\n")

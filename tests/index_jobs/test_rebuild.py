@@ -18,9 +18,8 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
-from index_jobs.jobs.summary import RebuildSummary, summarize
+from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
-from index_jobs.store.manifest import Manifest
 from index_jobs.store.versions import open_current, version_numbers
 
 
@@ -214,21 +213,6 @@ def test_job_resumes_after_its_gallery_was_unavailable(
         shutil.move(tmp_path / name, gallery / name)
     summary = rebuild(listed, tiny_checkpoint, tmp_path / "index", **settings)
     assert (summary.count, summary.failed) == (24, 0)
-
-
-def test_failures_of_older_versions_count_as_unread(
-    gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    (gallery / "circle" / "blue.png").unlink()
-    rebuild(listed, tiny_checkpoint, tmp_path / "index", progress=False)
-    path = open_current(tmp_path / "index").path / "failed.jsonl"
-    line = json.loads(path.read_text())
-    del line["fault"]
-    path.write_text(json.dumps(line))
-    manifest = Manifest.read(path.with_name("manifest.json"))
-    assert summarize(tmp_path / "index", manifest, start=0.0).unread == 1
-    path.unlink()
-    assert summarize(tmp_path / "index", manifest, start=0.0).hint == ""
 
 
 @pytest.mark.slow
