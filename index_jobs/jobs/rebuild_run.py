@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import datetime
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ from index_jobs.jobs.version_writer import (
 from index_jobs.store import gpu_search, milvus, publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import take_rows
-from index_jobs.store.manifest import CHECKPOINT, CURRENT, Manifest
+from index_jobs.store.manifest import CHECKPOINT, CURRENT, Manifest, utc_now
 from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
@@ -202,7 +201,7 @@ def _stage(
         checkpoint=str(job.checkpoint.absolute()),
         checkpoint_signature=job.signature,
         gallery_signature=gallery.content_signature,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=utc_now(),
         failed=len(encoded.failed),
         exact=options.exact,
         text_fields=None if options.text_fields is None else list(options.text_fields),

@@ -4,7 +4,6 @@ Nothing is encoded, and all files are shared with the version before, except ite
 former folder, and the configuration of a checkpoint whose model was moved.
 """
 
-import datetime
 import json
 import logging
 from dataclasses import replace
@@ -22,7 +21,7 @@ from index_jobs.options import RebuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import write_items
-from index_jobs.store.manifest import CHECKPOINT, ITEMS, Manifest
+from index_jobs.store.manifest import CHECKPOINT, ITEMS, Manifest, utc_now
 from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def _move_places(manifest: Manifest, old: str, new: str) -> Manifest:
         root=_moved(manifest.root, old, new),
         roots=moved_all(manifest.roots),
         additions=additions,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=utc_now(),
     )
 
 

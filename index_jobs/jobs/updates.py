@@ -8,7 +8,6 @@
   rows.
 """
 
-import datetime
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from index_jobs.store.columns import FieldTypes
 from index_jobs.store.faiss_index import write_faiss
 from index_jobs.store.items import COLUMNS, Items, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, update_lexical
-from index_jobs.store.manifest import FAILED, ITEMS, LEXICAL, REMOVED, VECTORS, Addition, FileInfo, Manifest
+from index_jobs.store.manifest import FAILED, ITEMS, LEXICAL, REMOVED, VECTORS, Addition, FileInfo, Manifest, utc_now
 from index_jobs.store.segments import write_removed
 from index_jobs.store.versions import open_current
 
@@ -283,5 +282,5 @@ def _updated_manifest(manifest: Manifest, rows: int, removed: Rows, additions: l
         removed=len(removed),
         additions=additions,
         rebuild="; ".join(reasons),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=utc_now(),
     )

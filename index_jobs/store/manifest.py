@@ -1,5 +1,6 @@
 """The manifest of a version: `manifest.json`, with a checksum of every file and of itself."""
 
+import datetime
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,7 +19,6 @@ MANIFEST, VECTORS, ITEMS, REMOVED = "manifest.json", "index.faiss", "items.arrow
 CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
 PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
 
-
 _checked = set[tuple[int, int, int, int]]()  # device, inode, size and time of change of files
 
 
@@ -36,6 +36,11 @@ def check_file_once(path: Path, check: Callable[[], None]) -> None:
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged: {error}; roll back, or rebuild the index") from error
     _checked.add(key)
+
+
+def utc_now() -> str:
+    """Return the time in UTC to the second, ISO 8601: the `created` of a manifest."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
