@@ -34,7 +34,7 @@ from index_jobs.jobs.version_writer import caption_queries
 from index_jobs.options import RebuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.columns import FieldTypes
+from index_jobs.store.columns import FieldTypes, fit_one_field
 from index_jobs.store.faiss_index import write_faiss
 from index_jobs.store.items import COLUMNS, Items, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, update_lexical
@@ -243,7 +243,7 @@ def _require_same_types(artifact: Artifact, gallery: Gallery, place: str) -> Non
     types = artifact.fields
     for name, new_type in FieldTypes.infer(gallery.table["metadata"]).types.items():
         current_type = types.get(name, str(new_type))
-        if current_type != str(new_type) and {current_type, str(new_type)} != {"int64", "double"}:
+        if not fit_one_field(current_type, str(new_type)):
             raise DataError(
                 f"the field {name!r} is {current_type} in the index and {new_type} in {place}: both together would "
                 f"become text, and filters would match other items or none; give values of type {current_type}, rename "

@@ -94,6 +94,11 @@ def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     return pa.float64() if first in numbers and second in numbers else _TEXT
 
 
+def fit_one_field(first: str, second: str) -> bool:
+    """Return True if values of two Arrow types keep their types in one field: equal types, or both numbers."""
+    return first == second or {first, second} == {"int64", "double"}
+
+
 def cast_column(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
     return pa.chunked_array([[_cast(value, target) for value in chunk.to_pylist()] for chunk in column.chunks], target)
 

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
 from dcar_core.util.files import atomic_writer
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.columns import FieldTypes
+from index_jobs.store.columns import FieldTypes, fit_one_field
 from index_jobs.store.manifest import CHECKPOINT, FAILED
 from index_jobs.store.publish import report_os_errors, rollback
 from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
@@ -153,8 +153,7 @@ def _require_same_types(jobs: Sequence[WriteJob]) -> None:
     for job in jobs if len(jobs) > 1 else ():
         texts = [json.dumps(item["metadata"]) for item in job.items] if job.kind == "put" else []
         for name, kind in FieldTypes.infer(pa.chunked_array([texts], pa.string())).types.items():
-            known = types.setdefault(name, str(kind))
-            if known != str(kind) and {known, str(kind)} != {"int64", "double"}:
+            if not fit_one_field(types.setdefault(name, str(kind)), str(kind)):
                 raise DataError(f"the field {name!r} has values of several types")
 
 
