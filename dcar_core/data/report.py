@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SHOWN = 5
+_SHOWN = 5
 
 
 @dataclass
@@ -46,10 +46,10 @@ class CleaningReport:
         return f": {shorten(names)}" if names else ""
 
 
-def shorten(names: Sequence[str], shown: int = SHOWN) -> str:
+def shorten(names: Sequence[str]) -> str:
     """Return the first names and the number of the others: "a, b, c and 4 more"."""
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest:,} more" if rest > 0 else "")
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 REPORT_FILE = "cleaning.json"

@@ -15,6 +15,7 @@ from dcar_core.util.bootstrap import Hits
 from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, ndcg, recall_of_ranks
 
 MAX_CONFUSIONS, MAX_EXAMPLES = 8, 3
+_BATCH = 256  # negatives that are encoded at a time
 
 
 def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
@@ -45,14 +46,14 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _encode_negatives(model: DCAR, data: Dataset, batch: int = 256) -> list[Floats]:
+def _encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
     """Encode each pair's negatives (m, E) as queries; equal texts are encoded once."""
     negatives = [sample.negatives for sample in data.samples]
     unique = sorted({text for texts in negatives for text in texts}, key=len)  # similar lengths share a batch
     row_of = {text: row for row, text in enumerate(unique)}
     parts = [np.zeros((0, model.backbone.embed_dim), np.float32)]
-    for i in range(0, len(unique), batch):
-        tokens = model.backbone.tokenize(unique[i : i + batch], model.prompt_tokens)
+    for i in range(0, len(unique), _BATCH):
+        tokens = model.backbone.tokenize(unique[i : i + _BATCH], model.prompt_tokens)
         parts.append(model.encode_query(tokens).float().cpu().numpy())
     vectors = np.concatenate(parts)
     return [vectors[[row_of[text] for text in texts]] for texts in negatives]

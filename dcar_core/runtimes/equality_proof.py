@@ -27,6 +27,8 @@ _TEXTS = (
     "striped, woven, blue and white fabric",
 )
 
+_BATCH = 32
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -62,22 +64,22 @@ class Proof:
         return f"cosine {self.text:.5f} (text), {self.image:.5f} (image); at least {self.threshold} is required"
 
 
-def reference_vectors(model: "DCAR", probe: Probe, batch: int = 32) -> tuple[Floats, Floats]:
+def reference_vectors(model: "DCAR", probe: Probe) -> tuple[Floats, Floats]:
     """Compute the probe's vectors by PyTorch in float32, eager: texts (n, E), images (m, E)."""
     import torch
 
     backbone = model.backbone
     with torch.inference_mode():
         tokens = backbone.tokenize(probe.texts, model.prompt_tokens)
-        texts = [model.encode_query(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
-        parts = (probe.pixels[i : i + batch] for i in range(0, len(probe.pixels), batch))
+        texts = [model.encode_query(tokens[i : i + _BATCH]) for i in range(0, len(tokens), _BATCH)]
+        parts = (probe.pixels[i : i + _BATCH] for i in range(0, len(probe.pixels), _BATCH))
         images = [model.encode_image(backbone.normalized(part)) for part in parts]
         return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
 
 
 def prove(adapter: Adapter, runtime: Runtime, probe: Probe, expected: tuple[Floats, Floats]) -> Proof:
     """Compare a runtime's vectors with those of `reference_vectors`."""
-    texts = adapter.encode_text(runtime, probe.texts, 32)
+    texts = adapter.encode_text(runtime, probe.texts, _BATCH)
     images = np.concatenate(
         [adapter.encode_pixels(runtime, probe.pixels[i : i + 8]) for i in range(0, len(probe.pixels), 8)]
     )

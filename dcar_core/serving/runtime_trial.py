@@ -12,6 +12,9 @@ from dcar_core.runtimes.equality_proof import Probe, Proof, prove
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.util.arrays import Floats
 
+BATCH = 32  # texts together
+_ROUNDS = 3
+
 
 @dataclass(frozen=True)
 class RuntimeTrial:
@@ -47,23 +50,22 @@ def measure_runtime(
     expected: tuple[Floats, Floats],
     *,
     texts: Sequence[str] | None = None,
-    batch: int = 32,
     images: int = 8,
 ) -> RuntimeTrial:
     """Prove a runtime on the probe, whose `reference_vectors` are `expected`, then measure it.
 
-    texts: to measure with, `batch` together; default: the probe's, repeated. images: how many together.
+    texts: to measure with, `BATCH` together; default: the probe's, repeated. images: how many together.
     """
     proof = prove(adapter, runtime, probe, expected)
     texts = list(texts or probe.texts)
-    together = (texts * (-(-batch // len(texts))))[:batch] if len(texts) < batch else texts
-    groups = [together[i : i + batch] for i in range(0, len(together), batch)]
+    together = (texts * (-(-BATCH // len(texts))))[:BATCH] if len(texts) < BATCH else texts
+    groups = [together[i : i + BATCH] for i in range(0, len(together), BATCH)]
     pixels = probe.pixels[[i % len(probe.pixels) for i in range(images)]]
     singles = together[:: max(1, len(together) // 8)][:8]
 
     def encode_all() -> None:
         for group in groups:
-            adapter.encode_text(runtime, group, batch)
+            adapter.encode_text(runtime, group, BATCH)
 
     all_texts = median_seconds(encode_all)
     one_text = statistics.median(median_seconds(partial(adapter.encode_text, runtime, [text], 1)) for text in singles)
@@ -73,11 +75,11 @@ def measure_runtime(
     return RuntimeTrial.from_seconds(runtime.name, text_seconds, image_seconds, proof)
 
 
-def median_seconds(run: Callable[[], object], rounds: int = 3) -> float:
+def median_seconds(run: Callable[[], object]) -> float:
     """Time some calls; the first one, which prepares a shape, is not counted."""
     run()
     times = []
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

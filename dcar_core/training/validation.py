@@ -12,6 +12,7 @@ from dcar_core.util.retrieval_metrics import recall_at_k
 
 Recall = dict[str, float]
 _SHARES = (1.0, 0.75, 0.5, 0.25)  # the first wins a tie
+_BATCH = 128
 
 
 def evaluate(model: DCAR, split: PreparedSplit) -> Recall:
@@ -26,24 +27,24 @@ def mean_r1(recall: Recall) -> float:
 
 
 @torch.inference_mode()
-def encode_captions(model: DCAR, split: PreparedSplit, batch: int = 128) -> Floats:
+def encode_captions(model: DCAR, split: PreparedSplit) -> Floats:
     """Encode each caption as a query: (N, E)."""
-    starts = range(0, len(split.tokens), batch)
+    starts = range(0, len(split.tokens), _BATCH)
     if model.text_is_frozen and split.text_features is not None:
-        parts = [model.adapt_text(split.text_features[i : i + batch]) for i in starts]
+        parts = [model.adapt_text(split.text_features[i : i + _BATCH]) for i in starts]
     else:
-        parts = [model.encode_query(split.tokens[i : i + batch]) for i in starts]
+        parts = [model.encode_query(split.tokens[i : i + _BATCH]) for i in starts]
     return torch.cat(parts).cpu().numpy()
 
 
 @torch.inference_mode()
-def encode_images(model: DCAR, split: PreparedSplit, batch: int = 128) -> Floats:
+def encode_images(model: DCAR, split: PreparedSplit) -> Floats:
     """Encode each image: (I, E)."""
     if split.pixels is None:
         assert split.image_features is not None  # `prepare_split` makes one or the other
         return model.adapt_image(split.image_features).cpu().numpy()
-    starts = range(0, len(split.pixels), batch)
-    parts = [model.encode_image(model.backbone.normalized(split.pixels[i : i + batch])) for i in starts]
+    starts = range(0, len(split.pixels), _BATCH)
+    parts = [model.encode_image(model.backbone.normalized(split.pixels[i : i + _BATCH])) for i in starts]
     return torch.cat(parts).cpu().numpy()
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dcar_core.util.arrays import Floats
 
 TIE_TOLERANCE = 1e-6  # about ten times the error of float32 in a product of unit vectors
+_CHUNK = 1024  # queries that are scored at a time
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,19 @@ class Ranks:
     described: NDArray[np.int64]
 
 
-def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64], chunk: int = 1024) -> Ranks:
+def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64]) -> Ranks:
     """Return the ranks in both directions; arguments as in `recall_at_k`."""
-    t2i = _ranks(text, image, [np.array([i]) for i in image_of_text], chunk)
+    t2i = _ranks(text, image, [np.array([i]) for i in image_of_text])
     texts_of: list[list[int]] = [[] for _ in range(len(image))]
     for t, i in enumerate(image_of_text):
         texts_of[i].append(t)
     described = np.array([i for i, texts in enumerate(texts_of) if texts], np.int64)
-    i2t = _ranks(image[described], text, [np.array(texts_of[i]) for i in described], chunk)
+    i2t = _ranks(image[described], text, [np.array(texts_of[i]) for i in described])
     return Ranks(t2i, i2t, described)
 
 
 def recall_at_k(
-    text: Floats, image: Floats, image_of_text: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10), chunk: int = 1024
+    text: Floats, image: Floats, image_of_text: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """Return retrieval recall in percent.
 
@@ -53,7 +54,7 @@ def recall_at_k(
         {"t2i_r1": .., "i2t_r1": .., ...}. Image-to-text counts a hit when any caption of the image is among
         the first k. A score equal to the true one ranks above it.
     """
-    return recall_of_ranks(compute_ranks(text, image, image_of_text, chunk), ks)
+    return recall_of_ranks(compute_ranks(text, image, image_of_text), ks)
 
 
 def recall_of_ranks(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -62,18 +63,18 @@ def recall_of_ranks(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, f
     return percent | {f"i2t_r{k}": 100 * float((ranks.image < k).mean()) for k in ks}
 
 
-def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]], chunk: int) -> NDArray[np.int64]:
+def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return for each query the number of wrong targets that do not score clearly below its best true one."""
     ranks = np.empty(len(query), np.int64)
-    for start in range(0, len(query), chunk):
-        scores = query[start : start + chunk] @ target.T
-        for row, own in enumerate(truth[start : start + chunk]):
+    for start in range(0, len(query), _CHUNK):
+        scores = query[start : start + _CHUNK] @ target.T
+        for row, own in enumerate(truth[start : start + _CHUNK]):
             below = scores[row] < scores[row, own].max() - TIE_TOLERANCE  # False for NaN
             ranks[start + row] = (~below).sum() - (~below[own]).sum()
     return ranks
 
 
-def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: int = 10, chunk: int = 1024) -> float:
+def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: int = 10) -> float:
     """Return the mean normalised discounted cumulative gain among the first k targets, in percent.
 
     Args:
@@ -81,9 +82,9 @@ def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: i
             ranks above them.
     """
     discounts, gains = 1 / np.log2(np.arange(2, k + 2)), list[float]()
-    for start in range(0, len(query), chunk):
-        scores = query[start : start + chunk] @ target.T
-        for row, own in zip(scores, right[start : start + chunk], strict=True):
+    for start in range(0, len(query), _CHUNK):
+        scores = query[start : start + _CHUNK] @ target.T
+        for row, own in zip(scores, right[start : start + _CHUNK], strict=True):
             best = np.sort(row[own])[::-1][:k]
             wrong = np.delete(row, own)
             places = np.arange(len(best)) + (~(wrong < best[:, None] - TIE_TOLERANCE)).sum(1)
@@ -91,9 +92,9 @@ def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: i
     return 100 * float(np.mean(gains))
 
 
-def best_targets(query: Floats, target: Floats, chunk: int = 1024) -> NDArray[np.int64]:
+def best_targets(query: Floats, target: Floats) -> NDArray[np.int64]:
     """Return (Q,) the row of the best target of each query."""
-    parts = [(query[i : i + chunk] @ target.T).argmax(1) for i in range(0, len(query), chunk)]
+    parts = [(query[i : i + _CHUNK] @ target.T).argmax(1) for i in range(0, len(query), _CHUNK)]
     return np.concatenate(parts)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from dcar_core.model.config import ModelConfig, ReweightConfig
 from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
+from dcar_core.util import retrieval_metrics
 from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, ndcg, recall_at_k
 
 
@@ -113,15 +114,18 @@ def test_pair_weights_can_use_the_most_similar_patch() -> None:
 
 @pytest.mark.parametrize(("width", "count"), [(256, 60), (512, 33), (512, 122)])
 @pytest.mark.parametrize("chunk", [37, 1024])
-def test_equal_vectors_tie_at_any_position_of_a_product(width: int, count: int, chunk: int) -> None:
+def test_equal_vectors_tie_at_any_position_of_a_product(
+    width: int, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval_metrics, "_CHUNK", chunk)
     rng = np.random.default_rng(0)
     one = rng.standard_normal((1, width)).astype(np.float32)
     one /= np.linalg.norm(one)
     same = np.repeat(one, count, 0)
-    assert set(recall_at_k(same, same, np.arange(count), chunk=chunk).values()) == {0.0}
+    assert set(recall_at_k(same, same, np.arange(count)).values()) == {0.0}
     twice = rng.standard_normal((count, width)).astype(np.float32)
     twice = np.concatenate([twice, twice]) / np.linalg.norm(twice, axis=1).mean()
-    found = recall_at_k(twice, twice, np.arange(2 * count), chunk=chunk)
+    found = recall_at_k(twice, twice, np.arange(2 * count))
     assert (found["t2i_r1"], found["i2t_r1"], found["t2i_r5"]) == (0, 0, 100)
     assert hard_negative_accuracy(twice, twice, [row[None] for row in twice]) == 0
 
@@ -155,11 +159,13 @@ def test_recall_equals_a_hand_calculation_with_two_captions_per_image() -> None:
     assert found["i2t_r2"] == 100
 
 
-def test_recall_does_not_depend_on_the_chunk() -> None:
+def test_recall_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     text, image = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
     of = rng.integers(0, 20, 50)
-    assert recall_at_k(text, image, of) == recall_at_k(text, image, of, chunk=7)
+    whole = recall_at_k(text, image, of)
+    monkeypatch.setattr(retrieval_metrics, "_CHUNK", 7)
+    assert recall_at_k(text, image, of) == whole
 
 
 def test_best_caption_of_an_image_counts() -> None:
@@ -183,10 +189,11 @@ def test_scores_that_differ_in_the_last_bit_are_ties() -> None:
     assert hard_negative_accuracy(same, same, [almost[1:], almost[1:]]) == 0
 
 
-def test_the_nearest_target_does_not_depend_on_the_chunk() -> None:
+def test_the_nearest_target_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     query, target = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
-    np.testing.assert_array_equal(best_targets(query, target, chunk=7), (query @ target.T).argmax(1))
+    monkeypatch.setattr(retrieval_metrics, "_CHUNK", 7)
+    np.testing.assert_array_equal(best_targets(query, target), (query @ target.T).argmax(1))
 
 
 def test_hard_negative_accuracy_equals_a_hand_calculation() -> None:

@@ -15,6 +15,7 @@ from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import METHODS, method
+from dcar_core.training import validation
 from dcar_core.training.grad_cache import accumulate_gradients, batch_loss
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.train import TrainResult, train
@@ -207,8 +208,6 @@ def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
 def test_query_weights_are_chosen_by_validation(
     better: str, wanted: str, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dcar_core.training import validation
-
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
     data = prepare_split(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
     pictures = np.eye(len(data), dtype=np.float32)
@@ -231,7 +230,10 @@ def test_validation_counts_both_ways_alike() -> None:
 
 
 @pytest.mark.parametrize("name", ["dcar", "clip-adapter"])
-def test_split_is_encoded_like_its_queries_and_images_one_by_one(name: str, tiny_model: Path, tiny_data: Path) -> None:
+def test_split_is_encoded_like_its_queries_and_images_one_by_one(
+    name: str, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "_BATCH", 5)
     model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method(name), seed=0)
     if model.head is not None:
         model.config = model.config.with_query_weights("predicted")
@@ -240,7 +242,7 @@ def test_split_is_encoded_like_its_queries_and_images_one_by_one(name: str, tiny
             parameter.add_(0.1 * torch.randn_like(parameter))
     split = load_split(tiny_data, "train")[0]
     data = prepare_split(split, model, for_training=False, progress=False)
-    text, image = encode_captions(model, data, batch=5), encode_images(model, data, batch=5)
+    text, image = encode_captions(model, data), encode_images(model, data)
     backbone = model.backbone
     with torch.no_grad():
         for row, sample in enumerate(split.samples):

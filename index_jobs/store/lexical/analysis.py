@@ -19,6 +19,7 @@ _STOP_WORDS = frozenset({
     "of", "on", "or", "that", "the", "to", "with",
 })  # fmt: skip
 _MAX_TERM = 64  # characters
+_MAX_QUERY_TERMS = 64
 
 
 def index_terms(text: str) -> list[str]:
@@ -39,11 +40,11 @@ def index_terms(text: str) -> list[str]:
     return [term[:_MAX_TERM] for term in terms]
 
 
-def query_terms(text: str, limit: int = 64) -> list[str]:
+def query_terms(text: str) -> list[str]:
     """Return the distinct terms of a query, without stop words unless it has no others."""
     terms = dict.fromkeys(index_terms(text))
     telling = [term for term in terms if term not in _STOP_WORDS]
-    return (telling or list(terms))[:limit]
+    return (telling or list(terms))[:_MAX_QUERY_TERMS]
 
 
 def _singular(word: str) -> str:
