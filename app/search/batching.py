@@ -85,7 +85,7 @@ class _Job:
     future: asyncio.Future[Floats]
     arrived: float
     cost: float  # expected seconds of the model
-    context: Any = None  # trace context of the request
+    context: Any  # trace context of the request
 
     @property
     def is_cancelled(self) -> bool:

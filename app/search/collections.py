@@ -186,7 +186,7 @@ class Collections:
         settings: Settings,
         metrics: Metrics,
         *,
-        on_start_failure: Callable[[DcarError], None] | None = None,
+        on_start_failure: Callable[[DcarError], None] | None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics

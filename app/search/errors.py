@@ -38,7 +38,7 @@ class ItemNotFoundError(SearchError):
         field: the field of the query that names the item, or "id" when the item itself was requested.
     """
 
-    def __init__(self, item_id: str, field: str = "id") -> None:
+    def __init__(self, item_id: str, field: str) -> None:
         self.shown_id = repr(item_id[:_MAX_SHOWN])
         super().__init__(f"There is no item {self.shown_id} in the index.")
         self.field = field

@@ -207,8 +207,8 @@ class Match:
     folded: list[str]
     rerank_score: float | None
     explanation: Explanation | None
-    text_score: float | None = None
-    group: tuple[Any, int] | None = None
+    text_score: float | None
+    group: tuple[Any, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +223,8 @@ class SearchResults:
     next_offset: int | None
     min_score: float | None
     words: WordWeights | None
+    facets: dict[str, list[dict[str, Any]]] | None
     fields: tuple[str, ...] = ()
-    facets: dict[str, list[dict[str, Any]]] | None = None
     has_exact_facets: bool = True
 
 

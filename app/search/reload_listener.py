@@ -27,9 +27,9 @@ _TIMEOUT_S = 5.0
 class ReloadListener:
     """Reload all collections at each notice."""
 
-    def __init__(self, url: str, collections: Collections, metrics: Metrics | None = None) -> None:
+    def __init__(self, url: str, collections: Collections, metrics: Metrics) -> None:
         self._url = url
-        self._metrics = metrics or Metrics()
+        self._metrics = metrics
         self._collections = collections
         self._task: asyncio.Task[None] | None = None
 

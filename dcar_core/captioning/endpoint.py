@@ -45,7 +45,7 @@ class Completion:
     """One completion of the model. text: may be empty. finish: the reason why the model stopped, or REFUSED."""
 
     text: str
-    finish: str = ""
+    finish: str
 
 
 class _ResponseError(Exception):

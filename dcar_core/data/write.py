@@ -8,8 +8,8 @@ from dcar_core.data.samples import Dataset
 from dcar_core.util.errors import DataError
 
 
-def write_splits(splits: Mapping[str, Dataset], directory: Path) -> list[Path]:
-    """Write a JSONL file for each split and return the files; image names stay relative to the image root.
+def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
+    """Write a JSONL file for each split; image names stay relative to the image root.
 
     Raises:
         DataError: the directory already holds annotations.
@@ -19,10 +19,7 @@ def write_splits(splits: Mapping[str, Dataset], directory: Path) -> list[Path]:
         if existing:
             raise DataError(f"{directory} already holds {existing[0].name}; give --out an empty or a new directory")
     directory.mkdir(parents=True, exist_ok=True)
-    written = []
     for name, data in splits.items():
-        file = directory / f"{name}.jsonl"
         rows = ({name: value for name, value in vars(sample).items() if value} for sample in data.samples)
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        written.append(file)
-    return written
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@
 - Negatives depend on the seed and on the captions of the same category only.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import PurePosixPath
@@ -131,7 +131,7 @@ def _contained(categories: Sequence[str]) -> dict[str, tuple[str, ...]]:
     unique = sorted(set(categories) - {""})
     by_word: dict[str, list[str]] = defaultdict(list)
     for name in unique:
-        for word in Counter(name.split()):
+        for word in set(name.split()):
             by_word[word].append(name)
     found = {}
     for name in unique:

@@ -9,7 +9,7 @@
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ class Taxonomy:
     meta_categories: category -> group. similar: category -> others, most similar first. names: category -> spelling.
     """
 
-    meta_categories: Mapping[str, str] = field(default_factory=dict)
-    similar: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
+    meta_categories: Mapping[str, str]
+    similar: Mapping[str, tuple[str, ...]]
+    names: Mapping[str, str]
 
 
 def load_taxonomy(file: Path) -> Taxonomy:

@@ -65,10 +65,10 @@ class Adapter:
     tokenizer: TextTokenizer
     layout: TextLayout
     text_prompts: TextPrompts
-    image_inputs: tuple[Floats, ...] = ()
-    token_factors: Floats | None = None
-    text_bottleneck: Bottleneck | None = None
-    image_bottleneck: Bottleneck | None = None
+    image_inputs: tuple[Floats, ...]
+    token_factors: Floats | None
+    text_bottleneck: Bottleneck | None
+    image_bottleneck: Bottleneck | None
 
     def tokens(self, texts: Sequence[str]) -> TokenIds:
         """Return int64 (n, L) with start tokens; of the whole context where the tower reads its padding."""

@@ -66,7 +66,7 @@ class ImageGraph(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, backbone: Backbone, depth: int, *, has_adapters: bool = False) -> None:
+    def __init__(self, backbone: Backbone, depth: int, *, has_adapters: bool) -> None:
         super().__init__()
         tower = backbone.image_tower
         self.depth, self.size, self.tower = depth, backbone.preprocess.size, tower

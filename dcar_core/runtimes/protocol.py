@@ -29,9 +29,9 @@ class TextPrompts:
     has_weights: False where the tower takes no token weights.
     """
 
-    inputs: tuple[Floats, ...] = ()
-    skipped: int = 0
-    has_weights: bool = True
+    inputs: tuple[Floats, ...]
+    skipped: int
+    has_weights: bool
 
     @property
     def shape(self) -> tuple[tuple[int, ...], ...]:

@@ -42,12 +42,12 @@ class PreparedSplit:
     tokens: Tensor
     caption_group: NDArray[np.int64]
     true_pairs: NDArray[np.int64]
-    pixels: Pixels | None = None
-    image_features: Tensor | None = None
-    text_features: Tensor | None = None
-    pair_weights: Tensor | None = None
-    candidate_features: Tensor | None = None
-    candidate_weights: Tensor | None = None
+    pixels: Pixels | None
+    image_features: Tensor | None
+    text_features: Tensor | None
+    pair_weights: Tensor | None
+    candidate_features: Tensor | None
+    candidate_weights: Tensor | None
 
     def __len__(self) -> int:
         return len(self.image_of)
