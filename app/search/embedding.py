@@ -68,7 +68,7 @@ class Embedder:
             return
         encoder = snapshot.encoder
         key = cache_key(encoder.fingerprint, "text", text.encode())
-        if key not in self._computations and self._cache.peek(key, encoder.dim, counted=False) is None:
+        if key not in self._computations and self._cache.peek(key, counted=False) is None:
             self._batcher.require_room()
 
     async def text(self, snapshot: Snapshot, text: str) -> tuple[Floats, bool]:
@@ -138,7 +138,7 @@ class Embedder:
 
     async def _cached(self, key: str, dim: int, embed: Callable[[], Awaitable[Floats]]) -> tuple[Floats, bool]:
         """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation."""
-        vector = self._cache.peek(key, dim)
+        vector = self._cache.peek(key)
         if vector is not None:
             return vector, True
 

@@ -59,15 +59,13 @@ class MemoryCache:
         self._metrics = metrics or Metrics()
         self._entries: OrderedDict[str, NDArray[np.float16]] = OrderedDict()
 
-    def peek(self, key: str, dim: int, *, counted: bool = True) -> Floats | None:
-        """Return the vector, float32 (dim,), if this process has it.
+    def peek(self, key: str, *, counted: bool = True) -> Floats | None:
+        """Return the vector, float32 (E,), if this process has it.
 
         Args:
             counted: count a hit or a miss in the metrics. Do it once a query.
         """
         entry = self._entries.get(key)
-        if entry is not None and entry.shape != (dim,):
-            entry = None
         if counted and self._size:
             self._metrics.lookups.labels("memory", "miss" if entry is None else "hit").inc()
         if entry is None:
@@ -80,7 +78,7 @@ class MemoryCache:
 
         Call it after `peek`, which has counted the lookup in this process.
         """
-        return self.peek(key, dim, counted=False)
+        return self.peek(key, counted=False)
 
     def put(self, key: str, vector: Floats) -> None:
         """Cache the vector, soon and if possible."""

@@ -89,8 +89,6 @@ def compare(
     configs = {name: method(name).with_loss_direction(loss) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
-    if seeds < 1:
-        raise DataError(f"--seeds must be at least 1, not {seeds}")
     room = backbone.context_length - backbone.layout.start
     for each in configs.values():  # before hours of training
         require_runnable(each, backbone.level, backbone.source.model, room)

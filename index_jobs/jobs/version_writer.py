@@ -27,10 +27,12 @@ from index_jobs.store import milvus
 from index_jobs.store.columns import FieldTypes
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from index_jobs.store.items import take_rows, write_items
-from index_jobs.store.lexical.fusion import MIN_TEXTS, choose_weight, spread_rows
+from index_jobs.store.lexical.fusion import choose_weight, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, write_lexical
 from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL, VECTORS
 from index_jobs.store.publish import next_version
+
+_MIN_TEXTS = 100  # validation texts that choose the weight of the words
 
 
 def choose_kinds(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[IndexChoice]:
@@ -119,7 +121,7 @@ def choose_hybrid_weight(
         for text, row, is_scored in zip(pairs.texts, pairs.rows, has_vector, strict=True)
         if is_scored and text.casefold() != gallery.table["caption"][row].as_py().casefold()
     ]
-    if len(telling) < MIN_TEXTS:
+    if len(telling) < _MIN_TEXTS:
         return None
     index = FaissIndex.open(staging / VECTORS)
     vectors = encoder.encode_text([text for text, _ in telling])

@@ -270,8 +270,6 @@ def test_wrong_arguments_are_refused(backbone: Backbone, tiny_data: Path, tmp_pa
         compare(backbone, tiny_data, ["clipp"], 1, tmp_path, QUICK)
     with pytest.raises(DataError, match="no method was given"):
         compare(backbone, tiny_data, [], 1, tmp_path, QUICK)
-    with pytest.raises(DataError, match="--seeds must be at least 1"):
-        compare(backbone, tiny_data, ["clip"], 0, tmp_path, QUICK)
 
 
 def test_intervals_and_the_difference_to_the_best_baseline(compared: Compared) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 DEFAULT_WEIGHT = 0.7  # chosen on short queries of the bundled example
-MIN_TEXTS = 100  # that choose a weight
 _WEIGHTS = (0.3, 0.5, DEFAULT_WEIGHT, 0.9)
 _SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
 _LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only
@@ -76,9 +75,7 @@ def hybrid_gains(
 
 def choose_weight(
     index: _Vectors, lexical: "LexicalIndex", sample_vectors: Floats, queries: Sequence[tuple[str, Floats, int]]
-) -> float | None:
-    """Return the weight of the highest mean gain; None for less than `MIN_TEXTS` texts."""
-    if len(queries) < MIN_TEXTS:
-        return None
+) -> float:
+    """Return the weight of the highest mean gain."""
     means = hybrid_gains(index, lexical, sample_vectors, queries, _WEIGHTS).mean(0).round(6).tolist()
     return max(zip(means, _WEIGHTS, strict=True), key=lambda each: (each[0], each[1] == DEFAULT_WEIGHT))[1]
