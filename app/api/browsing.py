@@ -19,7 +19,7 @@ from pydantic import Field
 
 from app.api.params import snapshot_of, state_of
 from app.api.requests import FilterQuery, PageQuery
-from app.api.responses import JsonResponse, items_response
+from app.api.responses import JsonResponse, image_headers, items_response
 from app.core.problems import field_problem
 from app.search.query import ItemPage
 from app.search.ranking.facets import count_values, facet_values
@@ -31,7 +31,6 @@ from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
 from index_jobs.store.filters import EMPTY_IS_MISSING
 
-_MAX_AGE_S = 3600
 _LISTED_FIELDS = 12
 _FACETS = 6
 _FACET_VALUES = 100  # values of a field up to which it is offered as a filter
@@ -181,9 +180,7 @@ async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize
     """Return a thumbnail of an item, as WebP for clients that name it in `Accept`, else as JPEG."""
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
     name, data = await state_of(request).retriever.images.thumbnail(snapshot_of(request), item_id, size, kind)
-    scope = "private" if state_of(request).settings.api_keys else "public"
-    etag = f'"{name}"'
-    headers = {"Cache-Control": f"{scope}, max-age={_MAX_AGE_S}", "ETag": etag, "Vary": "Accept"}
-    if etag in request.headers.get("if-none-match", ""):
+    headers = image_headers(request, name) | {"Vary": "Accept"}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)

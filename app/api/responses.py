@@ -12,13 +12,14 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from app.api.params import collection_of
+from app.api.params import collection_of, state_of
 from app.search.collections import Collections
 from app.search.gallery_images import ImageFile
 from app.search.query import ItemPage, Match, SearchResults, WordWeights
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
+_IMAGE_MAX_AGE_S = 3600
 _ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
 
 
@@ -47,6 +48,12 @@ class ImageResponse(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._image.close()
+
+
+def image_headers(request: Request, digest: str) -> dict[str, str]:
+    """Return the headers by which caches keep an image; shared caches may, unless the service requires keys."""
+    scope = "private" if state_of(request).settings.api_keys else "public"
+    return {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": f'"{digest}"'}
 
 
 def search_response(request: Request, results: SearchResults) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from app.api.responses import (
     JsonResponse,
     collection_response,
     embeddings_response,
+    image_headers,
     item_response,
     items_response,
     search_response,
@@ -58,7 +59,6 @@ from app.search.snapshots import Snapshot
 from dcar_core.util.errors import DcarError, ImageError
 
 _COLLECTION = "/collections/{collection}"
-_IMAGE_MAX_AGE_S = 3600
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 
@@ -170,10 +170,8 @@ def _item_routes(settings: Settings) -> APIRouter:
             return await thumbnail_response(request, item_id, size)
         images = state_of(request).retriever.images
         image = await images.open(snapshot_of(request), item_id)
-        etag = f'"{image.digest}"'
-        scope = "private" if settings.api_keys else "public"
-        headers = {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": etag}
-        if etag in request.headers.get("if-none-match", ""):
+        headers = image_headers(request, image.digest)
+        if headers["ETag"] in request.headers.get("if-none-match", ""):
             image.close()
             return Response(status_code=304, headers=headers)
         return ImageResponse(image, images.threads, headers)
