@@ -56,8 +56,7 @@ def serve(settings: Settings) -> None:
     sys.setswitchinterval(_SWITCH_S)
     with listener:
         app = create_app(settings, on_start_failure=fail, tracer=tracer)
-        host, port = listener.getsockname()[:2]
-        logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        logger.info("listening on %s", base_url(*listener.getsockname()[:2]))
         server = _Server(app, settings)
         try:
             server.run(sockets=[listener])
@@ -133,6 +132,11 @@ def _allow_connections() -> None:
 
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+
+
+def base_url(host: str, port: int) -> str:
+    """Return the URL of a service at an address; one of IPv6 stands in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -40,7 +40,7 @@ def quickstart(
     Without a metadata file, file names become titles and sub-folders become categories. The bundled model takes over if
     the weights of the default one cannot be fetched. An interrupted run resumes with the same command.
     """
-    from app.server import listen
+    from app.server import base_url, listen
     from index_jobs.gallery.scan import scan
     from index_jobs.rebuild import rebuild
 
@@ -55,7 +55,7 @@ def quickstart(
     out = data / "quickstart" / _short_hash(place) / (place.stem or "gallery")
     summary = rebuild(scanned, checkpoint, out, runtime=runtime, max_failed=1.0)  # broken images are counted below
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    url = base_url(host, port) + "/"
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes(), f"3 of 3: serve {url}"]))
     typer.echo(_hints(gallery, out, source, has_captions=any(scanned.table["caption"].to_pylist())))
     sys.stdout.flush()

@@ -117,7 +117,7 @@ def demo(
     another. DOMAIN-clip is the gallery of the default collection with the unadapted model; the page can show both side
     by side.
     """
-    from app.server import listen
+    from app.server import base_url, listen
     from index_jobs.rebuild import rebuild
 
     domains = sorted(path.parent.name for path in EXAMPLES.glob("*/gallery.tar"))
@@ -138,7 +138,7 @@ def demo(
             summary = build(force=True)
         state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
         typer.echo(f"{number} of {len(sources)}: {summary.count:,} {name} images, {state}")
-    typer.echo(_hints(f"http://{f'[{host}]' if ':' in host else host}:{port}", others))
+    typer.echo(_hints(base_url(host, port), others))
     sys.stdout.flush()
     collections = {name: data / "index" / name for name in others}
     index = data / "index" / domain
