@@ -6,7 +6,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -155,10 +155,10 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
 
 
 async def _accept(
-    request: Request, kind: JobKind, items: list[dict[str, Any]], images: list[tuple[bytes, str]] | None = None
+    request: Request, kind: JobKind, items: list[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
 ) -> Response:
     async with _storing("job", state_of(request).collections, _name(request)):
-        job = await state_of(request).writer.accept(_name(request), kind, items, images or [])
+        job = await state_of(request).writer.accept(_name(request), kind, items, images)
     return JsonResponse(job, 202, headers={"Location": f"{request.scope.get('root_path', '')}/jobs/{job['id']}"})
 
 

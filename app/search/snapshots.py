@@ -4,7 +4,7 @@
 - An encoder in memory is shared by every version of the same fingerprint, and a backbone by every encoder on it.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -89,7 +89,7 @@ def drop_oldest(cache: dict[Any, Any], size: int, kept: Hashable = None) -> None
             cache.pop(key, None)
 
 
-def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:
+def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = ()) -> Snapshot:
     """Load the published version of an index and search it once, so the first caller does not wait.
 
     Args:
@@ -105,7 +105,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = 
     return _make_snapshot(artifact, encoder, backbone, settings)
 
 
-def load_empty_snapshot(index: Path, settings: Settings, loaded: Iterable[Snapshot] = ()) -> Snapshot:
+def load_empty_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = ()) -> Snapshot:
     """Load the model of a created collection that has no items yet; its version is 0. See `load_snapshot`."""
     encoder, backbone = _find_or_load_encoder(index / CHECKPOINT, None, settings, loaded)
     return _make_snapshot(EmptyArtifact(index, encoder.fingerprint, encoder.dim), encoder, backbone, settings)
@@ -133,16 +133,16 @@ def _make_snapshot(artifact: Artifact, encoder: Encoder, backbone: str, settings
 
 
 def _find_or_load_encoder(
-    checkpoint: Path, fingerprint: str | None, settings: Settings, loaded: Iterable[Snapshot]
+    checkpoint: Path, fingerprint: str | None, settings: Settings, loaded: Sequence[Snapshot]
 ) -> tuple[Encoder, str]:
     """Return the encoder of a checkpoint, and the SHA-256 of its backbone.
 
     Args:
         fingerprint: of the encoder; None for the one that the checkpoint names.
     """
-    config, snapshots = read_config(checkpoint), list(loaded)
+    config = read_config(checkpoint)
     backbone = config["backbone"]["sha256"]
-    for snapshot in snapshots:
+    for snapshot in loaded:
         if snapshot.encoder.fingerprint == (fingerprint or config.get("fingerprint")):
             return snapshot.encoder, backbone
     encoder = Encoder.load(
@@ -150,7 +150,7 @@ def _find_or_load_encoder(
         device=settings.device,
         runtime=settings.runtime,
         cache=settings.runtime_cache,
-        backbone=next((s.encoder.backbone for s in snapshots if s.backbone == backbone and s.encoder.backbone), None),
+        backbone=next((s.encoder.backbone for s in loaded if s.backbone == backbone and s.encoder.backbone), None),
         threads=settings.threads,
     )
     return encoder, backbone

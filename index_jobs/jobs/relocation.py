@@ -66,7 +66,7 @@ def relocate(
         kept = {name: info for name, info in current.manifest.files.items() if name not in written}
         shared = publish.share_files(current.path, staging, kept)
         if model is not None:
-            _require_model(staging / CHECKPOINT, current)
+            current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
         staged = publish.prepare_version(index, staging, manifest, shared=shared)
         if gallery is not None and (fault := staged.find_gallery_fault(new)):
             raise DataError(f"nothing is published: {fault}; give the new place of {old}")
@@ -133,9 +133,3 @@ def _write_config(current: Artifact, staging: Path, model: Path) -> None:
     backbone[local[0] if model.is_dir() else local[-1]] = str(model)
     (staging / CHECKPOINT).mkdir(exist_ok=True)
     write_json(staging / _CONFIG, config)
-
-
-def _require_model(checkpoint: Path, current: Artifact) -> None:
-    """Load the model from its new place, which fails if it is another one."""
-
-    current.require(Encoder.load(checkpoint, device="cpu").fingerprint)
