@@ -1,0 +1,56 @@
+"""An artifact of random vectors for tests of the ranking."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from dcar_core.util.errors import DataError
+from index_jobs.store.faiss_index import FaissIndex
+from index_jobs.store.lexical.lexical_index import LexicalIndex
+
+
+class ArtifactStub:
+    """What ranking needs of an artifact, over a FAISS index of some kind."""
+
+    def __init__(self, vectors: np.ndarray, kind: str = "Flat", lexical: LexicalIndex | None = None, **columns: Any):
+        index: Any = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add(vectors)
+        if kind.startswith("IVF"):
+            index.nprobe = index.nlist
+            index.make_direct_map()
+        if kind.startswith("HNSW"):
+            index.hnsw.efSearch = len(vectors)
+        self._faiss, self.rows, self.lexical = FaissIndex(index), len(vectors), lexical
+        self.live = np.ones(self.rows, np.bool_)
+        self.live.flags.writeable = False
+        self.manifest = SimpleNamespace(removed=0, group_field="field0")
+        self._columns = columns
+        self.sample_vectors = vectors[:50]
+
+    def search(self, vectors: np.ndarray, k: int, allowed: Any = None, *, is_narrow: bool = False) -> Any:
+        return self._faiss.search(vectors, k, allowed, is_narrow=is_narrow)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        return self._faiss.vectors(rows)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        if name not in self._columns:
+            raise DataError(f"no item has the field {name!r}")
+        half = self.rows // 2
+        values = self._columns[name]
+        kind = pa.array(values).type
+        return pa.chunked_array([pa.array(values[:half], kind), pa.array(values[half:], kind)])
+
+
+def snapshot_of(artifact: ArtifactStub) -> Any:
+    return SimpleNamespace(artifact=artifact, groups={})
+
+
+def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    vectors = rng.standard_normal(shape).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors
