@@ -1,0 +1,142 @@
+"""Items added without a rebuild, and items replaced."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.util.errors import DataError, FingerprintError
+from index_jobs.jobs import updates
+from index_jobs.jobs.updates import add, remove
+from index_jobs.rebuild import rebuild
+from index_jobs.store.filters import match_rows
+from index_jobs.store.versions import current_version, open_current, verify_index
+from tests.support.files import write_file
+from tests.support.images import png
+from tests.support.updates import nearest_ids, write_images
+
+
+def test_added_items_are_found_beside_the_others(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+    gallery = write_images(tmp_path / "more", "pink", "cyan", year=1999)
+    before = open_current(index)
+    done = add(index, gallery, progress=False)
+    assert (done.version, done.count, done.added, done.removed, done.failed, done.rebuild) == (2, 26, 2, 0, 0, "")
+    artifact = open_current(index)
+    pictures = [gallery / "pink.png", gallery / "cyan.png", Path(before.manifest.root) / "circle" / "red.png"]
+    vectors = encoder.encode_images(pictures)
+    assert nearest_ids(artifact, vectors) == ["pink", "cyan", nearest_ids(before, vectors[2:])[0]]
+    scores, rows = artifact.search(vectors, 30)
+    assert (np.diff(scores[:, :26]) <= 0).all()
+    assert [sorted(line) for line in rows.tolist()] == [[-1] * 4 + list(range(26))] * 3
+    row = artifact.row_of("pink")
+    assert row is not None
+    np.testing.assert_allclose(artifact.vectors(np.array([row])), vectors[:1], atol=1e-5)
+    assert artifact.image_bytes(row) == (gallery / "pink.png").read_bytes()
+    assert (artifact.item(row).width, artifact.item(row).height) == (48, 48)
+    assert artifact.item(row).metadata == {"file_name": "pink.png", "color": "pink", "year": 1999}
+    assert artifact.fields["year"] == "int64"
+    assert artifact.column("year").to_pylist() == [None] * 24 + [1999, 1999]
+    assert np.flatnonzero(match_rows(artifact, {"color": ["pink", "red"]})).tolist()[-1] == row
+
+
+def test_files_that_the_index_has_below_another_folder_are_named(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        write_file(tmp_path / "photos" / name, png())
+    rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", progress=False)
+    add(tmp_path / "index", tmp_path / "photos" / "a", progress=False)
+    assert f"1 images, such as {tmp_path}/photos/a/1.png, are in the index already" in caplog.text
+
+
+def test_replaced_item_has_the_new_vector(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+    gallery = write_images(tmp_path / "more", "pink", "cyan")
+    add(index, gallery, progress=False)
+    with pytest.raises(
+        DataError, match=r"2 of the 2 images of .* such as 'cyan', and are the same files; --replace indexes them anew"
+    ):
+        add(index, gallery, progress=False)
+    changed = write_images(tmp_path / "changed", "pink", shape="circle")
+    assert add(index, changed, replace_existing=True, progress=False).count == 26
+    artifact = open_current(index)
+    vectors = encoder.encode_images([changed / "pink.png", gallery / "pink.png"])
+    row = artifact.row_of("pink")
+    assert row is not None
+    assert artifact.item(row).caption == "a pink circle"
+    np.testing.assert_allclose(artifact.vectors(np.array([row])), vectors[:1], atol=1e-5)
+    rows = artifact.search(vectors[1:], 26)[1][0]
+    assert sum(artifact.item(int(r)).id == "pink" for r in rows if r >= 0) == 1
+
+
+def test_broken_image_replaces_nothing(index: Path, tmp_path: Path) -> None:
+    add(index, write_images(tmp_path / "more", "pink", "cyan"), progress=False)
+    changed = write_images(tmp_path / "changed", "pink", "cyan", shape="circle")
+    (changed / "pink.png").write_bytes(b"no picture")
+    done = add(index, changed, replace_existing=True, max_failed=0.5, progress=False)
+    assert (done.count, done.added, done.removed, done.failed) == (26, 1, 1, 1)
+    artifact = open_current(index)
+    rows = [artifact.row_of(color) for color in ("pink", "cyan")]
+    assert [artifact.item(row).caption for row in rows if row is not None] == ["a pink square", "a cyan circle"]
+
+
+@pytest.mark.slow
+def test_many_small_additions_are_merged_into_few_segments(index: Path, encoder: Encoder, tmp_path: Path) -> None:
+    colors, parts = ["pink", "cyan", "lime", "navy", "teal", "gold"], []
+    for color in colors:
+        add(index, write_images(tmp_path / color, color), progress=False)
+        parts.append([addition.count for addition in open_current(index).manifest.additions])
+    assert parts == [[1], [2], [3], [3, 1], [5], [5, 1]]
+    remove(index, ["lime"])
+    add(index, write_images(tmp_path / "last", "coral", "gray", "olive"), progress=False)
+    artifact = open_current(index)
+    assert len(artifact.manifest.additions) <= 3
+    assert artifact.manifest.count == 24 + len(colors) - 1 + 3
+    left = [color for color in colors if color != "lime"]
+    vectors = encoder.encode_images([tmp_path / color / f"{color}.png" for color in left])
+    assert nearest_ids(artifact, vectors) == left
+    assert artifact.row_of("lime") is None
+    assert len(verify_index(index)) == 3
+    sources = [source for addition in artifact.manifest.additions for source in addition.sources]
+    assert sources == [str(tmp_path / name) for name in [*colors, "last"]]
+
+
+def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"price": 5, "new": True, "tags": ["x"], "note": "7"}
+    add(index, write_images(tmp_path / "typed", "pink", **given), progress=False)
+    before = open_current(index).fields
+    for name, value, said in (
+        ("price", "5 EUR", "the field 'price' is int64 in the index and string in"),
+        ("new", "true", "the field 'new' is bool in the index and string in"),
+        ("tags", "x", "the field 'tags' is list"),
+        ("note", ["x"], "the field 'note' is string in the index and list"),
+        ("price", [1, 2], "give values of type int64, rename the field, or rebuild"),
+    ):
+        gallery = write_images(tmp_path / f"{name}{len(value)}", "cyan", **(given | {name: value}))
+        (gallery / "cyan.png").write_bytes(b"")  # which would be the error if it were encoded first
+        with pytest.raises(DataError, match=said):
+            add(index, gallery, progress=False)
+    assert current_version(index) == 2
+    gallery = write_images(tmp_path / "csv", "lime", "navy")
+    (gallery / "metadata.jsonl").unlink()
+    (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,9\n")
+    with pytest.raises(DataError, match="the field 'note' is string in the index and int64 in"):
+        add(index, gallery, progress=False)
+    (gallery / "metadata.csv").write_text("file_name,id,price,note\nlime.png,lime,6.5,8\nnavy.png,navy,,x\n")
+    add(index, gallery, progress=False)
+    artifact = open_current(index)
+    assert artifact.fields == before | {"price": "double"}
+    assert artifact.column("price").to_pylist()[-3:] == [5.0, 6.5, None]
+    assert match_rows(artifact, {"price": {"gt": 5}}).sum() == 1
+
+
+def test_images_of_another_encoder_are_not_added(
+    index: Path, other_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of the model's files that the sizes in the manifest do not show."""
+    other = Encoder.load(other_checkpoint, device="cpu")
+    monkeypatch.setattr(updates, "choose_replicas", lambda *_: [other])
+    with pytest.raises(FingerprintError, match="was built by encoder"):
+        add(index, write_images(tmp_path / "more", "pink"), progress=False)
+    assert current_version(index) == 1
