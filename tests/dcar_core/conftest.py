@@ -1,9 +1,11 @@
-"""Photos and a loaded backbone for the tests of dcar_core."""
+"""Photos, training pairs and a loaded backbone for the tests of dcar_core."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dcar_core.data import Dataset, load_split
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from tests.support.images import draw
 
@@ -21,3 +23,15 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def backbone(tiny_model: Path) -> Backbone:
     return load_backbone(BackboneSource(str(tiny_model)))
+
+
+@pytest.fixture
+def training(tiny_data: Path) -> Dataset:
+    return load_split(tiny_data, "train")[0]
+
+
+@pytest.fixture
+def described_twice(training: Dataset) -> Dataset:
+    """Return images with several captions of different lengths, interleaved."""
+    again = [replace(s, caption=f"{s.caption} on a white page, seen from the front") for s in training.samples[3::-1]]
+    return replace(training, samples=[*training.samples[:6], *again, replace(training.samples[2], caption="one")])
