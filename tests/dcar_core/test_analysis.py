@@ -1,13 +1,12 @@
 """Analysis of a test split: recall by category, confusions and hard negatives."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Dataset
 from dcar_core.evaluation.analysis import analyse
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import seeded_model
@@ -15,19 +14,14 @@ from dcar_core.model.methods import method
 from dcar_core.training.prepared_split import prepare_split
 
 
-@pytest.fixture
-def sample_split(tiny_data: Path) -> Dataset:
-    return load_split(tiny_data, "train")[0]
-
-
 def test_analysis_equals_a_hand_calculation(
-    backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two images of one category, and one of another that is the first result for the second caption."""
     import dcar_core.evaluation.analysis as module
 
-    one, two, three = (replace(s, category=c) for s, c in zip(sample_split.samples[:3], "aab", strict=True))
-    data = replace(sample_split, samples=[one, two, three])
+    one, two, three = (replace(s, category=c) for s, c in zip(training.samples[:3], "aab", strict=True))
+    data = replace(training, samples=[one, two, three])
     model = seeded_model(backbone, method("clip"), 0)
     prepared = prepare_split(data, model, for_training=False, progress=False)
     image = np.eye(3, dtype=np.float32)
@@ -47,13 +41,13 @@ def test_analysis_equals_a_hand_calculation(
 
 
 def test_a_caption_at_rank_two_is_no_hit(
-    backbone: Backbone, sample_split: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The most frequent confusion comes first."""
     import dcar_core.evaluation.analysis as module
 
-    samples = [replace(s, category=c) for s, c in zip(sample_split.samples[:4], "baac", strict=True)]
-    data = replace(sample_split, samples=samples)
+    samples = [replace(s, category=c) for s, c in zip(training.samples[:4], "baac", strict=True)]
+    data = replace(training, samples=samples)
     model = seeded_model(backbone, method("clip"), 0)
     prepared = prepare_split(data, model, for_training=False, progress=False)
     image = np.eye(4, dtype=np.float32)
@@ -70,24 +64,24 @@ def test_a_caption_at_rank_two_is_no_hit(
 
 
 @pytest.mark.parametrize("name", ["coop", "dcar"])
-def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, sample_split: Dataset) -> None:
+def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, training: Dataset) -> None:
     model = seeded_model(backbone, method(name).with_query_weights("predicted"), 0)
     if model.head is not None:
         torch.nn.init.normal_(model.head.linear.weight)
-    prepared = prepare_split(sample_split, model, for_training=False, progress=False)
-    found = analyse(model, sample_split, prepared)["hard_negative_accuracy"]
+    prepared = prepare_split(training, model, for_training=False, progress=False)
+    found = analyse(model, training, prepared)["hard_negative_accuracy"]
     hits = []
-    for sample in sample_split.samples:
-        pixels = backbone.preprocess(sample_split.read(sample.image))[None]
+    for sample in training.samples:
+        pixels = backbone.preprocess(training.read(sample.image))[None]
         image = model.encode_image(torch.from_numpy(backbone.preprocess.normalize(pixels))).detach()
         texts = model.encode_query(backbone.tokenize([sample.caption, *sample.negatives], model.prompt_tokens)).detach()
         scores = (texts @ image.T).flatten()
         hits.append(bool(scores[0] > scores[1:].max()))
     assert found == pytest.approx(100 * np.mean(hits))
     others = tuple(f"a thing {n}" for n in range(9))
-    many = [replace(s, negatives=others + s.negatives, negative_categories=()) for s in sample_split.samples]
+    many = [replace(s, negatives=others + s.negatives, negative_categories=()) for s in training.samples]
     turned = [replace(s, negatives=s.negatives[::-1]) for s in many]
-    accuracies = [analyse(model, replace(sample_split, samples=s), prepared) for s in (many, turned)]
+    accuracies = [analyse(model, replace(training, samples=s), prepared) for s in (many, turned)]
     assert accuracies[0]["hard_negative_accuracy"] == accuracies[1]["hard_negative_accuracy"]
-    bare = [replace(sample, negatives=(), negative_categories=()) for sample in sample_split.samples]
-    assert analyse(model, replace(sample_split, samples=bare), prepared)["hard_negative_accuracy"] is None
+    bare = [replace(sample, negatives=(), negative_categories=()) for sample in training.samples]
+    assert analyse(model, replace(training, samples=bare), prepared)["hard_negative_accuracy"] is None
