@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can keep."""
+"""Rules of the code: sizes of folders and modules, names, imports, and what `--help` loads."""
 
 import ast
 import re
@@ -10,12 +10,15 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("dcar_core", "index_jobs", "app")
+PACKAGES = ("dcar_core", "index_jobs", "app")
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MOST_MODULES_IN_A_PACKAGE = 6
+MOST_MODULES_IN_A_FOLDER = 12
+MOST_LINES = 300
 
 
-def modules(room: str) -> list[Path]:
-    return [path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+def modules(package: str) -> list[Path]:
+    return [path for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
 
 
 @cache
@@ -26,33 +29,30 @@ def nodes(path: Path) -> list[ast.AST]:
 def test_open_clip_is_imported_in_one_place() -> None:
     importers = {
         p.name
-        for room in ROOMS
-        for p in modules(room)
+        for package in PACKAGES
+        for p in modules(package)
         if re.search(r"^\s*(import|from) open_clip", p.read_text(), re.M)
     }
     assert importers == {"open_clip_source.py"}
 
 
-MOST_AT_THE_TOP = 6
-MOST_IN_A_FOLDER = 12
-MOST_LINES = 300
-
-
 def test_folders_stay_small_enough_to_read() -> None:
-    for room in ROOMS:
-        for folder in {path.parent for path in modules(room)}:
+    for package in PACKAGES:
+        for folder in {path.parent for path in modules(package)}:
             count = sum(path.name not in ("__init__.py", "__main__.py") for path in folder.glob("*.py"))
-            assert count <= (MOST_AT_THE_TOP if folder == ROOT / room else MOST_IN_A_FOLDER), folder
+            assert count <= (MOST_MODULES_IN_A_PACKAGE if folder == ROOT / package else MOST_MODULES_IN_A_FOLDER), (
+                folder
+            )
 
 
 def test_modules_have_at_most_300_lines() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for room in ROOMS for path in modules(room)}
+    lengths = {path: len(path.read_text().splitlines()) for package in PACKAGES for path in modules(package)}
     assert [str(path.relative_to(ROOT)) for path, length in lengths.items() if length > MOST_LINES] == []
 
 
 def test_every_folder_documents_its_purpose() -> None:
-    for room in ROOMS:
-        for folder in {path.parent for path in modules(room)} - {ROOT / room}:
+    for package in PACKAGES:
+        for folder in {path.parent for path in modules(package)} - {ROOT / package}:
             docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
             assert len(docstring.splitlines()) >= 3, (
                 f"{folder} needs a docstring: what goes in, what comes out, who imports it"
@@ -61,8 +61,8 @@ def test_every_folder_documents_its_purpose() -> None:
 
 def test_no_two_classes_share_a_name() -> None:
     places = defaultdict(list)
-    for room in ROOMS:
-        for path in modules(room):
+    for package in PACKAGES:
+        for path in modules(package):
             for node in nodes(path):
                 if isinstance(node, ast.ClassDef):
                     places[node.name].append(str(path.relative_to(ROOT)))
