@@ -33,7 +33,7 @@ from index_jobs.store.filters import EMPTY_IS_MISSING
 
 _LISTED_FIELDS = 12
 _FACETS = 6
-_FACET_VALUES = 100  # values of a field up to which it is offered as a filter
+_FACET_VALUES = 100  # a field with more values is not offered as a filter
 _NUMBERS = frozenset({"int64", "double"})
 
 
@@ -61,7 +61,10 @@ class Catalogue:
 
     @cached_property
     def facets(self) -> list[str]:
-        """Fields to filter by, which few values divide: the category first, then those of the most values."""
+        """Fields to filter by: the category first, then those with the most values.
+
+        A field is left out if it has too many values, or fewer than two items for each of them on average.
+        """
         group_by = self._artifact.manifest.group_field
         sizes: dict[str, int] = {}
         for name in self._artifact.fields.keys() - {"id", "caption", "title", group_by}:
@@ -131,7 +134,7 @@ def browsing_routes() -> APIRouter:
 
     @router.get("/catalogue")
     async def catalogue(request: Request) -> Response:
-        """Tell what the index has, and with what the page starts."""
+        """Return the fields of the index, and whether the page can and should search by words as well."""
         snapshot = snapshot_of(request)
         artifact = snapshot.artifact
         has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
@@ -165,7 +168,7 @@ def browsing_routes() -> APIRouter:
 
     @router.get("/words")
     async def words(request: Request, q: str) -> Response:
-        """Tell how familiar a query's words are, and the score that makes up for unfamiliar ones."""
+        """Return the share of a query's words that the index has, and the score that outweighs unknown words."""
         snapshot = snapshot_of(request)
         text = q[: state_of(request).settings.max_query_chars]
         lexical = snapshot.artifact.lexical

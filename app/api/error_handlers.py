@@ -38,7 +38,7 @@ def install(app: FastAPI) -> None:
 
 
 def to_problem(error: Exception) -> Problem:
-    """Return the problem document for an error. Raise an error that is not foreseen again."""
+    """Return the problem document for an error. An unexpected error is raised again."""
     match error:
         case Problem():
             return error

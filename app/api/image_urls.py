@@ -1,10 +1,11 @@
 """Images of queries and new items that a request names by URL.
 
-- Only hosts of `DCAR_IMAGE_HOSTS` are asked. A host is resolved once: if one of its addresses is not public nothing is
-  sent, and the connection goes to a checked address, so the name cannot lead elsewhere in between.
+- Images are fetched only from the hosts in `DCAR_IMAGE_HOSTS`.
+- A host name is resolved once. If one of its addresses is not public, the image is refused. The connection goes to a
+  checked address and not to the name, whose address may change after the check.
 - Redirects are not followed. Size, time and the number of simultaneous requests are bounded, and the bytes count
   against the budget of request bodies.
-- fsspec, which reads galleries, resolves names and follows redirects by itself; hence this small client.
+- fsspec, which reads galleries, resolves names and follows redirects by itself. It is therefore not used here.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from app.core.settings import Settings
 from app.middleware.body_limit import byte_counter
 from app.search.query import Query
 
-_TIMEOUT_S = 10.0  # of one image, with the time in the queue
+_TIMEOUT_S = 10.0  # of one image, including the time in the queue
 _AT_ONCE = 8
 MAX_URLS = 8  # of one request
 _READ_BYTES = 64 * 2**10
@@ -38,7 +39,7 @@ def is_image_url(image: str | None) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is of the public internet; one that stands for an IPv4 address is not."""
+    """Return True for an address of the public internet. IPv6 addresses that embed an IPv4 address do not count."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in _NAT64):
         return False

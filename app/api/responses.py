@@ -169,7 +169,7 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
 
 
 def _metadata(item: Item) -> dict[str, Any]:
-    """Return the metadata of an item; of an absolute path, which a list may have, only the last part is shown."""
+    """Return the metadata of an item. An absolute `file_name`, as in a list of files, is cut to its last part."""
     metadata = item.metadata
     place = metadata.get("file_name")
     if not isinstance(place, str) or not _ABSOLUTE.match(place):

@@ -1,7 +1,7 @@
-"""The routes that change items and collections: they accept jobs, and tell how a job is.
+"""The routes that change items and collections. They accept jobs and return the status of jobs.
 
-- A request is checked as a whole, its images as those of searches, before anything of it is accepted.
-- The answer to an accepted request is 202, once the job is on the disk; the index changes later.
+- A request is checked as a whole before any part of it is accepted. Its images have the limits of query images.
+- An accepted request is answered 202 once its job is stored on disk. The index changes later.
 """
 
 import asyncio

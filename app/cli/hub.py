@@ -1,4 +1,4 @@
-"""The model hub: whether it can be reached, known in seconds, before its client tries for a minute."""
+"""Check in seconds whether the model hub can be reached. Its own client tries for a minute."""
 
 import os
 import threading
@@ -11,9 +11,9 @@ _TIMEOUT_S = 5.0
 
 
 def prepare_hub(model: str, pretrained: str | None) -> bool:
-    """Let models be taken from the cache alone if the hub cannot be reached, and return whether it can.
+    """Return True unless a model needs the hub and the hub cannot be reached; then load from the cache alone.
 
-    To be called before the first import of open_clip. Only a tag of weights and an `hf-hub:` name need the hub.
+    Call it before the first import of open_clip. Only a tag of weights and an `hf-hub:` name need the hub.
     """
     is_tag = bool(pretrained) and pretrained != "random" and not Path(str(pretrained)).is_file()
     if Path(model).is_dir() or not (is_tag or model.startswith("hf-hub:")):

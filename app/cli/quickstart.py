@@ -44,11 +44,11 @@ def quickstart(
     from index_jobs.gallery.scan import scan
     from index_jobs.rebuild import rebuild
 
-    listen(host, port).close()  # before minutes are spent on an index for a port that is taken
+    listen(host, port).close()  # report a taken port before minutes are spent on an index
     place = gallery.absolute()
     if not place.exists():
         raise DcarError(f"there is no gallery {gallery}; name a folder of images")
-    scanned = scan(place)  # its faults are known before weights are fetched
+    scanned = scan(place)  # report its faults before weights are fetched
     typer.echo(f"1 of 3: model {model}")
     checkpoint, source = _checkpoint(model, None if Path(model).is_dir() else pretrained, data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
@@ -65,10 +65,10 @@ def quickstart(
 
 
 def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path, list[str]]:
-    """Return a checkpoint of the unadapted model, or of the bundled one if its weights cannot be fetched.
+    """Return a checkpoint of the unadapted model, and the options of `dcar train` that name the model.
 
-    The checkpoint of files on this machine is always written anew, since they may have changed. The second value is the
-    model as options of `dcar train`.
+    If the weights cannot be fetched, the bundled model takes its place. A checkpoint of local files is always written
+    anew, since the files may have changed.
     """
     is_online = prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -99,7 +99,7 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
 
 
 def _short_hash(place: Path) -> str:
-    """Return eight digits that tell a place from others of the same name."""
+    """Return eight hexadecimal digits that distinguish a path from others with the same last part."""
     return hashlib.sha256(str(place).encode()).hexdigest()[:8]
 
 

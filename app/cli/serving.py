@@ -124,7 +124,7 @@ def demo(
     if domain not in domains:
         available = ", ".join(domains) or "none: use a source checkout"
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
-    listen(host, port).close()  # before minutes are spent on indexes for a port that is taken
+    listen(host, port).close()  # report a taken port before minutes are spent on indexes
     others = [name for name in domains if name != domain]
     sources = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
     sources[f"{domain}-clip"] = EXAMPLES / domain, bundled_checkpoint(data / "zero-shot")

@@ -4,7 +4,7 @@
 - Hashes are compared in constant time and with every known key, so the response time reveals nothing.
 - `dcar key NAME` makes a key for the caller and the line `NAME:HASH` for DCAR_API_KEYS.
 - A scope follows the hash: `NAME:HASH:read` or `NAME:HASH:write`, and perhaps collections, `NAME:HASH:read:shoes+bags`.
-  A key without a scope reads every collection; one that may write reads too.
+  A key without a scope reads every collection. A key that may write may also read.
 """
 
 import hashlib

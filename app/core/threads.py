@@ -43,18 +43,18 @@ async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
 
 
 class SharedCall(Generic[T]):
-    """A call that may hang, such as a look at a network disk. One thread at a time runs it, for all who ask.
+    """A call that may hang, such as a read of a network disk. Concurrent callers share one run in one thread.
 
     Attributes:
         wait_s: longest wait for a result.
-        fresh_s: time after the start of a run in which its result is returned without a new run.
-        known_s: age up to which a result is returned where a new run takes longer than `wait_s`.
+        fresh_s: seconds after the start of a run during which its result is returned again.
+        known_s: age up to which the last result stands in for a run that takes longer than `wait_s`.
     """
 
     wait_s, fresh_s, known_s = 1.0, 5.0, 60.0
 
     def __init__(self, call: Callable[[], T], otherwise: T) -> None:
-        """Prepare the call. `otherwise` is returned while no result is known."""
+        """Prepare the call. `otherwise` is returned while there is no result of that age."""
         self._call, self._otherwise = call, otherwise
         self._known = (-math.inf, otherwise)  # time and result of the last complete run
         self._started = -math.inf

@@ -1,7 +1,8 @@
 """A directory of thumbnails with a limit in bytes, which several processes may share.
 
-- A hit renews a file's time. At the limit the files used longest ago are removed, down to nine tenths of it.
-- A disk that is full or read-only costs the cache alone: thumbnails are then made anew.
+- Beyond the limit, the least recently used files are removed until nine tenths of the limit remain. A file's time of
+  modification is the time of its last use.
+- On a disk that is full or read-only nothing is cached, and every thumbnail is made anew.
 """
 
 import logging

@@ -125,7 +125,7 @@ class BodyLimit:
                 raise
         finally:
             self._release(body)
-            del scope[_COUNT_BYTES], body.cancel  # without cycles, no garbage collection stops other requests
+            del scope[_COUNT_BYTES], body.cancel  # these are reference cycles, which would cost a garbage collection
         if body.refusal is not None and not has_started:
             await body.refusal.response()(scope, receive, send)
 
@@ -219,9 +219,9 @@ class _Watch:
 
 
 def _announced(scope: Scope) -> tuple[int, bool]:
-    """Return the announced length of the body (0 if unknown), and whether there is certainly none.
+    """Return the announced length of the body (0 if unknown), and True if the request has no body.
 
-    Two headers announce a body, whatever the method.
+    A request has a body if Content-Length or Transfer-Encoding says so, whatever its method.
     """
     length, is_chunked = 0, False
     for name, value in scope["headers"]:

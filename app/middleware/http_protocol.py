@@ -2,8 +2,9 @@
 
 - A second httptools parser reads the framing of every message before uvicorn sees the bytes, in 10 us a request. h11
   needs less of a wrapper, but costs 130 us a request.
-- A connection has a turn of about a millisecond, then all others have theirs: thousands of tiny chunks or pipelined
-  requests wait. Reads are small, since libuv reads a socket up to 32 times in a row.
+- The bytes of a connection are parsed for about a millisecond, then other connections have their turn. So thousands of
+  tiny chunks or pipelined requests delay no one else. Reads are small, because libuv reads a socket up to 32 times in a
+  row.
 - While no request is answered, a complete head must arrive within HEAD_S. That bounds slow heads, idle connections and
   bodies that still arrive after their response.
 - Heads, and the bytes between two pieces of a body, are limited to HEAD_BYTES. Trailers are refused, because uvicorn
@@ -33,10 +34,10 @@ HEAD_S = 10.0
 WRITE_S = 30.0
 HEAD_BYTES = 64 * 2**10
 READ_BYTES = 64 * 2**10
-PARSED_BYTES = 512  # before the first look at the clock, and twice as many before each further one
+PARSED_BYTES = 512  # parsed before the clock is first read; the number doubles before each further reading
 PIECE_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**10
-_COSTLY_S = 0.001  # of the event loop, for one connection's turn
+_COSTLY_S = 0.001  # time of the event loop for one connection's turn
 _STATE_KEY = "dcar.connection"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
@@ -95,7 +96,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         for timer in (self._head_timer, self._write_timer, self._close_timer):
             timer.stop()
         self._inner.connection_lost(error)
-        if self._cycle is not None:  # uvicorn tells only the last of pipelined requests
+        if self._cycle is not None:  # of pipelined requests, uvicorn notifies only the last
             self._cycle.disconnected = True
             self._cycle.message_event.set()
 
@@ -121,7 +122,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         """Parse the received bytes piece by piece, until pipelined requests wait or other connections have a turn."""
         began, size = time.perf_counter(), PARSED_BYTES
         while self._received and not self._transport.is_closing():
-            if self._heads - self._finished > 1:  # `request_finished` goes on
+            if self._heads - self._finished > 1:  # `request_finished` continues
                 self._is_held = True
                 self._transport.pause_reading()
                 return
@@ -138,7 +139,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._is_held = False
 
     def _schedule(self) -> None:
-        """Parse the rest, and read on, after the other connections."""
+        """Parse the rest and read more after the other connections have had their turn."""
         self._is_held = True
         asyncio.get_running_loop().call_later(0, self._parse)
 

@@ -109,7 +109,7 @@ class ItemImages:
             opening = self.threads.submit(ImageFile, snapshot.artifact, row)
             try:
                 return await asyncio.wrap_future(opening)
-            except asyncio.CancelledError:  # a running thread goes on
+            except asyncio.CancelledError:  # the thread continues and opens the file
                 opening.add_done_callback(self._close)
                 raise
 

@@ -136,7 +136,7 @@ def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None)
     """Return the ranked rows, or the best row of each group, up to the next page."""
     excluded_rows = {*plan.more_rows, *plan.less_rows}
     groups = group_field(snapshot, plan.group_by) if plan.group_by else None
-    if groups is not None and excluded_rows:  # by the mask: the search widens by the number of excluded rows
+    if groups is not None and excluded_rows:  # a mask costs less: excluded rows widen the search
         mask, excluded_rows = groups.outside(groups.codes[[*excluded_rows]], mask), set()
     query = RankQuery(vector, plan.hybrid, excluded_rows, plan.min_score, plan.options.fold)
     count = max(plan.end + 1, plan.rerank_depth)

@@ -4,7 +4,7 @@
     -> re-ranking and explanations, where requested (`pairs`) -> items
 
 - A search that takes less time than handing it to a thread runs in the event loop; all others run in threads.
-- Each search takes one `Snapshot` and ends on it, whatever is published meanwhile.
+- A search uses one `Snapshot` from beginning to end, whatever is published meanwhile.
 - At most `max_pending` searches are in progress; more are refused at once, like those the batcher has no room for. Each
   search has a deadline, and cancelled work is skipped.
 - Images of items have the same limits and their own threads: a gallery may be a slow disk or another machine, and no
@@ -220,12 +220,12 @@ class Retriever:
         return compose(parts), is_cached and bool(query.text or query.image)
 
     async def _mask(self, snapshot: Snapshot, filter: dict[str, Any] | None, turn: asyncio.Lock) -> Mask | None:
-        """Return the rows that fulfil a filter, None without one or without rows.
+        """Return the rows that fulfil a filter; None if there is no filter or no row.
 
         Masks are computed in one thread, so an expensive filter delays no search without a filter.
 
         Args:
-            turn: shared by the queries of one request: it has one filter in the queue of this thread at a time.
+            turn: shared by the queries of one request, so the request queues one filter at a time.
         """
         if not filter or not snapshot.artifact.rows:
             return None
@@ -238,9 +238,10 @@ class Retriever:
     async def _rank(
         self, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None
     ) -> tuple[list[RankedRow], list[Match] | None]:
-        """Return the ranked rows up to the next page, and the matches of this page, None if they will change.
+        """Return the ranked rows up to the next page, and the matches of this page.
 
-        Rankings are cached, except those whose rows or keys may be many, and those whose matches take long.
+        The matches are None if re-ranking or explanations are still to change them. Only short rankings without a
+        filter, folding or groups are cached.
         """
         options = plan.options
         is_final = not (plan.rerank_depth or options.explain)

@@ -79,7 +79,7 @@ class Snapshot:
 
 
 def drop_oldest(cache: dict[Any, Any], size: int, kept: Hashable = None) -> None:
-    """Drop the oldest entries of a snapshot's cache, down to `size`, and one more if `kept` is the oldest.
+    """Drop the oldest entries of a snapshot's cache until `size` remain, but never the entry `kept`.
 
     Several threads may fill and trim a cache at once.
     """

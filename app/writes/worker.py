@@ -24,9 +24,9 @@ from index_jobs.store.writes.write_queue import JobKind, WriteQueue
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
-_POLL_S = 30.0  # for jobs that a service without a worker has left
+_POLL_S = 30.0  # between looks for jobs that another process has stored
 _STOP_S = 5.0
-_PRIORITY = 5  # with 10, jobs hardly get on beside other busy processes
+_PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
 
 
 def require_writable(settings: Settings) -> None:
@@ -78,7 +78,7 @@ class WriteWorker:
             if status is None:
                 continue
             if (served.live.version if served.live else 0) < (status.get("index_version") or 0):
-                with contextlib.suppress(DcarError):  # whoever reads that a job is done finds its items
+                with contextlib.suppress(DcarError):  # the items of a job are found once its status is done
                     await served.reload()
             reason = self._reasons.get(name) if status["status"] == "waiting" else status.get("reason")
             shown = {} if reason is None else {"reason": without_directories(reason, served.index)}
