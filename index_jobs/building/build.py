@@ -2,11 +2,12 @@
 
 - Shards are streamed: beyond the index itself, memory does not grow with the gallery.
 - Of several choices, the first that reaches the target recall is kept; if none does, the best one, with a warning.
-- A rival of the kept choice is built as well, and the faster one is kept. Both share their inverted lists, which take
-  most of the training time.
+- A choice marked `is_rival` is built even if the one before it reaches the target, and the faster one is kept. Both
+  share their inverted lists, which take most of the training time.
+- An index that reaches the target only by a wide search is slow, for example where texts lie far from their images. The
+  first choice of the other family is then built as well: lists after a graph, or a graph after lists. The faster one is
+  kept.
 - One index is in memory at a time. The best so far is in a file while another is built.
-- An index that reaches the target only by a wide search is slow. A graph is then followed by the first kind with lists,
-  and lists, for example where texts lie far from their images, by a graph. The faster index is kept.
 """
 
 import logging
@@ -113,7 +114,7 @@ def build_index(
             tried.append(replace(built, index=None))
             if best is None or built.is_better_than(best, target):
                 best = built
-            del built  # frees the index of a loser
+            del built  # free the memory of an index that is not kept
             if best.recall < target:
                 logger.warning(
                     "%s: recall@10 is %.3f, below the target of %.2f; %s",
@@ -130,7 +131,7 @@ def build_index(
 def _may_be_faster(choice: IndexChoice, best: BuiltIndex, tried: Sequence[BuiltIndex]) -> bool:
     """Return True if a choice may be faster than the best so far, which reaches the target.
 
-    Where the best searches widely, others with lists, or other graphs, would have to as well.
+    If the best one needs a wide search, so would any other choice of its family (lists, or graphs).
     """
     if best.searches_widely:
         return not any(other.choice.has_lists == choice.has_lists for other in tried)

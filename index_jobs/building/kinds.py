@@ -3,9 +3,8 @@
 - `auto` lists the kinds for the gallery, fastest at the target recall first, without those that exceed the memory. The
   first one is built; while the measured recall stays below the target, the next one is. See `build`.
 - The order follows measured latencies of one query on one core; `benchmarks/index_kinds.py` prints them. A graph is
-  fastest on real embeddings, and over 16-bit vectors finds what it finds over full ones; among many near-duplicates it
-  misses. Of the small kinds with lists, the vectors decide which is faster, so both are built and measured: they are
-  rivals.
+  fastest on real embeddings, and 16-bit vectors do not lower its recall. Among many near-duplicates its recall is too
+  low. Which small kind with lists is faster depends on the vectors, so two are built and measured (`is_rival`).
 - Up to 20,000 vectors, exact search takes two milliseconds and needs no training, so nothing else is considered.
 - Memory estimates are bytes for each vector; the benchmark prints measured ones.
 """
@@ -21,10 +20,10 @@ import faiss
 from dcar_core.util.errors import DataError, MissingExtraError
 
 FLAT_UP_TO = 20_000
-_COMPARED_UP_TO = 5_000_000  # beyond, `auto` builds lists alone: at ten million a graph took 50 minutes, and missed
+_COMPARED_UP_TO = 5_000_000  # beyond, only lists: at ten million a graph took 50 minutes and missed the target
 _GRAPH_BYTES = 4 * 2 * 24 + 16  # links of a vector in a graph of degree 24
 _ENTRY_BYTES = 16  # number of a vector, in its list and in the map from row to list
-_COARSE_GRAPH_FROM = 16_384  # from this number on, a graph finds the lists
+_COARSE_GRAPH_FROM = 16_384  # from this number of lists on, a graph finds the nearest ones
 
 NAMED = ("auto", "flat", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq", "pq")
 GPU_NAMED = ("gpu-flat", "gpu-ivf", "gpu-cagra")
@@ -86,7 +85,7 @@ _KINDS = {
 }
 _FASTEST_FIRST = ("hnsw", "ivf-pq-fp16", "ivf-pq", "ivf-rabitq", "ivf", "ivf-sq8", "hnsw-sq8", "pq")
 _GRAPHS = ("hnsw", "hnsw-sq8")
-_RIVAL = "ivf-rabitq"  # of the kind before it
+_RIVAL = "ivf-rabitq"  # measured beside the kind before it
 
 
 def choose_kinds(
@@ -179,12 +178,12 @@ def machine_memory() -> int:
 
 
 def _half(dim: int) -> int:
-    """Return the number of parts of a long product code: one for two dimensions, or each of an odd number."""
+    """Return the number of parts of a long product code: one for every two dimensions, or for every one if odd."""
     return dim // 2 if dim % 2 == 0 else dim
 
 
 def _code_parts(dim: int) -> int:
-    """Return the number of parts of a product code: 64, or one for eight dimensions, or the next lower divisor."""
+    """Return the number of parts of a product code: the largest divisor up to 64, or up to an eighth of `dim`."""
     return max(parts for parts in range(1, max(64, dim // 8) + 1) if dim % parts == 0)
 
 

@@ -5,7 +5,8 @@
 - Half of the queries choose the parameters, the other half measures the manifest's recall.
 - A neighbour counts by its score, not by its row, since a search may return any of several equal images.
 - The width (nprobe, efSearch) is doubled until the recall reaches the target, then bisected to a 32nd. Kinds that
-  re-rank candidates (k_factor) start with many; fewer of them need a wider search. The lowest latency wins.
+  re-rank candidates (k_factor) start with many candidates; with fewer, they need a wider search. The lowest latency
+  wins.
 - A compressing kind has a recall ceiling. Below the target, the narrowest search near it is chosen.
 """
 
@@ -32,10 +33,10 @@ NEIGHBOURS = 10
 _TIMED_QUERIES = 200
 _MAX_GRAPH_WIDTH = 4096
 _FACTORS = (64, 32, 16, 12, 8, 6, 5, 4, 3, 2, 1)  # candidates to re-rank, in multiples of k
-_SLOWER = 1.2  # fewer candidates are not tried once the wider search takes so many times the lowest latency
-_STEPS = 32  # a width is found to this part of itself
+_SLOWER = 1.2  # fewer candidates are not tried after a latency of this multiple of the lowest
+_STEPS = 32  # a width is exact to this fraction of itself
 _NOISE = 0.0005  # differences in recall below this are not a gain
-_RESERVE = 0.25  # of the recall that the target leaves out, so that other queries reach the target too
+_RESERVE = 0.25  # the aim exceeds the target by this part of 1 - target, for the sake of other queries
 _MIN_DIVIDED = 40  # fewer queries are used for tuning and measuring alike
 _SCORED_VECTORS = 1024  # copied at a time
 _COARSE_WIDTH = 64  # of a graph over lists; its default of 16 misses some of the nearest lists
@@ -113,7 +114,7 @@ class Tuner:
             tunable.set("k_factor", factor)
             recall, width = self._narrowest(index, tunable, width or tunable.min_width)
             if points and recall < min(points[0][0], self._aim) - _NOISE:
-                break  # fewer candidates lose neighbours at any width
+                break  # so few candidates lose neighbours at any width
             parameters = {name: n for name, n in ((tunable.width, width), ("k_factor", factor)) if name and n}
             latency = measure_latency(index, timed)["latency_ms_p50"]
             points.append((recall, latency, parameters))

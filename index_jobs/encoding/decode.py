@@ -5,7 +5,7 @@
 - Workers end with the job, even if it is killed.
 - Pillow and PyTorch release the interpreter lock while they decode and resize. On few cores, and for small galleries,
   threads are therefore faster than processes: by 10 % for JPEGs of 640 pixels, by 30 % for PNGs of 72.
-- A broken image is a reason in the result, never an exception.
+- A broken image adds a reason to the result and raises no exception.
 - The pixels of each image are hashed, which finds the same image under two names.
 """
 

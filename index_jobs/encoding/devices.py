@@ -3,7 +3,7 @@
 - Every GPU of the machine is used unless one is named, and each holds a copy of the model.
 - A GPU has two replicas, so that one window is transferred while another is computed. A CPU computes in the job's own
   thread.
-- Windows are dealt in turn and do not depend on the number of devices, so the vectors do not either.
+- Windows are assigned in turn. They do not depend on the number of devices, so the vectors do not either.
 """
 
 from collections import deque

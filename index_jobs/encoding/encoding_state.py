@@ -1,10 +1,11 @@
 """Shared state of every way to encode a gallery: complete shards, shards to do, and the limit of failures.
 
 - Complete shards are skipped after their checksum has been verified.
-- A shard with an image that could not be read is encoded again if the image can be read now, so a store that was down
-  for a while costs no image. Images that are still missing cost one request, not a new encoding.
-- Images whose decoder was missing are tried again once it is installed, and all other failures by force: a store may
-  have sent an error page, and a row of a list does not change with its image. What can be decoded is encoded again.
+- A shard is encoded again if one of its failed images can be read now. To find out, each is read at most once.
+- Images that could not be read, as from a store that was down, are read again in every run. Images whose decoder was
+  missing are read again once it is installed.
+- All other failures are read again only by force, for example after a store has sent error pages. Their rows in a list
+  do not show that an image has changed.
 - Windows are fixed, so the result is that of an uninterrupted job.
 """
 
@@ -105,7 +106,7 @@ def shard_store(gallery: Gallery, encoder: Encoder, runtime: str, work: Path, op
 
 
 def any_readable(gallery: Gallery, failed: Sequence[FailedImage], deadline: float) -> bool:
-    """Return whether any of these images can be read now, and decoded unless its bytes were missing. Each is read once.
+    """Return True if any of these images can be read now. Images that failed to decode must decode as well.
 
     deadline: by `time.monotonic`; no image is read after it.
     """
@@ -179,7 +180,7 @@ class EncodingState:
         self._start = time.perf_counter()
 
     def _reopen_readable(self, faults: Collection[ImageFault]) -> None:
-        """Mark shards as to do again with images that failed in such a way and can be read now."""
+        """Mark shards as unfinished if an image that failed for one of these reasons can be read now."""
         deadline = time.monotonic() + _MAX_RETRY_S
         failed = {n: [failure for failure in s.failed if failure.fault in faults] for n, s in self.shards.items()}
         if count := sum(map(len, failed.values())):

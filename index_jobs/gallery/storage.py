@@ -32,8 +32,8 @@ _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 class ImageLocation:
     """The gallery row of an image, the place of its bytes, and a number that changes when they do.
 
-    root: of a gallery at a URL, whose names alone do not tell its images from another's. It is empty on this machine,
-        where a gallery can be moved.
+    root: the URL of the gallery, since two galleries may use the same names. Empty for a gallery on this machine, which
+        can then be moved.
     """
 
     row: int

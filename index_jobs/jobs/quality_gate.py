@@ -68,7 +68,7 @@ class GateVerdict:
 
     compared: False if no comparison was possible. pairs: texts that were searched. pool: images that they could find.
     serving, rebuilt: recall_at_1, recall_at_10 and ndcg_at_100 of both indexes. difference: rebuilt minus serving in
-    ndcg_at_100, with the ends of its 95 % interval. visible: the smallest difference that these pairs tell from chance.
+    ndcg_at_100, with the ends of its 95 % interval. visible: the smallest difference that is not chance.
     """
 
     passed: bool

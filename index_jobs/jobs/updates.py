@@ -252,7 +252,7 @@ def _require_same_types(artifact: Artifact, gallery: Gallery, place: str) -> Non
 
 
 def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> DataError:
-    """Return the error for ids that are in the index. Its advice loses no image of another file."""
+    """Return the error for ids that are in the index; it advises --replace only if their files are the same."""
     columns = zip(*(gallery.table[name].to_pylist() for name in ("id", "location", "offset")), strict=True)
     places = {item_id: (join_location(gallery.root, place), offset) for item_id, place, offset in columns}
     indexed = {item_id: current.image_place(current.row_of(item_id) or 0) for item_id in existing}

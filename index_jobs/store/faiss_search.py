@@ -1,11 +1,12 @@
 """Searches of a FAISS index among all rows, or among a selection of rows.
 
-- Graphs and inverted lists are tuned for ten results. A graph returns no more rows than it keeps on its way, lists no
-  more than they hold, so more results need a wider search. A narrow search returns what one for fewer comes across.
-- A search among selected rows visits as many of them as an unfiltered search visits rows, so it is wider. It requests
-  twice the results that evenly spread rows need and drops those that are not selected.
-- A query with too few selected rows among those has most of them far away. Its search widens further, with one bit for
-  each row in an IDSelector that FAISS reads.
+- Graphs and inverted lists are tuned for ten results. More results need a wider search, since a search returns no more
+  rows than it visits. A narrow search (`is_narrow`) is as wide as one for few results, and may miss some of the last
+  ones.
+- A search among selected rows is wider, so that it visits as many selected rows as an unfiltered search visits rows. It
+  requests twice the results that evenly spread rows would need, and drops those that are not selected.
+- If these contain too few selected rows, most selected rows are far from the query. The search of this query then
+  widens further, and FAISS skips the other rows itself, by an IDSelector with one bit for each row.
 - A small selection, or one that needs too wide a search, is compared exactly. So are kinds without selectors.
 """
 
@@ -89,7 +90,7 @@ class WideSearch:
         if not self.maximum or not self._row_count or k <= self.tuned_reach:
             scores, rows = tuned_index.search(vectors, k)
         else:
-            power = 1 << (k - 1).bit_length()  # most pages of one result list are then searched alike
+            power = 1 << (k - 1).bit_length()  # most pages of one result list then have the same width
             width = max(self.tuned, min(self.maximum, self._width_for(_NARROW if is_narrow else power)))
             scores, rows = _search(self._index, vectors, k, width)
         while width < self.maximum and k <= self._row_count and (short := rows[:, -1] < 0).any():
@@ -207,9 +208,9 @@ def _oversample(index: Any, vectors: Floats, k: int, selection: RowSelection, wa
 
 
 def _probes(lists: Any, vector: Floats, selection: RowSelection, tuned: int) -> int:
-    """Return how many lists have four times as many selected rows as the tuned number has rows; vector: (1, E).
+    """Return how many lists to search: those with four times as many selected rows as the tuned lists have rows.
 
-    The nearest selected rows of a query with few of them nearby are spread over distant lists, hence the factor.
+    The factor is needed because the nearest selected rows are spread over distant lists. vector: (1, E).
     """
     faiss = _faiss()
     inverted = lists.invlists

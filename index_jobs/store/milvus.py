@@ -105,7 +105,7 @@ class MilvusIndex:
         overfetch = int(2 * k * len(mask) / allowed)
         if min(allowed, len(mask) - allowed) > _LISTED_UP_TO and overfetch <= _MAX_OVERFETCH:
             scores, rows = self._search(vectors, overfetch)
-            rows[~mask[rows]] = -1  # row -1 reads the last mask value, and stays -1 or becomes it
+            rows[~mask[rows]] = -1  # row -1 reads the mask's last value, but is -1 either way
             scores, rows = merge_top_k([scores], [rows], k)
             if (rows[:, k - 1] >= 0).all():
                 return scores, rows

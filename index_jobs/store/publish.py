@@ -41,7 +41,7 @@ def report_os_errors(index: Path) -> Iterator[None]:
             error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if error.errno is None:  # for example a library that cannot be loaded; a retry would not help
             raise DcarError(f"the index {index} cannot be made: {error}; published versions are unchanged") from error
-        path = error.filename2 or error.filename  # of two names, the first was read
+        path = error.filename2 or error.filename  # of two names, the second was to be written
         place = f" ({path})" if path else ""
         raise DcarError(
             f"the index {index} cannot be written: {error.strerror or error}{place}; published versions are unchanged, "

@@ -3,9 +3,9 @@
 - The last change of an id in a batch is the one that is made.
 - A job has ended once its changes are in a complete version that is published. Killed before that, it is applied again;
   items that the published version has from this job are not added twice.
-- Input that cannot be used ends its own job alone: the halves of its batch are then applied by themselves. Everything
-  else, such as a full disk or another writer, leaves the jobs in the queue.
-- A job that ends its process too often is given up, so the jobs behind it are applied.
+- A job with unusable input fails alone: its batch is halved until the job is by itself. Any other error, such as a full
+  disk or another writer, leaves the jobs in the queue.
+- A job whose process has died too often fails, so the jobs behind it are applied.
 """
 
 import contextlib
@@ -220,7 +220,7 @@ def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
 
 
 def _shown(artifact: Artifact) -> Iterator[str]:
-    """Yield the images of jobs that a version shows, as JOB/FILE: an index that was moved has other folders before."""
+    """Yield the images of jobs that a version shows, as JOB/FILE. The folders above may change when an index moves."""
     start = 0
     for segment in artifact.segments:
         stop = start + len(segment.items)

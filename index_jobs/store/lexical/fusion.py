@@ -2,8 +2,8 @@
 
 - A hybrid rank score is cosine + bonus * text score. The bonus follows from the weight w of the words and from the
   spread of the query's cosines over the gallery: 3 standard deviations * w / (1 - w).
-- The weight is chosen by validation texts. A text that is its item's own caption says nothing, since the lexical index
-  contains it, so such texts do not count; with few others the weight is the default.
+- The weight is chosen by validation texts. A text that equals the caption of its item does not count, since the lexical
+  index contains it. If few texts remain, the weight is the default.
 """
 
 from collections.abc import Sequence

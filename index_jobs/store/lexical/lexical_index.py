@@ -118,7 +118,7 @@ class _ParsedQuery:
 
     whole: None if no item can match. rare: `whole` without common terms; None if it has no others. best_score: of an
     item of average length with every term. weights: inverse document frequencies of the terms that items contain.
-    matches: number of rows that those with a term do not exceed. has_similar: True if a term matches others.
+    matches: upper bound of the number of rows that contain a term. has_similar: True if a term matches others.
     """
 
     whole: Any
@@ -190,7 +190,7 @@ class LexicalIndex:
         return self._score(self._parse(text), rows)
 
     def count_matches(self, text: str) -> int:
-        """Return a number of rows that those with a term of a query do not exceed."""
+        """Return an upper bound of the number of rows that contain a term of a query."""
         return self._parse(text).matches
 
     def known_share(self, text: str) -> float:

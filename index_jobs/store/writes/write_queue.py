@@ -3,7 +3,7 @@
 INDEX/writes/queue/<job>.json   an accepted job that has not ended; writing this file accepts it
 INDEX/writes/ended/<job>.json   how a job ended; kept for a week
 INDEX/writes/images/<job>/      its image files, which stay there for the index
-INDEX/writes/progress.json      the jobs that are being applied, how often that began, and how far it is
+INDEX/writes/progress.json      the jobs that are being applied, the number of starts, and of encoded images
 INDEX/writes/.lock              held by the process that applies jobs
 
 - A job's name is the time of its acceptance and a random number, so jobs are applied in their order. Image files are
