@@ -65,7 +65,7 @@ def caption_images(
         models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
         run = _Run(images, models, options, journal, CaptioningResult(out, loose=loose))
         try:
-            asyncio.run(run.all(names, progress))
+            asyncio.run(run.process(names, progress))
         except BaseExceptionGroup as group:
             error: BaseException = group
             while isinstance(error, BaseExceptionGroup):
@@ -108,7 +108,7 @@ class _Run:
         }
         self._failed_in_a_row = 0
 
-    async def all(self, names: Sequence[str], progress: bool) -> None:
+    async def process(self, names: Sequence[str], progress: bool) -> None:
         """Process every image, `concurrency` at a time.
 
         Finished images come first, so that their captions are reserved. The captions of deleted images are free again.
@@ -116,7 +116,7 @@ class _Run:
         self.endpoints = {asked: Endpoint(model, self.options) for asked, model in self.models.items()}
         with tqdm(total=len(names), unit="image", desc="captions", disable=not progress) as bar:
             try:
-                await self._each([name for name in names if name in self._captions], self._recall, bar)
+                await self._each([name for name in names if name in self._captions], self._reuse_caption, bar)
                 await self._each([name for name in names if name not in self._captions], self._image, bar)
             finally:
                 for endpoint in self.endpoints.values():
@@ -129,13 +129,13 @@ class _Run:
         async def worker() -> None:
             for name in left:
                 bar.update(await do(name))
-                bar.set_postfix_str(self.spent(), refresh=False)
+                bar.set_postfix_str(self.totals(), refresh=False)
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self.options.concurrency):
                 tasks.create_task(worker())
 
-    async def _recall(self, name: str) -> bool:
+    async def _reuse_caption(self, name: str) -> bool:
         """Reuse the caption of an earlier run, unless the image is unreadable or has changed."""
         try:
             image, _ = await self._read(name)
@@ -163,7 +163,7 @@ class _Run:
             if caption and is_moved:
                 self._accept(image, caption)
             else:
-                await self._converse(image, uri)
+                await self._request_drafts(image, uri)
         except EndpointError as error:
             self.outcome.failed[name] = str(error)
             self._failed_in_a_row += 1
@@ -192,7 +192,7 @@ class _Run:
         else:
             self.outcome.given_up.append(image.name)
 
-    async def _converse(self, image: CaptionedImage, uri: str) -> None:
+    async def _request_drafts(self, image: CaptionedImage, uri: str) -> None:
         """Request drafts until one is accepted or the rounds are used up."""
         options, category = self.options, image.category.replace("_", " ")
         asked = question(
@@ -242,7 +242,7 @@ class _Run:
         self.journal.answered(image, asked, turn, answer, usage)
         return answer
 
-    def spent(self) -> str:
+    def totals(self) -> str:
         """Format accepted and rejected drafts, tokens and cost, earlier runs included."""
         tokens = sum(usage.tokens_in + usage.tokens_out for usage in self.journal.usage.values())
         cost = self._cost()

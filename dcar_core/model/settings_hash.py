@@ -33,11 +33,13 @@ _OF_TRANSFORMERS = (
 
 def vector_settings(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bytes:
     """The settings of a model. settings: of its towers, as far as they differ from open_clip's defaults."""
-    return _classic(clip, tokenizer) if _is_classic(clip, tokenizer) else _stated(clip, settings, tokenizer)
+    if _is_classic(clip, tokenizer):
+        return _classic_family(clip, tokenizer)
+    return _other_family(clip, settings, tokenizer)
 
 
 def _is_classic(clip: Any, tokenizer: Mapping[str, Any]) -> bool:
-    """True for models of the family that was supported first."""
+    """Return True for open_clip's CLIP with a native ViT, causal text and byte pairs."""
     text, visual = getattr(clip, "text", clip), clip.visual
     pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
     return (
@@ -51,21 +53,21 @@ def _is_classic(clip: Any, tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
-def _classic(clip: Any, tokenizer: Mapping[str, Any]) -> bytes:
+def _classic_family(clip: Any, tokenizer: Mapping[str, Any]) -> bytes:
     text, modules = getattr(clip, "text", clip), list(clip.modules())
     heads = [int(block.attn.num_heads) for block in [*text.transformer.resblocks, *clip.visual.transformer.resblocks]]
     described = {
         **tokenizer,
         "pool": clip.visual.pool_type,
         "norm_after_pool": clip.visual.final_ln_after_pool,
-        "eps": _once([module.eps for module in modules if isinstance(module, nn.LayerNorm)]),
-        "gelu": _once([module.approximate for module in modules if isinstance(module, nn.GELU)], usual="none"),
+        "eps": _common_value([module.eps for module in modules if isinstance(module, nn.LayerNorm)]),
+        "gelu": _common_value([module.approximate for module in modules if isinstance(module, nn.GELU)], usual="none"),
     }
     unusual = {name: value for name, value in described.items() if value != _OPENAI[name]}
     return f"quick_gelu={_is_quick(clip)} heads={heads}".encode() + (_as_bytes(unusual) if unusual else b"")
 
 
-def _stated(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bytes:
+def _other_family(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bytes:
     described: dict[str, Any] = {
         "class": type(clip).__name__,
         "quick_gelu": _is_quick(clip),
@@ -80,8 +82,8 @@ def _stated(clip: Any, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]
     return _as_bytes(described)
 
 
-def _once(values: list[Any], usual: Any = None) -> list[Any]:
-    """Return a value that all modules share, nothing if it is the usual one, else the value of each module."""
+def _common_value(values: list[Any], usual: Any = None) -> list[Any]:
+    """Return the one value of all modules, [] if it is the usual one, or the value of each if they differ."""
     kinds = set(values)
     return values if len(kinds) > 1 else sorted(kinds - {usual})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dcar_core.model.towers.prompt_rows import AdapterMatrices, PromptRows
 from dcar_core.model.towers.text import project_by
 
-_SQUARE = 32  # pixels a side of the squares that an encoder without patches is explained by
+_SQUARE = 32  # side in pixels of the squares of a relevance map, for an encoder without patches
 
 
 class ImageTower:
@@ -127,7 +127,7 @@ class TimmImage(ImageTower):
     def run(self, x: Tensor, rows: PromptRows) -> Tensor:
         trunk, blocks = self.module.trunk, self.module.trunk.blocks
         if self.has_rope:
-            rope = _with_unturned_rows(trunk.rope.get_embed(), rows.count)
+            rope = _with_prompt_rows(trunk.rope.get_embed(), rows.count)
             blocks = [partial(block, rope=rope) for block in trunk.blocks]
         return trunk.norm(rows.leave(rows.run(x, blocks)))  # type: ignore[no-any-return]
 
@@ -145,8 +145,8 @@ class TimmImage(ImageTower):
         return self.project(trunk.fc_norm(alone)).reshape(*patches.shape[:2], -1)
 
 
-def _with_unturned_rows(rope: Tensor, count: int) -> Tensor:
-    """Rotary sines and cosines (P, 2 d) with rows for prompts, which have no place in the image and are not turned."""
+def _with_prompt_rows(rope: Tensor, count: int) -> Tensor:
+    """Add rows for prompts, which have no position in the image, to the rotary sines and cosines (P, 2 d)."""
     if count == 0:
         return rope
     half = rope.shape[1] // 2
