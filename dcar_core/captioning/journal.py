@@ -1,4 +1,4 @@
-"""Journal of a captioning run: every response is on disk before it is used, so a killed run pays for nothing twice.
+"""Journal of a captioning run: every response is on disk before it is used, so a resumed run repeats no request.
 
 - One JSON object per line: the settings, then responses, rejected drafts and finished images in order of arrival.
 - An image is identified by name and content hash, so a replaced image is captioned again.

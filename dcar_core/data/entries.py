@@ -19,7 +19,7 @@ class Entry:
     """One annotated image, before cleaning.
 
     image: its name. path: a longer path, perhaps of another machine, or "".
-    split: "" if the file does not state one; cut_by then decides the split.
+    split: "" if the file does not state one; a hash of cut_by then decides the split.
     notes: repairs of the reader, for the report of the entry's split.
     """
 

@@ -126,7 +126,7 @@ class MethodRunner:
         return max(scores, key=lambda lr: scores[lr]), {f"{lr:g}": scores.get(lr) for lr in grid}
 
     def directory(self, method: ModelConfig, seed: int, lr: float) -> Path:
-        amp = resolve_amp(self.config.amp, self.backbone.device)  # a CPU's runs are not a GPU's
+        amp = resolve_amp(self.config.amp, self.backbone.device)  # runs on a CPU differ from runs on a GPU
         config = replace(self.config, seed=seed, lr=lr, amp=amp)
         key = digest(self.cache.backbone_hash, method.to_dict(), config.to_dict(), self._split_keys)[:8]
         return self.out / "runs" / method.method / f"seed{seed}-lr{lr:g}-{key}"

@@ -15,7 +15,7 @@ from dcar_core.util.errors import DataError
 
 
 def take_shots(data: Dataset, count: int, seed: int) -> Dataset:
-    """Return at most `count` pairs of each category; fewer pairs are a part of more.
+    """Return at most `count` pairs of each category. The pairs for a smaller count are among those for a larger one.
 
     Raises:
         DataError: no pair has a category.

@@ -79,8 +79,8 @@ class FeatureAdapter(nn.Module):
 class BlockAdapters(nn.Module):
     """A residual bottleneck behind every block of the image tower, zero at the start [ours].
 
-    They reach what prompts and feature adapters cannot, as low-rank changes of the weights do, and stay inputs of the
-    shared tower.
+    Like low-rank changes of the weights, they change the inner layers, which prompts and feature adapters cannot.
+    Unlike them, they are inputs of the shared tower.
     """
 
     def __init__(self, backbone: Backbone, inner: int) -> None:

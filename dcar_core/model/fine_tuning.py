@@ -79,7 +79,7 @@ class WeightChanges(nn.Module):
 def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
     """Write the changed weights to a model directory below `parent`, and load it.
 
-    It is named after its content: a published version may still use that of an earlier training.
+    Its name is a hash of its content, since a published version may still use an earlier one.
     """
     source, directory = backbone.source.directory, parent / "model.part"
     directory.mkdir(parents=True, exist_ok=True)

@@ -46,13 +46,13 @@ class Adapter:
     """One model's prompts, token weights and bottlenecks, and what else a query needs beside a runtime.
 
     fingerprint: of the encoder.
-    image_key: of what decides on `image_features`, the backbone and `image_inputs`. A training that leaves these as
-        they are leaves the features of a gallery as they are.
+    image_key: hash of what `image_features` depend on: the backbone and `image_inputs`. A training that changes
+        neither leaves the features of a gallery valid.
     dim: E. patch_grid: of the image tower, patches a side.
     uses_token_weights: True if the model was trained with token weights.
     tokenizer: its limit leaves room for the prompts.
-    image_inputs: inputs of the image graph behind the pixels, each if there are some: prompts (depth, 1, k, W_v), and
-        the matrices of the blocks' adapters, two of (D, 1, r, W_v).
+    image_inputs: inputs of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v),
+        and the matrices of the blocks' adapters, two of (D, 1, r, W_v).
     token_factors: (V,), a query's weight of each token; None where all are 1.
     """
 

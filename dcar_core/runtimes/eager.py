@@ -15,8 +15,9 @@ from dcar_core.util.arrays import Floats
 class TorchRuntime(Runtime):
     """Both graphs in PyTorch.
 
-    One compilation, of seconds or a minute, serves every batch and length, except that PyTorch tells size 1 apart: a
-    handful of graphs in all. CUDA graphs would need one for each shape, and belong to the thread that recorded them.
+    One compilation, of seconds or a minute, serves every batch and length, except those of size 1, for which PyTorch
+    compiles other graphs. CUDA graphs are not used: each shape would need one, and only the thread that recorded a
+    graph can run it.
     """
 
     def __init__(

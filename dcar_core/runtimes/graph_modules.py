@@ -1,7 +1,7 @@
 """The image tower as a function of tensors, for runtimes that export or convert it; helpers for both towers.
 
-- What adapters differ in is an input, so one export serves every adapter on a backbone with the same `ImageGraph.depth`
-  and `has_adapters`.
+- The arrays of an adapter are inputs, so one export serves every adapter on a backbone with the same
+  `ImageGraph.depth` and `has_adapters`.
 - Pixels enter as uint8 and are normalised inside the graph.
 
 Letters: B batch, P patches, k prompt vectors, r width of an adapter, R = 1 or B, D blocks, H heads, d width of a head,
@@ -25,7 +25,7 @@ Graph = TypeVar("Graph", bound=nn.Module)
 
 
 class AttentionBlock(nn.Module):
-    """A pre-norm transformer block on open_clip's own weights, with attention in the open."""
+    """A pre-norm transformer block on open_clip's own weights, with attention written out."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class AttentionBlock(nn.Module):
 class ImageGraph(nn.Module):
     """(pixels, prompts, down, up) -> image features (B, E), not normalised.
 
-    depth, has_adapters: of the prompts that an export is made for, 0 for none, and whether its blocks have adapters;
-        eager, any inputs will do.
+    depth: depth of the prompts in an export, 0 for none. has_adapters: True if the blocks in an export have adapters.
+    Without an export, any inputs are accepted.
     """
 
     scale: Tensor

@@ -25,7 +25,7 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 @dataclass(frozen=True)
 class RuntimeKind:
-    """A runtime. needs: instructions of the processor. on: the device it runs on. extra: the optional dependency."""
+    """A runtime. needs: instructions that the processor must have. on: the device. extra: the optional dependency."""
 
     name: str
     precision: Precision

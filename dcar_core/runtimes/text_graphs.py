@@ -115,7 +115,7 @@ class PrefixTextGraph(TextGraph):
 class PromptTextGraph(TextGraph):
     """(tokens, weights, prompts) -> text features (B, E), not normalised; of tokens alone for a tower without prompts.
 
-    depth: of the prompts that an export is made for, 0 for none; eager, any will do.
+    depth: depth of the prompts in an export, 0 for none. Without an export, any prompts are accepted.
     """
 
     input_names = ("tokens", "weights", "prompts")

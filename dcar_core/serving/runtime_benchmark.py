@@ -4,7 +4,8 @@
 - The reference is PyTorch in float32, eager, texts padded to the whole context: the plain use of CLIP.
 - int8 is calibrated on the training split (or validation, if there is none) and measured on the test split.
 - A runtime holds if its vectors are near the reference's and its recall@1 on the test split is at most half a point
-  below `torch`'s. Runtimes that hold are ranked for `auto`; a partial run only strikes failures.
+  below `torch`'s. Runtimes that hold are ranked for `auto`. A run of
+  only some runtimes removes those that fail from the ranking.
 """
 
 import resource
@@ -134,7 +135,7 @@ def benchmark(
 
 
 def _update_ranking(loaded: LoadedModel, rows: Sequence[RuntimeResult]) -> str:
-    """Save a complete ranking, or strike failures; return the choice of `auto`, "" if it is not known."""
+    """Save a complete ranking, or remove failed runtimes; return the choice of `auto`, "" if it is not known."""
     if set(candidates(loaded)) <= {row.name for row in rows}:
         ranking = rank([row.trial for row in rows if row.trial is not None and row.name != "torch-compile"])
         save_ranking(loaded, ranking, own=True)

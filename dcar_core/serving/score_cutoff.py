@@ -19,7 +19,7 @@ STRONG = 0.95  # share of the true pairs below a strong score [ours]
 class Cutoff:
     """A cut-off and its evidence.
 
-    strong_score: the score that one true pair in twenty reaches, which hardly any query about something else reaches.
+    strong_score: the score that one true pair in twenty reaches, and hardly any pair that does not belong together.
     kept: share (0 to 1) of pairs that reach a cut-off chosen from the other half of them; None with a single pair.
     pairs: how many there were.
     """

@@ -51,7 +51,7 @@ def encode_images(model: DCAR, split: PreparedSplit) -> Floats:
 def choose_interpolation(model: DCAR, split: PreparedSplit) -> Recall:
     """Shrink the changes of the backbone's weights to the best share by validation recall, and return its recall.
 
-    WiSE-FT (Wortsman et al. 2022): fine-tuned weights are often better, and forget less, part of the way.
+    WiSE-FT (Wortsman et al. 2022): weights between the frozen and the trained ones are often better, and forget less.
     """
     assert model.changes is not None
     recalls, before = dict[float, Recall](), 1.0

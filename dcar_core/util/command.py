@@ -13,7 +13,7 @@ _RESUME = "run the same command again to resume a job or a training"
 
 
 class _LogFormatter(logging.Formatter):
-    """Progress as it is; anything graver with its level."""
+    """Formats progress as the bare message, and warnings and errors with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)

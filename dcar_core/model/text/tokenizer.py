@@ -124,7 +124,7 @@ class TextTokenizer:
 
 
 def _set_values(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Leave out what is off, so that a later version of the library with another switch changes no identity."""
+    """Leave out switches that are off, so that a new one in a later library version changes no identity."""
     return sorted((name, value) for name, value in settings.items() if value not in (None, "") and value is not False)
 
 

@@ -47,7 +47,7 @@ def select_towers(
 
 
 def level_of(text: TextTower, image: ImageTower) -> Level:
-    """full: prompts in both towers; text: in the text tower alone; adapters: in neither."""
+    """Return full (both towers take prompts), text (the text tower alone does) or adapters (neither does)."""
     if not text.width:
         return "adapters"
     return "full" if image.width else "text"
@@ -109,7 +109,7 @@ def _fault(check: Any) -> str | None:
 
 
 def _check_text(clip: Any, tower: TextTower, caption: Sequence[int]) -> None:
-    """A text equals the stock encoder's, trimmed; and its first words as prompts equal the text."""
+    """Require the stock encoder's feature for a trimmed text, also with its first words as prompts."""
     layout = tower.layout
     parameter = next(clip.parameters())
     most = layout.context_length - layout.start - 1
@@ -127,7 +127,7 @@ def _check_text(clip: Any, tower: TextTower, caption: Sequence[int]) -> None:
 
 
 def _check_image(clip: Any, tower: ImageTower, size: int) -> None:
-    """An image equals the stock encoder's, and prompts of two blocks leave it finite."""
+    """Require the stock encoder's feature for an image, and a finite one with prompts in two blocks."""
     parameter = next(clip.parameters())
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, size, size, generator=generator).to(parameter.device)
