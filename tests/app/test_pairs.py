@@ -20,7 +20,7 @@ from tests.support.service import opened
 
 
 async def test_reranking_applies_the_exact_weights_to_every_candidate(
-    built_index: Path, gallery: Path, encoder: Encoder, artifact: Artifact
+    built_index: Path, encoder: Encoder, artifact: Artifact
 ) -> None:
     import torch
 

@@ -128,7 +128,7 @@ async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_sched
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def test_second_signal_ends_the_drain_but_not_pending_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_signal_ends_the_drain_but_not_pending_requests() -> None:
     class Loaded(dict[None, Any]):
         is_draining = False
 

@@ -200,9 +200,7 @@ async def test_admin_routes_need_the_admin_key(built_index: Path) -> None:
         assert response.json() == {"index_version": 1, "versions": {built_index.name: 1}, "changed": False}
 
 
-async def test_image_missing_from_the_gallery_is_404(
-    index: Path, tmp_path: Path, gallery: Path, tiny_checkpoint: Path
-) -> None:
+async def test_image_missing_from_the_gallery_is_404(tmp_path: Path, gallery: Path, tiny_checkpoint: Path) -> None:
     changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
     rebuild(changing, tiny_checkpoint, tmp_path / "other", workers=0, progress=False)
     (changing / "circle/red.png").unlink()

@@ -1,7 +1,6 @@
 """A split prepared for training: frozen features, token weights, negatives and positives."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
 
 
 @pytest.mark.parametrize("name", ["clip", "coop", "clip-adapter"])
-def test_frozen_towers_use_cached_features(name: str, backbone: Backbone, training: Dataset, tiny_model: Path) -> None:
+def test_frozen_towers_use_cached_features(name: str, backbone: Backbone, training: Dataset) -> None:
     model, data = model_and_data(backbone, training, name)
     assert data.pixels is None
     pixels = np.stack([backbone.preprocess(training.read(sample.image)) for sample in training.samples])

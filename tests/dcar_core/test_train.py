@@ -65,7 +65,7 @@ def test_category_adapter_is_kept_for_queries(tiny_model: Path) -> None:
     assert extended.caa is None
 
 
-def test_weights_of_the_best_validation_epoch_are_kept(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_weights_of_the_best_validation_epoch_are_kept(tiny_model: Path, tiny_data: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
     model = seeded_model(backbone, method("coop"), seed=0)

@@ -110,7 +110,7 @@ def test_the_version_holds_the_model_that_made_it(published: Path) -> None:
     artifact.require(Encoder.load(artifact.checkpoint, device="cpu").fingerprint)
 
 
-def test_threads_share_an_artifact(published: Path, encoder: Encoder) -> None:
+def test_threads_share_an_artifact(published: Path) -> None:
     artifact = open_current(published)
     vectors = artifact.vectors(np.arange(24))
     barrier = threading.Barrier(8)

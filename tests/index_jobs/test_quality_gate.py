@@ -273,9 +273,7 @@ def compare(before: list[int], after: list[int], margin: float = 0.02) -> qualit
     return quality_gate.compare(served, served, rebuilt, rebuilt, pairs, margin)
 
 
-def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many() -> None:
     """4 against 3 hits of 80, where the images of all other texts are far down the list."""
     before = [0] * 4 + [12] * 76
     after = [0] * 3 + [60] * 77
