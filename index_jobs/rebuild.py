@@ -10,7 +10,7 @@ import typer
 
 from dcar_core.util.command import run_command
 from index_jobs.jobs.command_line import EPILOG, build_command
-from index_jobs.jobs.job import rebuild
+from index_jobs.jobs.rebuild_entry import rebuild
 
 __all__ = ["main", "rebuild"]
 

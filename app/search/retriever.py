@@ -1,7 +1,7 @@
 """The query path: from a query to ranked items.
 
     query -> plan (`ranking`) -> vectors of its parts (`embedding`) -> one vector (`query.compose`) -> rows (`ranking`)
-    -> re-ranking and explanations, where requested (`pairs`) -> items
+    -> re-ranking and explanations, where requested (`pair_scoring`) -> items
 
 - A search that takes less time than handing it to a thread runs in the event loop; all others run in threads.
 - A search uses one `Snapshot` from beginning to end, whatever is published meanwhile.
@@ -28,7 +28,7 @@ from app.search.embedding import Embedder
 from app.search.embedding_cache import MemoryCache
 from app.search.errors import BatchQueryError, SearchError
 from app.search.gallery_images import ItemImages
-from app.search.pairs import PairScorer
+from app.search.pair_scoring import PairScorer
 from app.search.planning import Plan, make_plan, matches_of, no_results, rank_rows, ranking_key, row_of
 from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, WordWeights, compose
 from app.search.ranking.facets import count_facets

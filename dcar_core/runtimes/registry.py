@@ -157,7 +157,7 @@ def _require_instructions(kind: RuntimeKind) -> None:
 def _open_torch(kind: RuntimeKind, loaded: LoadedModel) -> Runtime:
     import torch
 
-    from dcar_core.runtimes.eager import TorchRuntime
+    from dcar_core.runtimes.torch_runtime import TorchRuntime
 
     text, image = loaded.graphs()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind.precision, torch.float32)

@@ -258,7 +258,7 @@ def build_command(
     Running services load the new version by themselves. An interrupted build resumes when the same command is run
     again; an unchanged gallery and checkpoint finish at once. The summary goes to stdout, progress to stderr.
     """
-    from index_jobs.jobs.job import rebuild
+    from index_jobs.jobs.rebuild_entry import rebuild
 
     logging.getLogger("index_jobs").setLevel(logging.WARNING if quiet else logging.INFO)
     try:

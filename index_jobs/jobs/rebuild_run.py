@@ -53,7 +53,7 @@ _MARK_PREFIX = "of-"  # of an empty file among the shards that names the version
 
 
 def run(job: RebuildJob) -> RebuildSummary:
-    """Publish what the job describes; see `index_jobs.jobs.job.rebuild`."""
+    """Publish what the job describes; see `index_jobs.jobs.rebuild_entry.rebuild`."""
     options, gallery, out, pairs = job.options, job.gallery, job.out, job.pairs
     with publish.open_staging(out) as staging:
         checkpoint = staging / CHECKPOINT

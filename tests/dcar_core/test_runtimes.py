@@ -21,12 +21,12 @@ from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes import equality_proof
 from dcar_core.runtimes.adapter import Bottleneck
-from dcar_core.runtimes.eager import TorchRuntime
 from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
 from dcar_core.runtimes.int8_calibration import calibrate
 from dcar_core.runtimes.length_batches import PASS_COST, group_by_length
 from dcar_core.runtimes.protocol import TextPrompts
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
+from dcar_core.runtimes.torch_runtime import TorchRuntime
 from dcar_core.serving.adapter_extraction import extract
 from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure_candidates
 from dcar_core.util import cpu_features

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.images import Container
-from dcar_core.runtimes.eager import TorchRuntime
+from dcar_core.runtimes.torch_runtime import TorchRuntime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, DcarError, ImageFault
 from index_jobs.encoding.decode import decode_windows, worker_count

@@ -99,7 +99,7 @@ def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: di
 
 def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
     """Publish the changes of some jobs, and record their ends. Raise DataError if a change cannot be made."""
-    from index_jobs.jobs.job import rebuild
+    from index_jobs.jobs.rebuild_entry import rebuild
     from index_jobs.jobs.updates import add, remove
 
     _require_same_types(jobs)

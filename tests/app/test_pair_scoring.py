@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.search import pairs
+from app.search import pair_scoring
 from dcar_core import Encoder
 from dcar_core.model.config import ModelConfig
 from index_jobs.rebuild import rebuild
@@ -66,7 +66,7 @@ async def test_concurrent_reranking_works_with_a_small_feature_cache(
     built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A feature that one request drops stays usable for another; images of the gallery may exceed max_pixels."""
-    monkeypatch.setattr(pairs, "_MAX_FROZEN_BYTES", 3 * 4 * encoder.dim)
+    monkeypatch.setattr(pair_scoring, "_MAX_FROZEN_BYTES", 3 * 4 * encoder.dim)
     async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
         bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
         responses = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
