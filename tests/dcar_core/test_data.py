@@ -1,3 +1,5 @@
+"""Annotations in every accepted form, their repairs, and errors that name the place."""
+
 import csv
 import json
 import unicodedata

@@ -1,3 +1,5 @@
+"""The check of a data set before training: faults, captions beyond the context, and broken images."""
+
 import json
 import re
 import shutil

@@ -1,3 +1,5 @@
+"""`Encoder`: vectors, fingerprints, checkpoints that move, and input that is refused."""
+
 import json
 import shutil
 from dataclasses import asdict

@@ -1,3 +1,5 @@
+"""Image files to RGB: modes, transparency, orientation and tiles; images in folders and tars."""
+
 import io
 import sys
 import tarfile

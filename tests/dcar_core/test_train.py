@@ -1,3 +1,5 @@
+"""The training loop: every method, the best epoch, early stops, schedules and logs."""
+
 import csv
 import importlib.util
 import os

@@ -1,3 +1,5 @@
+"""Training runs that are killed and resumed, or that several processes share."""
+
 import csv
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The benchmark scripts of this room run; their figures are for a quiet machine."""
+"""The benchmark scripts of indexes run; their figures are for a quiet machine."""
 
 import importlib
 import re
