@@ -89,9 +89,9 @@ def compare(
     configs = {name: method(name).with_loss_direction(loss) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
-    room = backbone.context_length - backbone.layout.start
+    context = backbone.context_length - backbone.layout.start
     for each in configs.values():  # before hours of training
-        require_runnable(each, backbone.level, backbone.source.model, room)
+        require_runnable(each, backbone.level, backbone.source.model, context)
     image_policy: ImagePolicy = "skip" if skip_broken else "require"
     splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
     held_out = frozenset[str]()

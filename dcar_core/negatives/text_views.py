@@ -13,7 +13,7 @@ from dcar_core.util.arrays import Floats
 if TYPE_CHECKING:  # torch takes seconds, and letters need none
     from dcar_core.model.backbone import Backbone
 
-ROOM = 8  # prompt vectors that the context leaves room for
+_PROMPT_TOKENS = 8  # prompt vectors that the context leaves room for
 
 
 class TextViews(NamedTuple):
@@ -25,7 +25,7 @@ class TextViews(NamedTuple):
 
 def _clip_tokens(texts: Sequence[str]) -> list[list[int]]:
     clip = TextTokenizer.for_clip()
-    return clip.with_limit(clip.limit - ROOM).encode(texts)
+    return clip.with_limit(clip.limit - _PROMPT_TOKENS).encode(texts)
 
 
 LETTERS = TextViews(letter_features, _clip_tokens)
@@ -44,4 +44,4 @@ def backbone_views(backbone: "Backbone") -> TextViews:
             parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
         return np.concatenate(parts)
 
-    return TextViews(features, backbone.text_tokenizer(ROOM).encode)
+    return TextViews(features, backbone.text_tokenizer(_PROMPT_TOKENS).encode)

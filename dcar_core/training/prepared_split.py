@@ -114,22 +114,23 @@ def split_key(data: Dataset, cache: FeatureCache) -> str:
 
 
 def report_truncation(
-    splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], backbone: Backbone, room: int
+    splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], backbone: Backbone, prompt_tokens: int
 ) -> None:
-    """Add to each report the number of captions that are cut because prompts take `room` tokens of the context.
+    """Add to each report the number of captions that are cut because prompts take a part of the context.
 
     The report of the training split also counts the negatives beyond `MAX_NEGATIVES`.
 
     Raises:
         TrainingError: the prompts leave no room for a single token.
     """
-    if room + 3 > backbone.context_length:  # SOS, a token and EOT
-        raise TrainingError(f"{room} prompts leave no room for words in a context of {backbone.context_length} tokens")
+    if prompt_tokens + 3 > backbone.context_length:  # SOS, a token and EOT
+        context = backbone.context_length
+        raise TrainingError(f"{prompt_tokens} prompts leave no room for words in a context of {context} tokens")
     if "train" in splits:
         unused = sum(max(0, len(sample.negatives) - MAX_NEGATIVES) for sample in splits["train"].samples)
         reports["train"].add(f"negatives after the first {MAX_NEGATIVES} of a pair, not trained on", unused)
-    message = f"captions cut to the {backbone.context_length - room} tokens that fit"
-    tokenizer = backbone.text_tokenizer(room)
+    message = f"captions cut to the {backbone.context_length - prompt_tokens} tokens that fit"
+    tokenizer = backbone.text_tokenizer(prompt_tokens)
     for name, data in splits.items():
         reports[name].add(message, sum(tokenizer.exceeds_limit(sample.caption) for sample in data.samples))
 
