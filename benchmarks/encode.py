@@ -141,7 +141,7 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
         clock = Clock()
         encoded = encode_gallery(
             scan(source),
-            encoder,
+            [encoder],
             folder / f"work{number}",
             RebuildOptions(workers=arguments.workers, batch_size=arguments.batch_size, progress=False),
             cache=cache,
@@ -214,7 +214,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
               flush=True)  # fmt: skip
         encoded = encode_gallery(
             scanned,
-            encoder,
+            [encoder],
             work,
             RebuildOptions(
                 workers=arguments.workers, batch_size=arguments.batch_size, shard_rows=SHARD_ROWS, progress=False

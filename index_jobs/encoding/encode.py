@@ -26,7 +26,7 @@ from index_jobs.options import RebuildOptions
 
 def encode_gallery(
     gallery: Gallery,
-    encoder: Encoder | Sequence[Encoder],
+    replicas: Sequence[Encoder],
     work: Path,
     options: RebuildOptions,
     cache: PixelCache | None = None,
@@ -34,7 +34,7 @@ def encode_gallery(
     """Encode every image that has no vector yet.
 
     Args:
-        encoder: one, or the replicas of `load_replicas`.
+        replicas: the encoders of `load_replicas`.
         work: the directory of the shards; see `ShardStore`.
 
     Raises:
@@ -42,7 +42,6 @@ def encode_gallery(
         ArtifactError: a shard of an earlier run is corrupted.
         OSError: the disk is full or cannot be written.
     """
-    replicas = list(encoder) if isinstance(encoder, Sequence) else [encoder]
     state = EncodingState(gallery, replicas[0], work, options, replicas[0].runtime.name)
     windows = (window for number in state.todo for window in split_windows(state.missing(number), options.batch_size))
     workers = worker_count(options.workers, state.remaining)

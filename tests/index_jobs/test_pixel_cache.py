@@ -53,7 +53,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def run(gallery: Path, encoder: Encoder, work: Path, cache: PixelCache | None, workers: int = 0) -> EncodedGallery:
     return encode_gallery(
         scan(gallery),
-        encoder,
+        [encoder],
         work,
         RebuildOptions(workers=workers, batch_size=4, shard_rows=8, max_failed=0.5, progress=False),
         cache=cache,

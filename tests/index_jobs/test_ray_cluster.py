@@ -109,7 +109,7 @@ def test_a_worker_marks_images_at_urls_as_one_machine_does(
     _write_locations(store.path / LOCATIONS, gallery.table)
     task = EncodingTask(store, gallery.root, tiny_checkpoint, encoder.image_key, "torch", options)
     ShardWorker(task)({"shard": np.array([0])})
-    made, (alone,) = store.load(0), encode_gallery(gallery, encoder, tmp_path / "here", options).shards
+    made, (alone,) = store.load(0), encode_gallery(gallery, [encoder], tmp_path / "here", options).shards
     memory.rm("/ray", recursive=True)
     assert made is not None
     assert made.location_hashes.tolist() == alone.location_hashes.tolist()

@@ -214,7 +214,7 @@ def test_network_errors_are_retried(
     monkeypatch.setattr("index_jobs.gallery.storage.read_images.__defaults__", ((0.01, 0.01, 0.01),))
     gallery = scan(write_jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    encoded = encode_gallery(gallery, encoder, tmp_path / "w", RebuildOptions(max_failed=0.5, progress=False))
+    encoded = encode_gallery(gallery, [encoder], tmp_path / "w", RebuildOptions(max_failed=0.5, progress=False))
     assert encoded.rows().tolist() == [0, 1]
     (gone, down) = encoded.failed
     assert gone == FailedImage(2, "no such file", ImageFault.MISSING)
