@@ -3,8 +3,8 @@
     python benchmarks/models.py [--models ViT-B-32,MobileCLIP2-S0] [--runtimes torch,onnx,openvino,onnx-int8]
     python benchmarks/models.py --equality    # towers against open_clip's own encoders, at real size
 
-- Each row is measured in a process of its own, at its second start, with one thread. Rates are per second of CPU time,
-  so that other work on the machine shows little.
+- Each row is measured in a process of its own, at its second start, with one thread. Rates are the better of two, per
+  second of CPU time, so that other work on the machine shows little.
 - Captions and images are those of `runtimes.py`. Random weights say nothing about ranking.
 - Vocabularies of the hub are replaced by one of the captions' words, about a token a word; embedding tables keep their
   size.

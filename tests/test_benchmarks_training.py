@@ -1,6 +1,7 @@
 """The benchmark scripts run, on a tiny CLIP; their figures are for a quiet machine."""
 
 import json
+import re
 import runpy
 import sys
 from contextlib import nullcontext
@@ -52,6 +53,14 @@ def test_runtimes_are_printed_as_ratios(tiny_checkpoint: Path, tmp_path: Path) -
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines] == ["| runtime", "| ---", "| reference", "| torch"]
     assert "(1.0 x)" in lines[2]
+
+
+@pytest.mark.slow
+def test_models_are_measured_on_the_bundled_captions(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny-checkpoint").symlink_to(tiny_checkpoint)  # in place of a model of real size
+    done = run("models.py", "--models", "tiny", "--runtimes", "torch", "--pictures", "8", "--work", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"\| tiny \| torch \| \d+ \| \d+ ms \| ", done.stdout.splitlines()[-1]), done.stdout
 
 
 @pytest.mark.slow
