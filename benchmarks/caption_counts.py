@@ -4,8 +4,9 @@
 
 - A tenth of the captions chooses the epoch, a tenth is left out, and the whole test split of the example measures, so
   that rows differ in what was learned alone.
-- An image has one caption, its first. Fewer captions are a part of more. Each seed has its own order. Settings are the
-  defaults of `dcar train`.
+- An image has one caption, its first. Fewer captions are a part of more. Each seed has its own order.
+- Settings are the defaults of `dcar train`. Negatives are made of the captions that are taken: those of the data come
+  from captions that nobody has written yet.
 """
 
 import argparse
@@ -14,17 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from dcar_core.data import SPLITS, Dataset, load_splits
+from dcar_core.data import SPLITS, CleaningReport, Dataset, load_splits
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
+from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives.text_views import TextViews
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import train
 from dcar_core.training.verdict import split_hits
 from dcar_core.util.bootstrap import Hits, compare_hits
 
+SHARES = {"train": 8, "val": 1}  # of ten captions
 COUNTS = (50, 100, 200, 400, 800, 1600, 2400)
 HEADINGS = ["captions", "method", "text-to-image R@1", "image-to-text R@1", "mean, against the untouched model"]
 
@@ -40,6 +44,7 @@ def main() -> None:
     args = parser.parse_args()
 
     backbone = load_backbone(BackboneSource(args.model, args.pretrained))
+    views = backbone_views(backbone)
     splits, _ = load_splits(args.data, SPLITS)
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder), backbone)
@@ -57,16 +62,21 @@ def main() -> None:
                 runs = []
                 for seed in range(args.seeds):
                     model = seeded_model(backbone, method(name), seed)
-                    training, validation = (take(splits[split], count * share // 10, seed)
-                                            for split, share in (("train", 8), ("val", 1)))  # fmt: skip
+                    parts = written(splits, count, seed, views)
                     config = TrainConfig(patience=5, seed=seed)
-                    train(model, training, validation, config, progress=False, cache=cache)
+                    train(model, parts["train"], parts["val"], config, progress=False, cache=cache)
                     runs.append(hits(model))
                 compared = compare_hits(Hits.mean(runs), untouched)
                 recall, gain = compared.model, compared.difference["mean_r1"]
                 row = [f"{count:,}", name, f"{recall['t2i_r1'].value:.1f}", f"{recall['i2t_r1'].value:.1f}",
                        f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"]  # fmt: skip
                 print("| " + " | ".join(row) + " |", flush=True)
+
+
+def written(splits: dict[str, Dataset], count: int, seed: int, views: TextViews) -> dict[str, Dataset]:
+    """Return the training and validation pairs of `count` captions, with negatives that are made of these alone."""
+    parts = {split: take(splits[split], count * share // 10, seed) for split, share in SHARES.items()}
+    return add_negatives(parts, {split: CleaningReport() for split in parts}, views)
 
 
 def take(data: Dataset, count: int, seed: int) -> Dataset:
@@ -76,7 +86,8 @@ def take(data: Dataset, count: int, seed: int) -> Dataset:
         first_rows.setdefault(sample.image, row)
     order = list(first_rows.values())
     Random(seed).shuffle(order)
-    return replace(data, samples=[data.samples[row] for row in sorted(order[:count])])
+    taken = [data.samples[row] for row in sorted(order[:count])]
+    return replace(data, samples=[replace(each, negatives=(), negative_categories=()) for each in taken])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """The benchmark scripts run, on a tiny CLIP; their figures are for a quiet machine."""
 
+import importlib
 import json
 import re
 import runpy
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
+from dcar_core.data import load_splits
+from dcar_core.negatives import LETTERS
 from tests.support import commands
 from tests.support.paths import ROOT
 
@@ -61,6 +65,19 @@ def test_models_are_measured_on_the_bundled_captions(tiny_checkpoint: Path, tmp_
     done = run("models.py", "--models", "tiny", "--runtimes", "torch", "--pictures", "8", "--work", tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.match(r"\| tiny \| torch \| \d+ \| \d+ ms \| ", done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    splits, _ = load_splits(tiny_data, ("train", "val"))
+    for data in splits.values():
+        data.samples[:] = [replace(sample, negatives=("a caption of another image",)) for sample in data.samples]
+    parts = importlib.import_module("caption_counts").written(splits, 10, 0, LETTERS)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 8, "val": 1}
+    samples = parts["train"].samples
+    assert all(sample.negatives and "a caption of another image" not in sample.negatives for sample in samples)
+    categories = {category for sample in samples for category in sample.negative_categories}
+    assert categories <= {sample.category for sample in samples}
 
 
 @pytest.mark.slow
