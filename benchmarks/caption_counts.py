@@ -46,6 +46,10 @@ def main() -> None:
     backbone = load_backbone(BackboneSource(args.model, args.pretrained))
     views = backbone_views(backbone)
     splits, _ = load_splits(args.data, SPLITS)
+    counts = [int(count) for count in args.counts.split(",")]
+    most = min(10 * len(splits[split].images) // share for split, share in SHARES.items())
+    if max(counts) > most:
+        parser.error(f"{args.data} has images for {most:,} captions, not {max(counts):,}; name fewer with --counts")
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder), backbone)
 
@@ -57,7 +61,7 @@ def main() -> None:
         row = ["0", "clip", f"{own['t2i_r1'].value:.1f}", f"{own['i2t_r1'].value:.1f}", "-"]
         print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))
         print("| " + " | ".join(row) + " |", flush=True)
-        for count in map(int, args.counts.split(",")):
+        for count in counts:
             for name in args.methods.split(","):
                 runs = []
                 for seed in range(args.seeds):

@@ -67,6 +67,17 @@ def test_models_are_measured_on_the_bundled_captions(tiny_checkpoint: Path, tmp_
     assert re.match(r"\| tiny \| torch \| \d+ \| \d+ ms \| ", done.stdout.splitlines()[-1]), done.stdout
 
 
+@pytest.mark.slow
+def test_captions_are_counted_up_to_those_of_the_data(tiny_model: Path, tiny_data: Path) -> None:
+    small = ("--model", tiny_model, "--methods", "clip-adapter", "--seeds", "1")
+    done = run("caption_counts.py", tiny_data, *small, "--counts", "10")
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| 0", "| 10"]
+    done = run("caption_counts.py", tiny_data, *small, "--counts", "10,16")
+    assert done.returncode == 2
+    assert "has images for 15 captions, not 16; name fewer with --counts" in done.stderr
+
+
 def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     splits, _ = load_splits(tiny_data, ("train", "val"))
