@@ -8,7 +8,7 @@
   examples/emoji/evaluate_queries.py. `--weights` compares weights of the words; choose on validation.tsv.
 - Latency: p50 of one search on one core, without the encoding of the query; size and seconds of the lexical index.
   Vectors are random around 1,000 centres, in an index of kind `auto`; texts are words of a Zipf distribution, and
-  queries are the words of an item.
+  queries are the words of an item. Each way has queries of its own, so that none has the caches warmed for it.
 - Service: p50 of POST /search/text over the same items, one query at a time, with the bundled model on one core and the
   caller on another; for texts that are new, and for texts that were asked before. The ways alternate.
 """
@@ -21,8 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +71,7 @@ class Index:
 
 
 def make_material(items: int) -> tuple[Floats, list[str], Floats]:
-    """Return the vectors of made items, their texts, and query vectors."""
+    """Return the vectors of made items, their texts, and query vectors for each of `WAYS`."""
     rng, generator = np.random.default_rng(0), random.Random(0)
     centres = rng.standard_normal((CENTRES, DIM)).astype(np.float32)
 
@@ -85,7 +84,12 @@ def make_material(items: int) -> tuple[Floats, list[str], Floats]:
     names = ["".join("abcdefghij"[int(digit)] for digit in str(number + 10_000)) for number in range(WORDS)]
     limits = np.cumsum(1 / np.arange(1, WORDS + 1)).tolist()
     texts = [" ".join(generator.choices(names, cum_weights=limits, k=WORDS_PER_ITEM)) for _ in range(items)]
-    return vectors, texts, near_centres(SEARCHES)
+    return vectors, texts, near_centres(len(WAYS) * SEARCHES).reshape(len(WAYS), SEARCHES, DIM)
+
+
+def draw_queries(texts: list[str], words: int, generator: random.Random) -> list[list[str]]:
+    """Return queries of some words of an item, other ones for each of `WAYS`."""
+    return [[" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in range(SEARCHES)] for _ in WAYS]
 
 
 def make_index(vectors: Floats, texts: list[str], folder: Path) -> Index:
@@ -123,21 +127,17 @@ def measure_latency(items: int) -> None:
             "| --- | --- | --- | --- | --- |"
         )
         for words in (1, 2, 4):
-            queries = [" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in vectors]
-            taken: dict[str, list[float]] = {"vectors": [], "words": [], "both": []}
-            for query, vector in zip(queries, vectors, strict=True):
-                hybrid = HybridQuery(query, DEFAULT_WEIGHT)
-                ways: dict[str, Callable[[], Any]] = {
-                    "vectors": partial(rank, artifact, RankQuery(vector), 13),
-                    "words": partial(index.lexical.search, query, 13),
-                    "both": partial(rank, artifact, RankQuery(vector, hybrid), 13),
-                }
-                for name, way in ways.items():
+            queries = draw_queries(texts, words, generator)
+            taken: list[list[float]] = [[] for _ in WAYS]
+            for search in range(SEARCHES):
+                for way, weight in enumerate(WAYS):
+                    hybrid = HybridQuery(queries[way][search], weight) if weight else None
+                    query = RankQuery(vectors[way, search], hybrid)
                     started = time.perf_counter()
-                    way()
-                    taken[name].append(1000 * (time.perf_counter() - started))
-            medians = {name: statistics.median(values) for name, values in taken.items()}
-            cells = [*(f"{value:.2f}" for value in medians.values()), f"{medians['both'] / medians['vectors']:.2f}"]
+                    rank(artifact, query, 13)
+                    taken[way].append(1000 * (time.perf_counter() - started))
+            medians = [statistics.median(values) for values in taken]
+            cells = [*(f"{value:.2f}" for value in medians), f"{medians[2] / medians[0]:.2f}"]
             print(f"| {words} | {' | '.join(cells)} |")
 
 
@@ -153,11 +153,7 @@ def measure_service(items: int, work: Path) -> None:
     for file in index.rglob(VECTORS):  # into memory, where those of a running service are
         read_whole(file)
     generator = random.Random(1)
-
-    def draw(words: int) -> list[str]:
-        return [" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in range(SEARCHES)]
-
-    queries = {words: [draw(words) for _ in WAYS] for words in (1, 2, 4)}
+    queries = {words: draw_queries(texts, words, generator) for words in (1, 2, 4)}
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[-1]})
     print(
