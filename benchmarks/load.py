@@ -21,18 +21,19 @@ Requests = Callable[[], bytes]
 
 @dataclass
 class Tally:
-    """Results of a load. `seconds` is its duration."""
+    """Results of a load. `seconds` is its duration, and `late` the number of 200s that came after it."""
 
     latencies: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     good: list[float] = field(default_factory=list)  # latencies of 200s
     broken: int = 0  # connections that ended without a response
     seconds: float = 0.0
+    late: int = 0
 
     @property
     def rate(self) -> float:
-        """200s per second."""
-        return len(self.good) / self.seconds
+        """200s per second, without the late ones."""
+        return (len(self.good) - self.late) / self.seconds
 
     def percentile(self, share: float) -> float:
         """Return a percentile of the latencies of 200s, in ms."""
@@ -155,9 +156,12 @@ async def open_loop(port: int, requests: Requests, *, rate: float, seconds: floa
         task = asyncio.create_task(one(due))
         running.add(task)
         task.add_done_callback(running.discard)
+    await asyncio.sleep(began + seconds - time.perf_counter())
     tally.seconds = time.perf_counter() - began
+    in_time = len(tally.good)
     if running:
         await asyncio.wait(running, timeout=30)
+    tally.late = len(tally.good) - in_time
     for connection in idle:
         with suppress(OSError):
             connection.transport.close()

@@ -1,5 +1,6 @@
 """The benchmark scripts run, on a tiny CLIP; their figures are for a quiet machine."""
 
+import asyncio
 import importlib
 import json
 import re
@@ -99,6 +100,29 @@ def test_method_seconds_shows_which_methods_encode_again(tiny_model: Path, tiny_
     adapter, lora = (line.split(" | ") for line in done.stdout.splitlines()[2:])
     assert (adapter[2], adapter[6]) == ("0", "shared |")
     assert (lora[2], lora[6]) == ("24", "own |")
+
+
+async def test_responses_after_an_open_loop_are_not_in_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ended, closed = asyncio.Event(), asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async for line in reader:
+            if line == b"late\n":
+                await ended.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+        closed.set()
+
+    requests = iter([b"early\n", b"late\n"])
+    server = await asyncio.start_server(answer, "127.0.0.1")
+    port = server.sockets[0].getsockname()[1]
+    asyncio.get_running_loop().call_later(2.5, ended.set)
+    tally = await importlib.import_module("load").open_loop(port, lambda: next(requests), rate=1, seconds=2)
+    await closed.wait()
+    server.close()
+    assert len(tally.good) == 2
+    assert tally.rate * tally.seconds == pytest.approx(1)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
