@@ -199,20 +199,21 @@ def show(results: list[Result], material: Material, memory: int) -> None:
     }.get(material.name, f"{material.count:,} vectors of {material.dim}, from {material.name}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [result | measured for result in results for measured in result["measured"]]
-    filters = {f"of_{percent}": f"{percent} % allowed" for percent in PERCENTS if f"of_{percent}" in rows[0]}
-    updates = {"update_s": "update s", "updated": "1 % added, 1 % removed"} if "updated" in rows[0] else {}
-    figures = {
+    filters = {f"of_{percent}": f"{percent} % allowed" for percent in PERCENTS}
+    updates = {"update_s": "update s", "updated": "1 % added, 1 % removed"}
+    columns = {
         "built_s": "build s", "cpu_s": "processor s", "peak_mb": "peak MB", "file_mb": "file MB",
         "resident_mb": "resident MB", "p50_ms": "p50 ms", "p99_ms": "p99 ms", **filters, **updates,
         "recall_at_10": "recall@10",
     }  # fmt: skip
+    figures = {key: name for key, name in columns.items() if any(key in row for row in rows)}
     print(f"{about}; built on {cores} cores, searched on one, one query at a time:\n")
     print("| `--kind` | FAISS | target | searched with |", " | ".join(figures.values()), "|")
     print("|", " --- |" * (4 + len(figures)), sep="")
     for r in rows:
         searched = ", ".join(f"{name} {value}" for name, value in r["parameters"].items())
-        columns = [f"`{r['kind']}`", f"`{r['factory']}`", r["target"], searched, *(r.get(c, "") for c in figures)]
-        print("|", " | ".join(map(str, columns)), "|")
+        cells = [f"`{r['kind']}`", f"`{r['factory']}`", r["target"], searched, *(r.get(key, "") for key in figures)]
+        print("|", " | ".join(map(str, cells)), "|")
     if auto := next((r for r in rows if r["kind"] == "auto"), None):
         enough = auto["target"] - NOISE
         fits = [r for r in rows if r["recall_at_10"] >= enough and r["file_mb"] * 1e6 <= memory]
