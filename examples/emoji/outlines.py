@@ -42,9 +42,16 @@ def draw_glyphs(files: list[Path], folder: Path, emoji: list[str]) -> int:
                 continue
             image = draw_glyph(chr(int(name, 16)), font)
             if image is not None:
-                image.save(target)
+                save(image, target)
                 drawn += 1
     return drawn
+
+
+def save(image: Image.Image, target: Path) -> None:
+    """Write a whole PNG or none: a later run keeps the files that it finds."""
+    part = target.with_suffix(".part")
+    image.save(part, "PNG")
+    part.replace(target)
 
 
 def draw_glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
@@ -101,7 +108,7 @@ def colour_style(renders: Path, outlined: str, coloured: tuple[str, ...], out: s
         pixels = [np.asarray(Image.open(f).convert("RGBA"), float) for f in (file, source)]
         result = colour(*pixels)
         if result is not None:
-            Image.fromarray(result, "RGBA").save(renders / out / file.name)
+            save(Image.fromarray(result, "RGBA"), renders / out / file.name)
             written += 1
     return written
 
