@@ -62,17 +62,19 @@ SIDED = ("left", "right", "clockwise", "magnifying")
 def load_images(renders: Path, styles: tuple[str, ...]) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Return all images of the styles, uint8 (n, 4, 64, 64), and the emoji and the style of each.
 
-    They are packed into one file the first time, and memory-mapped.
+    They are packed into one file, which is memory-mapped, the first time and whenever images have come or gone.
     """
     packed, names = renders / f"packed-{len(styles)}.npy", renders / f"packed-{len(styles)}.json"
-    if not names.exists():
-        files = [f for style in styles for f in sorted((renders / style).glob("*.png"))]
+    files = [f for style in styles for f in sorted((renders / style).glob("*.png"))]
+    rows = [(f.stem, f.parent.name) for f in files]
+    if not names.exists() or names.read_text() != json.dumps(rows):
+        names.unlink(missing_ok=True)
         array = np.lib.format.open_memmap(packed, "w+", np.uint8, (len(files), 4, RENDERED, RENDERED))
         for row, file in enumerate(files):
             array[row] = np.asarray(Image.open(file).convert("RGBA")).transpose(2, 0, 1)
         array.flush()
-        names.write_text(json.dumps([(f.stem, f.parent.name) for f in files]))
-    return np.load(packed, mmap_mode="r"), [(emoji, style) for emoji, style in json.loads(names.read_text())]
+        names.write_text(json.dumps(rows))
+    return np.load(packed, mmap_mode="r"), rows
 
 
 def augment(rgba: Tensor, may_flip: Tensor) -> Tensor:
