@@ -2,8 +2,11 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from dcar_core.training.validation import mean_r1
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
 HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10")
@@ -139,8 +142,9 @@ def shots_rows(results: Results) -> list[list[str]]:
     for name, method in results["methods"].items():
         cells, has_spread = results["shots"][name], len(method["runs"]) > 1
         spreads = [_mean_and_std(cells[count]["mean"], cells[count]["std"], has_spread) for count in counts]
-        whole = (method["mean"]["t2i_r1"] + method["mean"]["i2t_r1"]) / 2
-        rows.append([name, *spreads, f"{whole:.1f}"])
+        whole = [mean_r1(run["test"]) for run in method["runs"]]
+        deviation = statistics.stdev(whole) if has_spread else 0.0
+        rows.append([name, *spreads, _mean_and_std(statistics.mean(whole), deviation, has_spread)])
     return rows
 
 

@@ -9,7 +9,14 @@ from typing import Any
 from dcar_core.evaluation import compare, summarise
 from dcar_core.evaluation.report import report_html
 from dcar_core.evaluation.significance import best_baseline
-from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, results_csv, results_markdown
+from dcar_core.evaluation.tables import (
+    COLUMNS,
+    best_method,
+    mean_categories,
+    results_csv,
+    results_markdown,
+    shots_rows,
+)
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 
@@ -72,6 +79,15 @@ def test_categories_are_means_over_seeds_and_the_weakest_come_first() -> None:
     page = report_html(results, str).partition("<h2>R@1 by category</h2>")[2]
     assert "<td>weak</td><td>4</td><td>35.0</td><td>66.0</td>" in page
     assert page.index("<td>rare</td>") < page.index("<td>weak</td>") < page.index("<td>known</td>")
+
+
+def test_the_shots_end_with_all_pairs_and_their_spread() -> None:
+    results = example_results()
+    results["shots"] = {name: {"1": {"mean": 20.0, "std": 1.5}} for name in results["methods"]}
+    del results["methods"]["tempting"]["runs"][1]
+    assert shots_rows(results) == [
+        ["method", "1", "all"], ["chosen", "20.0 ± 1.5", "36.5 ± 7.1"], ["tempting", "20.0", "71.5"],
+    ]  # fmt: skip
 
 
 def test_the_highest_mean_is_bold() -> None:
