@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dcar_core.evaluation.tables import Results, best_method
 from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, compare_hits
 
+ABLATIONS = ("dual", "block-adapters")  # parts of dcar and dcar+ under names of their own
+
 
 def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> None:
     """Add to each method its `intervals` and its `difference` to the best baseline, in percent.
@@ -29,7 +31,7 @@ def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> No
 
 def best_baseline(results: Results) -> str | None:
     """Return the best method on validation that is not DCAR or a part of it; None without one."""
-    names = [name for name in results["methods"] if name != "dual" and not name.startswith("dcar")]
+    names = [name for name in results["methods"] if name not in ABLATIONS and not name.startswith("dcar")]
     return best_method(results, names) if names else None
 
 

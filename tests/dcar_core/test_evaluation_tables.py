@@ -117,5 +117,7 @@ def test_the_baseline_is_the_best_method_of_others() -> None:
     assert best_baseline(results) == "chosen"
     results["methods"]["dcar+"] = results["methods"].pop("chosen")
     assert best_baseline(results) == "tempting"
+    results["methods"]["block-adapters"] = results["methods"]["dcar+"]
+    assert best_baseline(results) == "tempting"
     results["methods"]["dual"] = results["methods"].pop("tempting")
     assert best_baseline(results) is None
