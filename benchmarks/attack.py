@@ -369,7 +369,7 @@ def main() -> None:
             if given.only is None or name in given.only or name.startswith("("):
                 print(f"{name:28} | {measure(server, attack, given.seconds)}", flush=True)
         status = Path(f"/proc/{server.process.pid}/status").read_text()
-        print(f"highest memory of all: {int(status.split('VmHWM:')[1].split()[0]) / 1024:.0f} MB")
+        print(f"highest memory of all: {int(status.split('VmHWM:')[1].split()[0]) * 1024 / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pathlib import Path
 from app.core.settings import Settings
 from app.search.snapshots import Snapshot, load_snapshot
 
-MIB = 2**20
 QUERIES, BATCH = 300, 30
 
 
@@ -52,7 +51,7 @@ def main() -> None:
         growth = {name: value - before[name] for name, value in resident_memory().items()}
         label = "everything" if not loaded[1:] else "shared backbone" if is_shared else "its own backbone"
         count = loaded[-1].artifact.manifest.count
-        print(f"{f'{index.name}, {label}':34}{growth['anon'] / MIB:7.1f} MB{growth['file'] / MIB:7.1f} MB{count:>10,}")
+        print(f"{f'{index.name}, {label}':34}{growth['anon'] / 1e6:7.1f} MB{growth['file'] / 1e6:7.1f} MB{count:>10,}")
     assert loaded[1].encoder.runtime is loaded[0].encoder.runtime or len(args.indexes) == 1
 
 

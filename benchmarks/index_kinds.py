@@ -99,12 +99,12 @@ class Usage:
     def _sample(self) -> None:
         before = own_memory()
         while not self._ended.wait(0.2):
-            self._peak = max(self._peak, (own_memory() - before) / 1e3)
+            self._peak = max(self._peak, (own_memory() - before) / 1e6)
 
 
 def own_memory() -> int:
-    """Return the kilobytes of this process that no file holds."""
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    """Return the bytes of this process that no file holds."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 def try_out(result: Result, material: Material, filters: bool, updates: bool) -> None:

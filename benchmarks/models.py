@@ -68,7 +68,7 @@ result["text"] = cpu_seconds(lambda: [encoder.encode_text([text]) for text in te
 result["texts"] = len(texts) / cpu_seconds(lambda: encoder.encode_text(texts))
 result["images"] = 8 / cpu_seconds(lambda: encoder.encode_pixels(batch))
 status = Path("/proc/self/status").read_text()  # getrusage would include the parent's memory at the fork
-result["memory"] = int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+result["memory"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 print(json.dumps(result))
 """
 

@@ -60,9 +60,9 @@ class Server:
             return False
 
     def rss_mb(self) -> float:
-        """Return the resident memory."""
+        """Return the resident memory in millions of bytes."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(text.split("VmRSS:")[1].split()[0]) / 1024
+        return int(text.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
 
     def cpu_s(self) -> float:
         """Return the seconds of processor time so far."""

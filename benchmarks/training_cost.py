@@ -95,10 +95,10 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
     data, warm = timed_prepare(training, model, FeatureCache(cache, backbone))
     batch = seconds_per_batch(model, data, args)
     peak = (
-        torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.max_memory_allocated()
         if backbone.device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ) / 1e6
     uncached = None
     if model.image_is_frozen:
         pixels = np.stack([backbone.preprocess(training.read(s.image)) for s in training.samples[: args.batch_size]])

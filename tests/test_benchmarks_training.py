@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import json
+import os
 import re
 import runpy
 import sys
@@ -10,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,6 +102,15 @@ def test_method_seconds_shows_which_methods_encode_again(tiny_model: Path, tiny_
     adapter, lora = (line.split(" | ") for line in done.stdout.splitlines()[2:])
     assert (adapter[2], adapter[6]) == ("0", "shared |")
     assert (lora[2], lora[6]) == ("24", "own |")
+
+
+def test_a_server_s_memory_is_in_millions_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    service = importlib.import_module("service")
+    server = service.Server.__new__(service.Server)
+    server.process = SimpleNamespace(pid=os.getpid())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    assert server.rss_mb() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, rel=0.02)
 
 
 async def test_responses_after_an_open_loop_are_not_in_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def _measure(
     )  # fmt: skip
     texts = encoder.encode_text(material.texts)
     recall = recall_at_k(texts, _encode_pixels(encoder, material.pixels), material.image_of, (1,))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     rounded = {key: round(value, 2) for key, value in recall.items()}
     return RuntimeResult(name, trial, round(peak), rounded, round(opened, 2))
 
