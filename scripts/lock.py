@@ -93,6 +93,8 @@ def main() -> int:
     parser.add_argument("--torch", action="store_true", help="include PyTorch, as the index has it")
     parser.add_argument("--index", help="a further package index, such as that of PyTorch's CPU builds")
     given = parser.parse_args()
+    if given.extra and given.out is None:
+        parser.error("--extra is for a lock of your own: give --out as well")
     if given.check:
         found = [fault for name, extras in locks().items() for fault in faults(ROOT / name, extras)]
         print("\n".join([*found, "run `python scripts/lock.py`"] if found else ["the locks fit pyproject.toml"]))

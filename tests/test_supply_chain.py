@@ -50,6 +50,17 @@ def test_a_stale_lock_is_noticed(tmp_path: Path) -> None:
     assert found[1] == "stale.lock lacks redis"
 
 
+def test_extras_without_a_lock_of_their_own_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = script("lock")
+    monkeypatch.setattr(lock, "write", lambda *_, **__: pytest.fail("a lock is written"))
+    monkeypatch.setattr(sys, "argv", ["lock.py", "--extra", "openvino"])
+    with pytest.raises(SystemExit, match="2"):
+        lock.main()
+    assert "give --out as well" in capsys.readouterr().err
+
+
 def test_torch_is_recent_enough_to_load_weights_safely() -> None:
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert "torch>=2.6" in dependencies
