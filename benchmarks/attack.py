@@ -360,6 +360,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="run these attacks alone")
     given = parser.parse_args()
     rows: dict[str, Attack | None] = {"(none)": None, "(a busy core)": spin, **attacks(), "(none) again": None}
+    if unknown := set(given.only or ()) - rows.keys():
+        parser.error(f"--only names no attack: {', '.join(sorted(unknown))}; there are: {', '.join(rows)}")
     with serving(given.index or emoji(given.work)) as server:
         asyncio.run(_explain_once(server.port))
         print(

@@ -29,6 +29,7 @@ from index_jobs.store.publish import rollback
 from index_jobs.store.versions import version_numbers
 
 PAUSE_S = 0.01  # pause of each caller between two requests, so every caller gets its turn
+LEAST_MINUTES = 0.5
 GROWTH = 1.10  # limit of the growth from the median of the second quarter to that of the last
 
 
@@ -165,6 +166,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--swap", type=float, default=15.0, help="seconds between swaps of the index")
     given = parser.parse_args()
+    if given.minutes < LEAST_MINUTES:
+        parser.error(f"--minutes must be at least {LEAST_MINUTES}, for some samples of the memory in each quarter")
     import uvloop
 
     index = emoji(given.work)

@@ -104,6 +104,24 @@ def test_method_seconds_shows_which_methods_encode_again(tiny_model: Path, tiny_
     assert (lora[2], lora[6]) == ("24", "own |")
 
 
+def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    attack, soak = importlib.import_module("attack"), importlib.import_module("soak")
+    monkeypatch.setattr(attack, "attacks", lambda: {"smuggling": attack.smuggle})  # without seconds of drawing bombs
+    for script in (attack, soak):
+        monkeypatch.setattr(script, "emoji", lambda _: pytest.fail("an index is built"))
+    monkeypatch.setattr(sys, "argv", ["attack.py", "--only", "smuggling", "smugling"])
+    with pytest.raises(SystemExit, match="2"):
+        attack.main()
+    assert "--only names no attack: smugling; there are: (none), (a busy core), smuggling" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["soak.py", "--minutes", "0.1"])
+    with pytest.raises(SystemExit, match="2"):
+        soak.main()
+    assert "--minutes must be at least 0.5" in capsys.readouterr().err
+
+
 def test_a_server_s_memory_is_in_millions_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     service = importlib.import_module("service")
