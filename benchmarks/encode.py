@@ -40,7 +40,6 @@ from dcar_core import Encoder
 from index_jobs.encoding.decode import worker_count
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.scan import scan
 from index_jobs.options import RebuildOptions
 
@@ -130,10 +129,9 @@ def bare(encoder: Encoder, batch: int, batches: int) -> np.ndarray:
 def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     model = random_model(folder / "model", arguments.model)
     os.environ["DCAR_RUNTIME_CACHE"] = str(folder / "runtimes")
-    encoder = load_replicas(model, "cpu", exact=arguments.exact, runtime=arguments.runtime)[0]
+    encoder = load_replicas(model, "cpu", runtime=arguments.runtime)[0]
     source = gallery(folder / "pictures", arguments.pictures, tuple(arguments.size))
     batches = -(-arguments.pictures // arguments.batch_size)
-    cache = PixelCache.open(folder / "cache", encoder.preprocess) if arguments.pixel_cache else None
     bare(encoder, arguments.batch_size, 1)
     ratios = []
     for number in range(arguments.rounds):
@@ -144,7 +142,6 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
             [encoder],
             folder / f"work{number}",
             RebuildOptions(workers=arguments.workers, batch_size=arguments.batch_size, progress=False),
-            cache=cache,
         )
         job = clock.stop() / len(encoded)
         alone = (before + bare(encoder, arguments.batch_size, -(-batches // 2))) / 2
@@ -244,8 +241,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="decoding processes, 0 for threads; as the job does by default")
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--exact", action="store_true", help="decode every JPEG whole")
-    parser.add_argument("--pixel-cache", action="store_true", help="keep decoded pictures for the later rounds")
     parser.add_argument("--memory", type=int, metavar="PICTURES", help="measure memory instead")
     parser.add_argument("--tars", action="store_true", help="with --memory, pictures in tars instead of a folder")
     parser.add_argument("--dir", type=Path, help="where pictures and shards are put for the while (default: temporary)")

@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("--validation", type=Path, required=True, help="data set; its validation pairs are the queries")
     parser.add_argument("--pool", choices=("gallery", "validation"), default="gallery", help="default: %(default)s")
     parser.add_argument("--depth", type=int, default=20, help="results to re-rank (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT queries")
     args = parser.parse_args()
     torch.set_num_threads(1)
     artifact = open_current(args.index)
@@ -67,7 +66,6 @@ def main() -> None:
         allowed[[row for _, row in queries]] = True
     plain_hits, reranked_hits = np.zeros(len(RANKS)), np.zeros(len(RANKS))
     image_features: dict[int, NDArray[np.float32]] = {}
-    queries = queries[: args.limit]
     for text, row in queries:
         rows = artifact.search(encoder.encode_text([text]), depth, allowed)[1][0]
         rows = rows[rows >= 0]

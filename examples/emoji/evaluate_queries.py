@@ -124,7 +124,6 @@ def main() -> None:
     parser.add_argument("--zero-shot", action="store_true", help="the base model alone, without the checkpoints")
     parser.add_argument("--captions", action="store_true", help="rank the captions of the items, not their images")
     parser.add_argument("--encoder", type=Path, help="with --captions: the folder of a sentence encoder")
-    parser.add_argument("--misses", action="store_true", help="list the queries without a hit among the first five")
     args = parser.parse_args()
     if args.encoder is not None and not args.captions:
         parser.error("--encoder ranks captions: give --captions as well")
@@ -146,11 +145,7 @@ def main() -> None:
             encoder = Encoder.load(source)
             items = encoder.encode_text(captions) if args.captions else encoder.encode_images(images)
             scores = encoder.encode_text(texts) @ items.T
-            values = measure(scores, queries)
-            results[f"{domain}, {name}"] = queries, values
-            if args.misses:
-                misses = [query.text for query, value in zip(queries, values, strict=True) if not value[1]]
-                print(f"{domain}, {name}: {'; '.join(misses)}")
+            results[f"{domain}, {name}"] = queries, measure(scores, queries)
     print(table(results))
 
 

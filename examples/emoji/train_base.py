@@ -69,12 +69,10 @@ def build_model() -> open_clip.CLIP:
     return model
 
 
-def build_optimizers(model: open_clip.CLIP, kind: str, lr: float) -> list[torch.optim.Optimizer]:
-    """Return Muon for hidden matrices and AdamW for the rest, or AdamW for everything."""
+def build_optimizers(model: open_clip.CLIP, lr: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for hidden matrices and AdamW for the rest."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "resblocks" in name)]
-    if kind == "adamw":
-        return [torch.optim.AdamW(hidden + rest, lr=lr / 2, weight_decay=0.1, betas=(0.9, 0.98))]
     return [
         torch.optim.Muon(hidden, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr / 2, weight_decay=0.01, betas=(0.9, 0.98)),
@@ -107,7 +105,7 @@ class Trainer:
             self.model.load_state_dict({name: value.float() for name, value in weights.items()})
         self.encode_texts = TextEncoder(self.model, self.tokenizer)
         self.head = torch.nn.Linear(MODEL["text_cfg"]["width"], self.texts.vectors.shape[1])
-        self.optimizers = build_optimizers(self.model, args.optimizer, args.lr)
+        self.optimizers = build_optimizers(self.model, args.lr)
         self.optimizers[-1].add_param_group({"params": list(self.head.parameters())})
         self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
@@ -234,10 +232,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--phrases", type=int, default=160, help="phrases in a batch")
     parser.add_argument("--init", type=Path, help="a model to begin with; default: random weights")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="default: one for each core")
-    parser.add_argument("--stop-after", type=int, help="stop at this step of the schedule (for trials)")
     return parser.parse_args()
 
 
@@ -252,7 +248,7 @@ def main() -> None:
     trainer.resume()
     trainer.start_means()
     first_step, started, losses = trainer.step, time.time(), []
-    while trainer.step < (args.stop_after or args.steps):
+    while trainer.step < args.steps:
         losses.append(trainer.take_step())
         step = trainer.step
         if step % LOG_EVERY == 0:
