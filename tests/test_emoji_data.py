@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.support.paths import ROOT
@@ -43,3 +45,12 @@ def test_images_are_packed_again_when_some_have_come(tmp_path: Path, monkeypatch
     written = (tmp_path / "packed-1.npy").stat().st_mtime_ns
     load_images(tmp_path, ("noto",))
     assert (tmp_path / "packed-1.npy").stat().st_mtime_ns == written
+
+
+def test_a_pytorch_without_muon_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EMOJI))
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train_base.py", "--renders", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"Muon needs PyTorch 2\.9 or newer, not "):
+        importlib.import_module("train_base").main()
+    assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@
   mean images of emoji as the encoder ranks their words, and to predict its vectors with a head that is not kept.
 - A share of the captions and phrases has a typing error.
 - Images keep their alpha until the batch is made. Background, outline, colour and geometry are random each time.
-- Hidden matrices use Muon, the rest AdamW; bf16 autocast. Half of the patches are dropped (FLIP) until the last part.
-  The saved weights are a moving average.
+- Hidden matrices use Muon, which PyTorch has since 2.9, the rest AdamW; bf16 autocast. Half of the patches are dropped
+  (FLIP) until the last part. The saved weights are a moving average.
 - Validation emoji and queries on the unseen styles are evaluated for the log; nothing is chosen on test emoji.
 - A killed run resumes from its last checkpoint with the same command.
 """
@@ -240,6 +240,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train, log and save."""
     args = parse_arguments()
+    if not hasattr(torch.optim, "Muon"):
+        raise SystemExit(f"the optimizer Muon needs PyTorch 2.9 or newer, not {torch.__version__}")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     if args.threads:
