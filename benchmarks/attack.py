@@ -32,7 +32,7 @@ from pathlib import Path
 import uvloop
 from load import Tally, closed_loop, image_request, post
 from PIL import Image
-from serve import new_images, new_texts
+from serve import bomb, new_images, new_texts, png_chunk
 from service import Server, emoji, serving
 
 HOST = b"Host: 127.0.0.1\r\n"
@@ -136,17 +136,6 @@ def endless(head: bytes, piece: bytes) -> Callable[[], Iterator[bytes]]:
     return lambda: itertools.chain([head], itertools.repeat(piece))
 
 
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png_bomb(side: int) -> bytes:
-    """Return a small PNG that announces side x side pixels."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    data = png_chunk(b"IDAT", zlib.compress(bytes(10**7), 9))
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + data + png_chunk(b"IEND", b"")
-
-
 def encoded(kind: str, side: int, **options: object) -> bytes:
     """Return an image of one colour: few bytes, many pixels."""
     buffer = io.BytesIO()
@@ -231,7 +220,7 @@ def attacks() -> dict[str, Attack]:
     contains = {"$or": [{"caption": {"contains": f"{n} no such words"}} for n in range(32)]}
     explained = {"queries": [{"query": f"cat {n}", "explain": True} for n in range(32)]}
     images = {
-        "PNG bomb": png_bomb(60_000),
+        "PNG bomb": bomb(60_000, bytes(10**7)),
         "JPEG bomb": encoded("JPEG", 9_000),
         "GIF bomb": encoded("GIF", 9_000),
         "BMP bomb": encoded("BMP", 2_500),

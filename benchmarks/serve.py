@@ -17,7 +17,9 @@ import io
 import itertools
 import os
 import statistics
+import struct
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,16 +162,14 @@ def overload(index: Path, seconds: float, rounds: int) -> None:
         print(f"goodput under overload: {statistics.median(shares):.0%} of the peak, {spread}", flush=True)
 
 
-def bomb(side: int = 60_000) -> bytes:
-    """Return a PNG of a few bytes that announces side x side pixels."""
-    import struct
-    import zlib
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+def bomb(side: int, data: bytes = b"\0") -> bytes:
+    """Return a small PNG that announces side x side pixels, and has some bytes of them."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data, 9)) + png_chunk(b"IEND", b"")
 
 
 async def _beside(port: int, good: Requests, bad: Requests | None, seconds: float) -> tuple[Tally, Tally]:
