@@ -1,5 +1,6 @@
 """Share of true queries that the calibrated cut-off (`min_score: "auto"`) keeps, and of nonsense that it rejects.
 
+    make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
     python benchmarks/cutoff.py data/index/twemoji --validation examples/emoji/twemoji
 
 - True queries are the validation texts, in two halves; each half is judged by the cut-off of the other. Kept: the share

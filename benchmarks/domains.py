@@ -1,5 +1,6 @@
 """Memory that each further collection costs a process that already serves one.
 
+    make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
     python benchmarks/domains.py data/index/twemoji data/index/openmoji
 
 - Opens the indexes one after the other as the service does, runs a few hundred queries on each, and prints the growth

@@ -1,5 +1,6 @@
 """Vectors alone, words alone, and both: what they find, and how long they take.
 
+    make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
     python benchmarks/hybrid.py quality --index data/index/twemoji --queries examples/emoji/queries/test.tsv
     python benchmarks/hybrid.py latency --items 100000
     python benchmarks/hybrid.py service --items 100000

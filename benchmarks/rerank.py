@@ -1,5 +1,6 @@
 """Recall of text searches with and without `rerank`, and the forward passes that it costs.
 
+    make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
     python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji
     python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji --pool validation --depth 413
 

@@ -1,5 +1,6 @@
 """How well `without` excludes what is unwanted, compared with the word "without" in the query.
 
+    make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
     python benchmarks/without.py data/index/twemoji
 
 - Queries: each category of at least eight items, without each attribute that 15 to 85 % of them have (metadata fields
