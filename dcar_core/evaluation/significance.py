@@ -30,8 +30,9 @@ def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> No
 
 
 def best_baseline(results: Results) -> str | None:
-    """Return the best method on validation that is not DCAR or a part of it; None without one."""
-    names = [name for name in results["methods"] if name not in ABLATIONS and not name.startswith("dcar")]
+    """Return the best method on validation that is neither DCAR nor a part of it; else the best part, else None."""
+    others = [name for name in results["methods"] if not name.startswith("dcar")]
+    names = [name for name in others if name not in ABLATIONS] or others
     return best_method(results, names) if names else None
 
 
