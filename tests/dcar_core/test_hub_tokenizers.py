@@ -6,8 +6,10 @@ from pathlib import Path
 import open_clip
 import pytest
 
+from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.text.hub_tokenizer import copy_tokenizer, load_hub_tokenizer
-from tests.support.tiny_models import Kind, write_tokenizer
+from dcar_core.util.errors import ModelError
+from tests.support.tiny_models import Kind, write_tiny_model, write_tokenizer
 
 TEXTS = [
     "",
@@ -64,6 +66,26 @@ def test_settings_overrule_the_control_tokens_of_the_file(tmp_path: Path) -> Non
     file.write_text(json.dumps(content))
     tokenizer = load_hub_tokenizer("a/name", tmp_path, 24)
     assert (tokenizer.start_ids, tokenizer.end_id, tokenizer.pad_id) == ((), 1, 0)
+
+
+@pytest.mark.parametrize("settings", [None, {"model_max_length": 512}])
+@pytest.mark.parametrize(("kind", "pad_id"), [("t5", 0), ("gemma", 0), ("xlm", 1), ("bert", 0), ("nllb", 1)])
+def test_padding_is_found_where_the_settings_do_not_name_it(
+    kind: Kind, pad_id: int, settings: dict[str, int] | None, tmp_path: Path
+) -> None:
+    write_tokenizer(kind, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_hub_tokenizer("a/name", tmp_path, 24).pad_id == pad_id
+
+
+def test_a_tokenizer_that_pads_with_a_token_the_tower_reads_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    model = write_tiny_model("xlm-roberta-base-ViT-B-32", tmp_path / "model")
+    (model / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<s>"}))
+    with pytest.raises(ModelError, match="the tokenizer pads with token 0, but the text tower masks token 1"):
+        load_backbone(BackboneSource(str(model)))
 
 
 @pytest.mark.parametrize("kind", ["t5", "gemma", "xlm", "bert", "nllb"])

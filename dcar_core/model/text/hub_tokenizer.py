@@ -86,7 +86,8 @@ def _from_files(file: Path, settings_file: Path | None) -> tuple[Tokenizer, list
         end = [ids["eos"]]
     if settings.get("add_bos_token") is False and start == [ids["bos"]]:
         start = []
-    return tokenizer, start, end, ids["pad"]
+    pads = (ids["pad"], *map(tokenizer.token_to_id, ("<pad>", "[PAD]")))
+    return tokenizer, start, end, next((pad for pad in pads if pad is not None), None)
 
 
 def _by_transformers(source: str) -> tuple[Tokenizer, list[int], list[int], int | None]:

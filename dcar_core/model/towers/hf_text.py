@@ -12,6 +12,7 @@ from torch import Tensor
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.towers.prompt_rows import PromptRows
 from dcar_core.model.towers.text import TextTower
+from dcar_core.util.errors import ModelError
 
 _ROWS: ContextVar[PromptRows | None] = ContextVar("prompt rows", default=None)
 
@@ -22,6 +23,11 @@ class HfText(TextTower):
     def __init__(self, text: Any, layout: TextLayout) -> None:
         super().__init__(text, layout)
         self.pad_id = int(text.config.pad_token_id)
+        if layout.pad_id != self.pad_id:
+            raise ModelError(
+                f"the tokenizer pads with token {layout.pad_id}, but the text tower masks token {self.pad_id}; name "
+                f"that pad_token in tokenizer_config.json"
+            )
         encoder = text.transformer
         self.table = encoder.get_input_embeddings()
         self.width = int(self.table.weight.shape[1])
