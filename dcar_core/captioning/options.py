@@ -14,7 +14,8 @@ from dcar_core.util.errors import DataError
 class VisionModel:
     """A model behind an OpenAI-compatible endpoint.
 
-    url: the base URL, without /chat/completions, such as http://127.0.0.1:8000/v1. key: never logged or written.
+    url: the base URL, without /chat/completions, such as http://127.0.0.1:8000/v1. key: never logged or written; white
+    space around it is removed.
     price: of a million input and output tokens, in any currency, for the displayed cost.
     """
 
@@ -33,6 +34,13 @@ class VisionModel:
             raise DataError(f"{self.url!r} is not an http(s) URL of an endpoint, such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
             raise DataError("the endpoint's URL contains a password; pass keys through the environment")
+        if self.key is not None:
+            object.__setattr__(self, "key", self.key.strip())
+            if not (self.key.isascii() and self.key.isprintable()):
+                raise DataError(
+                    "a key of the endpoint (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY) has characters that are not "
+                    "printable ASCII; set it again"
+                )
 
     def judge(
         self, url: str | None, name: str | None, key: str | None, price: tuple[float, float] | None

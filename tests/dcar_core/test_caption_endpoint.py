@@ -12,7 +12,7 @@ import pytest
 
 from dcar_core.captioning.endpoint import seconds_of
 from dcar_core.captioning.options import VisionModel
-from dcar_core.util.errors import CaptionError
+from dcar_core.util.errors import CaptionError, DataError
 from tests.support.captioning import KEY, ask, captions, one_picture, rejected
 from tests.support.vision_server import Asked, Raw, VisionServer, good, message
 
@@ -205,6 +205,19 @@ def test_messages_never_show_the_key(photos: Path, answer: Raw | str | dict[str,
         found = ask(photos, server, key=KEY, concurrency=1, tries=2)
     assert len(found.failed) == 4
     assert not any(KEY[:8] in why for why in found.failed.values())
+
+
+def test_white_space_around_a_key_is_removed(photos: Path) -> None:
+    with VisionServer() as server:
+        assert ask(one_picture(photos), server, key=f" {KEY}\r\n").accepted == 1
+    assert {asked.headers["authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("odd", ["\n", "\0", "\u00e9", "\udcff"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(odd: str) -> None:
+    with pytest.raises(DataError, match="characters that are not printable ASCII") as caught:
+        VisionModel(url="http://127.0.0.1:8000/v1", name="m", key=f"{KEY}{odd}x")
+    assert KEY not in str(caught.value)
 
 
 def test_half_of_a_surrogate_pair_is_replaced(photos: Path) -> None:
