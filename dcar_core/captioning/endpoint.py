@@ -61,9 +61,16 @@ class Endpoint:
         self._not_before, self._has_answered, self._has_accepted_key = 0.0, False, False
         # gzip only: its decompression can be bounded; that of httpx's other encodings cannot.
         headers = {"accept-encoding": "gzip"} | ({"authorization": f"Bearer {model.key}"} if model.key else {})
-        self._client = httpx.AsyncClient(
-            headers=headers, timeout=options.timeout_s, limits=httpx.Limits(max_connections=options.concurrency)
-        )
+        try:
+            self._client = httpx.AsyncClient(
+                headers=headers, timeout=options.timeout_s, limits=httpx.Limits(max_connections=options.concurrency)
+            )
+            self._client.build_request("POST", self._url)
+        except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:
+            raise CaptionError(
+                f"{self._url} cannot be requested ({error}); correct the URL, the proxy (HTTP_PROXY, HTTPS_PROXY, "
+                f"ALL_PROXY) or the certificates (SSL_CERT_FILE, SSL_CERT_DIR)"
+            ) from error
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -109,13 +116,15 @@ class Endpoint:
                     retry_after = reply.headers.get("retry-after")
             except _ResponseError as error:
                 reason = f"{error}: {self._excerpt(content)}".rstrip(": ")
-            except (httpx.HTTPError, TimeoutError) as error:
-                if isinstance(error, httpx.ConnectError) and not self._has_answered:
+            except (httpx.HTTPError, TimeoutError, ExceptionGroup) as error:
+                # anyio raises a group for a port of a proxy that is none
+                fault = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+                if isinstance(fault, httpx.ConnectError | OverflowError) and not self._has_answered:
                     raise CaptionError(
-                        f"{self._url} cannot be reached ({error}); start the model's server or correct the URL, and "
+                        f"{self._url} cannot be reached ({fault}); start the model's server or correct the URL, and "
                         f"run the same command again"
                     ) from error
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                reason = f"{type(fault).__name__}: {fault}".rstrip(": ")
             if attempt + 1 < tries:
                 await self._back_off(attempt, retry_after)
         raise EndpointError(f"no usable response in {tries} attempts; the last: {reason}")

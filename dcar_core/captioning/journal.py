@@ -122,11 +122,11 @@ class CaptionJournal:
             before = lines[0]["settings"] if lines else settings
             for line in lines[1:]:
                 self._apply(line)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            other = [name for name in settings if before.get(name) != settings[name]]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CaptionError(
                 f"{self.file} is not a captioning journal ({error}); move it, or give --restart"
             ) from error
-        other = [name for name in settings if before.get(name) != settings[name]]
         if other:
             changed = ", ".join(f"{name} (was {before.get(name)!r:.80})" for name in other)
             raise CaptionError(

@@ -295,6 +295,32 @@ def test_address_that_never_answered_ends_the_run_at_once(photos: Path) -> None:
         ask(photos, server, backoff_s=60)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks4://127.0.0.1:9"),
+        ("HTTP_PROXY", "127.0.0.1:99999"),
+        ("SSL_CERT_FILE", "/none.pem"),
+    ],
+)
+def test_proxies_and_certificates_that_cannot_be_used_end_the_run(
+    name: str, value: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SSL_CERT_DIR")
+    monkeypatch.setenv("NO_PROXY", "")
+    with VisionServer() as server, pytest.raises(CaptionError, match=r"/chat/completions cannot be re(quest|ach)ed \("):
+        ask(photos, server)
+    assert server.asked == []
+
+
+def test_an_address_that_is_no_host_name_ends_the_run(photos: Path) -> None:
+    with VisionServer() as server:
+        server.url = "http://xn--a:9/v1"
+        with pytest.raises(CaptionError, match=r"^http://xn--a:9/v1/chat/completions cannot be requested .* the URL"):
+            ask(photos, server)
+
+
 def test_key_is_sent_to_its_own_host_only() -> None:
     drafter = VisionModel(url="https://one.example/v1", name="m", key=KEY, price=(1, 2))
     assert drafter.judge(None, "other", None, None).key == KEY

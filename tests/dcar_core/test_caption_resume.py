@@ -99,6 +99,15 @@ def test_full_disk_ends_the_run_before_any_request(photos: Path) -> None:
         assert server.asked == []
 
 
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"settings": null}', '{"settings": {}}\n[1]', '{"settings": {}}\n{"asked": 1}']
+)
+def test_another_file_is_no_journal(content: str, photos: Path) -> None:
+    (photos.parent / "captions.journal.jsonl").write_text(content + "\n")
+    with VisionServer() as server, pytest.raises(CaptionError, match="is not a captioning journal"):
+        ask(photos, server)
+
+
 def test_responses_are_kept_if_annotations_cannot_be_written(photos: Path) -> None:
     in_the_way = photos.parent / "captions.rejected.jsonl"
     in_the_way.mkdir()
