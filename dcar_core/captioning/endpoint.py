@@ -125,8 +125,10 @@ class Endpoint:
                         f"run the same command again"
                     ) from error
                 reason = f"{type(fault).__name__}: {fault}".rstrip(": ")
+            self._hold_back(retry_after)
             if attempt + 1 < tries:
-                await self._back_off(attempt, retry_after)
+                pause = min(_MAX_PAUSE_S, self._options.backoff_s * 2**attempt)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
         raise EndpointError(f"no usable response in {tries} attempts; the last: {reason}")
 
     async def _post(self, messages: list[dict[str, Any]]) -> "tuple[httpx.Response, bytes]":
@@ -170,13 +172,11 @@ class Endpoint:
         text = text.replace(self.model.key, "***") if self.model.key else text
         return " ".join(text.split())[:200]
 
-    async def _back_off(self, attempt: int, retry_after: str | None) -> None:
+    def _hold_back(self, retry_after: str | None) -> None:
         requested_s = seconds_of(retry_after) or 0.0
         if requested_s > self._options.longest_wait_s:
             raise EndpointError(f"asked to wait {requested_s:.0f} s, longer than {self._options.longest_wait_s:.0f} s")
         self._not_before = max(self._not_before, time.monotonic() + requested_s)
-        pause = min(_MAX_PAUSE_S, self._options.backoff_s * 2**attempt)
-        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
 
 
 def _read(content: bytes, usage: TokenUsage) -> Completion:

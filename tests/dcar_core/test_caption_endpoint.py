@@ -96,6 +96,17 @@ def test_retry_after_delays_every_request(photos: Path) -> None:
     assert len(server.asked) == 1
 
 
+def test_retry_after_of_a_last_attempt_delays_the_next_image(photos: Path) -> None:
+    def behave(asked: Asked, n: int) -> str | Raw:
+        first = len(server.asked) == 1
+        return Raw(429, headers=(("retry-after", "0.3"),)) if first else good(asked)
+
+    with VisionServer(behave) as server:
+        found = ask(photos, server, judge=False, concurrency=1, tries=1)
+    assert (found.accepted, len(found.failed)) == (3, 1)
+    assert server.asked[1].at - server.asked[0].at >= 0.29
+
+
 @pytest.mark.parametrize("retry_after", ["0", "nan", "0.01", formatdate(0, usegmt=True)])
 @pytest.mark.slow
 def test_pauses_grow_whatever_retry_after_says(photos: Path, retry_after: str) -> None:
