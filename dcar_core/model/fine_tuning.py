@@ -7,6 +7,7 @@
 - Merged, it is a model directory, served like any other model: it shares no backbone with other domains.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -88,9 +89,13 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
         write_json(directory / MODEL_CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
         if tokenizer := config["text_cfg"].get("hf_tokenizer_name"):
             copy_tokenizer(tokenizer, directory)
-    else:  # the configuration, and the files of the tokenizer
-        ignore = shutil.ignore_patterns(*(f"*{suffix}" for suffix in _WEIGHT_SUFFIXES))
-        shutil.copytree(source, directory, ignore=ignore, dirs_exist_ok=True)
+    else:  # the configuration, the files of the tokenizer, and the configuration of a text encoder of transformers
+        text = json.loads((source / MODEL_CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+        for each in {*source.iterdir(), source / (text.get("hf_model_name") or "") / "config.json"}:
+            if each.is_file() and each.suffix not in _WEIGHT_SUFFIXES:
+                copy = directory / each.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(each, copy)
     changed = {**changes.changed(backbone, image=True), **changes.changed(backbone, image=False)}
     state = backbone.clip.state_dict() | {name.removeprefix("clip."): value for name, value in changed.items()}
     with atomic_writer(directory / WEIGHTS_FILE) as file:  # a service may have mapped the older file

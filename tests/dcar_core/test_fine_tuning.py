@@ -1,5 +1,6 @@
 """Methods that change the backbone's own weights: LoRA, ProLIP and FLYP."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,15 @@ def test_a_merged_change_of_zero_is_the_same_backbone(backbone: Backbone, tmp_pa
     model = seeded_model(backbone, method("lora"), 0)
     assert model.changes is not None
     assert merge(backbone, model.changes, tmp_path).content_hash() == backbone.content_hash()
+
+
+def test_a_checkpoint_may_lie_in_the_directory_of_its_model(tiny_model: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    model = changed_model(load_backbone(BackboneSource(str(directory))), "lora")
+    save_checkpoint(model, directory / "out")
+    (merged,) = (directory / "out").glob("model-*")
+    assert sorted(file.name for file in merged.iterdir()) == sorted(file.name for file in tiny_model.iterdir())
+    load_checkpoint(directory / "out")
 
 
 def test_an_earlier_checkpoint_survives_another_training(backbone: Backbone, pixels: Tensor, tmp_path: Path) -> None:
