@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG, FineTuneConfig
 from dcar_core.model.open_clip_source import read_config
-from dcar_core.model.text.hub_tokenizer import copy_tokenizer
+from dcar_core.model.text.hub_tokenizer import copy_from_hub
 from dcar_core.util.errors import ModelError
 from dcar_core.util.files import atomic_writer, write_json
 from dcar_core.util.memory import WEIGHTS_FILE
@@ -87,8 +87,11 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
     if source is None:
         config, preprocess = read_config(backbone.source), dict(backbone.visual.preprocess_cfg)
         write_json(directory / MODEL_CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
-        if tokenizer := config["text_cfg"].get("hf_tokenizer_name"):
-            copy_tokenizer(tokenizer, directory)
+        text = config["text_cfg"]
+        if tokenizer := text.get("hf_tokenizer_name"):
+            copy_from_hub(tokenizer, directory)
+        if encoder := text.get("hf_model_name"):
+            copy_from_hub(encoder, directory / encoder, ["config.json"])
     else:  # the configuration, the files of the tokenizer, and the configuration of a text encoder of transformers
         text = json.loads((source / MODEL_CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
         for each in {*source.iterdir(), source / (text.get("hf_model_name") or "") / "config.json"}:

@@ -1,5 +1,6 @@
 """Methods that change the backbone's own weights: LoRA, ProLIP and FLYP."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,17 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_core.data import load_split
+from dcar_core.model import fine_tuning
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
+from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.fine_tuning import merge
 from dcar_core.model.methods import method
+from dcar_core.model.open_clip_source import RANDOM
 from dcar_core.training import validation
 from dcar_core.training.grad_cache import batch_loss
 from dcar_core.training.losses import consistency_loss
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.validation import choose_interpolation
 from dcar_core.util.errors import ModelError
+from tests.support.tiny_models import write_tiny_model
 
 FINE_TUNED = ["lora", "prolip", "flyp"]
 
@@ -80,6 +85,28 @@ def test_a_checkpoint_may_lie_in_the_directory_of_its_model(tiny_model: Path, tm
     (merged,) = (directory / "out").glob("model-*")
     assert sorted(file.name for file in merged.iterdir()) == sorted(file.name for file in tiny_model.iterdir())
     load_checkpoint(directory / "out")
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_merged_model_has_the_configuration_of_its_text_encoder(
+    is_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    directory = write_tiny_model("xlm-roberta-base-ViT-B-32", tmp_path / "model")
+    config = json.loads((directory / MODEL_CONFIG).read_text())["model_cfg"]
+    encoder = config["text_cfg"]["hf_model_name"]
+    original = load_backbone(BackboneSource(str(directory)))
+    model = seeded_model(original, method("lora"), 0)
+    assert model.changes is not None
+    if not is_local:
+        (directory / encoder / "config.json").rename(directory / "config.json")
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(directory / file))
+        monkeypatch.setattr(fine_tuning, "read_config", lambda source: config)
+        original.source = BackboneSource("xlm-roberta-base-ViT-B-32", RANDOM)
+    merged = merge(original, model.changes, tmp_path / "out")
+    assert merged.source.directory is not None
+    assert (merged.source.directory / encoder / "config.json").is_file()
+    assert merged.content_hash() == original.content_hash()
 
 
 def test_an_earlier_checkpoint_survives_another_training(backbone: Backbone, pixels: Tensor, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.text.hub_tokenizer import copy_tokenizer, load_hub_tokenizer
+from dcar_core.model.text.hub_tokenizer import copy_from_hub, load_hub_tokenizer
 from dcar_core.util.errors import ModelError
 from tests.support.tiny_models import Kind, write_tiny_model, write_tokenizer
 
@@ -51,7 +51,7 @@ def test_a_copy_from_the_hub_is_the_same_tokenizer(tmp_path: Path, monkeypatch: 
     copy.mkdir()
     write_tokenizer("gemma", hub)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(hub / file))
-    copy_tokenizer("a/name", copy)
+    copy_from_hub("a/name", copy)
     assert load_hub_tokenizer("a/name", copy, 24).identity() == load_hub_tokenizer("a/name", None, 24).identity()
 
 

@@ -6,6 +6,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ def load_hub_tokenizer(
     )
 
 
-def copy_tokenizer(name: str, directory: Path) -> None:
-    """Copy the files of a tokenizer on the hub into a model directory, if it has a tokenizer.json."""
-    for file in (TOKENIZER, SETTINGS):
+def copy_from_hub(name: str, directory: Path, files: Sequence[str] = (TOKENIZER, SETTINGS)) -> None:
+    """Copy the files that a repository on the hub has into a directory, by default those of its tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in files:
         if (found := _find(name, None, file)) is not None:
             shutil.copyfile(found, directory / file)
 
