@@ -1,5 +1,6 @@
 """ONNX Runtime: both graphs as ONNX files, in float32 or with weights and activations quantised on the fly to int8."""
 
+import os
 import threading
 import warnings
 from functools import partial
@@ -20,7 +21,8 @@ _OPSET = 17
 
 
 def library() -> Any:
-    """Import ONNX Runtime, or raise MissingExtraError."""
+    """Import ONNX Runtime without its telemetry, or raise MissingExtraError."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError:

@@ -4,6 +4,8 @@ import importlib.util
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from dcar_core.runtimes.torch_runtime import TorchRuntime
 from dcar_core.serving.adapter_extraction import extract
 from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure_candidates
 from dcar_core.util import cpu_features
+from tests.support.paths import ROOT
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
 
@@ -310,3 +313,11 @@ def test_the_proof_has_a_threshold_for_each_precision(name: str, least: float, s
 
     assert proof(least + 0.0002).holds
     assert not proof(least - 0.0002).holds
+
+
+def test_onnx_runtime_leaves_no_identifier_of_the_machine(tmp_path: Path) -> None:
+    require("onnx")
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    script = "from dcar_core.runtimes.onnx_graph import library; library()"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | home, check=True)
+    assert list(tmp_path.iterdir()) == []
