@@ -27,7 +27,7 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
         file: the opened tar, when `path` is a URL.
 
     Raises:
-        DataError: not a tar, a compressed tar, or a tar with more data behind its last member.
+        DataError: not a tar, a compressed tar, one with sparse files, or one with more data behind its last member.
     """
     members: dict[str, TarSpan] = {}
     last = ""
@@ -35,6 +35,8 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
         with tarfile.open(path, "r:", fileobj=file) as tar:
             for member in tar:
                 last = member.name
+                if member.issparse():
+                    raise DataError(f"{path} has {last} as a sparse file; create it again without tar's option -S")
                 if member.isreg():
                     members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
                 elif member.islnk() and (target := members.get(member.linkname.removeprefix("./"))):

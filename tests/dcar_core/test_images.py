@@ -211,6 +211,16 @@ def test_tar_with_data_after_its_end_is_refused(data: bytes, says: str, tmp_path
         index_tar("memory://t.tar", io.BytesIO(data))
 
 
+def test_tar_with_sparse_files_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.png")
+        member.pax_headers = {"GNU.sparse.map": "0,3", "GNU.sparse.size": "4096"}  # as `tar -S` writes it
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    with pytest.raises(DataError, match=r"t\.tar has a\.png as a sparse file; create it again without tar's option -S"):
+        index_tar(tmp_path / "t.tar")
+
+
 @pytest.mark.parametrize("end", [0, 512, 1024, 10_240, 3_000_000])
 def test_a_tar_may_end_with_any_number_of_zeros(end: int, tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(TAR[:7680] + bytes(end))
