@@ -1,6 +1,7 @@
 """Image files by name: in folders, and in uncompressed tars that are indexed once and then read by offset."""
 
 import tarfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def _require_end(path: Path | str, tar: tarfile.TarFile, last: str) -> None:
 class ImageRoot:
     """The images of a data set by name: files below a folder, and members of the tars that lie in it.
 
-    A member is known by its own name and by "shard.tar/member", which stays unique when shards repeat names.
+    A member is known by "shard.tar/member", and by its own name unless several shards have it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +80,12 @@ class ImageRoot:
         self.path = path
         tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
         self.shards = {tar.name: (tar, index_tar(tar)) for tar in tars}
-        self._members = {name: (tar, span) for tar, members in self.shards.values() for name, span in members.items()}
+        shards = Counter(name for _, members in self.shards.values() for name in members)
+        self._members = {
+            name if shards[name] == 1 else f"{tar.name}/{name}": (tar, span)
+            for tar, members in self.shards.values()
+            for name, span in members.items()
+        }
 
     def _member(self, name: str) -> tuple[Path, TarSpan] | None:
         if name in self._members:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcar_core.data.image_lookup import ImageFinder
 from dcar_core.images import ImageRoot, colours, index_tar, inspect, open_image, upright_size
 from dcar_core.util.errors import DataError, ImageError
 from tests.support.hostile_images import png_of_size
@@ -136,6 +137,21 @@ def test_images_are_read_from_folders_and_tars(tmp_path: Path) -> None:
         ImageRoot(tmp_path)
 
 
+def test_members_that_several_tars_have_are_known_by_their_tar_alone(tmp_path: Path) -> None:
+    for shard in ("a", "b"):
+        (tmp_path / f"{shard}.tar").write_bytes(tar_bytes("1.png", f"{shard}.png", fill=shard.encode()))
+    root = ImageRoot(tmp_path)
+    assert root.names() == ["a.png", "a.tar/1.png", "b.png", "b.tar/1.png"]
+    assert [name for name in ("1.png", "a.png", "a.tar/a.png", "b.tar/1.png") if name not in root] == ["1.png"]
+    assert (root.read("a.tar/1.png")[:1], root.read("b.tar/1.png")[:1]) == (b"a", b"b")
+    with pytest.raises(ImageError, match=r"no file 1\.png"):
+        root.read("1.png")
+    found = [
+        ImageFinder(root, frozenset()).find(name) for name in ("1.png", "other/1.png", "other/a.png", "b.tar/1.png")
+    ]
+    assert found == [None, None, "a.png", "b.tar/1.png"]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "I;16B", "I", "F"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
 def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,13 +190,13 @@ def test_large_image_is_in_memory_once(mode: str, own: int, tmp_path: Path) -> N
     assert peak_memory(data, "exact", tmp_path) < (own + 4) * side**2 + room
 
 
-def tar_bytes(*names: str) -> bytes:
+def tar_bytes(*names: str, fill: bytes = b"x") -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
             member = tarfile.TarInfo(name)
             member.size = 700  # with its header 1536 bytes
-            tar.addfile(member, io.BytesIO(b"x" * 700))
+            tar.addfile(member, io.BytesIO(fill * 700))
     return buffer.getvalue()
 
 
