@@ -5,7 +5,7 @@
 - A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is no value.
-- The columns in LIST_COLUMNS hold several texts: a JSON list, or texts with bars between them.
+- The columns in LIST_COLUMNS hold several texts: a JSON list, or texts between bars; `attributes` holds a JSON list.
 - A line that cannot be read is an error, or is passed to `on_bad_line` and skipped.
 """
 
@@ -70,7 +70,7 @@ def read_records(
     if suffix == ".csv":
         rows = _read_csv_rows(name, open_file, used_columns, on_bad_line)
         return (
-            (line, {column: texts_of_cell(cell) if column in LIST_COLUMNS else cell for column, cell in row.items()})
+            (line, {column: _OF_COLUMN[column](cell) if column in _OF_COLUMN else cell for column, cell in row.items()})
             for line, row in rows
         )
     return _read_parquet(name, open_file, used_columns)
@@ -195,6 +195,7 @@ def _json_list(cell: str) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
+_OF_COLUMN: dict[str, Callable[[str], Any]] = {**dict.fromkeys(LIST_COLUMNS, texts_of_cell), "attributes": _json_list}
 _OF_CELL: dict[str, Callable[[str], Any]] = {
     "int": int, "float": float, "bool": lambda cell: cell.casefold() == "true", "texts": texts_of_cell, "text": str,
 }  # fmt: skip

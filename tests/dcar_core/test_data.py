@@ -178,6 +178,15 @@ def test_attributes_of_another_form_are_ignored(attributes: object, tmp_path: Pa
     assert SKIPPED_ROWS not in report.counts
 
 
+def test_attributes_of_a_csv_are_a_json_list(tmp_path: Path) -> None:
+    rows = [("a", "red | fast"), ("b", "[3]"), ("c", '["red", "two | doors"]')]
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption", "attributes"), *((f"{n}.png", n, cell) for n, cell in rows)])
+    data, report = load_split(tmp_path, "train", image_policy="ignore")
+    assert [sample.attributes for sample in data.samples] == [(), (), ("red", "two | doors")]
+    assert SKIPPED_ROWS not in report.counts
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("Image,Caption\na.png,a\n")
