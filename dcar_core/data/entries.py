@@ -96,10 +96,10 @@ def required_text(entry: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def label_text(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
-    """Return the first filled field as text, such as the number 0, or "". Raise DataError for a list or object."""
+    """Return the first filled field as text, such as the number 0, or "". Raise DataError for anything else."""
     for name in names:
         value = entry.get(name)
-        if isinstance(value, list | dict):
+        if isinstance(value, list | dict | bytes):
             raise DataError(f"{where}: field {name!r} must be one text, not {json.dumps(value, default=str)[:60]}")
         if value is not None and value == value and str(value).strip():
             return str(value)

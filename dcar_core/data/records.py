@@ -208,16 +208,19 @@ def _read_parquet(
     import pyarrow.parquet as pq
 
     row = 0
-    try:
-        with open_file() as source, pq.ParquetFile(source) as file:
-            names = file.schema_arrow.names
-            columns = names if used_columns is None else [column for column in names if column in used_columns]
-            for batch in file.iter_batches(columns=columns):
-                for record in _batch_records(name, batch, row):
-                    row += 1
-                    yield row, record
-    except pa.ArrowException as error:
-        raise DataError(f"{name} is not a parquet file: {error}") from error
+    with open_file() as source:
+        try:
+            with pq.ParquetFile(source) as file:
+                names = file.schema_arrow.names
+                columns = names if used_columns is None else [column for column in names if column in used_columns]
+                for batch in file.iter_batches(columns=columns):
+                    for record in _batch_records(name, batch, row):
+                        row += 1
+                        yield row, record
+        except pa.ArrowException as error:
+            raise DataError(f"{name} is not a parquet file: {error}") from error
+        except OSError as error:
+            raise DataError(f"{name} is damaged, or cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _batch_records(name: str, batch: "pa.RecordBatch", rows_before: int) -> list[Record]:

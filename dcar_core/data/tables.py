@@ -9,7 +9,7 @@
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
         if suffix != ".jsonl":
             for columns in (IMAGE_COLUMNS, *(() if may_lack_caption else (_CAPTION_COLUMNS,))):
                 if set(columns).isdisjoint(row):
-                    has = f"it has {', '.join(row) or 'none'}"
+                    has = f"it has {', '.join(_columns(file, row)) or 'none'}"
                     raise DataError(f"{file} has no column {' or '.join(columns)}, which every row needs; {has}")
         if may_lack_caption and row.get("caption") is None and row.get("captions") is None:
             row["caption"] = ""
@@ -49,6 +49,16 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
         with limit.row():
             yield _make_entry(row, f"{file}, {'row' if suffix == '.parquet' else 'line'} {number}", image)
     limit.finish()
+
+
+def _columns(file: Path, row: Mapping[str, Any]) -> Iterable[str]:
+    """Return all columns of a table; a row of a Parquet file has those that are used."""
+    if file.suffix.lower() != ".parquet":
+        return row
+    import pyarrow.parquet as pq
+
+    names: list[str] = pq.read_schema(file).names
+    return names
 
 
 def _make_entry(row: Mapping[str, Any], where: str, image: object) -> Entry:

@@ -104,3 +104,18 @@ def test_a_parquet_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"caption": "a"}]), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="no column file_name or image or path, which every row needs; it has caption"):
         load_split(tmp_path, "train")
+    pq.write_table(pa.Table.from_pylist([{"img": "a.png", "text": "a"}]), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="path, which every row needs; it has img, text"):
+        load_split(tmp_path, "train")
+    pq.write_table(pa.Table.from_pylist([{"image": "a.png", "caption": "a"}]), tmp_path / "train.parquet")
+    content = bytearray((tmp_path / "train.parquet").read_bytes())
+    content[4:40] = b"\xff" * 36
+    (tmp_path / "train.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.parquet is damaged, or cannot be read: .+"):
+        load_split(tmp_path, "train")
+
+
+def test_a_binary_column_is_no_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.png"], "caption": ["a"], "category": [b"cat"]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="row 1: field 'category' must be one text, not \"b'cat'\""):
+        load_split(tmp_path, "train")
