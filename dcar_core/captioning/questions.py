@@ -32,7 +32,13 @@ _JUDGE = (
     'JSON alone: {{"accept": true or false, "feedback": "what is wrong and how to mend it, in one sentence"}}'
 )
 _THOUGHT_BEGINS, _THOUGHT_ENDS = (re.compile(tag, re.IGNORECASE) for tag in ("<think(?:ing)?>", "</think(?:ing)?>"))
-_LABEL = re.compile(r"^\W*(sure|certainly|here('s| is)[^:\n]{0,60}|(the )?caption)\W*:\s*", re.IGNORECASE)
+_CONSENT, _NAME = "(?:sure|certainly|of course)", r"(?:here(?:['\u2019]s| is)[^:\n]{0,60}|(?:the )?(?:image )?caption)"
+_LABEL = re.compile(rf"^\W*(?:{_CONSENT}\b\W*{_NAME}?|{_NAME})\W*:\s*", re.IGNORECASE)
+# The first quotation mark inside must be an opening one: a closing one would end the quotation at the start.
+_QUOTED = re.compile(
+    '["\u201c]([^"\u201c\u201d]*(?:\\s["\u201c].*)?)["\u201d]'
+    "|['\u2018]((?:[^'\u2018\u2019]|(?<=\\w)['\u2019](?=\\w))*(?:\\s['\u2018].*)?)['\u2019]"
+)
 _WORD = re.compile(r"^[^\w{]*(?:verdict\W+)?(accept(?:ed)?|yes|reject(?:ed)?|no)\b[\s:,.\-]*", re.IGNORECASE)
 _FIELDS = frozenset({"category", "dataset", "words"})
 
@@ -110,8 +116,8 @@ def tidy_draft(answer: str) -> str:
     text = _without_thoughts(answer)
     text = _LABEL.sub("", text)
     text = " ".join(re.sub(r"[*#`]+", "", text).split())
-    quoted = re.fullmatch(r"[\"'\u201c\u2018](.*)[\"'\u201d\u2019]", text)
-    return quoted[1].strip() if quoted else text
+    quoted = _QUOTED.fullmatch(text)
+    return (quoted[1] or quoted[2] or "").strip() if quoted else text
 
 
 def read_verdict(answer: str) -> Judgement | None:

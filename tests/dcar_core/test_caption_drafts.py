@@ -108,6 +108,39 @@ def test_drafts_are_cleaned() -> None:
     assert tidy_draft("Here is a caption for the picture: An owl.") == "An owl."
     assert tidy_draft("\u201cAn owl.\u201d") == "An owl."
     assert tidy_draft('An owl and a sign: "open".') == 'An owl and a sign: "open".'
+    assert tidy_draft('"An owl and a sign: "open"."') == 'An owl and a sign: "open".'
+    assert tidy_draft("'A barn owl's nest'") == "A barn owl's nest"
+    assert tidy_draft('""') == ""
+
+
+@pytest.mark.parametrize(
+    "lead",
+    [
+        "Sure: ",
+        "Sure! Here is the caption: ",
+        "Of course! Here\u2019s the caption:\n\n",
+        "Certainly. The caption: ",
+        "Image caption: ",
+        "**The image caption:** ",
+    ],
+)
+def test_lead_ins_are_removed(lead: str) -> None:
+    assert tidy_draft(f"{lead}A beagle on grass.") == "A beagle on grass."
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        '"Barn owl" beside a sign that says "Farm"',
+        "\u201cBarn owl\u201d beside a sign that says \u201cFarm\u201d",
+        "'Barn owl' beside a sign that says 'Farm'",
+        '"Barn owl" on the farm of the Smiths\'',
+        "Of course a beagle has ears: long ones.",
+        ":) on a sign",
+    ],
+)
+def test_other_drafts_stay_as_they_are(draft: str) -> None:
+    assert tidy_draft(draft) == draft
 
 
 def test_half_of_a_surrogate_pair_in_a_verdict_is_replaced(photos: Path) -> None:
