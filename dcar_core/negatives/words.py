@@ -1,7 +1,7 @@
 """Names in captions: find them as whole words, and replace them with correct article, number and spelling.
 
-- Case, underscores and hyphens are folded: "A morning_glory" contains "Morning glory"; "catalogue" and "cat-like" do
-  not contain "cat".
+- Case, underscores, hyphens and typographic signs are folded: "A morning_glory" contains "Morning glory"; "catalogue"
+  and "cat-like" do not contain "cat".
 - Scripts without spaces between words, such as Chinese and Thai, show no whole words; names are found anywhere in them.
 - Singular and plural forms are found too, and replaced by the same number of the new name.
 - A preceding "a" or "an" follows the sound of the new word, as far as its spelling shows it.
@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-_GAP = r"[\s_\-]+"
+_GAP = r"[\s_\-\u2010-\u2013]+"
+_APOSTROPHE = "['\u2019\u02bc]"
 # Kana, Chinese characters, Thai, Lao, Burmese and Khmer
 _UNSPACED = (
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -21,8 +22,8 @@ _UNSPACED = (
 )
 _OF_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _SPACED = rf"[^\W_{_UNSPACED}]"
-_NOT_BEFORE = f"(?<!{_SPACED})(?<!{_SPACED}-)"
-_NOT_AFTER = f"(?!-?{_SPACED})"
+_NOT_BEFORE = f"(?<!{_SPACED})(?<!{_SPACED}[\\-\u2010\u2011])"
+_NOT_AFTER = f"(?![\\-\u2010\u2011]?{_SPACED})"
 _ARTICLE = re.compile(r"(?<![^\W_])(a|an)([\s_]+)$", re.IGNORECASE)
 _SENTENCE_START = re.compile(r"(^|[.!?][\s\"']+)$")
 _PREPOSITION = re.compile(r"\s(?:of|in|on|with|at|de|du|la|over|under)\s", re.IGNORECASE)
@@ -76,8 +77,9 @@ class Mention(NamedTuple):
 
 
 def fold_name(name: str) -> str:
-    """Fold case, underscores, hyphens, spacing and Unicode forms of a name for comparison."""
-    return " ".join(filter(None, re.split(_GAP, unicodedata.normalize("NFKC", name).casefold())))
+    """Fold case, underscores, hyphens, apostrophes, spacing and Unicode forms of a name for comparison."""
+    straight = re.sub(_APOSTROPHE, "'", unicodedata.normalize("NFKC", name).casefold())
+    return " ".join(filter(None, re.split(_GAP, straight)))
 
 
 def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[Mention]:
@@ -190,7 +192,7 @@ def _irregular(low: str, forms: Mapping[str, str], last_parts: Sequence[str]) ->
 def _pattern(name: str) -> re.Pattern[str]:
     forms = {name, plural(name), singular(name)}
     parts = {_GAP.join(map(re.escape, re.split(_GAP, unicodedata.normalize("NFC", form).strip()))) for form in forms}
-    either = "|".join(sorted(parts, key=lambda part: (-len(part), part)))
+    either = re.sub(_APOSTROPHE, _APOSTROPHE, "|".join(sorted(parts, key=lambda part: (-len(part), part))))
     before = "" if _OF_UNSPACED.match(name.strip()[:1]) else _NOT_BEFORE
     after = "" if _OF_UNSPACED.match(name.strip()[-1:]) else _NOT_AFTER
     return re.compile(f"{before}(?:{either}){after}", re.IGNORECASE)

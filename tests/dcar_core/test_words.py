@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from dcar_core.negatives.lexicon import swap_attributes
-from dcar_core.negatives.words import article, find_mentions, plural, replace_name, singular
+from dcar_core.negatives.words import article, find_mentions, fold_name, plural, replace_name, singular
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,11 @@ from dcar_core.negatives.words import article, find_mentions, plural, replace_na
         ("a pair of birds of paradise", "bird of paradise", "fern", "a pair of ferns"),
         ("one bus", "buses", "tram", "one tram"),
         ("some foxes", "fox", "sheep", "some sheep"),
+        ("A colt\u2019s foot in grass", "colt's foot", "iris", "An iris in grass"),
+        ("A colt's foot in grass", "Colt\u02bcs Foot", "iris", "An iris in grass"),
+        ("Two Mercedes\u2011Benz cars", "Mercedes-Benz", "Audi", "Two Audi cars"),
+        ("Two Mercedes-Benz cars", "Mercedes\u2013Benz", "Audi", "Two Audi cars"),
+        ("a cat\u2011like animal, a non\u2010cat", "cat", "dog", None),
         ("This is a photo of Apply_Eye_Makeup.", "Apply Eye Makeup", "Pole Vault", "This is a photo of Pole_Vault."),
         ("a morning-glory", "morning glory", "tree poppy", "a tree-poppy"),
         ("a sphynx sleeps", "Sphynx", "Egyptian Mau", "an egyptian mau sleeps"),
@@ -47,6 +52,10 @@ def test_a_name_is_replaced_as_a_whole_word(caption: str, name: str, new: str, e
     places = find_mentions(caption, name)
     assert bool(places) == (expected is not None)
     assert replace_name(caption, places, name, new) == (expected or caption)
+
+
+def test_typographic_signs_are_folded() -> None:
+    assert fold_name("Colt\u2019s\u2011Foot") == fold_name("colt's foot") == fold_name("colt\u02bcs\u2013foot")
 
 
 def test_part_of_a_longer_category_does_not_match() -> None:
