@@ -96,14 +96,15 @@ def rank_categories(
     ranked: dict[str, list[str]] = {}
     for members in groups.values():
         vectors = features([names[key] for key in members])
+        by_name = np.argsort(np.argsort(members))
+        row_of = {key: row for row, key in enumerate(members)}
         for row, key in enumerate(members):
             near = np.round(vectors @ vectors[row], 4)  # rounded, to be equal on every device
-            asked = {other: place for place, other in enumerate(similar.get(key, ()))}
-            others = sorted(
-                (other for other in range(len(members)) if other != row),
-                key=lambda i: (asked.get(members[i], len(asked)), -near[i], members[i]),
-            )
-            ranked[key] = [names[members[other]] for other in others]
+            asked = np.full(len(members), np.inf)
+            for place, other in enumerate(similar.get(key, ())):
+                if other in row_of:
+                    asked[row_of[other]] = place
+            ranked[key] = [names[members[i]] for i in np.lexsort((by_name, -near, asked)) if i != row]
     for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
         said = [names[other] for other in order if other != key]  # the file's order comes first, across groups
         ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in order)]
@@ -163,10 +164,7 @@ def cluster_names(features: NameVectors) -> list[int]:
     """Cluster (n, d) normalised rows by spherical k-means with distant starts; no cluster has a single row."""
     n = len(features)
     k = max(1, round(n / CLUSTER))
-    chosen = [int(np.argmax(features @ features.mean(0)))]
-    while len(chosen) < k:
-        chosen.append(int(np.argmin((features @ features[chosen].T).max(1))))
-    centres = features[chosen]
+    centres = features[distant_rows(features, k)]
     of = np.zeros(n, np.int64)
     for _ in range(30):
         before, of = of, np.argmax(np.round(features @ centres.T, 6), axis=1)
@@ -179,6 +177,16 @@ def cluster_names(features: NameVectors) -> list[int]:
             near[row] = -np.inf
             of[row] = of[int(np.argmax(near))]
     return [int(cluster) for cluster in of]
+
+
+def distant_rows(features: NameVectors, k: int) -> list[int]:
+    """Choose k of (n, d) normalised rows: the most typical one, then always the one that is least like those chosen."""
+    chosen = [int(np.argmax(features @ features.mean(0)))]
+    near = np.full(len(features), -np.inf)  # the cosine of the nearest chosen row
+    while len(chosen) < k:
+        near = np.maximum(near, np.round(features @ features[chosen[-1]], 6))
+        chosen.append(int(np.argmin(near)))
+    return chosen
 
 
 def letter_features(names: Sequence[str]) -> NameVectors:

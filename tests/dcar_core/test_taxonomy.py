@@ -9,10 +9,13 @@ import pytest
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import add_negatives, backbone_views
-from dcar_core.negatives.taxonomy import cluster_names, letter_features, load_taxonomy, rank_categories
+from dcar_core.negatives.taxonomy import cluster_names, distant_rows, letter_features, load_taxonomy, rank_categories
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json
 from tests.support.negatives import CATS, FELINE, made, sample, split
+
+WORDS = ("ant", "bear", "cat", "crane", "deer", "dove", "eagle", "finch", "fox", "goat", "hare", "ibis", "jay", "kite",
+        "lark", "mole", "newt", "otter")  # fmt: skip
 
 
 def test_categories_keep_the_order_of_the_data(tmp_path: Path) -> None:
@@ -55,6 +58,30 @@ def test_names_are_clustered_by_clip(backbone: Backbone, tmp_path: Path) -> None
     order = {s.image: [c for c in s.negative_categories if c != s.category] for s in done.samples}
     assert order == {s.image: [c for c in s.negative_categories if c != s.category] for s in again.samples}
     assert all(order.values())
+
+
+def many_names(count: int) -> list[str]:
+    return [f"{first} {second}" for first in sorted(WORDS) for second in sorted(WORDS)][:count]
+
+
+def test_starts_of_the_clusters_are_distant_from_all_before() -> None:
+    features = letter_features(many_names(300))
+    rows = distant_rows(features, 40)
+    for k in range(1, 40):
+        assert rows[k] == np.argmin(np.round(features @ features[rows[:k]].T, 6).max(1))
+
+
+def test_similar_categories_are_those_asked_for_then_the_nearest_by_name() -> None:
+    names = many_names(100)[::-1]
+    asked = Sample("a.png", "a", names[50], negative_categories=tuple(names[70:80]))
+    samples = [Sample("b.png", "b", name) for name in names]
+    samples = [replace(each, meta_category="all") for each in (asked, *samples)]
+    ranked = rank_categories(samples, None, letter_features, CleaningReport())
+    for name in names:
+        cosine = dict(zip(names, np.round(letter_features(names) @ letter_features([name])[0], 4), strict=True))
+        first = sorted(names[70:80]) if name == names[50] else []
+        others = sorted(set(names) - {name, *first}, key=lambda other: (-cosine[other], other))
+        assert ranked[name] == [*first, *others]
 
 
 @pytest.mark.parametrize(
