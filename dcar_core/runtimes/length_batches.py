@@ -32,7 +32,7 @@ def _cheapest_edges(ascending: NDArray[np.int64], batch_size: int) -> list[int]:
     for i, stop in enumerate(points[1:], start=1):
         longest = int(ascending[stop - 1])
         best[stop] = float("inf")
-        for start in reversed(points[:i]):
+        for start in map(points.__getitem__, range(i - 1, -1, -1)):
             if stop - start > batch_size:
                 break
             cost = best[start] + PASS_COST + longest * (stop - start)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +197,12 @@ def test_length_batches_pad_little() -> None:
     assert len(group_by_length(np.array([5] * 8 + [60]), 32)) == 2
     assert len(group_by_length(np.array([5, 5, 60]), 32)) == 1, "another pass costs more than the padding"
     assert len(group_by_length(np.full(10, 7), 32)) == 1
+
+
+def test_many_texts_are_grouped_in_little_time() -> None:
+    started = time.process_time()
+    assert len(group_by_length(np.full(200_000, 7), 1)) == 200_000
+    assert time.process_time() - started < 5  # 0.7 s; 20 s if each step costs all before it
 
 
 @pytest.mark.slow
