@@ -27,6 +27,7 @@ from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranking, rank, reason_of, save_ranking
 from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime, median_seconds
 from dcar_core.util.arrays import Floats, Pixels, Rows
+from dcar_core.util.errors import DataError, ImageError
 from dcar_core.util.processes import in_own_process
 from dcar_core.util.retrieval_metrics import recall_at_k
 
@@ -153,12 +154,22 @@ def _update_ranking(loaded: LoadedModel, rows: Sequence[RuntimeResult]) -> str:
 def _read(encoder: Encoder, test: Dataset, limit: int) -> tuple[BenchmarkData, DecodingSpeed]:
     samples = test.samples[:limit]
     names = replace(test, samples=samples).images
-    pixels = np.stack([encoder.preprocess(test.read(name)) for name in names])
+    pixels = _pixels(encoder, test, names)
     row_of = {name: row for row, name in enumerate(names)}
     material = BenchmarkData(
         tuple(sample.caption for sample in samples), pixels, np.array([row_of[sample.image] for sample in samples])
     )
     return material, _measure_decoding(encoder, [test.read(name) for name in names[: 4 * PROBE_SIZE]])
+
+
+def _pixels(encoder: Encoder, data: Dataset, names: Sequence[str]) -> Pixels:
+    pixels = []
+    for name in names:
+        try:
+            pixels.append(encoder.preprocess(data.read(name)))
+        except ImageError as error:
+            raise DataError(f"{data.split}: {name}: {error}") from error
+    return np.stack(pixels)
 
 
 def _measure_decoding(encoder: Encoder, files: list[bytes]) -> DecodingSpeed:
@@ -204,7 +215,7 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     samples = load_split(data, split, image_root=images, image_policy="present")[0]
     step = max(1, len(samples) // SAMPLES)
     part = samples.samples[::step][:SAMPLES]
-    pixels = np.stack([encoder.preprocess(samples.read(sample.image)) for sample in part])
+    pixels = _pixels(encoder, samples, [sample.image for sample in part])
     calibrate(encoder.adapter, encoder.loaded, Probe(tuple(sample.caption for sample in part), pixels))
 
 

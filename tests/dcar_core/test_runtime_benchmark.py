@@ -1,6 +1,8 @@
 """`dcar benchmark`: measurements, ranking, and the choice that `auto` makes from them."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
+from dcar_core.data import load_split
 from dcar_core.runtimes.equality_proof import Proof, _lowest_cosine
 from dcar_core.runtimes.registry import LoadedModel
 from dcar_core.serving import runtime_benchmark as module
 from dcar_core.serving.runtime_benchmark import RuntimeResult, benchmark, format_report
 from dcar_core.serving.runtime_selection import Ranking, candidates, load_ranking, rank, save_ranking
 from dcar_core.serving.runtime_trial import RuntimeTrial
+from dcar_core.util.errors import DataError
 
 
 def trial(name: str, speed: float, *, holds: bool = True) -> RuntimeTrial:
@@ -71,6 +75,14 @@ def test_runtime_that_loses_recall_is_not_taken(
     assert unknown.trial is not None
     assert not unknown.trial.holds
     assert "no recall of torch" in unknown.reason
+
+
+def test_a_broken_image_is_named(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    (first, *_) = load_split(data, "test")[0].images
+    (data / first).write_bytes(b"")
+    with pytest.raises(DataError, match=f"^test: {re.escape(first)}: the file is empty$"):
+        benchmark(str(tiny_checkpoint), data, runtimes=["torch"], cache=tmp_path, device="cpu")
 
 
 def test_second_benchmark_replaces_the_first(
