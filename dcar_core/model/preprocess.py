@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core.images import MAX_PIXELS, ImageSource, open_image
+from dcar_core.util.errors import ModelError
 
 # Smallest input of the fast mode's filter, as a multiple of the result's side. At 2 some textures fall to a cosine of
 # 0.993, at 1 to 0.84.
@@ -54,7 +55,9 @@ class Preprocess:
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> "Preprocess":
         size = config["size"]
-        side = size if isinstance(size, int) else size[0]
+        side, *others = [size] if isinstance(size, int) else size
+        if any(other != side for other in others):
+            raise ModelError(f"the model takes images of {' x '.join(map(str, size))} pixels; they must be square")
         interpolation = config.get("interpolation", "bicubic")
         if interpolation not in _FILTERS:
             interpolation = "bicubic"

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dcar_core.model import open_clip_source
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -58,6 +58,16 @@ def test_directory_without_weights_is_refused(model: Path) -> None:
     (model / "open_clip_model.safetensors").unlink()
     with pytest.raises(ModelError, match="could not be loaded: Required pretrained weights"):
         load_backbone(BackboneSource(str(model)))
+
+
+def test_a_model_of_images_that_are_not_square_is_refused(model: Path) -> None:
+    source = edit(model, "vision_cfg", image_size=[32, 48])
+    weights = model / "open_clip_model.safetensors"
+    state = load_file(weights)
+    place = state["visual.positional_embedding"]
+    save_file(state | {"visual.positional_embedding": place[:1].repeat(1 + 4 * 6, 1)}, str(weights))
+    with pytest.raises(ModelError, match=r"^the model takes images of 32 x 48 pixels; they must be square$"):
+        load_backbone(source)
 
 
 def test_missing_tokenizer_file_is_named(model: Path) -> None:
