@@ -24,7 +24,7 @@ def take_shots(data: Dataset, count: int, seed: int) -> Dataset:
     Random(seed).shuffle(rows)
     taken = dict[str, list[int]]()
     for row in rows:
-        own = taken.setdefault(data.samples[row].category, [])
+        own = taken.setdefault(fold_name(data.samples[row].category), [])
         if len(own) < count:
             own.append(row)
     taken.pop("", None)

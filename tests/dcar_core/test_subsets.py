@@ -117,6 +117,11 @@ def test_fewer_shots_are_a_part_of_more(tiny_data: Path) -> None:
     few, more = (take_shots(sample_split, count, seed=1).samples for count in (1, 2))
     assert len(few) == len({sample.category for sample in sample_split.samples})
     assert {s.image for s in few} < {s.image for s in more}
+    upper = (replace(s, category=s.category.upper() if row % 2 else s.category) for row, s in enumerate(more))
+    assert (
+        take_shots(replace(sample_split, samples=list(upper)), 1, seed=1).images
+        == take_shots(replace(sample_split, samples=more), 1, seed=1).images
+    )
     bare = replace(sample_split, samples=[replace(sample, category="") for sample in sample_split.samples])
     with pytest.raises(DataError, match="--shots counts pairs of a category, but no training pair has one"):
         take_shots(bare, 1, seed=0)
