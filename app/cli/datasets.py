@@ -81,12 +81,12 @@ def negatives_command(
 @commands.command(
     "caption",
     epilog=example(
-        "dcar data caption --images photos --out captions.json --url http://127.0.0.1:8000/v1 --model MODEL"
+        "dcar data caption --images photos --out photos/pairs.json --url http://127.0.0.1:8000/v1 --model MODEL"
     ),
 )
 def caption_command(
     images: Annotated[Path, typer.Option(help="Folder with one folder of images for each category.")],
-    out: Annotated[Path, typer.Option(help="Annotations to write, such as captions.json.")],
+    out: Annotated[Path, typer.Option(help="Annotations to write, such as photos/pairs.json.")],
     url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")],
     model: Annotated[str, typer.Option(help="Vision model at the endpoint that writes the drafts.")],
     judge_model: Annotated[str | None, typer.Option(help="Model that judges the drafts. Default: --model.")] = None,

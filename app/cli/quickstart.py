@@ -104,20 +104,19 @@ def _short_hash(place: Path) -> str:
 
 
 def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool) -> str:
-    images = shlex.quote(str(gallery))
+    images, pairs = shlex.quote(str(gallery)), shlex.quote(str(gallery / "pairs.json"))
     if has_captions:
-        start, data = "To adapt the model to the captions, and serve the result:\n", images
+        start = "To adapt the model to the captions, and serve the result:\n"
     else:
         start = (
             "To adapt the model, write a table of captions (docs/tutorial.md). With a folder per category, a vision\n"
             "model can write it:\n"
-            f"  dcar data caption --images {images} --out captions.json --url URL --model MODEL\n"
+            f"  dcar data caption --images {images} --out {pairs} --url URL --model MODEL\n"
         )
-        data = f"captions.json --images {images}"
-    validation = f" --validation {images}" if has_captions else ""
     return (
-        f"{start}  dcar train --data {data} {shlex.join(source)} --out adapted\n"
-        f"  dcar index build --gallery {images} --checkpoint adapted --out {shlex.quote(str(index))}{validation}\n"
+        f"{start}  dcar train --data {images} {shlex.join(source)} --out adapted\n"
+        f"  dcar index build --gallery {images} --checkpoint adapted --out {shlex.quote(str(index))}"
+        f" --validation {images}\n"
         f"Stop with Ctrl-C."
     )
 

@@ -1,8 +1,8 @@
 """Splits of a data set: which files hold them, and one split as a `Dataset`.
 
 - A directory has one file for each split: `train.json` (or cars_train.json), `train.jsonl`, .csv, .parquet, `train.tar`
-  or `train-*.tar`; or one table `pairs.jsonl`, `.csv` or `.parquet`. Without any, a gallery's own files are read: its
-  `metadata` table, otherwise its tars. A single file may be given instead of a directory.
+  or `train-*.tar`; or one table `pairs.jsonl`, `.csv`, `.parquet` or `.json`. Without any, a gallery's own files are
+  read: its `metadata` table, otherwise its tars. A single file may be given instead of a directory.
 - A column or the file's name states the split; otherwise a hash of the image's name decides.
 - Data with a train split but no val gives a tenth of its training images to validation.
 """
@@ -35,8 +35,8 @@ _NAMES = {split: (split, *(alias for alias, meant in _ALIASES.items() if meant =
 _IN_NAME = re.compile(rf"(?:^|[_\-.])({'|'.join([*SPLITS, *_ALIASES])})(?:$|[_\-.]\d+$)", re.IGNORECASE)
 _TABLES = (".jsonl", ".csv", ".parquet")
 _FORMS = (
-    "pairs.csv, .jsonl or .parquet with the columns image and caption, train.json (FDRD's form), train.jsonl, .csv, "
-    ".parquet or .tar, or a gallery's metadata file or tars"
+    "pairs.csv, .jsonl or .parquet with the columns image and caption, pairs.json or train.json (FDRD's form), "
+    "train.jsonl, .csv, .parquet or .tar, or a gallery's metadata file or tars"
 )
 _UPPER_BOUNDS = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # of a hash in [0, 1)
 
@@ -225,7 +225,7 @@ def annotation_files(path: Path, split: str) -> list[Path]:
         named += sorted(path.glob(f"*_{name}.json"))
     if len(named) > 1:
         raise DataError(f"{path} has several files for {split} ({shorten([p.name for p in named])}); name one of them")
-    return named or _table(path, "pairs")
+    return named or _table(path, "pairs") or [file for file in (path / "pairs.json",) if file.is_file()]
 
 
 def _table(path: Path, name: str) -> list[Path]:

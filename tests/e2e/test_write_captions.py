@@ -1,0 +1,44 @@
+"""The commands of docs/how-to/write-captions.md: from captions of a vision model to an index that has them."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import app
+from index_jobs.store.versions import open_current
+from tests.support.images import draw
+from tests.support.paths import ROOT
+from tests.support.vision_server import VisionServer
+
+MODEL = "--model ViT-B-32-quickgelu --pretrained openai"
+COLORS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("square", "circle", "triangle", "cross")
+
+
+def commands() -> list[str]:
+    page = (ROOT / "docs" / "how-to" / "write-captions.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    return [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("dcar ")]
+
+
+def test_captions_of_a_vision_model_reach_the_index(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, (shape, color) in enumerate((s, c) for s in SHAPES for c in COLORS):
+        (tmp_path / "photos" / shape).mkdir(parents=True, exist_ok=True)
+        draw(color, shape).save(tmp_path / "photos" / shape / f"photo {number}.png")
+    with VisionServer() as server:
+        for command, status in zip(commands(), ([0], [0, 3], [0]), strict=True):  # 3: one epoch made it no better
+            words = command.replace(MODEL, f"--model {tiny_model} --epochs 1")
+            words = re.sub(r"--url \S+", f"--url {server.url}", words)
+            done = CliRunner().invoke(app, shlex.split(words)[1:], catch_exceptions=False)
+            assert done.exit_code in status, (command, done.output)
+    artifact = open_current(tmp_path / "index")
+    items = [artifact.item(row) for row in range(artifact.rows)]
+    assert len(items) == len(COLORS) * len(SHAPES)
+    assert all(item.caption.startswith(f"A {item.category} on grass") for item in items)
+    assert artifact.manifest.cutoff, "the validation pairs were found"
