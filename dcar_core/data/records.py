@@ -1,7 +1,8 @@
 """Reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record maps columns to values.
 
 - Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows of commas alone, are skipped.
-- A column without a name, such as the row numbers of pandas, is left out of a CSV.
+- A column without a name, such as the row numbers of pandas, is left out of a CSV. Blanks around the
+  names of columns, and capitals in those that have a meaning here, make no difference.
 - A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is no value.
@@ -32,6 +33,7 @@ RECORD_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 TEXT_COLUMNS = frozenset({"id", "caption", "category", "class_name", "url", *IMAGE_COLUMNS})  # whatever they look like
 LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categories", "negative_class"})
+_KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
 # Numbers as programs write them; "007", "+1" and "1_000" are codes.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
@@ -124,10 +126,11 @@ def _read_csv_rows(
             header = file.readline()
             sign = _delimiter(header)
             # Strict: otherwise a quote that is never closed takes the following rows into its cell.
-            reader = csv.DictReader(chain([header], file), restval="", strict=True, delimiter=sign)
-            columns = reader.fieldnames or ()
+            reader = csv.DictReader(
+                chain([header], file), restval="", strict=True, delimiter=sign, skipinitialspace=True
+            )
+            reader.fieldnames = columns = _column_names(reader.fieldnames or ())
             _require_unique_columns(columns, name, used_columns)
-            unnamed = {column for column in columns if not column.strip()}
             line = reader.line_num
             for row in reader:
                 line = reader.line_num
@@ -137,8 +140,7 @@ def _read_csv_rows(
                     reason = f"more cells than the header has columns; quote a text that has {sign!r}"
                     on_bad_line(DataError(f"{name}, line {line}: {reason}"))
                     continue
-                for column in unnamed:
-                    del row[column]
+                row.pop("", None)
                 yield line, row
         except csv.Error as error:
             hint = "is a quote not closed, not doubled in a text, or followed by a blank?"
@@ -150,6 +152,12 @@ def _read_csv_rows(
 def _delimiter(header: str) -> str:
     """Return the sign that separates the columns of a CSV: the comma, or one that the header has in its place."""
     return "," if "," in header else next((sign for sign in ";\t" if sign in header), ",")
+
+
+def _column_names(header: Sequence[str]) -> list[str]:
+    """Return the names without blanks around them; known ones in lower case, unless the header has that name too."""
+    names = [name.strip() for name in header]
+    return [low if (low := name.lower()) in _KNOWN_COLUMNS - set(names) else name for name in names]
 
 
 def _require_unique_columns(columns: Sequence[str], name: str, used_columns: Sequence[str] | None) -> None:

@@ -189,8 +189,8 @@ def test_attributes_of_a_csv_are_a_json_list(tmp_path: Path) -> None:
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
-    table.write_text("Image,Caption\na.png,a\n")
-    with pytest.raises(DataError, match=r"has no column file_name or image or path, .*; it has Image, Caption"):
+    table.write_text("Picture,Text\na.png,a\n")
+    with pytest.raises(DataError, match=r"has no column file_name or image or path, .*; it has Picture, Text"):
         load_split(table, "train", image_policy="ignore")
     table.write_text("image;caption;split\na.png;a;train\n")
     assert load_split(table, "train", image_policy="ignore")[0].samples[0].caption == "a"

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dcar_core.data import load_split
 from dcar_core.images import formats
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
@@ -104,6 +105,20 @@ def test_columns_may_be_separated_by_other_signs(sign: str, tmp_path: Path) -> N
     assert (row["location"], row["caption"], row["metadata"]["weight"]) == ("a.png", "red, round", "10,50")
     with pytest.raises(DataError, match=r"no column .*; it has .*path"):
         scan(write_file(tmp_path / "l.csv", f"path{sign}x, y\na.png{sign}b\n".encode()))
+
+
+def test_capitals_and_blanks_in_a_header_make_no_difference(tmp_path: Path) -> None:
+    write_file(tmp_path / "1.png", png())
+    table = write_file(
+        tmp_path / "pairs.csv", b'Image; Caption;CATEGORY ;Split;Price\n1.png; "a red; round cup";cup;test;9\n'
+    )
+    (sample,) = load_split(tmp_path, "test")[0].samples
+    assert (sample.image, sample.caption, sample.category) == ("1.png", "a red; round cup", "cup")
+    row = rows_of(scan(tmp_path))["1.png"]
+    assert (row["caption"], row["category"], row["metadata"]["Price"]) == ("a red; round cup", "cup", 9)
+    table.write_text("ID,id,path,Url\nx,y,1.png,here\n")
+    ((_, record),) = read_gallery_records(str(table))
+    assert record == {"ID": "x", "id": "y", "path": "1.png", "url": "here"}
 
 
 @pytest.mark.parametrize("header", [",Unnamed: 0,path,size", "Unnamed: 0,,path,size, ", ",,Unnamed: 0,path,size,"])
