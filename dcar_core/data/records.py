@@ -146,7 +146,8 @@ def _read_csv_rows(
             hint = "is a quote not closed, not doubled in a text, or followed by a blank?"
             raise DataError(f"{name}, line {line + 1} is not CSV: {error}; {hint}") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{name} is not UTF-8 ({error.reason}); convert it first") from error
+            hint = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
+            raise DataError(f"{name} is not UTF-8 ({error.reason}); {hint}") from error
 
 
 def _delimiter(header: str) -> str:

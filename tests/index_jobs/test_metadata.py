@@ -121,6 +121,13 @@ def test_capitals_and_blanks_in_a_header_make_no_difference(tmp_path: Path) -> N
     assert record == {"ID": "x", "id": "y", "path": "1.png", "url": "here"}
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_table_of_excel_in_another_encoding_says_how_to_save_it(encoding: str, tmp_path: Path) -> None:
+    table = write_file(tmp_path / "l.csv", "path;caption\na.png;Früh\n".encode(encoding))
+    with pytest.raises(DataError, match=r"is not UTF-8 .*; save it as UTF-8 \(in Excel: Save As, \"CSV UTF-8"):
+        scan(table)
+
+
 @pytest.mark.parametrize("header", [",Unnamed: 0,path,size", "Unnamed: 0,,path,size, ", ",,Unnamed: 0,path,size,"])
 def test_columns_without_a_name_are_left_out(header: str, tmp_path: Path) -> None:
     cells = {"path": "a.png", "size": "9", "Unnamed: 0": "7"}
