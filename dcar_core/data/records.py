@@ -3,7 +3,8 @@
 - Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows of commas alone, are skipped.
 - A column without a name, such as the row numbers of pandas, is left out of a CSV. Blanks around the
   names of columns, and capitals in those that have a meaning here, make no difference.
-- A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it.
+- A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it. A first
+  line `sep=;` names the sign.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is no value.
 - The columns in LIST_COLUMNS hold several texts: a JSON list, or texts between bars; `attributes` holds a JSON list.
@@ -36,6 +37,7 @@ LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categor
 _KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
 # Numbers as programs write them; "007", "+1" and "1_000" are codes.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_SIGN_LINE = re.compile(r"\"?sep=(.)\"?[\r\n]*")  # before the header, for Excel
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
 
 
@@ -121,19 +123,21 @@ def _read_csv_rows(
     name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
-        line = 0
+        line = before = 0
         try:
             header = file.readline()
-            sign = _delimiter(header)
+            if named := _SIGN_LINE.fullmatch(header):
+                header, before = file.readline(), 1
+            sign = named[1] if named else _delimiter(header)
             # Strict: otherwise a quote that is never closed takes the following rows into its cell.
             reader = csv.DictReader(
                 chain([header], file), restval="", strict=True, delimiter=sign, skipinitialspace=True
             )
             reader.fieldnames = columns = _column_names(reader.fieldnames or ())
             _require_unique_columns(columns, name, used_columns)
-            line = reader.line_num
+            line = before + reader.line_num
             for row in reader:
-                line = reader.line_num
+                line = before + reader.line_num
                 if not any(row.values()):
                     continue
                 if None in row:

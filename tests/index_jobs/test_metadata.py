@@ -128,6 +128,15 @@ def test_a_table_of_excel_in_another_encoding_says_how_to_save_it(encoding: str,
         scan(table)
 
 
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"'])
+def test_a_first_line_names_the_sign(first: str, tmp_path: Path) -> None:
+    table = write_file(tmp_path / "l.csv", f"{first}\r\npath;a, b\r\na.png;9\r\n".encode())
+    assert list(read_gallery_records(str(table))) == [(3, {"path": "a.png", "a, b": 9})]
+    table.write_text(f"{first}\npath;size\na.png;9;9\n")
+    with pytest.raises(DataError, match=r"line 3: more cells .* quote a text that has ';'"):
+        scan(table)
+
+
 @pytest.mark.parametrize("header", [",Unnamed: 0,path,size", "Unnamed: 0,,path,size, ", ",,Unnamed: 0,path,size,"])
 def test_columns_without_a_name_are_left_out(header: str, tmp_path: Path) -> None:
     cells = {"path": "a.png", "size": "9", "Unnamed: 0": "7"}
