@@ -5,8 +5,8 @@ export const percent = (share) => `${Math.round(100 * Math.max(0, share))}%`;
 
 export const number = (value) => value.toLocaleString(undefined, { maximumFractionDigits: 2 });
 
-// Returns what an item is called: its caption, else its title, which may be that of its file.
-export const titleOf = ({ id, caption, metadata }) => caption || metadata?.title || id;
+// Returns what an item is called: its caption, else its title, else the name of its file.
+export const titleOf = ({ id, caption, metadata }) => caption || metadata?.title || metadata?.file_name?.split("/").pop() || id;
 
 // Returns "Frame colour" for "frame_colour". The column of row numbers that pandas saves has no name.
 export function fieldName(name) {

@@ -79,19 +79,18 @@ def list_folder(root: str) -> Iterator[GalleryImage]:
         if file_suffix(file.name) == ".tar":
             images += _tar_images(root, file, metadata)
         elif has_image_suffix(file.name):
-            images.append(replace(file, fields=metadata.find(file.name)) if metadata else file)
+            found = metadata.find(file.name) if metadata else {}
+            images.append(replace(file, fields=found) if found else _with_fields_of_name(file))
     if metadata and images:
         metadata.report_unused()
     for kind, count in skipped.most_common():
         noun, verb = ("file", "is") if count == 1 else ("files", "are")
         logger.warning("%d %s %s %s skipped: %s", count, kind, noun, verb, _HINTS[kind])
-    return _sorted_by_name(images if metadata else [_with_fields_of_name(image) for image in images])
+    return _sorted_by_name(images)
 
 
 def _with_fields_of_name(image: GalleryImage) -> GalleryImage:
     """Describe an image without metadata by its path: the folders are its category, the file name is its title."""
-    if image.offset != WHOLE_FILE:
-        return image
     folders, _, name = image.name.rpartition("/")
     return replace(image, fields={"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()})
 

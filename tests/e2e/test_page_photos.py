@@ -58,6 +58,21 @@ def test_photos_without_captions_show_their_titles_and_have_no_filter_by_title(p
     assert page.errors() == []
 
 
+def test_photos_without_captions_and_titles_show_the_names_of_their_files(
+    page: Page, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in ("a/1.png", "2.png"):
+        (tmp_path / "gallery" / name).parent.mkdir(parents=True, exist_ok=True)
+        draw("red", "cross").save(tmp_path / "gallery" / name)
+    (tmp_path / "list.csv").write_text("path,price\ngallery/a/1.png,1\ngallery/2.png,2\n")
+    rebuild(tmp_path / "list.csv", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+    with served(Settings(index=tmp_path / "index", device="cpu")) as address:
+        page.open(ready(address))
+        page.settled(2)
+        assert sorted(card.text.split("\n")[0] for card in page.all("#results .card")) == ["1.png", "2.png"]
+        assert page.errors() == []
+
+
 def test_explained_photos_keep_their_shape_under_an_aligned_map(both: Page, photos: str) -> None:
     page = both
     page.open(f"{photos}/#q=cross")

@@ -252,7 +252,7 @@ def test_folder_without_metadata_uses_its_annotations(tmp_path: Path, caplog: py
     write_file(tmp_path / "val.jsonl", "\n".join(map(json.dumps, rows)).encode())
     found = rows_of(scan(tmp_path))
     assert {name: (row["caption"], row["category"]) for name, row in found.items()} == {
-        "c.png": ("one", "x"), "d.png": ("", ""), "images/a.png": ("a red car", "car"), "images/b.png": ("", ""),
+        "c.png": ("one", "x"), "d.png": ("", ""), "images/a.png": ("a red car", "car"), "images/b.png": ("", "images"),
     }  # fmt: skip
     assert found["c.png"]["metadata"]["captions"] == ["one", "two"]
     write_file(tmp_path / "train.json", b'{"a": 7}')
@@ -302,6 +302,19 @@ def test_other_columns_of_training_annotations_are_fields_of_items(
     assert not {"7", "9"} & {row["id"] for row in found.values()}
     assert "1 missing images of the annotations in" in caplog.text
     assert "are left out: gone.png" in caplog.text
+
+
+@pytest.mark.parametrize("table", ["pairs.csv", "metadata.csv"])
+def test_images_that_a_table_leaves_out_are_described_by_their_paths(table: str, tmp_path: Path) -> None:
+    for name in ("owls/barn_owl.png", "cat.png"):
+        write_file(tmp_path / name, png())
+    write_file(tmp_path / table, b"file_name,caption,category\ncat.png,a green cat,cats\n")
+    rows = rows_of(scan(tmp_path))
+    assert (rows["cat.png"]["caption"], rows["cat.png"]["category"]) == ("a green cat", "cats")
+    assert (rows["owls/barn_owl.png"]["category"], rows["owls/barn_owl.png"]["metadata"]["title"]) == (
+        "owls",
+        "barn owl",
+    )
 
 
 def test_too_many_bad_rows_are_an_error_not_a_gallery_without_captions(tmp_path: Path) -> None:
