@@ -73,6 +73,8 @@ class GalleryMetadata:
         files: list[Path] = []
         try:
             files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
+            if not files:
+                _warn_of_unread_tables(Path(folder))
             if not files or any(file.suffix == ".tar" for file in files):
                 return None
             splits, reports = load_splits(Path(folder), image_policy="present")
@@ -126,6 +128,16 @@ class GalleryMetadata:
             )
         if unused:
             logger.warning("%d rows of %s name no image here, such as %s", len(unused), self.path, unused[0])
+
+
+def _warn_of_unread_tables(folder: Path) -> None:
+    """Warn about tables in a folder whose names are none that is read; files beside an image ("1.jpg.json") are not."""
+    tables = (path for path in folder.iterdir() if path.suffix.lower() in {*RECORD_SUFFIXES, ".json"})
+    if names := sorted(path.name for path in tables if path.name.count(".") == 1):
+        suffix = PurePosixPath(names[0]).suffix
+        forms = f"metadata{suffix} (column file_name) or pairs{suffix} (columns image and caption)"
+        name = "pairs.json (in the form of `dcar data caption`)" if suffix == ".json" else forms
+        logger.warning("%s is not read: call it %s", names[0], name)
 
 
 def _add_other_columns(table: str, records: Mapping[str, Record]) -> None:

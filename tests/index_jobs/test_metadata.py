@@ -317,6 +317,23 @@ def test_images_that_a_table_leaves_out_are_described_by_their_paths(table: str,
     )
 
 
+@pytest.mark.parametrize(
+    ("table", "advice"),
+    [
+        ("captions.csv", "call it metadata.csv (column file_name) or pairs.csv (columns image and caption)"),
+        ("captions.json", "call it pairs.json (in the form of `dcar data caption`)"),
+        ("a.png.json", ""),
+    ],
+)
+def test_a_table_of_another_name_is_no_secret(
+    table: str, advice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_file(tmp_path / "a.png", png())
+    write_file(tmp_path / table, b"file_name,caption\na.png,a green cat\n")
+    scan(tmp_path)
+    assert [record.message for record in caplog.records] == ([f"{table} is not read: {advice}"] if advice else [])
+
+
 def test_too_many_bad_rows_are_an_error_not_a_gallery_without_captions(tmp_path: Path) -> None:
     annotated_gallery(tmp_path, 4, {"image": "x.jpg"}, {"caption": "nothing"})
     with pytest.raises(DataError, match=r"line 5: field 'caption' is missing.*2 of 6 rows cannot be used; at most 10%"):
