@@ -51,9 +51,19 @@ def test_spellings_of_one_thing_share_a_term(one: str, other: str) -> None:
 
 
 def test_a_query_loses_stop_words_unless_it_has_no_others() -> None:
-    assert query_terms("a photo of the ghost") == ["photo", "ghost"]
-    assert query_terms("to be or not") == ["be", "not"]
-    assert query_terms("the of") == ["the", "of"]
+    for text, terms in (("a photo of the ghost", "photo ghost"), ("to be or not", "be not"), ("the of", "the of")):
+        assert query_terms(text, lambda _: True) == terms.split()
+
+
+def test_a_code_is_known_by_its_parts(tmp_path: Path) -> None:
+    write_lexical(tmp_path / "lexical", [f"IMG_{n:04}.jpg\nIMG {n:04}" for n in range(12)])
+    opened = LexicalIndex(tmp_path / "lexical")
+    for query in ("IMG_0010", "img0010", "IMG 0010"):
+        scores, rows = opened.search(query, 2)
+        assert (rows[0], scores[0] > 0.9, scores[1] < 0.2) == (10, True, True)
+        assert opened.known_share(query) == 1
+    assert opened.known_share("IMG_0099") == 1 / 3
+    assert query_terms("IMG_0099", {"img"}.__contains__) == ["img", "0099", "img0099"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@
 
 import re
 import unicodedata
+from collections.abc import Callable, Iterator
 
 _ACCENTS = re.compile("[\u0300-\u036f]")
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -24,25 +25,34 @@ _MAX_QUERY_TERMS = 64
 
 def index_terms(text: str) -> list[str]:
     """Return the terms of an item's text, in order, with repetitions."""
+    return [term for parts, code in _chunks(text) for term in (*parts, *code)]
+
+
+def _chunks(text: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the terms of the parts of each chunk, and that of the whole if it is a code."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     if not folded.isascii():
         folded = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", folded)))
-    terms: list[str] = []
     for match in _CHUNK.finditer(folded):
         chunk = match.group()
         if _CJK_START.match(chunk):
-            terms += [*chunk, *(chunk[i : i + 2] for i in range(len(chunk) - 1))]
+            yield [*chunk, *(chunk[i : i + 2] for i in range(len(chunk) - 1))], []
             continue
         parts = _PART.findall(chunk)
-        terms += [_singular(part) for part in parts]
-        if len(parts) > 1 and any(part.isdecimal() for part in parts):
-            terms.append("".join(parts))
-    return [term[:_MAX_TERM] for term in terms]
+        is_code = len(parts) > 1 and any(part.isdecimal() for part in parts)
+        yield [_singular(part)[:_MAX_TERM] for part in parts], ["".join(parts)[:_MAX_TERM]] if is_code else []
 
 
-def query_terms(text: str) -> list[str]:
-    """Return the distinct terms of a query, without stop words unless it has no others."""
-    terms = dict.fromkeys(index_terms(text))
+def query_terms(text: str, is_known: Callable[[str], bool]) -> list[str]:
+    """Return the distinct terms of a query, without stop words unless it has no others.
+
+    A code that no item has in one piece is left out if items have its parts: the file IMG_0010.jpg is no "img0010".
+    """
+    terms = dict[str, None]()
+    for parts, code in _chunks(text):
+        terms |= dict.fromkeys(parts)
+        if any(map(is_known, code)) or not all(map(is_known, parts)):
+            terms |= dict.fromkeys(code)
     telling = [term for term in terms if term not in _STOP_WORDS]
     return (telling or list(terms))[:_MAX_QUERY_TERMS]
 

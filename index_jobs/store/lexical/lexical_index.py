@@ -195,9 +195,11 @@ class LexicalIndex:
 
     def known_share(self, text: str) -> float:
         """Return the share of a query's terms that some item contains; 1 for a query without terms."""
-        terms = query_terms(text)
-        known = sum(self._searcher.doc_freq(_TERMS, term) > 0 for term in terms)
-        return known / len(terms) if terms else 1.0
+        terms = query_terms(text, self._is_known)
+        return sum(map(self._is_known, terms)) / len(terms) if terms else 1.0
+
+    def _is_known(self, term: str) -> bool:
+        return bool(self._searcher.doc_freq(_TERMS, term))
 
     def _parse_new(self, text: str) -> _ParsedQuery:
 
@@ -206,7 +208,7 @@ class LexicalIndex:
 
         count, best, matches, weights = len(self), 0.0, 0, list[tuple[str, float]]()
         similar, common, rare = list[Any](), list[Any](), list[Any]()
-        for term in query_terms(text):
+        for term in query_terms(text, self._is_known):
             frequency = self._searcher.doc_freq(_TERMS, term)
             best += (weight := math.log1p((count - frequency + 0.5) / (frequency + 0.5)))
             if frequency:
