@@ -91,7 +91,10 @@ def benchmark(
 
 @commands.command(epilog=example("dcar key webshop"))
 def key(name: Annotated[str, typer.Argument(help="Name of the key's owner, which appears in the log.")]) -> None:
-    """Create an API key. The service stores its hash only: add the last line of the output to DCAR_API_KEYS."""
+    """Create an API key. The service stores its hash only: add the last line of the output to DCAR_API_KEYS.
+
+    For DCAR_ADMIN_KEY, write sha256: in place of the name.
+    """
     from app.core.keys import key_hash, new_key, parse_keys
 
     secret = new_key()

@@ -262,8 +262,9 @@ class Settings(BaseSettings):
         key = value.get_secret_value().strip()
         if len(key) < 8 or not key.isascii() or not key.isprintable():  # a header cannot carry other characters
             raise ValueError("must be at least 8 characters of ASCII")
-        if key.startswith("sha256:") and not re.fullmatch("sha256:[0-9A-Fa-f]{64}", key):
-            raise ValueError("must be sha256: and the 64 hexadecimal digits of the hash; no key can match this")
+        name, sign, digest = key.partition(":")
+        if sign and (name == "sha256") != bool(re.fullmatch("[0-9A-Fa-f]{64}", digest)):  # as `dcar key` prints it
+            raise ValueError("must be the key itself, or sha256: and the 64 hexadecimal digits of its hash")
         return SecretStr(key)
 
 

@@ -45,12 +45,12 @@ def test_errors_name_the_setting_and_show_no_secret(monkeypatch: pytest.MonkeyPa
     with pytest.raises(DcarError, match="DCAR_ADMIN_KEY") as caught:
         load_settings(index=tmp_path)
     assert "tiny&" not in str(caught.value)
-    for wrong in ("sha256:abcdef", "sha256:" + "g" * 64, "sha256:" + "a" * 65):
+    for wrong in ("sha256:abcdef", "sha256:" + "g" * 64, "sha256:" + "a" * 65, "admin:" + "a" * 64):
         monkeypatch.setenv("DCAR_ADMIN_KEY", wrong)
         with pytest.raises(DcarError, match=r"DCAR_ADMIN_KEY.*64 hexadecimal digits") as caught:
             load_settings(index=tmp_path)
         assert wrong not in str(caught.value)
-    for right in ("sha256:" + "aB" * 32, "sha256:" + "a" * 64 + "\n", "sha 256 is no prefix", "  spaces around  "):
+    for right in ("sha256:" + "aB" * 32, "sha256:" + "a" * 64 + "\n", "sha 256 is no prefix", "  a: spaces around "):
         monkeypatch.setenv("DCAR_ADMIN_KEY", right)
         known = load_settings(index=tmp_path).admin_key
         assert known is not None
