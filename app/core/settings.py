@@ -175,9 +175,7 @@ class Settings(BaseSettings):
         "lists with absolute paths, and for links that lead out of the gallery.",
     )
     image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Hosts, or buckets, separated by commas, from which the service fetches images: of rows with a "
-        "URL, and query images by URL. Unset: none.",
+        (), description="Hosts, or buckets, separated by commas, whose images the service fetches by URL. Unset: none."
     )
 
     @property
@@ -238,6 +236,13 @@ class Settings(BaseSettings):
         unknown = [name for name in value if name not in set(ImageFormat)]
         if unknown or not value:
             raise ValueError(f"must be some of {', '.join(ImageFormat)}, not {', '.join(unknown) or 'none'}")
+        return value
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any("/" in host or host.count(":") == 1 for host in value):  # no URL, no port; IPv6 has more colons
+            raise ValueError("must be host names such as pictures.example.org")
         return value
 
     @field_validator("rate_limit")

@@ -70,6 +70,9 @@ def test_errors_name_the_setting_and_show_no_secret(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("DCAR_COLLECTIONS")
     monkeypatch.setenv("DCAR_CORS_ORIGINS", "https://shop.example/, https://other.example")
     assert load_settings(index=tmp_path).cors_origins == ("https://shop.example", "https://other.example")
+    for wrong in ("https://a.example", "a.example/pictures", "b.example, a.example:8080"):
+        with pytest.raises(DcarError, match=r"DCAR_IMAGE_HOSTS: .*must be host names such as pictures\.example\.org"):
+            load_settings(index=tmp_path, image_hosts=wrong)
     with pytest.raises(DcarError, match="redis://"):
         load_settings(index=tmp_path, redis_url="http://localhost")
     shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))
