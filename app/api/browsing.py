@@ -137,13 +137,15 @@ def browsing_routes() -> APIRouter:
         """Return the fields of the index, and whether the page can and should search by words as well."""
         snapshot = snapshot_of(request)
         artifact = snapshot.artifact
+        settings = state_of(request).settings
         has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
         return JsonResponse(
             {
                 "fields": _catalogue_of(snapshot).fields,
                 "group_field": artifact.manifest.group_field,
                 "has_words": has_words,
-                "starts_hybrid": has_words and state_of(request).settings.page_hybrid,
+                "starts_hybrid": has_words and settings.page_hybrid,
+                "max_k": min(settings.max_k, settings.max_window),
             }
         )
 

@@ -51,15 +51,15 @@ async function requestJson(path, options) {
 export const listCollections = async () => (await requestJson("collections")).collections;
 
 // base: path of a collection, "" for the default one. Returns {count, items, next_offset}.
-export function browse(base, { filter = {}, ...options }, signal) {
-  const given = { k: BROWSED, ...options, filter: hasFilter({ filter }) ? JSON.stringify(filter) : "" };
+export async function browse(base, { k = BROWSED, filter = {}, ...options }, signal) {
+  const given = { k: await atMost(base, k), ...options, filter: hasFilter({ filter }) ? JSON.stringify(filter) : "" };
   const present = Object.entries(given).filter(([, value]) => value !== "" && value !== undefined);
   return requestJson(`${base}browse?${new URLSearchParams(present)}`, { signal });
 }
 
 const catalogues = new Map(); // path of a collection -> promise of its catalogue
 
-// Returns {fields, group_field, has_words, starts_hybrid}: see `app/api/browsing.py`.
+// Returns {fields, group_field, has_words, starts_hybrid, max_k}: see `app/api/browsing.py`.
 export function loadCatalogue(base) {
   if (!catalogues.has(base)) {
     const loading = requestJson(`${base}catalogue`);
@@ -69,6 +69,9 @@ export function loadCatalogue(base) {
   return catalogues.get(base);
 }
 
+// Returns a number of items, or the largest that the service allows in a request.
+const atMost = async (base, k) => Math.min(k, (await loadCatalogue(base)).max_k);
+
 // Returns [{name, values: [{value, count}]}].
 export async function loadFacets(base, filter) {
   const params = hasFilter({ filter }) ? `?${new URLSearchParams({ filter: JSON.stringify(filter) })}` : "";
@@ -77,7 +80,7 @@ export async function loadFacets(base, filter) {
 
 // Returns the items that share a value of a field.
 export async function loadGroup(base, field, value) {
-  const params = new URLSearchParams({ k: BROWSED, group_by: "", filter: JSON.stringify({ [field]: value }) });
+  const params = new URLSearchParams({ k: await atMost(base, BROWSED), group_by: "", filter: JSON.stringify({ [field]: value }) });
   return (await requestJson(`${base}items?${params}`)).items;
 }
 
@@ -99,7 +102,8 @@ export async function loadPage(state, base, offset, signal) {
 }
 
 async function search(state, base, offset, signal) {
-  const options = { k: state.beside ? COMPARED : state.sort ? SORTED : PAGE, offset, fields: ["*"] };
+  const k = await atMost(base, state.beside ? COMPARED : state.sort ? SORTED : PAGE);
+  const options = { k, offset, fields: ["*"] };
   const about = await loadCatalogue(base);
   if (hasFilter(state)) options.filter = state.filter;
   if (isHybrid(state, about)) options.hybrid = true;

@@ -119,6 +119,16 @@ def test_images_are_sorted_by_a_field(both: Page, large: str) -> None:
     assert both.errors() == []
 
 
+def test_page_asks_for_no_more_than_the_service_allows(page: Page, large_index: Path) -> None:
+    with served(Settings(index=large_index, device="cpu", max_k=10)) as address:
+        page.open(ready(address))
+        until(lambda: count(page) >= 10)
+        for subject in ("q=red", "q=red&sort=price"):
+            page.open(f"{address}/#{subject}")
+            until(lambda: count(page) >= 10 and page.one("#status").text)
+        assert page.errors() == []
+
+
 def test_typing_ahead_shows_the_last_words(both: Page, large: str) -> None:
     """Responses that come late, and in another order, are dropped."""
     both.open(large)
