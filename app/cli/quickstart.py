@@ -38,7 +38,7 @@ def quickstart(
     """Index a folder of images with an unadapted model, and serve it with a search page.
 
     Without a metadata file, file names become titles and sub-folders become categories. The bundled model takes over if
-    the weights of the default one cannot be fetched. An interrupted run resumes with the same command.
+    the model hub cannot be reached and has the weights. An interrupted run resumes with the same command.
     """
     from app.server import base_url, listen
     from index_jobs.gallery.scan import scan
@@ -73,6 +73,7 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
     is_online = prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
+    from dcar_core.model.open_clip_source import builtin_models
 
     is_directory = Path(model).is_dir()
     weights = Path(model if is_directory else pretrained or "").resolve()
@@ -87,7 +88,8 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
     try:
         backbone = load_backbone(BackboneSource(model, pretrained))
     except ModelError:
-        if is_online or is_directory or not _BUNDLED.is_dir():
+        is_on_hub = model.startswith("hf-hub:") or pretrained in builtin_models().get(model, ({}, []))[1]
+        if is_online or not is_on_hub or not _BUNDLED.is_dir():
             raise
         typer.echo(
             f"the model hub cannot be reached, so the bundled model is used, which knows drawings better than photos; "

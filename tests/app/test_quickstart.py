@@ -118,11 +118,14 @@ def test_without_a_hub_a_model_is_looked_for_in_the_cache_alone(tmp_path: Path) 
     assert "the weights 'openai' of ViT-B-32-quickgelu could not be fetched" in str(done.exception)
 
 
-def test_a_model_that_was_named_by_its_directory_is_not_replaced(photos: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "model"
-    broken.mkdir()
-    (broken / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
-    command = ["quickstart", str(photos), "--model", str(broken), "--data", str(tmp_path), "--port", str(free_port())]
+@pytest.mark.parametrize("model", ["model", "models/mistyped", "ViT-B-23", "ViT-B-32 --pretrained opnai"])
+def test_a_model_that_the_hub_does_not_have_is_not_replaced(
+    model: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
+    command = ["quickstart", str(photos), "--data", "data", "--port", str(free_port()), "--model", *model.split()]
     assert isinstance(CliRunner().invoke(app, command).exception, ModelError)
 
 
