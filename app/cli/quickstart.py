@@ -16,7 +16,7 @@ import typer
 from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import bundled_checkpoint, serve_index
-from dcar_core.util.errors import DcarError, ModelError
+from dcar_core.util.errors import DataError, ModelError
 from index_jobs.jobs.command_line import Runtime
 
 commands = typer.Typer()
@@ -47,7 +47,7 @@ def quickstart(
     listen(host, port).close()  # report a taken port before minutes are spent on an index
     place = gallery.absolute()
     if not place.exists():
-        raise DcarError(f"there is no gallery {gallery}; name a folder of images")
+        raise DataError(f"there is no gallery {gallery}; name a folder of images")
     scanned = scan(place)  # report its faults before weights are fetched
     typer.echo(f"1 of 3: model {model}")
     checkpoint, source = _checkpoint(model, None if Path(model).is_dir() else pretrained, data / "zero-shot")

@@ -23,7 +23,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import read_config, save_zero_shot
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.serving.encoder import Encoder
-from dcar_core.util.errors import DcarError, ModelError
+from dcar_core.util.errors import DataError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
 from index_jobs.store.versions import open_current
 from tests.support.images import png
@@ -165,7 +165,7 @@ def test_the_named_files_of_a_model_are_what_the_index_is_made_with(
 
 def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["quickstart", str(tmp_path / "none"), "--port", str(free_port())])
-    assert isinstance(done.exception, DcarError)
+    assert isinstance(done.exception, DataError)
     assert "there is no gallery" in str(done.exception)
     done = CliRunner().invoke(app, ["quickstart", str(tmp_path), "--port", str(free_port())])
     assert "is empty" in str(done.exception)
