@@ -20,6 +20,7 @@ SAFE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+_TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110's; Python before 3.13 has older ones
 _UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]|bool")  # in pydantic's location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
 _MAX_EXAMINED = 1000  # a hostile body has many thousands, and each takes microseconds in the event loop
@@ -58,7 +59,7 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
         """Return the document of RFC 9457. Its type is `about:blank` when the status code says everything."""
         document: dict[str, Any] = {
             "type": "about:blank",
-            "title": HTTPStatus(self.status).phrase,
+            "title": _TITLES.get(self.status) or HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
         }

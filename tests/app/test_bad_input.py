@@ -88,6 +88,7 @@ async def test_invalid_text_queries_name_the_field(built_index: Path) -> None:
         for content, status, field in TEXTS:
             body = assert_problem(await client.post("/search/text", content=content, headers=JSON), status, field)
             assert {each["field"] for each in body["errors"]} == {field}
+            assert status != 422 or body["title"] == "Unprocessable Content", "on every version of Python"
         good = b'{"query": "x"}'
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
             response = await client.post("/search/text", content=good, headers={"Content-Type": kind})
