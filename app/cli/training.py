@@ -38,8 +38,8 @@ UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 @commands.command(
     epilog=example(
-        "dcar train --data my/catalogue --out checkpoint",
-        "torchrun --nproc-per-node 2 -m app.cli train --data my/catalogue --out checkpoint",
+        "dcar train --data my/catalogue --pretrained openai --out checkpoint",
+        "torchrun --nproc-per-node 2 -m app.cli train --data my/catalogue --pretrained openai --out checkpoint",
     )
 )
 def train(
@@ -154,7 +154,7 @@ def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pre
 
 
 @commands.command(
-    epilog=example("dcar evaluate --data my/catalogue --methods clip,maple,dcar+ --seeds 3 --out results")
+    epilog=example("dcar evaluate --data my/catalogue --pretrained openai --methods clip,maple,dcar+ --out results")
 )
 def evaluate(
     data: Data,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -55,6 +56,13 @@ def test_learning_rates_that_would_be_ignored_are_refused(options: list[str], me
     done = CliRunner().invoke(app, ["evaluate", "--data", "d", "--out", "o", "--model", "no such model", *options])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", "").split())
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "zero-shot"])
+def test_examples_of_the_help_name_weights(name: str) -> None:
+    epilog = typer.main.get_command(app).commands[name].epilog  # type: ignore[attr-defined]
+    lines = epilog.partition(":\n")[2].splitlines()
+    assert [line for line in lines if "--pretrained" not in line] == []
 
 
 def test_the_version_is_told() -> None:
