@@ -47,8 +47,8 @@ class Result(BaseModel):
     """One result. score: cosine of query and item, at most 1.
 
     width, height: of the upright image in pixels; null if the index does not know them.
-    text_score: share of the query's words that the item contains, about 1 for all of them; hybrid results are sorted by
-        both scores.
+    text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
+        results are sorted by both scores.
     rerank_score: cosine under the exact weights of this (query, item) pair; re-ranked results are sorted by it.
     folded: ids of near-duplicates that this result stands for. metadata: the requested `fields` that the item has.
     """
