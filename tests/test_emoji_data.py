@@ -54,3 +54,12 @@ def test_a_pytorch_without_muon_is_refused_before_training(tmp_path: Path, monke
     with pytest.raises(SystemExit, match=r"Muon needs PyTorch 2\.9 or newer, not "):
         importlib.import_module("train_base").main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_bundled_checkpoint_is_the_run_that_the_results_name(domain: str) -> None:
+    results = json.loads((EMOJI / "results.json").read_text(encoding="utf-8"))[domain]
+    training = json.loads((EMOJI / domain / "checkpoint" / "config.json").read_text(encoding="utf-8"))["training"]
+    (run,) = (run for run in results["runs"] if run["method"] == "dcar+" and run["seed"] == results["bundled_seed"])
+    assert (training["seed"], training["epoch"]) == (run["seed"], run["epoch"])
+    assert training["validation"] == run["val"]
