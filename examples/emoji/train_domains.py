@@ -15,7 +15,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import SPLITS, Dataset, load_splits
 from dcar_core.evaluation import summarise
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.tables import COLUMNS
@@ -30,13 +30,12 @@ from dcar_core.training.validation import evaluate
 
 HERE = Path(__file__).parent
 DOMAINS = ("twemoji", "openmoji")
-SPLITS = ("train", "val", "test")
 
 
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     """Train zero-shot and all seeds, bundle the best checkpoint, and return the domain's results."""
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
-    splits = {split: load_split(HERE / domain, split)[0] for split in SPLITS}
+    splits, _ = load_splits(HERE / domain, SPLITS)
     config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size)
     cache = FeatureCache(args.work / domain / "features", backbone)
     runner = MethodRunner(backbone, splits, args.work / domain, config, cache)
