@@ -24,7 +24,7 @@ install: $(INSTALLED)
 # PyPI's torch for Linux is the CUDA build, several GB. Set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to an index of CPU builds
 # to avoid it.
 #
-# A venv that was interrupted, or failed for want of python3-venv, lacks pip and `activate`, and is made again. One of uv
+# A venv that was interrupted, or failed because python3-venv is missing, lacks pip and `activate`, and is made again. One of uv
 # lacks pip alone, and gets it.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }

@@ -24,7 +24,7 @@ from dcar_core.training.train import train
 from index_jobs.rebuild import rebuild
 
 METHODS = "clip-adapter,coop,dcar,maple,dcar+,promptsrc,prolip,lora,flyp"
-HEADINGS = ["method", "training", "images encoded", "rebuild", "training to published", "bytes a domain", "backbone"]
+HEADINGS = ["method", "training", "images encoded", "rebuild", "training to published", "bytes per domain", "backbone"]
 
 
 def main() -> None:

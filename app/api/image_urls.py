@@ -106,7 +106,7 @@ class ImageFetcher:
             parts = urlsplit(url)
             _ = parts.port  # raises
         except ValueError:
-            raise field_problem("image", "is no valid URL") from None
+            raise field_problem("image", "is not a valid URL") from None
         if parts.hostname not in self._hosts:
             raise field_problem("image", "this service fetches no images from this host")
         if not url.isascii() or not url.isprintable() or " " in url or "@" in parts.netloc:

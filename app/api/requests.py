@@ -1,8 +1,8 @@
 """Request models: they validate requests and document them.
 
 - One set of options (`SearchOptions`) serves every kind of search.
-- Limits that are settings (query length, k, ...) are checked in `bodies` and `params` and written into the OpenAPI
-  document.
+- Limits that are settings (query length, k, ...) are checked in `bodies` and in the routes, and written into the
+  OpenAPI document.
 """
 
 import re
@@ -131,7 +131,8 @@ class BatchQuery(BaseModel):
 def _check_item_id(given: str) -> str:
     if not _ITEM_ID.fullmatch(given):
         raise ValueError(
-            "must have no control characters, no space at its ends, and not end in /image or /similar, nor be . or .."
+            "must have no control characters, must not begin or end with a space, must not end in /image or /similar, "
+            "and must not be . or .."
         )
     return given
 

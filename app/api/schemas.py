@@ -198,7 +198,7 @@ class JobResponse(BaseModel):
     ended: str | None = None
     progress: JobProgress | None = None
     index_version: int | None = Field(None, description="a version that has all changes of the job")
-    failed: list[JobFailure] | None = Field(None, description="the other items of the job were put")
+    failed: list[JobFailure] | None = Field(None, description="items that could not be put; all others were")
     reason: str | None = None
 
 

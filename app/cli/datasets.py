@@ -97,7 +97,7 @@ def caption_command(
     ] = "",
     templates: Annotated[
         Path | None,
-        typer.Option(help="File of questions, one a line, with {category} and optionally {dataset}, {words}."),
+        typer.Option(help="File of questions, one per line, with {category} and optionally {dataset}, {words}."),
     ] = None,
     context: Annotated[int, typer.Option(min=16, help="Most CLIP tokens in a caption.")] = 73,
     rounds: Annotated[int, typer.Option(min=1, help="Most drafts for an image.")] = 3,

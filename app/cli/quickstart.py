@@ -68,7 +68,7 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
     """Return a checkpoint of the unadapted model, and the options of `dcar train` that name the model.
 
     If the weights cannot be fetched, the bundled model takes its place. A checkpoint of local files is always written
-    anew, since the files may have changed.
+    again, since the files may have changed.
     """
     is_online = prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -124,7 +124,7 @@ def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool)
 
 
 def _has_browser() -> bool:
-    """Return True on a desktop; a browser for terminals would take this one."""
+    """Return True if a graphical browser can be opened; one for text would take over this terminal."""
     is_desktop = sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     return is_desktop and sys.stdout.isatty()
 

@@ -24,7 +24,7 @@ DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
 COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@]+")
-# Variables with our prefix that are no settings: of other commands, of docker-compose.yml, and of Kubernetes, which
+# Variables with our prefix that are not settings: of other commands, of docker-compose.yml, and of Kubernetes, which
 # describes a service named dcar to every container.
 _OTHER_VARIABLES = re.compile(
     r"FEATURES|CAPTION_API_KEY|JUDGE_API_KEY|MILVUS_TOKEN|REQUIRE_ALL|DOMAIN|PORT_PUBLISHED|MEMORY|IMAGE"
@@ -123,7 +123,10 @@ class Settings(BaseSettings):
     max_k: int = Field(200, ge=DEFAULT_K, description="Largest number of results on a page.")
     max_window: int = Field(1000, ge=DEFAULT_K, description="Deepest result that paging reaches: offset + k.")
     max_queries: int = Field(
-        32, ge=1, le=MAX_QUERIES, description="Largest number of searches in one request to /search/batch."
+        32,
+        ge=1,
+        le=MAX_QUERIES,
+        description="Largest number of searches in a request to /search/batch, and of inputs in one to /v1/embeddings.",
     )
     rerank_depth: int = Field(20, ge=1, le=200, description="Number of first results that `rerank` scores again.")
     explain_results: int = Field(8, ge=1, le=200, description="Number of results on a page that `explain` explains.")
@@ -164,7 +167,9 @@ class Settings(BaseSettings):
         False, description="Start the search page with `Words too` on, which looks up the words of a search as well."
     )
     thumbnail_cache: Path | None = Field(
-        None, description="Directory of cached thumbnails. Unset: below the user's cache directory."
+        None,
+        description="Directory of cached thumbnails. Unset: `thumbnails` below DCAR_RUNTIME_CACHE, or below the user's "
+        "cache directory.",
     )
     thumbnail_cache_bytes: int = Field(
         512 * 2**20, ge=0, description="Largest size of the cached thumbnails in bytes. 0 caches none."

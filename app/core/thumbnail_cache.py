@@ -2,7 +2,7 @@
 
 - Beyond the limit, the least recently used files are removed until nine tenths of the limit remain. A file's time of
   modification is the time of its last use.
-- On a disk that is full or read-only nothing is cached, and every thumbnail is made anew.
+- On a disk that is full or read-only nothing is cached, and every thumbnail is made again.
 """
 
 import logging

@@ -153,7 +153,7 @@ def without_directories(message: str, index: Path) -> str:
 
 
 def _is_live(live: Snapshot, index: Path, version: int) -> bool:
-    """Return True if a published version is the live one. The numbers of a rebuilt index begin anew."""
+    """Return True if a published version is the live one. The numbers of a rebuilt index start again at 1."""
     if live.version != version:
         return False
     try:

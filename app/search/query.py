@@ -1,7 +1,7 @@
 """Queries, the composition of their vectors, and results.
 
 - The options are pydantic models: JSON bodies, forms and Python callers are checked by the same rules.
-- Limits that are settings (characters, k, ...) are checked by `app.api.params`.
+- Limits that are settings (characters, k, ...) are checked in `app.api`.
 - The vector of a query is the weighted sum of its parts: see `compose`. Only the ratios of the weights matter.
 """
 

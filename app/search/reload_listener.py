@@ -2,7 +2,7 @@
 
 - A notice is only a hint for services that use Redis anyway: CURRENT decides which version is served, and is polled.
 - After any failure the listener reconnects; failures are logged at debug level.
-- Redis clusters are not listened to; services that use one poll.
+- Redis clusters are not supported here: a service that uses one relies on polling.
 """
 
 import asyncio

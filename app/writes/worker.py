@@ -3,7 +3,8 @@
 - A process of its own holds the model that encodes new images, so a failure there ends no search. It has a lower
   priority than the service.
 - Jobs are files beside the index, so a restarted service, or another one on the same index, continues with them.
-- If the process fails, such as by a full disk or since another job is writing, the jobs wait and it is started again.
+- If the process fails, for example because the disk is full or another job is writing, the jobs wait and it is started
+  again.
 """
 
 import asyncio

@@ -130,5 +130,5 @@ class CaptionJournal:
         if other:
             changed = ", ".join(f"{name} (was {before.get(name)!r:.80})" for name in other)
             raise CaptionError(
-                f"{self.file} belongs to a run with another {changed}; keep them, or give another --out or --restart"
+                f"{self.file} was made with other settings: {changed}; use those, or give another --out or --restart"
             )

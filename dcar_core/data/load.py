@@ -133,7 +133,7 @@ class Annotations:
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
             others = ", ".join(name for name in self.splits() if name != split)
-            hint = "Where a hash cuts them, few images can leave a split empty: give each row one"
+            hint = "If a hash of the images' names splits few images, a split can be empty: add a column `split`"
             raise DataError(f"{self.path} has no {split} pairs; it has {others}. {hint}")
         return own
 
@@ -263,7 +263,7 @@ def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> It
             f"{file}: {said.count(False):,} rows have no split, such as {entries[said.index(False)].image!r}"
         )
     if not any(said):
-        note = f"entries of {file.name}, which names no splits, cut by a hash of the image's name (80/10/10)"
+        note = f"entries of {file.name}, which names no splits, split by a hash of the image's name (80/10/10)"
         yield from (replace(e, split=_hashed(e.cut_by), notes=(*e.notes, note)) for e in entries)
         return
     for entry in entries:

@@ -4,10 +4,11 @@
 - A column without a name, such as the row numbers of pandas, is left out of a CSV. Blanks around the
   names of columns, and capitals in those that have a meaning here, make no difference.
 - A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it. A first
-  line `sep=;` names the sign.
+  line `sep=;` names the delimiter.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is no value.
-- The columns in LIST_COLUMNS hold several texts: a JSON list, or texts between bars; `attributes` holds a JSON list.
+- The columns in LIST_COLUMNS hold several texts: a JSON list, or texts separated by `|`; `attributes` holds a JSON
+  list.
 - A line that cannot be read is an error, or is passed to `on_bad_line` and skipped.
 """
 
@@ -128,10 +129,10 @@ def _read_csv_rows(
             header = file.readline()
             if named := _SIGN_LINE.fullmatch(header):
                 header, before = file.readline(), 1
-            sign = named[1] if named else _delimiter(header)
+            delimiter = named[1] if named else _delimiter(header)
             # Strict: otherwise a quote that is never closed takes the following rows into its cell.
             reader = csv.DictReader(
-                chain([header], file), restval="", strict=True, delimiter=sign, skipinitialspace=True
+                chain([header], file), restval="", strict=True, delimiter=delimiter, skipinitialspace=True
             )
             reader.fieldnames = columns = _column_names(reader.fieldnames or ())
             _require_unique_columns(columns, name, used_columns)
@@ -141,13 +142,13 @@ def _read_csv_rows(
                 if not any(row.values()):
                     continue
                 if None in row:
-                    reason = f"more cells than the header has columns; quote a text that has {sign!r}"
+                    reason = f"more cells than the header has columns; quote a text that has {delimiter!r}"
                     on_bad_line(DataError(f"{name}, line {line}: {reason}"))
                     continue
                 row.pop("", None)
                 yield line, row
         except csv.Error as error:
-            hint = "is a quote not closed, not doubled in a text, or followed by a blank?"
+            hint = "is a quote not closed, not doubled inside a text, or followed by a space?"
             raise DataError(f"{name}, line {line + 1} is not CSV: {error}; {hint}") from error
         except UnicodeDecodeError as error:
             hint = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
@@ -155,7 +156,7 @@ def _read_csv_rows(
 
 
 def _delimiter(header: str) -> str:
-    """Return the sign that separates the columns of a CSV: the comma, or one that the header has in its place."""
+    """Return the delimiter of a CSV: the comma, or another one if the header has no comma."""
     return "," if "," in header else next((sign for sign in ";\t" if sign in header), ",")
 
 

@@ -3,7 +3,7 @@
 - A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives,
   negative_categories and, as a list, attributes. `file_name`, which comes first, and `path` also name the image,
   `class_name` the category.
-- In a CSV cell, several negatives are a JSON list or stand between bars: "a red van | a blue car".
+- In a CSV cell, several negatives are a JSON list or are separated by `|`: "a red van | a blue car".
 - Tar members that share a key are one sample: 0001.jpg with 0001.txt (one caption per line) or 0001.json (a row), and
   0001.cls (a category).
 """

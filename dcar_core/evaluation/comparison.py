@@ -199,7 +199,7 @@ def _run_shots(
     shots: Sequence[int],
     choose_pairs: Callable[[int, int], Dataset],
 ) -> dict[str, dict[str, float]]:
-    """Return mean R@1 after training on few pairs a category, as mean and deviation over seeds, by their number.
+    """Return mean R@1 after training on few pairs per category, as mean and deviation over seeds, by their number.
 
     runs: those on all pairs, whose seeds and learning rate are used again. Zero-shot has one result for every number.
     choose_pairs: returns the training pairs for a number and a seed.

@@ -98,7 +98,7 @@ def shots_plot(methods: Mapping[str, Any], shots: Mapping[str, Mapping[str, Any]
         labels = [f"{name}, {count}: {spreads[count]['mean']:.1f} ± {spreads[count]['std']:.1f}" for count in counts]
         points = [(float(x), spreads[count]["mean"]) for x, count in enumerate(counts)]
         curves.append(_Curve(name, points, dict(enumerate(labels))))
-    return _curves_plot(list(methods), curves, ticks, "pairs a category", title)
+    return _curves_plot(list(methods), curves, ticks, "pairs per category", title)
 
 
 class _Curve(NamedTuple):

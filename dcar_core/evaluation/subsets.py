@@ -1,4 +1,4 @@
-"""Parts of a data set that an evaluation trains on: few pairs a category, and only some of the categories."""
+"""Parts of a data set that an evaluation trains on: few pairs per category, and only some of the categories."""
 
 import hashlib
 from collections.abc import Collection, Mapping

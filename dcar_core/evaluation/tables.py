@@ -134,7 +134,7 @@ def data_rows(results: Results) -> list[list[str]]:
 
 
 def shots_rows(results: Results) -> list[list[str]]:
-    """Return mean R@1 after training on few pairs a category, the last column on all; nothing if not measured."""
+    """Return mean R@1 after training on few pairs per category, the last column on all; nothing if not measured."""
     counts = list(next(iter(results["shots"].values()), {}))
     if not counts:
         return []
@@ -151,8 +151,8 @@ def shots_rows(results: Results) -> list[list[str]]:
 def settings_rows(results: Results) -> list[list[str]]:
     """Return, for each method, its parameters, cost of serving, query weights, seconds, and tuned learning rate."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
-    rows = [["method", "trainable", "bytes a domain", "backbone", "gallery after training"]]
-    rows[0] += ["query weights", "seconds a run", "learning rate"]
+    rows = [["method", "trainable", "bytes per domain", "backbone", "gallery after training"]]
+    rows[0] += ["query weights", "seconds per run", "learning rate"]
     rows[0] += [f"validation R@1 at {lr}" for lr in grid]
     for name, method in results["methods"].items():
         chosen = f"{method['lr']:g}" if method["lr"] is not None else "-"

@@ -122,7 +122,7 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
     """Load and freeze a CLIP.
 
     Raises:
-        ModelError: an unknown name, weights that cannot be had or do not fit, a configuration that is not allowed.
+        ModelError: an unknown name, weights that cannot be fetched or do not fit, a configuration that is not allowed.
         MissingExtraError: it needs transformers, which is not installed.
     """
     return Backbone(load_open_clip(source, device), source)

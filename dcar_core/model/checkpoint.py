@@ -88,7 +88,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
 def read_config(path: Path) -> dict[str, Any]:
     """Read the checkpoint's config.json, or raise CheckpointError."""
     if not is_checkpoint(path):
-        message = f"{path} is no checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
+        message = f"{path} is not a checkpoint: it needs {CONFIG} and {WEIGHTS}, as `dcar train --out` writes them"
         if (path / MODEL_CONFIG).is_file():
             message += f"; it is a model: `dcar zero-shot --model {path} --out DIR` makes a checkpoint of it"
         raise CheckpointError(message)

@@ -159,9 +159,9 @@ def _require_known(source: BackboneSource) -> None:
     name, pretrained, directory = source.model, source.pretrained, source.directory
     is_hub = name.startswith(HUB)
     if directory is not None and not (directory / MODEL_CONFIG).is_file():
-        raise ModelError(f"{directory} is no model directory: it has no {MODEL_CONFIG}")
+        raise ModelError(f"{directory} is not a model directory: it has no {MODEL_CONFIG}")
     if directory is None and not is_hub and (Path(name).is_absolute() or name.startswith(".")):
-        raise ModelError(f"there is no model directory {name}: bring it back, or name where it is now")
+        raise ModelError(f"there is no model directory {name}: restore it, or give its new path")
     if directory is None and not is_hub and name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
         hint = f"; near it are {', '.join(near)}" if near else ""
@@ -256,7 +256,7 @@ def _require_allowed(config: Any, source: BackboneSource) -> None:
         value = part.get(key)
         slashes = 0 if key == "timm_model_name" else 1
         if value and not (isinstance(value, str) and _HUB_NAME.fullmatch(value) and value.count("/") <= slashes):
-            raise ModelError(f"the configuration of {name} has {key} {value!r}, which is no name of a model")
+            raise ModelError(f"the configuration of {name} has {key} {value!r}, which is not the name of a model")
     path = settings.get("bpe_path")
     if path is not None and (source.directory is None or Path(path).name != path):
         raise ModelError(f"the configuration of {name} has bpe_path {path!r}; it must be a file in the model directory")
@@ -264,7 +264,7 @@ def _require_allowed(config: Any, source: BackboneSource) -> None:
 
 def _require_fields(values: Any, allowed: set[str], part: str, name: str) -> None:
     if not isinstance(values, dict):
-        raise ModelError(f"the configuration of {name} has a {part} that is no object")
+        raise ModelError(f"the configuration of {name} has a {part} that is not an object")
     if unknown := sorted(set(values) - allowed):
         raise ModelError(
             f"the configuration of {name} sets {', '.join(unknown)} in {part}, which a model may not set; remove it"

@@ -48,7 +48,7 @@ class Adapter:
     fingerprint: of the encoder.
     image_key: hash of what `image_features` depend on: the backbone and `image_inputs`. A training that changes
         neither leaves the features of a gallery valid.
-    dim: E. patch_grid: of the image tower, patches a side.
+    dim: E. patch_grid: of the image tower, patches per side.
     uses_token_weights: True if the model was trained with token weights.
     tokenizer: its limit leaves room for the prompts.
     image_inputs: inputs of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v),

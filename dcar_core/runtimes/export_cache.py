@@ -3,7 +3,7 @@
     CACHE/exports/KEY/manifest.json    its key, and the checksum of every file
     CACHE/exports/KEY/*.xml, *.bin, *.onnx, *.safetensors
 
-- KEY names backbone, inputs of the graphs, library and version, so an upgrade exports anew beside the old one.
+- KEY names backbone, inputs of the graphs, library and version, so an upgrade exports again beside the old one.
 - Exports are written aside and renamed under a lock, so a killed process leaves no half of one in place.
 - Nothing is a pickle: reading a cache never runs code.
 """

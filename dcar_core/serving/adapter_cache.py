@@ -7,7 +7,7 @@
 - An entry holds for one checkpoint (its fingerprint is computed again), the same backbone files, library versions,
   processor and threads, and for `auto` the same ranking of runtimes; the entry and the export have checksums.
 - Finally, the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.
-- If a check fails, the full model is loaded and the entry is written anew.
+- If a check fails, the full model is loaded and the entry is written again.
 """
 
 import hashlib

@@ -4,8 +4,8 @@
 - The reference is PyTorch in float32, eager, texts padded to the whole context: the plain use of CLIP.
 - int8 is calibrated on the training split (or validation, if there is none) and measured on the test split.
 - A runtime holds if its vectors are near the reference's and its recall@1 on the test split is at most half a point
-  below `torch`'s. Runtimes that hold are ranked for `auto`. A run of
-  only some runtimes removes those that fail from the ranking.
+  below `torch`'s. Runtimes that hold are ranked for `auto`. A run of only some runtimes removes those that fail from
+  the ranking.
 """
 
 import resource
@@ -122,7 +122,7 @@ def benchmark(
             job = (checkpoint, pretrained, device, name, encoder.loaded.cache, material, expected)
             rows.append(in_own_process(_measure, *job))
         except BrokenProcessPool:
-            rows.append(RuntimeResult(name, reason="its process died, perhaps for want of memory"))
+            rows.append(RuntimeResult(name, reason="its process died, perhaps out of memory"))
         except Exception as error:  # a library's error of any kind costs its row, not the others
             rows.append(RuntimeResult(name, reason=reason_of(error)))
     exact = next((row.recall for row in rows if row.name == "torch"), None)

@@ -1,4 +1,4 @@
-"""Entry points: run a command line, and report an error that the user can mend as one line on stderr."""
+"""Entry points: run a command line, and report an error that the user can fix as one line on stderr."""
 
 import logging
 import sys

@@ -74,7 +74,7 @@ class TrainingError(DcarError):
 
 
 class DivergedError(TrainingError):
-    """The loss is not finite."""
+    """The loss of a training, or a vector, is not finite."""
 
 
 class ArtifactError(DcarError):
@@ -102,7 +102,7 @@ class GalleryShrunkError(DcarError):
 
 
 class LockedError(DcarError):
-    """Another writer is working on the same index."""
+    """Another process works on the same index, queue or output file."""
 
     exit_code = 5
 

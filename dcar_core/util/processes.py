@@ -1,7 +1,7 @@
 """Calls in processes of their own, and locks between processes.
 
 Processes are forked from a server process without threads, because a fork of this process would break the threads that
-torch and faiss have started. Where the system has no such server, each process starts anew.
+torch and faiss have started. Where the system has no such server, each process starts from scratch.
 """
 
 import multiprocessing

@@ -4,8 +4,8 @@
 - A shard is encoded again if one of its failed images can be read now. To find out, each is read at most once.
 - Images that could not be read, as from a store that was down, are read again in every run. Images whose decoder was
   missing are read again once it is installed.
-- All other failures are read again only by force, for example after a store has sent error pages. Their rows in a list
-  do not show that an image has changed.
+- All other failures are read again only with --force, for example after a store has sent error pages: a list does not
+  show that an image has changed.
 - Windows are fixed, so the result is that of an uninterrupted job.
 """
 

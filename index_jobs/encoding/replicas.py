@@ -1,4 +1,4 @@
-"""Choice of the encoders of a gallery: the requested devices and runtime, or the runtime that has begun.
+"""Choice of the encoders of a gallery: the requested devices and runtime, or the runtime that made existing shards.
 
 - Vectors of two runtimes differ in their last digits, so their shards are kept apart.
 - "auto" takes the fastest runtime, which may be another one on another day. Where a job has begun, "auto" continues
@@ -31,7 +31,7 @@ def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: Reb
     except DcarError as error:
         logger.warning("the vectors of %s cannot be continued and are made again with %s: %s", begun, fastest, error)
         return replicas
-    logger.info("continuing with %s, which has begun, although %s is faster here", begun, fastest)
+    logger.info("continuing with %s, which made the existing vectors, although %s is faster here", begun, fastest)
     return [others[id(replica)] for replica in replicas]
 
 

@@ -119,7 +119,7 @@ class GalleryMetadata:
         return {}
 
     def report_unused(self) -> None:
-        """Warn about records without an image."""
+        """Warn about records without an image. Raise DataError if no record has one."""
         unused = [name for name in self._records if name not in self._used]
         if unused and not self._used:
             raise DataError(

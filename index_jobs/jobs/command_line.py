@@ -43,7 +43,7 @@ def parse_size(text: str) -> int:
     """Return the bytes of a size such as "800MiB"; a bare number is bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match or not float(match[1]):
-        raise typer.BadParameter(f"{text!r} is no size; give one such as 800MiB or 4GiB")
+        raise typer.BadParameter(f"{text!r} is not a size; give one such as 800MiB or 4GiB")
     power = " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 

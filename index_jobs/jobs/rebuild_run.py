@@ -254,6 +254,6 @@ def _vectors_mark(manifest: Manifest) -> str:
 def _warn_of_lost_updates(served: Manifest, published: Manifest) -> None:
     if served.additions or served.removed:
         logger.warning(
-            "version %d holds the gallery as it is; items added to or removed from version %d by hand are not in it",
+            "version %d holds the gallery as it is; what was added to or removed from version %d is not in it",
             published.version, served.version,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Relocation of a published index whose gallery or model was moved: a new version with other places.
 
-Nothing is encoded, and all files are shared with the version before, except items with absolute locations below the
+Nothing is encoded, and all files are shared with the previous version, except items with absolute locations below the
 former folder, and the configuration of a checkpoint whose model was moved.
 """
 
@@ -45,7 +45,7 @@ def relocate(
         model: the new directory or file of the backbone.
 
     Raises:
-        DataError: no sampled image is at the new place, or the model comes from a hub.
+        DataError: most sampled images are missing at the new place, or the model comes from a hub.
         CheckpointError, ModelError: the model at the new place is another one, or cannot be loaded.
     """
     with publish.report_os_errors(index), publish.open_staging(index) as staging:

@@ -62,9 +62,9 @@ class RebuildSummary:
         ]
         if self.changes:
             numbers = ", ".join(f"{count:,} images {name}" for name, count in self.changes.items())
-            lines.append(f"since the version before: {numbers}")
+            lines.append(f"since the previous version: {numbers}")
         if self.gate and not self.reused:
-            lines.append(f"compared with the version before: {self.gate['reason']}")
+            lines.append(f"compared with the previous version: {self.gate['reason']}")
         lines += self.notes()
         lines += [f"notified {service}: {outcome}" for service, outcome in self.notified.items()]
         if self.hint:

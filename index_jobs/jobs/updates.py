@@ -259,7 +259,7 @@ def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> 
     others = [item_id for item_id in existing if places[item_id] != indexed[item_id]]
     message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.source} have an id that is in the index"
     if not others:
-        return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them anew")
+        return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them again")
     return DataError(
         f"{message}, such as {others[0]!r}, which is {indexed[others[0]][0]} there and {places[others[0]][0]} here; "
         f"--gallery NAME=PLACE adds them beside each other, with NAME/ before the new ids (--replace takes the indexed "

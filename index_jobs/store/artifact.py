@@ -198,10 +198,11 @@ class Artifact(Segments):
     def find_gallery_fault(self, folder: str = "") -> str | None:
         """Return a reason if local images are gone, such as after a move; else None.
 
-        That is more than half of a sample, or one of it together with the whole folder of its gallery.
+        They count as gone if more than half of a sample is missing, or if one is missing and so is the whole folder of
+        its gallery.
 
         Args:
-            folder: look at images below it alone.
+            folder: the folder whose images are looked at.
         """
         sampled = [
             self.image_place(row)

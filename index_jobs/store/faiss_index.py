@@ -115,7 +115,7 @@ def _check_contents(index: Any) -> None:
     """Raise ValueError for a wrong metric, size or row number, which FAISS trusts; it checks links of graphs itself."""
     count, (innermost, _, _) = int(index.ntotal), unwrap(index)
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d < 1 or not 0 <= count == innermost.ntotal:
-        raise ValueError(f"{count} vectors of {index.d} with metric {index.metric_type} are no index of this kind")
+        raise ValueError(f"{count} vectors of {index.d} with metric {index.metric_type} are not an index of this kind")
     if isinstance(innermost, faiss.IndexIDMap):
         _require_rows(faiss.vector_to_array(innermost.id_map), count)
     if isinstance(innermost, faiss.IndexIVF):

@@ -84,7 +84,7 @@ class Items:
         if {**dict.fromkeys(self._missing, pa.int32()), **types} != _TYPES or any(
             len(batch) != _BATCH for batch in self._batches[:-1]
         ):
-            raise ArtifactError(f"{path} is no items file of this version")
+            raise ArtifactError(f"{path} is not an items file of this version")
         # Cached, because a batch creates a new object for a column each time.
         self._cells = {name: [batch.column(name) for batch in self._batches] for name in types}
         self._cells |= {name: [pa.nulls(len(batch)) for batch in self._batches] for name in self._missing}

@@ -151,7 +151,7 @@ def _expressions(mask: Mask) -> list[str]:
 
 @contextlib.contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Turn the errors of pymilvus and of grpc into an StoreUnavailableError."""
+    """Turn the errors of pymilvus and of grpc into a StoreUnavailableError."""
     try:
         yield
     except DcarError:

@@ -163,7 +163,7 @@ def _previous_version(index: Path) -> int:
     if not numbers:
         raise ArtifactError(f"{index} holds no published index")
     if not earlier:
-        raise ArtifactError(f"{index} has no version before {current} to roll back to")
+        raise ArtifactError(f"{index} has no version earlier than {current} to roll back to")
     with contextlib.suppress(ArtifactError):
         replaced = Manifest.read(index / VERSIONS / str(current) / MANIFEST).replaced
         if replaced in earlier:

@@ -1,7 +1,7 @@
 """Vectors and items of a version in one or several segments that are searched as one.
 
 - A built version is one segment. Later additions are segments of their own, and removed items are a list of rows, so an
-  update shares all other files with the version before.
+  update shares all other files with the previous version.
 - Rows are numbered through all segments. A removed row keeps its number and is never found, by a search or by its id.
 """
 

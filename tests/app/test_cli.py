@@ -1,4 +1,4 @@
-"""The command line as a whole: what a user can mend is one line."""
+"""The command line as a whole: what a user can fix is one line."""
 
 import sys
 from importlib.metadata import version

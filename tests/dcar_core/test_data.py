@@ -221,7 +221,7 @@ def test_file_without_splits_is_divided_by_image(tmp_path: Path) -> None:
     assert sum(map(len, images.values())) == 300  # no image is in two splits
     assert len(images["train"]) > 210
     assert min(len(images["val"]), len(images["test"])) > 10
-    assert [n for what, n in parts["val"][1].counts.items() if "cut by a hash" in what] == [2 * len(images["val"])]
+    assert [n for what, n in parts["val"][1].counts.items() if "split by a hash" in what] == [2 * len(images["val"])]
 
 
 def test_missing_val_split_is_taken_from_training_images(tmp_path: Path) -> None:

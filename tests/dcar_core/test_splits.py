@@ -113,7 +113,7 @@ def test_validation_split_has_several_names(name: str, tmp_path: Path) -> None:
 
 def test_empty_split_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     file = table(tmp_path / "pairs.jsonl", [row("a.png")])
-    with pytest.raises(DataError, match="few images can leave a split empty: give each row one"):
+    with pytest.raises(DataError, match="a split can be empty: add a column `split`"):
         load_splits(file, ("train", "val", "test"), image_policy="ignore")
 
 

@@ -49,7 +49,7 @@ def test_shots_unseen_categories_and_other_data_are_measured(
     assert results["pairs"]["also other"] == len(load_split(other, "test")[0])
     assert "| also other | " in text
     assert "| method | 1 | 2 | all |" in text
-    assert "pairs a category" in page
+    assert "pairs per category" in page
     with pytest.raises(DataError, match="two data sets of --also have the same name"):
         compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, progress=False, also=[other, other])
     with pytest.raises(DataError, match=r"--unseen-categories 0\.01 leaves 0 of 4 categories out"):

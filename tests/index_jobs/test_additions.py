@@ -55,7 +55,7 @@ def test_replaced_item_has_the_new_vector(index: Path, encoder: Encoder, tmp_pat
     gallery = write_images(tmp_path / "more", "pink", "cyan")
     add(index, gallery, progress=False)
     with pytest.raises(
-        DataError, match=r"2 of the 2 images of .* such as 'cyan', and are the same files; --replace indexes them anew"
+        DataError, match=r"2 of the 2 images of .* such as 'cyan', and are the same files; --replace indexes them again"
     ):
         add(index, gallery, progress=False)
     changed = write_images(tmp_path / "changed", "pink", shape="circle")

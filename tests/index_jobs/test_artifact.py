@@ -254,7 +254,7 @@ def test_versions_are_kept_listed_and_rolled_back(index: Path) -> None:
     assert rollback(index) == 3
     assert current_version(index) == 3
     assert rollback(index, 2) == 2
-    with pytest.raises(ArtifactError, match="has no version before 2"):
+    with pytest.raises(ArtifactError, match="has no version earlier than 2"):
         rollback(index)
     with pytest.raises(ArtifactError, match="has no version 9; it has 2, 3, 4"):
         rollback(index, 9)

@@ -179,7 +179,7 @@ def test_alias_follows_versions_rollback_and_updates(
     assert (artifact.manifest.count, artifact.row_of(gone)) == (24, None)
     rows = artifact.search(artifact.vectors(np.array([24])), 25)[1][0]
     assert (rows[0], sorted(rows.tolist())) == (24, [-1, *(row for row in range(25) if row != 4)])
-    assert state()[1] == versions[1]  # an update shares the collection of the version before
+    assert state()[1] == versions[1]  # an update shares the collection of the previous version
     rebuild(tiny_gallery, other_checkpoint, out, milvus=uri, margin=1, keep=1, progress=False)
     assert len(state()[0]) == 1
     assert len(verify_index(out)) == 1

@@ -141,7 +141,7 @@ def test_every_failure_has_its_exit_code_and_one_line(
         (["--max-failed", "2"], "must be a share from 0 to 1, not 2"),
         (["--margin", "a bit"], "must be a share from 0 to 1, not a bit"),
         (["--target-recall", "nan"], "must be a share from 0 to 1, not nan"),
-        (["--memory", "lots"], "'lots' is no size; give one such as 800MiB or 4GiB"),
+        (["--memory", "lots"], "'lots' is not a size; give one such as 800MiB or 4GiB"),
         (["--notify", "ftp://host"], "must begin with one of redis://"),
         (["--unknown"], "--unknown"),
         ([], "--gallery"),

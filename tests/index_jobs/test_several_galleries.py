@@ -85,7 +85,7 @@ def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
     artifact = open_current(index)
     artifact.image_access = ImageAccess()
     assert images(artifact)["south/IMG_1.png"] == (cameras[1] / "IMG_1.png").read_bytes()
-    with pytest.raises(DataError, match="the same files; --replace indexes them anew"):
+    with pytest.raises(DataError, match="the same files; --replace indexes them again"):
         add(index, cameras[0], progress=False)
 
 
@@ -120,4 +120,4 @@ def test_the_summary_counts_what_came_went_and_changed(gallery: Path, tiny_check
         file.write(b"\0" * 10)
     done = rebuild(gallery, tiny_checkpoint, index, progress=False, max_failed=0.1)
     assert done.changes == {"added": 1, "removed": 2, "changed": 1}
-    assert "since the version before: 1 images added, 2 images removed, 1 images changed" in done.to_text()
+    assert "since the previous version: 1 images added, 2 images removed, 1 images changed" in done.to_text()

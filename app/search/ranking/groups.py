@@ -66,7 +66,7 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
     if groups is None:
         column = field_values(snapshot.artifact, name, "group_by")
         if pa.types.is_list(column.type):
-            raise InvalidQueryError("group_by", f"{name!r} has several values an item; name a field with one")
+            raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
         encoded = column.combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
             encoded = encoded.combine_chunks()

@@ -4,10 +4,10 @@
   of the query's words that an item contains.
 - Every candidate of one list gets its exact score in the other. No row outside the candidates can exceed
   `highest_unseen`, which tells the caller whether to request more.
-- Words that `_TEXT_ROWS` items or more contain are ranked approximately: among the rows of the highest cosines, whose
-  number is the same for every page of about the same depth, and the `_COMMON_TEXT_ROWS` best rows by their rarer words.
-- The first pages of such words need many rows of high cosines, though not exactly the highest. Without a filter, a
-  narrow search finds twice as many in less time.
+- Words that `_TEXT_ROWS` items or more contain are ranked approximately. Candidates are the rows with the highest
+  cosines, and the `_COMMON_TEXT_ROWS` best rows by the query's rarer words.
+- The number of rows by cosine depends only on the page's depth, rounded up. First pages without a filter use a narrow
+  index search, which returns twice as many rows in less time, though not exactly the highest.
 """
 
 from dataclasses import dataclass

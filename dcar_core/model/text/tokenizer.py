@@ -134,7 +134,7 @@ def count_clip_tokens(texts: Sequence[str]) -> list[int]:
 
 
 def load_byte_pairs(file: Path) -> TextTokenizer:
-    """Load a vocabulary of CLIP's kind: gzipped merges, a line each."""
+    """Load a vocabulary of CLIP's kind: gzipped merges, one per line."""
     ids, ranks = _read_byte_pairs(file)
     merges = [(merge[0], merge[1]) for merge in sorted(ranks, key=ranks.__getitem__) if len(merge) == 2]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix=_WORD_END))
@@ -154,7 +154,10 @@ def digest_byte_pairs(file: Path) -> str:
 
 
 def _read_byte_pairs(file: Path) -> tuple[dict[str, int], dict[tuple[str, ...], int]]:
-    """Number the pieces: a sign for each byte, the same at a word's end, the merges, SOS and EOT; and the merges."""
+    """Return the ids of the pieces, and the ranks of the merges.
+
+    The pieces are one character per byte, the same with the suffix of a word's end, the merges, SOS and EOT.
+    """
     with gzip.open(file, "rt", encoding="utf-8") as opened:
         lines = opened.read().split("\n")[1:]
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

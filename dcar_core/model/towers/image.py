@@ -23,7 +23,7 @@ class ImageTower:
 
     width: W_v of its patches and prompts; 0 where it has no rows that prompts could join.
     blocks: D, the number of its transformer blocks; 0 where `width` is.
-    patch_grid: patches a side.
+    patch_grid: patches per side.
     module: open_clip's module that it runs.
     """
 

@@ -132,7 +132,7 @@ class Client:
         return self._send(calls.delete_items(self._prefix, ids))
 
     def job(self, job_id: str) -> JobResponse:
-        """Return how a change of items is."""
+        """Return the status of a job."""
         return self._send(calls.job(job_id))
 
     def wait_for_job(self, job_id: str, *, timeout_s: float = 600.0) -> JobResponse:
@@ -276,7 +276,7 @@ class AsyncClient:
         return await self._send(calls.delete_items(self._prefix, ids))
 
     async def job(self, job_id: str) -> JobResponse:
-        """Return how a change of items is."""
+        """Return the status of a job."""
         return await self._send(calls.job(job_id))
 
     async def wait_for_job(self, job_id: str, *, timeout_s: float = 600.0) -> JobResponse:

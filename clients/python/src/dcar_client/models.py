@@ -202,7 +202,7 @@ class JobResponse(BaseModel):
     index_version: int | None = None
     """A version that has all changes of the job."""
     failed: list[JobFailure] | None = None
-    """The other items of the job were put."""
+    """Items that could not be put; all others were."""
     reason: str | None = None
 
 
