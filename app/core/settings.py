@@ -123,10 +123,7 @@ class Settings(BaseSettings):
     max_k: int = Field(200, ge=DEFAULT_K, description="Largest number of results on a page.")
     max_window: int = Field(1000, ge=DEFAULT_K, description="Deepest result that paging reaches: offset + k.")
     max_queries: int = Field(
-        32,
-        ge=1,
-        le=MAX_QUERIES,
-        description="Largest number of searches in a request to /search/batch, and of inputs in one to /v1/embeddings.",
+        32, ge=1, le=MAX_QUERIES, description="Largest number of searches in a batch, or of inputs to /v1/embeddings."
     )
     rerank_depth: int = Field(20, ge=1, le=200, description="Number of first results that `rerank` scores again.")
     explain_results: int = Field(8, ge=1, le=200, description="Number of results on a page that `explain` explains.")
@@ -167,9 +164,7 @@ class Settings(BaseSettings):
         False, description="Start the search page with `Words too` on, which looks up the words of a search as well."
     )
     thumbnail_cache: Path | None = Field(
-        None,
-        description="Directory of cached thumbnails. Unset: `thumbnails` below DCAR_RUNTIME_CACHE, or below the user's "
-        "cache directory.",
+        None, description="Directory of cached thumbnails. Unset: below DCAR_RUNTIME_CACHE, else the user's cache."
     )
     thumbnail_cache_bytes: int = Field(
         512 * 2**20, ge=0, description="Largest size of the cached thumbnails in bytes. 0 caches none."
