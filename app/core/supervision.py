@@ -35,3 +35,10 @@ async def supervise(
             await asyncio.sleep(RESTART_S)
         else:
             return
+
+
+async def stop(task: asyncio.Task[None] | None) -> None:
+    """Cancel a background task, if there is one, and wait for its end."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import supervise
+from app.core.supervision import stop, supervise
 from app.core.threads import SharedCall, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
 from app.search.snapshots import Snapshot, load_empty_snapshot, load_snapshot
@@ -68,9 +68,7 @@ class ServedIndex:
     async def close(self) -> None:
         """Stop polling, and wait for a load in progress: its thread cannot be stopped."""
         self._is_closing = True
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+        await stop(self._poller)
         await asyncio.gather(*self._loads, return_exceptions=True)
 
     async def reload(self) -> bool:
@@ -246,9 +244,7 @@ class Collections:
             self._watcher = asyncio.create_task(watch, name="dcar-collections")
 
     async def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        await stop(self._watcher)
         await asyncio.gather(*(index.close() for _, index in self))
 
     async def _watch(self) -> None:

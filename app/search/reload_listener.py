@@ -13,7 +13,7 @@ from redis.asyncio import RedisCluster
 
 from app.core.metrics import Metrics
 from app.core.redis import connect, disconnect
-from app.core.supervision import supervise
+from app.core.supervision import stop, supervise
 from app.search.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import PUBLISHED_CHANNEL
@@ -39,9 +39,7 @@ class ReloadListener:
         )
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await stop(self._task)
 
     async def _listen(self) -> None:
         while True:

@@ -17,7 +17,7 @@ from typing import Any
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import supervise
+from app.core.supervision import stop, supervise
 from app.search.collections import Collections, ServedIndex, without_directories
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.store.writes.write_queue import JobKind, WriteQueue
@@ -56,9 +56,7 @@ class WriteWorker:
 
     async def close(self) -> None:
         """Stop the process that applies jobs; they continue after the next start."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await stop(self._task)
 
     async def accept(
         self, collection: str, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
