@@ -99,7 +99,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         collections: Collections | None = getattr(self._app.state, "collections", None)
-        if not self._is_loaded and collections is not None and all(each.live is not None for _, each in collections):
+        if not self._is_loaded and collections is not None and collections.is_ready:
             gc.freeze()
             if self._batch_scheduling:
                 use_batch_scheduling()

@@ -219,9 +219,18 @@ class Collections:
         Raises:
             NotReadyError: one cannot; the message is its reason.
         """
+        for name, index in self._awaited():
+            raise NotReadyError(self._with_name(name, index.reason or _LOADING))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `require_all` passes."""
+        return not any(self._awaited())
+
+    def _awaited(self) -> Iterator[tuple[str, ServedIndex]]:
         for name, index in self:
             if index.live is None and (not index.is_created or index.reason == _LOADING):
-                raise NotReadyError(self._with_name(name, index.reason or _LOADING))
+                yield name, index
 
     @property
     def reason(self) -> str | None:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -17,8 +17,10 @@ from fastapi import FastAPI
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
+from app.search.collections import Collections
 from app.search.embedding import Embedder
 from app.search.embedding_cache import MemoryCache
+from app.search.snapshots import Snapshot
 from app.server import _Server, serve
 from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
@@ -99,16 +101,23 @@ def _server_of(collections: Any, **given: Any) -> _Server:
 
 
 @pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
-async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_scheduling: bool, policy: int) -> None:
-    loaded: dict[str, Any] = {"one": SimpleNamespace(live=None)}
-    server = _server_of(loaded.items(), drain_s=0, batch_scheduling=batch_scheduling)
+async def test_loaded_server_freezes_objects_and_yields_to_the_model(
+    tmp_path: Path, batch_scheduling: bool, policy: int
+) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "collection.json").write_text('{"name": "created"}')
+    settings = Settings(index=Path("index"), collections_dir=tmp_path)
+    collections = Collections(settings, Metrics(), on_start_failure=None)
+    server = _server_of(collections, drain_s=0, batch_scheduling=batch_scheduling)
+    encoder = SimpleNamespace(backbone=None)
     before = gc.get_freeze_count()
     _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
     try:
+        collections["created"].reason = "its model is missing"
         await server.on_tick(1)
         assert gc.get_freeze_count() == before
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
-        loaded["one"].live = SimpleNamespace(encoder=SimpleNamespace(backbone=None))
+        collections["index"].live = cast(Snapshot, SimpleNamespace(encoder=encoder))
         await server.on_tick(2)
         assert gc.get_freeze_count() > before + 10_000
         assert os.sched_getscheduler(0) == policy
@@ -116,7 +125,7 @@ async def test_loaded_server_freezes_objects_and_yields_to_the_model(batch_sched
         of_the_model: list[list[int]] = [[] for _ in range(12_000)]
         await server.on_tick(3)
         assert gc.get_freeze_count() <= before
-        loaded["one"].live.encoder.backbone = of_the_model
+        encoder.backbone = of_the_model
         await server.on_tick(4)
         assert gc.get_freeze_count() > before + 10_000
         embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())
