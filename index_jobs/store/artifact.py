@@ -204,12 +204,13 @@ class Artifact(Segments):
         Args:
             folder: the folder whose images are looked at.
         """
+        prefix = f"{folder}/" if folder else ""
         sampled = [
             self.image_place(row)
             for row in {*np.linspace(0, self.rows - 1, _SAMPLE, dtype=int).tolist()}
             if self.live[row]
         ]
-        paths = [path for path, _ in sampled if not is_url(path) and path.startswith(folder)]
+        paths = [path for path, _ in sampled if not is_url(path) and f"{path}/".startswith(prefix)]
         missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
         if 2 * len(missing) > len(paths):
             return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"

@@ -75,6 +75,20 @@ def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> N
     assert current_version(index) == 1
 
 
+def test_images_of_a_folder_with_a_longer_name_are_not_taken_for_those_of_the_new_place(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    index, second = tmp_path / "index", tmp_path / "second"
+    for folder in (second, tmp_path / "new"):
+        folder.mkdir()
+    draw("pink", "circle").save(second / "pink.png")
+    places = [str(gallery.rename(tmp_path / "new2")), str(second)]
+    rebuild(places, tiny_checkpoint, index, progress=False)
+    with pytest.raises(DataError, match="nothing is published: 1 of 1 sampled images"):
+        relocate(index, gallery=str(tmp_path / "new"), former=str(second))
+    assert current_version(index) == 1
+
+
 def test_a_moved_model_is_found_at_its_new_place(
     tiny_model: Path, tiny_checkpoint: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:
