@@ -84,9 +84,12 @@ def _moved(place: str, old: str, new: str) -> str:
 
 
 def _move_places(manifest: Manifest, old: str, new: str) -> Manifest:
+    def moved_source(source: str) -> str:
+        name, equals, place = source.partition("=")
+        return _moved(source, old, new) if "/" in name else f"{name}{equals}{_moved(place, old, new)}"
+
     def moved_sources(sources: str) -> str:
-        parts = (part.rpartition("=") for part in sources.split(", "))
-        return ", ".join(f"{name}{equals}{_moved(place, old, new)}" for name, equals, place in parts)
+        return ", ".join(map(moved_source, sources.split(", ")))
 
     def moved_all(roots: list[str]) -> list[str]:
         return [_moved(root, old, new) for root in roots]

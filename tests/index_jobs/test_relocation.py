@@ -66,6 +66,18 @@ def test_images_of_additions_and_further_galleries_move_with_their_folder(
     assert len(verify_index(index)) == 3
 
 
+def test_places_with_an_equals_sign_move(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index, disk = tmp_path / "index", tmp_path / "disk=1"
+    disk.mkdir()
+    first, second = gallery.rename(disk / "first"), disk / "second"
+    second.mkdir()
+    draw("pink", "circle").save(second / "pink.png")
+    rebuild([str(first), f"more={second}"], tiny_checkpoint, index, progress=False)
+    moved = disk.rename(tmp_path / "disk=2")
+    relocate(index, gallery=str(moved), former=str(disk))
+    assert open_current(index).manifest.source == f"{moved / 'first'}, more={moved / 'second'}"
+
+
 def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="nothing is published: 16 of 16 sampled images are not in the gallery"):
