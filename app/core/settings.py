@@ -243,7 +243,7 @@ class Settings(BaseSettings):
     def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any("/" in host or host.count(":") == 1 for host in value):  # no URL, no port; IPv6 has more colons
             raise ValueError("must be host names such as pictures.example.org")
-        return value
+        return tuple(host.lower() for host in value)  # as in a parsed URL
 
     @field_validator("rate_limit")
     @classmethod

@@ -73,6 +73,7 @@ def test_errors_name_the_setting_and_show_no_secret(monkeypatch: pytest.MonkeyPa
     for wrong in ("https://a.example", "a.example/pictures", "b.example, a.example:8080"):
         with pytest.raises(DcarError, match=r"DCAR_IMAGE_HOSTS: .*must be host names such as pictures\.example\.org"):
             load_settings(index=tmp_path, image_hosts=wrong)
+    assert load_settings(index=tmp_path, image_hosts="Pictures.Example").image_hosts == ("pictures.example",)
     with pytest.raises(DcarError, match="redis://"):
         load_settings(index=tmp_path, redis_url="http://localhost")
     shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))
