@@ -2,11 +2,12 @@
 
 import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from app.search.ranking.facets import count_values
+from app.search.ranking.facets import count_facets, count_values
 from app.search.ranking.groups import group_field, rank_groups
 from app.search.ranking.rank import RankQuery, rank
 from tests.support.ranking import ArtifactStub, snapshot_of, unit
@@ -97,6 +98,20 @@ def test_an_empty_category_is_no_value() -> None:
     query = RankQuery(unit(rng, 8))
     found = rank_groups(lambda size, mask: rank(snapshot.artifact, query, size, mask), 60, groups, None)
     assert len(found) == 31, "each item without a category stands alone"
+
+
+def test_facets_of_graphs_are_approximate_in_additions_too() -> None:
+    rng = np.random.default_rng(0)
+    artifact = ArtifactStub(unit(rng, 60, 8), name=["cat", "dog"] * 30)
+    for kinds, is_exact in (
+        (["Flat"], True),
+        (["Flat", "Flat"], True),
+        (["HNSW24"], False),
+        (["Flat", "HNSW24"], False),
+    ):
+        first, *added = [SimpleNamespace(kind=kind) for kind in kinds]
+        artifact.manifest = SimpleNamespace(**vars(first), additions=added)
+        assert count_facets(snapshot_of(artifact), ["name"], unit(rng, 8), None, 0.0, "")[1] == is_exact, kinds
 
 
 def test_numbers_are_counted_in_ranges_that_filters_accept() -> None:

@@ -50,7 +50,8 @@ def count_facets(
     reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
     scored = np.zeros(artifact.rows, np.bool_)
     scored[reached] = True
-    is_exact = len(reached) < _MAX_SCORED and artifact.manifest.kind == "Flat"
+    kinds = {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)}
+    is_exact = len(reached) < _MAX_SCORED and kinds == {"Flat"}
     return {name: count_values(artifact, name, scored, groups) for name in names}, is_exact
 
 
