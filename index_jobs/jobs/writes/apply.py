@@ -62,8 +62,8 @@ def apply_writes(index: Path, **options: Any) -> int:
 
 def _next_batch(queue: WriteQueue) -> list[str]:
     """Return the first waiting jobs; the same ones again if a process was killed with them."""
-    waiting = queue.waiting()
-    begun = [name for name in waiting if name in set(queue.progress().get("jobs", ()))]
+    waiting, started = queue.waiting(), set(queue.progress().get("jobs", ()))
+    begun = [name for name in waiting if name in started]
     if begun:
         return begun
     names, count = list[str](), 0
