@@ -122,7 +122,8 @@ def browsing_routes() -> APIRouter:
             raise field_problem("k", f"at most {most}, not {query.k}")
         catalogue = _catalogue_of(snapshot)
         sort = query.sort if snapshot.artifact.rows else ""
-        if sort and sort.removeprefix("-") not in {field["name"] for field in catalogue.fields}:
+        fields = await asyncio.to_thread(lambda: catalogue.fields) if sort else []
+        if sort and sort.removeprefix("-") not in {field["name"] for field in fields}:
             raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
         order = await asyncio.to_thread(catalogue.order, sort) if sort else None
         page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
@@ -141,7 +142,7 @@ def browsing_routes() -> APIRouter:
         has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
         return JsonResponse(
             {
-                "fields": _catalogue_of(snapshot).fields,
+                "fields": await asyncio.to_thread(lambda: _catalogue_of(snapshot).fields),
                 "group_field": artifact.manifest.group_field,
                 "has_words": has_words,
                 "starts_hybrid": has_words and settings.page_hybrid,

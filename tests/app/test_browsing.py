@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.api.browsing import Catalogue
 from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
 from index_jobs.rebuild import rebuild
@@ -218,6 +220,21 @@ async def test_browsing_filters_and_sorts(photos: Path) -> None:
         assert await ids(client, sort="caption", filter=CAKES) == ["print", "scan"]
         for query in ({"sort": "gone"}, {"sort": "attributes"}, {"k": 0}, {"k": 1000}, {"unknown": 1}, {"filter": "{"}):
             assert (await client.get("/browse", params=query)).status_code == 422
+
+
+async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, has_texts = list[str](), Catalogue._has_texts
+
+    def in_thread(catalogue: Catalogue, name: str) -> bool:
+        names.append(name)
+        assert threading.current_thread() is not threading.main_thread()
+        return has_texts(catalogue, name)
+
+    monkeypatch.setattr(Catalogue, "_has_texts", in_thread)
+    for path in ("/browse?sort=price", "/catalogue"):
+        async with opened(photos) as client:
+            assert (await client.get(path)).status_code == 200
+    assert sorted(names) == ["caption", "caption", "category", "category"]
 
 
 async def test_facets_are_fields_that_few_values_divide(built_index: Path) -> None:
