@@ -251,7 +251,8 @@ def _service_routes(settings: Settings) -> APIRouter:
     )
     async def metrics(request: Request) -> Response:
         """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
-        return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE)
+        text = await asyncio.to_thread(state_of(request).metrics.render)  # it reads the queues of jobs
+        return Response(text, media_type=CONTENT_TYPE)
 
     @router.post("/admin/reload", tags=["service"], **operation(ReloadResponse, 401, 403, 503))
     async def reload(request: Request) -> Response:

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from index_jobs.store.writes.write_queue import WriteQueue
 from tests.support.commands import Command
 from tests.support.images import png
 from tests.support.processes import children_of, free_port, is_alive
-from tests.support.responses import assert_problem
+from tests.support.responses import assert_problem, scrape
 from tests.support.service import ADMIN, opened, until
 from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
 
@@ -136,6 +137,18 @@ async def test_jobs_wait_for_another_writer_and_tell_why(index: Path, monkeypatc
 
             await until(tells_why)
         assert (await ended(client, response))["status"] == "done"
+
+
+async def test_waiting_jobs_are_not_counted_in_the_event_loop(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = WriteQueue.waiting
+
+    def in_thread(queue: WriteQueue) -> list[str]:
+        assert threading.current_thread() is not threading.main_thread()
+        return waiting(queue)
+
+    monkeypatch.setattr(WriteQueue, "waiting", in_thread)
+    async with opened(index, **WRITES) as client:
+        assert (await scrape(client))["dcar_jobs_waiting", (("collection", "index"),)] == 0
 
 
 @contextmanager
