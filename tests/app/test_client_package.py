@@ -8,7 +8,8 @@ import tomllib
 from typing import Any
 from urllib.parse import unquote
 
-from dcar_client import Client, SearchOptions, calls
+import dcar_client
+from dcar_client import Client, SearchOptions, calls, models
 
 from app.core.settings import Settings
 from app.main import create_app
@@ -21,6 +22,11 @@ def test_the_generated_models_are_up_to_date() -> None:
     script = ROOT / "scripts" / "generate_client_models.py"
     done = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_model_is_exported() -> None:
+    own = {name for name, each in vars(models).items() if getattr(each, "__module__", "") == models.__name__}
+    assert own - {*dcar_client.__all__} == set()
 
 
 def test_the_client_depends_on_httpx_and_pydantic_alone() -> None:
