@@ -115,7 +115,7 @@ def apply_command(
     runtime: Runtime = "auto",
 ) -> None:
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
-    from index_jobs.jobs.writes.apply import apply_writes
+    from index_jobs.jobs.apply_writes import apply_writes
 
     options = {"workers": workers, "batch_size": batch_size, "keep": keep, "device": device, "runtime": runtime}
     typer.echo(f"{index}: {apply_writes(index, **options):,} jobs applied")
