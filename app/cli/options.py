@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dcar_core.model.config import LossDirection
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
 
@@ -59,7 +61,8 @@ Taxonomy = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Loss = Annotated[
-    str, typer.Option(help="Contrastive loss: both directions, or image-to-text alone, as in the baselines' own code.")
+    LossDirection,
+    typer.Option(help="Contrastive loss: both directions, or image-to-text alone, as in the baselines' own code."),
 ]
 Epochs = Annotated[int, typer.Option(min=1, help="Most epochs to train.")]
 BatchSize = Annotated[int, typer.Option(min=2, help="Pairs per training step.")]

@@ -3,7 +3,7 @@
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,7 @@ from app.cli.options import (
     Taxonomy,
     example,
 )
-from dcar_core.model.config import GRID, LossDirection, TrainConfig
+from dcar_core.model.config import GRID, TrainConfig
 
 commands = typer.Typer()
 
@@ -93,7 +93,6 @@ def train(
     from dcar_core.training.verdict import Verdict, split_hits
     from dcar_core.util.bootstrap import compare_hits
 
-    direction = _parse_loss(loss)
     if method is not None:
         method_config(method)  # refuses an unknown name before a model is loaded
     config = _config(
@@ -104,7 +103,7 @@ def train(
             data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
         )
         backbone = load_backbone(BackboneSource(model, pretrained), here)
-        chosen = method_config(method or default_method(backbone.level)).with_loss_direction(direction)
+        chosen = method_config(method or default_method(backbone.level)).with_loss_direction(loss)
         adapted = seeded_model(backbone, chosen, seed)
         splits = add_negatives(splits, reports, backbone_views(backbone), mode=negatives, taxonomy=taxonomy)
         report_truncation(splits, reports, backbone, adapted.prompt_tokens)
@@ -219,7 +218,7 @@ def evaluate(
         typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
     results = compare(
         backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
-        taxonomy=taxonomy, loss=_parse_loss(loss), shots=_parse_shots(shots), unseen_categories=unseen_categories,
+        taxonomy=taxonomy, loss=loss, shots=_parse_shots(shots), unseen_categories=unseen_categories,
         also=also or (), tune=tune, grid=rates, features=features,
         on_message=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
@@ -248,9 +247,3 @@ def _parse_shots(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"--shots must be numbers above 0, separated by commas, not {text!r}")
     return sorted({int(part) for part in parts})
-
-
-def _parse_loss(direction: str) -> LossDirection:
-    if direction not in get_args(LossDirection):
-        raise typer.BadParameter(f"--loss must be {' or '.join(get_args(LossDirection))}, not {direction!r}")
-    return cast(LossDirection, direction)

@@ -45,6 +45,14 @@ def test_an_unknown_method_is_told_before_anything_is_loaded(command: list[str],
     assert "no method is named 'dcarr'" in str(done.exception)
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_an_unknown_loss_is_refused_before_anything_is_loaded(command: str) -> None:
+    done = CliRunner().invoke(app, [command, "--data", "d", "--out", "o", "--model", "no such model", "--loss", "text"])
+    assert done.exit_code == 2
+    assert "--loss" in done.output
+    assert "image-to-text" in done.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
