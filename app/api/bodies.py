@@ -122,9 +122,13 @@ async def read_image_query(request: Request, settings: Settings) -> Query:
     return Query(options, text, data, without_text=without)
 
 
+def check_k(k: int, settings: Settings) -> None:
+    if k > settings.max_k:
+        raise field_problem("k", f"at most {settings.max_k}, not {k}")
+
+
 def check_window(options: SearchOptions, settings: Settings) -> None:
-    if options.k > settings.max_k:
-        raise field_problem("k", f"at most {settings.max_k}, not {options.k}")
+    check_k(options.k, settings)
     if options.offset + options.k > settings.max_window:
         raise field_problem("offset", f"offset and k together are at most {settings.max_window}")
 

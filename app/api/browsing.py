@@ -17,6 +17,7 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 from pydantic import Field
 
+from app.api.bodies import check_k
 from app.api.params import snapshot_of, state_of
 from app.api.requests import FilterQuery, PageQuery
 from app.api.responses import JsonResponse, image_headers, items_response
@@ -117,9 +118,8 @@ def browsing_routes() -> APIRouter:
 
     @router.get("/browse")
     async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) -> Response:
-        snapshot, retriever, most = snapshot_of(request), state_of(request).retriever, state_of(request).settings.max_k
-        if query.k > most:
-            raise field_problem("k", f"at most {most}, not {query.k}")
+        snapshot, retriever = snapshot_of(request), state_of(request).retriever
+        check_k(query.k, state_of(request).settings)
         catalogue = _catalogue_of(snapshot)
         sort = query.sort if snapshot.artifact.rows else ""
         fields = await asyncio.to_thread(lambda: catalogue.fields) if sort else []

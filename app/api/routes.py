@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from app.api.bodies import (
     check_batch,
     check_form_type,
+    check_k,
     check_window,
     embeddings_input,
     read_batch,
@@ -134,8 +135,7 @@ def _item_routes(settings: Settings) -> APIRouter:
     @router.get("/items", tags=["items"], **operation(ItemsResponse, 404, 422, 503))
     async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
         """List the gallery's items page by page, in index order; of a group the first one."""
-        if query.k > settings.max_k:
-            raise field_problem("k", f"at most {settings.max_k}, not {query.k}")
+        check_k(query.k, settings)
         page = await state_of(request).retriever.items(
             snapshot_of(request), query.filter, query.offset, query.k, group_by=query.group_by
         )
