@@ -22,7 +22,7 @@ from app.core.settings import Settings
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
 _DEFAULT_PATHS = ("/search/", "/items", "/browse", "/catalogue", "/facets", "/words")  # of the default collection
-_CHECKED_PATHS = ("/collections", "/v1/embeddings", "/jobs/")  # their routes check the collection
+_CHECKED_PATHS = ("/collections", "/v1/embeddings")  # their routes check the collection
 CALLER = "dcar.caller"  # scope key: the name of the request's API key
 API_KEY = "dcar.api_key"  # scope key: the request's API key
 _CHARGE = "dcar.charge"  # scope key: counts more requests for the caller
