@@ -62,27 +62,30 @@ class WriteWorker:
         self, collection: str, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
     ) -> dict[str, Any]:
         """Store a job as `WriteQueue.accept` does, and return its status. Raise OSError if the disk is full."""
-        queue = WriteQueue(self._collections[collection].index)
-        job = await asyncio.to_thread(queue.accept, kind, items, images)
+        served = self._collections[collection]
+        job = await asyncio.to_thread(WriteQueue(served.index).accept, kind, items, images)
         self._arrived.set()
-        status = await self.status(job)
+        status = await self._status_in(collection, served, job)
         assert status is not None
         return status
 
     async def status(self, job: str) -> dict[str, Any] | None:
         """Return the status of a job in any collection; None if there is none."""
         for name, served in self._collections:
-            queue = WriteQueue(served.index)
-            status = await asyncio.to_thread(queue.status, job)
-            if status is None:
-                continue
-            if (served.live.version if served.live else 0) < (status.get("index_version") or 0):
-                with contextlib.suppress(DcarError):  # the items of a job are found once its status is done
-                    await served.reload()
-            reason = self._reasons.get(name) if status["status"] == "waiting" else status.get("reason")
-            shown = {} if reason is None else {"reason": without_directories(reason, served.index)}
-            return {"id": job, "collection": name, **status, **shown}
+            if (status := await self._status_in(name, served, job)) is not None:
+                return status
         return None
+
+    async def _status_in(self, name: str, served: ServedIndex, job: str) -> dict[str, Any] | None:
+        status = await asyncio.to_thread(WriteQueue(served.index).status, job)
+        if status is None:
+            return None
+        if (served.live.version if served.live else 0) < (status.get("index_version") or 0):
+            with contextlib.suppress(DcarError):  # the items of a job are found once its status is done
+                await served.reload()
+        reason = self._reasons.get(name) if status["status"] == "waiting" else status.get("reason")
+        shown = {} if reason is None else {"reason": without_directories(reason, served.index)}
+        return {"id": job, "collection": name, **status, **shown}
 
     async def _run(self) -> None:
         while True:
