@@ -41,6 +41,11 @@ class Plan:
     def options(self) -> SearchOptions:
         return self.query.options
 
+    @property
+    def depth(self) -> int:
+        """Number of results to rank: one more than the page needs shows whether there is a next one."""
+        return max(self.end + 1, self.rerank_depth)
+
 
 def make_plan(snapshot: Snapshot, query: Query, settings: Settings) -> Plan:
     """Check a query against a snapshot.
@@ -139,16 +144,14 @@ def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None)
     if groups is not None and excluded_rows:  # a mask costs less: excluded rows widen the search
         mask, excluded_rows = groups.outside(groups.codes[[*excluded_rows]], mask), set()
     query = RankQuery(vector, plan.hybrid, excluded_rows, plan.min_score, plan.options.fold)
-    count = max(plan.end + 1, plan.rerank_depth)
     if groups is None:
-        return rank(snapshot.artifact, query, count, mask)
-    return rank_groups(partial(rank, snapshot.artifact, query), count, groups, mask)
+        return rank(snapshot.artifact, query, plan.depth, mask)
+    return rank_groups(partial(rank, snapshot.artifact, query), plan.depth, groups, mask)
 
 
 def ranking_key(plan: Plan, vector: Floats) -> Hashable:
     """Return the key, in `Snapshot.rankings`, of a plan without a filter, folding and groups."""
-    depth = max(plan.end + 1, plan.rerank_depth)
-    return vector.tobytes(), plan.hybrid, frozenset((*plan.more_rows, *plan.less_rows)), plan.min_score, depth
+    return vector.tobytes(), plan.hybrid, frozenset((*plan.more_rows, *plan.less_rows)), plan.min_score, plan.depth
 
 
 def matches_of(
