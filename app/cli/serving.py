@@ -66,7 +66,7 @@ def search(
     from app.search.ranking.hybrid import HybridQuery
     from app.search.ranking.rank import RankQuery, rank
     from dcar_core import Encoder
-    from dcar_core.images import IMAGE_SUFFIXES
+    from dcar_core.images import has_image_suffix
     from dcar_core.serving import adapter_cache
     from index_jobs.store.filters import match_rows
     from index_jobs.store.versions import open_current
@@ -82,7 +82,7 @@ def search(
     is_cached = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if is_cached else "torch")
     artifact.require(encoder.fingerprint)
-    is_image = Path(query).suffix.lower() in IMAGE_SUFFIXES
+    is_image = has_image_suffix(query)
     vector = encoder.encode_images([Path(query)]) if is_image else encoder.encode_text([words])
     parts = [QueryPart(1.0, vector[0])]
     if excluded_words:
