@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def install(app: FastAPI) -> None:
-    for kind in (Problem, SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError):
+    kinds = (Problem, SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError, HTTPException)
+    for kind in kinds:
         app.add_exception_handler(kind, _on_error)
-    app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
 
