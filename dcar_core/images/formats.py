@@ -40,6 +40,7 @@ _SIGNATURES = {
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _FTYP_BYTES = 256  # enough for the brands of any real file
+_FREE_CHUNKS, _BYTES_PER_CHUNK = 1_000, 1_024  # encoders write data chunks of 8 KB and more
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def sniff_format(data: bytes) -> ImageFormat | None:
 def has_image_suffix(name: str) -> bool:
     """Return whether a file name ends like an image's, in any case."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def chunk_limit(size: int) -> int:
+    """Return how many chunks a PNG or WebP file of `size` bytes may have."""
+    return _FREE_CHUNKS + size // _BYTES_PER_CHUNK
 
 
 def hostile(reason: str) -> ImageError:

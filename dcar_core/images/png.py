@@ -3,12 +3,11 @@
 Pillow reads every chunk in Python and unpacks compressed metadata, a megabyte for a kilobyte. So metadata is removed.
 """
 
-from dcar_core.images.formats import Container, ImageFormat, hostile
+from dcar_core.images.formats import Container, ImageFormat, chunk_limit, hostile
 from dcar_core.images.tiff import exif_orientation
 from dcar_core.util.errors import ImageError
 
 _KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-_FREE_CHUNKS, _BYTES_PER_CHUNK = 1_000, 1_024  # encoders write data chunks of 8 KB and more
 
 
 def inspect_png(data: bytes) -> Container:
@@ -16,7 +15,7 @@ def inspect_png(data: bytes) -> Container:
     if data[12:16] != b"IHDR" or len(data) < 33:
         raise ImageError("broken or truncated: a PNG without a header")
     view, spans, exif, position = memoryview(data), [(0, 8)], b"", 8
-    limit = _FREE_CHUNKS + len(data) // _BYTES_PER_CHUNK
+    limit = chunk_limit(len(data))
     for _ in range(limit):
         name, end = data[position + 4 : position + 8], position + 12 + int.from_bytes(data[position : position + 4])
         if name in _KEPT:

@@ -1,16 +1,15 @@
 """WebP structure: the number of chunks, the size and the orientation. libwebp reads the rest."""
 
-from dcar_core.images.formats import Container, ImageFormat, hostile
+from dcar_core.images.formats import Container, ImageFormat, chunk_limit, hostile
 from dcar_core.images.tiff import exif_orientation
 from dcar_core.util.errors import ImageError
 
-_FREE_CHUNKS, _BYTES_PER_CHUNK = 1_000, 1_024
 _BYTES_PER_PIXEL = 16.0  # the decoder holds two canvases beside its own planes and the image
 
 
 def inspect_webp(data: bytes) -> Container:
     """Check a WebP file. Raise ImageError if it has too many chunks for its size, or a damaged header."""
-    position, orientation, limit = 12, 1, _FREE_CHUNKS + len(data) // _BYTES_PER_CHUNK
+    position, orientation, limit = 12, 1, chunk_limit(len(data))
     for _ in range(limit):
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         if data[position : position + 4] == b"EXIF" and orientation == 1:
