@@ -18,7 +18,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from app.api.bodies import check_k
-from app.api.params import snapshot_of, state_of
+from app.api.dependencies import snapshot_of, state_of
 from app.api.requests import FilterQuery, PageQuery
 from app.api.responses import JsonResponse, image_headers, items_response
 from app.core.problems import field_problem

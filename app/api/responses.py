@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from app.api.params import collection_of, state_of
+from app.api.dependencies import collection_of, state_of
 from app.search.collections import Collections
 from app.search.gallery_images import ImageFile
 from app.search.query import ItemPage, Match, SearchResults, WordWeights

@@ -25,8 +25,8 @@ from app.api.bodies import (
     read_text_query,
 )
 from app.api.browsing import ThumbnailSize, browsing_routes, thumbnail_response
+from app.api.dependencies import ItemId, may_read, require_admin, snapshot_of, state_of
 from app.api.openapi import operation, problem_responses
-from app.api.params import ItemId, may_read, require_admin, snapshot_of, state_of
 from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, ItemsQuery, PageQuery, TextQuery
 from app.api.responses import (
     ImageResponse,

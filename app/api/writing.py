@@ -15,9 +15,9 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
 from app.api.bodies import decode_base64, read_json
+from app.api.dependencies import collection_of, may_read, require_writer, snapshot_of, state_of
 from app.api.image_urls import MAX_URLS, is_image_url
 from app.api.openapi import operation
-from app.api.params import collection_of, may_read, require_writer, snapshot_of, state_of
 from app.api.requests import DeleteItems, PutItem, PutItems
 from app.api.responses import JsonResponse, collection_response
 from app.api.schemas import Collection, JobResponse
