@@ -63,7 +63,7 @@ class RateLimiter:
             self._client = connect(redis_url, timeout_s=timeout_s)
             self._shared = SlidingWindowCounterRateLimiter(_Storage(self._client))
 
-    async def wait_for(self, caller: str, extra: int | None = None) -> float:
+    async def charge(self, caller: str, extra: int | None = None) -> float:
         """Count one request. Return 0 if it is allowed, else the seconds until a retry may succeed.
 
         Args:

@@ -72,7 +72,7 @@ class Access:
         return await self._charge(self._rates, caller)
 
     async def _charge(self, rates: RateLimiter, caller: str, more: int | None = None) -> Problem | None:
-        wait = await rates.wait_for(caller, more)
+        wait = await rates.charge(caller, more)
         if not wait:
             return None
         self._metrics.refused.labels("rate").inc()

@@ -138,16 +138,16 @@ async def test_open_paths_stay_open_below_a_root_path(built_index: Path) -> None
 @pytest.mark.redis
 async def test_rates_are_shared_in_redis_and_local_without_it(redis_server: RedisServer) -> None:
     first, second = (RateLimiter("4/minute", redis_url=redis_server.url, timeout_s=1) for _ in range(2))
-    waits = [await rates.wait_for("alice") for rates in (first, second, first, second, first, second)]
+    waits = [await rates.charge("alice") for rates in (first, second, first, second, first, second)]
     assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
     assert all(0 < wait <= 60.1 for wait in waits[4:])
     for _ in range(2):
         first.breaker.failed(OSError("lost"))
-    await first.wait_for("bob")
+    await first.charge("bob")
     first.breaker.failed(OSError("lost"))
     assert not first.breaker.is_open, "a success between failures counts"
     redis_server.stop()
-    assert [await first.wait_for("alice") == 0 for _ in range(6)] == [True] * 4 + [False] * 2
+    assert [await first.charge("alice") == 0 for _ in range(6)] == [True] * 4 + [False] * 2
     assert first.breaker.is_open
     await first.close()
     await second.close()
@@ -193,7 +193,7 @@ async def test_caller_is_accepted_after_the_announced_wait() -> None:
         rates, refused = RateLimiter("10/second"), 0
         for _ in range(requests):
             for attempt in range(3):
-                wait = await rates.wait_for("alice") or await rates.wait_for("alice", extra=cost - 1)
+                wait = await rates.charge("alice") or await rates.charge("alice", extra=cost - 1)
                 if not wait:
                     break
                 refused += 1
@@ -210,7 +210,7 @@ async def test_announced_wait_is_sufficient_with_redis(redis_server: RedisServer
     rates = RateLimiter("10/second", redis_url=redis_server.url, timeout_s=1)
     for _ in range(2):
         for attempt in range(3):
-            wait = await rates.wait_for("alice") or await rates.wait_for("alice", extra=5)
+            wait = await rates.charge("alice") or await rates.charge("alice", extra=5)
             if not wait:
                 break
             assert attempt < 2, "refused again after the announced wait"

@@ -119,13 +119,13 @@ def test_the_announced_wait_is_exact(count: int, window: tuple[int, float, int, 
 
 async def test_a_cost_above_the_rate_takes_all_of_it() -> None:
     limiter = RateLimiter("5/year")
-    assert await limiter.wait_for("alice") == 0
-    assert await limiter.wait_for("alice", extra=0) == 0
-    assert await limiter.wait_for("alice", extra=19) == 0
-    assert 0 < await limiter.wait_for("alice") <= 2 * 366 * 24 * 3600
-    assert await limiter.wait_for("alice", extra=0) == 0, "costs nothing more"
-    assert [await limiter.wait_for("bob") == 0 for _ in range(6)] == [True] * 5 + [False]
-    assert await RateLimiter("1/year").wait_for("alice", extra=7) == 0, "one request is the whole rate"
+    assert await limiter.charge("alice") == 0
+    assert await limiter.charge("alice", extra=0) == 0
+    assert await limiter.charge("alice", extra=19) == 0
+    assert 0 < await limiter.charge("alice") <= 2 * 366 * 24 * 3600
+    assert await limiter.charge("alice", extra=0) == 0, "costs nothing more"
+    assert [await limiter.charge("bob") == 0 for _ in range(6)] == [True] * 5 + [False]
+    assert await RateLimiter("1/year").charge("alice", extra=7) == 0, "one request is the whole rate"
     await limiter.close()
 
 
@@ -150,7 +150,7 @@ async def test_every_use_of_a_hanging_redis_times_out() -> None:
     cache = RedisCache(patient, ttl_s=60, timeout_s=0.1)
     assert await asyncio.wait_for(cache.get("key", 32), 10) is None
     limiter = RateLimiter("1/hour", redis_url=patient, timeout_s=0.1)
-    assert await asyncio.wait_for(limiter.wait_for("alice"), 10) == 0
+    assert await asyncio.wait_for(limiter.charge("alice"), 10) == 0
     assert time.monotonic() - started < 9
     await cache.close()
     await limiter.close()
