@@ -34,7 +34,7 @@ from dcar_core.model.methods import default_method, method
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.towers.select import select_towers
 from dcar_core.runtimes.registry import RUNTIME_KINDS
-from dcar_core.util import cpu_features
+from dcar_core.util import machine
 
 MODELS = ("ViT-B-32", "MobileCLIP2-S0", "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "xlm-roberta-base-ViT-B-32")
 RUNTIMES = ("torch", "onnx", "openvino", "openvino-bf16", "onnx-int8")
@@ -144,7 +144,7 @@ def write_tokenizer(directory: Path, captions: list[str], *, has_start: bool) ->
 def measure(name: str, checkpoint: Path, runtime: str, cache: Path, data: Path, count: int) -> str:
     """Start twice where the first start exports; return the Markdown row of the last."""
     kind = RUNTIME_KINDS[runtime]
-    if kind.needs and (reason := cpu_features.missing_instructions(kind.needs)):
+    if kind.needs and (reason := machine.missing_instructions(kind.needs)):
         return f"| {name} | {runtime} | {reason.partition('(')[0].strip()} | | | | |"
     command = [sys.executable, "-c", _MEASURE, str(checkpoint), runtime, str(cache), str(data), str(count)]
     for _ in range(1 if runtime == "torch" else 2):

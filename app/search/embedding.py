@@ -24,7 +24,7 @@ from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect, open_
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.multi_adapter_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.cpu_features import available_cores
+from dcar_core.util.machine import available_cores
 
 T = TypeVar("T")
 

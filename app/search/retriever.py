@@ -37,8 +37,8 @@ from app.search.ranking.rank import RankedRow
 from app.search.ranking.rows import filter_mask, mask_key, row_vectors
 from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import ImageError
+from dcar_core.util.machine import available_cores
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")

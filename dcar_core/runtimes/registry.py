@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dcar_core.runtimes.export_cache import ExportKey, ensure_export
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
-from dcar_core.util import cpu_features
+from dcar_core.util import machine
 from dcar_core.util.errors import RuntimeUnavailableError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
         else:
             from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
 
-            has_bf16 = cpu_features.missing_instructions("bf16") is None
+            has_bf16 = machine.missing_instructions("bf16") is None
             hint = "bf16" if has_bf16 and kind.precision != "fp32" else "f32"
             runtime = OpenVinoRuntime(name, directory, hint=hint, threads=threads)
         _exports[key] = runtime
@@ -150,7 +150,7 @@ def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
 
 
 def _require_instructions(kind: RuntimeKind) -> None:
-    if kind.needs is not None and (reason := cpu_features.missing_instructions(kind.needs)):
+    if kind.needs is not None and (reason := machine.missing_instructions(kind.needs)):
         raise RuntimeUnavailableError(f"the runtime {kind.name} cannot be used: {reason}")
 
 

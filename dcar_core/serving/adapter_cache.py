@@ -36,7 +36,7 @@ from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
 from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, default_cache_directory, ensure_export
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime, TextPrompts
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
-from dcar_core.util import cpu_features
+from dcar_core.util import machine
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import atomic_writer
 
@@ -190,9 +190,9 @@ def _circumstances(request: LoadRequest, backbone: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "graphs": GRAPHS,
-        "libraries": cpu_features.installed_versions(_LIBRARIES),
-        "processor": cpu_features.processor_id(),
-        "cores": cpu_features.available_cores(),
+        "libraries": machine.installed_versions(_LIBRARIES),
+        "processor": machine.processor_id(),
+        "cores": machine.available_cores(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
         "files": [
             [str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in [*backbone_files(request.checkpoint), *rankings]

@@ -22,7 +22,7 @@ from dcar_core.runtimes.export_cache import GRAPHS
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime
-from dcar_core.util import cpu_features
+from dcar_core.util import machine
 from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 from dcar_core.util.files import write_json
 
@@ -109,12 +109,12 @@ def _best(adapter: Adapter, loaded: LoadedModel) -> Runtime:
 
 def candidates(loaded: LoadedModel) -> list[str]:
     """List what `auto` may try: nothing that needs data, compiles for minutes or is not installed."""
-    installed = cpu_features.installed_versions(_LIBRARIES)
+    installed = machine.installed_versions(_LIBRARIES)
     if loaded.backbone.device.type == "cuda":
         return ["torch", "cuda-fp16", "cuda-bf16"]
     if loaded.backbone.device.type != "cpu":
         return ["torch"]
-    has_bf16 = cpu_features.missing_instructions("bf16") is None
+    has_bf16 = machine.missing_instructions("bf16") is None
     names = ["torch", "torch-bf16"] if has_bf16 else ["torch"]
     if "openvino" in installed:
         names.append("openvino-bf16" if has_bf16 else "openvino")
@@ -142,7 +142,7 @@ def rank(trials: Iterable[RuntimeTrial]) -> Ranking:
     """Sort trials, best first; names of runtimes with wrong vectors are left out."""
     ordered = tuple(sorted(trials, key=lambda trial: -trial.score))
     names = tuple(trial.name for trial in ordered if trial.holds)
-    return Ranking(names, cpu_features.installed_versions(_LIBRARIES), ordered)
+    return Ranking(names, machine.installed_versions(_LIBRARIES), ordered)
 
 
 def save_ranking(loaded: LoadedModel, ranking: Ranking, *, own: bool = False) -> None:
@@ -176,7 +176,7 @@ def load_ranking(loaded: LoadedModel) -> Ranking | None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s cannot be read (%s), so the runtimes are measured again", path, error)
             continue
-        now = cpu_features.installed_versions(_LIBRARIES)
+        now = machine.installed_versions(_LIBRARIES)
         # A library that is gone keeps the ranking: its runtime is then skipped with a warning.
         if is_same and names and all(libraries.get(name) == now[name] for name in now):
             return Ranking(names, libraries, trials)
@@ -190,4 +190,4 @@ def _path(loaded: LoadedModel, fingerprint: str) -> Path:
 
 
 def _circumstances() -> dict[str, Any]:
-    return {"graphs": GRAPHS, "processor": cpu_features.processor_id(), "threads": torch.get_num_threads()}
+    return {"graphs": GRAPHS, "processor": machine.processor_id(), "threads": torch.get_num_threads()}

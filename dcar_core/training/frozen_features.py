@@ -17,8 +17,8 @@ from dcar_core.model.token_weights import blend, image_features, pair_weights, t
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DataError, ImageError
+from dcar_core.util.machine import available_cores
 
 MAX_NEGATIVES = 8  # of a pair, in training
 IMAGE_BATCH, TEXT_BATCH = 64, 256

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from dcar_core.images import Container, inspect, upright_size
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, ImageError, ImageFault
+from dcar_core.util.machine import available_cores
 from dcar_core.util.processes import process_context
 from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
 from index_jobs.encoding.shards import FailedImage, Sizes

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from dcar_core import Encoder
-from dcar_core.util.cpu_features import available_cores
 from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.files import atomic_writer
+from dcar_core.util.machine import available_cores
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.devices import encode_windows, load_replicas
 from index_jobs.encoding.encode import save_shard, split_windows

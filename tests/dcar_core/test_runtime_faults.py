@@ -12,7 +12,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.runtimes.export_cache import ExportKey, default_cache_directory, ensure_export
 from dcar_core.serving import adapter_cache, runtime_selection
-from dcar_core.util import cpu_features
+from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 pytest.importorskip("openvino", reason="needs the extra [openvino]")
@@ -39,7 +39,7 @@ def chosen(measured: Path, tmp_path: Path) -> Path:
     return shutil.copytree(measured, tmp_path / "cache")
 
 
-NAME = "openvino" if cpu_features.missing_instructions("bf16") else "openvino-bf16"
+NAME = "openvino" if machine.missing_instructions("bf16") else "openvino-bf16"
 
 
 def auto(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, list[str]]:
@@ -121,9 +121,9 @@ def test_corrupted_export_is_refused(
 def test_missing_processor_instructions_are_named(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor = cpu_features.processor_id()
-    monkeypatch.setattr(cpu_features, "processor_id", lambda: processor)  # as if the ranking came with this machine
-    monkeypatch.setattr(cpu_features, "instruction_sets", lambda: frozenset({"avx2"}))
+    processor = machine.processor_id()
+    monkeypatch.setattr(machine, "processor_id", lambda: processor)  # as if the ranking came with this machine
+    monkeypatch.setattr(machine, "instruction_sets", lambda: frozenset({"avx2"}))
     with pytest.raises(RuntimeUnavailableError, match=r"no bf16 instructions \(.*avx512_bf16"):
         by_name(tiny_checkpoint, chosen, "openvino-bf16")
     if NAME == "openvino-bf16":
@@ -185,8 +185,8 @@ def test_remains_of_a_killed_export_are_deleted(tmp_path: Path) -> None:
 
 
 def test_int8_needs_calibration(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    if cpu_features.missing_instructions("int8"):
-        pytest.skip(str(cpu_features.missing_instructions("int8")))
+    if machine.missing_instructions("int8"):
+        pytest.skip(str(machine.missing_instructions("int8")))
     with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your images and captions: dcar"):
         by_name(tiny_checkpoint, tmp_path, "openvino-int8")
 

@@ -32,7 +32,7 @@ from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.runtimes.torch_runtime import TorchRuntime
 from dcar_core.serving.adapter_extraction import extract
 from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure_candidates
-from dcar_core.util import cpu_features
+from dcar_core.util import machine
 from tests.support.paths import ROOT
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
@@ -78,8 +78,8 @@ def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> C
 
 def require_instructions(name: str) -> None:
     kind = RUNTIME_KINDS[name]
-    if kind.needs and cpu_features.missing_instructions(kind.needs):
-        pytest.skip(str(cpu_features.missing_instructions(kind.needs)))
+    if kind.needs and machine.missing_instructions(kind.needs):
+        pytest.skip(str(machine.missing_instructions(kind.needs)))
 
 
 PLAIN = ModelConfig(prompt=PromptConfig(length=0))
@@ -288,9 +288,7 @@ def test_ranking_leaves_out_wrong_runtimes(tiny_model: Path, tmp_path: Path, mon
     case = moved(tiny_model, ModelConfig(), tmp_path)
     adapter, where = case.adapter, case.loaded
     runtime = (
-        open_runtime("torch-bf16", where)
-        if not cpu_features.missing_instructions("bf16")
-        else open_runtime("torch", where)
+        open_runtime("torch-bf16", where) if not machine.missing_instructions("bf16") else open_runtime("torch", where)
     )
     monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
     ranking = measure_candidates(adapter, where, Probe.synthetic(32), [runtime.name])

@@ -18,7 +18,7 @@ from dcar_core.runtimes.equality_proof import Probe
 from dcar_core.runtimes.int8_calibration import calibrate
 from dcar_core.runtimes.registry import RUNTIME_KINDS
 from dcar_core.training.train import train
-from dcar_core.util import cpu_features
+from dcar_core.util import machine
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
 from tests.support.searches import Client
@@ -118,7 +118,7 @@ def why_missing(runtime: str) -> str | None:
     """Return a reason if a runtime cannot be tested here."""
     absent = [package for package in PRECISIONS[runtime] if importlib.util.find_spec(package) is None]
     needs = RUNTIME_KINDS[runtime].needs
-    return f"needs {', '.join(absent)}" if absent else needs and cpu_features.missing_instructions(needs)
+    return f"needs {', '.join(absent)}" if absent else needs and machine.missing_instructions(needs)
 
 
 @pytest.mark.parametrize("family", BEST)
