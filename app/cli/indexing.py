@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from app.cli.options import Filter, example
-from dcar_core.util.console import json_text
+from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs.command_line import (
     EPILOG,
@@ -56,7 +56,7 @@ def list_command(index: Index) -> None:
 def items_command(index: Index, filter: Filter = None) -> None:
     """Print the items of an index, one line of JSON for each."""
     for item in _matching_items(index, filter or {}):
-        typer.echo(json_text({"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}))
+        typer.echo(dump_json({"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}))
 
 
 @commands.command("verify", epilog=example("dcar index verify index"))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
-from dcar_core.util.console import json_text
+from dcar_core.util.console import dump_json
 from dcar_core.util.errors import CheckpointError, DcarError
 from index_jobs.jobs.command_line import Runtime
 
@@ -96,7 +96,7 @@ def search(
         for number, (item, score) in enumerate(found, 1)
     ]  # fmt: skip
     if as_json:
-        typer.echo(json_text({"index_version": artifact.manifest.version, "results": results}))
+        typer.echo(dump_json({"index_version": artifact.manifest.version, "results": results}))
         return
     for result in results:
         title = result["caption"] or result["file_name"]

@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 import typer
 
 from app.cli.options import EXAMPLES, Device, Images, Pretrained, example
-from dcar_core.util.console import json_text
+from dcar_core.util.console import dump_json
 from dcar_core.util.errors import DcarError, ModelError
 
 commands = typer.Typer()
@@ -35,7 +35,7 @@ def models(
         entry for entry in list_catalogue() if name.lower() in entry.name.lower() and level in (None, entry.level)
     ]
     if as_json:
-        typer.echo(json_text([asdict(entry) for entry in entries]))
+        typer.echo(dump_json([asdict(entry) for entry in entries]))
         return
     if not entries:
         raise ModelError("no built-in model matches; `dcar models` lists all")

@@ -70,7 +70,7 @@ def prepare_streams() -> None:
         sys.stderr.write("WARNING: file names are not read as UTF-8 here; set PYTHONUTF8=1 or LC_ALL=C.UTF-8\n")
 
 
-def json_text(value: Any) -> str:
+def dump_json(value: Any) -> str:
     """Return JSON for stdout, in ASCII if stdout cannot show all of Unicode."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     return json.dumps(value, ensure_ascii=not unicode)
