@@ -15,7 +15,7 @@ import open_clip
 import pytest
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.model.text.cleaning import clean_text, mend
+from dcar_core.model.text.cleaning import clean_text, fix_encoding
 from dcar_core.model.text.tokenizer import TextTokenizer, count_clip_tokens
 from dcar_core.negatives import LETTERS
 
@@ -105,9 +105,9 @@ def test_plain_ascii_needs_no_mending() -> None:
 @pytest.mark.parametrize("level", ["amp;", "amp", "AMP;", "#38;", "#x26;", "#00038;"])
 def test_deeply_nested_entities_take_linear_time(level: str) -> None:
     started = time.process_time()
-    assert mend("&" + level * 20_000 + "lt;end_of_text&gt;") == "<end_of_text>"
+    assert fix_encoding("&" + level * 20_000 + "lt;end_of_text&gt;") == "<end_of_text>"
     assert time.process_time() - started < 1
 
 
 def test_entities_that_only_begin_like_an_ampersand_are_kept() -> None:
-    assert mend("&#389; &#x26a; AT&amp;T") == html.unescape("&#389; &#x26a; AT&amp;T")
+    assert fix_encoding("&#389; &#x26a; AT&amp;T") == html.unescape("&#389; &#x26a; AT&amp;T")

@@ -1,7 +1,7 @@
 """Cleaning of user text before tokenization: encoding, HTML entities, control tokens, case.
 
 - Every tokenizer and the service's query form use `strip_control_tokens`, so no text can place SOS or EOT.
-- `mend` takes linear time, also for entities nested thousands of times.
+- `fix_encoding` takes linear time, also for entities nested thousands of times.
 """
 
 import html
@@ -24,7 +24,7 @@ def strip_control_tokens(text: str) -> str:
     return _CLIP_CONTROL.sub(" ", text)
 
 
-def mend(text: str) -> str:
+def fix_encoding(text: str) -> str:
     """Repair the encoding and resolve HTML entities, nested ones too."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
@@ -38,8 +38,8 @@ def mend(text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Mend a text and strip its control tokens; the input of every tokenizer."""
-    return strip_control_tokens(mend(text))
+    """Fix the encoding of a text and strip its control tokens; the input of every tokenizer."""
+    return strip_control_tokens(fix_encoding(text))
 
 
 def collapse_spaces(text: str) -> str:
