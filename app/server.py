@@ -52,7 +52,7 @@ def serve(settings: Settings) -> None:
         failures.append(error)
         server.should_exit = True
 
-    _allow_connections()
+    _raise_open_file_limit()
     sys.setswitchinterval(_SWITCH_S)
     with listener:
         app = create_app(settings, on_start_failure=fail, tracer=tracer)
@@ -125,7 +125,7 @@ class _Server(uvicorn.Server):
         self._timer.start()
 
 
-def _allow_connections() -> None:
+def _raise_open_file_limit() -> None:
     """Raise the limit of open files as far as allowed: the usual 1,024 are few for connections."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # the system has no such limit, or forbids raising it
         import resource
