@@ -20,8 +20,8 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
-from dcar_core.negatives import add_negatives, backbone_views
-from dcar_core.negatives.text_views import TextViews
+from dcar_core.negatives import add_negatives, backbone_functions
+from dcar_core.negatives.text_functions import TextFunctions
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import train
@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
 
     backbone = load_backbone(BackboneSource(args.model, args.pretrained))
-    views = backbone_views(backbone)
+    functions = backbone_functions(backbone)
     splits, _ = load_splits(args.data, SPLITS)
     counts = [int(count) for count in args.counts.split(",")]
     most = min(10 * len(splits[split].images) // share for split, share in SHARES.items())
@@ -66,7 +66,7 @@ def main() -> None:
                 runs = []
                 for seed in range(args.seeds):
                     model = seeded_model(backbone, method(name), seed)
-                    parts = written(splits, count, seed, views)
+                    parts = written(splits, count, seed, functions)
                     config = TrainConfig(patience=5, seed=seed)
                     train(model, parts["train"], parts["val"], config, progress=False, cache=cache)
                     runs.append(hits(model))
@@ -77,10 +77,10 @@ def main() -> None:
                 print("| " + " | ".join(row) + " |", flush=True)
 
 
-def written(splits: dict[str, Dataset], count: int, seed: int, views: TextViews) -> dict[str, Dataset]:
+def written(splits: dict[str, Dataset], count: int, seed: int, functions: TextFunctions) -> dict[str, Dataset]:
     """Return the training and validation pairs of `count` captions, with negatives that are made of these alone."""
     parts = {split: take(splits[split], count * share // 10, seed) for split, share in SHARES.items()}
-    return add_negatives(parts, {split: CleaningReport() for split in parts}, views)
+    return add_negatives(parts, {split: CleaningReport() for split in parts}, functions)
 
 
 def take(data: Dataset, count: int, seed: int) -> Dataset:

@@ -18,7 +18,7 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
-from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.train import train
 from index_jobs.rebuild import rebuild
@@ -40,7 +40,7 @@ def main() -> None:
 
     backbone = load_backbone(BackboneSource(args.model, args.pretrained))
     splits, reports = load_splits(args.data, ("train", "val"))
-    splits = add_negatives(splits, reports, backbone_views(backbone))
+    splits = add_negatives(splits, reports, backbone_functions(backbone))
     gallery, config = args.gallery or args.data, TrainConfig(epochs=args.epochs)
     print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))
     with tempfile.TemporaryDirectory() as folder:

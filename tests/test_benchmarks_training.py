@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from dcar_core.data import load_splits
-from dcar_core.negatives import LETTERS
+from dcar_core.negatives import LETTER_FUNCTIONS
 from tests.support import commands
 from tests.support.paths import ROOT
 
@@ -86,7 +86,7 @@ def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, mo
     splits, _ = load_splits(tiny_data, ("train", "val"))
     for data in splits.values():
         data.samples[:] = [replace(sample, negatives=("a caption of another image",)) for sample in data.samples]
-    parts = importlib.import_module("caption_counts").written(splits, 10, 0, LETTERS)
+    parts = importlib.import_module("caption_counts").written(splits, 10, 0, LETTER_FUNCTIONS)
     assert {name: len(part) for name, part in parts.items()} == {"train": 8, "val": 1}
     samples = parts["train"].samples
     assert all(sample.negatives and "a caption of another image" not in sample.negatives for sample in samples)

@@ -57,16 +57,16 @@ def negatives_command(
 ) -> None:
     """Generate negative captions as `dcar train` does, print some, and write them for review and training."""
     from dcar_core.data import describe_reports, load_splits, write_splits
-    from dcar_core.negatives import LETTERS, add_negatives, backbone_views
+    from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives, backbone_functions
 
     splits, reports = load_splits(path, image_policy="ignore")
-    views = LETTERS
+    functions = LETTER_FUNCTIONS
     if model is not None:  # torch takes seconds
         from dcar_core.model.backbone import BackboneSource, load_backbone
         from dcar_core.serving.encoder import pick_device
 
-        views = backbone_views(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
-    made = add_negatives(splits, reports, views, mode=negatives, taxonomy=taxonomy, count=count, seed=seed)
+        functions = backbone_functions(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
+    made = add_negatives(splits, reports, functions, mode=negatives, taxonomy=taxonomy, count=count, seed=seed)
     for data in made.values():
         for sample in data.samples[:: max(1, len(data) // show)][:show] if show else ():
             typer.echo(f"{sample.image}  [{sample.category}]\n    {sample.caption}")

@@ -83,7 +83,7 @@ def train(
     from dcar_core.model.dcar import seeded_model
     from dcar_core.model.methods import default_method
     from dcar_core.model.methods import method as method_config
-    from dcar_core.negatives import add_negatives, backbone_views
+    from dcar_core.negatives import add_negatives, backbone_functions
     from dcar_core.serving.encoder import pick_device
     from dcar_core.training.distributed import torchrun_group
     from dcar_core.training.feature_cache import FeatureCache
@@ -105,7 +105,7 @@ def train(
         backbone = load_backbone(BackboneSource(model, pretrained), here)
         chosen = method_config(method or default_method(backbone.level)).with_loss_direction(loss)
         adapted = seeded_model(backbone, chosen, seed)
-        splits = add_negatives(splits, reports, backbone_views(backbone), mode=negatives, taxonomy=taxonomy)
+        splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
         report_truncation(splits, reports, backbone, adapted.prompt_tokens)
         if group.is_leader:
             typer.echo(describe_reports(splits, reports), err=True)

@@ -32,7 +32,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method, require_runnable
-from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.frozen_features import FrozenFeatures
@@ -104,7 +104,7 @@ def compare(
             raise DataError("two data sets of --also have the same name; rename one of their directories")
         others[name], reports[f"also {name}"] = load_split(directory, "test", image_policy=image_policy)
     complete = partial(
-        add_negatives, views=backbone_views(backbone), mode=negatives, taxonomy=taxonomy, held_out=held_out
+        add_negatives, functions=backbone_functions(backbone), mode=negatives, taxonomy=taxonomy, held_out=held_out
     )
     all_pairs, splits = splits["train"], complete(splits, reports)
 

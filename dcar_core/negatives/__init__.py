@@ -7,6 +7,6 @@ In: samples with captions and categories. Out: the same samples with negative ca
 """
 
 from dcar_core.negatives.complete import add_negatives
-from dcar_core.negatives.text_views import LETTERS, backbone_views
+from dcar_core.negatives.text_functions import LETTER_FUNCTIONS, backbone_functions
 
-__all__ = ["LETTERS", "add_negatives", "backbone_views"]
+__all__ = ["LETTER_FUNCTIONS", "add_negatives", "backbone_functions"]

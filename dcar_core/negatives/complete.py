@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from dcar_core.data import CleaningReport, Dataset
 from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, NegativeGenerator
 from dcar_core.negatives.taxonomy import load_taxonomy, rank_categories
-from dcar_core.negatives.text_views import TextViews
+from dcar_core.negatives.text_functions import TextFunctions
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 
@@ -31,7 +31,7 @@ _KINDS = {
 def add_negatives(
     splits: Mapping[str, Dataset],
     reports: Mapping[str, CleaningReport],
-    views: TextViews,
+    functions: TextFunctions,
     *,
     mode: str = "auto",
     taxonomy: Path | None = None,
@@ -42,7 +42,7 @@ def add_negatives(
     """Return the splits with negatives according to `mode`, and count them in the reports.
 
     Args:
-        views: the features rank and cluster categories; the tokens tell which negatives read alike.
+        functions: the features rank and cluster categories; the tokens tell which negatives read alike.
         taxonomy: a file with meta-categories; see docs/reference/data-formats.md.
         held_out: folded names of categories that only negatives of the test split may name.
         count: maximum negatives per pair.
@@ -62,10 +62,10 @@ def add_negatives(
         rows = _rows_to_complete(data, mode, reports[name])
         if rows:
             samples = [*data.samples, *(splits["train"].samples if "train" in splits and name != "train" else ())]
-            ranked = rank_categories(samples, tree, views.features, reports[name])
+            ranked = rank_categories(samples, tree, functions.features, reports[name])
             if name != "test":
                 ranked = {key: [o for o in near if fold_name(o) not in held_out] for key, near in ranked.items()}
-            generator = NegativeGenerator(data.samples, ranked, views.tokens, count=count, seed=seed)
+            generator = NegativeGenerator(data.samples, ranked, functions.tokens, count=count, seed=seed)
             data = _completed(data, rows, generator, reports[name])
         elif tree is not None:
             reports[name].add("pairs with the negatives of the data, for which the taxonomy is not used", len(data))

@@ -9,7 +9,7 @@ import pytest
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.data.clean import normalise
 from dcar_core.model.backbone import Backbone
-from dcar_core.negatives import LETTERS, add_negatives, backbone_views
+from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives, backbone_functions
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json
 from tests.support.negatives import CATS, FELINE, made, sample, split
@@ -145,7 +145,7 @@ def test_captions_that_do_not_name_their_category_are_counted(tmp_path: Path) ->
 def test_swap_beyond_the_context_is_no_negative(backbone: Backbone, tmp_path: Path) -> None:
     late = sample("9", "a " * 40 + "red Sphynx", "Sphynx")  # the tiny model reads 32 tokens
     reports = {"train": CleaningReport()}
-    found = add_negatives({"train": split([*CATS, late], tmp_path)}, reports, backbone_views(backbone))[
+    found = add_negatives({"train": split([*CATS, late], tmp_path)}, reports, backbone_functions(backbone))[
         "train"
     ].samples[-1]
     assert set(found.negative_categories) == {"Sphynx"}
@@ -162,7 +162,7 @@ def test_no_negative_equals_a_caption_of_its_image(backbone: Backbone, tmp_path:
         sample("4", "A Sphynx on a chair.", "Sphynx"),
     ]
     reports = {"train": CleaningReport()}
-    done = add_negatives({"train": split(known, tmp_path)}, reports, backbone_views(backbone))["train"].samples
+    done = add_negatives({"train": split(known, tmp_path)}, reports, backbone_functions(backbone))["train"].samples
     assert not any(text.startswith("Sphynx a a") for text in done[0].negatives), "its other caption reads the same"
     assert sum(text.startswith("Sphynx a a") for text in done[-1].negatives) == 1, "one of three that are alike"
     assert reports["train"].counts["negatives that differ only where the context has ended, left out"] >= 4
@@ -173,7 +173,7 @@ def test_a_test_category_is_never_seen_in_training(tmp_path: Path) -> None:
     done = add_negatives(
         {"train": split(CATS[:3], tmp_path), "test": split(CATS[3:5], tmp_path, "test")},
         reports,
-        LETTERS,
+        LETTER_FUNCTIONS,
     )
     seen = {c for s in done["train"].samples for c in s.negative_categories}
     assert seen == {"Sphynx", "Ragdoll", "Maine Coon"}

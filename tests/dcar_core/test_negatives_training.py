@@ -11,7 +11,7 @@ from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.methods import method
-from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.feature_cache import FeatureCache
 from tests.support.commands import dcar
 from tests.support.files import write_json
@@ -72,7 +72,7 @@ def test_data_with_its_own_negatives_keeps_its_runs(backbone: Backbone, tiny_dat
     """The identity of a finished run does not change when no negatives are made."""
     splits, reports = load_splits(tiny_data, ("train", "val", "test"))
     counts = {name: dict(report.counts) for name, report in reports.items()}
-    same = add_negatives(splits, reports, backbone_views(backbone))
+    same = add_negatives(splits, reports, backbone_functions(backbone))
     assert same == splits
     assert counts == {name: dict(report.counts) for name, report in reports.items()}
     cache, quick = FeatureCache(None, backbone), TrainConfig(epochs=1, batch_size=6)
@@ -81,7 +81,7 @@ def test_data_with_its_own_negatives_keeps_its_runs(backbone: Backbone, tiny_dat
         for given in (splits, same)
     )
     assert before == after
-    other = add_negatives(splits, reports, backbone_views(backbone), mode="all")
+    other = add_negatives(splits, reports, backbone_functions(backbone), mode="all")
     assert MethodRunner(backbone, other, tmp_path, quick, cache).directory(method("dcar"), 0, 1e-3) != before
 
 
@@ -101,7 +101,7 @@ def test_the_command_writes_what_training_reads(
     assert "  - a " in done.stdout
     assert f"train with --data {out} --images" in done.stdout
     splits, reports = load_splits(data, ("train", "val", "test"), image_root=tiny_data)
-    expected = add_negatives(splits, reports, backbone_views(backbone))
+    expected = add_negatives(splits, reports, backbone_functions(backbone))
     for name in ("train", "val", "test"):
         written = load_split(out, name, image_root=tiny_data)[0].samples
         assert written == expected[name].samples

@@ -14,7 +14,7 @@ from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ModelConfig
-from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 from tests.support.comparisons import QUICK, trainings
@@ -97,7 +97,7 @@ def test_a_category_is_held_out_in_every_spelling_and_in_the_taxonomy(
     taxonomy = tmp_path / "taxonomy.json"
     taxonomy.write_text(json.dumps({"meta_categories": {"all": names}}))
     made = add_negatives(
-        kept, reports, backbone_views(backbone), mode="all", taxonomy=taxonomy, held_out=held_out
+        kept, reports, backbone_functions(backbone), mode="all", taxonomy=taxonomy, held_out=held_out
     )  # fmt: skip
     named = {s: {fold_name(c) for x in made[s].samples for c in x.negative_categories} for s in ("train", "test")}
     assert named["train"]

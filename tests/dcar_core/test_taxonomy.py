@@ -8,7 +8,7 @@ import pytest
 
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.model.backbone import Backbone
-from dcar_core.negatives import add_negatives, backbone_views
+from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.taxonomy import cluster_names, distant_rows, letter_features, load_taxonomy, rank_categories
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json
@@ -48,13 +48,13 @@ def test_names_are_clustered_by_clip(backbone: Backbone, tmp_path: Path) -> None
     lonely = np.concatenate([rows[:8], rows[:7], -rows[:1]])  # the last is unlike all others
     alone = cluster_names(lonely / np.linalg.norm(lonely, axis=1, keepdims=True))
     assert min(alone.count(cluster) for cluster in alone) > 1
-    features = backbone_views(backbone).features
+    features = backbone_functions(backbone).features
     found = features(["cat", "dog"])
     assert found.shape == (2, 32)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
     reports = {"train": CleaningReport()}
-    done = add_negatives({"train": split(CATS, tmp_path)}, reports, backbone_views(backbone))["train"]
-    again = add_negatives({"train": split(CATS[::-1], tmp_path)}, reports, backbone_views(backbone))["train"]
+    done = add_negatives({"train": split(CATS, tmp_path)}, reports, backbone_functions(backbone))["train"]
+    again = add_negatives({"train": split(CATS[::-1], tmp_path)}, reports, backbone_functions(backbone))["train"]
     order = {s.image: [c for c in s.negative_categories if c != s.category] for s in done.samples}
     assert order == {s.image: [c for c in s.negative_categories if c != s.category] for s in again.samples}
     assert all(order.values())

@@ -17,7 +17,7 @@ import pytest
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.text.cleaning import clean_text, fix_encoding
 from dcar_core.model.text.tokenizer import TextTokenizer, count_clip_tokens
-from dcar_core.negatives import LETTERS
+from dcar_core.negatives import LETTER_FUNCTIONS
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -82,10 +82,10 @@ def test_clips_vocabulary_needs_no_open_clip() -> None:
     found = TextTokenizer.for_clip()(texts)
     np.testing.assert_array_equal(found, wanted[:, : found.shape[1]])
     assert not wanted[:, found.shape[1] :].any()
-    assert LETTERS.tokens(["a red car"]) == [reference("a red car")[0, :5].tolist()]
+    assert LETTER_FUNCTIONS.tokens(["a red car"]) == [reference("a red car")[0, :5].tolist()]
     assert count_clip_tokens(["a red car", "a " * 5000]) == [5, 5002]
-    assert len(LETTERS.tokens(["a " * 5000])[0]) == 69
-    code = "import sys, dcar_core.negatives as n; n.LETTERS.tokens(['a']); print('torch' in sys.modules)"
+    assert len(LETTER_FUNCTIONS.tokens(["a " * 5000])[0]) == 69
+    code = "import sys, dcar_core.negatives as n; n.LETTER_FUNCTIONS.tokens(['a']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

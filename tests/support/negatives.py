@@ -5,7 +5,7 @@ from typing import Any
 
 from dcar_core.data import CleaningReport, Dataset, Sample
 from dcar_core.images import ImageRoot
-from dcar_core.negatives import LETTERS, add_negatives
+from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives
 
 FELINE = {"cat": ["Sphynx", "Ragdoll", "Maine Coon"], "dog": ["Beagle", "Pug"]}
 
@@ -32,5 +32,5 @@ def made(
     samples: list[Sample], tmp_path: Path, mode: str = "auto", **given: Any
 ) -> tuple[list[Sample], CleaningReport]:
     report = CleaningReport()
-    done = add_negatives({"train": split(samples, tmp_path)}, {"train": report}, LETTERS, mode=mode, **given)
+    done = add_negatives({"train": split(samples, tmp_path)}, {"train": report}, LETTER_FUNCTIONS, mode=mode, **given)
     return done["train"].samples, report

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch takes seconds, and letters need none
 _PROMPT_TOKENS = 8  # prompt vectors that the context leaves room for
 
 
-class TextViews(NamedTuple):
+class TextFunctions(NamedTuple):
     """features: of category names, (n, d), L2-normalised. tokens: of texts, as an encoder with prompts reads them."""
 
     features: NameFeatures
@@ -28,10 +28,10 @@ def _clip_tokens(texts: Sequence[str]) -> list[list[int]]:
     return clip.with_limit(clip.limit - _PROMPT_TOKENS).encode(texts)
 
 
-LETTERS = TextViews(letter_features, _clip_tokens)
+LETTER_FUNCTIONS = TextFunctions(letter_features, _clip_tokens)
 
 
-def backbone_views(backbone: "Backbone") -> TextViews:
+def backbone_functions(backbone: "Backbone") -> TextFunctions:
     """Return the text functions of a loaded CLIP, without prompts."""
     import torch
     import torch.nn.functional as F
@@ -44,4 +44,4 @@ def backbone_views(backbone: "Backbone") -> TextViews:
             parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
         return np.concatenate(parts)
 
-    return TextViews(features, backbone.text_tokenizer(_PROMPT_TOKENS).encode)
+    return TextFunctions(features, backbone.text_tokenizer(_PROMPT_TOKENS).encode)
