@@ -20,7 +20,7 @@ from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.middleware.access import CALLER
 
-logger = logging.getLogger("app.middleware.access")
+logger = logging.getLogger(__name__)
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _REQUEST_ID = b"x-request-id"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dcar_core.util.errors import CheckpointError
 from dcar_core.util.files import canonical_json, sha256_of
 from index_jobs.jobs.rebuild_job import RebuildJob
-from index_jobs.jobs.summary import RebuildSummary, summarize
+from index_jobs.jobs.summary import RebuildSummary, summarise
 from index_jobs.options import RebuildOptions
 from index_jobs.store.publish import report_os_errors
 
@@ -51,7 +51,7 @@ def rebuild(
         scanned = gallery if isinstance(gallery, Gallery) else scan(gallery)
         job = RebuildJob(scanned, checkpoint, _checkpoint_signature(checkpoint), out, settings, start)
         if not settings.force and (current := job.find_published(checkpoint_signature=job.signature)):
-            return summarize(out, current, start=start)
+            return summarise(out, current, start=start)
 
         from index_jobs.jobs.rebuild_run import run
 

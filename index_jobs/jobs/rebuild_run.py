@@ -30,7 +30,7 @@ from index_jobs.jobs.gallery_changes import count_changes
 from index_jobs.jobs.notify import notify
 from index_jobs.jobs.quality_gate import GateVerdict, compare, pass_uncompared
 from index_jobs.jobs.rebuild_job import RebuildJob
-from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
+from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarise
 from index_jobs.jobs.version_writer import (
     calibrate_cutoff,
     caption_queries,
@@ -61,7 +61,7 @@ def run(job: RebuildJob) -> RebuildSummary:
         replicas, runtime = _load_replicas(job, checkpoint)
         encoder = replicas[0]
         if not options.force and (current := job.find_published(fingerprint=encoder.fingerprint)):
-            return summarize(out, current, start=job.start)
+            return summarise(out, current, start=job.start)
         uses_gpu = options.kind.startswith("gpu-") or (options.kind == "auto" and options.device.startswith("cuda"))
         gpu_memory = gpu_search.free_gpu_memory() if uses_gpu else 0
         expected = choose_kinds(options, len(gallery), encoder.dim, gpu_memory)[0]
@@ -95,7 +95,7 @@ def run(job: RebuildJob) -> RebuildSummary:
             _warn_of_lost_updates(served.manifest, manifest)
         _keep_vectors(job, store.path, manifest)
     notified = notify(options.notify, out, manifest.version)
-    return summarize(out, manifest, encoded, verdict, changes, start=job.start, notified=notified)
+    return summarise(out, manifest, encoded, verdict, changes, start=job.start, notified=notified)
 
 
 def _open_served(index: Path, *, force: bool) -> Artifact | None:
@@ -144,7 +144,7 @@ def _require_no_worse(
         if not options.keep_shards:
             publish.remove_directory(job.out, job.out / WORK)
         kept = replace(served.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
-        summary = summarize(job.out, kept, encoded, verdict, start=job.start, published=False)
+        summary = summarise(job.out, kept, encoded, verdict, start=job.start, published=False)
         raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
     return verdict
 

@@ -100,7 +100,7 @@ class RejectedError(GateError):
         self.summary = summary
 
 
-def summarize(
+def summarise(
     index: Path,
     manifest: Manifest,
     encoded: "EncodedGallery | None" = None,

@@ -18,6 +18,7 @@ from tests.support.processes import free_port
 from tests.support.responses import scrape
 from tests.support.service import before_encoding, opened, restore
 
+REQUEST_LOG = "app.middleware.request_log"
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 
 
@@ -64,7 +65,7 @@ async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path
 
 
 async def test_a_well_formed_request_id_is_kept_and_logged(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "app.middleware.access")
+    caplog.set_level(logging.INFO, REQUEST_LOG)
     async with opened(built_index) as client:
         given = await client.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
         assert given.headers["x-request-id"] == "shop-7/a"
@@ -73,7 +74,7 @@ async def test_a_well_formed_request_id_is_kept_and_logged(built_index: Path, ca
         refused = await client.get("/items/nothing%0Aat%20all", headers={"X-Request-ID": "a b\tc"})
         assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
 
-    lines = [record.getMessage() for record in caplog.records if record.name == "app.middleware.access"]
+    lines = [record.getMessage() for record in caplog.records if record.name == REQUEST_LOG]
     lines = [line for line in lines if "/readyz 503" not in line]  # logged while loading
     assert len(lines) == 3, "successful probes are not logged"
     assert lines[0].startswith("POST /search/text 200 in ")
@@ -138,7 +139,7 @@ async def test_a_long_path_is_shortened_in_the_log(built_index: Path, caplog: py
     async with opened(built_index) as client:
         assert (await client.get("/" + "%ff" * 20_000)).status_code == 404
 
-    assert max(len(record.getMessage()) for record in caplog.records if record.name == "app.middleware.access") < 5000
+    assert max(len(record.getMessage()) for record in caplog.records if record.name == REQUEST_LOG) < 5000
 
 
 @pytest.mark.slow
@@ -175,9 +176,7 @@ def test_a_shutdown_finishes_requests_and_logs_json(built_index: Path) -> None:
         _, text = process.communicate(timeout=20)
     lines = [json.loads(line) for line in text.splitlines()]
     assert all({"time", "level", "logger", "message", "request_id"} <= line.keys() for line in lines)
-    last = next(
-        line for line in lines if line["request_id"] == "the-last" and line["logger"] == "app.middleware.access"
-    )
+    last = next(line for line in lines if line["request_id"] == "the-last" and line["logger"] == REQUEST_LOG)
     assert (last["path"], last["status"], last["method"]) == ("/search/image", 200, "POST")
     assert last["ms"] > 500
     assert "of a library" not in text
