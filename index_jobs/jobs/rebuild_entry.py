@@ -34,7 +34,8 @@ def rebuild(
         options: the fields of `RebuildOptions`.
 
     Raises:
-        DataError: the gallery cannot be used, too many images are broken, or the kind is unknown.
+        DataError: the gallery cannot be used, too many images are broken, no item has a field that the options name,
+            or the kind is unknown.
         CheckpointError, ModelError: the model cannot be loaded; or the served version's model cannot, without force.
         LockedError: another job is writing to `out`.
         GalleryShrunkError: too many of the served images are gone from the gallery.

@@ -1,8 +1,8 @@
 """The steps of a rebuild: encode, build, compare with the served version, publish, notify.
 
 - The checkpoint is copied first and loaded from the copy, so a version contains the model that encoded it.
-- Errors are found before the first image is encoded: lock, output, checkpoint, kind, validation pairs, the served
-  version's model, and disk space.
+- Errors are found before the first image is encoded: lock, output, checkpoint, fields, kind, validation pairs, the
+  served version's model, and disk space.
 - `out/work` keeps the vectors of the served version, and those of one rejected or interrupted rebuild. The next rebuild
   by the same encoder takes what it can use from both, also if the gallery has changed in between.
 """
@@ -37,6 +37,7 @@ from index_jobs.jobs.version_writer import (
     choose_hybrid_weight,
     choose_kinds,
     require_disk_space,
+    require_fields,
     stage_items,
     stage_vectors,
 )
@@ -62,6 +63,7 @@ def run(job: RebuildJob) -> RebuildSummary:
         encoder = replicas[0]
         if not options.force and (current := job.find_published(fingerprint=encoder.fingerprint)):
             return summarise(out, current, start=job.start)
+        require_fields(gallery, options)
         uses_gpu = options.kind.startswith("gpu-") or (options.kind == "auto" and options.device.startswith("cuda"))
         gpu_memory = gpu_search.free_gpu_memory() if uses_gpu else 0
         expected = choose_kinds(options, len(gallery), encoder.dim, gpu_memory)[0]

@@ -1,7 +1,8 @@
 """Contents of a version besides the model: measured vectors in FAISS or Milvus, the items, and the score cut-off."""
 
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import write_json
 from index_jobs.building import kinds
 from index_jobs.building.build import build_index
@@ -24,13 +25,15 @@ from index_jobs.gallery.scan import Gallery
 from index_jobs.jobs.quality_gate import PAIRS_SIGNATURE, QueryPairs
 from index_jobs.options import RebuildOptions
 from index_jobs.store import milvus
-from index_jobs.store.columns import FieldTypes
+from index_jobs.store.columns import FieldTypes, field_names
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
-from index_jobs.store.items import take_rows, write_items
+from index_jobs.store.items import BUILT_IN_FIELDS, take_rows, write_items
 from index_jobs.store.lexical.fusion import choose_weight, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, write_lexical
 from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL, VECTORS
 from index_jobs.store.publish import next_version
+
+logger = logging.getLogger(__name__)
 
 _MIN_TEXTS = 100  # validation texts that choose the weight of the words
 
@@ -53,6 +56,34 @@ def require_disk_space(out: Path, gallery: Gallery, store: ShardStore, choice: I
             f"the index {out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for vectors that "
             f"the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give another --out"
         )
+
+
+def require_fields(gallery: Gallery, options: RebuildOptions) -> None:
+    """Check that items have the fields that searches group by and look words up in.
+
+    One of several text fields may be missing, since items that are added later may have it. That is a warning.
+
+    Raises:
+        DataError: no item has the group field, or any of the text fields, or the group field holds lists.
+    """
+    metadata = gallery.table["metadata"]
+    if name := options.group_field:
+        types = dict.fromkeys(BUILT_IN_FIELDS, pa.string()) | FieldTypes.infer(metadata).types
+        if name not in types:
+            raise DataError(_no_field("--group-field", [name], types))
+        if pa.types.is_list(types[name]):
+            raise DataError(f"--group-field: {name!r} has several values an item; name a field with one")
+    if options.text_fields:
+        known = field_names(metadata) | {*BUILT_IN_FIELDS}
+        missing = [name for name in options.text_fields if name not in known]
+        if len(missing) == len(options.text_fields):
+            raise DataError(_no_field("--text-fields", missing, known))
+        if missing:
+            logger.warning("%s", _no_field("--text-fields", missing, known))
+
+
+def _no_field(option: str, names: Sequence[str], known: Iterable[str]) -> str:
+    return f"{option}: no item has the field {' or '.join(map(repr, names))}; there are: {', '.join(sorted(known))}"
 
 
 def stage_vectors(

@@ -68,6 +68,11 @@ class FieldTypes:
         }
 
 
+def field_names(metadata: pa.ChunkedArray) -> set[str]:
+    """Return the names of all fields, those without a column included."""
+    return {name for record in _records(metadata) for name in record}
+
+
 def _records(metadata: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
     for chunk in metadata.chunks:
         for text in chunk.to_pylist():

@@ -29,7 +29,7 @@ _TYPES = {
     **dict.fromkeys(SIZE_COLUMNS, pa.int32()),
 }
 _FIELD = "field:"  # prefix of a metadata field's column
-_BUILT_IN_FIELDS = ("id", "caption", "category")
+BUILT_IN_FIELDS = ("id", "caption", "category")
 
 
 def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
@@ -106,11 +106,11 @@ class Items:
     def fields(self) -> dict[str, str]:
         """Arrow types of the fields that `column` accepts, by name."""
         metadata = {f.name.removeprefix(_FIELD): str(f.type) for f in self._schema if f.name.startswith(_FIELD)}
-        return metadata | dict.fromkeys(_BUILT_IN_FIELDS, "string")
+        return metadata | dict.fromkeys(BUILT_IN_FIELDS, "string")
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return all rows of one field, memory-mapped."""
-        place = self._schema.get_field_index(name if name in _BUILT_IN_FIELDS else _FIELD + name)
+        place = self._schema.get_field_index(name if name in BUILT_IN_FIELDS else _FIELD + name)
         if place < 0:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
         field_type = self._schema.field(place).type

@@ -16,7 +16,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods import method
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DataError, DcarError
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
@@ -94,6 +94,42 @@ def test_unchanged_job_is_reused(gallery: Path, tiny_checkpoint: Path, other_che
             False,
             True,
         ]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"group_field": "colour"}, "--group-field: no item has the field 'colour'; there are: .*color"),
+        ({"group_field": "tags"}, "--group-field: 'tags' has several values an item"),
+        (
+            {"text_fields": ["colour", "form"]},
+            "--text-fields: no item has the field 'colour' or 'form'; there are: .*tags",
+        ),
+    ],
+)
+def test_a_field_that_no_item_has_is_refused_before_encoding(
+    option: dict[str, object], says: str, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
+    (gallery / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"tags": ["a", "b"]}) for row in rows))
+    fields: dict[str, object] = {"group_field": "color", "text_fields": ["id"]}
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", keep_shards=False, progress=False, **fields)
+    served = open_current(tmp_path / "index").manifest
+    encoded: list[int] = []
+    with pytest.raises(DataError, match=says):
+        rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, on_encoded=encoded.append, **option)
+    assert not encoded
+    assert open_current(tmp_path / "index").manifest == served
+
+
+def test_a_text_field_beside_others_may_be_missing(
+    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Items that are added later may have it."""
+    fields = ["brand", "color"]
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", text_fields=fields, progress=False)
+    assert open_current(tmp_path / "index").manifest.text_fields == fields
+    assert "--text-fields: no item has the field 'brand'" in caplog.text
 
 
 def test_failed_images_are_published_with_the_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
