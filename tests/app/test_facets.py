@@ -10,6 +10,7 @@ import numpy as np
 from app.search.ranking.facets import count_facets, count_values
 from app.search.ranking.groups import group_field, rank_groups
 from app.search.ranking.rank import RankQuery, rank
+from index_jobs.store.filters import match_column
 from tests.support.ranking import ArtifactStub, snapshot_of, unit
 
 
@@ -35,6 +36,20 @@ def test_facets_equal_a_plain_count() -> None:
             facet = count_values(snapshot.artifact, name, mask, grouped)
             assert {entry["value"]: entry["count"] for entry in facet} == dict(expected)
             assert [entry["count"] for entry in facet] == sorted(expected.values(), reverse=True)
+
+
+def test_ranges_count_groups_where_a_group_has_many_numbers() -> None:
+    rng = np.random.default_rng(0)
+    count = 400
+    prices = [None if price < 0 else price for price in rng.normal(20, 9, count).round(2).tolist()]
+    products = [f"p{number}" for number in rng.integers(0, 5, count).tolist()]
+    snapshot = snapshot_of(ArtifactStub(unit(rng, count, 8), price=prices, product=products))
+    mask = rng.random(count) < 0.6
+    facet = count_values(snapshot.artifact, "price", mask, group_field(snapshot, "product"))
+    assert len(facet) == 10
+    for entry in facet:
+        matched = match_column(snapshot.artifact.column("price"), entry["value"], "price") & mask
+        assert entry["count"] == len({products[row] for row in np.flatnonzero(matched)}) <= 5
 
 
 def test_facets_are_in_the_order_of_all_values_sorted() -> None:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from app.search.ranking.groups import GroupField, group_field
 from app.search.ranking.rows import field_values, filter_mask, mask_key
 from app.search.snapshots import Snapshot, drop_oldest
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
@@ -91,14 +91,15 @@ def count_values(
         chosen = pc.list_flatten(chosen)
     present = pc.is_valid(chosen).to_numpy(zero_copy_only=False)
     chosen, rows = chosen.drop_null(), rows[present]
+    owners = rows if groups is None else groups.codes[rows]
     if is_list or groups is not None:  # a list may repeat a value, and a group has several rows
-        owners = pa.array(rows if groups is None else groups.codes[rows])
-        chosen = pa.table({"value": chosen, "owner": owners}).group_by(["value", "owner"]).aggregate([])["value"]
+        pairs = pa.table({"value": chosen, "owner": owners}).group_by(["value", "owner"]).aggregate([])
+        chosen, owners = pairs["value"], pairs["owner"].to_numpy()
     if pa.types.is_floating(chosen.type) or pa.types.is_integer(chosen.type):
         numbers = chosen.to_numpy()
-        numbers = numbers[np.isfinite(numbers)]
-        if len(np.unique(numbers)) > _SINGLE_NUMBERS:
-            return _count_ranges(numbers)
+        is_finite = np.isfinite(numbers)
+        if len(np.unique(numbers[is_finite])) > _SINGLE_NUMBERS:
+            return _count_ranges(numbers[is_finite], owners[is_finite])
     counted = pc.value_counts(chosen)
     if len(counted) > limit:  # of texts, perhaps millions
         table = pa.table({"count": counted.field("counts"), "text": counted.field("values")})
@@ -108,10 +109,12 @@ def count_values(
     return sorted(facet, key=lambda entry: (-entry["count"], str(entry["value"])))
 
 
-def _count_ranges(numbers: Any) -> Facet:
-    """Return ranges between deciles; the last one includes its end."""
+def _count_ranges(numbers: Any, owners: Rows) -> Facet:
+    """Return ranges between deciles, with the number of different owners in each; the last one includes its end."""
     edges = np.unique(np.quantile(numbers, np.linspace(0, 1, _RANGES + 1), method="nearest"))
-    counts, _ = np.histogram(numbers, edges)
+    places = np.minimum(np.searchsorted(edges, numbers, "right"), len(edges) - 1) - 1
+    keys = np.sort(owners * len(edges) + places)  # np.unique takes many times longer
+    counts = np.bincount(keys[np.diff(keys, prepend=-1) > 0] % len(edges), minlength=len(edges) - 1)
     facet: Facet = []
     for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
         end = "lte" if high == edges[-1] else "lt"
