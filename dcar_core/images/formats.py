@@ -24,7 +24,7 @@ class ImageFormat(StrEnum):
 ALL_FORMATS = frozenset(ImageFormat)
 WEB_FORMATS = ALL_FORMATS - {ImageFormat.TIFF, ImageFormat.BMP}  # what browsers and phones send
 
-HEIC_SUFFIXES = frozenset({".heic", ".heif"})
+HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 # The suffixes of images that can be decoded here
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",

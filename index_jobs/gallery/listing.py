@@ -19,6 +19,7 @@ from typing import Any
 from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.records import IMAGE_COLUMNS, Record
 from dcar_core.images import has_image_suffix, index_tar
+from dcar_core.images.formats import HEIC_SUFFIXES
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import METADATA_FILES, GalleryMetadata, read_gallery_records, read_sidecars
 from index_jobs.gallery.storage import (
@@ -37,10 +38,10 @@ logger = logging.getLogger(__name__)
 PATH_COLUMNS = (*IMAGE_COLUMNS, "url")
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SKIPPED_KINDS = {
-    **dict.fromkeys((".heic", ".heif"), "HEIC"),
+    **dict.fromkeys(HEIC_SUFFIXES, "HEIC"),
     **dict.fromkeys((".svg", ".svgz"), "SVG"),
-    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), "RAW"),
-    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), "video"),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef"), "RAW"),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".wmv", ".3gp"), "video"),
     **dict.fromkeys((".psd", ".jp2", ".jxl", ".ico"), "other image"),
 }
 _HINTS = {
@@ -77,16 +78,20 @@ def list_folder(root: str) -> Iterator[GalleryImage]:
     images: list[GalleryImage] = []
     for file in files:
         if file_suffix(file.name) == ".tar":
-            images += _tar_images(root, file, metadata)
+            images += _tar_images(root, file, metadata, skipped)
         elif has_image_suffix(file.name):
             found = metadata.find(file.name) if metadata else {}
             images.append(replace(file, fields=found) if found else _with_fields_of_name(file))
     if metadata and images:
         metadata.report_unused()
+    _report_skipped(skipped)
+    return _sorted_by_name(images)
+
+
+def _report_skipped(skipped: Counter[str]) -> None:
     for kind, count in skipped.most_common():
         noun, verb = ("file", "is") if count == 1 else ("files", "are")
         logger.warning("%d %s %s %s skipped: %s", count, kind, noun, verb, _HINTS[kind])
-    return _sorted_by_name(images)
 
 
 def _with_fields_of_name(image: GalleryImage) -> GalleryImage:
@@ -106,7 +111,10 @@ def list_tar(place: str) -> Iterator[GalleryImage]:
         stat = Path(place).stat()
         size, version = stat.st_size, stat.st_mtime_ns
     name = place.partition("::")[0].rpartition("/")[2] if is_url(place) else Path(place).name
-    return _sorted_by_name(_tar_images(root, GalleryImage(name, name, WHOLE_FILE, size, version), None))
+    skipped = Counter[str]()
+    images = _tar_images(root, GalleryImage(name, name, WHOLE_FILE, size, version), None, skipped)
+    _report_skipped(skipped)
+    return _sorted_by_name(images)
 
 
 def list_rows(place: str) -> Iterator[GalleryImage]:
@@ -184,20 +192,26 @@ def _remote_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
 
 
 def _is_read(root: str, name: str, skipped: Counter[str]) -> bool:
-    """Return whether a file belongs to the gallery; count files of image kinds that are not read."""
+    """Return whether a file belongs to the gallery; see `_is_image`."""
     if name.lower().endswith(_COMPRESSED_TARS):
         raise DataError(f"{join_location(root, name)} is a compressed tar; decompress it first")
     if name.rpartition("/")[2].startswith("."):
         return False
-    suffix = file_suffix(name)
-    if name in METADATA_FILES or has_image_suffix(name) or suffix == ".tar":
+    return name in METADATA_FILES or file_suffix(name) == ".tar" or _is_image(name, skipped)
+
+
+def _is_image(name: str, skipped: Counter[str]) -> bool:
+    """Return whether a file is an image; count files of image kinds that are not read."""
+    if has_image_suffix(name):
         return True
-    if suffix in _SKIPPED_KINDS:
-        skipped[_SKIPPED_KINDS[suffix]] += 1
+    if kind := _SKIPPED_KINDS.get(file_suffix(name)):
+        skipped[kind] += 1
     return False
 
 
-def _tar_images(root: str, file: GalleryImage, metadata: GalleryMetadata | None) -> list[GalleryImage]:
+def _tar_images(
+    root: str, file: GalleryImage, metadata: GalleryMetadata | None, skipped: Counter[str]
+) -> list[GalleryImage]:
     """Return the images of a tar, with the members of the same stem (.json, .txt, .cls) as their metadata."""
     place = join_location(root, file.name)
     with open_location(place) as tar:
@@ -206,7 +220,7 @@ def _tar_images(root: str, file: GalleryImage, metadata: GalleryMetadata | None)
     images = []
     for member, span in members.items():
         path = PurePosixPath(member)
-        if not has_image_suffix(member) or path.name.startswith("."):
+        if path.name.startswith(".") or not _is_image(member, skipped):
             continue
         name = f"{file.name}/{member}"
         from_folder = metadata.find(name, member, path.name) if metadata else {}
