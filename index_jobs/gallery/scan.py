@@ -81,17 +81,20 @@ def scan(place: str | Path | Sequence[str]) -> Gallery:
 
     Raises:
         DataError: a gallery is missing, empty, of an unknown kind, repeats an id, has no column of images, or holds
-            a compressed tar.
+            a compressed tar; or two have one name.
         MissingExtraError: its URL needs a package that is not installed.
     """
-    sources, roots, tables = list[str](), list[str](), list[pa.Table]()
+    names, sources, roots, tables = list[str](), list[str](), list[str](), list[pa.Table]()
     for text in [str(place)] if isinstance(place, str | Path) else map(str, place):
         name, given = _split_name(text)
         source = _absolute(given)
         if source in sources:
             raise DataError(f"the gallery {given} is given twice")
         name = name or (_own_name(source, tables) if tables else "")
+        if name and name in names:
+            raise DataError(f"the name {name} is given twice; choose another")
         root, table = _scan_place(source, given, name)
+        names.append(name)
         sources.append(f"{name}={source}" if name else source)
         roots.append(root)
         tables.append(table)

@@ -74,6 +74,13 @@ def test_a_gallery_given_twice_is_refused(cameras: list[Path]) -> None:
         scan([str(cameras[0])] * 2)
 
 
+def test_a_name_given_twice_is_refused(cameras: list[Path]) -> None:
+    with pytest.raises(DataError, match="the name x is given twice; choose another"):
+        scan([f"x={path}" for path in cameras])
+    with pytest.raises(DataError, match="the name cam2 is given twice"):
+        scan([*map(str, cameras), f"cam2={cameras[0].parent}"])
+
+
 def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
     cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
