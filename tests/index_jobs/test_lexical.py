@@ -44,10 +44,22 @@ def lexical(tmp_path_factory: pytest.TempPathFactory) -> LexicalIndex:
         ("berries", "berry"),
         ("\uff46\uff55\uff4c\uff4c", "full"),
         ("東京タワー", "東京"),
+        ("كِتَابٌ", "كتاب"),
+        ("סֵפֶר", "ספר"),
     ],
 )
 def test_spellings_of_one_thing_share_a_term(one: str, other: str) -> None:
     assert {*index_terms(one)} & {*index_terms(other)}
+
+
+@pytest.mark.parametrize("word", ["हिन्दी", "किताब", "বাংলা", "தமிழ்", "မြန်မာ", "ที่", "ދިވެހި"])
+def test_a_word_with_vowel_signs_is_one_term(word: str) -> None:
+    assert index_terms(f"a {word}, {word}-7.") == ["a", word, word, "7", f"{word}7"]
+
+
+def test_a_mark_without_a_letter_is_no_term() -> None:
+    for text, terms in (("\u2764\ufe0f heart", ["heart"]), ("1\ufe0f\u20e3", ["1"]), ("ि", [])):
+        assert index_terms(text) == terms
 
 
 def test_a_query_loses_stop_words_unless_it_has_no_others() -> None:

@@ -1,6 +1,7 @@
 """Analysis of text into the terms of the lexical index; the same for items and for queries.
 
-- Case, width and accents are folded: "Éclair" and "eclair" are one term.
+- Case, width and accents are folded: "Éclair" and "eclair" are one term. So are Arabic and Hebrew words with and
+  without their vowel points. The vowel signs of other scripts are part of the word.
 - A code gives its parts and the whole: "WX-300", "WX 300" and "wx300" share terms.
 - Chinese, Japanese and Korean text gives characters and pairs of neighbours, since it has no spaces.
 - English plurals lose their ending by Harman's three rules, which also leave codes and other languages readable.
@@ -10,11 +11,17 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
-_ACCENTS = re.compile("[\u0300-\u036f]")
+_ACCENTS = re.compile(
+    "[\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u0652\u0670]"  # Latin, Hebrew, Arabic
+)
+_MARKS = "".join(  # those above U+FDFF choose the form of an emoji, or are of scripts that are rare
+    mark for mark in map(chr, range(0x370, 0xFE00)) if unicodedata.category(mark) in {"Mn", "Mc"}
+)
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _CJK_START = re.compile(f"[{_CJK}]")
-_CHUNK = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+(?:[-./_][^\W_{_CJK}]+)*")
-_PART = re.compile(r"[^\W\d_]+|\d+")
+_WORD = rf"[^\W_{_CJK}]+(?:[{_MARKS}][^\W_{_CJK}]*)*"
+_CHUNK = re.compile(rf"[{_CJK}]+|{_WORD}(?:[-./_]{_WORD})*")
+_PART = re.compile(rf"[^\W\d_]+(?:[{_MARKS}][^\W\d_]*)*|\d+")
 _STOP_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it",
     "of", "on", "or", "that", "the", "to", "with",
