@@ -109,6 +109,8 @@ def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool)
     images, pairs = shlex.quote(str(gallery)), shlex.quote(str(gallery / "pairs.json"))
     if has_captions:
         start = "To adapt the model to the captions, and serve the result:\n"
+    elif not gallery.is_dir():
+        start = "To adapt the model, write a table of captions (docs/tutorial.md):\n"
     else:
         start = (
             "To adapt the model, write a table of captions (docs/tutorial.md). With a folder per category, a vision\n"

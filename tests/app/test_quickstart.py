@@ -26,6 +26,7 @@ from dcar_core.serving.encoder import Encoder
 from dcar_core.util.errors import DataError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
 from index_jobs.store.versions import open_current
+from tests.support.files import write_tar
 from tests.support.images import png
 from tests.support.processes import answering, free_port
 
@@ -93,6 +94,15 @@ def test_broken_images_are_counted_and_captions_are_what_the_model_is_adapted_to
     assert "broken images, left out: 1, with reasons in " in done.output
     assert f"dcar train --data '{photos}' --model " in done.output
     assert f"--validation '{photos}'\n" in done.output
+
+
+def test_no_file_is_advised_inside_of_a_tar(tmp_path: Path) -> None:
+    write_tar(tmp_path / "plain.tar", {"cat.png": png("green"), "dog.png": png("red")})
+    command = ["quickstart", str(tmp_path / "plain.tar"), "--model", str(EXAMPLES / "base"), "--no-open"]
+    options = ["--data", str(tmp_path / "data"), "--port", str(free_port())]
+    done = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+    assert "plain.tar/" not in done.output
+    assert "write a table of captions" in done.output
 
 
 def test_the_page_is_opened_once_the_service_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
