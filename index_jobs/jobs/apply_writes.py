@@ -100,7 +100,7 @@ def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: di
 def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
     """Publish the changes of some jobs, and record their ends. Raise DataError if a change cannot be made."""
     from index_jobs.jobs.rebuild_entry import rebuild
-    from index_jobs.jobs.updates import add, remove
+    from index_jobs.jobs.updates import NoItemLeftError, add, remove
 
     _require_same_types(jobs)
     last = {item["id"]: (job, item) for job in jobs for item in job.items}
@@ -130,7 +130,10 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
             failed = _failures(open_version(index, summary.version))
     if deleted and version is not None:
         keep = {name: value for name, value in options.items() if name == "keep"}
-        version = remove(index, deleted, missing_ok=True, **keep).version
+        try:
+            version = remove(index, deleted, missing_ok=True, **keep).version
+        except NoItemLeftError:  # the caller knows of no directory
+            raise DataError("a collection cannot lose its last item; delete the collection") from None
     for job in jobs:
         lost = [
             {"id": item["id"], "reason": failed[item["id"]]}

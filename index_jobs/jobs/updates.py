@@ -52,6 +52,10 @@ ADDED_ROWS = kinds.FLAT_UP_TO  # compared one by one in every search, beside the
 _MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
 
 
+class NoItemLeftError(DataError):
+    """A removal would leave no item."""
+
+
 @dataclass(frozen=True)
 class UpdateSummary:
     """Result of an update. count: items that can be found. failed: images that could not be read.
@@ -77,7 +81,8 @@ def remove(
         missing_ok: ignore ids that are not in the index.
 
     Raises:
-        DataError: an id is not in the index, or no item would be left.
+        DataError: an id is not in the index.
+        NoItemLeftError: no item would be left.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; published versions are unchanged.
@@ -93,7 +98,7 @@ def remove(
         rows = _rows_of(current, ids)
         removed = np.union1d(np.flatnonzero(~current.live), rows)
         if len(removed) == current.rows:
-            raise DataError(f"no item would be left in {index}; delete the directory instead")
+            raise NoItemLeftError(f"no item would be left in {index}; delete the directory instead")
         files = {name: info for name, info in manifest.files.items() if name != REMOVED}
         shared = publish.share_files(current.path, staging, files)
         write_removed(staging / REMOVED, removed)

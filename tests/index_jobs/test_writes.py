@@ -109,7 +109,7 @@ def test_bad_job_ends_alone(index: Path) -> None:
     assert ids_of(open_current(index)) == {"a"}
     last = delete(index, "a")
     apply_writes(index)
-    assert "no item would be left" in status(index, last)["reason"]
+    assert status(index, last)["reason"] == "a collection cannot lose its last item; delete the collection"
 
 
 def test_repeated_batch_adds_nothing_twice(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
