@@ -82,7 +82,7 @@ def search(
     is_cached = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if is_cached else "torch")
     artifact.require(encoder.fingerprint)
-    is_image = has_image_suffix(query)
+    is_image = has_image_suffix(query) or os.path.isfile(query)  # noqa: PTH113  False for words too long for a name
     vector = encoder.encode_images([Path(query)]) if is_image else encoder.encode_text([words])
     parts = [QueryPart(1.0, vector[0])]
     if excluded_words:

@@ -1,5 +1,6 @@
 """The command line as a whole: what a user can fix is one line."""
 
+import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from app.cli import app, main
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.towers.text import CausalText
-from dcar_core.util.errors import DcarError, ModelError
+from dcar_core.util.errors import DcarError, ImageError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
 from tests.support.files import write_json
 from tests.support.tiny_clips import tiny_config
@@ -93,6 +94,22 @@ def test_index_build_ends_as_the_rebuild_job_does(
         main()
     assert ended.value.code == 3
     assert capsys.readouterr().err.endswith("nowhere does not exist\n")
+
+
+def test_an_image_without_a_suffix_is_searched_by_its_content(
+    built_index: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    picture, note = tmp_path / "photo", tmp_path / "note.txt"
+    picture.write_bytes((tiny_gallery / "circle" / "red.png").read_bytes())
+    note.write_text("red circle")
+    options = ["--index", str(built_index), "-k", "1", "--json"]
+    found = json.loads(CliRunner().invoke(app, ["search", str(picture), *options], catch_exceptions=False).stdout)
+    assert (found["results"][0]["caption"], found["results"][0]["score"] > 0.999) == ("a red circle", True)
+    refused = CliRunner().invoke(app, ["search", str(note), *options])
+    assert isinstance(refused.exception, ImageError)
+    assert str(refused.exception).startswith(f"{note}: ")
+    words = "a red circle " * 400
+    assert CliRunner().invoke(app, ["search", words, *options]).exit_code == 0, "too long for the name of a file"
 
 
 def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
