@@ -61,8 +61,10 @@ def search(
     """Search an index once, without a service.
 
     A line has rank, score (cosine), id, and caption or file name. With --hybrid the words count for the rank as well.
+    Of an index with a --group-field, each product is listed once.
     """
     from app.search.query import QueryPart, Weights, compose, normalise
+    from app.search.ranking.groups import rank_groups, read_groups
     from app.search.ranking.hybrid import HybridQuery
     from app.search.ranking.rank import RankQuery, rank
     from dcar_core import Encoder
@@ -88,7 +90,9 @@ def search(
     if excluded_words:
         parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
     words_query = HybridQuery(words, artifact.manifest.words_weight) if hybrid and not is_image else None
-    best = rank(artifact, RankQuery(compose(parts), words_query), k, allowed)
+    find = partial(rank, artifact, RankQuery(compose(parts), words_query))
+    product = artifact.manifest.group_field
+    best = rank_groups(find, k, read_groups(artifact, product), allowed) if product else find(k, allowed)
     found = [(artifact.item(each.row), each.score) for each in best]
     results = [
         {"rank": number, "id": item.id, "score": round(score, 4), "caption": item.caption, "category": item.category,

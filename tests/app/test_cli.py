@@ -16,6 +16,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import DcarError, ImageError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
+from index_jobs.rebuild import rebuild
 from tests.support.files import write_json
 from tests.support.tiny_clips import tiny_config
 
@@ -110,6 +111,20 @@ def test_an_image_without_a_suffix_is_searched_by_its_content(
     assert str(refused.exception).startswith(f"{note}: ")
     words = "a red circle " * 400
     assert CliRunner().invoke(app, ["search", words, *options]).exit_code == 0, "too long for the name of a file"
+
+
+@pytest.mark.parametrize("options", [[], ["--hybrid"], ["--filter", '{"category": ["circle", "cross"]}']])
+def test_a_search_of_an_index_of_products_shows_each_once(
+    options: list[str], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    rebuild(tiny_gallery, tiny_checkpoint, index, group_field="color", workers=0, progress=False)
+    command = ["search", "a red circle", "--index", str(index), "-k", "24", "--json", *options]
+    found = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)["results"]
+    colors = [result["file_name"].partition("/")[2] for result in found]
+    assert len(set(colors)) == len(colors) == 6
+    if options[:1] == ["--filter"]:
+        assert {result["category"] for result in found} <= {"circle", "cross"}
 
 
 def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from app.search.ranking.rank import RankedRow
 from app.search.ranking.rows import field_values
 from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Mask, Rows
+from index_jobs.store.artifact import Artifact
 
 _MAX_CACHED = 8  # fields of one version; one of different texts takes about 80 bytes an item
 _ROWS_PER_GROUP = 4  # rows requested at first for each group
@@ -56,26 +57,35 @@ class GroupField:
         return others if mask is None else others & mask
 
 
+def read_groups(artifact: Artifact, name: str) -> GroupField:
+    """Return a field's groups.
+
+    Raises:
+        InvalidQueryError: there is no such field, or it holds lists.
+    """
+    column = field_values(artifact, name, "group_by")
+    if pa.types.is_list(column.type):
+        raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
+    encoded = column.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    values = encoded.dictionary.to_pylist()
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    alone = np.flatnonzero(codes < 0)
+    codes[alone] = len(values) + alone
+    counts = np.bincount(codes[artifact.live], minlength=len(values))[: len(values)]
+    return GroupField(codes, values, counts)
+
+
 def group_field(snapshot: Snapshot, name: str) -> GroupField:
-    """Return a field's groups. Those of recent fields, and of the index's own, are cached.
+    """Return a field's groups, as `read_groups` does. Those of recent fields, and of the index's own, are cached.
 
     Raises:
         InvalidQueryError: there is no such field, or it holds lists.
     """
     groups = snapshot.groups.get(name)
     if groups is None:
-        column = field_values(snapshot.artifact, name, "group_by")
-        if pa.types.is_list(column.type):
-            raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
-        encoded = column.combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.combine_chunks()
-        values = encoded.dictionary.to_pylist()
-        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        alone = np.flatnonzero(codes < 0)
-        codes[alone] = len(values) + alone
-        counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
-        groups = snapshot.groups[name] = GroupField(codes, values, counts)
+        groups = snapshot.groups[name] = read_groups(snapshot.artifact, name)
         drop_oldest(snapshot.groups, _MAX_CACHED, kept=snapshot.artifact.manifest.group_field)
     return groups
 
