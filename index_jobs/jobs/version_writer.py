@@ -72,7 +72,7 @@ def require_fields(gallery: Gallery, options: RebuildOptions) -> None:
         if name not in types:
             raise DataError(_no_field("--group-field", [name], types))
         if pa.types.is_list(types[name]):
-            raise DataError(f"--group-field: {name!r} has several values an item; name a field with one")
+            raise DataError(f"--group-field: {name!r} has several values per item; name a field with one")
     if options.text_fields:
         known = field_names(metadata) | {*BUILT_IN_FIELDS}
         missing = [name for name in options.text_fields if name not in known]

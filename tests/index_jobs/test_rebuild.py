@@ -100,7 +100,7 @@ def test_unchanged_job_is_reused(gallery: Path, tiny_checkpoint: Path, other_che
     ("option", "says"),
     [
         ({"group_field": "colour"}, "--group-field: no item has the field 'colour'; there are: .*color"),
-        ({"group_field": "tags"}, "--group-field: 'tags' has several values an item"),
+        ({"group_field": "tags"}, "--group-field: 'tags' has several values per item"),
         (
             {"text_fields": ["colour", "form"]},
             "--text-fields: no item has the field 'colour' or 'form'; there are: .*tags",
