@@ -156,14 +156,14 @@ class Retriever:
 
     async def _search(self, snapshot: Snapshot, query: Query, filter_turn: asyncio.Lock | None = None) -> SearchResults:
         started = time.perf_counter()
-        options = query.options
+        options, turn = query.options, filter_turn or asyncio.Lock()
         if not snapshot.artifact.rows:
             if query.image is not None:
                 await self._embedder.image(snapshot, query.image, options.crop)  # a broken one is an error
             return no_results(query)
         plan = make_plan(snapshot, query, self._settings)
         vector, is_cached = await self._query_vector(snapshot, plan)
-        mask = await self._mask(snapshot, options.filter, filter_turn or asyncio.Lock())
+        mask = await self._mask(snapshot, options.filter, turn)
         ranked, matches = await self._rank(snapshot, plan, vector, mask)
         words: WordWeights | None = None
         if plan.rerank_depth > options.offset:
@@ -182,7 +182,8 @@ class Retriever:
         facets, has_exact_facets = None, True
         if options.facets:
             count = partial(count_facets, snapshot, options.facets, vector, options.filter)
-            facets, has_exact_facets = await self._filter_thread.run(count, plan.min_score, plan.group_by)
+            async with turn:
+                facets, has_exact_facets = await self._filter_thread.run(count, plan.min_score, plan.group_by)
         has_next = len(ranked) > plan.end and plan.end + options.k <= self._settings.max_window
         return SearchResults(
             version=snapshot.version,
@@ -225,7 +226,7 @@ class Retriever:
         Masks are computed in one thread, so an expensive filter delays no search without a filter.
 
         Args:
-            turn: shared by the queries of one request, so the request queues one filter at a time.
+            turn: shared by the queries of one request, so the request queues one filter, or count of facets, at a time.
         """
         if not filter or not snapshot.artifact.rows:
             return None

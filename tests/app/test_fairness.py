@@ -66,6 +66,40 @@ async def test_a_batch_has_one_filter_in_the_queue_at_a_time(
         assert (await batch).status_code == 200
 
 
+async def test_a_batch_has_one_count_of_facets_in_the_queue_at_a_time(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
+
+    def count(*_: Any) -> tuple[dict[str, Any], bool]:
+        order.append("facets")
+        assert gate.wait(60)
+        return {}, True
+
+    def match(artifact: Any, filter: Any) -> Any:
+        order.append("single")
+        return match_rows(artifact, filter)
+
+    monkeypatch.setattr("app.search.retriever.count_facets", count)
+    monkeypatch.setattr(filters, "match_rows", match)
+    async with opened(built_index) as client:
+        queries = [{"query": f"red {i}", "facets": ["color"]} for i in range(8)]
+        batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
+
+        async def has_begun() -> bool:
+            return bool(order)
+
+        await until(has_begun)
+        await asyncio.sleep(0.2)  # all queries of the batch have been ranked
+        single = asyncio.create_task(client.post("/search/text", json={"query": "red", "filter": {"color": "red"}}))
+        await asyncio.sleep(0.2)
+        gate.set()
+        assert (await single).status_code == 200
+        assert (await batch).status_code == 200
+        assert order.index("single") <= 2, "the facets of at most two queries of the batch came first"
+        assert order.count("facets") == 8
+
+
 @pytest.mark.parametrize("options", [{"explain": True}, {"rerank": True}], ids=str)
 async def test_explanations_and_reranking_encode_images_in_small_chunks(
     built_index: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
