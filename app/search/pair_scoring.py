@@ -11,6 +11,7 @@
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.threads import run_in_new_thread
+from app.search.collections import without_directories
 from app.search.embedding import Embedder
 from app.search.errors import UnavailableError, UnsupportedQueryError
 from app.search.query import Explanation, ObjectFit, WordWeights
@@ -33,6 +35,8 @@ from dcar_core.util.errors import ArtifactError, DcarError, ImageError
 
 if TYPE_CHECKING:
     from dcar_core.serving.pair_weights import PairWeights
+
+logger = logging.getLogger(__name__)
 
 MAX_PARTS = 6  # of a relevance map, in each direction
 _CHUNK = 4  # images of one forward pass, so other queries wait for a short one only
@@ -163,7 +167,9 @@ async def _pair_weights(snapshot: Snapshot) -> "PairWeights":
     try:
         return await run_in_new_thread(snapshot.pair_weights)  # may load the model
     except DcarError as error:
-        message = f"This query needs the full model, which cannot be loaded: {error}"
+        index = snapshot.artifact.path.parents[1]
+        logger.error("cannot load the full model of %s: %s", index, error)
+        message = f"This query needs the full model, which cannot be loaded: {without_directories(str(error), index)}"
         raise UnavailableError(message, retry_after_s=30) from None
 
 

@@ -59,7 +59,12 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(built_index
 
 @pytest.mark.slow
 async def test_a_missing_model_fails_only_queries_that_need_it(
-    gallery: Path, tiny_model: Path, tiny_checkpoint: Path, runtime_cache: Path, tmp_path: Path
+    gallery: Path,
+    tiny_model: Path,
+    tiny_checkpoint: Path,
+    runtime_cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
     rebuild(gallery, model / tiny_checkpoint.name, tmp_path / "index", workers=0, progress=False)
@@ -71,7 +76,12 @@ async def test_a_missing_model_fails_only_queries_that_need_it(
         assert live(http).backbone is None
         shutil.rmtree(model / tiny_model.name)
         await ask(http, PLAIN)
-        assert "cannot be loaded" in assert_problem(await http.post("/search/text", json=DEEP), 503)["detail"]
+        detail = assert_problem(await http.post("/search/text", json=DEEP), 503)["detail"]
+        assert "cannot be loaded" in detail
+        assert f": {tiny_model.name}, the backbone of index/versions/1/checkpoint, does not exist" in detail
+        assert str(tmp_path) not in detail
+        assert f"cannot load the full model of {tmp_path / 'index'}" in caplog.text
+        assert str(model / tiny_model.name) in caplog.text
         await ask(http, PLAIN | {"k": 3})
 
 
