@@ -109,7 +109,12 @@ class Artifact(Segments):
         """The words of the items; None in older versions. Raise ArtifactError if the index cannot be read."""
         from index_jobs.store.lexical.lexical_index import LexicalIndex
 
-        return LexicalIndex(self.path / LEXICAL) if self.manifest.has_lexical else None
+        if not self.manifest.has_lexical:
+            return None
+        lexical = LexicalIndex(self.path / LEXICAL)
+        if len(lexical) != self.rows:
+            raise ArtifactError(f"{lexical.path} has {len(lexical):,} rows, but the index {self.rows:,}")
+        return lexical
 
     @cached_property
     def sample_vectors(self) -> Floats:

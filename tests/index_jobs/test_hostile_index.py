@@ -16,6 +16,7 @@ from dcar_core.util.files import sha256_of, write_json
 from index_jobs.rebuild import rebuild
 from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from index_jobs.store.items import Items
+from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
 from index_jobs.store.manifest import FileInfo, Manifest
 from index_jobs.store.versions import open_current
 
@@ -27,9 +28,13 @@ def patch(version: Path, name: str, old: bytes, new: bytes) -> None:
     assert data.count(old) >= 1
     path.unlink()
     path.write_bytes(data.replace(old, new, 1))
+    recompute(version, path)
+
+
+def recompute(version: Path, *paths: Path) -> None:
     manifest = Manifest.read(version / "manifest.json")
-    files = manifest.files | {name: FileInfo(path.stat().st_size, sha256_of(path))}
-    write_json(version / "manifest.json", replace(manifest, files=files).to_dict())
+    files = {str(path.relative_to(version)): FileInfo(path.stat().st_size, sha256_of(path)) for path in paths}
+    write_json(version / "manifest.json", replace(manifest, files=manifest.files | files).to_dict())
 
 
 def int32(*values: int) -> bytes:
@@ -109,6 +114,41 @@ def test_another_metric_is_an_error(tmp_path: Path) -> None:
     write_faiss(faiss.index_factory(16, "Flat", faiss.METRIC_L2), tmp_path / "index.faiss")
     with pytest.raises(ArtifactError, match="metric 1"):
         FaissIndex.open(tmp_path / "index.faiss")
+
+
+def test_lexical_rows_that_do_not_exist_are_an_error(index: Path, tmp_path: Path) -> None:
+    write_lexical(tmp_path / "lexical", ["a ghost", "a skull"])
+    assert len(LexicalIndex(tmp_path / "lexical")) == 2
+    update_lexical(tmp_path / "lexical", ["a cake"], first_row=9)
+    with pytest.raises(ArtifactError, match="lexical cannot be read: its row numbers are not those from 0 to 2"):
+        LexicalIndex(tmp_path / "lexical")
+    version = index / "versions" / "1"
+    update_lexical(version / "lexical", ["one more"], first_row=24)
+    recompute(version, *(version / "lexical").iterdir())
+    artifact = open_current(index)
+    with pytest.raises(ArtifactError, match="lexical has 25 rows, but the index 24"):
+        _ = artifact.lexical
+
+
+@pytest.mark.parametrize("name", ["*.fast", "*.idx", "*.term", "term_starts.npy"])
+def test_a_changed_byte_of_a_lexical_index_is_an_error_not_a_panic(name: str, tmp_path: Path) -> None:
+    texts = ["ghost: a white spook", "skull", "fish cake", "a red car", "red truck, fire engine", "WX-300 left mirror"]
+    write_lexical(tmp_path / "lexical", texts)
+    (file,) = (tmp_path / "lexical").glob(name)
+    right, everywhere, errors = file.read_bytes(), np.ones(len(texts), np.bool_), 0
+    for place in range(3, min(len(right), 240), 7):
+        file.unlink()  # a mapped file is never written into
+        file.write_bytes(right[:place] + b"\x1f" + right[place + 1 :])
+        try:
+            lexical = LexicalIndex(tmp_path / "lexical")
+            for query in ("red truck", "gohst"):
+                rows = [*lexical.search(query, 3)[1], *lexical.search(query, 9, everywhere)[1]]
+                assert {*rows} <= {*range(len(texts))}
+                lexical.known_share(query)
+        except ArtifactError as error:
+            assert str(tmp_path / "lexical") in str(error)  # noqa: PT017
+            errors += 1
+    assert errors >= 5
 
 
 def test_files_that_versions_share_are_checked_once(

@@ -16,6 +16,7 @@ import math
 import tempfile
 import weakref
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -130,7 +131,10 @@ class _ParsedQuery:
 
 
 class LexicalIndex:
-    """An opened lexical index. Safe for concurrent readers; its files may be removed while it is open."""
+    """An opened lexical index. Safe for concurrent readers; its files may be removed while it is open.
+
+    Every method raises ArtifactError for damage that was not found when the index was opened.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open a directory that `write_lexical` wrote. Raise ArtifactError if the index cannot be read."""
@@ -140,6 +144,8 @@ class LexicalIndex:
                 (Path(links) / file.name).symlink_to(file.resolve())
             index = _open(Path(links), shown=path)
             self._searcher = index.searcher()
+        self.path = path
+        self._check()
         self._schema = index.schema
         proxy: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep an older version's files open
         self._parse = lru_cache(_CACHED_QUERIES)(lambda text: proxy._parse_new(text))
@@ -147,6 +153,14 @@ class LexicalIndex:
         self._lists = TermLists.open(path)
         if self._lists is not None and len(self._lists) != len(self):
             raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
+
+    def _check(self) -> None:
+        """Require the row numbers from 0 on. A million take some 10 ms."""
+        statistics, last = {"rows": {"stats": {"field": _ROW}}}, len(self) - 1
+        with _readable(self.path):
+            rows = self._searcher.aggregate(tantivy.Query.all_query(), statistics)["rows"]
+            if last >= 0 and (rows["count"], rows["min"], rows["max"]) != (last + 1, 0, last):
+                raise ValueError(f"its row numbers are not those from 0 to {last}")
 
     def __len__(self) -> int:
         count: int = self._searcher.num_docs
@@ -199,7 +213,12 @@ class LexicalIndex:
         return sum(map(self._is_known, terms)) / len(terms) if terms else 1.0
 
     def _is_known(self, term: str) -> bool:
-        return bool(self._searcher.doc_freq(_TERMS, term))
+        return bool(self._frequency(term))
+
+    def _frequency(self, term: str) -> int:
+        with _readable(self.path):
+            frequency: int = self._searcher.doc_freq(_TERMS, term)
+        return frequency
 
     def _parse_new(self, text: str) -> _ParsedQuery:
 
@@ -209,7 +228,7 @@ class LexicalIndex:
         count, best, matches, weights = len(self), 0.0, 0, list[tuple[str, float]]()
         similar, common, rare = list[Any](), list[Any](), list[Any]()
         for term in query_terms(text, self._is_known):
-            frequency = self._searcher.doc_freq(_TERMS, term)
+            frequency = self._frequency(term)
             best += (weight := math.log1p((count - frequency + 0.5) / (frequency + 0.5)))
             if frequency:
                 part = tantivy.Query.term_query(self._schema, _TERMS, term, "freq")
@@ -242,9 +261,12 @@ class LexicalIndex:
         return tantivy.Query.boolean_query([(must, tantivy.Query.const_score_query(chosen, 0.0)), (must, query)])
 
     def _hits(self, query: Any, limit: int, best: float) -> tuple[Floats, Rows]:
-        hits = self._searcher.search(query, limit, count=False).hits
-        scores, addresses = zip(*hits, strict=True) if hits else ((), ())
-        rows = np.array(self._searcher.fast_field_values(_ROW, list(addresses)), np.int64)
+        with _readable(self.path):
+            hits = self._searcher.search(query, limit, count=False).hits
+            scores, addresses = zip(*hits, strict=True) if hits else ((), ())
+            rows = np.array(self._searcher.fast_field_values(_ROW, list(addresses)), np.int64)
+            if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+                raise ValueError(f"a row number is not in 0..{len(self) - 1}")
         return np.array(scores, np.float32) / np.float32(best), rows
 
 
@@ -255,10 +277,20 @@ def _best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
 
 
 def _open(path: Path, shown: Path | None = None) -> Any:
-    try:
+    with _readable(shown or path):
         return _prepare(tantivy.Index.open(str(path)))
-    except ValueError as error:
-        raise ArtifactError(f"{shown or path} cannot be read: {error}") from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise ArtifactError for what tantivy raises for damaged files: also a panic, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, ValueError | TypeError) or type(error).__name__ == "PanicException":
+            reason = str(error).partition("\n")[0]
+            raise ArtifactError(f"{path} cannot be read: {reason}; roll back, or rebuild the index") from error
+        raise
 
 
 def _prepare(index: Any) -> Any:

@@ -38,7 +38,7 @@ class TermLists:
             return None
         try:
             starts, terms = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in (STARTS, TERMS))
-        except (EOFError, OSError, ValueError) as error:
+        except Exception as error:  # NumPy raises many types for a header that it did not write
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         kinds = (starts.dtype, starts.ndim, terms.dtype, terms.ndim)
         if (
