@@ -70,7 +70,9 @@ class RequestLog:
                 raise
             detail = "The service is shutting down, and the request took too long."
             await Problem(503, detail, headers={"Retry-After": "2"}).response()(inner, receive, observed)
-        except Exception:
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic of a library in Rust is no Exception
             self._metrics.errors.inc()
             logger.exception("unexpected error in %s %s", method, quote(scope["path"][:_MAX_LOGGED_PATH]))
             if status == 0:

@@ -13,6 +13,7 @@ from app.api.schemas import ReloadResponse
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.images import png
+from tests.support.responses import assert_problem
 from tests.support.service import before_encoding, opened, restore, until
 
 KEY: dict[str, Any] = {"admin_key": "correct horse"}
@@ -234,6 +235,24 @@ async def test_unexpected_error_reveals_no_internals(built_index: Path) -> None:
         assert "secret" not in response.text
         restore(encoder)
         assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
+
+
+async def test_a_panic_of_a_library_is_an_unexpected_error(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class PanicError(BaseException):
+        """As raised by libraries in Rust."""
+
+    def broken(*_: object) -> None:
+        raise PanicError("a secret detail")
+
+    async with opened(built_index) as client:
+        monkeypatch.setattr("app.search.retriever.filter_mask", broken)
+        body = {"query": "x", "filter": {"color": "red"}}
+        response = await client.post("/search/text", json=body, headers={"x-request-id": "panicking"})
+        assert "secret" not in assert_problem(response, 500)["detail"]
+        assert response.headers["x-request-id"] == "panicking"
+        assert "unexpected error in POST /search/text" in caplog.text
 
 
 async def test_pages_load_nothing_from_other_sites(built_index: Path) -> None:
