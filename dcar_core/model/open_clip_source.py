@@ -2,17 +2,16 @@
 
 - A configuration may set only the fields that `_require_allowed` lists, wherever it comes from: it can name no code, no
   file outside its directory, and no setting that makes a library fetch or run something else.
-- Weights must be present and fit exactly; random weights must be requested.
+- Weights must be present and fit exactly; random weights must be requested. open_clip would resize tables of positions:
+  that is left to published weights, which are named by a tag or a repository.
 - Every failure is one `ModelError` that says what to do.
 """
 
 import difflib
 import json
-import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import open_clip
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.utils import to_2tuple
 from torch import nn
 
 from dcar_core.model.config import MODEL_CONFIG
@@ -28,8 +28,9 @@ from dcar_core.model.settings_hash import CLIP_VOCABULARY
 from dcar_core.model.text.cleaning import NORMALIZERS
 from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
 from dcar_core.model.text.tokenizer import TextTokenizer, digest_byte_pairs, load_byte_pairs
+from dcar_core.util.console import errors_raised_only
 from dcar_core.util.errors import DcarError, MissingExtraError, ModelError
-from dcar_core.util.memory import WEIGHTS_FILE, map_weights
+from dcar_core.util.memory import WEIGHTS_FILE, map_weights, read_shapes
 
 RANDOM = "random"
 HUB = "hf-hub:"
@@ -65,6 +66,11 @@ class BackboneSource:
         path = Path(self.model)
         return path if path.is_dir() else None
 
+    @property
+    def weights_file(self) -> Path:
+        """Place of local weights, where nothing may be."""
+        return self.directory / WEIGHTS_FILE if self.directory else Path(self.pretrained or "")
+
 
 @dataclass(frozen=True)
 class OpenClipModel:
@@ -95,13 +101,14 @@ def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
     try:
         config = read_config(source)
         tokenizer, identity = load_tokenizer(config, source.directory)
+        _require_positions(source, config)
         clip = _create(source, config, device)
     except DcarError:
         raise
     except Exception as error:  # open_clip, torch, safetensors, timm and the hub client each raise their own
         raise _explained(source, error) from error
     if device == "cpu":
-        map_weights(clip, source.directory / WEIGHTS_FILE if source.directory else Path(source.pretrained or ""))
+        map_weights(clip, source.weights_file)
     return OpenClipModel(clip.eval(), tokenizer, int(config["embed_dim"]), tower_settings(config), identity)
 
 
@@ -178,6 +185,30 @@ def _require_known(source: BackboneSource) -> None:
         )
 
 
+def _require_positions(source: BackboneSource, config: Mapping[str, Any]) -> None:
+    """Require tables of positions of the configured lengths and widths in local weights."""
+    file = source.weights_file
+    if file.suffix not in {".safetensors", ".pt", ".pth", ".bin"} or not file.is_file():
+        return
+    text, vision = CLIPTextCfg(**config["text_cfg"]), CLIPVisionCfg(**config["vision_cfg"])
+    wanted = {"positional_embedding": (text.context_length + text.embed_cls, text.width)}
+    wanted["text.positional_embedding"] = wanted["positional_embedding"]
+    if isinstance(vision.layers, int):  # a list: ResNet
+        height, width = (side // vision.patch_size for side in to_2tuple(vision.image_size))
+        wanted["visual.positional_embedding"] = (1 + height * width, vision.width)
+    for name, shape in read_shapes(file).items():
+        if shape != wanted.get(name, shape):
+            sizes = (" x ".join(map(str, each)) for each in (shape, wanted[name]))
+            raise _of_another_architecture(source, " ({} is {}, not {})".format(name, *sizes))
+
+
+def _of_another_architecture(source: BackboneSource, detail: str = "") -> ModelError:
+    return ModelError(
+        f"the weights of {source.pretrained or source.model} are of another architecture than {source.model}{detail}; "
+        f"name the model that they belong to"
+    )
+
+
 def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> nn.Module:
     """Create the model from the checked configuration, even if its source has changed since."""
     is_random = source.pretrained == RANDOM
@@ -186,7 +217,7 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
         towers["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in towers["text_cfg"]:
         towers["text_cfg"]["hf_model_pretrained"] = False
-    with _errors_raised_only(), warnings.catch_warnings():
+    with errors_raised_only(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         return open_clip.create_model(  # type: ignore[no-any-return]
@@ -198,20 +229,6 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
             weights_only=True,
             **towers,
         )
-
-
-@contextmanager
-def _errors_raised_only() -> Iterator[None]:
-    """Drop what open_clip logs as an error: it goes to the root logger, and the exception says the same."""
-
-    def is_no_error(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR
-
-    logging.getLogger().addFilter(is_no_error)  # records of other loggers do not pass it
-    try:
-        yield
-    finally:
-        logging.getLogger().removeFilter(is_no_error)
 
 
 def _explained(source: BackboneSource, error: Exception) -> ModelError | MissingExtraError:
@@ -230,10 +247,7 @@ def _explained(source: BackboneSource, error: Exception) -> ModelError | Missing
             f"--model examples/emoji/base"
         )
     if "Error(s) in loading state_dict" in reason or "state_dict" in reason:
-        return ModelError(
-            f"the weights of {source.pretrained or source.model} are of another architecture than {source.model}; "
-            f"name the model that they belong to"
-        )
+        return _of_another_architecture(source)
     return ModelError(f"{source.model} with weights {source.pretrained!r} could not be loaded: {reason}")
 
 

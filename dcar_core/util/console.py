@@ -1,7 +1,11 @@
-"""Standard streams that survive being closed, full, or of another encoding. Imports only the standard library."""
+"""Standard streams that survive being closed, full, or of another encoding, without what libraries log twice.
+
+Imports only the standard library.
+"""
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -74,3 +78,17 @@ def dump_json(value: Any) -> str:
     """Return JSON for stdout, in ASCII if stdout cannot show all of Unicode."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     return json.dumps(value, ensure_ascii=not unicode)
+
+
+@contextlib.contextmanager
+def errors_raised_only() -> Iterator[None]:
+    """Drop what open_clip logs as an error: it goes to the root logger, and the exception says the same."""
+
+    def is_no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    logging.getLogger().addFilter(is_no_error)  # records of other loggers do not pass it
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_no_error)

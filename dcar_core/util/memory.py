@@ -34,6 +34,22 @@ def map_weights(model: "nn.Module", file: Path) -> None:
         model.load_state_dict(mapped, assign=True)
 
 
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a file of weights, by name, without reading their values."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(str(file), "np") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    import torch
+
+    content = torch.load(file, map_location="meta", weights_only=True)
+    state = content.get("state_dict", content)
+    return {
+        name.removeprefix("module."): tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")
+    }
+
+
 def release_pages(places: Iterable[Path]) -> None:
     """Release the unmodified pages mapped from these files, or from files below these directories.
 

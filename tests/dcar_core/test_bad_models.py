@@ -54,6 +54,35 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         load_backbone(BackboneSource("RN50", str(tmp_path / "w.safetensors")))
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_of_another_model_are_refused_before_it_is_created(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = EXAMPLE / "base" / "open_clip_model.safetensors"
+    if suffix == ".pt":
+        state = {f"module.{name}": tensor for name, tensor in load_file(weights).items()}
+        weights = tmp_path / "weights.pt"
+        torch.save({"state_dict": state}, weights)
+    monkeypatch.setattr(open_clip, "create_model", None)
+    reason = r"of another architecture than RN50 \(positional_embedding is 32 x 192, not 77 x 512\); name the model"
+    with pytest.raises(ModelError, match=reason):
+        load_backbone(BackboneSource("RN50", str(weights)))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "reason"),
+    [
+        ("text_cfg", {"context_length": 48}, r"\(positional_embedding is 32 x 64, not 48 x 64\)"),
+        ("vision_cfg", {"image_size": 64}, r"\(visual.positional_embedding is 17 x 64, not 65 x 64\)"),
+    ],
+)
+def test_tables_of_positions_of_another_length_are_refused(
+    model: Path, part: str, values: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ModelError, match=f"of another architecture than {model} {reason}"):
+        load_backbone(edit(model, part, **values))
+
+
 def test_directory_without_weights_is_refused(model: Path) -> None:
     (model / "open_clip_model.safetensors").unlink()
     with pytest.raises(ModelError, match="could not be loaded: Required pretrained weights"):
