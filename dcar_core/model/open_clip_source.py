@@ -256,6 +256,9 @@ def _require_allowed(config: Any, source: BackboneSource) -> None:
     if not isinstance(config, dict) or not all(isinstance(config.get(t), dict) for t in ("vision_cfg", "text_cfg")):
         raise ModelError(f"the configuration of {name} has no vision_cfg and text_cfg; copy it from the model's source")
     _require_fields(config, _MODEL_FIELDS, "model_cfg", name)
+    _require_numbers(config, "model_cfg", name)
+    if type(width := config.get("embed_dim")) is not int or width < 1:
+        raise ModelError(f"the configuration of {name} has embed_dim {width!r:.80}; it must be a whole number above 0")
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", MultimodalCfg)):
         _require_fields(config.get(part, {}), {field.name for field in fields(kind)}, part, name)
         _require_numbers(config.get(part, {}), part, name)

@@ -177,6 +177,7 @@ def test_the_default_method_of_each_level_runs(level: str, method: str) -> None:
         ("vision_cfg", {"timm_model_name": "evil/repo"}),
         ("vision_cfg", {"no_such_setting": 1}),
         ("model_cfg", {"cast_dtype": "float16"}),
+        *(("model_cfg", {"embed_dim": value}) for value in (4_000_000, 0, "x", None, True, 2.5)),
     ],
 )
 def test_a_configuration_sets_only_what_is_allowed(
