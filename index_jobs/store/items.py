@@ -77,10 +77,11 @@ class Items:
             with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
                 self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
                 self._schema = reader.schema
-        except (OSError, pa.ArrowException) as error:
+            names = self._schema.names
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-        self._missing = [name for name in SIZE_COLUMNS if name not in self._schema.names]
-        types = {name: self._schema.field(name).type for name in _TYPES if name in self._schema.names}
+        self._missing = [name for name in SIZE_COLUMNS if name not in names]
+        types = {name: self._schema.field(name).type for name in _TYPES if name in names}
         if {**dict.fromkeys(self._missing, pa.int32()), **types} != _TYPES or any(
             len(batch) != _BATCH for batch in self._batches[:-1]
         ):

@@ -77,6 +77,14 @@ def test_a_row_number_that_does_not_exist_is_an_error(index: Path) -> None:
         open_current(index)
 
 
+@pytest.mark.parametrize("name", [b"caption", b"field:color"])
+def test_a_name_that_is_not_utf8_is_an_error(index: Path, name: bytes) -> None:
+    for _ in ("the schema", "its copy in the footer"):
+        patch(index / "versions" / "1", "items.arrow", name, name[:-1] + b"\xff")
+    with pytest.raises(ArtifactError, match=r"items.arrow cannot be read: 'utf-8' codec can't decode byte 0xff"):
+        open_current(index)
+
+
 def graph_link(index: Any) -> tuple[bytes, bytes]:
     graph: Any = faiss.downcast_index(index)
     links = faiss.vector_to_array(graph.hnsw.neighbors)[:8].tolist()
