@@ -74,6 +74,8 @@ def test_errors_name_the_setting_and_show_no_secret(monkeypatch: pytest.MonkeyPa
         with pytest.raises(DcarError, match=r"DCAR_IMAGE_HOSTS: .*must be host names such as pictures\.example\.org"):
             load_settings(index=tmp_path, image_hosts=wrong)
     assert load_settings(index=tmp_path, image_hosts="Pictures.Example").image_hosts == ("pictures.example",)
+    with pytest.raises(DcarError, match=r"^DCAR_WRITES: needs DCAR_ADMIN_KEY, or a key in DCAR_API_KEYS"):
+        load_settings(index=tmp_path, writes=True)
     with pytest.raises(DcarError, match="redis://"):
         load_settings(index=tmp_path, redis_url="http://localhost")
     shown = repr(Settings(index=tmp_path, admin_key="a-long-secret", redis_url="redis://:pass@localhost"))
