@@ -18,6 +18,7 @@ from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint,
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods import METHODS, comparable_methods, default_method, require_runnable
+from dcar_core.model.towers.image import NativeImage
 from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
 
@@ -135,6 +136,28 @@ def test_tower_that_fails_its_check_is_used_without_prompts(
     with pytest.raises(ModelError, match=r"which the towers of .* do not take; use the method clip-adapter"):
         DCAR(backbone, ModelConfig())
     DCAR(backbone, METHODS["clip-adapter"])
+
+
+def test_image_tower_that_fails_its_check_is_used_without_prompts(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = NativeImage.pool
+    monkeypatch.setattr(NativeImage, "pool", lambda self, x: right(self, x).roll(1, -1))
+    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    assert backbone.level == "text"
+    assert "the image tower is used without prompts, since its proof failed: ValueError: features" in caplog.text
+    pixels, clip = torch.randn(2, 3, 32, 32), cast(Any, backbone.clip)
+    assert torch.equal(backbone.encode_image(pixels), clip.encode_image(pixels))
+    with pytest.raises(ModelError, match=r"which the image tower of .* does not have; use the method dcar-text"):
+        DCAR(backbone, ModelConfig())
+
+
+def test_image_tower_whose_prompts_break_features_is_used_without_them(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(NativeImage, "prepare_prompts", lambda self, prompts: prompts / 0)
+    assert load_backbone(BackboneSource(str(tiny_model))).level == "text"
+    assert "its proof failed: ValueError: features with prompts are not finite" in caplog.text
 
 
 @pytest.mark.parametrize(
