@@ -1,6 +1,7 @@
 """AVIF and HEIF structure: the index of the file is bounded, declared and coded sizes are read, EXIF is hidden.
 
 - libavif and libheif look items up one after the other, so an index of millions of items takes them minutes.
+- Entries of the index may take no bytes, and many may name the same stream. So every step of the check is counted.
 - An AV1 decoder allocates what the sequence header says, whatever the container declares. Items are found through
   `iloc` and `infe`, image sequences through the chunk offsets of their tracks. A frame of a video may exceed its
   header; the decoder's own limit of 16,384 x 16,384 pixels remains.
@@ -14,7 +15,7 @@ from dcar_core.util.errors import ImageError
 
 _MAX_INDEX_BYTES = {b"meta": 2**17, b"moov": 2**20}  # an image of 200 MP in 800 tiles takes 36 KB
 _MAX_BOXES = 1_000  # at the top level
-_MAX_UNITS = 100_000  # of one AV1 stream, about 50 ms
+_MAX_STEPS = 100_000  # boxes, numbers in them and units of AV1 streams; about 0.1 s
 _MAX_COPIES = 4  # items may share data, so all together may be larger than the file
 _SEQUENCE_HEADER = 1
 _COPIES = 9.0  # bytes per pixel beside the planes: the decoder's result, Pillow's copy of it, and the image
@@ -58,8 +59,8 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _declared_sizes(index: bytes) -> Iterator[tuple[int, int]]:
     """Yield the sizes of all images in the file: of tiles, thumbnails and the image itself."""
-    for position in _positions(index, b"ispe"):
-        yield int.from_bytes(index[position + 8 : position + 12]), int.from_bytes(index[position + 12 : position + 16])
+    for start, _ in _contents(index, b"ispe", _Steps()):
+        yield int.from_bytes(index[start + 4 : start + 8]), int.from_bytes(index[start + 8 : start + 12])
 
 
 def _plane_bytes(index: bytes) -> float:
@@ -81,59 +82,76 @@ def coded_sizes(data: bytes, index: bytes, idat: int) -> Iterator[tuple[int, int
         idat: the position in the file of the data that the index holds itself.
 
     Raises:
-        ImageError: the items repeat the same data many times, or have too many units.
+        ImageError: the items repeat the same data many times, or the index and the streams take too many steps.
     """
-    kinds, budget = dict(_item_kinds(index)), _MAX_COPIES * len(data)
-    for item, spans in _item_spans(index, idat):
+    steps, copies = _Steps(), _MAX_COPIES * len(data)
+    kinds = dict(_item_kinds(index, steps))
+    for item, spans in _item_spans(index, idat, steps):
         if kinds.get(item) == b"av01":
             stream = [memoryview(data)[start:end] for start, end in spans]
-            budget -= sum(map(len, stream))
-            if budget < 0:
+            copies -= sum(map(len, stream))
+            if copies < 0:
                 raise hostile("an AVIF file whose items overlap")
-            yield from _stream_sizes(b"".join(stream))
+            yield from _stream_sizes(memoryview(b"".join(stream)), steps)
     for name, size in ((b"stco", 4), (b"co64", 8)):
-        for position in _positions(index, name):
-            chunk = _Reader(index, position + 12).bytes(size)  # behind version, flags and the number of chunks
-            yield from _stream_sizes(data[chunk:])
+        for start, _ in _contents(index, name, steps):
+            chunk = _Reader(index, start + 8, steps).bytes(size)  # behind version, flags and the number of chunks
+            yield from _stream_sizes(memoryview(data)[chunk:], steps)
 
 
-def _positions(index: bytes, name: bytes) -> Iterator[int]:
+class _Steps:
+    """Counts the steps of a check, and ends one that takes too many."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_STEPS
+
+    def take(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise hostile(f"an image file whose structure takes more than {_MAX_STEPS:,} steps to check")
+
+
+def _contents(index: bytes, name: bytes, steps: _Steps) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the contents of every box of a name, at any depth."""
     position = index.find(name)
     while position >= 0:
-        yield position
+        steps.take()
+        yield position + 4, position - 4 + int.from_bytes(index[max(0, position - 4) : position])
         position = index.find(name, position + 4)
 
 
-def _item_kinds(index: bytes) -> Iterator[tuple[int, bytes]]:
-    for position in _positions(index, b"infe"):
-        id_bytes = 4 if index[position + 4 : position + 5] == b"\3" else 2
-        kind = position + 10 + id_bytes
-        yield _Reader(index, position + 8).bytes(id_bytes), index[kind : kind + 4]
+def _item_kinds(index: bytes, steps: _Steps) -> Iterator[tuple[int, bytes]]:
+    for start, _ in _contents(index, b"infe", steps):
+        id_bytes = 4 if index[start : start + 1] == b"\3" else 2
+        kind = start + 6 + id_bytes
+        yield _Reader(index, start + 4, steps).bytes(id_bytes), index[kind : kind + 4]
 
 
-def _item_spans(index: bytes, idat: int) -> Iterator[tuple[int, list[tuple[int, int | None]]]]:
+def _item_spans(index: bytes, idat: int, steps: _Steps) -> Iterator[tuple[int, list[tuple[int, int | None]]]]:
     """Yield the number of every item and the spans of the file that hold it."""
-    for position in _positions(index, b"iloc"):
-        box = _Reader(index, position + 4)
+    for start, end in _contents(index, b"iloc", steps):
+        box = _Reader(index, start, steps)
         version, _, sizes, more = box.bytes(1), box.bytes(3), box.bytes(1), box.bytes(1)
-        id_bytes = 4 if version == 2 else 2
-        for _ in range(min(box.bytes(id_bytes), len(index))):
+        id_bytes, number_bytes = 4 if version == 2 else 2, more & 15 if version else 0
+        extent_bytes = number_bytes + (sizes >> 4) + (sizes & 15)
+        for _ in range(box.bytes(id_bytes)):
             item, is_inside = box.bytes(id_bytes), version > 0 and box.bytes(2) & 15 == 1
-            _, base = box.bytes(2), box.bytes(more >> 4)
+            _, base, extents = box.bytes(2), box.bytes(more >> 4), box.bytes(2)
+            if box.position + extents * extent_bytes > end or (extents > 1 and not extent_bytes):
+                raise hostile("an AVIF file with more parts of items than its index has room for")
             spans = list[tuple[int, int | None]]()
-            for _ in range(min(box.bytes(2), len(index))):
-                _ = box.bytes(more & 15 if version else 0)
-                start = base + box.bytes(sizes >> 4) + (idat if is_inside else 0)
-                spans.append((start, start + length if (length := box.bytes(sizes & 15)) else None))
+            for _ in range(extents):
+                _ = box.bytes(number_bytes)
+                first = base + box.bytes(sizes >> 4) + (idat if is_inside else 0)
+                spans.append((first, first + length if (length := box.bytes(sizes & 15)) else None))
             yield item, spans
 
 
-def _stream_sizes(stream: bytes) -> Iterator[tuple[int, int]]:
+def _stream_sizes(stream: memoryview, steps: _Steps) -> Iterator[tuple[int, int]]:
     """Walk the units of a stream (OBUs) and yield the size in each sequence header."""
     position = 0
-    for _ in range(_MAX_UNITS):
-        if position + 1 >= len(stream) or stream[position] & 0x80:
-            return
+    while position + 1 < len(stream) and not stream[position] & 0x80:
+        steps.take()
         unit = stream[position]
         position += 2 if unit & 4 else 1  # an extension takes a byte
         size = 0 if unit & 2 else len(stream)
@@ -143,9 +161,8 @@ def _stream_sizes(stream: bytes) -> Iterator[tuple[int, int]]:
             if position > len(stream) or stream[position - 1] < 128:
                 break
         if unit >> 3 & 15 == _SEQUENCE_HEADER:
-            yield _sequence_size(_Reader(stream[position : position + min(size, 512)], 0))
+            yield _sequence_size(_Reader(bytes(stream[position : position + min(size, 512)]), 0, steps))
         position += size
-    raise hostile(f"an AV1 stream of more than {_MAX_UNITS:,} units")
 
 
 def _sequence_size(header: "_Reader") -> tuple[int, int]:
@@ -180,13 +197,18 @@ def _sequence_size(header: "_Reader") -> tuple[int, int]:
 class _Reader:
     """Reads big-endian integers in turn; zeros behind the end."""
 
-    def __init__(self, data: bytes, position: int) -> None:
-        self._data, self._bit = data, 8 * position
+    def __init__(self, data: bytes, position: int, steps: _Steps) -> None:
+        self._data, self._bit, self._steps = data, 8 * position, steps
+
+    @property
+    def position(self) -> int:
+        return self._bit // 8
 
     def bytes(self, count: int) -> int:
         return self.bits(8 * count)
 
     def bits(self, count: int) -> int:
+        self._steps.take()
         start, end = self._bit, self._bit + count
         self._bit = end
         part = self._data[start // 8 : -(-end // 8)].ljust(-(-end // 8) - start // 8, b"\0")

@@ -34,6 +34,10 @@ REFUSED = {
     "avif index": lambda: hostile.avif_with_index(10_000_000),
     "avif frame": lambda: hostile.avif_of_frame(16_000, 16_000),
     "avif stream": lambda: hostile.avif_of_frame(16_000, 16_000, is_still=False),
+    "avif extents": lambda: hostile.avif_of_extents(30),
+    "avif chunks": lambda: hostile.avif_of_chunks(80),
+    "avif streams": lambda: hostile.avif_of_streams(80),
+    "avif headers": lambda: hostile.avif_of_headers(99_000),
     "tiff tile": lambda: hostile.tiff_with_tile(37_000),
     "tiff tags": lambda: hostile.tiff_with_tags(5_000),
     "bmp runs": lambda: hostile.bmp_of_runs(5_000_000),
@@ -54,6 +58,21 @@ def test_a_hostile_file_is_refused_within_milliseconds(name: str) -> None:
 def test_a_large_index_of_an_avif_file_is_refused_before_it_is_searched() -> None:
     with pytest.raises(ImageError, match="an AVIF file with an index of 10,000,") as caught:
         inspect(hostile.avif_with_index(10_000_000))
+    assert caught.value.fault == ImageFault.HOSTILE
+
+
+@pytest.mark.parametrize("name", ["avif extents", "avif chunks", "avif streams", "avif headers"])
+def test_what_an_avif_makes_the_check_do_is_limited(name: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        inspect(REFUSED[name]())
+    assert caught.value.fault == ImageFault.HOSTILE
+
+
+@pytest.mark.parametrize("name", [b"ispe", b"infe", b"iloc", b"stco", b"co64"])
+def test_boxes_of_an_avif_are_limited(name: bytes) -> None:
+    assert inspect(hostile.avif_of_boxes(name, 1_000)).width == 0
+    with pytest.raises(ImageError) as caught:
+        inspect(hostile.avif_of_boxes(name, 200_000))
     assert caught.value.fault == ImageFault.HOSTILE
 
 

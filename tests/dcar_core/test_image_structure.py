@@ -59,8 +59,8 @@ def sequence_header(width: int, height: int, *optional: str, levels: tuple[int, 
 
 def stream_sizes(stream: bytes, before: bytes = b"") -> list[tuple[int, int]]:
     """Return the sizes in a stream that a track finds by the offset of its chunk."""
-    index = b"stco" + bytes(4) + struct.pack(">II", 1, len(before))
-    wide = b"co64" + bytes(4) + struct.pack(">IQ", 1, len(before))
+    index = hostile.box(b"stco", bytes(4) + struct.pack(">II", 1, len(before)))
+    wide = hostile.box(b"co64", bytes(4) + struct.pack(">IQ", 1, len(before)))
     found = [list(coded_sizes(before + stream, each, 0)) for each in (index, wide)]
     assert found[0] == found[1]
     return found[0]
@@ -86,26 +86,28 @@ def test_every_sequence_header_of_a_stream_is_read() -> None:
 
 def test_a_stream_of_too_many_units_is_refused() -> None:
     header = unit(1, sequence_header(64, 64))
-    assert stream_sizes(99_998 * unit(2, b"") + header) == [(64, 64)]
-    with pytest.raises(ImageError, match="an AV1 stream of more than 100,000 units"):
-        stream_sizes(100_001 * unit(2, b"") + header)
+    of_numbers = 20  # in the index and in the header
+    assert stream_sizes((99_999 - of_numbers) * unit(2, b"") + header) == [(64, 64)]
+    with pytest.raises(ImageError, match="an image file whose structure takes more than 100,000 steps to check"):
+        stream_sizes(100_000 * unit(2, b"") + header)
 
 
 def items_index(version: int, spans: dict[int, list[tuple[int, int]]], *, inside: bool = False, base: int = 3) -> bytes:
     """Return `iloc` with items of these starts and lengths. The numbers of items take more bytes in version 2."""
     number = ">I" if version == 2 else ">H"
-    box = b"iloc" + bytes([version]) + bytes(3) + b"\x44" + (b"\x42" if version else b"\x40")
+    box = bytes([version]) + bytes(3) + b"\x44" + (b"\x42" if version else b"\x40")
     box += struct.pack(number, len(spans))
     for item, extents in spans.items():
         box += struct.pack(number, item) + (struct.pack(">H", inside) if version else b"")
         box += struct.pack(">HIH", 7, base, len(extents))  # data reference, base, number of extents
         for start, length in extents:
             box += (b"\xff\xff" if version else b"") + struct.pack(">II", start - base, length)
-    return box
+    return hostile.box(b"iloc", box)
 
 
 def item_kind(item: int, kind: bytes, version: int = 2) -> bytes:
-    return b"infe" + bytes([version]) + bytes(3) + struct.pack(">I" if version == 3 else ">H", item) + b"\0\0" + kind
+    number = struct.pack(">I" if version == 3 else ">H", item)
+    return hostile.box(b"infe", bytes([version]) + bytes(3) + number + b"\0\0" + kind)
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
@@ -128,6 +130,25 @@ def test_items_that_share_their_data_too_often_are_refused() -> None:
     assert list(coded_sizes(stream, four + kinds, 0)) == 4 * [(64, 64)]
     with pytest.raises(ImageError, match="an AVIF file whose items overlap"):
         list(coded_sizes(stream, five + kinds, 0))
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_parts_of_items_need_room_in_the_index(version: int) -> None:
+    stream = unit(1, sequence_header(64, 64))
+    located = items_index(version, {7: [(0, 4), (4, len(stream) - 4)]}, base=0)
+    assert list(coded_sizes(stream, located + item_kind(7, b"av01"), 0)) == [(64, 64)]
+    short = struct.pack(">I", len(located) - 1) + located[4:]
+    with pytest.raises(ImageError, match="an AVIF file with more parts of items than its index has room for"):
+        list(coded_sizes(stream, short + item_kind(7, b"av01"), 0))
+    for extents in (1, 2):  # of no bytes
+        number = ">I" if version == 2 else ">H"
+        items = struct.pack(number, 1) + struct.pack(number, 7) + (b"\0\0" if version else b"")
+        index = hostile.box(b"iloc", bytes([version]) + bytes(5) + items + struct.pack(">HH", 0, extents))
+        if extents == 1:
+            assert list(coded_sizes(stream, index + item_kind(7, b"av01"), 0)) == [(64, 64)]
+        else:
+            with pytest.raises(ImageError, match="an AVIF file with more parts of items than its index has room for"):
+                list(coded_sizes(stream, index + item_kind(7, b"av01"), 0))
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,52 @@ def avif_of_frame(width: int, height: int, *, is_still: bool = True) -> bytes:
     return data[:start] + unit + data[start + len(unit) :]
 
 
+def box(name: bytes, content: bytes = b"") -> bytes:
+    """Return a box of an AVIF file."""
+    return struct.pack(">I4s", 8 + len(content), name) + content
+
+
+def avif(index: bytes, media: bytes = b"") -> bytes:
+    """Return an AVIF file of these boxes, with its media at byte `AVIF_MEDIA`."""
+    return box(b"ftyp", b"avif" + bytes(4) + b"avifmif1") + box(b"mdat", media) + index
+
+
+AVIF_MEDIA = 32  # where `avif` puts its media
+_EMPTY_UNIT = b"\x12\0"
+
+
+def avif_of_extents(items: int) -> bytes:
+    """Return an AVIF file of items with as many extents as can be, which take no bytes of the index."""
+    located = b"".join(struct.pack(">HHH", item, 0, 65_535) for item in range(items))
+    iloc = box(b"iloc", bytes(6) + struct.pack(">H", items) + located)
+    return avif(box(b"meta", bytes(4) + iloc + box(b"free", bytes(65_535))))
+
+
+def avif_of_chunks(chunks: int, units: int = 99_990) -> bytes:
+    """Return an AVIF file whose tracks all begin at the same long stream."""
+    offset = box(b"stco", bytes(4) + struct.pack(">II", 1, AVIF_MEDIA))
+    return avif(box(b"moov", chunks * offset), units * _EMPTY_UNIT)
+
+
+def avif_of_streams(items: int, units: int = 99_990) -> bytes:
+    """Return an AVIF file whose items are all the same long stream."""
+    numbers, media = range(1, items + 1), units * _EMPTY_UNIT
+    located = b"".join(struct.pack(">HHHII", item, 0, 1, AVIF_MEDIA, len(media)) for item in numbers)
+    kinds = b"".join(box(b"infe", b"\2\0\0\0" + struct.pack(">HH", item, 0) + b"av01") for item in numbers)
+    iloc = box(b"iloc", bytes(4) + b"\x44\0" + struct.pack(">H", items) + located)
+    return avif(box(b"meta", bytes(4) + iloc + kinds), media + bytes(items * len(media) // 4))
+
+
+def avif_of_headers(headers: int) -> bytes:
+    """Return an AVIF file with one stream of sequence headers, each of 32 operating points."""
+    return avif(box(b"moov", box(b"stco", bytes(4) + struct.pack(">II", 1, AVIF_MEDIA))), headers * b"\x0a\2\x01\xf0")
+
+
+def avif_of_boxes(name: bytes, count: int) -> bytes:
+    """Return an AVIF file with many empty boxes of a kind, in several indexes."""
+    return avif(10 * box(b"moov", count // 10 * box(name, bytes(12))))
+
+
 def tiff(tags: dict[int, tuple[int, int, bytes]], extra: bytes = b"") -> bytes:
     """Return a little-endian TIFF of number -> (type, count, value or offset in four bytes)."""
     entries = b"".join(struct.pack("<HHL4s", n, kind, count, value) for n, (kind, count, value) in sorted(tags.items()))
