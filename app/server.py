@@ -2,6 +2,7 @@
 
 - A missing index or a taken port is reported in one line before the model is loaded.
 - Shutdown: for `drain_s` the service responds but is not ready; then it refuses connections and finishes its requests.
+  A thread that does not finish, such as one that decodes an image, does not keep the process.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp
 
 from app.core.logs import log_config
 from app.core.settings import Settings
-from app.core.threads import use_batch_scheduling
+from app.core.threads import end_without_threads, use_batch_scheduling
 from app.core.tracing import start_tracing
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
@@ -34,6 +35,7 @@ from index_jobs.store.versions import require_index
 logger = logging.getLogger(__name__)
 
 _FINISH_S = 10  # for pending requests at shutdown
+_THREADS_S = 3  # for threads, after that
 _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets twice as many turns as by default
 
 
@@ -64,6 +66,7 @@ def serve(settings: Settings) -> None:
             logger.info("stopped")
     if failures:
         raise failures[0]
+    end_without_threads(_THREADS_S)
 
 
 def server_config(app: ASGIApp) -> uvicorn.Config:

@@ -8,6 +8,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -40,6 +43,25 @@ async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
         return await thread.run(call, *args)
     finally:
         thread.shutdown(wait=False)
+
+
+def end_without_threads(wait_s: float) -> None:
+    """End the process in `wait_s` seconds if a thread of the service, such as one that decodes an image, still runs.
+
+    Python itself would wait for it, however long it takes.
+    """
+    running = [thread for thread in threading.enumerate() if thread.name.startswith("dcar-") and not thread.daemon]
+
+    def end() -> None:
+        left = [thread.name for thread in running if thread.is_alive()]
+        if left:
+            logger.warning("ending without the thread %s, which is still at work", left[0])
+            os._exit(0)
+
+    if running:
+        timer = threading.Timer(wait_s, end)
+        timer.daemon = True
+        timer.start()
 
 
 class SharedCall(Generic[T]):

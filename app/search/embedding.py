@@ -56,11 +56,11 @@ class Embedder:
         self._batcher.start()
 
     async def close(self) -> None:
-        """Finish the accepted work, then release threads and connections."""
+        """Finish the accepted work of the model, then release threads and connections. Images are given up."""
         await self._batcher.close()
         await self._cache.close()
-        self._decoders.shutdown()
-        self._large_decoder.shutdown()
+        for decoders in (self._decoders, self._large_decoder):
+            decoders.shutdown(wait=False, cancel_futures=True)
 
     def require_room_for(self, snapshot: Snapshot, text: str) -> None:
         """Check that a text is cached, in computation or would be accepted, before any other work for a search."""

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -81,6 +82,38 @@ def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
     assert "Traceback" not in log
     assert "POST /search/text" in log
     assert process.returncode in (0, -signal.SIGTERM)
+
+
+HANGING = """
+import time
+from app import server
+from app.search import embedding
+embedding.inspect = lambda *_: time.sleep(600)
+server._FINISH_S = 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)])
+def test_an_image_that_is_decoded_without_end_does_not_keep_the_server(
+    built_index: Path, number: signal.Signals, status: int
+) -> None:
+    port = free_port()
+    environment = {"DCAR_INDEX": str(built_index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"}
+    process = Command("-c", HANGING + SERVE, environment=environment | {"DCAR_DEADLINE_MS": "500"})
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            end = time.monotonic() + 150
+            while time.monotonic() < end:
+                with suppress(httpx.TransportError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                time.sleep(0.05)
+            assert client.post("/search/image", files={"file": ("image.png", b"any")}).status_code == 503
+    finally:
+        process.send_signal(number)
+        process.communicate(timeout=20)
+    assert process.returncode == status
 
 
 @pytest.mark.slow
