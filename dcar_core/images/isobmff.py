@@ -2,13 +2,14 @@
 
 - libavif and libheif look items up one after the other, so an index of millions of items takes them minutes.
 - Entries of the index may take no bytes, and many may name the same stream. So every step of the check is counted.
+- An index may name a thing twice, also in boxes that decoders skip. So all entries of a name count, wherever they are.
 - An AV1 decoder allocates what the sequence header says, whatever the container declares. Items are found through
   `iloc` and `infe`, image sequences through the chunk offsets of their tracks. A frame of a video may exceed its
   header; the decoder's own limit of 16,384 x 16,384 pixels remains.
 - Both apply rotations of the container by themselves; EXIF says nothing more about them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dcar_core.images.formats import Container, ImageFormat, hostile
 from dcar_core.util.errors import ImageError
@@ -20,24 +21,28 @@ _MAX_COPIES = 4  # items may share data, so all together may be larger than the 
 _SEQUENCE_HEADER = 1
 _COPIES = 9.0  # bytes per pixel beside the planes: the decoder's result, Pillow's copy of it, and the image
 
+_Spans = list[tuple[int, int | None]]  # start and end; None for the end of the file
+
 
 def inspect_isobmff(data: bytes, image_format: ImageFormat) -> Container:
     """Check the structure of an AVIF or HEIF file. Raise ImageError if its index is too large, or missing."""
-    pieces, view, indexes = list[memoryview | bytes](), memoryview(data), list[bytes]()
+    pieces, view, indexes = list[memoryview | bytes](), memoryview(data), dict[int, bytes]()
     for name, start, end in _boxes(data):
         if name not in _MAX_INDEX_BYTES:
             pieces.append(view[start:end])
             continue
         if end - start > _MAX_INDEX_BYTES[name]:
             raise hostile(f"an {image_format.upper()} file with an index of {end - start:,} bytes")
-        indexes.append(data[start:end].replace(b"Exif", b"none"))  # the same length, so that offsets stay true
-        pieces.append(indexes[-1])
+        indexes[start] = data[start:end].replace(b"Exif", b"none")  # the same length, so that offsets stay true
+        pieces.append(indexes[start])
     if not indexes:
         raise ImageError(f"broken or truncated: an {image_format.upper()} file without an index")
-    index, body = b"".join(indexes), b"".join(pieces)
+    index, body = b"".join(indexes.values()), b"".join(pieces)
     sizes = list(_declared_sizes(index))
     if image_format == ImageFormat.AVIF:
-        sizes += coded_sizes(body, index, body.find(b"idat") + 4)
+        steps = _Steps()
+        idats = [place + start for place, each in indexes.items() for start, _ in _contents(each, b"idat", steps)]
+        sizes += coded_sizes(body, index, idats)
     width, height = max(sizes, default=(0, 0), key=lambda size: size[0] * size[1])
     return Container(image_format, body, width, height, _plane_bytes(index) + _COPIES)
 
@@ -65,29 +70,33 @@ def _declared_sizes(index: bytes) -> Iterator[tuple[int, int]]:
 
 def _plane_bytes(index: bytes) -> float:
     """Return bytes per pixel of the decoded planes: three without subsampling and alpha of 16 bits at most."""
-    position = index.find(b"av1C")
-    if position < 0 or position + 7 > len(index):
-        return 8.0
-    flags = index[position + 6]  # high bit depth 0x40, monochrome 0x10, subsampling in x 0x08 and in y 0x04
-    chroma = 0.0 if flags & 0x10 else 2 / ((2 if flags & 0x08 else 1) * (2 if flags & 0x04 else 1))
     alpha = 1 if b"auxC" in index else 0
+    flags = (index[start + 2 : start + 3] for start, _ in _contents(index, b"av1C", _Steps()))
+    return max((_planes(each[0], alpha) for each in flags if each), default=8.0)
+
+
+def _planes(flags: int, alpha: int) -> float:
+    """Return bytes per pixel by the flags of `av1C`: high bit depth 0x40, monochrome 0x10, subsampling 0x08 in x and
+    0x04 in y.
+    """
+    chroma = 0.0 if flags & 0x10 else 2 / ((2 if flags & 0x08 else 1) * (2 if flags & 0x04 else 1))
     return (1 + chroma + alpha) * (2 if flags & 0x40 else 1)
 
 
-def coded_sizes(data: bytes, index: bytes, idat: int) -> Iterator[tuple[int, int]]:
+def coded_sizes(data: bytes, index: bytes, idats: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield width and height of every AV1 sequence header in the items and tracks of a file.
 
     Args:
         index: the boxes `meta` and `moov`.
-        idat: the position in the file of the data that the index holds itself.
+        idats: the positions in the file of the data that the index holds itself.
 
     Raises:
         ImageError: the items repeat the same data many times, or the index and the streams take too many steps.
     """
     steps, copies = _Steps(), _MAX_COPIES * len(data)
-    kinds = dict(_item_kinds(index, steps))
-    for item, spans in _item_spans(index, idat, steps):
-        if kinds.get(item) == b"av01":
+    coded = {item for item, kind in _item_kinds(index, steps) if kind == b"av01"}
+    for item, spans in _item_spans(index, idats, steps):
+        if item in coded:
             stream = [memoryview(data)[start:end] for start, end in spans]
             copies -= sum(map(len, stream))
             if copies < 0:
@@ -105,8 +114,8 @@ class _Steps:
     def __init__(self) -> None:
         self._left = _MAX_STEPS
 
-    def take(self) -> None:
-        self._left -= 1
+    def take(self, count: int = 1) -> None:
+        self._left -= count
         if self._left < 0:
             raise hostile(f"an image file whose structure takes more than {_MAX_STEPS:,} steps to check")
 
@@ -116,7 +125,10 @@ def _contents(index: bytes, name: bytes, steps: _Steps) -> Iterator[tuple[int, i
     position = index.find(name)
     while position >= 0:
         steps.take()
-        yield position + 4, position - 4 + int.from_bytes(index[max(0, position - 4) : position])
+        start, size = position + 4, int.from_bytes(index[max(0, position - 4) : position])
+        if size == 1:  # eight bytes behind the name hold it
+            start, size = position + 12, int.from_bytes(index[position + 4 : position + 12])
+        yield start, position - 4 + size
         position = index.find(name, position + 4)
 
 
@@ -127,8 +139,8 @@ def _item_kinds(index: bytes, steps: _Steps) -> Iterator[tuple[int, bytes]]:
         yield _Reader(index, start + 4, steps).bytes(id_bytes), index[kind : kind + 4]
 
 
-def _item_spans(index: bytes, idat: int, steps: _Steps) -> Iterator[tuple[int, list[tuple[int, int | None]]]]:
-    """Yield the number of every item and the spans of the file that hold it."""
+def _item_spans(index: bytes, idats: Sequence[int], steps: _Steps) -> Iterator[tuple[int, _Spans]]:
+    """Yield the number of every item and the spans of the file that hold it, or that may."""
     for start, end in _contents(index, b"iloc", steps):
         box = _Reader(index, start, steps)
         version, _, sizes, more = box.bytes(1), box.bytes(3), box.bytes(1), box.bytes(1)
@@ -139,12 +151,14 @@ def _item_spans(index: bytes, idat: int, steps: _Steps) -> Iterator[tuple[int, l
             _, base, extents = box.bytes(2), box.bytes(more >> 4), box.bytes(2)
             if box.position + extents * extent_bytes > end or (extents > 1 and not extent_bytes):
                 raise hostile("an AVIF file with more parts of items than its index has room for")
-            spans = list[tuple[int, int | None]]()
+            spans = _Spans()
             for _ in range(extents):
                 _ = box.bytes(number_bytes)
-                first = base + box.bytes(sizes >> 4) + (idat if is_inside else 0)
+                first = base + box.bytes(sizes >> 4)
                 spans.append((first, first + length if (length := box.bytes(sizes & 15)) else None))
-            yield item, spans
+            for place in idats if is_inside else [0]:
+                steps.take(1 + len(spans))
+                yield item, [(place + first, None if end is None else place + end) for first, end in spans]
 
 
 def _stream_sizes(stream: memoryview, steps: _Steps) -> Iterator[tuple[int, int]]:

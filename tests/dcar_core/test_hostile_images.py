@@ -232,4 +232,4 @@ def test_the_coded_frame_of_an_avif_counts_if_it_is_larger_than_the_declared_siz
     assert (inspect(small).width, inspect(small).height) == (300, 200)
     frames = [Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
     moving = encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:])
-    assert list(coded_sizes(moving, moving, 0))[:1] == [(30, 20)]
+    assert list(coded_sizes(moving, moving, []))[:1] == [(30, 20)]

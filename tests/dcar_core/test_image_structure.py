@@ -61,7 +61,7 @@ def stream_sizes(stream: bytes, before: bytes = b"") -> list[tuple[int, int]]:
     """Return the sizes in a stream that a track finds by the offset of its chunk."""
     index = hostile.box(b"stco", bytes(4) + struct.pack(">II", 1, len(before)))
     wide = hostile.box(b"co64", bytes(4) + struct.pack(">IQ", 1, len(before)))
-    found = [list(coded_sizes(before + stream, each, 0)) for each in (index, wide)]
+    found = [list(coded_sizes(before + stream, each, [])) for each in (index, wide)]
     assert found[0] == found[1]
     return found[0]
 
@@ -119,36 +119,70 @@ def test_items_are_found_by_their_spans(version: int, inside: bool) -> None:
     spans = {5: [(5, 4), (12, len(stream) - 4)], 6: [(5, 4), (12, 0)], 7: [(5, 0)]}
     kinds = item_kind(5, b"av01") + item_kind(6, b"av01", 3) + item_kind(7, b"Exif")
     index = items_index(version, spans, inside=inside) + kinds
-    assert list(coded_sizes(data, index, 20)) == 2 * [(1_000, 500)]
-    assert list(coded_sizes(data, items_index(version, spans, inside=inside), 20)) == [], "of no known kind"
+    assert list(coded_sizes(data, index, [20])) == 2 * [(1_000, 500)]
+    assert list(coded_sizes(data, items_index(version, spans, inside=inside), [20])) == [], "of no known kind"
+
+
+@pytest.mark.parametrize("kinds", [(b"none", b"av01"), (b"av01", b"none")])
+def test_an_item_that_is_listed_twice_counts_with_any_of_its_kinds(kinds: tuple[bytes, bytes]) -> None:
+    stream = unit(1, sequence_header(1_000, 500))
+    index = items_index(0, {5: [(0, len(stream))]}, base=0) + b"".join(item_kind(5, kind) for kind in kinds)
+    assert list(coded_sizes(stream, index, [])) == [(1_000, 500)]
+    assert inspect(hostile.avif_of_two_kinds(16_000, 12_000)).width == 16_000
+
+
+def test_items_are_looked_up_in_every_place_of_data_in_the_index() -> None:
+    stream = unit(1, sequence_header(1_000, 500))
+    index = items_index(1, {5: [(0, len(stream))]}, inside=True, base=0) + item_kind(5, b"av01")
+    assert list(coded_sizes(b"fake" + stream, index, [0, 4])) == [(1_000, 500)]
+    media = hostile.box(b"idat", stream)
+    file = hostile.avif(hostile.box(b"meta", bytes(4) + hostile.box(b"free", b"idat") + index + media), b"idat")
+    assert (inspect(file).width, inspect(file).height) == (1_000, 500)
+
+
+@pytest.mark.parametrize("name", [b"iloc", b"infe", b"stco", b"ispe"])
+def test_boxes_with_a_long_size_are_read(name: bytes) -> None:
+    def widened(data: bytes) -> bytes:
+        start = data.index(name) - 4
+        size = int.from_bytes(data[start : start + 4])
+        return data[:start] + struct.pack(">I4sQ", 1, name, size + 8) + data[start + 8 :]
+
+    place, stream = hostile.AVIF_MEDIA, unit(1, sequence_header(1_000, 500))
+    index = items_index(0, {5: [(place, len(stream))]}) + item_kind(5, b"av01")
+    if name == b"stco":
+        index = hostile.box(b"stco", bytes(4) + struct.pack(">II", 1, place))
+    elif name == b"ispe":
+        index = hostile.box(b"ispe", bytes(4) + struct.pack(">II", 1_000, 500))
+    container = inspect(hostile.avif(hostile.box(b"moov", widened(index)), stream))
+    assert (container.width, container.height) == (1_000, 500)
 
 
 def test_items_that_share_their_data_too_often_are_refused() -> None:
     stream = unit(1, sequence_header(64, 64))
     kinds = b"".join(item_kind(item, b"av01") for item in range(5))
     four, five = (items_index(0, {item: [(0, len(stream))] for item in range(n)}, base=0) for n in (4, 5))
-    assert list(coded_sizes(stream, four + kinds, 0)) == 4 * [(64, 64)]
+    assert list(coded_sizes(stream, four + kinds, [])) == 4 * [(64, 64)]
     with pytest.raises(ImageError, match="an AVIF file whose items overlap"):
-        list(coded_sizes(stream, five + kinds, 0))
+        list(coded_sizes(stream, five + kinds, []))
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_parts_of_items_need_room_in_the_index(version: int) -> None:
     stream = unit(1, sequence_header(64, 64))
     located = items_index(version, {7: [(0, 4), (4, len(stream) - 4)]}, base=0)
-    assert list(coded_sizes(stream, located + item_kind(7, b"av01"), 0)) == [(64, 64)]
+    assert list(coded_sizes(stream, located + item_kind(7, b"av01"), [])) == [(64, 64)]
     short = struct.pack(">I", len(located) - 1) + located[4:]
     with pytest.raises(ImageError, match="an AVIF file with more parts of items than its index has room for"):
-        list(coded_sizes(stream, short + item_kind(7, b"av01"), 0))
+        list(coded_sizes(stream, short + item_kind(7, b"av01"), []))
     for extents in (1, 2):  # of no bytes
         number = ">I" if version == 2 else ">H"
         items = struct.pack(number, 1) + struct.pack(number, 7) + (b"\0\0" if version else b"")
         index = hostile.box(b"iloc", bytes([version]) + bytes(5) + items + struct.pack(">HH", 0, extents))
         if extents == 1:
-            assert list(coded_sizes(stream, index + item_kind(7, b"av01"), 0)) == [(64, 64)]
+            assert list(coded_sizes(stream, index + item_kind(7, b"av01"), [])) == [(64, 64)]
         else:
             with pytest.raises(ImageError, match="an AVIF file with more parts of items than its index has room for"):
-                list(coded_sizes(stream, index + item_kind(7, b"av01"), 0))
+                list(coded_sizes(stream, index + item_kind(7, b"av01"), []))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +201,9 @@ def test_memory_of_an_avif_follows_its_planes(mode: str, subsampling: str, plane
     deep = data.index(b"av1C") + 6
     assert inspect(data[:deep] + bytes([data[deep] | 0x40]) + data[deep + 1 :]).bytes_per_pixel == 2 * planes + 9
     assert inspect(data.replace(b"av1C", b"none")).bytes_per_pixel == 8 + 9
+    start = data.index(b"meta") - 4
+    gray = hostile.box(b"meta", bytes(4) + hostile.box(b"av1C", b"\x81\0\x1c\0"))
+    assert inspect(data[:start] + gray + data[start:]).bytes_per_pixel == planes + 9, "the largest counts"
 
 
 def test_boxes_of_any_form_are_passed_on() -> None:

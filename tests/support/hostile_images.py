@@ -111,6 +111,17 @@ def avif_of_frame(width: int, height: int, *, is_still: bool = True) -> bytes:
     return data[:start] + unit + data[start + len(unit) :]
 
 
+def avif_of_two_kinds(width: int, height: int) -> bytes:
+    """Return the file of `avif_of_frame` with a second kind of its item, in a box that decoders skip."""
+    data = avif_of_frame(width, height)
+    start, entry = data.index(b"meta") - 4, data.index(b"infe")
+    other = box(b"free", box(b"infe", data[entry + 4 : entry + 10] + b"\0\0none"))
+    size = int.from_bytes(data[start : start + 4])
+    offset = data.index(b"mdat") + 4
+    index = data[start + 4 : start + size].replace(struct.pack(">I", offset), struct.pack(">I", offset + len(other)))
+    return data[:start] + struct.pack(">I", size + len(other)) + index + other + data[start + size :]
+
+
 def box(name: bytes, content: bytes = b"") -> bytes:
     """Return a box of an AVIF file."""
     return struct.pack(">I4s", 8 + len(content), name) + content
