@@ -1,6 +1,7 @@
 """PNG structure: only the chunks that make the image are kept, and tiny data chunks are refused.
 
 Pillow reads every chunk in Python and unpacks compressed metadata, a megabyte for a kilobyte. So metadata is removed.
+It takes the size from the last header, so there may be one alone.
 """
 
 from dcar_core.images.formats import Container, ImageFormat, chunk_limit, hostile
@@ -11,13 +12,15 @@ _KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
 
 def inspect_png(data: bytes) -> Container:
-    """Check a PNG and remove its metadata. Raise ImageError if it has no header, or too many chunks for its size."""
+    """Check a PNG and remove its metadata. Raise ImageError for no header, two, or too many chunks for its size."""
     if data[12:16] != b"IHDR" or len(data) < 33:
         raise ImageError("broken or truncated: a PNG without a header")
     view, spans, exif, position = memoryview(data), [(0, 8)], b"", 8
     limit = chunk_limit(len(data))
     for _ in range(limit):
         name, end = data[position + 4 : position + 8], position + 12 + int.from_bytes(data[position : position + 4])
+        if name == b"IHDR" and position > 8:
+            raise hostile("a PNG with a second header")
         if name in _KEPT:
             spans.append((position, end))
         elif name == b"eXIf":

@@ -300,6 +300,14 @@ def test_chunks_of_a_png_and_a_webp_are_limited_by_size() -> None:
     assert refusal(hostile.webp_with_chunks(1_020))[1].startswith("refused: a WebP file with more than 1,00")
 
 
+def test_a_png_with_a_second_header_is_refused() -> None:
+    data, large = encoded(Image.new("RGB", (40, 33))), hostile.png_of_size(2_000, 2_000)[8:33]
+    for place in (33, len(data) - 12):  # before and behind the image data
+        told = "refused: a PNG with a second header"
+        assert refusal(data[:place] + large + data[place:]) == (ImageFault.HOSTILE, told)
+    assert inspect(data + large).data == data, "nothing behind the end is read"
+
+
 def test_metadata_of_a_png_is_removed_and_its_first_orientation_read() -> None:
     six, three = Image.Exif(), Image.Exif()
     six[0x0112], three[0x0112] = 6, 3
