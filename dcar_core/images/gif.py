@@ -23,7 +23,8 @@ def inspect_gif(data: bytes) -> Container:
             while position < len(data) and data[position] and blocks <= _MAX_BLOCKS:
                 position += 1 + data[position]
                 blocks += 1
-            if data[start + 1 : start + 2] == bytes([_GRAPHIC_CONTROL]):
+            is_filled = position > start + 2  # behind an empty one Pillow takes the next bytes for its data
+            if is_filled and data[start + 1 : start + 2] == bytes([_GRAPHIC_CONTROL]):
                 control = data[start : position + 1]
         if blocks > _MAX_BLOCKS:
             raise hostile(f"a GIF with more than {_MAX_BLOCKS:,} blocks before its first frame")

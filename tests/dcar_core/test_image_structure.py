@@ -345,6 +345,15 @@ def test_the_canvas_of_a_gif_holds_its_first_frame() -> None:
     assert refusal(head + 10_001 * b"\0" + frame) == (ImageFault.HOSTILE, many)
 
 
+def test_an_empty_extension_of_a_gif_hides_no_frame() -> None:
+    def frame(side: int) -> bytes:
+        return b"\x2c" + struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\x02\x02\x44\x01\0"
+
+    small, large = frame(1).ljust(45, b"x") + b"\0", frame(2_000)  # 0x2c, the mark of a frame, is also a length of 44
+    head = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6)
+    assert inspect(head + b"\x21\xf9\0" + small + large + b";").data == head + small + large + b";"
+
+
 def _long(value: int) -> tuple[int, int, bytes]:
     return (4, 1, struct.pack("<L", value))
 
