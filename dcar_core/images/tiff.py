@@ -3,6 +3,7 @@
 - Every tag may claim any amount of data, and Pillow writes a warning for each that is odd. So the list of tags is
   rewritten with known ones alone.
 - A file may declare a small image in one huge tile, which the decoder then holds. So tile sizes are compared.
+- Of a tag that is there twice, decoders take the first or the last. So there may be one alone.
 """
 
 import struct
@@ -19,13 +20,14 @@ _FREE_TILE_PIXELS = 2**22
 _BYTES_PER_PIXEL = 12.0  # the image, and one strip of 16-bit RGBA that may be as large
 
 _WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT, _ORIENTATION = 256, 257, 322, 323, 274
+_SIDES = frozenset({_WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT})
 _DECODED_TAGS = frozenset({
     254, _WIDTH, _HEIGHT, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 297, 317, 320, _TILE_WIDTH,
     _TILE_HEIGHT, 324, 325, 332, 336, 338, 339, 340, 341, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532,
 })  # fmt: skip
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _BYTE_TYPES = frozenset({1, 2, 6, 7})  # kept as bytes, however long
-_INTEGERS = {1: "B", 3: "H", 4: "L", 13: "L", 16: "Q"}
+_INTEGERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ def inspect_tiff(data: bytes) -> Container:
     """Check the first image of a TIFF file and remove its metadata.
 
     Raises:
-        ImageError: too many tags, too much data in them, or a tile far larger than the image.
+        ImageError: too many tags, one twice, too much data in them, sides that are no number, or a tile far larger than
+            the image.
     """
     try:
         directory = _directory(data)
@@ -67,6 +70,10 @@ def inspect_tiff(data: bytes) -> Container:
     except struct.error as error:
         raise ImageError("broken or truncated: a TIFF file without a complete directory") from error
     kept = [tag for tag in tags if tag.number in _DECODED_TAGS]
+    if len({tag.number for tag in kept}) < len(kept):
+        raise hostile("a TIFF file with a tag that is there twice")
+    if any(tag.number in _SIDES and values.get(tag.number, 0) < 1 for tag in kept):
+        raise hostile("a TIFF file with a side that is not a number of pixels")
     if any(tag.count > MAX_VALUES and tag.kind not in _BYTE_TYPES for tag in kept):
         raise hostile(f"a TIFF file with a tag of more than {MAX_VALUES:,} values")
     if sum(tag.count * _SIZES.get(tag.kind, 1) for tag in kept) > len(data):
@@ -117,8 +124,8 @@ def _tags(data: bytes, directory: Directory) -> Iterator[Tag]:
 
 
 def _integer(data: bytes, directory: Directory, tag: Tag) -> int:
-    """Return the value of a tag that holds one integer; 0 of any other."""
-    if tag.kind not in _INTEGERS:
+    """Return the value of a tag that holds one integer; 0 of any other, or if it is elsewhere in the file."""
+    if tag.kind not in _INTEGERS or (_SIZES[tag.kind] > 4 and not directory.is_big):
         return 0
     position = tag.position + (12 if directory.is_big else 8)
     (value,) = struct.unpack_from(directory.order + _INTEGERS[tag.kind], data, position)

@@ -385,6 +385,34 @@ def test_tiles_of_a_tiff_may_be_a_little_larger_than_the_image() -> None:
     assert refusal(tiled(3_000, 4_243))[0] == ImageFault.HOSTILE
 
 
+@pytest.mark.parametrize(("kind", "layout"), [(3, "<H"), (4, "<L"), (8, "<h"), (9, "<l"), (13, "<L")])
+def test_tiles_of_a_tiff_are_compared_whatever_their_type(kind: int, layout: str) -> None:
+    side = (kind, 1, struct.pack(layout, 12_000).ljust(4, b"\0"))
+    told = "refused: a TIFF file of 16 x 16 pixels in tiles of 12000 x 12000"
+    assert refusal(hostile.tiff({256: _long(16), 257: _long(16), 322: side, 323: side}))[1] == told
+
+
+@pytest.mark.parametrize("number", [256, 257, 322, 323])
+def test_a_side_of_a_tiff_is_one_positive_integer(number: int) -> None:
+    told = "refused: a TIFF file with a side that is not a number of pixels"
+    sides = {side: _long(16) for side in (256, 257, 322, 323)}
+    for kind, count, value in ((4, 2, 16), (11, 1, 16), (16, 1, 16), (17, 1, 16), (4, 1, 0), (9, 1, 2**32 - 16)):
+        other = (kind, count, struct.pack("<L", value))
+        assert refusal(hostile.tiff(sides | {number: other}, bytes(64))) == (ImageFault.HOSTILE, told)
+    for kind in (1, 3, 4, 6, 8, 9, 13):
+        assert inspect(hostile.tiff(sides | {number: (kind, 1, b"\x10\0\0\0")})).width == 16
+
+
+@pytest.mark.parametrize("number", [256, 257, 277, 322, 323])
+def test_a_tag_of_a_tiff_that_is_there_twice_is_refused(number: int) -> None:
+    tags = [256, 257, 258, 277, 322, 323]
+    entries = [struct.pack("<HHLL", tag, 4, 1, 16) for tag in sorted([*tags, number])]
+    data = struct.pack("<2sHLH", b"II", 42, 8, len(entries)) + b"".join(entries) + bytes(4)
+    assert refusal(data) == (ImageFault.HOSTILE, "refused: a TIFF file with a tag that is there twice")
+    private = hostile.tiff({256: _long(40), 257: _long(33), 50_000: _long(1), 50_001: _long(1)})
+    assert inspect(private.replace(struct.pack("<H", 50_001), struct.pack("<H", 50_000))).width == 40
+
+
 def test_broken_directories_of_a_tiff_are_named() -> None:
     whole = hostile.tiff({256: _long(40), 257: _long(33)})
     assert refusal(whole[:30])[1] == "broken or truncated: a TIFF file without a complete directory"
