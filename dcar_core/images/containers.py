@@ -41,8 +41,12 @@ def inspect(data: bytes, formats: Set[ImageFormat] = ALL_FORMATS) -> Container:
 
 
 def _inspect_bmp(data: bytes) -> Container:
-    if len(data) < 34:
+    is_short = data[14:18] == b"\x0c\0\0\0"  # the header of OS/2: sides of two bytes, and no run lengths
+    if len(data) < (26 if is_short else 34):
         raise ImageError("broken or truncated: a BMP file without a header")
+    if is_short:
+        width, height = int.from_bytes(data[18:20], "little"), int.from_bytes(data[20:22], "little")
+        return Container(ImageFormat.BMP, data, width, height)
     if int.from_bytes(data[30:34], "little") in {1, 2} and len(data) > _MAX_RLE_BYTES:
         raise hostile(f"a run-length encoded BMP file of more than {_MAX_RLE_BYTES >> 20} MB")
     width, height = int.from_bytes(data[18:22], "little"), abs(int.from_bytes(data[22:26], "little", signed=True))

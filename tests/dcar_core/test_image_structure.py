@@ -7,7 +7,7 @@ import struct
 import pytest
 from PIL import Image
 
-from dcar_core.images import inspect
+from dcar_core.images import inspect, open_image
 from dcar_core.images.isobmff import coded_sizes
 from dcar_core.images.jpeg import MAX_SEGMENTS
 from dcar_core.images.tiff import MAX_TAGS, MAX_VALUES, exif_orientation
@@ -432,6 +432,16 @@ def test_only_known_orientations_count(stated: int, read: int) -> None:
         assert exif_orientation(hostile.tiff({274: (kind, 1, b"\6\0\0\0")})) == 6
     assert exif_orientation(b"none") == 1
     assert exif_orientation(hostile.tiff({274: (2, 1, b"\6\0\0\0")})) == 1, "a text is no number"
+
+
+def test_a_bmp_of_os_2_is_read() -> None:
+    rows = b"".join(bytes([10 * row] * 15).ljust(16, b"\1") for row in range(3))
+    data = struct.pack("<2sIHHI", b"BM", 26 + len(rows), 0, 0, 26) + struct.pack("<IHHHH", 12, 5, 3, 1, 24) + rows
+    assert (inspect(data).width, inspect(data).height) == (5, 3)
+    assert [open_image(data).getpixel((4, row)) for row in range(3)] == [(20, 20, 20), (10, 10, 10), (0, 0, 0)]
+    assert inspect(data[:26]).width == 5
+    assert refusal(data[:25]) == (ImageFault.BROKEN, "broken or truncated: a BMP file without a header")
+    assert inspect(data[:30] + b"\1\0\0\0" + bytes(2**20)).width == 5, "it has no run lengths"
 
 
 def test_run_lengths_of_a_bmp_are_limited() -> None:
