@@ -200,6 +200,44 @@ def heif_bomb(side: int) -> bytes:
     return data[:size] + struct.pack(">II", side, side) + data[size + 8 :]
 
 
+def two_headers(side: int) -> bytes:
+    """Return a PNG of one pixel by its first header, and of side x side by its second."""
+    data = encoded("PNG", side)
+    return data[:8] + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)) + data[8:]
+
+
+def box(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), name) + content
+
+
+FTYP = box(b"ftyp", b"avif" + bytes(4) + b"avifmif1")
+
+
+def many_extents(items: int) -> bytes:
+    """Return an AVIF of items with 65,535 extents each, which take no bytes."""
+    located = b"".join(struct.pack(">HHH", item, 0, 65_535) for item in range(items))
+    iloc = box(b"iloc", bytes(6) + struct.pack(">H", items) + located)
+    return FTYP + box(b"meta", bytes(4) + iloc + box(b"free", bytes(130_000 - len(iloc))))
+
+
+def many_tracks(count: int) -> bytes:
+    """Return an AVIF whose tracks all begin at the same stream of 99,990 units."""
+    offset = box(b"stco", bytes(4) + struct.pack(">II", 1, len(FTYP) + 8))
+    return FTYP + box(b"mdat", b"\x12\0" * 99_990) + box(b"moov", offset * count)
+
+
+def two_kinds(side: int) -> bytes:
+    """Return an AVIF of side x side that declares 16 x 16, and whose item has a second kind in a box to be skipped."""
+    data = encoded("AVIF", side)
+    start, entry, declared = (data.index(name) for name in (b"meta", b"infe", b"ispe"))
+    end = start - 4 + int.from_bytes(data[start - 4 : start])
+    other = box(b"free", box(b"infe", data[entry + 4 : entry + 10] + b"\0\0none"))
+    index = data[start : declared + 8] + struct.pack(">II", 16, 16) + data[declared + 16 : end]
+    place = data.index(b"mdat") + 4
+    index = index.replace(struct.pack(">I", place), struct.pack(">I", place + len(other)))
+    return data[: start - 4] + struct.pack(">I", end - start + 4 + len(other)) + index + other + data[end:]
+
+
 def text(**body: object) -> bytes:
     return post("/search/text", "application/json", json.dumps(body).encode())
 
@@ -226,12 +264,16 @@ def attacks() -> dict[str, Attack]:
         "BMP bomb": encoded("BMP", 2_500),
         "WebP bomb": encoded("WEBP", 9_000),
         "AVIF bomb": encoded("AVIF", 6_000),
+        "AVIF of many extents": many_extents(20_000),
+        "AVIF of many tracks": many_tracks(40_000),
+        "AVIF of two kinds": two_kinds(6_000),
         "HEIF bomb": heif_bomb(60_000),
         "TIFF bomb": encoded("TIFF", 9_000, compression="tiff_adobe_deflate"),
         "TIFF tile bomb": tile_bomb(12_000),
         "TIFF with 5,000 tags": many_tags(5_000),
         "JPEG with 2,000 scans": many_scans(2_000),
         "JPEG with 50,000 segments": many_segments(50_000),
+        "PNG with two headers": two_headers(2_500),
         "PNG with 200,000 chunks": many_chunks(200_000),
         "GIF with 1,000,000 comments": many_comments(1_000_000),
     }
