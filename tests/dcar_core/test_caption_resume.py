@@ -74,7 +74,7 @@ def test_killed_run_resumes_without_repeated_requests(photos: Path) -> None:
 def test_a_run_with_other_settings_is_another_run(photos: Path) -> None:
     with VisionServer() as server:
         ask(photos, server)
-        with pytest.raises(CaptionError, match=r"to a run with another rounds \(was 3\); keep them"):
+        with pytest.raises(CaptionError, match=r"made with other settings: rounds \(was 3\); use those"):
             ask(photos, server, rounds=5)
         assert ask(photos, server, concurrency=4, tries=2).accepted == 4  # the way of asking changes no response
         assert len(server.asked) == 8
