@@ -14,13 +14,10 @@
 
 import argparse
 import asyncio
-import io
 import itertools
 import json
 import multiprocessing
-import struct
 import time
-import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -30,9 +27,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import uvloop
+from hostile_files import (
+    encoded,
+    heif_bomb,
+    many_chunks,
+    many_comments,
+    many_extents,
+    many_scans,
+    many_segments,
+    many_tags,
+    many_tracks,
+    tile_bomb,
+    two_headers,
+    two_kinds,
+)
 from load import Tally, closed_loop, image_request, post
-from PIL import Image
-from serve import bomb, new_images, new_texts, png_chunk
+from serve import bomb, new_images, new_texts
 from service import Server, emoji, serving
 
 HOST = b"Host: 127.0.0.1\r\n"
@@ -134,108 +144,6 @@ async def smuggle(target: Target) -> None:
 
 def endless(head: bytes, piece: bytes) -> Callable[[], Iterator[bytes]]:
     return lambda: itertools.chain([head], itertools.repeat(piece))
-
-
-def encoded(kind: str, side: int, **options: object) -> bytes:
-    """Return an image of one colour: few bytes, many pixels."""
-    buffer = io.BytesIO()
-    Image.new("L" if kind in ("TIFF", "BMP", "GIF") else "RGB", (side, side)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def many_scans(count: int) -> bytes:
-    """Return a progressive JPEG whose last scan is repeated."""
-    data = encoded("JPEG", 1500, progressive=True)
-    start = data.rindex(b"\xff\xda")
-    return data[:start] + data[start:-2] * count + data[-2:]
-
-
-def many_segments(count: int) -> bytes:
-    """Return a JPEG with many small EXIF segments."""
-    data = encoded("JPEG", 64)
-    return data[:2] + (b"\xff\xe1\x00\x10Exif\x00\x00" + bytes(8)) * count + data[2:]
-
-
-def many_chunks(count: int) -> bytes:
-    """Return a PNG with many empty chunks."""
-    data = encoded("PNG", 64)
-    return data[:33] + png_chunk(b"tEXt", b"") * count + data[33:]
-
-
-def many_comments(count: int) -> bytes:
-    """Return a GIF with many empty comments."""
-    data = encoded("GIF", 64)
-    return data[:-1] + b"\x21\xfe\x00" * count + b";"
-
-
-def tile_bomb(side: int) -> bytes:
-    """Return a TIFF of 16 x 16 pixels with one tile of side x side."""
-    tile = zlib.compress(bytes(side * side), 9)
-    tags = [
-        (256, 16),
-        (257, 16),
-        (258, 8),
-        (259, 8),
-        (262, 1),
-        (277, 1),
-        (322, side),
-        (323, side),
-        (324, 8),
-        (325, len(tile)),
-    ]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return b"II*\x00" + struct.pack("<I", 8 + len(tile)) + tile + struct.pack("<H", len(tags)) + entries + bytes(4)
-
-
-def many_tags(count: int) -> bytes:
-    """Return a TIFF with many tags."""
-    tags = b"".join(struct.pack("<HHII", 700 + number, 4, 1, number) for number in range(count))
-    return b"II*\x00" + struct.pack("<IH", 8, count) + tags + bytes(4)
-
-
-def heif_bomb(side: int) -> bytes:
-    """Return an AVIF under the names of HEIF that declares side x side pixels."""
-    data = encoded("AVIF", 64).replace(b"avif", b"heic").replace(b"av01", b"hvc1")
-    size = data.index(b"ispe") + 8
-    return data[:size] + struct.pack(">II", side, side) + data[size + 8 :]
-
-
-def two_headers(side: int) -> bytes:
-    """Return a PNG of one pixel by its first header, and of side x side by its second."""
-    data = encoded("PNG", side)
-    return data[:8] + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)) + data[8:]
-
-
-def box(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I4s", 8 + len(content), name) + content
-
-
-FTYP = box(b"ftyp", b"avif" + bytes(4) + b"avifmif1")
-
-
-def many_extents(items: int) -> bytes:
-    """Return an AVIF of items with 65,535 extents each, which take no bytes."""
-    located = b"".join(struct.pack(">HHH", item, 0, 65_535) for item in range(items))
-    iloc = box(b"iloc", bytes(6) + struct.pack(">H", items) + located)
-    return FTYP + box(b"meta", bytes(4) + iloc + box(b"free", bytes(130_000 - len(iloc))))
-
-
-def many_tracks(count: int) -> bytes:
-    """Return an AVIF whose tracks all begin at the same stream of 99,990 units."""
-    offset = box(b"stco", bytes(4) + struct.pack(">II", 1, len(FTYP) + 8))
-    return FTYP + box(b"mdat", b"\x12\0" * 99_990) + box(b"moov", offset * count)
-
-
-def two_kinds(side: int) -> bytes:
-    """Return an AVIF of side x side that declares 16 x 16, and whose item has a second kind in a box to be skipped."""
-    data = encoded("AVIF", side)
-    start, entry, declared = (data.index(name) for name in (b"meta", b"infe", b"ispe"))
-    end = start - 4 + int.from_bytes(data[start - 4 : start])
-    other = box(b"free", box(b"infe", data[entry + 4 : entry + 10] + b"\0\0none"))
-    index = data[start : declared + 8] + struct.pack(">II", 16, 16) + data[declared + 16 : end]
-    place = data.index(b"mdat") + 4
-    index = index.replace(struct.pack(">I", place), struct.pack(">I", place + len(other)))
-    return data[: start - 4] + struct.pack(">I", end - start + 4 + len(other)) + index + other + data[end:]
 
 
 def text(**body: object) -> bytes:

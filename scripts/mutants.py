@@ -71,6 +71,7 @@ TARGETS = {
         [f"dcar_core/images/{name}.py" for name in ("containers", "gif", "isobmff", "jpeg", "png", "tiff", "webp")],
         [
             "tests/dcar_core/test_image_structure.py",
+            "tests/dcar_core/test_isobmff.py",
             "tests/dcar_core/test_hostile_images.py",
             "tests/dcar_core/test_images.py",
         ],

@@ -158,7 +158,7 @@ def _item_spans(index: bytes, idats: Sequence[int], steps: _Steps) -> Iterator[t
                 spans.append((first, first + length if (length := box.bytes(sizes & 15)) else None))
             for place in idats if is_inside else [0]:
                 steps.take(1 + len(spans))
-                yield item, [(place + first, None if end is None else place + end) for first, end in spans]
+                yield item, [(place + first, None if last is None else place + last) for first, last in spans]
 
 
 def _stream_sizes(stream: memoryview, steps: _Steps) -> Iterator[tuple[int, int]]:

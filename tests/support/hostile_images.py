@@ -5,8 +5,11 @@ import struct
 import zlib
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from dcar_core.images import inspect
+from dcar_core.util.errors import ImageError, ImageFault
 from tests.support.images import encoded
 
 
@@ -202,3 +205,10 @@ def bmp_of_runs(size: int) -> bytes:
     data = bytearray(buffer.getvalue())
     data[30:34] = struct.pack("<I", 1)
     return bytes(data) + bytes(size)
+
+
+def refusal(data: bytes) -> tuple[ImageFault, str]:
+    """Return the fault and the message with which the check refuses a file."""
+    with pytest.raises(ImageError) as caught:
+        inspect(data)
+    return caught.value.fault, str(caught.value)
