@@ -3,6 +3,7 @@
     python examples/emoji/evaluate_queries.py --queries test
     python examples/emoji/evaluate_queries.py --base examples/emoji/build/base --domains twemoji --zero-shot
     python examples/emoji/evaluate_queries.py --zero-shot --captions [--encoder MODEL_FOLDER]
+    python examples/emoji/evaluate_queries.py --domains twemoji --checkpoints results/twemoji/runs/dcar+/*
 
 - queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
 - Every image of the style is in the gallery, with all skin tones, and vectors alone rank it.
@@ -122,17 +123,22 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both")
     parser.add_argument("--base", type=Path, default=HERE / "base", help="default: %(default)s")
     parser.add_argument("--zero-shot", action="store_true", help="the base model alone, without the checkpoints")
+    parser.add_argument("--checkpoints", type=Path, nargs="+", help="of one domain; default: the bundled one of each")
     parser.add_argument("--captions", action="store_true", help="rank the captions of the items, not their images")
     parser.add_argument("--encoder", type=Path, help="with --captions: the folder of a sentence encoder")
     args = parser.parse_args()
     if args.encoder is not None and not args.captions:
         parser.error("--encoder ranks captions: give --captions as well")
+    if args.checkpoints and (args.zero_shot or len(args.domains) != 1):
+        parser.error("--checkpoints belong to one domain: name it with --domains, and leave out --zero-shot")
     results = {}
     for domain in args.domains:
         rows, images = read_domain(domain)
         queries = read_queries(HERE / "queries" / f"{args.queries}.tsv", rows)
         models = {"zero-shot": args.base}
-        if not args.zero_shot:
+        if args.checkpoints:
+            models |= {f"{checkpoint.parent.name} {checkpoint.name}": checkpoint for checkpoint in args.checkpoints}
+        elif not args.zero_shot:
             models["adapted"] = HERE / domain / "checkpoint"
         captions, texts = [row["caption"] for row in rows], [query.text for query in queries]
         if args.encoder is not None:
