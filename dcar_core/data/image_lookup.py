@@ -86,14 +86,14 @@ def _candidates(image: str, path: str) -> Iterator[str]:
 
 
 def locate_images(
-    entries: Iterable[Entry], root: ImageRoot, report: CleaningReport, shared: Set[str], *, decode: bool
+    entries: Iterable[Entry], finder: ImageFinder, report: CleaningReport, *, decode: bool
 ) -> tuple[list[Entry], list[str], list[str]]:
     """Look up every entry's image; with `decode`, also decode it.
 
     Returns:
         Entries with a usable image, names of missing images, and "name (reason)" of broken ones.
     """
-    finder, found, missing = ImageFinder(root, shared), list[Entry](), dict[str, None]()
+    found, missing = list[Entry](), dict[str, None]()
     for entry in entries:
         name = finder.find(entry.image, entry.path)
         if name is None:
@@ -103,7 +103,7 @@ def locate_images(
             change = f"{entry.image} as {name}"
             report.add("images found under a name that differs from the annotated one", names=[change])
         found.append(replace(entry, image=name))
-    broken = _unreadable(list(dict.fromkeys(entry.image for entry in found)), root) if decode else {}
+    broken = _unreadable(list(dict.fromkeys(entry.image for entry in found)), finder.root) if decode else {}
     usable = [entry for entry in found if entry.image not in broken]
     return usable, list(missing), [f"{name} ({why})" for name, why in broken.items()]
 

@@ -21,7 +21,7 @@ from typing import Literal
 from dcar_core.data.clean import clean_entries
 from dcar_core.data.entries import Entry
 from dcar_core.data.fdrd import read_fdrd
-from dcar_core.data.image_lookup import find_shared_names, locate_images, name_without_lookup
+from dcar_core.data.image_lookup import ImageFinder, find_shared_names, locate_images, name_without_lookup
 from dcar_core.data.report import CleaningReport, shorten
 from dcar_core.data.samples import SPLITS, Dataset
 from dcar_core.data.tables import read_table, read_tar
@@ -77,7 +77,7 @@ class Annotations:
             found = [replace(entry, image=name_without_lookup(entry, self._shared)) for entry in entries]
         else:
             decode = image_policy == "skip"
-            found, missing, broken = locate_images(entries, self._root, report, self._shared, decode=decode)
+            found, missing, broken = locate_images(entries, self.finder, report, decode=decode)
             if missing and image_policy == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(entries):,} images are not in {self._root.path}: "
@@ -99,8 +99,13 @@ class Annotations:
         """
         report = CleaningReport()
         entries = self._select(split, CleaningReport())
-        _, missing, broken = locate_images(entries, self._root, report, self._shared, decode=True)
+        _, missing, broken = locate_images(entries, self.finder, report, decode=True)
         return missing, broken, report
+
+    @cached_property
+    def finder(self) -> ImageFinder:
+        """Find images by the names that the annotations give them."""
+        return ImageFinder(self._root, self._shared)
 
     @cached_property
     def _shared(self) -> frozenset[str]:

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from dcar_core.data.entries import SKIPPED_ROWS, BadRowsError
-from dcar_core.data.load import MISSING_IMAGES, NoPairsError, annotation_files, load_splits
+from dcar_core.data.image_lookup import unicode_forms
+from dcar_core.data.load import MISSING_IMAGES, Annotations, NoPairsError, annotation_files, load_splits
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.report import shorten
 from dcar_core.data.samples import SPLITS
@@ -98,7 +99,7 @@ class GalleryMetadata:
                 (record["caption"],) = record.pop("captions")
         paths = sorted({str(file) for file in files})
         for path in (path for path in paths if Path(path).suffix.lower() in RECORD_SUFFIXES):
-            _add_other_columns(path, records)
+            _add_other_columns(path, records, Annotations(Path(folder)))
         return cls(", ".join(paths), records)
 
     @classmethod
@@ -111,11 +112,11 @@ class GalleryMetadata:
         return cls.read(join_location(folder, files[0])) if files else None
 
     def find(self, *names: str) -> Record:
-        """Return the record of the first of an image's names that has one."""
-        for name in names:
-            if name in self._records:
-                self._used.add(name)
-                return self._records[name]
+        """Return the record of the first of an image's names that has one, in any Unicode form."""
+        for form in (form for name in names for form in unicode_forms(name)):
+            if form in self._records:
+                self._used.add(form)
+                return self._records[form]
         return {}
 
     def report_unused(self) -> None:
@@ -140,12 +141,16 @@ def _warn_of_unread_tables(folder: Path) -> None:
         logger.warning("%s is not read: call it %s", names[0], name)
 
 
-def _add_other_columns(table: str, records: Mapping[str, Record]) -> None:
-    """Add the columns of an annotation table that training does not use; an image's first row counts."""
+def _add_other_columns(table: str, records: Mapping[str, Record], annotations: Annotations) -> None:
+    """Add the columns of an annotation table that training does not use; an image's first row counts.
+
+    records: by the names of the image files, which the table may write otherwise.
+    """
     try:
         for _, row in read_records(table, lambda: open_location(table), infer_types=True, on_bad_line=lambda _: None):
             name = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), "")
-            record = records.get(str(name).replace("\\", "/").removeprefix("./"), {})
+            name = str(name).replace("\\", "/").removeprefix("./")
+            record = records.get(name) or records.get(annotations.finder.find(name) or "", {})
             for column in row.keys() - _TRAINING_COLUMNS:
                 record.setdefault(column, row[column])
     except DataError as error:

@@ -304,6 +304,23 @@ def test_other_columns_of_training_annotations_are_fields_of_items(
     assert "are left out: gone.png" in caplog.text
 
 
+def test_other_columns_find_images_that_the_table_names_otherwise(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", unicodedata.normalize("NFD", "a/Käfer.png")):
+        write_file(tmp_path / name, png())
+    rows = ("/home/me/a/1.png,one,1", "a/2,two,2", unicodedata.normalize("NFC", "a/Käfer.png,three,3"))
+    write_file(tmp_path / "pairs.csv", "\n".join(("image,caption,price", *rows)).encode())
+    found = rows_of(scan(tmp_path)).values()
+    assert {row["caption"]: row["metadata"].get("price") for row in found} == {"one": 1, "two": 2, "three": 3}
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_metadata_file_describes_an_image_in_another_unicode_form(forms: tuple[str, str], tmp_path: Path) -> None:
+    in_table, on_disk = (unicodedata.normalize(form, "Käfer.png") for form in forms)
+    write_file(tmp_path / on_disk, png())
+    write_file(tmp_path / "metadata.csv", f"file_name,price\n{in_table},9.5\n".encode())
+    assert [row["metadata"]["price"] for row in rows_of(scan(tmp_path)).values()] == [9.5]
+
+
 @pytest.mark.parametrize("table", ["pairs.csv", "metadata.csv"])
 def test_images_that_a_table_leaves_out_are_described_by_their_paths(table: str, tmp_path: Path) -> None:
     for name in ("owls/barn_owl.png", "cat.png"):
