@@ -341,7 +341,7 @@ async function begin() {
       if (about(state.in)?.index_version === null) await loadCatalogue(base()); // says why it is not served yet
     } catch ({ message, status }) {
       collections = [];
-      fail(status === 401 ? "The service does not know this key." : message, status);
+      fail(status === 401 ? "The service does not know this key, or it opens no gallery." : message, status);
       if (status === 401) {
         error.hidden = !savedKey();
         saveKey("");

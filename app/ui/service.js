@@ -48,7 +48,11 @@ async function requestJson(path, options) {
   return body;
 }
 
-export const listCollections = async () => (await requestJson("collections")).collections;
+export async function listCollections() { // 401 also if the key's scope names none of them
+  const { collections } = await requestJson("collections");
+  if (!collections.length) throw new ServiceError("This key opens no gallery.", 401);
+  return collections;
+}
 
 // base: path of a collection, "" for the default one. Returns {count, items, next_offset}.
 export async function browse(base, { k = BROWSED, filter = {}, ...options }, signal) {

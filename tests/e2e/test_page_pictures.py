@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from app.core.keys import key_hash
 from app.core.settings import Settings
 from tests.support.page import Page, ready, served, until
 from tests.support.service import ALICE, KEYS
@@ -25,6 +26,21 @@ def unlocked(page: Page, locked: str) -> str:
     until(lambda: page.one("#key-form").is_displayed() or page.all("#results .card"))
     page.driver.execute_script("sessionStorage.setItem('dcar.key', arguments[0])", ALICE)
     return locked
+
+
+def test_key_that_opens_no_collection_is_asked_for_once(page: Page, indexes: dict[str, Path]) -> None:
+    with served(
+        Settings(index=indexes["shapes"], device="cpu", api_keys=f"alice:{key_hash(ALICE)}:read:gone")
+    ) as address:
+        page.open(ready(address))
+        until(lambda: page.one("#key").is_displayed())
+        page.one("#key").send_keys(ALICE + "\n")
+        until(lambda: "opens no gallery" in page.one("#error").text)
+        assert page.one("#key-form").is_displayed()
+        requests = (
+            "return performance.getEntriesByType('resource').filter(({name}) => name.endsWith('/collections')).length"
+        )
+        assert page.driver.execute_script(requests) == 2
 
 
 def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page, unlocked: str) -> None:
