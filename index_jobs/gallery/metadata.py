@@ -8,6 +8,7 @@ import datetime
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -21,7 +22,7 @@ from dcar_core.data.samples import SPLITS
 from dcar_core.data.tables import SIDECARS, USED_COLUMNS, parse_sidecar
 from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError
-from index_jobs.gallery.storage import join_location, open_location, parent_folder
+from index_jobs.gallery.storage import is_url, join_location, open_location, parent_folder
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,14 @@ class GalleryMetadata:
         files = [name for name in METADATA_FILES if name in present]
         if len(files) > 1:
             raise DataError(f"{join_location(folder, files[0])} and {files[1]} both exist; keep one")
-        return cls.read(join_location(folder, files[0])) if files else None
+        if not files:
+            return None
+        metadata = cls.read(join_location(folder, files[0]))
+        if not is_url(folder) and not any(
+            record.get("caption") or record.get("captions") for record in metadata._records.values()
+        ):
+            _warn_of_unread_captions(Path(folder), files[0])
+        return metadata
 
     def find(self, *names: str) -> Record:
         """Return the record of the first of an image's names that has one, in any Unicode form."""
@@ -129,6 +137,17 @@ class GalleryMetadata:
             )
         if unused:
             logger.warning("%d rows of %s name no image here, such as %s", len(unused), self.path, unused[0])
+
+
+def _warn_of_unread_captions(folder: Path, metadata: str) -> None:
+    """Warn about annotations beside a metadata file without captions, which describes the images in their place."""
+    with suppress(DataError):
+        for name in sorted(
+            {file.name for split in SPLITS for file in annotation_files(folder, split) if file.suffix != ".tar"}
+        ):
+            logger.warning(
+                "the captions of %s are not read, as %s describes the images: add them there", name, metadata
+            )
 
 
 def _warn_of_unread_tables(folder: Path) -> None:

@@ -313,6 +313,18 @@ def test_other_columns_find_images_that_the_table_names_otherwise(tmp_path: Path
     assert {row["caption"]: row["metadata"].get("price") for row in found} == {"one": 1, "two": 2, "three": 3}
 
 
+@pytest.mark.parametrize(("columns", "warnings"), [("price", 1), ("caption", 0)])
+def test_captions_beside_a_metadata_file_without_any_are_no_secret(
+    columns: str, warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_file(tmp_path / "a.png", png())
+    write_file(tmp_path / "metadata.csv", f"file_name,{columns}\na.png,9.5\n".encode())
+    write_file(tmp_path / "pairs.json", b'{"a": {"file_name": "a.png", "positive": "a green cat"}}')
+    scan(tmp_path)
+    message = "the captions of pairs.json are not read, as metadata.csv describes the images: add them there"
+    assert [record.message for record in caplog.records] == [message] * warnings
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_metadata_file_describes_an_image_in_another_unicode_form(forms: tuple[str, str], tmp_path: Path) -> None:
     in_table, on_disk = (unicodedata.normalize(form, "Käfer.png") for form in forms)
