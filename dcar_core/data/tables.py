@@ -32,7 +32,8 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
     Rows of a Parquet file or of a gallery's metadata may lack a caption; cleaning counts them.
 
     Raises:
-        DataError: the file cannot be parsed, has no column of images or of captions, or too many bad rows.
+        DataError: the file cannot be parsed, has no column of images or of captions, holds the images themselves, or
+            too many bad rows.
     """
     limit, suffix = RowLimit(file, report), file.suffix.lower()
     may_lack_caption = suffix == ".parquet" or file.stem == "metadata"
@@ -46,6 +47,8 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
         if may_lack_caption and row.get("caption") is None and row.get("captions") is None:
             row["caption"] = ""
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
+        if suffix == ".parquet" and isinstance(image, dict | bytes):
+            raise DataError(f"{file} holds the images themselves; write them to files, or into a webdataset tar")
         with limit.row():
             yield _make_entry(row, f"{file}, {'row' if suffix == '.parquet' else 'line'} {number}", image)
     limit.finish()

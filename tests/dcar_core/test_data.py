@@ -352,6 +352,13 @@ def test_half_of_a_surrogate_pair_can_be_written_again(tmp_path: Path, name: str
     repr(sample).encode()
 
 
+@pytest.mark.parametrize("content", [{"images": [{"filename": "1.jpg"}]}, {"annotations": [], "images": []}])
+def test_files_of_other_data_sets_are_named(content: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"the form of COCO or of Karpathy's splits, which is not read"):
+        load_split(tmp_path, "train")
+
+
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
 def test_deep_nesting_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")

@@ -96,6 +96,14 @@ def test_unused_columns_can_hold_anything(tmp_path: Path) -> None:
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 2
 
 
+def test_images_inside_of_a_parquet_file_are_named(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"image": [{"bytes": b"x", "path": "a.png"}], "caption": ["red"]}), tmp_path / "train.parquet"
+    )
+    with pytest.raises(DataError, match=r"train.parquet holds the images themselves; write them to files"):
+        load_split(tmp_path, "train")
+
+
 def test_class_name_is_preferred_to_its_number(tmp_path: Path) -> None:
     png = write_image(tmp_path / "x" / "red.png").read_bytes()
     row = json.dumps({"caption": "red", "class_name": "square"}).encode()
