@@ -128,11 +128,11 @@ class GalleryTools:
         for item in items:
             item.image_url = self._url + item.image_url
         content: list[TextContent | ImageContent] = [
-            TextContent(type="text", text=response.model_dump_json(exclude_none=True))
+            TextContent(type="text", text=response.model_dump_json(exclude_unset=True))
         ]
         if thumbnails:
             content += await asyncio.gather(*(self._thumbnail(item.id) for item in items))
-        return CallToolResult(content=content, structured_content=response.model_dump(mode="json", exclude_none=True))
+        return CallToolResult(content=content, structured_content=response.model_dump(mode="json", exclude_unset=True))
 
     async def _thumbnail(self, item_id: str) -> ImageContent | TextContent:
         try:
