@@ -6,7 +6,8 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from tests.support.page import Page, until
+from app.core.settings import Settings
+from tests.support.page import Page, ready, served, until
 
 pytestmark = pytest.mark.browser
 
@@ -173,3 +174,14 @@ def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path)
     hosts = page.driver.execute_script("return performance.getEntriesByType('resource').map(e => new URL(e.name).host)")
     assert set(hosts) == {site.removeprefix("http://")}
     assert page.errors() == []
+
+
+def test_pages_work_below_a_path_of_a_proxy(page: Page, indexes: dict[str, Path]) -> None:
+    with served(Settings(index=indexes["shapes"], device="cpu"), below="/pictures") as address:
+        page.open(f"{ready(address)}/")
+        until(lambda: page.all("#results .card"))
+        page.open(f"{address}/docs#/service/healthz")
+        until(lambda: page.all(".opblock .try-out__btn"))[0].click()
+        until(lambda: page.all(".opblock .execute"))[0].click()
+        until(lambda: '"status": "ok"' in page.one(".live-responses-table").text)
+        assert page.errors() == []
