@@ -225,6 +225,7 @@ async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
     first, result = documents[0], expected[0]
     assert (first.page_content, first.metadata["color"]) == (result.caption, (result.metadata or {})["color"])
     assert (first.metadata["score"], first.metadata["image_url"]) == (result.score, result.image_url)
+    assert not {"width", "height"} & first.metadata.keys(), "an item's own fields may have these names"
     (circle,) = retriever.invoke("a red square", k=1, filter={"category": "circle"})
     assert circle.metadata["category"] == "circle"
     assert await retriever.ainvoke("a red circle") == documents

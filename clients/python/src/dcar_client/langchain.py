@@ -21,6 +21,8 @@ try:
 except ImportError as error:
     raise ImportError("the retriever needs the extra langchain: pip install 'dcar-client[langchain]'") from error
 
+_LEFT_OUT = {"caption", "metadata", "width", "height"}  # sides in pixels would hide an item's own fields of these names
+
 
 class DcarRetriever(BaseRetriever):
     """Find images by text. Keyword arguments of `invoke` and `ainvoke` take precedence over `k` and `options`.
@@ -59,7 +61,7 @@ def _documents(response: SearchResponse) -> list[Document]:
         Document(
             id=result.id,
             page_content=result.caption,
-            metadata=(result.metadata or {}) | result.model_dump(exclude={"caption", "metadata"}, exclude_none=True),
+            metadata=(result.metadata or {}) | result.model_dump(exclude=_LEFT_OUT, exclude_none=True),
         )
         for result in response.results
     ]

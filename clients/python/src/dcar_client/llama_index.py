@@ -17,6 +17,8 @@ try:
 except ImportError as error:
     raise ImportError("the retriever needs the extra llama-index: pip install 'dcar-client[llama-index]'") from error
 
+_LEFT_OUT = {"caption", "metadata", "width", "height"}  # sides in pixels would hide an item's own fields of these names
+
 
 class DcarRetriever(BaseRetriever):
     """Find images by text, by the image at `QueryBundle.image_path`, or by both.
@@ -58,7 +60,7 @@ class DcarRetriever(BaseRetriever):
 def _nodes(response: SearchResponse) -> list[NodeWithScore]:
     nodes = []
     for result in response.results:
-        metadata = (result.metadata or {}) | result.model_dump(exclude={"caption", "metadata"}, exclude_none=True)
+        metadata = (result.metadata or {}) | result.model_dump(exclude=_LEFT_OUT, exclude_none=True)
         nodes.append(
             NodeWithScore(node=TextNode(id_=result.id, text=result.caption, metadata=metadata), score=result.score)
         )
