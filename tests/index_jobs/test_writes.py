@@ -94,6 +94,20 @@ def test_last_change_of_an_id_wins(index: Path) -> None:
     assert {status(index, job)["status"] for job in again} == {"done"}
 
 
+def test_jobs_keep_their_order_although_the_clock_is_set_back(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(index, "a")
+    hour_ago = time.time_ns() - 3_600_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: hour_ago)
+    delete(index, "a")
+    put(index, "b", color="pink")
+    put(index, "b", color="cyan")
+    apply_writes(index)
+    artifact = open_current(index)
+    row = artifact.row_of("b")
+    assert row is not None
+    assert (artifact.row_of("a"), artifact.image_bytes(row)) == (None, picture("cyan"))
+
+
 def test_bad_job_ends_alone(index: Path) -> None:
     jobs = [
         put(index, "a", price=1),

@@ -6,8 +6,9 @@ INDEX/writes/images/<job>/      its image files, which stay there for the index
 INDEX/writes/progress.json      the jobs that are being applied, the number of starts, and of encoded images
 INDEX/writes/.lock              held by the process that applies jobs
 
-- A job's name is the time of its acceptance and a random number, so jobs are applied in their order. Image files are
-  numbered: nothing that a caller sends becomes a path.
+- A job's name is the time of its acceptance and a random number, so jobs are applied in their order. The time is later
+  than those of the queued jobs even if the clock was set back.
+- Image files are numbered: nothing that a caller sends becomes a path.
 """
 
 import contextlib
@@ -62,7 +63,8 @@ class WriteQueue:
         Raises:
             OSError: the disk is full or cannot be written; nothing is accepted.
         """
-        name = f"{time.time_ns():016x}{secrets.token_hex(8)}"
+        last = max((path.name[:16] for path in self._queue.glob("[0-9a-f]*.json")), default="0")
+        name = f"{max(time.time_ns(), int(last, 16) + 1):016x}{secrets.token_hex(8)}"
         path, folder = self._queue / f"{name}.json", self.images / name
         files = [f"{number}.{suffix}" for number, (_, suffix) in enumerate(images)]
         try:
