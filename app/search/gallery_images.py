@@ -119,13 +119,13 @@ class ItemImages:
             opening.result().close()
 
     async def check(self, snapshot: Snapshot, data: bytes) -> None:
-        """Decode an image file that is to become an item's, within the limits of query images.
+        """Decode an image file that is to become an item's, within the limits of query images and of index jobs.
 
         Raises:
             ImageError: the file cannot be read; the message is the reason.
         """
         async with self._admission(kind="pictures"):
-            await self._embedder.decode(data, snapshot.preprocess, is_query=True)
+            await self._embedder.decode(data, snapshot.encoder.preprocess, is_query=True)
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat

@@ -137,6 +137,17 @@ async def test_put_counts_as_its_items_and_large_bodies_are_refused(index: Path,
         assert_problem(await client.put("/items", content=body, headers={**ADMINS, **JSON}), 413, "body")
 
 
+@pytest.mark.slow
+async def test_image_that_only_queries_may_have_is_refused(index: Path, in_process: list[int]) -> None:
+    """Index jobs read at most 64 million pixels, whatever DCAR_MAX_PIXELS allows."""
+    data = encoded(Image.new("1", (8001, 8000)), "PNG")
+    async with opened(index, max_pixels=100_000_000, **WRITES) as client:
+        assert (await client.post("/search/image", files={"file": data})).status_code == 200
+        given = item("a") | {"image": base64.b64encode(data).decode()}
+        assert_problem(await put(client, given), 422, "items.0.image")
+    assert not in_process
+
+
 def test_index_that_cannot_be_written_is_an_error_at_the_start(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     worker.require_writable(load_settings(index=index))
